@@ -1,0 +1,279 @@
+"""Every setting, its default and its range. Defaults live here once; YAML in `configs/` and `recipes/` holds deltas.
+
+`OmegaConf.to_object` turns a composed config into `Run`; nothing below `cli.py` sees a DictConfig. Nothing here
+imports torch: a refusal must be quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from pipeline.errors import UserError
+
+# OmegaConf reads these annotations at run time, and knows Optional[X] but not the string "X | None" everywhere.
+# ruff: noqa: UP045
+
+
+class Task(Enum):
+    """What the model is for; decides model class, collation, metrics and the unit that serving counts."""
+
+    causal_lm = "causal_lm"
+    sequence_classification = "sequence_classification"
+
+
+class Precision(Enum):
+    """Arithmetic of training. Master weights stay fp32 in all of them."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Format(Enum):
+    """Quantized weight formats (bitsandbytes)."""
+
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Schedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
+    cosine = "cosine"
+    constant_then_decay = "constant_then_decay"
+
+
+class Measure(Enum):
+    """What a comparison of two arms is read on."""
+
+    quality = "quality"
+    training = "training"
+    serving = "serving"
+    payback = "payback"
+
+
+def positive(default: Any) -> Any:
+    """Declare a field that must be greater than zero (or null where its type allows it)."""
+    return field(default=default, metadata={"above": 0})
+
+
+def at_least_0(default: Any) -> Any:
+    """Declare a field that must not be negative."""
+    return field(default=default, metadata={"min": 0})
+
+
+def fraction(default: Any) -> Any:
+    """Declare a field in [0, 1]."""
+    return field(default=default, metadata={"min": 0, "max": 1})
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyShape:
+    """Shape of the embedded Llama-architecture model. Widths are multiples of 64, so that every backend takes them."""
+
+    hidden_size: int = positive(192)
+    layers: int = positive(4)
+    heads: int = positive(3)
+    intermediate_size: int = positive(512)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The artifact `base`: `path` (a Hugging Face folder or Hub name) or, without one, a model made from `shape`."""
+
+    path: Optional[str] = None
+    revision: Optional[str] = None
+    shape: TinyShape = field(default_factory=TinyShape)
+    name: str = "model"  # the model_name under which costs add up over runs
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """The student's initial weights, by the first of these that is set: `path`, `config`, `layers`.
+
+    `path` is a folder or Hub name. `config` overrides keys of the source arm's Hugging Face config; weights are
+    random. `layers` copies layers of the source arm: `every_2` (every second), a count (evenly spread), or a list.
+    """
+
+    path: Optional[str] = None
+    revision: Optional[str] = None
+    config: Optional[dict[str, Any]] = None
+    layers: Any = "every_2"
+    source: Optional[str] = None  # the arm copied from; null: the teacher of the first distill stage, else base
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where documents come from: `path` (file or folder), else `hub` (a Hub dataset or a local one), else `name`."""
+
+    name: str = "stdlib"  # embedded: stdlib, stdlib_labels
+    path: Optional[str] = None
+    hub: Optional[str] = None  # org/name, or org/name@revision
+    subset: Optional[str] = None
+    text_field: str = "text"
+    label_field: str = "label"
+    messages_field: str = "messages"
+    task: Task = Task.causal_lm  # what `task` defaults to
+    max_documents: Optional[int] = positive(None)  # per split, the first by content hash
+    vocabulary_size: int = field(default=1024, metadata={"min": 300})  # of the embedded tokenizer
+    shuffle_labels: bool = False  # a control: quality must fall to chance
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """What to run on."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
+    devices: int = positive(1)
+    num_threads: Optional[int] = positive(None)  # CPU threads of torch; null leaves torch's choice
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """One training loop serves every stage; these are its settings."""
+
+    steps: int = at_least_0(100)
+    batch_size: int = positive(16)  # sequences (or examples) of one optimizer step
+    gradient_accumulation: int = positive(1)  # micro-batches that batch_size is cut into
+    sequence_length: int = field(default=128, metadata={"min": 8})  # tokens
+    learning_rate: float = positive(3e-3)
+    weight_decay: float = at_least_0(0.1)
+    warmup_fraction: float = fraction(0.05)  # of the steps
+    schedule: Schedule = Schedule.cosine
+    decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
+    max_grad_norm: float = positive(1.0)
+    eval_every: Optional[int] = positive(None)  # steps between validation readings; null: a tenth of the steps
+    eval_documents: int = positive(32)  # validation documents of such a reading
+    checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
+    checkpoint_seconds: float = positive(60.0)
+    divergence_factor: float = field(default=4.0, metadata={"above": 1})  # loss over its own best average
+    compile: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class QualityConfig:
+    """How artifacts are assessed, and how much worse still counts as equal."""
+
+    margin: float = fraction(0.01)  # relative for bits per byte, absolute for accuracies
+    max_documents: Optional[int] = positive(None)  # of the test split, the first by content hash
+    max_bytes_per_document: Optional[int] = positive(None)  # causal_lm reads the head of longer ones
+    batch_size: int = positive(16)
+    sequence_length: Optional[int] = positive(None)  # null: as in training
+    bootstrap: int = field(default=2000, metadata={"min": 200})  # resamples of an interval
+
+
+@dataclass(kw_only=True, slots=True)
+class ServingLoad:
+    """The load at which serving is measured. A token is the unit of causal_lm, an example of classification."""
+
+    prompt: int = positive(64)  # tokens in
+    new: int = positive(32)  # tokens generated (causal_lm)
+    batch: int = positive(8)  # sequences at a time
+
+
+@dataclass(kw_only=True, slots=True)
+class ServingConfig:
+    """The comparison pass."""
+
+    load: ServingLoad = field(default_factory=ServingLoad)
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
+    blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
+    volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
+
+
+@dataclass(kw_only=True, slots=True)
+class CostConfig:
+    """Money is shown only where a rate is declared, with its source."""
+
+    per_device_hour: Optional[float] = positive(None)
+    currency: str = "USD"
+    source: Optional[str] = None
+    date: Optional[str] = None
+    teacher_shared_by: int = positive(1)  # models that share the teacher's cost; the full figure stays beside it
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the run's figures go. `MLFLOW_TRACKING_URI` wins over `uri`; null is SQLite under `root`."""
+
+    root: str = "mlruns"
+    mlflow: bool = True
+    uri: Optional[str] = None
+    experiment: Optional[str] = None  # null: the recipe's name
+    team: Optional[str] = None
+    cost_center: Optional[str] = None
+    purpose: Optional[str] = None
+
+
+@dataclass(kw_only=True, slots=True)
+class BudgetConfig:
+    """A ceiling on what this run may spend."""
+
+    device_hours: Optional[float] = positive(None)
+
+
+@dataclass(kw_only=True, slots=True)
+class Comparison:
+    """A pair of arms and what it is read on."""
+
+    arm: str = "???"
+    base: str = "???"
+    on: list[Measure] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """How training computes; a stage may name another precision of its own."""
+
+    name: Precision = Precision.bf16
+    loss_scale: float = positive(65536.0)  # fp16's first loss scale
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One composed run: what a recipe and the overrides amount to."""
+
+    recipe: str = ""
+    question: str = ""
+    task: Task = Task.causal_lm
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    seed: int = at_least_0(0)
+    seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
+    stages: dict[str, Any] = field(default_factory=dict)
+    compare: list[Comparison] = field(default_factory=list)
+    primary_arm: str = ""
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Refuse a number outside the range its field declares.
+
+    Raises:
+        UserError: Naming the full key, the value and the range.
+    """
+    for item in dataclasses.fields(settings):
+        value, key = getattr(settings, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        low, high, above = (item.metadata.get(name) for name in ("min", "max", "above"))
+        if above is not None and not value > above:
+            raise UserError(key, f"{value} is out of range", f"give a number greater than {above}")
+        if low is not None and not value >= low:
+            raise UserError(key, f"{value} is out of range", f"give a number of at least {low}")
+        if high is not None and not value <= high:
+            raise UserError(key, f"{value} is out of range", f"give a number of at most {high}")

@@ -1,0 +1,45 @@
+"""What the pipeline raises when it refuses something, and the exit codes a caller can rely on."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of `python -m pipeline` (ARCHITECTURE.md says what to do about each)."""
+
+    DONE = 0
+    REFUSED = 1
+    UNPARSABLE = 2
+    BUDGET_SPENT = 7
+    PREEMPTED = 75
+    INTERRUPTED = 130
+
+
+class UserError(ValueError):
+    """Something the user can mend: printed as one line, never as a traceback.
+
+    Args:
+        key: The setting or file at fault, as the user would type it (`training.steps`, `data.path`).
+        problem: What is wrong with it.
+        remedy: What would be right.
+    """
+
+    def __init__(self, key: str, problem: str, remedy: str) -> None:
+        super().__init__(key, problem, remedy)
+        self.key, self.problem, self.remedy = key, problem, remedy
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.key}: {self.problem}; {self.remedy}".split())
+
+
+class StageFailed(RuntimeError):
+    """A stage that started and could not finish (divergence, an artifact that does not survive a reload)."""
+
+
+class Preempted(Exception):
+    """The scheduler asked for the machine back; a checkpoint is on disk and the same command goes on from it."""
+
+
+class BudgetSpent(Exception):
+    """`budget.device_hours` is used up; a checkpoint is on disk, and requeueing would only spend more."""

@@ -1,0 +1,110 @@
+"""The catalogue: every figure's key, unit, meaning, scope, direction and section. Units and methods stand only here.
+
+A key is what MLflow shows (`compute/device_hours`); its last part is the key inside result.json. `core` keys are
+never null on a FINISHED run that made a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the catalogue.
+
+    Attributes:
+        direction: +1 where higher is better, -1 where lower is better, 0 where neither.
+        scope: `row` (a stage attempt), `run`, or `comparison` (a pair of arms).
+    """
+
+    key: str
+    unit: str
+    scope: str
+    direction: int
+    meaning: str
+    core: bool = False
+
+    @property
+    def section(self) -> str:
+        """The part of the key before the slash: MLflow's chart section."""
+        return self.key.rpartition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """The part of the key after the slash: the key in result.json."""
+        return self.key.rpartition("/")[2]
+
+
+CATALOGUE: tuple[Metric, ...] = (
+    # -- what was spent -----------------------------------------------------------------------------------------
+    Metric("compute/device_hours", "device-h", "row", -1, "work + assess + retry: elapsed hours x devices used", True),
+    Metric("compute/wall_s", "s", "row", -1, "elapsed seconds of the stage's windows: work, assess and retry", True),
+    Metric("compute/work_device_hours", "device-h", "row", -1, "start of stage to committed artifact", True),
+    Metric("compute/assess_device_hours", "device-h", "row", 0, "scoring the artifact after reloading it", True),
+    Metric("compute/retry_device_hours", "device-h", "row", -1, "failed attempts and replayed steps", True),
+    Metric("compute/productive_device_hours", "device-h", "row", 0,
+           "forward, backward, optimizer, teacher, generate and h2d of steps that survived"),
+    Metric("compute/support_device_hours", "device-h", "row", 0, "neither productive nor wasted: loading, evaluation"),
+    Metric("compute/wasted_device_hours", "device-h", "row", -1,
+           "import, data_wait, comm_wait, other, and intervals lost to rollback or failure"),
+    Metric("compute/goodput", "1", "row", 1, "productive / attached of a training stage"),
+    Metric("compute/gpu_hours", "GPU-h", "row", -1, "device_hours on GPUs (attached); null on CPU"),
+    Metric("compute/energy_j", "J", "row", -1, "board energy of the stage's devices, from the NVML counter"),
+    Metric("compute/steps", "steps", "row", 0, "optimizer steps of the artifact"),
+    Metric("compute/tokens", "tokens", "row", 0, "tokens the artifact was trained on, padding excluded"),
+    Metric("compute/examples", "examples", "row", 0, "sequences or examples the artifact was trained on"),
+    Metric("compute/model_flops", "FLOP", "row", -1, "matmul FLOPs the method needs, teacher included, no recompute"),
+    Metric("compute/achieved_tflops", "TFLOP/s", "row", 1, "model_flops / seconds in steps / devices"),
+    Metric("compute/mfu", "1", "row", 1, "achieved rate / dense peak of the exact device and dtype"),
+    Metric("compute/distillation_share", "1", "row", 0, "share of the loss that the teacher's signal contributes"),
+    Metric("compute/peak_bytes", "B", "row", -1, "device memory allocated at most; host RSS on a CPU run"),
+    Metric("compute/run_device_hours", "device-h", "run", -1, "all this run's processes were attached", True),
+    Metric("compute/run_spent_device_hours", "device-h", "run", -1, "spent by this invocation and its attempts", True),
+    Metric("compute/run_reused_device_hours", "device-h", "run", 0, "spent earlier on what this run reused", True),
+    # -- how good -----------------------------------------------------------------------------------------------
+    Metric("quality/primary", "see quality_key", "row", 0, "bits_per_byte or accuracy on the test split", True),
+    Metric("quality/bits_per_byte", "bit/B", "row", -1, "sum of bits / sum of UTF-8 bytes over test documents"),
+    Metric("quality/perplexity", "1", "row", -1, "exp of the mean token loss; comparable within one tokenizer only"),
+    Metric("quality/next_token_accuracy", "1", "row", 1, "share of test tokens predicted first"),
+    Metric("quality/accuracy", "1", "row", 1, "share of test examples classified right"),
+    Metric("quality/macro_f1", "1", "row", 1, "mean over classes of F1 (a class never seen nor predicted is left out)"),
+    Metric("quality/teacher_agreement", "1", "row", 1, "share of first predictions equal to the teacher's"),
+    # -- what it costs to run -----------------------------------------------------------------------------------
+    Metric("serving/device_s_per_1k_units", "device-s", "row", -1, "device-seconds per 1,000 units at the load"),
+    Metric("serving/prefill_device_s_per_1k_tokens", "device-s", "row", -1, "the prompt's part, per 1,000 tokens in"),
+    Metric("serving/decode_device_s_per_1k_tokens", "device-s", "row", -1, "the generation's part, per 1,000 new"),
+    Metric("serving/p50_s", "s", "row", -1, "median latency of one batch at the load"),
+    Metric("serving/p95_s", "s", "row", -1, "95th percentile of it"),
+    Metric("serving/peak_bytes", "B", "row", -1, "device memory allocated at most while serving; null on CPU"),
+    Metric("serving/weights_bytes", "B", "row", -1, "bytes of the loaded parameters and buffers"),
+    # -- whether it was worth it --------------------------------------------------------------------------------
+    Metric("savings/training", "1", "comparison", 1, "1 - C(arm) / C(base) at equal quality; positive is cheaper"),
+    Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over ABBA blocks"),
+    Metric("savings/quality_delta", "see quality_key", "comparison", 1, "arm against base, so that higher is better"),
+    Metric("savings/payback_units", "units", "comparison", -1, "units served until the extra spending is repaid"),
+    Metric("savings/c_opt_device_hours", "device-h", "comparison", -1, "work the arm needed and its base did not"),
+    # -- money ---------------------------------------------------------------------------------------------------
+    Metric("cost/amount", "currency", "row", -1, "declared rate x device-hours; null where no rate is declared"),
+)  # fmt: skip
+
+BY_KEY = {metric.key: metric for metric in CATALOGUE}
+QUALITY_KEYS = tuple(metric.name for metric in CATALOGUE if metric.section == "quality" and metric.name != "primary")
+DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}
+
+PHASES = (
+    "import", "prepare", "model_load", "compile", "data_wait", "h2d", "forward", "backward", "optimizer", "teacher",
+    "comm_wait", "capture", "calibrate", "search", "generate", "convert", "checkpoint", "eval", "log", "other",
+)  # fmt: skip
+"""Exclusive host phases; their self times sum to the wall time exactly."""
+
+PRODUCTIVE = frozenset({"forward", "backward", "optimizer", "teacher", "generate", "h2d"})
+WASTED = {"import": "import", "data_wait": "data_wait", "comm_wait": "comm_exposed", "other": "unattributed"}
+"""Phases that are waste, and the name of the cause. What is neither productive nor wasted is support."""
+WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
+
+
+def export() -> list[dict[str, Any]]:
+    """Return the catalogue as plain data, for `catalogue.json` beside every result."""
+    return [{**asdict(metric), "section": metric.section, "name": metric.name} for metric in CATALOGUE]

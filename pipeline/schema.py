@@ -1,0 +1,191 @@
+"""The JSON Schema of `result.json` (schema 1). Every run is checked against it in the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.metrics import PHASES, QUALITY_KEYS
+
+_PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
+VALUE: dict[str, Any] = {
+    "type": "object",
+    "required": ["v", "prov", "why_null"],
+    "properties": {"v": {"type": ["number", "null"]}, "prov": {"enum": _PROV}, "why_null": {"type": ["string", "null"]}},
+    "oneOf": [
+        {"properties": {"v": {"type": "number"}, "prov": {"enum": _PROV[:4]}, "why_null": {"type": "null"}}},
+        {"properties": {"v": {"type": "null"}, "prov": {"const": "unavailable"}, "why_null": {"type": "string"}}},
+    ],
+}
+_INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+
+
+def _values(*names: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return an object whose named members are all values, each required."""
+    return {
+        "type": "object",
+        "required": [*names, *(extra or {})],
+        "properties": {**{name: {"$ref": "#/$defs/value"} for name in names}, **(extra or {})},
+        "additionalProperties": False,
+    }
+
+
+def _interval_value(**more: Any) -> dict[str, Any]:
+    return {"allOf": [{"$ref": "#/$defs/value"}, {"required": ["ci"], "properties": {"ci": _INTERVAL, **more}}]}
+
+
+_LEDGER: dict[str, Any] = {
+    "type": "object",
+    "required": [
+        "wall_s", "phases_ns", "device_hours", "gpu_hours", "energy_j", "counts", "memory", "cost", "meter_valid",
+        "meter_problems",
+    ],
+    "additionalProperties": False,
+    "properties": {
+        "wall_s": {"$ref": "#/$defs/value"},
+        "phases_ns": {
+            "type": "object",
+            "propertyNames": {"enum": list(PHASES)},
+            "additionalProperties": {"type": "integer", "minimum": 0},
+        },
+        "device_hours": _values(
+            "attached", "work", "assess", "retry", "productive", "support", "wasted",
+            extra={"wasted_by": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}}},
+        ),
+        "gpu_hours": _values(
+            "attached", "allocated", "busy", "sm_active", "tensor_active", "productive", "support", "wasted"
+        ),
+        "energy_j": {"$ref": "#/$defs/value"},
+        "counts": _values(
+            "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "mfu", "goodput",
+            "distillation_share",
+        ),
+        "memory": _values("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"),
+        "cost": _values("amount", extra={"currency": {"type": ["string", "null"]}}),
+        "meter_valid": {"type": "boolean"},
+        "meter_problems": {"type": "array", "items": {"type": "string"}},
+    },
+}  # fmt: skip
+
+_ROW: dict[str, Any] = {
+    "type": "object",
+    "required": ["arm", "stage", "type", "seed", "attempt", "status", "why", "reused", "artifact", "ledger", "quality",
+                 "serving", "depends_on"],
+    "additionalProperties": False,
+    "properties": {
+        "arm": {"type": "string"},
+        "stage": {"type": "string"},
+        "type": {"type": "string"},
+        "seed": {"type": "integer"},
+        "attempt": {"type": "integer", "minimum": 1},
+        "status": {"enum": ["FINISHED", "FAILED", "KILLED", "SKIPPED"]},
+        "why": {"type": ["string", "null"]},
+        "reused": {"type": ["string", "null"]},
+        "depends_on": {"type": "array", "items": {"type": "string"}},
+        "artifact": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "required": ["path", "kind", "digest", "bytes"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "path": {"type": "string", "pattern": "^/"},
+                        "kind": {"enum": ["model", "teacher_cache", "verdict"]},
+                        "digest": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+                        "bytes": {"type": "integer", "minimum": 1},
+                    },
+                },
+            ]
+        },
+        "ledger": _LEDGER,
+        "quality": {
+            "type": "object",
+            "propertyNames": {"enum": list(QUALITY_KEYS)},
+            "additionalProperties": {
+                "allOf": [
+                    {"$ref": "#/$defs/value"},
+                    {
+                        "required": ["ci", "n", "items"],
+                        "properties": {
+                            "ci": _INTERVAL,
+                            "n": {"type": ["integer", "null"]},
+                            "items": {"type": ["string", "null"]},
+                        },
+                    },
+                ]
+            },
+        },
+        "serving": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
+    },
+}  # fmt: skip
+
+_COMPARISON: dict[str, Any] = {
+    "type": "object",
+    "required": ["arm", "base", "on", "quality", "training", "serving", "payback"],
+    "additionalProperties": False,
+    "properties": {
+        "arm": {"type": "string"},
+        "base": {"type": "string"},
+        "on": {"type": "array", "items": {"enum": ["quality", "training", "serving", "payback"]}},
+        "quality": {
+            "type": "object",
+            "propertyNames": {"enum": list(QUALITY_KEYS)},
+            "additionalProperties": _interval_value(
+                margin={"type": "number"},
+                answer={"enum": ["better", "worse", "equal", "undecided"]},
+                n={"type": "integer"},
+            ),
+        },
+        "training": {"oneOf": [{"type": "null"}, _interval_value(
+            c_arm={"$ref": "#/$defs/value"}, c_base={"$ref": "#/$defs/value"}, c_opt={"$ref": "#/$defs/value"},
+            all_in_arm={"$ref": "#/$defs/value"}, all_in_base={"$ref": "#/$defs/value"},
+            new_spend_saving={"$ref": "#/$defs/value"}, systems={"$ref": "#/$defs/value"},
+            algorithmic={"$ref": "#/$defs/value"}, rule={"type": "string"},
+        )]},
+        "serving": {"oneOf": [{"type": "null"}, _interval_value(blocks={"type": "integer"})]},
+        "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
+            "required": ["unit"],
+            "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"}},
+        }]}]},
+    },
+}  # fmt: skip
+
+RESULT_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "result.json",
+    "type": "object",
+    "required": ["schema", "run_id", "recipe", "question", "status", "why", "primary_arm", "device", "environment",
+                 "conclusion", "run", "rows", "comparisons", "verdict"],
+    "additionalProperties": False,
+    "properties": {
+        "schema": {"const": 1},
+        "run_id": {"type": "string"},
+        "recipe": {"type": "string"},
+        "question": {"type": "string"},
+        "status": {"enum": ["FINISHED", "FAILED", "KILLED"]},
+        "why": {"type": ["string", "null"]},
+        "primary_arm": {"type": "string"},
+        "conclusion": {"type": "string"},
+        "device": {
+            "type": "object",
+            "required": ["kind", "name", "count"],
+            "properties": {"kind": {"type": "string"}, "name": {"type": "string"}, "count": {"type": "integer"}},
+        },
+        "environment": {"type": "object"},
+        "run": {
+            "type": "object",
+            "required": ["attempts", "device_hours", "spent", "reused"],
+            "additionalProperties": False,
+            "properties": {
+                "attempts": {"type": "integer", "minimum": 1},
+                "device_hours": _values("total", "work", "assess", "retry", "compare", "overhead"),
+                "spent": {"$ref": "#/$defs/value"},
+                "reused": {"$ref": "#/$defs/value"},
+            },
+        },
+        "rows": {"type": "array", "items": _ROW},
+        "comparisons": {"type": "array", "items": _COMPARISON},
+        "verdict": {"type": ["object", "null"]},
+    },
+    "$defs": {"value": VALUE},
+}  # fmt: skip
