@@ -1,0 +1,232 @@
+"""argv -> Hydra -> a typed `Run` -> exit code. The last place that knows Hydra; it imports no torch and no MLflow.
+
+Hydra discards what `main` returns and prints its own errors, so codes are decided here, outside of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.recipes import Recipe, config_dir, find_recipes
+
+HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
+
+Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
+quality and to serving, writes all of it to MLflow, and says whether it was worth it.
+
+{recipes}
+
+Settings to meet first (all of them: --cfg job):
+  model.path=X  data.path=FILE|FOLDER  task=causal_lm|sequence_classification  precision=fp32|tf32|bf16|fp16
+  student.path=X  student.layers=every_2|N|[0,3]  training.steps=N  training.batch_size=N
+  training.sequence_length=N  training.learning_rate=X  seed=N  seeds=[0,1,2]  quality.margin=X
+  budget.device_hours=X  serving.load.prompt=N  serving.load.new=N  serving.load.batch=N  stages.NAME.SETTING=X
+
+Flags:
+  -m, --multirun     run every combination of comma-separated values; ends with the worst exit code
+  --cfg job          print the composed settings and stop
+  --recipe-dir DIR   take recipes (*.yaml) from DIR as well; may be given again
+  --debug            show the traceback of a refusal or a crash
+  --hydra-help       Hydra's own flags
+
+Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 7 budget spent, 75 preempted (run the same
+command again), 130 interrupted."""
+
+
+def main(argv: list[str], *, started_ns: int) -> int:
+    """Run one command line.
+
+    Args:
+        argv: The arguments after the program's name.
+        started_ns: `time.monotonic_ns()` when the process began, for the ledger.
+
+    Returns:
+        The exit code.
+    """
+    debug = "--debug" in argv
+    try:
+        recipe_dirs, rest = _take_recipe_dirs([arg for arg in argv if arg != "--debug"])
+        recipes = find_recipes(recipe_dirs)
+        if not rest:
+            print(f"{_recipe_list(recipes)}\n\nRun one with: python -m pipeline recipe=NAME   (--help for more)")
+            return Exit.DONE
+        if rest[0] in ("--help", "-h"):
+            print(HELP.format(recipes=_recipe_list(recipes)))
+            return Exit.DONE
+        _check_overrides(rest, recipes)
+        return _compose_and_run(rest, recipes, started_ns, debug)
+    except UserError as error:
+        return _refuse(error, debug)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+
+
+def _take_recipe_dirs(argv: list[str]) -> tuple[list[Path], list[str]]:
+    folders: list[Path] = []
+    rest: list[str] = []
+    pending = iter(argv)
+    for arg in pending:
+        if arg == "--recipe-dir":
+            folder = next(pending, None)
+            if folder is None:
+                raise UserError("--recipe-dir", "names no folder", "add one")
+            folders.append(Path(folder))
+        elif arg.startswith("--recipe-dir="):
+            folders.append(Path(arg.partition("=")[2]))
+        else:
+            rest.append(arg)
+    return folders, rest
+
+
+def _recipe_list(recipes: dict[str, Recipe]) -> str:
+    width = max(map(len, recipes), default=0)
+    return "\n".join(["Recipes:", *(f"  {name:<{width}}  {recipe.question}" for name, recipe in recipes.items())])
+
+
+def _check_overrides(args: list[str], recipes: dict[str, Recipe]) -> None:
+    named = [arg.partition("=")[2] for arg in args if arg.startswith("recipe=")]
+    if any(not name.strip("'\" ") for name in named):
+        raise UserError("recipe", "is empty", f"name one of {', '.join(recipes)}")
+    added = next((arg for arg in args if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
+    if added is not None:
+        raise UserError(added.partition("=")[0], "adds a setting that nothing reads", "drop the +")
+    inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in args)
+    if not named and not inspecting:
+        raise UserError("recipe", "none is named", f"add recipe= and one of {', '.join(recipes)}")
+
+
+def _refuse(error: UserError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"refused: {error}", file=sys.stderr)
+    return Exit.REFUSED
+
+
+def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.config import Run
+    from pipeline.stages.table import STAGES
+
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=Run)
+    for type_name, stage in STAGES.items():
+        store.store(group="stage", name=type_name, node=stage)
+    for recipe in recipes.values():
+        store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
+    codes: list[int] = []
+
+    def one(cfg: DictConfig) -> None:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
+        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), args, started_ns), debug))
+
+    sys.argv = [sys.argv[0], *args]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        from pipeline.explain import explain
+
+        if debug:
+            traceback.print_exception(error)
+        code, line = explain(error, args, recipes)
+        print(f"refused: {line}", file=sys.stderr)
+        return code
+    return max(codes, default=Exit.DONE, key=_badness)
+
+
+def _badness(code: int) -> int:
+    """Order exit codes so that a multirun ends with the worst: interrupted, crashed, then the rest by number."""
+    return {int(Exit.INTERRUPTED): 1000, int(Exit.REFUSED): 900}.get(code, code)
+
+
+def _recipe_node(recipe: Recipe) -> dict[str, Any]:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(recipe.path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError("recipe", f"{recipe.path} is not valid YAML ({text})", "mend the file") from None
+    if not isinstance(node, dict):
+        raise UserError("recipe", f"{recipe.path} holds no settings", "start from a copy of a shipped recipe")
+    settings: dict[str, Any] = {str(key): value for key, value in node.items()}
+    # YAML 1.1 reads a bare `on` as true; in a comparison it is a key.
+    settings["compare"] = [
+        {"on" if key is True else key: value for key, value in pair.items()} if isinstance(pair, dict) else pair
+        for pair in settings.get("compare") or []
+    ]
+    return {**settings, "recipe": recipe.name, "question": recipe.question}
+
+
+def _typed(run: Any) -> Any:
+    from pipeline.validate import validate
+
+    validate(run)
+    return run
+
+
+def _execute(run: Any, args: list[str], started_ns: int) -> int:
+    from pipeline.run import execute
+
+    return execute(run, command=shown_command(args), started_ns=started_ns)
+
+
+def shown_command(args: list[str]) -> str:
+    """Return the command line to repeat a run with, secrets left out."""
+    import shlex
+
+    from pipeline.redact import redact_override
+
+    return shlex.join(["python", "-m", "pipeline", *map(redact_override, args)])
+
+
+def _guarded(call: Any, debug: bool) -> int:
+    """Run one job and turn how it ended into an exit code and one line."""
+    try:
+        return call()
+    except UserError as error:
+        return _refuse(error, debug)
+    except BudgetSpent as error:
+        return _say(error, Exit.BUDGET_SPENT, debug)
+    except Preempted as error:
+        return _say(error, Exit.PREEMPTED, debug)
+    except StageFailed as error:
+        return _say(error, Exit.REFUSED, debug)
+    except KeyboardInterrupt as error:
+        return _say(error, Exit.INTERRUPTED, debug)
+    except Exception as error:  # noqa: BLE001 - the outermost frame: a crash becomes one line and exit 1
+        return _say(error, Exit.REFUSED, debug)
+
+
+def _say(error: BaseException, code: Exit, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = isinstance(error, BudgetSpent | Preempted | StageFailed | KeyboardInterrupt)
+    line = text if known else f"crashed: {type(error).__name__}: {text} (--debug shows where)"
+    print("interrupted" if code is Exit.INTERRUPTED else line, file=sys.stderr)
+    return code
+
+
+def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every setting below a settings class as `a.b.c`."""
+    for item in dataclasses.fields(settings):
+        yield f"{prefix}{item.name}"
+        factory = item.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            yield from dotted_keys(factory, f"{prefix}{item.name}.")

@@ -1,0 +1,60 @@
+"""The host timeline: one stack of exclusive phases whose self times sum to the wall time, to the nanosecond.
+
+A nanosecond belongs to the innermost open phase; outside any phase it belongs to `other`, which is waste named
+`unattributed`. So a forgotten marker shows as `other`, never as a gap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pipeline.metrics import PHASES
+
+
+class PhaseClock:
+    """Books elapsed time to phases.
+
+    Args:
+        now_ns: Monotonic clock in integer nanoseconds; injectable so that tests own the time.
+    """
+
+    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self.now_ns = now_ns
+        self._stack: list[str] = ["other"]
+        self._since = now_ns()
+        self._self_ns: dict[str, int] = {}
+
+    def _book(self) -> None:
+        now = self.now_ns()
+        top = self._stack[-1]
+        self._self_ns[top] = self._self_ns.get(top, 0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Book what happens inside to `name`, less what nested phases take.
+
+        Raises:
+            ValueError: If `name` is not one of `metrics.PHASES`.
+        """
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}")
+        self._book()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def read_ns(self) -> dict[str, int]:
+        """Return the self time of every phase so far, the open one included (integer nanoseconds)."""
+        self._book()
+        return dict(self._self_ns)
+
+
+def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """Return `after - before` by phase, without the phases in which no time passed."""
+    return {name: ns - before.get(name, 0) for name, ns in after.items() if ns != before.get(name, 0)}

@@ -1,0 +1,294 @@
+"""Loading, making and saving models in Hugging Face layout: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import StudentConfig, Task, TinyShape
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+
+
+def check_model_folder(path: Path, key: str) -> None:
+    """Refuse a folder that cannot be a model, before anything is loaded.
+
+    Raises:
+        UserError: Without config.json, without weights, with pickle weights only, or asking for remote code.
+    """
+    if not path.is_dir():
+        raise UserError(key, f"{path} is not a folder", "give a Hugging Face model folder or a Hub name")
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(key, f"{path} has no config.json", "give a folder in Hugging Face layout")
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(key, f"{config_file} is not valid JSON ({error})", "restore the file") from None
+    if "auto_map" in config:
+        raise UserError(key, f"{path} wants to run code of its own (auto_map)", "use a model that transformers has")
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = next((name for name in PICKLE_WEIGHTS if (path / name).exists()), None)
+    if pickled is not None:
+        raise UserError(key, f"{path} holds pickled weights ({pickled}), which can run code", "convert to safetensors")
+    raise UserError(key, f"{path} has no weights (*.safetensors)", "give a folder with safetensors weights")
+
+
+def _is_local(path: str | Path) -> bool:
+    text = str(path)
+    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def check_local(path: str, key: str) -> None:
+    """Refuse a local model folder that cannot be loaded; a Hub name passes (it is checked when it is loaded).
+
+    Raises:
+        UserError: As `check_model_folder`.
+    """
+    if _is_local(path):
+        check_model_folder(Path(path).expanduser(), key)
+
+
+def resolve(path: str | Path, key: str) -> str:
+    """Return what `from_pretrained` takes for a checked local folder or a Hub name."""
+    check_local(str(path), key)
+    return str(Path(path).expanduser()) if _is_local(path) else str(path)
+
+
+def _auto_class(task: Task) -> Any:
+    import transformers
+
+    return {
+        Task.causal_lm: transformers.AutoModelForCausalLM,
+        Task.sequence_classification: transformers.AutoModelForSequenceClassification,
+    }[task]
+
+
+def load_config(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> PreTrainedConfig:
+    """Load a model's configuration.
+
+    Raises:
+        UserError: If the folder or Hub name cannot give one.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(path, key)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unloadable(key, path, error) from error
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> Any:
+    """Load the tokenizer that lies beside a model, with a padding token.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve(path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unloadable(key, path, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(key, f"the tokenizer of {path} has neither padding nor end token", "add a pad_token to it")
+    return tokenizer
+
+
+def load_model(
+    path: str | Path,
+    task: Task,
+    *,
+    device: torch.device | str = "cpu",
+    labels: tuple[str, ...] | None = None,
+    revision: str | None = None,
+    key: str = "model.path",
+) -> PreTrainedModel:
+    """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized, else fp32.
+
+    Args:
+        labels: Class names; a classification head of another size is made anew (random), as fine-tuning wants.
+
+    Raises:
+        UserError: If it cannot be loaded safely.
+    """
+    import torch
+
+    config = load_config(path, revision=revision, key=key)
+    more: dict[str, Any] = {}
+    if task is Task.sequence_classification and labels is not None:
+        more["id2label"] = dict(enumerate(labels))
+        more["label2id"] = {name: index for index, name in enumerate(labels)}
+        more["ignore_mismatched_sizes"] = True
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized:
+        more["device_map"] = {"": str(device)}
+    else:
+        more["dtype"] = torch.float32
+    source = resolve(path, key)
+    try:
+        model = _auto_class(task).from_pretrained(
+            source, revision=revision, use_safetensors=True, trust_remote_code=False, **more
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(key, path, error) from error
+    if not quantized:
+        model.to(device)
+    return model.eval()
+
+
+def _unloadable(key: str, path: str | Path, error: Exception) -> UserError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UserError(key, f"{path} wants to run code of its own", "use a model that transformers has")
+    return UserError(key, f"{path} cannot be loaded ({text})", "give a Hugging Face model folder or a Hub name")
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights (safetensors), config and tokenizer into `folder`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tiny(shape: TinyShape, vocabulary_size: int, task: Task, labels: tuple[str, ...] | None, tokenizer: Any) -> Any:
+    """Make the embedded Llama-architecture model with random weights (seed torch first).
+
+    Raises:
+        UserError: If a width is not a multiple of 64 or the heads do not divide it.
+    """
+    from transformers import LlamaConfig
+
+    for name, width in (("hidden_size", shape.hidden_size), ("intermediate_size", shape.intermediate_size)):
+        if width % 64:
+            raise UserError(f"model.shape.{name}", f"{width} is not a multiple of 64", "quantized kernels need that")
+    if shape.hidden_size % shape.heads or (shape.hidden_size // shape.heads) % 2:
+        raise UserError(
+            "model.shape.heads", f"{shape.heads} heads do not cut {shape.hidden_size} into even parts", "change one"
+        )
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return from_config(config, task, labels)
+
+
+def from_config(config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | None) -> Any:
+    """Make a model with random weights from a configuration."""
+    if labels is not None and task is Task.sequence_classification:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+    return _auto_class(task).from_config(config).float().eval()
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """Return the number of transformer layers a configuration declares.
+
+    Raises:
+        UserError: If it declares none under the names known.
+    """
+    for name in LAYER_COUNT_KEYS:
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise UserError("student.layers", f"{type(config).__name__} names no layer count", "give student.path instead")
+
+
+def choose_layers(spec: Any, num_layers: int) -> list[int]:
+    """Return the indexes of the layers a student keeps.
+
+    Args:
+        spec: `every_n` keeps layers n-1, 2n-1, ...; a count spreads that many evenly, the last one included;
+            a list names them.
+
+    Raises:
+        UserError: If it names none, or one that is not there.
+    """
+    key, remedy = "student.layers", f"give every_2, a count up to {num_layers}, or a list of layers"
+    if isinstance(spec, str) and spec.startswith("every_") and spec[6:].isdigit() and int(spec[6:]) > 0:
+        every = int(spec[6:])
+        chosen = list(range(every - 1, num_layers, every))
+    elif isinstance(spec, int) and not isinstance(spec, bool) and 0 < spec <= num_layers:
+        chosen = [((index + 1) * num_layers) // spec - 1 for index in range(spec)]
+    elif isinstance(spec, list) and all(isinstance(item, int) and 0 <= item < num_layers for item in spec):
+        chosen = list(spec)
+    else:
+        raise UserError(key, f"{spec!r} fits no model of {num_layers} layers", remedy)
+    if not chosen:
+        raise UserError(key, f"{spec!r} keeps none of {num_layers} layers", remedy)
+    return chosen
+
+
+def make_student(
+    config: StudentConfig, source: Path, task: Task, labels: tuple[str, ...] | None
+) -> tuple[PreTrainedModel, Any]:
+    """Make the student's initial weights (seed torch first) and its tokenizer.
+
+    Args:
+        source: Folder of the arm that layers, configuration and tokenizer are copied from.
+
+    Raises:
+        UserError: If the settings fit no model.
+    """
+    if config.path is not None:
+        key = "student.path"
+        model = load_model(config.path, task, labels=labels, revision=config.revision, key=key)
+        return model, load_tokenizer(config.path, revision=config.revision, key=key)
+    tokenizer = load_tokenizer(source, key="student.source")
+    if config.config is not None:
+        base = load_config(source, key="student.source")
+        for name, value in config.config.items():
+            if not hasattr(base, name):
+                raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
+            setattr(base, name, value)
+        return from_config(base, task, labels), tokenizer
+    return _keep_layers(load_model(source, task, labels=labels, key="student.source"), config.layers), tokenizer
+
+
+def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
+    """Cut `model` down to the chosen layers, in place of a copy: the source lies on disk."""
+    import torch
+
+    total = layer_count(model.config)
+    chosen = choose_layers(spec, total)
+    lists = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == total
+    ]
+    if len(lists) != 1:
+        raise UserError(
+            "student.layers", f"{type(model).__name__} has {len(lists)} stacks of {total} layers", "give student.path"
+        )
+    parent, name, layers = lists[0]
+    setattr(parent, name, torch.nn.ModuleList([layers[index] for index in chosen]))
+    for index, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the key-value cache is addressed by it
+                module.layer_idx = index
+    for key in LAYER_COUNT_KEYS:
+        if isinstance(getattr(model.config, key, None), int):
+            setattr(model.config, key, len(chosen))
+    if isinstance(getattr(model.config, "layer_types", None), list):
+        model.config.layer_types = [model.config.layer_types[index] for index in chosen]
+    return model

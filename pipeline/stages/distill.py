@@ -1,0 +1,55 @@
+"""Distill: train a student on its teacher's predictions, mixed with the hard labels.
+
+What it does: forward KL(teacher || student) at a temperature, times T squared, plus cross-entropy; the teacher is
+frozen (a hash of its parameters before and after proves it) and runs in its own precision. When it helps: for a
+student initialised from its teacher or served often; a live teacher costs more FLOPs per step than plain training,
+so read it against both controls of `recipe=distill`. Settings worth changing: ce_weight, temperature, steps.
+Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Optional
+
+from pipeline.config import Precision, Run, fraction, positive
+from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model
+
+if TYPE_CHECKING:
+    from pipeline.stages.context import Context, Output
+    from pipeline.store import Artifact
+
+# ruff: noqa: UP045
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillStage(TrainingOverrides):
+    """Settings of a `distill` stage."""
+
+    model: str = STUDENT_INIT
+    teacher: str = "teacher"  # base, or an earlier stage
+    temperature: float = positive(1.0)
+    ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
+    teacher_precision: Optional[Precision] = None  # null: as this stage trains
+
+    type: ClassVar[str] = "distill"
+    version: ClassVar[int] = 1
+
+    def reads(self, run: Run) -> list[str]:
+        """Return the arms this stage reads."""
+        return list(dict.fromkeys([self.teacher, *reads_model(self.model, run)]))
+
+    def check(self, key: str, run: Run) -> None:
+        """Refuse what this stage cannot do, before any device is touched.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        check_training(self, key, run)
+
+    def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+        """Distil and leave the student in `ctx.out`."""
+        from pipeline.training.stage import run_training
+
+        return run_training(self, self, inputs, ctx)

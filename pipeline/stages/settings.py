@@ -1,0 +1,95 @@
+"""What every training stage can be told, and how a stage's settings fall back on `training.*`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from pipeline.config import Precision, Run, Schedule, TrainingConfig, at_least_0, fraction, positive
+from pipeline.errors import UserError
+
+# ruff: noqa: UP045
+
+BASE = "base"
+STUDENT_INIT = "student_init"
+RESERVED = (BASE, STUDENT_INIT)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingOverrides:
+    """A stage's own training settings. Null inherits: from the stage named by `like`, then from `training.*`."""
+
+    optional: bool = False  # skipped with its reason where this device cannot do it
+    model: str = BASE  # starts from: base, student_init (the student's initial weights), or an earlier stage
+    like: Optional[str] = None  # the stage whose training settings this one inherits
+    precision: Optional[Precision] = None
+    steps: Optional[int] = at_least_0(None)
+    batch_size: Optional[int] = positive(None)
+    gradient_accumulation: Optional[int] = positive(None)
+    sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
+    learning_rate: Optional[float] = positive(None)
+    weight_decay: Optional[float] = at_least_0(None)
+    warmup_fraction: Optional[float] = fraction(None)
+    schedule: Optional[Schedule] = None
+    decay_fraction: Optional[float] = fraction(None)
+    max_grad_norm: Optional[float] = positive(None)
+    eval_every: Optional[int] = positive(None)
+    eval_documents: Optional[int] = positive(None)
+    checkpoint_every: Optional[int] = positive(None)
+    checkpoint_seconds: Optional[float] = positive(None)
+    divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
+    compile: Optional[bool] = None
+
+
+def _layers(stage: TrainingOverrides, run: Run) -> list[Any]:
+    """Return where a setting is looked up, the stage itself first."""
+    return [stage] if stage.like is None else [stage, run.stages[stage.like]]
+
+
+def training_settings(stage: TrainingOverrides, run: Run) -> TrainingConfig:
+    """Return the settings in force for `stage`: its own, else those of `like`, else `training.*`."""
+    chosen = {item.name: getattr(run.training, item.name) for item in dataclasses.fields(TrainingConfig)}
+    for layer in reversed(_layers(stage, run)):
+        for name in chosen:
+            if getattr(layer, name) is not None:
+                chosen[name] = getattr(layer, name)
+    return TrainingConfig(**chosen)
+
+
+def training_precision(stage: TrainingOverrides, run: Run) -> Precision:
+    """Return the precision in force for `stage`."""
+    named = [layer.precision for layer in _layers(stage, run) if layer.precision is not None]
+    return named[0] if named else run.precision.name
+
+
+def reads_model(name: str, run: Run) -> list[str]:
+    """Return the arms that building the start weights `name` reads."""
+    if name != STUDENT_INIT:
+        return [name]
+    return [student_source(run)] if run.student.path is None else []
+
+
+def student_source(run: Run) -> str:
+    """Return the arm that the student's layers, configuration and tokenizer are copied from."""
+    if run.student.source is not None:
+        return run.student.source
+    teachers = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
+    return teachers[0] if teachers else BASE
+
+
+def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
+    """Refuse training settings that contradict each other.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if stage.like is not None and stage.like not in run.stages:
+        raise UserError(f"{key}.like", f"no stage is called {stage.like!r}", f"name one of {', '.join(run.stages)}")
+    settings = training_settings(stage, run)
+    if settings.batch_size % settings.gradient_accumulation:
+        raise UserError(
+            f"{key}.gradient_accumulation",
+            f"{settings.gradient_accumulation} does not divide batch_size {settings.batch_size}",
+            "give a divisor",
+        )

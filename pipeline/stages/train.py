@@ -1,0 +1,52 @@
+"""Train: plain fine-tuning or training from scratch, next-token or classification cross-entropy.
+
+What it does: the one training loop on the hard labels. When it helps: it is the baseline of every claim, the teacher
+of a distillation, and (with `match_compute`) the control that says what a teacher's FLOPs would have bought.
+Settings worth changing: steps, learning_rate, precision, schedule. `steps: 0` takes the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pipeline.config import Run
+from pipeline.errors import UserError
+from pipeline.stages.settings import TrainingOverrides, check_training, reads_model
+
+if TYPE_CHECKING:
+    from pipeline.stages.context import Context, Output
+    from pipeline.store import Artifact
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainStage(TrainingOverrides):
+    """Settings of a `train` stage."""
+
+    match_compute: bool = False  # steps are those that the FLOPs of the stage named by `like` would have bought
+
+    type: ClassVar[str] = "train"
+    version: ClassVar[int] = 1  # part of the artifact's key: raise it when the same settings train another model
+
+    def reads(self, run: Run) -> list[str]:
+        """Return the arms this stage reads; `like` too where its counts decide the steps."""
+        return reads_model(self.model, run)
+
+    def check(self, key: str, run: Run) -> None:
+        """Refuse what this stage cannot do, before any device is touched.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        check_training(self, key, run)
+        if self.match_compute and self.like is None:
+            raise UserError(f"{key}.match_compute", "needs a stage to match", f"set {key}.like")
+        if self.match_compute and self.steps is not None:
+            raise UserError(f"{key}.steps", "is computed where match_compute is set", f"drop {key}.steps")
+
+    def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+        """Train and leave the model in `ctx.out`."""
+        from pipeline.training.stage import run_training
+
+        return run_training(self, None, inputs, ctx)

@@ -1,0 +1,112 @@
+"""What a composed run is refused for before any device is touched: ranges, names, references, files."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.config import Run, Task, check_ranges
+from pipeline.errors import UserError
+from pipeline.models import check_local
+from pipeline.stages.settings import BASE, RESERVED
+from pipeline.stages.table import STAGES, Stage
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean X?` for the closest known word, else the known words, or where many are listed."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known: {', '.join(known)}" if len(known) <= 20 else "--cfg job lists them all"
+
+
+def validate(run: Run) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        UserError: One line: the key, what is wrong with it, what would be right.
+    """
+    check_ranges(run)
+    _check_stages(run)
+    _check_arms(run)
+    _check_sources(run)
+    _check_rest(run)
+
+
+def _check_stages(run: Run) -> None:
+    if not run.stages:
+        raise UserError("stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]")
+    earlier: list[str] = [BASE]
+    for name, stage in run.stages.items():
+        key = f"stages.{name}"
+        if not isinstance(stage, tuple(STAGES.values())):
+            raise UserError(key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name) or name in RESERVED:
+            raise UserError(key, "is no name for a stage", f"use letters, digits and _, not {' or '.join(RESERVED)}")
+        check_ranges(stage, f"{key}.")
+        stage.check(key, run)
+        _check_references(stage, key, run, earlier)
+        earlier.append(name)
+
+
+def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:
+    """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes later."""
+    wanted = {arm: _setting_that_reads(stage, arm) for arm in stage.reads(run)}
+    like = getattr(stage, "like", None)
+    if like is not None:
+        wanted[like] = "like"
+    for arm, setting in wanted.items():
+        if arm in earlier:
+            continue
+        problem = f"{arm!r} comes later in the recipe" if arm in run.stages else f"there is no stage {arm!r}"
+        full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
+        raise UserError(full_key, problem, did_you_mean(arm, earlier))
+
+
+def _setting_that_reads(stage: Stage, arm: str) -> str:
+    for name in ("model", "teacher"):
+        if getattr(stage, name, None) == arm:
+            return name
+    return "student.source"
+
+
+def _check_arms(run: Run) -> None:
+    arms = list(run.stages)
+    if run.primary_arm not in arms:
+        raise UserError("primary_arm", f"there is no stage {run.primary_arm!r}", did_you_mean(run.primary_arm, arms))
+    for index, pair in enumerate(run.compare):
+        for side in ("arm", "base"):
+            arm = getattr(pair, side)
+            if arm not in arms:
+                raise UserError(f"compare[{index}].{side}", f"there is no stage {arm!r}", did_you_mean(arm, arms))
+        if pair.arm == pair.base:
+            raise UserError(f"compare[{index}]", f"{pair.arm!r} is compared with itself", "name two arms")
+
+
+def _check_sources(run: Run) -> None:
+    if run.data.path is not None and not Path(run.data.path).expanduser().exists():
+        raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
+    if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
+        raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
+    for key, path in (("model.path", run.model.path), ("student.path", run.student.path)):
+        if path is not None:
+            check_local(path, key)
+    embedded = run.data.path is None and run.data.hub is None
+    if embedded and (run.data.name == "stdlib_labels") != (run.task is Task.sequence_classification):
+        right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
+        raise UserError("task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}")
+
+
+def _check_rest(run: Run) -> None:
+    if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
+        raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
+    if run.cost.per_device_hour is not None and not run.cost.source:
+        raise UserError("cost.source", "a rate without its source is a guess", "say where the rate comes from")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
+        raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
+    if any(batch < 1 for batch in run.serving.batches):
+        raise UserError("serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]")
