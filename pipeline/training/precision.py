@@ -1,0 +1,50 @@
+"""Arithmetic of training: fp32, tf32, bf16 and fp16, all with fp32 master weights.
+
+bf16 and fp16 run matmuls in 16 bits under autocast; fp16's narrow exponent needs loss scaling. tf32 keeps fp32
+tensors and rounds matmul inputs to 10 mantissa bits on the GPU. fp32 is IEEE, so that it can be a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline.config import Precision
+
+AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+TF32_CAPABILITY = (8, 0)  # Ampere; source: CUDA C++ Programming Guide, compute capabilities
+BF16_CAPABILITY = (8, 0)
+
+
+def why_not(precision: Precision, device: torch.device) -> str | None:
+    """Return why `device` cannot train in `precision`, or None where it can."""
+    if precision is Precision.fp32:
+        return None
+    if device.type != "cuda":
+        needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
+        return f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}" if precision in needs_gpu else None
+    have = torch.cuda.get_device_capability(device)
+    needed = {Precision.tf32: TF32_CAPABILITY, Precision.bf16: BF16_CAPABILITY}.get(precision)
+    if needed is not None and have < needed:
+        return f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
+    return None
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of matmuls under `precision`."""
+    return AUTOCAST.get(precision, torch.float32)
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision is Precision.tf32 else "ieee"
+    try:
+        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            yield
+    finally:
+        matmul.fp32_precision = before
