@@ -1,0 +1,325 @@
+"""How well a model in memory predicts documents: the core that validation and assessment share.
+
+Shape legend: B rows of a batch, T tokens of a row, V vocabulary, N scored tokens, D documents.
+
+Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked and on the right, every
+scored token is predicted exactly once, and its log-probability is taken in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.config import Task
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LOGIT_BYTES = 256 * 2**20
+"""Fp32 logits held at a time, in bytes: batches are cut to it, and a single longer row is reduced in chunks of it."""
+
+
+class Scorable(Protocol):
+    """One encoded document, as `pipeline.data.encode` makes it.
+
+    Attributes:
+        input_ids: int32 (L,).
+        targets: bool (L,): the tokens to be predicted. The first token has no context and is never scored.
+        num_bytes: UTF-8 bytes that the targets stand for.
+        label: Class index; None without one.
+        digest: Content digest of the document.
+    """
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def label(self) -> int | None: ...
+    @property
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CausalScores:
+    """Next-token scores by document, in the order the documents were given.
+
+    Attributes:
+        digest: str (D,).
+        bits: float64 (D,): negative log2-probability, summed over the document's scored tokens.
+        bytes: int64 (D,): UTF-8 bytes.
+        tokens: int64 (D,): scored tokens.
+        correct: int64 (D,): scored tokens that the model ranks first.
+        predictions: int32 (N,): the first-ranked token at every scored position, document after document.
+    """
+
+    digest: np.ndarray
+    bits: np.ndarray
+    bytes: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+    predictions: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationScores:
+    """Scores by example, in the order given.
+
+    Attributes:
+        digest: str (D,).
+        label: int64 (D,): the true class.
+        prediction: int64 (D,): the class ranked first.
+        correct: bool (D,).
+        logprob: float64 (D,): natural log-probability of the true class.
+    """
+
+    digest: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    correct: np.ndarray
+    logprob: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of one document that the model reads at once.
+
+    Attributes:
+        ids: int32 (T + 1,): T tokens read and, shifted by one, T predicted.
+        scored: bool (T,): which of the predicted ones count.
+        first: Place of the window's first scored token among all scored tokens.
+    """
+
+    ids: np.ndarray
+    scored: np.ndarray
+    first: int
+
+    @property
+    def places(self) -> np.ndarray:
+        """Places of the window's scored tokens among all scored tokens, int64 (n,)."""
+        return np.arange(self.first, self.first + np.count_nonzero(self.scored))
+
+
+def cut_windows(encoded: Sequence[Scorable], sequence_length: int) -> list[Window]:
+    """Cut documents into windows of at most `sequence_length` tokens, each starting with the last token of the one
+    before, so that every target is predicted exactly once. Windows without a target are left out."""
+    assert sequence_length >= 2, "a window of one token predicts nothing"
+    windows: list[Window] = []
+    first = 0
+    for document in encoded:
+        for start in range(0, len(document.input_ids) - 1, sequence_length - 1):
+            window = slice(start, start + sequence_length)
+            scored = document.targets[window][1:]
+            if scored.any():
+                windows.append(Window(document.input_ids[window], scored, first))
+                first += int(np.count_nonzero(scored))
+    return windows
+
+
+def score_causal(
+    model: Any,
+    encoded: Sequence[Scorable],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    device: torch.device | str,
+    pad_id: int,
+) -> CausalScores:
+    """Score every target token of `encoded` once.
+
+    Args:
+        model: A causal LM (not wrapped for distribution); its training mode is restored afterwards.
+        sequence_length: Tokens of a window, its last (only predicted) one included.
+        batch_size: Windows at a time, fewer where their fp32 logits would exceed `LOGIT_BYTES`.
+
+    Raises:
+        UserError: If a token lies beyond the model's embedding, or a window is longer than its positions.
+    """
+    windows = cut_windows(encoded, sequence_length)
+    pad_id = padding_id(model, pad_id)
+    check_vocabulary(model, (window.ids for window in windows), pad_id)
+    _check_positions(model, windows)
+    tokens = np.array([np.count_nonzero(document.targets[1:]) for document in encoded], dtype=np.int64)
+    nats, predictions = np.zeros(tokens.sum()), np.zeros(tokens.sum(), dtype=np.int32)
+    hits = np.zeros(tokens.sum(), dtype=bool)
+    with scoring_mode(model):
+        for batch in _batches(windows, batch_size, int(model.config.get_text_config().vocab_size)):
+            places = np.concatenate([window.places for window in batch])
+            nats[places], predictions[places], hits[places] = _score_windows(model, batch, device, pad_id)
+    owner = np.repeat(np.arange(len(tokens)), tokens)  # document of every scored token
+    return CausalScores(
+        digest=np.array([document.digest for document in encoded]),
+        bits=np.bincount(owner, nats, minlength=len(tokens)) / math.log(2),
+        bytes=np.array([document.num_bytes for document in encoded], dtype=np.int64),
+        tokens=tokens,
+        correct=np.bincount(owner, hits, minlength=len(tokens)).astype(np.int64),
+        predictions=predictions,
+    )
+
+
+def _score_windows(
+    model: Any, batch: Sequence[Window], device: torch.device | str, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return nats float32, first-ranked tokens and hits of the batch's scored tokens, row after row: (n,) each."""
+    import torch
+
+    ids, mask = pad_right([window.ids[:-1] for window in batch], pad_id, device)  # (B, T)
+    logits_BTV = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    rows = np.repeat(np.arange(len(batch)), [np.count_nonzero(window.scored) for window in batch])
+    columns = np.concatenate([np.flatnonzero(window.scored) for window in batch])
+    row, column = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+    target = torch.from_numpy(np.concatenate([window.ids[1:][window.scored] for window in batch]).astype(np.int64))
+    target = target.to(device)
+    chunk = max(1, LOGIT_BYTES // (4 * logits_BTV.shape[-1]))
+    nats: list[torch.Tensor] = []
+    top: list[torch.Tensor] = []
+    for at in range(0, len(rows), chunk):
+        part = slice(at, at + chunk)
+        logprobs_nV = logits_BTV[row[part], column[part]].float().log_softmax(-1)
+        nats.append(-logprobs_nV.gather(-1, target[part, None]).squeeze(-1))
+        top.append(logprobs_nV.argmax(-1))
+    first = torch.cat(top)
+    return torch.cat(nats).cpu().numpy(), first.int().cpu().numpy(), (first == target).cpu().numpy()
+
+
+def score_classification(
+    model: Any, encoded: Sequence[Scorable], *, batch_size: int, device: torch.device | str, pad_id: int
+) -> ClassificationScores:
+    """Classify every example of `encoded` (labels must be there).
+
+    Raises:
+        UserError: If a token lies beyond the model's embedding, or a label beyond its classes.
+    """
+    import torch
+
+    label = np.array([example.label for example in encoded], dtype=np.int64)
+    if len(label) and label.max() >= model.config.num_labels:
+        raise UserError(
+            "model.path",
+            f"it tells {model.config.num_labels} classes apart and the data has a class {label.max()}",
+            "use a model with a class for every label",
+        )
+    pad_id = padding_id(model, pad_id)
+    check_vocabulary(model, (example.input_ids for example in encoded), pad_id)
+    prediction, logprob = np.zeros(len(label), dtype=np.int64), np.zeros(len(label))
+    order = np.argsort([-len(example.input_ids) for example in encoded], kind="stable")
+    with scoring_mode(model):
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            ids, mask = pad_right([encoded[index].input_ids for index in part], pad_id, device)  # (B, T)
+            logprobs_BC = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+            prediction[part] = logprobs_BC.argmax(-1).cpu().numpy()
+            true = torch.from_numpy(label[part]).to(device)
+            logprob[part] = logprobs_BC.gather(-1, true[:, None]).squeeze(-1).cpu().numpy()
+    return ClassificationScores(
+        digest=np.array([example.digest for example in encoded]),
+        label=label,
+        prediction=prediction,
+        correct=prediction == label,
+        logprob=logprob,
+    )
+
+
+def validation_metric(
+    model: Any,
+    encoded: Sequence[Scorable],
+    task: Task,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    device: torch.device | str,
+    pad_id: int,
+) -> float:
+    """Return bits per byte (lower is better) or accuracy (higher is better) of a model in memory.
+
+    The figure is NaN where the model's outputs are: a diverged model is the caller's to notice.
+    """
+    if task is Task.causal_lm:
+        scores = score_causal(
+            model, encoded, sequence_length=sequence_length, batch_size=batch_size, device=device, pad_id=pad_id
+        )
+        return float(scores.bits.sum() / scores.bytes.sum())
+    classified = score_classification(model, encoded, batch_size=batch_size, device=device, pad_id=pad_id)
+    return float(classified.correct.mean())
+
+
+@contextmanager
+def scoring_mode(model: Any) -> Iterator[None]:
+    """Run the body in evaluation and inference mode; every module gets back the training mode it had."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def pad_right(rows: Sequence[np.ndarray], pad_id: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rows` as one int64 (B, T) tensor padded on the right, and its attention mask of the same shape."""
+    import torch
+
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+
+
+def padding_id(model: Any, pad_id: int) -> int:
+    """Return the token to pad with: the model's own, because some classifiers find the last token by it.
+
+    A model that names none gets `pad_id` as its own; without one, it refuses batches.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        config.pad_token_id = pad_id
+    return int(config.pad_token_id)
+
+
+def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int = 0) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        UserError: Naming the first such token and the size of the embedding.
+    """
+    size = int(model.get_input_embeddings().num_embeddings)
+    beyond = max((int(row.max()) for row in rows if len(row)), default=0)
+    if max(beyond, pad_id) >= size:
+        raise UserError(
+            "model.path",
+            f"the tokenizer gives token {max(beyond, pad_id)} but the model's embedding ends at {size - 1}",
+            "use the tokenizer that the model was trained with",
+        )
+
+
+def _check_positions(model: Any, windows: Sequence[Window]) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(window.scored) for window in windows), default=0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            "quality.sequence_length", f"{longest + 1} exceeds the model's {limit} positions", f"give at most {limit}"
+        )
+
+
+def _batches(windows: Sequence[Window], batch_size: int, vocabulary_size: int) -> Iterator[Sequence[Window]]:
+    """Yield windows longest first, so that a batch holds little padding and its fp32 logits stay in `LOGIT_BYTES`."""
+    ordered = sorted(windows, key=lambda window: -len(window.ids))
+    at = 0
+    while at < len(ordered):
+        row_bytes = 4 * vocabulary_size * len(ordered[at].scored)
+        rows = min(batch_size, max(1, LOGIT_BYTES // row_bytes))
+        yield ordered[at : at + rows]
+        at += rows

@@ -1,0 +1,125 @@
+"""The bitsandbytes backend: LLM.int8() and NF4 weights, on CPUs and GPUs.
+
+int8 keeps one scale per output row and multiplies in int8, activations quantized on the fly, except the activation
+columns above 6.0, which stay in 16 bits. NF4 keeps one scale per 64 weights and 4-bit indexes into the quantiles of
+a normal distribution, and multiplies in the compute dtype. Double quantization of the NF4 scales is left off: it
+saves 0.4 bits a weight and its scales do not survive the CPU's repacking even approximately unharmed.
+Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314, section 3 (NF4).
+
+The trap: where the CPU has AVX512_BF16, the first forward without gradients repacks NF4 weights in place and rounds
+their scales to bfloat16, and what is saved after it is wrong. So a model is saved before it is ever run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Format, Task
+from pipeline.errors import UserError
+from pipeline.quantization.layers import Layer
+from pipeline.quantization.reload_check import auto_class
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+NF4_BLOCK = 64  # weights that share a scale; bitsandbytes.nn.Params4bit's default, which transformers does not change
+CPU_BLOCK_N = 32  # output rows of a tile; bitsandbytes.functional._convert_weight_packed_for_cpu
+INT8_CAPABILITY = (7, 5)  # Turing: int8 tensor cores. Source: README of bitsandbytes, "Accelerator support"
+
+
+def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
+    """Refuse a machine on which bitsandbytes cannot work; imports it, which takes seconds.
+
+    Raises:
+        UserError: If it is not installed, does not know the device, or was not built for it.
+    """
+    import torch
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(key, f"{fmt.value} needs bitsandbytes, which is not installed", "pip install -e '.[quant]'")
+    quiet()
+    import bitsandbytes
+    from bitsandbytes.cextension import lib
+
+    if device.type not in bitsandbytes.supported_torch_devices:
+        known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
+        raise UserError(key, f"bitsandbytes cannot compute {fmt.value} on {device.type}", f"use one of {known}")
+    if device.type != "cuda":
+        return
+    if not lib.compiled_with_cuda:
+        raise UserError(key, "the installed bitsandbytes has no kernels for this CUDA", "install a matching build")
+    capability = torch.cuda.get_device_capability(device)
+    if fmt is Format.int8 and capability < INT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(key, f"int8 needs compute capability 7.5 and {name} has {capability[0]}.{capability[1]}",
+                        "use nf4")  # fmt: skip
+
+
+def quiet() -> None:
+    """Stop the library's log lines below errors: int8 warns at every layer of every forward that it casts its input."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def refuse_layers(layers: Sequence[Layer], fmt: Format, *, device: torch.device, key: str) -> None:
+    """Refuse shapes that crash this device's kernels, by layer name. int8 takes every shape, NF4 on GPUs too.
+
+    Raises:
+        UserError: Naming the first such layer and how many there are.
+    """
+    if fmt is not Format.nf4 or device.type != "cpu" or not cpu_repacks():
+        return
+    bad = [layer for layer in layers if layer.out_features % CPU_BLOCK_N or layer.in_features % NF4_BLOCK]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        problem = (f"nf4 on this CPU needs inputs in multiples of {NF4_BLOCK} and outputs in multiples of "
+                   f"{CPU_BLOCK_N}, unlike {bad[0]}{more}")  # fmt: skip
+        raise UserError(key, problem, "use int8, or widths that are multiples of 64")
+
+
+def cpu_repacks() -> bool:
+    """Return whether this CPU's NF4 kernel repacks weights at the first forward (it has AVX512_BF16)."""
+    quiet()
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+def load_quantized(
+    source: Path, fmt: Format, task: Task, *, device: torch.device, rest_dtype: torch.dtype, keep: Sequence[str]
+) -> PreTrainedModel:
+    """Load `source` with every linear layer quantized as it is read, but those named in `keep`.
+
+    `rest_dtype` is that of everything else, and NF4's compute dtype. The two must agree: bitsandbytes casts the
+    biases of 4-bit layers to the compute dtype in place, at the first forward.
+    """
+    from transformers import BitsAndBytesConfig
+
+    recipe: dict[str, Any] = {
+        Format.int8: {"load_in_8bit": True},
+        Format.nf4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": rest_dtype},
+    }[fmt]
+    return (
+        auto_class(task)
+        .from_pretrained(
+            source,
+            quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=list(keep), **recipe),
+            device_map={"": str(device)},
+            dtype=rest_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        .eval()
+    )
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Return whether `module` is a layer that this backend quantized."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    return isinstance(module, Linear4bit | Linear8bitLt)

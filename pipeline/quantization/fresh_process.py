@@ -1,0 +1,61 @@
+"""What the fresh process of the reload check runs, and what the process that quantized runs beside it.
+
+Run by its path, this file is a program that imports torch and transformers and nothing of this package: it must load
+the folder as any user would. Imported, it gives the reference the same code for the same forwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_MKLDNN: Any = torch.backends.mkldnn  # its `matmul` is set up at run time, unseen by type checkers
+
+
+def forward_digests(model: Any, probes: Sequence[Sequence[int]]) -> list[str]:
+    """Run each probe (token ids of one sequence) in turn; return the sha256 of its logits' type, shape and bytes."""
+    digests: list[str] = []
+    with torch.no_grad():
+        for ids in probes:
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits  # (1, T, vocab) or (1, labels)
+            digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)} ".encode())
+            digest.update(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digests.append(digest.hexdigest())
+    return digests
+
+
+def read_arithmetic() -> dict[str, Any]:
+    """Return the process-wide settings that change the last bits of a matrix product."""
+    return {
+        "num_threads": torch.get_num_threads(),
+        "cuda": torch.backends.cuda.matmul.fp32_precision,
+        "mkldnn": _MKLDNN.matmul.fp32_precision,
+    }
+
+
+def set_arithmetic(settings: dict[str, Any]) -> None:
+    """Compute as the process that `read_arithmetic` was called in."""
+    torch.set_num_threads(settings["num_threads"])
+    torch.backends.cuda.matmul.fp32_precision = settings["cuda"]
+    _MKLDNN.matmul.fp32_precision = settings["mkldnn"]
+
+
+def main(request: dict[str, Any]) -> None:
+    """Load the folder that `request` names, and print its digests as the last line."""
+    import transformers
+
+    set_arithmetic(request["arithmetic"])
+    auto_class = getattr(transformers, request["auto_class"])
+    model = auto_class.from_pretrained(
+        request["folder"], device_map={"": request["device"]}, local_files_only=True, trust_remote_code=False
+    )
+    print(json.dumps(forward_digests(model.eval(), request["probes"])))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

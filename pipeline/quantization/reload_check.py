@@ -1,0 +1,112 @@
+"""Proof that a saved model is the model that was made: bit-equal outputs after a reload in a fresh process.
+
+Bit equality and no tolerance: the known fault (NF4 saved after a forward on a CPU) moved logits by as little as
+0.008. The reference is the model in memory, run only after it was saved, because running it is what spoils it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Task
+from pipeline.errors import StageFailed
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+AUTO_CLASSES = {
+    Task.causal_lm: "AutoModelForCausalLM",
+    Task.sequence_classification: "AutoModelForSequenceClassification",
+}
+PROBE_TOKENS = 32
+Probes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the model in memory answered to each probe.
+
+    Attributes:
+        probes: Token ids, one sequence each.
+        digests: sha256 of the logits, one per probe.
+        arithmetic: Thread count and matrix precision it was computed with.
+    """
+
+    probes: Probes
+    digests: tuple[str, ...]
+    arithmetic: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadCheck:
+    """A passed check: the digest of each forward, equal in memory and reloaded."""
+
+    digests: tuple[str, ...]
+
+
+def auto_class(task: Task) -> Any:
+    """Return the transformers class that loads a model for `task`."""
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def make_probes(vocabulary_size: int, max_tokens: int = PROBE_TOKENS) -> Probes:
+    """Return the fixed inputs: a sequence, the same again (a first forward may change weights), and a single token.
+
+    A single token is its own case because kernels treat it as one (decoding).
+    """
+    stride = 7919  # a prime, so that small and large ids both occur
+    ids = tuple((stride * index + 1) % vocabulary_size for index in range(min(PROBE_TOKENS, max_tokens)))
+    return ids, ids, ids[-1:]
+
+
+def take_reference(model: PreTrainedModel) -> Reference:
+    """Run `model` (in memory, already saved) on the probes."""
+    from pipeline.quantization.fresh_process import forward_digests, read_arithmetic
+
+    embeddings: Any = model.get_input_embeddings()
+    probes = make_probes(embeddings.num_embeddings, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    return Reference(probes, tuple(forward_digests(model, probes)), read_arithmetic())
+
+
+def check_bit_equal(folder: Path, task: Task, reference: Reference, *, device: torch.device | str) -> ReloadCheck:
+    """Load `folder` in one fresh process without this package, and compare its outputs with the reference's.
+
+    Raises:
+        StageFailed: If it cannot be loaded there, or any output differs in any bit.
+    """
+    reloaded = _digests_of_fresh_process(folder, task, reference, device=device)
+    for index, (expected, found) in enumerate(zip(reference.digests, reloaded, strict=True)):
+        if expected != found:
+            raise StageFailed(
+                f"{folder} is not the model that was quantized: forward {index + 1} of {len(reloaded)} differs after "
+                f"a reload in a fresh process (logits sha256 {expected[:12]} in memory, {found[:12]} reloaded)"
+            )
+    return ReloadCheck(reference.digests)
+
+
+def _digests_of_fresh_process(
+    folder: Path, task: Task, reference: Reference, *, device: torch.device | str
+) -> list[str]:
+    request = {
+        "folder": str(folder.resolve()),
+        "auto_class": AUTO_CLASSES[task],
+        "device": str(device),
+        "probes": reference.probes,
+        "arithmetic": reference.arithmetic,
+    }
+    program = Path(__file__).with_name("fresh_process.py")
+    # -P keeps this package's folder off the import path; -I would also drop a PYTHONPATH that torch may come from.
+    command = [sys.executable, "-P", "-W", "ignore", str(program), json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
+        raise StageFailed(f"{folder} cannot be loaded in a fresh process: {why.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])

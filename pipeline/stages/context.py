@@ -1,0 +1,58 @@
+"""What a stage is given to work with, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.values import Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import Run
+    from pipeline.data.documents import Dataset
+    from pipeline.ledger.phases import PhaseClock
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a stage reports beside the files it left in `Context.out`.
+
+    Attributes:
+        counts: Keys of the ledger's `counts` (steps, tokens, examples, model_flops, ...).
+        flops_per_step: Of the stage's own model, teacher excluded; what `match_compute` divides by.
+        curve: Validation readings `(step, tokens, metric, seconds of work before it, evaluation excluded)`.
+        seconds_in_steps: Time in training steps, evaluation and checkpoints excluded.
+        existing: The stage did nothing: its artifact is the model it was given.
+        notes: What a reader must know, said once.
+    """
+
+    counts: dict[str, Value] = field(default_factory=dict)
+    flops_per_step: float | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds_in_steps: float | None = None
+    existing: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Context:
+    """What a stage works with. It neither times nor logs itself: the clock and the journal are the run's."""
+
+    run: Run
+    stage: str
+    seed: int
+    device: torch.device
+    data: Dataset
+    clock: PhaseClock
+    out: Path  # an empty folder for the artifact
+    checkpoints: Path  # of this stage's key; survives the process
+    matched: Output | None  # of the stage named by `like`
+    points: Callable[[int, dict[str, float]], None]  # curves, by step
+    checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk
+    should_stop: Callable[[], type[Exception] | None]  # asked between steps
+    progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
+    say: Callable[[str], None]

@@ -1,0 +1,182 @@
+"""Artifacts on disk: committed atomically, addressed by content, found again by the key of what made them.
+
+    store/artifacts/<digest>/   the files and artifact.json
+    store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
+    store/tmp/                  folders being written; renamed when whole
+    store/locks/                one lock per key, so that two processes do not make the same stage twice
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+MANIFEST = "artifact.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A folder that a stage left.
+
+    Attributes:
+        path: Absolute.
+        digest: 32 hex characters over the names and contents of all files but artifact.json.
+        num_bytes: Of those files.
+    """
+
+    path: Path
+    kind: str
+    digest: str
+    num_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form artifacts have in result.json."""
+        return {"path": str(self.path), "kind": self.kind, "digest": self.digest, "bytes": self.num_bytes}
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> Artifact:
+        """Read back what `to_json` wrote."""
+        return Artifact(Path(raw["path"]), raw["kind"], raw["digest"], raw["bytes"])
+
+
+def digest_folder(folder: Path) -> tuple[str, int]:
+    """Return digest and size in bytes of all files below `folder`, artifact.json excepted."""
+    total, whole = 0, hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+        total += path.stat().st_size
+    return whole.hexdigest()[:32], total
+
+
+def key_of(**parts: Any) -> str:
+    """Return a 32-character key for settings and digests; equal parts give equal keys on every machine."""
+    return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+plain = _plain
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any | None:
+    """Return the JSON in `path`, or None where there is no such file or it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+class Store:
+    """The content-addressed store below `mlruns/store`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("artifacts", "keys", "tmp", "locks", "checkpoints", "assessments"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give an empty folder to write an artifact into; what is left of it afterwards is removed."""
+        folder = self.root / "tmp" / uuid.uuid4().hex
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the lock of one key; another process that makes the same thing waits and then finds it made."""
+        from filelock import FileLock
+
+        with FileLock(self.root / "locks" / f"{key}.lock"):
+            yield
+
+    def commit(self, folder: Path, kind: str, manifest: dict[str, Any]) -> Artifact:
+        """Turn a written folder into an artifact: sync it, then rename it to its digest in one step."""
+        digest, num_bytes = digest_folder(folder)
+        write_json(folder / MANIFEST, {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest})
+        _sync(folder)
+        final = self.root / "artifacts" / digest
+        try:
+            folder.rename(final)
+        except OSError:
+            if not final.is_dir():  # anything but "the same content is already there"
+                raise
+        _sync_folder(final.parent)
+        return Artifact(final.resolve(), kind, digest, num_bytes)
+
+    def recall(self, group: str, key: str) -> dict[str, Any] | None:
+        """Return what was recorded under `key`, if its artifact (where it has one) is still whole."""
+        record = read_json(self.root / group / f"{key}.json")
+        if not isinstance(record, dict):
+            return None
+        raw = record.get("artifact")
+        if raw is not None and digest_folder(Path(raw["path"]))[0] != raw["digest"]:
+            return None
+        return record
+
+    def remember(self, group: str, key: str, record: dict[str, Any]) -> None:
+        """Record something under `key`, atomically."""
+        write_json(self.root / group / f"{key}.json", record)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_room(folder: Path, num_bytes: int, key: str) -> None:
+    """Refuse to start writing what cannot fit.
+
+    Raises:
+        UserError: If the disk of `folder` has less than `num_bytes` free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        need, have = num_bytes / 2**20, free / 2**20
+        raise UserError(key, f"{folder} has {have:.0f} MiB free, this needs {need:.0f} MiB", "free some room")
