@@ -1,0 +1,276 @@
+"""The conclusion: one honest sentence, whichever way the figures came out.
+
+Every comparison becomes a clause `against BASE, ARM ...`, made of what its figures say: a decided difference, a
+difference within the margin, "undecided" with its interval, or "not measurable here" with the reason. The two
+controls of distillation have clauses of their own, and `control_compute` comes first. Nothing is claimed that is not
+in `comparisons`; a saving below zero is said as "costs 12% more".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.report.numbers import count, duration, percent, significant
+from pipeline.report.phrases import (
+    QUALITY_WORDS,
+    amount,
+    answer,
+    difference,
+    evidence,
+    margin,
+    never_pays,
+    payback_verb,
+    quality_verb,
+    serving_verb,
+    signed,
+    training_verb,
+)
+from pipeline.report.text import one_line
+from pipeline.report.view import (
+    NOT_RECORDED,
+    RELATIVE,
+    Pair,
+    Result,
+    Row,
+    Value,
+    device_words,
+    finished_row,
+    hours_of,
+    primary_key,
+    primary_of,
+    seeds,
+    unfinished,
+    what_happened,
+    why_missing,
+)
+
+CONTROL_COMPUTE = "control_compute"
+CONTROL_STEPS = "control_steps"
+_CONTROLS = (CONTROL_COMPUTE, CONTROL_STEPS)
+_SAME = 0.05
+"""FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the ratio is said."""
+_ROLES = frozenset({"teacher", "student", "baseline", "reference"})
+_NAME_LIMIT = 60
+"""Characters of an arm's name in a sentence."""
+
+
+def conclude(result: Result) -> str:
+    """Return the conclusion: one sentence, and a second one naming what is missing where something is."""
+    clauses, explained = _compared(result) if result["comparisons"] else (_cost_and_quality(result), set[str]())
+    found = seeds(result)
+    if not found:
+        clauses, explained = ["no stage finished, so nothing can be said about cost or quality"], set()
+    elif clauses:
+        clauses.append("one seed" if len(found) == 1 else f"{len(found)} seeds")
+    sentences = ["; ".join(clauses), "; ".join(_missing(result, explained)), _end_of_run(result)]
+    return " ".join(_sentence(text) for text in sentences if text)
+
+
+def _compared(result: Result) -> tuple[list[str], set[str]]:
+    """Return the clauses of all comparisons, and the arms whose absence they explain."""
+    clauses: list[str] = []
+    explained: set[str] = set()
+    preface = ""
+    for pair in sorted(result["comparisons"], key=lambda pair: pair["base"] != CONTROL_COMPUTE):
+        missing = {arm: why for arm in (pair["arm"], pair["base"]) if (why := why_missing(result, arm)) is not None}
+        if not missing:
+            said = f"against {_base_words(result, pair)}, "
+            clauses += _clauses(result, pair, "" if said == preface else said)
+            preface = said
+        elif new := {arm: why for arm, why in missing.items() if arm not in explained}:
+            reasons = ", ".join(f"{_name(arm)} {why}" for arm, why in new.items())
+            clauses.append(f"{_pair_words(pair)}: not measurable here: {reasons}")
+            explained |= set(new)
+    return clauses, explained
+
+
+def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
+    """Return what one comparison says: a control's clause, the verbs of its arm, the nulls with their reasons.
+
+    `preface` is `against BASE, `, or empty where the clause before speaks of the same base.
+    """
+    clauses = _control_clause(result, pair)
+    if verbs := _verbs(pair):
+        clauses.append(f"{preface}{_subject(pair['arm'])} {_listed(verbs)}")
+    context = f"{_subject(pair['arm'])}'s " if clauses else f"{_pair_words(pair)}: "
+    by_reason: dict[str, list[str]] = {}
+    for what, why in _nulls(pair):
+        by_reason.setdefault(why, []).append(what)
+    return clauses + [f"{context}{_listed(what)}: not measurable here: {why}" for why, what in by_reason.items()]
+
+
+def _figure(pair: Pair, measure: str) -> Value | None:
+    """Return the figure that a comparison is read on for one of the measures of `on`."""
+    if measure != "quality":
+        return pair[measure]
+    key = primary_of(pair)
+    return None if key is None else pair["quality"][key]
+
+
+def _is_null(figure: Value | None, measure: str) -> bool:
+    if figure is None:
+        return True
+    return figure["v"] is None and not (measure == "payback" and never_pays(figure))
+
+
+def _verbs(pair: Pair) -> list[str]:
+    """Return the verb phrases of the arm; quality against a control has a clause of its own."""
+    verbs: list[str] = []
+    for measure in ("quality", "training", "serving", "payback"):
+        figure = _figure(pair, measure)
+        if measure not in pair["on"] or figure is None or _is_null(figure, measure):
+            continue
+        if measure == "quality" and pair["base"] not in _CONTROLS:
+            verbs.append(quality_verb(primary_of(pair) or "", figure))
+        elif measure == "training":
+            verbs.append(training_verb(figure))
+        elif measure == "serving":
+            verbs.append(serving_verb(figure))
+        elif measure == "payback":
+            verbs.append(payback_verb(figure, pair["serving"]))
+    return verbs
+
+
+def _nulls(pair: Pair) -> list[tuple[str, str]]:
+    """Return (what, reason) of the figures this comparison was to be read on and could not be."""
+    found: list[tuple[str, str]] = []
+    for measure in ("quality", "training", "serving", "payback"):
+        figure = _figure(pair, measure)
+        if measure in pair["on"] and _is_null(figure, measure):
+            what = f"{measure} saving" if measure in ("training", "serving") else measure
+            found.append((what, NOT_RECORDED if figure is None else one_line(figure["why_null"]) + _new_spend(figure)))
+    return found
+
+
+def _new_spend(figure: Value) -> str:
+    """Return the saving that leaves an existing model uncharged, labelled so; it stands in for a null one."""
+    saving = figure.get("new_spend_saving", {}).get("v")
+    if saving is None:
+        return ""
+    return f" (counting new spending alone it {'saves' if saving >= 0 else 'costs'} {percent(abs(saving))}" + (
+        ")" if saving >= 0 else " more)"
+    )
+
+
+# -- the controls of distillation --------------------------------------------------------------------------------------
+def _control_clause(result: Result, pair: Pair) -> list[str]:
+    """Return the clause on quality against one of the two controls, or none for other bases and for nulls."""
+    key, quality = primary_of(pair), _figure(pair, "quality")
+    if pair["base"] not in _CONTROLS or "quality" not in pair["on"] or key is None or _is_null(quality, "quality"):
+        return []
+    assert quality is not None
+    if pair["base"] == CONTROL_COMPUTE:
+        return [_against_compute(result, pair, key, quality)]
+    return [_against_steps(result, pair, key, quality)]
+
+
+def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> str:
+    """Say what the same FLOPs would have bought; the figure is turned round to speak of the control."""
+    given = _share(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
+    start, student = f"given {given} without a teacher ({CONTROL_COMPUTE})", f"the distilled {_name(pair['arm'])}"
+    if answer(quality) == "undecided":
+        return f"{start}, whether the same model does better than {student} is undecided ({evidence(key, quality)})"
+    if answer(quality) == "equal":
+        ending = f"within {margin(quality)} ({signed(key, quality['v'])})"
+        return f"{start}, the same model does as well as {student}, {ending}"
+    return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
+
+
+def turned(key: str, advantage: float) -> float:
+    """Return the base's advantage over the arm from the arm's over the base.
+
+    With `advantage` = 1 - arm/base, the base's is 1 - base/arm; plain differences change their sign.
+    """
+    return -advantage / (1 - advantage) if key in RELATIVE else -advantage
+
+
+def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
+    start = f"at {_share(result, pair, 'tokens', 'equal tokens', 'the tokens')} ({CONTROL_STEPS})"
+    if answer(quality) == "undecided":
+        return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
+    if answer(quality) == "equal":
+        return f"{start} distillation changes nothing beyond {margin(quality)} ({signed(key, quality['v'])})"
+    verb = "adds" if quality["v"] > 0 else "costs"
+    direction = ("fewer " if quality["v"] > 0 else "more ") if key in RELATIVE else ""
+    return f"{start} distillation {verb} {amount(key, quality['v'])} ({direction}{QUALITY_WORDS[key]})"
+
+
+def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
+    """Return `same`, or how many times the arm's count the control was given where the two differ."""
+    rows = [finished_row(result, pair[side]) for side in ("base", "arm")]
+    given, meant = (row["ledger"]["counts"][name]["v"] if row else None for row in rows)
+    if not given or not meant or abs(given / meant - 1) <= _SAME:
+        return same
+    return f"{significant(given / meant, 2)}x {other}"
+
+
+# -- no comparison, and what is missing --------------------------------------------------------------------------------
+def _cost_and_quality(result: Result) -> list[str]:
+    """Return the quality and the cost of the primary arm, for recipes that compare nothing."""
+    row = finished_row(result, result["primary_arm"])
+    if row is None:
+        return []
+    key = primary_key(result)
+    return [f"{_subject(row['arm'])} {_quality_level(key, row['quality'].get(key))}", _cost(row, result)]
+
+
+def _quality_level(key: str, quality: Value | None) -> str:
+    words = QUALITY_WORDS[key]
+    if quality is None or quality["v"] is None:
+        return f"has no {words}: not measurable here: {one_line(quality['why_null']) if quality else NOT_RECORDED}"
+    bounds = quality["ci"]
+    ends = f" (interval {significant(bounds[0], 4)} to {significant(bounds[1], 4)})" if bounds else ""
+    return f"reaches {significant(quality['v'], 4)} {words}{ends} on the test split"
+
+
+def _cost(row: Row, result: Result) -> str:
+    hours, tokens = hours_of(row, result), row["ledger"]["counts"]["tokens"]["v"]
+    if hours["v"] is None:
+        return f"its cost: not measurable here: {one_line(hours['why_null'])}"
+    trained = f" and {count(tokens)} tokens of training" if tokens else ""
+    when = f" in run {one_line(row['reused'], _NAME_LIMIT)}, now reused" if row["reused"] else ""
+    return f"it took {duration(3600 * hours['v'])} of device time on {device_words(result)}{trained}{when}"
+
+
+def _missing(result: Result, explained: set[str]) -> list[str]:
+    """Name the arms without an artifact that no clause has explained."""
+    many_seeds = len({row["seed"] for row in result["rows"]}) > 1
+    rows = [row for row in unfinished(result) if row["arm"] not in explained]
+    return [
+        _name(row["arm"]) + (f" of seed {row['seed']} " if many_seeds else " ") + what_happened(row) for row in rows
+    ]
+
+
+def _end_of_run(result: Result) -> str:
+    if result["status"] == "FINISHED":
+        return ""
+    return f"the run ended {result['status']}: {one_line(result['why'] or 'no reason recorded')}"
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+def _name(arm: str) -> str:
+    return one_line(arm, _NAME_LIMIT)
+
+
+def _subject(arm: str) -> str:
+    return f"the {arm}" if arm in _ROLES else _name(arm)
+
+
+def _base_words(result: Result, pair: Pair) -> str:
+    row = finished_row(result, pair["arm"])
+    taught = pair["base"] == "teacher" and row is not None and "teacher" in row["depends_on"]
+    return "its teacher" if taught else _subject(pair["base"])
+
+
+def _pair_words(pair: Pair) -> str:
+    return f"{_name(pair['arm'])} against {_name(pair['base'])}"
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def _sentence(text: str) -> str:
+    """End a sentence, and raise its first letter unless an arm's name begins it."""
+    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage "))
+    return (text[:1].upper() + text[1:] if begins_with_word else text) + ("" if text.endswith(".") else ".")

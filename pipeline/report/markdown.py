@@ -1,0 +1,306 @@
+"""report.md: the question, its answer, and what the answer rests on, in the order a reviewer reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+from pipeline.metrics import BY_KEY
+from pipeline.report.conclusion import conclude
+from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
+from pipeline.report.text import NO_BREAK, markdown_text, one_line
+from pipeline.report.view import (
+    RELATIVE,
+    SERVING_KEY,
+    Footnotes,
+    Pair,
+    Result,
+    Row,
+    Value,
+    device_words,
+    hours_of,
+    hours_word,
+    is_finished,
+    labels,
+    on_gpu,
+    primary_key,
+    quality_direction,
+    run_total,
+    status_word,
+    unit,
+    what_happened,
+    why_absent,
+)
+
+Figure = tuple[Value | None, Callable[[float], str]]
+"""A value and the form it is shown in."""
+_SMALL_SHARE = 0.005
+"""Phases below this share of a stage's time are summed up as `rest`."""
+_HOW_TO_READ = (
+    "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of the base's, the "
+    "other qualities by percentage points; savings are shares of the base's cost; n counts test items, or ABBA blocks "
+    "of serving."
+)
+_CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
+_NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
+
+
+def markdown(result: Result) -> str:
+    """Return the whole report."""
+    notes = Footnotes()
+    shown: dict[str, None] = {}  # catalogue keys of the figures shown, in order
+    sections = [
+        _opening(result),
+        _section("Arms", _arms(result, notes, shown)),
+        _section("Comparisons", _comparisons(result, notes, shown)),
+        _section("Where the time went", _times(result, notes, shown)),
+        _section("Notes", _notes(result)),
+        _section("Why a figure is missing", [f"- {_md(mark)} {_md(why)}" for mark, why in notes.reasons()]),
+        _section("Device and environment", _environment(result)),
+        _section("What the figures mean", _definitions(shown)),
+        _section("How to reproduce", _reproduce(result)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def short_form(result: Result, limit: int = 8000) -> str:
+    """Return the report cut at a line's end to at most `limit` characters (MLflow shows 8,000 of a description)."""
+    text = markdown(result)
+    if len(text) <= limit:
+        return text
+    room = limit - len(_CUT)
+    end = text.rfind("\n", 0, max(room, 0))
+    return text[:limit] if end < 0 else text[: end + 1] + _CUT
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+def _opening(result: Result) -> str:
+    verdict = result["verdict"]
+    answer = [f"**Verdict.** {_md(verdict.get('verdict', 'not stated'))}"] if verdict else []
+    return "\n\n".join([
+        f"# {_md(result['recipe'])}: {result['status']}",
+        f"**Question.** {_md(result['question'])}",
+        *answer,
+        f"**Conclusion.** {_md(conclude(result), 4000)}",
+        f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
+    ])  # fmt: skip
+
+
+def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    key, rows = primary_key(result), result["rows"]
+    if not rows:
+        return ["No stage was reached."]
+    use = ("compute/gpu_hours" if on_gpu(result) else "compute/device_hours", "compute/tokens", f"quality/{key}",
+           f"serving/{SERVING_KEY}", "compute/run_device_hours", "compute/run_spent_device_hours",
+           "compute/run_reused_device_hours")  # fmt: skip
+    shown.update(dict.fromkeys(use))
+    head = ("arm", "status", f"{hours_word(result)} (as time)", "tokens",
+            f"{key.replace('_', ' ')} ({quality_direction(key)}) [interval]",
+            f"serving {BY_KEY[use[3]].unit} per 1k {unit(result)}s")  # fmt: skip
+    body = [_arm_cells(name, row, result, notes) for name, row in zip(labels(rows), rows, strict=True)]
+    more = _where_measured(rows, shown)
+    head = (*head, *more)
+    body = [[*cells, *(notes.show(*more[name](row)) for name in more)] for cells, row in zip(body, rows, strict=True)]
+    time = lambda hours: duration(3600 * hours)
+    run = result["run"]
+    spent = f"Spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}; "
+    total = f"run total {run_total(result, notes)}.".replace(NO_BREAK, " ")
+    return [*_table(head, body), "", _md(spent + total)]
+
+
+def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:
+    time = lambda hours: duration(3600 * hours)
+    hours = notes.show(hours_of(row, result), time)
+    quality = row["quality"].get(primary_key(result))
+    level = notes.show(quality, lambda v: significant(v, 4)) + _bounds(quality, lambda v: significant(v, 4))
+    return [
+        name,
+        status_word(row),
+        f"spent 0, reused {hours}" if status_word(row) == "reused" else hours,
+        notes.show(row["ledger"]["counts"]["tokens"], count),
+        level,
+        notes.show(row["serving"].get(SERVING_KEY), significant),
+    ]
+
+
+def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callable[[Row], Figure]]:
+    """Return the columns, by head, that stand in the table where any row has a figure for them."""
+    candidates: tuple[tuple[str, str, Callable[[Row], Figure]], ...] = (
+        ("weights", "serving/weights_bytes", lambda row: (row["serving"].get("weights_bytes"), num_bytes)),
+        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], lambda v: f"{count(v)} J")),
+        ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
+        ("cost", "cost/amount", _money),
+    )
+    found: dict[str, Callable[[Row], Figure]] = {}
+    for head, key, read in candidates:
+        if any((value := read(row)[0]) is not None and value["v"] is not None for row in rows):
+            found[head] = read
+            shown[key] = None
+    return found
+
+
+def _money(row: Row) -> Figure:
+    cost = row["ledger"]["cost"]
+    return cost["amount"], lambda v: f"{v:.2f} {cost['currency'] or ''}".strip()
+
+
+def _bounds(value: Value | None, form: Callable[[float], str]) -> str:
+    interval = value.get("ci") if value else None
+    return f" [{form(interval[0])}, {form(interval[1])}]" if interval else ""
+
+
+def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    body = [cells for pair in result["comparisons"] for cells in _pair_cells(result, pair, notes, shown)]
+    head = ("arm", "base", "read on", "figure", "interval", "n", "margin", "answer")
+    return [*_table(head, body), "", _HOW_TO_READ] if body else []
+
+
+def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
+    """Yield a table row per figure that a comparison is read on."""
+    start, absent = [one_line(pair["arm"]), one_line(pair["base"])], why_absent(result, pair)
+    if "quality" in pair["on"]:
+        shown["savings/quality_delta"] = None
+        shown.update(dict.fromkeys(f"quality/{key}" for key in pair["quality"]))
+        yield from ([*start, *_quality_cells(key, value, notes)] for key, value in pair["quality"].items())
+        if not pair["quality"]:
+            yield [*start, "quality", "-" + notes.mark(absent), "", "", "", ""]
+    for measure in ("training", "serving"):
+        if measure in pair["on"]:
+            shown[f"savings/{measure}"] = None
+            yield [*start, f"{measure} saving", *_saving_cells(pair[measure], notes, absent)]
+            yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
+    if "payback" in pair["on"]:
+        shown["savings/payback_units"] = None
+        yield [*start, "payback", *_payback_cells(pair["payback"], notes, absent)]
+
+
+def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
+    form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
+    margin = percent(value["margin"]) if "margin" in value else "not stated"
+    figure = [key.replace("_", " "), notes.show(value, form), _bounds(value, form).strip()]
+    return [*figure, str(value.get("n", "")), margin, value.get("answer", "")]
+
+
+def _saving_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:
+    form = lambda v: percent(v, sign=True)
+    blocks = str(value.get("blocks", "")) if value else ""
+    return [notes.show(value, form, absent), _bounds(value, form).strip(), blocks, "", ""]
+
+
+def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
+    """Yield what a training saving is made of, where the comparison tells."""
+    share = lambda v: percent(v, sign=True)
+    time = lambda hours: duration(3600 * hours)
+    parts = (("systems", "systems part", share), ("algorithmic", "algorithmic part", share),
+             ("new_spend_saving", "saving in new spending only", share), ("c_arm", "C(arm)", time),
+             ("c_base", "C(base)", time), ("c_opt", "C_opt", time))  # fmt: skip
+    for name, words, form in parts:
+        if value and name in value:
+            shown.update({"savings/c_opt_device_hours": None} if name == "c_opt" else {})
+            yield [f"training: {words}", notes.show(value[name], form), "", "", "", ""]
+
+
+def _payback_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:
+    """Return the payback, and the chance that the arm pays at the declared volume where one was declared."""
+    suffix = f" {value['unit']}s" if value else ""
+    chance = value.get("p_net_positive") if value else None
+    odds = f"P(net > 0) = {notes.show(chance, percent)}" if chance else ""
+    return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", odds]
+
+
+def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    rows = [(name, row) for name, row in zip(labels(result["rows"]), result["rows"], strict=True) if _ran(row)]
+    if not rows:
+        return []
+    names = ("productive", "support", "wasted")
+    shown.update(dict.fromkeys(f"compute/{name}_device_hours" for name in names))
+    body = [
+        [name, *(_share_of_attached(row, part, notes) for part in names), _causes(row, notes), _phases(row)]
+        for name, row in rows
+    ]
+    return _table(("stage", *names, "wasted by", "phases"), body)
+
+
+def _ran(row: Row) -> bool:
+    return row["ledger"]["device_hours"]["attached"]["v"] is not None
+
+
+def _share_of_attached(row: Row, part: str, notes: Footnotes) -> str:
+    hours = row["ledger"]["device_hours"]
+    attached = hours["attached"]["v"]
+    return notes.show(hours[part], lambda v: percent(v / attached) if attached else "0%")
+
+
+def _causes(row: Row, notes: Footnotes) -> str:
+    hours = row["ledger"]["device_hours"]
+    time = lambda v: duration(3600 * v)
+    parts = [f"{cause} {notes.show(value, time)}" for cause, value in hours["wasted_by"].items() if value["v"] != 0]
+    return ", ".join(parts) or "nothing"
+
+
+def _phases(row: Row) -> str:
+    """Return the phases by share of the stage's time, largest first."""
+    phases = row["ledger"]["phases_ns"]
+    total = sum(phases.values())
+    if not total:
+        return "no phase recorded"
+    shares = sorted(((ns / total, name) for name, ns in phases.items()), reverse=True)
+    rest = sum(share for share, _ in shares if share < _SMALL_SHARE)
+    large = [f"{name} {percent(share)}" for share, name in shares if share >= _SMALL_SHARE]
+    return ", ".join(large + ([f"rest {percent(rest)}"] if rest else []))
+
+
+def _notes(result: Result) -> list[str]:
+    lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
+    for name, row in zip(labels(result["rows"]), result["rows"], strict=True):
+        if not is_finished(row):
+            lines.append(f"{name} {what_happened(row)}")
+        elif row["reused"]:
+            lines.append(f"{name} reused from run {row['reused']}: spent 0 here")
+        lines += [f"{name}: the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
+        if not row["ledger"]["meter_valid"]:
+            lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
+    attempts = result["run"]["attempts"]
+    lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
+    given = result["environment"].get("notes") or []
+    lines += [given] if isinstance(given, str) else [str(note) for note in given]
+    return [f"- {_md(line)}" for line in dict.fromkeys(lines)]
+
+
+def _environment(result: Result) -> list[str]:
+    device = result["device"]
+    lines = {"device": f"{device['count']} x {device['name']} ({device['kind']})"}
+    for key, value in result["environment"].items():
+        if key not in _NOT_IN_ENVIRONMENT_TABLE and value is not None:
+            lines[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return _table(("what", "value"), [[key, value] for key, value in lines.items()])
+
+
+def _definitions(shown: Iterable[str]) -> list[str]:
+    metrics = [BY_KEY[key] for key in shown]
+    unit_of = lambda metric: "no unit" if metric.unit == "1" else metric.unit
+    return [f"- `{metric.key}` ({unit_of(metric)}): {_md(metric.meaning)}" for metric in metrics]
+
+
+def _reproduce(result: Result) -> list[str]:
+    """Return the command, indented: a fence could be closed by what the command holds, or by the short form's cut."""
+    command = result["environment"].get("command")
+    return [f"    {one_line(command, 2000)}"] if command else []
+
+
+# -- Markdown ----------------------------------------------------------------------------------------------------------
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([f"## {title}", "", *lines]) if lines else ""
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    rows = [f"| {' | '.join(_md(cell, 300) for cell in cells)} |" for cells in (head, *body)]
+    return [rows[0], f"|{' --- |' * len(head)}", *rows[1:]]
+
+
+def _md(text: object, limit: int = 1000) -> str:
+    return markdown_text(text, limit)
+
+
+def _code(text: object) -> str:
+    return one_line(text, 100).replace("`", "'")

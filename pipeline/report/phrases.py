@@ -1,0 +1,135 @@
+"""Figures of a comparison as phrases of an English sentence, true to their sign, interval and margin."""
+
+from __future__ import annotations
+
+from pipeline.report.numbers import count, percent, points, times
+from pipeline.report.text import one_line
+from pipeline.report.view import RELATIVE, Value, straddles
+
+QUALITY_WORDS = {
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
+    "next_token_accuracy": "next-token accuracy",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "teacher_agreement": "agreement with the teacher",
+}
+_CHEAPER_AS_RATIO = 0.5
+"""Serving savings from here on read better as a ratio: `3.4x cheaper`."""
+
+
+def answer(quality: Value) -> str:
+    """Return a comparison's answer; without one, undecided where the interval is missing or holds both signs."""
+    if "answer" in quality:
+        return quality["answer"]
+    if quality["ci"] is None or straddles(quality):
+        return "undecided"
+    return "better" if quality["v"] > 0 else "worse"
+
+
+def quality_verb(key: str, quality: Value) -> str:
+    """Say how an arm's quality compares with its base's."""
+    if answer(quality) == "equal":
+        return f"keeps the quality within {margin(quality)} ({signed(key, quality['v'])})"
+    if answer(quality) == "undecided":
+        return f"is undecided in quality ({evidence(key, quality)})"
+    return difference(key, quality["v"])
+
+
+def difference(key: str, advantage: float) -> str:
+    """Return a verb phrase for an arm that is better by `advantage` (worse where negative): `needs 2.1% more ...`.
+
+    Args:
+        key: A quality key; bits per byte and perplexity are fractions of the base, the others differences of shares.
+        advantage: Oriented so that higher is better.
+    """
+    words, is_better = QUALITY_WORDS[key], advantage > 0
+    if key == "bits_per_byte":
+        return (
+            f"{'reaches' if is_better else 'needs'} {amount(key, advantage)} {'fewer' if is_better else 'more'} {words}"
+        )
+    if key in RELATIVE:
+        return f"has {amount(key, advantage)} {'lower' if is_better else 'higher'} {words}"
+    return f"has {amount(key, advantage)} {'higher' if is_better else 'lower'} {words}"
+
+
+def amount(key: str, advantage: float) -> str:
+    """Return the size of a difference: `2.1%`, or `1.2 points` for shares."""
+    if key in RELATIVE:
+        return percent(abs(advantage))
+    text = points(abs(advantage))
+    return f"{text} point" if text == "1" else f"{text} points"
+
+
+def signed(key: str, advantage: float) -> str:
+    """Return an oriented difference with its sign, for brackets: `+0.4%`."""
+    return percent(advantage, sign=True) if key in RELATIVE else f"{points(advantage, sign=True)} points"
+
+
+def margin(quality: Value) -> str:
+    """Return the margin within which two arms count as equal, in words."""
+    return f"the margin of {percent(quality['margin'])}" if "margin" in quality else "the margin"
+
+
+def evidence(key: str, quality: Value) -> str:
+    """Return what an undecided quality rests on: difference, interval, margin."""
+    ending = f", margin {percent(quality['margin'])}" if "margin" in quality else ""
+    return f"quality {signed(key, quality['v'])}, {interval(quality, in_points=key not in RELATIVE)}{ending}"
+
+
+def interval(value: Value, *, in_points: bool = False) -> str:
+    """Return a figure's interval: `interval -1.8% to +1.0%`."""
+    if value["ci"] is None:
+        return "no interval"
+    low, high = ((points if in_points else percent)(bound, sign=True) for bound in value["ci"])
+    return f"interval {low} to {high}{' points' if in_points else ''}"
+
+
+def training_verb(saving: Value) -> str:
+    """Say what an arm's training cost against its base's."""
+    v = saving["v"]
+    if straddles(saving):
+        return _undecided("training", saving)
+    if v > 0:
+        return f"trains to the same quality for {percent(v)} fewer device-hours{_basis(saving)}"
+    if v == 0:
+        return f"trains to the same quality for the same device-hours{_basis(saving)}"
+    more = f"{percent(-v)} more" if v > -1 else f"{times(1 - v)} as many"
+    return f"costs {more} device-hours to train to the same quality{_basis(saving)}"
+
+
+def serving_verb(saving: Value) -> str:
+    """Say what an arm costs to serve against its base."""
+    v = saving["v"]
+    if straddles(saving):
+        return _undecided("serving", saving)
+    if v > 0:
+        return f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)} cheaper{_basis(saving)}"
+    if v == 0:
+        return f"serves at the same cost{_basis(saving)}"
+    return f"costs {f'{percent(-v)} more' if v > -1 else f'{times(1 - v)} as much'} to serve{_basis(saving)}"
+
+
+def _undecided(what: str, saving: Value) -> str:
+    return f"is undecided in {what} cost (saving {percent(saving['v'], sign=True)}, {interval(saving)})"
+
+
+def _basis(saving: Value) -> str:
+    return "" if saving["ci"] is not None else " (point estimate, no interval)"
+
+
+def never_pays(payback: Value) -> bool:
+    """Tell whether the figure is null because the arm is not cheaper, which is an answer."""
+    return payback["v"] is None and payback["why_null"].startswith("never")
+
+
+def payback_verb(payback: Value, serving: Value | None) -> str:
+    """Say when an arm has paid for itself; a payback that rests on an undecided saving is said to."""
+    unit = f"{payback['unit']}s"
+    if never_pays(payback):
+        return f"never pays back ({one_line(payback['why_null']).partition(':')[2].strip() or 'not cheaper'})"
+    if serving is not None and straddles(serving):
+        return f"would pay back after {count(payback['v'])} {unit} if the point estimate of its saving held"
+    if payback["v"] == 0:
+        return f"pays back from the first {payback['unit']}"
+    return f"has paid for itself after {count(payback['v'])} {unit}"

@@ -1,0 +1,181 @@
+"""The closing table of a run: plain text, 80 columns, every null with its reason below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.metrics import BY_KEY
+from pipeline.report.numbers import count, duration, percent, significant
+from pipeline.report.text import columns, one_line, pad, shorten, wrap
+from pipeline.report.view import (
+    SERVING_KEY,
+    Footnotes,
+    Pair,
+    Result,
+    Row,
+    device_words,
+    hours_of,
+    hours_word,
+    is_finished,
+    labels,
+    primary_key,
+    quality_direction,
+    run_total,
+    status_word,
+    straddles,
+    unit,
+    why_absent,
+)
+
+WIDTH = 80
+_GAP = 2
+_LONGEST_ARM = 32
+"""Columns an arm's name takes at most, even where the table leaves it more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column right of the arm's name: header lines (the last one lowest), and one cell per row."""
+
+    head: tuple[str, ...]
+    cells: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return max(columns(text) for text in (*self.head, *self.cells))
+
+
+def closing_table(result: Result) -> str:
+    """Return the table of arms and what the run spent, in lines of at most 80 columns."""
+    rows, notes = result["rows"], Footnotes()
+    right = [
+        _status(rows, notes),
+        _time(result, notes),
+        _tokens(rows, notes),
+        _quality(result, notes),
+        _serving(result, notes),
+        *_savings(result, notes),
+    ]
+    table = _laid_out(labels(rows), right) if rows else ["(no stage was reached)"]
+    return "\n".join([*table, *_below(result, notes)])
+
+
+def _status(rows: list[Row], notes: Footnotes) -> _Column:
+    why = lambda row: "" if is_finished(row) else notes.mark(row["why"] or "no reason recorded")
+    return _Column(("status",), tuple(status_word(row) + why(row) for row in rows))
+
+
+def _time(result: Result, notes: Footnotes) -> _Column:
+    """What this invocation spent: a reused stage cost it nothing, and its own figure stands below the table."""
+    form = lambda hours: duration(3600 * hours)
+    cells = (
+        "spent 0" if status_word(row) == "reused" else notes.show(hours_of(row, result), form) for row in result["rows"]
+    )
+    return _Column(tuple(hours_word(result).replace("-", "- ").split()), tuple(cells))
+
+
+def _tokens(rows: list[Row], notes: Footnotes) -> _Column:
+    return _Column(("tokens",), tuple(notes.show(row["ledger"]["counts"]["tokens"], count) for row in rows))
+
+
+def _quality(result: Result, notes: Footnotes) -> _Column:
+    key = primary_key(result)
+    head = "bits/byte" if key == "bits_per_byte" else key.replace("_", " ")
+    form = lambda v: significant(v, 4)
+    cells = tuple(notes.show(row["quality"].get(key), form) for row in result["rows"])
+    return _Column((head, *quality_direction(key).split()), cells)
+
+
+def _serving(result: Result, notes: Footnotes) -> _Column:
+    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant) for row in result["rows"])
+    symbol = BY_KEY[f"serving/{SERVING_KEY}"].unit
+    return _Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)
+
+
+def _savings(result: Result, notes: Footnotes) -> list[_Column]:
+    """Return a column per kind of saving that any comparison was read on; arms it does not speak of stay blank."""
+    found: list[_Column] = []
+    for measure, head in (("training", "train"), ("serving", "serve")):
+        pairs = saving_pairs(result, measure)
+        if pairs:
+            first = {row["arm"]: index for index, row in reversed(list(enumerate(result["rows"])))}
+            cells = [""] * len(result["rows"])
+            for arm, pair in pairs.items():
+                if arm in first:
+                    cells[first[arm]] = _saving(result, pair, measure, notes)
+            found.append(_Column(("saved", head), tuple(cells)))
+    return found
+
+
+def saving_pairs(result: Result, measure: str) -> dict[str, Pair]:
+    """Return, by arm, the first comparison that is read on `training` or `serving`."""
+    pairs: dict[str, Pair] = {}
+    for pair in result["comparisons"]:
+        if measure in pair["on"]:
+            pairs.setdefault(pair["arm"], pair)
+    return pairs
+
+
+def _saving(result: Result, pair: Pair, measure: str, notes: Footnotes) -> str:
+    value = pair[measure]
+    text = notes.show(value, lambda v: percent(v, sign=True), why_absent(result, pair))
+    return text + ("?" if value and value["v"] is not None and straddles(value) else "")
+
+
+def _laid_out(names: list[str], right: list[_Column]) -> list[str]:
+    """Return header and rows; the arm's name takes what the figures leave of the width."""
+    left = WIDTH - sum(column.width + _GAP for column in right)
+    arms = shorten(names, min(left, _LONGEST_ARM))
+    width = max(columns(text) for text in (*arms, "arm"))
+    gap = " " * _GAP
+    height = max(len(column.head) for column in right)
+    heads = [("",) * (height - len(column.head)) + column.head for column in right]
+
+    def line(first: str, cells: list[str]) -> str:
+        padded = [pad(text, right[index].width, right=index > 0) for index, text in enumerate(cells)]
+        return gap.join([pad(first, width), *padded]).rstrip()
+
+    return [
+        *(line("", [head[number] for head in heads]) for number in range(height - 1)),
+        line("arm", [head[-1] for head in heads]),
+        "-" * (width + sum(column.width + _GAP for column in right)),
+        *(line(arm, [column.cells[number] for column in right]) for number, arm in enumerate(arms)),
+    ]
+
+
+def _below(result: Result, notes: Footnotes) -> list[str]:
+    """Return what stands under the table: bases, what was reused, the run's sum, reasons of nulls, verdict."""
+    run = result["run"]
+    time = lambda hours: duration(3600 * hours)
+    spent = f"spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}"
+    total = f"run total {run_total(result, notes)}"
+    paragraphs = [
+        f"{hours_word(result)} ({device_words(result)}): elapsed time x devices used",
+        *_bases(result),
+        *_reused(result, notes),
+        f"{spent}; {total}",
+        *([f"verdict: {one_line(result['verdict'].get('verdict', '-'))}"] if result["verdict"] else []),
+        *(f"{mark} {why}" for mark, why in notes.reasons()),
+    ]
+    return [line for text in paragraphs for line in wrap(text, WIDTH, "    ")]
+
+
+def _bases(result: Result) -> list[str]:
+    parts: list[str] = []
+    for measure, head in (("training", "train"), ("serving", "serve")):
+        by_base: dict[str, list[str]] = {}
+        for arm, pair in saving_pairs(result, measure).items():
+            by_base.setdefault(one_line(pair["base"], 60), []).append(one_line(arm, 60))
+        parts += [f"{head}: {', '.join(arms)} against {base}" for base, arms in by_base.items()]
+    legend = "positive is cheaper, ? its interval holds both signs"
+    return [f"saved, {'; '.join(parts)} ({legend})"] if parts else []
+
+
+def _reused(result: Result, notes: Footnotes) -> list[str]:
+    time = lambda hours: duration(3600 * hours)
+    reused = [row for row in result["rows"] if status_word(row) == "reused"]
+    parts = [
+        f"{name} {notes.show(hours_of(row, result), time)} (run {one_line(row['reused'], 40)})"
+        for name, row in zip(labels(reused), reused, strict=True)
+    ]
+    return [f"reused: {', '.join(parts)}"] if parts else []

@@ -1,0 +1,173 @@
+"""What the reports read from result.json: statuses, labels, the primary quality, and the reasons of nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.metrics import BY_KEY, QUALITY_KEYS
+from pipeline.report.numbers import in_unit, significant, time_unit
+from pipeline.report.text import NO_BREAK, one_line
+from pipeline.stages.settings import BASE
+
+Result = dict[str, Any]
+"""A dict that validates against `pipeline.schema.RESULT_SCHEMA`."""
+Row = dict[str, Any]
+Value = dict[str, Any]
+Pair = dict[str, Any]
+"""One of the result's comparisons."""
+
+SERVING_KEY = "device_s_per_1k_units"
+RELATIVE = frozenset({"bits_per_byte", "perplexity"})
+"""Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
+NOT_RECORDED = "not recorded"
+_PRIMARY = ("bits_per_byte", "accuracy")
+_STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}
+
+
+class Footnotes:
+    """Numbers the reasons of nulls; a reason that comes again keeps its number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, why: object) -> str:
+        """Return the mark `[n]` of a reason."""
+        return f"[{self._numbers.setdefault(one_line(why), len(self._numbers) + 1)}]"
+
+    def show(self, value: Value | None, form: Callable[[float], str], absent: str = NOT_RECORDED) -> str:
+        """Return a figure in its form, or `-` with the mark of why it is null (`absent` where it is not even that)."""
+        if value is None:
+            return "-" + self.mark(absent)
+        return form(value["v"]) if value["v"] is not None else "-" + self.mark(value["why_null"])
+
+    def reasons(self) -> list[tuple[str, str]]:
+        """Return every mark and its reason, in order."""
+        return [(f"[{number}]", why) for why, number in self._numbers.items()]
+
+
+def is_finished(row: Row) -> bool:
+    """Tell whether the stage left an artifact, now or in the run it is reused from."""
+    return row["status"] == "FINISHED"
+
+
+def status_word(row: Row) -> str:
+    """Return `done`, `reused`, `skipped`, `FAILED` or `KILLED`."""
+    word: str = row["status"]
+    return "reused" if is_finished(row) and row["reused"] else _STATUS.get(word, word)
+
+
+def finished_row(result: Result, arm: str) -> Row | None:
+    """Return the newest finished row of an arm."""
+    rows = [row for row in result["rows"] if row["arm"] == arm and is_finished(row)]
+    return rows[-1] if rows else None
+
+
+def unfinished(result: Result) -> list[Row]:
+    """Return the last row of every arm and seed that never got an artifact."""
+    last = {(row["arm"], row["seed"]): row for row in result["rows"] if not is_finished(row)}
+    done = {(row["arm"], row["seed"]) for row in result["rows"] if is_finished(row)}
+    return [row for key, row in last.items() if key not in done]
+
+
+def what_happened(row: Row) -> str:
+    """Say why a row has no artifact: `skipped: no CUDA device`."""
+    word = {"SKIPPED": "was skipped", "FAILED": "FAILED", "KILLED": "was killed"}[row["status"]]
+    return f"{word}: {one_line(row['why'] or 'no reason recorded')}"
+
+
+def why_missing(result: Result, arm: str) -> str | None:
+    """Say why an arm has no artifact; None where it has one. `base` is the given model and always there."""
+    if arm == BASE or finished_row(result, arm) is not None:
+        return None
+    return next((what_happened(row) for row in reversed(result["rows"]) if row["arm"] == arm), "did not run")
+
+
+def why_absent(result: Result, pair: Pair) -> str:
+    """Say why a comparison lacks a figure: an arm without an artifact, where there is one."""
+    missing = ((arm, why_missing(result, arm)) for arm in (pair["arm"], pair["base"]))
+    return next((f"{one_line(arm, 60)} {why}" for arm, why in missing if why is not None), NOT_RECORDED)
+
+
+def seeds(result: Result) -> list[int]:
+    """Return the seeds of the finished rows."""
+    return sorted({row["seed"] for row in result["rows"] if is_finished(row)})
+
+
+def labels(rows: list[Row]) -> list[str]:
+    """Return a name per row: the arm, with seed and attempt only where they tell rows apart."""
+    many_seeds = len({row["seed"] for row in rows}) > 1
+    tries: dict[tuple[str, int], int] = {}
+    for row in rows:
+        tries[row["arm"], row["seed"]] = tries.get((row["arm"], row["seed"]), 0) + 1
+    return [
+        one_line(row["arm"])
+        + (f" s{row['seed']}" if many_seeds else "")
+        + (f" #{row['attempt']}" if tries[row["arm"], row["seed"]] > 1 else "")
+        for row in rows
+    ]
+
+
+def primary_key(result: Result) -> str:
+    """Return the quality that decides: bits per byte or accuracy, else the first that any row carries."""
+    carried = {key for row in result["rows"] for key in row["quality"]}
+    return next((key for key in (*_PRIMARY, *QUALITY_KEYS) if key in carried), _PRIMARY[0])
+
+
+def primary_of(pair: Pair) -> str | None:
+    """Return the key of the quality that a comparison is read on."""
+    return next((key for key in (*_PRIMARY, *QUALITY_KEYS) if key in pair["quality"]), None)
+
+
+def quality_direction(key: str) -> str:
+    """Return `lower better` or `higher better`."""
+    return "higher better" if BY_KEY[f"quality/{key}"].direction > 0 else "lower better"
+
+
+def unit(result: Result) -> str:
+    """Return what serving and payback count: `token` or `example`."""
+    stated = next((pair["payback"]["unit"] for pair in result["comparisons"] if pair["payback"]), None)
+    return stated or ("example" if primary_key(result) == "accuracy" else "token")
+
+
+def on_gpu(result: Result) -> bool:
+    """Tell whether device-hours of this run are GPU-hours."""
+    return result["device"]["kind"] == "cuda"
+
+
+def device_words(result: Result) -> str:
+    """Return the devices in words: `1 CPU host`, `8 x NVIDIA H200`."""
+    device = result["device"]
+    name = "CPU host" if device["kind"] == "cpu" else one_line(device["name"], 60)
+    return f"{device['count']} {name}" if device["kind"] == "cpu" else f"{device['count']} x {name}"
+
+
+def hours_word(result: Result) -> str:
+    """Return `GPU-hours` or `device-hours`: GPU-hours are the name on GPUs only."""
+    return "GPU-hours" if on_gpu(result) else "device-hours"
+
+
+def hours_of(row: Row, result: Result) -> Value:
+    """Return the attached hours of a row: GPU-hours on GPUs, else device-hours."""
+    ledger = row["ledger"]
+    return ledger["gpu_hours"]["attached"] if on_gpu(result) else ledger["device_hours"]["attached"]
+
+
+def straddles(value: Value) -> bool:
+    """Tell whether a saving's interval holds both signs."""
+    interval = value.get("ci")
+    return interval is not None and interval[0] <= 0 <= interval[1]
+
+
+def run_total(result: Result, notes: Footnotes) -> str:
+    """Return `90.0 min = work 71.0 + ... + overhead 3.0`, all in one unit so that the sum can be checked by eye."""
+    hours = result["run"]["device_hours"]
+    total_s = 3600 * (hours["total"]["v"] or 0.0)
+    per_unit, symbol = time_unit(total_s)
+    decimals = len(significant(total_s / per_unit).partition(".")[2])
+    form = lambda h: in_unit(3600 * h, per_unit, decimals)
+    parts = [
+        f"{name}{NO_BREAK}{notes.show(hours[name], form)}"
+        for name in ("work", "assess", "retry", "compare", "overhead")
+    ]
+    return f"{notes.show(hours['total'], form)}{NO_BREAK}{symbol} = {' + '.join(parts)}"
