@@ -1,0 +1,88 @@
+"""Batches as a pure function of (seed, step): resuming at a step needs no iterator state.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from pipeline.data.encode import Encoded
+from pipeline.errors import UserError
+
+IGNORE = -100  # torch's ignore_index
+
+
+class _Shuffled:
+    """Row numbers of each step: epochs are permutations seeded with (seed, epoch), read one after another."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
+
+    def rows(self, step: int) -> np.ndarray:
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.array([self._order(int(place // self.num_rows))[place % self.num_rows] for place in places])
+
+
+class PackedBatches:
+    """Documents laid end to end and cut into windows of exactly `sequence_length`, boundaries respected.
+
+    `position_ids` restart at every document and window, which is how a model tells documents apart; a label is the
+    next token of the same document, or IGNORE.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded], *, sequence_length: int, batch_size: int, seed: int) -> None:
+        ids = np.concatenate([item.input_ids for item in encoded])
+        labels = np.concatenate([_next_tokens(item) for item in encoded])
+        starts = np.concatenate([np.arange(len(item.input_ids)) for item in encoded])
+        self.num_rows = len(ids) // sequence_length
+        if not self.num_rows:
+            raise UserError(
+                "data", f"all of train is {len(ids)} tokens, less than one sequence", "give more, or a shorter length"
+            )
+        shape = (self.num_rows, sequence_length)
+        used = self.num_rows * sequence_length
+        self._ids, self._labels = ids[:used].reshape(shape), labels[:used].reshape(shape)
+        self._positions = np.minimum(starts[:used].reshape(shape), np.arange(sequence_length))
+        self._shuffled = _Shuffled(self.num_rows, batch_size, seed)
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """Return `input_ids, labels, position_ids`, each (B, T) int64."""
+        rows = self._shuffled.rows(step)
+        arrays = {"input_ids": self._ids, "labels": self._labels, "position_ids": self._positions}
+        return {name: torch.from_numpy(array[rows].astype(np.int64)) for name, array in arrays.items()}
+
+
+def _next_tokens(item: Encoded) -> np.ndarray:
+    following = np.full(len(item.input_ids), IGNORE, dtype=np.int32)
+    following[:-1] = np.where(item.targets[1:], item.input_ids[1:], IGNORE)
+    return following
+
+
+class PaddedBatches:
+    """Examples of classification, padded on the right to the longest of the batch."""
+
+    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int, seed: int, pad_id: int) -> None:
+        self.num_rows = len(encoded)
+        self._encoded, self._pad_id = encoded, pad_id
+        self._shuffled = _Shuffled(self.num_rows, batch_size, seed)
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """Return `input_ids, attention_mask` (B, T) and `labels` (B,), int64."""
+        items = [self._encoded[row] for row in self._shuffled.rows(step)]
+        longest = max(len(item.input_ids) for item in items)
+        ids = np.full((len(items), longest), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, item in enumerate(items):
+            ids[row, : len(item.input_ids)] = item.input_ids
+            mask[row, : len(item.input_ids)] = 1
+        labels = torch.tensor([item.label for item in items])
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": labels}

@@ -1,0 +1,73 @@
+"""The command line as a user meets it: lists, refusals, exit codes, and nothing heavy imported for any of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*args: str, cwd: str | None = None, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *flags, "-m", "pipeline", *args], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+def test_alone_it_lists_the_recipes_with_their_questions() -> None:
+    done = run()
+    assert done.returncode == 0
+    for name in ("baseline", "distill", "full", "mixed_precision", "quantize"):
+        assert f"  {name} " in done.stdout
+    assert "Is a distilled student worth it?" in done.stdout
+
+
+REFUSED = {
+    "recipe=": "recipe: is empty",
+    "recipe=distil": "did you mean distill?",
+    "training.steps=3": "recipe: none is named",
+    "recipe=distill training.stepz=3": "training.stepz: there is no such setting; did you mean training.steps?",
+    "recipe=distill training.steps=x": "training.steps: value 'x' of type 'text' could not be converted to Integer",
+    "recipe=distill training.steps=-1": "training.steps: -1 is out of range; give a number of at least 0",
+    "recipe=distill precision=bf17": "precision: there is no 'bf17'; did you mean bf16?",
+    "recipe=distill stages.student.tempratur=2": "did you mean stages.student.temperature?",
+    "recipe=distill stages.student.teacher=control_steps": "'control_steps' comes later in the recipe",
+    "recipe=distill stages.student.teacher=nobody": "there is no stage 'nobody'",
+    "recipe=distill data.path=/nowhere": "data.path: /nowhere does not exist",
+    "recipe=distill task=sequence_classification": "use data=stdlib_labels",
+    "recipe=distill +x=1": "+x: adds a setting that nothing reads",
+    "recipe=distill seeds=[1,1]": "seeds: [1, 1] is no list of different seeds",
+    "recipe=distill cost.per_device_hour=2": "cost.source: a rate without its source",
+    "recipe=distill training.batch_size=10 training.gradient_accumulation=3": "3 does not divide batch_size 10",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refusal_is_one_line_and_exit_1(line: str) -> None:
+    done = run(*line.split())
+    assert done.returncode == 1
+    assert REFUSED[line] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_parsed_exits_2() -> None:
+    assert run("recipe=distill", "steps").returncode == 2
+    assert run("recipe=distill", "--nonsense").returncode == 2
+
+
+def test_a_copied_recipe_works(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "# Is mine better?\ndefaults:\n  - /stage@stages.only: train\nprimary_arm: only\nstages: {only: {steps: 7}}\n"
+    )
+    done = run("--recipe-dir", str(tmp_path), "recipe=mine", "--cfg", "job", cwd=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "question: Is mine better?" in done.stdout
+    assert "steps: 7" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["--help", "recipe=distill --cfg job", "recipe=distill training.steps=x"])
+def test_nothing_heavy_is_imported(line: str) -> None:
+    done = run(*line.split(), flags=("-X", "importtime"))
+    imported = {row.rpartition("|")[2].strip().partition(".")[0] for row in done.stderr.splitlines() if "|" in row}
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers", "mlflow", "bitsandbytes", "numpy"})
