@@ -98,20 +98,20 @@ def _savings(result: Result, notes: Footnotes) -> list[_Column]:
     for measure, head in (("training", "train"), ("serving", "serve")):
         pairs = saving_pairs(result, measure)
         if pairs:
-            first = {row["arm"]: index for index, row in reversed(list(enumerate(result["rows"])))}
-            cells = [""] * len(result["rows"])
-            for arm, pair in pairs.items():
-                if arm in first:
-                    cells[first[arm]] = _saving(result, pair, measure, notes)
+            arms = [row["arm"] for row in result["rows"]]
+            cells = [""] * len(arms)
+            for arm, pair in pairs.items():  # a saving is over all seeds: it stands in the arm's first row
+                cells[arms.index(arm)] = _saving(result, pair, measure, notes)
             found.append(_Column(("saved", head), tuple(cells)))
     return found
 
 
 def saving_pairs(result: Result, measure: str) -> dict[str, Pair]:
-    """Return, by arm, the first comparison that is read on `training` or `serving`."""
+    """Return, by arm of the table, the first comparison that is read on `training` or `serving`."""
+    arms = {row["arm"] for row in result["rows"]}
     pairs: dict[str, Pair] = {}
     for pair in result["comparisons"]:
-        if measure in pair["on"]:
+        if measure in pair["on"] and pair["arm"] in arms:
             pairs.setdefault(pair["arm"], pair)
     return pairs
 

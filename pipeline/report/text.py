@@ -16,8 +16,8 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 def one_line(text: object, limit: int = 400) -> str:
     """Return `text` on one line, without escape sequences, control or invisible characters, cut at `limit`."""
-    plain = " ".join(_ANSI.sub("", str(text)).split())
-    plain = "".join(char for char in plain if not unicodedata.category(char).startswith("C"))
+    visible = (c for c in _ANSI.sub("", str(text)) if c.isspace() or not unicodedata.category(c).startswith("C"))
+    plain = " ".join("".join(visible).split())
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 

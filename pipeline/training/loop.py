@@ -1,0 +1,228 @@
+"""The one training loop: every stage that trains goes through `train`.
+
+Learning rate and batches are pure functions of the step, so that resuming needs weights, optimizer and generators
+only. The loop never waits for the device to read a loss: readings arrive a few steps late.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Precision, PrecisionConfig, TrainingConfig
+from pipeline.errors import StageFailed
+from pipeline.ledger.phases import PhaseClock
+from pipeline.training import checkpoint
+from pipeline.training.objective import Objective, StepLoss
+from pipeline.training.schedule import is_constant, learning_rate
+
+LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
+SMOOTHING = 0.9
+
+
+class Batches(Protocol):
+    """What the loop trains on: batches as a pure function of the step."""
+
+    def batch(self, step: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """All state of a training run beside weights, optimizer and generators; plain JSON."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
+    ce: float = 0.0  # sums over the readings of the last tenth
+    kl: float = 0.0
+    smooth: float | None = None
+    best: float | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop asks of its surroundings."""
+
+    validate: Callable[[], float]
+    flops: Callable[[dict[str, Tensor]], float]
+    points: Callable[[int, dict[str, float]], None]
+    checkpointed: Callable[[int], None]
+    should_stop: Callable[[], type[Exception] | None]
+    advance: Callable[[int, int], None]  # steps done, tokens done
+
+
+def train(
+    model: Any,
+    batches: Batches,
+    objective: Objective,
+    *,
+    settings: TrainingConfig,
+    precision: PrecisionConfig,
+    folder: Path,
+    clock: PhaseClock,
+    hooks: Hooks,
+) -> Progress:
+    """Train `model` in place for `settings.steps`, going on from the newest checkpoint in `folder`.
+
+    Raises:
+        StageFailed: If the loss is NaN or diverges.
+        Exception: What `hooks.should_stop` names, after a checkpoint.
+    """
+    optimizer = _optimizer(model, settings, objective.device)
+    scaler = torch.amp.GradScaler(
+        objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
+    )
+    progress = _resume(folder, model, optimizer, scaler, clock)
+    pending: deque[tuple[int, StepLoss, Any]] = deque()
+    last_saved = time.monotonic()
+    eval_every = settings.eval_every or max(1, math.ceil(settings.steps / 5))
+    model.train()
+    while progress.step < settings.steps:
+        before = clock.now_ns()
+        _step(model, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+        progress.step_ns += clock.now_ns() - before
+        _read(pending, progress, settings, hooks, clock, drain=progress.step == settings.steps)
+        if progress.step % eval_every == 0 or progress.step == settings.steps:
+            _validate(progress, settings, hooks, clock)
+        stop = hooks.should_stop()
+        due = time.monotonic() - last_saved > settings.checkpoint_seconds
+        if settings.checkpoint_every is not None:
+            due = progress.step % settings.checkpoint_every == 0
+        if (due or stop is not None) and progress.step < settings.steps:
+            _read(pending, progress, settings, hooks, clock, drain=True)
+            _save(folder, model, optimizer, scaler, progress, clock, hooks)
+            last_saved = time.monotonic()
+        if stop is not None:
+            raise stop(f"stopped after step {progress.step} of {settings.steps}; the same command goes on from there")
+    return progress
+
+
+def _optimizer(model: Any, settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused; biases and norms are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=fused)
+
+
+def _resume(folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock) -> Progress:
+    with clock.phase("checkpoint"):
+        found = checkpoint.newest(folder)
+        if found is None:
+            return Progress()
+        extra = checkpoint.load(found[0], model, optimizer)
+        scaler.load_state_dict(extra["scaler"])
+        return Progress(**extra["progress"])
+
+
+def _step(
+    model: Any, batches: Batches, objective: Objective, optimizer: Any, scaler: Any, settings: TrainingConfig,
+    progress: Progress, pending: deque[tuple[int, StepLoss, Any]], clock: PhaseClock, hooks: Hooks,
+) -> None:  # fmt: skip
+    """Run one optimizer step: its micro-batches forward and backward, clip, update."""
+    with clock.phase("data_wait"):
+        batch = batches.batch(progress.step)
+        micro = [dict(zip(batch, part, strict=True)) for part in zip(
+            *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()), strict=True)]  # fmt: skip
+        counts = [int((part["labels"] != -100).sum()) for part in micro]
+    for part, count in zip(micro, counts, strict=True):
+        if not count:
+            continue
+        done = objective(part)
+        with clock.phase("backward"):
+            scaler.scale(done.loss * (count / sum(counts))).backward()
+            pending.append((progress.step, done, _mark(objective.device)))
+    with clock.phase("optimizer"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress.step, settings)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.examples += len(batch["labels"])
+    mask = batch.get("attention_mask")
+    progress.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+    progress.flops += hooks.flops(batch)
+    hooks.advance(progress.step, progress.tokens)
+
+
+def _mark(device: torch.device) -> Any:
+    """Return an event that tells when the device has come this far; None where there is nothing to wait for."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _read(
+    pending: deque[tuple[int, StepLoss, Any]], progress: Progress, settings: TrainingConfig, hooks: Hooks,
+    clock: PhaseClock, *, drain: bool,
+) -> None:  # fmt: skip
+    """Take the losses that have arrived; waiting for the device here is its computing, so it is booked as such."""
+    while pending and (drain or pending[0][2] is None or len(pending) > LATE * settings.gradient_accumulation):
+        step, done, event = pending.popleft()
+        if event is not None:
+            with clock.phase("backward"):
+                event.synchronize()
+        with clock.phase("log"):
+            _account(step, done, progress, settings, hooks)
+
+
+def _account(step: int, done: StepLoss, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
+    """Book one loss reading; stop on NaN and on divergence."""
+    loss, ce, kl = done.loss.item(), done.parts.ce.item() / done.count, done.parts.kl.item() / done.count
+    if not math.isfinite(loss):
+        raise StageFailed(
+            f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use precision=bf16 or fp32"
+        )
+    smooth = loss if progress.smooth is None else SMOOTHING * progress.smooth + (1 - SMOOTHING) * loss
+    progress.smooth = smooth
+    progress.best = smooth if progress.best is None else min(progress.best, smooth)
+    if smooth > settings.divergence_factor * max(progress.best, 0.05):
+        raise StageFailed(
+            f"the loss diverged: {smooth:.3g} at step {step + 1} after a best of {progress.best:.3g}; "
+            "lower training.learning_rate or raise training.divergence_factor"
+        )
+    if step >= 0.9 * settings.steps:
+        progress.ce += ce
+        progress.kl += kl
+    hooks.points(step + 1, {"loss": loss, "ce": ce, "kl": kl, "learning_rate": learning_rate(step, settings)})
+
+
+def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:
+    with clock.phase("eval"):
+        metric = hooks.validate()
+    reading = {
+        "step": progress.step, "tokens": progress.tokens, "metric": metric, "seconds": progress.step_ns / 1e9,
+        "constant": float(is_constant(progress.step, settings)),
+    }  # fmt: skip
+    progress.curve.append(reading)
+    hooks.points(progress.step, {"validation": metric})
+
+
+def _save(
+    folder: Path, model: Any, optimizer: Any, scaler: Any, progress: Progress, clock: PhaseClock, hooks: Hooks
+) -> None:
+    from pipeline.store import plain
+
+    with clock.phase("checkpoint"):
+        extra = {"progress": plain(progress), "scaler": scaler.state_dict()}
+        checkpoint.save(folder, progress.step, model, optimizer, extra)
+    hooks.checkpointed(progress.step)

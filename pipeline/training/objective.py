@@ -1,0 +1,178 @@
+"""What a step minimises: hard labels, or hard labels and a teacher. One class per task, one loss definition for both.
+
+Shape legend: B rows, T tokens, N predicted tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Precision, Task
+from pipeline.data.batches import IGNORE
+from pipeline.distillation.head import Head, LossParts, distillation_terms, head_loss
+from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.training.precision import arithmetic, compute_dtype
+
+HEAD_TOLERANCE = 1e-3  # of fp32 logits against head(hidden); a soft cap or a logit scale is far beyond it
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A frozen model, the arithmetic it runs in, and how its signal is mixed."""
+
+    model: Any
+    precision: Precision
+    temperature: float
+    ce_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """The mean loss of a micro-batch (differentiable), its unweighted sums, and how many targets it has."""
+
+    loss: Tensor
+    parts: LossParts
+    count: int
+
+
+class Objective:
+    """Computes the loss of a batch for one task, with or without a teacher."""
+
+    def __init__(
+        self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
+        teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.task, self.precision = model, task, precision
+        self.device, self.clock, self.teacher = device, clock, teacher
+        self.vocabulary = None if teacher is None else shared_vocabulary(model, teacher.model, task)
+
+    def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
+        """Return the loss of `batch` (CPU tensors as the batches give them)."""
+        with self.clock.phase("h2d"):
+            labels = batch["labels"].flatten()
+            keep = (labels != IGNORE).nonzero().flatten()  # on the host: no synchronisation later
+            on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            keep_there, targets = keep.to(self.device), labels[keep].to(self.device)
+        inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
+        compute = self._causal if self.task is Task.causal_lm else self._classes
+        return compute(inputs, keep_there, targets)
+
+    def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
+        teacher = self.teacher
+        more: dict[str, Any] = {}
+        if teacher is not None:
+            with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
+                more = {
+                    "teacher_hidden": hidden_states(teacher.model, inputs).flatten(0, 1)[keep],
+                    "teacher_head": Head.of(teacher.model), "teacher_dtype": compute_dtype(teacher.precision),
+                    "temperature": teacher.temperature, "ce_weight": teacher.ce_weight,
+                }  # fmt: skip
+        with self.clock.phase("forward"), arithmetic(self.precision, self.device):
+            hidden = hidden_states(self.model, inputs).flatten(0, 1)[keep]
+            loss, parts = head_loss(
+                hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
+                vocabulary=self.vocabulary, **more,
+            )  # fmt: skip
+        return StepLoss(loss, parts, len(targets))
+
+    def _classes(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
+        teacher, teacher_logits = self.teacher, None
+        if teacher is not None:
+            with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
+                teacher_logits = teacher.model(**inputs).logits
+        with self.clock.phase("forward"), arithmetic(self.precision, self.device):
+            logits = self.model(**inputs).logits
+            with torch.no_grad():
+                ce, kl, gradient = distillation_terms(
+                    logits, teacher_logits, targets,
+                    temperature=1.0 if teacher is None else teacher.temperature,
+                    ce_weight=1.0 if teacher is None else teacher.ce_weight,
+                )  # fmt: skip
+            weight = 1.0 if teacher is None else teacher.ce_weight
+            value = (weight * ce + (1 - weight) * kl) / len(targets)
+            # The value of the loss with the gradient just made: one definition serves both tasks.
+            surrogate = (logits.float() * (gradient / len(targets))).sum()
+            loss = surrogate + (value - surrogate).detach()
+        return StepLoss(loss, LossParts(ce, kl), len(targets))
+
+
+def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the hidden states that the output head reads, (B, T, H)."""
+    body = model.base_model
+    return body(**inputs, use_cache=False).last_hidden_state
+
+
+def check_body(model: Any, device: torch.device) -> None:
+    """Refuse a model whose logits are not head(hidden states), or that reads across packed documents.
+
+    Raises:
+        UserError: If it caps or scales its logits, or does not restart attention where `position_ids` do.
+    """
+    head = Head.of(model)
+    size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    first, second = (torch.arange(start, start + 6, device=device).remainder(size) for start in (3, 11))
+    pair = {
+        "input_ids": torch.cat([first, second])[None],
+        "position_ids": torch.arange(6, device=device).repeat(2)[None],
+    }
+    alone = {"input_ids": second[None], "position_ids": torch.arange(6, device=device)[None]}
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        packed, single = hidden_states(model, pair), hidden_states(model, alone)
+        logits = model(**alone).logits
+        ours = torch.nn.functional.linear(single, head.weight, head.bias)
+    model.train(training)
+    scale = logits.abs().max().clamp(min=1e-6)
+    if (logits - ours).abs().max() > HEAD_TOLERANCE * scale:
+        raise UserError("model.path", f"{type(model).__name__} changes its logits after the head", "use another model")
+    if (packed[:, 6:] - single).abs().max() > HEAD_TOLERANCE * single.abs().max():
+        raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
+
+
+def shared_vocabulary(student: Any, teacher: Any, task: Task) -> int:
+    """Return how many outputs both models share; inside one family they may differ by padding.
+
+    Raises:
+        UserError: If classification heads differ in size.
+    """
+    if task is Task.sequence_classification:
+        ours, theirs = student.config.num_labels, teacher.config.num_labels
+        if ours != theirs:
+            raise UserError("student", f"has {ours} classes, its teacher {theirs}", "use models of the same classes")
+        return ours
+    return min(Head.of(student).weight.shape[0], Head.of(teacher).weight.shape[0])
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse a teacher that numbers tokens differently.
+
+    Raises:
+        UserError: Naming the first token that differs.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])))[0]
+    raise UserError(
+        "student.path",
+        f"its tokenizer differs from the teacher's (token {token!r}: {ours.get(token)} against {theirs.get(token)})",
+        "use a student of the teacher's family",
+    )
+
+
+def parameter_hash(model: Any) -> str:
+    """Return a SHA-256 over all parameters and buffers: equal before and after, the model was frozen."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(name.encode())
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+

@@ -1,0 +1,187 @@
+"""What `train` and `distill` share: build model, batches and objective, run the loop, save the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.assess.scoring import validation_metric
+from pipeline.config import Task, TrainingConfig
+from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.encode import encode_all
+from pipeline.errors import StageFailed
+from pipeline.ledger.flops import FlopsPerSequence, count_flops
+from pipeline.models import load_model, load_tokenizer, make_student, save_model
+from pipeline.stages.context import Context, Output
+from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.training.loop import Hooks, Progress, train
+from pipeline.training.objective import (
+    Objective,
+    Teacher,
+    check_body,
+    check_tokenizers,
+    parameter_hash,
+)
+from pipeline.training.precision import arithmetic
+from pipeline.values import Value, derive, estimated, measured, null
+
+if TYPE_CHECKING:
+    from pipeline.stages.distill import DistillStage
+    from pipeline.stages.train import TrainStage
+    from pipeline.store import Artifact
+
+VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
+
+
+def run_training(
+    stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context
+) -> Output:
+    """Train (or distil) as `stage` says and save the model into `ctx.out`."""
+    settings = planned_settings(stage, ctx)
+    torch.manual_seed(ctx.seed)
+    with ctx.clock.phase("model_load"):
+        model, tokenizer = start_weights(stage.model, inputs, ctx)
+        model.to(ctx.device)
+    if settings.steps == 0:
+        with ctx.clock.phase("checkpoint"):
+            save_model(model, tokenizer, ctx.out)
+        return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
+    teacher = None if distill is None else _load_teacher(distill, inputs, tokenizer, ctx)
+    precision = training_precision(stage, ctx.run)
+    with ctx.clock.phase("prepare"):
+        if ctx.run.task is Task.causal_lm:
+            for checked in [model] if teacher is None else [model, teacher.model]:
+                check_body(checked, ctx.device)
+        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher)
+        batches = _batches(tokenizer, settings, ctx)
+        validate = _validation(model, tokenizer, settings, precision, ctx)
+        own = count_flops(model.config, ctx.run.task, backward=True)
+        extra = None if teacher is None else count_flops(teacher.model.config, ctx.run.task, backward=False)
+    frozen = None if teacher is None else parameter_hash(teacher.model)
+    if settings.compile:
+        with ctx.clock.phase("compile"):
+            model.compile()
+    with ctx.progress(f"{ctx.stage}", settings.steps) as advance:
+        hooks = Hooks(
+            validate=validate, flops=lambda batch: _flops(batch, own, extra), points=ctx.points,
+            checkpointed=ctx.checkpointed, should_stop=ctx.should_stop, advance=advance,
+        )  # fmt: skip
+        progress = train(
+            model, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
+            clock=ctx.clock, hooks=hooks,
+        )  # fmt: skip
+    if teacher is not None and parameter_hash(teacher.model) != frozen:
+        raise StageFailed(f"stage {ctx.stage}: the teacher's parameters changed while the student trained")
+    with ctx.clock.phase("checkpoint"):
+        save_model(model, tokenizer, ctx.out)
+    return _output(progress, own, extra, settings, distill, objective)
+
+
+def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
+    """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs would have bought.
+
+    Raises:
+        StageFailed: If the matched stage has no FLOP count.
+    """
+    settings = training_settings(stage, ctx.run)
+    if not getattr(stage, "match_compute", False):
+        return settings
+    flops = None if ctx.matched is None else ctx.matched.counts["model_flops"].v
+    per_step = None if ctx.matched is None else ctx.matched.flops_per_step
+    if flops is None or per_step is None:
+        raise StageFailed(f"stage {ctx.stage}: {stage.like} counted no FLOPs to match")
+    settings.steps = max(1, int(flops // per_step))
+    return settings
+
+
+def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context) -> tuple[Any, Any]:
+    """Return the model and tokenizer that `name` stands for (an arm, or the student's initial weights)."""
+    run, labels = ctx.run, ctx.data.labels
+    if name != STUDENT_INIT:
+        path = inputs[name].path
+        return load_model(path, run.task, labels=labels), load_tokenizer(path)
+    source = inputs[student_source(run)].path if run.student.path is None else ctx.out
+    return make_student(run.student, source, run.task, labels)
+
+
+def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context) -> Teacher:
+    with ctx.clock.phase("model_load"):
+        path = inputs[stage.teacher].path
+        model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
+        model.requires_grad_(requires_grad=False)
+        check_tokenizers(tokenizer, load_tokenizer(path))
+    precision = stage.teacher_precision or training_precision(stage, ctx.run)
+    return Teacher(model, precision, stage.temperature, stage.ce_weight)
+
+
+def _batches(tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
+    encoded = encode_all(
+        ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length
+    )
+    if ctx.run.task is Task.causal_lm:
+        return PackedBatches(
+            encoded, sequence_length=settings.sequence_length, batch_size=settings.batch_size, seed=ctx.seed
+        )
+    return PaddedBatches(encoded, batch_size=settings.batch_size, seed=ctx.seed, pad_id=tokenizer.pad_token_id)
+
+
+def _validation(model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context) -> Callable[[], float]:
+    documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
+    encoded = encode_all(
+        documents[: settings.eval_documents], tokenizer, ctx.run.task,
+        max_length=settings.sequence_length, max_bytes=VALIDATION_BYTES,
+    )  # fmt: skip
+
+    def validate() -> float:
+        with arithmetic(precision, ctx.device):
+            return validation_metric(
+                model, encoded, ctx.run.task, sequence_length=settings.sequence_length,
+                batch_size=settings.batch_size, device=ctx.device, pad_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+
+    return validate
+
+
+def _flops(batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None) -> float:
+    rows, length = batch["input_ids"].shape
+    return rows * (own(length) + (0.0 if teacher is None else teacher(length)))
+
+
+def _no_counts() -> dict[str, Value]:
+    nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0)}
+    return {**nothing, "distillation_share": null("no distillation in this stage")}
+
+
+def _output(
+    progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, settings: TrainingConfig,
+    distill: DistillStage | None, objective: Objective,
+) -> Output:  # fmt: skip
+    counts = {
+        "steps": measured(progress.step), "tokens": measured(progress.tokens),
+        "examples": measured(progress.examples), "model_flops": estimated(progress.flops),
+        "distillation_share": _share(progress, distill),
+    }  # fmt: skip
+    notes: list[str] = []
+    teacher_model = None if objective.teacher is None else objective.teacher.model
+    if teacher_model is not None and teacher_model.config.vocab_size != objective.model.config.vocab_size:
+        notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
+    whole = own(settings.sequence_length) + (0.0 if teacher is None else teacher(settings.sequence_length))
+    share = own(settings.sequence_length) / whole
+    return Output(
+        counts=counts, flops_per_step=share * progress.flops / progress.step, curve=progress.curve,
+        seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _share(progress: Progress, distill: DistillStage | None) -> Value:
+    """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
+    if distill is None:
+        return null("no distillation in this stage")
+    kl, ce = (1 - distill.ce_weight) * progress.kl, distill.ce_weight * progress.ce
+    if kl + ce == 0:
+        return null("the loss is zero")
+    return derive(lambda part, rest: part / (part + rest), measured(kl), measured(ce))
+
+

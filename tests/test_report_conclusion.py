@@ -1,0 +1,294 @@
+"""The conclusion: every recipe with better, worse, equal, undecided and null arms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from make_result import (
+    ARMS,
+    make_pair,
+    make_quality,
+    make_result,
+    make_row,
+    make_saving,
+    make_unfinished,
+    null,
+    value,
+)
+
+from pipeline.report.conclusion import conclude, turned
+from pipeline.report.phrases import difference
+
+NEVER = null("never: not cheaper", unit="token")
+CENSORED = null("censored: not reached in 200 steps", ci=None)
+
+
+def _with(recipe: str, *pairs: dict[str, Any], **changes: Any) -> str:
+    return conclude(make_result(recipe, comparisons=list(pairs), **changes))
+
+
+def _distill(compute: dict[str, Any], steps: dict[str, Any], serving: dict[str, Any], payback: dict[str, Any]) -> str:
+    teacher = make_pair("student", "teacher", quality=make_quality(-0.1, "worse"), serving=serving, payback=payback)
+    return _with(
+        "distill",
+        make_pair("student", "control_steps", quality=steps),
+        teacher,
+        make_pair("student", "control_compute", quality=compute, training=CENSORED),
+    )
+
+
+def test_distill_that_lost_to_its_compute_control() -> None:
+    # The control's bits are 1 / 1.1 of the student's: 9.1% fewer; serving at 1 - 0.706 = 0.294 of the cost is 3.4x.
+    text = _distill(
+        make_quality(-0.1, "worse"), make_quality(0.021, "better"), make_saving(0.706), value(1.2e6, unit="token")
+    )
+    assert text == (
+        "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1% fewer bits per byte than "
+        "the distilled student; the student's training saving: not measurable here: censored: not reached in 200 steps; "
+        "at equal tokens (control_steps) distillation adds 2.1% (fewer bits per byte); against its teacher, the student "
+        "needs 10% more bits per byte, serves 3.4x cheaper and has paid for itself after 1.2 M tokens; one seed."
+    )
+
+
+def test_distill_that_won_against_its_compute_control() -> None:
+    text = _distill(make_quality(0.05, "better"), make_quality(-0.03, "worse"), make_saving(-0.12), NEVER)
+    assert text.startswith(
+        "Given the same FLOPs without a teacher (control_compute), the same model needs 5.3% more bits"
+    )
+    assert "distillation costs 3% (more bits per byte)" in text
+    assert "costs 12% more to serve and never pays back (not cheaper)" in text
+    assert "cheaper;" not in text
+    assert "paid for itself" not in text
+
+
+def test_distill_undecided_gives_its_intervals() -> None:
+    undecided = make_quality(-0.004, "undecided", half=0.014)
+    text = _distill(undecided, undecided, make_saving(0.005, half=0.025), value(9e7, unit="token"))
+    interval = "quality -0.4%, interval -1.8% to +1%, margin 1%"
+    assert text.startswith(
+        "Given the same FLOPs without a teacher (control_compute), whether the same model does better"
+    )
+    assert text.count(interval) == 2
+    assert "what distillation adds is undecided" in text
+    assert "is undecided in serving cost (saving +0.5%, interval -2% to +3%)" in text
+    assert "would pay back after 90 M tokens if the point estimate of its saving held" in text
+    assert "has paid" not in text
+
+
+def test_distill_within_the_margin_of_its_controls() -> None:
+    equal = make_quality(0.002, "equal")
+    text = _distill(equal, equal, make_saving(0.1), value(0, unit="token"))
+    assert "the same model does as well as the distilled student, within the margin of 1% (+0.2%)" in text
+    assert "at equal tokens (control_steps) distillation changes nothing beyond the margin of 1%" in text
+    assert "serves 10% cheaper and pays back from the first token" in text
+
+
+@pytest.mark.parametrize("side", ["control_compute", "student", "control_steps"])
+def test_a_missing_arm_is_named_once_with_its_reason(side: str) -> None:
+    rows = [make_row(arm) if arm != side else make_unfinished(arm, "FAILED", "diverged") for arm in ARMS["distill"]]
+    text = conclude(make_result("distill", rows=rows))
+    assert text.count(f"{side} FAILED: diverged") == 1
+    assert "not measurable here" in text
+    if side != "control_steps":
+        assert text.startswith("student against control_compute: not measurable here:")
+
+
+def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
+    rows = [make_row(arm) for arm in ARMS["distill"]]
+    rows[2]["ledger"]["counts"]["tokens"] = value(204_800)  # control_steps: half of the student's
+    rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)  # control_compute: 0.8 of the student's
+    text = conclude(make_result("distill", rows=rows))
+    assert text.startswith("Given 0.8x the FLOPs without a teacher".replace("0.8x", "0.80x"))
+    assert "at 0.50x the tokens (control_steps)" in text
+
+
+@pytest.mark.parametrize(
+    ("quality", "serving", "payback", "expected"),
+    [
+        (make_quality(0.002, "equal"), make_saving(0.3), value(3e6, unit="token"),
+         "keeps the quality within the margin of 1% (+0.2%), serves 30% cheaper and has paid for itself after 3 M tokens"),
+        (make_quality(-0.05, "worse"), make_saving(-0.12), NEVER,
+         "needs 5% more bits per byte, costs 12% more to serve and never pays back (not cheaper)"),
+        (make_quality(0.05, "better"), make_saving(-2.4), NEVER,
+         "reaches 5% fewer bits per byte, costs 3.4x as much to serve and never pays back (not cheaper)"),
+        (make_quality(0.001, "undecided", half=0.02), make_saving(0.01, half=0.03), NEVER,
+         "is undecided in quality (quality +0.1%, interval -1.9% to +2.1%, margin 1%), is undecided in serving cost "
+         "(saving +1%, interval -2% to +4%) and never pays back (not cheaper)"),
+        (make_quality(0.002, "equal"), make_saving(0.0, None), value(3e6, unit="example"),
+         "serves at the same cost (point estimate, no interval) and has paid for itself after 3 M examples"),
+    ],
+)  # fmt: skip
+def test_quantize_in_every_sign(
+    quality: dict[str, Any], serving: dict[str, Any], payback: dict[str, Any], expected: str
+) -> None:
+    pair = make_pair("int8", "reference", quality=quality, serving=serving, payback=payback)
+    text = _with("quantize", pair)
+    assert text.startswith("Against the reference, int8 ")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (make_saving(0.41), "trains to the same quality for 41% fewer device-hours;"),
+        (make_saving(0.41, None), "for 41% fewer device-hours (point estimate, no interval)"),
+        (make_saving(-0.12), "costs 12% more device-hours to train to the same quality"),
+        (make_saving(-2.4), "costs 3.4x as many device-hours to train to the same quality"),
+        (make_saving(0.0, None), "for the same device-hours"),
+        (make_saving(0.01, 0.05), "is undecided in training cost (saving +1%, interval -4% to +6%)"),
+        (CENSORED, "bf16's training saving: not measurable here: censored: not reached in 200 steps"),
+        (None, "bf16's training saving: not measurable here: not recorded"),
+    ],
+)
+def test_mixed_precision_in_every_sign(training: dict[str, Any] | None, expected: str) -> None:
+    text = _with("mixed_precision", make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"), training=training))
+    assert text.startswith("Against fp32, bf16 keeps the quality within the margin of 1%")
+    assert expected in text
+
+
+def test_skipped_precisions_are_named_with_their_reason() -> None:
+    rows = [
+        make_row("fp32"),
+        make_row("bf16"),
+        make_unfinished("tf32", "SKIPPED", "no TF32 on this device"),
+        make_unfinished("fp16", "KILLED", "preempted"),
+    ]
+    text = conclude(make_result("mixed_precision", rows=rows))
+    assert "tf32 against fp32: not measurable here: tf32 was skipped: no TF32 on this device" in text
+    assert "fp16 was killed: preempted" in text
+    assert "tf32 trains" not in text
+
+
+def test_a_skipped_stage_that_no_comparison_speaks_of_is_named() -> None:
+    rows = [make_row("fp32"), make_row("bf16"), make_unfinished("fp16", "SKIPPED", "no scaler")]
+    pair = make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"))
+    assert _with("mixed_precision", pair, rows=rows).endswith("one seed. fp16 was skipped: no scaler.")
+
+
+def test_full_says_each_arm_against_the_baseline_once() -> None:
+    text = conclude(make_result("full"))
+    assert text.count("gainst the baseline") == 1
+    for part in (
+        "the teacher keeps",
+        "for 41% fewer",
+        "the student needs",
+        "3.3x cheaper",
+        "costs 3.4x as much to serve",
+    ):
+        assert part in text
+
+
+def test_baseline_states_cost_and_quality() -> None:
+    assert conclude(make_result("baseline")) == (
+        "The baseline reaches 2.200 bits per byte (interval 2.180 to 2.220) on the test split; it took 12.0 min of device "
+        "time on 1 CPU host and 410 k tokens of training; one seed."
+    )
+
+
+def test_baseline_with_nulls_gives_their_reasons() -> None:
+    row = make_row("baseline", quality={"accuracy": null("no test split", ci=None, n=None, items=None)})
+    row["ledger"]["device_hours"]["attached"] = null("the clock stopped")
+    text = conclude(make_result("baseline", rows=[row]))
+    assert "has no accuracy: not measurable here: no test split" in text
+    assert "its cost: not measurable here: the clock stopped" in text
+
+
+def test_a_reused_baseline_is_not_free() -> None:
+    text = conclude(make_result("baseline", rows=[make_row("baseline", reused="abc123")]))
+    assert (
+        "it took 12.0 min of device time on 1 CPU host and 410 k tokens of training in run abc123, now reused" in text
+    )
+
+
+def test_accuracy_is_compared_in_points() -> None:
+    pairs = [
+        make_pair("int8", "reference", quality=make_quality(-0.012, "worse", key="accuracy")),
+        make_pair("nf4", "reference", quality=make_quality(0.01, "better", key="accuracy")),
+    ]
+    rows = [make_row(arm, key="accuracy") for arm in ARMS["quantize"]]
+    text = _with("quantize", *pairs, rows=rows)
+    assert "int8 has 1.2 points lower accuracy" in text
+    assert "nf4 has 1 point higher accuracy" in text
+
+
+def test_distillation_of_a_classifier_adds_points() -> None:
+    pair = make_pair("student", "control_steps", quality=make_quality(0.015, "better", key="accuracy"))
+    assert "distillation adds 1.5 points (accuracy)" in _with("distill", pair)
+
+
+@pytest.mark.parametrize(("arm", "base"), [(2.272, 2.067), (2.0, 2.5)])
+def test_a_turned_difference_is_that_of_the_swapped_pair(arm: float, base: float) -> None:
+    assert turned("bits_per_byte", 1 - arm / base) == pytest.approx(1 - base / arm)
+    assert turned("accuracy", arm - base) == base - arm
+
+
+def test_perplexity_and_agreement_read_as_english() -> None:
+    assert difference("perplexity", -0.02) == "has 2% higher perplexity"
+    assert difference("teacher_agreement", 0.03) == "has 3 points higher agreement with the teacher"
+
+
+def test_an_answer_that_is_not_stated_follows_from_the_interval() -> None:
+    quality = make_quality(0.02, "better")
+    del quality["bits_per_byte"]["answer"], quality["bits_per_byte"]["margin"]
+    pair = make_pair("int8", "reference", quality=quality)
+    assert "reaches 2% fewer" in _with("quantize", pair)
+    quality["bits_per_byte"]["ci"] = [-0.01, 0.05]
+    assert "is undecided in quality (quality +2%, interval -1% to +5%)" in _with("quantize", pair)
+    quality["bits_per_byte"]["ci"] = None
+    assert "is undecided in quality (quality +2%, no interval)" in _with("quantize", pair)
+
+
+def test_an_existing_model_leaves_the_saving_of_new_spending() -> None:
+    training = null("existing model", ci=None, new_spend_saving=value(0.4, "derived"))
+    text = _with("full", make_pair("student", "baseline", training=training))
+    assert text.startswith("student against baseline: training saving: not measurable here: existing model")
+    assert "(counting new spending alone it saves 40%)" in text
+    training["new_spend_saving"] = value(-0.4, "derived")
+    assert "it costs 40% more)" in _with("full", make_pair("student", "baseline", training=training))
+
+
+def test_seeds_are_counted_once() -> None:
+    rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ARMS["distill"]]
+    text = conclude(make_result("distill", rows=rows))
+    assert text.endswith("; 2 seeds.")
+    assert conclude(make_result("distill")).count("one seed") == 1
+
+
+def test_a_seed_that_failed_is_named_beside_the_one_that_did_not() -> None:
+    rows = [make_row("baseline"), make_unfinished("baseline", "FAILED", "diverged", seed=1)]
+    assert conclude(make_result("baseline", rows=rows)).endswith("one seed. baseline of seed 1 FAILED: diverged.")
+
+
+def test_a_retried_stage_is_not_called_missing() -> None:
+    rows = [make_unfinished("baseline", "FAILED", "diverged"), make_row("baseline", attempt=2)]
+    assert "diverged" not in conclude(make_result("baseline", rows=rows))
+
+
+@pytest.mark.parametrize("recipe", list(ARMS))
+def test_nothing_is_claimed_where_nothing_finished(recipe: str) -> None:
+    rows = [make_unfinished(arm, "SKIPPED", "no device") for arm in ARMS[recipe]]
+    text = conclude(make_result(recipe, rows=rows))
+    assert text.startswith("No stage finished, so nothing can be said about cost or quality. ")
+    assert "%" not in text
+    assert all(f"{arm} was skipped: no device" in text for arm in ARMS[recipe])
+
+
+def test_a_run_that_ended_early_says_so() -> None:
+    text = conclude(make_result("distill", rows=[], status="KILLED", why="budget spent"))
+    assert text.endswith("The run ended KILLED: budget spent.")
+
+
+def test_a_comparison_with_the_given_model_needs_no_row_of_it() -> None:
+    pair = make_pair("reference", "base", quality=make_quality(0.05, "better"))
+    assert _with("quantize", pair).startswith("Against base, the reference reaches 5% fewer bits per byte")
+
+
+def test_hostile_names_and_reasons_stay_on_one_line() -> None:
+    name = "evil\n\x1b[31m" + "x" * 300
+    rows = [make_row("fp32"), make_unfinished(name, "FAILED", "line 1\nline 2\x1b[2J")]
+    text = _with("mixed_precision", make_pair(name, "fp32", quality={}), rows=rows)
+    assert "\n" not in text
+    assert "\x1b" not in text
+    assert "FAILED: line 1 line 2" in text
+    assert len(text) < 500
