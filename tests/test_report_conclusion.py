@@ -44,10 +44,11 @@ def test_distill_that_lost_to_its_compute_control() -> None:
         make_quality(-0.1, "worse"), make_quality(0.021, "better"), make_saving(0.706), value(1.2e6, unit="token")
     )
     assert text == (
-        "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1% fewer bits per byte than "
-        "the distilled student; the student's training saving: not measurable here: censored: not reached in 200 steps; "
-        "at equal tokens (control_steps) distillation adds 2.1% (fewer bits per byte); against its teacher, the student "
-        "needs 10% more bits per byte, serves 3.4x cheaper and has paid for itself after 1.2 M tokens; one seed."
+        "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1% fewer bits per byte "
+        "than the distilled student; the student's training saving: not measurable here: censored: not reached in 200 "
+        "steps; at equal tokens (control_steps) distillation adds 2.1% (fewer bits per byte); against its teacher, the "
+        "student needs 10% more bits per byte, serves 3.4x cheaper and has paid for itself after 1.2 M tokens; one "
+        "seed."
     )
 
 
@@ -99,7 +100,7 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
     rows[2]["ledger"]["counts"]["tokens"] = value(204_800)  # control_steps: half of the student's
     rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)  # control_compute: 0.8 of the student's
     text = conclude(make_result("distill", rows=rows))
-    assert text.startswith("Given 0.8x the FLOPs without a teacher".replace("0.8x", "0.80x"))
+    assert text.startswith("Given 0.80x the FLOPs without a teacher")
     assert "at 0.50x the tokens (control_steps)" in text
 
 
@@ -107,7 +108,8 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
     ("quality", "serving", "payback", "expected"),
     [
         (make_quality(0.002, "equal"), make_saving(0.3), value(3e6, unit="token"),
-         "keeps the quality within the margin of 1% (+0.2%), serves 30% cheaper and has paid for itself after 3 M tokens"),
+         "keeps the quality within the margin of 1% (+0.2%), serves 30% cheaper and has paid for itself after 3 M "
+         "tokens"),
         (make_quality(-0.05, "worse"), make_saving(-0.12), NEVER,
          "needs 5% more bits per byte, costs 12% more to serve and never pays back (not cheaper)"),
         (make_quality(0.05, "better"), make_saving(-2.4), NEVER,
@@ -181,8 +183,8 @@ def test_full_says_each_arm_against_the_baseline_once() -> None:
 
 def test_baseline_states_cost_and_quality() -> None:
     assert conclude(make_result("baseline")) == (
-        "The baseline reaches 2.200 bits per byte (interval 2.180 to 2.220) on the test split; it took 12.0 min of device "
-        "time on 1 CPU host and 410 k tokens of training; one seed."
+        "The baseline reaches 2.200 bits per byte (interval 2.180 to 2.220) on the test split; it took 12.0 min of "
+        "device time on 1 CPU host and 410 k tokens of training; one seed."
     )
 
 

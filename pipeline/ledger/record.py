@@ -1,0 +1,123 @@
+"""From measured windows to the ledger of a row: every second in one class, every figure with its provenance."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import CostConfig
+from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
+from pipeline.values import Value, declared, derive, measured, null
+
+HOUR_NS = 3600 * 10**9
+COUNTS = ("steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "mfu", "goodput",
+          "distillation_share")  # fmt: skip
+
+
+@dataclass(slots=True)
+class Spent:
+    """Integer nanoseconds of one stage attempt, and the phases they fall into.
+
+    Attributes:
+        lost_ns: Part of the work that did not lead to the artifact, booked as retry under `lost_as`.
+        phases_ns: Self times over work and assessment, without the lost part; they sum to the rest exactly.
+    """
+
+    work_ns: int = 0
+    assess_ns: int = 0
+    lost_ns: int = 0
+    lost_as: str = "failed_attempt"
+    phases_ns: dict[str, int] = field(default_factory=dict)
+
+
+def hours(ns: int, devices: int) -> Value:
+    """Return device-hours of an interval."""
+    return measured(ns * devices / HOUR_NS)
+
+
+def ledger(
+    spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
+    memory: dict[str, Value], energy: Value, is_training: bool, seconds_in_steps: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the ledger of a row as result.json has it."""
+    total = spent.work_ns + spent.assess_ns + spent.lost_ns
+    wasted_by = dict.fromkeys(WASTE_CAUSES, 0)
+    for phase, cause in WASTED.items():
+        wasted_by[cause] += spent.phases_ns.get(phase, 0)
+    wasted_by[spent.lost_as] += spent.lost_ns
+    wasted = sum(wasted_by.values())
+    productive = sum(ns for phase, ns in spent.phases_ns.items() if phase in PRODUCTIVE)
+    support = total - wasted - productive
+    parts = {"attached": total, "work": spent.work_ns, "assess": spent.assess_ns, "retry": spent.lost_ns,
+             "productive": productive, "support": support, "wasted": wasted}  # fmt: skip
+    device_hours: dict[str, Any] = {name: hours(ns, devices).to_json() for name, ns in parts.items()}
+    device_hours["wasted_by"] = {cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns}
+    goodput = measured(productive / total) if is_training and total else null("not a training stage")
+    problems = [] if sum(spent.phases_ns.values()) == spent.work_ns + spent.assess_ns else ["phases do not close"]
+    return {
+        "wall_s": measured(total / 1e9).to_json(),
+        "phases_ns": spent.phases_ns,
+        "device_hours": device_hours,
+        "gpu_hours": _gpu_hours(parts, devices, device_kind),
+        "energy_j": energy.to_json(),
+        "counts": _counts(counts, goodput, seconds_in_steps, devices),
+        "memory": {name: value.to_json() for name, value in memory.items()},
+        "cost": money(total * devices / HOUR_NS, cost),
+        "meter_valid": not problems,
+        "meter_problems": problems,
+    }
+
+
+def money(device_hours: float, cost: CostConfig) -> dict[str, Any]:
+    """Return the cost of device-hours at the declared rate; null where none is declared."""
+    if cost.per_device_hour is None:
+        return {"amount": null("no rate declared").to_json(), "currency": None}
+    amount = derive(lambda rate, spent: rate * spent, declared(cost.per_device_hour), measured(device_hours))
+    return {"amount": amount.to_json(), "currency": cost.currency}
+
+
+def _gpu_hours(parts: dict[str, int], devices: int, kind: str) -> dict[str, Any]:
+    unread = {name: null("not metered: needs GPM or traced steps") for name in ("busy", "sm_active", "tensor_active")}
+    values = {name: hours(parts[name], devices) for name in ("attached", "productive", "support", "wasted")}
+    values |= {"allocated": null("no scheduler grant known"), **unread}
+    if kind == "cpu":
+        values = dict.fromkeys(values, null("a CPU run uses no GPU"))
+    return {name: value.to_json() for name, value in values.items()}
+
+
+def _counts(
+    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int
+) -> dict[str, Any]:
+    nothing = null("this stage trains nothing")
+    rate = nothing
+    if seconds_in_steps:
+        seconds = measured(seconds_in_steps)
+        rate = derive(lambda f, s: f / s / devices / 1e12, counts.get("model_flops", nothing), seconds)
+    known = {**counts, "achieved_tflops": rate, "goodput": goodput}
+    known["mfu"] = null("no peak rate declared for this device")
+    known.setdefault("steps_lost", measured(0))
+    return {name: known.get(name, nothing).to_json() for name in COUNTS}
+
+
+def reset_memory(device: Any) -> None:
+    """Start a new peak on the device's allocator."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def read_memory(device: Any) -> dict[str, Value]:
+    """Return peak memory since `reset_memory`; the host's peak is that of the process so far."""
+    rss = measured(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if device.type != "cuda":
+        nothing = null("no device allocator on a CPU run")
+        return {"peak_allocated_bytes": nothing, "peak_reserved_bytes": nothing, "host_peak_rss_bytes": rss}
+    import torch
+
+    return {
+        "peak_allocated_bytes": measured(torch.cuda.max_memory_allocated(device)),
+        "peak_reserved_bytes": measured(torch.cuda.max_memory_reserved(device)),
+        "host_peak_rss_bytes": rss,
+    }

@@ -1,0 +1,96 @@
+"""The loop to read first: stages -> rows -> comparisons -> result.
+
+Per stage: key -> reuse, or run inside a meter window -> commit the artifact -> assess it reloaded from disk -> row.
+Then one comparison pass. Every interval lands in the journal before it lands anywhere else.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from pipeline.config import Run
+from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.session import Session, open_session
+from pipeline.stages.settings import BASE
+
+
+def execute(run: Run, *, command: str, started_ns: int) -> int:
+    """Run a composed recipe to its result.
+
+    Args:
+        command: The command line, for the report.
+        started_ns: Monotonic time when the process began.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError, StageFailed, BudgetSpent, Preempted, KeyboardInterrupt: After the result was written.
+    """
+    clock = PhaseClock()
+    with clock.phase("import"):
+        from pipeline.assemble import finish
+    session = open_session(run, clock, command=command, started_ns=started_ns)
+    status, why = "FAILED", "crashed"
+    try:
+        with _signals(session):
+            _all_stages(session)
+            session.compare()
+        status, why = "FINISHED", None
+    except (Preempted, KeyboardInterrupt) as stop:
+        status, why = "KILLED", str(stop) or "interrupted"
+        raise
+    except (UserError, StageFailed, BudgetSpent) as problem:
+        why = str(problem)
+        raise
+    finally:
+        finish(session, status, why)
+    return Exit.DONE
+
+
+def _all_stages(session: Session) -> None:
+    for seed in session.run.seeds or [session.run.seed]:
+        session.arms = {BASE: session.base(seed)}
+        session.outputs = {}
+        for name, stage in session.run.stages.items():
+            _one_stage(session, name, stage, seed)
+
+
+def _one_stage(session: Session, name: str, stage: Any, seed: int) -> None:
+    """Bring one stage to its artifact and its row: reused, or run, committed and assessed."""
+    reads = stage.reads(session.run)
+    gone = [arm for arm in reads if arm not in session.arms]
+    why_not = f"{gone[0]} was skipped" if gone else session.why_not(stage)
+    if why_not is not None:
+        session.skip(name, stage, seed, why_not)
+        return
+    inputs = {arm: session.arms[arm] for arm in reads}
+    key = session.stage_key(name, stage, inputs, seed)
+    with session.store.lock(key):
+        record = session.store.recall("keys", key)
+        if record is not None:
+            session.reuse(name, record)
+        else:
+            session.make(name, stage, inputs, seed, key)
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """Turn a scheduler's signals into a flag that the training loop asks for between steps."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        session.stop_signal = number
+
+    wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    before = [signal.signal(number, ask) for number in wanted]
+    try:
+        yield
+    finally:
+        for number, handler in zip(wanted, before, strict=True):
+            signal.signal(number, handler)
+
