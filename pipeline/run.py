@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.session import Session, open_session
+from pipeline.attempt import Attempt, open_attempt
 from pipeline.stages.settings import BASE
 
 
@@ -35,12 +35,12 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     clock = PhaseClock()
     with clock.phase("import"):
         from pipeline.assemble import finish
-    session = open_session(run, clock, command=command, started_ns=started_ns)
+    attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
     try:
-        with _signals(session):
-            _all_stages(session)
-            session.compare()
+        with _signals(attempt):
+            _all_stages(attempt)
+            attempt.compare()
         status, why = "FINISHED", None
     except (Preempted, KeyboardInterrupt) as stop:
         status, why = "KILLED", str(stop) or "interrupted"
@@ -49,42 +49,42 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
         why = str(problem)
         raise
     finally:
-        finish(session, status, why)
+        finish(attempt, status, why)
     return Exit.DONE
 
 
-def _all_stages(session: Session) -> None:
-    for seed in session.run.seeds or [session.run.seed]:
-        session.arms = {BASE: session.base(seed)}
-        session.outputs = {}
-        for name, stage in session.run.stages.items():
-            _one_stage(session, name, stage, seed)
+def _all_stages(attempt: Attempt) -> None:
+    for seed in attempt.run.seeds or [attempt.run.seed]:
+        attempt.arms = {BASE: attempt.base(seed)}
+        attempt.outputs = {}
+        for name, stage in attempt.run.stages.items():
+            _one_stage(attempt, name, stage, seed)
 
 
-def _one_stage(session: Session, name: str, stage: Any, seed: int) -> None:
+def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     """Bring one stage to its artifact and its row: reused, or run, committed and assessed."""
-    reads = stage.reads(session.run)
-    gone = [arm for arm in reads if arm not in session.arms]
-    why_not = f"{gone[0]} was skipped" if gone else session.why_not(stage)
+    reads = stage.reads(attempt.run)
+    gone = [arm for arm in reads if arm not in attempt.arms]
+    why_not = f"{gone[0]} was skipped" if gone else attempt.why_not(stage)
     if why_not is not None:
-        session.skip(name, stage, seed, why_not)
+        attempt.skip(name, stage, seed, why_not)
         return
-    inputs = {arm: session.arms[arm] for arm in reads}
-    key = session.stage_key(name, stage, inputs, seed)
-    with session.store.lock(key):
-        record = session.store.recall("keys", key)
+    inputs = {arm: attempt.arms[arm] for arm in reads}
+    key = attempt.stage_key(name, stage, inputs, seed)
+    with attempt.store.lock(key):
+        record = attempt.store.recall("keys", key)
         if record is not None:
-            session.reuse(name, record)
+            attempt.reuse(name, record)
         else:
-            session.make(name, stage, inputs, seed, key)
+            attempt.make(name, stage, inputs, seed, key)
 
 
 @contextmanager
-def _signals(session: Session) -> Iterator[None]:
+def _signals(attempt: Attempt) -> Iterator[None]:
     """Turn a scheduler's signals into a flag that the training loop asks for between steps."""
 
     def ask(number: int, _: FrameType | None) -> None:
-        session.stop_signal = number
+        attempt.stop_signal = number
 
     wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     before = [signal.signal(number, ask) for number in wanted]

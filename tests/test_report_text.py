@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pipeline.report.text import columns, markdown_text, one_line, pad, shorten, wrap
+from pipeline.report.text import bullet, columns, markdown_text, one_line, pad, shorten, wrap
 
 HOSTILE = [
     "a|b", "two\nlines", "\x1b[31mred\x1b[0m", "\x1b]8;;http://x\x07link\x1b]8;;\x07", "`code`", "<script>x</script>",
@@ -32,6 +32,15 @@ def test_hostile_text_is_shown_literally_in_a_markdown_table(text: str) -> None:
 @given(st.text(min_size=1, max_size=40).filter(lambda text: one_line(text) != ""))
 def test_any_text_is_shown_literally_in_a_markdown_table(text: str) -> None:
     assert _shown(markdown_text(text)) == one_line(text)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "# head", "- item", "1. one", "12) two", "---", "===", "+ plus", "-10%"])
+def test_a_bullet_holds_its_text_literally(text: str) -> None:
+    tokens = MarkdownIt("commonmark").parse(f"{bullet(text)}\n- next\n")
+    assert [t.type for t in tokens].count("list_item_open") == 2
+    assert not {"heading_open", "hr", "ordered_list_open"} & {t.type for t in tokens}
+    shown = next("".join(child.content for child in t.children) for t in tokens if t.children)
+    assert shown == one_line(text)
 
 
 @pytest.mark.parametrize(

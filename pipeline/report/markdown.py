@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pipeline.metrics import BY_KEY
 from pipeline.report.conclusion import conclude
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
-from pipeline.report.text import NO_BREAK, markdown_text, one_line
+from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
     RELATIVE,
     SERVING_KEY,
@@ -55,7 +55,7 @@ def markdown(result: Result) -> str:
         _section("Comparisons", _comparisons(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
         _section("Notes", _notes(result)),
-        _section("Why a figure is missing", [f"- {_md(mark)} {_md(why)}" for mark, why in notes.reasons()]),
+        _section("Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]),
         _section("Device and environment", _environment(result)),
         _section("What the figures mean", _definitions(shown)),
         _section("How to reproduce", _reproduce(result)),
@@ -264,7 +264,7 @@ def _notes(result: Result) -> list[str]:
     lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
     given = result["environment"].get("notes") or []
     lines += [given] if isinstance(given, str) else [str(note) for note in given]
-    return [f"- {_md(line)}" for line in dict.fromkeys(lines)]
+    return [bullet(line) for line in dict.fromkeys(lines)]
 
 
 def _environment(result: Result) -> list[str]:

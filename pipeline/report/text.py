@@ -10,6 +10,8 @@ from collections.abc import Iterable
 _ANSI = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")
 """Underscores inside a word are no emphasis (GitHub flavoured Markdown, section 6.2): `control_compute` stays."""
+_BLOCK = re.compile(r"^(?=[#+=-])|(?<=^)(\d+)(?=[.)])")
+"""What would begin a heading, a list or a rule inside a list item (CommonMark, chapter 4 and 5)."""
 ELLIPSIS = ".."
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -25,6 +27,11 @@ def markdown_text(text: object, limit: int = 1000) -> str:
     """Return `text` so that Markdown shows it literally, inside a table cell or a paragraph."""
     literal = one_line(text, limit).replace("&", "&amp;")
     return _MARKDOWN.sub(lambda match: "\\" + match.group(), literal)
+
+
+def bullet(text: object) -> str:
+    """Return `text` as a Markdown list item that holds it literally."""
+    return "- " + _BLOCK.sub(lambda match: match.group() + "\\", markdown_text(text))
 
 
 def columns(text: str) -> int:
