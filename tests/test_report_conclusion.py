@@ -181,6 +181,21 @@ def test_full_says_each_arm_against_the_baseline_once() -> None:
         assert part in text
 
 
+def test_every_clause_has_its_base_where_the_one_before_did_not_name_it() -> None:
+    unmeasured = make_pair("int8", "reference", serving=null("no counter", ci=None))
+    nf4 = make_pair("nf4", "reference", serving=make_saving(0.3))
+    assert "; against the reference, nf4 serves 30% cheaper" in _with("quantize", unmeasured, nf4)
+    rows = [make_row("fp32"), make_row("bf16"), make_row("tf32"), make_unfinished("fp16", "FAILED", "diverged")]
+    pairs = [make_pair(arm, "fp32", training=make_saving(0.4)) for arm in ("bf16", "fp16", "tf32")]
+    assert "diverged; against fp32, tf32 trains" in _with("mixed_precision", *pairs, rows=rows)
+
+
+def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
+    assert _with("quantize", make_pair("int8", "reference")).startswith("int8 reaches 2.200 bits per byte")
+    text = _with("quantize", rows=[make_row("reference"), make_unfinished("int8", "FAILED", "no kernel")])
+    assert text == "int8: not measurable here: it FAILED: no kernel; one seed."
+
+
 def test_baseline_states_cost_and_quality() -> None:
     assert conclude(make_result("baseline")) == (
         "The baseline reaches 2.200 bits per byte (interval 2.180 to 2.220) on the test split; it took 12.0 min of "

@@ -56,11 +56,14 @@ _NAME_LIMIT = 60
 
 def conclude(result: Result) -> str:
     """Return the conclusion: one sentence, and a second one naming what is missing where something is."""
-    clauses, explained = _compared(result) if result["comparisons"] else (_cost_and_quality(result), set[str]())
+    clauses, explained = _compared(result)
     found = seeds(result)
     if not found:
-        clauses, explained = ["no stage finished, so nothing can be said about cost or quality"], set()
-    elif clauses:
+        clauses, explained = ["no stage finished, so nothing can be said about cost or quality"], set[str]()
+    elif not clauses:
+        primary = result["primary_arm"]
+        clauses, explained = _cost_and_quality(result), {primary} if why_missing(result, primary) else set[str]()
+    if found:
         clauses.append("one seed" if len(found) == 1 else f"{len(found)} seeds")
     sentences = ["; ".join(clauses), "; ".join(_missing(result, explained)), _end_of_run(result)]
     return " ".join(_sentence(text) for text in sentences if text)
@@ -76,11 +79,12 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
         if not missing:
             said = f"against {_base_words(result, pair)}, "
             clauses += _clauses(result, pair, "" if said == preface else said)
-            preface = said
+            preface = said if _verbs(pair) else ""
         elif new := {arm: why for arm, why in missing.items() if arm not in explained}:
             reasons = ", ".join(f"{_name(arm)} {why}" for arm, why in new.items())
             clauses.append(f"{_pair_words(pair)}: not measurable here: {reasons}")
             explained |= set(new)
+            preface = ""
     return clauses, explained
 
 
@@ -207,9 +211,10 @@ def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
 # -- no comparison, and what is missing --------------------------------------------------------------------------------
 def _cost_and_quality(result: Result) -> list[str]:
     """Return the quality and the cost of the primary arm, for recipes that compare nothing."""
-    row = finished_row(result, result["primary_arm"])
+    arm = result["primary_arm"]
+    row = finished_row(result, arm)
     if row is None:
-        return []
+        return [f"{_name(arm)}: not measurable here: it {why_missing(result, arm)}"]
     key = primary_key(result)
     return [f"{_subject(row['arm'])} {_quality_level(key, row['quality'].get(key))}", _cost(row, result)]
 

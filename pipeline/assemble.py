@@ -1,0 +1,103 @@
+"""The end of an attempt: result.json, report.md, the closing table, `latest`; written whatever the end was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import metrics
+from pipeline.attempt import device_name
+from pipeline.ledger.record import hours
+from pipeline.report.conclusion import conclude
+from pipeline.report.markdown import markdown, short_form
+from pipeline.report.tables import closing_table
+from pipeline.store import read_json, write_json
+from pipeline.values import Value, measured
+
+if TYPE_CHECKING:
+    from pipeline.attempt import Attempt
+
+LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
+
+
+def finish(attempt: Attempt, status: str, why: str | None) -> None:
+    """Write what the run leaves and print its closing lines."""
+    result = build_result(attempt, status, why)
+    write_json(attempt.folder / "result.json", result)
+    write_json(attempt.folder / "catalogue.json", metrics.export())
+    (attempt.folder / "report.md").write_text(markdown(result), encoding="utf-8")
+    state = read_json(attempt.folder / "run.json") or {}
+    write_json(attempt.folder / "run.json", {**state, "status": status, "pid": None})
+    attempt.journal.write(
+        "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
+        description=short_form(result), files=["report.md", "result.json", "catalogue.json", "config.json"],
+    )  # fmt: skip
+    attempt.journal.close()
+    made = any(row["status"] == "FINISHED" and row["artifact"] for row in attempt.rows)
+    if status == "FINISHED" and made:
+        _point_latest(attempt.folder)
+    attempt.lock.release()
+    print(f"\n{closing_table(result)}\n\n{result['conclusion']}\n\nreport: {attempt.folder / 'report.md'}")
+
+
+def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:
+    """Return result.json's content."""
+    result: dict[str, Any] = {
+        "schema": 1, "run_id": attempt.run_id, "recipe": attempt.run.recipe, "question": attempt.run.question,
+        "status": status, "why": why, "primary_arm": attempt.run.primary_arm, "conclusion": "",
+        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": 1},
+        "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
+        "comparisons": attempt.comparisons, "verdict": None,
+    }  # fmt: skip
+    result["conclusion"] = conclude(result)
+    return result
+
+
+def _totals(attempt: Attempt) -> dict[str, Any]:
+    """Return the run's device-hours; overhead is what no window took, so that the parts sum to the total exactly."""
+    total_ns = time.monotonic_ns() - attempt.started_ns
+    mine = [row for row in attempt.rows if row["reused"] is None]
+    parts = {part: sum(_hours(row, part) for row in mine) for part in ("work", "assess", "retry")}
+    parts["compare"] = hours(attempt.compare_ns, 1).v or 0.0
+    total = hours(total_ns, 1).v or 0.0
+    reused = sum(_hours(row, part) for row in attempt.rows if row["reused"] for part in ("work", "assess", "retry"))
+    parts |= {"overhead": total - sum(parts.values()), "total": total}
+    return {
+        "attempts": attempt.number, "device_hours": {name: measured(v).to_json() for name, v in parts.items()},
+        "spent": measured(total).to_json(), "reused": measured(reused).to_json(),
+    }  # fmt: skip
+
+
+def _hours(row: dict[str, Any], part: str) -> float:
+    return Value.from_json(row["ledger"]["device_hours"][part]).v or 0.0
+
+
+def environment(attempt: Attempt) -> dict[str, Any]:
+    """Return with what and how the figures were made."""
+    return {
+        "command": attempt.command, "python": platform.python_version(), "platform": platform.platform(),
+        "cores": os.cpu_count(), **{name: version(name) for name in LIBRARIES}, "commit": _commit(),
+        "data": attempt.data.name, "data_digest": attempt.data.digest, "notes": list(dict.fromkeys(attempt.notes)),
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    """Return the git commit of the checkout this package lies in; None for an installed wheel."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _point_latest(folder: Path) -> None:
+    link = folder.parent.parent / "latest"
+    temporary = link.with_name(f".latest-{uuid.uuid4().hex}")
+    temporary.symlink_to(folder.relative_to(link.parent))
+    temporary.replace(link)
