@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 import uuid
 from importlib.metadata import version
@@ -18,11 +19,13 @@ from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import closing_table
 from pipeline.store import read_json, write_json
+from pipeline.tracking import ui_command
 from pipeline.values import Value, measured
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
+DELIVERY_S = 60.0  # a fresh SQLite store takes its migrations out of this
 LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 
 
@@ -44,6 +47,24 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
         _point_latest(attempt.folder)
     attempt.lock.release()
     print(f"\n{closing_table(result)}\n\n{result['conclusion']}\n\nreport: {attempt.folder / 'report.md'}")
+    if attempt.run.tracking.mlflow:
+        print(_deliver(attempt))
+
+
+def _deliver(attempt: Attempt) -> str:
+    """Deliver to MLflow from a process of its own, for a bounded time; return the line that says what came of it."""
+    root = attempt.folder.parent.parent
+    again = f"python -m pipeline.sync {root}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.sync", str(attempt.folder)],
+            capture_output=True, text=True, timeout=DELIVERY_S, check=False, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"MLflow did not answer within {DELIVERY_S:.0f} s; `{again}` delivers the rest"
+    if done.returncode:
+        return f"{(done.stderr.strip().splitlines() or ['MLflow failed'])[-1]}; `{again}` delivers the rest"
+    return f"MLflow: {ui_command(root, attempt.run.tracking.uri)}"
 
 
 def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:

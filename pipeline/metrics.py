@@ -108,3 +108,21 @@ WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
 def export() -> list[dict[str, Any]]:
     """Return the catalogue as plain data, for `catalogue.json` beside every result."""
     return [{**asdict(metric), "section": metric.section, "name": metric.name} for metric in CATALOGUE]
+
+
+def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a row's figures by catalogue key, each `{"v", "prov", "why_null"}`; what the row lacks is left out."""
+    record = row["ledger"]
+    hours, counts = record["device_hours"], record["counts"]
+    found: dict[str, dict[str, Any]] = {
+        "compute/device_hours": hours["attached"], "compute/wall_s": record["wall_s"],
+        **{f"compute/{part}_device_hours": hours[part]
+           for part in ("work", "assess", "retry", "productive", "support", "wasted")},
+        "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
+        **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
+        "compute/peak_bytes": record["memory"]["peak_allocated_bytes"], "cost/amount": record["cost"]["amount"],
+        **{f"quality/{name}": value for name, value in row["quality"].items()},
+        **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},
+    }  # fmt: skip
+    primary = next((row["quality"][name] for name in ("accuracy", "bits_per_byte") if name in row["quality"]), None)
+    return found if primary is None else {**found, "quality/primary": primary}

@@ -1,0 +1,140 @@
+"""The whole product at toy size, as a user runs it: result, ledger, reuse, MLflow, exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from pipeline.schema import RESULT_SCHEMA
+
+TINY = (
+    "training.steps=4 training.batch_size=4 training.sequence_length=64 model.shape.hidden_size=64 "
+    "model.shape.heads=1 model.shape.intermediate_size=128 model.shape.layers=2 quality.max_documents=24 "
+    "quality.bootstrap=200 serving.blocks=2 serving.load.new=4 serving.batches=[1] data.max_documents=40"
+).split()
+
+
+def pipeline(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *args], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def result_in(cwd: Path) -> dict:
+    result = json.loads((cwd / "mlruns/latest/result.json").read_text())
+    jsonschema.validate(result, RESULT_SCHEMA)
+    return result
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    cwd = tmp_path_factory.mktemp("distill")
+    done = pipeline(cwd, "recipe=distill", *TINY)
+    assert done.returncode == 0, done.stderr
+    return cwd, result_in(cwd), done.stdout
+
+
+def test_all_arms_are_made_and_the_ledger_closes(distilled) -> None:
+    _, result, printed = distilled
+    assert [row["arm"] for row in result["rows"]] == ["teacher", "student", "control_steps", "control_compute"]
+    for row in result["rows"]:
+        ledger = row["ledger"]
+        hours = {name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"}
+        assert row["status"] == "FINISHED"
+        assert ledger["meter_valid"], ledger["meter_problems"]
+        assert sum(ledger["phases_ns"].values()) == pytest.approx(ledger["wall_s"]["v"] * 1e9, abs=1)
+        assert hours["attached"] == pytest.approx(hours["productive"] + hours["support"] + hours["wasted"])
+        assert hours["attached"] == pytest.approx(hours["work"] + hours["assess"] + hours["retry"])
+        assert ledger["gpu_hours"]["attached"]["why_null"] == "a CPU run uses no GPU"
+        assert Path(row["artifact"]["path"], "model.safetensors").is_file()
+    parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+    assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    assert parts["overhead"] > 0
+    assert result["conclusion"] in printed
+    assert max(map(len, printed.partition("bits/byte")[0].splitlines())) <= 80
+
+
+def test_the_control_gets_the_students_flops_and_not_more(distilled) -> None:
+    _, result, _ = distilled
+    flops = {row["arm"]: row["ledger"]["counts"]["model_flops"]["v"] for row in result["rows"]}
+    steps = {row["arm"]: row["ledger"]["counts"]["steps"]["v"] for row in result["rows"]}
+    per_step = flops["control_compute"] / steps["control_compute"]
+    assert 0 <= flops["student"] - flops["control_compute"] < per_step
+    assert steps["control_steps"] == steps["student"] == 4
+    assert result["rows"][1]["ledger"]["counts"]["distillation_share"]["v"] > 0
+
+
+def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
+    from mlflow import MlflowClient
+
+    cwd, result, _ = distilled
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
+    experiment = client.get_experiment_by_name("distill")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop(result["run_id"])
+    assert set(runs) == {"teacher", "student", "control_steps", "control_compute"}
+    assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
+    student = next(row for row in result["rows"] if row["arm"] == "student")
+    for run in (parent, runs["student"]):
+        assert run.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["v"]
+        assert run.data.metrics["compute/device_hours"] == student["ledger"]["device_hours"]["attached"]["v"]
+    assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
+    assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
+    assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {result["environment"]["data_digest"]}
+    again = subprocess.run([sys.executable, "-m", "pipeline.sync", str(cwd / "mlruns")], capture_output=True, text=True)
+    assert "0 events delivered" in again.stdout, again.stderr
+
+
+def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(distilled) -> None:
+    cwd, first, _ = distilled
+    assert pipeline(cwd, "recipe=distill", *TINY, "tracking.mlflow=false").returncode == 0
+    second = result_in(cwd)
+    assert second["run_id"] != first["run_id"]
+    assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
+    assert second["run"]["device_hours"]["work"]["v"] == 0
+    whole = sum(row["ledger"]["device_hours"]["attached"]["v"] for row in first["rows"])
+    assert second["run"]["reused"]["v"] == pytest.approx(whole)
+    assert pipeline(cwd, "recipe=distill", *TINY, "stages.student.temperature=2", "tracking.mlflow=false").returncode == 0
+    third = {row["arm"]: row["reused"] for row in result_in(cwd)["rows"]}
+    assert third == {
+        "teacher": first["run_id"], "student": None, "control_steps": first["run_id"],
+        "control_compute": first["run_id"],
+    }  # fmt: skip
+
+
+@pytest.mark.faults
+def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Path) -> None:
+    args = [*TINY, "training.steps=400", "training.checkpoint_every=5", "tracking.mlflow=false"]
+    command = [sys.executable, "-m", "pipeline", "recipe=baseline", *args]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("mlruns/store/checkpoints/*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "the same command goes on from there" in said
+    assert pipeline(tmp_path, "recipe=baseline", *args).returncode == 0
+    result = result_in(tmp_path)
+    assert result["run"]["attempts"] == 2
+    assert result["rows"][-1]["ledger"]["counts"]["steps"]["v"] == 400
+    assert len(list(tmp_path.glob("mlruns/runs/*/result.json"))) == 1
+
+
+def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: Path) -> None:
+    args = [*TINY, "data=stdlib_labels", "training.steps=80", "training.batch_size=16", "data.max_documents=600",
+            "quality.max_documents=400", "tracking.mlflow=false"]  # fmt: skip
+    accuracy = {}
+    for shuffled in ("false", "true"):
+        done = pipeline(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
+        assert done.returncode == 0, done.stderr
+        accuracy[shuffled] = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]["v"]
+    assert accuracy["true"] < 0.3  # six balanced classes: chance is 0.17
+    assert accuracy["false"] > accuracy["true"] + 0.1
