@@ -82,7 +82,7 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
 
 def _totals(attempt: Attempt) -> dict[str, Any]:
     """Return the run's device-hours; overhead is what no window took, so that the parts sum to the total exactly."""
-    total_ns = time.monotonic_ns() - attempt.started_ns
+    total_ns = time.monotonic_ns() - attempt.started_ns + attempt.earlier_ns
     mine = [row for row in attempt.rows if row["reused"] is None]
     parts = {part: sum(_hours(row, part) for row in mine) for part in ("work", "assess", "retry")}
     parts["compare"] = hours(attempt.compare_ns, 1).v or 0.0

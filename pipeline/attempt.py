@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain, read_json, write_json
 from pipeline.values import Value, null
 
+HEARTBEAT_S = 5.0  # what SIGKILL can lose
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
@@ -55,9 +57,35 @@ class Attempt:
     existing: set[str] = field(default_factory=set)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     compare_ns: int = 0
+    earlier_ns: int = 0  # of this run's earlier attempts, from process start to their last sign of life
     window_ns: int = 0  # of this attempt's own stage windows and comparison pass
     notes: list[str] = field(default_factory=list)
     stop_signal: int | None = None
+
+    def recover(self, events: list[dict[str, Any]]) -> None:
+        """Take over what earlier attempts of this run spent without finishing: their hours are not lost."""
+        starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
+        for first, end in zip(starts, [*starts, len(events)][1:], strict=True):
+            part = events[first:end]
+            self.earlier_ns += part[-1]["mono_ns"] - part[0]["started_ns"]
+            self.rows += [e["row"] for e in part if e["e"] == "row" and e["row"]["status"] in ("KILLED", "FAILED")]
+            begun = [event for event in part if event["e"] == "stage_start"]
+            if begun and not any(e["e"] == "row" for e in part[part.index(begun[-1]) :]):
+                self._recover_stage(part[part.index(begun[-1]) :])
+
+    def _recover_stage(self, events: list[dict[str, Any]]) -> None:
+        """Book a stage that was killed without a word: kept up to its last checkpoint, lost from there."""
+        begun, last = events[0], events[-1]
+        saved = [event for event in events if event["e"] == "checkpoint"]
+        spent = Spent(lost_ns=last["mono_ns"] - begun["mono_ns"])
+        if saved:
+            spent.phases_ns = saved[-1]["phases_ns"]
+            spent.work_ns = sum(spent.phases_ns.values())
+            spent.lost_ns, spent.lost_as = max(0, spent.lost_ns - spent.work_ns), "rollback"
+        stage = self.run.stages[begun["arm"]]
+        why = "the process was killed; hours up to its last sign of life"
+        row = self._row(begun["arm"], stage, begun["seed"], begun["depends_on"], spent, Output(), "KILLED", why)
+        self._add({**row, "attempt": begun["attempt"]})
 
     # -- arms ---------------------------------------------------------------------------------------------------
 
@@ -101,7 +129,9 @@ class Attempt:
                 folder = Path(snapshot_download(path, revision=self.run.model.revision, allow_patterns=patterns))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 text = str(error).strip().splitlines()[0]
-                raise UserError("model.path", f"{path} cannot be fetched ({text})", "check the name, or give a folder") from None
+                raise UserError(
+                    "model.path", f"{path} cannot be fetched ({text})", "check the name, or give a folder"
+                ) from None
         digest, num_bytes = digest_folder(folder)
         return Artifact(folder.resolve(), "model", digest, num_bytes)
 
@@ -147,8 +177,13 @@ class Attempt:
 
     def reuse(self, name: str, record: dict[str, Any]) -> None:
         """Take over what an earlier run made: its rows, linked to the original, nothing spent."""
+        mine = record["run_id"] == self.run_id  # an earlier attempt of this very run made it: spent, not reused
+        known = {(row["arm"], row["seed"], row["attempt"]) for row in self.rows}
         for old in record["rows"]:
-            self._add({**old, "reused": old["reused"] or record["run_id"]})
+            if not mine:
+                self._add({**old, "reused": old["reused"] or record["run_id"]})
+            elif (old["arm"], old["seed"], old["attempt"]) not in known:
+                self.rows.append(old)
         self._take(name, Artifact.from_json(record["artifact"]), _output_from(record["output"]), record["seed"])
 
     def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> None:
@@ -162,7 +197,7 @@ class Attempt:
         reset_memory(self.device)
         joules = self.energy.read_mj()
         try:
-            artifact, output = self._work(name, stage, inputs, seed, key)
+            artifact, output = self._work(name, stage, inputs, seed, key, before)
         except BaseException as error:
             spent.lost_ns = self.clock.now_ns() - start
             self.window_ns += spent.lost_ns
@@ -197,16 +232,17 @@ class Attempt:
         self._take(name, artifact, output, seed)
 
     def _work(
-        self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str
+        self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, before: dict[str, int]
     ) -> tuple[Artifact, Output]:
-        with self.store.scratch() as out:
+        with self.store.scratch() as out, heartbeat(self.journal):
             context = Context(
                 run=self.run, stage=name, seed=seed, device=self.device, data=self.data, clock=self.clock, out=out,
                 checkpoints=self.store.root / "checkpoints" / key, matched=self.outputs.get(getattr(stage, "like", "")),
                 points=lambda step, values: self.journal.write(
                     "points", arm=name, seed=seed, attempt=self.number, step=step, values=values),
                 checkpointed=lambda step: self.journal.write(
-                    "checkpoint", arm=name, seed=seed, attempt=self.number, step=step),
+                    "checkpoint", arm=name, seed=seed, attempt=self.number, step=step,
+                    phases_ns=difference(self.clock.read_ns(), before)),
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
             )  # fmt: skip
             output = stage.run(inputs, context)
@@ -293,6 +329,9 @@ class Attempt:
 
         start = self.clock.now_ns()
         self.comparisons = compare_all(self)
+        self.journal.write("serving", rows=[
+            {name: row[name] for name in ("arm", "seed", "attempt", "serving")} for row in self.rows if row["serving"]
+        ])  # fmt: skip
         self.compare_ns = self.clock.now_ns() - start
         self.window_ns += self.compare_ns
         self.journal.write("comparisons", comparisons=self.comparisons)
@@ -322,10 +361,11 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         clock=clock, device=device, data=data, command=command, started_ns=started_ns,
         energy=EnergyMeter(device), lock=lock, notes=list(data.notes),
     )  # fmt: skip
+    attempt.recover(read_events(folder / "journal.jsonl"))
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
     write_json(folder / "config.json", plain(run))
     journal.write(
-        "run_start", run_id=folder.name, recipe=run.recipe, question=run.question, attempt=number,
+        "run_start", run_id=folder.name, started_ns=started_ns, recipe=run.recipe, question=run.question, attempt=number,
         experiment=run.tracking.experiment or run.recipe, tracking_uri=run.tracking.uri, params=flat(plain(run)),
         tags={k: v for k, v in asdict(run.tracking).items() if k in ("team", "cost_center", "purpose") and v},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
@@ -334,9 +374,22 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     return attempt
 
 
-def earlier_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the journal of a run so far."""
-    return read_events(folder / "journal.jsonl")
+@contextmanager
+def heartbeat(journal: Journal) -> Iterator[None]:
+    """Leave a sign of life every few seconds, so that a killed process's hours are known."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            journal.write("heartbeat")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
@@ -367,7 +420,9 @@ def _check_writable(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("tracking.root", f"{root} cannot be made ({error.strerror})", "give a folder to write to") from None
+        raise UserError(
+            "tracking.root", f"{root} cannot be made ({error.strerror})", "give a folder to write to"
+        ) from None
     if not os.access(root, os.W_OK):
         raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
     check_room(root, FREE_BYTES, "tracking.root")
@@ -441,7 +496,12 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
     start = last = time.monotonic()
     console = Console()
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=total, rate="")
             yield lambda step, tokens: bar.update(
@@ -479,5 +539,3 @@ def _output_to_json(output: Output) -> dict[str, Any]:
 
 def _output_from(raw: dict[str, Any]) -> Output:
     return Output(**{**raw, "counts": {name: Value.from_json(value) for name, value in raw["counts"].items()}})
-
-

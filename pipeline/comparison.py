@@ -9,8 +9,8 @@ import numpy as np
 
 from pipeline.assess.quality import macro_f1, read_items
 from pipeline.assess.serving import ServePass, serve_pass
-from pipeline.compare.savings import Spend, all_in, c_opt, c_total, payback_units, saving
-from pipeline.compare.statistics import abba_saving, paired_bootstrap
+from pipeline.compare.bootstrap import abba_saving, paired_bootstrap
+from pipeline.compare.chains import Spend, all_in, c_opt, c_total, payback_units, saving
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
 from pipeline.metrics import DIRECTION
@@ -30,6 +30,7 @@ def compare_all(attempt: Attempt) -> list[dict[str, Any]]:
     rows = {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["status"] == "FINISHED"}
     pairs = [pair for pair in attempt.run.compare if pair.arm in rows and pair.base in rows]
     served = _serve(attempt, pairs, rows)
+    _unserved(attempt)
     spends = _spends(attempt, seed)
     return [_one(attempt, pair, rows, spends, served, seed) for pair in pairs]
 
@@ -51,11 +52,22 @@ def _serve(attempt: Attempt, pairs: list[Comparison], rows: dict[str, dict[str, 
     return served
 
 
+def _unserved(attempt: Attempt) -> None:
+    """Say why arms that the recipe does not compare on serving have no serving figure."""
+    for row in attempt.rows:
+        if not row["serving"] and row["artifact"] is not None:
+            row["serving"] = {
+                "device_s_per_1k_units": null("the recipe does not compare this arm on serving").to_json()
+            }
+
+
 def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
     spends: dict[str, Spend] = {}
     for name in attempt.run.stages:
         own = [row for row in attempt.rows if row["arm"] == name and row["seed"] == seed]
-        hours = {part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")}
+        hours = {
+            part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")
+        }
         flops = own[-1]["ledger"]["counts"]["model_flops"]["v"] if own else None
         from_given = name in attempt.existing and "base" in attempt.existing
         depends = own[-1]["depends_on"] if own else []
@@ -103,9 +115,7 @@ def _quality(attempt: Attempt, arm: dict[str, Any], base: dict[str, Any], seed: 
     result: dict[str, Any] = {}
     for key in arm["quality"].keys() & base["quality"].keys() & readings.keys():
         count = len(ours["digest"])
-        point, low, high = paired_bootstrap(
-            readings[key], count, resamples=attempt.run.quality.bootstrap, seed=seed
-        )
+        point, low, high = paired_bootstrap(readings[key], count, resamples=attempt.run.quality.bootstrap, seed=seed)
         result[key] = {**measured(point).to_json(), "ci": [low, high], "n": count, "margin": margin,
                        "answer": answer(low, high, margin, count)}  # fmt: skip
     return result

@@ -162,7 +162,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def make_tiny(shape: TinyShape, vocabulary_size: int, task: Task, labels: tuple[str, ...] | None, tokenizer: Any) -> Any:
+def make_tiny(
+    shape: TinyShape, vocabulary_size: int, task: Task, labels: tuple[str, ...] | None, tokenizer: Any
+) -> Any:
     """Make the embedded Llama-architecture model with random weights (seed torch first).
 
     Raises:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from pipeline.attempt import Attempt, open_attempt
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.attempt import Attempt, open_attempt
 from pipeline.stages.settings import BASE
 
 
@@ -93,4 +93,3 @@ def _signals(attempt: Attempt) -> Iterator[None]:
     finally:
         for number, handler in zip(wanted, before, strict=True):
             signal.signal(number, handler)
-

@@ -10,7 +10,11 @@ _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
 VALUE: dict[str, Any] = {
     "type": "object",
     "required": ["v", "prov", "why_null"],
-    "properties": {"v": {"type": ["number", "null"]}, "prov": {"enum": _PROV}, "why_null": {"type": ["string", "null"]}},
+    "properties": {
+        "v": {"type": ["number", "null"]},
+        "prov": {"enum": _PROV},
+        "why_null": {"type": ["string", "null"]},
+    },
     "oneOf": [
         {"properties": {"v": {"type": "number"}, "prov": {"enum": _PROV[:4]}, "why_null": {"type": "null"}}},
         {"properties": {"v": {"type": "null"}, "prov": {"const": "unavailable"}, "why_null": {"type": "string"}}},

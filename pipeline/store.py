@@ -1,9 +1,9 @@
 """Artifacts on disk: committed atomically, addressed by content, found again by the key of what made them.
 
-    store/artifacts/<digest>/   the files and artifact.json
-    store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
-    store/tmp/                  folders being written; renamed when whole
-    store/locks/                one lock per key, so that two processes do not make the same stage twice
+store/artifacts/<digest>/   the files and artifact.json
+store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
+store/tmp/                  folders being written; renamed when whole
+store/locks/                one lock per key, so that two processes do not make the same stage twice
 """
 
 from __future__ import annotations

@@ -141,6 +141,11 @@ def _one(
     elif kind == "row":
         _log_row(client, _child(client, experiment, parent, start, state, {**event["row"], "t": event["t"]}), event)
         state.setdefault("rows", {})[event["row"]["arm"]] = event["row"]
+    elif kind == "serving":
+        for row in event["rows"]:
+            values = {f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY}
+            child = _child(client, experiment, parent, start, state, {**row, "t": event["t"]})
+            _log_values(client, child, values, event["t"])
     elif kind == "comparisons":
         _log_values(client, parent, dict(_savings(event["comparisons"])), event["t"])
     elif kind == "run_end":
@@ -228,5 +233,3 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-

@@ -69,5 +69,5 @@ def test_a_copied_recipe_works(tmp_path) -> None:
 def test_nothing_heavy_is_imported(line: str) -> None:
     done = run(*line.split(), flags=("-X", "importtime"))
     imported = {row.rpartition("|")[2].strip().partition(".")[0] for row in done.stderr.splitlines() if "|" in row}
-    assert "argparse" in imported
+    assert "pipeline" in imported  # the listing was read
     assert imported.isdisjoint({"torch", "transformers", "mlflow", "bitsandbytes", "numpy"})

@@ -23,9 +23,12 @@ def digests(dataset, split) -> set[str]:
 def test_missing_splits_are_cut_by_content_and_stay_when_documents_are_added(tmp_path) -> None:
     rows = [{"text": f"document {index}"} for index in range(300)]
     small = load_dataset(DataConfig(path=jsonl(tmp_path / "a.jsonl", rows[:200])), Task.causal_lm)
-    large = load_dataset(DataConfig(path=jsonl(tmp_path / "b.jsonl", [*rows[::-1], rows[0], {"text": " "}])), Task.causal_lm)
+    large = load_dataset(
+        DataConfig(path=jsonl(tmp_path / "b.jsonl", [*rows[::-1], rows[0], {"text": " "}])), Task.causal_lm
+    )
     assert sum(len(part) for part in large.splits.values()) == 300
-    assert digests(small, "test") and digests(small, "validation")
+    assert digests(small, "test")
+    assert digests(small, "validation")
     assert digests(small, "test") <= digests(large, "test")
     assert digests(large, "train").isdisjoint(digests(large, "test") | digests(large, "validation"))
     assert small.digest != large.digest
@@ -57,7 +60,7 @@ def test_a_document_in_two_splits_is_refused(tmp_path) -> None:
 def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match="^data.path: ") as refused:
+    with pytest.raises(UserError, match=r"^data\.path: ") as refused:
         load_dataset(DataConfig(path=str(path)), task)
     assert problem in str(refused.value)
 

@@ -14,11 +14,12 @@ import pytest
 
 from pipeline.schema import RESULT_SCHEMA
 
-TINY = (
-    "training.steps=4 training.batch_size=4 training.sequence_length=64 model.shape.hidden_size=64 "
-    "model.shape.heads=1 model.shape.intermediate_size=128 model.shape.layers=2 quality.max_documents=24 "
-    "quality.bootstrap=200 serving.blocks=2 serving.load.new=4 serving.batches=[1] data.max_documents=40"
-).split()
+TINY = [
+    *("training.steps=4", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40"),
+    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
+    *("quality.max_documents=24", "quality.bootstrap=200"),
+    *("serving.blocks=2", "serving.load.new=4", "serving.batches=[1]"),
+]
 
 
 def pipeline(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,9 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     assert second["run"]["device_hours"]["work"]["v"] == 0
     whole = sum(row["ledger"]["device_hours"]["attached"]["v"] for row in first["rows"])
     assert second["run"]["reused"]["v"] == pytest.approx(whole)
-    assert pipeline(cwd, "recipe=distill", *TINY, "stages.student.temperature=2", "tracking.mlflow=false").returncode == 0
+    assert (
+        pipeline(cwd, "recipe=distill", *TINY, "stages.student.temperature=2", "tracking.mlflow=false").returncode == 0
+    )
     third = {row["arm"]: row["reused"] for row in result_in(cwd)["rows"]}
     assert third == {
         "teacher": first["run_id"], "student": None, "control_steps": first["run_id"],
@@ -135,6 +138,9 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
     for shuffled in ("false", "true"):
         done = pipeline(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
         assert done.returncode == 0, done.stderr
-        accuracy[shuffled] = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]["v"]
-    assert accuracy["true"] < 0.3  # six balanced classes: chance is 0.17
-    assert accuracy["false"] > accuracy["true"] + 0.1
+        quality = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]
+        accuracy[shuffled] = quality["v"]
+    labels = [json.loads(line)["label"] for line in Path(quality["items"]).read_text().splitlines()]
+    chance = max(labels.count(label) for label in labels) / len(labels)  # always naming the largest class
+    assert accuracy["true"] < chance + 0.05
+    assert accuracy["false"] > chance + 0.1

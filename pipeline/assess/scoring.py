@@ -9,7 +9,7 @@ scored token is predicted exactly once, and its log-probability is taken in fp32
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -138,14 +138,16 @@ def score_causal(
 
     Args:
         model: A causal LM (not wrapped for distribution); its training mode is restored afterwards.
+        encoded: Documents; those longer than a window are cut.
         sequence_length: Tokens of a window, its last (only predicted) one included.
         batch_size: Windows at a time, fewer where their fp32 logits would exceed `LOGIT_BYTES`.
+        device: Where the model is.
+        pad_id: Any token of the model's vocabulary; it is masked.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a window is longer than its positions.
     """
     windows = cut_windows(encoded, sequence_length)
-    pad_id = padding_id(model, pad_id)
     check_vocabulary(model, (window.ids for window in windows), pad_id)
     _check_positions(model, windows)
     tokens = np.array([np.count_nonzero(document.targets[1:]) for document in encoded], dtype=np.int64)
@@ -253,7 +255,7 @@ def validation_metric(
 
 
 @contextmanager
-def scoring_mode(model: Any) -> Iterator[None]:
+def scoring_mode(model: Any) -> Generator[None]:
     """Run the body in evaluation and inference mode; every module gets back the training mode it had."""
     import torch
 
@@ -289,7 +291,7 @@ def padding_id(model: Any, pad_id: int) -> int:
     return int(config.pad_token_id)
 
 
-def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int = 0) -> None:
+def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> None:
     """Refuse tokens that the model has no embedding for.
 
     Raises:

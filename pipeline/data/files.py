@@ -45,7 +45,8 @@ def _split_files(folder: Path) -> dict[str, Path]:
         found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
         if len(found) > 1:
             raise UserError(KEY, f"{folder} has {found[0].name} and {found[1].name}", "keep one file per split")
-        files |= {split: path for path in found}
+        if found:
+            files[split] = found[0]
     if "train" not in files:
         raise UserError(KEY, f"{folder} has no train file", f"add train{'|'.join(SUFFIXES)}")
     return files

@@ -95,7 +95,8 @@ class _FusedHead(torch.autograd.Function):
             )  # fmt: skip
             ce += some_ce
             kl += some_kl
-            tile = F.pad(gradient, (0, logits.shape[1] - work.vocabulary)).to(dtype)
+            gradient = F.pad(gradient, (0, logits.shape[1] - work.vocabulary))
+            tile = gradient.to(dtype)
             grad_hidden[part] = (tile @ head).to(grad_hidden.dtype)
             grad_weight += (tile.T @ h).float()
             if grad_bias is not None:

@@ -86,9 +86,7 @@ def _gpu_hours(parts: dict[str, int], devices: int, kind: str) -> dict[str, Any]
     return {name: value.to_json() for name, value in values.items()}
 
 
-def _counts(
-    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int
-) -> dict[str, Any]:
+def _counts(counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int) -> dict[str, Any]:
     nothing = null("this stage trains nothing")
     rate = nothing
     if seconds_in_steps:

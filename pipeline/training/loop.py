@@ -200,7 +200,7 @@ def _account(step: int, done: StepLoss, progress: Progress, settings: TrainingCo
             f"the loss diverged: {smooth:.3g} at step {step + 1} after a best of {progress.best:.3g}; "
             "lower training.learning_rate or raise training.divergence_factor"
         )
-    if step >= 0.9 * settings.steps:
+    if step + 1 > 0.9 * settings.steps:
         progress.ce += ce
         progress.kl += kl
     hooks.points(step + 1, {"loss": loss, "ce": ce, "kl": kl, "learning_rate": learning_rate(step, settings)})

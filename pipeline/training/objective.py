@@ -174,5 +174,3 @@ def parameter_hash(model: Any) -> str:
         whole.update(name.encode())
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-

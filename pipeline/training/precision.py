@@ -28,7 +28,9 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
     have = torch.cuda.get_device_capability(device)
     needed = {Precision.tf32: TF32_CAPABILITY, Precision.bf16: BF16_CAPABILITY}.get(precision)
     if needed is not None and have < needed:
-        return f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
+        return (
+            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
+        )
     return None
 
 

@@ -117,9 +117,7 @@ def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer
 
 
 def _batches(tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
-    encoded = encode_all(
-        ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length
-    )
+    encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
     if ctx.run.task is Task.causal_lm:
         return PackedBatches(
             encoded, sequence_length=settings.sequence_length, batch_size=settings.batch_size, seed=ctx.seed
@@ -127,7 +125,9 @@ def _batches(tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBa
     return PaddedBatches(encoded, batch_size=settings.batch_size, seed=ctx.seed, pad_id=tokenizer.pad_token_id)
 
 
-def _validation(model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context) -> Callable[[], float]:
+def _validation(
+    model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
+) -> Callable[[], float]:
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
     encoded = encode_all(
         documents[: settings.eval_documents], tokenizer, ctx.run.task,
@@ -183,5 +183,3 @@ def _share(progress: Progress, distill: DistillStage | None) -> Value:
     if kl + ce == 0:
         return null("the loss is zero")
     return derive(lambda part, rest: part / (part + rest), measured(kl), measured(ce))
-
-
