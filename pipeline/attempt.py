@@ -172,7 +172,7 @@ class Attempt:
     def skip(self, name: str, stage: Any, seed: int, why: str) -> None:
         """Record a stage that this device cannot do: a row of nulls with the reason."""
         row = self._row(name, stage, seed, [], Spent(), Output(), "SKIPPED", why)
-        _blank(row["ledger"], f"skipped: {why}")
+        _blank(row["ledger"], why)
         self._add(row)
 
     def reuse(self, name: str, record: dict[str, Any]) -> None:
@@ -365,8 +365,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
     write_json(folder / "config.json", plain(run))
     journal.write(
-        "run_start", run_id=folder.name, started_ns=started_ns, recipe=run.recipe, question=run.question, attempt=number,
-        experiment=run.tracking.experiment or run.recipe, tracking_uri=run.tracking.uri, params=flat(plain(run)),
+        "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, recipe=run.recipe,
+        question=run.question, experiment=run.tracking.experiment or run.recipe, tracking_uri=run.tracking.uri, params=flat(plain(run)),
         tags={k: v for k, v in asdict(run.tracking).items() if k in ("team", "cost_center", "purpose") and v},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                   for split, documents in data.splits.items()],

@@ -44,7 +44,8 @@ def _serve(attempt: Attempt, pairs: list[Comparison], rows: dict[str, dict[str, 
         tokenizer = load_tokenizer(next(iter(folders.values())))
         encoded = encode_all(attempt.data.splits["test"][:64], tokenizer, attempt.run.task, max_length=512)
     served = serve_pass(
-        folders, wanted, task=attempt.run.task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
+        folders, wanted, task=attempt.run.task, labels=attempt.data.labels,
+        prompts=[item.input_ids for item in encoded],
         config=attempt.run.serving, device=attempt.device, devices=1, seed=0, clock=attempt.clock,
     )  # fmt: skip
     for arm, figures in served.serving.items():

@@ -37,7 +37,7 @@ def result_in(cwd: Path) -> dict:
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     cwd = tmp_path_factory.mktemp("distill")
-    done = pipeline(cwd, "recipe=distill", *TINY)
+    done = pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY)
     assert done.returncode == 0, done.stderr
     return cwd, result_in(cwd), done.stdout
 
@@ -95,7 +95,7 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
 
 def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(distilled) -> None:
     cwd, first, _ = distilled
-    assert pipeline(cwd, "recipe=distill", *TINY, "tracking.mlflow=false").returncode == 0
+    assert pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false").returncode == 0
     second = result_in(cwd)
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
@@ -103,7 +103,15 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     whole = sum(row["ledger"]["device_hours"]["attached"]["v"] for row in first["rows"])
     assert second["run"]["reused"]["v"] == pytest.approx(whole)
     assert (
-        pipeline(cwd, "recipe=distill", *TINY, "stages.student.temperature=2", "tracking.mlflow=false").returncode == 0
+        pipeline(
+            cwd,
+            "recipe=distill",
+            "stages.teacher.steps=4",
+            *TINY,
+            "stages.student.temperature=2",
+            "tracking.mlflow=false",
+        ).returncode
+        == 0
     )
     third = {row["arm"]: row["reused"] for row in result_in(cwd)["rows"]}
     assert third == {
