@@ -1,84 +1,446 @@
-"""What an arm cost against another: chains of stages, with what both share cancelled."""
+"""What one arm cost against another, whether that was a saving, and when it pays back. Arithmetic only.
+
+Words: the *chain* of an arm is every stage its artifact depends on, itself included, each once. `C(arm)` is the work
+over its chain, spent now or reused; assessment, replayed steps and failed attempts are not in it (luck with preemption
+is no merit of a recipe), and `all_in` shows it with them. `C_opt(arm | base)` is the work the arm needed and the base
+did not, less the reverse: a shared teacher cancels.
+
+What an existing model cost in the past is unknown. Where both chains have it, it cancels; where only one has it, the
+saving is null, and `new_spend_saving` says what was saved of what is spent from here on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pipeline.values import Value, derive, measured, null
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from pipeline.compare import statistics
+from pipeline.compare.statistics import Interval
+from pipeline.values import Prov, Value, derive, estimated, null
+
+SECONDS_PER_HOUR = 3600
+ONE_RUN = "point estimate only: one run each"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spend:
-    """What one arm's own stage cost.
+    """What one arm's own stage took.
 
     Attributes:
-        depends_on: Arms its artifact was made from.
-        work_h: Device-hours of the attempts that led to the artifact.
+        arm: Its name.
+        depends_on: Arms whose artifacts it reads directly.
+        work_h: Device-hours from its start to its committed artifact, spent now or reused.
         retry_h: Device-hours of failed attempts and replayed steps.
-        existing: The artifact was there before; what it once cost is unknown.
+        flops: Model FLOPs of the work; None where they were not counted.
+        existing: True for a model that was there before: what it once cost is unknown. `work_h` is then what handling
+            it took here, if anything.
     """
 
-    depends_on: tuple[str, ...]
-    work_h: float
+    arm: str
+    depends_on: tuple[str, ...] = ()
+    work_h: float = 0.0
     retry_h: float = 0.0
     flops: float | None = None
     existing: bool = False
 
 
-def chain(arm: str, spends: Mapping[str, Spend]) -> list[str]:
-    """Return the arms that `arm` depends on, itself last, each once."""
-    seen: dict[str, None] = {}
+Spends = Mapping[str, Spend]
+
+
+# -- chains ---------------------------------------------------------------------------------------------------------
+
+
+def chain(arm: str, spends: Spends) -> list[str]:
+    """Return what `arm` depends on, itself last, each once and after all that it depends on."""
+    order: list[str] = []
+    seen: set[str] = set()
 
     def visit(name: str) -> None:
         if name not in seen:
-            for before in spends[name].depends_on:
-                visit(before)
-            seen[name] = None
+            seen.add(name)
+            for needed in spends[name].depends_on:
+                visit(needed)
+            order.append(name)
 
     visit(arm)
-    return list(seen)
+    return order
 
 
-def _total(arms: list[str], spends: Mapping[str, Spend], *, retries: bool = False) -> Value:
-    unknown = [arm for arm in arms if spends[arm].existing]
+def amortise(spends: Spends, arms: Collection[str], shared_by: int) -> dict[str, Spend]:
+    """Return `spends` with the cost of `arms` (the teacher, its cache) divided among `shared_by` models.
+
+    Figures made from it stand beside the full ones, never in their place.
+    """
+
+    def share(spend: Spend) -> Spend:
+        flops = None if spend.flops is None else spend.flops / shared_by
+        return replace(spend, work_h=spend.work_h / shared_by, retry_h=spend.retry_h / shared_by, flops=flops)
+
+    return {name: share(spend) if name in arms else spend for name, spend in spends.items()}
+
+
+def c_total(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Value:
+    """Return C(arm): device-hours of work over its chain, without the arms that cancel.
+
+    Null where the chain holds an existing model.
+    """
+    return _over_chain(arm, spends, cancelled, lambda spend: spend.work_h)
+
+
+def all_in(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Value:
+    """Return C(arm) with failed attempts and replayed steps, in device-hours."""
+    return _over_chain(arm, spends, cancelled, lambda spend: spend.work_h + spend.retry_h)
+
+
+def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
+    counted = [spends[name] for name in chain(arm, spends) if name not in cancelled]
+    existing = [spend.arm for spend in counted if spend.existing]
+    if existing:
+        return null(f"existing model: {', '.join(existing)}")
+    return Value(math.fsum(part(spend) for spend in counted), Prov.DERIVED)
+
+
+def c_opt(arm: str, base: str, spends: Spends) -> Value:
+    """Return C_opt(arm | base): device-hours that the arm's chain needed and the base's did not, less the reverse.
+
+    Null where an existing model is in one of the chains only.
+    """
+    of_arm, of_base = set(chain(arm, spends)), set(chain(base, spends))
+    return derive(
+        lambda extra, saved: extra - saved,
+        c_total(arm, spends, cancelled=of_base),
+        c_total(base, spends, cancelled=of_arm),
+    )
+
+
+def shared_existing(arm: str, base: str, spends: Spends) -> list[str]:
+    """Return the existing models that both chains hold: their unknown cost cancels."""
+    of_base = set(chain(base, spends))
+    return [name for name in chain(arm, spends) if name in of_base and spends[name].existing]
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One validation reading during training.
+
+    Attributes:
+        tokens: Trained on until then.
+        metric: The validation metric.
+        device_hours: The stage's until then, evaluation excluded.
+    """
+
+    tokens: int
+    metric: float
+    device_hours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """How one arm's training went.
+
+    Attributes:
+        arm: Its name in the spends.
+        final: Its last validation metric; None without one.
+        curve: Its readings in order.
+        constant_phase: True where the readings were taken at a constant learning rate: only then does a point on the
+            curve stand for a run of that length.
+    """
+
+    arm: str
+    final: float | None
+    curve: tuple[Reading, ...] = ()
+    constant_phase: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The validation metric at which both arms are compared."""
+
+    q: float
+    lower_is_better: bool
+
+    def reached(self, metric: float) -> bool:
+        return metric <= self.q if self.lower_is_better else metric >= self.q
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """The points of two arms' training that are compared.
+
+    Attributes:
+        rule: How they were found.
+        spends: By side (arm, base), the spends with that side's own stage cut at its point.
+        censored: Why the arm never got to Q, with `spends` at its end; None where it did.
+    """
+
+    rule: str
+    spends: tuple[Spends, Spends]
+    censored: str | None = None
+
+
+def target_metric(final: float, margin: float, *, lower_is_better: bool) -> float:
+    """Return Q: the base's final metric, worsened relatively (bits per byte) or absolutely (accuracies) by margin."""
+    return final * (1 + margin) if lower_is_better else final - margin
+
+
+def _first_held(trained: Trained, target: _Target) -> Reading | None:
+    """Return the first of two consecutive readings at the target; one alone may be noise."""
+    pairs = zip(trained.curve, trained.curve[1:], strict=False)
+    return next((one for one, two in pairs if target.reached(one.metric) and target.reached(two.metric)), None)
+
+
+def _cut_at(trained: Trained, reading: Reading, spends: Spends) -> Spends:
+    """Return the spends as if the arm's own stage had ended at `reading`."""
+    own = spends[trained.arm]
+    share = reading.tokens / trained.curve[-1].tokens
+    flops = None if own.flops is None else own.flops * share
+    return {**spends, own.arm: replace(own, work_h=reading.device_hours, flops=flops)}
+
+
+def _on_one_schedule(arm: Trained, base: Trained) -> bool:
+    """Tell whether points on both curves may be compared: constant rate, and read after the same tokens."""
+    tokens = [[reading.tokens for reading in trained.curve] for trained in (arm, base)]
+    overlap = min(len(tokens[0]), len(tokens[1]))
+    return arm.constant_phase and base.constant_phase and overlap >= 2 and tokens[0][:overlap] == tokens[1][:overlap]
+
+
+def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends) -> _Match | None:
+    """Compare where each arm first holds Q; None where the base's own curve does not hold it."""
+    base_reading, arm_reading = _first_held(base, target), _first_held(arm, target)
+    if base_reading is None:
+        return None
+    rule = f"first of two consecutive evaluations at Q = {target.q:.4g}"
+    at_base = _cut_at(base, base_reading, spends)
+    if arm_reading is not None:
+        return _Match(rule, (_cut_at(arm, arm_reading, spends), at_base))
+    last = arm.curve[-1]
+    why = f"{arm.arm} did not hold Q = {target.q:.4g} within {last.tokens} tokens"
+    return _Match(rule, (_cut_at(arm, last, spends), at_base), why)
+
+
+def _match_at_end(arm: Trained, base: Trained, target: _Target, spends: Spends) -> _Match:
+    assert arm.final is not None
+    assert base.final is not None
+    rule = f"equal quality at the end: within margin of {base.arm}'s {base.final:.4g}, Q = {target.q:.4g}"
+    why = None if target.reached(arm.final) else f"{arm.arm} ended at {arm.final:.4g}, Q is {target.q:.4g}"
+    return _Match(rule, (spends, spends), why)
+
+
+def training_saving(
+    arm: Trained,
+    base: Trained,
+    spends: Spends,
+    *,
+    margin: float,
+    lower_is_better: bool,
+    teachers: Collection[str] = (),
+    shared_by: int = 1,
+) -> dict[str, Any]:
+    """Return the share of the base's training that the arm saved at equal quality; positive is cheaper.
+
+    Where both curves were read after the same tokens in a constant-rate phase, the arms are compared where each first
+    holds Q; otherwise at their ends, if the arm's end is at Q.
+
+    Args:
+        arm: How the arm's training went.
+        base: How the base's went.
+        spends: Of every arm in their chains.
+        margin: How much worse than the base's final metric still counts as equal: relative where lower is better.
+        lower_is_better: Of the validation metric.
+        teachers: Arms whose cost is shared with other models.
+        shared_by: Models that share it; above 1, the saving at that share stands as `amortised` beside the full one.
+
+    Returns:
+        The form of `comparisons[].training`, and `bound`: where the arm is censored, the saving that it would stay
+        below (it would have needed more than it spent).
+    """
+    for trained in (arm, base):
+        if trained.final is None or not math.isfinite(trained.final):
+            return _training_null(f"{trained.arm} has no validation reading", arm, base, spends)
+    assert base.final is not None
+    target = _Target(target_metric(base.final, margin, lower_is_better=lower_is_better), lower_is_better)
+    on_curve = _match_on_curve(arm, base, target, spends) if _on_one_schedule(arm, base) else None
+    match = on_curve or _match_at_end(arm, base, target, spends)
+    figures = _saved(arm.arm, base.arm, match.spends)
+    if shared_by > 1:
+        shares = amortise(match.spends[0], teachers, shared_by), amortise(match.spends[1], teachers, shared_by)
+        figures["amortised"] = _saved(arm.arm, base.arm, shares)["saving"]
+    figures["bound"] = null("not censored")
+    if match.censored is not None:
+        figures = _censor(figures, match.censored)
+    return _training_json(figures, match.rule, arm, base, spends)
+
+
+def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Value]:
+    """Return the saving, both costs, what new spending alone saved, and the systems and algorithmic parts."""
+    cancelled = shared_existing(arm, base, spends[0])
+    c_arm, c_base = (c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), spends, strict=True))
+    f_arm, f_base = (_flops(n, s, cancelled) for n, s in zip((arm, base), spends, strict=True))
+    saving = _share_saved(c_arm, c_base)
+    return {
+        "saving": saving,
+        "c_arm": c_arm,
+        "c_base": c_base,
+        "new_spend_saving": _new_spend_saving(arm, base, spends) if saving.v is None else null("the saving is known"),
+        "systems": _share_saved(_ratio(c_arm, f_arm), _ratio(c_base, f_base)),
+        "algorithmic": _share_saved(f_arm, f_base),
+    }
+
+
+def _share_saved(of_arm: Value, of_base: Value) -> Value:
+    """Return 1 - arm/base."""
+    if of_base.v == 0:
+        return null("the base cost nothing here")
+    return derive(lambda a, b: 1 - a / b, of_arm, of_base)
+
+
+def _ratio(hours: Value, flops: Value) -> Value:
+    return null("no FLOPs were needed") if flops.v == 0 else derive(lambda h, f: h / f, hours, flops)
+
+
+def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
+    """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are unknown."""
+    counted = [spends[name] for name in chain(arm, spends) if name not in cancelled]
+    unknown = [spend.arm for spend in counted if spend.flops is None]
     if unknown:
-        return null(f"existing model: what {', '.join(unknown)} once cost is unknown")
-    return measured(sum(spends[arm].work_h + (spends[arm].retry_h if retries else 0.0) for arm in arms))
+        return null(f"FLOPs not counted: {', '.join(unknown)}")
+    total = _over_chain(arm, spends, cancelled, lambda spend: spend.flops or 0.0)
+    return derive(lambda f: f, total)
 
 
-def c_total(arm: str, spends: Mapping[str, Spend]) -> Value:
-    """Return C(arm): work over its chain, device-hours; null where an existing model is in it."""
-    return _total(chain(arm, spends), spends)
+def _new_spend_saving(arm: str, base: str, spends: tuple[Spends, Spends]) -> Value:
+    """Return the saving with no existing model charged for its past."""
+    uncharged = [{name: replace(spend, existing=False) for name, spend in side.items()} for side in spends]
+    return _share_saved(c_total(arm, uncharged[0]), c_total(base, uncharged[1]))
 
 
-def all_in(arm: str, spends: Mapping[str, Spend]) -> Value:
-    """Return C(arm) plus retries, device-hours."""
-    return _total(chain(arm, spends), spends, retries=True)
+def _censor(figures: dict[str, Value], why: str) -> dict[str, Value]:
+    """Make every saving null: at the point compared the arm is not as good. The saving there bounds it from above."""
+    censored = null(f"censored: {why}")
+    hidden = ("saving", "new_spend_saving", "systems", "algorithmic", "amortised")
+    return {name: censored if name in hidden else value for name, value in figures.items()} | {
+        "bound": figures["saving"]
+    }
 
 
-def c_opt(arm: str, base: str, spends: Mapping[str, Spend]) -> Value:
-    """Return the work that `arm` needed and `base` did not, less the reverse, device-hours; what both share cancels."""
-    ours, theirs = chain(arm, spends), chain(base, spends)
-    mine = _total([name for name in ours if name not in theirs], spends)
-    other = _total([name for name in theirs if name not in ours], spends)
-    return derive(lambda a, b: a - b, mine, other)
+def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
+    cancelled = shared_existing(arm.arm, base.arm, spends)
+    if cancelled:
+        rule = f"{rule}; {', '.join(cancelled)} (existing model) is in both chains and cancels"
+    more = {
+        "c_opt": c_opt(arm.arm, base.arm, spends),
+        "all_in_arm": all_in(arm.arm, spends, cancelled=cancelled),
+        "all_in_base": all_in(base.arm, spends, cancelled=cancelled),
+    }
+    saving = figures.pop("saving")
+    values = {name: value.to_json() for name, value in {**figures, **more}.items()}
+    return {**saving.to_json(), "ci": None, **values, "rule": f"{rule}; {ONE_RUN}"}
 
 
-def saving(arm: str, base: str, spends: Mapping[str, Spend]) -> Value:
-    """Return `1 - C(arm) / C(base)`; an existing model in both chains cancels from both."""
-    ours, theirs = chain(arm, spends), chain(base, spends)
-    shared = [name for name in ours if name in theirs and spends[name].existing]
-    mine = _total([name for name in ours if name not in shared], spends)
-    other = _total([name for name in theirs if name not in shared], spends)
-    if other.v == 0:
-        return null(f"{base} cost nothing to train")
-    return derive(lambda a, b: 1 - a / b, mine, other)
+def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
+    figures = _saved(arm.arm, base.arm, (spends, spends)) | dict.fromkeys(
+        ("saving", "new_spend_saving", "systems", "algorithmic", "bound"), null(why)
+    )
+    return _training_json(figures, "none applies", arm, base, spends)
 
 
-def payback_units(c_opt_h: Value, base_s_per_unit: Value, arm_s_per_unit: Value) -> Value:
-    """Return the units to serve until the extra spending is repaid: 3600 C_opt / (c_base - c_arm)."""
-    gain = derive(lambda b, a: b - a, base_s_per_unit, arm_s_per_unit)
-    if gain.v is not None and gain.v <= 0:
-        return null("never: not cheaper")
-    return derive(lambda hours, per_unit: max(0.0, 3600 * hours / per_unit), c_opt_h, gain)
+def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of `training_saving` over seeds, with a t interval of the saving (seeds are the pairs).
+
+    One seed is returned as it is. A figure that is null with one seed is null, with the reason.
+    """
+    if len(per_seed) == 1:
+        return dict(per_seed[0])
+    names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
+    means = {name: _mean([result[name] for result in per_seed]).to_json() for name in names}
+    saving = _mean(per_seed)
+    interval = None if saving.v is None else statistics.mean_interval([result["v"] for result in per_seed])
+    ci = None if interval is None else [interval.low, interval.high]
+    rule = per_seed[0]["rule"].replace(ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown")
+    return {**saving.to_json(), "ci": ci, **means, "rule": rule}
+
+
+def _mean(per_seed: Sequence[Mapping[str, Any]]) -> Value:
+    values = [Value.from_json(dict(raw)) for raw in per_seed]
+    return derive(lambda *readings: math.fsum(readings) / len(readings), *values)
+
+
+# -- serving and payback --------------------------------------------------------------------------------------------
+
+
+def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> dict[str, Any]:
+    """Return the share of the base's serving time that the arm saves, with its interval over ABBA blocks.
+
+    Args:
+        arm_seconds: (blocks, 2): device-seconds of the two readings of each block.
+        base_seconds: (blocks, 2): the base's between them.
+    """
+    saving = statistics.abba_saving(arm_seconds, base_seconds)
+    value = Value(saving.estimate, Prov.DERIVED)
+    return {**value.to_json(), "ci": [saving.low, saving.high], "blocks": len(np.asarray(arm_seconds))}
+
+
+def payback(
+    c_opt: Value,
+    c_base: Value,
+    c_arm: Value,
+    *,
+    unit: str,
+    saving: Interval | None = None,
+    blocks: int | None = None,
+    volume: float | None = None,
+) -> dict[str, Any]:
+    """Return the units after which serving has repaid the extra spending.
+
+    Args:
+        c_opt: C_opt(arm | base), device-hours.
+        c_base: What the base takes to serve one unit, device-seconds.
+        c_arm: What the arm takes, device-seconds.
+        unit: `token` or `example`.
+        saving: The serving saving with its 90% interval, if it was measured.
+        blocks: ABBA blocks behind that interval.
+        volume: Units declared to be served.
+
+    Returns:
+        A value with `unit` and `p_net_positive`: the probability that serving `volume` units saves more than c_opt,
+        given how uncertain the serving saving is (c_opt, from one run, is taken as it is).
+    """
+    if c_arm.v is not None and c_base.v is not None and c_arm.v >= c_base.v:
+        units = null("never: not cheaper")
+    else:
+        units = derive(lambda o, b, a: max(0.0, SECONDS_PER_HOUR * o / (b - a)), c_opt, c_base, c_arm)
+    return {
+        **units.to_json(),
+        "unit": unit,
+        "p_net_positive": _p_net_positive(c_opt, c_base, saving, blocks, volume).to_json(),
+    }
+
+
+def _p_net_positive(
+    c_opt: Value, c_base: Value, saving: Interval | None, blocks: int | None, volume: float | None
+) -> Value:
+    """Return P(volume x c_base x saving > c_opt): r = ln(1 - saving) is t-distributed about its estimate."""
+    if volume is None:
+        return null("serving.volume is not declared")
+    if saving is None or blocks is None:
+        return null("serving was not measured with an interval")
+    if c_opt.v is None or c_base.v is None:
+        return null(c_opt.why_null or c_base.why_null or "")
+    needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)  # the saving at which nothing is left over
+    if needed >= 1:
+        return estimated(0.0)
+    r, r_low, r_high = (math.log1p(-share) for share in (saving.estimate, saving.high, saving.low))
+    error = (r_high - r_low) / (2 * statistics.t_quantile(statistics.LEVEL, blocks - 1))
+    distance = math.log1p(-needed) - r
+    if error == 0:
+        return estimated(float(distance > 0))
+    return estimated(float(special.stdtr(blocks - 1, distance / error)))

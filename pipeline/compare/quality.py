@@ -1,0 +1,288 @@
+"""Two arms on the same documents: better, worse, equal within the margin, or undecided.
+
+Differences are oriented so that higher is better for the arm. Bits per byte compare relatively (`1 - arm/base`, the
+margin is a share), accuracies absolutely (`arm - base`, the margin is in accuracy). The answer is read off a two-sided
+90% interval, whose ends are one-sided 95% bounds, in this order:
+
+- `better`: the whole interval is above 0.
+- `worse`: the whole interval is below 0, however slightly; whether that is tolerable the margin says.
+- `equal`: the whole interval is within the margin on both sides.
+- `undecided`: anything else, or fewer documents than an answer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.compare import statistics
+from pipeline.compare.statistics import Floats, Interval
+from pipeline.values import Prov, Value, derive, null
+
+Items = Mapping[str, npt.NDArray[Any]]
+"""What assessment keeps of each document: `digest` and, in the same order, the columns that a figure needs."""
+
+PAIRED_SHARE = 0.95
+"""Below this share of common documents two arms were not assessed on the same data."""
+MIN_DOCUMENTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """How the bootstrap resamples."""
+
+    resamples: int
+    seed: int
+
+
+def answer_of(low: float, high: float, margin: float) -> str:
+    """Return what an oriented interval says (the rule at the top of this file)."""
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    return "equal" if -margin < low and high < margin else "undecided"
+
+
+# -- one figure -----------------------------------------------------------------------------------------------------
+
+
+def _bits_per_byte(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+    higher = statistics.paired_ratio_bootstrap(
+        arm["bits"], base["bits"], arm["bytes"], resamples=sampling.resamples, seed=sampling.seed
+    )
+    return Interval(-higher.estimate, -higher.high, -higher.low)
+
+
+def _token_share(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+    """Compare sum(column) / sum(tokens), absolutely."""
+
+    def compare(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+        return statistics.paired_ratio_bootstrap(
+            arm[column], base[column], arm["tokens"], relative=False, resamples=sampling.resamples, seed=sampling.seed
+        )
+
+    return compare
+
+
+def _example_share(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+    """Compare the share of examples where `column` is true."""
+
+    def compare(arm: Items, base: Items, _: _Sampling) -> Interval:
+        in_arm, in_base = arm[column].astype(bool), base[column].astype(bool)
+        b, c, n = int((in_arm & ~in_base).sum()), int((in_base & ~in_arm).sum()), len(in_arm)
+        return Interval((b - c) / n, *statistics.tango_interval(b, c, n))
+
+    return compare
+
+
+def _macro_f1(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+    classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
+    columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)  # (n, 2 * 3 * C)
+
+    def difference(sums: Floats) -> Floats:
+        of_arm, of_base = np.split(sums, 2, axis=-1)
+        return macro_f1(of_arm) - macro_f1(of_base)
+
+    return statistics.bootstrap_sums(columns, difference, resamples=sampling.resamples, seed=sampling.seed)
+
+
+def _f1_columns(items: Items, classes: npt.NDArray[Any]) -> Floats:
+    """Return what every example adds to the counts of `macro_f1`: (n, 3C)."""
+    labelled, predicted = items["label"][:, None] == classes, items["prediction"][:, None] == classes
+    return np.concatenate([labelled & predicted, labelled, predicted], axis=1).astype(np.float64)
+
+
+def macro_f1(counts: Floats) -> Floats:
+    """Return the mean F1 over the classes that occur as label or as prediction.
+
+    Args:
+        counts: (..., 3C): by class, examples labelled and predicted so; labelled so; predicted so.
+    """
+    hits, labelled, predicted = np.split(counts, 3, axis=-1)
+    occurs = labelled + predicted > 0
+    f1 = np.divide(2 * hits, labelled + predicted, out=np.zeros_like(hits), where=occurs)
+    return f1.sum(axis=-1) / occurs.sum(axis=-1)
+
+
+def macro_f1_interval(
+    label: npt.ArrayLike, prediction: npt.ArrayLike, *, resamples: int, seed: int, level: float = statistics.LEVEL
+) -> Interval:
+    """Return one arm's macro F1 with its BCa interval over examples.
+
+    Args:
+        label: (n,): true classes.
+        prediction: (n,): predicted classes.
+        resamples: Bootstrap resamples.
+        seed: Of the resampling.
+        level: Two-sided confidence.
+    """
+    items = {"label": np.asarray(label), "prediction": np.asarray(prediction)}
+    columns = _f1_columns(items, np.unique(np.concatenate([items["label"], items["prediction"]])))
+    return statistics.bootstrap_sums(columns, macro_f1, resamples=resamples, seed=seed, level=level)
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """How a quality key is compared.
+
+    Attributes:
+        columns: What both arms must have of each document.
+        same: The one of them that must be the same in both arms.
+        compare: Gives the oriented difference.
+        divides: True where `same` is what the figure is divided by; documents with none of it are left out.
+    """
+
+    columns: tuple[str, ...]
+    same: str
+    compare: Callable[[Items, Items, _Sampling], Interval]
+    divides: bool = False
+
+
+_CAUSAL = {
+    "bits_per_byte": _Method(("bits", "bytes"), "bytes", _bits_per_byte, divides=True),
+    "next_token_accuracy": _Method(("correct", "tokens"), "tokens", _token_share("correct"), divides=True),
+    "teacher_agreement": _Method(("agree", "tokens"), "tokens", _token_share("agree"), divides=True),
+}
+_CLASSIFICATION = {
+    "accuracy": _Method(("correct", "label"), "label", _example_share("correct")),
+    "macro_f1": _Method(("label", "prediction"), "label", _macro_f1),
+    "teacher_agreement": _Method(("agree", "label"), "label", _example_share("agree")),
+}
+# Perplexity has no method: it is a power of the bits per token, so bits per byte says the same across tokenizers too.
+
+
+def _methods(items: Items) -> dict[str, _Method]:
+    return _CLASSIFICATION if "label" in items else _CAUSAL
+
+
+def compared_keys(arm_items: Items, base_items: Items) -> tuple[str, ...]:
+    """Return the quality keys that both arms carry the columns of."""
+    both = set(arm_items) & set(base_items)
+    return tuple(key for key, method in _methods(arm_items).items() if both.issuperset(method.columns))
+
+
+# -- one comparison -------------------------------------------------------------------------------------------------
+
+
+def pair(arm_items: Items, base_items: Items) -> tuple[Items, Items]:
+    """Return both arms' items of the documents they share, in the same order (by digest)."""
+    _, in_arm, in_base = np.intersect1d(arm_items["digest"], base_items["digest"], return_indices=True)
+    return _select(arm_items, in_arm), _select(base_items, in_base)
+
+
+def _select(items: Items, rows: npt.NDArray[Any]) -> Items:
+    return {name: column[rows] for name, column in items.items()}
+
+
+def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> str | None:
+    """Return why paired items do not allow the comparison; None where they do."""
+    num_paired = len(arm["digest"])
+    if num_paired < PAIRED_SHARE * num_documents:
+        return f"only {num_paired} of {num_documents} documents were assessed in both arms"
+    for side, items in (("arm", arm), ("base", base)):
+        missing = [name for name in method.columns if name not in items]
+        if missing:
+            return f"the {side} has no {missing[0]!r} per document"
+        # logprob: the class ranked first looks sound where every logit is NaN
+        readings = np.array([items[name] for name in (*method.columns, "logprob") if name in items], dtype=np.float64)
+        num_bad = int((~np.isfinite(readings)).any(axis=0).sum())
+        if num_bad:
+            return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
+    if not np.array_equal(arm[method.same], base[method.same]):
+        return f"the arms count other {method.same} in the same documents"
+    return None
+
+
+def compare_items(
+    key: str,
+    arm_items: Items,
+    base_items: Items,
+    *,
+    margin: float,
+    min_documents: int = MIN_DOCUMENTS,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare two arms on one quality key, document by document.
+
+    Args:
+        key: One of `metrics.QUALITY_KEYS`.
+        arm_items: The arm's columns by name, each (n,). Language models: `digest`, `bits`, `bytes`, `tokens`,
+            `correct` and perhaps `agree` (tokens); classifiers: `digest`, `label`, `prediction`, `correct` and
+            perhaps `agree` (0/1) and `logprob`. Documents are paired by `digest`, whatever their order.
+        base_items: The base's.
+        margin: Difference that still counts as equal: relative for bits per byte, absolute for the others.
+        min_documents: Fewer are always `undecided`.
+        resamples: Bootstrap resamples.
+        seed: Of the resampling.
+
+    Returns:
+        A value with `ci` (two-sided 90%), `n` (documents paired), `margin`, `answer` and `items_to_decide`: the
+        documents in all that would tell whether an undecided arm is worse than the margin; None where that is known.
+        Null where the arms cannot be compared.
+    """
+    method = _methods(arm_items).get(key)
+    if method is None:
+        return _null(f"{key} is not compared: read {' or '.join(_methods(arm_items))}", 0, margin)
+    arm, base = pair(arm_items, base_items)
+    why = _why_not(method, arm, base, max(len(arm_items["digest"]), len(base_items["digest"])))
+    if why is None and method.divides:  # a document of one token has none to predict
+        arm, base = _select(arm, arm[method.same] > 0), _select(base, base[method.same] > 0)
+    num_paired = len(arm["digest"])
+    if why is None and num_paired < 2:
+        why = f"{num_paired} document(s) have no spread"
+    if why is not None:
+        return _null(why, num_paired, margin)
+    interval = method.compare(arm, base, _Sampling(resamples, seed))
+    return _compared(interval, num_paired, margin, min_documents)
+
+
+def _null(why: str, n: int, margin: float) -> dict[str, Any]:
+    more = {"ci": None, "n": n, "margin": margin, "answer": "undecided", "items_to_decide": None}
+    return {**null(why).to_json(), **more}
+
+
+def _compared(interval: Interval, n: int, margin: float, min_documents: int) -> dict[str, Any]:
+    answer = answer_of(interval.low, interval.high, margin) if n >= min_documents else "undecided"
+    needed = max(statistics.items_to_decide(interval, n, margin=margin) or 0, min_documents)
+    return {
+        **Value(interval.estimate, Prov.DERIVED).to_json(),
+        "ci": [interval.low, interval.high],
+        "n": n,
+        "margin": margin,
+        "answer": answer,
+        "items_to_decide": needed if answer == "undecided" and needed > n else None,
+    }
+
+
+def combine_seeds(per_seed: Sequence[Mapping[str, Any]], *, min_documents: int = MIN_DOCUMENTS) -> dict[str, Any]:
+    """Return the mean of one key's comparison over seeds, with a t interval (seeds are the pairs).
+
+    It speaks of the recipe on these documents: what other seeds would give. Three seeds usually decide nothing.
+
+    Args:
+        per_seed: Results of `compare_items`, arm and base of the same seed each.
+        min_documents: A seed with fewer leaves the whole `undecided`.
+
+    Returns:
+        The same form with `n` the number of seeds; with one seed, that seed's result as it is.
+    """
+    if len(per_seed) == 1:
+        return dict(per_seed[0])
+    margin = per_seed[0]["margin"]
+    assert all(result["margin"] == margin for result in per_seed), "one margin for all seeds"
+    mean = derive(lambda *deltas: float(np.mean(deltas)), *(Value.from_json(dict(result)) for result in per_seed))
+    if mean.v is None:
+        num_null = sum(result["v"] is None for result in per_seed)
+        return _null(f"{num_null} of {len(per_seed)} seeds: {mean.why_null}", len(per_seed), margin)
+    interval = statistics.mean_interval([result["v"] for result in per_seed])
+    answer = answer_of(interval.low, interval.high, margin)
+    if min(result["n"] for result in per_seed) < min_documents:
+        answer = "undecided"
+    more = {"n": len(per_seed), "margin": margin, "answer": answer, "items_to_decide": None}
+    return {**mean.to_json(), "ci": [interval.low, interval.high], **more}

@@ -1,0 +1,337 @@
+"""Chains, training savings at equal quality, payback: against hand-made numbers and a simulation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.compare.savings import (
+    Reading,
+    Spend,
+    Trained,
+    all_in,
+    amortise,
+    c_opt,
+    c_total,
+    chain,
+    combine_training,
+    payback,
+    serving_saving,
+    shared_existing,
+    target_metric,
+    training_saving,
+)
+from pipeline.compare.statistics import Interval, abba_saving
+from pipeline.schema import RESULT_SCHEMA
+from pipeline.values import Value, derive, estimated, measured, null
+
+SPENDS = {
+    spend.arm: spend
+    for spend in (
+        Spend(arm="base", existing=True),
+        Spend(arm="teacher", depends_on=("base",), work_h=4.0, retry_h=1.0, flops=400.0),
+        Spend(arm="cache", depends_on=("teacher",), work_h=1.0, flops=100.0),
+        Spend(arm="student", depends_on=("teacher", "cache"), work_h=2.0, retry_h=0.5, flops=150.0),
+        Spend(arm="control", depends_on=("base",), work_h=10.0, flops=800.0),
+        Spend(arm="scratch", work_h=20.0, flops=2000.0),
+    )
+}
+
+
+def _save(arm: Trained, base: Trained, **more: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"spends": SPENDS, "margin": 0.01, "lower_is_better": True, **more}
+    return training_saving(arm, base, **settings)
+
+
+# -- chains ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_lists_each_stage_once_after_what_it_needs() -> None:
+    assert chain("student", SPENDS) == ["base", "teacher", "cache", "student"]
+    circle = {"a": Spend(arm="a", depends_on=("b",)), "b": Spend(arm="b", depends_on=("a",))}
+    assert chain("a", circle) == ["b", "a"]
+
+
+def test_costs_over_a_chain() -> None:
+    assert c_total("student", SPENDS, cancelled=["base"]).v == 7.0
+    assert all_in("student", SPENDS, cancelled=["base"]).v == 8.5
+    assert c_total("student", SPENDS).why_null == "existing model: base"
+    assert c_total("scratch", SPENDS).v == 20.0
+
+
+def test_what_both_chains_share_cancels() -> None:
+    assert c_opt("student", "teacher", SPENDS).v == 3.0
+    assert c_opt("student", "control", SPENDS).v == -3.0  # 7 more, 10 fewer
+    assert c_opt("control", "student", SPENDS).v == 3.0
+    assert c_opt("student", "student", SPENDS).v == 0.0
+    assert c_opt("student", "scratch", SPENDS).why_null == "existing model: base"
+    assert shared_existing("student", "control", SPENDS) == ["base"]
+
+
+def test_amortising_divides_the_named_arms_and_leaves_the_input_alone() -> None:
+    shared = amortise(SPENDS, ["teacher", "cache"], 4)
+    assert (shared["teacher"].work_h, shared["teacher"].retry_h, shared["cache"].flops) == (1.0, 0.25, 25.0)
+    assert shared["student"] is SPENDS["student"]
+    assert SPENDS["teacher"].work_h == 4.0
+
+
+# -- at the end -----------------------------------------------------------------------------------------------------
+
+
+def test_saving_at_equal_quality_at_the_end() -> None:
+    saving = _save(Trained(arm="student", final=2.02), Trained(arm="control", final=2.0))
+    assert saving["v"] == pytest.approx(1 - 7 / 10)
+    assert (saving["c_arm"]["v"], saving["c_base"]["v"], saving["c_opt"]["v"]) == (7.0, 10.0, -3.0)
+    assert (saving["all_in_arm"]["v"], saving["all_in_base"]["v"]) == (8.5, 10.0)
+    assert saving["rule"].startswith("equal quality at the end: within margin of control's 2, Q = 2.02")
+    assert saving["rule"].endswith("point estimate only: one run each")
+    assert "base (existing model) is in both chains and cancels" in saving["rule"]
+    assert saving["ci"] is None
+
+
+def test_systems_and_algorithmic_parts_multiply_to_the_whole() -> None:
+    saving = _save(Trained(arm="student", final=2.0), Trained(arm="control", final=2.0))
+    systems, algorithmic = saving["systems"]["v"], saving["algorithmic"]["v"]
+    assert algorithmic == pytest.approx(1 - 650 / 800)
+    assert systems == pytest.approx(1 - (7 / 650) / (10 / 800))
+    assert (1 - systems) * (1 - algorithmic) == pytest.approx(1 - saving["v"])
+
+
+def test_uncounted_flops_leave_the_saving_and_hide_its_parts() -> None:
+    spends = {**SPENDS, "cache": dataclasses.replace(SPENDS["cache"], flops=None)}
+    saving = _save(Trained(arm="student", final=2.0), Trained(arm="control", final=2.0), spends=spends)
+    assert saving["v"] == pytest.approx(0.3)
+    assert saving["systems"]["why_null"] == saving["algorithmic"]["why_null"] == "FLOPs not counted: cache"
+    none = {name: dataclasses.replace(spend, flops=0.0) for name, spend in SPENDS.items()}
+    saving = _save(Trained(arm="student", final=2.0), Trained(arm="control", final=2.0), spends=none)
+    assert saving["systems"]["why_null"] == "no FLOPs were needed"
+
+
+def test_an_arm_that_is_not_as_good_is_censored_with_its_bound() -> None:
+    saving = _save(Trained(arm="student", final=2.03), Trained(arm="control", final=2.0))
+    assert (saving["v"], saving["prov"]) == (None, "unavailable")
+    assert saving["why_null"] == "censored: student ended at 2.03, Q is 2.02"
+    assert saving["bound"]["v"] == pytest.approx(0.3)  # it needed more than these 7 hours
+    assert saving["systems"]["v"] is saving["algorithmic"]["v"] is None
+    assert saving["c_arm"]["v"] == 7.0
+
+
+@pytest.mark.parametrize(("final", "reached"), [(0.79, True), (0.7899, False), (0.95, True)])
+def test_accuracy_is_worsened_absolutely(final: float, reached: bool) -> None:
+    assert target_metric(0.8, 0.01, lower_is_better=False) == pytest.approx(0.79)
+    assert target_metric(2.0, 0.01, lower_is_better=True) == pytest.approx(2.02)
+    arms = Trained(arm="student", final=final), Trained(arm="control", final=0.8)
+    assert (_save(*arms, lower_is_better=False)["v"] is not None) == reached
+
+
+@pytest.mark.parametrize("final", [None, float("nan")])
+def test_no_validation_reading_no_saving(final: float | None) -> None:
+    for pair in (("student", "control"), ("control", "student")):
+        finals = {"student": final, "control": 2.0}
+        saving = _save(*(Trained(arm=arm, final=finals[arm]) for arm in pair))
+        assert saving["why_null"] == "student has no validation reading"
+        assert {saving["c_arm"]["v"], saving["c_base"]["v"]} == {7.0, 10.0}
+
+
+def test_an_existing_model_in_one_chain_leaves_only_new_spending() -> None:
+    saving = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0))
+    assert saving["why_null"] == "existing model: base"
+    assert saving["new_spend_saving"]["v"] == pytest.approx(1 - 7 / 20)
+    assert saving["c_arm"]["v"] is None
+    handled = {**SPENDS, "base": dataclasses.replace(SPENDS["base"], work_h=1.0)}  # what handling it took is new
+    saving = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=handled)
+    assert saving["new_spend_saving"]["v"] == pytest.approx(1 - 8 / 20)
+
+
+def test_a_base_that_cost_nothing_has_no_share() -> None:
+    saving = _save(Trained(arm="teacher", final=2.0), Trained(arm="base", final=2.0))
+    assert saving["why_null"] == "the base cost nothing here"
+    assert saving["new_spend_saving"]["why_null"] == "the base cost nothing here"
+
+
+def test_a_shared_teacher_stands_beside_the_full_figure() -> None:
+    arms = Trained(arm="student", final=2.0), Trained(arm="control", final=2.0)
+    saving = _save(*arms, teachers=("teacher", "cache"), shared_by=5)
+    assert saving["v"] == pytest.approx(0.3)
+    assert saving["amortised"]["v"] == pytest.approx(1 - (5 / 5 + 2) / 10)
+    assert "amortised" not in _save(*arms)
+
+
+# -- on the curve ---------------------------------------------------------------------------------------------------
+
+
+def _curve(arm: str, metrics: list[float], hours: float, *, constant: bool = True) -> Trained:
+    """Readings every 100 tokens, `hours` apart."""
+    readings = tuple(Reading(100 * (i + 1), metric, hours * (i + 1)) for i, metric in enumerate(metrics))
+    return Trained(arm=arm, final=metrics[-1], curve=readings, constant_phase=constant)
+
+
+BASE_CURVE = _curve("control", [2.5, 2.2, 2.01, 2.015, 2.0], hours=2.0)  # Q = 2.02, first held at 300 tokens, 6 h
+
+
+def test_saving_at_the_first_of_two_readings_in_a_row() -> None:
+    """One reading at Q (at 200 tokens) is noise: the arm holds it from 400 on, its teacher and cache added."""
+    saving = _save(_curve("student", [2.4, 2.02, 2.03, 2.0, 1.9], hours=0.25), BASE_CURVE)
+    assert saving["c_base"]["v"] == pytest.approx(6.0)
+    assert saving["c_arm"]["v"] == pytest.approx(4 * 0.25 + 5)
+    assert saving["v"] == pytest.approx(1 - 6 / 6)
+    assert saving["algorithmic"]["v"] == pytest.approx(1 - (500 + 150 * 4 / 5) / (800 * 3 / 5))
+    assert saving["rule"].startswith("first of two consecutive evaluations at Q = 2.02")
+    assert saving["c_opt"]["v"] == -3.0  # what was spent, to the end
+
+
+def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
+    saving = _save(_curve("student", [2.4, 2.3, 2.2], hours=0.25), BASE_CURVE)
+    assert saving["why_null"] == "censored: student did not hold Q = 2.02 within 300 tokens"
+    assert saving["bound"]["v"] == pytest.approx(1 - 5.75 / 6)
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        _curve("student", [2.4, 2.0, 1.9], hours=0.25, constant=False),  # a point on a cosine is no run of that length
+        dataclasses.replace(
+            _curve("student", [2.4, 2.0, 1.9], hours=0.25),
+            curve=tuple(Reading(150 * i, 2.0, 0.25 * i) for i in (1, 2, 3)),  # read after other tokens
+        ),
+        dataclasses.replace(_curve("student", [2.0], hours=2.0), final=2.0),
+    ],
+)
+def test_curves_that_cannot_be_laid_over_each_other_are_compared_at_the_end(arm: Trained) -> None:
+    saving = _save(arm, BASE_CURVE)
+    assert saving["rule"].startswith("equal quality at the end")
+    assert saving["v"] == pytest.approx(0.3)
+
+
+def test_a_base_that_meets_q_only_at_its_end_is_compared_there() -> None:
+    saving = _save(_curve("student", [2.0, 2.0], hours=0.25), _curve("control", [2.5, 2.2, 2.0], hours=2.0))
+    assert saving["rule"].startswith("equal quality at the end")
+
+
+def test_identical_noisy_arms_save_nothing_on_average() -> None:
+    """Crossing the base's own final noisy value would favour the arm; Q with a margin, held twice, does not."""
+    rng, savings = np.random.default_rng(0), []
+    spends = {name: Spend(arm=name, work_h=20.0, flops=1.0) for name in ("a", "b")}
+    for _ in range(200):
+        a, b = (list(2 + 0.6 * np.exp(-np.arange(1, 41) / 8) + rng.normal(0, 0.004, 40)) for _ in range(2))
+        saving = _save(_curve("a", a, hours=0.5), _curve("b", b, hours=0.5), spends=spends)
+        if saving["v"] is not None:
+            savings.append(saving["v"])
+    assert len(savings) > 190
+    assert abs(np.mean(savings)) < 0.02
+
+
+# -- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def _seed(hours: float, final: float = 2.0) -> dict[str, Any]:
+    spends = {**SPENDS, "student": dataclasses.replace(SPENDS["student"], work_h=hours)}
+    return _save(Trained(arm="student", final=final), Trained(arm="control", final=2.0), spends=spends)
+
+
+def test_savings_are_averaged_over_seeds() -> None:
+    combined = combine_training([_seed(2.0), _seed(1.0), _seed(3.0)])
+    theirs = stats.ttest_1samp([0.3, 0.4, 0.2], 0).confidence_interval(0.9)
+    assert combined["v"] == pytest.approx(0.3)
+    assert combined["ci"] == pytest.approx([theirs.low, theirs.high])
+    assert combined["c_arm"]["v"] == pytest.approx(7.0)
+    assert combined["rule"].endswith("mean of 3 seeds, the first one's Q shown")
+    assert "point estimate" not in combined["rule"]
+    assert combine_training([_seed(2.0)]) == _seed(2.0)
+
+
+def test_one_censored_seed_censors_the_mean() -> None:
+    combined = combine_training([_seed(2.0), _seed(2.0, final=2.1)])
+    assert (combined["v"], combined["ci"]) == (None, None)
+    assert combined["why_null"] == "censored: student ended at 2.1, Q is 2.02"
+
+
+# -- serving and payback --------------------------------------------------------------------------------------------
+
+
+def _blocks(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return 0.6 * np.exp(rng.normal(0, 0.05, (4, 2))), np.exp(rng.normal(0, 0.05, (4, 2)))
+
+
+def test_serving_saving_has_the_form_of_the_result() -> None:
+    saving, interval = serving_saving(*_blocks()), abba_saving(*_blocks())
+    assert (saving["v"], saving["ci"], saving["blocks"]) == (interval.estimate, [interval.low, interval.high], 4)
+    assert saving["v"] == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("c_opt_h", "arm_s", "units"),
+    [(2.0, 0.6e-3, 2.0 * 3600 / 0.4e-3), (0.0, 0.6e-3, 0.0), (-3.0, 0.6e-3, 0.0)],
+)
+def test_payback_units(c_opt_h: float, arm_s: float, units: float) -> None:
+    result = payback(measured(c_opt_h), measured(1e-3), measured(arm_s), unit="token")
+    assert result["v"] == pytest.approx(units)
+    assert result["unit"] == "token"
+    assert result["p_net_positive"]["why_null"] == "serving.volume is not declared"
+
+
+@pytest.mark.parametrize("spent", [measured(2.0), measured(-2.0), null("existing model: base")])
+def test_an_arm_that_is_not_cheaper_never_pays_back(spent: Value) -> None:
+    assert payback(spent, measured(1e-3), measured(1e-3), unit="example")["why_null"] == "never: not cheaper"
+
+
+def test_unknown_spending_has_no_payback() -> None:
+    result = payback(
+        null("existing model: base"), measured(1e-3), measured(6e-4), unit="token",
+        saving=abba_saving(*_blocks()), blocks=4, volume=1e9,
+    )  # fmt: skip
+    assert result["why_null"] == result["p_net_positive"]["why_null"] == "existing model: base"
+    result = payback(measured(1.0), measured(1e-3), null("not measured"), unit="token", volume=1e9)
+    assert (result["why_null"], result["v"]) == ("not measured", None)
+    assert result["p_net_positive"]["why_null"] == "serving was not measured with an interval"
+
+
+def test_a_payback_is_no_better_known_than_what_it_is_made_of() -> None:
+    assert payback(estimated(1.0), measured(1e-3), measured(6e-4), unit="token")["prov"] == "estimated"
+
+
+def _probability(c_opt_h: float, volume: float, saving: Interval) -> float:
+    c_arm = derive(lambda base: base * (1 - saving.estimate), measured(1e-3))
+    return payback(
+        measured(c_opt_h), measured(1e-3), c_arm, unit="token", saving=saving, blocks=4, volume=volume
+    )["p_net_positive"]["v"]  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.35, 0.40, 0.42])
+def test_probability_of_a_net_gain_is_that_of_a_simulation(share: float) -> None:
+    """Serving 10 M tokens at 1 ms must save `share` to repay c_opt; r is t-distributed with 3 degrees of freedom."""
+    arm, base = _blocks()
+    r = (np.log(arm) - np.log(base)).mean(axis=1)
+    drawn = r.mean() + r.std(ddof=1) / 2 * np.random.default_rng(1).standard_t(3, 200_000)
+    net = 1e7 * 1e-3 * (1 - np.exp(drawn)) - share * 1e4
+    assert _probability(share * 1e4 / 3600, 1e7, abba_saving(arm, base)) == pytest.approx((net > 0).mean(), abs=0.005)
+
+
+def test_probability_at_the_edges() -> None:
+    saving = abba_saving(*_blocks())
+    assert _probability(1e4 / 3600, 1e7, saving) == 0.0  # all of the base's serving would have to be saved
+    assert _probability(-1.0, 1e7, saving) > 0.99
+    certain = Interval(0.4, 0.4, 0.4)
+    assert [_probability(share * 1e4 / 3600, 1e7, certain) for share in (0.3, 0.5)] == [1.0, 0.0]
+
+
+# -- form -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_fits_the_schema() -> None:
+    schema = {**RESULT_SCHEMA["properties"]["comparisons"]["items"], "$defs": RESULT_SCHEMA["$defs"]}
+    for final in (2.0, 2.5, None):
+        comparison = {
+            "arm": "student", "base": "control", "on": ["training", "serving", "payback"], "quality": {},
+            "training": _save(Trained(arm="student", final=final), Trained(arm="control", final=2.0), shared_by=2),
+            "serving": serving_saving(*_blocks()),
+            "payback": payback(measured(1.0), measured(1e-3), measured(6e-4), unit="token"),
+        }  # fmt: skip
+        jsonschema.validate(comparison, schema)
+        jsonschema.validate({**comparison, "training": combine_training([_seed(2.0), _seed(1.0)])}, schema)
