@@ -1,137 +1,264 @@
-"""How good an artifact is: reloaded from disk, scored on the test split, per-example values kept."""
+"""How good an artifact is: reloaded from disk, scored on test documents, per-document values kept.
+
+Intervals are two-sided at 95% and treat documents as the independent items, never the tokens inside one: Wilson's
+interval where a document is right or wrong, the BCa bootstrap over documents elsewhere. Perplexity's interval is the
+exponential of its exponent's.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+import os
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.assess.scoring import CausalScores, ClassificationScores, score_causal, score_classification
+from pipeline.compare.quality import macro_f1_interval
+from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
-from pipeline.data.encode import encode_all
+from pipeline.data.encode import Encoded, encode_all
+from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model, load_tokenizer
-from pipeline.values import measured, null
+from pipeline.models import load_config, load_model, load_tokenizer
+from pipeline.values import Value, measured, null
+
+if TYPE_CHECKING:
+    import torch
 
 LEVEL = 0.95
+LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
+CAUSAL_COLUMNS = ("digest", "bits", "bytes", "tokens", "correct")
+CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
+
 Arrays = dict[str, np.ndarray]
+Figure = tuple[Value, tuple[float, float] | None]
+"""A figure with its interval; None where one document has no spread, or the figure is null."""
 
 
 def assess_quality(
-    folder: Path, *, documents: Sequence[Document], task: Task, labels: tuple[str, ...] | None, config: QualityConfig,
-    sequence_length: int, device: Any, items: Path, teacher_predictions: Path | None, seed: int, clock: PhaseClock,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    folder: Path,
+    *,
+    documents: Sequence[Document],
+    task: Task,
+    labels: tuple[str, ...] | None,
+    config: QualityConfig,
+    sequence_length: int,
+    device: torch.device | str,
+    items: Path,
+    teacher_predictions: Path | None,
+    seed: int,
+    clock: PhaseClock,
+) -> dict[str, dict[str, Any]]:
     """Score the artifact in `folder` on test documents.
 
     Args:
-        items: Where per-example values go (JSONL); first predictions go beside it as `.predictions.npy`.
-        teacher_predictions: Those of the teacher on the same documents, for agreement.
+        folder: A model in Hugging Face layout; loaded anew, because what is assessed is what ships.
+        documents: The test split; the first `config.max_documents` by content digest are read.
+        task: What the model is for.
+        labels: Class names of the data.
+        config: Batch size, limits, resamples.
+        sequence_length: Tokens of a window (causal_lm), or that an example is cut to.
+        device: Where to score.
+        items: Where per-document values go (JSONL); first predictions go beside it as `<stem>.predictions.npy`. Both
+            appear whole or not at all.
+        teacher_predictions: The predictions file of the teacher on the same documents, for agreement.
+        seed: Of the bootstrap.
+        clock: Books model_load, prepare and eval.
 
     Returns:
-        By quality key: a value with its 95% interval `ci`, its number of items `n`, and the path of the items.
+        By quality key: a value with its interval `ci`, its number of documents `n`, and the path of the `items`.
+
+    Raises:
+        UserError: If model and data do not fit, or no document holds anything to score.
+        StageFailed: If an output is not finite: nothing that can be read as a model is in the folder.
     """
     with clock.phase("model_load"):
+        _check_head(folder, task, labels)
         model, tokenizer = load_model(folder, task, device=device, labels=labels), load_tokenizer(folder)
     with clock.phase("prepare"):
-        chosen = sorted(documents, key=lambda document: document.digest)[: config.max_documents]
-        encoded = encode_all(
-            chosen, tokenizer, task, max_length=sequence_length, max_bytes=config.max_bytes_per_document
+        chosen = choose_documents(documents, config.max_documents)
+        encoded = _scorable(
+            encode_all(chosen, tokenizer, task, max_length=sequence_length, max_bytes=config.max_bytes_per_document),
+            task,
         )
     with clock.phase("eval"):
         more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "pad_id": tokenizer.pad_token_id}
         if task is Task.causal_lm:
             scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
-            predictions, arrays = scores.predictions, _causal_arrays(scores)
+            predictions, arrays = scores.predictions, _columns(scores, CAUSAL_COLUMNS)
         else:
             classified = score_classification(model, encoded, **more)
-            predictions, arrays = classified.prediction, _class_arrays(classified)
-        np.save(items.with_suffix(".predictions.npy"), predictions)
-        agreement = _agreement(predictions, teacher_predictions, arrays.get("tokens"))
+            predictions, arrays = classified.prediction, _columns(classified, CLASSIFICATION_COLUMNS)
+        _check_finite(folder, arrays["bits" if task is Task.causal_lm else "logprob"])
+        agreement = None if teacher_predictions is None else _agreement(predictions, teacher_predictions, arrays)
         if isinstance(agreement, np.ndarray):
             arrays["agree"] = agreement
-        _write_items(items, arrays)
-        figures = _figures(task, arrays)
-        result = {key: _value(statistic, arrays, config.bootstrap, seed, items) for key, statistic in figures.items()}
+        _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
+        write_items(items, arrays)
+        figures = _figures(task, arrays, resamples=config.bootstrap, seed=seed)
     if isinstance(agreement, str):
-        result["teacher_agreement"] = {**null(agreement).to_json(), "ci": None, "n": None, "items": None}
-    return result
+        figures["teacher_agreement"] = null(agreement), None
+    return {key: _entry(figure, len(encoded), items) for key, figure in figures.items()}
 
 
-def _causal_arrays(scores: CausalScores) -> Arrays:
-    return {name: getattr(scores, name) for name in ("digest", "bits", "bytes", "tokens", "correct")}
+def choose_documents(documents: Sequence[Document], max_documents: int | None) -> list[Document]:
+    """Return the first documents by content digest: a sample that neither order nor source of the data decides."""
+    return sorted(documents, key=lambda document: document.digest)[:max_documents]
 
 
-def _class_arrays(scores: ClassificationScores) -> Arrays:
-    return {name: getattr(scores, name) for name in ("digest", "label", "prediction", "correct")}
+def _check_head(folder: Path, task: Task, labels: tuple[str, ...] | None) -> None:
+    """Refuse a head of another size: loading would replace it by a random one."""
+    if task is not Task.sequence_classification or labels is None:
+        return
+    have = load_config(folder).num_labels
+    if have != len(labels):
+        raise UserError(
+            "model.path", f"{folder} tells {have} classes apart, the data has {len(labels)}", "train it on this data"
+        )
 
 
-def _agreement(predictions: np.ndarray, teacher: Path | None, tokens: np.ndarray | None) -> np.ndarray | str | None:
-    """Return per-document counts of predictions equal to the teacher's, a reason why not, or None without a teacher."""
-    if teacher is None:
-        return None
-    theirs = np.load(teacher)
-    if len(theirs) != len(predictions):
-        return "the teacher reads other tokens"
-    equal = (theirs == predictions).astype(np.int64)
-    if tokens is None:
-        return equal
-    return np.add.reduceat(equal, np.concatenate([[0], np.cumsum(tokens)[:-1]]))
-
-
-def _figures(task: Task, arrays: Arrays) -> dict[str, Callable[[Arrays], float]]:
-    """Return the statistics of the task: functions of per-document arrays, so that documents can be resampled."""
-    figures: dict[str, Callable[[Arrays], float]]
+def _scorable(encoded: list[Encoded], task: Task) -> list[Encoded]:
+    """Drop what has nothing to predict (a chat whose only answer is empty)."""
     if task is Task.causal_lm:
-        figures = {
-            "bits_per_byte": lambda a: a["bits"].sum() / a["bytes"].sum(),
-            "perplexity": lambda a: 2 ** (a["bits"].sum() / a["tokens"].sum()),
-            "next_token_accuracy": lambda a: a["correct"].sum() / a["tokens"].sum(),
-        }
-    else:
-        figures = {"accuracy": lambda a: a["correct"].mean(), "macro_f1": macro_f1}
+        encoded = [document for document in encoded if document.num_bytes and document.targets.any()]
+    if not encoded:
+        raise UserError("data", "no test document holds anything to score", "give a test split with text")
+    return encoded
+
+
+def _check_finite(folder: Path, readings: np.ndarray) -> None:
+    num_bad = int(np.count_nonzero(~np.isfinite(readings)))
+    if num_bad:
+        raise StageFailed(f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents")
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def _columns(scores: CausalScores | ClassificationScores, names: Sequence[str]) -> Arrays:
+    return {name: getattr(scores, name) for name in names}
+
+
+def _agreement(predictions: np.ndarray, teacher_predictions: Path, arrays: Arrays) -> np.ndarray | str:
+    """Return how many of each document's first predictions equal the teacher's, int64 (D,), or why that is unknown."""
+    teacher = np.load(teacher_predictions)
+    if len(teacher) != len(predictions):
+        return f"the teacher has {len(teacher)} predictions on these documents, not {len(predictions)}: other tokens"
+    equal = predictions == teacher
+    if "tokens" not in arrays:
+        return equal.astype(np.int64)
+    owner = np.repeat(np.arange(len(arrays["tokens"])), arrays["tokens"])  # document of every token
+    return np.bincount(owner, equal, minlength=len(arrays["tokens"])).astype(np.int64)
+
+
+def _figures(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[str, Figure]:
+    def ratio(num: str, den: str) -> tuple[float, tuple[float, float] | None]:
+        return _ratio(arrays[num], arrays[den], resamples=resamples, seed=seed)
+
+    figures: dict[str, Figure] = {}
+    if task is Task.causal_lm:
+        figures["bits_per_byte"] = _measured(*ratio("bits", "bytes"))
+        figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
+        figures["next_token_accuracy"] = _measured(*ratio("correct", "tokens"))
+        if "agree" in arrays:
+            figures["teacher_agreement"] = _measured(*ratio("agree", "tokens"))
+        return figures
+    figures["accuracy"] = _share(arrays["correct"])
+    figures["macro_f1"] = _macro_f1(arrays, resamples=resamples, seed=seed)
     if "agree" in arrays:
-        per = "tokens" if task is Task.causal_lm else None
-        figures["teacher_agreement"] = lambda a: a["agree"].sum() / (len(a["agree"]) if per is None else a[per].sum())
+        figures["teacher_agreement"] = _share(arrays["agree"])
     return figures
 
 
-def macro_f1(arrays: Arrays) -> float:
-    """Return the mean F1 over classes that occur among labels or predictions."""
+def _ratio(num: np.ndarray, den: np.ndarray, *, resamples: int, seed: int) -> tuple[float, tuple[float, float] | None]:
+    """Return sum(num) / sum(den) and its interval over documents."""
+    if len(num) == 1:
+        return float(num[0] / den[0]), None
+    interval = bootstrap_ratio(num, den, resamples=resamples, seed=seed, level=LEVEL)
+    return interval.estimate, (interval.low, interval.high)
+
+
+def _measured(v: float, ci: tuple[float, float] | None) -> Figure:
+    return measured(v), ci
+
+
+def _power_of_2(exponent: float, ci: tuple[float, float] | None) -> Figure:
+    """Return perplexity from bits per token; both ends keep their coverage, because the power is monotone."""
+    low, high = ci or (exponent, exponent)
+    if max(exponent, high) > LARGEST_EXPONENT:
+        return null(f"2**{exponent:.0f} is beyond the range of a float"), None
+    return measured(math.pow(2, exponent)), None if ci is None else (math.pow(2, low), math.pow(2, high))
+
+
+def _share(right: np.ndarray) -> Figure:
+    k, n = int(np.count_nonzero(right)), len(right)
+    return measured(k / n), wilson_interval(k, n, level=LEVEL)
+
+
+def _macro_f1(arrays: Arrays, *, resamples: int, seed: int) -> Figure:
+    if len(arrays["label"]) == 1:
+        return measured(macro_f1(arrays)), None
+    interval = macro_f1_interval(arrays["label"], arrays["prediction"], resamples=resamples, seed=seed, level=LEVEL)
+    return measured(interval.estimate), (interval.low, interval.high)
+
+
+def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
+    """Return the mean F1 over the classes that occur among `label` or `prediction`."""
     label, prediction = arrays["label"], arrays["prediction"]
     size = int(max(label.max(), prediction.max())) + 1
     hits = np.bincount(label[label == prediction], minlength=size)
-    present = np.bincount(label, minlength=size) + np.bincount(prediction, minlength=size)
-    return float((2 * hits[present > 0] / present[present > 0]).mean())
+    occurs = np.bincount(label, minlength=size) + np.bincount(prediction, minlength=size)
+    return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
-def _value(
-    statistic: Callable[[Arrays], float], arrays: Arrays, resamples: int, seed: int, items: Path
-) -> dict[str, Any]:
-    """Return the figure with a percentile bootstrap interval over documents."""
-    count = len(arrays["digest"])
-    generator = np.random.default_rng(seed)
-    drawn: list[float] = []
-    for _ in range(resamples):
-        rows = generator.integers(0, count, count)
-        drawn.append(statistic({name: array[rows] for name, array in arrays.items() if name != "digest"}))
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    value = measured(float(statistic(arrays)))
-    return {**value.to_json(), "ci": [float(low), float(high)], "n": count, "items": str(items)}
+def _entry(figure: Figure, num_documents: int, items: Path) -> dict[str, Any]:
+    value, ci = figure
+    if value.v is None:
+        return {**value.to_json(), "ci": None, "n": None, "items": None}
+    return {**value.to_json(), "ci": None if ci is None else list(ci), "n": num_documents, "items": str(items)}
 
 
-def _write_items(path: Path, arrays: Arrays) -> None:
-    names = list(arrays)
-    rows = zip(*(arrays[name].tolist() for name in names), strict=True)
-    temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
-    temporary.replace(path)
+# -- per-document values --------------------------------------------------------------------------------------------
+
+
+def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write one JSON object per document; the file appears whole or stays as it was."""
+    rows = zip(*(column.tolist() for column in arrays.values()), strict=True)
+    with _replacing(path) as file:
+        file.writelines(json.dumps(dict(zip(arrays, row, strict=True))).encode() + b"\n" for row in rows)
 
 
 def read_items(path: Path) -> Arrays:
-    """Return the per-example arrays that `assess_quality` kept."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Return the per-document columns that `assess_quality` kept, in its order.
+
+    Of a language model: `digest, bits, bytes, tokens, correct` and, with a teacher, `agree` (tokens). Of a classifier:
+    `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1).
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _write_predictions(path: Path, predictions: np.ndarray) -> None:
+    with _replacing(path) as file:
+        np.save(file, predictions, allow_pickle=False)
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[IO[bytes]]:
+    """Give a file that takes the place of `path` when the body ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

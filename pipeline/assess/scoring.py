@@ -149,7 +149,7 @@ def score_causal(
     """
     windows = cut_windows(encoded, sequence_length)
     check_vocabulary(model, (window.ids for window in windows), pad_id)
-    _check_positions(model, windows)
+    _check_positions(model, max((len(window.scored) for window in windows), default=0))
     tokens = np.array([np.count_nonzero(document.targets[1:]) for document in encoded], dtype=np.int64)
     nats, predictions = np.zeros(tokens.sum()), np.zeros(tokens.sum(), dtype=np.int32)
     hits = np.zeros(tokens.sum(), dtype=bool)
@@ -212,6 +212,7 @@ def score_classification(
         )
     pad_id = padding_id(model, pad_id)
     check_vocabulary(model, (example.input_ids for example in encoded), pad_id)
+    _check_positions(model, max((len(example.input_ids) for example in encoded), default=0))
     prediction, logprob = np.zeros(len(label), dtype=np.int64), np.zeros(len(label))
     order = np.argsort([-len(example.input_ids) for example in encoded], kind="stable")
     with scoring_mode(model):
@@ -307,12 +308,13 @@ def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> Non
         )
 
 
-def _check_positions(model: Any, windows: Sequence[Window]) -> None:
+def _check_positions(model: Any, longest: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(window.scored) for window in windows), default=0)
     if limit is not None and longest > limit:
         raise UserError(
-            "quality.sequence_length", f"{longest + 1} exceeds the model's {limit} positions", f"give at most {limit}"
+            "quality.sequence_length",
+            f"{longest} tokens are to be read at once and the model has {limit} positions",
+            f"give at most {limit}, here or as training.sequence_length",
         )
 
 

@@ -1,155 +1,257 @@
-"""What an artifact costs to run at the declared load, arms interleaved so that drift cancels.
+"""What artifacts cost to run at the declared load, read in turns so that a machine's drift cancels.
 
-A unit is a generated token (causal_lm) or an example (classification). One reading serves one batch: the prompt
-(prefill), then `new` tokens one at a time from the key-value cache (decode).
+A unit is a generated token (causal_lm) or an example (classification). One reading serves one batch: all prompts
+(prefill, which gives the first new token), then the further new tokens one at a time from the key-value cache
+(decode). Device-seconds per 1,000 units are those of prefill and decode together over batch x new tokens; apart,
+prefill counts per 1,000 prompt tokens and decode per 1,000 tokens decoded (new - 1 of each sequence).
+
+Two arms are compared in blocks of arm, base, base, arm: a drift that is linear over a block adds the same to both.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.config import ServingConfig, Task
+from pipeline.assess.scoring import check_vocabulary
+from pipeline.assess.server import Reading, Server, load
+from pipeline.config import ServingConfig, ServingLoad, Task
+from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
-from pipeline.values import derive, measured, null
+from pipeline.values import Value, derive, measured, null
 
-SHORTEST_S = 0.02  # a reading repeats its batch until it is well above the timer's noise
+if TYPE_CHECKING:
+    import torch
+
+SHORTEST_S = 0.02
+"""Seconds: a reading of less repeats its batch, so that one interruption does not decide it."""
+MOST_REPEATS = 64
+
+Pair = tuple[str, str]
 
 
-@dataclass(slots=True)
-class Server:
-    """One loaded artifact and its readings at the declared load."""
+class Served(Protocol):
+    """What is measured: a `Server`, or a test's stand-in."""
 
-    model: Any
-    task: Task
-    device: Any
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-    by_batch: dict[int, float] = field(default_factory=dict)
+    @property
+    def weights_bytes(self) -> int: ...
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def once(self, prompt: Any, new: int) -> tuple[float, float]:
-        """Serve one batch; return seconds of prefill and of decode."""
-        import torch
-
-        with torch.inference_mode():
-            start = self._now()
-            if self.task is Task.sequence_classification:
-                _ = self.model(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits
-                return self._now() - start, 0.0
-            out = self.model(input_ids=prompt, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-            middle = self._now()
-            for _ in range(new - 1):
-                out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-            return middle - start, self._now() - middle
-
-    def read(self, prompt: Any, new: int, repeats: int) -> tuple[float, float]:
-        """Return the mean seconds (prefill, decode) of `repeats` batches."""
-        readings = [self.once(prompt, new) for _ in range(repeats)]
-        return tuple(float(np.mean(part)) for part in zip(*readings, strict=True))  # type: ignore[return-value]
+    def once(self, prompt_ids: np.ndarray, new: int) -> Reading: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServePass:
-    """Figures by arm, and by pair the seconds of both sides: arrays (blocks, 2)."""
+    """What the comparison pass read.
+
+    Attributes:
+        serving: By arm and key, values as result.json holds them.
+        seconds: By pair, seconds of one batch of arm and base: (blocks, 2) each, the two readings of every block.
+        dtypes: By arm, the arithmetic it was served in.
+    """
 
     serving: dict[str, dict[str, dict[str, Any]]]
-    seconds: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+    seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
+    dtypes: dict[str, str]
 
 
 def serve_pass(
-    artifacts: dict[str, Path], pairs: list[tuple[str, str]], *, task: Task, labels: tuple[str, ...] | None,
-    prompts: Sequence[np.ndarray], config: ServingConfig, device: Any, devices: int, seed: int, clock: PhaseClock,
-) -> ServePass:  # fmt: skip
-    """Measure arms at the declared load in ABBA blocks, and at further batch sizes in turn.
+    artifacts: dict[str, Path],
+    pairs: list[Pair],
+    *,
+    task: Task,
+    labels: tuple[str, ...] | None,
+    prompts: Sequence[np.ndarray],
+    config: ServingConfig,
+    device: torch.device | str,
+    devices: int,
+    seed: int,
+    clock: PhaseClock,
+    dtype: torch.dtype | None = None,
+) -> ServePass:
+    """Load artifacts side by side and measure them.
 
     Args:
-        artifacts: Folders by arm, of every arm in `pairs`.
+        artifacts: Folders by arm; an arm in no pair is read as often as one in a pair.
+        pairs: (arm, base) to be compared in ABBA blocks.
+        task: What the models are for.
+        labels: Class names.
         prompts: Encoded documents that prompts are cut from.
+        config: Load, further batch sizes, blocks.
+        device: Where to serve.
+        devices: Devices that a second of serving occupies.
+        seed: Of the prompts.
+        clock: Books model_load and generate, and is the clock of the readings.
+        dtype: Arithmetic of unquantized models; None: bf16 where the device has it, fp32 on a CPU.
+
+    Raises:
+        UserError: If an artifact cannot serve this load or these tokens.
     """
     with clock.phase("model_load"):
         servers = {
-            arm: Server(load_model(path, task, device=device, labels=labels), task, device)
-            for arm, path in artifacts.items()
+            arm: load(folder, task, device, labels=labels, now_ns=clock.now_ns, dtype=dtype)
+            for arm, folder in artifacts.items()
         }
-    new = config.load.new if task is Task.causal_lm else 1
+    for server in servers.values():
+        _check_load(server, config.load, prompts)
     with clock.phase("generate"):
-        prompt = make_prompt(prompts, config.load.batch, config.load.prompt, seed).to(device)
-        repeats = {arm: _warm_up(server, prompt, new) for arm, server in servers.items()}
-        seconds = {
-            pair: abba(*(lambda arm=arm: _book(servers[arm], prompt, new, repeats[arm]) for arm in pair), config.blocks)
-            for pair in pairs
-        }
-        for batch in config.batches:
-            sized = make_prompt(prompts, batch, config.load.prompt, seed).to(device)
-            for server in servers.values():
-                server.by_batch[batch] = sum(server.read(sized, new, 1)) * devices * 1000 / (batch * new)
-    return ServePass({arm: _figures(server, config, new, devices) for arm, server in servers.items()}, seconds)
+        seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
+    serving = {
+        arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
+        for arm, server in servers.items()
+    }
+    return ServePass(serving, seconds, {arm: server.dtype for arm, server in servers.items()})
 
 
-def abba(arm: Any, base: Any, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Call arm, base, base, arm in each block; return the seconds of both, (blocks, 2) each."""
-    ours, theirs = np.empty((blocks, 2)), np.empty((blocks, 2))
-    for block in range(blocks):
-        ours[block, 0], theirs[block, 0] = arm(), base()
-        theirs[block, 1], ours[block, 1] = base(), arm()
-    return ours, theirs
+def _check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:
+    if not any(len(prompt) for prompt in prompts):
+        raise UserError("data", "no test document gives a prompt to serve", "give a test split with text")
+    check_vocabulary(server.model, prompts, 0)
+    limit = getattr(server.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = load.prompt + (load.new if server.task is Task.causal_lm else 0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            "serving.load.prompt",
+            f"{longest} tokens of prompt and answer, the model has {limit} positions",
+            "give less",
+        )
 
 
-def _book(server: Server, prompt: Any, new: int, repeats: int) -> float:
-    prefill, decode = server.read(prompt, new, repeats)
-    server.prefill_s.append(prefill)
-    server.decode_s.append(decode)
-    return prefill + decode
+# -- readings -------------------------------------------------------------------------------------------------------
 
 
-def _warm_up(server: Server, prompt: Any, new: int) -> int:
-    """Serve twice unread; return how often a reading repeats its batch."""
-    server.once(prompt, new)
-    return max(1, int(np.ceil(SHORTEST_S / max(sum(server.once(prompt, new)), 1e-6))))
+@dataclass(slots=True)
+class Readings:
+    """All readings of one arm.
+
+    Attributes:
+        at_load: Every batch served at the declared load.
+        by_batch: Those at other batch sizes.
+    """
+
+    at_load: list[Reading] = field(default_factory=list)
+    by_batch: dict[int, list[Reading]] = field(default_factory=dict)
 
 
-def make_prompt(prompts: Sequence[np.ndarray], batch: int, length: int, seed: int) -> Any:
-    """Return (batch, length) token ids cut from real documents at seeded places."""
-    import torch
+def measure_interleaved(
+    servers: Mapping[str, Served],
+    pairs: Sequence[Pair],
+    *,
+    config: ServingConfig,
+    prompts: Sequence[np.ndarray],
+    seed: int,
+) -> tuple[dict[Pair, tuple[np.ndarray, np.ndarray]], dict[str, Readings]]:
+    """Read pairs in ABBA blocks at the declared load, then all arms forth and back at the further batch sizes.
 
+    The prompts of a block are the same for every arm.
+
+    Returns:
+        By pair, seconds of one batch of arm and base, (blocks, 2) each; by arm, all its readings.
+    """
+    load = config.load
+    kept = {arm: Readings() for arm in servers}
+    seconds = {pair: (np.empty((config.blocks, 2)), np.empty((config.blocks, 2))) for pair in pairs}
+    alone = [arm for arm in servers if not any(arm in pair for pair in pairs)]
+    first = draw_prompts(prompts, load.batch, load.prompt, (seed, 0))
+    repeats = {arm: _warm_up(server, first, load.new) for arm, server in servers.items()}
+    for block in range(config.blocks):
+        ids = draw_prompts(prompts, load.batch, load.prompt, (seed, block))
+
+        def read(arm: str, ids: np.ndarray = ids) -> float:
+            batch = _serve(servers[arm], ids, load.new, repeats[arm])
+            kept[arm].at_load.extend(batch)
+            return float(np.mean([reading.total_s for reading in batch]))
+
+        for (arm, base), (ours, theirs) in seconds.items():
+            ours[block, 0], theirs[block, 0] = read(arm), read(base)
+            theirs[block, 1], ours[block, 1] = read(base), read(arm)
+        for arm in (*alone, *reversed(alone)):
+            read(arm)
+    for size in config.batches:
+        _read_size(servers, kept, size, draw_prompts(prompts, size, load.prompt, (seed, 0)), load)
+    return seconds, kept
+
+
+def _read_size(
+    servers: Mapping[str, Served], kept: dict[str, Readings], size: int, ids: np.ndarray, load: ServingLoad
+) -> None:
+    """Read every arm twice at another batch size; the declared one has been read."""
+    if size == load.batch:
+        for readings in kept.values():
+            readings.by_batch[size] = readings.at_load
+        return
+    repeats = {arm: _warm_up(server, ids, load.new) for arm, server in servers.items()}
+    for arm in (*servers, *reversed(list(servers))):
+        kept[arm].by_batch.setdefault(size, []).extend(_serve(servers[arm], ids, load.new, repeats[arm]))
+
+
+def _serve(server: Served, ids: np.ndarray, new: int, repeats: int) -> list[Reading]:
+    return [server.once(ids, new) for _ in range(repeats)]
+
+
+def _warm_up(server: Served, ids: np.ndarray, new: int) -> int:
+    """Serve twice without keeping it; return how many batches make a reading of `SHORTEST_S`."""
+    server.once(ids, new)
+    elapsed_s = server.once(ids, new).total_s
+    return MOST_REPEATS if elapsed_s * MOST_REPEATS <= SHORTEST_S else math.ceil(SHORTEST_S / elapsed_s)
+
+
+def draw_prompts(prompts: Sequence[np.ndarray], batch: int, length: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """Return token ids (batch, length) cut at random places from documents laid end to end (repeated if too short)."""
     whole = np.concatenate(list(prompts))
-    whole = np.tile(whole, -(-(length + 1) // len(whole)))
-    starts = np.random.default_rng(seed).integers(0, len(whole) - length, batch)
-    return torch.from_numpy(np.stack([whole[start : start + length] for start in starts]).astype(np.int64))
+    whole = np.tile(whole, math.ceil(length / len(whole)))
+    starts = np.random.default_rng(seed).integers(0, len(whole) - length + 1, batch)
+    return np.stack([whole[start : start + length] for start in starts])
 
 
-def _figures(server: Server, config: ServingConfig, new: int, devices: int) -> dict[str, dict[str, Any]]:
-    prefill, decode = np.array(server.prefill_s), np.array(server.decode_s)
-    load, total = config.load, np.array(server.prefill_s) + np.array(server.decode_s)
-    per_unit = 1000 * devices / (load.batch * new)
-    weights = sum(t.nbytes for t in [*server.model.parameters(), *server.model.buffers()])
-    causal = server.task is Task.causal_lm and new > 1
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def figures(
+    readings: Readings, weights_bytes: int, *, task: Task, load: ServingLoad, devices: int
+) -> dict[str, dict[str, Any]]:
+    """Return the serving figures of one arm as result.json holds them (the catalogue says what they mean)."""
+    total_s = [reading.total_s for reading in readings.at_load]
+    num_decoded = load.batch * (load.new - 1) if task is Task.causal_lm else 0
+    why = "classification generates nothing" if task is Task.sequence_classification else "one new token is prefill"
     values = {
-        "device_s_per_1k_units": derive(lambda s: s * per_unit, measured(float(total.mean()))),
-        "prefill_device_s_per_1k_tokens": derive(
-            lambda s: s * 1000 * devices / (load.batch * load.prompt), measured(float(prefill.mean()))),
-        "decode_device_s_per_1k_tokens": derive(
-            lambda s: s * 1000 * devices / (load.batch * (new - 1)), measured(float(decode.mean())))
-        if causal else null("classification decodes nothing"),
-        "p50_s": measured(float(np.quantile(total, 0.5))),
-        "p95_s": measured(float(np.quantile(total, 0.95))),
-        "weights_bytes": measured(weights),
-        "peak_bytes": null("several arms are loaded at once in the comparison pass"),
-    }  # fmt: skip
-    values |= {f"batch_{size}_device_s_per_1k_units": measured(s) for size, s in server.by_batch.items()}
+        "device_s_per_1k_units": _per_1k_units(readings.at_load, devices),
+        "prefill_device_s_per_1k_tokens": _per_1k(
+            (reading.prefill_s for reading in readings.at_load), load.batch * load.prompt, devices
+        ),
+        "decode_device_s_per_1k_tokens": _per_1k(
+            (reading.decode_s for reading in readings.at_load), num_decoded, devices
+        )
+        if num_decoded
+        else null(why),
+        "p50_s": measured(float(np.quantile(total_s, 0.5))),
+        "p95_s": measured(float(np.quantile(total_s, 0.95))),
+        "peak_bytes": _peak_bytes(readings.at_load, weights_bytes),
+        "weights_bytes": measured(weights_bytes),
+        **{
+            f"batch_{size}_device_s_per_1k_units": _per_1k_units(own, devices)
+            for size, own in readings.by_batch.items()
+        },
+    }
     return {name: value.to_json() for name, value in values.items()}
+
+
+def _per_1k_units(readings: Sequence[Reading], devices: int) -> Value:
+    return _per_1k((reading.total_s for reading in readings), readings[0].units, devices)
+
+
+def _per_1k(seconds: Iterable[float], count: int, devices: int) -> Value:
+    """Return device-seconds per 1,000 of what every reading has `count` of."""
+    return derive(lambda s: s * devices * 1000 / count, measured(float(np.mean(list(seconds)))))
+
+
+def _peak_bytes(readings: Sequence[Reading], weights_bytes: int) -> Value:
+    """Return the weights and what serving allocated above them: other arms are loaded at the same time."""
+    working = [reading.working_bytes for reading in readings if reading.working_bytes is not None]
+    if not working:
+        return null("a CPU has no device memory to count")
+    return derive(lambda above: weights_bytes + above, measured(max(working)))

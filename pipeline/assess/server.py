@@ -1,0 +1,176 @@
+"""One loaded artifact that serves batches and times them.
+
+The clock is read only after the device has finished what was asked of it. Prompts are on the device beforehand, and
+every generation runs to its full length: a model that likes to stop early would look cheap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.assess.scoring import padding_id
+from pipeline.config import Task
+from pipeline.models import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One batch served.
+
+    Attributes:
+        prefill_s: Seconds of reading the prompts, up to and with the first new token (or the class).
+        decode_s: Seconds of the further new tokens; 0 for classification.
+        units: Tokens generated (batch x new), or examples classified (batch).
+        working_bytes: Device memory allocated at most, above what was allocated before; None where it is not counted.
+    """
+
+    prefill_s: float
+    decode_s: float
+    units: int
+    working_bytes: int | None
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the whole batch."""
+        return self.prefill_s + self.decode_s
+
+
+class Server:
+    """Serves one model on one device.
+
+    Args:
+        model: In evaluation mode, on `device`.
+        now_ns: Monotonic clock, integer nanoseconds.
+    """
+
+    def __init__(self, model: Any, task: Task, device: torch.device, now_ns: Callable[[], int]) -> None:
+        self.model, self.task, self.device = model, task, device
+        self.weights_bytes = weights_bytes(model)  # before the first forward, which may repack quantized weights
+        self._now_ns = now_ns
+        # Only the last position's logits are needed: the others would cost memory that no server spends.
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
+
+    @property
+    def dtype(self) -> str:
+        """The arithmetic it serves in, as the result names it."""
+        quantized = getattr(self.model.config, "quantization_config", None) is not None
+        return str(self.model.dtype).removeprefix("torch.") + (", quantized weights" if quantized else "")
+
+    def once(self, prompt_ids: np.ndarray, new: int) -> Reading:
+        """Serve one batch.
+
+        Args:
+            prompt_ids: Token ids (batch, prompt), without padding.
+            new: Tokens to generate for each; not used by classification.
+        """
+        import torch
+
+        prompt = torch.from_numpy(prompt_ids.astype(np.int64)).to(self.device)
+        before = self._start_memory()
+        with torch.inference_mode():
+            start = self._finished_ns()
+            if self.task is Task.sequence_classification:
+                self.model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+                middle = end = self._finished_ns()
+            else:
+                token, cache = self._next(prompt, None)
+                middle = self._finished_ns()
+                for _ in range(new - 1):
+                    token, cache = self._next(token, cache)
+                end = self._finished_ns()
+        units = len(prompt_ids) * (new if self.task is Task.causal_lm else 1)
+        return Reading((middle - start) / 1e9, (end - middle) / 1e9, units, self._working_bytes(before))
+
+    def _next(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """Return the likeliest next tokens (B, 1) and the key-value cache that now holds `ids`."""
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
+        return out.logits[:, -1:].argmax(-1), out.past_key_values
+
+    def _finished_ns(self) -> int:
+        if self.device.type != "cpu":
+            import torch
+
+            torch.accelerator.synchronize(self.device)
+        return self._now_ns()
+
+    def _start_memory(self) -> int | None:
+        if self.device.type == "cpu":
+            return None
+        import torch
+
+        torch.accelerator.reset_peak_memory_stats(self.device)
+        return torch.accelerator.memory_allocated(self.device)
+
+    def _working_bytes(self, before: int | None) -> int | None:
+        if before is None:
+            return None
+        import torch
+
+        return torch.accelerator.max_memory_allocated(self.device) - before
+
+
+def load(
+    folder: Path,
+    task: Task,
+    device: torch.device | str,
+    *,
+    labels: tuple[str, ...] | None,
+    now_ns: Callable[[], int],
+    dtype: torch.dtype | None = None,
+) -> Server:
+    """Load an artifact to be served.
+
+    Args:
+        folder: A model in Hugging Face layout; a quantized one serves as it is.
+        task: What the model is for.
+        device: Where to serve.
+        labels: Class names.
+        now_ns: Monotonic clock, integer nanoseconds.
+        dtype: Arithmetic of an unquantized model; None: `serving_dtype`.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    import torch
+
+    device = torch.device(device)
+    model: Any = load_model(folder, task, device=device, labels=labels)
+    if getattr(model.config, "quantization_config", None) is None:
+        model = model.to(dtype or serving_dtype(device))
+    if task is Task.sequence_classification:
+        padding_id(model, load_tokenizer(folder).pad_token_id)
+    return Server(model, task, device, now_ns)
+
+
+def serving_dtype(device: torch.device) -> torch.dtype:
+    """Return what an unquantized model is served in: 16 bits where the device computes in them, fp32 on a CPU."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def weights_bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters and buffers, with the scales that quantized ones carry beside them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes + _scale_bytes(tensor) for tensor in tensors)
+
+
+def _scale_bytes(tensor: Any) -> int:
+    """Return the bytes of a bitsandbytes parameter's scales: `SCB` (int8) or `quant_state` (4 bits)."""
+    state = getattr(tensor, "quant_state", None)
+    scales = [getattr(tensor, "SCB", None), *([] if state is None else state.as_dict(packed=False).values())]
+    return sum(getattr(scale, "nbytes", 0) for scale in scales)

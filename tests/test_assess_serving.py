@@ -1,0 +1,351 @@
+"""The order of readings, their arithmetic on an injected clock, and real artifacts served on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from make_assess_models import LABELS, random_documents, saved, tiny
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
+
+from pipeline.assess.server import Reading, Server, load, serving_dtype, weights_bytes
+from pipeline.assess.serving import Readings, draw_prompts, figures, measure_interleaved, serve_pass
+from pipeline.config import ServingConfig, ServingLoad, Task
+from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.schema import RESULT_SCHEMA
+
+CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
+LOAD = ServingLoad(prompt=6, new=4, batch=2)
+PROMPTS = [document.input_ids for document in random_documents([9, 14, 5])]
+NS_PER_TOKEN = 1_000_000
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def __call__(self) -> int:
+        return self.ns
+
+
+class TimedModel:
+    """A model whose forward takes a millisecond a token, the cached ones free."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.calls = clock, []
+        self.config = SimpleNamespace()
+
+    def parameters(self):
+        return [torch.zeros(10, dtype=torch.float32)]
+
+    def buffers(self):
+        return [torch.zeros(3, dtype=torch.int8)]
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None, attention_mask=None, logits_to_keep=0):
+        self.calls.append((tuple(input_ids.shape), past_key_values, use_cache, logits_to_keep))
+        self.clock.ns += NS_PER_TOKEN * input_ids.numel()
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 5), past_key_values=(past_key_values or 0) + 1)
+
+    __call__ = forward
+
+
+class FakeServer:
+    """Writes down who was called with what; reading k of an arm takes `seconds(k)`."""
+
+    def __init__(self, name: str, log: list, seconds=lambda _: 1.0) -> None:
+        self.name, self.log, self.seconds, self.count, self.weights_bytes = name, log, seconds, 0, 100
+
+    def once(self, prompt_ids: np.ndarray, new: int) -> Reading:
+        self.log.append((self.name, prompt_ids.shape[0], prompt_ids.tobytes()))
+        total = self.seconds(self.count)
+        self.count += 1
+        return Reading(total / 4, total * 3 / 4, len(prompt_ids) * new, None)
+
+
+def measure(servers, pairs, **more):
+    config = ServingConfig(**{"load": LOAD, "batches": [], "blocks": 2, **more})
+    return measure_interleaved(servers, pairs, config=config, prompts=PROMPTS, seed=0)
+
+
+# -- one reading ----------------------------------------------------------------------------------------------------
+
+
+def test_a_causal_reading_is_prefill_then_one_token_at_a_time() -> None:
+    clock = FakeClock()
+    model = TimedModel(clock)
+    reading = Server(model, CAUSAL, torch.device("cpu"), clock).once(np.ones((2, 6), dtype=np.int32), 4)
+    assert reading == Reading(prefill_s=0.012, decode_s=0.006, units=8, working_bytes=None)
+    assert reading.total_s == pytest.approx(0.018)
+    assert model.calls == [((2, 6), None, True, 1)] + [((2, 1), made, True, 1) for made in (1, 2, 3)]
+
+
+def test_a_classification_reading_is_one_forward() -> None:
+    clock = FakeClock()
+    model = TimedModel(clock)
+    reading = Server(model, CLASSES, torch.device("cpu"), clock).once(np.ones((2, 6), dtype=np.int32), 4)
+    assert reading == Reading(prefill_s=0.012, decode_s=0.0, units=2, working_bytes=None)
+    assert len(model.calls) == 1
+
+
+def test_generation_is_greedy_and_the_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(CAUSAL)
+    server, tokens = Server(model, CAUSAL, torch.device("cpu"), lambda: 0), []
+    step = server._next
+    monkeypatch.setattr(server, "_next", lambda ids, cache: tokens.append(step(ids, cache)) or tokens[-1])
+    prompt = draw_prompts(PROMPTS, 3, 8, 0)
+    server.once(prompt, 5)
+    ids = torch.from_numpy(prompt.astype(np.int64))
+    for _ in range(5):  # without a cache, all logits
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(torch.cat([token for token, _ in tokens], dim=1), ids[:, 8:])
+
+
+def test_the_clock_is_read_after_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    peak = iter([350])
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(f"sync {device}"))
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: events.append("reset"))
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 300)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: next(peak))
+    model = tiny(CAUSAL).to("meta")
+    server = Server(model, CAUSAL, torch.device("meta"), lambda: len(events.append("read") or events))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: events.append("forward") or forward(**kw))
+    reading = server.once(np.ones((2, 6), dtype=np.int32), 3)
+    edge = ["sync meta", "read"]
+    assert events == ["reset", *edge, "forward", *edge, "forward", "forward", *edge]
+    assert reading.working_bytes == 50
+
+
+# -- the order of readings ------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_read_in_abba_blocks_with_the_same_prompts() -> None:
+    log: list = []
+    servers = {arm: FakeServer(arm, log) for arm in ("student", "teacher", "int8")}
+    measure(servers, [("student", "teacher"), ("int8", "teacher")], blocks=3)
+    warm_up, rest = log[:6], log[6:]
+    assert [name for name, *_ in warm_up] == ["student", "student", "teacher", "teacher", "int8", "int8"]
+    block = ["student", "teacher", "teacher", "student", "int8", "teacher", "teacher", "int8"]
+    assert [name for name, *_ in rest] == 3 * block
+    prompts = [{prompt for *_, prompt in rest[start : start + 8]} for start in (0, 8, 16)]
+    assert [len(in_block) for in_block in prompts] == [1, 1, 1]
+    assert len(set.union(*prompts)) == 3
+
+
+def test_seconds_of_a_pair_stand_in_the_order_they_were_read() -> None:
+    log: list = []
+    servers = {"a": FakeServer("a", log, lambda k: 10.0 + k), "b": FakeServer("b", log, lambda k: 20.0 + k)}
+    seconds, readings = measure(servers, [("a", "b")])
+    assert seconds["a", "b"][0].tolist() == [[12, 13], [14, 15]]  # 0 and 1 were the warm-up
+    assert seconds["a", "b"][1].tolist() == [[22, 23], [24, 25]]
+    assert [reading.total_s for reading in readings["a"].at_load] == [12, 13, 14, 15]
+
+
+def test_a_linear_drift_cancels_within_a_block() -> None:
+    log: list = []
+    servers = {arm: FakeServer(arm, log, lambda _: 1.0 + 0.01 * len(log)) for arm in "ab"}
+    seconds, _ = measure(servers, [("a", "b")])
+    ours, theirs = seconds["a", "b"]
+    np.testing.assert_allclose(ours.sum(axis=1), theirs.sum(axis=1))
+    assert (ours != theirs).all()
+
+
+def test_short_readings_repeat_their_batch() -> None:
+    log: list = []
+    servers = {"a": FakeServer("a", log, lambda k: 0.006), "b": FakeServer("b", log, lambda k: 0.5)}
+    seconds, readings = measure(servers, [("a", "b")])
+    order = [name for name, *_ in log[4:]]
+    assert order[:10] == 4 * ["a"] + 2 * ["b"] + 4 * ["a"]  # 4 x 6 ms are at least 20 ms
+    np.testing.assert_allclose(seconds["a", "b"][0], 0.006)  # of one batch
+    assert len(readings["a"].at_load) == 2 * 2 * 4
+    log.clear()
+    instant = {"a": FakeServer("a", log, lambda k: 0.0)}
+    measure(instant, [])
+    assert len(log) == 2 + 2 * 2 * 64
+
+
+def test_an_arm_in_no_pair_is_read_as_often() -> None:
+    log: list = []
+    _, readings = measure({arm: FakeServer(arm, log) for arm in "abcd"}, [("a", "b")])
+    assert [name for name, *_ in log[8:]] == 2 * list("abbacddc")
+    assert {arm: len(own.at_load) for arm, own in readings.items()} == dict.fromkeys("abcd", 4)
+
+
+def test_an_arm_against_itself_is_read_four_times_a_block() -> None:
+    seconds, readings = measure({"a": FakeServer("a", [], float)}, [("a", "a")])
+    assert [column.tolist() for column in seconds["a", "a"]] == [[[2, 5], [6, 9]], [[3, 4], [7, 8]]]
+    assert len(readings["a"].at_load) == 8
+
+
+def test_other_batch_sizes_are_read_forth_and_back_and_the_declared_one_not_again() -> None:
+    log: list = []
+    servers = {arm: FakeServer(arm, log) for arm in "ab"}
+    _, readings = measure(servers, [("a", "b")], batches=[1, 2, 5])
+    extra = [(name, size) for name, size, _ in log if size != LOAD.batch]
+    assert extra == [(name, size) for size in (1, 5) for name in "aabbabba"]  # warm-up of each, then in turns
+    assert {size: len(own) for size, own in readings["a"].by_batch.items()} == {1: 2, 2: 4, 5: 2}
+    assert readings["a"].by_batch[5][0].units == 20
+
+
+def test_prompts_are_real_tokens_and_seeded() -> None:
+    whole = np.concatenate(PROMPTS).tolist()
+    drawn = draw_prompts(PROMPTS, 5, 7, 3)
+    assert drawn.shape == (5, 7)
+    assert all(any(row == whole[at : at + 7] for at in range(len(whole))) for row in drawn.tolist())
+    np.testing.assert_array_equal(drawn, draw_prompts(PROMPTS, 5, 7, 3))
+    assert (drawn != draw_prompts(PROMPTS, 5, 7, 4)).any()
+    assert draw_prompts([np.array([4, 5])], 1, 5, 0)[0].tolist() in ([4, 5, 4, 5, 4], [5, 4, 5, 4, 5])
+    assert draw_prompts([np.array([4, 5])], 2, 2, 0).tolist() == [[4, 5], [4, 5]]
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def readings_of(totals: list[float], working: list[int | None] | None = None) -> Readings:
+    at_load = [
+        Reading(total / 4, total * 3 / 4, 8, above)
+        for total, above in zip(totals, working or [None] * len(totals), strict=True)
+    ]
+    return Readings(at_load, {1: [Reading(0.1, 0.3, 4, None)], 2: at_load})
+
+
+def test_figures_by_hand() -> None:
+    result = figures(readings_of([0.4, 0.8, 0.6, 0.6], [70, 90, 80, 60]), 1000, task=CAUSAL, load=LOAD, devices=2)
+    values = {key: entry["v"] for key, entry in result.items()}
+    assert values == {
+        "device_s_per_1k_units": pytest.approx(0.6 * 2 * 1000 / 8),
+        "prefill_device_s_per_1k_tokens": pytest.approx(0.15 * 2 * 1000 / 12),
+        "decode_device_s_per_1k_tokens": pytest.approx(0.45 * 2 * 1000 / 6),
+        "p50_s": pytest.approx(0.6),
+        "p95_s": pytest.approx(0.77),  # between the third and fourth of 0.4 0.6 0.6 0.8, at 0.85
+        "peak_bytes": 1090,
+        "weights_bytes": 1000,
+        "batch_1_device_s_per_1k_units": pytest.approx(0.4 * 2 * 1000 / 4),
+        "batch_2_device_s_per_1k_units": pytest.approx(0.6 * 2 * 1000 / 8),
+    }
+    assert result["p50_s"]["prov"] == "measured"
+    assert result["device_s_per_1k_units"]["prov"] == "derived"
+
+
+def test_what_was_not_read_is_null_with_its_reason() -> None:
+    one_new = ServingLoad(prompt=6, new=1, batch=2)
+    classes = figures(readings_of([0.4]), 1000, task=CLASSES, load=LOAD, devices=1)
+    causal = figures(readings_of([0.4]), 1000, task=CAUSAL, load=one_new, devices=1)
+    assert classes["decode_device_s_per_1k_tokens"]["why_null"] == "classification generates nothing"
+    assert causal["decode_device_s_per_1k_tokens"]["why_null"] == "one new token is prefill"
+    assert classes["peak_bytes"]["why_null"] == "a CPU has no device memory to count"
+
+
+def test_bytes_of_weights_count_scales_buffers_and_tied_weights_once() -> None:
+    model = tiny(CAUSAL)  # tied: the head is the embedding
+    buffers = sum(buffer.numel() * 4 for buffer in model.buffers())
+    hidden, wide, vocabulary = 64, 128, 259
+    layer = 4 * hidden * hidden + 3 * hidden * wide + 2 * hidden
+    assert weights_bytes(model) == 4 * (vocabulary * hidden + 2 * layer + hidden) + buffers
+    quantized = torch.nn.Linear(4, 4, bias=False)
+    quantized.weight.SCB = torch.zeros(4)
+    assert weights_bytes(quantized) == 64 + 16
+    quantized.weight.SCB = None
+    quantized.weight.quant_state = SimpleNamespace(
+        as_dict=lambda packed: {"absmax": torch.zeros(3), "shape": (4, 4), "nested_absmax": torch.zeros(2)}
+    )
+    assert weights_bytes(quantized) == 64 + 20
+
+
+def test_16_bits_are_served_where_the_device_computes_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serving_dtype(torch.device("cpu")) is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert serving_dtype(torch.device("cuda")) is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert serving_dtype(torch.device("cuda")) is torch.float16
+    assert serving_dtype(torch.device("xpu")) is torch.bfloat16
+
+
+# -- artifacts on disk ----------------------------------------------------------------------------------------------
+
+
+def serve(artifacts, pairs, *, task=CAUSAL, clock=None, prompts=PROMPTS, **more):
+    config = ServingConfig(**{"load": LOAD, "batches": [1], "blocks": 2, **more})
+    return serve_pass(
+        artifacts, pairs, task=task, labels=LABELS if task is CLASSES else None, prompts=prompts, config=config,
+        device="cpu", devices=1, seed=0, clock=clock or PhaseClock(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
+    return {task: saved(tiny(task), tmp_path_factory.mktemp(task.value)) for task in (CAUSAL, CLASSES)}
+
+
+@pytest.mark.parametrize("task", [CAUSAL, CLASSES])
+def test_artifacts_are_served_and_the_result_has_its_form(folders, task: Task) -> None:
+    clock = PhaseClock()
+    served = serve({"a": folders[task], "b": folders[task]}, [("a", "b")], task=task, clock=clock)
+    form = RESULT_SCHEMA["properties"]["rows"]["items"]["properties"]["serving"]
+    jsonschema.validate(
+        json.loads(json.dumps(served.serving["a"], allow_nan=False)), {**form, "$defs": RESULT_SCHEMA["$defs"]}
+    )
+    assert served.seconds["a", "b"][0].shape == (2, 2)
+    assert (served.seconds["a", "b"][1] > 0).all()
+    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+    assert served.dtypes == {"a": "float32", "b": "float32"}
+    spent = clock.read_ns()
+    assert set(spent) == {"model_load", "generate", "other"}
+    assert spent["other"] < 0.05 * sum(spent.values())
+
+
+def test_an_unquantized_artifact_is_served_in_the_dtype_asked_for(folders) -> None:
+    server = load(folders[CAUSAL], CAUSAL, "cpu", labels=None, now_ns=lambda: 0, dtype=torch.bfloat16)
+    assert server.dtype == "bfloat16"
+    assert server.weights_bytes < 0.51 * weights_bytes(tiny(CAUSAL))
+
+
+def test_a_classifier_without_a_padding_token_serves_batches(tmp_path: Path) -> None:
+    model = tiny(CLASSES)
+    model.config.pad_token_id = None
+    served = serve({"a": saved(model, tmp_path)}, [], task=CLASSES)
+    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+
+
+def test_an_encoder_serves_too(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16, num_labels=len(LABELS),
+    )  # fmt: skip
+    served = serve({"a": saved(BertForSequenceClassification(config), tmp_path)}, [], task=CLASSES)
+    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+
+
+@pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_quantized_artifacts_are_served_as_they_are(folders, tmp_path: Path, settings: dict) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        folders[CAUSAL], quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32, device_map="cpu"
+    )
+    served = serve({"q": saved(quantized, tmp_path), "reference": folders[CAUSAL]}, [("q", "reference")])
+    assert served.dtypes == {"q": "float32, quantized weights", "reference": "float32"}
+    # By hand: the embedding (259 x 64, tied) and the norms stay in fp32, seven matrices a layer are quantized.
+    elements, rows, rest = 2 * 7 * 64 * 64 + 2 * 3 * 64 * 64, 2 * (4 * 64 + 2 * 128 + 64), 4 * (259 * 64 + 5 * 64)
+    scales = 4 * rows if "load_in_8bit" in settings else 4 * (elements // 64) + 2 * 7 * 16 * 4
+    buffers = sum(buffer.nbytes for buffer in quantized.buffers())
+    weights = elements if "load_in_8bit" in settings else elements // 2
+    assert served.serving["q"]["weights_bytes"]["v"] == weights + scales + rest + buffers
+    assert served.serving["q"]["device_s_per_1k_units"]["v"] > 0
+
+
+def test_a_load_that_no_artifact_can_serve_is_refused(folders) -> None:
+    artifacts = {"a": folders[CAUSAL]}
+    with pytest.raises(UserError, match=r"serving\.load\.prompt: 2050 tokens of prompt and answer.*2048 positions"):
+        serve(artifacts, [], load=ServingLoad(prompt=2046, new=4, batch=1))
+    with pytest.raises(UserError, match=r"model\.path: the tokenizer gives token 900"):
+        serve(artifacts, [], prompts=[np.array([1, 900])])
+    with pytest.raises(UserError, match="data: no test document gives a prompt"):
+        serve(artifacts, [], prompts=[])
