@@ -258,11 +258,27 @@ def test_one_document_has_no_interval(folders, tmp_path: Path) -> None:
         assert all(entry["v"] is not None for entry in result.values())
 
 
-def test_time_is_booked_to_loading_preparing_and_evaluating(folders, tmp_path: Path) -> None:
-    clock = PhaseClock()
+def test_time_is_booked_to_loading_preparing_and_evaluating(
+    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0]
+
+    def takes(name: str, ns: int) -> None:
+        original = getattr(quality, name)
+
+        def slow(*args, **more):
+            now[0] += ns
+            return original(*args, **more)
+
+        monkeypatch.setattr(quality, name, slow)
+
+    steps = ("load_model", "load_tokenizer", "choose_documents", "encode_all", "score_causal", "bootstrap_ratio")
+    for place, name in enumerate((*steps, "write_items")):
+        takes(name, 10**place)
+    clock = PhaseClock(lambda: now[0])
     assess(folders[CAUSAL], tmp_path / "i.jsonl", task=CAUSAL, documents=causal_documents(), clock=clock)
-    spent = clock.read_ns()
-    assert set(spent) == {"model_load", "prepare", "eval", "other"}
+    spent = {name: ns for name, ns in clock.read_ns().items() if ns}
+    assert spent == {"model_load": 11, "prepare": 1_100, "eval": 1_310_000}  # three ratios
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
