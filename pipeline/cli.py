@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,7 +133,9 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
-        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), args, started_ns), debug))
+        # what passed before belongs to the first job of a multirun alone
+        since_ns = time.monotonic_ns() if codes else started_ns
+        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), args, since_ns), debug))
 
     sys.argv = [sys.argv[0], *args]
     try:

@@ -167,8 +167,8 @@ def test_a_shared_teacher_stands_beside_the_full_figure() -> None:
 
 def _curve(arm: str, metrics: list[float], hours: float, *, constant: bool = True) -> Trained:
     """Readings every 100 tokens, `hours` apart."""
-    readings = tuple(Reading(100 * (i + 1), metric, hours * (i + 1)) for i, metric in enumerate(metrics))
-    return Trained(arm=arm, final=metrics[-1], curve=readings, constant_phase=constant)
+    readings = tuple(Reading(100 * (i + 1), metric, hours * (i + 1), constant) for i, metric in enumerate(metrics))
+    return Trained(arm=arm, final=metrics[-1], curve=readings)
 
 
 BASE_CURVE = _curve("control", [2.5, 2.2, 2.01, 2.015, 2.0], hours=2.0)  # Q = 2.02, first held at 300 tokens, 6 h
@@ -197,7 +197,7 @@ def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
         _curve("student", [2.4, 2.0, 1.9], hours=0.25, constant=False),  # a point on a cosine is no run of that length
         dataclasses.replace(
             _curve("student", [2.4, 2.0, 1.9], hours=0.25),
-            curve=tuple(Reading(150 * i, 2.0, 0.25 * i) for i in (1, 2, 3)),  # read after other tokens
+            curve=tuple(Reading(150 * i, 2.0, 0.25 * i, is_constant=True) for i in (1, 2, 3)),  # read after other tokens
         ),
         dataclasses.replace(_curve("student", [2.0], hours=2.0), final=2.0),
     ],
@@ -206,6 +206,24 @@ def test_curves_that_cannot_be_laid_over_each_other_are_compared_at_the_end(arm:
     saving = _save(arm, BASE_CURVE)
     assert saving["rule"].startswith("equal quality at the end")
     assert saving["v"] == pytest.approx(0.3)
+
+
+def test_readings_before_the_rate_is_constant_or_after_it_decays_are_no_crossing() -> None:
+    """The base's third reading holds Q, but only from the fourth on is its rate constant."""
+    late = dataclasses.replace(
+        BASE_CURVE, curve=tuple(dataclasses.replace(r, is_constant=r.tokens > 300) for r in BASE_CURVE.curve)
+    )
+    arm = _curve("student", [2.4, 2.0, 1.9, 1.9, 1.9], hours=0.25)
+    arm = dataclasses.replace(arm, curve=tuple(dataclasses.replace(r, is_constant=r.tokens > 300) for r in arm.curve))
+    saving = _save(arm, late)
+    assert saving["c_base"]["v"] == pytest.approx(4 * 2.0)
+    assert saving["c_arm"]["v"] == pytest.approx(4 * 0.25 + 5)
+
+
+def test_an_arm_that_reaches_q_only_by_its_decay_is_compared_at_the_end() -> None:
+    readings = (Reading(100, 2.4, 0.25, True), Reading(200, 2.3, 0.5, True), Reading(300, 2.0, 0.75, False))
+    saving = _save(Trained(arm="student", final=2.0, curve=readings), BASE_CURVE)
+    assert saving["rule"].startswith("equal quality at the end")
 
 
 def test_a_base_that_meets_q_only_at_its_end_is_compared_there() -> None:

@@ -136,11 +136,14 @@ class Reading:
         tokens: Trained on until then.
         metric: The validation metric.
         device_hours: The stage's until then, evaluation excluded.
+        is_constant: True where it was taken at a constant learning rate: only then does this point on the curve stand
+            for a run of that length.
     """
 
     tokens: int
     metric: float
     device_hours: float
+    is_constant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,15 +153,17 @@ class Trained:
     Attributes:
         arm: Its name in the spends.
         final: Its last validation metric; None without one.
-        curve: Its readings in order.
-        constant_phase: True where the readings were taken at a constant learning rate: only then does a point on the
-            curve stand for a run of that length.
+        curve: Its readings in order, the last one at its end.
     """
 
     arm: str
     final: float | None
     curve: tuple[Reading, ...] = ()
-    constant_phase: bool = False
+
+    @property
+    def constant(self) -> tuple[Reading, ...]:
+        """Its readings at a constant learning rate."""
+        return tuple(reading for reading in self.curve if reading.is_constant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +199,7 @@ def target_metric(final: float, margin: float, *, lower_is_better: bool) -> floa
 
 def _first_held(trained: Trained, target: _Target) -> Reading | None:
     """Return the first of two consecutive readings at the target; one alone may be noise."""
-    pairs = zip(trained.curve, trained.curve[1:], strict=False)
+    pairs = zip(trained.constant, trained.constant[1:], strict=False)
     return next((one for one, two in pairs if target.reached(one.metric) and target.reached(two.metric)), None)
 
 
@@ -208,21 +213,22 @@ def _cut_at(trained: Trained, reading: Reading, spends: Spends) -> Spends:
 
 def _on_one_schedule(arm: Trained, base: Trained) -> bool:
     """Tell whether points on both curves may be compared: constant rate, and read after the same tokens."""
-    tokens = [[reading.tokens for reading in trained.curve] for trained in (arm, base)]
+    tokens = [[reading.tokens for reading in trained.constant] for trained in (arm, base)]
     overlap = min(len(tokens[0]), len(tokens[1]))
-    return arm.constant_phase and base.constant_phase and overlap >= 2 and tokens[0][:overlap] == tokens[1][:overlap]
+    return overlap >= 2 and tokens[0][:overlap] == tokens[1][:overlap]
 
 
 def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends) -> _Match | None:
-    """Compare where each arm first holds Q; None where the base's own curve does not hold it."""
+    """Compare where each arm first holds Q; None where an arm does only at its end, or the base nowhere."""
+    assert arm.final is not None
     base_reading, arm_reading = _first_held(base, target), _first_held(arm, target)
-    if base_reading is None:
+    if base_reading is None or (arm_reading is None and target.reached(arm.final)):
         return None
     rule = f"first of two consecutive evaluations at Q = {target.q:.4g}"
     at_base = _cut_at(base, base_reading, spends)
     if arm_reading is not None:
         return _Match(rule, (_cut_at(arm, arm_reading, spends), at_base))
-    last = arm.curve[-1]
+    last = arm.constant[-1]
     why = f"{arm.arm} did not hold Q = {target.q:.4g} within {last.tokens} tokens"
     return _Match(rule, (_cut_at(arm, last, spends), at_base), why)
 

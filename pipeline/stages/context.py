@@ -24,7 +24,8 @@ class Output:
     Attributes:
         counts: Keys of the ledger's `counts` (steps, tokens, examples, model_flops, ...).
         flops_per_step: Of the stage's own model, teacher excluded; what `match_compute` divides by.
-        curve: Validation readings `(step, tokens, metric, seconds of work before it, evaluation excluded)`.
+        curve: Validation readings: step, tokens, metric, seconds in steps until then, seconds in evaluations (its own
+            included), and 1.0 where the learning rate was constant.
         seconds_in_steps: Time in training steps, evaluation and checkpoints excluded.
         existing: The stage did nothing: its artifact is the model it was given.
         notes: What a reader must know, said once.

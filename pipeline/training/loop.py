@@ -43,6 +43,7 @@ class Progress:
     tokens: int = 0
     flops: float = 0.0
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
+    eval_ns: int = 0  # time in evaluations
     ce: float = 0.0  # sums over the readings of the last tenth
     kl: float = 0.0
     smooth: float | None = None
@@ -207,11 +208,13 @@ def _account(step: int, done: StepLoss, progress: Progress, settings: TrainingCo
 
 
 def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:
+    before = clock.now_ns()
     with clock.phase("eval"):
         metric = hooks.validate()
+    progress.eval_ns += clock.now_ns() - before
     reading = {
         "step": progress.step, "tokens": progress.tokens, "metric": metric, "seconds": progress.step_ns / 1e9,
-        "constant": float(is_constant(progress.step, settings)),
+        "eval_seconds": progress.eval_ns / 1e9, "constant": float(is_constant(progress.step, settings)),
     }  # fmt: skip
     progress.curve.append(reading)
     hooks.points(progress.step, {"validation": metric})
