@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 import uuid
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import metrics
 from pipeline.attempt import device_name
-from pipeline.ledger.record import hours
+from pipeline.ledger.booking import device_hours
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import closing_table
 from pipeline.store import read_json, write_json
 from pipeline.tracking import ui_command
-from pipeline.values import Value, measured
+from pipeline.values import measured
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
@@ -81,22 +80,15 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
 
 
 def _totals(attempt: Attempt) -> dict[str, Any]:
-    """Return the run's device-hours; overhead is what no window took, so that the parts sum to the total exactly."""
-    total_ns = time.monotonic_ns() - attempt.started_ns + attempt.earlier_ns
-    mine = [row for row in attempt.rows if row["reused"] is None]
-    parts = {part: sum(_hours(row, part) for row in mine) for part in ("work", "assess", "retry")}
-    parts["compare"] = hours(attempt.compare_ns, 1).v or 0.0
-    total = hours(total_ns, 1).v or 0.0
-    reused = sum(_hours(row, part) for row in attempt.rows if row["reused"] for part in ("work", "assess", "retry"))
-    parts |= {"overhead": total - sum(parts.values()), "total": total}
+    """Return the run's device-hours over all its attempts; overhead is what no window took."""
+    booked = attempt.booking()
+    parts = {"total": booked.attached_ns, "work": booked.work_ns, "assess": booked.assess_ns,
+             "retry": booked.retry_ns, "compare": booked.compare_ns, "overhead": booked.overhead_ns}  # fmt: skip
+    hours = {name: measured(device_hours(ns, devices=1)).to_json() for name, ns in parts.items()}
     return {
-        "attempts": attempt.number, "device_hours": {name: measured(v).to_json() for name, v in parts.items()},
-        "spent": measured(total).to_json(), "reused": measured(reused).to_json(),
+        "attempts": attempt.number, "device_hours": hours, "spent": hours["total"],
+        "reused": measured(attempt.reused_h).to_json(),
     }  # fmt: skip
-
-
-def _hours(row: dict[str, Any], part: str) -> float:
-    return Value.from_json(row["ledger"]["device_hours"][part]).v or 0.0
 
 
 def environment(attempt: Attempt) -> dict[str, Any]:

@@ -2,176 +2,209 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.assess.quality import macro_f1, read_items
+from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
-from pipeline.compare.bootstrap import abba_saving, paired_bootstrap
-from pipeline.compare.chains import Spend, all_in, c_opt, c_total, payback_units, saving
+from pipeline.compare import savings
+from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
+from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
+from pipeline.compare.statistics import Interval
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
 from pipeline.metrics import DIRECTION
 from pipeline.models import load_tokenizer
-from pipeline.values import Value, derive, estimated, measured, null
+from pipeline.stages.settings import BASE, STUDENT_INIT
+from pipeline.values import Value, derive, null
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
-MIN_DOCUMENTS = 20  # fewer decide nothing
 PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
+PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
+Row = dict[str, Any]
+Rows = dict[str, Row]
+"""By arm, the row that made its artifact, for one seed."""
 
 
-def compare_all(attempt: Attempt) -> list[dict[str, Any]]:
-    """Return one comparison per pair whose arms both have an artifact, for the first seed."""
-    seed = (attempt.run.seeds or [attempt.run.seed])[0]
-    rows = {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["status"] == "FINISHED"}
-    pairs = [pair for pair in attempt.run.compare if pair.arm in rows and pair.base in rows]
-    served = _serve(attempt, pairs, rows)
-    _unserved(attempt)
-    spends = _spends(attempt, seed)
-    return [_one(attempt, pair, rows, spends, served, seed) for pair in pairs]
+@dataclass(frozen=True, slots=True)
+class _Seed:
+    """What is compared for one seed."""
+
+    seed: int
+    rows: Rows
+    spends: dict[str, Spend]
 
 
-def _serve(attempt: Attempt, pairs: list[Comparison], rows: dict[str, dict[str, Any]]) -> ServePass | None:
-    wanted = [(p.arm, p.base) for p in pairs if Measure.serving in p.on or Measure.payback in p.on]
-    if not wanted:
-        return None
-    folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in wanted for arm in pair}
+def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:
+    """Return the pairs that are read on serving or payback and have both artifacts (of the first seed)."""
+    rows = finished_rows(attempt, attempt.seeds[0])
+    pairs = [pair for pair in attempt.run.compare if {Measure.serving, Measure.payback} & set(pair.on)]
+    return [(pair.arm, pair.base) for pair in pairs if pair.arm in rows and pair.base in rows]
+
+
+def finished_rows(attempt: Attempt, seed: int) -> Rows:
+    """Return the rows of one seed that have an artifact, by arm."""
+    return {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["status"] == "FINISHED"}
+
+
+def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
+    """Measure the arms of `pairs` at the declared load, interleaved. What an artifact costs is the same for all seeds,
+    so the first seed's are served."""
+    rows = finished_rows(attempt, attempt.seeds[0])
+    folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in pairs for arm in pair}
+    task = attempt.run.task
     with attempt.clock.phase("prepare"):
         tokenizer = load_tokenizer(next(iter(folders.values())))
-        encoded = encode_all(attempt.data.splits["test"][:64], tokenizer, attempt.run.task, max_length=512)
-    served = serve_pass(
-        folders, wanted, task=attempt.run.task, labels=attempt.data.labels,
-        prompts=[item.input_ids for item in encoded],
+        documents = attempt.data.splits["test"][:PROMPT_DOCUMENTS]
+        encoded = encode_all(documents, tokenizer, task, max_length=max(512, attempt.run.serving.load.prompt))
+    return serve_pass(
+        folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
         config=attempt.run.serving, device=attempt.device, devices=1, seed=0, clock=attempt.clock,
     )  # fmt: skip
-    for arm, figures in served.serving.items():
-        rows[arm]["serving"] = figures
-    return served
 
 
-def _unserved(attempt: Attempt) -> None:
-    """Say why arms that the recipe does not compare on serving have no serving figure."""
-    for row in attempt.rows:
-        if not row["serving"] and row["artifact"] is not None:
-            row["serving"] = {
-                "device_s_per_1k_units": null("the recipe does not compare this arm on serving").to_json()
-            }
+def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, Any]]:
+    """Return one comparison per pair whose arms both have an artifact.
+
+    Quality and training are compared seed by seed, arm and base of the same seed, and combined over seeds.
+    """
+    all_seeds = [_Seed(seed, finished_rows(attempt, seed), _spends(attempt, seed)) for seed in attempt.seeds]
+    pairs = [
+        pair for pair in attempt.run.compare
+        if all(pair.arm in each.rows and pair.base in each.rows for each in all_seeds)
+    ]  # fmt: skip
+    return [_one(attempt, pair, all_seeds, served) for pair in pairs]
 
 
 def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
-    spends: dict[str, Spend] = {}
-    for name in attempt.run.stages:
+    """Return what every arm's own stage took, with what each depends on. A given model's past cost is unknown."""
+    given = attempt.run.model.path is not None
+    spends = {
+        BASE: Spend(arm=BASE, flops=0.0, existing=given),
+        STUDENT_INIT: Spend(arm=STUDENT_INIT, flops=0.0, existing=attempt.run.student.path is not None),
+    }
+    for name, stage in attempt.run.stages.items():
         own = [row for row in attempt.rows if row["arm"] == name and row["seed"] == seed]
         hours = {
             part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")
         }
-        flops = own[-1]["ledger"]["counts"]["model_flops"]["v"] if own else None
-        from_given = name in attempt.existing and "base" in attempt.existing
-        depends = own[-1]["depends_on"] if own else []
-        spends[name] = Spend(tuple(depends), hours["work"], hours["retry"], flops, existing=from_given)
+        starts_from = [STUDENT_INIT] if getattr(stage, "model", None) == STUDENT_INIT else []
+        spends[name] = Spend(
+            arm=name, depends_on=(*stage.reads(attempt.run), *starts_from), work_h=hours["work"],
+            retry_h=hours["retry"], flops=_flops(own),
+        )  # fmt: skip
     return spends
 
 
-def _one(
-    attempt: Attempt, pair: Comparison, rows: dict[str, dict[str, Any]], spends: dict[str, Spend],
-    served: ServePass | None, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    extra = c_opt(pair.arm, pair.base, spends)
-    cost: Value | None = None
-    serving: dict[str, Any] | None = None
-    key = (pair.arm, pair.base)
-    if served is not None and key in served.seconds:
-        point, low, high = abba_saving(*served.seconds[key])
-        serving = {**measured(point).to_json(), "ci": [low, high], "blocks": attempt.run.serving.blocks}
-        cost = payback_units(extra, *(_per_unit(rows[arm]) for arm in (pair.base, pair.arm)))
-    unit = "token" if attempt.run.task is Task.causal_lm else "example"
+def _flops(own: list[Row]) -> float | None:
+    """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
+    made = [row for row in own if row["status"] == "FINISHED"]
+    return made[-1]["ledger"]["counts"]["model_flops"]["v"] if made else None
+
+
+def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: ServePass | None) -> dict[str, Any]:
+    serving = _serving(pair, served)
+    payback = None
+    if served is not None and serving is not None:
+        payback = _payback(attempt, pair, all_seeds, served, serving)
+    training = None
+    if Measure.training in pair.on:
+        training = combine_training([_training(attempt, pair, each) for each in all_seeds])
     return {
         "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on],
-        "quality": _quality(attempt, rows[pair.arm], rows[pair.base], seed) if Measure.quality in pair.on else {},
-        "training": _training(attempt, pair, spends, seed) if Measure.training in pair.on else None,
+        "quality": _quality(attempt, pair, all_seeds) if Measure.quality in pair.on else {},
+        "training": training,
         "serving": serving if Measure.serving in pair.on else None,
-        "payback": None if cost is None or Measure.payback not in pair.on else {**cost.to_json(), "unit": unit},
+        "payback": payback if Measure.payback in pair.on else None,
     }  # fmt: skip
 
 
-def _per_unit(row: dict[str, Any]) -> Value:
-    return derive(lambda s: s / 1000, Value.from_json(row["serving"]["device_s_per_1k_units"]))
-
-
-def _quality(attempt: Attempt, arm: dict[str, Any], base: dict[str, Any], seed: int) -> dict[str, Any]:
-    primary = PRIMARY[attempt.run.task]
-    ours, theirs = (read_items(Path(row["quality"][primary]["items"])) for row in (arm, base))
-    assert (ours["digest"] == theirs["digest"]).all(), "both arms were assessed on the same documents"
-    readings = {
-        "bits_per_byte": lambda r: 1 - _ratio(ours, "bits", "bytes", r) / _ratio(theirs, "bits", "bytes", r),
-        "next_token_accuracy": lambda r: _ratio(ours, "correct", "tokens", r) - _ratio(theirs, "correct", "tokens", r),
-        "accuracy": lambda r: float(ours["correct"][r].mean() - theirs["correct"][r].mean()),
-        "macro_f1": lambda r: macro_f1(_rows(ours, r)) - macro_f1(_rows(theirs, r)),
-    }
-    margin = attempt.run.quality.margin
-    result: dict[str, Any] = {}
-    for key in arm["quality"].keys() & base["quality"].keys() & readings.keys():
-        count = len(ours["digest"])
-        point, low, high = paired_bootstrap(readings[key], count, resamples=attempt.run.quality.bootstrap, seed=seed)
-        result[key] = {**measured(point).to_json(), "ci": [low, high], "n": count, "margin": margin,
-                       "answer": answer(low, high, margin, count)}  # fmt: skip
-    return result
-
-
-def answer(low: float, high: float, margin: float, count: int) -> str:
-    """Return what a 90% interval of the arm's advantage says."""
-    if count < MIN_DOCUMENTS:
-        return "undecided"
-    if low > 0:
-        return "better"
-    if low > -margin and high < margin:
-        return "equal"
-    return "worse" if high < 0 else "undecided"
-
-
-def _rows(items: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: array[rows] for name, array in items.items()}
-
-
-def _ratio(items: dict[str, np.ndarray], top: str, bottom: str, rows: np.ndarray) -> float:
-    return float(items[top][rows].sum() / items[bottom][rows].sum())
-
-
-def _training(attempt: Attempt, pair: Comparison, spends: dict[str, Spend], seed: int) -> dict[str, Any]:
-    """Read training savings at equal quality: the arm's final validation metric within the margin of the base's."""
-    primary = PRIMARY[attempt.run.task]
-    final = {arm: curve[-1]["metric"] for (arm, at), curve in attempt.curves.items() if at == seed and curve}
-    value = saving(pair.arm, pair.base, spends)
-    rule = "equal quality at the end; point estimate only: one run each"
-    if pair.arm in final and pair.base in final:
-        worse = _worse_by(final[pair.arm], final[pair.base], primary)
-        if worse > attempt.run.quality.margin:
-            value = null(
-                f"censored: {pair.arm} ends {worse:.1%} worse than {pair.base} on validation, beyond the margin"
-            )
+def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:
+    """Compare the two arms on every quality that both have, document by document."""
+    config, primary = attempt.run.quality, PRIMARY[attempt.run.task]
+    items = [
+        tuple(read_items(Path(each.rows[arm]["quality"][primary]["items"])) for arm in (pair.arm, pair.base))
+        for each in all_seeds
+    ]
+    keys = compared_keys(*items[0])
     return {
-        **value.to_json(), "ci": None, "rule": rule,
-        "c_arm": c_total(pair.arm, spends).to_json(), "c_base": c_total(pair.base, spends).to_json(),
-        "c_opt": c_opt(pair.arm, pair.base, spends).to_json(),
-        "all_in_arm": all_in(pair.arm, spends).to_json(), "all_in_base": all_in(pair.base, spends).to_json(),
-        **_split(value, spends[pair.arm], spends[pair.base]),
+        key: combine_seeds([
+            compare_items(key, ours, theirs, margin=config.margin, resamples=config.bootstrap, seed=each.seed)
+            for each, (ours, theirs) in zip(all_seeds, items, strict=True)
+        ])
+        for key in keys
     }  # fmt: skip
 
 
-def _worse_by(arm: float, base: float, key: str) -> float:
-    """Return by how much the arm is worse: relative for bits per byte, absolute for accuracies."""
-    return arm / base - 1 if DIRECTION[key] < 0 else base - arm
+def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]:
+    run = attempt.run
+    arm, base = (_trained(attempt, name, each) for name in (pair.arm, pair.base))
+    teachers = {stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")}
+    return training_saving(
+        arm, base, each.spends, margin=run.quality.margin, lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
+        teachers=teachers - {pair.arm, pair.base}, shared_by=run.cost.teacher_shared_by,
+    )  # fmt: skip
 
 
-def _split(value: Value, arm: Spend, base: Spend) -> dict[str, Any]:
-    """Split the saving of the two stages alone: (1 - systems)(1 - algorithmic) = 1 - C(arm)/C(base) of the stages."""
-    if value.v is None or not (arm.flops and base.flops and arm.work_h and base.work_h):
-        reason = null(value.why_null or "no FLOPs counted on one side").to_json()
-        return {"systems": reason, "algorithmic": reason}
-    algorithmic = derive(lambda a, b: 1 - a / b, estimated(arm.flops), estimated(base.flops))
-    rate = derive(lambda a, b: 1 - a / b, estimated(arm.work_h / arm.flops), estimated(base.work_h / base.flops))
-    return {"systems": rate.to_json(), "algorithmic": algorithmic.to_json()}
+def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
+    """Return how an arm's training went. Loading, preparing and checkpoints are charged to every point of its curve."""
+    curve = attempt.outputs[arm, each.seed].curve if (arm, each.seed) in attempt.outputs else []
+    if not curve:
+        return Trained(arm=arm, final=None)
+    last = curve[-1]
+    fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)
+    readings = tuple(
+        Reading(int(point["tokens"]), point["metric"], fixed_h + point["seconds"] / 3600, bool(point["constant"]))
+        for point in curve
+    )
+    return Trained(arm=arm, final=last["metric"], curve=readings)
+
+
+def _serving(pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
+    key = (pair.arm, pair.base)
+    if served is None or key not in served.seconds:
+        return None
+    reading = savings.serving_saving(*served.seconds[key])
+    formats = {served.dtypes[arm] for arm in key}
+    note = " against ".join(served.dtypes[arm] for arm in key) if len(formats) > 1 else formats.pop()
+    return {**reading, "arithmetic": note}
+
+
+def _payback(
+    attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: ServePass, serving: dict[str, Any]
+) -> dict[str, Any]:
+    """Return when serving has repaid what the arm took beyond its base (mean over seeds)."""
+    extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
+    mean = derive(lambda *hours: float(np.mean(hours)), *extra)
+    c_base, c_arm = (_per_unit(served.serving[arm]) for arm in (pair.base, pair.arm))
+    interval = Interval(serving["v"], *serving["ci"])
+    unit = "token" if attempt.run.task is Task.causal_lm else "example"
+    return savings.payback(
+        mean, c_base, c_arm, unit=unit, saving=interval, blocks=serving["blocks"], volume=attempt.run.serving.volume
+    )
+
+
+def _per_unit(figures: Mapping[str, Any]) -> Value:
+    return derive(lambda seconds: seconds / 1000, Value.from_json(figures["device_s_per_1k_units"]))
+
+
+def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
+    """Put the serving figures on the rows they belong to, and say why the other rows have none."""
+    first = attempt.seeds[0]
+    for row in attempt.rows:
+        if row["artifact"] is None:
+            continue
+        if served is None or row["arm"] not in served.serving:
+            why = "the recipe does not compare this arm on serving"
+            row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
+        elif row["seed"] != first:
+            why = f"serving is measured on the artifacts of seed {first}"
+            row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
+        else:
+            row["serving"] = served.serving[row["arm"]]

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from pipeline.attempt import Attempt, open_attempt
+from pipeline.attempt import Attempt
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.opening import open_attempt
 from pipeline.stages.settings import BASE
 
 
@@ -54,15 +55,14 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
 
 
 def _all_stages(attempt: Attempt) -> None:
-    for seed in attempt.run.seeds or [attempt.run.seed]:
-        attempt.arms = {BASE: attempt.base(seed)}
-        attempt.outputs = {}
+    for seed in attempt.seeds:
+        attempt.arms, attempt.items = {BASE: attempt.base(seed)}, {}
         for name, stage in attempt.run.stages.items():
             _one_stage(attempt, name, stage, seed)
 
 
 def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
-    """Bring one stage to its artifact and its row: reused, or run, committed and assessed."""
+    """Bring one stage to its artifact, its assessment and its row: each reused where it was done before."""
     reads = stage.reads(attempt.run)
     gone = [arm for arm in reads if arm not in attempt.arms]
     why_not = f"{gone[0]} was skipped" if gone else attempt.why_not(stage)
@@ -71,12 +71,15 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
         return
     inputs = {arm: attempt.arms[arm] for arm in reads}
     key = attempt.stage_key(name, stage, inputs, seed)
-    with attempt.store.lock(key):
-        record = attempt.store.recall("keys", key)
-        if record is not None:
-            attempt.reuse(name, record)
+    with attempt.store.lock(key):  # another process may be at it: wait, then find it done
+        made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
+        assessment_key = attempt.assessment_key(name, key, made, seed)
+        assessed = attempt.recall_assessment(assessment_key)
+        if assessed is None:
+            assessed = attempt.assess(name, stage, made, seed, assessment_key)
         else:
-            attempt.make(name, stage, inputs, seed, key)
+            attempt.reuse(name, assessed, seed)
+    attempt.take(name, made, assessed, seed)
 
 
 @contextmanager

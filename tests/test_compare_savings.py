@@ -197,7 +197,7 @@ def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
         _curve("student", [2.4, 2.0, 1.9], hours=0.25, constant=False),  # a point on a cosine is no run of that length
         dataclasses.replace(
             _curve("student", [2.4, 2.0, 1.9], hours=0.25),
-            curve=tuple(Reading(150 * i, 2.0, 0.25 * i, is_constant=True) for i in (1, 2, 3)),  # read after other tokens
+            curve=tuple(Reading(150 * i, 2.0, 0.25 * i, is_constant=True) for i in (1, 2, 3)),  # after other tokens
         ),
         dataclasses.replace(_curve("student", [2.0], hours=2.0), final=2.0),
     ],

@@ -100,8 +100,9 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
     assert second["run"]["device_hours"]["work"]["v"] == 0
-    whole = sum(row["ledger"]["device_hours"]["attached"]["v"] for row in first["rows"])
-    assert second["run"]["reused"]["v"] == pytest.approx(whole)
+    spent = {part: value["v"] for part, value in first["run"]["device_hours"].items()}
+    assert second["run"]["reused"]["v"] == pytest.approx(spent["work"] + spent["assess"] + spent["compare"])
+    assert second["comparisons"] == first["comparisons"]
     assert (
         pipeline(
             cwd,

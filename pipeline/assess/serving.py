@@ -58,6 +58,17 @@ class ServePass:
     seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
     dtypes: dict[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads back."""
+        seconds = [[*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()]
+        return {"serving": self.serving, "seconds": seconds, "dtypes": self.dtypes}
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> ServePass:
+        """Read back what `to_json` wrote."""
+        seconds = {(arm, base): (np.array(ours), np.array(theirs)) for arm, base, ours, theirs in raw["seconds"]}
+        return ServePass(raw["serving"], seconds, raw["dtypes"])
+
 
 def serve_pass(
     artifacts: dict[str, Path],

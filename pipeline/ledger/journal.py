@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from typing import Any
 class Journal:
     """Appends events to a file; safe to share between threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._now_ns = now_ns
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Everything but `points` is on disk when this returns."""
-        line = {"e": event, "t": time.time(), "mono_ns": time.monotonic_ns(), **_finite(fields)}
+        line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **_finite(fields)}
         with self._lock:
             os.write(self._file, (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
             if event != "points":

@@ -49,10 +49,14 @@ class PhaseClock:
             self._book()
             self._stack.pop()
 
+    def mark(self) -> tuple[int, dict[str, int]]:
+        """Return the time now and the self times until exactly then: between two marks, they close."""
+        self._book()
+        return self._since, dict(self._self_ns)
+
     def read_ns(self) -> dict[str, int]:
         """Return the self time of every phase so far, the open one included (integer nanoseconds)."""
-        self._book()
-        return dict(self._self_ns)
+        return self.mark()[1]
 
 
 def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:

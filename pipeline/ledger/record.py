@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,11 @@ class Spent:
     lost_ns: int = 0
     lost_as: str = "failed_attempt"
     phases_ns: dict[str, int] = field(default_factory=dict)
+
+    def add_phases(self, phases_ns: Mapping[str, int]) -> None:
+        """Add the self times of another window."""
+        for name, ns in phases_ns.items():
+            self.phases_ns[name] = self.phases_ns.get(name, 0) + ns
 
 
 def hours(ns: int, devices: int) -> Value:

@@ -1,0 +1,67 @@
+"""The artifact `base`: the model of `model.*`, given as a folder or Hub name, or made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import ModelConfig, Run
+from pipeline.data.documents import Dataset
+from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.store import Artifact, Store, digest_folder, key_of
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:
+    """Return the given model where it lies, or the tiny model of `model.shape`, made and committed once per seed.
+
+    Raises:
+        UserError: If the given model cannot be had.
+    """
+    if run.model.path is not None:
+        with clock.phase("prepare"):
+            folder = _given(run.model.path, run.model)
+            digest, num_bytes = digest_folder(folder)
+        return Artifact(folder.resolve(), "model", digest, num_bytes)
+    return _tiny(run, data, seed, store, clock)
+
+
+def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:
+    import torch
+
+    from pipeline.data.tokenizer import embedded_tokenizer
+    from pipeline.models import make_tiny, save_model
+
+    key = key_of(what="base", shape=run.model.shape, data=data.digest, seed=seed, task=run.task,
+                 vocabulary=run.data.vocabulary_size, torch=torch.__version__)  # fmt: skip
+    with store.lock(key), clock.phase("prepare"):
+        record = store.recall("keys", key)
+        if record is not None:
+            return Artifact.from_json(record["artifact"])
+        with store.scratch() as out:
+            tokenizer = embedded_tokenizer(data.splits["train"], run.data.vocabulary_size, store.root / "tmp")
+            torch.manual_seed(seed)
+            model = make_tiny(run.model.shape, len(tokenizer), run.task, data.labels, tokenizer)
+            save_model(model, tokenizer, out)
+            artifact = store.commit(out, "model", {"arm": "base", "seed": seed})
+        store.remember("keys", key, {"artifact": artifact.to_json()})
+    return artifact
+
+
+def _given(path: str, model: ModelConfig) -> Path:
+    from pipeline.models import resolve
+
+    folder = Path(resolve(path, "model.path"))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=model.revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise UserError(
+            "model.path", f"{path} cannot be fetched ({text})", "check the name, or give a folder"
+        ) from None

@@ -1,0 +1,146 @@
+"""Open an attempt at a run: device, data, folder and journal; refuse what cannot be done before anything is written.
+
+A run is found again by the key of its settings: an unfinished one goes on as a new attempt, in the same folder.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.attempt import Attempt
+from pipeline.config import Run
+from pipeline.data.load import load_dataset
+from pipeline.errors import UserError
+from pipeline.ledger.energy import EnergyMeter
+from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.phases import PhaseClock
+from pipeline.store import Store, key_of, plain, read_json, write_json
+
+FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
+
+
+def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> Attempt:
+    """Prepare everything a run needs, refusing what the device or the data cannot do before anything is written.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    with clock.phase("import"):
+        import torch
+    with clock.phase("prepare"):
+        device = choose_device(run)
+        if run.hardware.num_threads is not None:
+            torch.set_num_threads(run.hardware.num_threads)
+        quiet_libraries()
+        data = load_dataset(run.data, run.task)
+        root = Path(run.tracking.root).expanduser().resolve()
+        _check_writable(root)
+        key = key_of(run={k: v for k, v in plain(run).items() if k not in ("tracking", "budget")}, data=data.digest)
+        folder, number, lock = _find_or_make(root, key, run)
+        events = read_events(folder / "journal.jsonl")
+        journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
+    attempt = Attempt(
+        run=run, run_id=folder.name, number=number, folder=folder, store=Store(root / "store"), journal=journal,
+        clock=clock, device=device, data=data, command=command, started_ns=started_ns,
+        energy=EnergyMeter(device), lock=lock, notes=list(data.notes),
+    )  # fmt: skip
+    write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
+    write_json(folder / "config.json", plain(run))
+    journal.write(
+        "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, recipe=run.recipe,
+        question=run.question, experiment=run.tracking.experiment or run.recipe, tracking_uri=run.tracking.uri,
+        params=flat(plain(run)),
+        tags={k: v for k, v in asdict(run.tracking).items() if k in ("team", "cost_center", "purpose") and v},
+        datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
+                  for split, documents in data.splits.items()],
+    )  # fmt: skip
+    attempt.recover(events)
+    return attempt
+
+
+def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
+    """Return the folder of the unfinished run with this key and the attempt's number, or a new one."""
+    from filelock import FileLock, Timeout
+
+    for folder in sorted((root / "runs").glob("*/"), reverse=True):
+        state = read_json(folder / "run.json")
+        if not isinstance(state, dict) or state["key"] != key or state["status"] == "FINISHED":
+            continue
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue  # another process is at it; this one is a run of its own
+        return folder, state["attempt"] + 1, lock
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    lock = FileLock(folder / ".lock")
+    lock.acquire(timeout=0)
+    return folder, 1, lock
+
+
+def _check_writable(root: Path) -> None:
+    from pipeline.store import check_room
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "tracking.root", f"{root} cannot be made ({error.strerror})", "give a folder to write to"
+        ) from None
+    if not os.access(root, os.W_OK):
+        raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
+    check_room(root, FREE_BYTES, "tracking.root")
+
+
+def choose_device(run: Run) -> Any:
+    """Return the device to run on.
+
+    Raises:
+        UserError: If there is no such device, or not as many as asked for.
+    """
+    import torch
+
+    wanted = run.hardware.device
+    if wanted == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        wanted = "cpu" if found is None else str(found)
+    device = torch.device(wanted)
+    have = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= have):
+        raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
+    if run.hardware.devices > have:
+        raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
+    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
+    return device
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and chatter of libraries; what matters is said by this package, once."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|torchao)(\.|$)")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as `a.b.c: value`."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result

@@ -1,0 +1,308 @@
+"""The worked example through the machinery that runs a recipe: stages that only let an injected clock pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.assess.quality
+import pipeline.comparison
+from pipeline import run as loop
+from pipeline.assess.quality import write_items
+from pipeline.assess.serving import ServePass
+from pipeline.attempt import Attempt
+from pipeline.config import Comparison, Measure, Run
+from pipeline.data.documents import Dataset
+from pipeline.ledger.booking import NS_PER_HOUR
+from pipeline.ledger.energy import EnergyMeter
+from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.context import Context, Output
+from pipeline.store import Artifact, Store
+from pipeline.values import measured
+
+MINUTE_NS = 60 * 10**9
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing the process does after it is written."""
+
+
+@dataclass
+class Minutes:
+    """A clock that stands still until it is told."""
+
+    ns: int = 7_000_000_000_000
+
+    def __call__(self) -> int:
+        return self.ns
+
+    def pass_minutes(self, minutes: float) -> None:
+        self.ns += int(minutes * MINUTE_NS)
+
+
+CLOCK = Minutes()
+
+
+@dataclass
+class FakeStage:
+    """Takes its minutes, with a checkpoint after `checkpoint_after` of them; may be killed on its first attempt."""
+
+    minutes: list[float]  # by attempt that reaches it
+    needs: list[str] = field(default_factory=list)
+    checkpoint_after: float | None = None
+    ends: list[str] = field(default_factory=list)  # by attempt: ok, killed, failed
+    optional: bool = False
+
+    type: ClassVar[str] = "train"
+    version: ClassVar[int] = 1
+
+    def reads(self, run: Run) -> list[str]:
+        return self.needs
+
+    def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+        tries = int((ctx.checkpoints.parent / f"{ctx.stage}.tries").read_text()) if self._tried(ctx) else 0
+        (ctx.checkpoints.parent / f"{ctx.stage}.tries").write_text(str(tries + 1))
+        minutes, end = self.minutes[tries], (self.ends or ["ok"] * 9)[tries]
+        with ctx.clock.phase("forward"):
+            kept = self.checkpoint_after if self.checkpoint_after is not None and end != "ok" else 0
+            CLOCK.pass_minutes(kept)
+            if kept:
+                ctx.checkpointed(1)
+            CLOCK.pass_minutes(minutes - kept)
+        if end == "killed":
+            raise Killed
+        if end == "failed":
+            raise RuntimeError("no luck")
+        (ctx.out / "model.txt").write_text(ctx.stage)
+        return Output(
+            curve=[{"step": 1, "tokens": 1, "metric": 2.0, "seconds": 0.0, "eval_seconds": 0.0, "constant": 0}]
+        )
+
+    def _tried(self, ctx: Context) -> bool:
+        return (ctx.checkpoints.parent / f"{ctx.stage}.tries").is_file()
+
+
+def stages() -> dict[str, FakeStage]:
+    return {
+        "teacher": FakeStage([30]),
+        "student": FakeStage([6, 16], ["teacher"], checkpoint_after=4, ends=["killed", "ok"]),
+        "control_compute": FakeStage([12]),
+        "control_steps": FakeStage([9]),
+    }
+
+
+def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -> dict[str, Any]:
+    with clock.phase("eval"):
+        CLOCK.pass_minutes(2)
+    arrays = {"digest": np.array(["a", "b"]), "bits": np.array([2.0, 4.0]), "bytes": np.array([1, 2]),
+              "tokens": np.array([1, 2]), "correct": np.array([0, 1])}  # fmt: skip
+    write_items(items, arrays)
+    return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
+
+
+def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
+    with attempt.clock.phase("generate"):
+        CLOCK.pass_minutes(6)
+    costs = {arm: 1.0 if arm == "teacher" else 0.6 for pair in pairs for arm in pair}
+    blocks = np.ones((4, 2)) * np.array([[1.0], [1.01], [0.99], [1.0]])
+    return ServePass(
+        serving={arm: {"device_s_per_1k_units": measured(cost).to_json()} for arm, cost in costs.items()},
+        seconds={(arm, base): (costs[arm] * blocks, costs[base] * np.ones((4, 2))) for arm, base in pairs},
+        dtypes=dict.fromkeys(costs, "float32"),
+    )
+
+
+def open_fake(root: Path, run_id: str, number: int, run: Run) -> Attempt:
+    folder = root / "runs" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    events = read_events(folder / "journal.jsonl")
+    device = torch.device("cpu")
+    attempt = Attempt(
+        run=run, run_id=run_id, number=number, folder=folder, store=Store(root / "store"),
+        journal=Journal(folder / "journal.jsonl", now_ns=CLOCK), clock=PhaseClock(CLOCK), device=device,
+        data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None), command="",
+        started_ns=CLOCK.ns, energy=EnergyMeter(device), lock=None,
+    )  # fmt: skip
+    attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number)
+    attempt.recover(events)
+    return attempt
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
+    monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
+    base = tmp_path / "base"
+    base.mkdir()
+    monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(base, "model", "b" * 32, 1))
+    return tmp_path
+
+
+def the_run() -> Run:
+    pairs = [("control_compute", [Measure.quality, Measure.training]), ("teacher", [Measure.serving, Measure.payback])]
+    compare = [Comparison(arm="student", base=base, on=on) for base, on in pairs]
+    return Run(recipe="distill", stages=stages(), compare=compare, primary_arm="student")
+
+
+def invoke(root: Path, run_id: str, number: int, run: Run, *, start: float = 1, end: float = 1) -> Attempt:
+    attempt = open_fake(root, run_id, number, run)
+    CLOCK.pass_minutes(start)
+    try:
+        loop._all_stages(attempt)
+        attempt.compare()
+        CLOCK.pass_minutes(end)
+    except Killed:
+        pass
+    return attempt
+
+
+def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at that moment."""
+
+    def mute_after_death(journal: Journal, event: str, **fields: Any) -> None:
+        if event == "window" and fields["arm"] == "student":
+            write(journal, "heartbeat")
+            dead.append(journal)
+        if journal not in dead:
+            write(journal, event, **fields)
+
+    dead: list[Journal] = []
+    write = Journal.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", mute_after_death)
+        invoke(root, "run-1", 1, the_run())
+    CLOCK.pass_minutes(600)  # nobody was attached meanwhile
+    return invoke(root, "run-1", 2, the_run())
+
+
+def minutes(hours: float | None) -> float:
+    assert hours is not None
+    return 60 * hours
+
+
+def of_run(attempt: Attempt) -> dict[str, float]:
+    booked = attempt.booking()
+    parts = {name: getattr(booked, f"{name}_ns") for name in ("work", "assess", "retry", "compare", "overhead")}
+    assert sum(parts.values()) == booked.attached_ns
+    return {name: ns / MINUTE_NS for name, ns in parts.items()}
+
+
+def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = killed_then_done(root, monkeypatch)
+    assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
+    assert attempt.booking().attached_ns == 1.5 * NS_PER_HOUR
+    assert attempt.spent_hours() == 1.5
+    against_control, against_teacher = attempt.comparisons
+    training = against_control["training"]
+    assert minutes(training["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(training["c_base"]["v"]) == pytest.approx(12)
+    assert minutes(training["c_opt"]["v"]) == pytest.approx(38)
+    assert minutes(training["all_in_arm"]["v"]) == pytest.approx(52)
+    assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
+
+
+def test_rows_are_the_windows_of_their_attempts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = killed_then_done(root, monkeypatch)
+    rows = {(row["arm"], row["attempt"]): row for row in attempt.rows}
+    killed, done = rows["student", 1], rows["student", 2]
+    hours = killed["ledger"]["device_hours"]
+    assert killed["status"] == "KILLED"
+    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx([4, 0, 2])
+    assert minutes(hours["wasted_by"]["rollback"]["v"]) == pytest.approx(2)
+    assert killed["ledger"]["phases_ns"] == {"forward": 4 * MINUTE_NS}
+    hours = done["ledger"]["device_hours"]
+    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx([16, 2, 0])
+    assert rows["teacher", 1]["status"] == "FINISHED"  # made by attempt 1 of this very run: not reused
+    assert rows["teacher", 1]["reused"] is None
+    for part in ("work", "assess", "retry"):
+        total = sum(row["ledger"]["device_hours"][part]["v"] for row in attempt.rows)
+        assert minutes(total) == pytest.approx(of_run(attempt)[part])
+    assert all(row["ledger"]["meter_valid"] for row in attempt.rows)
+
+
+def test_the_second_run_spends_overhead_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = killed_then_done(root, monkeypatch)
+    second = invoke(root, "run-2", 1, the_run())
+    assert of_run(second) == {"work": 0, "assess": 0, "retry": 0, "compare": 0, "overhead": 2}
+    assert minutes(second.reused_h) == pytest.approx(71 + 8 + 6)
+    assert {row["reused"] for row in second.rows} == {"run-1"}
+    assert second.comparisons == first.comparisons
+
+
+def test_another_assessment_trains_nothing_again(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    invoke(root, "run-1", 1, run)
+    run.quality.bootstrap += 1
+    second = invoke(root, "run-2", 1, run)
+    assert of_run(second) == {"work": 0, "assess": 8, "retry": 0, "compare": 0, "overhead": 2}
+    assert minutes(second.reused_h) == pytest.approx(71 + 6)
+    assert {row["reused"] for row in second.rows} == {"run-1"}
+    assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    run.serving.load.batch += 1
+    third = invoke(root, "run-3", 1, run)
+    assert of_run(third) == {"work": 0, "assess": 0, "retry": 0, "compare": 6, "overhead": 2}
+    assert minutes(third.reused_h) == pytest.approx(71 + 8)
+
+
+def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([7, 20], ["teacher"], ends=["failed", "ok"])
+    with pytest.raises(RuntimeError, match="no luck"):
+        invoke(root, "run-1", 1, run)
+    attempt = invoke(root, "run-1", 2, run)
+    assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 7, "compare": 6, "overhead": 3}
+    assert [(row["arm"], row["status"]) for row in attempt.rows][:2] == [("student", "FAILED"), ("teacher", "FINISHED")]
+    training = attempt.comparisons[0]["training"]
+    assert minutes(training["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(training["all_in_arm"]["v"]) == pytest.approx(57)
+
+
+def test_an_assessment_that_failed_leaves_the_work_standing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        CLOCK.pass_minutes(3)
+        raise RuntimeError("out of memory")
+
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.assess.quality, "assess_quality", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            invoke(root, "run-1", 1, run)
+    attempt = invoke(root, "run-1", 2, run)
+    assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 3, "compare": 6, "overhead": 3}
+    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    third = invoke(root, "run-3", 1, run)
+    assert minutes(third.reused_h) == pytest.approx(71 + 8 + 6)
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+
+
+def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
+    run = the_run()
+    run.stages = {"teacher": FakeStage([30, 30]), "student": FakeStage([20, 22], ["teacher"]),
+                  "control_compute": FakeStage([12, 12]), "control_steps": FakeStage([9, 9])}  # fmt: skip
+    run.seeds = [3, 5]
+    attempt = invoke(root, "run-1", 1, run)
+    assert [row["seed"] for row in attempt.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
+    training = attempt.comparisons[0]["training"]
+    assert training["v"] == pytest.approx(1 - (50 / 12 + 52 / 12) / 2)
+    assert training["ci"][0] < training["v"] < training["ci"][1]
+    assert attempt.comparisons[0]["quality"]["bits_per_byte"]["n"] == 2
+    assert minutes(attempt.booking().work_ns / NS_PER_HOUR) == pytest.approx(71 + 73)
+    assert "seed 3" in attempt.rows[5]["serving"]["device_s_per_1k_units"]["why_null"]
+
+
+def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a third attempt reads back is what the first two booked."""
+    attempt = killed_then_done(root, monkeypatch)
+    again = open_fake(root, "run-1", 3, the_run())
+    assert again.windows == attempt.windows
+    assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(again.rows)
