@@ -113,12 +113,14 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     payback = None
     if served is not None and serving is not None:
         payback = _payback(attempt, pair, all_seeds, served, serving)
+    quality = _quality(attempt, pair, all_seeds)
     training = None
     if Measure.training in pair.on:
         training = combine_training([_training(attempt, pair, each) for each in all_seeds])
+        training = _unless_worse(training, quality[PRIMARY[attempt.run.task]], pair)
     return {
         "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on],
-        "quality": _quality(attempt, pair, all_seeds) if Measure.quality in pair.on else {},
+        "quality": quality if Measure.quality in pair.on else {},
         "training": training,
         "serving": serving if Measure.serving in pair.on else None,
         "payback": payback if Measure.payback in pair.on else None,
@@ -150,6 +152,24 @@ def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]
         arm, base, each.spends, margin=run.quality.margin, lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
         teachers=teachers - {pair.arm, pair.base}, shared_by=run.cost.teacher_shared_by,
     )  # fmt: skip
+
+
+def _unless_worse(training: dict[str, Any], quality: dict[str, Any], pair: Comparison) -> dict[str, Any]:
+    """Take a saving back where the arm is worse on test: equal on a sample of validation was not equal.
+
+    Both readings are point estimates; what the interval on test leaves open is said in the rule.
+    """
+    if training["v"] is None or quality["v"] is None:
+        return training
+    if quality["v"] >= -quality["margin"]:
+        open_still = quality["ci"][0] <= -quality["margin"]
+        more = "; whether quality is equal on the test split is undecided" if open_still else ""
+        return {**training, "rule": training["rule"] + more}
+    shortfall = f"{-quality['v']:.3g} on the test split, margin {quality['margin']:g}"
+    why = f"censored: {pair.arm} is worse than {pair.base} by {shortfall}"
+    hidden = ("new_spend_saving", "systems", "algorithmic", "amortised")
+    gone = {name: null(why).to_json() for name in hidden if name in training}
+    return {**training, **gone, **null(why).to_json(), "ci": None, "bound": Value.from_json(training).to_json()}
 
 
 def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:

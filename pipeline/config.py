@@ -147,7 +147,7 @@ class TrainingConfig:
     decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
     max_grad_norm: float = positive(1.0)
     eval_every: Optional[int] = positive(None)  # steps between validation readings; null: a tenth of the steps
-    eval_documents: int = positive(32)  # validation documents of such a reading
+    eval_documents: Optional[int] = positive(None)  # validation documents a reading; null: 32 texts, or 256 examples
     checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
     checkpoint_seconds: float = positive(60.0)
     divergence_factor: float = field(default=4.0, metadata={"above": 1})  # loss over its own best average

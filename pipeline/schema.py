@@ -138,15 +138,18 @@ _COMPARISON: dict[str, Any] = {
                 margin={"type": "number"},
                 answer={"enum": ["better", "worse", "equal", "undecided"]},
                 n={"type": "integer"},
+                items_to_decide={"type": ["integer", "null"]},
             ),
         },
         "training": {"oneOf": [{"type": "null"}, _interval_value(
             c_arm={"$ref": "#/$defs/value"}, c_base={"$ref": "#/$defs/value"}, c_opt={"$ref": "#/$defs/value"},
             all_in_arm={"$ref": "#/$defs/value"}, all_in_base={"$ref": "#/$defs/value"},
             new_spend_saving={"$ref": "#/$defs/value"}, systems={"$ref": "#/$defs/value"},
-            algorithmic={"$ref": "#/$defs/value"}, rule={"type": "string"},
+            algorithmic={"$ref": "#/$defs/value"}, bound={"$ref": "#/$defs/value"},
+            amortised={"$ref": "#/$defs/value"}, rule={"type": "string"},
         )]},
-        "serving": {"oneOf": [{"type": "null"}, _interval_value(blocks={"type": "integer"})]},
+        "serving": {"oneOf": [{"type": "null"}, _interval_value(
+            blocks={"type": "integer"}, arithmetic={"type": "string"})]},
         "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
             "required": ["unit"],
             "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"}},

@@ -49,6 +49,7 @@ class Minutes:
 
 
 CLOCK = Minutes()
+WORSE: dict[str, float] = {}  # factor on the bits of an arm's test documents
 
 
 @dataclass
@@ -102,7 +103,8 @@ def stages() -> dict[str, FakeStage]:
 def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -> dict[str, Any]:
     with clock.phase("eval"):
         CLOCK.pass_minutes(2)
-    arrays = {"digest": np.array(["a", "b"]), "bits": np.array([2.0, 4.0]), "bytes": np.array([1, 2]),
+    worse = WORSE.get((folder / "model.txt").read_text(), 1.0)
+    arrays = {"digest": np.array(["a", "b"]), "bits": worse * np.array([2.0, 4.0]), "bytes": np.array([1, 2]),
               "tokens": np.array([1, 2]), "correct": np.array([0, 1])}  # fmt: skip
     write_items(items, arrays)
     return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
@@ -306,3 +308,19 @@ def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.Monkey
     again = open_fake(root, "run-1", 3, the_run())
     assert again.windows == attempt.windows
     assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(again.rows)
+
+
+def test_an_arm_that_is_worse_on_test_saved_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation, a sample, called them equal; the test split does not."""
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    monkeypatch.setitem(WORSE, "student", 1.02)
+    training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
+    assert (
+        training["why_null"] == "censored: student is worse than control_compute by 0.02 on the test split, margin 0.01"
+    )
+    assert training["algorithmic"]["v"] is None
+    assert training["bound"]["v"] == pytest.approx(1 - 50 / 12)
+    monkeypatch.setitem(WORSE, "student", 1.005)
+    within = invoke(root / "other", "run-1", 1, run).comparisons[0]["training"]
+    assert within["v"] == pytest.approx(1 - 50 / 12)

@@ -178,7 +178,9 @@ def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
     margin = percent(value["margin"]) if "margin" in value else "not stated"
     figure = [key.replace("_", " "), notes.show(value, form), _bounds(value, form).strip()]
-    return [*figure, str(value.get("n", "")), margin, value.get("answer", "")]
+    needed = value.get("items_to_decide")
+    more = f", about {needed} items would decide" if needed else ""
+    return [*figure, str(value.get("n", "")), margin, value.get("answer", "") + more]
 
 
 def _saving_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:
@@ -187,17 +189,24 @@ def _saving_cells(value: Value | None, notes: Footnotes, absent: str) -> list[st
     return [notes.show(value, form, absent), _bounds(value, form).strip(), blocks, "", ""]
 
 
+_ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised")
+"""Figures of a training saving that stand in for it, or beside it, in some cases only."""
+
+
 def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
     """Yield what a training saving is made of, where the comparison tells."""
     share = lambda v: percent(v, sign=True)
     time = lambda hours: duration(3600 * hours)
     parts = (("systems", "systems part", share), ("algorithmic", "algorithmic part", share),
-             ("new_spend_saving", "saving in new spending only", share), ("c_arm", "C(arm)", time),
-             ("c_base", "C(base)", time), ("c_opt", "C_opt", time))  # fmt: skip
+             ("new_spend_saving", "saving in new spending only", share),
+             ("bound", "saving it stays below", share), ("amortised", "saving with the teacher shared", share),
+             ("c_arm", "C(arm)", time), ("c_base", "C(base)", time), ("c_opt", "C_opt", time))  # fmt: skip
     for name, words, form in parts:
-        if value and name in value:
+        if value and name in value and not (name in _ONLY_IF_KNOWN and value[name]["v"] is None):
             shown.update({"savings/c_opt_device_hours": None} if name == "c_opt" else {})
             yield [f"training: {words}", notes.show(value[name], form), "", "", "", ""]
+    if value and value.get("rule"):
+        yield ["training: compared by", value["rule"], "", "", "", ""]
 
 
 def _payback_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:

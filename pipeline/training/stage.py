@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.store import Artifact
 
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
+VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
 
 
 def run_training(
@@ -129,8 +130,9 @@ def _validation(
     model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
 ) -> Callable[[], float]:
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
+    count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
     encoded = encode_all(
-        documents[: settings.eval_documents], tokenizer, ctx.run.task,
+        documents[:count], tokenizer, ctx.run.task,
         max_length=settings.sequence_length, max_bytes=VALIDATION_BYTES,
     )  # fmt: skip
 
