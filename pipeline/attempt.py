@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ class Attempt:
     # -- time ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def window(self, kind: Literal["work", "assess", "compare"], arm: str | None, seed: int) -> Iterator[OpenWindow]:
+    def window(self, kind: Literal["work", "assess", "compare"], arm: str | None, seed: int) -> Generator[OpenWindow]:
         """Measure a window and journal it. What fails in it is lost; a checkpoint keeps what led to it."""
         start_ns, before = self.clock.mark()
         opened = OpenWindow(start_ns, before)
@@ -470,7 +470,7 @@ class Attempt:
 
 
 @contextmanager
-def heartbeat(journal: Journal) -> Iterator[None]:
+def heartbeat(journal: Journal) -> Generator[None]:
     """Leave a sign of life every few seconds, so that a killed process's hours are known."""
     done = threading.Event()
 
@@ -521,4 +521,6 @@ def _output_to_json(output: Output) -> dict[str, Any]:
 
 
 def _output_from(raw: dict[str, Any]) -> Output:
-    return Output(**{**raw, "counts": {name: Value.from_json(value) for name, value in raw["counts"].items()}})
+    counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
+    rest: dict[str, Any] = {name: value for name, value in raw.items() if name != "counts"}
+    return Output(counts=counts, **rest)

@@ -7,7 +7,7 @@ Then one comparison pass. Every interval lands in the journal before it lands an
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -83,7 +83,7 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
 
 
 @contextmanager
-def _signals(attempt: Attempt) -> Iterator[None]:
+def _signals(attempt: Attempt) -> Generator[None]:
     """Turn a scheduler's signals into a flag that the training loop asks for between steps."""
 
     def ask(number: int, _: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -108,7 +108,7 @@ class Store:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> Generator[Path]:
         """Give an empty folder to write an artifact into; what is left of it afterwards is removed."""
         folder = self.root / "tmp" / uuid.uuid4().hex
         folder.mkdir()
@@ -118,7 +118,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str) -> Generator[None]:
         """Hold the lock of one key; another process that makes the same thing waits and then finds it made."""
         from filelock import FileLock
 

@@ -39,7 +39,7 @@ def deliver(run_dir: Path) -> int:
         mlflow.exceptions.MlflowException: If the store cannot be reached.
     """
     events = read_events(run_dir / "journal.jsonl")
-    state = read_json(run_dir / STATE) or {"delivered": 0, "children": {}}
+    state: dict[str, Any] = read_json(run_dir / STATE) or {"delivered": 0, "children": {}}
     fresh = events[state["delivered"] :]
     if not fresh or events[0]["e"] != "run_start":
         return 0

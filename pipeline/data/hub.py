@@ -21,12 +21,13 @@ def load_hub(config: DataConfig, task: Task) -> Dataset:
         UserError: If it cannot be loaded or has no train split.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     assert config.hub is not None
     name, _, revision = config.hub.partition("@")
     try:
         loaded: Any = datasets.load_dataset(name, config.subset, revision=revision or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(KEY, f"{config.hub} cannot be loaded ({text})", "check its name and the network") from None
     rows: dict[str, list[Row]] = {}

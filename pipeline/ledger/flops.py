@@ -45,7 +45,7 @@ def count_flops(config: PreTrainedConfig, task: Task, *, backward: bool) -> Flop
 
     twin_config = copy.deepcopy(config)
     if hasattr(twin_config, "quantization_config"):
-        del twin_config.quantization_config
+        delattr(twin_config, "quantization_config")
     with torch.device("meta"):
         twin = _twin(twin_config, task)
     counts = [_count_once(twin, length, backward=backward) for length in POINTS]

@@ -7,7 +7,7 @@ A nanosecond belongs to the innermost open phase; outside any phase it belongs t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from pipeline.metrics import PHASES
@@ -33,7 +33,7 @@ class PhaseClock:
         self._since = now
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Book what happens inside to `name`, less what nested phases take.
 
         Raises:

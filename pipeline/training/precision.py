@@ -6,7 +6,7 @@ tensors and rounds matmul inputs to 10 mantissa bits on the GPU. fp32 is IEEE, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -40,7 +40,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 
 @contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
     """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
