@@ -160,7 +160,7 @@ def refused(
     source: Path, out: Path, fmt: Format = Format.int8, task: Task = Task.causal_lm, device: str = "cpu"
 ) -> str:
     with pytest.raises(UserError) as error:
-        quantize(source, out, fmt, task, device=device, key=KEY)
+        quantize(source, out, fmt, Task.causal_lm, device=device, key=KEY)
     assert error.value.key == KEY
     assert not out.exists()
     return str(error.value)
