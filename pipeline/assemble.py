@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 import uuid
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import closing_table
 from pipeline.store import read_json, write_json
+from pipeline.sync import LOG
 from pipeline.tracking import ui_command
 from pipeline.values import measured
 
@@ -46,23 +46,21 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
         _point_latest(attempt.folder)
     attempt.lock.release()
     print(f"\n{closing_table(result)}\n\n{result['conclusion']}\n\nreport: {attempt.folder / 'report.md'}")
-    if attempt.run.tracking.mlflow:
-        print(_deliver(attempt))
+    if attempt.writer is not None:
+        print(_delivered(attempt, attempt.writer))
 
 
-def _deliver(attempt: Attempt) -> str:
-    """Deliver to MLflow from a process of its own, for a bounded time; return the line that says what came of it."""
+def _delivered(attempt: Attempt, writer: subprocess.Popen[bytes]) -> str:
+    """Wait a bounded time for the background writer's last delivery; return the line that says what came of it."""
     root = attempt.folder.parent.parent
-    again = f"python -m pipeline.sync {root}"
+    again = f"`python -m pipeline.sync {root}` delivers the rest"
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.sync", str(attempt.folder)],
-            capture_output=True, text=True, timeout=DELIVERY_S, check=False, start_new_session=True,
-        )  # fmt: skip
+        code = writer.wait(DELIVERY_S)
     except subprocess.TimeoutExpired:
-        return f"MLflow did not answer within {DELIVERY_S:.0f} s; `{again}` delivers the rest"
-    if done.returncode:
-        return f"{(done.stderr.strip().splitlines() or ['MLflow failed'])[-1]}; `{again}` delivers the rest"
+        return f"MLflow did not answer within {DELIVERY_S:.0f} s; its writer goes on, and {again}"
+    if code:
+        log = attempt.folder / LOG
+        return f"{log.read_text().strip() if log.is_file() else 'the writer to MLflow crashed'}; {again}"
     return f"MLflow: {ui_command(root, attempt.run.tracking.uri)}"
 
 

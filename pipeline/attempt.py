@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ class Attempt:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stop_signal: int | None = None
+    writer: subprocess.Popen[bytes] | None = None  # delivers the journal to MLflow
 
     @property
     def seeds(self) -> list[int]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store import Store, key_of, plain, read_json, write_json
+from pipeline.sync import FOLLOW
 
+LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
@@ -60,7 +64,16 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                   for split, documents in data.splits.items()],
     )  # fmt: skip
     attempt.recover(events)
+    if run.tracking.mlflow:
+        attempt.writer = _start_writer(folder)
     return attempt
+
+
+def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the background writer to MLflow: in a session of its own, so that Ctrl-C does not reach it."""
+    command = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(folder), str(os.getpid())]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
@@ -73,7 +86,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
             continue
         lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_S)
         except Timeout:
             continue  # another process is at it; this one is a run of its own
         return folder, state["attempt"] + 1, lock

@@ -38,29 +38,46 @@ def deliver(run_dir: Path) -> int:
     Raises:
         mlflow.exceptions.MlflowException: If the store cannot be reached.
     """
-    events = read_events(run_dir / "journal.jsonl")
-    state: dict[str, Any] = read_json(run_dir / STATE) or {"delivered": 0, "children": {}}
-    fresh = events[state["delivered"] :]
-    if not fresh or events[0]["e"] != "run_start":
-        return 0
-    root = run_dir.parent.parent
-    start = events[0]
-    with _first_use(root):
-        client, experiment = _open(root, start)
-    parent = _run(client, experiment, start["run_id"], {"pipeline.run": start["run_id"]}, start["t"])
-    for child, points in _points(fresh):
-        _log_points(client, _child(client, experiment, parent, start, state, child), points)
-    for event in fresh:
-        _one(client, experiment, parent, start, state, event, run_dir)
-    write_json(run_dir / STATE, {**state, "delivered": len(events), "parent": parent})
-    return len(fresh)
-
-
-def _first_use(root: Path) -> Any:
-    """Hold a lock: several processes opening a fresh SQLite store would race its migrations."""
     from filelock import FileLock
 
-    return FileLock(root / ".mlflow.lock")
+    with FileLock(run_dir / ".mlflow.lock"):  # a run's own writer and `pipeline.sync` may meet here
+        nobody = _is_free(run_dir / ".lock")  # asked before reading: a run writes its end before it lets go
+        events = read_events(run_dir / "journal.jsonl")
+        state: dict[str, Any] = read_json(run_dir / STATE) or {"delivered": 0, "children": {}}
+        fresh = events[state["delivered"] :]
+        dead = nobody and bool(events) and events[-1]["e"] != "run_end"
+        if not events or events[0]["e"] != "run_start" or not (fresh or (dead and not state.get("dead"))):
+            return 0
+        root = run_dir.parent.parent
+        start = events[0]
+        with FileLock(root / ".mlflow.lock"):  # several processes opening a fresh SQLite store race its migrations
+            client, experiment = _open(root, start)
+        parent = _run(client, experiment, start["run_id"], {"pipeline.run": start["run_id"]}, start["t"])
+        for child, points in _points(fresh):
+            _log_points(client, _child(client, experiment, parent, start, state, child), points)
+        for event in fresh:
+            _one(client, experiment, parent, start, state, event, run_dir)
+        if dead:
+            _mark_killed(client, [parent, *state["children"].values()], events[-1]["t"])
+        write_json(run_dir / STATE, {**state, "delivered": len(events), "parent": parent, "dead": dead})
+        return len(fresh)
+
+
+def _is_free(lock: Path) -> bool:
+    """Tell whether no process holds the lock of a run."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def _mark_killed(client: Any, runs: list[str], at: float) -> None:
+    for run in runs:
+        if client.get_run(run).info.status == "RUNNING":
+            client.set_terminated(run, status="KILLED", end_time=int(at * 1000))
 
 
 def _open(root: Path, start: dict[str, Any]) -> tuple[Any, str]:
@@ -139,7 +156,9 @@ def _one(
         child = _child(client, experiment, parent, start, state, event)
         _log_settings(client, child, {**event["params"], "type": event["type"], "seed": event["seed"]})
     elif kind == "row":
-        _log_row(client, _child(client, experiment, parent, start, state, {**event["row"], "t": event["t"]}), event)
+        child = _child(client, experiment, parent, start, state, {**event["row"], "t": event["t"]})
+        _log_row(client, child, event)
+        _link_model(client, experiment, child, event["row"])
         state.setdefault("rows", {})[event["row"]["arm"]] = event["row"]
     elif kind == "serving":
         for row in event["rows"]:
@@ -188,6 +207,26 @@ def _log_row(client: Any, run: str, event: dict[str, Any]) -> None:
             client.set_tag(run, key, str(value)[:MAX_TAG])
     status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
     client.set_terminated(run, status=status, end_time=int(event["t"] * 1000))
+
+
+def _link_model(client: Any, experiment: str, run: str, row: dict[str, Any]) -> None:
+    """Show the artifact among MLflow's models, as an output of its run; the files stay where they are."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    if row["artifact"] is None:
+        return
+    digest = row["artifact"]["digest"]
+    tags = {"mlflow.model.isExternal": "true", "path": row["artifact"]["path"], "digest": digest}
+    try:
+        if client.search_logged_models([experiment], filter_string=f"source_run_id = '{run}'"):
+            return
+        name = f"{row['arm']}-{digest[:8]}"
+        model = client.create_logged_model(experiment, name=name, source_run_id=run, tags=tags, model_type=row["type"])
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+    except (MlflowException, NotImplementedError):  # a server from before logged models: the tags say it all
+        client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
 
 
 def _log_values(client: Any, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
