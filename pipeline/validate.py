@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Run, Task, check_ranges
 from pipeline.errors import UserError
+from pipeline.redact import has_login
 from pipeline.models import check_local
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
@@ -104,6 +105,11 @@ def _check_sources(run: Run) -> None:
 def _check_rest(run: Run) -> None:
     if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
         raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
+    if run.tracking.uri is not None and has_login(run.tracking.uri):
+        raise UserError(
+            "tracking.uri", "holds a login, which would land in files that others read",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        )  # fmt: skip
     if run.cost.per_device_hour is not None and not run.cost.source:
         raise UserError("cost.source", "a rate without its source is a guess", "say where the rate comes from")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):

@@ -22,6 +22,8 @@ class Journal:
         self._now_ns = now_ns
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._lock = threading.Lock()
+        if _is_torn(path):  # a killed process's last line stays a line of its own
+            os.write(self._file, b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Everything but `points` is on disk when this returns."""
@@ -34,6 +36,14 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,346 @@
+"""MLflow from the journal: once, truly, and never in the way, against real SQLite stores, servers and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from make_result import make_pairs, make_row, make_run
+from mlflow import MlflowClient
+
+from pipeline.ledger.journal import Journal, read_events
+from pipeline.redact import REDACTED, has_login, redact_override, redact_value
+from pipeline.sync import LOG, main
+from pipeline.tracking import deliver
+
+ARMS = ("teacher", "student")
+
+
+@pytest.fixture(autouse=True)
+def no_mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+
+
+def start(journal: Journal, run_id: str, *, attempt: int = 1, uri: str | None = None, **tags: str) -> None:
+    journal.write(
+        "run_start", run_id=run_id, started_ns=0, attempt=attempt, recipe="distill", question="is it worth it?",
+        experiment="distill", tracking_uri=uri, params={"training.steps": 4, "hub.api_key": "hunter2"}, tags=tags,
+        datasets=[{"name": "d", "digest": "a" * 60, "split": "test", "num_documents": 3}],
+    )  # fmt: skip
+
+
+def stage(journal: Journal, arm: str, *, attempt: int = 1) -> None:
+    journal.write("stage_start", arm=arm, stage=arm, type="train", seed=0, attempt=attempt, params={"steps": 4},
+                  depends_on=[])  # fmt: skip
+    for step in (1, 2):
+        journal.write("points", arm=arm, seed=0, attempt=attempt, step=step, values={"loss": 3.0 - step})
+
+
+def end(journal: Journal, rows: list[dict[str, Any]], status: str = "FINISHED") -> None:
+    journal.write("comparisons", comparisons=make_pairs("distill")[:1])
+    journal.write("run_end", status=status, why=None, primary_arm="student", run=make_run(rows), description="x" * 9000,
+                  files=["report.md"])  # fmt: skip
+
+
+def write_run(root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True) -> Path:
+    folder = root / "runs" / run_id
+    folder.mkdir(parents=True)
+    (folder / "report.md").write_text("# report")
+    journal = Journal(folder / "journal.jsonl")
+    start(journal, run_id, uri=uri, team="vision")
+    rows = [make_row(arm) for arm in ARMS]
+    for row in rows:
+        stage(journal, row["arm"])
+        journal.write("row", row=row)
+    if ended:
+        end(journal, rows)
+    journal.close()
+    return folder
+
+
+def store(root: Path) -> tuple[MlflowClient, dict[str, Any]]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("distill")
+    assert experiment is not None
+    return client, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def everything(root: Path) -> dict[str, Any]:
+    client, runs = store(root)
+    return {
+        name: (run.info.run_id, run.info.status, run.data.params, run.data.tags,
+               {key: len(client.get_metric_history(run.info.run_id, key)) for key in run.data.metrics},
+               len(run.inputs.dataset_inputs), len(run.outputs.model_outputs))
+        for name, run in runs.items()
+    }  # fmt: skip
+
+
+# -- what is delivered ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_delivered_once_with_all_it_holds(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    assert deliver(folder) == len(read_events(folder / "journal.jsonl"))
+    client, runs = store(tmp_path)
+    parent, student = runs["run-1"], runs["student"]
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("run-1", *ARMS), "FINISHED")
+    assert student.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    row = make_row("student")
+    assert parent.data.metrics["quality/primary"] == row["quality"]["bits_per_byte"]["v"]
+    assert parent.data.metrics["compute/device_hours"] == row["ledger"]["device_hours"]["attached"]["v"]
+    assert student.data.tags["null.compute/gpu_hours"]
+    assert "compute/gpu_hours" not in student.data.metrics
+    assert parent.data.tags["team"] == "vision"
+    assert len(parent.data.tags["mlflow.note.content"]) == 8000
+    assert [point.step for point in client.get_metric_history(student.info.run_id, "train/loss")] == [1, 2]
+    assert all(len(client.get_metric_history(student.info.run_id, key)) == 1 for key in student.data.metrics
+               if not key.startswith("train/"))  # fmt: skip
+    assert [item.dataset.digest for item in parent.inputs.dataset_inputs] == ["a" * 36]
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md"]
+    assert parent.data.params["hub.api_key"] == REDACTED
+
+
+def test_artifacts_are_logged_models_of_their_runs(tmp_path: Path) -> None:
+    deliver(write_run(tmp_path))
+    client, runs = store(tmp_path)
+    row = make_row("student")
+    (output,) = runs["student"].outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.tags["digest"] == row["artifact"]["digest"]
+    assert model.tags["path"] == row["artifact"]["path"]
+    assert model.source_run_id == runs["student"].info.run_id
+    assert model.status == "READY"
+
+
+def test_delivering_again_or_with_its_memory_lost_changes_nothing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    deliver(folder)
+    before = everything(tmp_path)
+    assert deliver(folder) == 0
+    (folder / "mlflow.json").unlink()  # as if the process died between the last write and remembering it
+    assert deliver(folder) > 0
+    assert everything(tmp_path) == before
+
+
+def test_the_rest_is_delivered_after_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path, ended=False)
+    lock = FileLock(folder / ".lock")
+    with lock:
+        deliver(folder)
+    calls = 0
+
+    def fail_second(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError("connection lost")
+        return original(*args, **kwargs)
+
+    original = MlflowClient.log_batch
+    journal = Journal(folder / "journal.jsonl")
+    end(journal, [make_row(arm) for arm in ARMS])
+    journal.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", fail_second)
+        with pytest.raises(OSError, match="connection lost"):
+            deliver(folder)
+    deliver(folder)
+    other = tmp_path / "other"
+    deliver(write_run(other))
+    strip = lambda all_runs: {name: (*run[1:3], *run[4:]) for name, run in all_runs.items()}
+    assert strip(everything(tmp_path)) == strip(everything(other))
+
+
+def test_what_a_store_lost_is_not_delivered_twice_into_a_new_one(tmp_path: Path) -> None:
+    """A deleted store starts anew with the next run; the old run is kept in its journal."""
+    for run_id in ("run-1", "run-2"):
+        folder = write_run(tmp_path, run_id)
+        (tmp_path / "mlflow.db").unlink(missing_ok=True)
+        subprocess.run([sys.executable, "-m", "pipeline.sync", str(folder)], check=True, capture_output=True)
+    assert {name for name in store(tmp_path)[1] if name.startswith("run-")} == {"run-2"}
+
+
+def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, f"run-{number}") for number in range(3)]
+    commands = [[sys.executable, "-m", "pipeline.sync", str(folder)] for folder in [*folders, folders[0]]]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert [process.communicate(timeout=120)[1] for process in processes] == [""] * 4
+    _, runs = store(tmp_path)
+    assert {name for name in runs if name.startswith("run-")} == {"run-0", "run-1", "run-2"}
+
+
+# -- statuses -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_process_went_without_a_word_is_killed_and_may_go_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, ended=False)
+    journal = Journal(folder / "journal.jsonl")
+    stage(journal, "control_steps")
+    with FileLock(folder / ".lock"):  # it lives
+        deliver(folder)
+        statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+        assert statuses == {"run-1": "RUNNING", "teacher": "FINISHED", "student": "FINISHED",
+                            "control_steps": "RUNNING"}  # fmt: skip
+    assert main([str(tmp_path)]) == 0
+    statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+    assert statuses == {"run-1": "KILLED", "teacher": "FINISHED", "student": "FINISHED", "control_steps": "KILLED"}
+    start(journal, "run-1", attempt=2)
+    row = make_row("control_steps", attempt=2)
+    stage(journal, "control_steps", attempt=2)
+    with FileLock(folder / ".lock"):
+        deliver(folder)
+        assert store(tmp_path)[1]["run-1"].info.status == "RUNNING"
+        journal.write("row", row=row)
+        end(journal, [row])
+    deliver(folder)
+    statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+    assert statuses == {"run-1": "FINISHED", "teacher": "FINISHED", "student": "FINISHED", "control_steps": "KILLED",
+                        "control_steps seed 0 attempt 2": "FINISHED"}  # fmt: skip
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+from pipeline.opening import _start_writer
+folder = Path(sys.argv[1])
+with FileLock(folder / ".lock"):
+    writer = _start_writer(folder)
+    print(writer.pid, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _until(what: Any, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert what()
+
+
+@pytest.mark.faults
+def test_the_writer_outlives_a_killed_run_and_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, ended=False)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder), "600"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    writer = int(parent.stdout.readline())
+    _until(lambda: (folder / "mlflow.json").is_file())  # it delivers while the run works
+    assert store(tmp_path)[1]["run-1"].info.status == "RUNNING"
+    assert os.getsid(writer) != os.getsid(parent.pid)  # a terminal's Ctrl-C does not reach it
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate(timeout=30)
+    _until(lambda: _gone(writer))
+    assert store(tmp_path)[1]["run-1"].info.status == "KILLED"
+
+
+# -- servers that do not answer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server that takes every connection and never says a word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    held: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                held.append(listener.accept()[0])
+            except OSError:
+                return
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+    for connection in held:
+        connection.close()
+
+
+def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(tmp_path: Path) -> None:
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    folder = write_run(tmp_path)
+    command = [sys.executable, "-m", "pipeline.sync", str(folder)]
+    there = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "MLflow cannot be reached" in done.stderr
+    assert "the journal keeps everything" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert deliver(folder) > 0
+    assert store(tmp_path)[1]["run-1"].info.status == "FINISHED"
+
+
+def test_a_server_that_never_answers_is_given_up_in_bounded_time(tmp_path: Path, silent_server: str) -> None:
+    folder = write_run(tmp_path)
+    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+    there = {**os.environ, "MLFLOW_TRACKING_URI": silent_server, **quick}
+    command = [sys.executable, "-m", "pipeline.sync", "--follow", str(folder), str(os.getpid())]
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "MLflow cannot be reached" in (folder / LOG).read_text()
+
+
+def test_the_environment_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
+    deliver(write_run(tmp_path / "root", uri="http://127.0.0.1:9"))
+    assert "run-1" in store(elsewhere)[1]
+
+
+def test_sync_refuses_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "holds no runs" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
+# -- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_marked_and_plain_settings_are_not() -> None:
+    assert redact_value("hub.token", "hf_abc") == REDACTED
+    assert redact_value("a.api_key", "x") == REDACTED
+    assert redact_value("tracking.uri", "https://me:pw@host/x") == f"https://{REDACTED}@host/x"
+    assert redact_override("tracking.uri=https://me:pw@host") == f"tracking.uri=https://{REDACTED}@host"
+    assert redact_override("training.max_tokens=5") == "training.max_tokens=5"
+    assert redact_override("-m") == "-m"
+    assert has_login("postgresql://me:pw@host/db")
+    assert not has_login("sqlite:////tmp/mlflow.db")
+
+
+def test_the_journal_survives_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.write("run_start", loss=float("nan"))
+    journal.close()
+    with path.open("a") as file:
+        file.write('{"e": "row", "to')  # killed while writing
+    journal = Journal(path)
+    journal.write("heartbeat")
+    journal.close()
+    assert [event["e"] for event in read_events(path)] == ["run_start", "heartbeat"]
+    assert json.loads(path.read_text().splitlines()[0])["loss"] is None
