@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipeline.config import Run, Task, check_ranges
 from pipeline.errors import UserError
-from pipeline.redact import has_login
 from pipeline.models import check_local
+from pipeline.redact import has_login
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
 
