@@ -6,6 +6,7 @@ reloaded from disk). A row is what the windows of one arm in one attempt took; w
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -284,6 +285,7 @@ class Attempt:
         print(f"{name}: running", flush=True)
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
                            params=plain(stage), depends_on=self._depends(stage))  # fmt: skip
+        self._warm(stage, inputs)
         reset_memory(self.device)
         joules = self.energy.read_mj()
         window = None
@@ -304,6 +306,20 @@ class Attempt:
         self.store.remember("keys", key, record)
         shutil.rmtree(self.store.root / "checkpoints" / key, ignore_errors=True)
         return record
+
+    def _warm(self, stage: Any, inputs: dict[str, Artifact]) -> None:
+        """Import and encode what all arms use, as overhead of the run: else the first arm would pay for the others."""
+        if not hasattr(stage, "like") or not inputs:
+            return
+        with self.clock.phase("import"):
+            importlib.import_module("pipeline.training.stage")
+        from pipeline.data.encode import encode_all
+        from pipeline.models import load_tokenizer
+
+        with self.clock.phase("prepare"):
+            length = training_settings(stage, self.run).sequence_length
+            tokenizer = load_tokenizer(next(iter(inputs.values())).path)
+            encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=length)
 
     def _work(
         self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, window: OpenWindow

@@ -6,13 +6,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from pipeline.data.documents import Dataset, Document
-from pipeline.data.splits import EMBEDDED_SHARES, assemble, drop_blanks_and_repeats, split_of
+from pipeline.data.documents import SPLITS, Dataset, Document
+from pipeline.data.splits import EMBEDDED_SHARES, assemble, drop_blanks_and_repeats
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "idle_test"})
 NUM_CLASSES = 6  # of stdlib_labels: the largest packages
 PIECE_LINES = 12
-MAX_PIECES_PER_CLASS = 600
+PIECES_PER_CLASS = 600  # at most; by split in EMBEDDED_SHARES
 
 
 def _library_files() -> list[tuple[Path, str]]:
@@ -39,7 +39,8 @@ def load_stdlib() -> Dataset:
 def load_stdlib_labels() -> Dataset:
     """Return pieces of the library labelled with the top-level package they come from.
 
-    Pieces of one file share its split: they are not independent.
+    Pieces of one file share its split: they are not independent. Files fill the test split first, then validation, so
+    that every class has its share of pieces in each, however long its files are.
     """
     by_package: dict[str, list[tuple[Path, str]]] = {}
     for relative, text in _library_files():
@@ -50,22 +51,31 @@ def load_stdlib_labels() -> Dataset:
     given: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
     for label, package in enumerate(labels):
         for split, pieces in _pieces_by_split(by_package[package], label).items():
-            given[split] += pieces[:MAX_PIECES_PER_CLASS]
+            given[split] += pieces
     distinct = _keep_first_occurrence(given)
     return assemble("stdlib_labels", distinct, key="data", labels=labels, salt=_version())
 
 
 def _pieces_by_split(files: list[tuple[Path, str]], label: int) -> dict[str, list[Document]]:
-    """Cut files into pieces; the split is that of the file's content."""
-    parts: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
-    for _, text in files:
-        split = split_of(Document(text).digest, EMBEDDED_SHARES)
-        lines = [line for line in text.splitlines() if line.strip()]
-        for start in range(0, len(lines) - PIECE_LINES + 1, PIECE_LINES):
-            parts[split].append(Document("\n".join(lines[start : start + PIECE_LINES]), label))
-    for pieces in parts.values():  # in an order of their content, so that a cap takes them from all files
-        pieces.sort(key=lambda piece: piece.digest)
+    """Cut files, in an order of their content, into pieces, and give whole files to the split that still needs some."""
+    cut = [_pieces(text, label) for _, text in sorted(files, key=lambda file: Document(file[1]).digest)]
+    total = min(PIECES_PER_CLASS, sum(map(len, cut)))
+    train, validation, test = EMBEDDED_SHARES
+    wanted = {"test": total * test // 100, "validation": total * validation // 100, "train": total * train // 100}
+    parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for pieces in cut:
+        split = next((name for name, count in wanted.items() if len(parts[name]) < count), "train")
+        parts[split] += pieces
+    for split, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece.digest)  # a cap then takes them from all files
+        del pieces[wanted[split] :]
     return parts
+
+
+def _pieces(text: str, label: int) -> list[Document]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    starts = range(0, len(lines) - PIECE_LINES + 1, PIECE_LINES)
+    return [Document("\n".join(lines[start : start + PIECE_LINES]), label) for start in starts]
 
 
 def _keep_first_occurrence(given: dict[str, list[Document]]) -> dict[str, list[Document]]:

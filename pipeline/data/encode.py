@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 from pipeline.config import Task
 from pipeline.data.documents import Document
 from pipeline.errors import UserError
+from pipeline.store import key_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,15 @@ class Encoded:
     digest: str
 
 
+_KEPT: OrderedDict[str, list[Encoded]] = OrderedDict()
+"""What this process encoded last, by what decides it: stages read the same documents again and again."""
+KEEP = 6
+
+
 def encode_all(
     documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int, max_bytes: int | None = None
 ) -> list[Encoded]:
-    """Encode documents.
+    """Encode documents; the same ones again, by a tokenizer of the same content, come from memory.
 
     Args:
         max_length: Tokens an example of classification is cut to; causal LM reads documents whole.
@@ -44,6 +52,29 @@ def encode_all(
     Raises:
         UserError: If a text has no tokens, or a chat cannot be told apart into turns.
     """
+    key = key_of(
+        documents=[(document.digest, document.label) for document in documents], tokenizer=_content(tokenizer),
+        task=task, max_length=max_length, max_bytes=max_bytes,
+    )  # fmt: skip
+    if key not in _KEPT:
+        _KEPT[key] = _encode(documents, tokenizer, task, max_length, max_bytes)
+        while len(_KEPT) > KEEP:
+            _KEPT.popitem(last=False)
+    _KEPT.move_to_end(key)
+    return list(_KEPT[key])
+
+
+def _content(tokenizer: Any) -> str:
+    """Return all that decides how a tokenizer encodes; a slow one (without a backend) is its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else f"slow {id(tokenizer)}"
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(f"{content}{special}".encode()).hexdigest()
+
+
+def _encode(
+    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None
+) -> list[Encoded]:
     if task is Task.sequence_classification:
         batch = tokenizer([document.text for document in documents], truncation=True, max_length=max_length)
         ids = batch["input_ids"]
