@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pipeline.base_model import base_artifact
 from pipeline.config import Run
 from pipeline.data.documents import Dataset
-from pipeline.errors import BudgetSpent, Preempted, UserError
+from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.booking import Booking, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
@@ -213,19 +213,10 @@ class Attempt:
         return base_artifact(self.run, self.data, seed, self.store, self.clock)
 
     def why_not(self, stage: Any) -> str | None:
-        """Return why this device cannot do a stage; an optional stage is then skipped, another refused.
-
-        Raises:
-            UserError: If the stage is not optional.
-        """
+        """Return why this device cannot do a stage (an optional one: others were refused before), or None."""
         from pipeline.training.precision import why_not
 
-        if not hasattr(stage, "precision"):
-            return None
-        reason = why_not(training_precision(stage, self.run), self.device)
-        if reason is not None and not stage.optional:
-            raise UserError("precision", reason, "choose fp32 or bf16, or mark the stage optional: true")
-        return reason
+        return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""

@@ -148,6 +148,9 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
         code, line = explain(error, args, recipes)
         print(f"refused: {line}", file=sys.stderr)
         return code
+    except OSError as error:  # Hydra makes its own folder below the root before the job begins
+        problem = f"{error.filename} cannot be made ({error.strerror})"
+        return _refuse(UserError("tracking.root", problem, "give a folder to write to"), debug)
     return max(codes, default=Exit.DONE, key=_badness)
 
 

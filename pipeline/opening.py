@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.settings import training_precision
 from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import FOLLOW
 
@@ -40,6 +41,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         device = choose_device(run)
         if run.hardware.num_threads is not None:
             torch.set_num_threads(run.hardware.num_threads)
+        _check_precisions(run, device)
         quiet_libraries()
         data = load_dataset(run.data, run.task)
         root = Path(run.tracking.root).expanduser().resolve()
@@ -133,6 +135,19 @@ def choose_device(run: Run) -> Any:
     if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
     return device
+
+
+def _check_precisions(run: Run, device: Any) -> None:
+    """Refuse what this device cannot train in; an optional stage is skipped when its turn comes."""
+    from pipeline.training.precision import why_not
+
+    for name, stage in run.stages.items():
+        if not hasattr(stage, "precision") or stage.optional:
+            continue
+        reason = why_not(training_precision(stage, run), device)
+        if reason is not None:
+            key = "precision" if stage.precision is None else f"stages.{name}.precision"
+            raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
 
 
 def quiet_libraries() -> None:

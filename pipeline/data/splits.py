@@ -65,11 +65,11 @@ def assemble(
         said += [f"{split}: {note}" for note in dropped]
     if "train" not in clean:
         raise UserError(key, "has no train split", "add one")
+    _refuse_shared(clean, key)
     missing = [split for split in SPLITS if split not in clean]
     if missing:
         clean |= cut(clean["train"], shares, missing)
         said.append(f"{' and '.join(missing)} cut from train by content hash")
-    _refuse_shared(clean, key)
     for split in SPLITS:
         if not clean[split]:
             raise UserError(key, f"the {split} split has no documents", "give more documents, or that split")
@@ -79,8 +79,8 @@ def assemble(
 
 def _refuse_shared(splits: dict[str, list[Document]], key: str) -> None:
     seen: dict[str, tuple[str, int]] = {}
-    for split in SPLITS:
-        for row, document in enumerate(splits[split], 1):
+    for split, documents in splits.items():
+        for row, document in enumerate(documents, 1):
             other, at = seen.setdefault(document.digest, (split, row))
             if other != split:
                 text = " ".join((document.text or str(document.messages)).split())[:40]

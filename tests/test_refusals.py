@@ -1,0 +1,248 @@
+"""Bad input: one line with key, problem and remedy, exit 1, no traceback, nothing left half-written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_assess_models import saved, tiny
+
+from pipeline import store
+from pipeline.cli import main
+from pipeline.config import Task
+
+Refuse = Callable[..., str]
+LINES = [{"text": f"document {number} of a small set, long enough to be one"} for number in range(80)]
+CLASSIFY = ("task=sequence_classification",)
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run a command that must be refused; return its line. No run may have been opened."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str, recipe: str = "baseline") -> str:
+        code = main([f"recipe={recipe}", "tracking.mlflow=false", "training.steps=1", *args], started_ns=0)
+        said = capsys.readouterr().err.strip()
+        assert code == 1, said
+        assert len(said.splitlines()) == 1, said
+        assert said.startswith("refused: ")
+        assert not list(tmp_path.glob("mlruns/runs/*"))
+        return said.removeprefix("refused: ")
+
+    return run
+
+
+def jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(f"{json.dumps(row) if not isinstance(row, str) else row}\n" for row in rows))
+    return f"data.path={path}"
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([], (), "data.path:"),
+        ([*LINES[:2], '{"text": '], (), "line 3"),
+        ([*LINES[:2], {"txet": "a"}], (), "text"),
+        ([*LINES[:2], {"text": 5}], (), "line 3"),
+        ([*LINES[:2], [1, 2]], (), "line 3"),
+        ([{**row, "label": 0.5} for row in LINES], CLASSIFY, "label"),
+        (LINES, CLASSIFY, "label"),
+        ([{"messages": [{"role": "user"}]}], (), "line 1"),
+    ],
+)
+def test_malformed_data_names_its_line(refuse: Refuse, tmp_path: Path, rows: list[Any], more: tuple[str], said: str):
+    line = refuse(jsonl(tmp_path / "d.jsonl", rows), *more)
+    assert line.startswith("data")
+    assert said in line
+
+
+def test_a_label_beyond_the_classes_of_train_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    labelled = [{**row, "label": number % 2} for number, row in enumerate(LINES)]
+    jsonl(folder / "train.jsonl", labelled[:60])
+    jsonl(folder / "validation.jsonl", labelled[60:70])
+    jsonl(folder / "test.jsonl", [*labelled[70:79], {"text": "the odd one", "label": 7}])
+    assert "7" in refuse(f"data.path={folder}", *CLASSIFY)
+
+
+def test_a_document_in_two_splits_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", LINES[:60])
+    jsonl(folder / "test.jsonl", LINES[59:])
+    line = refuse(f"data.path={folder}")
+    assert "document 1 of test ('document 59 of a small set" in line
+    assert "is document 60 of train too; keep it in one split" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("d.jsonl", b"\xff\xfe\x00bad", "UTF-8"),
+        ("d.xyz", b"what", "xyz"),
+        ("d.parquet", b"PAR1 no", "parquet"),
+        ("d.csv", b"a,b\n1,2\n", "text"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(refuse: Refuse, tmp_path: Path, name: str, content: bytes, said: str):
+    (tmp_path / name).write_bytes(content)
+    assert said.lower() in refuse(f"data.path={tmp_path / name}").lower()
+
+
+def test_what_is_not_there_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    assert "data.path: /nowhere does not exist" in refuse("data.path=/nowhere")
+    (tmp_path / "empty").mkdir()
+    assert refuse(f"data.path={tmp_path / 'empty'}").startswith("data.path")
+    assert "model.path" in refuse("model.path=/nowhere/model")
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny(Task.causal_lm), tmp_path / "model")
+
+
+def test_a_folder_without_weights_is_refused(refuse: Refuse, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    line = refuse(f"model.path={folder}")
+    assert "model.path" in line
+    assert "has no weights" in line
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refuse(f"model.path={folder}")
+
+
+def test_pickled_weights_are_refused_and_not_run(refuse: Refuse, folder: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    assert "pickled weights (pytorch_model.bin), which can run code; convert to safetensors" in refuse(
+        f"model.path={folder}"
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_remote_code_is_refused_and_not_run(refuse: Refuse, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert "wants to run code of its own (auto_map)" in refuse(f"model.path={folder}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_config_is_refused(refuse: Refuse, folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert "is not valid JSON" in refuse(f"model.path={folder}")
+
+
+# -- device, disk, tracking -----------------------------------------------------------------------------------------
+
+
+def test_more_devices_than_there_are_is_refused(refuse: Refuse) -> None:
+    assert refuse("hardware.devices=64").startswith("hardware.devices: 64 asked for")
+    assert "hardware.device: 'gpu' is no device" in refuse("hardware.device=gpu")
+    if not torch.cuda.is_available():
+        assert "hardware.device: there is no cuda here; give auto or cpu" in refuse("hardware.device=cuda")
+        assert "fp16 with loss scaling needs a CUDA device" in refuse_precision(refuse, "fp16")
+        assert "tf32 needs a CUDA device" in refuse_precision(refuse, "tf32")
+
+
+def refuse_precision(refuse: Refuse, name: str) -> str:
+    line = refuse(f"precision={name}")
+    assert "choose fp32 or bf16" in line
+    return line
+
+
+def test_no_room_on_the_disk_is_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(10, 9, 5 * 2**20))
+    line = refuse()
+    assert line.startswith("tracking.root:")
+    assert "has 5 MiB free, this needs 256 MiB; free some room" in line
+
+
+def test_a_root_that_cannot_be_written_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "tracking.root" in refuse(f"tracking.root={tmp_path / 'file' / 'mlruns'}")
+
+
+def test_a_login_in_a_tracking_uri_is_refused(refuse: Refuse) -> None:
+    line = refuse("tracking.uri=https://me:hunter2@host")
+    assert "MLFLOW_TRACKING_USERNAME" in line
+    assert "hunter2" not in line
+
+
+# -- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# Q?\ndefaults: [\n", "mine.yaml"),
+        ("# Q?\ndefaults:\n  - /stage@stages.a: nothing\nprimary_arm: a\n", "nothing"),
+        ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: b\n", "primary_arm"),
+        ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\nstages: {a: {stepz: 1}}\n", "stepz"),
+        ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\ncompare: [{arm: a, base: z, on: [quality]}]\n",
+         "'z'"),
+        ("# Q?\ndefaults:\n  - /stage@stages.base: train\nprimary_arm: base\n", "base"),
+        ("primary_arm: a\n", "stages: the recipe places none"),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_ones_own_that_is_wrong_is_refused(refuse: Refuse, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.yaml").write_text(text)
+    assert said in refuse("--recipe-dir", str(tmp_path / "own"), recipe="mine")
+
+
+def test_a_recipe_folder_that_is_not_there_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    assert "--recipe-dir" in refuse("--recipe-dir", str(tmp_path / "nowhere"))
+
+
+def test_debug_shows_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe=baseline", "data.path=/nowhere", "--debug"], started_ns=time.monotonic_ns()) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A rate that explodes: exit 1, hours kept, nothing in the store."""
+    monkeypatch.chdir(tmp_path)
+    small = [
+        *("training.steps=40", "training.batch_size=2", "training.sequence_length=32", "data.max_documents=20"),
+        *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64",
+          "model.shape.layers=1"),
+        *("training.learning_rate=1e9", "precision=fp32", "tracking.mlflow=false"),
+    ]  # fmt: skip
+    assert main(["recipe=baseline", *small], started_ns=time.monotonic_ns()) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert "lower training.learning_rate" in said.err
+    (folder,) = tmp_path.glob("mlruns/runs/*")
+    result = json.loads((folder / "result.json").read_text())
+    (row,) = result["rows"]
+    assert (result["status"], row["status"]) == ("FAILED", "FAILED")
+    assert row["ledger"]["device_hours"]["retry"]["v"] > 0
+    assert row["artifact"] is None
+    assert not (tmp_path / "mlruns/latest").exists()
+    assert not list(tmp_path.glob("mlruns/store/tmp/*/*.safetensors"))
+    assert shutil.rmtree(tmp_path / "mlruns") is None
