@@ -1,0 +1,145 @@
+"""Interruptions of the real command: signals, kills, a spent budget, two processes at once; nothing lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from pipeline.schema import RESULT_SCHEMA
+
+pytestmark = pytest.mark.faults
+
+SMALL = [
+    *("training.batch_size=4", "training.sequence_length=64", "data.max_documents=40", "hardware.num_threads=1"),
+    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
+    *("quality.max_documents=24", "quality.bootstrap=200", "tracking.mlflow=false"),
+]
+LONG = [*SMALL, "training.steps=100000", "training.checkpoint_every=5"]
+
+
+def start(cwd: Path, *args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", *args]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    process = start(cwd, *args)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def wait_for_checkpoint(cwd: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob("mlruns/store/checkpoints/*/step-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def results(cwd: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(cwd.glob("mlruns/runs/*/result.json"))]
+    for result in found:
+        jsonschema.validate(result, RESULT_SCHEMA)
+        hours = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+        assert hours.pop("total") == pytest.approx(sum(hours.values()), abs=1e-12)
+    return found
+
+
+def hours(row: dict[str, Any], part: str) -> float:
+    return row["ledger"]["device_hours"][part]["v"]
+
+
+def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> None:
+    process = start(tmp_path, "recipe=baseline", *LONG)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
+    assert "KILLED" in out
+    (result,) = results(tmp_path)
+    (row,) = result["rows"]
+    assert (result["status"], row["status"]) == ("KILLED", "KILLED")
+    assert hours(row, "attached") > 0
+    assert not list(tmp_path.glob("mlruns/store/artifacts/*"))[1:]  # the untrained base, nothing half-made
+
+
+def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
+    """SIGKILL: the next attempt goes on from the checkpoint and shows the first one's hours."""
+    process = start(tmp_path, "recipe=baseline", *LONG)
+    wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not results(tmp_path)
+    process = start(tmp_path, "recipe=baseline", *LONG)
+    (journal,) = tmp_path.glob("mlruns/runs/*/journal.jsonl")
+    deadline = time.monotonic() + 120
+    while journal.read_text().count('"e": "stage_start"') < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    (result,) = results(tmp_path)
+    first, second = result["rows"]
+    assert (first["attempt"], first["status"]) == (1, "KILLED")
+    assert "the process was killed" in first["why"]
+    assert hours(first, "work") > 0  # up to the checkpoint
+    assert hours(first, "retry") >= 0
+    assert first["ledger"]["meter_valid"]
+    assert (second["attempt"], second["status"]) == (2, "KILLED")
+    assert result["run"]["attempts"] == 2
+    work = sum(hours(row, "work") for row in result["rows"])
+    assert result["run"]["device_hours"]["work"]["v"] == pytest.approx(work)
+
+
+def test_two_processes_that_start_the_same_train_it_once(tmp_path: Path) -> None:
+    args = ["recipe=baseline", *SMALL, "training.steps=30"]
+    both = [start(tmp_path, *args) for _ in range(2)]
+    ended = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    first, second = results(tmp_path)
+    assert first["run_id"] != second["run_id"]
+    rows = [result["rows"][0] for result in (first, second)]
+    assert rows[0]["artifact"] == rows[1]["artifact"]
+    made = [row for row in rows if row["reused"] is None]
+    reused = [row for row in rows if row["reused"] is not None]
+    assert len(made) == len(reused) == 1
+    assert reused[0]["reused"] in {first["run_id"], second["run_id"]}
+
+
+def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    args = ["recipe=baseline", *SMALL, "training.steps=60"]
+    done = run(tmp_path, *args, "budget.device_hours=0.0000001")
+    assert done.returncode == 7
+    assert "budget.device_hours: 1e-07 is spent" in done.stderr
+    again = run(tmp_path, *args, "budget.device_hours=1")
+    assert again.returncode == 0, again.stderr
+    (result,) = results(tmp_path)
+    assert result["run"]["attempts"] == 2
+    assert result["rows"][-1]["status"] == "FINISHED"
+
+
+def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=40", "precision=fp32",
+               "training.learning_rate=1e9,1e-3")  # fmt: skip
+    assert done.returncode == 1
+    assert "lower training.learning_rate" in done.stderr
+    assert sorted(result["status"] for result in results(tmp_path)) == ["FAILED", "FINISHED"]
+    assert "Traceback" not in done.stderr
+    overhead = [result["run"]["device_hours"]["total"]["v"] for result in results(tmp_path)]
+    assert max(overhead) < sum(overhead)  # the second job's clock starts where the first ended
+
+
+def test_a_multirun_with_a_refused_job_is_refused_and_the_other_runs(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2,-1")
+    assert done.returncode == 1
+    assert "training.steps: -1 is out of range" in done.stderr
+    assert [result["status"] for result in results(tmp_path)] == ["FINISHED"]
