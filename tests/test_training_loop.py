@@ -1,0 +1,363 @@
+"""The one training loop: against float64 autograd and torch's own functions, and resumed to the bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from make_assess_models import random_documents, tiny
+
+from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
+from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.errors import Preempted, StageFailed, UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.training import checkpoint
+from pipeline.training.loop import Hooks, Progress, train
+from pipeline.training.objective import (
+    Objective,
+    Teacher,
+    check_tokenizers,
+    parameter_hash,
+    shared_vocabulary,
+)
+from pipeline.training.precision import arithmetic, why_not
+from pipeline.training.schedule import factor, is_constant
+
+CPU = torch.device("cpu")
+LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 3
+
+
+def settings(**changes: Any) -> TrainingConfig:
+    given: dict[str, Any] = {"steps": 6, "batch_size": 4, "sequence_length": 16, "learning_rate": 1e-3,
+                             "warmup_fraction": 0.0, "eval_every": 2, **changes}  # fmt: skip
+    return TrainingConfig(**given)
+
+
+def hooks(**changes: Any) -> Hooks:
+    given: dict[str, Any] = {
+        "validate": lambda: 1.0, "flops": lambda batch: float(batch["input_ids"].numel()),
+        "points": lambda step, values: None, "checkpointed": lambda step: None, "should_stop": lambda: None,
+        "advance": lambda step, tokens: None, **changes,
+    }  # fmt: skip
+    return Hooks(**given)
+
+
+def batches_for(config: TrainingConfig, task: Task = Task.causal_lm) -> Any:
+    documents = random_documents(LENGTHS)
+    if task is Task.causal_lm:
+        return PackedBatches(documents, sequence_length=config.sequence_length, batch_size=config.batch_size, seed=7)
+    return PaddedBatches(documents, batch_size=config.batch_size, seed=7, pad_id=0)
+
+
+def run(
+    model: Any, config: TrainingConfig, folder: Path, *, objective: Objective | None = None,
+    task: Task = Task.causal_lm, **more: Any,
+) -> Progress:  # fmt: skip
+    clock = PhaseClock()
+    objective = objective or Objective(model, task, Precision.fp32, CPU, clock)
+    return train(
+        model, batches_for(config, task), objective, settings=config, precision=PrecisionConfig(name=Precision.fp32),
+        folder=folder, clock=clock, hooks=hooks(**more),
+    )  # fmt: skip
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> None:
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# -- steps ----------------------------------------------------------------------------------------------------------
+
+
+def reference_step(model: Any, batch: dict[str, torch.Tensor], config: TrainingConfig) -> None:
+    """One step in float64, on materialised logits, with torch's clipping and AdamW."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=config.learning_rate * factor(0, config), betas=(0.9, 0.95), fused=False).step()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation: int, max_norm: float) -> None:
+    """Micro-batches have unequal numbers of targets: means of means would differ."""
+    config = settings(steps=1, gradient_accumulation=accumulation, max_grad_norm=max_norm, weight_decay=0.5)
+    model = tiny(Task.causal_lm).double()
+    expected = copy.deepcopy(model).train()
+    batch = batches_for(config).batch(0)
+    assert len({int((part != IGNORE).sum()) for part in batch["labels"].chunk(4)}) > 1
+    reference_step(expected, batch, config)
+    run(model, config, tmp_path)
+    # Adam's first step is the gradient's sign: elements whose gradient is rounding noise may turn round
+    moved = (expected.lm_head.weight - tiny(Task.causal_lm).double().lm_head.weight).abs().detach()
+    assert float(moved.max()) > 0.9 * config.learning_rate
+    same(weights(expected), weights(model), rtol=0, atol=2e-5)
+
+
+def test_counts_are_those_of_the_batches(tmp_path: Path) -> None:
+    progress = run(tiny(Task.causal_lm), settings(), tmp_path)
+    assert (progress.step, progress.examples, progress.tokens) == (6, 24, 6 * 4 * 16)
+    assert progress.flops == progress.tokens
+    assert [reading["step"] for reading in progress.curve] == [2, 4, 6]
+    assert [reading["tokens"] for reading in progress.curve] == [128, 256, 384]
+    padded = run(tiny(Task.sequence_classification), settings(), tmp_path / "c", task=Task.sequence_classification)
+    batches = batches_for(settings(), Task.sequence_classification)
+    assert padded.tokens == sum(int(batches.batch(step)["attention_mask"].sum()) for step in range(6))
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
+    """Train until step `at`, stop with a checkpoint, and go on with a new model object."""
+    asked = iter([None] * (at - 1) + [Preempted] * 9)
+    with pytest.raises(Preempted, match=f"stopped after step {at} of 6; the same command goes on"):
+        run(tiny(Task.causal_lm), config, folder, should_stop=lambda: next(asked))
+    model = tiny(Task.causal_lm, seed=99)
+    torch.manual_seed(12345)
+    return model, run(model, config, folder)
+
+
+def test_a_resumed_training_is_bit_equal_to_one_that_never_stopped(tmp_path: Path) -> None:
+    whole = tiny(Task.causal_lm)
+    progress = run(whole, settings(), tmp_path / "whole")
+    model, resumed = interrupted(tmp_path / "cut", settings(), 3)
+    same(weights(whole), weights(model))
+    timeless = lambda p: [{k: v for k, v in r.items() if "seconds" not in k} for r in p.curve]
+    assert timeless(resumed) == timeless(progress)
+    assert (resumed.tokens, resumed.examples, resumed.flops) == (progress.tokens, progress.examples, progress.flops)
+    assert (resumed.ce, resumed.smooth) == (progress.ce, progress.smooth)
+
+
+def test_no_checkpoint_holds_a_pickle(tmp_path: Path) -> None:
+    run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
+    names = {path.name for path in tmp_path.glob("step-*/*")}
+    assert names == {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json",
+                     "manifest.json"}  # fmt: skip
+
+
+def damage_flip(step: Path) -> None:
+    raw = bytearray((step / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (step / "model.safetensors").write_bytes(raw)
+
+
+def damage_truncate(step: Path) -> None:
+    raw = (step / "optimizer.safetensors").read_bytes()
+    (step / "optimizer.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
+DAMAGES: list[Callable[[Path], Any]] = [
+    damage_flip, damage_truncate, lambda step: (step / "extra.json").unlink(),
+    lambda step: (step / "manifest.json").write_text("{"), lambda step: (step / "manifest.json").unlink(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    whole = tiny(Task.causal_lm)
+    run(whole, settings(checkpoint_every=2), tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000000002", "step-000000004"]
+    damage(tmp_path / "step-000000004")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1] == 2
+    model = tiny(Task.causal_lm, seed=99)
+    run(model, settings(checkpoint_every=2), tmp_path)
+    same(weights(whole), weights(model))
+    for step in tmp_path.glob("step-*"):
+        damage(step)
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    from pipeline import store
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(10, 9, 5))
+    with pytest.raises(UserError, match="has 0 MiB free"):
+        run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
+
+
+# -- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path: Path) -> None:
+    model = tiny(Task.causal_lm)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(StageFailed, match=r"the loss is nan at step 1; lower training.learning_rate or use precision"):
+        run(model, settings(), tmp_path)
+
+
+def test_a_loss_that_grows_stops_with_what_it_was(tmp_path: Path) -> None:
+    config = settings(steps=60, learning_rate=3.0, max_grad_norm=1e9, divergence_factor=1.2)
+    with pytest.raises(StageFailed, match=r"the loss diverged: .* after a best of .*; lower training.learning_rate"):
+        run(tiny(Task.causal_lm), config, tmp_path)
+
+
+# -- schedule -------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_of_every_step_by_hand() -> None:
+    cosine = settings(steps=10, warmup_fraction=0.2, schedule=Schedule.cosine)
+    half = 0.1 + 0.45 * (1 + math.cos(math.pi * 4 / 8))
+    assert [factor(step, cosine) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, half])
+    assert half == pytest.approx(0.55)
+    stable = settings(steps=10, warmup_fraction=0.2, decay_fraction=0.4, schedule=Schedule.constant_then_decay)
+    assert [factor(step, stable) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [step for step in range(11) if is_constant(step, stable)] == [2, 3, 4, 5, 6]
+    assert not any(is_constant(step, cosine) for step in range(11))
+
+
+# -- objective ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.5), (2.0, 0.25), (3.0, 0.0)])
+def test_distillation_through_whole_models_is_the_definition(task: Task, temperature: float, ce_weight: float) -> None:
+    """Forward KL(teacher || student) times T squared, mixed with cross-entropy; in float64, with its gradient."""
+    model, teacher = tiny(task).double(), tiny(task, seed=1).double().eval()
+    objective = Objective(
+        model, task, Precision.fp32, CPU, PhaseClock(), Teacher(teacher, Precision.fp32, temperature, ce_weight)
+    )
+    batch = batches_for(settings(), task).batch(0)
+    done = objective(batch)
+    done.loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    model.zero_grad()
+    keep = (batch["labels"] != IGNORE).flatten()
+    packed = {"use_cache": False} if task is Task.causal_lm else {}  # with a cache, boundaries are not looked for
+    z = model(**inputs, **packed).logits.flatten(0, -2)[keep]
+    with torch.no_grad():
+        t = teacher(**inputs, **packed).logits.flatten(0, -2)[keep]
+    ce = F.cross_entropy(z, batch["labels"].flatten()[keep])
+    p = F.softmax(t / temperature, -1)
+    kl = (p * (p.log() - F.log_softmax(z / temperature, -1))).sum(-1).mean() * temperature**2
+    expected = ce_weight * ce + (1 - ce_weight) * kl
+    expected.backward()
+    assert done.loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)  # the loss is taken in fp32
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_packed_batch_has_the_loss_of_its_documents_alone() -> None:
+    """Nothing is read across a boundary, and no first token of a document is predicted from the one before."""
+    documents = random_documents([7, 12, 13])
+    model = tiny(Task.causal_lm).eval()
+    batch = PackedBatches(documents, sequence_length=32, batch_size=1, seed=0).batch(0)
+    done = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock())(batch)
+    total, count = 0.0, 0
+    for document in documents:
+        ids = torch.from_numpy(document.input_ids).long()[None]
+        log_p = F.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+        chosen = torch.from_numpy(document.targets[1:])
+        total -= float(log_p.detach().gather(1, ids[0, 1:, None])[:, 0][chosen].sum())
+        count += int(chosen.sum())
+    assert done.count == count
+    assert done.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_padding_of_one_family_is_left_out_and_other_classes_are_refused() -> None:
+    model, teacher = tiny(Task.causal_lm), tiny(Task.causal_lm, seed=1)
+    teacher.resize_token_embeddings(320)
+    assert shared_vocabulary(model, teacher, Task.causal_lm) == 259
+    few, many = tiny(Task.sequence_classification), tiny(Task.sequence_classification)
+    many.config.num_labels = 7
+    with pytest.raises(UserError, match="has 3 classes, its teacher 7"):
+        shared_vocabulary(few, many, Task.sequence_classification)
+
+
+def test_a_teacher_with_other_tokens_is_refused_naming_one() -> None:
+    from make_assess_models import byte_tokenizer
+
+    other = byte_tokenizer()
+    other.add_tokens(["extra"])
+    check_tokenizers(byte_tokenizer(), byte_tokenizer())
+    with pytest.raises(UserError, match=r"token 'extra': None against 259"):
+        check_tokenizers(byte_tokenizer(), other)
+
+
+def test_the_hash_of_a_model_sees_one_changed_bit() -> None:
+    model = tiny(Task.causal_lm)
+    before = parameter_hash(model)
+    assert parameter_hash(copy.deepcopy(model)) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-7
+    assert parameter_hash(model) != before
+
+
+# -- precision ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_cpu_cannot_do_has_its_reason() -> None:
+    assert why_not(Precision.fp32, CPU) is None
+    assert why_not(Precision.bf16, CPU) is None
+    assert why_not(Precision.fp16, CPU) == "fp16 with loss scaling needs a CUDA device, this is cpu"
+    assert why_not(Precision.tf32, CPU) == "tf32 needs a CUDA device, this is cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"),
+    [((7, 0), {"tf32", "bf16"}), ((7, 5), {"tf32", "bf16"}), ((8, 0), set()), ((9, 0), set())],
+)
+def test_what_a_gpu_can_do_follows_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: set[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda")
+    assert {p.value for p in Precision if why_not(p, device) is not None} == refused
+
+
+def test_bf16_multiplies_in_bf16_and_keeps_its_weights_in_fp32(tmp_path: Path) -> None:
+    with arithmetic(Precision.bf16, CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    with arithmetic(Precision.fp32, CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    model = tiny(Task.causal_lm)
+    objective = Objective(model, Task.causal_lm, Precision.bf16, CPU, PhaseClock())
+    run(model, settings(), tmp_path, objective=objective)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    plain = tiny(Task.causal_lm)
+    run(plain, settings(), tmp_path / "fp32")
+    gap = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert 0 < gap < 0.02
+
+
+def test_compiled_and_eager_training_agree(tmp_path: Path) -> None:
+    config = dataclasses.replace(settings(steps=1))
+    plain, compiled = tiny(Task.causal_lm), tiny(Task.causal_lm)
+    run(plain, config, tmp_path / "a")
+    compiled.compile(backend="aot_eager")
+    run(compiled, config, tmp_path / "b")
+    same(weights(plain), weights(compiled), rtol=0, atol=1e-5)
