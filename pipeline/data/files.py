@@ -67,7 +67,7 @@ def read_rows(path: Path, text_field: str) -> Iterator[Row]:
     if path.suffix not in readers:
         raise UserError(KEY, f"{path.name} has an unknown ending", f"give {', '.join(SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(KEY, f"{path.name} line {line} is not UTF-8", "save the file as UTF-8") from None
