@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.config import ModelConfig, Run
 from pipeline.data.documents import Dataset
-from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store import Artifact, Store, digest_folder, key_of
 
@@ -50,7 +49,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
 
 
 def _given(path: str, model: ModelConfig) -> Path:
-    from pipeline.models import resolve
+    from pipeline.models import not_on_hub, resolve
 
     folder = Path(resolve(path, "model.path"))
     if folder.is_dir():
@@ -61,7 +60,4 @@ def _given(path: str, model: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(path, revision=model.revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise UserError(
-            "model.path", f"{path} cannot be fetched ({text})", "check the name, or give a folder"
-        ) from None
+        raise not_on_hub("model.path", path, str(error).strip().split("\n")[0]) from None

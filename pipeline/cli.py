@@ -137,9 +137,14 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
         since_ns = time.monotonic_ns() if codes else started_ns
         codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), args, since_ns), debug))
 
-    sys.argv = [sys.argv[0], *args]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
+        if any(arg.startswith("-") for arg in args):  # multirun, --cfg and the like are Hydra's application's
+            sys.argv = [sys.argv[0], *args]
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
+        else:  # composed once; the application would do it twice
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+                cfg = hydra.compose("config", overrides=args)
+            one(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         from pipeline.explain import explain
 

@@ -33,6 +33,9 @@ def explain(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> tu
 def _as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> UserError:
     if isinstance(error, MissingConfigException):
         return _missing_choice(error, recipes)
+    sweep = re.search(r"Ambiguous value for argument '([^=']+)=", str(error))
+    if sweep:
+        return UserError(sweep.group(1), "has several values", "add -m to run one job for each, or quote the value")
     cause = _root(error)
     first, *details = str(cause).splitlines()
     in_details = next((line.split("full_key:")[1].strip() for line in details if "full_key:" in line), "")

@@ -29,9 +29,11 @@ def check_model_folder(path: Path, key: str) -> None:
     if not config_file.is_file():
         raise UserError(key, f"{path} has no config.json", "give a folder in Hugging Face layout")
     try:
-        config: dict[str, Any] = json.loads(config_file.read_text())
+        config: Any = json.loads(config_file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(key, f"{config_file} is not valid JSON ({error})", "restore the file") from None
+    if not isinstance(config, dict):
+        raise UserError(key, f"{config_file} is not an object", "restore the file")
     if "auto_map" in config:
         raise UserError(key, f"{path} wants to run code of its own (auto_map)", "use a model that transformers has")
     if any(path.glob("*.safetensors")):
@@ -83,7 +85,7 @@ def load_config(path: str | Path, *, revision: str | None = None, key: str = "mo
     source = resolve(path, key)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _load_errors() as error:
         raise _unloadable(key, path, error) from error
 
 
@@ -98,8 +100,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = 
     source = resolve(path, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unloadable(key, path, error) from error
+    except _load_errors() as error:
+        raise _unloadable(key, path, error, what="its tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -118,20 +120,21 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized, else fp32.
 
+    A classifier pads with its tokenizer's token: some find the last token of a text by it.
+
     Args:
         labels: Class names; a classification head of another size is made anew (random), as fine-tuning wants.
 
     Raises:
-        UserError: If it cannot be loaded safely.
+        UserError: If it cannot be loaded safely and whole, or does not fit the task.
     """
     import torch
 
     config = load_config(path, revision=revision, key=key)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"ignore_mismatched_sizes": True}  # refused by name below, where it matters
     if task is Task.sequence_classification and labels is not None:
         more["id2label"] = dict(enumerate(labels))
         more["label2id"] = {name: index for index, name in enumerate(labels)}
-        more["ignore_mismatched_sizes"] = True
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized:
         more["device_map"] = {"": str(device)}
@@ -139,21 +142,66 @@ def load_model(
         more["dtype"] = torch.float32
     source = resolve(path, key)
     try:
-        model = _auto_class(task).from_pretrained(
-            source, revision=revision, use_safetensors=True, trust_remote_code=False, **more
+        model, info = _auto_class(task).from_pretrained(
+            source, revision=revision, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
         )
-    except (OSError, ValueError) as error:
+    except _load_errors() as error:
         raise _unloadable(key, path, error) from error
+    _refuse_incomplete(model, info, task, key, path)
+    if task is Task.causal_lm:
+        _refuse_bidirectional(model.config, key, path)
+    else:
+        model.config.get_text_config().pad_token_id = load_tokenizer(path, revision=revision, key=key).pad_token_id
     if not quantized:
         model.to(device)
     return model.eval()
 
 
-def _unloadable(key: str, path: str | Path, error: Exception) -> UserError:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _load_errors() -> tuple[type[Exception], ...]:
+    """Return what transformers raises for files that are damaged, inconsistent, absent or not its own."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError)
+
+
+def _unloadable(key: str, path: str | Path, error: Exception, *, what: str = "") -> UserError:
+    text = " ".join(str(error).strip().split("\n")[:2])[:240] or type(error).__name__
     if "trust_remote_code" in str(error):
         return UserError(key, f"{path} wants to run code of its own", "use a model that transformers has")
-    return UserError(key, f"{path} cannot be loaded ({text})", "give a Hugging Face model folder or a Hub name")
+    if not _is_local(path):
+        return not_on_hub(key, path, text)
+    remedy = "put its tokenizer files beside the weights" if what else "give a Hugging Face model folder or a Hub name"
+    return UserError(key, f"{what or 'the model'} in {path} cannot be loaded ({text})", remedy)
+
+
+def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
+    """Return the refusal of a name that is no folder here and could not be had from the Hub."""
+    return UserError(
+        key, f"there is no folder {path} here, and the Hub did not give a model of that name ({text})",
+        "check the name, or the network",
+    )  # fmt: skip
+
+
+def _refuse_incomplete(model: Any, info: dict[str, Any], task: Task, key: str, path: str | Path) -> None:
+    """Refuse weights that transformers would replace by random ones; a classifier's head and pooler may be new."""
+    gone = {str(name) for name in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    if task is Task.sequence_classification:
+        body = f"{model.base_model_prefix}."
+        gone = {name for name in gone if name.startswith(body) and "pooler" not in name}
+    if gone:
+        first = min(gone)
+        problem = f"the weights in {path} lack {first} in its right shape ({len(gone)} of the model's are not there)"
+        raise UserError(key, problem, "give a whole model, of a class that fits the task")
+
+
+def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
+    """Refuse an encoder as language model: it reads the token that it is to predict."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+        problem = f"{path} is an encoder ({config.model_type}), which sees the tokens that it is to predict"
+        raise UserError(key, problem, "give a causal model, or task=sequence_classification")
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -233,6 +281,8 @@ def choose_layers(spec: Any, num_layers: int) -> list[int]:
         chosen = [((index + 1) * num_layers) // spec - 1 for index in range(spec)]
     elif isinstance(spec, list) and all(isinstance(item, int) and 0 <= item < num_layers for item in spec):
         chosen = list(spec)
+        if len(set(chosen)) < len(chosen):
+            raise UserError(key, f"{spec!r} names a layer twice", remedy)
     else:
         raise UserError(key, f"{spec!r} fits no model of {num_layers} layers", remedy)
     if not chosen:
@@ -257,13 +307,40 @@ def make_student(
         return model, load_tokenizer(config.path, revision=config.revision, key=key)
     tokenizer = load_tokenizer(source, key="student.source")
     if config.config is not None:
-        base = load_config(source, key="student.source")
-        for name, value in config.config.items():
-            if not hasattr(base, name):
-                raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
-            setattr(base, name, value)
-        return from_config(base, task, labels), tokenizer
+        changed = _changed_config(load_config(source, key="student.source"), config.config, task)
+        if task is Task.sequence_classification:
+            changed.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return from_config(changed, task, labels), tokenizer
     return _keep_layers(load_model(source, task, labels=labels, key="student.source"), config.layers), tokenizer
+
+
+def _changed_config(base: Any, changes: dict[str, Any], task: Task) -> Any:
+    """Return `base` with keys changed, tried out on the meta device: it must make a model that runs.
+
+    Raises:
+        UserError: If a key is unknown or the values fit no model.
+    """
+    import torch
+
+    raw = base.to_dict()
+    for name, value in changes.items():
+        if not hasattr(base, name):
+            raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
+        if name in LAYER_COUNT_KEYS:
+            raw.pop("layer_types", None)  # one a layer; made anew from the other keys
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"student.config.{name}", f"{value} is no number of layers", "give at least 1")
+    try:
+        config = type(base).from_dict({**raw, **changes})
+        with torch.device("meta"):
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            _auto_class(task).from_config(config)(input_ids=ids)
+    except (*_load_errors(), TypeError, RuntimeError, ArithmeticError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            "student.config", f"{changes} makes no {type(base).__name__} that runs ({text})", "change a value"
+        ) from error
+    return config
 
 
 def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
@@ -293,4 +370,11 @@ def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
             setattr(model.config, key, len(chosen))
     if isinstance(getattr(model.config, "layer_types", None), list):
         model.config.layer_types = [model.config.layer_types[index] for index in chosen]
+    with torch.device("meta"):
+        rebuilt = set(type(model)(model.config).state_dict())
+    if odd := rebuilt ^ set(model.state_dict()):  # ModernBERT's first layer lacks a norm, for one
+        raise UserError(
+            "student.layers", f"{chosen} put a layer where its architecture wants another kind ({min(odd)})",
+            "give a list that keeps layer 0 first, or student.path",
+        )  # fmt: skip
     return model

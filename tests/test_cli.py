@@ -35,6 +35,7 @@ REFUSED = {
     "recipe=distill stages.student.teacher=nobody": "there is no stage 'nobody'",
     "recipe=distill data.path=/nowhere": "data.path: /nowhere does not exist",
     "recipe=distill task=sequence_classification": "use data=stdlib_labels",
+    "recipe=distill training.steps=1,2": "training.steps: has several values; add -m to run one job for each",
     "recipe=distill +x=1": "+x: adds a setting that nothing reads",
     "recipe=distill seeds=[1,1]": "seeds: [1, 1] is no list of different seeds",
     "recipe=distill cost.per_device_hour=2": "cost.source: a rate without its source",

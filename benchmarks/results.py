@@ -1,0 +1,76 @@
+"""Where benchmarks leave what they measured: JSON and raw log, with all that the figures depend on."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "hydra-core", "mlflow")
+
+
+def save_result(script: str, figures: dict[str, Any], log: str) -> Path:
+    """Write `results/<script>-<device>-<date>.json` and `.log`; return the JSON's path."""
+    device = describe_device()
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    name = re.sub(r"[^a-z0-9]+", "-", device["short"].lower()).strip("-")
+    path = RESULTS / f"{script}-{name}-{date}.json"
+    RESULTS.mkdir(exist_ok=True)
+    content = {"script": script, "date": date, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **_source(script),
+               "device": device, "libraries": _libraries(), "figures": figures}  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".log").write_text(log.rstrip() + "\n", encoding="utf-8")
+    print(f"saved {path}")
+    return path
+
+
+def describe_device() -> dict[str, Any]:
+    """Return the device by name; of GPUs UUID, driver and power limit too."""
+    query = "name,uuid,driver_version,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        rows = [dict(zip(query.split(","), line.split(", "), strict=True)) for line in done.stdout.splitlines()]
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        rows = []
+    cores = os.cpu_count()
+    if rows:
+        return {"short": rows[0]["name"], "gpus": rows, "cores": cores}
+    return {"short": f"cpu-{cores}", "name": _processor(), "machine": platform.machine(), "cores": cores}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _source(script: str) -> dict[str, Any]:
+    """Return the commit, whether the tree differs from it, and the digest of the script."""
+    here = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=False)
+    return {
+        "commit": git("rev-parse", "HEAD").stdout.strip() or None,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),
+        "script_sha256": hashlib.sha256((here / f"{script}.py").read_bytes()).hexdigest(),
+    }
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
