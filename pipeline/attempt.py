@@ -275,7 +275,7 @@ class Attempt:
         self.check_budget()
         print(f"{name}: running", flush=True)
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
-                           params=plain(stage), depends_on=self._depends(stage))  # fmt: skip
+                           params=self._settings(stage), depends_on=self._depends(stage))  # fmt: skip
         self._warm(stage, inputs)
         reset_memory(self.device)
         joules = self.energy.read_mj()
@@ -297,6 +297,17 @@ class Attempt:
         self.store.remember("keys", key, record)
         shutil.rmtree(self.store.root / "checkpoints" / key, ignore_errors=True)
         return record
+
+    def _settings(self, stage: Any) -> dict[str, Any]:
+        """Return the settings in force for a stage: its own, and what it inherits."""
+        inherited: dict[str, Any] = {}
+        if hasattr(stage, "like"):
+            inherited = plain(training_settings(stage, self.run))
+            inherited["precision"] = training_precision(stage, self.run).value
+            if getattr(stage, "match_compute", False):
+                inherited["steps"] = None  # computed from the matched stage's FLOPs: see compute/steps
+        settings = {**plain(stage), **inherited}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _warm(self, stage: Any, inputs: dict[str, Artifact]) -> None:
         """Import and encode what all arms use, as overhead of the run: else the first arm would pay for the others."""
