@@ -105,9 +105,122 @@ def test_a_dataset_through_the_library(tmp_path: Path, monkeypatch: pytest.Monke
     dataset = load_dataset(DataConfig(hub=str(folder)), Task.sequence_classification)
     assert dataset.labels == ("no", "yes")
     assert [text for text, _ in texts(dataset)["test"]] == TEXTS[40:]
-    with pytest.raises(UserError, match=r"cannot be loaded .*; check its name and the network") as error:
+    with pytest.raises(UserError, match=r"cannot be loaded .*; check its name, data\.subset and the network") as error:
         load_dataset(DataConfig(hub=str(tmp_path / "nowhere")), Task.causal_lm)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_dataset_folder_that_is_damaged_or_a_program_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    for name, content, said in (
+        ("a/train.jsonl", '{"text": ', "JSON parse error"),
+        ("b/test.jsonl", '{"text": "a"}', "has no train split; it has test"),
+        ("c/c.py", f"open({str(tmp_path / 'ran')!r}, 'w')", "scripts are no longer supported"),
+        ("d/notes.bin", "", "No \\(supported\\) data files"),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"^data\.hub: .*{said}") as refused:
+            load_dataset(DataConfig(hub=str((tmp_path / name).parent)), Task.causal_lm)
+        assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_revision_asked_for_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(*args: Any, **more: Any) -> Any:
+        asked.append((*args, more["revision"]))
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_list(ROWS[:40]),
+            valid=datasets.Dataset.from_list(ROWS[40:]),
+            test=datasets.Dataset.from_list([{"text": f"hidden {n}", "label": -1} for n in range(3)]),
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = Task.sequence_classification
+    dataset = load_dataset(DataConfig(hub="org/name@v2", subset="part"), task)
+    assert asked == [("org/name", "part", "v2")]
+    assert [text for text, _ in texts(dataset)["validation"]] == TEXTS[40:]
+    assert all(label is not None and label >= 0 for _, label in texts(dataset)["test"])  # cut from train instead
+    assert load_dataset(DataConfig(hub="org/name@v3", subset="part"), task).digest != dataset.digest
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, class numbers as text, a field longer than the csv module's default limit."""
+    lines = [f"document {n},{n % 2}" for n in range(100)]
+    (tmp_path / "a.csv").write_bytes("\ufefftext,label\r\n".encode() + "\r\n".join(lines).encode())
+    dataset = load_dataset(DataConfig(path=str(tmp_path / "a.csv")), Task.sequence_classification)
+    assert dataset.labels == ("0", "1")
+    assert all(int(text.split()[1]) % 2 == label for part in texts(dataset).values() for text, label in part)
+    (tmp_path / "b.csv").write_text("text\n" + "\n".join(f'"{"long " * 40_000}{n}"' for n in range(60)))
+    dataset = load_dataset(DataConfig(path=str(tmp_path / "b.csv")), Task.causal_lm)
+    assert {len(text) > 200_000 for part in texts(dataset).values() for text, _ in part} == {True}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('text\nfine\n"open', "line 3: unexpected end of data"),
+        ("text,label\na,1\nb\n", "line 3 has another number of columns than the header"),
+        ("text\na,b\n", "line 2 has another number of columns than the header"),
+        ("text,label\n", "the train split has no documents"),
+        ("text,label\na,1\nb,\n", "line 3 has label ''"),
+    ],
+)
+def test_csv_that_is_not_whole_is_refused_by_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    task = Task.sequence_classification if "label" in content else Task.causal_lm
+    with pytest.raises(UserError, match=said):
+        load_dataset(DataConfig(path=str(tmp_path / "a.csv")), task)
+
+
+def test_parquet_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    offsets, half = np.array([0, 2], np.int32).tobytes(), b"\xff\xfe"
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(half)])
+    for table, said in (
+        (pa.table({"text": broken}), "cannot be read as Parquet"),
+        (pa.table({"text": pa.array(["a", None])}), "row 2: text is NoneType"),
+        (pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), "has no documents"),
+    ):
+        pq.write_table(table, path)
+        task = Task.sequence_classification if "label" in table.column_names else Task.causal_lm
+        with pytest.raises(UserError, match=said):
+            load_dataset(DataConfig(path=str(path)), task)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        load_dataset(DataConfig(path=str(path)), Task.causal_lm)
+
+
+def test_text_is_cut_at_blank_lines_or_else_at_line_ends_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(
+        b"".join(b"head %d\r\nbody\x0cand \xe2\x80\xa8 more\r\n\r\n\r\n" % n for n in range(90))
+    )
+    dataset = load_dataset(DataConfig(path=str(tmp_path / "a.txt")), Task.causal_lm)
+    found = {text for part in texts(dataset).values() for text, _ in part}
+    assert found == {f"head {n}\nbody\x0cand \u2028 more" for n in range(90)}
+    (tmp_path / "b.txt").write_text("".join(f"one \x0c \x85 {n}\n" for n in range(90)), encoding="utf-8")
+    dataset = load_dataset(DataConfig(path=str(tmp_path / "b.txt")), Task.causal_lm)
+    assert {text for part in texts(dataset).values() for text, _ in part} == {f"one \x0c \x85 {n}" for n in range(90)}
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\); check the file"):
+        load_dataset(DataConfig(path=str(tmp_path / "a.txt")), Task.causal_lm)
 
 
 # -- batches --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pipeline.config import DataConfig, Task
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 
+LM, CLASSES = Task.causal_lm, Task.sequence_classification
+
 
 def jsonl(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,16 +47,25 @@ def test_a_document_in_two_splits_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "task", "problem"),
     [
-        ("", Task.causal_lm, "is empty"),
-        ('{"text": "a"}\n{"text": \n', Task.causal_lm, "line 2 is not JSON"),
-        ('{"text": "a"}\n[1]\n', Task.causal_lm, "line 2 is not an object"),
-        ('{"txt": "a"}\n', Task.causal_lm, "no field 'text'; set data.text_field to one of txt"),
-        ('{"text": 3}\n', Task.causal_lm, "text is int"),
-        ('{"text": "a"}\n', Task.sequence_classification, "no field 'label'"),
-        ('{"text": "a", "label": 0.5}\n', Task.sequence_classification, "label 0.5"),
-        ('{"text": "a", "label": 0}\n{"text": "b", "label": 7}\n', Task.sequence_classification, "labels run up to 7"),
-        ('{"messages": [{"role": "user", "content": "x"}]}\n', Task.causal_lm, "no assistant turn"),
-        ('{"text": "a"}\n', Task.causal_lm, "split has no documents"),
+        ("", LM, "is empty"),
+        ('{"text": "a"}\n{"text": \n', LM, "line 2 is not JSON"),
+        ('{"text": "a"}\n[1]\n', LM, "line 2 is not an object"),
+        ('{"txt": "a"}\n', LM, "no field 'text'; set data.text_field to one of txt"),
+        ('{"text": 3}\n', LM, "text is int"),
+        ('{"text": "a"}\n', CLASSES, "no field 'label'"),
+        ('{"text": "a", "label": 0.5}\n', CLASSES, "label 0.5"),
+        ('{"text": "a", "label": 0}\n{"text": "b", "label": 7}\n', CLASSES, "labels run from 0 up to 7 but there are"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', LM, "no assistant turn"),
+        ('{"messages": "x"}\n', LM, "line 1: messages are not a list of role and content"),
+        ('{"text": "a"}\n', LM, "split has no documents"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', LM, "line 2 has half a character (\\ud83d)"),
+        ('{"messages": [{"role": "assistant", "content": "\\udc00"}]}\n', LM, "line 1 has half a character"),
+        ("[" * 100_000, LM, "line 1 is not JSON (maximum recursion depth"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", LM, "line 1 is not JSON (Exceeds the limit"),
+        ('{"text": "a", "label": true}\n', CLASSES, "label True"),
+        ('{"text": "a", "label": " "}\n', CLASSES, "label ' '"),
+        ('{"text": "a", "label": "x"}\n', CLASSES, "all documents have label 'x'"),
+        ('{"text": "a", "label": 0}\n{"text": "b", "label": -1}\n', CLASSES, "run from -1 up to 0"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None:
@@ -63,6 +74,50 @@ def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None
     with pytest.raises(UserError, match=r"^data\.path: ") as refused:
         load_dataset(DataConfig(path=str(path)), task)
     assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize(("train", "test"), [((0, 1), 2), (("no", "yes"), "maybe")])
+def test_a_label_that_only_the_test_split_has_is_refused(tmp_path, train, test) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": train[i % 2]} for i in range(60)])
+    jsonl(tmp_path / "test.jsonl", [{"text": "new", "label": train[0]}, {"text": "newer", "label": test}])
+    with pytest.raises(UserError, match=rf"test\.jsonl line 2 has label {test!r}, which train does not have"):
+        load_dataset(DataConfig(path=str(tmp_path)), Task.sequence_classification)
+
+
+def test_a_file_that_is_meant_as_a_split_is_not_passed_over(tmp_path) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(60)])
+    (tmp_path / "README.md").write_text("what this is")
+    load_dataset(DataConfig(path=str(tmp_path)), Task.causal_lm)
+    for name in ("valid.jsonl", "test.json", "dev.csv"):
+        jsonl(tmp_path / name, [{"text": "new"}])
+        with pytest.raises(UserError, match=rf"{name} would not be read; name splits train, validation, test"):
+            load_dataset(DataConfig(path=str(tmp_path)), Task.causal_lm)
+        (tmp_path / name).unlink()
+
+
+def test_a_chat_in_which_the_assistant_says_nothing_is_blank(tmp_path) -> None:
+    turns = [
+        ({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": ("a", " ")[i % 2]}) for i in range(120)
+    ]
+    rows = [{"messages": list(pair)} for pair in turns]
+    dataset = load_dataset(DataConfig(path=jsonl(tmp_path / "a.jsonl", rows)), Task.causal_lm)
+    assert "train: dropped 60 blank documents" in dataset.notes
+    assert sum(map(len, dataset.splits.values())) == 60
+
+
+def test_a_smaller_or_spoilt_dataset_has_another_digest(tmp_path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(200)])
+    load = lambda **more: load_dataset(DataConfig(path=path, **more), Task.sequence_classification)
+    whole, few, spoilt = load(), load(max_documents=5), load(shuffle_labels=True)
+    assert len({whole.digest, few.digest, load(max_documents=6).digest, spoilt.digest}) == 4
+    assert [len(part) for part in few.splits.values()] == [5, 5, 5]
+    assert few.digest == load(max_documents=5).digest
+    texts = lambda data: [document.text for document in data.splits["train"]]
+    labels = lambda data: [document.label for document in data.splits["train"]]
+    assert texts(spoilt) == texts(whole)
+    assert sorted(labels(spoilt)) == sorted(labels(whole))
+    assert labels(spoilt) != labels(whole)
+    assert spoilt.splits["test"] == whole.splits["test"]
 
 
 def test_bytes_that_are_not_utf8_are_refused_by_line(tmp_path) -> None:

@@ -62,6 +62,46 @@ def test_chats_need_a_template_that_only_grows() -> None:
         encode_all([document], chat_tokenizer(rewriting), Task.causal_lm, max_length=9)
 
 
+def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer() -> None:
+    """With `: yo` merged into one token, the prompt's last token is not in the whole."""
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+                               "{% if add_generation_prompt %}a:{% endif %}")  # fmt: skip
+    tokenizer.add_tokens([":yo"])
+    document = chat(("user", "q"), ("assistant", "yo"), ("user", "w"), ("assistant", "no"))
+    (encoded,) = encode_all([document], tokenizer, Task.causal_lm, max_length=9)
+    tokens = [tokenizer.decode([token]) for token in encoded.input_ids]
+    assert tokens == ["u", ":", "q", ";", "a", ":yo", ";", "u", ":", "w", ";", "a", ":", "n", "o", ";"]
+    assert [token for token, target in zip(tokens, encoded.targets, strict=True) if target] == [
+        ":yo",
+        ";",
+        "n",
+        "o",
+        ";",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", r"refuses the chat 'a' \(roles must alternate\); drop"),
+        ("{{ oops( }}", "refuses the chat 'a'"),
+        ("{{ messages[7]['x']['y'] }}", "refuses the chat 'a'"),
+        ("{{ '' }}", "the chat 'a' has nothing to predict; drop it"),
+    ],
+)
+def test_a_template_that_cannot_take_a_chat_is_said_in_one_line(template: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        encode_all([chat(("user", "a"), ("assistant", "b"))], chat_tokenizer(template), Task.causal_lm, max_length=9)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_tokenizer_without_begin_and_end_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a begin nor an end token"):
+        encode_all([Document("a")], tokenizer, Task.causal_lm, max_length=9)
+
+
 def test_text_begins_and_ends_and_its_first_token_is_no_target() -> None:
     (encoded,) = encode_all([Document("aé")], byte_tokenizer(), Task.causal_lm, max_length=2)
     assert [int(encoded.input_ids[0]), int(encoded.input_ids[-1])] == [1, 2]

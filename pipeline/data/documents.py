@@ -24,6 +24,12 @@ class Document:
     messages: tuple[tuple[str, str], ...] | None = None
 
     @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing in it to learn: no text, or an assistant that says nothing."""
+        said = [self.text] if self.messages is None else [text for role, text in self.messages if role == "assistant"]
+        return not any(text.strip() for text in said)
+
+    @property
     def digest(self) -> str:
         """32 hex characters of the content without the label: what decides splits and repeats."""
         content = self.text if self.messages is None else json.dumps(self.messages, ensure_ascii=False)

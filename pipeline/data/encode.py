@@ -115,31 +115,48 @@ def _example(document: Document, ids: list[int]) -> Encoded:
 
 
 def _chat(document: Document, tokenizer: Any) -> Encoded:
-    """Encode a chat; only what the assistant says is predicted.
+    """Encode a chat; only what the assistant says is predicted, the template's end of its turn included.
 
-    Turns are found by growing the conversation: the prompt up to a turn must be a true prefix of the longer one.
+    Turns are found by growing the conversation: the text up to a turn must begin the whole. A token that joins the
+    end of the prompt with the beginning of an answer belongs to the answer.
     """
     assert document.messages is not None
     if not tokenizer.chat_template:
         raise UserError("data.path", "holds chats but the model has no chat template", "use a chat model, or text")
     turns = [{"role": role, "content": content} for role, content in document.messages]
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    size = 0
-    for end, turn in enumerate(turns, 1):
-        if turn["role"] == "assistant":
-            prompt = _render(tokenizer, turns[: end - 1], prompt=True)
-            whole = _render(tokenizer, turns[:end], prompt=False)
-            if whole[: len(prompt)] != prompt or prompt[: len(ids)] != ids:
-                raise UserError("data.path", "this chat template rewrites earlier turns", "use one-turn chats, or text")
-            spans.append((max(len(prompt), 1), len(whole)))
-            ids, size = whole, size + len(turn["content"].encode("utf-8", "replace"))
+    ends = [end for end, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
+    whole = _render(tokenizer, turns[: ends[-1]], prompt=False)
+    ids = _tokens(tokenizer, whole)
     targets = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        targets[start:end] = True
+    for end in ends:
+        prompt = _render(tokenizer, turns[: end - 1], prompt=True)
+        said = _render(tokenizer, turns[:end], prompt=False)
+        if not (said.startswith(prompt) and whole.startswith(said)):
+            raise UserError("data.path", "this chat template rewrites earlier turns", "use one-turn chats, or text")
+        begin = _common_length(ids, _tokens(tokenizer, prompt))
+        targets[begin : _common_length(ids, _tokens(tokenizer, said))] = True
+    targets[:1] = False
+    if not targets.any():
+        raise UserError("data.path", f"the chat {turns[0]['content'][:40]!r} has nothing to predict", "drop it")
+    size = sum(len(turns[end - 1]["content"].encode("utf-8", "replace")) for end in ends)
     return Encoded(np.array(ids, dtype=np.int32), targets, size, None, document.digest)
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], *, prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _render(tokenizer: Any, turns: list[dict[str, str]], *, prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        first = turns[0]["content"][:40] if turns else ""
+        problem = f"the model's chat template refuses the chat {first!r} ({error})"
+        raise UserError("data.path", problem, "drop that chat, or use another model") from None
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _common_length(one: list[int], other: list[int]) -> int:
+    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
+                min(len(one), len(other)))  # fmt: skip

@@ -49,6 +49,11 @@ def _split_files(folder: Path) -> dict[str, Path]:
             files[split] = found[0]
     if "train" not in files:
         raise UserError(KEY, f"{folder} has no train file", f"add train{'|'.join(SUFFIXES)}")
+    meant = {*SPLITS, "valid", "val", "dev"}
+    stray = [path for path in sorted(folder.iterdir()) if path.stem in meant and path not in files.values()]
+    if stray:
+        names, endings = ", ".join(SPLITS), ", ".join(SUFFIXES)
+        raise UserError(KEY, f"{stray[0]} would not be read", f"name splits {names} and end them {endings}")
     return files
 
 
@@ -71,6 +76,8 @@ def read_rows(path: Path, text_field: str) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(KEY, f"{path.name} line {line} is not UTF-8", "save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(KEY, f"{path} cannot be read ({error.strerror})", "check the file") from None
     if not text.strip():
         raise UserError(KEY, f"{path} is empty", "give a file with documents")
     if path.suffix == ".txt":
@@ -86,14 +93,16 @@ def _jsonl(path: Path, text: str, _: str) -> Iterator[Row]:
         where = f"{path.name} line {number}"
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(KEY, f"{where} is not JSON ({error.msg})", "mend that line") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting as deep
+            problem = getattr(error, "msg", str(error))
+            raise UserError(KEY, f"{where} is not JSON ({problem})", "mend that line") from None
         if not isinstance(fields, dict):
             raise UserError(KEY, f"{where} is not an object", 'write {"text": ...} on each line')
         yield where, fields
 
 
 def _csv(path: Path, text: str, _: str) -> Iterator[Row]:
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be a whole document
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for fields in reader:
@@ -102,7 +111,8 @@ def _csv(path: Path, text: str, _: str) -> Iterator[Row]:
                 raise UserError(KEY, f"{where} has another number of columns than the header", "mend that line")
             yield where, dict(fields)
     except csv.Error as error:
-        raise UserError(KEY, f"{path.name} line {reader.line_num}: {error}", "mend that line") from None
+        line = reader.reader.line_num  # the DictReader's own lags behind
+        raise UserError(KEY, f"{path.name} line {line}: {error}", "mend that line") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -110,48 +120,48 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(KEY, f"{path.name} is not Parquet ({str(error).splitlines()[0]})", "write it anew") from None
-    for number, fields in enumerate(table.to_pylist(), 1):
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(KEY, f"{path.name} cannot be read as Parquet ({text})", "write it anew") from None
+    for number, fields in enumerate(rows, 1):
         yield f"{path.name} row {number}", fields
 
 
 def _text(path: Path, text: str, text_field: str) -> Iterator[Row]:
     """Documents are paragraphs where blank lines separate any, else lines."""
-    blocks = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
+    blocks = text.split("\n\n" if "\n\n" in text.strip() else "\n")
     for number, block in enumerate(blocks, 1):
         if block.strip():
             yield f"{path.name} document {number}", {text_field: block.strip("\n")}
 
 
 def _class_names(rows: dict[str, list[Row]], config: DataConfig, key: str) -> tuple[str, ...]:
-    values = {_label(row, config, key) for part in rows.values() for row in part}
-    if any(isinstance(value, str) for value in values):
-        return tuple(sorted(map(str, values)))
-    top = max(int(value) for value in values)
     train = {_label(row, config, key) for row in rows["train"]}
-    for where, fields in (row for part in rows.values() for row in part):
-        value = fields[config.label_field]
-        if value not in train:
-            raise UserError(key, f"{where} has label {value}, which train does not have", "give train every label")
-    if len(values) < 2:
-        raise UserError(key, f"all documents have label {top}", "give at least two classes")
-    if min(int(value) for value in values) < 0 or top >= len(values):
-        raise UserError(key, f"labels run up to {top} but there are {len(values)}", "number classes 0, 1, 2, ...")
-    return tuple(str(index) for index in range(top + 1))
+    for row in (row for part in rows.values() for row in part):
+        label = _label(row, config, key)
+        if label not in train:
+            problem = f"{row[0]} has label {label!r}, which train does not have"
+            raise UserError(key, problem, "give train every label")
+    if len(train) == 1:
+        raise UserError(key, f"all documents have label {next(iter(train))!r}", "give at least two classes")
+    numbers = [label for label in train if isinstance(label, int)]
+    if len(numbers) == len(train) and sorted(numbers) != list(range(len(numbers))):
+        problem = f"labels run from {min(numbers)} up to {max(numbers)} but there are {len(numbers)}"
+        raise UserError(key, problem, "number classes 0, 1, 2, ...")
+    return tuple(map(str, sorted(numbers))) if len(numbers) == len(train) else tuple(sorted(map(str, train)))
 
 
 def _label(row: Row, config: DataConfig, key: str) -> int | str:
+    """Return a class number or a class name; CSV has numbers as text."""
     where, fields = row
     if config.label_field not in fields:
         raise UserError(key, f"{where} has no field {config.label_field!r}", _fields_seen(fields, "data.label_field"))
     value = fields[config.label_field]
-    if isinstance(value, str):
-        return int(value) if value.isdigit() else value
+    if isinstance(value, str) and value.strip():
+        return int(value) if value.isdecimal() and len(value) < 10 else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(key, f"{where} has label {value!r}", "give whole numbers or names")
-    fields[config.label_field] = value
     return value
 
 
@@ -168,6 +178,7 @@ def _document(row: Row, config: DataConfig, labels: tuple[str, ...] | None, key:
     text = fields[config.text_field]
     if not isinstance(text, str):
         raise UserError(key, f"{where}: {config.text_field} is {type(text).__name__}", "give text")
+    _refuse_half_characters(where, text, key)
     return Document(text, None if labels is None else labels.index(str(_label(row, config, key))))
 
 
@@ -179,6 +190,16 @@ def _messages(where: str, raw: Any, key: str) -> tuple[tuple[str, str], ...]:
     if not good:
         raise UserError(key, f"{where}: messages are not a list of role and content", "write them so")
     turns = tuple((turn["role"], turn["content"]) for turn in raw)
+    _refuse_half_characters(where, "".join(content for _, content in turns), key)
     if not any(role == "assistant" for role, _ in turns):
         raise UserError(key, f"{where} has no assistant turn", "drop that chat, or add the completion")
     return turns
+
+
+def _refuse_half_characters(where: str, text: str, key: str) -> None:
+    """JSON can spell one half of a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{ord(text[error.start]):04x}"
+        raise UserError(key, f"{where} has half a character (\\u{half})", "write the whole pair") from None

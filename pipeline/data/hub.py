@@ -27,9 +27,10 @@ def load_hub(config: DataConfig, task: Task) -> Dataset:
     name, _, revision = config.hub.partition("@")
     try:
         loaded: Any = datasets.load_dataset(name, config.subset, revision=revision or None)
-    except (OSError, ValueError, DatasetsError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(KEY, f"{config.hub} cannot be loaded ({text})", "check its name and the network") from None
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it wants to run a script
+        text = " ".join(str(error.__cause__ or error).split())[:240] or type(error).__name__
+        remedy = "check its name, data.subset and the network"
+        raise UserError(KEY, f"{config.hub} cannot be loaded ({text})", remedy) from None
     rows: dict[str, list[Row]] = {}
     for split, table in loaded.items():
         if split in NAMES and not _unlabelled(table, config, task):

@@ -18,7 +18,7 @@ def drop_blanks_and_repeats(documents: Iterable[Document]) -> tuple[list[Documen
     kept: dict[str, Document] = {}
     blank = repeated = 0
     for document in documents:
-        if document.messages is None and not document.text.strip():
+        if document.is_blank:
             blank += 1
         elif document.digest in kept:
             repeated += 1
