@@ -2,20 +2,21 @@
 
 store/artifacts/<digest>/   the files and artifact.json
 store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
-store/tmp/                  folders being written; renamed when whole
+store/tmp/                  folders being written, each locked by its writer; renamed when whole
 store/locks/                one lock per key, so that two processes do not make the same stage twice
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -84,11 +85,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any | None:
@@ -103,19 +108,44 @@ class Store:
     """The content-addressed store below `mlruns/store`."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
         for name in ("artifacts", "keys", "tmp", "locks", "checkpoints", "assessments"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
-        """Give an empty folder to write an artifact into; what is left of it afterwards is removed."""
+        """Give an empty folder to write an artifact into; what is left of it afterwards is removed.
+
+        Raises:
+            UserError: If the disk fills up meanwhile.
+        """
+        from filelock import FileLock
+
         folder = self.root / "tmp" / uuid.uuid4().hex
-        folder.mkdir()
+        lock = folder.with_suffix(".lock")
         try:
-            yield folder
+            with FileLock(lock):
+                folder.mkdir()
+                yield folder
+        except Exception as error:
+            if not _says_full(error):
+                raise
+            raise UserError(
+                "tracking.root", f"the disk of {self.root} is full", "free some room and start again"
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes were writing: the lock of such a folder is free."""
+        from filelock import FileLock, Timeout
+
+        for lock in (self.root / "tmp").glob("*.lock"):
+            with suppress(Timeout), FileLock(lock, timeout=0):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, key: str) -> Generator[None]:
@@ -130,28 +160,55 @@ class Store:
         digest, num_bytes = digest_folder(folder)
         write_json(folder / MANIFEST, {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest})
         _sync(folder)
-        final = self.root / "artifacts" / digest
-        try:
-            folder.rename(final)
-        except OSError:
-            if not final.is_dir():  # anything but "the same content is already there"
-                raise
+        final = self._place(folder, digest)
         _sync_folder(final.parent)
         return Artifact(final.resolve(), kind, digest, num_bytes)
 
+    def _place(self, folder: Path, digest: str) -> Path:
+        """Rename `folder` to its digest; the same content lies there already, or something damaged makes way."""
+        final = self.root / "artifacts" / digest
+        while True:
+            try:
+                return folder.rename(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+            if _is_whole(final, digest):
+                return final
+            damaged = self.root / "tmp" / uuid.uuid4().hex
+            with suppress(FileNotFoundError):  # another process was quicker
+                final.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+
     def recall(self, group: str, key: str) -> dict[str, Any] | None:
-        """Return what was recorded under `key`, if its artifact (where it has one) is still whole."""
+        """Return what was recorded under `key`, if its artifact (where it has one) is still whole.
+
+        The artifact is looked for in this store, wherever the store has been moved to since.
+        """
         record = read_json(self.root / group / f"{key}.json")
         if not isinstance(record, dict):
             return None
         raw = record.get("artifact")
-        if raw is not None and digest_folder(Path(raw["path"]))[0] != raw["digest"]:
-            return None
-        return record
+        if raw is None:
+            return record
+        path = self.root / "artifacts" / raw["digest"]
+        return {**record, "artifact": {**raw, "path": str(path.resolve())}} if _is_whole(path, raw["digest"]) else None
 
     def remember(self, group: str, key: str, record: dict[str, Any]) -> None:
         """Record something under `key`, atomically."""
         write_json(self.root / group / f"{key}.json", record)
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    manifest = read_json(folder / MANIFEST)
+    return isinstance(manifest, dict) and manifest.get("digest") == digest == digest_folder(folder)[0]
+
+
+def _says_full(error: BaseException) -> bool:
+    """Whether a disk or quota is full; safetensors has an error class of its own that only says so in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    number = error.errno if isinstance(error, OSError) else None
+    return number in full or any(f"(os error {code})" in str(error) for code in full)
 
 
 def _sync(folder: Path) -> None:
@@ -159,6 +216,8 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
     _sync_folder(folder)
 
 

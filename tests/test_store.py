@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from pipeline.store import MANIFEST, Store, digest_folder, key_of, read_json, write_json
+from pipeline import store as store_module
+from pipeline.errors import UserError
+from pipeline.store import MANIFEST, Artifact, Store, check_room, digest_folder, key_of, read_json, write_json
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -78,6 +84,7 @@ def test_a_reader_sees_the_old_json_or_the_new_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"x": float("nan")})
     assert read_json(path) == {"x": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["b.json"]
     assert read_json(tmp_path / "none.json") is None
 
 
@@ -111,3 +118,157 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     with store.lock("k"):
         assert (tmp_path / "done").exists()
     other.communicate(timeout=30)
+
+
+def committed(store: Store, key: str = "k") -> Artifact:
+    with store.scratch() as out:
+        artifact = store.commit(write(out, FILES), "model", {"arm": "a"})
+    store.remember("keys", key, {"artifact": artifact.to_json()})
+    return artifact
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "sub/weights.bin"])
+@pytest.mark.parametrize("content", [None, "", '{"digest": "of another"}'])
+def test_a_damaged_artifact_is_made_again_in_its_place(tmp_path: Path, name: str, content: str | None) -> None:
+    store = Store(tmp_path)
+    artifact = committed(store)
+    if content is None:
+        (artifact.path / name).unlink()
+    else:
+        (artifact.path / name).write_text(content)
+    assert store.recall("keys", "k") is None
+    assert committed(store) == artifact
+    assert store.recall("keys", "k") == {"artifact": artifact.to_json()}
+    assert digest_folder(artifact.path)[0] == artifact.digest
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_store_that_was_moved_still_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    artifact = committed(Store(Path("here")))
+    assert artifact.path.is_absolute()
+    (tmp_path / "here").rename(tmp_path / "there")
+    record = Store(Path("there")).recall("keys", "k")
+    assert record is not None
+    found = Artifact.from_json(record["artifact"])
+    assert (found.digest, found.path) == (artifact.digest, tmp_path / "there/artifacts" / artifact.digest)
+    assert (found.path / "config.json").is_file()
+    shutil.rmtree(found.path)
+    assert Store(Path("there")).recall("keys", "k") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_up_is_said_and_nothing_is_left(tmp_path: Path, error: Exception) -> None:
+    store = Store(tmp_path)
+
+    def fail(out: Path) -> None:
+        write(out, FILES)
+        raise error
+
+    with (
+        pytest.raises(UserError, match=r"tracking\.root: the disk of .* is full; free some room"),
+        store.scratch() as out,
+    ):
+        fail(out)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_commit_that_cannot_be_renamed_says_so(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digest = digest_folder(write(tmp_path / "same", FILES))[0]
+    (tmp_path / "artifacts" / digest).write_text("a file lies where the folder should")
+    with pytest.raises(NotADirectoryError), store.scratch() as out:
+        store.commit(write(out, FILES), "model", {})
+
+
+def test_room_is_checked_before_writing(tmp_path: Path) -> None:
+    check_room(tmp_path, 1, "tracking.root")
+    with pytest.raises(UserError, match=r"tracking\.root: .* MiB free, this needs 1073741824 MiB; free some room"):
+        check_room(tmp_path, 2**50, "tracking.root")
+
+
+COMMIT = """
+import sys
+from pathlib import Path
+from pipeline import store as module
+place = module.Store._place
+def hang(*args):
+    if sys.argv[2] == "before":
+        print("ready", flush=True); sys.stdin.readline()
+    final = place(*args)
+    if sys.argv[2] == "after":
+        print("ready", flush=True); sys.stdin.readline()
+    return final
+module.Store._place = hang
+store = module.Store(Path(sys.argv[1]))
+with store.scratch() as out:
+    (out / "sub").mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "sub/weights.bin").write_text("abc")
+    print(store.commit(out, "model", {"arm": "a"}).digest)
+"""
+
+
+def start(root: Path, where: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", COMMIT, str(root), where], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("where", "artifacts"), [("before", 0), ("after", 1)])
+def test_a_process_killed_around_its_commit_leaves_a_whole_artifact_or_none(
+    tmp_path: Path, where: str, artifacts: int
+) -> None:
+    process = start(tmp_path, where)
+    held = Store(tmp_path)  # a store opened meanwhile sweeps nothing that is being written
+    assert len(list((tmp_path / "tmp").iterdir())) == 2 - artifacts
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    left = list((tmp_path / "artifacts").iterdir())
+    assert len(left) == artifacts
+    assert all(digest_folder(folder)[0] == folder.name and read_json(folder / MANIFEST) for folder in left)
+    assert held.recall("keys", "k") is None
+    store = Store(tmp_path)
+    assert not list((tmp_path / "tmp").iterdir())  # what the killed process was writing is gone
+    assert len(list((tmp_path / "artifacts").iterdir())) == artifacts
+    assert committed(store).digest == digest_folder(write(tmp_path / "same", FILES))[0]
+
+
+@pytest.mark.faults
+def test_two_processes_may_commit_the_same_content_at_once(tmp_path: Path) -> None:
+    both = [start(tmp_path, "before") for _ in range(2)]
+    said = {process.communicate("go\n", timeout=30)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    (folder,) = (tmp_path / "artifacts").iterdir()
+    assert said == {folder.name} == {digest_folder(folder)[0]}
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_another_process_that_mends_the_artifact_first_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    artifact = committed(store)
+    (artifact.path / "config.json").write_text("damaged")
+    whole = store_module._is_whole
+    seen: list[bool] = []
+
+    def and_gone(folder: Path, digest: str) -> bool:
+        seen.append(whole(folder, digest))
+        shutil.rmtree(folder)  # as if the other had just moved it away
+        return seen[-1]
+
+    monkeypatch.setattr(store_module, "_is_whole", and_gone)
+    with store.scratch() as out:
+        assert store.commit(write(out, FILES), "model", {}) == artifact
+    assert seen == [False]
+    assert whole(artifact.path, artifact.digest)
