@@ -11,10 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from make_assess_models import random_documents
 
 from pipeline.config import DataConfig, Task
-from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 
@@ -221,63 +219,3 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\); check the file"):
         load_dataset(DataConfig(path=str(tmp_path / "a.txt")), Task.causal_lm)
-
-
-# -- batches --------------------------------------------------------------------------------------------------------
-
-LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21, 2, 64]
-
-
-def test_packing_reads_every_token_once_an_epoch_and_crosses_no_boundary() -> None:
-    documents = random_documents(LENGTHS)
-    packed = PackedBatches(documents, sequence_length=14, batch_size=1, seed=3)
-    everything = np.concatenate([document.input_ids for document in documents])
-    assert packed.num_rows == len(everything) // 14
-    rows = [row for step in range(packed.num_rows) for row in zip(*packed.batch(step).values(), strict=True)]
-    seen = sorted(tuple(ids.tolist()) for ids, _, _ in rows)
-    windows = everything[: packed.num_rows * 14].reshape(-1, 14)
-    assert seen == sorted(tuple(window.tolist()) for window in windows)
-    following = {}  # (document, position) -> what is predicted there
-    place = [(number, at) for number, document in enumerate(documents) for at in range(len(document.input_ids))]
-    for number, document in enumerate(documents):
-        for at in range(len(document.input_ids) - 1):
-            if document.targets[at + 1]:
-                following[number, at] = int(document.input_ids[at + 1])
-    by_window = {tuple(window.tolist()): place[14 * index : 14 * index + 14] for index, window in enumerate(windows)}
-    for ids, labels, positions in rows:
-        places = by_window[tuple(ids.tolist())]
-        assert labels.tolist() == [following.get(where, IGNORE) for where in places]
-        restarts = [0, *(i for i in range(1, 14) if places[i][0] != places[i - 1][0])]
-        expected = [i - max(start for start in restarts if start <= i) for i in range(14)]
-        assert positions.tolist() == expected
-
-
-def test_batches_are_a_function_of_seed_and_step() -> None:
-    documents = random_documents(LENGTHS)
-
-    def make(seed: int) -> PackedBatches:
-        return PackedBatches(documents, sequence_length=14, batch_size=2, seed=seed)
-
-    ids = lambda batches, step: batches.batch(step)["input_ids"].tolist()
-    late = make(3)
-    assert ids(late, 5) == ids(make(3), 5)  # without having read the steps before
-    assert ids(late, 5) != ids(make(4), 5)
-    epochs = [ids(late, step) for step in range(2 * late.num_rows // 2)]
-    assert epochs[: late.num_rows // 2] != epochs[late.num_rows // 2 :]
-
-
-def test_padding_is_on_the_right_and_masked() -> None:
-    documents = random_documents([5, 9, 3])
-    batch = PaddedBatches(documents, batch_size=3, seed=0, pad_id=0).batch(0)
-    by_length = {len(document.input_ids): document for document in documents}
-    for ids, mask, label in zip(*batch.values(), strict=True):
-        document = by_length[int(mask.sum())]
-        length = len(document.input_ids)
-        assert ids.tolist() == [*document.input_ids.tolist(), *[0] * (9 - length)]
-        assert mask.tolist() == [1] * length + [0] * (9 - length)
-        assert int(label) == document.label
-
-
-def test_less_than_one_sequence_is_refused() -> None:
-    with pytest.raises(UserError, match="all of train is 5 tokens, less than one sequence"):
-        PackedBatches(random_documents([5]), sequence_length=14, batch_size=2, seed=0)

@@ -35,6 +35,8 @@ class _Shuffled:
 class PackedBatches:
     """Documents laid end to end and cut into windows of exactly `sequence_length`, boundaries respected.
 
+    An epoch reads every window once; the rest at the end, shorter than a window, is never read.
+
     `position_ids` restart at every document and window, which is how a model tells documents apart; a label is the
     next token of the same document, or IGNORE.
     """
