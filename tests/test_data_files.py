@@ -96,7 +96,7 @@ def test_a_dataset_through_the_library(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
-    folder = tmp_path / "set"
+    folder = tmp_path / "set@home"  # an @ in a folder's name begins no revision
     folder.mkdir()
     write(folder / "train.jsonl", ROWS[:40])
     write(folder / "test.jsonl", ROWS[40:])

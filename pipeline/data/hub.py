@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, Task
@@ -24,7 +25,7 @@ def load_hub(config: DataConfig, task: Task) -> Dataset:
     from datasets.exceptions import DatasetsError
 
     assert config.hub is not None
-    name, _, revision = config.hub.partition("@")
+    name, _, revision = (config.hub, "", "") if Path(config.hub).exists() else config.hub.partition("@")
     try:
         loaded: Any = datasets.load_dataset(name, config.subset, revision=revision or None)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it wants to run a script
