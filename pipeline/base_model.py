@@ -32,7 +32,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
     from pipeline.data.tokenizer import embedded_tokenizer
     from pipeline.models import make_tiny, save_model
 
-    key = key_of(what="base", shape=run.model.shape, data=data.digest, seed=seed, task=run.task,
+    key = key_of(what="base", version=2, shape=run.model.shape, data=data.digest, seed=seed, task=run.task,
                  vocabulary=run.data.vocabulary_size, torch=torch.__version__)  # fmt: skip
     with store.lock(key), clock.phase("prepare"):
         record = store.recall("keys", key)

@@ -236,6 +236,7 @@ def make_tiny(
         num_key_value_heads=shape.heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=shape.hidden_size**-0.5,  # the usual 0.02 is that of widths near 2,500
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
