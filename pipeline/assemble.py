@@ -54,13 +54,17 @@ def _delivered(attempt: Attempt, writer: subprocess.Popen[bytes]) -> str:
     """Wait a bounded time for the background writer's last delivery; return the line that says what came of it."""
     root = attempt.folder.parent.parent
     again = f"`python -m pipeline.sync {root}` delivers the rest"
+    if writer.stdin is not None:
+        writer.stdin.close()  # it looks once more and ends
     try:
         code = writer.wait(DELIVERY_S)
     except subprocess.TimeoutExpired:
         return f"MLflow did not answer within {DELIVERY_S:.0f} s; its writer goes on, and {again}"
+    except KeyboardInterrupt:
+        return f"not waiting for MLflow; its writer goes on, and {again}"
     if code:
-        log = attempt.folder / LOG
-        return f"{log.read_text().strip() if log.is_file() else 'the writer to MLflow crashed'}; {again}"
+        said = (attempt.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+        return f"{next((line for line in reversed(said) if line), 'the writer to MLflow crashed')}; {again}"
     return f"MLflow: {ui_command(root, attempt.run.tracking.uri)}"
 
 

@@ -128,6 +128,8 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
     for recipe in recipes.values():
         store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
     codes: list[int] = []
+    # its keys are the Hugging Face config's; Hydra adds to a dictionary only what is marked so
+    overrides = [f"++{arg}" if arg.startswith(("student.config=", "student.config.")) else arg for arg in args]
 
     def one(cfg: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -139,11 +141,11 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
 
     try:
         if any(arg.startswith("-") for arg in args):  # multirun, --cfg and the like are Hydra's application's
-            sys.argv = [sys.argv[0], *args]
+            sys.argv = [sys.argv[0], *overrides]
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
         else:  # composed once; the application would do it twice
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-                cfg = hydra.compose("config", overrides=args)
+                cfg = hydra.compose("config", overrides=overrides)
             one(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         from pipeline.explain import explain

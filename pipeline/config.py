@@ -101,7 +101,7 @@ class StudentConfig:
 
     path: Optional[str] = None
     revision: Optional[str] = None
-    config: Optional[dict[str, Any]] = None
+    config: Optional[dict[str, Any]] = field(default_factory=dict)  # not null: overrides are merged into it
     layers: Any = "every_2"
     source: Optional[str] = None  # the arm copied from; null: the teacher of the first distill stage, else base
 

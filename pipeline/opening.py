@@ -10,7 +10,6 @@ import os
 import secrets
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from pipeline.errors import UserError
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.redact import redact_settings
 from pipeline.stages.settings import training_precision
 from pipeline.store import Store, key_of, plain, read_json, write_json
-from pipeline.sync import FOLLOW
+from pipeline.sync import FOLLOW, LOG
+from pipeline.tracking import declared_uri
 
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
@@ -56,12 +57,13 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         energy=EnergyMeter(device), lock=lock, notes=list(data.notes),
     )  # fmt: skip
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
-    write_json(folder / "config.json", plain(run))
+    settings = redact_settings(plain(run))
+    write_json(folder / "config.json", settings)
     journal.write(
         "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, recipe=run.recipe,
-        question=run.question, experiment=run.tracking.experiment or run.recipe, tracking_uri=run.tracking.uri,
-        params=flat(plain(run)),
-        tags={k: v for k, v in asdict(run.tracking).items() if k in ("team", "cost_center", "purpose") and v},
+        question=run.question, experiment=run.tracking.experiment or run.recipe,
+        tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
+        tags={k: v for k, v in settings["tracking"].items() if k in ("team", "cost_center", "purpose") and v},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                   for split, documents in data.splits.items()],
     )  # fmt: skip
@@ -74,8 +76,10 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
 def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
     """Start the background writer to MLflow: in a session of its own, so that Ctrl-C does not reach it."""
     command = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(folder), str(os.getpid())]
-    nothing = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )  # closing its input tells it that the run has ended
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:

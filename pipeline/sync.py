@@ -7,75 +7,113 @@ priority, it delivers while the run works and ends after it. A slow, dead or fro
 from __future__ import annotations
 
 import os
+import select
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
 FOLLOW = "--follow"
 INTERVAL_S = 2.0  # between deliveries
-LOG = "mlflow.log"  # in the run's folder: why the last delivery failed
+JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
 def main(argv: list[str]) -> int:
-    """Deliver one run, or all runs under a root; return 0, or 1 where MLflow could not be reached."""
+    """Deliver one run, or all runs under a root; return 0, or 1 where MLflow did not take them all."""
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE)
         return 0
     if argv and argv[0] == FOLLOW:
         return follow(Path(argv[1]), int(argv[2]))
     place = Path(argv[0] if argv else "mlruns")
-    folders = [place] if (place / "journal.jsonl").is_file() else sorted((place / "runs").glob("*/"))
+    folders = [place] if (place / JOURNAL).is_file() else sorted((place / "runs").glob("*/"))
     if not folders:
         print(f"refused: {place}: holds no runs; name the folder that holds runs/", file=sys.stderr)
         return 1
+    failed = False
     for folder in folders:
-        count, problem = _try_deliver(folder)
-        if problem:
+        try:
+            print(f"{folder.name}: {_deliver(folder, look_again=True)} events delivered")
+        except Undelivered as problem:
+            failed = True
             print(f"{folder.name}: {problem}; the journal keeps everything", file=sys.stderr)
-            return 1
-        print(f"{folder.name}: {count} events delivered")
-    return 0
+            if problem.is_down:
+                break
+    return int(failed)
 
 
 def follow(run_dir: Path, parent: int) -> int:
-    """Deliver a run's journal until it ends or its process is gone, then what other runs left; return 0 or 1."""
-    os.nice(19)  # on a small machine the run's own threads come first
+    """Deliver a run's journal until it ends or its process is gone; meanwhile what other runs left. Return 0 or 1.
+
+    The run holds the other end of our standard input: it is closed when the run has ended, or is no more.
+    """
+    _step_back()
+    others = (folder for folder in sorted(run_dir.parent.glob("*/")) if folder != run_dir and _is_wanted(folder))
     while True:
-        ended = os.getppid() != parent or _has_ended(run_dir)  # asked first: what there was by then is delivered now
-        problem = _try_deliver(run_dir)[1]
+        ended = os.getppid() != parent or _has_closed(sys.stdin.fileno(), 0)  # asked first: what there was then is read
+        problem = None
+        try:
+            _deliver(run_dir)
+            other = None if ended else next(others, None)
+            if other is not None:
+                _deliver(other)
+        except Undelivered as error:
+            problem, other = str(error), None
         if ended:
             break
-        time.sleep(INTERVAL_S)
-    if problem:
-        (run_dir / LOG).write_text(problem + "\n", encoding="utf-8")
-        return 1
-    for other in sorted(run_dir.parent.glob("*/")):
-        if _try_deliver(other)[1]:
-            break
-    return 0
+        if other is None:
+            _has_closed(sys.stdin.fileno(), INTERVAL_S)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+    return int(problem is not None)
 
 
-def _has_ended(run_dir: Path) -> bool:
-    from pipeline.ledger.journal import read_events
+def _step_back() -> None:
+    """Take the lowest priority: on a small machine the run's own threads come first."""
+    os.nice(19)
+    with suppress(OSError):  # Linux weighs sessions first, and this one is its own
+        Path("/proc/self/autogroup").write_text("19", encoding="ascii")
 
-    events = read_events(run_dir / "journal.jsonl")
-    return bool(events) and events[-1]["e"] == "run_end"
+
+def _has_closed(stream: int, seconds: float) -> bool:
+    """Wait until the other end of a pipe is closed, at most some seconds; tell whether it is."""
+    readable, _, _ = select.select([stream], [], [], seconds)
+    return bool(readable) and not os.read(stream, 1)
 
 
-def _try_deliver(folder: Path) -> tuple[int, str | None]:
-    """Deliver; return how many events, and why not where MLflow could not be reached."""
-    from pipeline.tracking import deliver, quiet
+def _is_wanted(folder: Path) -> bool:
+    """Tell whether a run was to go to MLflow; one that was not goes there by an explicit sync alone."""
+    from pipeline.ledger.journal import read_first
+
+    start = read_first(folder / JOURNAL)
+    return start is not None and bool(start.get("params", {}).get("tracking.mlflow", True))
+
+
+class Undelivered(Exception):
+    """MLflow did not take a run: it cannot be reached (`is_down`), or refuses this run."""
+
+    def __init__(self, error: Exception, *, is_down: bool) -> None:
+        from pipeline.redact import redact_value
+
+        self.is_down = is_down
+        text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        said = "cannot be reached" if is_down else "refuses"
+        super().__init__(f"MLflow {said} ({redact_value('', text)[:200]})")
+
+
+def _deliver(folder: Path, *, look_again: bool = False) -> int:
+    """Deliver; return how many events.
+
+    Raises:
+        Undelivered: If MLflow did not take them.
+    """
+    from pipeline.tracking import deliver, is_down, quiet, store_errors
 
     quiet()
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
-        return deliver(folder), None
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return 0, f"MLflow cannot be reached ({text})"
+        return deliver(folder, look_again=look_again)
+    except store_errors() as error:
+        raise Undelivered(error, is_down=is_down(error)) from error
 
 
 if __name__ == "__main__":

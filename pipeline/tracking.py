@@ -7,18 +7,24 @@ that delivering twice changes nothing. Nothing here runs inside the training pro
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.ledger.journal import read_events
+from pipeline.ledger.journal import read_first, read_new
 from pipeline.metrics import BY_KEY, row_summary
-from pipeline.redact import redact_value
+from pipeline.redact import redact_value, without_login
 from pipeline.store import read_json, write_json
 
-MAX_BATCH = 1000  # metrics of one log_batch; MLflow's own limit
-MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST = 6000, 5000, 8000, 36  # characters; MLflow's limits
+MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
+MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
 STATE = "mlflow.json"
+RUN_TAG = "pipeline.run"  # finds a run again: RUN for a parent, RUN/CHILD for a child
+State = dict[str, Any]
+"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`."""
 
 
 def store_uri(root: Path, declared: str | None) -> str:
@@ -26,41 +32,72 @@ def store_uri(root: Path, declared: str | None) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or declared or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
+def declared_uri(setting: str | None) -> str | None:
+    """Return the URI to note down for later deliveries; a login in it comes from the environment then."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or setting
+    return None if uri is None else without_login(uri)
+
+
 def ui_command(root: Path, declared: str | None = None) -> str:
     """Return the command that opens the MLflow UI on this store."""
-    uri = store_uri(root, declared)
+    uri = without_login(store_uri(root, declared))
     return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def deliver(run_dir: Path) -> int:
+def deliver(run_dir: Path, *, look_again: bool = False) -> int:
     """Deliver what MLflow has not had of a run; return the number of events delivered.
 
+    Args:
+        run_dir: The run's folder, with its journal.
+        look_again: Ask the store for a run that was delivered whole, too, and fill a store that has lost it.
+
     Raises:
-        mlflow.exceptions.MlflowException: If the store cannot be reached.
+        mlflow.exceptions.MlflowException: If the store cannot be reached, or refuses.
     """
     from filelock import FileLock
 
-    with FileLock(run_dir / ".mlflow.lock"):  # a run's own writer and `pipeline.sync` may meet here
-        nobody = _is_free(run_dir / ".lock")  # asked before reading: a run writes its end before it lets go
-        events = read_events(run_dir / "journal.jsonl")
-        state: dict[str, Any] = read_json(run_dir / STATE) or {"delivered": 0, "children": {}}
-        fresh = events[state["delivered"] :]
-        dead = nobody and bool(events) and events[-1]["e"] != "run_end"
-        if not events or events[0]["e"] != "run_start" or not (fresh or (dead and not state.get("dead"))):
+    journal = run_dir / "journal.jsonl"
+    with FileLock(run_dir / ".mlflow.lock"), ExitStack() as stack:  # a run's writer and `pipeline.sync` may meet here
+        start = read_first(journal)
+        if start is None or start["e"] != "run_start":
+            return 0
+        state: State = {**_nothing_yet(), **(read_json(run_dir / STATE) or {})}
+        events, offset = read_new(journal, state["offset"])
+        dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
+        if dead:  # a run writes its end before it lets go, and another may have taken it up: look again
+            more, offset = read_new(journal, offset)
+            events += more
+            dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
+        last = _last(events, state)
+        if not events and not (dead and not state["dead"]) and not look_again:
             return 0
         root = run_dir.parent.parent
-        start = events[0]
-        with FileLock(root / ".mlflow.lock"):  # several processes opening a fresh SQLite store race its migrations
-            client, experiment = _open(root, start)
-        parent = _run(client, experiment, start["run_id"], {"pipeline.run": start["run_id"]}, start["t"])
-        for child, points in _points(fresh):
-            _log_points(client, _child(client, experiment, parent, start, state, child), points)
-        for event in fresh:
-            _one(client, experiment, parent, start, state, event, run_dir)
+        uri = store_uri(root, start["tracking_uri"])
+        stack.enter_context(FileLock(root / ".mlflow.lock"))  # processes that open a fresh store race its migrations
+        client, experiment = _open(root, uri, start)
+        if not uri.startswith("sqlite"):
+            stack.close()  # a server orders its writers itself
+        if state["parent"] is not None:
+            stage = _lifecycle(client, state["parent"])
+            if stage == "deleted" and not events:
+                return 0  # what was thrown away in the UI stays away
+            if stage != "active":  # a store deleted or changed since: it gets all of the run
+                state = _nothing_yet()
+                events, offset = read_new(journal, 0)
+        delivery = _Delivery(client, experiment, run_dir, start, state)
+        delivery.events(events)
         if dead:
-            _mark_killed(client, [parent, *state["children"].values()], events[-1]["t"])
-        write_json(run_dir / STATE, {**state, "delivered": len(events), "parent": parent, "dead": dead})
-        return len(fresh)
+            delivery.end_open_runs("KILLED", last["t"])
+        write_json(run_dir / STATE, {**delivery.state, "offset": offset, "last": last, "dead": dead})
+        return len(events)
+
+
+def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
+    return {name: events[-1][name] for name in ("e", "t")} if events else state["last"]
+
+
+def _nothing_yet() -> State:
+    return {"offset": 0, "last": None, "dead": False, "parent": None, "children": {}, "arms": {}}
 
 
 def _is_free(lock: Path) -> bool:
@@ -74,17 +111,12 @@ def _is_free(lock: Path) -> bool:
         return False
 
 
-def _mark_killed(client: Any, runs: list[str], at: float) -> None:
-    for run in runs:
-        if client.get_run(run).info.status == "RUNNING":
-            client.set_terminated(run, status="KILLED", end_time=int(at * 1000))
-
-
-def _open(root: Path, start: dict[str, Any]) -> tuple[Any, str]:
+def _open(root: Path, uri: str, start: dict[str, Any]) -> tuple[Any, str]:
     from mlflow import MlflowClient
 
-    uri = store_uri(root, start["tracking_uri"])
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return client, os.environ["MLFLOW_EXPERIMENT_ID"]
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or start["experiment"]
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -93,14 +125,219 @@ def _open(root: Path, start: dict[str, Any]) -> tuple[Any, str]:
     return client, client.create_experiment(name, artifact_location=where)
 
 
-def _run(client: Any, experiment: str, name: str, tags: dict[str, str], at: float) -> str:
-    """Return the MLflow run with these tags, made if there is none."""
-    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    found = client.search_runs([experiment], wanted, max_results=1)
-    if found:
-        return found[0].info.run_id
-    made = client.create_run(experiment, start_time=int(at * 1000), tags={**tags, "mlflow.runName": name})
-    return made.info.run_id
+def _lifecycle(client: Any, run: str) -> str | None:
+    """Return `active`, `deleted`, or None where the store does not know the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """One delivery of a run's events. `state` is kept between deliveries."""
+
+    client: Any
+    experiment: str
+    run_dir: Path
+    start: dict[str, Any]
+    state: State
+    parent: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = self.start["run_id"]
+        self.parent = self.state["parent"] or self._run(name, {RUN_TAG: name}, self.start["t"])
+        self.state["parent"] = self.parent
+
+    def events(self, events: list[dict[str, Any]]) -> None:
+        """Deliver events: curves first, since a row ends its child."""
+        for event in events:
+            if event["e"] == "stage_start":
+                self._child(event)
+        for group in _points(events):
+            self._curve(self._child(group[0]), group)
+        handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
+                    "serving": self._serving, "comparisons": self._comparisons, "run_end": self._run_end}  # fmt: skip
+        for event in events:
+            if event["e"] in handlers:
+                handlers[event["e"]](event)
+
+    def end_open_runs(self, status: str, at: float) -> None:
+        """Give parent and children that still count as running their end."""
+        for run in (*self.state["children"].values(), self.parent):
+            if self.client.get_run(run).info.status == "RUNNING":
+                self.client.set_terminated(run, status=status, end_time=int(at * 1000))
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def _run(self, name: str, tags: dict[str, str], at: float) -> str:
+        """Return the MLflow run with this tag, made if there is none."""
+        found = self._find(tags[RUN_TAG])
+        if found is not None:
+            return found
+        all_tags = {**tags, "mlflow.runName": name}
+        return self.client.create_run(self.experiment, start_time=int(at * 1000), tags=all_tags).info.run_id
+
+    def _find(self, tag: str) -> str | None:
+        found = self.client.search_runs([self.experiment], f"tags.`{RUN_TAG}` = '{tag}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _child(self, event: dict[str, Any]) -> str:
+        name = _child_name(event)
+        if name not in self.state["children"]:
+            tags = {RUN_TAG: f"{self.start['run_id']}/{name}", "mlflow.parentRunId": self.parent}
+            self.state["children"][name] = self._run(name, tags, event["t"])
+        return self.state["children"][name]
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def _run_start(self, event: dict[str, Any]) -> None:
+        self.client.update_run(self.parent, status="RUNNING")
+        if event["attempt"] == 1:  # parameters cannot change, and the next attempt's are the same
+            self._settings(self.parent, event["params"])
+            self._datasets(event["datasets"])
+        self._tags(self.parent, {**event["tags"], "question": event["question"], "recipe": event["recipe"]})
+
+    def _stage_start(self, event: dict[str, Any]) -> None:
+        self._settings(self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]})
+
+    def _row(self, event: dict[str, Any]) -> None:
+        """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its status."""
+        row = event["row"]
+        child, figures = self._child({**row, "t": event["t"]}), row_summary(row)
+        self._values(child, figures, event["t"])
+        tags = {name: row[name] for name in ("type", "status", "why", "reused")}
+        if row["reused"]:
+            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name(row)}")
+        if row["artifact"] is not None:
+            tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
+        self._tags(child, tags)
+        if row["artifact"] is not None:
+            self._model(child, row)
+        status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
+        self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
+        core = {key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core}
+        self.state["arms"].setdefault(row["arm"], {})[_child_name(row)] = {
+            "seed": row["seed"], "finished": row["status"] == "FINISHED", "core": core,
+        }  # fmt: skip
+
+    def _serving(self, event: dict[str, Any]) -> None:
+        for row in event["rows"]:
+            values = {f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY}
+            self._values(self._child({**row, "t": event["t"]}), values, event["t"])
+
+    def _comparisons(self, event: dict[str, Any]) -> None:
+        self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
+
+    def _run_end(self, event: dict[str, Any]) -> None:
+        """End the parent: core keys of the primary arm, run totals, report, true status."""
+        hours = event["run"]["device_hours"]
+        values = {"compute/run_device_hours": hours["total"], "compute/run_spent_device_hours": event["run"]["spent"],
+                  "compute/run_reused_device_hours": event["run"]["reused"]}  # fmt: skip
+        core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
+        self._values(self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"])
+        description = event["description"][:MAX_DESCRIPTION]
+        self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
+        if not event["why"] and "why" in self.client.get_run(self.parent).data.tags:
+            self.client.delete_tag(self.parent, "why")  # of an earlier attempt
+        self.client.set_tag(self.parent, "mlflow.note.content", description)
+        for name in event["files"]:
+            if (self.run_dir / name).is_file():
+                self.client.log_artifact(self.parent, str(self.run_dir / name))
+        self.client.set_terminated(self.parent, status=event["status"], end_time=int(event["t"] * 1000))
+        self.end_open_runs("FAILED" if event["status"] == "FAILED" else "KILLED", event["t"])
+
+    # -- what runs hold -----------------------------------------------------------------------------------------
+
+    def _curve(self, run: str, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(f"train/{name}", value, int(event["t"] * 1000), event["step"])
+            for event in events
+            for name, value in event["values"].items()
+            if value is not None
+        ]
+        for first in range(0, len(metrics), MAX_BATCH):
+            self.client.log_batch(run, metrics=metrics[first : first + MAX_BATCH])
+
+    def _settings(self, run: str, settings: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(_name(key), redact_value(key, str(value))[:MAX_PARAM]) for key, value in settings.items()]
+        for first in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(run, params=params[first : first + MAX_PARAMS])
+
+    def _tags(self, run: str, tags: dict[str, Any]) -> None:
+        for key, value in tags.items():
+            if value:
+                self.client.set_tag(run, _name(key), redact_value(key, str(value))[:MAX_TAG])
+
+    def _datasets(self, datasets: list[dict[str, Any]]) -> None:
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(item["name"][:MAX_NAME], item["digest"][:MAX_DIGEST], "local",
+                        json.dumps({"uri": item["name"]}),
+                        profile=json.dumps({"num_documents": item["num_documents"]})),
+                tags=[InputTag("mlflow.data.context", item["split"])],
+            )
+            for item in datasets
+        ]  # fmt: skip
+        self.client.log_inputs(self.parent, datasets=inputs)
+
+    def _model(self, run: str, row: dict[str, Any]) -> None:
+        """Show the artifact among MLflow's models, as an output of its run; the files stay where they are.
+
+        A reused artifact is the model of the run that made it, and not shown twice.
+        """
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.exceptions import MlflowException
+
+        path, digest = row["artifact"]["path"], row["artifact"]["digest"]
+        try:
+            known = self.client.search_logged_models([self.experiment], filter_string=f"tags.digest = '{digest}'")
+            own = (model for model in known if row["reused"] or model.source_run_id == run)
+            model = next(own, None)
+            if model is None:
+                model = self.client.create_logged_model(
+                    self.experiment, name=f"{row['arm']}-{digest[:8]}", source_run_id=run, model_type=row["type"],
+                    tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},
+                )  # fmt: skip
+            self.client.finalize_logged_model(model.model_id, "READY")
+            outputs = self.client.get_run(run).outputs
+            if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+                self.client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+        except (MlflowException, NotImplementedError) as error:
+            if not _is_unknown(error):
+                raise
+            self.client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
+
+    def _values(self, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
+        """Log summary figures: once, without a step; a figure that is null is absent, and its tag says why."""
+        from mlflow.entities import Metric, RunTag
+
+        had = self.client.get_run(run).data
+        metrics = [
+            Metric(key, value["v"], int(at * 1000), 0)
+            for key, value in values.items()
+            if value["v"] is not None and had.metrics.get(key) != value["v"]
+        ]
+        nulls = {f"null.{key}": value["why_null"] for key, value in values.items() if value["v"] is None}
+        tags = [RunTag(_name(key), why[:MAX_TAG]) for key, why in nulls.items()]
+        for first in range(0, max(len(metrics), len(tags)), MAX_TAGS):
+            part = slice(first, first + MAX_TAGS)
+            self.client.log_batch(run, metrics=metrics[part], tags=tags[part])
+        for metric in metrics:
+            if f"null.{metric.key}" in had.tags:  # an earlier attempt did not have it
+                self.client.delete_tag(run, f"null.{metric.key}")
 
 
 def _child_name(event: dict[str, Any]) -> str:
@@ -108,133 +345,39 @@ def _child_name(event: dict[str, Any]) -> str:
     return f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
 
 
-def _child(
-    client: Any, experiment: str, parent: str, start: dict[str, Any], state: dict[str, Any], event: dict[str, Any]
-) -> str:
-    name = _child_name(event)
-    if name not in state["children"]:
-        tags = {"pipeline.run": f"{start['run_id']}/{name}", "mlflow.parentRunId": parent}
-        state["children"][name] = _run(client, experiment, name, tags, event["t"])
-    return state["children"][name]
+def _name(key: str) -> str:
+    """Return a key with the characters that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_NAME]
 
 
-def _points(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _is_unknown(error: Exception) -> bool:
+    """Tell whether a server from before logged models does not know what it was asked for."""
+    return isinstance(error, NotImplementedError) or getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
+
+
+def _points(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Group curve points by the child they belong to."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         if event["e"] == "points":
             groups.setdefault(_child_name(event), []).append(event)
-    yield from ((group[0], group) for group in groups.values())
+    yield from groups.values()
 
 
-def _log_points(client: Any, run: str, events: list[dict[str, Any]]) -> None:
-    from mlflow.entities import Metric
-
-    metrics = [
-        Metric(f"train/{name}", value, int(event["t"] * 1000), event["step"])
-        for event in events
-        for name, value in event["values"].items()
-        if value is not None
-    ]
-    for first in range(0, len(metrics), MAX_BATCH):
-        client.log_batch(run, metrics=metrics[first : first + MAX_BATCH])
-
-
-def _one(
-    client: Any, experiment: str, parent: str, start: dict[str, Any], state: dict[str, Any], event: dict[str, Any],
-    run_dir: Path,
-) -> None:  # fmt: skip
-    kind = event["e"]
-    if kind == "run_start":
-        client.update_run(parent, status="RUNNING")
-        if event["attempt"] == 1:
-            _log_settings(client, parent, event["params"])
-            _log_datasets(client, parent, event["datasets"])
-        for key, value in {**event["tags"], "question": event["question"], "recipe": event["recipe"]}.items():
-            client.set_tag(parent, key, value[:MAX_TAG])
-    elif kind == "stage_start":
-        child = _child(client, experiment, parent, start, state, event)
-        _log_settings(client, child, {**event["params"], "type": event["type"], "seed": event["seed"]})
-    elif kind == "row":
-        child = _child(client, experiment, parent, start, state, {**event["row"], "t": event["t"]})
-        _log_row(client, child, event)
-        _link_model(client, experiment, child, event["row"])
-        state.setdefault("rows", {})[event["row"]["arm"]] = event["row"]
-    elif kind == "serving":
-        for row in event["rows"]:
-            values = {f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY}
-            child = _child(client, experiment, parent, start, state, {**row, "t": event["t"]})
-            _log_values(client, child, values, event["t"])
-    elif kind == "comparisons":
-        _log_values(client, parent, dict(_savings(event["comparisons"])), event["t"])
-    elif kind == "run_end":
-        _end(client, parent, state, event, run_dir)
-
-
-def _log_settings(client: Any, run: str, settings: dict[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    params = [Param(key, redact_value(key, str(value))[:MAX_PARAM]) for key, value in settings.items()]
-    for first in range(0, len(params), 100):
-        client.log_batch(run, params=params[first : first + 100])
-
-
-def _log_datasets(client: Any, run: str, datasets: list[dict[str, Any]]) -> None:
-    import json
-
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    inputs = [
-        DatasetInput(
-            Dataset(item["name"], item["digest"][:MAX_DIGEST], "local", json.dumps({"uri": item["name"]}),
-                    profile=json.dumps({"num_documents": item["num_documents"]})),
-            tags=[InputTag("mlflow.data.context", item["split"])],
-        )
-        for item in datasets
-    ]  # fmt: skip
-    client.log_inputs(run, datasets=inputs)
-
-
-def _log_row(client: Any, run: str, event: dict[str, Any]) -> None:
-    """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its status."""
-    row = event["row"]
-    _log_values(client, run, row_summary(row), event["t"])
-    tags = {"type": row["type"], "status": row["status"], "why": row["why"], "reused": row["reused"]}
-    if row["artifact"] is not None:
-        tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
-    for key, value in tags.items():
-        if value:
-            client.set_tag(run, key, str(value)[:MAX_TAG])
-    status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
-    client.set_terminated(run, status=status, end_time=int(event["t"] * 1000))
-
-
-def _link_model(client: Any, experiment: str, run: str, row: dict[str, Any]) -> None:
-    """Show the artifact among MLflow's models, as an output of its run; the files stay where they are."""
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
-
-    if row["artifact"] is None:
-        return
-    digest = row["artifact"]["digest"]
-    tags = {"mlflow.model.isExternal": "true", "path": row["artifact"]["path"], "digest": digest}
-    try:
-        if client.search_logged_models([experiment], filter_string=f"source_run_id = '{run}'"):
-            return
-        name = f"{row['arm']}-{digest[:8]}"
-        model = client.create_logged_model(experiment, name=name, source_run_id=run, tags=tags, model_type=row["type"])
-        client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
-    except (MlflowException, NotImplementedError):  # a server from before logged models: the tags say it all
-        client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
-
-
-def _log_values(client: Any, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
-    from mlflow.entities import Metric, RunTag
-
-    metrics = [Metric(key, value["v"], int(at * 1000), 0) for key, value in values.items() if value["v"] is not None]
-    tags = [RunTag(f"null.{key}", value["why_null"][:MAX_TAG]) for key, value in values.items() if value["v"] is None]
-    client.log_batch(run, metrics=metrics, tags=tags)
+def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Return an arm's core figures: hours of all its attempts, quality of the finished one; the mean over seeds."""
+    seeds: dict[int, dict[str, float | None]] = {}
+    for attempt in (attempt for attempt in attempts if attempt["finished"]):
+        seeds[attempt["seed"]] = dict(attempt["core"])
+    for seed, core in seeds.items():
+        for key in (key for key in core if key.startswith("compute/")):
+            core[key] = sum(attempt["core"].get(key) or 0.0 for attempt in attempts if attempt["seed"] == seed)
+    columns = {key: [core.get(key) for core in seeds.values()] for key in next(iter(seeds.values()), {})}
+    return {
+        key: sum(have) / len(have)
+        for key, column in columns.items()
+        if len(have := [value for value in column if value is not None]) == len(column)
+    }
 
 
 def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -247,28 +390,29 @@ def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
             yield f"{prefix}/{key}", value
 
 
-def _end(client: Any, parent: str, state: dict[str, Any], event: dict[str, Any], run_dir: Path) -> None:
-    """End the parent: core keys of the primary arm, run totals, report, true status."""
-    hours = event["run"]["device_hours"]
-    values = {"compute/run_device_hours": hours["total"], "compute/run_spent_device_hours": event["run"]["spent"],
-              "compute/run_reused_device_hours": event["run"]["reused"]}  # fmt: skip
-    primary = state.get("rows", {}).get(event["primary_arm"])
-    if primary is not None:
-        core = {key: value for key, value in row_summary(primary).items() if BY_KEY[key].core}
-        values |= {key: value for key, value in core.items() if value["v"] is not None}
-    _log_values(client, parent, values, event["t"])
-    client.set_tag(parent, "mlflow.note.content", event["description"][:MAX_DESCRIPTION])
-    for name in event["files"]:
-        if (run_dir / name).is_file():
-            client.log_artifact(parent, str(run_dir / name))
-    client.set_terminated(parent, status=event["status"], end_time=int(event["t"] * 1000))
+def store_errors() -> tuple[type[Exception], ...]:
+    """Return what a store raises that is down, or refuses."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:  # mlflow-skinny has servers only
+        return (MlflowException, OSError)
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def is_down(error: Exception) -> bool:
+    """Tell a store that cannot be reached from one that answers and refuses."""
+    return getattr(error, "error_code", "INTERNAL_ERROR") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
 def quiet() -> None:
     """Keep MLflow from blocking for minutes on a dead server, and from chattering."""
     import logging
 
-    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")):
+    defaults = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+                "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)

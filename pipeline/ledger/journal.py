@@ -22,16 +22,23 @@ class Journal:
         self._now_ns = now_ns
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._lock = threading.Lock()
-        if _is_torn(path):  # a killed process's last line stays a line of its own
-            os.write(self._file, b"\n")
+        self._torn = _is_torn(path)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Everything but `points` is on disk when this returns."""
         line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **_finite(fields)}
         with self._lock:
-            os.write(self._file, (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
             if event != "points":
                 os.fsync(self._file)
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line. One that a kill or a full disk tore stays a line of its own, which reading skips."""
+        rest = b"\n" + line if self._torn else line
+        self._torn = True
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        self._torn = False
 
     def close(self) -> None:
         """Close the file."""
@@ -57,12 +64,33 @@ def _finite(value: Any) -> Any:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a journal; lines torn by a kill are left out."""
-    events: list[dict[str, Any]] = []
+    return read_new(path, 0)[0]
+
+
+def read_new(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the events behind byte `offset`, and the byte to go on from; a line still being written waits."""
     if not path.is_file():
-        return events
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+        return [], 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    parsed = (_parse(line) for line in whole.split(b"\n"))  # not splitlines: values may hold other line ends
+    return [event for event in parsed if event is not None], offset + len(whole)
+
+
+def read_first(path: Path) -> dict[str, Any] | None:
+    """Return the first event of a journal, or None where it has none yet."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        whole = (line for line in file if line.endswith(b"\n"))
+        return next((event for line in whole if (event := _parse(line)) is not None), None)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # JSONDecodeError or UnicodeDecodeError
+        return None
+    return event if isinstance(event, dict) else None
