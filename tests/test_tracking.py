@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from make_result import make_pairs, make_row, make_run
 from mlflow import MlflowClient
 
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.redact import REDACTED, has_login, redact_override, redact_value
+from pipeline.redact import REDACTED
 from pipeline.sync import main
 from pipeline.tracking import deliver
 
@@ -106,10 +105,10 @@ def everything(root: Path) -> dict[str, Any]:
 # -- what is delivered ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_delivered_once_with_all_it_holds(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
+def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
+    folder = write_run(root)
     assert deliver(folder) == len(read_events(folder / "journal.jsonl"))
-    client, runs = store(tmp_path)
+    client, runs = store(root)
     parent, student = runs["run-1"], runs["student"]
     assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("run-1", *ARMS), "FINISHED")
     assert student.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -128,9 +127,9 @@ def test_a_run_is_delivered_once_with_all_it_holds(tmp_path: Path) -> None:
     assert parent.data.params["hub.api_key"] == REDACTED
 
 
-def test_artifacts_are_logged_models_of_their_runs(tmp_path: Path) -> None:
-    deliver(write_run(tmp_path))
-    client, runs = store(tmp_path)
+def test_artifacts_are_logged_models_of_their_runs(root: Path) -> None:
+    deliver(write_run(root))
+    client, runs = store(root)
     row = make_row("student")
     (output,) = runs["student"].outputs.model_outputs
     model = client.get_logged_model(output.model_id)
@@ -140,18 +139,18 @@ def test_artifacts_are_logged_models_of_their_runs(tmp_path: Path) -> None:
     assert model.status == "READY"
 
 
-def test_delivering_again_or_with_its_memory_lost_changes_nothing(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
+def test_delivering_again_or_with_its_memory_lost_changes_nothing(root: Path) -> None:
+    folder = write_run(root)
     deliver(folder)
-    before = everything(tmp_path)
+    before = everything(root)
     assert deliver(folder) == 0
     (folder / "mlflow.json").unlink()  # as if the process died between the last write and remembering it
     assert deliver(folder) > 0
-    assert everything(tmp_path) == before
+    assert everything(root) == before
 
 
-def test_the_rest_is_delivered_after_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_run(tmp_path, ended=False)
+def test_the_rest_is_delivered_after_an_outage(root: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(root, ended=False)
     lock = FileLock(folder / ".lock")
     with lock:
         deliver(folder)
@@ -173,10 +172,12 @@ def test_the_rest_is_delivered_after_an_outage(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(OSError, match="connection lost"):
             deliver(folder)
     deliver(folder)
-    other = tmp_path / "other"
-    deliver(write_run(other))
+    other = root / "other"
+    folder = write_run(other)
+    shutil.copy(empty_store, other)
+    deliver(folder)
     strip = lambda all_runs: {name: (*run[1:3], *run[4:]) for name, run in all_runs.items()}
-    assert strip(everything(tmp_path)) == strip(everything(other))
+    assert strip(everything(root)) == strip(everything(other))
 
 
 def test_a_store_that_was_deleted_gets_everything_again_from_sync(root: Path) -> None:
@@ -201,28 +202,28 @@ def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
 # -- statuses -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_process_went_without_a_word_is_killed_and_may_go_on(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, ended=False)
+def test_a_run_whose_process_went_without_a_word_is_killed_and_may_go_on(root: Path) -> None:
+    folder = write_run(root, ended=False)
     journal = Journal(folder / "journal.jsonl")
     stage(journal, "control_steps")
     with FileLock(folder / ".lock"):  # it lives
         deliver(folder)
-        statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+        statuses = {name: run.info.status for name, run in store(root)[1].items()}
         assert statuses == {"run-1": "RUNNING", "teacher": "FINISHED", "student": "FINISHED",
                             "control_steps": "RUNNING"}  # fmt: skip
-    assert main([str(tmp_path)]) == 0
-    statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+    assert main([str(root)]) == 0
+    statuses = {name: run.info.status for name, run in store(root)[1].items()}
     assert statuses == {"run-1": "KILLED", "teacher": "FINISHED", "student": "FINISHED", "control_steps": "KILLED"}
     start(journal, "run-1", attempt=2)
     row = make_row("control_steps", attempt=2)
     stage(journal, "control_steps", attempt=2)
     with FileLock(folder / ".lock"):
         deliver(folder)
-        assert store(tmp_path)[1]["run-1"].info.status == "RUNNING"
+        assert store(root)[1]["run-1"].info.status == "RUNNING"
         journal.write("row", row=row)
         end(journal, [row])
     deliver(folder)
-    statuses = {name: run.info.status for name, run in store(tmp_path)[1].items()}
+    statuses = {name: run.info.status for name, run in store(root)[1].items()}
     assert statuses == {"run-1": "FINISHED", "teacher": "FINISHED", "student": "FINISHED", "control_steps": "KILLED",
                         "control_steps seed 0 attempt 2": "FINISHED"}  # fmt: skip
 
@@ -255,18 +256,18 @@ def _until(what: Any, seconds: float = 90) -> None:
 
 
 @pytest.mark.faults
-def test_the_writer_outlives_a_killed_run_and_says_so(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, ended=False)
+def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
+    folder = write_run(root, ended=False)
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder), "600"], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     writer = int(parent.stdout.readline())
     _until(lambda: (folder / "mlflow.json").is_file())  # it delivers while the run works
-    assert store(tmp_path)[1]["run-1"].info.status == "RUNNING"
+    assert store(root)[1]["run-1"].info.status == "RUNNING"
     assert os.getsid(writer) != os.getsid(parent.pid)  # a terminal's Ctrl-C does not reach it
     parent.send_signal(signal.SIGKILL)
     parent.communicate(timeout=30)
     _until(lambda: _gone(writer))
-    assert store(tmp_path)[1]["run-1"].info.status == "KILLED"
+    assert store(root)[1]["run-1"].info.status == "KILLED"
 
 
 # -- servers that do not answer -------------------------------------------------------------------------------------
@@ -295,11 +296,11 @@ def silent_server() -> Iterator[str]:
         connection.close()
 
 
-def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(tmp_path: Path) -> None:
+def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) -> None:
     free = socket.create_server(("127.0.0.1", 0))
     port = free.getsockname()[1]
     free.close()
-    folder = write_run(tmp_path)
+    folder = write_run(root)
     command = [sys.executable, "-m", "pipeline.sync", str(folder)]
     there = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
@@ -308,11 +309,11 @@ def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(tmp_path: Path
     assert "the journal keeps everything" in done.stderr
     assert "Traceback" not in done.stderr
     assert deliver(folder) > 0
-    assert store(tmp_path)[1]["run-1"].info.status == "FINISHED"
+    assert store(root)[1]["run-1"].info.status == "FINISHED"
 
 
-def test_a_server_that_never_answers_is_given_up_in_bounded_time(tmp_path: Path, silent_server: str) -> None:
-    folder = write_run(tmp_path)
+def test_a_server_that_never_answers_is_given_up_in_bounded_time(root: Path, silent_server: str) -> None:
+    folder = write_run(root)
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     there = {**os.environ, "MLFLOW_TRACKING_URI": silent_server, **quick}
     command = [sys.executable, "-m", "pipeline.sync", "--follow", str(folder), str(os.getpid())]
@@ -321,43 +322,14 @@ def test_a_server_that_never_answers_is_given_up_in_bounded_time(tmp_path: Path,
     assert "MLflow cannot be reached" in done.stderr
 
 
-def test_the_environment_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
-    deliver(write_run(tmp_path / "root", uri="http://127.0.0.1:9"))
-    assert "run-1" in store(elsewhere)[1]
+def test_the_environment_names_the_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    deliver(write_run(root / "elsewhere", uri="http://127.0.0.1:9"))
+    assert "run-1" in store(root)[1]
+    assert not (root / "elsewhere" / "mlflow.db").exists()
 
 
-def test_sync_refuses_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 1
+def test_sync_refuses_a_folder_without_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root)]) == 1
     assert "holds no runs" in capsys.readouterr().err
     assert main(["--help"]) == 0
-
-
-# -- secrets --------------------------------------------------------------------------------------------------------
-
-
-def test_secrets_are_marked_and_plain_settings_are_not() -> None:
-    assert redact_value("hub.token", "hf_abc") == REDACTED
-    assert redact_value("a.api_key", "x") == REDACTED
-    assert redact_value("tracking.uri", "https://me:pw@host/x") == f"https://{REDACTED}@host/x"
-    assert redact_override("tracking.uri=https://me:pw@host") == f"tracking.uri=https://{REDACTED}@host"
-    assert redact_override("training.max_tokens=5") == "training.max_tokens=5"
-    assert redact_override("-m") == "-m"
-    assert has_login("postgresql://me:pw@host/db")
-    assert not has_login("sqlite:////tmp/mlflow.db")
-
-
-def test_the_journal_survives_a_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    journal.write("run_start", loss=float("nan"))
-    journal.close()
-    with path.open("a") as file:
-        file.write('{"e": "row", "to')  # killed while writing
-    journal = Journal(path)
-    journal.write("heartbeat")
-    journal.close()
-    assert [event["e"] for event in read_events(path)] == ["run_start", "heartbeat"]
-    assert json.loads(path.read_text().splitlines()[0])["loss"] is None
