@@ -141,7 +141,7 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
 
 
 def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: Path) -> None:
-    args = [*TINY, "data=stdlib_labels", "training.steps=80", "training.batch_size=16", "data.max_documents=600",
+    args = [*TINY, "data=stdlib_labels", "training.steps=300", "training.batch_size=16", "data.max_documents=600",
             "quality.max_documents=400", "tracking.mlflow=false"]  # fmt: skip
     accuracy = {}
     for shuffled in ("false", "true"):
