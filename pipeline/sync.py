@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
 FOLLOW = "--follow"
-INTERVAL_S = 2.0  # between deliveries
+INTERVAL_S, DYING_S = 2.0, 0.2  # between deliveries; the same for a run that is about to be no more
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
@@ -45,12 +46,14 @@ def main(argv: list[str]) -> int:
 def follow(run_dir: Path, parent: int) -> int:
     """Deliver a run's journal until it ends or its process is gone; meanwhile what other runs left. Return 0 or 1.
 
-    The run holds the other end of our standard input: it is closed when the run has ended, or is no more.
+    The run holds the other end of our standard input: it is closed when the run has ended, or is about to be no more.
     """
     _step_back()
     others = (folder for folder in sorted(run_dir.parent.glob("*/")) if folder != run_dir and _is_wanted(folder))
+    closed = False
     while True:
-        ended = os.getppid() != parent or _has_closed(sys.stdin.fileno(), 0)  # asked first: what there was then is read
+        gone = os.getppid() != parent  # asked first: what there was by then is delivered now
+        ended = gone or (closed and _has_ended(run_dir))
         problem = None
         try:
             _deliver(run_dir)
@@ -61,11 +64,20 @@ def follow(run_dir: Path, parent: int) -> int:
             problem, other = str(error), None
         if ended:
             break
-        if other is None:
-            _has_closed(sys.stdin.fileno(), INTERVAL_S)
+        if closed:  # a process that dies lets go of its lock later than of this
+            time.sleep(DYING_S)
+        elif other is None:
+            closed = _has_closed(sys.stdin.fileno(), INTERVAL_S)
     if problem is not None:
         print(problem, file=sys.stderr)
     return int(problem is not None)
+
+
+def _has_ended(run_dir: Path) -> bool:
+    from pipeline.ledger.journal import read_events
+
+    events = read_events(run_dir / JOURNAL)
+    return bool(events) and events[-1]["e"] == "run_end"
 
 
 def _step_back() -> None:
