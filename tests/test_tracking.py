@@ -10,20 +10,27 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
-from make_result import make_pairs, make_row, make_run, null, value
+from make_result import make_pairs, make_row, make_run, make_unfinished, null, value
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, INTERNAL_ERROR
+from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline import assemble
+from pipeline.config import Run
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.metrics import CATALOGUE
 from pipeline.redact import REDACTED
-from pipeline.sync import main
-from pipeline.tracking import deliver
+from pipeline.sync import LOG, main
+from pipeline.tracking import declared_uri, deliver, store_errors, ui_command
 
 ARMS = ("teacher", "student")
 
@@ -49,11 +56,14 @@ def root(tmp_path: Path, empty_store: Path) -> Path:
     return tmp_path
 
 
-def start(journal: Journal, run_id: str, *, attempt: int = 1, uri: str | None = None, **tags: str) -> None:
+def start(
+    journal: Journal, run_id: str, *, attempt: int = 1, uri: str | None = None, mlflow: bool = True, **tags: str
+) -> None:
     journal.write(
         "run_start", run_id=run_id, started_ns=0, attempt=attempt, recipe="distill", question="is it worth it?",
         experiment="distill", tracking_uri=uri, tags=tags,
-        params={"training.steps": 4, "hub.api_key": "hunter2", "student.config.odd_key*": 1},
+        params={"training.steps": 4, "hub.api_key": "hunter2", "student.config.odd_key*": 1,
+                "tracking.mlflow": mlflow},
         datasets=[{"name": "d", "digest": "a" * 60, "split": "test", "num_documents": 3}],
     )  # fmt: skip
 
@@ -71,12 +81,14 @@ def end(journal: Journal, rows: list[dict[str, Any]], status: str = "FINISHED", 
                   files=["report.md"])  # fmt: skip
 
 
-def write_run(root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True) -> Path:
+def write_run(
+    root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True, mlflow: bool = True
+) -> Path:
     folder = root / "runs" / run_id
     folder.mkdir(parents=True)
     (folder / "report.md").write_text("# report")
     journal = Journal(folder / "journal.jsonl")
-    start(journal, run_id, uri=uri, team="vision")
+    start(journal, run_id, uri=uri, mlflow=mlflow, team="vision")
     rows = [make_row(arm) for arm in ARMS]
     for row in rows:
         stage(journal, row["arm"])
@@ -347,17 +359,51 @@ def test_a_run_whose_process_went_without_a_word_is_killed_and_may_go_on(root: P
                         "control_steps seed 0 attempt 2": "FINISHED"}  # fmt: skip
 
 
+@pytest.mark.parametrize("status", ["FAILED", "KILLED", "FINISHED"])
+def test_a_stage_that_left_no_row_ends_with_its_run(root: Path, status: str) -> None:
+    """Ctrl-C, SIGTERM or a crash may come between a stage's start and its window."""
+    folder = root / "runs" / "run-1"
+    folder.mkdir(parents=True)
+    journal = Journal(folder / "journal.jsonl")
+    start(journal, "run-1")
+    rows = [make_unfinished("teacher", "FAILED", "diverged"), make_unfinished("control_steps", "SKIPPED", "no GPU")]
+    for row in rows:
+        journal.write("row", row=row)
+    stage(journal, "student")
+    end(journal, [make_row("teacher")], status, why="told")
+    deliver(folder)
+    _, runs = store(root)
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "run-1": status, "teacher": "FAILED", "control_steps": "FINISHED",
+        "student": "FAILED" if status == "FAILED" else "KILLED",
+    }  # fmt: skip
+    assert runs["control_steps"].data.tags["status"] == "SKIPPED"
+    assert runs["teacher"].data.tags["why"] == "diverged"
+    assert runs["run-1"].data.tags["why"] == "told"
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
 from filelock import FileLock
 from pipeline.opening import _start_writer
 folder = Path(sys.argv[1])
-with FileLock(folder / ".lock"):
-    writer = _start_writer(folder)
-    print(writer.pid, flush=True)
-    time.sleep(float(sys.argv[2]))
+lock = FileLock(folder / ".lock")
+lock.acquire()
+writer = _start_writer(folder)
+print(writer.pid, flush=True)
+sys.stdin.readline()
+lock.release()
+writer.stdin.close()
+print(writer.wait(), flush=True)
 """
+
+
+def _run_with_a_writer(folder: Path) -> tuple[subprocess.Popen[str], int]:
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    return run, int(run.stdout.readline())
 
 
 def _gone(pid: int) -> bool:
@@ -377,16 +423,74 @@ def _until(what: Any, seconds: float = 90) -> None:
 @pytest.mark.faults
 def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
     folder = write_run(root, ended=False)
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder), "600"], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    writer = int(parent.stdout.readline())
+    run, writer = _run_with_a_writer(folder)
     _until(lambda: (folder / "mlflow.json").is_file())  # it delivers while the run works
     assert store(root)[1]["run-1"].info.status == "RUNNING"
-    assert os.getsid(writer) != os.getsid(parent.pid)  # a terminal's Ctrl-C does not reach it
-    parent.send_signal(signal.SIGKILL)
-    parent.communicate(timeout=30)
+    assert os.getsid(writer) != os.getsid(run.pid)  # a terminal's Ctrl-C does not reach it
+    assert os.getpriority(os.PRIO_PROCESS, writer) == 19
+    weight = Path(f"/proc/{writer}/autogroup")
+    assert not weight.exists() or weight.read_text().split()[-1] == "19"  # sessions are weighed before processes
+    held = {os.readlink(link) for link in Path(f"/proc/{writer}/fd").iterdir()}
+    assert str(folder / ".lock") not in held
+    assert os.readlink(f"/proc/{writer}/fd/1") == os.devnull
+    run.send_signal(signal.SIGKILL)
+    run.communicate(timeout=30)
     _until(lambda: _gone(writer))
     assert store(root)[1]["run-1"].info.status == "KILLED"
+
+
+@pytest.mark.faults
+def test_the_writer_ends_with_the_run_and_delivers_what_others_left(root: Path) -> None:
+    folder = write_run(root, "run-1", ended=False)
+    write_run(root, "run-2", ended=False)  # its process was killed long ago
+    write_run(root, "run-3", mlflow=False)
+    run, _ = _run_with_a_writer(folder)
+    _until(lambda: (root / "runs/run-2/mlflow.json").is_file())
+    journal = Journal(folder / "journal.jsonl")
+    end(journal, [make_row(arm) for arm in ARMS])
+    journal.close()
+    said = run.communicate("\n", timeout=90)
+    assert said == ("0\n", "")
+    _, runs = store(root)
+    assert {name: run.info.status for name, run in runs.items() if name.startswith("run-")} == {
+        "run-1": "FINISHED", "run-2": "KILLED"
+    }  # fmt: skip
+    assert (folder / LOG).read_text() == ""
+
+
+STAND_INS = {
+    "import sys; sys.stdin.read()": "MLflow: mlflow ui --backend-store-uri sqlite:///",
+    "import sys; sys.exit('chatter\\nMLflow cannot be reached (why)')": "MLflow cannot be reached (why); `python -m",
+    "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline.sync",
+    "import time; time.sleep(60)": "MLflow did not answer within 1 s; its writer goes on, and `python -m pipeline.sync",
+}
+
+
+@pytest.mark.parametrize("code", STAND_INS)
+def test_the_run_waits_for_its_writer_a_bounded_time_and_says_what_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    folder = tmp_path / "runs" / "run-1"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(assemble, "DELIVERY_S", 1.0)
+    with (folder / LOG).open("wb") as log:
+        writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=log)
+    attempt: Any = SimpleNamespace(folder=folder, run=Run())
+    assert assemble._delivered(attempt, writer).startswith(STAND_INS[code])
+    writer.kill()
+    writer.wait()
+
+
+def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
+    class Interrupted:
+        stdin = None
+
+        def wait(self, _: float) -> int:
+            raise KeyboardInterrupt
+
+    attempt: Any = SimpleNamespace(folder=tmp_path / "runs/run-1", run=Run())
+    writer: Any = Interrupted()
+    assert assemble._delivered(attempt, writer).startswith("not waiting for MLflow; its writer goes on")
 
 
 # -- servers that do not answer -------------------------------------------------------------------------------------
@@ -446,6 +550,112 @@ def test_the_environment_names_the_store(root: Path, monkeypatch: pytest.MonkeyP
     deliver(write_run(root / "elsewhere", uri="http://127.0.0.1:9"))
     assert "run-1" in store(root)[1]
     assert not (root / "elsewhere" / "mlflow.db").exists()
+
+
+def test_where_a_run_went_is_noted_without_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert declared_uri(None) is None
+    assert declared_uri("http://a:5000") == "http://a:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@b")
+    assert declared_uri("http://a:5000") == "https://b"
+    assert ui_command(tmp_path, "http://a:5000") == "open https://b"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert ui_command(tmp_path) == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"])
+def test_the_environment_names_the_experiment(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.create_experiment("mine")
+    monkeypatch.setenv(name, "mine" if name.endswith("NAME") else experiment)
+    deliver(write_run(root))
+    assert len(client.search_runs([experiment])) == 1 + len(ARMS)
+
+
+def test_a_run_that_the_store_refuses_does_not_keep_others_from_it(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    client.delete_experiment(client.create_experiment("gone"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    write_run(root, "run-1")
+    with pytest.raises(MlflowException):
+        deliver(root / "runs/run-1")
+    assert main([str(root)]) == 1
+    assert "run-1: MLflow refuses (" in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    write_run(root, "run-0")
+    journal = root / "runs/run-1/journal.jsonl"
+    journal.write_text(journal.read_text().replace('"experiment": "distill"', '"experiment": "gone"'))
+    write_run(root, "run-2")
+    assert main([str(root)]) == 1
+    assert {name for name in store(root)[1] if name.startswith("run-")} == {"run-0", "run-2"}
+
+
+def test_a_journal_that_has_not_begun_is_left_alone(root: Path) -> None:
+    folder = root / "runs" / "run-1"
+    folder.mkdir(parents=True)
+    assert deliver(folder) == 0
+    (folder / "journal.jsonl").write_text('{"e": "run_sta')
+    assert deliver(folder) == 0
+    assert not (folder / "mlflow.json").exists()
+
+
+def test_servers_from_before_logged_models_get_tags(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise MlflowException("no such endpoint", error_code=ENDPOINT_NOT_FOUND)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise MlflowException("no", error_code=INTERNAL_ERROR)
+
+    folder = write_run(root)
+    monkeypatch.setattr(MlflowClient, "search_logged_models", refused)
+    with pytest.raises(MlflowException, match="no"):  # another trouble is no reason to go without
+        deliver(folder)
+    monkeypatch.setattr(MlflowClient, "search_logged_models", unknown)
+    deliver(folder)
+    tags = store(root)[1]["student"].data.tags
+    assert tags["model.linked"] == "no: this MLflow server has no logged models"
+    assert tags["model.digest"] == make_row("student")["artifact"]["digest"]
+
+
+def test_mlflow_skinny_has_no_sqlalchemy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SQLAlchemyError in store_errors()
+    monkeypatch.setitem(sys.modules, "sqlalchemy.exc", None)
+    assert store_errors() == (MlflowException, OSError)
+
+
+@pytest.mark.slow
+def test_a_real_server_gets_what_a_file_gets(root: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(root)
+    other = root / "other"
+    shutil.copytree(folder, other / "runs" / folder.name)
+    shutil.copy(empty_store, other)
+    deliver(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{other / 'mlflow.db'}",
+               "--artifacts-destination", str(other / "a")]  # fmt: skip
+    nothing = subprocess.DEVNULL
+    server = subprocess.Popen(command, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        _until(lambda: _answers(port))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        assert deliver(other / "runs" / folder.name) > 0
+        assert deliver(other / "runs" / folder.name, look_again=True) == 0
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert everything(other) == everything(root)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def test_sync_refuses_a_folder_without_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
