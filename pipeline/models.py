@@ -307,7 +307,7 @@ def make_student(
         model = load_model(config.path, task, labels=labels, revision=config.revision, key=key)
         return model, load_tokenizer(config.path, revision=config.revision, key=key)
     tokenizer = load_tokenizer(source, key="student.source")
-    if config.config is not None:
+    if config.config:
         changed = _changed_config(load_config(source, key="student.source"), config.config, task)
         if task is Task.sequence_classification:
             changed.get_text_config().pad_token_id = tokenizer.pad_token_id
