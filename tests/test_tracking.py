@@ -392,9 +392,11 @@ lock = FileLock(folder / ".lock")
 lock.acquire()
 writer = _start_writer(folder)
 print(writer.pid, flush=True)
-sys.stdin.readline()
-lock.release()
+dies = sys.stdin.readline() == "die\\n"
+if not dies:
+    lock.release()
 writer.stdin.close()
+time.sleep(600 * dies)
 print(writer.wait(), flush=True)
 """
 
@@ -433,6 +435,11 @@ def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
     held = {os.readlink(link) for link in Path(f"/proc/{writer}/fd").iterdir()}
     assert str(folder / ".lock") not in held
     assert os.readlink(f"/proc/{writer}/fd/1") == os.devnull
+    assert run.stdin is not None
+    run.stdin.write("die\n")  # a dying process lets go of the writer before it lets go of its lock
+    run.stdin.flush()
+    time.sleep(1)
+    assert not _gone(writer)
     run.send_signal(signal.SIGKILL)
     run.communicate(timeout=30)
     _until(lambda: _gone(writer))
