@@ -94,7 +94,7 @@ def reference_step(model: Any, batch: dict[str, torch.Tensor], config: TrainingC
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation: int, max_norm: float) -> None:
     """Micro-batches have unequal numbers of targets: means of means would differ."""
     config = settings(steps=1, gradient_accumulation=accumulation, max_grad_norm=max_norm, weight_decay=0.5)
@@ -104,10 +104,15 @@ def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation
     assert len({int((part != IGNORE).sum()) for part in batch["labels"].chunk(4)}) > 1
     reference_step(expected, batch, config)
     run(model, config, tmp_path)
-    # Adam's first step is the gradient's sign: elements whose gradient is rounding noise may turn round
+    # Adam's first step is nearly the gradient's sign, so where the gradient is rounding noise it says nothing
+    compared = total = 0
+    for (name, wanted), found in zip(expected.named_parameters(), model.parameters(), strict=True):
+        sound = wanted.grad.abs() > 1e-3 * wanted.grad.abs().max()
+        torch.testing.assert_close(found[sound], wanted[sound], rtol=0, atol=2e-6, msg=name)
+        compared, total = compared + int(sound.sum()), total + sound.numel()
+    assert compared > 0.9 * total
     moved = (expected.lm_head.weight - tiny(Task.causal_lm).double().lm_head.weight).abs().detach()
     assert float(moved.max()) > 0.9 * config.learning_rate
-    same(weights(expected), weights(model), rtol=0, atol=2e-5)
 
 
 def test_counts_are_those_of_the_batches(tmp_path: Path) -> None:
