@@ -1,4 +1,4 @@
-"""MLflow from the journal: once, truly, and never in the way, against real SQLite stores, servers and processes."""
+"""From the journal to MLflow: what is delivered, once and truly, into real SQLite stores and a real server."""
 
 from __future__ import annotations
 
@@ -8,118 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
-from make_result import make_pairs, make_row, make_run, make_unfinished, null, value
+from make_journal import ARMS, end, everything, stage, start, store, write_run
+from make_result import make_row, make_unfinished, null, value
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, INTERNAL_ERROR
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline import assemble
-from pipeline.config import Run
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.metrics import CATALOGUE
 from pipeline.redact import REDACTED
-from pipeline.sync import LOG, main
+from pipeline.sync import main
 from pipeline.tracking import declared_uri, deliver, store_errors, ui_command
-
-ARMS = ("teacher", "student")
-
-
-@pytest.fixture(autouse=True)
-def no_mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store after its migrations, which take seconds; made once and copied."""
-    root = tmp_path_factory.mktemp("empty-store")
-    MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}").search_experiments()
-    return root / "mlflow.db"
-
-
-@pytest.fixture
-def root(tmp_path: Path, empty_store: Path) -> Path:
-    """A folder `mlruns` whose store is there already."""
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return tmp_path
-
-
-def start(
-    journal: Journal, run_id: str, *, attempt: int = 1, uri: str | None = None, mlflow: bool = True, **tags: str
-) -> None:
-    journal.write(
-        "run_start", run_id=run_id, started_ns=0, attempt=attempt, recipe="distill", question="is it worth it?",
-        experiment="distill", tracking_uri=uri, tags=tags,
-        params={"training.steps": 4, "hub.api_key": "hunter2", "student.config.odd_key*": 1,
-                "tracking.mlflow": mlflow},
-        datasets=[{"name": "d", "digest": "a" * 60, "split": "test", "num_documents": 3}],
-    )  # fmt: skip
-
-
-def stage(journal: Journal, arm: str, *, attempt: int = 1) -> None:
-    journal.write("stage_start", arm=arm, stage=arm, type="train", seed=0, attempt=attempt, params={"steps": 4},
-                  depends_on=[])  # fmt: skip
-    for step in (1, 2):
-        journal.write("points", arm=arm, seed=0, attempt=attempt, step=step, values={"loss": 3.0 - step})
-
-
-def end(journal: Journal, rows: list[dict[str, Any]], status: str = "FINISHED", why: str | None = None) -> None:
-    journal.write("comparisons", comparisons=make_pairs("distill")[:1])
-    journal.write("run_end", status=status, why=why, primary_arm="student", run=make_run(rows), description="x" * 9000,
-                  files=["report.md"])  # fmt: skip
-
-
-def write_run(
-    root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True, mlflow: bool = True
-) -> Path:
-    folder = root / "runs" / run_id
-    folder.mkdir(parents=True)
-    (folder / "report.md").write_text("# report")
-    journal = Journal(folder / "journal.jsonl")
-    start(journal, run_id, uri=uri, mlflow=mlflow, team="vision")
-    rows = [make_row(arm) for arm in ARMS]
-    for row in rows:
-        stage(journal, row["arm"])
-        journal.write("row", row=row)
-    if ended:
-        end(journal, rows)
-    journal.close()
-    return folder
-
-
-def store(root: Path) -> tuple[MlflowClient, dict[str, Any]]:
-    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("distill")
-    assert experiment is not None
-    return client, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-
-
-def everything(root: Path) -> dict[str, Any]:
-    """Return all that a store holds of the runs, ids of other runs left out."""
-    client, runs = store(root)
-    return {
-        name: (run.info.status, run.info.start_time, run.info.end_time, run.data.params,
-               {key: value for key, value in run.data.tags.items() if key != "mlflow.parentRunId"},
-               {key: [(point.step, point.timestamp, point.value)
-                      for point in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics},
-               len(run.inputs.dataset_inputs), len(run.outputs.model_outputs))
-        for name, run in runs.items()
-    }  # fmt: skip
-
-
-# -- what is delivered ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
@@ -321,16 +227,7 @@ def test_what_was_thrown_away_in_the_ui_stays_away(root: Path) -> None:
     assert store(root)[1] == {}
 
 
-def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, f"run-{number}") for number in range(3)]
-    commands = [[sys.executable, "-m", "pipeline.sync", str(folder)] for folder in [*folders, folders[0]]]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    assert [process.communicate(timeout=120)[1] for process in processes] == [""] * 4
-    _, runs = store(tmp_path)
-    assert {name for name in runs if name.startswith("run-")} == {"run-0", "run-1", "run-2"}
-
-
-# -- statuses -------------------------------------------------------------------------------------------------------
+# -- statuses
 
 
 def test_a_run_whose_process_went_without_a_word_is_killed_and_may_go_on(root: Path) -> None:
@@ -382,174 +279,7 @@ def test_a_stage_that_left_no_row_ends_with_its_run(root: Path, status: str) -> 
     assert runs["run-1"].data.tags["why"] == "told"
 
 
-PARENT = """
-import sys, time
-from pathlib import Path
-from filelock import FileLock
-from pipeline.opening import _start_writer
-folder = Path(sys.argv[1])
-lock = FileLock(folder / ".lock")
-lock.acquire()
-writer = _start_writer(folder)
-print(writer.pid, flush=True)
-dies = sys.stdin.readline() == "die\\n"
-if not dies:
-    lock.release()
-writer.stdin.close()
-time.sleep(600 * dies)
-print(writer.wait(), flush=True)
-"""
-
-
-def _run_with_a_writer(folder: Path) -> tuple[subprocess.Popen[str], int]:
-    command = [sys.executable, "-c", PARENT, str(folder)]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    return run, int(run.stdout.readline())
-
-
-def _gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def _until(what: Any, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert what()
-
-
-@pytest.mark.faults
-def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
-    folder = write_run(root, ended=False)
-    run, writer = _run_with_a_writer(folder)
-    _until(lambda: (folder / "mlflow.json").is_file())  # it delivers while the run works
-    assert store(root)[1]["run-1"].info.status == "RUNNING"
-    assert os.getsid(writer) != os.getsid(run.pid)  # a terminal's Ctrl-C does not reach it
-    assert os.getpriority(os.PRIO_PROCESS, writer) == 19
-    weight = Path(f"/proc/{writer}/autogroup")
-    assert not weight.exists() or weight.read_text().split()[-1] == "19"  # sessions are weighed before processes
-    held = {os.readlink(link) for link in Path(f"/proc/{writer}/fd").iterdir()}
-    assert str(folder / ".lock") not in held
-    assert os.readlink(f"/proc/{writer}/fd/1") == os.devnull
-    assert run.stdin is not None
-    run.stdin.write("die\n")  # a dying process lets go of the writer before it lets go of its lock
-    run.stdin.flush()
-    time.sleep(1)
-    assert not _gone(writer)
-    run.send_signal(signal.SIGKILL)
-    run.communicate(timeout=30)
-    _until(lambda: _gone(writer))
-    assert store(root)[1]["run-1"].info.status == "KILLED"
-
-
-@pytest.mark.faults
-def test_the_writer_ends_with_the_run_and_delivers_what_others_left(root: Path) -> None:
-    folder = write_run(root, "run-1", ended=False)
-    write_run(root, "run-2", ended=False)  # its process was killed long ago
-    write_run(root, "run-3", mlflow=False)
-    run, _ = _run_with_a_writer(folder)
-    _until(lambda: (root / "runs/run-2/mlflow.json").is_file())
-    journal = Journal(folder / "journal.jsonl")
-    end(journal, [make_row(arm) for arm in ARMS])
-    journal.close()
-    said = run.communicate("\n", timeout=90)
-    assert said == ("0\n", "")
-    _, runs = store(root)
-    assert {name: run.info.status for name, run in runs.items() if name.startswith("run-")} == {
-        "run-1": "FINISHED", "run-2": "KILLED"
-    }  # fmt: skip
-    assert (folder / LOG).read_text() == ""
-
-
-STAND_INS = {
-    "import sys; sys.stdin.read()": "MLflow: mlflow ui --backend-store-uri sqlite:///",
-    "import sys; sys.exit('chatter\\nMLflow cannot be reached (why)')": "MLflow cannot be reached (why); `python -m",
-    "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline.sync",
-    "import time; time.sleep(60)": "MLflow did not answer within 1 s; its writer goes on, and `python -m pipeline.sync",
-}
-
-
-@pytest.mark.parametrize("code", STAND_INS)
-def test_the_run_waits_for_its_writer_a_bounded_time_and_says_what_came_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
-    folder = tmp_path / "runs" / "run-1"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(assemble, "DELIVERY_S", 1.0)
-    with (folder / LOG).open("wb") as log:
-        writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=log)
-    attempt: Any = SimpleNamespace(folder=folder, run=Run())
-    assert assemble._delivered(attempt, writer).startswith(STAND_INS[code])
-    writer.kill()
-    writer.wait()
-
-
-def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
-    class Interrupted:
-        stdin = None
-
-        def wait(self, _: float) -> int:
-            raise KeyboardInterrupt
-
-    attempt: Any = SimpleNamespace(folder=tmp_path / "runs/run-1", run=Run())
-    writer: Any = Interrupted()
-    assert assemble._delivered(attempt, writer).startswith("not waiting for MLflow; its writer goes on")
-
-
-# -- servers that do not answer -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def silent_server() -> Iterator[str]:
-    """A server that takes every connection and never says a word."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    held: list[socket.socket] = []
-
-    def accept() -> None:
-        while True:
-            try:
-                held.append(listener.accept()[0])
-            except OSError:
-                return
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join()
-    for connection in held:
-        connection.close()
-
-
-def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) -> None:
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
-    folder = write_run(root)
-    command = [sys.executable, "-m", "pipeline.sync", str(folder)]
-    there = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "MLflow cannot be reached" in done.stderr
-    assert "the journal keeps everything" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert deliver(folder) > 0
-    assert store(root)[1]["run-1"].info.status == "FINISHED"
-
-
-def test_a_server_that_never_answers_is_given_up_in_bounded_time(root: Path, silent_server: str) -> None:
-    folder = write_run(root)
-    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-    there = {**os.environ, "MLFLOW_TRACKING_URI": silent_server, **quick}
-    command = [sys.executable, "-m", "pipeline.sync", "--follow", str(folder), str(os.getpid())]
-    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "MLflow cannot be reached" in done.stderr
+# -- which store, which server
 
 
 def test_the_environment_names_the_store(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,26 +306,6 @@ def test_the_environment_names_the_experiment(root: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(name, "mine" if name.endswith("NAME") else experiment)
     deliver(write_run(root))
     assert len(client.search_runs([experiment])) == 1 + len(ARMS)
-
-
-def test_a_run_that_the_store_refuses_does_not_keep_others_from_it(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
-    client.delete_experiment(client.create_experiment("gone"))
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
-    write_run(root, "run-1")
-    with pytest.raises(MlflowException):
-        deliver(root / "runs/run-1")
-    assert main([str(root)]) == 1
-    assert "run-1: MLflow refuses (" in capsys.readouterr().err
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
-    write_run(root, "run-0")
-    journal = root / "runs/run-1/journal.jsonl"
-    journal.write_text(journal.read_text().replace('"experiment": "distill"', '"experiment": "gone"'))
-    write_run(root, "run-2")
-    assert main([str(root)]) == 1
-    assert {name for name in store(root)[1] if name.startswith("run-")} == {"run-0", "run-2"}
 
 
 def test_a_journal_that_has_not_begun_is_left_alone(root: Path) -> None:
@@ -646,7 +356,10 @@ def test_a_real_server_gets_what_a_file_gets(root: Path, empty_store: Path, monk
     nothing = subprocess.DEVNULL
     server = subprocess.Popen(command, stdout=nothing, stderr=nothing, start_new_session=True)
     try:
-        _until(lambda: _answers(port))
+        deadline = time.monotonic() + 90
+        while not _answers(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         assert deliver(other / "runs" / folder.name) > 0
         assert deliver(other / "runs" / folder.name, look_again=True) == 0
@@ -663,9 +376,3 @@ def _answers(port: int) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def test_sync_refuses_a_folder_without_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(root)]) == 1
-    assert "holds no runs" in capsys.readouterr().err
-    assert main(["--help"]) == 0
