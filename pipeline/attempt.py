@@ -26,11 +26,12 @@ from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.ledger.record import Spent, ledger, read_memory, reset_memory
+from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
 from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import BASE, training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain
-from pipeline.values import Value, null
+from pipeline.values import Value, measured, null
 
 HEARTBEAT_S = 5.0  # what SIGKILL can lose
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
@@ -50,6 +51,19 @@ class OpenWindow:
 
 
 @dataclass(slots=True)
+class Trace:
+    """How far an attempt at a stage came: the step of its last checkpoint, and the last step known to be done."""
+
+    saved: int = 0
+    reached: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Steps that have to be done again."""
+        return max(0, self.reached - self.saved)
+
+
+@dataclass(slots=True)
 class Attempt:
     """State of this process's attempt at a run.
 
@@ -60,6 +74,8 @@ class Attempt:
         rows: Of stage attempts, this run's and reused ones.
         windows: Of all attempts of this run.
         spans: Clock at start and last sign of life of this run's earlier attempts, by attempt.
+        traces: How far a stage came in its steps, by arm, seed and attempt.
+        resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
         reused_h: Device-hours of work, assessment and comparison that other runs spent and this one takes over.
     """
 
@@ -83,6 +99,8 @@ class Attempt:
     windows: list[Window] = field(default_factory=list)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     reused_h: float = 0.0
+    traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
+    resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stop_signal: int | None = None
@@ -144,6 +162,10 @@ class Attempt:
             return BudgetSpent
         return None if self.stop_signal is None else Preempted
 
+    def trace(self, arm: str, seed: int, attempt: int) -> Trace:
+        """Return the trace of an attempt at a stage, a new one where there is none."""
+        return self.traces.setdefault((arm, seed, attempt), Trace())
+
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             import torch
@@ -152,59 +174,18 @@ class Attempt:
 
     # -- earlier attempts ---------------------------------------------------------------------------------------
 
-    def recover(self, events: list[dict[str, Any]]) -> None:
-        """Take over what earlier attempts of this run spent: hours of a killed process are not lost."""
-        rows = [event["row"] for event in events if event["e"] == "row"]
-        self.rows += [row for row in rows if row["status"] in ("KILLED", "FAILED") and row["reused"] is None]
-        written = {(row["arm"], row["seed"], row["attempt"]) for row in rows}
-        starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
-        for first, end in zip(starts, [*starts, len(events)][1:], strict=True):
-            self._recover_attempt(events[first:end], written)
+    def history(self, arm: str, seed: int, step: int, phases_ns: dict[str, int]) -> list[dict[str, Any]]:
+        """Return what leads to a checkpoint at `step`: attempts, of any run, each with its time up to its last one."""
+        now = {"run_id": self.run_id, "attempt": self.number, "step": step, "phases_ns": phases_ns}
+        return [*self.resumed.get((arm, seed), []), now]
 
-    def _recover_attempt(self, events: list[dict[str, Any]], written: set[tuple[str, int, int]]) -> None:
-        number = events[0]["attempt"]
-        self.spans[number] = events[0]["started_ns"], events[-1]["mono_ns"]
-        closed = [event for event in events if event["e"] == "window"]
-        self.windows += [Window(**event["window"]) for event in closed]
-        opened = [event for event in events if event["e"] == "open"]
-        if len(opened) > len(closed):
-            self._recover_window(opened[-1], events)
-        for arm, seed in dict.fromkeys((event["arm"], event["seed"]) for event in opened if event["arm"] is not None):
-            if (arm, seed, number) not in written:
-                self._recover_row(arm, seed, number, events)
-
-    def _recover_window(self, opened: dict[str, Any], events: list[dict[str, Any]]) -> None:
-        """Close a window that was open when the process was killed: kept up to its last checkpoint."""
-        end_ns = events[-1]["mono_ns"]
-        kept_ns = end_ns - opened["start_ns"] if opened["kind"] == "compare" else 0
-        saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
-        if saved and opened["kind"] == "work":
-            kept_ns = sum(saved[-1]["phases_ns"].values())
-        self.windows.append(Window(
-            **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
-            end_ns=end_ns, kept_ns=kept_ns,
-        ))  # fmt: skip
-
-    def _recover_row(self, arm: str, seed: int, attempt: int, events: list[dict[str, Any]]) -> None:
-        """Write the row that a killed process could not write, from its windows."""
-        spent = Spent(lost_as="rollback")
-        for window in self.windows:
-            if (window.arm, window.seed, window.attempt) == (arm, seed, attempt):
-                spent.work_ns += window.kept_ns if window.kind == "work" else 0
-                spent.assess_ns += window.kept_ns if window.kind == "assess" else 0
-                spent.lost_ns += window.lost_ns
-        own = [event for event in events if (event.get("arm"), event.get("seed")) == (arm, seed)]
-        for event in own:
-            if event["e"] == "window":
-                spent.add_phases(event["phases_ns"])
-        saved = [event for event in own if event["e"] == "checkpoint"]
-        if saved and not spent.phases_ns:
-            spent.phases_ns = saved[-1]["phases_ns"]
-        if not spent.work_ns:
-            spent.lost_as = "failed_attempt"
-        stage = self.run.stages[arm]
-        why = "the process was killed; hours up to its last sign of life"
-        self._add(self._row(arm, stage, seed, spent, Output(), "KILLED", why, attempt=attempt))
+    def _adopt(self, rows: list[Row], *parts: str) -> None:
+        """Show rows of other runs that this one builds on, once each, and count `parts` of their hours as reused."""
+        known = {_identity(row) for row in self.rows}
+        for row in rows:
+            if row["reused"] not in (None, self.run_id) and _identity(row) not in known:
+                self.add(row)
+                self.reused_h += sum(_hours(row, part) for part in parts)
 
     # -- what a stage can use -----------------------------------------------------------------------------------
 
@@ -257,18 +238,23 @@ class Attempt:
 
     def skip(self, name: str, stage: Any, seed: int, why: str) -> None:
         """Record a stage that this device cannot do: a row of nulls with the reason."""
-        row = self._row(name, stage, seed, Spent(), Output(), "SKIPPED", why)
+        row = self.row(name, stage, seed, Spent(), Output(), "SKIPPED", why)
         _blank(row["ledger"], why)
-        self._add(row)
+        self.add(row)
 
     def recall(self, key: str) -> Record | None:
         """Return what is remembered of work with this key."""
         return self.store.recall("keys", key)
 
-    def recall_assessment(self, key: str) -> Record | None:
-        """Return what is remembered of an assessment with this key, if its per-document values are still there."""
+    def recall_assessment(self, key: str, made: Record) -> Record | None:
+        """Return what is remembered of an assessment with this key, if its per-document values are still there.
+
+        What this run made and another one assessed is assessed again: its row belongs to one run.
+        """
         record = self.store.recall("assessments", key)
-        return record if record is not None and Path(record["items"]).is_file() else None
+        if record is None or not Path(record["items"]).is_file():
+            return None
+        return None if self.run_id == made["run_id"] != record["run_id"] else record
 
     def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record:
         """Do a stage's work inside its window and commit its artifact; return what the store remembers of it."""
@@ -285,7 +271,7 @@ class Attempt:
                 artifact, output = self._work(name, stage, inputs, seed, key, window)
                 self._synchronise()
         except BaseException as error:
-            self._add(self._broken(name, stage, seed, window, error))
+            self.add(self._broken(name, stage, seed, window, error))
             raise
         record: Record = {
             "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
@@ -326,8 +312,22 @@ class Attempt:
     def _work(
         self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, window: OpenWindow
     ) -> tuple[Artifact, Output]:
+        trace = self.trace(name, seed, self.number)
+
         def journal(event: str, step: int, **fields: Any) -> None:
+            trace.reached = max(trace.reached, step)
             self.journal.write(event, arm=name, seed=seed, attempt=self.number, step=step, **fields)
+
+        def phases_ns() -> dict[str, int]:
+            return difference(self.clock.mark()[1], window.before)
+
+        def checkpointed(step: int) -> None:
+            trace.saved = step
+            journal("checkpoint", step, phases_ns=phases_ns())
+
+        def resumed(step: int, history: list[dict[str, Any]]) -> None:
+            journal("resume", step, history=history)
+            resume(self, name, seed, self.number, step, history)
 
         with self.store.scratch() as out:
             context = Context(
@@ -335,8 +335,8 @@ class Attempt:
                 checkpoints=self.store.root / "checkpoints" / key,
                 matched=self.outputs.get((getattr(stage, "like", ""), seed)),
                 points=lambda step, values: journal("points", step, values=values),
-                checkpointed=lambda step: journal(
-                    "checkpoint", step, phases_ns=difference(self.clock.mark()[1], window.before)),
+                history=lambda step: self.history(name, seed, step, phases_ns()),
+                checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
             )  # fmt: skip
             output = stage.run(inputs, context)
@@ -364,17 +364,16 @@ class Attempt:
                 )  # fmt: skip
                 self._synchronise()
         except BaseException as error:
-            self._add(self._broken(name, stage, seed, window, error, made))
+            self.add(self._broken(name, stage, seed, window, error, made))
             raise
         row = self._made_row(name, stage, seed, made, window, quality)
         if made["run_id"] == self.run_id:
-            rows = [*(old for old in self.rows if (old["arm"], old["seed"]) == (name, seed)), row]
-            self._add(row)
+            self._adopt(made["earlier"], "work")
+            self.add(row)
         else:
-            rows = [{**old, "reused": old["reused"] or made["run_id"]} for old in [*made["earlier"], row]]
-            self.reused_h += sum(_hours(old, "work") for old in rows)
-            for old in rows:
-                self._add(old)
+            others = [*made["earlier"], row]
+            self._adopt([{**old, "reused": old["reused"] or made["run_id"]} for old in others], "work")
+        rows = [old for old in self.rows if (old["arm"], old["seed"]) == (name, seed)]
         record: Record = {"run_id": self.run_id, "items": str(items), "rows": rows}
         self.store.remember("assessments", key, record)
         return record
@@ -387,12 +386,12 @@ class Attempt:
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""
         if assessed["run_id"] == self.run_id:  # an earlier attempt of this very run: spent, and journaled, there
-            self.rows += [row for row in assessed["rows"] if row["status"] == "FINISHED"]
+            self.rows += [row for row in assessed["rows"] if row["status"] == "FINISHED" and row["reused"] is None]
+            self._adopt(assessed["rows"], "work")
             return
         print(f"{name}: reused from {assessed['run_id']}", flush=True)
-        for row in assessed["rows"]:
-            self._add({**row, "reused": row["reused"] or assessed["run_id"]})
-            self.reused_h += _hours(row, "work") + _hours(row, "assess")
+        rows = [{**row, "reused": row["reused"] or assessed["run_id"]} for row in assessed["rows"]]
+        self._adopt(rows, "work", "assess")
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -409,7 +408,7 @@ class Attempt:
             spent.work_ns = made["work_ns"]
             spent.add_phases(made["phases_ns"])
         memory = {part: Value.from_json(value) for part, value in made["memory"].items()}
-        row = self._row(name, stage, seed, spent, _output_from(made["output"]), "FINISHED", None,
+        row = self.row(name, stage, seed, spent, _output_from(made["output"]), "FINISHED", None,
                         memory=memory, energy=Value.from_json(made["energy"]))  # fmt: skip
         return {**row, "artifact": made["artifact"], "quality": quality}
 
@@ -429,12 +428,14 @@ class Attempt:
         elif window is not None:
             spent.lost_ns = window.elapsed_ns
         status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
-        return self._row(name, stage, seed, spent, Output(), status, str(error) or "interrupted")
+        lost = {"steps_lost": measured(self.trace(name, seed, self.number).lost)}
+        return self.row(name, stage, seed, spent, Output(counts=lost), status, str(error) or "interrupted")
 
-    def _row(
+    def row(
         self, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
         attempt: int | None = None, memory: dict[str, Value] | None = None, energy: Value | None = None,
     ) -> Row:  # fmt: skip
+        """Return the row of a stage attempt from what it spent."""
         return {
             "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": attempt or self.number,
             "status": status, "why": why, "reused": None, "depends_on": self._depends(stage), "artifact": None,
@@ -446,8 +447,13 @@ class Attempt:
             ),
         }  # fmt: skip
 
-    def _add(self, row: Row) -> None:
-        self.rows.append(row)
+    def add(self, row: Row) -> None:
+        """Journal a row; it replaces an earlier version of itself."""
+        replaced = [index for index, old in enumerate(self.rows) if _identity(old) == _identity(row)]
+        if replaced:
+            self.rows[replaced[0]] = row
+        else:
+            self.rows.append(row)
         self.journal.write("row", row=row)
 
     # -- comparison pass ----------------------------------------------------------------------------------------
@@ -526,6 +532,10 @@ def _blank(record: dict[str, Any], why: str) -> None:
             record[name] = null(why).to_json()
         elif isinstance(value, dict):
             _blank(value, why)
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return row["arm"], row["seed"], row["attempt"], row["reused"]
 
 
 def _hours(row: Row, part: str) -> float:

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.recovery import recover
 from pipeline.redact import redact_settings
 from pipeline.stages.settings import training_precision
 from pipeline.store import Store, key_of, plain, read_json, write_json
@@ -67,7 +68,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                   for split, documents in data.splits.items()],
     )  # fmt: skip
-    attempt.recover(events)
+    recover(attempt, events)
     if run.tracking.mlflow:
         attempt.writer = _start_writer(folder)
     return attempt

@@ -74,7 +74,7 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     with attempt.store.lock(key):  # another process may be at it: wait, then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
         assessment_key = attempt.assessment_key(name, key, made, seed)
-        assessed = attempt.recall_assessment(assessment_key)
+        assessed = attempt.recall_assessment(assessment_key, made)
         if assessed is None:
             assessed = attempt.assess(name, stage, made, seed, assessment_key)
         else:

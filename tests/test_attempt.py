@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +26,7 @@ from pipeline.ledger.booking import NS_PER_HOUR
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.recovery import recover
 from pipeline.stages.context import Context, Output
 from pipeline.store import Artifact, Store
 from pipeline.values import measured
@@ -54,11 +57,12 @@ WORSE: dict[str, float] = {}  # factor on the bits of an arm's test documents
 
 @dataclass
 class FakeStage:
-    """Takes its minutes, with a checkpoint after `checkpoint_after` of them; may be killed on its first attempt."""
+    """Takes its minutes; on attempts that do not end well, step n is saved after the n-th of `checkpoints`."""
 
     minutes: list[float]  # by attempt that reaches it
     needs: list[str] = field(default_factory=list)
-    checkpoint_after: float | None = None
+    checkpoints: list[float] = field(default_factory=list)  # minutes into the attempt
+    resumes: list[int] = field(default_factory=list)  # by attempt: the step it goes on from
     ends: list[str] = field(default_factory=list)  # by attempt: ok, killed, failed
     optional: bool = False
 
@@ -72,19 +76,25 @@ class FakeStage:
         tries = int((ctx.checkpoints.parent / f"{ctx.stage}.tries").read_text()) if self._tried(ctx) else 0
         (ctx.checkpoints.parent / f"{ctx.stage}.tries").write_text(str(tries + 1))
         minutes, end = self.minutes[tries], (self.ends or ["ok"] * 9)[tries]
+        step = self.resumes[tries] if self.resumes else 0
+        ctx.resumed(step, json.loads((ctx.checkpoints.parent / f"{ctx.stage}.{step}").read_text()) if step else [])
         with ctx.clock.phase("forward"):
-            kept = self.checkpoint_after if self.checkpoint_after is not None and end != "ok" else 0
-            CLOCK.pass_minutes(kept)
-            if kept:
-                ctx.checkpointed(1)
-            CLOCK.pass_minutes(minutes - kept)
+            past = 0.0
+            for at in [at for at in self.checkpoints if end != "ok" and at < minutes]:
+                CLOCK.pass_minutes(at - past)
+                past, step = at, step + 1
+                (ctx.checkpoints.parent / f"{ctx.stage}.{step}").write_text(json.dumps(ctx.history(step)))
+                ctx.checkpointed(step)
+            CLOCK.pass_minutes(minutes - past)
+            ctx.points(step + 3, {})
         if end == "killed":
             raise Killed
         if end == "failed":
             raise RuntimeError("no luck")
         (ctx.out / "model.txt").write_text(ctx.stage)
         return Output(
-            curve=[{"step": 1, "tokens": 1, "metric": 2.0, "seconds": 0.0, "eval_seconds": 0.0, "constant": 0}]
+            counts={"steps_lost": measured(0)},
+            curve=[{"step": 1, "tokens": 1, "metric": 2.0, "seconds": 0.0, "eval_seconds": 0.0, "constant": 0}],
         )
 
     def _tried(self, ctx: Context) -> bool:
@@ -94,7 +104,7 @@ class FakeStage:
 def stages() -> dict[str, FakeStage]:
     return {
         "teacher": FakeStage([30]),
-        "student": FakeStage([6, 16], ["teacher"], checkpoint_after=4, ends=["killed", "ok"]),
+        "student": FakeStage([6, 16], ["teacher"], [4], [0, 1], ["killed", "ok"]),
         "control_compute": FakeStage([12]),
         "control_steps": FakeStage([9]),
     }
@@ -134,7 +144,7 @@ def open_fake(root: Path, run_id: str, number: int, run: Run) -> Attempt:
         started_ns=CLOCK.ns, energy=EnergyMeter(device), lock=None,
     )  # fmt: skip
     attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number)
-    attempt.recover(events)
+    recover(attempt, events)
     return attempt
 
 
@@ -166,11 +176,12 @@ def invoke(root: Path, run_id: str, number: int, run: Run, *, start: float = 1, 
     return attempt
 
 
-def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at that moment."""
+@contextmanager
+def deadly(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Inside, a killed process writes nothing after its death; its last heartbeat is at that moment."""
 
     def mute_after_death(journal: Journal, event: str, **fields: Any) -> None:
-        if event == "window" and fields["arm"] == "student":
+        if event == "window" and sys.exc_info()[0] is Killed:
             write(journal, "heartbeat")
             dead.append(journal)
         if journal not in dead:
@@ -180,6 +191,12 @@ def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     write = Journal.write
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "write", mute_after_death)
+        yield
+
+
+def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at that moment."""
+    with deadly(monkeypatch):
         invoke(root, "run-1", 1, the_run())
     CLOCK.pass_minutes(600)  # nobody was attached meanwhile
     return invoke(root, "run-1", 2, the_run())
@@ -324,3 +341,63 @@ def test_an_arm_that_is_worse_on_test_saved_nothing(root: Path, monkeypatch: pyt
     monkeypatch.setitem(WORSE, "student", 1.005)
     within = invoke(root / "other", "run-1", 1, run).comparisons[0]["training"]
     assert within["v"] == pytest.approx(1 - 50 / 12)
+
+
+def test_a_damaged_checkpoint_rolls_back_what_it_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved after 4 and 9 minutes, killed after 11; the second one cannot be read, then the machine dies again."""
+    run = the_run()
+    run.stages["student"] = FakeStage([11, 3, 16], ["teacher"], [4, 9], [0, 1, 1], ["killed", "failed", "ok"])
+    with deadly(monkeypatch):
+        first = invoke(root, "run-1", 1, run)
+    assert of_row(open_fake(root, "run-1", 9, run), "student", 1) == ("KILLED", [9, 0, 2], 3)
+    with pytest.raises(RuntimeError, match="no luck"):
+        invoke(root, "run-1", 2, run)
+    third = invoke(root, "run-1", 3, run)
+    assert of_row(third, "student", 1) == ("KILLED", [4, 0, 7], 4)
+    assert of_row(third, "student", 2) == ("FAILED", [0, 0, 3], 3)
+    assert of_row(third, "student", 3) == ("FINISHED", [16, 2, 0], 0)
+    assert first.run_id == third.run_id
+    assert of_run(third) | {"overhead": 0} == {"work": 71, "assess": 8, "retry": 10, "compare": 6, "overhead": 0}
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    again = open_fake(root, "run-1", 4, run)
+    assert again.windows == third.windows
+    assert again.rows == [row for row in third.rows if row["status"] != "FINISHED"]
+
+
+def test_a_failed_attempt_led_to_what_goes_on_from_its_checkpoint(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([7, 16], ["teacher"], [4], [0, 1], ["failed", "ok"])
+    with pytest.raises(RuntimeError, match="no luck"):
+        invoke(root, "run-1", 1, run)
+    attempt = invoke(root, "run-1", 2, run)
+    assert of_row(attempt, "student", 1) == ("FAILED", [4, 0, 3], 3)
+    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+
+
+def test_going_on_from_another_runs_checkpoint_is_charged_with_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = the_run()
+    with deadly(monkeypatch):
+        invoke(root, "run-1", 1, run)
+    run.quality.bootstrap += 1
+    second = invoke(root, "run-2", 1, run)
+    assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert of_run(second) == {"work": 37, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
+    assert minutes(second.reused_h) == pytest.approx(30 + 4)
+    rows = [(row["arm"], row["reused"], row["status"]) for row in second.rows if row["arm"] == "student"]
+    assert rows == [("student", "run-1", "KILLED"), ("student", None, "FINISHED")]
+    third = invoke(root, "run-3", 1, run)
+    assert minutes(third.reused_h) == pytest.approx(30 + 4 + 37 + 8 + 6)
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    run.quality.bootstrap -= 1
+    first = invoke(root, "run-1", 2, run)  # finds its student made by run-2, from its own checkpoint
+    assert minutes(first.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(first.reused_h) == pytest.approx(37 + 6)
+    assert of_run(first)["work"] == 34
+
+
+def of_row(attempt: Attempt, arm: str, number: int) -> tuple[str, list[float], int | None]:
+    """Return status, minutes of work, assessment and retry, and the steps lost."""
+    row = next(row for row in attempt.rows if (row["arm"], row["attempt"]) == (arm, number))
+    hours = row["ledger"]["device_hours"]
+    spent = [round(minutes(hours[part]["v"]), 9) for part in ("work", "assess", "retry")]
+    return row["status"], spent, row["ledger"]["counts"]["steps_lost"]["v"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def hooks(**changes: Any) -> Hooks:
     given: dict[str, Any] = {
         "validate": lambda: 1.0, "flops": lambda batch: float(batch["input_ids"].numel()),
         "points": lambda step, values: None, "checkpointed": lambda step: None, "should_stop": lambda: None,
-        "advance": lambda step, tokens: None, **changes,
+        "advance": lambda step, tokens: None, "history": lambda step: [], "resumed": lambda step, history: None,
+        "say": lambda text: None, **changes,
     }  # fmt: skip
     return Hooks(**given)
 
@@ -184,8 +186,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     assert found is not None
     assert found[1] == 2
     model = tiny(Task.causal_lm, seed=99)
-    run(model, settings(checkpoint_every=2), tmp_path)
+    said: list[str] = []
+    resumed: list[int] = []
+
+    run(model, settings(checkpoint_every=2), tmp_path, say=said.append, resumed=lambda step, _: resumed.append(step))
     same(weights(whole), weights(model))
+    assert resumed == [2]
+    assert len(said) == 1
+    assert re.fullmatch(r"checkpoint of step 4 is damaged \(.+\) and passed over", said[0])
     for step in tmp_path.glob("step-*"):
         damage(step)
     assert checkpoint.newest(tmp_path) is None

@@ -19,9 +19,13 @@ class EnergyMeter:
             self._open(device)
 
     def _open(self, device: Any) -> None:
-        import pynvml
         import torch
 
+        try:
+            import pynvml
+        except ImportError:
+            self.why = "pynvml is not installed"
+            return
         try:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -43,11 +47,13 @@ class EnergyMeter:
             return None
 
     def spent(self, before_mj: int | None, after_mj: int | None, seconds: float) -> Value:
-        """Return joules between two readings."""
+        """Return joules between two readings that lie `seconds` apart, or null with the reason; never zero."""
         if before_mj is None or after_mj is None:
             return null(self.why)
         if seconds < SHORTEST_WINDOW_S:
             return null(f"window shorter than {SHORTEST_WINDOW_S:.0f} s")
         if after_mj < before_mj:
             return null("the energy counter was reset during the window")
+        if after_mj == before_mj:  # an idle board draws tens of watts
+            return null("the energy counter stood still during the window")
         return measured((after_mj - before_mj) / 1000)

@@ -67,7 +67,7 @@ def ledger(
         "device_hours": device_hours,
         "gpu_hours": _gpu_hours(parts, devices, device_kind),
         "energy_j": energy.to_json(),
-        "counts": _counts(counts, goodput, seconds_in_steps, devices),
+        "counts": _counts(counts, goodput, seconds_in_steps, devices, is_training=is_training),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(total * devices / HOUR_NS, cost),
         "meter_valid": not problems,
@@ -92,15 +92,16 @@ def _gpu_hours(parts: dict[str, int], devices: int, kind: str) -> dict[str, Any]
     return {name: value.to_json() for name, value in values.items()}
 
 
-def _counts(counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int) -> dict[str, Any]:
-    nothing = null("this stage trains nothing")
+def _counts(
+    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int, *, is_training: bool
+) -> dict[str, Any]:
+    nothing = null("the stage did not finish" if is_training else "this stage trains nothing")
     rate = nothing
     if seconds_in_steps:
         seconds = measured(seconds_in_steps)
         rate = derive(lambda f, s: f / s / devices / 1e12, counts.get("model_flops", nothing), seconds)
     known = {**counts, "achieved_tflops": rate, "goodput": goodput}
     known["mfu"] = null("no peak rate declared for this device")
-    known.setdefault("steps_lost", measured(0))
     return {name: known.get(name, nothing).to_json() for name in COUNTS}
 
 

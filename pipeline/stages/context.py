@@ -53,7 +53,9 @@ class Context:
     checkpoints: Path  # of this stage's key; survives the process
     matched: Output | None  # of the stage named by `like`
     points: Callable[[int, dict[str, float]], None]  # curves, by step
+    history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step: goes into it
     checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk
+    resumed: Callable[[int, list[dict[str, Any]]], None]  # the stage goes on from this step; its checkpoint's history
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,23 @@ from safetensors.torch import load_file, save_file
 from pipeline.store import check_room, read_json, write_json
 
 KEEP = 2
+FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json"}
 
 
-def save(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+def save(
+    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, extra: Callable[[], dict[str, Any]]
+) -> None:
     """Write a checkpoint of `step`, then prune all but the newest two.
+
+    Args:
+        extra: Gives plain JSON, asked for after the tensors were written: what it says of time spent covers them.
 
     Raises:
         UserError: If the disk has no room for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".writing-*"):  # by a killed process: only one at a time trains a stage
+        shutil.rmtree(left, ignore_errors=True)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in _unshared(model.state_dict()).items()}
     check_room(folder, 4 * sum(tensor.nbytes for tensor in weights.values()), "tracking.root")
     temporary = folder / f".writing-{uuid.uuid4().hex}"
@@ -35,33 +44,54 @@ def save(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, 
     save_file(weights, temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
     save_file(_generator_states(), temporary / "generators.safetensors")
-    write_json(temporary / "extra.json", extra)
-    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    sums = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
+    write_json(temporary / "extra.json", extra())
+    sums["extra.json"] = _seal(temporary / "extra.json")
     write_json(temporary / "manifest.json", {"step": step, "sha256": sums})
+    _sync(temporary)
     final = folder / f"step-{step:09d}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    _sync(folder)
     for old in _folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def newest(folder: Path) -> tuple[Path, int] | None:
-    """Return folder and step of the newest checkpoint whose checksums hold, or None."""
+def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[Path, int] | None:
+    """Return folder and step of the newest checkpoint whose checksums hold, or None; `say` is told of damaged ones."""
     for path in reversed(_folders(folder)):
-        manifest = read_json(path / "manifest.json")
-        if isinstance(manifest, dict) and all(
-            (path / name).is_file() and _sha256(path / name) == total for name, total in manifest["sha256"].items()
-        ):
-            return path, manifest["step"]
+        damage = _damage(path)
+        if damage is None:
+            return path, _step(path)
+        say(f"checkpoint of step {_step(path)} is damaged ({damage}) and passed over")
     return None
+
+
+def _damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("step") != _step(path):
+        return "manifest.json is not whole"
+    sums: Any = manifest.get("sha256")
+    if not isinstance(sums, dict) or set(sums) != FILES:
+        return "manifest.json is not whole"
+    for name in sorted(FILES):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != sums[name]:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights, optimizer and random generators; return what was saved as `extra`."""
-    model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
+    saved = load_file(path / "model.safetensors")
+    assert saved.keys() == _unshared(model.state_dict()).keys(), "a checkpoint is read by the stage that wrote it"
+    model.load_state_dict(saved, strict=False)  # tied weights were saved once
     model.tie_weights()
     tensors = load_file(path / "optimizer.safetensors")
     state: dict[int, dict[str, Any]] = {}
@@ -101,7 +131,23 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    """Return the checkpoints in `folder` by step, whole or not."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()), key=_step)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder's list of files, before anything vouches for it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _seal(path: Path) -> str:
+    """Have the disk hold a file; return its checksum."""
+    _sync(path)
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

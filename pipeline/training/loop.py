@@ -22,6 +22,7 @@ from pipeline.errors import StageFailed
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training import checkpoint
 from pipeline.training.objective import Objective, StepLoss
+from pipeline.training.precision import matmuls
 from pipeline.training.schedule import is_constant, learning_rate
 
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
@@ -58,7 +59,10 @@ class Hooks:
     validate: Callable[[], float]
     flops: Callable[[dict[str, Tensor]], float]
     points: Callable[[int, dict[str, float]], None]
+    history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step, for whoever resumes
     checkpointed: Callable[[int], None]
+    resumed: Callable[[int, list[dict[str, Any]]], None]  # from this step on, with the checkpoint's history
+    say: Callable[[str], None]
     should_stop: Callable[[], type[Exception] | None]
     advance: Callable[[int, int], None]  # steps done, tokens done
 
@@ -84,7 +88,7 @@ def train(
     scaler = torch.amp.GradScaler(
         objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
     )
-    progress = _resume(folder, model, optimizer, scaler, clock)
+    progress = _resume(folder, model, optimizer, scaler, clock, hooks)
     pending: deque[tuple[int, StepLoss, Any]] = deque()
     last_saved = time.monotonic()
     eval_every = settings.eval_every or max(1, math.ceil(settings.steps / 5))
@@ -120,14 +124,19 @@ def _optimizer(model: Any, settings: TrainingConfig, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
-def _resume(folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock) -> Progress:
+def _resume(
+    folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock, hooks: Hooks
+) -> Progress:  # fmt: skip
     with clock.phase("checkpoint"):
-        found = checkpoint.newest(folder)
+        found = checkpoint.newest(folder, hooks.say)
         if found is None:
+            hooks.resumed(0, [])
             return Progress()
         extra = checkpoint.load(found[0], model, optimizer)
         scaler.load_state_dict(extra["scaler"])
-        return Progress(**extra["progress"])
+        progress = Progress(**extra["progress"])
+    hooks.resumed(progress.step, extra["history"])
+    return progress
 
 
 def _step(
@@ -144,7 +153,7 @@ def _step(
         if not count:
             continue
         done = objective(part)
-        with clock.phase("backward"):
+        with clock.phase("backward"), matmuls(objective.precision):
             scaler.scale(done.loss * (count / sum(counts))).backward()
             pending.append((progress.step, done, _mark(objective.device)))
     with clock.phase("optimizer"):
@@ -225,7 +234,9 @@ def _save(
 ) -> None:
     from pipeline.store import plain
 
+    def extra() -> dict[str, Any]:
+        return {"progress": plain(progress), "scaler": scaler.state_dict(), "history": hooks.history(progress.step)}
+
     with clock.phase("checkpoint"):
-        extra = {"progress": plain(progress), "scaler": scaler.state_dict()}
         checkpoint.save(folder, progress.step, model, optimizer, extra)
     hooks.checkpointed(progress.step)

@@ -85,9 +85,9 @@ class Objective:
         teacher, teacher_logits = self.teacher, None
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                teacher_logits = teacher.model(**inputs).logits
+                teacher_logits = teacher.model(**inputs).logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            logits = self.model(**inputs).logits
+            logits = self.model(**inputs).logits[keep]
             with torch.no_grad():
                 ce, kl, gradient = distillation_terms(
                     logits, teacher_logits, targets,

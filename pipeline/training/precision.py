@@ -42,11 +42,20 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
     """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
+    with matmuls(precision), torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        yield
+
+
+@contextmanager
+def matmuls(precision: Precision) -> Generator[None]:
+    """Multiply fp32 matrices in tf32 or IEEE fp32 inside: all that a backward pass needs.
+
+    Its 16-bit dtypes are those that the forward pass recorded; torch advises against autocast around it.
+    """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if precision is Precision.tf32 else "ieee"
     try:
-        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            yield
+        yield
     finally:
         matmul.fp32_precision = before

@@ -67,7 +67,8 @@ def run_training(
     with ctx.progress(f"{ctx.stage}", settings.steps) as advance:
         hooks = Hooks(
             validate=validate, flops=lambda batch: _flops(batch, own, extra), points=ctx.points,
-            checkpointed=ctx.checkpointed, should_stop=ctx.should_stop, advance=advance,
+            history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
+            advance=advance, say=ctx.say,
         )  # fmt: skip
         progress = train(
             model, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
@@ -152,7 +153,8 @@ def _flops(batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequen
 
 
 def _no_counts() -> dict[str, Value]:
-    nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0)}
+    nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0),
+               "steps_lost": measured(0)}  # fmt: skip
     return {**nothing, "distillation_share": null("no distillation in this stage")}
 
 
@@ -162,7 +164,7 @@ def _output(
 ) -> Output:  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
-        "examples": measured(progress.examples), "model_flops": estimated(progress.flops),
+        "examples": measured(progress.examples), "model_flops": estimated(progress.flops), "steps_lost": measured(0),
         "distillation_share": _share(progress, distill),
     }  # fmt: skip
     notes: list[str] = []

@@ -1,0 +1,157 @@
+"""What earlier attempts at a run left behind: their hours, read back from the journal, and their checkpoints.
+
+A killed process wrote no row and closed no window: both are made here, up to its last sign of life. What counts of it
+is what led to the checkpoint that the next attempt goes on from; a checkpoint says itself what led to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ledger.booking import Window
+from pipeline.ledger.record import HOUR_NS, Spent
+from pipeline.stages.context import Output
+from pipeline.values import Value, measured, null
+
+if TYPE_CHECKING:
+    from pipeline.attempt import Attempt
+
+UNFINISHED = ("KILLED", "FAILED")
+Event = dict[str, Any]
+
+
+def recover(attempt: Attempt, events: list[Event]) -> None:
+    """Take over what earlier attempts of this run spent: hours of a killed process are not lost."""
+    rows = [event["row"] for event in events if event["e"] == "row"]
+    by_identity = {(row["arm"], row["seed"], row["attempt"]): row for row in rows if row["reused"] is None}
+    attempt.rows += [row for row in by_identity.values() if row["status"] in UNFINISHED]
+    starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
+    for first, end in zip(starts, [*starts, len(events)][1:], strict=True):
+        _recover_attempt(attempt, events[first:end], set(by_identity))
+
+
+def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
+    number = events[0]["attempt"]
+    attempt.spans[number] = events[0]["started_ns"], events[-1]["mono_ns"]
+    for event in events:
+        _trace(attempt, event)
+        if event["e"] == "resume":
+            resume(attempt, event["arm"], event["seed"], number, event["step"], event["history"])
+    closed = [event for event in events if event["e"] == "window"]
+    attempt.windows += [Window(**event["window"]) for event in closed]
+    opened = [event for event in events if event["e"] == "open"]
+    if len(opened) > len(closed):
+        _recover_window(attempt, opened[-1], events)
+    for arm, seed in dict.fromkeys((event["arm"], event["seed"]) for event in opened if event["arm"] is not None):
+        if (arm, seed, number) not in written:
+            _recover_row(attempt, arm, seed, number, events)
+
+
+def _trace(attempt: Attempt, event: Event) -> None:
+    if event["e"] not in ("points", "checkpoint", "resume"):
+        return
+    trace = attempt.trace(event["arm"], event["seed"], event["attempt"])
+    trace.reached = max(trace.reached, event["step"])
+    if event["e"] != "points":
+        trace.saved = event["step"]
+
+
+def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> None:
+    """Close a window that was open when the process was killed: kept up to its last checkpoint."""
+    end_ns = events[-1]["mono_ns"]
+    kept_ns = end_ns - opened["start_ns"] if opened["kind"] == "compare" else 0
+    saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
+    if saved and opened["kind"] == "work":
+        kept_ns = sum(saved[-1]["phases_ns"].values())
+    attempt.windows.append(Window(
+        **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
+        end_ns=end_ns, kept_ns=kept_ns,
+    ))  # fmt: skip
+
+
+def _recover_row(attempt: Attempt, arm: str, seed: int, number: int, events: list[Event]) -> None:
+    """Write the row that a killed process could not write, from its windows."""
+    spent = Spent(lost_as="rollback")
+    for window in attempt.windows:
+        if (window.arm, window.seed, window.attempt) == (arm, seed, number):
+            spent.work_ns += window.kept_ns if window.kind == "work" else 0
+            spent.assess_ns += window.kept_ns if window.kind == "assess" else 0
+            spent.lost_ns += window.lost_ns
+    own = [event for event in events if (event.get("arm"), event.get("seed")) == (arm, seed)]
+    for event in own:
+        if event["e"] == "window":
+            spent.add_phases(event["phases_ns"])
+    saved = [event for event in own if event["e"] == "checkpoint"]
+    if saved and not spent.phases_ns:
+        spent.phases_ns = saved[-1]["phases_ns"]
+    if not spent.work_ns:
+        spent.lost_as = "failed_attempt"
+    why = "the process was killed; hours up to its last sign of life"
+    _unfinished_row(attempt, arm, seed, number, spent, "KILLED", why)
+
+
+def resume(attempt: Attempt, arm: str, seed: int, number: int, step: int, history: list[Event]) -> None:
+    """Book what came before by the checkpoint that attempt `number` goes on from.
+
+    Where a newer checkpoint was damaged, the steps from this one on are rolled back. Where another run wrote it, that
+    run's time up to here is reused.
+
+    Args:
+        step: Of the checkpoint; 0 without one.
+        history: What led to it, as `Attempt.history` gave it.
+    """
+    trace = attempt.trace(arm, seed, number)
+    trace.saved = trace.reached = step
+    attempt.resumed[arm, seed] = history
+    led = {(entry["run_id"], entry["attempt"]): entry for entry in history}
+    for index, window in enumerate(attempt.windows):
+        if (window.kind, window.arm, window.seed) == ("work", arm, seed) and window.attempt < number:
+            attempt.windows[index] = _rebook(attempt, window, led.get((attempt.run_id, window.attempt)))
+    for (run_id, other), entry in led.items():
+        if run_id != attempt.run_id:
+            _take_over(attempt, arm, seed, run_id, other, entry)
+
+
+def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
+    """Return a window of an unfinished attempt with what the checkpoint in use makes of it, and correct its row."""
+    assert window.arm is not None
+    identity = (window.arm, window.seed, window.attempt, None)
+    rows = [row for row in attempt.rows if (row["arm"], row["seed"], row["attempt"], row["reused"]) == identity]
+    trace = attempt.trace(window.arm, window.seed, window.attempt)
+    was_its_last = entry is not None and entry["step"] == trace.saved
+    if not rows or rows[0]["status"] not in UNFINISHED or (was_its_last and window.kept_ns):
+        return window
+    phases_ns = {} if entry is None else entry["phases_ns"]
+    booked = dataclasses.replace(window, kept_ns=sum(phases_ns.values()))
+    if booked == window:
+        return window
+    trace.saved = 0 if entry is None else entry["step"]
+    spent = Spent(booked.kept_ns, 0, booked.lost_ns, "rollback", phases_ns)
+    _unfinished_row(attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"])
+    return booked
+
+
+def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, entry: Event) -> None:
+    """Show the part of another run's attempt that led to the checkpoint, as reused."""
+    known = {(row["arm"], row["seed"], row["attempt"], row["reused"]) for row in attempt.rows}
+    if (arm, seed, number, run_id) in known:
+        return
+    spent = Spent(work_ns=sum(entry["phases_ns"].values()), phases_ns=entry["phases_ns"])
+    why = f"up to its checkpoint of step {entry['step']}"
+    attempt.reused_h += spent.work_ns / HOUR_NS
+    _unfinished_row(attempt, arm, seed, number, spent, "KILLED", why, reused=run_id, lost=0)
+
+
+def _unfinished_row(
+    attempt: Attempt, arm: str, seed: int, number: int, spent: Spent, status: str, why: str, *,
+    reused: str | None = None, lost: int | None = None,
+) -> None:  # fmt: skip
+    steps = attempt.trace(arm, seed, number).lost if lost is None else lost
+    output = Output(counts={"steps_lost": measured(steps)})
+    unread = null("the process that read it is gone")
+    memory: dict[str, Value] = dict.fromkeys(
+        ("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"), unread
+    )
+    row = attempt.row(arm, attempt.run.stages[arm], seed, spent, output, status, why, attempt=number, memory=memory)
+    attempt.add({**row, "reused": reused})
