@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +156,18 @@ class Attempt:
         if self.stop_signal is not None:
             raise Preempted("stopped between stages; the same command goes on from there")
 
+    def waiting(self, arm: str) -> Callable[[], None]:
+        """Return what to do every second while another process makes what this one wants."""
+        said: list[str] = []
+
+        def still() -> None:
+            if not said:
+                said.append(arm)
+                print(f"{arm}: another process is making it; waiting", flush=True)
+            self.check_budget()
+
+        return still
+
     def _should_stop(self) -> type[Exception] | None:
         limit = self.run.budget.device_hours
         if limit is not None and self.spent_hours() >= limit:
@@ -252,9 +264,12 @@ class Attempt:
         What this run made and another one assessed is assessed again: its row belongs to one run.
         """
         record = self.store.recall("assessments", key)
-        if record is None or not Path(record["items"]).is_file():
+        if record is None or self.run_id == made["run_id"] != record["run_id"]:
             return None
-        return None if self.run_id == made["run_id"] != record["run_id"] else record
+        items = self.store.root / "assessments" / Path(record["items"]).name  # wherever the store has been moved to
+        if not items.is_file():
+            return None
+        return {**record, "items": str(items), "rows": [_moved(row, made["artifact"], items) for row in record["rows"]]}
 
     def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record:
         """Do a stage's work inside its window and commit its artifact; return what the store remembers of it."""
@@ -532,6 +547,17 @@ def _blank(record: dict[str, Any], why: str) -> None:
             record[name] = null(why).to_json()
         elif isinstance(value, dict):
             _blank(value, why)
+
+
+def _moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
+    """Return a finished row with the paths that its files have now."""
+    if row["artifact"] is None:
+        return row
+    quality = {
+        key: {**figure, "items": str(items)} if figure.get("items") else figure
+        for key, figure in row["quality"].items()
+    }
+    return {**row, "artifact": artifact, "quality": quality}
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

@@ -133,6 +133,7 @@ def load_model(
     config = load_config(path, revision=revision, key=key)
     more: dict[str, Any] = {"ignore_mismatched_sizes": True}  # refused by name below, where it matters
     if task is Task.sequence_classification and labels is not None:
+        _refuse_other_order(config, labels, key, path)
         more["id2label"] = dict(enumerate(labels))
         more["label2id"] = {name: index for index, name in enumerate(labels)}
     quantized = getattr(config, "quantization_config", None) is not None
@@ -181,6 +182,17 @@ def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
         key, f"there is no folder {path} here, and the Hub did not give a model of that name ({text})",
         "check the name, or the network",
     )  # fmt: skip
+
+
+def _refuse_other_order(config: Any, labels: tuple[str, ...], key: str, path: str | Path) -> None:
+    """Refuse a classifier that has the data's classes under other numbers: its answers would be read as others."""
+    theirs = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    folded, ours = [name.casefold() for name in theirs], [name.casefold() for name in labels]
+    if folded != ours and sorted(folded) == sorted(ours):
+        raise UserError(
+            key, f"{path} numbers its classes {', '.join(theirs)}, the data {', '.join(labels)}",
+            f"write the labels as numbers, 0 for {theirs[0]}, 1 for {theirs[1]}, ...",
+        )  # fmt: skip
 
 
 def _refuse_incomplete(model: Any, info: dict[str, Any], task: Task, key: str, path: str | Path) -> None:

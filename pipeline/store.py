@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "artifact.json"
+WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,25 @@ class Store:
                 lock.unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, key: str) -> Generator[None]:
-        """Hold the lock of one key; another process that makes the same thing waits and then finds it made."""
-        from filelock import FileLock
+    def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Generator[None]:
+        """Hold the lock of one key; another process that makes the same thing waits and then finds it made.
 
-        with FileLock(self.root / "locks" / f"{key}.lock"):
+        Args:
+            waiting: Called every second while another process holds it; may raise to give up.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        while True:
+            try:
+                lock.acquire(timeout=WAIT_S)
+                break
+            except Timeout:
+                waiting()
+        try:
             yield
+        finally:
+            lock.release()
 
     def commit(self, folder: Path, kind: str, manifest: dict[str, Any]) -> Artifact:
         """Turn a written folder into an artifact: sync it, then rename it to its digest in one step."""

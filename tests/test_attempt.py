@@ -401,3 +401,15 @@ def of_row(attempt: Attempt, arm: str, number: int) -> tuple[str, list[float], i
     hours = row["ledger"]["device_hours"]
     spent = [round(minutes(hours[part]["v"]), 9) for part in ("work", "assess", "retry")]
     return row["status"], spent, row["ledger"]["counts"]["steps_lost"]["v"]
+
+
+def test_a_store_that_was_moved_is_reused_whole(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    invoke(root / "here", "run-1", 1, run)
+    (root / "here").rename(root / "there")
+    second = invoke(root / "there", "run-2", 1, run)
+    assert of_run(second) == {"work": 0, "assess": 0, "retry": 0, "compare": 0, "overhead": 2}
+    finished = second.rows[0]
+    places = [finished["artifact"]["path"], finished["quality"]["bits_per_byte"]["items"]]
+    assert all(Path(place).is_relative_to(root / "there") and Path(place).exists() for place in places)

@@ -151,6 +151,19 @@ def test_the_revision_asked_for_is_what_is_loaded(monkeypatch: pytest.MonkeyPatc
     assert load_dataset(DataConfig(hub="org/name@v3", subset="part"), task).digest != dataset.digest
 
 
+def test_class_names_of_a_hub_dataset_keep_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted by name they would change places."""
+    import datasets
+
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(60)]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["up", "down"])})
+    loaded = datasets.DatasetDict(train=datasets.Dataset.from_list(rows, features=features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    dataset = load_dataset(DataConfig(hub="org/name"), Task.sequence_classification)
+    assert dataset.labels == ("up", "down")
+    assert all(label == int(text.split()[1]) % 2 for split in texts(dataset).values() for text, label in split)
+
+
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     """A byte order mark, CRLF, class numbers as text, a field longer than the csv module's default limit."""
     lines = [f"document {n},{n % 2}" for n in range(100)]

@@ -109,6 +109,26 @@ def test_a_student_by_path_brings_its_own_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "refused"),
+    [(["POSITIVE", "NEGATIVE"], ("negative", "positive"), True),
+     (["NEGATIVE", "POSITIVE"], ("negative", "positive"), False),
+     (["LABEL_0", "LABEL_1"], ("negative", "positive"), False), (["POSITIVE", "NEGATIVE"], ("0", "1"), False)],
+)  # fmt: skip
+def test_a_classifier_that_numbers_the_same_classes_otherwise_is_refused(
+    tmp_path: Path, theirs: list[str], ours: tuple[str, ...], refused: bool
+) -> None:
+    folder = bert(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(theirs)), "label2id": {name: index for index, name in enumerate(theirs)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    if not refused:
+        load_model(folder, Task.sequence_classification, labels=ours)
+        return
+    with pytest.raises(UserError, match=r"numbers its classes POSITIVE, NEGATIVE, the data negative, positive; write"):
+        load_model(folder, Task.sequence_classification, labels=ours)
+
+
 def test_a_head_of_another_size_is_made_anew_and_the_body_kept(tmp_path: Path) -> None:
     source = bert(tmp_path, num_labels=2)
     model: Any = load_model(source, Task.sequence_classification, labels=LABELS)

@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pipeline import store as store_module
-from pipeline.errors import UserError
+from pipeline.errors import Preempted, UserError
 from pipeline.store import MANIFEST, Artifact, Store, check_room, digest_folder, key_of, read_json, write_json
 
 
@@ -272,3 +272,21 @@ def test_another_process_that_mends_the_artifact_first_is_fine(tmp_path: Path, m
         assert store.commit(write(out, FILES), "model", {}) == artifact
     assert seen == [False]
     assert whole(artifact.path, artifact.digest)
+
+
+def test_a_key_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits is asked every second, and may give up; the key is free afterwards."""
+    monkeypatch.setattr(store_module, "WAIT_S", 0.01)
+    asked: list[int] = []
+
+    def give_up_the_third_time() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise Preempted("stopped")
+
+    store, other = Store(tmp_path), Store(tmp_path)
+    with store.lock("k"), pytest.raises(Preempted), other.lock("k", give_up_the_third_time):
+        pytest.fail("the key was held")
+    assert len(asked) == 3
+    with other.lock("k", lambda: pytest.fail("the key is free")):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def load_hub(config: DataConfig, task: Task) -> Dataset:
             rows[NAMES[split]] = [(f"{split} row {index}", dict(row)) for index, row in enumerate(table, 1)]
     if "train" not in rows:
         raise UserError(KEY, f"{config.hub} has no train split", f"it has {', '.join(map(str, loaded))}")
-    return from_rows(config.hub, rows, config, task, key=KEY)
+    dataset = from_rows(config.hub, rows, config, task, key=KEY)
+    names = getattr(loaded["train"].features.get(config.label_field), "names", None)  # of a ClassLabel
+    if dataset.labels is None or names is None or len(names) != len(dataset.labels):
+        return dataset
+    return dataclasses.replace(dataset, labels=tuple(names))
 
 
 def _unlabelled(table: Any, config: DataConfig, task: Task) -> bool:
