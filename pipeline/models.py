@@ -117,6 +117,7 @@ def load_model(
     labels: tuple[str, ...] | None = None,
     revision: str | None = None,
     key: str = "model.path",
+    new_head: bool = True,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized, else fp32.
 
@@ -124,6 +125,7 @@ def load_model(
 
     Args:
         labels: Class names; a classification head of another size is made anew (random), as fine-tuning wants.
+        new_head: Whether it may be: what is not trained afterwards must have its own.
 
     Raises:
         UserError: If it cannot be loaded safely and whole, or does not fit the task.
@@ -148,7 +150,7 @@ def load_model(
         )
     except _load_errors() as error:
         raise _unloadable(key, path, error) from error
-    _refuse_incomplete(model, info, task, key, path)
+    _refuse_incomplete(model, info, task, key, path, new_head=new_head)
     if task is Task.causal_lm:
         _refuse_bidirectional(model.config, key, path)
     else:
@@ -195,16 +197,21 @@ def _refuse_other_order(config: Any, labels: tuple[str, ...], key: str, path: st
         )  # fmt: skip
 
 
-def _refuse_incomplete(model: Any, info: dict[str, Any], task: Task, key: str, path: str | Path) -> None:
+def _refuse_incomplete(
+    model: Any, info: dict[str, Any], task: Task, key: str, path: str | Path, *, new_head: bool
+) -> None:
     """Refuse weights that transformers would replace by random ones; a classifier's head and pooler may be new."""
     gone = {str(name) for name in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
-    if task is Task.sequence_classification:
-        body = f"{model.base_model_prefix}."
-        gone = {name for name in gone if name.startswith(body) and "pooler" not in name}
-    if gone:
-        first = min(gone)
-        problem = f"the weights in {path} lack {first} in its right shape ({len(gone)} of the model's are not there)"
+    body = f"{model.base_model_prefix}."
+    lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
+    lacking = lacking if task is Task.sequence_classification else gone
+    if lacking:
+        first = min(lacking)
+        problem = f"the weights in {path} lack {first} in its right shape ({len(lacking)} of the model's are not there)"
         raise UserError(key, problem, "give a whole model, of a class that fits the task")
+    if gone and not new_head:
+        problem = f"{path} has no classification head for these classes, and 0 steps would leave it random"
+        raise UserError(key, problem, "give a fine-tuned classifier, or train it: steps above 0")
 
 
 def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:

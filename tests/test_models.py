@@ -109,6 +109,13 @@ def test_a_student_by_path_brings_its_own_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
 
 
+def test_a_head_that_would_stay_random_is_refused(tmp_path: Path) -> None:
+    folder, task = bert(tmp_path / "model", num_labels=3), Task.sequence_classification
+    load_model(folder, task, labels=("a", "b", "c"), new_head=False)
+    with pytest.raises(UserError, match="no classification head for these classes, and 0 steps would leave it random"):
+        load_model(folder, task, labels=("a", "b"), new_head=False)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours", "refused"),
     [(["POSITIVE", "NEGATIVE"], ("negative", "positive"), True),

@@ -43,7 +43,7 @@ def run_training(
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
-        model, tokenizer = start_weights(stage.model, inputs, ctx)
+        model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
         model.to(ctx.device)
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
@@ -98,12 +98,12 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     return settings
 
 
-def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context) -> tuple[Any, Any]:
+def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, new_head: bool) -> tuple[Any, Any]:
     """Return the model and tokenizer that `name` stands for (an arm, or the student's initial weights)."""
     run, labels = ctx.run, ctx.data.labels
     if name != STUDENT_INIT:
         path = inputs[name].path
-        return load_model(path, run.task, labels=labels), load_tokenizer(path)
+        return load_model(path, run.task, labels=labels, new_head=new_head), load_tokenizer(path)
     source = inputs[student_source(run)].path if run.student.path is None else ctx.out
     return make_student(run.student, source, run.task, labels)
 
