@@ -1,0 +1,153 @@
+"""What only a GPU can show: precisions, hours, energy, memory and formats on the device. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from make_assess_models import tiny
+
+from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.distillation.head import Head, head_loss
+from pipeline.ledger.energy import SHORTEST_WINDOW_S, EnergyMeter
+from pipeline.ledger.phases import PhaseClock
+from pipeline.schema import RESULT_SCHEMA
+from pipeline.training.loop import Hooks, train
+from pipeline.training.objective import Objective
+from pipeline.training.precision import why_not
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))  # the CPU tries the tests themselves
+SMALL = [
+    *("training.batch_size=8", "training.sequence_length=128", "data.max_documents=200", "training.steps=30"),
+    *("quality.max_documents=60", "quality.bootstrap=500", "tracking.mlflow=false", f"hardware.device={DEVICE.type}"),
+    *("serving.blocks=4", "serving.load.new=8", "serving.batches=[1]"),
+]
+QUANTIZED = ["task=sequence_classification", "data=stdlib_labels"]
+
+
+def result_of(cwd: Path, *args: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pipeline", *args, *SMALL]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((cwd / "mlruns/latest/result.json").read_text())
+    jsonschema.validate(result, RESULT_SCHEMA)
+    return result
+
+
+@pytest.mark.parametrize(("recipe", "more"), [("distill", []), ("mixed_precision", []), ("quantize", QUANTIZED)])
+def test_recipes_count_gpu_hours_and_device_memory(tmp_path: Path, recipe: str, more: list[str]) -> None:
+    result = result_of(tmp_path, f"recipe={recipe}", *more)
+    assert result["device"]["kind"] == "cuda"
+    assert result["device"]["name"] == torch.cuda.get_device_name(DEVICE)
+    for row in result["rows"]:
+        assert row["status"] == "FINISHED", row["why"]
+        ledger = row["ledger"]
+        assert ledger["gpu_hours"]["attached"]["v"] == ledger["device_hours"]["attached"]["v"] > 0
+        assert ledger["memory"]["peak_allocated_bytes"]["v"] > 0
+        assert ledger["meter_valid"], ledger["meter_problems"]
+        elapsed = sum(ledger["phases_ns"].values())
+        assert elapsed == pytest.approx(ledger["wall_s"]["v"] * 1e9)
+        assert ledger["phases_ns"].get("other", 0) < 0.02 * elapsed
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_every_precision_learns(tmp_path: Path, precision: Precision) -> None:
+    if why_not(precision, DEVICE) is not None:
+        pytest.skip(why_not(precision, DEVICE) or "")
+    model, clock = tiny(Task.causal_lm).to(DEVICE), PhaseClock()
+    losses: list[float] = []
+    rows = torch.arange(64).remainder(50).repeat(8, 1)
+
+    class Always:
+        def batch(self, step: int) -> dict[str, torch.Tensor]:
+            position = torch.arange(64).repeat(8, 1)
+            return {"input_ids": rows, "position_ids": position, "labels": rows.roll(-1, 1)}
+
+    given = Hooks(
+        validate=lambda: 0.0, flops=lambda _: 0.0, points=lambda _, values: losses.append(values.get("loss", -1.0)),
+        history=lambda _: [], checkpointed=lambda _: None, resumed=lambda *_: None, should_stop=lambda: None,
+        advance=lambda *_: None, say=lambda _: None,
+    )  # fmt: skip
+    settings = TrainingConfig(steps=40, learning_rate=3e-3, eval_every=40)
+    train(
+        model, Always(), Objective(model, Task.causal_lm, precision, DEVICE, clock), settings=settings,
+        precision=PrecisionConfig(name=precision), folder=tmp_path, clock=clock, hooks=given,
+    )  # fmt: skip
+    read = [loss for loss in losses if loss >= 0]
+    assert len(read) == 40  # none of the late readings is lost
+    assert read[-1] < 0.7 * read[0]
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"  # put back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(300, 64), torch.randn(300, 96)
+    weight, other = torch.randn(1000, 64) / 8, torch.randn(1000, 96) / 10
+    labels = torch.randint(1000, (300,))
+    ours = hidden.to(DEVICE).requires_grad_()
+    loss, _ = head_loss(
+        ours, Head(weight.to(DEVICE), None), labels.to(DEVICE), dtype=dtype, teacher_hidden=teacher.to(DEVICE),
+        teacher_head=Head(other.to(DEVICE), None), teacher_dtype=dtype, temperature=2.0, ce_weight=0.3,
+    )  # fmt: skip
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    log_q = (exact @ weight.double().T).log_softmax(-1)
+    log_q2 = (exact @ weight.double().T / 2).log_softmax(-1)
+    log_p2 = (teacher.double() @ other.double().T / 2).log_softmax(-1)
+    kl = 4 * (log_p2.exp() * (log_p2 - log_q2)).sum(-1).mean()
+    expected = 0.3 * torch.nn.functional.nll_loss(log_q, labels) + 0.7 * kl
+    expected.backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=tolerance["rtol"], atol=0)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double().cpu(), exact.grad, **tolerance)
+
+
+def test_a_compiled_model_trains(tmp_path: Path) -> None:
+    (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=true")["rows"]
+    assert row["ledger"]["counts"]["steps"]["v"] == 30
+
+
+def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:
+    meter = EnergyMeter(DEVICE)
+    if meter.why:
+        pytest.skip(meter.why)
+    factor = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+
+    def joules(repeats: int) -> float:
+        before, start = meter.read_mj(), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            torch.mm(factor, factor)
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        torch.cuda.synchronize()
+        seconds = start.elapsed_time(end) / 1000
+        assert seconds > SHORTEST_WINDOW_S
+        spent = meter.spent(before, meter.read_mj(), seconds).v
+        assert spent is not None
+        return spent
+
+    for _ in range(200):
+        torch.mm(factor, factor)
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(200):
+        torch.mm(factor, factor)
+    end.record()
+    torch.cuda.synchronize()
+    each = start.elapsed_time(end) / 1000 / 200
+    repeats = int(1.5 * SHORTEST_WINDOW_S / each)
+    once, twice = joules(repeats), joules(2 * repeats)
+    assert 1.7 < twice / once < 2.3
