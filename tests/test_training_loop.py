@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from make_assess_models import random_documents, tiny
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.errors import Preempted, StageFailed, UserError
-from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.training import checkpoint
 from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import (
@@ -374,3 +375,26 @@ def test_compiled_and_eager_training_agree(tmp_path: Path) -> None:
     compiled.compile(backend="aot_eager")
     run(compiled, config, tmp_path / "b")
     same(weights(plain), weights(compiled), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("marker", ["forward", "backward"])
+def test_a_deleted_phase_marker_grows_other(tmp_path: Path, marker: str) -> None:
+    """What no marker claims is waste with no name; it cannot vanish."""
+
+    class Deaf(PhaseClock):
+        def phase(self, name: str) -> AbstractContextManager[None]:
+            return nullcontext() if name == marker else super().phase(name)
+
+    shares: list[float] = []
+    for clock in (PhaseClock(), Deaf()):
+        model = tiny(Task.causal_lm)
+        before = clock.read_ns()
+        train(
+            model, batches_for(settings()), Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
+            settings=settings(steps=20), precision=PrecisionConfig(name=Precision.fp32),
+            folder=tmp_path / str(len(shares)), clock=clock, hooks=hooks(),
+        )  # fmt: skip
+        took = difference(clock.read_ns(), before)
+        shares.append(took["other"] / sum(took.values()))
+    assert shares[0] < 0.1
+    assert shares[1] > shares[0] + 0.1
