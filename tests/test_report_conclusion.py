@@ -18,7 +18,7 @@ from make_result import (
 )
 
 from pipeline.report.conclusion import conclude, turned
-from pipeline.report.phrases import difference
+from pipeline.report.phrases import difference, evidence
 
 NEVER = null("never: not cheaper", unit="token")
 CENSORED = null("censored: not reached in 200 steps", ci=None)
@@ -75,6 +75,19 @@ def test_distill_undecided_gives_its_intervals() -> None:
     assert "is undecided in serving cost (saving +0.5%, interval -2% to +3%)" in text
     assert "would pay back after 90 M tokens if the point estimate of its saving held" in text
     assert "has paid" not in text
+
+
+def test_what_too_few_documents_leave_undecided_says_how_many_might_decide() -> None:
+    """Ten documents decide nothing, even where their interval lies beyond the margin."""
+    (figure,) = make_quality(-0.084, "undecided").values()
+    few = {"bits_per_byte": {**figure, "n": 10, "items_to_decide": 20}}
+    text = _distill(few, few, make_saving(0.1), NEVER)
+    assert text.count("margin 1%, 10 test documents where 20 might decide)") == 2
+
+
+def test_the_margin_of_a_share_is_in_points() -> None:
+    (undecided,) = make_quality(0.067, "undecided", key="accuracy", half=0.2).values()
+    assert evidence("accuracy", undecided) == "quality +6.7 points, interval -13.3 to +26.7 points, margin 1 point"
 
 
 def test_distill_within_the_margin_of_its_controls() -> None:

@@ -175,7 +175,7 @@ def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> st
     if answer(quality) == "undecided":
         return f"{start}, whether the same model does better than {student} is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
-        ending = f"within {margin(quality)} ({signed(key, quality['v'])})"
+        ending = f"within {margin(key, quality)} ({signed(key, quality['v'])})"
         return f"{start}, the same model does as well as {student}, {ending}"
     return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
 
@@ -193,7 +193,7 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
     if answer(quality) == "undecided":
         return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
-        return f"{start} distillation changes nothing beyond {margin(quality)} ({signed(key, quality['v'])})"
+        return f"{start} distillation changes nothing beyond {margin(key, quality)} ({signed(key, quality['v'])})"
     verb = "adds" if quality["v"] > 0 else "costs"
     direction = ("fewer " if quality["v"] > 0 else "more ") if key in RELATIVE else ""
     return f"{start} distillation {verb} {amount(key, quality['v'])} ({direction}{QUALITY_WORDS[key]})"

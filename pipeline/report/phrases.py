@@ -30,7 +30,7 @@ def answer(quality: Value) -> str:
 def quality_verb(key: str, quality: Value) -> str:
     """Say how an arm's quality compares with its base's."""
     if answer(quality) == "equal":
-        return f"keeps the quality within {margin(quality)} ({signed(key, quality['v'])})"
+        return f"keeps the quality within {margin(key, quality)} ({signed(key, quality['v'])})"
     if answer(quality) == "undecided":
         return f"is undecided in quality ({evidence(key, quality)})"
     return difference(key, quality["v"])
@@ -66,14 +66,16 @@ def signed(key: str, advantage: float) -> str:
     return percent(advantage, sign=True) if key in RELATIVE else f"{points(advantage, sign=True)} points"
 
 
-def margin(quality: Value) -> str:
+def margin(key: str, quality: Value) -> str:
     """Return the margin within which two arms count as equal, in words."""
-    return f"the margin of {percent(quality['margin'])}" if "margin" in quality else "the margin"
+    return f"the margin of {amount(key, quality['margin'])}" if "margin" in quality else "the margin"
 
 
 def evidence(key: str, quality: Value) -> str:
-    """Return what an undecided quality rests on: difference, interval, margin."""
-    ending = f", margin {percent(quality['margin'])}" if "margin" in quality else ""
+    """Return what an undecided quality rests on: difference, interval, margin, and how many documents would decide."""
+    ending = f", margin {amount(key, quality['margin'])}" if "margin" in quality else ""
+    if needed := quality.get("items_to_decide"):
+        ending += f", {quality['n']} test documents where {count(needed)} might decide"
     return f"quality {signed(key, quality['v'])}, {interval(quality, in_points=key not in RELATIVE)}{ending}"
 
 
