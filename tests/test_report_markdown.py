@@ -184,7 +184,7 @@ def test_energy_money_and_weights_are_shown_where_there_are_any() -> None:
     row["serving"]["weights_bytes"] = value(4_200_000)
     text = markdown(make_result("baseline", rows=[row, other]))
     head, first, second = _tables(text)["Arms"]
-    assert [head[6:], first[6:]] == [["weights", "energy", "cost"], ["4.2 MB", "12.3 k J", "1.50 USD"]]
+    assert [head[6:], first[6:]] == [["weights", "energy", "cost"], ["4.2 MB", "12.3 kJ", "1.50 USD"]]
     assert all(cell.startswith("-[") for cell in second[6:])
     assert "`cost/amount`" in text
 

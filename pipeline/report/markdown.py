@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pipeline.metrics import BY_KEY
 from pipeline.report.conclusion import conclude
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
+from pipeline.report.phrases import amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
     RELATIVE,
@@ -126,8 +127,8 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
 def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callable[[Row], Figure]]:
     """Return the columns, by head, that stand in the table where any row has a figure for them."""
     candidates: tuple[tuple[str, str, Callable[[Row], Figure]], ...] = (
-        ("weights", "serving/weights_bytes", lambda row: (row["serving"].get("weights_bytes"), num_bytes)),
-        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], lambda v: f"{count(v)} J")),
+        ("weights", "serving/weights_bytes", lambda row: (_weights(row), num_bytes)),
+        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], _joules)),
         ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
         ("cost", "cost/amount", _money),
     )
@@ -137,6 +138,16 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
             found[head] = read
             shown[key] = None
     return found
+
+
+def _weights(row: Row) -> Value | None:
+    """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
+    known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
+    return cost if known is None and cost is not None and cost["v"] is None else known
+
+
+def _joules(v: float) -> str:
+    return f"{count(v)} J".replace(" k J", " kJ").replace(" M J", " MJ").replace(" G J", " GJ")
 
 
 def _money(row: Row) -> Figure:
@@ -176,7 +187,7 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
 
 def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
-    margin = percent(value["margin"]) if "margin" in value else "not stated"
+    margin = amount(key, value["margin"]) if "margin" in value else "not stated"
     figure = [key.replace("_", " "), notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
     more = f", about {needed} items would decide" if needed else ""

@@ -127,15 +127,15 @@ def _optimizer(model: Any, settings: TrainingConfig, device: torch.device) -> to
 def _resume(
     folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock, hooks: Hooks
 ) -> Progress:  # fmt: skip
+    progress, history = Progress(), list[dict[str, Any]]()
     with clock.phase("checkpoint"):
         found = checkpoint.newest(folder, hooks.say)
-        if found is None:
-            hooks.resumed(0, [])
-            return Progress()
-        extra = checkpoint.load(found[0], model, optimizer)
-        scaler.load_state_dict(extra["scaler"])
-        progress = Progress(**extra["progress"])
-    hooks.resumed(progress.step, extra["history"])
+        if found is not None:
+            extra = checkpoint.load(found[0], model, optimizer)
+            scaler.load_state_dict(extra["scaler"])
+            progress, history = Progress(**extra["progress"]), extra["history"]
+    with clock.phase("log"):
+        hooks.resumed(progress.step, history)
     return progress
 
 
@@ -226,7 +226,8 @@ def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock:
         "eval_seconds": progress.eval_ns / 1e9, "constant": float(is_constant(progress.step, settings)),
     }  # fmt: skip
     progress.curve.append(reading)
-    hooks.points(progress.step, {"validation": metric})
+    with clock.phase("log"):
+        hooks.points(progress.step, {"validation": metric})
 
 
 def _save(
@@ -239,4 +240,5 @@ def _save(
 
     with clock.phase("checkpoint"):
         checkpoint.save(folder, progress.step, model, optimizer, extra)
-    hooks.checkpointed(progress.step)
+    with clock.phase("log"):
+        hooks.checkpointed(progress.step)

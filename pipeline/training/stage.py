@@ -60,7 +60,7 @@ def run_training(
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model.config, ctx.run.task, backward=True)
         extra = None if teacher is None else count_flops(teacher.model.config, ctx.run.task, backward=False)
-    frozen = None if teacher is None else parameter_hash(teacher.model)
+        frozen = None if teacher is None else parameter_hash(teacher.model)
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
@@ -74,9 +74,9 @@ def run_training(
             model, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
-    if teacher is not None and parameter_hash(teacher.model) != frozen:
-        raise StageFailed(f"stage {ctx.stage}: the teacher's parameters changed while the student trained")
     with ctx.clock.phase("checkpoint"):
+        if teacher is not None and parameter_hash(teacher.model) != frozen:
+            raise StageFailed(f"stage {ctx.stage}: the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
     return _output(progress, own, extra, settings, distill, objective)
 
