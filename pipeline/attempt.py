@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pipeline.base_model import base_artifact
 from pipeline.config import Run
 from pipeline.data.documents import Dataset
-from pipeline.errors import BudgetSpent, Preempted
+from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
@@ -354,7 +354,8 @@ class Attempt:
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
             )  # fmt: skip
-            output = stage.run(inputs, context)
+            with _named(name):
+                output = stage.run(inputs, context)
             self.notes += output.notes
             with self.clock.phase("checkpoint"):
                 digests = {arm: artifact.digest for arm, artifact in inputs.items()}
@@ -371,7 +372,7 @@ class Attempt:
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
         window = None
         try:
-            with self.window("assess", name, seed) as window:
+            with self.window("assess", name, seed) as window, _named(name):
                 quality = assess_quality(
                     Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
                     labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
@@ -526,6 +527,15 @@ def heartbeat(journal: Journal) -> Generator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def _named(stage: str) -> Generator[None]:
+    """Have a failure say which stage failed."""
+    try:
+        yield
+    except StageFailed as error:
+        raise StageFailed(f"stage {stage}: {error}") from error
 
 
 def device_name(device: Any) -> str:

@@ -231,6 +231,7 @@ def _say(error: BaseException, code: Exit, debug: bool) -> int:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
     known = isinstance(error, BudgetSpent | Preempted | StageFailed | KeyboardInterrupt)
+    text = f"failed: {text}" if isinstance(error, StageFailed) else text
     line = text if known else f"crashed: {type(error).__name__}: {text} (--debug shows where)"
     print("interrupted" if code is Exit.INTERRUPTED else line, file=sys.stderr)
     return code

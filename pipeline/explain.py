@@ -22,6 +22,9 @@ from pipeline.recipes import Recipe
 from pipeline.stages.table import STAGES
 from pipeline.validate import did_you_mean
 
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+"""OmegaConf's names of types, in words."""
+
 
 def explain(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> tuple[int, str]:
     """Return the exit code and the line for an error of composing."""
@@ -47,12 +50,22 @@ def _as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe]
         key = _overridden(error) or key
         return UserError(key, "there is no such setting", did_you_mean(key, _known_keys(args, recipes)))
     if isinstance(cause, ValidationError):
-        return UserError(key, problem, "give a value of that type")
+        return _wrong_type(key, problem, given)
     if isinstance(cause, InterpolationKeyError):
         return UserError(key, problem, "name a setting that exists")
     group = re.match(r"Could not override '([^'@]+)", str(error))
     key = group.group(1) if group else key
     return UserError(key, problem, did_you_mean(key, _known_keys(args, recipes)))
+
+
+def _wrong_type(key: str, problem: str, given: str) -> UserError:
+    wanted = re.search(r"could not be converted to (\w+)", problem)
+    if wanted and wanted.group(1) in KINDS:
+        kind = KINDS[wanted.group(1)]
+        return UserError(key, f"{given!r} is not {kind}", f"give {kind}")
+    if problem.endswith("is not Optional"):
+        return UserError(key, "null is no value for it", f"leave {key} out, or give a value")
+    return UserError(key, problem, "give a value of that type")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -310,6 +310,26 @@ def choose_layers(spec: Any, num_layers: int) -> list[int]:
     return chosen
 
 
+def check_student(config: StudentConfig, source: str | None, num_layers: int, task: Task) -> None:
+    """Refuse student settings that fit no model, before its teacher is trained.
+
+    Args:
+        source: Folder or Hub name of the model that it is cut from; None for one made on the spot.
+        num_layers: Of a model made on the spot.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if config.path is not None:
+        load_config(config.path, revision=config.revision, key="student.path")
+        return
+    base = None if source is None else load_config(source, key="model.path")
+    if not config.config:
+        choose_layers(config.layers, num_layers if base is None else layer_count(base))
+    elif base is not None:
+        _changed_config(base, config.config, task)
+
+
 def make_student(
     config: StudentConfig, source: Path, task: Task, labels: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, Any]:

@@ -22,7 +22,7 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
 from pipeline.recovery import recover
 from pipeline.redact import redact_settings
-from pipeline.stages.settings import training_precision
+from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision
 from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import FOLLOW, LOG
 from pipeline.tracking import declared_uri
@@ -44,6 +44,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         if run.hardware.num_threads is not None:
             torch.set_num_threads(run.hardware.num_threads)
         _check_precisions(run, device)
+        _check_student(run)
         quiet_libraries()
         data = load_dataset(run.data, run.task)
         root = Path(run.tracking.root).expanduser().resolve()
@@ -153,6 +154,20 @@ def _check_precisions(run: Run, device: Any) -> None:
         if reason is not None:
             key = "precision" if stage.precision is None else f"stages.{name}.precision"
             raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
+
+
+def _check_student(run: Run) -> None:
+    """Refuse a student that cannot be made; one that is cut from another student is looked at when its turn comes."""
+    from pipeline.models import check_student
+
+    if not any(getattr(stage, "model", None) == STUDENT_INIT for stage in run.stages.values()):
+        return
+    source = student_source(run)
+    while source != BASE and run.student.path is None:
+        source = getattr(run.stages[source], "model", STUDENT_INIT)
+        if source == STUDENT_INIT:
+            return
+    check_student(run.student, run.model.path, run.model.shape.layers, run.task)
 
 
 def quiet_libraries() -> None:

@@ -89,6 +89,13 @@ def _check_arms(run: Run) -> None:
 
 
 def _check_sources(run: Run) -> None:
+    places = {
+        "data.path": run.data.path, "data.hub": run.data.hub, "model.path": run.model.path,
+        "student.path": run.student.path, "tracking.root": run.tracking.root,
+    }  # fmt: skip
+    for key, place in places.items():
+        if place is not None and not place.strip():
+            raise UserError(key, "is empty", f"give a place, or leave {key} out")
     if run.data.path is not None and not Path(run.data.path).expanduser().exists():
         raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
     if run.data.hub is not None and importlib.util.find_spec("datasets") is None:

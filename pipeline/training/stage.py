@@ -76,7 +76,7 @@ def run_training(
         )  # fmt: skip
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
-            raise StageFailed(f"stage {ctx.stage}: the teacher's parameters changed while the student trained")
+            raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
     return _output(progress, own, extra, settings, distill, objective)
 
@@ -93,7 +93,7 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     flops = None if ctx.matched is None else ctx.matched.counts["model_flops"].v
     per_step = None if ctx.matched is None else ctx.matched.flops_per_step
     if flops is None or per_step is None:
-        raise StageFailed(f"stage {ctx.stage}: {stage.like} counted no FLOPs to match")
+        raise StageFailed(f"{stage.like} counted no FLOPs to match")
     settings.steps = max(1, int(flops // per_step))
     return settings
 
