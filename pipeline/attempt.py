@@ -6,6 +6,7 @@ reloaded from disk). A row is what the windows of one arm in one attempt took; w
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -34,6 +35,7 @@ from pipeline.store import Artifact, Store, key_of, plain
 from pipeline.values import Value, measured, null
 
 HEARTBEAT_S = 5.0  # what SIGKILL can lose
+ELSEWHERE = "measured while the artifact was made; see that row"
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -267,7 +269,8 @@ class Attempt:
         if record is None or self.run_id == made["run_id"] != record["run_id"]:
             return None
         items = self.store.root / "assessments" / Path(record["items"]).name  # wherever the store has been moved to
-        if not items.is_file():
+        sha256 = _items_sha256(items)
+        if sha256 is None or sha256 != record["sha256"]:
             return None
         return {**record, "items": str(items), "rows": [_moved(row, made["artifact"], items) for row in record["rows"]]}
 
@@ -382,15 +385,12 @@ class Attempt:
         except BaseException as error:
             self.add(self._broken(name, stage, seed, window, error, made))
             raise
-        row = self._made_row(name, stage, seed, made, window, quality)
-        if made["run_id"] == self.run_id:
-            self._adopt(made["earlier"], "work")
-            self.add(row)
-        else:
-            others = [*made["earlier"], row]
-            self._adopt([{**old, "reused": old["reused"] or made["run_id"]} for old in others], "work")
-        rows = [old for old in self.rows if (old["arm"], old["seed"]) == (name, seed)]
-        record: Record = {"run_id": self.run_id, "items": str(items), "rows": rows}
+        self._adopt(made["earlier"], "work")
+        if made["run_id"] != self.run_id:
+            self._adopt([self._reused_work(name, stage, seed, made, quality)], "work")
+        self.add(self._made_row(name, stage, seed, made, window, quality))
+        rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
+        record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}
         self.store.remember("assessments", key, record)
         return record
 
@@ -402,8 +402,8 @@ class Attempt:
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""
         if assessed["run_id"] == self.run_id:  # an earlier attempt of this very run: spent, and journaled, there
-            self.rows += [row for row in assessed["rows"] if row["status"] == "FINISHED" and row["reused"] is None]
             self._adopt(assessed["rows"], "work")
+            self.rows += [row for row in assessed["rows"] if row["status"] == "FINISHED" and row["reused"] is None]
             return
         print(f"{name}: reused from {assessed['run_id']}", flush=True)
         rows = [{**row, "reused": row["reused"] or assessed["run_id"]} for row in assessed["rows"]]
@@ -417,16 +417,27 @@ class Attempt:
     def _made_row(
         self, name: str, stage: Any, seed: int, made: Record, assess: OpenWindow, quality: dict[str, Any]
     ) -> Row:
-        """Return the finished row. Work of an earlier attempt of this run stands on that attempt's row already."""
+        """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's row."""
         spent = Spent(assess_ns=assess.elapsed_ns)
         spent.add_phases(assess.phases_ns)
-        if made["run_id"] != self.run_id or made["attempt"] == self.number:
+        memory, energy = dict.fromkeys(made["memory"], null(ELSEWHERE)), null(ELSEWHERE)
+        if (made["run_id"], made["attempt"]) == (self.run_id, self.number):
             spent.work_ns = made["work_ns"]
             spent.add_phases(made["phases_ns"])
-        memory = {part: Value.from_json(value) for part, value in made["memory"].items()}
+            memory, energy = _memory_and_energy(made)
         row = self.row(name, stage, seed, spent, _output_from(made["output"]), "FINISHED", None,
-                        memory=memory, energy=Value.from_json(made["energy"]))  # fmt: skip
+                       memory=memory, energy=energy)  # fmt: skip
         return {**row, "artifact": made["artifact"], "quality": quality}
+
+    def _reused_work(self, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]) -> Row:
+        """Return the row of work that another run did, where this one assesses what it made."""
+        why = "another run's work; this run assessed it, in the row below"
+        unread = {**null(why).to_json(), "ci": None, "n": None, "items": None}
+        spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), _output_from(made["output"])
+        memory, energy = _memory_and_energy(made)
+        row = self.row(name, stage, seed, spent, output, "FINISHED", why, attempt=made["attempt"], memory=memory,
+                       energy=energy)  # fmt: skip
+        return {**row, "reused": made["run_id"], "quality": dict.fromkeys(quality, unread)}
 
     def _broken(
         self, name: str, stage: Any, seed: int, window: OpenWindow | None, error: BaseException,
@@ -557,6 +568,19 @@ def _blank(record: dict[str, Any], why: str) -> None:
             record[name] = null(why).to_json()
         elif isinstance(value, dict):
             _blank(value, why)
+
+
+def _memory_and_energy(made: Record) -> tuple[dict[str, Value], Value]:
+    return {part: Value.from_json(value) for part, value in made["memory"].items()}, Value.from_json(made["energy"])
+
+
+def _items_sha256(items: Path) -> str | None:
+    """Return a checksum over per-document values and first predictions, or None where either is not there."""
+    try:
+        contents = [items.read_bytes(), items.with_suffix(".predictions.npy").read_bytes()]
+    except FileNotFoundError:
+        return None
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
 
 def _moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:

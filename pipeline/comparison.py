@@ -50,7 +50,7 @@ def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:
 
 def finished_rows(attempt: Attempt, seed: int) -> Rows:
     """Return the rows of one seed that have an artifact, by arm."""
-    return {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["status"] == "FINISHED"}
+    return {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["artifact"] is not None}
 
 
 def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
@@ -104,7 +104,7 @@ def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
 
 def _flops(own: list[Row]) -> float | None:
     """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
-    made = [row for row in own if row["status"] == "FINISHED"]
+    made = [row for row in own if row["artifact"] is not None]
     return made[-1]["ledger"]["counts"]["model_flops"]["v"] if made else None
 
 

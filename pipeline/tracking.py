@@ -212,7 +212,7 @@ class _Delivery:
         self._values(child, figures, event["t"])
         tags = {name: row[name] for name in ("type", "status", "why", "reused")}
         if row["reused"]:
-            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name(row)}")
+            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
         if row["artifact"] is not None:
             tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
         self._tags(child, tags)
@@ -341,8 +341,11 @@ class _Delivery:
 
 
 def _child_name(event: dict[str, Any]) -> str:
+    """Return a child's name: the arm, with what tells it from the arm's other children."""
     attempt = f" attempt {event['attempt']}" if event["attempt"] > 1 else ""
-    return f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
+    name = f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
+    elsewhere = event.get("reused") and event.get("artifact") is None  # what led to this run's own row
+    return f"{name} of {event['reused']}" if elsewhere else name
 
 
 def _name(key: str) -> str:

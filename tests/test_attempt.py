@@ -117,6 +117,7 @@ def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -
     arrays = {"digest": np.array(["a", "b"]), "bits": worse * np.array([2.0, 4.0]), "bytes": np.array([1, 2]),
               "tokens": np.array([1, 2]), "correct": np.array([0, 1])}  # fmt: skip
     write_items(items, arrays)
+    np.save(items.with_suffix(".predictions.npy"), np.zeros(2))
     return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
 
 
@@ -264,12 +265,27 @@ def test_another_assessment_trains_nothing_again(root: Path) -> None:
     second = invoke(root, "run-2", 1, run)
     assert of_run(second) == {"work": 0, "assess": 8, "retry": 0, "compare": 0, "overhead": 2}
     assert minutes(second.reused_h) == pytest.approx(71 + 6)
-    assert {row["reused"] for row in second.rows} == {"run-1"}
+    assert [(row["reused"], row["artifact"] is None) for row in second.rows] == 4 * [("run-1", True), (None, False)]
+    for part in ("work", "assess", "retry"):  # what this run spent stands on its own rows
+        own = sum(row["ledger"]["device_hours"][part]["v"] for row in second.rows if row["reused"] is None)
+        assert minutes(own) == pytest.approx(of_run(second)[part])
     assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     run.serving.load.batch += 1
     third = invoke(root, "run-3", 1, run)
     assert of_run(third) == {"work": 0, "assess": 0, "retry": 0, "compare": 6, "overhead": 2}
     assert minutes(third.reused_h) == pytest.approx(71 + 8)
+
+
+def test_damaged_items_are_assessed_again(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    first = invoke(root, "run-1", 1, run)
+    items = [row["quality"]["bits_per_byte"]["items"] for row in first.rows]
+    Path(items[0]).write_text("no JSON")
+    Path(items[1]).with_suffix(".predictions.npy").unlink()
+    second = invoke(root, "run-2", 1, run)
+    assert of_run(second) == {"work": 0, "assess": 4, "retry": 0, "compare": 0, "overhead": 2}
+    assert minutes(second.reused_h) == pytest.approx(71 + 4 + 6)
 
 
 def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:

@@ -117,7 +117,7 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
     return [
         name,
         status_word(row),
-        f"spent 0, reused {hours}" if status_word(row) == "reused" else hours,
+        f"spent 0, reused {hours}" if row["reused"] else hours,
         notes.show(row["ledger"]["counts"]["tokens"], count),
         level,
         notes.show(row["serving"].get(SERVING_KEY), significant),

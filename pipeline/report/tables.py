@@ -68,9 +68,7 @@ def _status(rows: list[Row], notes: Footnotes) -> _Column:
 def _time(result: Result, notes: Footnotes) -> _Column:
     """What this invocation spent: a reused stage cost it nothing, and its own figure stands below the table."""
     form = lambda hours: duration(3600 * hours)
-    cells = (
-        "spent 0" if status_word(row) == "reused" else notes.show(hours_of(row, result), form) for row in result["rows"]
-    )
+    cells = ("spent 0" if row["reused"] else notes.show(hours_of(row, result), form) for row in result["rows"])
     return _Column(tuple(hours_word(result).replace("-", "- ").split()), tuple(cells))
 
 
@@ -98,12 +96,17 @@ def _savings(result: Result, notes: Footnotes) -> list[_Column]:
     for measure, head in (("training", "train"), ("serving", "serve")):
         pairs = saving_pairs(result, measure)
         if pairs:
-            arms = [row["arm"] for row in result["rows"]]
-            cells = [""] * len(arms)
-            for arm, pair in pairs.items():  # a saving is over all seeds: it stands in the arm's first row
-                cells[arms.index(arm)] = _saving(result, pair, measure, notes)
+            cells = [""] * len(result["rows"])
+            for arm, pair in pairs.items():
+                cells[_first_row(result["rows"], arm)] = _saving(result, pair, measure, notes)
             found.append(_Column(("saved", head), tuple(cells)))
     return found
+
+
+def _first_row(rows: list[Row], arm: str) -> int:
+    """Return where an arm's saving stands, which is over all seeds: its first row with an artifact, else its first."""
+    own = [index for index, row in enumerate(rows) if row["arm"] == arm]
+    return next((index for index in own if is_finished(rows[index])), own[0])
 
 
 def saving_pairs(result: Result, measure: str) -> dict[str, Pair]:
@@ -173,7 +176,7 @@ def _bases(result: Result) -> list[str]:
 
 def _reused(result: Result, notes: Footnotes) -> list[str]:
     time = lambda hours: duration(3600 * hours)
-    reused = [row for row in result["rows"] if status_word(row) == "reused"]
+    reused = [row for row in result["rows"] if row["reused"]]
     parts = [
         f"{name} {notes.show(hours_of(row, result), time)} (run {one_line(row['reused'], 40)})"
         for name, row in zip(labels(reused), reused, strict=True)

@@ -47,14 +47,14 @@ class Footnotes:
 
 
 def is_finished(row: Row) -> bool:
-    """Tell whether the stage left an artifact, now or in the run it is reused from."""
-    return row["status"] == "FINISHED"
+    """Tell whether this row has the stage's artifact; work of another run that this one assessed stands beside it."""
+    return row["status"] == "FINISHED" and row["artifact"] is not None
 
 
 def status_word(row: Row) -> str:
     """Return `done`, `reused`, `skipped`, `FAILED` or `KILLED`."""
     word: str = row["status"]
-    return "reused" if is_finished(row) and row["reused"] else _STATUS.get(word, word)
+    return "reused" if word == "FINISHED" and row["reused"] else _STATUS.get(word, word)
 
 
 def finished_row(result: Result, arm: str) -> Row | None:
@@ -97,13 +97,13 @@ def seeds(result: Result) -> list[int]:
 def labels(rows: list[Row]) -> list[str]:
     """Return a name per row: the arm, with seed and attempt only where they tell rows apart."""
     many_seeds = len({row["seed"] for row in rows}) > 1
-    tries: dict[tuple[str, int], int] = {}
+    tries: dict[tuple[str, int], set[int]] = {}
     for row in rows:
-        tries[row["arm"], row["seed"]] = tries.get((row["arm"], row["seed"]), 0) + 1
+        tries.setdefault((row["arm"], row["seed"]), set()).add(row["attempt"])
     return [
         one_line(row["arm"])
         + (f" s{row['seed']}" if many_seeds else "")
-        + (f" #{row['attempt']}" if tries[row["arm"], row["seed"]] > 1 else "")
+        + (f" #{row['attempt']}" if len(tries[row["arm"], row["seed"]]) > 1 else "")
         for row in rows
     ]
 
