@@ -15,7 +15,8 @@ from pipeline.attempt import device_name
 from pipeline.ledger.booking import device_hours
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
-from pipeline.report.tables import closing_table
+from pipeline.report.tables import WIDTH, closing_table
+from pipeline.report.text import wrap
 from pipeline.store import read_json, write_json
 from pipeline.sync import LOG
 from pipeline.tracking import ui_command
@@ -45,7 +46,12 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     if status == "FINISHED" and made:
         _point_latest(attempt.folder)
     attempt.lock.release()
-    print(f"\n{closing_table(result)}\n\n{result['conclusion']}\n\nreport: {attempt.folder / 'report.md'}")
+    if not attempt.rows:  # refused before any stage: the refusal says it all
+        if attempt.writer is not None and attempt.writer.stdin is not None:
+            attempt.writer.stdin.close()
+        return
+    conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
+    print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
     if attempt.writer is not None:
         print(_delivered(attempt, attempt.writer))
 
@@ -107,7 +113,12 @@ def _commit() -> str | None:
     top = Path(__file__).resolve().parent.parent
     if not (top / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or None
 
 

@@ -26,7 +26,7 @@ from pipeline.ledger.booking import Booking, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.phases import PhaseClock, difference
-from pipeline.ledger.record import Spent, ledger, read_memory, reset_memory
+from pipeline.ledger.record import Spent, ledger, money, read_memory, reset_memory
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
 from pipeline.stages.context import Context, Output
@@ -58,6 +58,7 @@ class Trace:
 
     saved: int = 0
     reached: int = 0
+    saved_ns: dict[str, int] = field(default_factory=dict)  # by phase, up to that checkpoint
 
     @property
     def lost(self) -> int:
@@ -121,19 +122,21 @@ class Attempt:
         start_ns, before = self.clock.mark()
         opened = OpenWindow(start_ns, before)
         self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns)
-        kept: float = 1
+        kept, saved_ns = True, 0
         try:
             with heartbeat(self.journal):
                 yield opened
         except BaseException as error:
             kept = isinstance(error, Preempted | BudgetSpent) or kind == "compare"
+            if isinstance(error, KeyboardInterrupt) and kind == "work" and arm is not None:
+                saved_ns = sum(self.trace(arm, seed, self.number).saved_ns.values())
             raise
         finally:
             end_ns, after = self.clock.mark()
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
             self.windows.append(Window(
                 kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns, end_ns=end_ns,
-                kept_ns=int(kept) * opened.elapsed_ns,
+                kept_ns=opened.elapsed_ns if kept else saved_ns,
             ))  # fmt: skip
             self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]), phases_ns=opened.phases_ns)
 
@@ -198,7 +201,8 @@ class Attempt:
         known = {_identity(row) for row in self.rows}
         for row in rows:
             if row["reused"] not in (None, self.run_id) and _identity(row) not in known:
-                self.add(row)
+                cost = money(_hours(row, "attached"), self.run.cost)  # at today's rate
+                self.add({**row, "ledger": {**row["ledger"], "cost": cost}})
                 self.reused_h += sum(_hours(row, part) for part in parts)
 
     # -- what a stage can use -----------------------------------------------------------------------------------
@@ -314,17 +318,21 @@ class Attempt:
         return {name: value for name, value in settings.items() if value is not None}
 
     def _warm(self, stage: Any, inputs: dict[str, Artifact]) -> None:
-        """Import and encode what all arms use, as overhead of the run: else the first arm would pay for the others."""
+        """Do what all arms use as overhead of the run, else the first arm would pay for the others: import, encode,
+        and open the device with a first forward and backward pass."""
         if not hasattr(stage, "like") or not inputs:
             return
+        from pipeline.data.encode import encode_all
+        from pipeline.models import import_model, load_tokenizer
+
+        source = next(iter(inputs.values())).path
         with self.clock.phase("import"):
             importlib.import_module("pipeline.training.stage")
-        from pipeline.data.encode import encode_all
-        from pipeline.models import load_tokenizer
-
+            import_model(source, self.run.task)
         with self.clock.phase("prepare"):
+            _open_device(self.device)
             length = training_settings(stage, self.run).sequence_length
-            tokenizer = load_tokenizer(next(iter(inputs.values())).path)
+            tokenizer = load_tokenizer(source)
             encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=length)
 
     def _work(
@@ -340,10 +348,12 @@ class Attempt:
             return difference(self.clock.mark()[1], window.before)
 
         def checkpointed(step: int) -> None:
-            trace.saved = step
-            journal("checkpoint", step, phases_ns=phases_ns())
+            trace.saved, trace.saved_ns = step, phases_ns()
+            journal("checkpoint", step, phases_ns=trace.saved_ns)
 
         def resumed(step: int, history: list[dict[str, Any]]) -> None:
+            if step:
+                print(f"{name}: goes on after step {step}", flush=True)
             journal("resume", step, history=history)
             resume(self, name, seed, self.number, step, history)
 
@@ -454,6 +464,11 @@ class Attempt:
             spent.add_phases(window.phases_ns)
         elif window is not None:
             spent.lost_ns = window.elapsed_ns
+            if made is None and isinstance(error, KeyboardInterrupt):  # the last checkpoint is there to go on from
+                saved_ns = self.trace(name, seed, self.number).saved_ns
+                spent.work_ns, spent.lost_as = sum(saved_ns.values()), "rollback"
+                spent.lost_ns -= spent.work_ns
+                spent.add_phases(saved_ns)
         status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
         lost = {"steps_lost": measured(self.trace(name, seed, self.number).lost)}
         return self.row(name, stage, seed, spent, Output(counts=lost), status, str(error) or "interrupted")
@@ -538,6 +553,14 @@ def heartbeat(journal: Journal) -> Generator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _open_device(device: Any) -> None:
+    """Have libraries and threads of the device start: what they take comes once per process."""
+    import torch
+
+    square = torch.ones(64, 64, device=device, requires_grad=True)
+    torch.autograd.backward((square @ square).sum())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
 from pipeline.recipes import Recipe, config_dir, find_recipes
 
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
@@ -64,7 +64,8 @@ def main(argv: list[str], *, started_ns: int) -> int:
         _check_overrides(rest, recipes)
         return _compose_and_run(rest, recipes, started_ns, debug)
     except UserError as error:
-        return _refuse(error, debug)
+        code = _refuse(error, debug)
+        return Exit.UNPARSABLE if isinstance(error, Unparsable) else code
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
 
@@ -98,6 +99,10 @@ def _check_overrides(args: list[str], recipes: dict[str, Recipe]) -> None:
     added = next((arg for arg in args if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
     if added is not None:
         raise UserError(added.partition("=")[0], "adds a setting that nothing reads", "drop the +")
+    bare = next((arg for arg in args if "=" not in arg and not arg.startswith(("-", "+", "~"))), None)
+    following = {args[index + 1] for index, arg in enumerate(args[:-1]) if arg.startswith("-")}  # an option's value
+    if bare is not None and bare not in following:
+        raise Unparsable(bare, "cannot be parsed", "write key=value")
     inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in args)
     if not named and not inspecting:
         raise UserError("recipe", "none is named", f"add recipe= and one of {', '.join(recipes)}")
@@ -233,7 +238,8 @@ def _say(error: BaseException, code: Exit, debug: bool) -> int:
     known = isinstance(error, BudgetSpent | Preempted | StageFailed | KeyboardInterrupt)
     text = f"failed: {text}" if isinstance(error, StageFailed) else text
     line = text if known else f"crashed: {type(error).__name__}: {text} (--debug shows where)"
-    print("interrupted" if code is Exit.INTERRUPTED else line, file=sys.stderr)
+    stopped = "interrupted; the same command goes on from what is done"
+    print(stopped if code is Exit.INTERRUPTED else line, file=sys.stderr)
     return code
 
 

@@ -17,7 +17,7 @@ from pipeline.compare.savings import Reading, Spend, Trained, combine_training, 
 from pipeline.compare.statistics import Interval
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
-from pipeline.metrics import DIRECTION
+from pipeline.metrics import DIRECTION, RELATIVE
 from pipeline.models import load_tokenizer
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.values import Value, derive, null
@@ -135,13 +135,14 @@ def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict
         for each in all_seeds
     ]
     keys = compared_keys(*items[0])
-    return {
-        key: combine_seeds([
+    by_key = {
+        key: [
             compare_items(key, ours, theirs, margin=config.margin, resamples=config.bootstrap, seed=each.seed)
             for each, (ours, theirs) in zip(all_seeds, items, strict=True)
-        ])
+        ]
         for key in keys
-    }  # fmt: skip
+    }
+    return {key: combine_seeds(per_seed, is_share=key not in RELATIVE) for key, per_seed in by_key.items()}
 
 
 def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class UserError(ValueError):
         return " ".join(f"{self.key}: {self.problem}; {self.remedy}".split())
 
 
+class Unparsable(UserError):
+    """An argument that is no setting at all."""
+
+
 class StageFailed(RuntimeError):
     """A stage that started and could not finish (divergence, an artifact that does not survive a reload)."""
 

@@ -43,7 +43,7 @@ def _as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe]
     first, *details = str(cause).splitlines()
     in_details = next((line.split("full_key:")[1].strip() for line in details if "full_key:" in line), "")
     key = in_details or _overridden(error) or "settings"
-    given = next((arg.partition("=")[2] for arg in args if arg.partition("=")[0].lstrip("+") == key), "?")
+    given = next((arg.partition("=")[2] for arg in reversed(args) if arg.partition("=")[0].lstrip("+") == key), "?")
     first = re.sub(r"\$VALUE_TYPE", "text", first).replace("$VALUE", given)  # OmegaConf leaves these unfilled
     problem = first[:1].lower() + first[1:]
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):

@@ -91,6 +91,8 @@ CATALOGUE: tuple[Metric, ...] = (
 
 BY_KEY = {metric.key: metric for metric in CATALOGUE}
 QUALITY_KEYS = tuple(metric.name for metric in CATALOGUE if metric.section == "quality" and metric.name != "primary")
+RELATIVE = frozenset({"bits_per_byte", "perplexity"})
+"""Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
 DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}
 
 PHASES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,15 @@ def load_model(
     if not quantized:
         model.to(device)
     return model.eval()
+
+
+def import_model(path: str | Path, task: Task) -> None:
+    """Import what loading the model in `path` takes: half a second, which no stage is to be charged with."""
+    import torch
+
+    config = load_config(path)
+    with torch.device("meta"), suppress(*_load_errors()):  # loading it will say what is wrong
+        _auto_class(task).from_config(config)
 
 
 def _load_errors() -> tuple[type[Exception], ...]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.attempt import Attempt
+from pipeline.compare.quality import MIN_DOCUMENTS
 from pipeline.config import Run
+from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 from pipeline.ledger.energy import EnergyMeter
@@ -56,7 +58,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     attempt = Attempt(
         run=run, run_id=folder.name, number=number, folder=folder, store=Store(root / "store"), journal=journal,
         clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-        energy=EnergyMeter(device), lock=lock, notes=list(data.notes),
+        energy=EnergyMeter(device), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
     )  # fmt: skip
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
     settings = redact_settings(plain(run))
@@ -70,9 +72,22 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                   for split, documents in data.splits.items()],
     )  # fmt: skip
     recover(attempt, events)
+    for note in attempt.notes:
+        print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
         attempt.writer = _start_writer(folder)
     return attempt
+
+
+def _few_documents(run: Run, data: Dataset) -> list[str]:
+    """Return what to know of a test split that is read in part, or that is too small to decide anything."""
+    have, most = len(data.splits["test"]), run.quality.max_documents
+    read = have if most is None else min(have, most)
+    said = f"quality is read on {read} of {have} test documents"
+    found = [f"{said} (quality.max_documents={most})"] if read < have else []
+    if read < MIN_DOCUMENTS:
+        found.append(f"{said}; fewer than {MIN_DOCUMENTS} decide no comparison: give more data, or a test file")
+    return found
 
 
 def _start_writer(folder: Path) -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.config import Run, Task, check_ranges
+from pipeline.config import Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
 from pipeline.models import check_local
 from pipeline.redact import has_login
@@ -100,6 +100,11 @@ def _check_sources(run: Run) -> None:
         raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
     if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
         raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
+    named = {"path": run.student.path is not None, "config": bool(run.student.config),
+             "layers": run.student.layers != StudentConfig().layers}  # fmt: skip
+    if sum(named.values()) > 1:
+        both = [f"student.{name}" for name, is_named in named.items() if is_named]
+        raise UserError(both[1], f"does not go with {both[0]}", "give one of the two")
     for key, path in (("model.path", run.model.path), ("student.path", run.student.path)):
         if path is not None:
             check_local(path, key)

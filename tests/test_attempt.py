@@ -89,6 +89,8 @@ class FakeStage:
             ctx.points(step + 3, {})
         if end == "killed":
             raise Killed
+        if end == "interrupted":
+            raise KeyboardInterrupt
         if end == "failed":
             raise RuntimeError("no luck")
         (ctx.out / "model.txt").write_text(ctx.stage)
@@ -388,6 +390,27 @@ def test_a_failed_attempt_led_to_what_goes_on_from_its_checkpoint(root: Path) ->
     attempt = invoke(root, "run-1", 2, run)
     assert of_row(attempt, "student", 1) == ("FAILED", [4, 0, 3], 3)
     assert minutes(attempt.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+
+
+def test_what_ctrl_c_leaves_counts_up_to_the_checkpoint(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([6, 16], ["teacher"], [4], [0, 1], ["interrupted", "ok"])
+    with pytest.raises(KeyboardInterrupt):
+        invoke(root, "run-1", 1, run)
+    attempt = open_fake(root, "run-1", 2, run)
+    assert of_row(attempt, "student", 1) == ("KILLED", [4, 0, 2], 3)
+    assert of_run(attempt)["retry"] == 2
+    assert of_row(invoke(root, "run-1", 3, run), "student", 1) == ("KILLED", [4, 0, 2], 3)
+
+
+def test_what_is_reused_is_priced_at_todays_rate(root: Path) -> None:
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    invoke(root, "run-1", 1, run)
+    run.cost.per_device_hour, run.cost.source = 3.0, "a price list"
+    teacher = invoke(root, "run-2", 1, run).rows[0]
+    assert teacher["reused"] == "run-1"
+    assert teacher["ledger"]["cost"]["amount"]["v"] == pytest.approx(3.0 * 32 / 60)
 
 
 def test_going_on_from_another_runs_checkpoint_is_charged_with_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

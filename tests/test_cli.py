@@ -30,6 +30,8 @@ REFUSED = {
     "recipe=distill training.steps=x": "training.steps: 'x' is not a whole number; give a whole number",
     "recipe=distill training.steps=null": "training.steps: null is no value for it; leave training.steps out",
     "recipe=distill data.path=": "data.path: is empty; give a place, or leave data.path out",
+    "recipe=distill student.layers=2 student.path=/x": "student.layers: does not go with student.path; give one",
+    "recipe=distill training.steps=1 training.steps=abc": "training.steps: 'abc' is not a whole number",
     "recipe=distill student.layers=9": "student.layers: 9 fits no model of 4 layers",
     "recipe=distill training.steps=-1": "training.steps: -1 is out of range; give a number of at least 0",
     "recipe=distill precision=bf17": "precision: there is no 'bf17'; did you mean bf16?",

@@ -121,8 +121,10 @@ def test_keys_that_both_arms_carry() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "answer"),
     [
-        (0.001, 0.005, "better"),  # above 0 wins over within the margin
-        (-0.005, -0.001, "worse"),  # so does below 0: it is worse, if tolerably
+        (0.001, 0.011, "better"),
+        (-0.011, -0.001, "worse"),
+        (0.001, 0.005, "equal"),  # however surely it lies above 0
+        (-0.005, -0.001, "equal"),
         (-0.009, 0.009, "equal"),
         (0.0, 0.0, "equal"),
         (-0.009, 0.011, "undecided"),
@@ -212,22 +214,22 @@ def test_what_cannot_be_compared_says_why() -> None:
 def test_seeds_are_averaged_with_a_t_interval() -> None:
     gains = (0.050, 0.055, 0.045)
     per_seed = [_compare("bits_per_byte", _language(s, gain=g), _language(50 + s)) for s, g in enumerate(gains)]
-    combined = combine_seeds(per_seed)
+    combined = combine_seeds(per_seed, is_share=False)
     deltas = [result["v"] for result in per_seed]
     theirs = stats.ttest_1samp(deltas, 0).confidence_interval(0.9)
     assert combined["v"] == pytest.approx(np.mean(deltas))
     assert combined["ci"] == pytest.approx([theirs.low, theirs.high])
     assert (combined["n"], combined["answer"]) == (3, "better")
-    assert combine_seeds(per_seed[:1]) == per_seed[0]
+    assert combine_seeds(per_seed[:1], is_share=False) == per_seed[0]
 
 
 def test_seeds_that_disagree_or_are_too_small_decide_nothing() -> None:
     gains = (0.05, -0.05)
     per_seed = [_compare("bits_per_byte", _language(s, gain=g), _language(50 + s)) for s, g in enumerate(gains)]
-    assert combine_seeds(per_seed)["answer"] == "undecided"
+    assert combine_seeds(per_seed, is_share=False)["answer"] == "undecided"
     small = [_compare("bits_per_byte", _language(s, n=12, gain=0.2), _language(50 + s, n=12)) for s in range(3)]
-    assert combine_seeds(small)["ci"][0] > 0
-    assert combine_seeds(small)["answer"] == "undecided"
+    assert combine_seeds(small, is_share=False)["ci"][0] > 0
+    assert combine_seeds(small, is_share=False)["answer"] == "undecided"
 
 
 def test_a_null_seed_makes_the_whole_null() -> None:
@@ -235,14 +237,16 @@ def test_a_null_seed_makes_the_whole_null() -> None:
         _compare("bits_per_byte", _language(1), _language(2)),
         _compare("perplexity", _language(1), _language(2)),
     )
-    combined = combine_seeds([good, bad])
+    combined = combine_seeds([good, bad], is_share=False)
     assert combined["v"] is None
     assert combined["why_null"].startswith("1 of 2 seeds: perplexity")
 
 
 def test_results_fit_the_schema() -> None:
     found = {key: _compare(key, _labels(1), _labels(2)) for key in ("accuracy", "macro_f1", "perplexity")}
-    found["bits_per_byte"] = combine_seeds([_compare("bits_per_byte", _language(1), _language(2)) for _ in range(2)])
+    found["bits_per_byte"] = combine_seeds(
+        [_compare("bits_per_byte", _language(1), _language(2)) for _ in range(2)], is_share=False
+    )
     comparison = {"arm": "a", "base": "b", "on": ["quality"], "training": None, "serving": None, "payback": None}
     schema = {**RESULT_SCHEMA["properties"]["comparisons"]["items"], "$defs": RESULT_SCHEMA["$defs"]}
     jsonschema.validate({**comparison, "quality": found}, schema)

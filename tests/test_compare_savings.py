@@ -115,7 +115,7 @@ def test_uncounted_flops_leave_the_saving_and_hide_its_parts() -> None:
 def test_an_arm_that_is_not_as_good_is_censored_with_its_bound() -> None:
     saving = _save(Trained(arm="student", final=2.03), Trained(arm="control", final=2.0))
     assert (saving["v"], saving["prov"]) == (None, "unavailable")
-    assert saving["why_null"] == "censored: student ended at 2.03, Q is 2.02"
+    assert saving["why_null"] == "censored: student ended at 2.03 on validation, short of Q = 2.02"
     assert saving["bound"]["v"] == pytest.approx(0.3)  # it needed more than these 7 hours
     assert saving["systems"]["v"] is saving["algorithmic"]["v"] is None
     assert saving["c_arm"]["v"] == 7.0
@@ -266,7 +266,10 @@ def test_savings_are_averaged_over_seeds() -> None:
 def test_one_censored_seed_censors_the_mean() -> None:
     combined = combine_training([_seed(2.0), _seed(2.0, final=2.1)])
     assert (combined["v"], combined["ci"]) == (None, None)
-    assert combined["why_null"] == "censored: student ended at 2.1, Q is 2.02"
+    assert combined["why_null"] == "censored: student ended at 2.1 on validation, short of Q = 2.02 (in 1 of 2 seeds)"
+    saved, bound = _seed(2.0)["v"], _seed(2.0, final=2.1)["bound"]["v"]
+    assert combined["bound"]["v"] == pytest.approx((saved + bound) / 2)
+    assert combined["new_spend_saving"]["why_null"] == combined["why_null"]
 
 
 # -- serving and payback --------------------------------------------------------------------------------------------

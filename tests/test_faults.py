@@ -63,7 +63,7 @@ def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "interrupted"
+    assert err.strip() == "interrupted; the same command goes on from what is done"
     assert "KILLED" in out
     (result,) = results(tmp_path)
     (row,) = result["rows"]

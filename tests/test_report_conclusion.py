@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -127,9 +128,9 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
          "needs 5% more bits per byte, costs 12% more to serve and never pays back (not cheaper)"),
         (make_quality(0.05, "better"), make_saving(-2.4), NEVER,
          "reaches 5% fewer bits per byte, costs 3.4x as much to serve and never pays back (not cheaper)"),
-        (make_quality(0.001, "undecided", half=0.02), make_saving(0.01, half=0.03), NEVER,
+        (make_quality(0.001, "undecided", half=0.02), make_saving(-0.01, half=0.03), NEVER,
          "is undecided in quality (quality +0.1%, interval -1.9% to +2.1%, margin 1%), is undecided in serving cost "
-         "(saving +1%, interval -2% to +4%) and never pays back (not cheaper)"),
+         "(saving -1%, interval -4% to +2%) and would not pay back if the point estimate of its saving held"),
         (make_quality(0.002, "equal"), make_saving(0.0, None), value(3e6, unit="example"),
          "serves at the same cost (point estimate, no interval) and has paid for itself after 3 M examples"),
     ],
@@ -290,9 +291,13 @@ def test_a_seed_that_failed_is_named_beside_the_one_that_did_not() -> None:
     assert conclude(make_result("baseline", rows=rows)).endswith("one seed. baseline of seed 1 FAILED: diverged.")
 
 
-def test_a_retried_stage_is_not_called_missing() -> None:
-    rows = [make_unfinished("baseline", "FAILED", "diverged"), make_row("baseline", attempt=2)]
-    assert "diverged" not in conclude(make_result("baseline", rows=rows))
+def test_a_retried_stage_is_not_called_missing_and_its_cost_is_all_it_took() -> None:
+    failed = {**make_row("baseline"), "status": "FAILED", "why": "diverged", "artifact": None, "quality": {}}
+    text = conclude(make_result("baseline", rows=[failed, make_row("baseline", attempt=2)]))
+    assert "diverged" not in text
+    alone = conclude(make_result("baseline", rows=[make_row("baseline")]))
+    taken = [float(re.search(r"it took ([\d.]+) min", said).group(1)) for said in (text, alone)]  # type: ignore[union-attr]
+    assert taken[0] == pytest.approx(2 * taken[1])
 
 
 @pytest.mark.parametrize("recipe", list(ARMS))

@@ -18,7 +18,7 @@ from make_assess_models import random_documents, tiny
 
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
-from pipeline.errors import Preempted, StageFailed, UserError
+from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.training import checkpoint
 from pipeline.training.loop import Hooks, Progress, train
@@ -140,6 +140,11 @@ def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
     model = tiny(Task.causal_lm, seed=99)
     torch.manual_seed(12345)
     return model, run(model, config, folder)
+
+
+def test_a_spent_budget_says_to_raise_it(tmp_path: Path) -> None:
+    with pytest.raises(BudgetSpent, match=r"^budget\.device_hours is spent after step 1 of 6; raise it to go on"):
+        run(tiny(Task.causal_lm), settings(), tmp_path, should_stop=lambda: BudgetSpent)
 
 
 def test_a_resumed_training_is_bit_equal_to_one_that_never_stopped(tmp_path: Path) -> None:

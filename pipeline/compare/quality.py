@@ -4,9 +4,9 @@ Differences are oriented so that higher is better for the arm. Bits per byte com
 margin is a share), accuracies absolutely (`arm - base`, the margin is in accuracy). The answer is read off a two-sided
 90% interval, whose ends are one-sided 95% bounds, in this order:
 
+- `equal`: the whole interval is within the margin on both sides, whichever side of 0 it lies on.
 - `better`: the whole interval is above 0.
-- `worse`: the whole interval is below 0, however slightly; whether that is tolerable the margin says.
-- `equal`: the whole interval is within the margin on both sides.
+- `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not decided.
 - `undecided`: anything else, or fewer documents than an answer needs.
 """
 
@@ -41,11 +41,11 @@ class _Sampling:
 
 def answer_of(low: float, high: float, margin: float) -> str:
     """Return what an oriented interval says (the rule at the top of this file)."""
+    if -margin < low and high < margin:
+        return "equal"
     if low > 0:
         return "better"
-    if high < 0:
-        return "worse"
-    return "equal" if -margin < low and high < margin else "undecided"
+    return "worse" if high < 0 else "undecided"
 
 
 # -- one figure -----------------------------------------------------------------------------------------------------
@@ -260,13 +260,16 @@ def _compared(interval: Interval, n: int, margin: float, min_documents: int) -> 
     }
 
 
-def combine_seeds(per_seed: Sequence[Mapping[str, Any]], *, min_documents: int = MIN_DOCUMENTS) -> dict[str, Any]:
+def combine_seeds(
+    per_seed: Sequence[Mapping[str, Any]], *, is_share: bool, min_documents: int = MIN_DOCUMENTS
+) -> dict[str, Any]:
     """Return the mean of one key's comparison over seeds, with a t interval (seeds are the pairs).
 
     It speaks of the recipe on these documents: what other seeds would give. Three seeds usually decide nothing.
 
     Args:
         per_seed: Results of `compare_items`, arm and base of the same seed each.
+        is_share: Whether the figure is a difference of shares, which lies between -1 and 1.
         min_documents: A seed with fewer leaves the whole `undecided`.
 
     Returns:
@@ -281,6 +284,7 @@ def combine_seeds(per_seed: Sequence[Mapping[str, Any]], *, min_documents: int =
         num_null = sum(result["v"] is None for result in per_seed)
         return _null(f"{num_null} of {len(per_seed)} seeds: {mean.why_null}", len(per_seed), margin)
     interval = statistics.mean_interval([result["v"] for result in per_seed])
+    interval = Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0)) if is_share else interval
     answer = answer_of(interval.low, interval.high, margin)
     if min(result["n"] for result in per_seed) < min_documents:
         answer = "undecided"

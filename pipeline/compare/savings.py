@@ -237,7 +237,11 @@ def _match_at_end(arm: Trained, base: Trained, target: _Target, spends: Spends) 
     assert arm.final is not None
     assert base.final is not None
     rule = f"equal quality at the end: within margin of {base.arm}'s {base.final:.4g}, Q = {target.q:.4g}"
-    why = None if target.reached(arm.final) else f"{arm.arm} ended at {arm.final:.4g}, Q is {target.q:.4g}"
+    why = (
+        None
+        if target.reached(arm.final)
+        else f"{arm.arm} ended at {arm.final:.4g} on validation, short of Q = {target.q:.4g}"
+    )
     return _Match(rule, (spends, spends), why)
 
 
@@ -362,13 +366,22 @@ def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> dic
 def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the mean of `training_saving` over seeds, with a t interval of the saving (seeds are the pairs).
 
-    One seed is returned as it is. A figure that is null with one seed is null, with the reason.
+    One seed is returned as it is. A figure that is null with one seed is null, with the reason. Where seeds are
+    censored, `bound` is the mean of their bounds and the others' savings.
     """
     if len(per_seed) == 1:
         return dict(per_seed[0])
-    names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
-    means = {name: _mean([result[name] for result in per_seed]).to_json() for name in names}
     saving = _mean(per_seed)
+    if saving.v is None:
+        num_null = sum(result["v"] is None for result in per_seed)
+        saving = null(f"{saving.why_null} (in {num_null} of {len(per_seed)} seeds)")
+    names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
+    means: dict[str, Any] = {name: _mean([result[name] for result in per_seed]).to_json() for name in names}
+    if saving.v is None:
+        known = [result if result["v"] is not None else result["bound"] for result in per_seed]
+        means["bound"] = (_mean(known) if all(each["v"] is not None for each in known) else saving).to_json()
+        if any(result["v"] is not None for result in per_seed):  # there, new spending alone stands in for nothing
+            means["new_spend_saving"] = saving.to_json()
     interval = None if saving.v is None else statistics.mean_interval([result["v"] for result in per_seed])
     ci = None if interval is None else [interval.low, interval.high]
     rule = per_seed[0]["rule"].replace(ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown")

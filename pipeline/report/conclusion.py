@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
     QUALITY_WORDS,
@@ -28,7 +29,6 @@ from pipeline.report.phrases import (
 from pipeline.report.text import one_line
 from pipeline.report.view import (
     NOT_RECORDED,
-    RELATIVE,
     Pair,
     Result,
     Row,
@@ -229,12 +229,20 @@ def _quality_level(key: str, quality: Value | None) -> str:
 
 
 def _cost(row: Row, result: Result) -> str:
-    hours, tokens = hours_of(row, result), row["ledger"]["counts"]["tokens"]["v"]
+    hours, tokens = _hours_of_all_attempts(row, result), row["ledger"]["counts"]["tokens"]["v"]
     if hours["v"] is None:
         return f"its cost: not measurable here: {one_line(hours['why_null'])}"
     trained = f" and {count(tokens)} tokens of training" if tokens else ""
     when = f" in run {one_line(row['reused'], _NAME_LIMIT)}, now reused" if row["reused"] else ""
     return f"it took {duration(3600 * hours['v'])} of device time on {device_words(result)}{trained}{when}"
+
+
+def _hours_of_all_attempts(row: Row, result: Result) -> Value:
+    """Return the hours of a row with those of the attempts before it, failed ones included."""
+    own = [other for other in result["rows"] if (other["arm"], other["seed"]) == (row["arm"], row["seed"])]
+    hours = [hours_of(other, result) for other in own]
+    unknown = next((each for each in hours if each["v"] is None), None)
+    return unknown or {**hours[0], "v": sum(each["v"] for each in hours)}
 
 
 def _missing(result: Result, explained: set[str]) -> list[str]:

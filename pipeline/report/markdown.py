@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 
-from pipeline.metrics import BY_KEY
+from pipeline.metrics import BY_KEY, RELATIVE
 from pipeline.report.conclusion import conclude
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
-    RELATIVE,
+    NOT_RECORDED,
     SERVING_KEY,
     Footnotes,
     Pair,
@@ -39,8 +39,9 @@ _SMALL_SHARE = 0.005
 """Phases below this share of a stage's time are summed up as `rest`."""
 _HOW_TO_READ = (
     "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of the base's, the "
-    "other qualities by percentage points; savings are shares of the base's cost; n counts test items, or ABBA blocks "
-    "of serving."
+    "other qualities by percentage points; savings are shares of the base's cost. C is the work of all stages an "
+    "artifact depends on, C_opt what the arm's took beyond those of its base; Q is the base's final validation metric less the "
+    "margin; n counts test items, or ABBA blocks of serving."
 )
 _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
@@ -113,14 +114,15 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
     time = lambda hours: duration(3600 * hours)
     hours = notes.show(hours_of(row, result), time)
     quality = row["quality"].get(primary_key(result))
-    level = notes.show(quality, lambda v: significant(v, 4)) + _bounds(quality, lambda v: significant(v, 4))
+    form, absent = lambda v: significant(v, 4), row["why"] or NOT_RECORDED
+    level = notes.show(quality, form, absent) + _bounds(quality, form)
     return [
         name,
         status_word(row),
         f"spent 0, reused {hours}" if row["reused"] else hours,
         notes.show(row["ledger"]["counts"]["tokens"], count),
         level,
-        notes.show(row["serving"].get(SERVING_KEY), significant),
+        notes.show(row["serving"].get(SERVING_KEY), significant, absent),
     ]
 
 
@@ -152,7 +154,14 @@ def _joules(v: float) -> str:
 
 def _money(row: Row) -> Figure:
     cost = row["ledger"]["cost"]
-    return cost["amount"], lambda v: f"{v:.2f} {cost['currency'] or ''}".strip()
+    return (
+        cost["amount"],
+        lambda v: (
+            f"{v:.2f} {cost['currency'] or ''}".strip()
+            if v >= 1
+            else f"{significant(v)} {cost['currency'] or ''}".strip()
+        ),
+    )
 
 
 def _bounds(value: Value | None, form: Callable[[float], str]) -> str:

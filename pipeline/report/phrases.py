@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, percent, points, times
 from pipeline.report.text import one_line
-from pipeline.report.view import RELATIVE, Value, straddles
+from pipeline.report.view import Value, straddles
 
 QUALITY_WORDS = {
     "bits_per_byte": "bits per byte",
@@ -128,6 +129,8 @@ def never_pays(payback: Value) -> bool:
 def payback_verb(payback: Value, serving: Value | None) -> str:
     """Say when an arm has paid for itself; a payback that rests on an undecided saving is said to."""
     unit = f"{payback['unit']}s"
+    if never_pays(payback) and serving is not None and straddles(serving):
+        return "would not pay back if the point estimate of its saving held"
     if never_pays(payback):
         return f"never pays back ({one_line(payback['why_null']).partition(':')[2].strip() or 'not cheaper'})"
     if serving is not None and straddles(serving):

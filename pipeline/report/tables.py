@@ -8,6 +8,7 @@ from pipeline.metrics import BY_KEY
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.text import columns, one_line, pad, shorten, wrap
 from pipeline.report.view import (
+    NOT_RECORDED,
     SERVING_KEY,
     Footnotes,
     Pair,
@@ -29,6 +30,7 @@ from pipeline.report.view import (
 
 WIDTH = 80
 _GAP = 2
+_SHOWN_S = 0.01
 _LONGEST_ARM = 32
 """Columns an arm's name takes at most, even where the table leaves it more."""
 
@@ -53,7 +55,7 @@ def closing_table(result: Result) -> str:
         _time(result, notes),
         _tokens(rows, notes),
         _quality(result, notes),
-        _serving(result, notes),
+        *_serving(result, notes),
         *_savings(result, notes),
     ]
     table = _laid_out(labels(rows), right) if rows else ["(no stage was reached)"]
@@ -80,14 +82,19 @@ def _quality(result: Result, notes: Footnotes) -> _Column:
     key = primary_key(result)
     head = "bits/byte" if key == "bits_per_byte" else key.replace("_", " ")
     form = lambda v: significant(v, 4)
-    cells = tuple(notes.show(row["quality"].get(key), form) for row in result["rows"])
+    cells = tuple(notes.show(row["quality"].get(key), form, row["why"] or NOT_RECORDED) for row in result["rows"])
     return _Column((head, *quality_direction(key).split()), cells)
 
 
-def _serving(result: Result, notes: Footnotes) -> _Column:
-    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant) for row in result["rows"])
+def _serving(result: Result, notes: Footnotes) -> list[_Column]:
+    known = (row["serving"].get(SERVING_KEY) for row in result["rows"])
+    if all(value is None or value["v"] is None for value in known) and not saving_pairs(result, "serving"):
+        return []
+    cells = tuple(
+        notes.show(row["serving"].get(SERVING_KEY), significant, row["why"] or NOT_RECORDED) for row in result["rows"]
+    )
     symbol = BY_KEY[f"serving/{SERVING_KEY}"].unit
-    return _Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)
+    return [_Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)]
 
 
 def _savings(result: Result, notes: Footnotes) -> list[_Column]:
@@ -181,4 +188,8 @@ def _reused(result: Result, notes: Footnotes) -> list[str]:
         f"{name} {notes.show(hours_of(row, result), time)} (run {one_line(row['reused'], 40)})"
         for name, row in zip(labels(reused), reused, strict=True)
     ]
+    known_h = sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in reused for part in ("work", "assess"))
+    rest_h = (result["run"]["reused"]["v"] or 0.0) - known_h
+    if rest_h * 3600 >= _SHOWN_S:
+        parts.append(f"comparison pass {time(rest_h)}")
     return [f"reused: {', '.join(parts)}"] if parts else []

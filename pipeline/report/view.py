@@ -18,8 +18,6 @@ Pair = dict[str, Any]
 """One of the result's comparisons."""
 
 SERVING_KEY = "device_s_per_1k_units"
-RELATIVE = frozenset({"bits_per_byte", "perplexity"})
-"""Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
 NOT_RECORDED = "not recorded"
 _PRIMARY = ("bits_per_byte", "accuracy")
 _STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}

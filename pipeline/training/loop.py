@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
-from pipeline.errors import StageFailed
+from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training import checkpoint
 from pipeline.training.objective import Objective, StepLoss
@@ -109,7 +109,10 @@ def train(
             _save(folder, model, optimizer, scaler, progress, clock, hooks)
             last_saved = time.monotonic()
         if stop is not None:
-            raise stop(f"stopped after step {progress.step} of {settings.steps}; the same command goes on from there")
+            where = f"after step {progress.step} of {settings.steps}"
+            if stop is BudgetSpent:
+                raise stop(f"budget.device_hours is spent {where}; raise it to go on from there")
+            raise stop(f"stopped {where}; the same command goes on from there")
     return progress
 
 
