@@ -40,8 +40,8 @@ _SMALL_SHARE = 0.005
 _HOW_TO_READ = (
     "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of the base's, the "
     "other qualities by percentage points; savings are shares of the base's cost. C is the work of all stages an "
-    "artifact depends on, C_opt what the arm's took beyond those of its base; Q is the base's final validation metric less the "
-    "margin; n counts test items, or ABBA blocks of serving."
+    "artifact depends on, C_opt what the arm's took beyond those of its base; Q is the base's final validation metric "
+    "less the margin; n counts test items, or ABBA blocks of serving."
 )
 _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
