@@ -126,4 +126,8 @@ def _point_latest(folder: Path) -> None:
     link = folder.parent.parent / "latest"
     temporary = link.with_name(f".latest-{uuid.uuid4().hex}")
     temporary.symlink_to(folder.relative_to(link.parent))
-    temporary.replace(link)
+    try:
+        temporary.replace(link)
+    except OSError as error:
+        temporary.unlink()
+        print(f"note: {link} is not a link of ours and stays as it is ({error.strerror})")

@@ -77,6 +77,7 @@ class Attempt:
         rows: Of stage attempts, this run's and reused ones.
         windows: Of all attempts of this run.
         spans: Clock at start and last sign of life of this run's earlier attempts, by attempt.
+        finished_before: Rows of this run's earlier attempts; one whose files were lost since still has its hours.
         traces: How far a stage came in its steps, by arm, seed and attempt.
         resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
         reused_h: Device-hours of work, assessment and comparison that other runs spent and this one takes over.
@@ -102,6 +103,7 @@ class Attempt:
     windows: list[Window] = field(default_factory=list)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     reused_h: float = 0.0
+    finished_before: list[Row] = field(default_factory=list)
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -398,6 +400,11 @@ class Attempt:
         self._adopt(made["earlier"], "work")
         if made["run_id"] != self.run_id:
             self._adopt([self._reused_work(name, stage, seed, made, quality)], "work")
+        known = {_identity(row) for row in self.rows}
+        self.rows += [
+            row for row in self.finished_before
+            if (row["arm"], row["seed"]) == (name, seed) and _identity(row) not in known
+        ]  # fmt: skip
         self.add(self._made_row(name, stage, seed, made, window, quality))
         rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
         record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}

@@ -112,7 +112,10 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
             lock.acquire(timeout=LOCK_S)
         except Timeout:
             continue  # another process is at it; this one is a run of its own
-        return folder, state["attempt"] + 1, lock
+        starts = [event["attempt"] for event in read_events(folder / "journal.jsonl") if event["e"] == "run_start"]
+        if starts == list(range(1, state["attempt"] + 1)):
+            return folder, state["attempt"] + 1, lock
+        lock.release()  # its journal lost what an earlier attempt spent: a run that says less than it took is none
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)

@@ -26,6 +26,7 @@ def recover(attempt: Attempt, events: list[Event]) -> None:
     rows = [event["row"] for event in events if event["e"] == "row"]
     by_identity = {(row["arm"], row["seed"], row["attempt"]): row for row in rows if row["reused"] is None}
     attempt.rows += [row for row in by_identity.values() if row["status"] in UNFINISHED]
+    attempt.finished_before = [row for row in by_identity.values() if row["status"] == "FINISHED"]
     starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
     for first, end in zip(starts, [*starts, len(events)][1:], strict=True):
         _recover_attempt(attempt, events[first:end], set(by_identity))

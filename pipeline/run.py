@@ -38,19 +38,19 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
         from pipeline.assemble import finish
     attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
-    try:
-        with _signals(attempt):
+    with _signals(attempt):  # until all is written
+        try:
             _all_stages(attempt)
             attempt.compare()
-        status, why = "FINISHED", None
-    except (Preempted, KeyboardInterrupt) as stop:
-        status, why = "KILLED", str(stop) or "interrupted"
-        raise
-    except (UserError, StageFailed, BudgetSpent) as problem:
-        why = str(problem)
-        raise
-    finally:
-        finish(attempt, status, why)
+            status, why = "FINISHED", None
+        except (Preempted, KeyboardInterrupt) as stop:
+            status, why = "KILLED", str(stop) or "interrupted"
+            raise
+        except (UserError, StageFailed, BudgetSpent) as problem:
+            why = str(problem)
+            raise
+        finally:
+            finish(attempt, status, why)
     return Exit.DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ from pipeline.ledger.booking import NS_PER_HOUR
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.opening import _find_or_make
 from pipeline.recovery import recover
 from pipeline.stages.context import Context, Output
-from pipeline.store import Artifact, Store
+from pipeline.store import Artifact, Store, write_json
 from pipeline.values import measured
 
 MINUTE_NS = 60 * 10**9
@@ -452,3 +454,40 @@ def test_a_store_that_was_moved_is_reused_whole(root: Path) -> None:
     finished = second.rows[0]
     places = [finished["artifact"]["path"], finished["quality"]["bits_per_byte"]["items"]]
     assert all(Path(place).is_relative_to(root / "there") and Path(place).exists() for place in places)
+
+
+def test_what_is_assessed_again_in_a_later_attempt_was_still_paid_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = the_run()
+    with deadly(monkeypatch):
+        first = invoke(root, "run-1", 1, run)
+    teacher = next(row for row in first.rows if row["arm"] == "teacher")
+    Path(teacher["quality"]["bits_per_byte"]["items"]).unlink()
+    second = invoke(root, "run-1", 2, run)
+    assert [row["attempt"] for row in second.rows if row["arm"] == "teacher"] == [1, 2]
+    booked = of_run(second)
+    assert (booked["work"], booked["assess"]) == (71, 10)
+    for part in ("work", "assess", "retry"):
+        total = sum(row["ledger"]["device_hours"][part]["v"] for row in second.rows)
+        assert minutes(total) == pytest.approx(booked[part])
+
+
+def test_a_run_whose_journal_lost_an_attempt_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = the_run()
+    folder, number, lock = _find_or_make(tmp_path, "k", run)
+    lock.release()
+    assert number == 1
+    write_json(folder / "run.json", {"key": "k", "status": "KILLED", "attempt": 2})
+    journal = Journal(folder / "journal.jsonl")
+    journal.write("run_start", attempt=2)
+    other, number, lock = _find_or_make(tmp_path, "k", run)
+    lock.release()
+    assert (other == folder, number) == (False, 1)
+    (folder / "journal.jsonl").unlink()
+    for attempt in (1, 2):
+        Journal(folder / "journal.jsonl").write("run_start", attempt=attempt)
+    shutil.rmtree(other)
+    found, number, lock = _find_or_make(tmp_path, "k", run)
+    lock.release()
+    assert (found, number) == (folder, 3)

@@ -70,7 +70,8 @@ def unfinished(result: Result) -> list[Row]:
 
 def what_happened(row: Row) -> str:
     """Say why a row has no artifact: `skipped: no CUDA device`."""
-    word = {"SKIPPED": "was skipped", "FAILED": "FAILED", "KILLED": "was killed"}[row["status"]]
+    words = {"SKIPPED": "was skipped", "FAILED": "FAILED", "KILLED": "was killed", "FINISHED": "was reused"}
+    word = words[row["status"]]
     return f"{word}: {one_line(row['why'] or 'no reason recorded')}"
 
 
