@@ -103,12 +103,12 @@ def environment(attempt: Attempt) -> dict[str, Any]:
     """Return with what and how the figures were made."""
     return {
         "command": attempt.command, "python": platform.python_version(), "platform": platform.platform(),
-        "cores": os.cpu_count(), **{name: version(name) for name in LIBRARIES}, "commit": _commit(),
+        "cores": os.cpu_count(), **{name: version(name) for name in LIBRARIES}, "commit": commit(),
         "data": attempt.data.name, "data_digest": attempt.data.digest, "notes": list(dict.fromkeys(attempt.notes)),
     }  # fmt: skip
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the git commit of the checkout this package lies in; None for an installed wheel."""
     top = Path(__file__).resolve().parent.parent
     if not (top / ".git").exists():

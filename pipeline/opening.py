@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.attempt import Attempt
+from pipeline.attempt import Attempt, device_name
 from pipeline.compare.quality import MIN_DOCUMENTS
 from pipeline.config import Run
 from pipeline.data.documents import Dataset
@@ -41,6 +41,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     """
     with clock.phase("import"):
         import torch
+
+        from pipeline.assemble import commit
     with clock.phase("prepare"):
         device = choose_device(run)
         if run.hardware.num_threads is not None:
@@ -68,6 +70,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         question=run.question, experiment=run.tracking.experiment or run.recipe,
         tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
         tags={k: v for k, v in settings["tracking"].items() if k in ("team", "cost_center", "purpose") and v},
+        environment={"device": device_name(device), "data.digest": data.digest, "mlflow.source.git.commit": commit()},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                   for split, documents in data.splits.items()],
     )  # fmt: skip

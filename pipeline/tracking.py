@@ -200,7 +200,10 @@ class _Delivery:
         if event["attempt"] == 1:  # parameters cannot change, and the next attempt's are the same
             self._settings(self.parent, event["params"])
             self._datasets(event["datasets"])
-        self._tags(self.parent, {**event["tags"], "question": event["question"], "recipe": event["recipe"]})
+        self._tags(
+            self.parent,
+            {**event.get("environment", {}), **event["tags"], "question": event["question"], "recipe": event["recipe"]},
+        )
 
     def _stage_start(self, event: dict[str, Any]) -> None:
         self._settings(self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]})

@@ -22,6 +22,7 @@ def start(
     journal.write(
         "run_start", run_id=run_id, started_ns=0, attempt=attempt, recipe="distill", question="is it worth it?",
         experiment="distill", tracking_uri=uri, tags=tags,
+        environment={"device": "NVIDIA H200", "mlflow.source.git.commit": None},
         params={"training.steps": 4, "hub.api_key": "hunter2", "student.config.odd_key*": 1,
                 "tracking.mlflow": mlflow},
         datasets=[{"name": "d", "digest": "a" * 60, "split": "test", "num_documents": 3}],

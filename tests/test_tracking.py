@@ -42,6 +42,8 @@ def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
     assert student.data.tags["null.compute/gpu_hours"]
     assert "compute/gpu_hours" not in student.data.metrics
     assert parent.data.tags["team"] == "vision"
+    assert parent.data.tags["device"] == "NVIDIA H200"
+    assert "mlflow.source.git.commit" not in parent.data.tags  # of an installed wheel: unknown
     assert len(parent.data.tags["mlflow.note.content"]) == 8000
     assert [point.step for point in client.get_metric_history(student.info.run_id, "train/loss")] == [1, 2]
     assert all(len(client.get_metric_history(student.info.run_id, key)) == 1 for key in student.data.metrics
