@@ -26,20 +26,28 @@ from pipeline.ledger.booking import Booking, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.phases import PhaseClock, difference
-from pipeline.ledger.record import Spent, ledger, money, read_memory, reset_memory
+from pipeline.ledger.record import Spent, money, read_memory, reset_memory
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
+from pipeline.rows import (
+    Record,
+    Row,
+    blank,
+    broken_row,
+    depends_on,
+    hours_in,
+    identity,
+    made_row,
+    make_row,
+    moved,
+    reused_work,
+)
 from pipeline.stages.context import Context, Output
-from pipeline.stages.settings import BASE, training_precision, training_settings
+from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain
-from pipeline.values import Value, measured, null
 
 HEARTBEAT_S = 5.0  # what SIGKILL can lose
-ELSEWHERE = "measured while the artifact was made; see that row"
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
-Row = dict[str, Any]
-Record = dict[str, Any]
-"""What the store remembers of work or of an assessment; plain JSON."""
 
 
 @dataclass(slots=True)
@@ -200,12 +208,12 @@ class Attempt:
 
     def _adopt(self, rows: list[Row], *parts: str) -> None:
         """Show rows of other runs that this one builds on, once each, and count `parts` of their hours as reused."""
-        known = {_identity(row) for row in self.rows}
+        known = {identity(row) for row in self.rows}
         for row in rows:
-            if row["reused"] not in (None, self.run_id) and _identity(row) not in known:
-                cost = money(_hours(row, "attached"), self.run.cost)  # at today's rate
+            if row["reused"] not in (None, self.run_id) and identity(row) not in known:
+                cost = money(hours_in(row, "attached"), self.run.cost)  # at today's rate
                 self.add({**row, "ledger": {**row["ledger"], "cost": cost}})
-                self.reused_h += sum(_hours(row, part) for part in parts)
+                self.reused_h += sum(hours_in(row, part) for part in parts)
 
     # -- what a stage can use -----------------------------------------------------------------------------------
 
@@ -258,8 +266,8 @@ class Attempt:
 
     def skip(self, name: str, stage: Any, seed: int, why: str) -> None:
         """Record a stage that this device cannot do: a row of nulls with the reason."""
-        row = self.row(name, stage, seed, Spent(), Output(), "SKIPPED", why)
-        _blank(row["ledger"], why)
+        row = make_row(self, name, stage, seed, Spent(), Output(), "SKIPPED", why)
+        blank(row["ledger"], why)
         self.add(row)
 
     def recall(self, key: str) -> Record | None:
@@ -278,14 +286,14 @@ class Attempt:
         sha256 = _items_sha256(items)
         if sha256 is None or sha256 != record["sha256"]:
             return None
-        return {**record, "items": str(items), "rows": [_moved(row, made["artifact"], items) for row in record["rows"]]}
+        return {**record, "items": str(items), "rows": [moved(row, made["artifact"], items) for row in record["rows"]]}
 
     def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record:
         """Do a stage's work inside its window and commit its artifact; return what the store remembers of it."""
         self.check_budget()
         print(f"{name}: running", flush=True)
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
-                           params=self._settings(stage), depends_on=self._depends(stage))  # fmt: skip
+                           params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
         self._warm(stage, inputs)
         reset_memory(self.device)
         joules = self.energy.read_mj()
@@ -295,11 +303,11 @@ class Attempt:
                 artifact, output = self._work(name, stage, inputs, seed, key, window)
                 self._synchronise()
         except BaseException as error:
-            self.add(self._broken(name, stage, seed, window, error))
+            self.add(broken_row(self, name, stage, seed, window, error))
             raise
         record: Record = {
             "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
-            "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": _output_to_json(output),
+            "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": output.to_json(),
             "memory": {part: value.to_json() for part, value in read_memory(self.device).items()},
             "energy": self.energy.spent(joules, self.energy.read_mj(), window.elapsed_ns / 1e9).to_json(),
             "earlier": [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)],
@@ -395,17 +403,17 @@ class Attempt:
                 )  # fmt: skip
                 self._synchronise()
         except BaseException as error:
-            self.add(self._broken(name, stage, seed, window, error, made))
+            self.add(broken_row(self, name, stage, seed, window, error, made))
             raise
         self._adopt(made["earlier"], "work")
         if made["run_id"] != self.run_id:
-            self._adopt([self._reused_work(name, stage, seed, made, quality)], "work")
-        known = {_identity(row) for row in self.rows}
+            self._adopt([reused_work(self, name, stage, seed, made, quality)], "work")
+        known = {identity(row) for row in self.rows}
         self.rows += [
             row for row in self.finished_before
-            if (row["arm"], row["seed"]) == (name, seed) and _identity(row) not in known
+            if (row["arm"], row["seed"]) == (name, seed) and identity(row) not in known
         ]  # fmt: skip
-        self.add(self._made_row(name, stage, seed, made, window, quality))
+        self.add(made_row(self, name, stage, seed, made, window, quality))
         rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
         record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}
         self.store.remember("assessments", key, record)
@@ -414,7 +422,7 @@ class Attempt:
     def take(self, name: str, made: Record, assessed: Record, seed: int) -> None:
         """Make an artifact and its assessment known to the stages that follow, with the rows of what was reused."""
         self.arms[name], self.items[name] = Artifact.from_json(made["artifact"]), Path(assessed["items"])
-        self.outputs[name, seed] = _output_from(made["output"])
+        self.outputs[name, seed] = Output.from_json(made["output"])
 
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""
@@ -428,120 +436,14 @@ class Attempt:
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def _depends(self, stage: Any) -> list[str]:
-        return [arm for arm in stage.reads(self.run) if arm != BASE]
-
-    def _made_row(
-        self, name: str, stage: Any, seed: int, made: Record, assess: OpenWindow, quality: dict[str, Any]
-    ) -> Row:
-        """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's row."""
-        spent = Spent(assess_ns=assess.elapsed_ns)
-        spent.add_phases(assess.phases_ns)
-        memory, energy = dict.fromkeys(made["memory"], null(ELSEWHERE)), null(ELSEWHERE)
-        if (made["run_id"], made["attempt"]) == (self.run_id, self.number):
-            spent.work_ns = made["work_ns"]
-            spent.add_phases(made["phases_ns"])
-            memory, energy = _memory_and_energy(made)
-        row = self.row(name, stage, seed, spent, _output_from(made["output"]), "FINISHED", None,
-                       memory=memory, energy=energy)  # fmt: skip
-        return {**row, "artifact": made["artifact"], "quality": quality}
-
-    def _reused_work(self, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]) -> Row:
-        """Return the row of work that another run did, where this one assesses what it made."""
-        why = "another run's work; this run assessed it, in the row below"
-        unread = {**null(why).to_json(), "ci": None, "n": None, "items": None}
-        spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), _output_from(made["output"])
-        memory, energy = _memory_and_energy(made)
-        row = self.row(name, stage, seed, spent, output, "FINISHED", why, attempt=made["attempt"], memory=memory,
-                       energy=energy)  # fmt: skip
-        return {**row, "reused": made["run_id"], "quality": dict.fromkeys(quality, unread)}
-
-    def _broken(
-        self, name: str, stage: Any, seed: int, window: OpenWindow | None, error: BaseException,
-        made: Record | None = None,
-    ) -> Row:  # fmt: skip
-        """Return the row of a stage attempt that did not come to its end, with the hours it took all the same."""
-        spent = Spent()
-        if made is not None and (made["run_id"], made["attempt"]) == (self.run_id, self.number):
-            spent.work_ns = made["work_ns"]
-            spent.add_phases(made["phases_ns"])
-        kept = isinstance(error, Preempted | BudgetSpent)
-        if window is not None and kept:  # a checkpoint is on disk: the next attempt goes on from here
-            spent.work_ns += window.elapsed_ns
-            spent.add_phases(window.phases_ns)
-        elif window is not None:
-            spent.lost_ns = window.elapsed_ns
-            if made is None and isinstance(error, KeyboardInterrupt):  # the last checkpoint is there to go on from
-                saved_ns = self.trace(name, seed, self.number).saved_ns
-                spent.work_ns, spent.lost_as = sum(saved_ns.values()), "rollback"
-                spent.lost_ns -= spent.work_ns
-                spent.add_phases(saved_ns)
-        status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
-        lost = {"steps_lost": measured(self.trace(name, seed, self.number).lost)}
-        return self.row(name, stage, seed, spent, Output(counts=lost), status, str(error) or "interrupted")
-
-    def row(
-        self, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
-        attempt: int | None = None, memory: dict[str, Value] | None = None, energy: Value | None = None,
-    ) -> Row:  # fmt: skip
-        """Return the row of a stage attempt from what it spent."""
-        return {
-            "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": attempt or self.number,
-            "status": status, "why": why, "reused": None, "depends_on": self._depends(stage), "artifact": None,
-            "quality": {}, "serving": {},
-            "ledger": ledger(
-                spent, output.counts, devices=1, device_kind=self.device.type, cost=self.run.cost,
-                memory=memory or read_memory(self.device), energy=energy or null("the stage did not finish"),
-                is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
-            ),
-        }  # fmt: skip
-
     def add(self, row: Row) -> None:
         """Journal a row; it replaces an earlier version of itself."""
-        replaced = [index for index, old in enumerate(self.rows) if _identity(old) == _identity(row)]
+        replaced = [index for index, old in enumerate(self.rows) if identity(old) == identity(row)]
         if replaced:
             self.rows[replaced[0]] = row
         else:
             self.rows.append(row)
         self.journal.write("row", row=row)
-
-    # -- comparison pass ----------------------------------------------------------------------------------------
-
-    def compare(self) -> None:
-        """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what it took."""
-        from pipeline.comparison import compare_all, fill_serving, served_pairs
-
-        pairs = served_pairs(self)
-        served = self._serve(pairs) if pairs else None
-        fill_serving(self, served)
-        self.comparisons = compare_all(self, served)
-        self.journal.write("serving", rows=[
-            {name: row[name] for name in ("arm", "seed", "attempt", "serving")} for row in self.rows if row["serving"]
-        ])  # fmt: skip
-        self.journal.write("comparisons", comparisons=self.comparisons)
-
-    def _serve(self, pairs: list[tuple[str, str]]) -> Any:
-        from pipeline.assess.serving import ServePass
-        from pipeline.comparison import finished_rows, serve
-
-        rows = finished_rows(self, self.seeds[0])
-        key = key_of(
-            pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-            serving={k: v for k, v in plain(self.run.serving).items() if k != "volume"}, task=self.run.task,
-            data=self.data.digest, device=device_name(self.device),
-        )  # fmt: skip
-        record = self.store.recall("serving", key)
-        if record is not None:
-            if record["run_id"] != self.run_id:
-                self.reused_h += device_hours(record["elapsed_ns"], devices=1)
-            return ServePass.from_json(record["served"])
-        print("comparison pass: serving", flush=True)
-        with self.window("compare", None, -1) as window:
-            served = serve(self, pairs)
-        self.store.remember(
-            "serving", key, {"run_id": self.run_id, "elapsed_ns": window.elapsed_ns, "served": served.to_json()}
-        )
-        return served
 
 
 @contextmanager
@@ -591,19 +493,6 @@ def device_name(device: Any) -> str:
     return f"{named} x{os.cpu_count()}"
 
 
-def _blank(record: dict[str, Any], why: str) -> None:
-    """Turn every value of a ledger into a null with one reason."""
-    for name, value in record.items():
-        if isinstance(value, dict) and "why_null" in value:
-            record[name] = null(why).to_json()
-        elif isinstance(value, dict):
-            _blank(value, why)
-
-
-def _memory_and_energy(made: Record) -> tuple[dict[str, Value], Value]:
-    return {part: Value.from_json(value) for part, value in made["memory"].items()}, Value.from_json(made["energy"])
-
-
 def _items_sha256(items: Path) -> str | None:
     """Return a checksum over per-document values and first predictions, or None where either is not there."""
     try:
@@ -611,36 +500,3 @@ def _items_sha256(items: Path) -> str | None:
     except FileNotFoundError:
         return None
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
-
-
-def _moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
-    """Return a finished row with the paths that its files have now."""
-    if row["artifact"] is None:
-        return row
-    quality = {
-        key: {**figure, "items": str(items)} if figure.get("items") else figure
-        for key, figure in row["quality"].items()
-    }
-    return {**row, "artifact": artifact, "quality": quality}
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return row["arm"], row["seed"], row["attempt"], row["reused"]
-
-
-def _hours(row: Row, part: str) -> float:
-    return Value.from_json(row["ledger"]["device_hours"][part]).v or 0.0
-
-
-def _output_to_json(output: Output) -> dict[str, Any]:
-    return {
-        "counts": {name: value.to_json() for name, value in output.counts.items()}, "curve": output.curve,
-        "flops_per_step": output.flops_per_step, "seconds_in_steps": output.seconds_in_steps,
-        "existing": output.existing,
-    }  # fmt: skip
-
-
-def _output_from(raw: dict[str, Any]) -> Output:
-    counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
-    rest: dict[str, Any] = {name: value for name, value in raw.items() if name != "counts"}
-    return Output(counts=counts, **rest)

@@ -5,12 +5,10 @@ Hydra discards what `main` returns and prints its own errors, so codes are decid
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +239,3 @@ def _say(error: BaseException, code: Exit, debug: bool) -> int:
     stopped = "interrupted; the same command goes on from what is done"
     print(stopped if code is Exit.INTERRUPTED else line, file=sys.stderr)
     return code
-
-
-def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every setting below a settings class as `a.b.c`."""
-    for item in dataclasses.fields(settings):
-        yield f"{prefix}{item.name}"
-        factory = item.default_factory
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
-            yield from dotted_keys(factory, f"{prefix}{item.name}.")

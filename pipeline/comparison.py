@@ -11,15 +11,18 @@ import numpy as np
 
 from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
+from pipeline.attempt import device_name
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
 from pipeline.compare.statistics import Interval
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
+from pipeline.ledger.booking import device_hours
 from pipeline.metrics import DIRECTION, RELATIVE
 from pipeline.models import load_tokenizer
 from pipeline.stages.settings import BASE, STUDENT_INIT
+from pipeline.store import key_of, plain
 from pipeline.values import Value, derive, null
 
 if TYPE_CHECKING:
@@ -39,6 +42,39 @@ class _Seed:
     seed: int
     rows: Rows
     spends: dict[str, Spend]
+
+
+def compare(attempt: Attempt) -> None:
+    """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what it took."""
+    pairs = served_pairs(attempt)
+    served = _served(attempt, pairs) if pairs else None
+    fill_serving(attempt, served)
+    attempt.comparisons = compare_all(attempt, served)
+    attempt.journal.write("serving", rows=[
+        {name: row[name] for name in ("arm", "seed", "attempt", "serving")} for row in attempt.rows if row["serving"]
+    ])  # fmt: skip
+    attempt.journal.write("comparisons", comparisons=attempt.comparisons)
+
+
+def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
+    rows = finished_rows(attempt, attempt.seeds[0])
+    key = key_of(
+        pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
+        serving={k: v for k, v in plain(attempt.run.serving).items() if k != "volume"}, task=attempt.run.task,
+        data=attempt.data.digest, device=device_name(attempt.device),
+    )  # fmt: skip
+    record = attempt.store.recall("serving", key)
+    if record is not None:
+        if record["run_id"] != attempt.run_id:
+            attempt.reused_h += device_hours(record["elapsed_ns"], devices=1)
+        return ServePass.from_json(record["served"])
+    print("comparison pass: serving", flush=True)
+    with attempt.window("compare", None, -1) as window:
+        served = serve(attempt, pairs)
+    attempt.store.remember(
+        "serving", key, {"run_id": attempt.run_id, "elapsed_ns": window.elapsed_ns, "served": served.to_json()}
+    )
+    return served
 
 
 def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:

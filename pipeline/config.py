@@ -7,6 +7,7 @@ imports torch: a refusal must be quick.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -277,3 +278,12 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             raise UserError(key, f"{value} is out of range", f"give a number of at least {low}")
         if high is not None and not value <= high:
             raise UserError(key, f"{value} is out of range", f"give a number of at most {high}")
+
+
+def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every setting below a settings class as `a.b.c`."""
+    for item in dataclasses.fields(settings):
+        yield f"{prefix}{item.name}"
+        factory = item.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            yield from dotted_keys(factory, f"{prefix}{item.name}.")

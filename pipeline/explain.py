@@ -15,8 +15,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from pipeline.cli import dotted_keys
-from pipeline.config import Run
+from pipeline.config import Run, dotted_keys
 from pipeline.errors import Exit, UserError
 from pipeline.recipes import Recipe
 from pipeline.stages.table import STAGES

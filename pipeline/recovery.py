@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.booking import Window
 from pipeline.ledger.record import HOUR_NS, Spent
+from pipeline.rows import make_row
 from pipeline.stages.context import Output
 from pipeline.values import Value, measured, null
 
@@ -154,5 +155,7 @@ def _unfinished_row(
     memory: dict[str, Value] = dict.fromkeys(
         ("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"), unread
     )
-    row = attempt.row(arm, attempt.run.stages[arm], seed, spent, output, status, why, attempt=number, memory=memory)
+    row = make_row(
+        attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, memory=memory
+    )
     attempt.add({**row, "reused": reused})

@@ -36,12 +36,13 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     clock = PhaseClock()
     with clock.phase("import"):
         from pipeline.assemble import finish
+        from pipeline.comparison import compare
     attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
     with _signals(attempt):  # until all is written
         try:
             _all_stages(attempt)
-            attempt.compare()
+            compare(attempt)
             status, why = "FINISHED", None
         except (Preempted, KeyboardInterrupt) as stop:
             status, why = "KILLED", str(stop) or "interrupted"

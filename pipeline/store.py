@@ -175,7 +175,7 @@ class Store:
         write_json(folder / MANIFEST, {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest})
         _sync(folder)
         final = self._place(folder, digest)
-        _sync_folder(final.parent)
+        sync_path(final.parent)
         return Artifact(final.resolve(), kind, digest, num_bytes)
 
     def _place(self, folder: Path, digest: str) -> Path:
@@ -231,11 +231,12 @@ def _sync(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
-            _sync_folder(path)
-    _sync_folder(folder)
+            sync_path(path)
+    sync_path(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_path(folder: Path) -> None:
+    """Have the disk hold a file, or a folder's list of files, before anything vouches for it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -174,7 +174,7 @@ def invoke(root: Path, run_id: str, number: int, run: Run, *, start: float = 1, 
     CLOCK.pass_minutes(start)
     try:
         loop._all_stages(attempt)
-        attempt.compare()
+        pipeline.comparison.compare(attempt)
         CLOCK.pass_minutes(end)
     except Killed:
         pass

@@ -38,6 +38,21 @@ class Output:
     existing: bool = False
     notes: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads back; notes are said once and not kept."""
+        return {
+            "counts": {name: value.to_json() for name, value in self.counts.items()}, "curve": self.curve,
+            "flops_per_step": self.flops_per_step, "seconds_in_steps": self.seconds_in_steps,
+            "existing": self.existing,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> Output:
+        """Read back what `to_json` wrote."""
+        counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
+        rest: dict[str, Any] = {name: value for name, value in raw.items() if name != "counts"}
+        return Output(counts=counts, **rest)
+
 
 @dataclass(slots=True)
 class Context:

@@ -7,7 +7,6 @@ batches are pure functions of the step, so nothing else is needed to go on exact
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.store import check_room, read_json, write_json
+from pipeline.store import check_room, read_json, sync_path, write_json
 
 KEEP = 2
 FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json"}
@@ -48,11 +47,11 @@ def save(
     write_json(temporary / "extra.json", extra())
     sums["extra.json"] = _seal(temporary / "extra.json")
     write_json(temporary / "manifest.json", {"step": step, "sha256": sums})
-    _sync(temporary)
+    sync_path(temporary)
     final = folder / f"step-{step:09d}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _sync(folder)
+    sync_path(folder)
     for old in _folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -135,18 +134,9 @@ def _folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()), key=_step)
 
 
-def _sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of files, before anything vouches for it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _seal(path: Path) -> str:
     """Have the disk hold a file; return its checksum."""
-    _sync(path)
+    sync_path(path)
     return _sha256(path)
 
 

@@ -1,0 +1,129 @@
+"""Rows: what one arm's windows in one attempt took, as result.json holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Run
+from pipeline.errors import BudgetSpent, Preempted
+from pipeline.ledger.record import Spent, ledger, read_memory
+from pipeline.stages.context import Output
+from pipeline.stages.settings import BASE
+from pipeline.values import Value, measured, null
+
+if TYPE_CHECKING:
+    from pipeline.attempt import Attempt, OpenWindow
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+"""What the store remembers of work or of an assessment; plain JSON."""
+ELSEWHERE = "measured while the artifact was made; see that row"
+
+
+def depends_on(stage: Any, run: Run) -> list[str]:
+    """Return the arms that a stage reads; the given model is none."""
+    return [arm for arm in stage.reads(run) if arm != BASE]
+
+
+def make_row(
+    attempt: Attempt, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
+    number: int | None = None, memory: dict[str, Value] | None = None, energy: Value | None = None,
+) -> Row:  # fmt: skip
+    """Return the row of a stage attempt from what it spent."""
+    return {
+        "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number or attempt.number,
+        "status": status, "why": why, "reused": None, "depends_on": depends_on(stage, attempt.run), "artifact": None,
+        "quality": {}, "serving": {},
+        "ledger": ledger(
+            spent, output.counts, devices=1, device_kind=attempt.device.type, cost=attempt.run.cost,
+            memory=memory or read_memory(attempt.device), energy=energy or null("the stage did not finish"),
+            is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
+        ),
+    }  # fmt: skip
+
+
+def made_row(
+    attempt: Attempt, name: str, stage: Any, seed: int, made: Record, assess: OpenWindow, quality: dict[str, Any]
+) -> Row:
+    """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's row."""
+    spent = Spent(assess_ns=assess.elapsed_ns)
+    spent.add_phases(assess.phases_ns)
+    memory, energy = dict.fromkeys(made["memory"], null(ELSEWHERE)), null(ELSEWHERE)
+    if (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
+        spent.work_ns = made["work_ns"]
+        spent.add_phases(made["phases_ns"])
+        memory, energy = _memory_and_energy(made)
+    row = make_row(attempt, name, stage, seed, spent, Output.from_json(made["output"]), "FINISHED", None,
+                   memory=memory, energy=energy)  # fmt: skip
+    return {**row, "artifact": made["artifact"], "quality": quality}
+
+
+def reused_work(attempt: Attempt, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]) -> Row:
+    """Return the row of work that another run did, where this one assesses what it made."""
+    why = "another run's work; this run assessed it, in the row below"
+    unread = {**null(why).to_json(), "ci": None, "n": None, "items": None}
+    spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), Output.from_json(made["output"])
+    memory, energy = _memory_and_energy(made)
+    row = make_row(attempt, name, stage, seed, spent, output, "FINISHED", why, number=made["attempt"], memory=memory,
+                   energy=energy)  # fmt: skip
+    return {**row, "reused": made["run_id"], "quality": dict.fromkeys(quality, unread)}
+
+
+def broken_row(
+    attempt: Attempt, name: str, stage: Any, seed: int, window: OpenWindow | None, error: BaseException,
+    made: Record | None = None,
+) -> Row:  # fmt: skip
+    """Return the row of a stage attempt that did not come to its end, with the hours it took all the same."""
+    spent = Spent()
+    if made is not None and (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
+        spent.work_ns = made["work_ns"]
+        spent.add_phases(made["phases_ns"])
+    kept = isinstance(error, Preempted | BudgetSpent)
+    if window is not None and kept:  # a checkpoint is on disk: the next attempt goes on from here
+        spent.work_ns += window.elapsed_ns
+        spent.add_phases(window.phases_ns)
+    elif window is not None:
+        spent.lost_ns = window.elapsed_ns
+        if made is None and isinstance(error, KeyboardInterrupt):  # the last checkpoint is there to go on from
+            saved_ns = attempt.trace(name, seed, attempt.number).saved_ns
+            spent.work_ns, spent.lost_as = sum(saved_ns.values()), "rollback"
+            spent.lost_ns -= spent.work_ns
+            spent.add_phases(saved_ns)
+    status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
+    lost = {"steps_lost": measured(attempt.trace(name, seed, attempt.number).lost)}
+    return make_row(attempt, name, stage, seed, spent, Output(counts=lost), status, str(error) or "interrupted")
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Return what tells a row from all others of a run."""
+    return row["arm"], row["seed"], row["attempt"], row["reused"]
+
+
+def hours_in(row: Row, part: str) -> float:
+    """Return a part of a row's device-hours; 0 where it is null."""
+    return Value.from_json(row["ledger"]["device_hours"][part]).v or 0.0
+
+
+def moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
+    """Return a finished row with the paths that its files have now."""
+    if row["artifact"] is None:
+        return row
+    quality = {
+        key: {**figure, "items": str(items)} if figure.get("items") else figure
+        for key, figure in row["quality"].items()
+    }
+    return {**row, "artifact": artifact, "quality": quality}
+
+
+def blank(record: dict[str, Any], why: str) -> None:
+    """Turn every value of a ledger into a null with one reason."""
+    for name, value in record.items():
+        if isinstance(value, dict) and "why_null" in value:
+            record[name] = null(why).to_json()
+        elif isinstance(value, dict):
+            blank(value, why)
+
+
+def _memory_and_energy(made: Record) -> tuple[dict[str, Value], Value]:
+    return {part: Value.from_json(value) for part, value in made["memory"].items()}, Value.from_json(made["energy"])
