@@ -291,7 +291,7 @@ class Attempt:
     def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record:
         """Do a stage's work inside its window and commit its artifact; return what the store remembers of it."""
         self.check_budget()
-        print(f"{name}: running", flush=True)
+        print(f"{name}{f' (seed {seed})' if len(self.seeds) > 1 else ''}: running", flush=True)
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
                            params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
         self._warm(stage, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -59,6 +60,15 @@ def test_a_refusal_is_one_line_and_exit_1(line: str) -> None:
 def test_what_cannot_be_parsed_exits_2() -> None:
     assert run("recipe=distill", "steps").returncode == 2
     assert run("recipe=distill", "--nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(("line", "code"), [(["--help"], 0), (["recipe=nonesuch"], 1), (["recipe=distill", "data"], 2)])
+def test_a_reader_that_has_left_changes_no_exit_code(line: list[str], code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        command = [sys.executable, "-m", "pipeline", *line]
+        assert subprocess.run(command, stdout=nobody, stderr=nobody, check=False).returncode == code
 
 
 def test_a_copied_recipe_works(tmp_path) -> None:

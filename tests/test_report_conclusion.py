@@ -144,6 +144,15 @@ def test_quantize_in_every_sign(
     assert expected in text
 
 
+def test_a_training_cost_says_which_other_stages_it_holds() -> None:
+    text = _with("distill", make_pair("student", "control_compute", training=make_saving(-2.4, None)))
+    assert "3.4x as many device-hours to train to the same quality, teacher included (point estimate" in text
+    text = _with("full", make_pair("student_int8", "baseline", training=make_saving(0.0, 0.05)))
+    assert "is undecided in training cost, teacher and student included (saving" in text
+    text = _with("full", make_pair("student_int8", "student", training=make_saving(0.4)))
+    assert "for 40% fewer device-hours;" in text
+
+
 @pytest.mark.parametrize(
     ("training", "expected"),
     [

@@ -79,7 +79,7 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
         if not missing:
             said = f"against {_base_words(result, pair)}, "
             clauses += _clauses(result, pair, "" if said == preface else said)
-            preface = said if _verbs(pair) else ""
+            preface = said if _verbs(result, pair) else ""
         elif new := {arm: why for arm, why in missing.items() if arm not in explained}:
             reasons = ", ".join(f"{_name(arm)} {why}" for arm, why in new.items())
             clauses.append(f"{_pair_words(pair)}: not measurable here: {reasons}")
@@ -94,7 +94,7 @@ def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
     `preface` is `against BASE, `, or empty where the clause before speaks of the same base.
     """
     clauses = _control_clause(result, pair)
-    if verbs := _verbs(pair):
+    if verbs := _verbs(result, pair):
         clauses.append(f"{preface}{_subject(pair['arm'])} {_listed(verbs)}")
     context = f"{_subject(pair['arm'])}'s " if clauses else f"{_pair_words(pair)}: "
     by_reason: dict[str, list[str]] = {}
@@ -117,7 +117,7 @@ def _is_null(figure: Value | None, measure: str) -> bool:
     return figure["v"] is None and not (measure == "payback" and never_pays(figure))
 
 
-def _verbs(pair: Pair) -> list[str]:
+def _verbs(result: Result, pair: Pair) -> list[str]:
     """Return the verb phrases of the arm; quality against a control has a clause of its own."""
     verbs: list[str] = []
     for measure in ("quality", "training", "serving", "payback"):
@@ -127,12 +127,25 @@ def _verbs(pair: Pair) -> list[str]:
         if measure == "quality" and pair["base"] not in _CONTROLS:
             verbs.append(quality_verb(primary_of(pair) or "", figure))
         elif measure == "training":
-            verbs.append(training_verb(figure))
+            verbs.append(training_verb(figure, _charged_too(result, pair)))
         elif measure == "serving":
             verbs.append(serving_verb(figure))
         elif measure == "payback":
             verbs.append(payback_verb(figure, pair["serving"]))
     return verbs
+
+
+def _charged_too(result: Result, pair: Pair) -> list[str]:
+    """Return the other stages whose work is charged to the arm and not to its base, as a teacher's is."""
+    chains = [_chain(result, pair[side]) for side in ("arm", "base")]
+    return [_name(arm) for arm in chains[0] if arm not in (*chains[1], pair["arm"])]
+
+
+def _chain(result: Result, arm: str) -> list[str]:
+    """Return the stages that led to an arm's artifact, each once, the arm last."""
+    row = finished_row(result, arm)
+    before = [each for needed in (row["depends_on"] if row else []) for each in _chain(result, needed)]
+    return list(dict.fromkeys([*before, *([arm] if row else [])]))
 
 
 def _nulls(pair: Pair) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, percent, points, times
 from pipeline.report.text import one_line
@@ -88,24 +90,25 @@ def interval(value: Value, *, in_points: bool = False) -> str:
     return f"interval {low} to {high}{' points' if in_points else ''}"
 
 
-def training_verb(saving: Value) -> str:
-    """Say what an arm's training cost against its base's."""
+def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:
+    """Say what an arm's training cost against its base's, and which other stages (a teacher) are charged with it."""
     v = saving["v"]
+    included = f", {' and '.join(charged_too)} included" if charged_too else ""
     if straddles(saving):
-        return _undecided("training", saving)
+        return _undecided(f"training cost{included}", saving)
     if v > 0:
-        return f"trains to the same quality for {percent(v)} fewer device-hours{_basis(saving)}"
+        return f"trains to the same quality for {percent(v)} fewer device-hours{included}{_basis(saving)}"
     if v == 0:
-        return f"trains to the same quality for the same device-hours{_basis(saving)}"
+        return f"trains to the same quality for the same device-hours{included}{_basis(saving)}"
     more = f"{percent(-v)} more" if v > -1 else f"{times(1 - v)} as many"
-    return f"costs {more} device-hours to train to the same quality{_basis(saving)}"
+    return f"costs {more} device-hours to train to the same quality{included}{_basis(saving)}"
 
 
 def serving_verb(saving: Value) -> str:
     """Say what an arm costs to serve against its base."""
     v = saving["v"]
     if straddles(saving):
-        return _undecided("serving", saving)
+        return _undecided("serving cost", saving)
     if v > 0:
         return f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)} cheaper{_basis(saving)}"
     if v == 0:
@@ -114,7 +117,7 @@ def serving_verb(saving: Value) -> str:
 
 
 def _undecided(what: str, saving: Value) -> str:
-    return f"is undecided in {what} cost (saving {percent(saving['v'], sign=True)}, {interval(saving)})"
+    return f"is undecided in {what} (saving {percent(saving['v'], sign=True)}, {interval(saving)})"
 
 
 def _basis(saving: Value) -> str:
