@@ -23,7 +23,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-SIZE = "1500,1950"
+SIZE = "1500,1540"
 SHOW_WHOLE_TABLES = """
 for (const element of document.querySelectorAll("#root *")) {
   if (element.clientHeight > 100 && element.clientHeight < 500 && element.scrollHeight > element.clientHeight + 50) {
