@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.metrics import BY_KEY, RELATIVE
+from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import amount
@@ -56,6 +57,7 @@ def markdown(result: Result) -> str:
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
+        _section("Waste by cause", _waste(result, shown)),
         _section("Notes", _notes(result)),
         _section("Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]),
         _section("Device and environment", _environment(result)),
@@ -248,6 +250,12 @@ def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         for name, row in rows
     ]
     return _table(("stage", *names, "wasted by", "phases"), body)
+
+
+def _waste(result: Result, shown: dict[str, None]) -> list[str]:
+    body = waste.table_body(result)
+    shown.update({"compute/wasted_device_hours": None} if body else {})
+    return _table(waste.HEAD, body) if body else []
 
 
 def _ran(row: Row) -> bool:

@@ -27,6 +27,7 @@ from pipeline.report.view import (
     unit,
     why_absent,
 )
+from pipeline.report.waste import closing_lines
 
 WIDTH = 80
 _GAP = 2
@@ -164,6 +165,7 @@ def _below(result: Result, notes: Footnotes) -> list[str]:
         *_bases(result),
         *_reused(result, notes),
         f"{spent}; {total}",
+        *closing_lines(result),
         *([f"verdict: {one_line(result['verdict'].get('verdict', '-'))}"] if result["verdict"] else []),
         *(f"{mark} {why}" for mark, why in notes.reasons()),
     ]

@@ -1,0 +1,208 @@
+"""The waste report: per stage a table of causes with device-hours, share, money, and the first thing to try.
+
+A cause is advised on only where its measured share of the stage reaches the threshold written beside the remedy.
+Wasted causes come from the host timeline and from lost intervals, and add up to the stage's `wasted`. Below them stand
+what is no waste but may be too much (evaluation, checkpoints, compiling), and what the GPU did not do while the host
+was busy (from traced steps, as a share of those steps): the same seconds seen from elsewhere, so they are not added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.metrics import WASTE_CAUSES
+from pipeline.report.numbers import duration, percent, significant
+from pipeline.report.text import NO_BREAK, one_line
+from pipeline.report.view import Result, Row, hours_word, labels
+
+HOUR_NS = 3600 * 10**9
+METERED = "metered"
+"""Type of a stage that another program did: this pipeline's settings do not reach it."""
+_SHOWN_SHARE = 0.001
+"""Wasted causes below this share of their stage are left to the total."""
+_TERMINAL_SHARE = 0.01
+_TERMINAL_CAUSES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """The first thing to try where a cause takes `threshold` of a stage or more.
+
+    Attributes:
+        here: For stages of this pipeline, by setting.
+        elsewhere: For programs that were metered.
+    """
+
+    threshold: float
+    here: str
+    elsewhere: str
+
+
+REMEDIES: dict[str, Remedy] = {
+    "import": Remedy(0.05, "make more arms in one run: a process imports once",
+                     "do more per process: it imports once"),
+    "data_wait": Remedy(0.05, "raise training.batch_size: fewer, larger batches to make",
+                        "raise num_workers of the data loader"),
+    "comm_exposed": Remedy(0.05, "raise training.gradient_accumulation: fewer exchanges a token",
+                           "accumulate gradients, or overlap the exchange with backward"),
+    "unattributed": Remedy(0.02, "a phase lacks its marker: please report it",
+                           'mark what the program does there: with pipeline.phase("...")'),
+    "rollback": Remedy(0.02, "lower training.checkpoint_seconds: less to replay",
+                       "save checkpoints more often: less to replay"),
+    "failed_attempt": Remedy(0.0, "mend what failed: the row says why", "mend what failed: its log says why"),
+    "idle_rank": Remedy(0.05, "give every rank as much to do", "give every rank as much to do"),
+    "eval": Remedy(0.15, "raise training.eval_every, or lower training.eval_documents",
+                   "evaluate less often, or on fewer documents"),
+    "checkpoint": Remedy(0.10, "raise training.checkpoint_seconds", "save checkpoints less often"),
+    "compile": Remedy(0.10, "training.compile=false, or more steps for what is compiled",
+                      "compile less, or train longer on what is compiled"),
+    "idle_host_wait": Remedy(0.10, "raise training.batch_size: the GPU waits for the host",
+                             "larger batches: the GPU waits for the host"),
+    "idle_launch_gap": Remedy(0.10, "training.compile=true, or a larger training.batch_size",
+                              "compile the model, capture graphs, or use larger batches"),
+    "copy_exposed": Remedy(0.05, "raise training.batch_size: fewer, larger copies",
+                           "pin host memory and copy ahead (non_blocking=True)"),
+    "throttled": Remedy(0.05, "see the throttle reasons: power or heat limits this device",
+                        "see the throttle reasons: power or heat limits this device"),
+}  # fmt: skip
+_SUPPORT = ("eval", "checkpoint", "compile")
+_OF_THE_GPU = ("idle_host_wait", "idle_launch_gap", "copy_exposed")
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One line of the table.
+
+    Attributes:
+        kind: `wasted`, `support`, or `of traced steps` / `of samples` for what is seen on the device.
+        device_hours: None where the cause is a share of traced steps only.
+        share: Of the stage's attached time (of the traced steps, of the samples).
+        money: At the declared rate; None where none is declared.
+        advice: None below the threshold.
+    """
+
+    name: str
+    kind: str
+    share: float
+    device_hours: float | None
+    money: float | None
+    advice: str | None
+
+
+def causes_can_be_told(row: Row) -> bool:
+    """Tell whether a row's time was spent here and falls into classes; a metered program may report no phases."""
+    hours = row["ledger"]["device_hours"]
+    return not row["reused"] and bool(hours["attached"]["v"]) and hours["wasted"]["v"] is not None
+
+
+def causes(row: Row) -> list[Cause]:
+    """Return what a stage attempt lost and may save: wasted causes first, each kind with the largest first."""
+    attached = row["ledger"]["device_hours"]["attached"]["v"]
+    if not causes_can_be_told(row):
+        return []
+    by_kind = (_wasted(row), _support(row, attached), _on_device(row))
+    return [cause for kind in by_kind for cause in sorted(kind, key=lambda cause: -cause.share)]
+
+
+def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) -> Cause:
+    amount = row["ledger"]["cost"]["amount"]["v"]
+    remedy = REMEDIES[name]
+    text = remedy.elsewhere if row["type"] == METERED else remedy.here
+    money = None if amount is None or hours is None else amount * share
+    return Cause(name, kind, share, hours, money, text if share > 0 and share >= remedy.threshold else None)
+
+
+def _wasted(row: Row) -> list[Cause]:
+    hours = row["ledger"]["device_hours"]
+    found = {name: hours["wasted_by"].get(name, {"v": None})["v"] for name in WASTE_CAUSES}
+    return [
+        _cause(row, name, "wasted", lost / hours["attached"]["v"], lost)
+        for name, lost in found.items() if lost and lost / hours["attached"]["v"] >= _SHOWN_SHARE
+    ]  # fmt: skip
+
+
+def _support(row: Row, attached: float) -> list[Cause]:
+    """Return the support phases that are large enough to advise on.
+
+    Assessment evaluates too, and is not to be saved on: it is taken off, so that the share is a lower bound.
+    """
+    ledger = row["ledger"]
+    total_ns = sum(ledger["phases_ns"].values())
+    assessed_ns = (ledger["device_hours"]["assess"]["v"] or 0.0) / attached * total_ns
+    shares = {name: ledger["phases_ns"].get(name, 0) / total_ns if total_ns else 0.0 for name in _SUPPORT}
+    shares["eval"] = max(0.0, shares["eval"] - (assessed_ns / total_ns if total_ns else 0.0))
+    found = (_cause(row, name, "support", share, share * attached) for name, share in shares.items())
+    return [cause for cause in found if cause.advice is not None]
+
+
+def _on_device(row: Row) -> list[Cause]:
+    """Return what traced steps and samples of the device show, where they exist."""
+    timeline, conditions = (row["ledger"].get(name) or {} for name in ("gpu_timeline", "conditions"))
+    shares = {name: timeline.get(name, {"v": None})["v"] for name in _OF_THE_GPU}
+    seen = [_cause(row, name, "of traced steps", share, None) for name, share in shares.items() if share]
+    throttled = conditions.get("throttle_share", {"v": None})["v"]
+    seen += [_cause(row, "throttled", "of samples", throttled, None)] if throttled else []
+    return [cause for cause in seen if cause.advice is not None]
+
+
+def advice(row: Row) -> list[str]:
+    """Return the advice on a stage in short: `data_wait 31%: raise num_workers of the data loader`."""
+    return [f"{cause.name} {percent(cause.share)}: {cause.advice}" for cause in causes(row) if cause.advice]
+
+
+def closing_lines(result: Result) -> list[str]:
+    """Return the waste of what this invocation spent, for below the closing table."""
+    rows = [row for row in result["rows"] if causes_can_be_told(row)]
+    total = {part: sum(_hours(row, part) for row in rows) for part in ("wasted", "attached")}
+    if not total["attached"]:
+        return []
+    found = [(name, cause) for name, cause in _all_causes(rows)
+             if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)]  # fmt: skip
+    share = percent(total["wasted"] / total["attached"])
+    first = f"wasted {share} of the stages' {hours_word(result)} ({duration(3600 * total['wasted'])})"
+    shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
+    return [first + (":" if shown else ""), *(f"  {name}: {_in_words(cause)}" for name, cause in shown)]
+
+
+def _hours(row: Row, part: str) -> float:
+    return row["ledger"]["device_hours"][part]["v"] or 0.0
+
+
+def _all_causes(rows: list[Row]) -> Iterable[tuple[str, Cause]]:
+    for name, row in zip(labels(rows), rows, strict=True):
+        yield from ((one_line(name, 32), cause) for cause in causes(row))
+
+
+def _in_words(cause: Cause) -> str:
+    taken = "" if cause.device_hours is None else f" ({duration(3600 * cause.device_hours)})"
+    kind = "" if cause.kind == "wasted" else f"{NO_BREAK}{cause.kind}"
+    return f"{cause.name} {percent(cause.share)}{kind}{taken}" + (f": {cause.advice}" if cause.advice else "")
+
+
+# -- report.md ---------------------------------------------------------------------------------------------------------
+HEAD = ("stage", "cause", "kind", "time", "share", "cost", "first thing to try")
+
+
+def table_body(result: Result) -> list[list[str]]:
+    """Return the table's cells: a line per cause, and one that sums the stages' waste; empty where nothing ran."""
+    rows = [row for row in result["rows"] if causes_can_be_told(row)]
+    body = [[name, *_cells(cause, _currency(result))] for name, cause in _all_causes(rows)]
+    attached, wasted = (sum(_hours(row, part) for row in rows) for part in ("attached", "wasted"))
+    if not attached:
+        return []
+    amounts = [row["ledger"]["cost"]["amount"]["v"] for row in rows]
+    shares = [_hours(row, "wasted") / _hours(row, "attached") for row in rows]
+    money = None if None in amounts else sum(a * share for a, share in zip(amounts, shares, strict=True))
+    total = Cause("all of it", "wasted", wasted / attached, wasted, money, None)
+    return [*body, ["all stages", *_cells(total, _currency(result))]]
+
+
+def _currency(result: Result) -> str:
+    return next((row["ledger"]["cost"]["currency"] or "" for row in result["rows"]), "")
+
+
+def _cells(cause: Cause, currency: str) -> list[str]:
+    taken = "" if cause.device_hours is None else duration(3600 * cause.device_hours)
+    money = "" if cause.money is None else f"{significant(cause.money)} {currency}".strip()
+    return [cause.name, cause.kind, taken, percent(cause.share), money, cause.advice or ""]

@@ -1,0 +1,118 @@
+"""Waste by cause: shares against hand-made hours, advice at and below its threshold, nothing counted twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from make_result import make_result, make_row, make_unfinished, null, value
+
+from pipeline.metrics import WASTE_CAUSES
+from pipeline.report.markdown import markdown
+from pipeline.report.tables import WIDTH, closing_table
+from pipeline.report.waste import REMEDIES, advice, causes, closing_lines, table_body
+
+
+def _row(
+    wasted_by: dict[str, float],
+    *,
+    attached: float = 1.0,
+    rate: float | None = None,
+    arm: str = "student",
+    **changes: Any,
+) -> Any:
+    """Return a row of `attached` device-hours of which `wasted_by` were lost."""
+    row = make_row(arm, **changes)
+    hours = row["ledger"]["device_hours"]
+    hours["attached"], hours["assess"] = value(attached), value(0.0)
+    hours["wasted"] = value(sum(wasted_by.values()))
+    hours["wasted_by"] = {cause: value(v) for cause, v in wasted_by.items()}
+    row["ledger"]["phases_ns"] = {"forward": round(attached * 3600e9)}
+    if rate is not None:
+        row["ledger"]["cost"] = {"amount": value(rate * attached, "derived"), "currency": "EUR"}
+    return row
+
+
+def test_every_cause_has_a_remedy() -> None:
+    assert set(WASTE_CAUSES) <= set(REMEDIES)
+
+
+@pytest.mark.parametrize("cause", WASTE_CAUSES)
+def test_advice_begins_at_its_threshold(cause: str) -> None:
+    threshold = REMEDIES[cause].threshold
+    at = _row({cause: max(threshold, 0.001)})
+    assert [each.advice for each in causes(at)] == [REMEDIES[cause].here]
+    below = _row({cause: threshold - 0.0001})
+    assert not any(each.advice for each in causes(below))
+
+
+def test_a_metered_program_gets_advice_that_it_can_follow() -> None:
+    row = _row({"data_wait": 0.31}, type="metered")
+    assert advice(row) == ["data_wait 31%: raise num_workers of the data loader"]
+    assert advice(_row({"data_wait": 0.31})) == [
+        "data_wait 31%: raise training.batch_size: fewer, larger batches to make"
+    ]
+
+
+def test_shares_hours_and_money_are_those_of_the_row() -> None:
+    found = causes(_row({"data_wait": 0.5, "rollback": 1.0}, attached=4.0, rate=2.0))
+    assert [(each.name, each.share, each.device_hours, each.money) for each in found] == [
+        ("rollback", 0.25, 1.0, 2.0), ("data_wait", 0.125, 0.5, 1.0),
+    ]  # fmt: skip
+    assert causes(_row({"data_wait": 0.5}))[0].money is None
+
+
+def test_evaluation_is_advised_on_without_the_assessment_that_it_shares_its_phase_with() -> None:
+    row = _row({})
+    hour = round(3600e9)
+    row["ledger"]["phases_ns"] = {"forward": round(0.7 * hour), "eval": round(0.3 * hour)}
+    assert [(each.name, each.kind, each.share) for each in causes(row)] == [("eval", "support", pytest.approx(0.3))]
+    row["ledger"]["device_hours"]["assess"] = value(0.2)
+    assert causes(row) == []
+
+
+def test_what_the_device_shows_is_advised_on_and_not_added() -> None:
+    row = _row({"data_wait": 0.1})
+    row["ledger"]["gpu_timeline"] = {
+        "idle_launch_gap": value(0.4),
+        "idle_host_wait": value(0.05),
+        "copy_exposed": null("-"),
+    }
+    row["ledger"]["conditions"] = {"throttle_share": value(0.5)}
+    assert [(each.name, each.kind, each.device_hours) for each in causes(row)] == [
+        ("data_wait", "wasted", 0.1), ("throttled", "of samples", None), ("idle_launch_gap", "of traced steps", None),
+    ]  # fmt: skip
+    assert table_body(make_result(rows=[row]))[-1][1:5] == ["all of it", "wasted", "6.00 min", "10%"]
+
+
+def test_reused_and_skipped_rows_waste_nothing_here() -> None:
+    rows = [_row({"rollback": 0.5}, reused="abc123"), make_unfinished("fp16", "SKIPPED", "no fp16 here")]
+    assert [causes(row) for row in rows] == [[], []]
+    assert table_body(make_result(rows=rows)) == []
+    assert "Waste by cause" not in markdown(make_result(rows=rows))
+    assert closing_lines(make_result(rows=rows)) == []
+
+
+def test_a_program_without_phases_is_not_said_to_waste() -> None:
+    row = _row({})
+    row["ledger"]["device_hours"]["wasted"] = null("the program reports no phases")
+    assert causes(row) == []
+
+
+def test_the_last_line_sums_the_stages() -> None:
+    rows = [_row({"data_wait": 0.1}, rate=2.0), _row({"rollback": 0.3}, attached=3.0, rate=2.0, arm="other")]
+    body = table_body(make_result(rows=rows))
+    assert [line[0] for line in body] == ["student", "other", "all stages"]
+    assert body[-1][3:6] == ["24.0 min", "10%", "0.800 EUR"]
+    rows[0]["ledger"]["cost"] = {"amount": null("no rate declared"), "currency": None}
+    assert table_body(make_result(rows=rows))[-1][5] == ""
+
+
+def test_the_closing_lines_name_what_to_try_in_80_columns() -> None:
+    result = make_result(rows=[_row({"data_wait": 0.31, "unattributed": 0.001})])
+    text = closing_table(result)
+    assert "wasted 31.1% of the stages' device-hours (18.7 min):" in text
+    assert "  student: data_wait 31% (18.6 min): raise training.batch_size" in text
+    assert all(len(line) <= WIDTH for line in text.split("\n"))
+    clean = closing_lines(make_result(rows=[_row({"unattributed": 0.004})]))
+    assert clean == ["wasted 0.4% of the stages' device-hours (14.4 s)"]
