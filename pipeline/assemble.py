@@ -79,7 +79,7 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
     result: dict[str, Any] = {
         "schema": 1, "run_id": attempt.run_id, "recipe": attempt.run.recipe, "question": attempt.run.question,
         "status": status, "why": why, "primary_arm": attempt.run.primary_arm, "conclusion": "",
-        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": 1},
+        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
         "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
         "comparisons": attempt.comparisons, "verdict": None,
     }  # fmt: skip
@@ -92,7 +92,7 @@ def _totals(attempt: Attempt) -> dict[str, Any]:
     booked = attempt.booking()
     parts = {"total": booked.attached_ns, "work": booked.work_ns, "assess": booked.assess_ns,
              "retry": booked.retry_ns, "compare": booked.compare_ns, "overhead": booked.overhead_ns}  # fmt: skip
-    hours = {name: measured(device_hours(ns, devices=1)).to_json() for name, ns in parts.items()}
+    hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
     return {
         "attempts": attempt.number, "device_hours": hours, "spent": hours["total"],
         "reused": measured(attempt.reused_h).to_json(),

@@ -22,7 +22,7 @@ from pipeline.base_model import base_artifact
 from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
-from pipeline.ledger.booking import Booking, Window, book, device_hours
+from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.phases import PhaseClock, difference
@@ -84,7 +84,8 @@ class Attempt:
         items: Where the current seed's per-document values lie, by arm.
         rows: Of stage attempts, this run's and reused ones.
         windows: Of all attempts of this run.
-        spans: Clock at start and last sign of life of this run's earlier attempts, by attempt.
+        devices: How many this process's attempt is attached to.
+        spans: Of this run's earlier attempts, by attempt.
         finished_before: Rows of this run's earlier attempts; one whose files were lost since still has its hours.
         traces: How far a stage came in its steps, by arm, seed and attempt.
         resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
@@ -104,12 +105,13 @@ class Attempt:
     started_ns: int
     energy: EnergyMeter
     lock: Any
+    devices: int = 1
     arms: dict[str, Artifact] = field(default_factory=dict)
     outputs: dict[tuple[str, int], Output] = field(default_factory=dict)
     items: dict[str, Path] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
-    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    spans: dict[int, Span] = field(default_factory=dict)
     reused_h: float = 0.0
     finished_before: list[Row] = field(default_factory=list)
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
@@ -152,12 +154,18 @@ class Attempt:
 
     def booking(self) -> Booking:
         """Return where the time of this run went until now, over all its attempts."""
-        return book(self.windows, {**self.spans, self.number: (self.started_ns, self.clock.now_ns())})
+        return book(self.windows, {**self.spans, self.number: self._span()})
+
+    def _span(self) -> Span:
+        return Span(self.started_ns, self.clock.now_ns(), self.devices)
 
     def spent_hours(self) -> float:
         """Return the device-hours of this run until now, over all its attempts."""
-        elapsed = sum(end - start for start, end in self.spans.values()) + self.clock.now_ns() - self.started_ns
-        return device_hours(elapsed, devices=1)
+        return device_hours(sum(span.device_ns for span in (*self.spans.values(), self._span())))
+
+    def devices_in(self, number: int) -> int:
+        """Return how many devices an attempt of this run was attached to."""
+        return self.spans[number].devices if number in self.spans else self.devices
 
     def check_budget(self) -> None:
         """Start nothing that must stop at once.
@@ -241,7 +249,7 @@ class Attempt:
             stage=name, type=stage.type, version=stage.version, settings=settings, task=self.run.task,
             inputs={arm: artifact.digest for arm, artifact in inputs.items()}, data=self.data.digest, seed=seed,
             matched=None if matched is None else matched.counts["model_flops"].v,
-            torch=torch.__version__.rpartition(".")[0], device=device_name(self.device),
+            torch=torch.__version__.rpartition(".")[0], device=device_name(self.device), devices=self.devices,
         )  # fmt: skip
 
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:

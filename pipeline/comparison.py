@@ -66,14 +66,16 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     record = attempt.store.recall("serving", key)
     if record is not None:
         if record["run_id"] != attempt.run_id:
-            attempt.reused_h += device_hours(record["elapsed_ns"], devices=1)
+            attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
         return ServePass.from_json(record["served"])
     print("comparison pass: serving", flush=True)
     with attempt.window("compare", None, -1) as window:
         served = serve(attempt, pairs)
     attempt.store.remember(
-        "serving", key, {"run_id": attempt.run_id, "elapsed_ns": window.elapsed_ns, "served": served.to_json()}
-    )
+        "serving", key,
+        {"run_id": attempt.run_id, "elapsed_ns": window.elapsed_ns, "devices": attempt.devices,
+         "served": served.to_json()},
+    )  # fmt: skip
     return served
 
 
@@ -101,7 +103,7 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         encoded = encode_all(documents, tokenizer, task, max_length=max(512, attempt.run.serving.load.prompt))
     return serve_pass(
         folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
-        config=attempt.run.serving, device=attempt.device, devices=1, seed=0, clock=attempt.clock,
+        config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
     )  # fmt: skip
 
 

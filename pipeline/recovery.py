@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ledger.booking import Window
+from pipeline.ledger.booking import Span, Window
 from pipeline.ledger.record import HOUR_NS, Spent
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
@@ -35,7 +35,8 @@ def recover(attempt: Attempt, events: list[Event]) -> None:
 
 def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
     number = events[0]["attempt"]
-    attempt.spans[number] = events[0]["started_ns"], events[-1]["mono_ns"]
+    devices = events[0].get("devices", 1)  # before it was journaled, a process drove one
+    attempt.spans[number] = Span(events[0]["started_ns"], events[-1]["mono_ns"], devices)
     for event in events:
         _trace(attempt, event)
         if event["e"] == "resume":
@@ -156,6 +157,7 @@ def _unfinished_row(
         ("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"), unread
     )
     row = make_row(
-        attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, memory=memory
-    )
-    attempt.add({**row, "reused": reused})
+        attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, reused=reused,
+        memory=memory,
+    )  # fmt: skip
+    attempt.add(row)

@@ -28,15 +28,21 @@ def depends_on(stage: Any, run: Run) -> list[str]:
 
 def make_row(
     attempt: Attempt, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
-    number: int | None = None, memory: dict[str, Value] | None = None, energy: Value | None = None,
+    number: int | None = None, reused: str | None = None, memory: dict[str, Value] | None = None,
+    energy: Value | None = None,
 ) -> Row:  # fmt: skip
-    """Return the row of a stage attempt from what it spent."""
+    """Return the row of a stage attempt from what it spent; `reused` is the run that spent it, if not this one.
+
+    Only what was made on as many devices is reused: their number is part of a stage's key.
+    """
+    number = number or attempt.number
+    devices = attempt.devices if reused else attempt.devices_in(number)
     return {
-        "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number or attempt.number,
-        "status": status, "why": why, "reused": None, "depends_on": depends_on(stage, attempt.run), "artifact": None,
+        "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number,
+        "status": status, "why": why, "reused": reused, "depends_on": depends_on(stage, attempt.run), "artifact": None,
         "quality": {}, "serving": {},
         "ledger": ledger(
-            spent, output.counts, devices=1, device_kind=attempt.device.type, cost=attempt.run.cost,
+            spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or read_memory(attempt.device), energy=energy or null("the stage did not finish"),
             is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
         ),
@@ -65,9 +71,9 @@ def reused_work(attempt: Attempt, name: str, stage: Any, seed: int, made: Record
     unread = {**null(why).to_json(), "ci": None, "n": None, "items": None}
     spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), Output.from_json(made["output"])
     memory, energy = _memory_and_energy(made)
-    row = make_row(attempt, name, stage, seed, spent, output, "FINISHED", why, number=made["attempt"], memory=memory,
-                   energy=energy)  # fmt: skip
-    return {**row, "reused": made["run_id"], "quality": dict.fromkeys(quality, unread)}
+    row = make_row(attempt, name, stage, seed, spent, output, "FINISHED", why, number=made["attempt"],
+                   reused=made["run_id"], memory=memory, energy=energy)  # fmt: skip
+    return {**row, "quality": dict.fromkeys(quality, unread)}
 
 
 def broken_row(

@@ -137,7 +137,7 @@ def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     )
 
 
-def open_fake(root: Path, run_id: str, number: int, run: Run) -> Attempt:
+def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) -> Attempt:
     folder = root / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
     events = read_events(folder / "journal.jsonl")
@@ -147,8 +147,9 @@ def open_fake(root: Path, run_id: str, number: int, run: Run) -> Attempt:
         journal=Journal(folder / "journal.jsonl", now_ns=CLOCK), clock=PhaseClock(CLOCK), device=device,
         data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None), command="",
         started_ns=CLOCK.ns, energy=EnergyMeter(device), lock=None,
+        devices=devices,
     )  # fmt: skip
-    attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number)
+    attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number, devices=devices)
     recover(attempt, events)
     return attempt
 
@@ -169,8 +170,10 @@ def the_run() -> Run:
     return Run(recipe="distill", stages=stages(), compare=compare, primary_arm="student")
 
 
-def invoke(root: Path, run_id: str, number: int, run: Run, *, start: float = 1, end: float = 1) -> Attempt:
-    attempt = open_fake(root, run_id, number, run)
+def invoke(
+    root: Path, run_id: str, number: int, run: Run, *, start: float = 1, end: float = 1, devices: int = 1
+) -> Attempt:
+    attempt = open_fake(root, run_id, number, run, devices)
     CLOCK.pass_minutes(start)
     try:
         loop._all_stages(attempt)
@@ -345,6 +348,25 @@ def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.Monkey
     again = open_fake(root, "run-1", 3, the_run())
     assert again.windows == attempt.windows
     assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(again.rows)
+
+
+def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed on 4 devices, done on 2: what 4 had made is not taken for what 2 would have, and nothing is lost."""
+    run = the_run()
+    run.stages["teacher"], run.stages["student"] = (
+        FakeStage([30, 30]),
+        FakeStage([6, 16], ["teacher"], [], [], ["killed", "ok"]),
+    )
+    with deadly(monkeypatch):
+        invoke(root, "run-1", 1, run, devices=4)
+    attempt = invoke(root, "run-1", 2, run, devices=2)
+    assert of_row(attempt, "student", 1) == ("KILLED", [0, 0, 4 * 6], 3)
+    assert of_row(attempt, "student", 2)[:2] == ("FINISHED", [2 * 16, 2 * 2, 0])
+    assert of_row(attempt, "teacher", 2)[:2] == ("FINISHED", [2 * 30, 2 * 2, 0])
+    booked = of_run(attempt)
+    assert sum(booked.values()) == pytest.approx(4 * (1 + 30 + 2 + 6) + 2 * (1 + 32 + 18 + 14 + 11 + 6 + 1))
+    rows = sum(minutes(row["ledger"]["device_hours"]["attached"]["v"]) for row in attempt.rows)
+    assert rows == pytest.approx(booked["work"] + booked["assess"] + booked["retry"])
 
 
 def test_an_arm_that_is_worse_on_test_saved_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.compare.savings import Spend, Trained, all_in, c_opt, c_total, payback, training_saving
-from pipeline.ledger.booking import Booking, Window, book, device_hours
+from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.values import measured
 
 MINUTE_NS = 60_000_000_000
@@ -33,14 +33,14 @@ TIMELINE: list[tuple[int, str, str | None, int, int]] = [
 ]
 
 
-def _lay_out(timeline: list[tuple[int, str, str | None, int, int]]) -> tuple[list[Window], dict[int, tuple[int, int]]]:
+def _lay_out(timeline: list[tuple[int, str, str | None, int, int]]) -> tuple[list[Window], dict[int, Span]]:
     """Put intervals one after another; every attempt has a clock of its own."""
     windows: list[Window] = []
-    spans: dict[int, tuple[int, int]] = {}
+    spans: dict[int, Span] = {}
     for attempt, kind, arm, minutes, kept in timeline:
-        origin, start = spans.get(attempt, (attempt * 10**15, attempt * 10**15))
+        origin, start, _ = spans.get(attempt, Span(attempt * 10**15, attempt * 10**15))
         end = start + minutes * MINUTE_NS
-        spans[attempt] = origin, end
+        spans[attempt] = Span(origin, end)
         if kind != "overhead":
             purpose: Literal["work", "assess", "compare"] = kind  # pyright: ignore[reportAssignmentType]
             windows.append(
@@ -63,8 +63,8 @@ def spends(run_1: Booking) -> dict[str, Spend]:
         arm: Spend(
             arm=arm,
             depends_on=DEPENDS[arm],
-            work_h=device_hours(time.work_ns, devices=1),
-            retry_h=device_hours(time.retry_ns, devices=1),
+            work_h=device_hours(time.work_ns),
+            retry_h=device_hours(time.retry_ns),
         )
         for (arm, _), time in run_1.arms.items()
     }
@@ -79,7 +79,7 @@ def test_ninety_minutes_are_booked_once_each(run_1: Booking) -> None:
     parts = run_1.work_ns, run_1.assess_ns, run_1.retry_ns, run_1.compare_ns, run_1.overhead_ns
     assert [ns / MINUTE_NS for ns in parts] == [71, 8, 2, 6, 3]
     assert sum(parts) == run_1.attached_ns == 90 * MINUTE_NS
-    assert device_hours(run_1.attached_ns, devices=1) == 1.5
+    assert device_hours(run_1.attached_ns) == 1.5
 
 
 def test_the_student_books_what_led_to_its_artifact(run_1: Booking) -> None:
@@ -131,11 +131,23 @@ def test_a_failed_attempt_that_kept_nothing_is_all_retry() -> None:
 def test_an_assessment_that_failed_is_retry_and_seeds_stay_apart() -> None:
     windows, spans = _lay_out([(1, "assess", "student", 3, 0), (1, "work", "student", 5, 5)])
     other = Window(kind="work", arm="student", seed=1, attempt=2, start_ns=0, end_ns=4, kept_ns=4)
-    booking = book([*windows, other], {**spans, 2: (0, 10)})
+    booking = book([*windows, other], {**spans, 2: Span(0, 10)})
     assert booking.arms["student", 0].retry_ns == 3 * MINUTE_NS
     assert booking.arms["student", 0].assess_ns == 0
     assert booking.arms["student", 1].work_ns == 4
     assert booking.overhead_ns == 6
+
+
+def test_a_run_that_goes_on_with_another_number_of_devices_still_adds_up() -> None:
+    windows, spans = _lay_out(TIMELINE)
+    booking = book(windows, {1: spans[1]._replace(devices=4), 2: spans[2]._replace(devices=2)})
+    minutes = lambda ns: ns / MINUTE_NS
+    assert minutes(booking.arms["teacher", 0].work_ns) == 4 * 30
+    assert minutes(booking.arms["student", 0].work_ns) == 4 * 4 + 2 * 16
+    assert minutes(booking.arms["student", 0].retry_ns) == 4 * 2
+    assert minutes(booking.compare_ns) == 2 * 6
+    assert minutes(booking.overhead_ns) == 4 * 1 + 2 * 2
+    assert minutes(booking.attached_ns) == 4 * 39 + 2 * 51
 
 
 def _window(start: int, end: int, kept: int, *, attempt: int = 1, arm: str | None = "a") -> Window:
@@ -146,7 +158,7 @@ def test_a_window_of_no_length_may_touch_others_in_any_order() -> None:
     """A clock that has not ticked between two windows gives them the same start."""
     empty, whole = _window(0, 0, 0), _window(0, 10, 10)
     for windows in ([empty, whole], [whole, empty], [whole, _window(10, 10, 0)]):
-        assert book(windows, {1: (0, 10)}).work_ns == 10
+        assert book(windows, {1: Span(0, 10)}).work_ns == 10
 
 
 @pytest.mark.parametrize(
@@ -161,7 +173,7 @@ def test_a_window_of_no_length_may_touch_others_in_any_order() -> None:
 )
 def test_windows_that_do_not_fit_are_a_bug(windows: list[Window]) -> None:
     with pytest.raises(AssertionError):
-        book(windows, {1: (0, 10)})
+        book(windows, {1: Span(0, 10)})
 
 
 @given(
@@ -177,13 +189,13 @@ def test_windows_that_do_not_fit_are_a_bug(windows: list[Window]) -> None:
     )
 )
 def test_every_nanosecond_is_booked_exactly_once(parts: list[tuple[int, str, str, int, float]]) -> None:
-    clock, windows = {1: 0, 2: 0, 3: 0}, []
+    clock, windows, devices = {1: 0, 2: 0, 3: 0}, [], {1: 1, 2: 8, 3: 3}
     booked: dict[str, int] = {"work": 0, "assess": 0, "compare": 0, "overhead": 0, "retry": 0}
     for attempt, kind, arm, length, share in parts:
         kept = length if kind in ("compare", "overhead") else int(share * length)
         start, clock[attempt] = clock[attempt], clock[attempt] + length
-        booked[kind] += kept
-        booked["retry"] += length - kept
+        booked[kind] += kept * devices[attempt]
+        booked["retry"] += (length - kept) * devices[attempt]
         if kind != "overhead":
             windows.append(
                 Window(
@@ -191,7 +203,7 @@ def test_every_nanosecond_is_booked_exactly_once(parts: list[tuple[int, str, str
                     start_ns=start, end_ns=clock[attempt], kept_ns=kept,
                 )
             )  # fmt: skip
-    booking = book(reversed(windows), {attempt: (0, end) for attempt, end in clock.items()})
+    booking = book(reversed(windows), {attempt: Span(0, end, devices[attempt]) for attempt, end in clock.items()})
     found = booking.work_ns, booking.assess_ns, booking.compare_ns, booking.overhead_ns, booking.retry_ns
     assert found == tuple(booked.values())
-    assert sum(found) == booking.attached_ns == sum(clock.values())
+    assert sum(found) == booking.attached_ns == sum(end * devices[attempt] for attempt, end in clock.items())

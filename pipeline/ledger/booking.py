@@ -5,14 +5,17 @@ at work, an artifact being assessed, the comparison pass. What no window covers 
 attempt had not secured in a checkpoint is lost and books as retry: the attempt that replays those steps books them as
 work, since those are the ones that led to the artifact.
 
-    attached = work + assess + retry + compare + overhead      (exactly, in integer nanoseconds)
+    attached = work + assess + retry + compare + overhead      (exactly, in integer device-nanoseconds)
+
+A device-nanosecond is a nanosecond of one device. The number of devices belongs to the attempt, so that a run that
+goes on with another number of them still adds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 NS_PER_HOUR = 3_600_000_000_000
 
@@ -51,9 +54,22 @@ class Window:
         return self.elapsed_ns - self.kept_ns
 
 
+class Span(NamedTuple):
+    """An attempt from start to end (or last sign of life), and how many devices it was attached to."""
+
+    start_ns: int
+    end_ns: int
+    devices: int = 1
+
+    @property
+    def device_ns(self) -> int:
+        """Its length times its devices."""
+        return (self.end_ns - self.start_ns) * self.devices
+
+
 @dataclass(frozen=True, slots=True)
 class ArmTime:
-    """What one arm's own stage took, over all attempts."""
+    """What one arm's own stage took, over all attempts, in device-nanoseconds."""
 
     work_ns: int = 0
     assess_ns: int = 0
@@ -67,7 +83,7 @@ class ArmTime:
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """Where the time of a run went, in elapsed nanoseconds.
+    """Where the time of a run went, in device-nanoseconds.
 
     Attributes:
         arms: By arm and seed.
@@ -102,12 +118,12 @@ class Booking:
         return self.work_ns + self.assess_ns + self.compare_ns
 
 
-def book(windows: Iterable[Window], spans: Mapping[int, tuple[int, int]]) -> Booking:
+def book(windows: Iterable[Window], spans: Mapping[int, Span]) -> Booking:
     """Book the time of all attempts of a run.
 
     Args:
         windows: Of all attempts, in any order.
-        spans: By attempt, the clock at its start and at its end.
+        spans: By attempt.
     """
     windows = list(windows)
     for attempt, span in spans.items():
@@ -117,33 +133,33 @@ def book(windows: Iterable[Window], spans: Mapping[int, tuple[int, int]]) -> Boo
     for window in windows:
         if window.arm is not None:
             key = window.arm, window.seed
-            arms[key] = _add(arms.get(key, ArmTime()), window)
-    compare_ns = sum(window.elapsed_ns for window in windows if window.kind == "compare")
-    attached_ns = sum(end - start for start, end in spans.values())
+            arms[key] = _add(arms.get(key, ArmTime()), window, spans[window.attempt].devices)
+    compare_ns = sum(w.elapsed_ns * spans[w.attempt].devices for w in windows if w.kind == "compare")
+    attached_ns = sum(span.device_ns for span in spans.values())
     overhead_ns = attached_ns - compare_ns - sum(time.total_ns for time in arms.values())
     assert overhead_ns >= 0, overhead_ns
     return Booking(arms, compare_ns, overhead_ns, attached_ns)
 
 
-def _check_disjoint(windows: list[Window], span: tuple[int, int]) -> None:
+def _check_disjoint(windows: list[Window], span: Span) -> None:
     """Assert that windows lie inside their attempt and share no time: else a nanosecond would be booked twice."""
-    before = span[0]
+    before = span.start_ns
     for window in sorted(windows, key=lambda window: (window.start_ns, window.end_ns)):
-        assert before <= window.start_ns <= window.end_ns <= span[1], (window, span)
+        assert before <= window.start_ns <= window.end_ns <= span.end_ns, (window, span)
         assert 0 <= window.kept_ns <= window.elapsed_ns, window
         assert (window.kind == "compare") == (window.arm is None), window
         before = window.end_ns
 
 
-def _add(time: ArmTime, window: Window) -> ArmTime:
-    is_work = window.kind == "work"
+def _add(time: ArmTime, window: Window, devices: int) -> ArmTime:
+    kept, is_work = window.kept_ns * devices, window.kind == "work"
     return ArmTime(
-        work_ns=time.work_ns + (window.kept_ns if is_work else 0),
-        assess_ns=time.assess_ns + (0 if is_work else window.kept_ns),
-        retry_ns=time.retry_ns + window.lost_ns,
+        work_ns=time.work_ns + (kept if is_work else 0),
+        assess_ns=time.assess_ns + (0 if is_work else kept),
+        retry_ns=time.retry_ns + window.lost_ns * devices,
     )
 
 
-def device_hours(elapsed_ns: int, *, devices: int) -> float:
-    """Return elapsed time on `devices` devices in device-hours."""
-    return elapsed_ns * devices / NS_PER_HOUR
+def device_hours(device_ns: int) -> float:
+    """Return device-nanoseconds as device-hours."""
+    return device_ns / NS_PER_HOUR
