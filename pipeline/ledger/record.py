@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import CostConfig
+from pipeline.ledger.reconcile import problems
 from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.values import Value, declared, derive, measured, null
 
@@ -60,8 +61,7 @@ def ledger(
     device_hours: dict[str, Any] = {name: hours(ns, devices).to_json() for name, ns in parts.items()}
     device_hours["wasted_by"] = {cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns}
     goodput = measured(productive / total) if is_training and total else null("not a training stage")
-    problems = [] if sum(spent.phases_ns.values()) == spent.work_ns + spent.assess_ns else ["phases do not close"]
-    return {
+    record: dict[str, Any] = {
         "wall_s": measured(total / 1e9).to_json(),
         "phases_ns": spent.phases_ns,
         "device_hours": device_hours,
@@ -70,9 +70,9 @@ def ledger(
         "counts": _counts(counts, goodput, seconds_in_steps, devices, is_training=is_training),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(total * devices / HOUR_NS, cost),
-        "meter_valid": not problems,
-        "meter_problems": problems,
     }
+    found = problems(record)
+    return {**record, "meter_valid": not found, "meter_problems": found}
 
 
 def money(device_hours: float, cost: CostConfig) -> dict[str, Any]:
