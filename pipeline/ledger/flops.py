@@ -1,8 +1,21 @@
 """FLOPs a method needs, counted once on an eager, unquantized twin on the meta device: no memory, no recompute.
 
-A transformer's matmul FLOPs for one sequence of T tokens are exactly c + a T + b T^2 (heads on one position, linear
-layers, attention). Three counts fix the polynomial, and every batch is then priced by arithmetic.
-Source of the convention: PaLM, arXiv 2204.02311, appendix B (a multiply-add is 2 FLOPs; attention counted in full).
+A transformer's matmul FLOPs for one sequence of T tokens of which K are predicted are exactly
+c + a T + b T^2 + h K: heads that read one position, linear layers, attention, and the output head of a language model,
+which the objective applies to predicted positions only. Four counts fix the four numbers, and every batch is then
+priced by arithmetic.
+
+What is counted, and what is not:
+- A multiply-add is 2 FLOPs; only matrix products (and convolutions) count, as in every published MFU.
+- Attention counts in full, T x T: neither the causal half, nor what documents packed into one window do not read of
+  each other, is taken off.
+- Positions count as they are computed: a packed window is full; of a padded batch its padding counts as well, while
+  `tokens` leaves it out.
+- The backward pass is what autograd does with the model's own `requires_grad`: a frozen weight has no gradient, and
+  below the lowest trained weight nothing is carried back. Adapters (LoRA) are modules like any other.
+- A live teacher's forward pass is added by the caller; a cached teacher's belongs to the stage that captured it.
+- Recomputed activations, gradient accumulation and the storage format of weights change nothing.
+Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
 """
 
 from __future__ import annotations
@@ -19,65 +32,167 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 POINTS = (8, 16, 24)  # sequence lengths at which the twin is counted
+SHARE_OF_RULE = 0.5  # of the rule of thumb: a count below it has missed operations (a custom kernel, say)
 
 
 @dataclass(frozen=True, slots=True)
 class FlopsPerSequence:
-    """FLOPs of one sequence of T tokens: `constant + linear * T + square * T^2`."""
+    """FLOPs of one sequence of T tokens, K predicted: `constant + linear * T + square * T^2 + predicted * K`."""
 
     constant: float
     linear: float
     square: float
+    predicted: float = 0.0
 
-    def __call__(self, num_tokens: int) -> float:
-        """Return the FLOPs of one sequence of `num_tokens`."""
-        return self.constant + self.linear * num_tokens + self.square * num_tokens**2
+    def __call__(self, num_tokens: float, num_predicted: float | None = None) -> float:
+        """Return the FLOPs of one sequence of `num_tokens` (padding included).
+
+        Args:
+            num_predicted: Positions that the output head reads; None: all of them.
+        """
+        heads = num_tokens if num_predicted is None else num_predicted
+        return self.constant + self.linear * num_tokens + self.square * num_tokens**2 + self.predicted * heads
+
+    def batch(self, rows: int, length: int, num_predicted: int) -> float:
+        """Return the FLOPs of `rows` sequences of `length` positions with `num_predicted` targets in all of them."""
+        return rows * self(length, num_predicted / rows)
 
 
-def count_flops(config: PreTrainedConfig, task: Task, *, backward: bool) -> FlopsPerSequence:
+def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -> FlopsPerSequence:
     """Count a model's matmul FLOPs per sequence.
 
     Args:
-        config: The model's configuration; a quantization entry is ignored (the twin is unquantized).
+        source: The model as it is trained, adapters and frozen parameters included (it is copied to the meta device
+            without its weights), or a configuration: a fresh model, all of it trained. Quantized layers count as
+            plain ones.
         backward: Count the forward and backward pass, else the forward pass only.
     """
     import torch
 
-    twin_config = copy.deepcopy(config)
-    if hasattr(twin_config, "quantization_config"):
-        delattr(twin_config, "quantization_config")
-    with torch.device("meta"):
-        twin = _twin(twin_config, task)
-    counts = [_count_once(twin, length, backward=backward) for length in POINTS]
-    return _fit(counts)
+    twin = _copy(source) if isinstance(source, torch.nn.Module) else _fresh(source, task)
+    _make_eager(twin)
+    head = _head(twin) if task is Task.causal_lm else None
+    counts = [_count_once(twin, length, head, 1, backward=backward) for length in POINTS]
+    each = 0
+    if head is not None:
+        each = _count_once(twin, POINTS[0], head, 2, backward=backward) - counts[0]
+    return _fit([count - each for count in counts], each)
 
 
-def _twin(config: PreTrainedConfig, task: Task) -> Any:
+def six_n(model: Any) -> float:
+    """Return FLOPs of a training step per token by the rule of thumb: 2 forward and 4 backward per matmul weight.
+
+    Embeddings look up and do not multiply; an output head tied to them does. Attention is left out, so a true count
+    lies above by about 12 x layers x width x T: T / (6 x width) of a GPT-shaped model.
+    """
+    weights = _matmul_weights(model)
+    return 2 * sum(map(_size, weights)) + 4 * sum(_size(weight) for weight in weights if weight.requires_grad)
+
+
+def suspicion(count: FlopsPerSequence, model: Any, task: Task, length: int) -> str | None:
+    """Return what to say where a count is far below the rule of thumb, or None: an operation was not recognised.
+
+    The rule is a lower bound but for layers that not every token visits: experts, heads on one position.
+    """
+    if task is not Task.causal_lm:
+        return None
+    share = count(length) / (six_n(model) * length)
+    if share >= SHARE_OF_RULE:
+        return None
+    return f"model_flops may be too low: {share:.0%} of 6N; an operation of this model is not counted"
+
+
+def _size(weight: Any) -> int:
+    """Return the elements of a weight; a 4-bit one is packed and knows its true shape."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
+
+
+def _matmul_weights(model: Any) -> list[Any]:
+    import torch
+
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    weights = [weight for weight in model.parameters() if weight.ndim >= 2 and id(weight) not in looked_up]
+    head = _head(model)
+    return weights if head is None or id(head.weight) not in looked_up else [*weights, head.weight]  # tied
+
+
+def _head(model: Any) -> Any:
+    """Return a language model's output head; None where it names none."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def _fresh(config: PreTrainedConfig, task: Task) -> Any:
+    import torch
     import transformers
 
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
     kind = {
         Task.causal_lm: transformers.AutoModelForCausalLM,
         Task.sequence_classification: transformers.AutoModelForSequenceClassification,
     }[task]
-    return kind.from_config(config, attn_implementation="eager").train()
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
-def _count_once(twin: Any, length: int, *, backward: bool) -> int:
+def _copy(model: Any) -> Any:
+    """Return a copy on the meta device: same modules, same ties, same `requires_grad`, no weights."""
+    import torch
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and _is_quantized(module):
+            plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")  # a bias multiplies nothing
+            memo[id(module)] = plain.requires_grad_(requires_grad=False)
+    for parameter in model.parameters():
+        empty = torch.empty(parameter.shape, device="meta")
+        memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _is_quantized(layer: Any) -> bool:
+    """Tell whether a linear layer keeps its weight in a form of its own (bitsandbytes subclasses it)."""
+    return type(layer).__module__.startswith("bitsandbytes")
+
+
+def _make_eager(twin: Any) -> None:
+    """Have attention multiply plain matrices, which the counter sees, and nothing be computed twice."""
+    from transformers import PreTrainedModel
+
+    twin.eval()  # recomputes no activations
+    for module in twin.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation("eager")
+
+
+def _count_once(twin: Any, length: int, head: Any, num_predicted: int, *, backward: bool) -> int:
+    """Count one sequence whose output head reads `num_predicted` positions, as the objective does."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs: dict[str, Any] = {"input_ids": torch.zeros(1, length, dtype=torch.long, device="meta")}
     inputs["attention_mask"] = torch.ones(1, 1, length, length, device="meta")  # 4D: nothing inspects its values
+    keep = None
+    if head is not None:
+        keep = head.register_forward_pre_hook(lambda _, args: (args[0][:, :num_predicted], *args[1:]))
     chatter = logging.getLogger("torch.utils.flop_counter")
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
             logits = twin(**inputs, **_no_cache(twin)).logits
-            if backward:
+            if backward and logits.requires_grad:
                 logits.sum().backward()
     finally:
         chatter.setLevel(level)
+        if keep is not None:
+            keep.remove()
+        twin.zero_grad()
     return counter.get_total_flops()
 
 
@@ -85,10 +200,11 @@ def _no_cache(twin: Any) -> dict[str, bool]:
     return {"use_cache": False} if hasattr(twin.config, "use_cache") else {}
 
 
-def _fit(counts: list[int]) -> FlopsPerSequence:
-    """Solve for the polynomial through the three counts, exactly."""
+def _fit(counts: list[int], each: int) -> FlopsPerSequence:
+    """Solve for the polynomial through the three counts, exactly; `each` is the head's part per position."""
     (x0, x1, x2), (y0, y1, y2) = map(Fraction, POINTS), map(Fraction, counts)
     first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     square = (second - first) / (x2 - x0)
     linear = first - square * (x0 + x1)
-    return FlopsPerSequence(float(y0 - linear * x0 - square * x0**2), float(linear), float(square))
+    constant = y0 - linear * x0 - square * x0**2
+    return FlopsPerSequence(float(constant), float(linear), float(square), float(each))

@@ -9,10 +9,10 @@ import torch
 
 from pipeline.assess.scoring import validation_metric
 from pipeline.config import Task, TrainingConfig
-from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
 from pipeline.errors import StageFailed
-from pipeline.ledger.flops import FlopsPerSequence, count_flops
+from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.models import load_model, load_tokenizer, make_student, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
@@ -58,8 +58,9 @@ def run_training(
         objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher)
         batches = _batches(tokenizer, settings, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
-        own = count_flops(model.config, ctx.run.task, backward=True)
-        extra = None if teacher is None else count_flops(teacher.model.config, ctx.run.task, backward=False)
+        own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
+        extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
+        doubt = suspicion(own, model, ctx.run.task, settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
     if settings.compile:
         with ctx.clock.phase("compile"):
@@ -78,7 +79,7 @@ def run_training(
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
-    return _output(progress, own, extra, settings, distill, objective)
+    return _output(progress, own, extra, settings, distill, objective, doubt)
 
 
 def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
@@ -148,8 +149,27 @@ def _validation(
 
 
 def _flops(batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None) -> float:
+    """Return the FLOPs of a batch as it is computed: all its positions, padding too, and heads on the targets."""
     rows, length = batch["input_ids"].shape
-    return rows * (own(length) + (0.0 if teacher is None else teacher(length)))
+    targets = int((batch["labels"] != IGNORE).sum())
+    return own.batch(rows, length, targets) + (0.0 if teacher is None else teacher.batch(rows, length, targets))
+
+
+def _own_flops(
+    progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, sequence_length: int
+) -> float:
+    """Return the model's own part of all FLOPs, its teacher's left out; what `match_compute` divides by.
+
+    Packed windows are all of one length, so that the targets follow from the total exactly; padded batches have no
+    part that depends on targets, and their shares hardly depend on the length.
+    """
+    if teacher is None:
+        return progress.flops
+    body, each = own(sequence_length, 0) + teacher(sequence_length, 0), own.predicted + teacher.predicted
+    if not each:
+        return progress.flops * own(sequence_length) / body
+    targets = (progress.flops - progress.examples * body) / each
+    return progress.examples * own(sequence_length, 0) + own.predicted * targets
 
 
 def _no_counts() -> dict[str, Value]:
@@ -160,21 +180,20 @@ def _no_counts() -> dict[str, Value]:
 
 def _output(
     progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, settings: TrainingConfig,
-    distill: DistillStage | None, objective: Objective,
+    distill: DistillStage | None, objective: Objective, doubt: str | None,
 ) -> Output:  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
         "examples": measured(progress.examples), "model_flops": estimated(progress.flops), "steps_lost": measured(0),
         "distillation_share": _share(progress, distill),
     }  # fmt: skip
-    notes: list[str] = []
+    notes: list[str] = [] if doubt is None else [doubt]
     teacher_model = None if objective.teacher is None else objective.teacher.model
     if teacher_model is not None and teacher_model.config.vocab_size != objective.model.config.vocab_size:
         notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
-    whole = own(settings.sequence_length) + (0.0 if teacher is None else teacher(settings.sequence_length))
-    share = own(settings.sequence_length) / whole
+    own_flops = _own_flops(progress, own, teacher, settings.sequence_length)
     return Output(
-        counts=counts, flops_per_step=share * progress.flops / progress.step, curve=progress.curve,
+        counts=counts, flops_per_step=own_flops / progress.step, curve=progress.curve,
         seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
     )  # fmt: skip
 
