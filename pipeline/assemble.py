@@ -89,12 +89,13 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
 
 def _totals(attempt: Attempt) -> dict[str, Any]:
     """Return the run's device-hours over all its attempts; overhead is what no window took."""
-    booked = attempt.booking()
+    booked, overhead_ns = attempt.booking()
     parts = {"total": booked.attached_ns, "work": booked.work_ns, "assess": booked.assess_ns,
              "retry": booked.retry_ns, "compare": booked.compare_ns, "overhead": booked.overhead_ns}  # fmt: skip
     hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
+    phases = {"overhead": overhead_ns, "compare": attempt.compare_ns}
     return {
-        "attempts": attempt.number, "device_hours": hours, "spent": hours["total"],
+        "attempts": attempt.number, "device_hours": hours, "phases_device_ns": phases, "spent": hours["total"],
         "reused": measured(attempt.reused_h).to_json(),
     }  # fmt: skip
 

@@ -25,7 +25,7 @@ from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
-from pipeline.ledger.phases import PhaseClock, difference
+from pipeline.ledger.phases import PhaseClock, difference, total
 from pipeline.ledger.record import Spent, money, read_memory, reset_memory
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
@@ -86,6 +86,9 @@ class Attempt:
         windows: Of all attempts of this run.
         devices: How many this process's attempt is attached to.
         spans: Of this run's earlier attempts, by attempt.
+        inside_ns: Self times by phase in the windows of this attempt.
+        overhead_ns: Device-nanoseconds of earlier attempts outside of windows, by phase.
+        compare_ns: Device-nanoseconds of comparison passes, by phase, over all attempts.
         finished_before: Rows of this run's earlier attempts; one whose files were lost since still has its hours.
         traces: How far a stage came in its steps, by arm, seed and attempt.
         resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
@@ -113,6 +116,9 @@ class Attempt:
     windows: list[Window] = field(default_factory=list)
     spans: dict[int, Span] = field(default_factory=dict)
     reused_h: float = 0.0
+    inside_ns: dict[str, int] = field(default_factory=dict)
+    overhead_ns: dict[str, int] = field(default_factory=dict)
+    compare_ns: dict[str, int] = field(default_factory=dict)
     finished_before: list[Row] = field(default_factory=list)
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
@@ -150,18 +156,27 @@ class Attempt:
                 kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns, end_ns=end_ns,
                 kept_ns=opened.elapsed_ns if kept else saved_ns,
             ))  # fmt: skip
+            self.inside_ns = total(self.inside_ns, opened.phases_ns)
+            if kind == "compare":
+                self.compare_ns = total(self.compare_ns, total(opened.phases_ns, times=self.devices))
             self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]), phases_ns=opened.phases_ns)
 
-    def booking(self) -> Booking:
-        """Return where the time of this run went until now, over all its attempts."""
-        return book(self.windows, {**self.spans, self.number: self._span()})
+    def booking(self) -> tuple[Booking, dict[str, int]]:
+        """Return where the time of this run went until now, over all its attempts, and its overhead by phase.
 
-    def _span(self) -> Span:
-        return Span(self.started_ns, self.clock.now_ns(), self.devices)
+        Both are in device-nanoseconds. What passed before the clock was there is the interpreter's start: `import`.
+        """
+        now_ns, phases_ns = self.clock.mark()
+        span = Span(self.started_ns, now_ns, self.devices)
+        booked = book(self.windows, {**self.spans, self.number: span})
+        own_ns = total(difference(phases_ns, self.inside_ns), times=self.devices)
+        start_ns = booked.overhead_ns - sum(own_ns.values()) - sum(self.overhead_ns.values())
+        return booked, total(self.overhead_ns, own_ns, {"import": start_ns})
 
     def spent_hours(self) -> float:
         """Return the device-hours of this run until now, over all its attempts."""
-        return device_hours(sum(span.device_ns for span in (*self.spans.values(), self._span())))
+        now = Span(self.started_ns, self.clock.now_ns(), self.devices)
+        return device_hours(sum(span.device_ns for span in (*self.spans.values(), now)))
 
     def devices_in(self, number: int) -> int:
         """Return how many devices an attempt of this run was attached to."""

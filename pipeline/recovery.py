@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.booking import Span, Window
+from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
@@ -46,6 +47,7 @@ def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[s
     opened = [event for event in events if event["e"] == "open"]
     if len(opened) > len(closed):
         _recover_window(attempt, opened[-1], events)
+    _recover_outside(attempt, number, events)
     for arm, seed in dict.fromkeys((event["arm"], event["seed"]) for event in opened if event["arm"] is not None):
         if (arm, seed, number) not in written:
             _recover_row(attempt, arm, seed, number, events)
@@ -71,6 +73,22 @@ def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> Non
         **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
         end_ns=end_ns, kept_ns=kept_ns,
     ))  # fmt: skip
+
+
+def _recover_outside(attempt: Attempt, number: int, events: list[Event]) -> None:
+    """Take over the phases of overhead and comparison; of a process that was killed, nobody knows them."""
+    span = attempt.spans[number]
+    windows = [window for window in attempt.windows if window.attempt == number]
+    compared = [total(event["phases_ns"], times=span.devices) for event in events
+                if event["e"] == "window" and event["window"]["kind"] == "compare"]  # fmt: skip
+    compared_ns = sum(window.elapsed_ns for window in windows if window.kind == "compare") * span.devices
+    torn_ns = compared_ns - sum(sum(phases.values()) for phases in compared)
+    attempt.compare_ns = total(attempt.compare_ns, *compared, {"other": torn_ns})
+    ended = next((event["run"] for event in reversed(events) if event["e"] == "run_end"), {})
+    known = ended.get("phases_device_ns", {"overhead": {}})["overhead"]
+    known_ns = difference(known, attempt.overhead_ns)  # it had summed up the attempts before it, too
+    overhead_ns = span.device_ns - sum(window.elapsed_ns for window in windows) * span.devices
+    attempt.overhead_ns = total(attempt.overhead_ns, known_ns, {"other": overhead_ns - sum(known_ns.values())})
 
 
 def _recover_row(attempt: Attempt, arm: str, seed: int, number: int, events: list[Event]) -> None:

@@ -37,6 +37,11 @@ def _interval_value(**more: Any) -> dict[str, Any]:
     return {"allOf": [{"$ref": "#/$defs/value"}, {"required": ["ci"], "properties": {"ci": _INTERVAL, **more}}]}
 
 
+_PHASES_NS = {
+    "type": "object",
+    "propertyNames": {"enum": list(PHASES)},
+    "additionalProperties": {"type": "integer", "minimum": 0},
+}
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
@@ -46,11 +51,7 @@ _LEDGER: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         "wall_s": {"$ref": "#/$defs/value"},
-        "phases_ns": {
-            "type": "object",
-            "propertyNames": {"enum": list(PHASES)},
-            "additionalProperties": {"type": "integer", "minimum": 0},
-        },
+        "phases_ns": _PHASES_NS,
         "device_hours": _values(
             "attached", "work", "assess", "retry", "productive", "support", "wasted",
             extra={"wasted_by": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}}},
@@ -181,11 +182,14 @@ RESULT_SCHEMA: dict[str, Any] = {
         "environment": {"type": "object"},
         "run": {
             "type": "object",
-            "required": ["attempts", "device_hours", "spent", "reused"],
+            "required": ["attempts", "device_hours", "phases_device_ns", "spent", "reused"],
             "additionalProperties": False,
             "properties": {
                 "attempts": {"type": "integer", "minimum": 1},
                 "device_hours": _values("total", "work", "assess", "retry", "compare", "overhead"),
+                "phases_device_ns": {
+                    "type": "object", "required": ["overhead", "compare"], "additionalProperties": _PHASES_NS,
+                },
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
             },

@@ -171,6 +171,10 @@ def make_run(rows: list[dict[str, Any]], *, compare_min: float = 6, overhead_min
     return {
         "attempts": 1,
         "device_hours": {**{name: value(v) for name, v in hours.items()}, "total": value(total)},
+        "phases_device_ns": {
+            "overhead": {"import": round(overhead_min * 6e10)},
+            "compare": {"generate": round(compare_min * 6e10)},
+        },
         "spent": value(total),
         "reused": value(reused),
     }

@@ -50,6 +50,8 @@ def results(cwd: Path) -> list[dict[str, Any]]:
         jsonschema.validate(result, RESULT_SCHEMA)
         hours = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
         assert hours.pop("total") == pytest.approx(sum(hours.values()), abs=1e-12)
+        for part, phases_ns in result["run"]["phases_device_ns"].items():
+            assert sum(phases_ns.values()) / 3600e9 == pytest.approx(hours[part], abs=1e-12)
     return found
 
 

@@ -10,7 +10,7 @@ from make_result import make_result, make_row, make_unfinished, null, value
 from pipeline.metrics import WASTE_CAUSES
 from pipeline.report.markdown import markdown
 from pipeline.report.tables import WIDTH, closing_table
-from pipeline.report.waste import REMEDIES, advice, causes, closing_lines, table_body
+from pipeline.report.waste import REMEDIES, advice, causes, closing_lines, outside, table_body, total
 
 
 def _row(
@@ -31,6 +31,20 @@ def _row(
     if rate is not None:
         row["ledger"]["cost"] = {"amount": value(rate * attached, "derived"), "currency": "EUR"}
     return row
+
+
+def _result(
+    rows: list[Any], *, overhead: dict[str, float] | None = None, compare: dict[str, float] | None = None
+) -> Any:
+    """Return a result with these rows, and device-hours by phase outside of stages."""
+    result = make_result(rows=rows)
+    outside_h = {"overhead": overhead or {}, "compare": compare or {}}
+    own = sum(row["ledger"]["device_hours"]["attached"]["v"] or 0.0 for row in rows if not row["reused"])
+    result["run"]["device_hours"]["total"] = value(own + sum(sum(part.values()) for part in outside_h.values()))
+    result["run"]["phases_device_ns"] = {
+        part: {phase: round(v * 3600e9) for phase, v in phases.items()} for part, phases in outside_h.items()
+    }
+    return result
 
 
 def test_every_cause_has_a_remedy() -> None:
@@ -82,37 +96,50 @@ def test_what_the_device_shows_is_advised_on_and_not_added() -> None:
     assert [(each.name, each.kind, each.device_hours) for each in causes(row)] == [
         ("data_wait", "wasted", 0.1), ("throttled", "of samples", None), ("idle_launch_gap", "of traced steps", None),
     ]  # fmt: skip
-    assert table_body(make_result(rows=[row]))[-1][1:5] == ["all of it", "wasted", "6.00 min", "10%"]
+    assert total(_result([row])).device_hours == 0.1
 
 
 def test_reused_and_skipped_rows_waste_nothing_here() -> None:
     rows = [_row({"rollback": 0.5}, reused="abc123"), make_unfinished("fp16", "SKIPPED", "no fp16 here")]
     assert [causes(row) for row in rows] == [[], []]
-    assert table_body(make_result(rows=rows)) == []
-    assert "Waste by cause" not in markdown(make_result(rows=rows))
-    assert closing_lines(make_result(rows=rows)) == []
+    assert [line[0] for line in table_body(_result(rows, overhead={"other": 1}))] == ["outside stages", "the run"]
 
 
 def test_a_program_without_phases_is_not_said_to_waste() -> None:
     row = _row({})
     row["ledger"]["device_hours"]["wasted"] = null("the program reports no phases")
     assert causes(row) == []
+    assert total(_result([row])) is None
+    assert closing_lines(_result([row])) == []
+    assert "Waste by cause" not in markdown(_result([row]))
 
 
-def test_the_last_line_sums_the_stages() -> None:
-    rows = [_row({"data_wait": 0.1}, rate=2.0), _row({"rollback": 0.3}, attached=3.0, rate=2.0, arm="other")]
-    body = table_body(make_result(rows=rows))
-    assert [line[0] for line in body] == ["student", "other", "all stages"]
-    assert body[-1][3:6] == ["24.0 min", "10%", "0.800 EUR"]
-    rows[0]["ledger"]["cost"] = {"amount": null("no rate declared"), "currency": None}
-    assert table_body(make_result(rows=rows))[-1][5] == ""
+def test_the_last_line_sums_the_run() -> None:
+    rows = [_row({"data_wait": 0.1}, rate=2.0), _row({"rollback": 0.3}, attached=2.5, rate=2.0, arm="other")]
+    result = _result(rows, overhead={"import": 0.1, "log": 0.2}, compare={"other": 0.05, "generate": 0.15})
+    body = table_body(result)
+    assert [(line[0], line[1], line[4]) for line in body] == [
+        ("student", "data_wait", "10%"), ("other", "rollback", "12%"), ("outside stages", "import", "2.5% of the run"),
+        ("comparison pass", "unattributed", "1.2% of the run"), ("the run", "all of it", "13.8%"),
+    ]  # fmt: skip
+    assert body[-1][3:6] == ["33.0 min", "13.8%", "1.10 EUR"]
+    rows[0]["ledger"]["cost"] = rows[1]["ledger"]["cost"] = {"amount": null("no rate declared"), "currency": None}
+    assert table_body(result)[-1][5] == ""
+
+
+def test_start_up_is_advised_on_where_a_stage_ran() -> None:
+    ran = _result([_row({})], overhead={"import": 0.2})
+    assert "  outside stages: import 16.7% of the run (12.0 min): make more arms in one run" in "\n".join(
+        closing_lines(ran)
+    )
+    all_reused = _result([_row({}, reused="abc123")], overhead={"import": 0.2})
+    assert [cause.advice for _, cause in outside(all_reused)] == [None]
 
 
 def test_the_closing_lines_name_what_to_try_in_80_columns() -> None:
-    result = make_result(rows=[_row({"data_wait": 0.31, "unattributed": 0.001})])
+    result = _result([_row({"data_wait": 0.31, "unattributed": 0.001})])
     text = closing_table(result)
-    assert "wasted 31.1% of the stages' device-hours (18.7 min):" in text
+    assert "wasted 31.1% of this run (18.7 min):" in text
     assert "  student: data_wait 31% (18.6 min): raise training.batch_size" in text
     assert all(len(line) <= WIDTH for line in text.split("\n"))
-    clean = closing_lines(make_result(rows=[_row({"unattributed": 0.004})]))
-    assert clean == ["wasted 0.4% of the stages' device-hours (14.4 s)"]
+    assert closing_lines(_result([_row({"unattributed": 0.004})])) == ["wasted 0.4% of this run (14.4 s)"]

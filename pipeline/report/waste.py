@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.metrics import WASTE_CAUSES
+from pipeline.metrics import WASTE_CAUSES, WASTED
 from pipeline.report.numbers import duration, percent, significant
 from pipeline.report.text import NO_BREAK, one_line
-from pipeline.report.view import Result, Row, hours_word, labels
+from pipeline.report.view import Result, Row, labels
 
 HOUR_NS = 3600 * 10**9
 METERED = "metered"
@@ -88,6 +88,7 @@ class Cause:
     device_hours: float | None
     money: float | None
     advice: str | None
+    of: str = ""  # what the share is of, where it is not the stage
 
 
 def causes_can_be_told(row: Row) -> bool:
@@ -151,16 +152,51 @@ def advice(row: Row) -> list[str]:
     return [f"{cause.name} {percent(cause.share)}: {cause.advice}" for cause in causes(row) if cause.advice]
 
 
+def outside(result: Result) -> list[tuple[str, Cause]]:
+    """Return what was wasted outside of stages, as shares of the run; advised on only where a stage ran at all."""
+    run = result["run"]
+    total = run["device_hours"]["total"]["v"]
+    ran = any(not row["reused"] for row in result["rows"])
+    found: list[tuple[str, Cause]] = []
+    for name, part in (("outside stages", "overhead"), ("comparison pass", "compare")):
+        for phase, cause in WASTED.items():
+            hours = run["phases_device_ns"][part].get(phase, 0) / HOUR_NS
+            if total and hours / total >= _SHOWN_SHARE:
+                remedy, share, rate = REMEDIES[cause], hours / total, _rate(result)
+                told = remedy.here if ran and share >= remedy.threshold else None
+                money = None if rate is None else rate * hours
+                found.append((name, Cause(cause, "wasted", share, hours, money, told, " of the run")))
+    return found
+
+
+def _rate(result: Result) -> float | None:
+    """Return the price of a device-hour that the rows were charged with."""
+    paid = ((row["ledger"]["cost"]["amount"]["v"], _hours(row, "attached")) for row in result["rows"])
+    return next((amount / hours for amount, hours in paid if amount is not None and hours), None)
+
+
+def total(result: Result) -> Cause | None:
+    """Return all that this run wasted, as a share of what it spent; None where a stage does not tell."""
+    run = result["run"]
+    own = [row for row in result["rows"] if not row["reused"] and _hours(row, "attached")]
+    spent = run["device_hours"]["total"]["v"]
+    if not spent or not all(causes_can_be_told(row) for row in own):
+        return None
+    parts = run["phases_device_ns"].values()
+    wasted = sum(_hours(row, "wasted") for row in own)
+    wasted += sum(phases.get(phase, 0) for phases in parts for phase in WASTED) / HOUR_NS
+    rate = _rate(result)
+    return Cause("all of it", "wasted", wasted / spent, wasted, None if rate is None else rate * wasted, None)
+
+
 def closing_lines(result: Result) -> list[str]:
     """Return the waste of what this invocation spent, for below the closing table."""
-    rows = [row for row in result["rows"] if causes_can_be_told(row)]
-    total = {part: sum(_hours(row, part) for row in rows) for part in ("wasted", "attached")}
-    if not total["attached"]:
+    whole = total(result)
+    if whole is None or not result["rows"]:
         return []
-    found = [(name, cause) for name, cause in _all_causes(rows)
+    found = [(name, cause) for name, cause in _all_causes(result)
              if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)]  # fmt: skip
-    share = percent(total["wasted"] / total["attached"])
-    first = f"wasted {share} of the stages' {hours_word(result)} ({duration(3600 * total['wasted'])})"
+    first = f"wasted {percent(whole.share)} of this run ({duration(3600 * (whole.device_hours or 0.0))})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
     return [first + (":" if shown else ""), *(f"  {name}: {_in_words(cause)}" for name, cause in shown)]
 
@@ -169,15 +205,16 @@ def _hours(row: Row, part: str) -> float:
     return row["ledger"]["device_hours"][part]["v"] or 0.0
 
 
-def _all_causes(rows: list[Row]) -> Iterable[tuple[str, Cause]]:
-    for name, row in zip(labels(rows), rows, strict=True):
+def _all_causes(result: Result) -> Iterable[tuple[str, Cause]]:
+    for name, row in zip(labels(result["rows"]), result["rows"], strict=True):
         yield from ((one_line(name, 32), cause) for cause in causes(row))
+    yield from outside(result)
 
 
 def _in_words(cause: Cause) -> str:
     taken = "" if cause.device_hours is None else f" ({duration(3600 * cause.device_hours)})"
     kind = "" if cause.kind == "wasted" else f"{NO_BREAK}{cause.kind}"
-    return f"{cause.name} {percent(cause.share)}{kind}{taken}" + (f": {cause.advice}" if cause.advice else "")
+    return f"{cause.name} {percent(cause.share)}{cause.of}{kind}{taken}" + (f": {cause.advice}" if cause.advice else "")
 
 
 # -- report.md ---------------------------------------------------------------------------------------------------------
@@ -185,24 +222,16 @@ HEAD = ("stage", "cause", "kind", "time", "share", "cost", "first thing to try")
 
 
 def table_body(result: Result) -> list[list[str]]:
-    """Return the table's cells: a line per cause, and one that sums the stages' waste; empty where nothing ran."""
-    rows = [row for row in result["rows"] if causes_can_be_told(row)]
-    body = [[name, *_cells(cause, _currency(result))] for name, cause in _all_causes(rows)]
-    attached, wasted = (sum(_hours(row, part) for row in rows) for part in ("attached", "wasted"))
-    if not attached:
+    """Return the table's cells: a line per cause, and one that sums up all waste of the run."""
+    whole = total(result)
+    if not result["rows"]:
         return []
-    amounts = [row["ledger"]["cost"]["amount"]["v"] for row in rows]
-    shares = [_hours(row, "wasted") / _hours(row, "attached") for row in rows]
-    money = None if None in amounts else sum(a * share for a, share in zip(amounts, shares, strict=True))
-    total = Cause("all of it", "wasted", wasted / attached, wasted, money, None)
-    return [*body, ["all stages", *_cells(total, _currency(result))]]
-
-
-def _currency(result: Result) -> str:
-    return next((row["ledger"]["cost"]["currency"] or "" for row in result["rows"]), "")
+    currency = next((row["ledger"]["cost"]["currency"] or "" for row in result["rows"]), "")
+    body = [[name, *_cells(cause, currency)] for name, cause in _all_causes(result)]
+    return [*body, *([["the run", *_cells(whole, currency)]] if whole is not None else [])]
 
 
 def _cells(cause: Cause, currency: str) -> list[str]:
     taken = "" if cause.device_hours is None else duration(3600 * cause.device_hours)
     money = "" if cause.money is None else f"{significant(cause.money)} {currency}".strip()
-    return [cause.name, cause.kind, taken, percent(cause.share), money, cause.advice or ""]
+    return [cause.name, cause.kind, taken, percent(cause.share) + cause.of, money, cause.advice or ""]
