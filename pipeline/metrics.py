@@ -37,6 +37,17 @@ class Metric:
         return self.key.rpartition("/")[2]
 
 
+PHASES = (
+    "import", "prepare", "model_load", "compile", "data_wait", "h2d", "forward", "backward", "optimizer", "teacher",
+    "comm_wait", "capture", "calibrate", "search", "generate", "convert", "checkpoint", "eval", "log", "other",
+)  # fmt: skip
+"""Exclusive host phases; their self times sum to the wall time exactly."""
+
+PRODUCTIVE = frozenset({"forward", "backward", "optimizer", "teacher", "generate", "h2d"})
+WASTED = {"import": "import", "data_wait": "data_wait", "comm_wait": "comm_exposed", "other": "unattributed"}
+"""Phases that are waste, and the name of the cause. What is neither productive nor wasted is support."""
+WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
+
 CATALOGUE: tuple[Metric, ...] = (
     # -- what was spent -----------------------------------------------------------------------------------------
     Metric("compute/device_hours", "device-h", "row", -1, "work + assess + retry: elapsed hours x devices used", True),
@@ -49,6 +60,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/support_device_hours", "device-h", "row", 0, "neither productive nor wasted: loading, evaluation"),
     Metric("compute/wasted_device_hours", "device-h", "row", -1,
            "import, data_wait, comm_wait, other, and intervals lost to rollback or failure"),
+    *(Metric(f"compute/wasted_{cause}_device_hours", "device-h", "row", -1, f"the part of wasted that is {cause}")
+      for cause in WASTE_CAUSES),
     Metric("compute/goodput", "1", "row", 1, "productive / attached of a training stage"),
     Metric("compute/gpu_hours", "GPU-h", "row", -1, "device_hours on GPUs (attached); null on CPU"),
     Metric("compute/energy_j", "J", "row", -1, "board energy of the stage's devices, from the NVML counter"),
@@ -95,17 +108,6 @@ RELATIVE = frozenset({"bits_per_byte", "perplexity"})
 """Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
 DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}
 
-PHASES = (
-    "import", "prepare", "model_load", "compile", "data_wait", "h2d", "forward", "backward", "optimizer", "teacher",
-    "comm_wait", "capture", "calibrate", "search", "generate", "convert", "checkpoint", "eval", "log", "other",
-)  # fmt: skip
-"""Exclusive host phases; their self times sum to the wall time exactly."""
-
-PRODUCTIVE = frozenset({"forward", "backward", "optimizer", "teacher", "generate", "h2d"})
-WASTED = {"import": "import", "data_wait": "data_wait", "comm_wait": "comm_exposed", "other": "unattributed"}
-"""Phases that are waste, and the name of the cause. What is neither productive nor wasted is support."""
-WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
-
 
 def export() -> list[dict[str, Any]]:
     """Return the catalogue as plain data, for `catalogue.json` beside every result."""
@@ -120,6 +122,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "compute/device_hours": hours["attached"], "compute/wall_s": record["wall_s"],
         **{f"compute/{part}_device_hours": hours[part]
            for part in ("work", "assess", "retry", "productive", "support", "wasted")},
+        **{f"compute/wasted_{cause}_device_hours": value for cause, value in hours["wasted_by"].items()},
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
         "compute/peak_bytes": record["memory"]["peak_allocated_bytes"], "cost/amount": record["cost"]["amount"],

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.ledger.journal import read_first, read_new
 from pipeline.metrics import BY_KEY, row_summary
 from pipeline.redact import redact_value, without_login
+from pipeline.report.waste import advice
 from pipeline.store import read_json, write_json
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
@@ -216,6 +217,7 @@ class _Delivery:
         tags = {name: row[name] for name in ("type", "status", "why", "reused")}
         if row["reused"]:
             tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
+        tags["waste"] = "; ".join(advice(row))
         if row["artifact"] is not None:
             tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
         self._tags(child, tags)
