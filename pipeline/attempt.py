@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import shutil
 import subprocess
 import threading
@@ -25,8 +24,11 @@ from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal
+from pipeline.ledger.memory import MemoryMeter
+from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock, difference, total
-from pipeline.ledger.record import Spent, money, read_memory, reset_memory
+from pipeline.ledger.record import Spent, money
+from pipeline.out_of_memory import explain
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
 from pipeline.rows import (
@@ -124,6 +126,7 @@ class Attempt:
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    memory: MemoryMeter = field(default_factory=MemoryMeter)
     stop_signal: int | None = None
     writer: subprocess.Popen[bytes] | None = None  # delivers the journal to MLflow
 
@@ -318,7 +321,7 @@ class Attempt:
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
                            params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
         self._warm(stage, inputs)
-        reset_memory(self.device)
+        self.memory.start(self.device)
         joules = self.energy.read_mj()
         window = None
         try:
@@ -331,7 +334,7 @@ class Attempt:
         record: Record = {
             "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
             "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": output.to_json(),
-            "memory": {part: value.to_json() for part, value in read_memory(self.device).items()},
+            "memory": {part: value.to_json() for part, value in self.memory.read(self.device).items()},
             "energy": self.energy.spent(joules, self.energy.read_mj(), window.elapsed_ns / 1e9).to_json(),
             "earlier": [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)],
         }  # fmt: skip
@@ -400,7 +403,7 @@ class Attempt:
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
             )  # fmt: skip
-            with _named(name):
+            with _named(self, name, stage, "work"):
                 output = stage.run(inputs, context)
             self.notes += output.notes
             with self.clock.phase("checkpoint"):
@@ -418,7 +421,7 @@ class Attempt:
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
         window = None
         try:
-            with self.window("assess", name, seed) as window, _named(name):
+            with self.window("assess", name, seed) as window, _named(self, name, stage, "assess"):
                 quality = assess_quality(
                     Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
                     labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
@@ -496,24 +499,18 @@ def _open_device(device: Any) -> None:
 
 
 @contextmanager
-def _named(stage: str) -> Generator[None]:
-    """Have a failure say which stage failed."""
+def _named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
+    """Have a failure say which stage failed, and one for want of memory what to change."""
     try:
         yield
     except StageFailed as error:
-        raise StageFailed(f"stage {stage}: {error}") from error
-
-
-def device_name(device: Any) -> str:
-    """Return the device's exact model name; for a CPU, the processor's."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{named} x{os.cpu_count()}"
+        raise StageFailed(f"stage {arm}: {error}") from error
+    except Exception as error:
+        snapshot = attempt.folder / f"oom-{arm}-{attempt.number}.json"
+        said = explain(error, attempt.run, arm, stage, kind, device=attempt.device, snapshot=snapshot)
+        if said is None:
+            raise
+        raise StageFailed(f"stage {arm}: {said}") from error
 
 
 def _items_sha256(items: Path) -> str | None:

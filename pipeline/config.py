@@ -125,12 +125,23 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PeakConfig:
+    """Dense peak rates of one device in TFLOP/s, where the table of known devices lacks them: what MFU divides by."""
+
+    fp32: Optional[float] = positive(None)
+    tf32: Optional[float] = positive(None)
+    bf16: Optional[float] = positive(None)
+    fp16: Optional[float] = positive(None)
+
+
+@dataclass(kw_only=True, slots=True)
 class HardwareConfig:
     """What to run on."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
     devices: int = positive(1)
     num_threads: Optional[int] = positive(None)  # CPU threads of torch; null leaves torch's choice
+    peak_tflops: PeakConfig = field(default_factory=PeakConfig)  # null: as the vendor states for this device, if known
 
 
 @dataclass(kw_only=True, slots=True)

@@ -70,9 +70,22 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/examples", "examples", "row", 0, "sequences or examples the artifact was trained on"),
     Metric("compute/model_flops", "FLOP", "row", -1, "matmul FLOPs the method needs, teacher included, no recompute"),
     Metric("compute/achieved_tflops", "TFLOP/s", "row", 1, "model_flops / seconds in steps / devices"),
-    Metric("compute/mfu", "1", "row", 1, "achieved rate / dense peak of the exact device and dtype"),
+    Metric("compute/peak_tflops", "TFLOP/s", "row", 0,
+           "dense peak of one device in the stage's arithmetic: its vendor's figure for the exact name, or declared"),
+    Metric("compute/mfu", "1", "row", 1, "achieved_tflops / peak_tflops"),
     Metric("compute/distillation_share", "1", "row", 0, "share of the loss that the teacher's signal contributes"),
-    Metric("compute/peak_bytes", "B", "row", -1, "device memory allocated at most; host RSS on a CPU run"),
+    Metric("compute/peak_bytes", "B", "row", -1, "in tensors on the device at most; null on CPU"),
+    Metric("compute/peak_reserved_bytes", "B", "row", -1, "held by torch's allocator on the device at most"),
+    Metric("compute/memory_fragmentation", "1", "row", -1,
+           "1 - peak allocated / peak reserved: share of what was held that tensors never filled"),
+    Metric("compute/alloc_retries", "1", "row", -1, "allocations for which the allocator first had to give back"),
+    Metric("compute/ooms", "1", "row", -1, "allocations that failed"),
+    Metric("compute/memory_headroom_bytes", "B", "row", 1,
+           "device's memory - peak reserved; CUDA itself and other processes take their part of it"),
+    Metric("compute/device_memory_bytes", "B", "row", 0, "memory of one device"),
+    Metric("compute/nvml_peak_bytes", "B", "row", -1, "in use on the whole board at most, foreign processes included"),
+    Metric("compute/host_peak_rss_bytes", "B", "row", -1,
+           "resident memory of the process at most, from the stage's beginning on"),
     Metric("compute/run_device_hours", "device-h", "run", -1, "all this run's processes were attached", True),
     Metric("compute/run_spent_device_hours", "device-h", "run", -1, "spent by this invocation and its attempts", True),
     Metric("compute/run_reused_device_hours", "device-h", "run", 0, "spent earlier on what this run reused", True),
@@ -109,6 +122,15 @@ RELATIVE = frozenset({"bits_per_byte", "perplexity"})
 DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}
 
 
+_MEMORY = {
+    "compute/peak_bytes": "peak_allocated_bytes", "compute/peak_reserved_bytes": "peak_reserved_bytes",
+    "compute/memory_fragmentation": "fragmentation", "compute/alloc_retries": "alloc_retries", "compute/ooms": "ooms",
+    "compute/memory_headroom_bytes": "headroom_bytes", "compute/device_memory_bytes": "total_bytes",
+    "compute/nvml_peak_bytes": "nvml_peak_bytes", "compute/host_peak_rss_bytes": "host_peak_rss_bytes",
+}  # fmt: skip
+"""Catalogue keys of the ledger's memory group, whose own keys need no prefix."""
+
+
 def export() -> list[dict[str, Any]]:
     """Return the catalogue as plain data, for `catalogue.json` beside every result."""
     return [{**asdict(metric), "section": metric.section, "name": metric.name} for metric in CATALOGUE]
@@ -125,7 +147,8 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         **{f"compute/wasted_{cause}_device_hours": value for cause, value in hours["wasted_by"].items()},
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
-        "compute/peak_bytes": record["memory"]["peak_allocated_bytes"], "cost/amount": record["cost"]["amount"],
+        **{key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]},
+        "cost/amount": record["cost"]["amount"],
         **{f"quality/{name}": value for name, value in row["quality"].items()},
         **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},
     }  # fmt: skip

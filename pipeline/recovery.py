@@ -10,11 +10,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.booking import Span, Window
+from pipeline.ledger.memory import unread
 from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
-from pipeline.values import Value, measured, null
+from pipeline.values import measured
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
@@ -170,10 +171,7 @@ def _unfinished_row(
 ) -> None:  # fmt: skip
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
-    unread = null("the process that read it is gone")
-    memory: dict[str, Value] = dict.fromkeys(
-        ("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"), unread
-    )
+    memory = unread("the process that read it is gone")
     row = make_row(
         attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, reused=reused,
         memory=memory,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Preempted
-from pipeline.ledger.record import Spent, ledger, read_memory
+from pipeline.ledger.memory import MEMORY, unread
+from pipeline.ledger.peaks import device_name, peak
+from pipeline.ledger.record import Spent, ledger
 from pipeline.stages.context import Output
-from pipeline.stages.settings import BASE
+from pipeline.stages.settings import BASE, training_precision
 from pipeline.values import Value, measured, null
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ def make_row(
         "quality": {}, "serving": {},
         "ledger": ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
-            memory=memory or read_memory(attempt.device), energy=energy or null("the stage did not finish"),
+            memory=memory or attempt.memory.read(attempt.device), energy=energy or null("the stage did not finish"),
             is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
+            peak=_peak(attempt, stage),
         ),
     }  # fmt: skip
 
@@ -55,7 +58,7 @@ def made_row(
     """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's row."""
     spent = Spent(assess_ns=assess.elapsed_ns)
     spent.add_phases(assess.phases_ns)
-    memory, energy = dict.fromkeys(made["memory"], null(ELSEWHERE)), null(ELSEWHERE)
+    memory, energy = unread(ELSEWHERE), null(ELSEWHERE)
     if (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
         spent.work_ns = made["work_ns"]
         spent.add_phases(made["phases_ns"])
@@ -132,4 +135,15 @@ def blank(record: dict[str, Any], why: str) -> None:
 
 
 def _memory_and_energy(made: Record) -> tuple[dict[str, Value], Value]:
-    return {part: Value.from_json(value) for part, value in made["memory"].items()}, Value.from_json(made["energy"])
+    """Return what was read while an artifact was made; an older release read less."""
+    never = null("not read when the artifact was made").to_json()
+    memory = {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}
+    return memory, Value.from_json(made["energy"])
+
+
+def _peak(attempt: Attempt, stage: Any) -> Value:
+    """Return the peak rate of one of this run's devices in the arithmetic a stage trains in."""
+    if not hasattr(stage, "precision"):
+        return null("this stage trains nothing")
+    precision = training_precision(stage, attempt.run).value
+    return peak(device_name(attempt.device), precision, getattr(attempt.run.hardware.peak_tflops, precision))

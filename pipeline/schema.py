@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.memory import MEMORY
 from pipeline.metrics import PHASES, QUALITY_KEYS
 
 _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
@@ -61,10 +62,10 @@ _LEDGER: dict[str, Any] = {
         ),
         "energy_j": {"$ref": "#/$defs/value"},
         "counts": _values(
-            "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "mfu", "goodput",
-            "distillation_share",
+            "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
+            "goodput", "distillation_share",
         ),
-        "memory": _values("peak_allocated_bytes", "peak_reserved_bytes", "host_peak_rss_bytes"),
+        "memory": _values(*MEMORY),
         "cost": _values("amount", extra={"currency": {"type": ["string", "null"]}}),
         "meter_valid": {"type": "boolean"},
         "meter_problems": {"type": "array", "items": {"type": "string"}},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.memory import ON_DEVICE
 from pipeline.metrics import BY_KEY
 
 MINUTE = 1 / 60
@@ -65,11 +66,12 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
         "energy_j": null("no energy counter on this device"),
         "counts": {
             "steps": value(200), "steps_lost": value(0), "examples": value(3200), "tokens": value(409_600),
-            "model_flops": value(1e13), "achieved_tflops": value(0.05), "mfu": null("no peak rate known"),
+            "model_flops": value(1e13), "achieved_tflops": value(0.05),
+            "peak_tflops": null("no peak rate known"), "mfu": null("no peak rate known"),
             "goodput": value(0.8), "distillation_share": null("not a distillation"),
         },
         "memory": {
-            **dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes"), no_memory),
+            **dict.fromkeys(ON_DEVICE, no_memory),
             "host_peak_rss_bytes": value(900_000_000),
         },
         "cost": {"amount": null("no rate declared: cost.per_device_hour"), "currency": None},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,8 @@ from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.values import Value, declared, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
-COUNTS = ("steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "mfu", "goodput",
-          "distillation_share")  # fmt: skip
+COUNTS = ("steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
+          "goodput", "distillation_share")  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -45,9 +44,13 @@ def hours(ns: int, devices: int) -> Value:
 
 def ledger(
     spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
-    memory: dict[str, Value], energy: Value, is_training: bool, seconds_in_steps: float | None,
+    memory: dict[str, Value], energy: Value, is_training: bool, seconds_in_steps: float | None, peak: Value,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the ledger of a row as result.json has it."""
+    """Return the ledger of a row as result.json has it.
+
+    Args:
+        peak: Dense TFLOP/s of one device in the arithmetic of this stage.
+    """
     total = spent.work_ns + spent.assess_ns + spent.lost_ns
     wasted_by = dict.fromkeys(WASTE_CAUSES, 0)
     for phase, cause in WASTED.items():
@@ -67,7 +70,7 @@ def ledger(
         "device_hours": device_hours,
         "gpu_hours": _gpu_hours(parts, devices, device_kind),
         "energy_j": energy.to_json(),
-        "counts": _counts(counts, goodput, seconds_in_steps, devices, is_training=is_training),
+        "counts": _counts(counts, goodput, seconds_in_steps, devices, peak, is_training=is_training),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(total * devices / HOUR_NS, cost),
     }
@@ -93,36 +96,20 @@ def _gpu_hours(parts: dict[str, int], devices: int, kind: str) -> dict[str, Any]
 
 
 def _counts(
-    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int, *, is_training: bool
-) -> dict[str, Any]:
+    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int, peak: Value, *,
+    is_training: bool,
+) -> dict[str, Any]:  # fmt: skip
     nothing = null("the stage did not finish" if is_training else "this stage trains nothing")
     rate = nothing
     if seconds_in_steps:
         seconds = measured(seconds_in_steps)
         rate = derive(lambda f, s: f / s / devices / 1e12, counts.get("model_flops", nothing), seconds)
-    known = {**counts, "achieved_tflops": rate, "goodput": goodput}
-    known["mfu"] = null("no peak rate declared for this device")
+    known = {**counts, "achieved_tflops": rate, "peak_tflops": peak, "mfu": _mfu(rate, peak), "goodput": goodput}
     return {name: known.get(name, nothing).to_json() for name in COUNTS}
 
 
-def reset_memory(device: Any) -> None:
-    """Start a new peak on the device's allocator."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def read_memory(device: Any) -> dict[str, Value]:
-    """Return peak memory since `reset_memory`; the host's peak is that of the process so far."""
-    rss = measured(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    if device.type != "cuda":
-        nothing = null("no device allocator on a CPU run")
-        return {"peak_allocated_bytes": nothing, "peak_reserved_bytes": nothing, "host_peak_rss_bytes": rss}
-    import torch
-
-    return {
-        "peak_allocated_bytes": measured(torch.cuda.max_memory_allocated(device)),
-        "peak_reserved_bytes": measured(torch.cuda.max_memory_reserved(device)),
-        "host_peak_rss_bytes": rss,
-    }
+def _mfu(rate: Value, peak: Value) -> Value:
+    """Return the share of the peak that was achieved; more than all of it is no share: one of the two is wrong."""
+    if rate.v is not None and peak.v is not None and rate.v > peak.v:
+        return null(f"{rate.v:.4g} TFLOP/s achieved is more than the peak of {peak.v:.4g}: one of them is wrong")
+    return derive(lambda achieved, most: achieved / most, rate, peak)

@@ -1,0 +1,205 @@
+"""Memory pressure of a stage: what the device's allocator and the host gave at most, and what was left.
+
+The device's figures are the statistics of torch's caching allocator, whose peaks and counters begin anew with each
+stage. What goes past it is in none of them: the CUDA context, libraries that allocate for themselves, and managed
+memory (`cudaMallocManaged`, which paged optimizers use). NVML's peak, beside them, sees the whole board, foreign
+processes included.
+
+The host's figure is the kernel's high-water mark of this process's resident memory (`VmHWM`), which
+`/proc/self/clear_refs` sets back at the beginning of a stage. `ru_maxrss` would be the peak of the whole life, and
+after an `exec` even that of the process before it.
+Source: torch.cuda.memory_stats; proc(5), /proc/pid/clear_refs (value 5, Linux 4.0).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.values import Value, derive, measured, null
+
+ON_DEVICE = ("peak_allocated_bytes", "peak_reserved_bytes", "fragmentation", "alloc_retries", "ooms", "headroom_bytes",
+             "total_bytes", "nvml_peak_bytes")  # fmt: skip
+MEMORY = (*ON_DEVICE, "host_peak_rss_bytes")
+"""The ledger's memory group, in order; what each means stands in the catalogue."""
+RESET_PEAK = "5\n"  # what clear_refs takes to set the high-water mark back
+UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|B|KiB|MiB|GiB|TiB)")
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name for it, and its older one
+
+
+class MemoryMeter:
+    """Peak memory between `start` and `read`, of one device and of this process.
+
+    Args:
+        proc: The kernel's folder on this process; another one in tests.
+    """
+
+    def __init__(self, proc: Path = Path("/proc/self")) -> None:
+        self._proc = proc
+        self._why_no_host: str | None = "its reading was never started"
+
+    def start(self, device: Any) -> None:
+        """Begin new peaks and counters."""
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_accumulated_memory_stats(device)  # retries and failures are counted from here too
+        try:
+            (self._proc / "clear_refs").write_text(RESET_PEAK)
+            self._why_no_host = None
+        except OSError as error:
+            self._why_no_host = f"the process's peak cannot be set back to one stage's ({error.strerror})"
+
+    def read(self, device: Any, nvml_peak: Value | None = None) -> dict[str, Value]:
+        """Return the memory group of the ledger since `start`.
+
+        Args:
+            nvml_peak: Most bytes in use on the whole board in the same time, from a sampler.
+        """
+        found = unread(f"a {device.type} run: no CUDA allocator")
+        if device.type == "cuda":
+            found |= _device(device)
+            found["nvml_peak_bytes"] = nvml_peak or null("NVML's memory was not sampled")
+        return {**found, "host_peak_rss_bytes": self._host_peak()}
+
+    def _host_peak(self) -> Value:
+        if self._why_no_host is not None:
+            return null(self._why_no_host)
+        peak = _status_bytes(self._proc, "VmHWM")
+        return null("the kernel states no VmHWM") if peak is None else measured(peak)
+
+
+def unread(why: str) -> dict[str, Value]:
+    """Return a memory group that nobody measured."""
+    return {name: null(why) for name in MEMORY}
+
+
+def _device(device: Any) -> dict[str, Value]:
+    import torch
+
+    stats = torch.cuda.memory_stats(device)
+    allocated, reserved = (measured(stats[f"{kind}_bytes.all.peak"]) for kind in ("allocated", "reserved"))
+    total = measured(torch.cuda.get_device_properties(device).total_memory)
+    return {
+        "peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved,
+        "fragmentation": _fragmentation(allocated, reserved),
+        "alloc_retries": measured(stats["num_alloc_retries"]), "ooms": measured(stats["num_ooms"]),
+        "headroom_bytes": derive(lambda whole, held: whole - held, total, reserved), "total_bytes": total,
+    }  # fmt: skip
+
+
+def _fragmentation(allocated: Value, reserved: Value) -> Value:
+    """Return the share of the reserved peak that tensors never filled.
+
+    The two peaks need not fall together: at the reserved peak itself it was this much or more.
+    """
+    if not reserved.v:
+        return null("nothing was allocated on the device")
+    return derive(lambda used, held: 1 - used / held, allocated, reserved)
+
+
+def _status_bytes(proc: Path, name: str) -> int | None:
+    """Return a figure of /proc/<pid>/status, which states kB and means KiB; None where it has none."""
+    try:
+        lines = (proc / "status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+# -- when there is not enough ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """A device's memory at the moment it did not suffice, in bytes; None where it could not be read.
+
+    Attributes:
+        asked: Of the allocation that failed.
+        allocated: In tensors of this process.
+        reserved: Held by torch: allocated, and pieces that nothing fitted into.
+        free: As the driver sees it.
+        total: Of the device.
+        expandable: Whether segments can grow, so that pieces do not get lost.
+    """
+
+    asked: int | None
+    allocated: int
+    reserved: int
+    free: int | None
+    total: int | None
+    expandable: bool
+
+    @property
+    def unused(self) -> int:
+        """Held by torch and in no tensor. Before it gives up torch returns what it can: this is in pieces."""
+        return self.reserved - self.allocated
+
+    @property
+    def elsewhere(self) -> int | None:
+        """Held by other processes, and by CUDA itself."""
+        return None if self.free is None or self.total is None else max(0, self.total - self.free - self.reserved)
+
+    @property
+    def is_fragmented(self) -> bool:
+        """Whether what was asked for would have fitted into what is free or held for nothing, were it in one piece."""
+        return self.asked is not None and self.unused + (self.free or 0) >= self.asked
+
+
+def read_pressure(error: BaseException, device: Any) -> Pressure:
+    """Return how full a CUDA device is now that `error` says it was too full."""
+    import torch
+
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # after some errors the driver answers nothing any more
+        free = total = None
+    stats = torch.cuda.memory_stats(device)
+    settings = next((os.environ[name] for name in _ALLOCATOR_SETTINGS if name in os.environ), "")
+    return Pressure(
+        asked=asked_bytes(error), allocated=stats["allocated_bytes.all.current"],
+        reserved=stats["reserved_bytes.all.current"], free=free, total=total,
+        expandable="expandable_segments:true" in settings.lower(),
+    )  # fmt: skip
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """Return the size of the allocation that failed, or None where the message does not tell."""
+    found = _ASKED.search(str(error))
+    return None if found is None else round(float(found[1]) * UNITS[found[2]])
+
+
+def host_now(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
+    """Return bytes that this process holds, and bytes that the machine could still give."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return _status_bytes(proc / "self", "VmRSS"), available
+
+
+def write_snapshot(path: Path) -> None:
+    """Write the allocator's map of segments and blocks as JSON: for people, nothing here reads it back.
+
+    It costs nothing until it is taken. Who allocated a block is in it only where
+    `torch.cuda.memory._record_memory_history()` was on before, which is never done here, because it takes time.
+    The member `snapshot`, pickled, is what torch's viewer at pytorch.org/memory_viz takes.
+
+    Raises:
+        OSError: If it cannot be written.
+        RuntimeError: If the device answers nothing any more.
+    """
+    import torch
+
+    snapshot = torch.cuda.memory._snapshot()  # pyright: ignore[reportPrivateUsage]
+    traced = any(snapshot.get("device_traces", []))
+    about = "torch's CUDA allocator when memory ran out; addresses and sizes in bytes"
+    text = json.dumps({"about": about, "history_recorded": traced, "snapshot": snapshot}, default=str, skipkeys=True)
+    path.write_text(text)
