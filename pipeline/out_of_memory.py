@@ -25,6 +25,8 @@ def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, devi
     """
     first = _smaller(run, arm, stage, kind)
     if _is_device(error):
+        if device.type != "cuda":
+            return f"out of {device.type} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
         return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot)}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error)):
@@ -40,14 +42,17 @@ def _is_device(error: Exception) -> bool:
     )
 
 
+def _wanted(asked: int | None) -> str:
+    return "an allocation failed" if asked is None else f"{num_bytes(asked)} asked for"
+
+
 def _device_words(now: Pressure) -> str:
-    asked = "an allocation failed" if now.asked is None else f"{num_bytes(now.asked)} asked for"
     free = "what is free is unknown"
     if now.free is not None and now.total is not None:
         free = f"{num_bytes(now.free)} free of {num_bytes(now.total)}"
     held = f"torch holds {num_bytes(now.reserved)}, {num_bytes(now.allocated)} of it in tensors"
     others = "" if now.elsewhere is None else f", other processes and CUDA itself {num_bytes(now.elsewhere)}"
-    return f"out of GPU memory: {asked}, {free}; {held}{others}"
+    return f"out of GPU memory: {_wanted(now.asked)}, {free}; {held}{others}"
 
 
 def _first(now: Pressure, smaller: str) -> str:
@@ -69,9 +74,9 @@ def _keep(snapshot: Path) -> str:
 
 
 def _host_words(error: Exception) -> str:
-    asked, (held, available) = asked_bytes(error), host_now()
+    held, available = host_now()
     known = [
-        "an allocation failed" if asked is None else f"{num_bytes(asked)} asked for",
+        _wanted(asked_bytes(error)),
         *([] if held is None else [f"this process holds {num_bytes(held)}"]),
         *([] if available is None else [f"the machine has {num_bytes(available)} left"]),
     ]
