@@ -15,7 +15,7 @@ from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
-from pipeline.values import measured
+from pipeline.values import Value, measured
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
@@ -150,7 +150,10 @@ def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
         return window
     trace.saved = 0 if entry is None else entry["step"]
     spent = Spent(booked.kept_ns, 0, booked.lost_ns, "rollback", phases_ns)
-    _unfinished_row(attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"])
+    memory = {name: Value.from_json(value) for name, value in rows[0]["ledger"]["memory"].items()}
+    _unfinished_row(
+        attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"], memory=memory
+    )
     return booked
 
 
@@ -167,13 +170,12 @@ def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, 
 
 def _unfinished_row(
     attempt: Attempt, arm: str, seed: int, number: int, spent: Spent, status: str, why: str, *,
-    reused: str | None = None, lost: int | None = None,
+    reused: str | None = None, lost: int | None = None, memory: dict[str, Value] | None = None,
 ) -> None:  # fmt: skip
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
-    memory = unread("the process that read it is gone")
     row = make_row(
         attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, reused=reused,
-        memory=memory,
+        memory=memory or unread("the process that read it is gone"),
     )  # fmt: skip
     attempt.add(row)
