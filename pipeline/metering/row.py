@@ -1,0 +1,139 @@
+"""The row of a metered command: its time by what its ranks said, its devices by what their library said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import CostConfig
+from pipeline.ledger.memory import unread
+from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
+from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
+from pipeline.ledger.reconcile import problems
+from pipeline.ledger.record import HOUR_NS, Spent, hours, ledger
+from pipeline.metering.watch import SHARES, Used
+from pipeline.values import Value, derive, measured, null
+
+SILENT = "the program reports no phases"
+NOT_TOLD = "not known of another program"
+ENDED_BADLY = "the command did not finish"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a command that ended.
+
+    Attributes:
+        status: FINISHED, FAILED or KILLED.
+        why: None where it finished.
+        start_ns: On the host's monotonic clock.
+        used: Its devices.
+        host_peak: Resident bytes of its largest process at most.
+    """
+
+    name: str
+    status: str
+    why: str | None
+    start_ns: int
+    end_ns: int
+    used: Used
+    host_peak: Value
+
+    @property
+    def elapsed_ns(self) -> int:
+        """The command's life."""
+        return self.end_ns - self.start_ns
+
+
+def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+    """Return the row of a metered command.
+
+    What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by `failed_attempt`.
+    """
+    record = _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
+    granted = None if start["grant"] is None else Grant(**start["grant"])
+    record |= {"identity": start["identity"], "placement": _placement(start, facts)}
+    _fill_gpu(record, facts, granted)
+    found = problems(record)
+    return {
+        "arm": facts.name, "stage": facts.name, "type": "metered", "seed": 0, "attempt": 1, "status": facts.status,
+        "why": facts.why, "reused": None, "depends_on": [], "artifact": None, "quality": {}, "serving": {},
+        "ledger": {**record, "meter_valid": not found, "meter_problems": found},
+    }  # fmt: skip
+
+
+def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+    timeline = merge(lives, facts.start_ns, facts.end_ns, facts.used.ids) if lives else {"other": facts.elapsed_ns}
+    per_device = apportion(timeline, facts.elapsed_ns)
+    idle_ns = per_device.pop(IDLE, 0)
+    phases_ns = {**per_device, "other": per_device.get("other", 0) + idle_ns}
+    spent = Spent(work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns})
+    record = _ledger(start, facts, spent, {**counts(lives), "steps_lost": null(NOT_TOLD)})
+    if lives:
+        _name_idle(record["device_hours"]["wasted_by"], idle_ns, facts.used.count)
+    else:
+        _silence(record)
+    return record
+
+
+def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+    found = dict.fromkeys(counts(lives), null(ENDED_BADLY))
+    return _ledger(start, facts, Spent(lost_ns=facts.elapsed_ns), {**found, "steps_lost": counts(lives)["steps"]})
+
+
+def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]) -> dict[str, Any]:
+    why = f"memory of another program is {NOT_TOLD.removesuffix(' of another program')}"
+    memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
+    record = ledger(
+        spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
+        cost=CostConfig(**start["cost"]), memory=memory, energy=facts.used.figure("energy_j"), is_training=True,
+        seconds_in_steps=None, peak=null(NOT_TOLD),
+    )  # fmt: skip
+    for name in ("achieved_tflops", "mfu"):
+        record["counts"][name] = null("the program's seconds in steps are not known").to_json()
+    return record
+
+
+def _name_idle(wasted_by: dict[str, Any], idle_ns: int, devices: int) -> None:
+    """Give the time of ranks that ended early its own cause; it is not that nobody says what was done."""
+    if idle_ns:
+        unattributed = round(wasted_by.pop("unattributed")["v"] * HOUR_NS / devices) - idle_ns
+        wasted_by |= {"unattributed": hours(unattributed, devices).to_json()} if unattributed else {}
+        wasted_by["idle_rank"] = hours(idle_ns, devices).to_json()
+
+
+def _silence(record: dict[str, Any]) -> None:
+    """Call nothing wasted, or productive, of a program that does not say what it did."""
+    silent = null(SILENT).to_json()
+    for group in ("device_hours", "gpu_hours"):
+        for name in ("productive", "support", "wasted"):
+            if record[group][name]["v"] is not None:
+                record[group][name] = silent
+    record["device_hours"]["wasted_by"] = {}
+    record["counts"]["goodput"] = silent
+
+
+def _fill_gpu(record: dict[str, Any], facts: Facts, granted: Grant | None) -> None:
+    """Add what the devices' own library and the scheduler tell."""
+    attached, used = record["gpu_hours"]["attached"]["v"], facts.used
+    if used.kind != "cpu":
+        shares = {
+            name: derive(lambda share, whole: share * whole, used.figure(name), measured(attached)) for name in SHARES
+        }
+        shares["allocated"] = allocated_hours(attached, used.count, granted)
+        record["gpu_hours"] |= {name: value.to_json() for name, value in shares.items()}
+    elif granted is not None and granted.gpus:  # granted, and never touched
+        whole = allocated_hours(facts.elapsed_ns / HOUR_NS, 1, granted)
+        record["gpu_hours"]["allocated"] = whole.to_json()
+
+
+def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    granted = start["grant"]
+    scheduler = None if granted is None else {**granted, "name": granted["scheduler"]}
+    return {
+        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": list(facts.used.ids),
+        **facts.used.placement, "node": start["node"], "count": facts.used.count, "cores": os.cpu_count(),
+        "scheduler": scheduler, "torch": None, "cuda": None,
+    }  # fmt: skip

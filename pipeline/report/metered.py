@@ -1,0 +1,128 @@
+"""What a metered command leaves to read: report.md, the closing table, one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from pipeline.metrics import BY_KEY, row_summary
+from pipeline.report import waste
+from pipeline.report.numbers import count, duration, num_bytes, percent, significant
+from pipeline.report.text import bullet, markdown_text, one_line, pad, wrap
+from pipeline.report.view import Result, Row, Value, device_words, status_word
+
+WIDTH = 80
+_SMALL_SHARE = 0.005
+_FORMS = {
+    "s": duration, "device-h": lambda v: duration(3600 * v), "GPU-h": lambda v: duration(3600 * v),
+    "J": lambda v: f"{count(v)} J", "B": num_bytes, "1": percent, "tokens": count, "examples": count, "steps": count,
+    "FLOP": count,
+}  # fmt: skip
+_TERMINAL = ("compute/device_hours", "compute/gpu_hours", "compute/energy_j", "compute/tokens", "compute/steps",
+             "compute/goodput", "compute/host_peak_rss_bytes", "cost/amount")  # fmt: skip
+
+
+def conclude(result: Result) -> str:
+    """Return what the command took and what became of the time, in one sentence."""
+    row = result["rows"][0]
+    hours = row["ledger"]["device_hours"]
+    taken = duration(3600 * (hours["attached"]["v"] or 0.0))
+    said = f"{one_line(row['arm'], 60)} took {taken} of device time on {device_words(result)}"
+    if row["why"]:
+        return f"{said}; it ended {row['status']}: {one_line(row['why'])}."
+    if hours["wasted"]["v"] is None:
+        return f"{said}; {one_line(hours['wasted']['why_null'])}, so none of it is called productive or wasted."
+    shares = ", ".join(f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted"))
+    return f"{said}: {shares}."
+
+
+def _share(hours: dict[str, Value], part: str) -> float:
+    attached = hours["attached"]["v"]
+    return (hours[part]["v"] or 0.0) / attached if attached else 0.0
+
+
+def closing_table(result: Result) -> str:
+    """Return the table that the meter prints at its end: lines of at most 80 columns."""
+    row = result["rows"][0]
+    figures = {key: value for key, value in row_summary(row).items() if key in _TERMINAL and value["v"] is not None}
+    lines = [(key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["v"], row)) for key in _TERMINAL
+             if key in figures]  # fmt: skip
+    width = max((len(name) for name, _ in lines), default=0)
+    head = f"metered: {one_line(row['arm'], 40)}, {status_word(row)}, {device_words(result)}"
+    below = [*waste.closing_lines(result), result["conclusion"], *result["environment"]["notes"]]
+    return "\n".join([
+        head, "-" * min(WIDTH, len(head)), *(f"{pad(name, width)}  {text}" for name, text in lines),
+        *(line for text in below for line in wrap(one_line(text), WIDTH, "    ")),
+    ])  # fmt: skip
+
+
+def markdown(result: Result) -> str:
+    """Return the report."""
+    row = result["rows"][0]
+    figures = row_summary(row)
+    known = {key: value for key, value in figures.items() if value["v"] is not None and key in BY_KEY}
+    sections = [
+        f"# {markdown_text(row['arm'])}: {result['status']}",
+        f"**Question.** {markdown_text(result['question'])}",
+        f"**Conclusion.** {markdown_text(result['conclusion'], 4000)}",
+        f"Run `{result['run_id']}`, {markdown_text(device_words(result))} ({markdown_text(result['device']['name'])}).",
+        _section("What it took", _table(("figure", "value", "how it is known"),
+                 ([key, _form(key, value["v"], row), value["prov"]] for key, value in known.items()))),
+        _section("Where the time went", _phases(row)),
+        _section("Waste by cause", _table(waste.HEAD, waste.table_body(result))),
+        _section("Notes", [bullet(note) for note in _notes(result)]),
+        _section("Why a figure is missing", [bullet(text) for text in _missing(figures)]),
+        _section("Command", [f"    {one_line(result['environment']['command'], 2000)}"]),
+        _section("What the figures mean", [f"- `{key}`: {markdown_text(BY_KEY[key].meaning)}" for key in known]),
+    ]  # fmt: skip
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _form(key: str, v: float, row: Row) -> str:
+    if key == "cost/amount":
+        return f"{significant(v)} {row['ledger']['cost']['currency'] or ''}".strip()
+    text = _FORMS.get(BY_KEY[key].unit, significant)(v)
+    return f"{text} of {_hours_of(key)}" if BY_KEY[key].unit in ("device-h", "GPU-h") else text
+
+
+def _hours_of(key: str) -> str:
+    return "GPU time" if BY_KEY[key].unit == "GPU-h" else "device time"
+
+
+def _phases(row: Row) -> list[str]:
+    """Return the phases, largest first; what is too small to read is summed up."""
+    if row["ledger"]["device_hours"]["wasted"]["v"] is None:
+        return []
+    phases: dict[str, int] = row["ledger"]["phases_ns"]
+    total = math.fsum(phases.values())
+    if not total:
+        return []
+    shown = {name: ns for name, ns in sorted(phases.items(), key=lambda item: -item[1]) if ns / total >= _SMALL_SHARE}
+    rest = total - sum(shown.values())
+    lines = {**shown, **({"rest": rest} if rest else {})}
+    body = ([name, duration(ns / 1e9), percent(ns / total)] for name, ns in lines.items())
+    return _table(("phase", "time, mean of the devices", "share"), body)
+
+
+def _notes(result: Result) -> list[str]:
+    row = result["rows"][0]
+    lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
+    lines += [f"the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
+    return [*lines, *result["environment"]["notes"]]
+
+
+def _missing(figures: dict[str, Value]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for key, value in figures.items():
+        if value["v"] is None:
+            by_reason.setdefault(value["why_null"], []).append(key)
+    return [f"{', '.join(keys)}: {why}" for why, keys in by_reason.items()]
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([f"## {title}", "", *lines]) if lines else ""
+
+
+def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
+    rows = [f"| {' | '.join(markdown_text(cell, 300) for cell in cells)} |" for cells in (head, *body)]
+    return [rows[0], f"|{' --- |' * (rows[0].count(' | ') + 1)}", *rows[1:]] if len(rows) > 1 else []

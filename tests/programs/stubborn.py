@@ -1,0 +1,23 @@
+"""Ignores SIGTERM: says so each time, and ends with the third one, or for good with SIGKILL."""
+
+import signal
+import sys
+import time
+
+import pipeline
+
+asked = []
+
+
+def ignore(number: int, _: object) -> None:
+    asked.append(number)
+    print(f"no {len(asked)}", flush=True)
+    if len(asked) == 3:
+        sys.exit(0)
+
+
+signal.signal(signal.SIGTERM, ignore)
+print("ready", flush=True)
+with pipeline.phase("forward"):
+    while True:
+        time.sleep(0.05)
