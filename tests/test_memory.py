@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import test_attempt
 import torch
+from make_result import make_result, make_row, value
 from test_attempt import FakeStage, fake_assessment, fake_serving, invoke, minutes, of_run, the_run
 
 import pipeline.assess.quality
@@ -21,6 +22,7 @@ from pipeline.errors import StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
 from pipeline.out_of_memory import explain
+from pipeline.report.markdown import markdown
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
@@ -328,3 +330,13 @@ def test_from_the_command_line_it_is_one_line_and_exit_1(
     (row,) = json.loads(result.read_text())["rows"]
     assert (row["status"], row["why"]) == ("FAILED", line.removeprefix("failed: "))
     assert row["ledger"]["device_hours"]["retry"]["v"] > 0
+
+
+def test_the_report_shows_device_memory_where_it_was_measured() -> None:
+    rows = [make_row("baseline")]
+    assert "device memory" not in markdown(make_result("baseline", rows=rows))
+    rows[0]["ledger"]["memory"] |= {"peak_reserved_bytes": value(75 * GB), "headroom_bytes": value(5 * GB)}
+    report = markdown(make_result("baseline", rows=rows))
+    assert "| device memory | left of it |" in report
+    assert "| 75 GB | 5 GB |" in report.replace("\N{NO-BREAK SPACE}", " ")
+    assert "`compute/memory_headroom_bytes` (B)" in report

@@ -134,6 +134,8 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
         ("weights", "serving/weights_bytes", lambda row: (_weights(row), num_bytes)),
         ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], _joules)),
         ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
+        ("device memory", "compute/peak_reserved_bytes", lambda row: (_memory(row, "peak_reserved_bytes"), num_bytes)),
+        ("left of it", "compute/memory_headroom_bytes", lambda row: (_memory(row, "headroom_bytes"), num_bytes)),
         ("cost", "cost/amount", _money),
     )
     found: dict[str, Callable[[Row], Figure]] = {}
@@ -148,6 +150,10 @@ def _weights(row: Row) -> Value | None:
     """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
     known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
     return cost if known is None and cost is not None and cost["v"] is None else known
+
+
+def _memory(row: Row, name: str) -> Value | None:
+    return row["ledger"]["memory"].get(name)
 
 
 def _joules(v: float) -> str:
