@@ -69,7 +69,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/tokens", "tokens", "row", 0, "tokens the artifact was trained on, padding excluded"),
     Metric("compute/examples", "examples", "row", 0, "sequences or examples the artifact was trained on"),
     Metric("compute/model_flops", "FLOP", "row", -1,
-           "matmul FLOPs the method needs: as computed (padding too), heads on targets, no recompute; a live teacher too"),
+           "matmul FLOPs the method needs: as computed (padding too), heads on targets, a live teacher, no recompute"),
     Metric("compute/achieved_tflops", "TFLOP/s", "row", 1, "model_flops / seconds in steps / devices"),
     Metric("compute/peak_tflops", "TFLOP/s", "row", 0,
            "dense peak of one device in the stage's arithmetic: its vendor's figure for the exact name, or declared"),
