@@ -6,8 +6,7 @@ and `count`; both do nothing elsewhere. They are fetched when first asked for: i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not from typing, which takes longer to import than all the rest of this file
 if TYPE_CHECKING:
     from pipeline.ledger.foreign import count, phase
 
@@ -15,7 +14,7 @@ __all__ = ["count", "phase"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pipeline.ledger import foreign
