@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from make_assess_models import SHAPE, encoded, tiny
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
@@ -134,6 +141,17 @@ def test_lora_counts_its_own_products_and_no_gradient_of_frozen_weights() -> Non
     # the first layer reads what nobody trains: no gradient through q, k and v, nor of keys, nor of values
     lowest = PROJECTION + MLP + ATTENTION + 2 * adapter + adapter
     assert counted(model) == ByHand(FORWARD + L * 2 * adapter + HEAD + (L - 1) * upper + lowest)
+
+
+def test_a_model_counts_as_a_fresh_one_of_its_configuration() -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": H}
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
+    bert = BertForSequenceClassification(BertConfig(**shape, intermediate_size=M))
+    for model, task in ((gpt, Task.causal_lm), (bert, Task.sequence_classification)):
+        found = count_flops(model, task, backward=True)
+        assert found == count_flops(model.config, task, backward=True)
+        assert (found.predicted > 0) == (task is Task.causal_lm)
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
