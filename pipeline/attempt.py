@@ -88,6 +88,8 @@ class Attempt:
         windows: Of all attempts of this run.
         devices: How many this process's attempt is attached to.
         spans: Of this run's earlier attempts, by attempt.
+        identity: Whose run this is and what it was made from; on every row.
+        placement: Where it stands; on every row.
         inside_ns: Self times by phase in the windows of this attempt.
         overhead_ns: Device-nanoseconds of earlier attempts outside of windows, by phase.
         compare_ns: Device-nanoseconds of comparison passes, by phase, over all attempts.
@@ -118,6 +120,8 @@ class Attempt:
     windows: list[Window] = field(default_factory=list)
     spans: dict[int, Span] = field(default_factory=dict)
     reused_h: float = 0.0
+    identity: dict[str, Any] = field(default_factory=dict)
+    placement: dict[str, Any] = field(default_factory=dict)
     inside_ns: dict[str, int] = field(default_factory=dict)
     overhead_ns: dict[str, int] = field(default_factory=dict)
     compare_ns: dict[str, int] = field(default_factory=dict)

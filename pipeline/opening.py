@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.placement import grant, placement
 from pipeline.recovery import recover
 from pipeline.redact import redact_settings
 from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision
@@ -29,6 +30,7 @@ from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import FOLLOW, LOG
 from pipeline.tracking import declared_uri
 
+OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
@@ -62,6 +64,11 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         clock=clock, device=device, data=data, command=command, started_ns=started_ns,
         energy=EnergyMeter(device), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
     )  # fmt: skip
+    attempt.identity = {
+        **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name, "recipe": run.recipe, "config": key, "commit": commit(),
+        "data": data.digest,
+    }  # fmt: skip
+    attempt.placement = placement(device_name(device), attempt.devices, {}, grant())
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
     settings = redact_settings(plain(run))
     write_json(folder / "config.json", settings)
@@ -69,8 +76,9 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, devices=attempt.devices,
         recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
         tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
-        tags={k: v for k, v in settings["tracking"].items() if k in ("team", "cost_center", "purpose") and v},
-        environment={"device": device_name(device), "data.digest": data.digest, "mlflow.source.git.commit": commit()},
+        tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v},
+        environment={"device": device_name(device), "data.digest": data.digest,
+                     "mlflow.source.git.commit": attempt.identity["commit"]},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                   for split, documents in data.splits.items()],
     )  # fmt: skip

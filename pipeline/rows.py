@@ -43,7 +43,7 @@ def make_row(
         "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number,
         "status": status, "why": why, "reused": reused, "depends_on": depends_on(stage, attempt.run), "artifact": None,
         "quality": {}, "serving": {},
-        "ledger": ledger(
+        "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), energy=energy or null("the stage did not finish"),
             is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,

@@ -47,10 +47,12 @@ _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
         "wall_s", "phases_ns", "device_hours", "gpu_hours", "energy_j", "counts", "memory", "cost", "meter_valid",
-        "meter_problems",
+        "meter_problems", "identity", "placement",
     ],
     "additionalProperties": False,
     "properties": {
+        "identity": {"type": "object"},
+        "placement": {"type": "object"},
         "wall_s": {"$ref": "#/$defs/value"},
         "phases_ns": _PHASES_NS,
         "device_hours": _values(

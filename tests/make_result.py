@@ -56,6 +56,8 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
     gpu_hours = {name: value(v) if gpu else null(no_gpu) for name, v in (("attached", attached), *classes.items())}
     ns = lambda share: round(share * attached * 3600e9)
     return {
+        "identity": {"team": "vision"},
+        "placement": {"node": "n1"},
         "wall_s": value(attached * 3600),
         "phases_ns": {"forward": ns(0.45), "backward": ns(0.35), "eval": ns(0.15), "data_wait": ns(0.05)},
         "device_hours": {
