@@ -65,8 +65,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         energy=EnergyMeter(device), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
     )  # fmt: skip
     attempt.identity = {
-        **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name, "recipe": run.recipe, "config": key, "commit": commit(),
-        "data": data.digest,
+        **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
+        "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
     }  # fmt: skip
     attempt.placement = placement(device_name(device), attempt.devices, {}, grant())
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})

@@ -87,7 +87,7 @@ def test_what_the_ledger_writes_always_closes(phases: dict[str, int], lost_ns: i
     work_ns = int(kept_ns * part)
     record = ledger(
         Spent(work_ns, kept_ns - work_ns, lost_ns, "rollback", phases), {}, devices=devices, device_kind="cuda",
-        cost=CostConfig(), memory={}, energy=_no_energy(), is_training=True, seconds_in_steps=None,
+        cost=CostConfig(), memory={}, energy=_nothing(), is_training=True, seconds_in_steps=None, peak=_nothing(),
     )  # fmt: skip
     assert record["meter_valid"], record["meter_problems"]
     broken = copy.deepcopy(record)
@@ -95,7 +95,7 @@ def test_what_the_ledger_writes_always_closes(phases: dict[str, int], lost_ns: i
     assert (problems(broken) != []) == bool(kept_ns + lost_ns)
 
 
-def _no_energy() -> Any:
+def _nothing() -> Any:
     from pipeline.values import null as no
 
-    return no("no counter")
+    return no("not read")
