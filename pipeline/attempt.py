@@ -407,7 +407,7 @@ class Attempt:
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
             )  # fmt: skip
-            with _named(self, name, stage, "work"):
+            with named(self, name, stage, "work"):
                 output = stage.run(inputs, context)
             self.notes += output.notes
             with self.clock.phase("checkpoint"):
@@ -425,7 +425,7 @@ class Attempt:
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
         window = None
         try:
-            with self.window("assess", name, seed) as window, _named(self, name, stage, "assess"):
+            with self.window("assess", name, seed) as window, named(self, name, stage, "assess"):
                 quality = assess_quality(
                     Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
                     labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
@@ -503,18 +503,22 @@ def _open_device(device: Any) -> None:
 
 
 @contextmanager
-def _named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
+def named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
     """Have a failure say which stage failed, and one for want of memory what to change."""
     try:
         yield
     except StageFailed as error:
-        raise StageFailed(f"stage {arm}: {error}") from error
+        raise StageFailed(f"{_what(arm, stage)}: {error}") from error
     except Exception as error:
-        snapshot = attempt.folder / f"oom-{arm}-{attempt.number}.json"
+        snapshot = attempt.folder / f"oom-{arm.replace(' ', '-')}-{attempt.number}.json"
         said = explain(error, attempt.run, arm, stage, kind, device=attempt.device, snapshot=snapshot)
         if said is None:
             raise
-        raise StageFailed(f"stage {arm}: {said}") from error
+        raise StageFailed(f"{_what(arm, stage)}: {said}") from error
+
+
+def _what(arm: str, stage: Any) -> str:
+    return arm if stage is None else f"stage {arm}"
 
 
 def _items_sha256(items: Path) -> str | None:

@@ -69,7 +69,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
             attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
         return ServePass.from_json(record["served"])
     print("comparison pass: serving", flush=True)
-    with attempt.window("compare", None, -1) as window:
+    with attempt.window("compare", None, -1) as window, named(attempt, "comparison pass", None, "compare"):
         served = serve(attempt, pairs)
     attempt.store.remember(
         "serving", key,
