@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
-from pipeline.attempt import device_name
+from pipeline.attempt import device_name, named
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving

@@ -217,7 +217,7 @@ def test_kill_after_ends_the_whole_group(tmp_path: Path) -> None:
 
 def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
     program = "import time\nprint('ready', flush=True)\ntry:\n  time.sleep(30)\nexcept KeyboardInterrupt:\n"
-    program += "  print('once')\n  time.sleep(0.3)\n  print('ended'); raise SystemExit(3)"
+    program += "  print('caught-it')\n  time.sleep(0.3)\n  print('went-on'); raise SystemExit(3)"
     metered = [PYTHON, "-m", "pipeline.meter", "--root", str(tmp_path), "--no-mlflow", "--", PYTHON, "-c", program]
     terminal = f"import pty, os, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({metered!r})))"
     process = subprocess.Popen([PYTHON, "-c", terminal], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -226,11 +226,11 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
     assert b"ready" in process.stdout.readline()
     process.stdin.write(b"\x03")
     process.stdin.flush()
-    lines = process.stdout.read().split()
-    assert process.wait(30) == 3
-    assert (lines.count(b"once"), lines.count(b"ended")) == (1, 1)
+    shown = process.communicate(timeout=30)[0]
+    assert process.returncode == 3
+    assert (shown.count(b"caught-it"), shown.count(b"went-on")) == (1, 1)
     result = result_of(folder_of(tmp_path))
-    assert result["rows"][0]["status"] == "FAILED"
+    assert (result["status"], result["why"]) == ("KILLED", "ended with exit code 3 after SIGINT")
 
 
 def test_nohup_holds_for_the_command_too(tmp_path: Path) -> None:
@@ -254,6 +254,9 @@ def test_a_killed_meter_loses_at_most_a_heartbeat(root: Path) -> None:
     time.sleep(2.3)  # one flush of the rank
     process.send_signal(signal.SIGKILL)
     process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
     try:
         assert recover(root) == []  # the command goes on
     finally:

@@ -24,6 +24,7 @@ from pipeline.values import Value, measured, null
 
 NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 126, 127, 128  # POSIX shell command language, 2.8.2 and 2.9.1.1
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+DYING_S = 0.5  # that killed processes may take to be gone
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -122,16 +123,15 @@ class Child:
                 signal.signal(number, handler)
 
     def outlived(self) -> bool:
-        """Tell whether processes of its group are still there after its end."""
+        """Tell whether processes of its group are still there after its end; those that are ending get a moment."""
         if not self._own_group or self._process is None:
             return False
-        try:
-            os.killpg(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+        deadline = time.monotonic() + DYING_S
+        while _is_alive(self.pid):
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(DYING_S / 10)
+        return False
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         if number in ENDING and self.stopped_by is None:
@@ -160,6 +160,28 @@ class Child:
 def exit_code(code: int) -> int:
     """Return what a shell says of a process: its exit code, or 128 and the signal that ended it."""
     return BY_SIGNAL - code if code < 0 else code
+
+
+def _is_alive(group: int) -> bool:
+    """Tell whether a process group has members that run; the dead wait for a parent that may never ask."""
+    import psutil
+
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    statuses = (process.info["status"] for process in psutil.process_iter(["pid", "status"])
+                if _group_of(process.info["pid"]) == group)  # fmt: skip
+    return any(status != psutil.STATUS_ZOMBIE for status in statuses)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _descendants(pid: int) -> list[int]:

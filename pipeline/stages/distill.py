@@ -34,7 +34,7 @@ class DistillStage(TrainingOverrides):
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
 
     type: ClassVar[str] = "distill"
-    version: ClassVar[int] = 2  # 2: model_flops count what is trained, and the head on predicted positions
+    version: ClassVar[int] = 2
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""

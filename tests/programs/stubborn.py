@@ -17,7 +17,7 @@ def ignore(number: int, _: object) -> None:
 
 
 signal.signal(signal.SIGTERM, ignore)
-print("ready", flush=True)
 with pipeline.phase("forward"):
+    print("ready", flush=True)
     while True:
         time.sleep(0.05)
