@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +47,6 @@ from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain
 
-HEARTBEAT_S = 5.0  # what SIGKILL can lose
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
 
 
@@ -149,8 +147,7 @@ class Attempt:
         self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns)
         kept, saved_ns = True, 0
         try:
-            with heartbeat(self.journal):
-                yield opened
+            yield opened
         except BaseException as error:
             kept = isinstance(error, Preempted | BudgetSpent) or kind == "compare"
             if isinstance(error, KeyboardInterrupt) and kind == "work" and arm is not None:
@@ -474,24 +471,6 @@ class Attempt:
         else:
             self.rows.append(row)
         self.journal.write("row", row=row)
-
-
-@contextmanager
-def heartbeat(journal: Journal) -> Generator[None]:
-    """Leave a sign of life every few seconds, so that a killed process's hours are known."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT_S):
-            journal.write("heartbeat")
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _open_device(device: Any) -> None:

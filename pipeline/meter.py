@@ -104,7 +104,7 @@ def meter(settings: Settings, started_ns: int) -> int:
 
 
 def _wait(child: Child, run: MeteredRun) -> int:
-    from pipeline.attempt import heartbeat
+    from pipeline.ledger.journal import heartbeat
 
     with heartbeat(run.journal):
         return child.wait()

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.attempt import Attempt
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.stages.settings import BASE
@@ -41,8 +42,9 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     status, why = "FAILED", "crashed"
     with _signals(attempt):  # until all is written
         try:
-            _all_stages(attempt)
-            compare(attempt)
+            with heartbeat(attempt.journal):
+                _all_stages(attempt)
+                compare(attempt)
             status, why = "FINISHED", None
         except (Preempted, KeyboardInterrupt) as stop:
             status, why = "KILLED", str(stop) or "interrupted"

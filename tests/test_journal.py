@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.ledger.journal import Journal, read_events, read_first, read_new
+from pipeline.ledger.journal import Journal, heartbeat, read_events, read_first, read_new
 
 
 @pytest.fixture
@@ -103,3 +104,16 @@ def test_events_carry_the_injected_clock(path: Path) -> None:
     journal.write("window")
     journal.close()
     assert [event["mono_ns"] for event in read_events(path)] == [5, 7]
+
+
+def test_signs_of_life_go_on_until_the_end_and_no_longer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ledger.journal.HEARTBEAT_S", 0.01)
+    journal = Journal(path)
+    with heartbeat(journal):
+        deadline = time.monotonic() + 10
+        while kinds(path).count("heartbeat") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    count = kinds(path).count("heartbeat")
+    assert count >= 3
+    time.sleep(0.05)
+    assert kinds(path).count("heartbeat") == count

@@ -10,9 +10,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+HEARTBEAT_S = 5.0  # what SIGKILL can lose at most
 
 
 class Journal:
@@ -43,6 +46,24 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+@contextmanager
+def heartbeat(journal: Journal) -> Generator[None]:
+    """Leave a sign of life every few seconds, so that a killed process's hours are known but for the last of them."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            journal.write("heartbeat")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _is_torn(path: Path) -> bool:
