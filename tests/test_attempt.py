@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -236,6 +237,15 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert minutes(training["c_opt"]["v"]) == pytest.approx(38)
     assert minutes(training["all_in_arm"]["v"]) == pytest.approx(52)
     assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
+
+
+def test_wall_clock_jumps_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Years forward and back with every reading of the clock on the wall."""
+    jumps = itertools.cycle([1e9, 0.0, 4e9, -1e9])
+    monkeypatch.setattr("pipeline.ledger.journal.time.time", lambda: next(jumps))
+    attempt = killed_then_done(root, monkeypatch)
+    assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
+    assert json.dumps([row["ledger"] for row in attempt.rows]).count("1000000000.0") == 0
 
 
 def test_rows_are_the_windows_of_their_attempts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
