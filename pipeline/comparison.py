@@ -21,6 +21,7 @@ from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
 from pipeline.metrics import DIRECTION, RELATIVE
 from pipeline.models import load_tokenizer
+from pipeline.past_cost import past_spend
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.store import key_of, plain
 from pipeline.values import Value, derive, null
@@ -121,12 +122,9 @@ def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, An
 
 
 def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
-    """Return what every arm's own stage took, with what each depends on. A given model's past cost is unknown."""
-    given = attempt.run.model.path is not None
-    spends = {
-        BASE: Spend(arm=BASE, flops=0.0, existing=given),
-        STUDENT_INIT: Spend(arm=STUDENT_INIT, flops=0.0, existing=attempt.run.student.path is not None),
-    }
+    """Return what every arm's own stage took, with what each depends on, and what given models cost before."""
+    paths, device = {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path}, device_name(attempt.device)
+    spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
     for name, stage in attempt.run.stages.items():
         own = [row for row in attempt.rows if row["arm"] == name and row["seed"] == seed]
         hours = {

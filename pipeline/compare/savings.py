@@ -40,6 +40,7 @@ class Spend:
         flops: Model FLOPs of the work; None where they were not counted.
         existing: True for a model that was there before: what it once cost is unknown. `work_h` is then what handling
             it took here, if anything.
+        unknown: Why it is, as the null says it.
     """
 
     arm: str
@@ -48,6 +49,7 @@ class Spend:
     retry_h: float = 0.0
     flops: float | None = None
     existing: bool = False
+    unknown: str = "existing model"
 
 
 Spends = Mapping[str, Spend]
@@ -100,9 +102,10 @@ def all_in(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Valu
 
 def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
     counted = [spends[name] for name in chain(arm, spends) if name not in cancelled]
-    existing = [spend.arm for spend in counted if spend.existing]
+    existing = [spend for spend in counted if spend.existing]
     if existing:
-        return null(f"existing model: {', '.join(existing)}")
+        arms = {why: ", ".join(s.arm for s in existing if s.unknown == why) for why in (s.unknown for s in existing)}
+        return null("; ".join(f"{why}: {names}" for why, names in arms.items()))
     return Value(math.fsum(part(spend) for spend in counted), Prov.DERIVED)
 
 

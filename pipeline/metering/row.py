@@ -133,7 +133,7 @@ def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     granted = start["grant"]
     scheduler = None if granted is None else {**granted, "name": granted["scheduler"]}
     return {
-        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": list(facts.used.ids),
+        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": list(facts.used.ids) if facts.used.kind != "cpu" else [],
         **facts.used.placement, "node": start["node"], "count": facts.used.count, "cores": os.cpu_count(),
         "scheduler": scheduler, "torch": None, "cuda": None,
     }  # fmt: skip

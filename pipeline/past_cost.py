@@ -1,0 +1,46 @@
+"""What a given model cost before: unknown, unless it was registered with a ledger (`python -m pipeline.register`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare.savings import Spend
+from pipeline.store import MANIFEST, digest_folder, read_json
+
+
+def past_spend(arm: str, path: str | None, device: str) -> Spend:
+    """Return what the model given as `arm` cost before this run.
+
+    Args:
+        path: A folder or Hub name; None: the model is made here, and cost nothing before.
+        device: Exact name of the device of this run: device-hours of another model of device are never subtracted
+            from its own.
+
+    Returns:
+        What it was registered with; else, and where that cannot be used, an existing model with the reason.
+    """
+    if path is None:
+        return Spend(arm=arm, flops=0.0)
+    folder = Path(path).expanduser()
+    manifest = read_json(folder / MANIFEST) if folder.is_dir() else None
+    registered = manifest.get("ledger") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or not isinstance(registered, dict):
+        return Spend(arm=arm, flops=0.0, existing=True)
+    why = _why_not_charged(folder, manifest, registered, device)
+    if why is not None:
+        return Spend(arm=arm, flops=0.0, existing=True, unknown=why)
+    return Spend(
+        arm=arm, work_h=registered["work_device_hours"], retry_h=registered["retry_device_hours"],
+        flops=registered["model_flops"],
+    )  # fmt: skip
+
+
+def _why_not_charged(folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str) -> str | None:
+    """Return why the hours that a model was registered with cannot be charged here, or None."""
+    if digest_folder(folder)[0] != manifest.get("digest"):
+        return "existing model, changed since it was registered"
+    known = registered["device"]["name"]
+    if known != device:
+        return f"registered hours are of {known}, not of {device}"
+    return None
