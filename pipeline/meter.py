@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.metering.watch import Watch
 
 STARTED_NS = time.monotonic_ns()  # before any import that costs something: the meter's own time is overhead of the run
+OUTLIVED = "processes of the command outlive it; what they do is not metered"
 HELP = """Usage: python -m pipeline.meter [OPTIONS] -- COMMAND [ARGUMENT ...]
        python -m pipeline.meter --recover [--root FOLDER]
 
@@ -30,7 +31,7 @@ Meters a command: time, devices, device-hours, energy, what became of the time. 
 
   --name NAME            what to call it (default: its program's name)
   --root FOLDER          where runs are kept (default: mlruns)
-  --gpus UUID,..|none    GPUs it may use (default: those that are visible)
+  --gpus UUID,..|none    GPUs to look at (default: those that it can see); those it uses are counted
   --model-name NAME      the model that its cost counts for
   --team T  --cost-center C  --purpose P
   --rate X  --currency USD  --rate-source TEXT  --rate-date YYYY-MM-DD   declared price of a device-hour
@@ -81,11 +82,11 @@ def meter(settings: Settings, started_ns: int) -> int:
     from pipeline.metering.run import MeteredRun
     from pipeline.metering.watch import Watch
 
+    watch = Watch(settings.gpus)
     run = MeteredRun.open(settings, started_ns)
-    child = Child(settings.command, run.environ(), kill_after_s=settings.kill_after_s)
-    watch, writer = Watch(settings.gpus), None
+    child, writer = Child(settings.command, run.environ(), kill_after_s=settings.kill_after_s), None
     with child.signals():  # until all is written
-        watch.start()
+        watch.start(lambda used: run.journal.write("devices", used=used.to_json()))
         run.begin()
         try:
             child.start()
@@ -111,16 +112,16 @@ def _wait(child: Child, run: MeteredRun) -> int:
 
 
 def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None) -> dict[str, Any]:
-    from pipeline.ledger.ranks import read_lives
+    from pipeline.ledger.ranks import opened, read_lives
     from pipeline.metering.row import Facts
 
     lives, _ = read_lives(run.folder, run.start["node"])
-    used = watch.stop(child.start_ns, child.end_ns, [life.device for life in lives if life.device is not None])
+    used = watch.stop(child.start_ns, child.end_ns, opened(lives))
     facts = Facts(
         name=run.start["name"], status=status, why=why, start_ns=child.start_ns, end_ns=child.end_ns, used=used,
         host_peak=child.host_peak,
     )  # fmt: skip
-    notes = ["processes of the command outlive it; what they do is not metered"] if child.outlived() else []
+    notes = [*used.notes, *([OUTLIVED] if child.outlived() else [])]
     return run.end(facts, now_ns=time.monotonic_ns(), notes=notes)
 
 

@@ -131,8 +131,9 @@ def test_counts_are_summed_over_ranks_and_steps_are_those_of_one() -> None:
 
 
 def _raw(**changes: Any) -> dict[str, Any]:
-    return {"host": "n1", "rank": None, "local_rank": None, "world_size": None, "device": None, "start_ns": 5,
-            "end_ns": 9, "phases_ns": {"forward": 4}, "counts": {}, "ended": True, **changes}  # fmt: skip
+    return {"host": "n1", "rank": None, "local_rank": None, "world_size": None, "device": None, "device_name": None,
+            "start_ns": 5, "end_ns": 9, "phases_ns": {"forward": 4}, "counts": {}, "ended": True,
+            **changes}  # fmt: skip
 
 
 @pytest.mark.parametrize(

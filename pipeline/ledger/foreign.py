@@ -87,7 +87,7 @@ class Reporter:
         self._clock = PhaseClock(now_ns)
         self._pid = os.getpid()
         self._counts: dict[str, int | float] = {}
-        self._device: str | None = None
+        self._device: tuple[str, str] | None = None
         self._warned = False
         self._start_ns = self._read()[1]
         host = "".join(c if c.isalnum() or c in "-." else "_" for c in os.uname().nodename)
@@ -110,7 +110,7 @@ class Reporter:
             self._warn("phases of other threads than the main one are not counted: they overlap with it")
             return _NOTHING
         if self._device is None:
-            self._device = _cuda_uuid()
+            self._device = _cuda_device()
         return _Phase(self._clock.phase(name), self._lock)
 
     def count(self, given: dict[str, int | float]) -> None:
@@ -129,7 +129,8 @@ class Reporter:
                 return  # the last word has been written
             with self._lock:
                 end_ns, _, phases_ns = self._read()
-                content = {**self._fixed, "end_ns": end_ns, "ended": ended, "device": self._device,
+                content = {**self._fixed, "end_ns": end_ns, "ended": ended, "device": self._device and self._device[0],
+                           "device_name": self._device and self._device[1],
                            "phases_ns": phases_ns, "counts": dict(self._counts)}  # fmt: skip
             try:
                 temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -214,12 +215,14 @@ def _integer(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _cuda_uuid() -> str | None:
-    """Return the UUID of the main thread's CUDA device once the program has opened one; imports nothing."""
+def _cuda_device() -> tuple[str, str] | None:
+    """Return UUID and name of the main thread's CUDA device once the program has opened one; imports nothing."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     try:
         if cuda is None or not cuda.is_initialized():
             return None
-        return f"GPU-{str(cuda.get_device_properties(cuda.current_device()).uuid).removeprefix('GPU-')}"
+        known = cuda.get_device_properties(cuda.current_device())
+        uuid = str(known.uuid)
+        return (uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"), str(known.name)
     except (AttributeError, RuntimeError):  # half imported; a device that fell off the bus
         return None

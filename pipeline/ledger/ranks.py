@@ -49,6 +49,7 @@ class Life:
     local_rank: int | None = None
     world_size: int = 1
     device: str | None = None
+    device_name: str | None = None
     start_ns: int
     end_ns: int
     phases_ns: Mapping[str, int]
@@ -83,6 +84,7 @@ def _life(raw: dict[str, Any]) -> Life | None:
         return None
     return Life(
         rank=raw["rank"] or 0, local_rank=raw["local_rank"], world_size=raw["world_size"] or 1, device=raw["device"],
+        device_name=raw["device_name"],
         start_ns=raw["start_ns"], end_ns=raw["end_ns"], phases_ns=phases, counts=raw["counts"], ended=raw["ended"],
     )  # fmt: skip
 
@@ -186,6 +188,11 @@ def counts(lives: Iterable[Life]) -> dict[str, Value]:
 def _sum(lives: list[Life], key: str) -> Value:
     values = [life.counts[key] for life in lives if key in life.counts]
     return measured(sum(values)) if values else null(NOT_COUNTED)
+
+
+def opened(lives: Iterable[Life]) -> dict[str, str | None]:
+    """Return the GPUs that ranks opened, by UUID, with their names."""
+    return {life.device: life.device_name for life in lives if life.device is not None}
 
 
 def restarts(lives: Iterable[Life]) -> int:

@@ -9,13 +9,15 @@ from typing import Any
 
 from pipeline.ledger.foreign import ENV
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.ranks import opened as opened_gpus
 from pipeline.ledger.ranks import read_lives
 from pipeline.metering.row import Facts
 from pipeline.metering.run import RECIPE, MeteredRun
-from pipeline.metering.watch import Used
+from pipeline.metering.watch import Used, as_reported
 from pipeline.values import null
 
 ELSEWHERE_S = 600.0  # without a sign of life, after which another node's run counts as ended
+GONE = "the process that read it is gone"
 KILLED_METER = "the meter was killed; hours up to its last sign of life"
 
 
@@ -65,10 +67,11 @@ def _end(folder: Path, lock: Any, events: list[dict[str, Any]]) -> None:
     lives, _ = read_lives(folder, start["node"])
     last = events[-1]
     end_ns = max(last["mono_ns"], *(life.end_ns for life in lives), opened["start_ns"])
-    used = Used.from_json(next((event["used"] for event in reversed(events) if event["e"] == "devices"), None))
+    seen = [Used.from_json(event["used"]) for event in events if event["e"] == "devices"]
+    used = seen[-1] if seen else as_reported(opened_gpus(lives), GONE)
     facts = Facts(
         name=start["name"], status="KILLED", why=KILLED_METER, start_ns=opened["start_ns"], end_ns=end_ns, used=used,
-        host_peak=null("the process that read it is gone"),
+        host_peak=null(GONE),
     )  # fmt: skip
     run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
     run.end(facts, now_ns=end_ns, t=last["t"] + (end_ns - last["mono_ns"]) / 1e9)

@@ -72,7 +72,10 @@ def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> 
     spent = Spent(work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns})
     record = _ledger(start, facts, spent, {**counts(lives), "steps_lost": null(NOT_TOLD)})
     if lives:
-        _name_idle(record["device_hours"]["wasted_by"], idle_ns, facts.used.count)
+        unsaid = {"unattributed": per_device.get("other", 0), IDLE: idle_ns}  # `ledger` has seen their sum
+        wasted_by = record["device_hours"]["wasted_by"]
+        wasted_by.pop("unattributed", None)
+        wasted_by |= {cause: hours(ns, facts.used.count).to_json() for cause, ns in unsaid.items() if ns}
     else:
         _silence(record)
     return record
@@ -84,8 +87,10 @@ def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict
 
 
 def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]) -> dict[str, Any]:
-    why = f"memory of another program is {NOT_TOLD.removesuffix(' of another program')}"
+    why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
+    if facts.used.kind != "cpu":
+        memory["nvml_peak_bytes"] = facts.used.figure("memory_used_peak_bytes")
     record = ledger(
         spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
         cost=CostConfig(**start["cost"]), memory=memory, energy=facts.used.figure("energy_j"), is_training=True,
@@ -94,14 +99,6 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
     return record
-
-
-def _name_idle(wasted_by: dict[str, Any], idle_ns: int, devices: int) -> None:
-    """Give the time of ranks that ended early its own cause; it is not that nobody says what was done."""
-    if idle_ns:
-        unattributed = round(wasted_by.pop("unattributed")["v"] * HOUR_NS / devices) - idle_ns
-        wasted_by |= {"unattributed": hours(unattributed, devices).to_json()} if unattributed else {}
-        wasted_by["idle_rank"] = hours(idle_ns, devices).to_json()
 
 
 def _silence(record: dict[str, Any]) -> None:
@@ -132,8 +129,9 @@ def _fill_gpu(record: dict[str, Any], facts: Facts, granted: Grant | None) -> No
 def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     granted = start["grant"]
     scheduler = None if granted is None else {**granted, "name": granted["scheduler"]}
+    uuids = [] if facts.used.kind == "cpu" else list(facts.used.ids)
     return {
-        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": list(facts.used.ids) if facts.used.kind != "cpu" else [],
-        **facts.used.placement, "node": start["node"], "count": facts.used.count, "cores": os.cpu_count(),
+        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": uuids, **facts.used.placement,
+        "node": start["node"], "count": facts.used.count, "cores": os.cpu_count(),
         "scheduler": scheduler, "torch": None, "cuda": None,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.foreign import ENV, RANKS
 from pipeline.ledger.journal import Journal
-from pipeline.ledger.placement import grant
+from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
 from pipeline.metering.options import Settings
 from pipeline.metering.row import Facts, make_row
@@ -67,7 +67,7 @@ class MeteredRun:
             "question": QUESTION, "experiment": RECIPE, "tracking_uri": declared_uri(None), "params": settings.params(),
             "tags": _tags(identity), "environment": {"mlflow.source.git.commit": identity["commit"]}, "datasets": [],
             "identity": identity, "cost": plain(settings.cost), "name": settings.name,
-            "node": platform.node(), "grant": plain(grant()),
+            "node": platform.node(), "grant": plain(_node_grant()),
         }  # fmt: skip
         run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
         state = {"key": f"{RECIPE} {folder.name}", "status": "RUNNING", "pid": os.getpid(), "attempt": 1}
@@ -157,6 +157,14 @@ def _outer() -> str | None:
     """Return the run that meters this very process, if one does."""
     folder = os.environ.get(ENV)
     return Path(folder).name if folder else None
+
+
+def _node_grant() -> Grant | None:
+    """Return what a scheduler granted this job on this node, which is all that a meter sees."""
+    environ = dict(os.environ)
+    if environ.get("SLURM_GPUS_ON_NODE"):
+        environ["SLURM_JOB_NUM_NODES"], environ["SLURM_GPUS"] = "1", ""
+    return grant(environ)
 
 
 def _make_folder(root: Path) -> tuple[Path, Any]:

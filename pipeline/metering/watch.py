@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.errors import UserError
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.nvml import open_reader
 from pipeline.ledger.peaks import device_name
-from pipeline.values import Value, null
+from pipeline.metering.presence import Presence, visible
+from pipeline.values import Value, derive, null
 
 SHARES = ("busy", "sm_active", "tensor_active")
+UNKNOWN_GPU = "GPU of unknown model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +26,11 @@ class Used:
 
     Attributes:
         kind: `cuda` or `cpu`.
-        name: Exact model name of one of them.
+        name: Exact model name, of the first one.
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
-        figures: energy_j (of all of them), shares of the time, peak memory; what was not read is null.
-        placement: What the device's library told of them.
+        figures: Of all of them: energy_j, shares of the time, memory_used_peak_bytes; null where not read.
+        placement: What the devices' library told of them.
+        notes: What a reader must know.
     """
 
     kind: str
@@ -31,6 +38,7 @@ class Used:
     ids: tuple[str, ...]
     figures: Mapping[str, Value] = field(default_factory=dict)
     placement: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -39,43 +47,144 @@ class Used:
 
     def figure(self, name: str) -> Value:
         """Return a figure, null where it was not read."""
-        return self.figures.get(name, null("the device was not sampled"))
+        why = "a CPU run: no NVML device" if self.kind == "cpu" else "the process that read it is gone"
+        return self.figures.get(name, null(why))
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back; figures belong to a whole run and are left out."""
-        return {"kind": self.kind, "name": self.name, "ids": list(self.ids), "placement": dict(self.placement)}
+        return {"kind": self.kind, "name": self.name, "ids": list(self.ids)}
 
     @staticmethod
-    def from_json(raw: Mapping[str, Any] | None) -> Used:
-        """Read back what `to_json` wrote; None: a CPU host."""
-        if raw is None:
-            return cpu_host()
-        return Used(kind=raw["kind"], name=raw["name"], ids=tuple(raw["ids"]), placement=raw["placement"])
+    def from_json(raw: Mapping[str, Any]) -> Used:
+        """Read back what `to_json` wrote."""
+        return Used(kind=raw["kind"], name=raw["name"], ids=tuple(raw["ids"]))
 
 
-def cpu_host() -> Used:
+def cpu_host(*notes: str) -> Used:
     """Return the CPU host as the one device it is."""
-    return Used(kind="cpu", name=device_name(SimpleNamespace(type="cpu")), ids=(os.uname().nodename,))
+    return Used(kind="cpu", name=device_name(SimpleNamespace(type="cpu")), ids=(os.uname().nodename,), notes=notes)
+
+
+def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
+    """Return the GPUs that ranks say they opened, by UUID with their names; the host where they opened none.
+
+    Args:
+        why: Nothing else is known of them.
+    """
+    if not opened:
+        return cpu_host()
+    figures: dict[str, Value] = dict.fromkeys(("energy_j", *SHARES, "memory_used_peak_bytes"), null(why))
+    names = [name or UNKNOWN_GPU for name in opened.values()]
+    return Used(kind="cuda", name=names[0], ids=tuple(opened), figures=figures, placement={"device_names": names})
 
 
 class Watch:
     """Watches the GPUs that a command may use.
 
     Args:
-        asked: UUIDs from the command line; None: what the environment leaves visible.
+        asked: UUIDs from the command line, none to watch no GPU; None: what the environment leaves visible.
+        nvml: The pynvml module; None imports it.
+
+    Raises:
+        UserError: If a GPU that is asked for is not there.
     """
 
-    def __init__(self, asked: Iterable[str] | None, environ: Mapping[str, str] = os.environ) -> None:
-        self._asked = None if asked is None else tuple(asked)
-        self._environ = environ
+    def __init__(
+        self, asked: Sequence[str] | None, environ: Mapping[str, str] = os.environ, *, nvml: Any = None
+    ) -> None:
+        self._asked = asked
+        self._nvml: Any
+        self._nvml, self._why = (None, "no GPU is watched") if asked == () else _initialised(nvml)
+        self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
+        self._samplers = {uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles}
+        self._presence: Presence | None = None
 
-    def start(self) -> None:
-        """Begin to read."""
+    def start(self, found: Callable[[Used], None] = lambda _: None) -> None:
+        """Begin to read.
 
-    def stop(self, start_ns: int, end_ns: int, reported: Iterable[str]) -> Used:
+        Args:
+            found: Called with the devices in use whenever the command appears on another one.
+        """
+        if self._nvml is not None and self._handles:
+            self._presence = Presence(self._nvml, self._handles, lambda _: found(self._used(())))
+            self._presence.start()
+            for sampler in self._samplers.values():
+                sampler.start()
+
+    def stop(self, start_ns: int, end_ns: int, opened: Mapping[str, str | None]) -> Used:
         """Return what was used between two times.
 
         Args:
-            reported: UUIDs of GPUs that ranks say they opened.
+            opened: GPUs that ranks say they opened, by UUID, with their names.
         """
-        return cpu_host()
+        if self._presence is None:
+            return as_reported({**dict.fromkeys(self._asked or ()), **opened}, self._why)
+        self._presence.stop()
+        try:
+            used = self._used(opened)
+            placements = [self._samplers[uuid].reader.placement() for uuid in used.ids if uuid in self._samplers]
+        finally:
+            for sampler in self._samplers.values():
+                sampler.stop()
+        if used.kind == "cpu":
+            return used
+        figures = _usage([self._samplers[uuid] for uuid in used.ids], start_ns, end_ns)
+        return Used(kind="cuda", name=used.name, ids=used.ids, placement=_joined(placements), **figures)
+
+    def _used(self, opened: Iterable[str]) -> Used:
+        """Return the devices in use so far."""
+        assert self._presence is not None
+        ids = tuple(uuid for uuid in self._handles if uuid in self._presence.used or uuid in set(opened))
+        if not ids:
+            return cpu_host(f"{len(self._handles)} GPUs were visible to the command, and none was used")
+        return Used(kind="cuda", name=str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), ids=ids)
+
+
+def _initialised(nvml: Any) -> tuple[Any, str]:
+    """Return NVML, ready, or None and why not."""
+    if nvml is None:
+        try:
+            import pynvml as nvml
+        except ImportError:
+            return None, "nvidia-ml-py is not installed"
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return None, f"no NVIDIA driver to ask ({error})"
+    return nvml, ""
+
+
+def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    if asked is None:
+        return visible(nvml, environ)
+    found: dict[str, Any] = {}
+    for uuid in asked:
+        try:
+            found[uuid] = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except nvml.NVMLError as error:
+            known = ", ".join(visible(nvml, {})) or "none"
+            raise UserError("--gpus", f"NVML does not know {uuid} ({error})", f"name some of {known}") from None
+    return found
+
+
+def _usage(samplers: Sequence[Sampler], start_ns: int, end_ns: int) -> dict[str, Any]:
+    """Return the figures of a window over several devices, each read by a sampler of its own, and what is odd."""
+    usages: list[Usage] = [sampler.usage(start_ns, end_ns) for sampler in samplers]
+    figures = {
+        "energy_j": derive(lambda *joules: sum(joules), *(usage.energy_j for usage in usages)),
+        "memory_used_peak_bytes": derive(max, *(usage.memory_used_peak_bytes for usage in usages)),
+        **{name: derive(lambda *shares: sum(shares) / len(shares), *(getattr(usage, name) for usage in usages))
+           for name in SHARES},
+    }  # fmt: skip
+    if len(usages) == 1:  # nothing was derived
+        figures = {name: getattr(usages[0], name) for name in figures}
+    return {"figures": figures, "notes": tuple(dict.fromkeys(each for usage in usages for each in usage.problems))}
+
+
+def _joined(placements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the devices' library told, device by device where it tells of each."""
+    joined = dict(placements[0])
+    for name, value in joined.items():
+        if isinstance(value, list):
+            joined[name] = [each for placement in placements for each in placement[name]]
+    return joined
