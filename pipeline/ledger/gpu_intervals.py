@@ -1,0 +1,129 @@
+"""Intervals: what one device did between two readings, and how neighbours become one without changing a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.ledger.nvml import Reading
+
+SHARES = ("busy", "sm_active", "tensor_active", "dram_active", "nvlink_bytes_per_s", "pcie_bytes_per_s")
+UNREAD_SHARE, UNREAD_NS = 0.01, 100_000_000  # of a window that readings may leave out, whichever is more
+LOWERING = {
+    0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}  # fmt: skip
+"""Reasons for lower clocks that take performance; idling and clocks that somebody set do not.
+Source: NVML API reference, nvmlClocksEventReasons."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """What one device did between two readings; figures that could not be read are None, `missing` says why.
+
+    Attributes:
+        counter_j: Difference of the energy counter; negative after a reset.
+        integral_j: Integrated power.
+        edge: A window begins or ends at its end: it is not merged with the next one.
+    """
+
+    start_ns: int
+    end_ns: int
+    counter_j: float | None
+    integral_j: float | None
+    shares: dict[str, float]
+    clock_mhz: float | None
+    clock_min_mhz: float | None
+    memory_bytes: float | None
+    temperature_c: float | None
+    throttled: float | None
+    throttle: int
+    foreign: float | None
+    missing: dict[str, str]
+    was_reset: bool = False
+    edge: bool = False
+
+    @property
+    def elapsed_ns(self) -> int:
+        """Its length."""
+        return self.end_ns - self.start_ns
+
+
+def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
+    """Return what happened between two readings; shares and clocks are those read at its end."""
+    missing = {name: why for name, why in before.missing.items() if name not in SHARES} | dict(after.missing)
+    seconds = (after.at_ns - before.at_ns) / 1e9
+    counter = None
+    if before.energy_mj is not None and after.energy_mj is not None:
+        counter = (after.energy_mj - before.energy_mj) / 1000
+    integral = None
+    if before.power_w is not None and after.power_w is not None:
+        integral = (before.power_w + after.power_w) / 2 * seconds
+    reasons = after.throttle
+    return Interval(
+        start_ns=before.at_ns, end_ns=after.at_ns, counter_j=counter, integral_j=integral,
+        shares={name: v for name in SHARES if (v := getattr(after, name)) is not None},
+        clock_mhz=after.sm_clock_mhz, clock_min_mhz=after.sm_clock_mhz, memory_bytes=_most(before, after),
+        temperature_c=after.temperature_c, throttle=reasons or 0,
+        throttled=None if reasons is None else float(any(reasons & bit for bit in LOWERING)),
+        foreign=None if after.foreign_processes is None else float(after.foreign_processes > 0),
+        missing=missing, was_reset=counter is not None and counter < 0, edge=edge,
+    )  # fmt: skip
+
+
+def _most(before: Reading, after: Reading) -> float | None:
+    known = [v for v in (before.memory_used_bytes, after.memory_used_bytes) if v is not None]
+    return max(known) if len(known) == 2 else None
+
+
+def thinned(own: list[Interval]) -> list[Interval]:
+    """Return about half as many intervals: merge neighbours two by two, those at the edge of a window left alone."""
+    result: list[Interval] = []
+    for each in own:
+        before = result[-1] if result else None
+        if before is not None and not before.edge and before.elapsed_ns <= each.elapsed_ns:
+            result[-1] = _merged(before, each)
+        else:
+            result.append(each)
+    return result
+
+
+def _merged(a: Interval, b: Interval) -> Interval:
+    both = [a, b]
+    return Interval(
+        start_ns=a.start_ns, end_ns=b.end_ns, counter_j=total(each.counter_j for each in both),
+        integral_j=total(each.integral_j for each in both),
+        shares={name: v for name in SHARES if (v := mean(both, lambda each, n=name: each.shares.get(n))) is not None},
+        clock_mhz=mean(both, lambda each: each.clock_mhz), clock_min_mhz=least(each.clock_min_mhz for each in both),
+        memory_bytes=largest(each.memory_bytes for each in both),
+        temperature_c=largest(each.temperature_c for each in both), throttled=mean(both, lambda each: each.throttled),
+        throttle=a.throttle | b.throttle, foreign=mean(both, lambda each: each.foreign),
+        missing={**a.missing, **b.missing}, was_reset=a.was_reset or b.was_reset, edge=b.edge,
+    )  # fmt: skip
+
+
+def total(parts: Iterable[float | None]) -> float | None:
+    """Return the sum; None where a part is."""
+    known = list(parts)
+    return None if any(part is None for part in known) else sum(part for part in known if part is not None)
+
+
+def mean(own: Sequence[Interval], read: Callable[[Interval], float | None]) -> float | None:
+    """Return the mean weighted by time; None where it is missing for more than a moment."""
+    values = [(v, each.elapsed_ns) for each in own if (v := read(each)) is not None]
+    known_ns, whole_ns = sum(ns for _, ns in values), sum(each.elapsed_ns for each in own)
+    if not known_ns or whole_ns - known_ns > max(UNREAD_SHARE * whole_ns, UNREAD_NS):
+        return None
+    return sum(v * ns for v, ns in values) / known_ns
+
+
+def largest(parts: Iterable[float | None]) -> float | None:
+    """Return the maximum; None where a part is, or there is none."""
+    known = list(parts)
+    return None if not known or None in known else max(part for part in known if part is not None)
+
+
+def least(parts: Iterable[float | None]) -> float | None:
+    """Return the minimum; None where a part is, or there is none."""
+    known = list(parts)
+    return None if not known or None in known else min(part for part in known if part is not None)

@@ -1,0 +1,96 @@
+"""From readings of the devices, once a second and at the edges of windows, to figures of a window.
+
+Two readings of a device bound an *interval*: joules by the counter's difference and by the power's trapezoid, shares
+and rates as they were read at its end (they speak of the time before). A window adds up intervals: shares are weighted
+by time, energies add over devices, maxima stay maxima. What is missing in one interval of one device is missing for
+the window: the part that was read is not presented as the whole.
+
+Memory stays bounded: beyond `MOST` intervals, neighbours inside one window are merged into one, which changes no sum.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from pipeline.ledger.gpu_intervals import UNREAD_NS, UNREAD_SHARE, Interval, between, thinned
+from pipeline.ledger.gpu_usage import Usage, summed, unread
+from pipeline.ledger.nvml import Reader, Reading
+
+MOST = 20_000  # intervals kept per device: five hours at one a second
+
+
+class Sampler:
+    """Reads devices in the background; `mark` reads once more, at the edge of a window.
+
+    Args:
+        reader: Of the job's own devices.
+        interval_s: Seconds between readings.
+    """
+
+    def __init__(
+        self, reader: Reader, *, now_ns: Callable[[], int] = time.monotonic_ns, interval_s: float = 1.0
+    ) -> None:
+        self.reader, self._now_ns, self._interval_s = reader, now_ns, interval_s
+        self._last: dict[str, Reading] = {}
+        self._intervals: dict[str, list[Interval]] = {uuid: [] for uuid in reader.uuids}
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Read now, and from now on in the background where there is anything to read."""
+        self.mark()
+        if self.reader.why is None:
+            self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Read a last time and end."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.mark()
+        self.reader.close()
+
+    def _run(self) -> None:
+        while not self._done.wait(self._interval_s):
+            self.tick()
+
+    def mark(self) -> None:
+        """Read at the edge of a window."""
+        self.tick(edge=True)
+
+    def tick(self, *, edge: bool = False) -> None:
+        """Read every device once."""
+        with self._lock:
+            for reading in self.reader.read():
+                self._take(reading, edge=edge)
+
+    def _take(self, reading: Reading, *, edge: bool) -> None:
+        own, before = self._intervals[reading.uuid], self._last.get(reading.uuid)
+        if before is not None and reading.at_ns <= before.at_ns:  # the clock has not ticked since
+            if own and edge:
+                own[-1] = replace(own[-1], edge=True)
+            return
+        self._last[reading.uuid] = reading
+        if before is not None:
+            own.append(between(before, reading, edge=edge))
+            if len(own) > MOST:
+                self._intervals[reading.uuid] = thinned(own)
+
+    def usage(self, start_ns: int, end_ns: int) -> Usage:
+        """Return the figures of a window whose edges were marked."""
+        if self.reader.why is not None:
+            return unread(self.reader.why)
+        with self._lock:
+            inside = {
+                uuid: [each for each in own if start_ns <= (each.start_ns + each.end_ns) / 2 <= end_ns]
+                for uuid, own in self._intervals.items()
+            }
+        for uuid, own in inside.items():
+            read_ns, whole_ns = sum(each.elapsed_ns for each in own), end_ns - start_ns
+            if whole_ns - read_ns > max(UNREAD_SHARE * whole_ns, UNREAD_NS):
+                return unread(f"{uuid} was read in {read_ns / whole_ns:.0%} of the window only")
+        return summed(list(inside.items()), end_ns - start_ns)

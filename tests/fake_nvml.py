@@ -1,0 +1,168 @@
+"""A stand-in for the pynvml module, scripted: what a GPU does, and every way in which it may refuse to tell.
+
+`test_nvml.py` checks its names and signatures against the real module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+WORDS = {
+    3: "Not Supported", 4: "Insufficient Permissions", 6: "Not Found", 9: "Driver Not Loaded", 12: "Library Not Found",
+}  # fmt: skip
+
+
+class NVMLError(Exception):
+    """As pynvml's: made from a code, says its name."""
+
+    def __init__(self, code: int) -> None:
+        self.value = code
+        super().__init__(WORDS[code])
+
+
+NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, NO_DRIVER, NO_LIBRARY = 3, 4, 6, 9, 12
+
+
+@dataclass
+class Gpu:
+    """One device. `power_w` draws joules as the clock goes."""
+
+    uuid: str = "GPU-1"
+    power_w: float = 200.0
+    energy_mj: float = 5_000_000.0
+    busy: int = 90
+    memory: int = 10_000
+    clock: int = 1700
+    temperature: int = 50
+    throttle: int = 0
+    processes: int = 1
+    mig: int = 0
+    virtual: int = 0
+    gpm: bool = True
+    frozen: bool = False  # the counters stand still
+    metrics: dict[str, float] = field(default_factory=lambda: {
+        "NVML_GPM_METRIC_SM_UTIL": 40.0, "NVML_GPM_METRIC_ANY_TENSOR_UTIL": 25.0, "NVML_GPM_METRIC_DRAM_BW_UTIL": 10.0,
+        "NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC": 1.0, "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC": 2.0,
+        "NVML_GPM_METRIC_PCIE_TX_PER_SEC": 3.0, "NVML_GPM_METRIC_PCIE_RX_PER_SEC": 4.0,
+    })  # fmt: skip
+    refuses: dict[str, int] = field(default_factory=dict)  # by function: the error code
+
+
+class FakeNvml:
+    """Enough of pynvml for the reader. `pass_time` lets its clock and its devices go on."""
+
+    NVMLError = NVMLError
+    NVML_SUCCESS = 0
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    NVML_DEVICE_MIG_ENABLE, NVML_GPU_VIRTUALIZATION_MODE_VGPU, NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 1, 2, 3
+    NVML_GPM_METRICS_GET_VERSION = 1
+    NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = 2, 5, 10
+    NVML_GPM_METRIC_PCIE_TX_PER_SEC, NVML_GPM_METRIC_PCIE_RX_PER_SEC = 20, 21
+    NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC, NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC = 60, 61
+
+    def __init__(self, *gpus: Gpu, init: int | None = None) -> None:
+        self.gpus, self.init, self.now_ns = list(gpus or [Gpu()]), init, 10**15
+        self.samples, self.asked = 0, 0
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_ns += round(seconds * 1e9)
+        for gpu in self.gpus:
+            if not gpu.frozen:
+                gpu.energy_mj += gpu.power_w * seconds * 1000
+
+    def _ask(self, gpu: Gpu, name: str) -> Gpu:
+        self.asked += 1
+        if name in gpu.refuses:
+            raise NVMLError(gpu.refuses[name])
+        return gpu
+
+    def nvmlInit(self) -> None:
+        if self.init is not None:
+            raise NVMLError(self.init)
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "999.1"
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 13000
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
+        found = [gpu for gpu in self.gpus if gpu.uuid == uuid]
+        if not found:
+            raise NVMLError(NOT_FOUND)
+        return found[0]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Gpu) -> int:
+        return int(self._ask(handle, "energy").energy_mj)
+
+    def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
+        return int(self._ask(handle, "power").power_w * 1000)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: Gpu) -> Any:
+        return SimpleNamespace(gpu=self._ask(handle, "utilization").busy)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Gpu) -> Any:
+        return SimpleNamespace(used=self._ask(handle, "memory").memory)
+
+    def nvmlDeviceGetClockInfo(self, handle: Gpu, type: int) -> int:
+        return self._ask(handle, "clock").clock
+
+    def nvmlDeviceGetTemperature(self, handle: Gpu, sensor: int) -> int:
+        return self._ask(handle, "temperature").temperature
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: Gpu) -> int:
+        return self._ask(handle, "throttle").throttle
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Gpu) -> list[Any]:
+        return [SimpleNamespace(pid=n) for n in range(self._ask(handle, "processes").processes)]
+
+    def nvmlDeviceGetMigMode(self, handle: Gpu) -> list[int]:
+        return [self._ask(handle, "mig").mig, 0]
+
+    def nvmlDeviceGetVirtualizationMode(self, handle: Gpu) -> int:
+        return self._ask(handle, "virtual").virtual
+
+    def nvmlDeviceGetComputeMode(self, handle: Gpu) -> int:
+        return 0
+
+    def nvmlDeviceGetName(self, handle: Gpu) -> str:
+        return "NVIDIA H200"
+
+    def nvmlDeviceGetPowerManagementLimit(self, handle: Gpu) -> int:
+        return 700_000
+
+    def nvmlGpmQueryDeviceSupport(self, device: Gpu) -> Any:
+        return SimpleNamespace(isSupportedDevice=int(self._ask(device, "gpm").gpm))
+
+    def nvmlGpmSampleAlloc(self) -> Any:
+        self.samples += 1
+        return SimpleNamespace(gpu=None, at_ns=None)
+
+    def nvmlGpmSampleGet(self, device: Gpu, gpmSample: Any) -> Any:
+        gpmSample.gpu, gpmSample.at_ns = self._ask(device, "sample"), self.now_ns
+        return gpmSample
+
+    def nvmlGpmSampleFree(self, gpmSample: Any) -> None:
+        self.samples -= 1
+
+    def c_nvmlGpmMetricsGet_t(self) -> Any:
+        metrics = [SimpleNamespace(metricId=0, nvmlReturn=0, value=0.0) for _ in range(20)]
+        return SimpleNamespace(version=0, numMetrics=0, sample1=None, sample2=None, metrics=metrics)
+
+    def nvmlGpmMetricsGet(self, metricsGet: Any) -> Any:
+        assert metricsGet.sample2.at_ns - metricsGet.sample1.at_ns >= 100_000_000, "samples too close"
+        names = {getattr(self, name): name for name in metricsGet.sample2.gpu.metrics}
+        for metric in metricsGet.metrics[: metricsGet.numMetrics]:
+            name = names.get(metric.metricId)
+            metric.nvmlReturn, metric.value = (
+                (0, metricsGet.sample2.gpu.metrics[name]) if name else (NOT_SUPPORTED, 0.0)
+            )
+        return metricsGet

@@ -1,0 +1,201 @@
+"""From readings to figures of a window, on an injected clock: joules, shares, and a reason wherever there is none."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from fake_nvml import NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.ledger import gpu_sampler
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.gpu_usage import FIGURES, Usage
+from pipeline.ledger.nvml import Absent, open_reader
+from pipeline.values import Prov
+
+
+def _sampler(nvml: FakeNvml) -> Sampler:
+    sampler = Sampler(open_reader([gpu.uuid for gpu in nvml.gpus], nvml=nvml, now_ns=nvml.clock), now_ns=nvml.clock)
+    sampler.mark()
+    return sampler
+
+
+def _run(nvml: FakeNvml, sampler: Sampler, seconds: int) -> tuple[int, int]:
+    """Let a window of so many seconds pass, read once a second; return its edges."""
+    start_ns = nvml.now_ns
+    sampler.mark()
+    for _ in range(seconds):
+        nvml.pass_time(1)
+        sampler.tick()
+    sampler.mark()
+    return start_ns, nvml.now_ns
+
+
+def _window(nvml: FakeNvml, seconds: int = 10) -> Usage:
+    sampler = _sampler(nvml)
+    return sampler.usage(*_run(nvml, sampler, seconds))
+
+
+def test_a_window_by_hand() -> None:
+    usage = _window(FakeNvml(Gpu(throttle=0x04 | 0x01)))
+    assert (usage.energy_j.v, usage.energy_j.prov) == (2000.0, Prov.MEASURED)
+    assert (usage.energy_integral_j.v, usage.energy_integral_j.prov) == (2000.0, Prov.ESTIMATED)
+    assert usage.power_w_mean.v == 200.0
+    shares = [getattr(usage, name).v for name in ("busy", "sm_active", "tensor_active", "dram_active")]
+    assert shares == pytest.approx([0.9, 0.4, 0.25, 0.1])
+    assert (usage.nvlink_bytes_per_s.v, usage.pcie_bytes_per_s.v) == pytest.approx((3 * 2**20, 7 * 2**20))
+    assert (usage.temperature_c_max.v, usage.sm_clock_mhz_mean.v, usage.memory_used_peak_bytes.v) == (50, 1700, 10_000)
+    assert (usage.throttle_share.v, usage.throttle_reasons) == (1.0, ("power cap",))
+    assert (usage.foreign_load.v, usage.problems) == (0.0, ())
+
+
+def test_idling_and_clocks_that_somebody_set_are_no_throttling() -> None:
+    assert _window(FakeNvml(Gpu(throttle=0x01 | 0x02 | 0x10 | 0x100))).throttle_share.v == 0.0
+
+
+def test_shares_weigh_by_time_and_maxima_stay() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    start_ns = nvml.now_ns
+    for seconds, busy, temperature in ((3, 100, 80), (1, 20, 60)):
+        nvml.gpus[0].busy, nvml.gpus[0].temperature = busy, temperature
+        nvml.pass_time(seconds)
+        sampler.mark()
+    usage = sampler.usage(start_ns, nvml.now_ns)
+    assert usage.busy.v == pytest.approx((3 * 1.0 + 1 * 0.2) / 4)
+    assert usage.temperature_c_max.v == 80
+
+
+def test_devices_add_their_energy_and_average_their_shares() -> None:
+    usage = _window(FakeNvml(Gpu("GPU-1", power_w=100.0, busy=100), Gpu("GPU-2", power_w=300.0, busy=50)))
+    assert usage.energy_j.v == 4000.0
+    assert usage.busy.v == pytest.approx(0.75)
+    assert usage.power_w_mean.v == 400.0
+    silent = _window(FakeNvml(Gpu("GPU-1"), Gpu("GPU-2", refuses={"energy": NOT_SUPPORTED})))
+    assert silent.energy_j.why_null == "GPU-2: NVML: Not Supported"
+    assert silent.energy_integral_j.v == 4000.0
+
+
+def test_a_short_window_has_no_energy_but_its_shares() -> None:
+    usage = _window(FakeNvml(), 4)
+    assert usage.energy_j.why_null == "window shorter than 5 s"
+    assert usage.busy.v == pytest.approx(0.9)
+
+
+def test_a_reset_counter_is_no_energy_neither_absolute_nor_zero() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    start_ns, _ = _run(nvml, sampler, 5)
+    nvml.gpus[0].energy_mj = 0.0
+    _, end_ns = _run(nvml, sampler, 5)
+    usage = sampler.usage(start_ns, end_ns)
+    assert usage.energy_j.why_null == "GPU-1: the energy counter was reset during the window"
+    assert usage.problems == ("energy: the counter of GPU-1 was reset",)
+    assert usage.power_w_mean.prov == Prov.ESTIMATED
+    after = sampler.usage(*_run(nvml, sampler, 6))
+    assert (after.energy_j.v, after.problems) == (1200.0, ())
+
+
+def test_a_counter_that_stands_still_is_no_zero() -> None:
+    usage = _window(FakeNvml(Gpu(frozen=True)))
+    assert usage.energy_j.why_null == "GPU-1: the energy counter stood still during the window"
+
+
+@pytest.mark.parametrize(("factor", "suspect"), [(1.04, False), (1.07, True), (0.9, True)])
+def test_counter_and_power_that_disagree_are_suspect(factor: float, suspect: bool) -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    start_ns = nvml.now_ns
+    for _ in range(10):
+        nvml.gpus[0].energy_mj += 200_000 * (factor - 1)
+        nvml.pass_time(1)
+        sampler.tick()
+    sampler.mark()
+    problems = sampler.usage(start_ns, nvml.now_ns).problems
+    assert bool(problems) == suspect
+    assert all(problem.startswith("energy suspect: counter and integrated power differ by") for problem in problems)
+
+
+def test_permission_lost_half_way_leaves_no_share_of_the_whole() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    start_ns, _ = _run(nvml, sampler, 5)
+    nvml.gpus[0].refuses["sample"] = NO_PERMISSION
+    _, end_ns = _run(nvml, sampler, 5)
+    usage = sampler.usage(start_ns, end_ns)
+    assert usage.sm_active.why_null == "GPU-1: GPM: Insufficient Permissions"
+    assert usage.busy.v == pytest.approx(0.9)
+
+
+def test_a_window_that_was_hardly_read_has_no_figures() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    start_ns = nvml.now_ns
+    nvml.pass_time(2)
+    sampler.tick()
+    nvml.pass_time(8)  # and the reader hangs
+    usage = sampler.usage(start_ns, nvml.now_ns)
+    assert {getattr(usage, name).why_null for name in FIGURES} == {"GPU-1 was read in 20% of the window only"}
+
+
+def test_nothing_to_read_is_nothing_with_the_reason() -> None:
+    sampler = Sampler(Absent("a CPU run uses no GPU"))
+    sampler.start()
+    usage = sampler.usage(0, 10**10)
+    sampler.stop()
+    assert {getattr(usage, name).why_null for name in FIGURES} == {"a CPU run uses no GPU"}
+    assert sampler._thread is None
+
+
+def test_usage_reads_back_what_it_wrote() -> None:
+    usage = _window(FakeNvml(Gpu(throttle=0x40, refuses={"power": NOT_SUPPORTED})))
+    assert Usage.from_json(usage.to_json()) == usage
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1000), st.integers(0, 100)), min_size=2, max_size=8))
+def test_every_joule_of_a_run_is_in_one_window(windows: list[tuple[int, float, int]]) -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    joules, first_mj = 0.0, nvml.gpus[0].energy_mj
+    for seconds, power, busy in windows:
+        nvml.gpus[0].power_w, nvml.gpus[0].busy = power, busy
+        edges = _run(nvml, sampler, seconds)
+        usage = sampler.usage(*edges)
+        assert usage.busy.v == pytest.approx(busy / 100)
+        inside = [
+            each for each in sampler._intervals["GPU-1"] if edges[0] <= (each.start_ns + each.end_ns) / 2 <= edges[1]
+        ]
+        joules += sum(each.counter_j or 0.0 for each in inside if each.elapsed_ns)
+    assert joules == pytest.approx((nvml.gpus[0].energy_mj - first_mj) / 1000, abs=0.01 * len(windows))
+
+
+def test_a_run_of_days_keeps_few_intervals_and_all_joules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sampler, "MOST", 100)
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    first = _run(nvml, sampler, 50)
+    nvml.gpus[0].power_w, nvml.gpus[0].busy = 400.0, 50
+    long = _run(nvml, sampler, 3000)
+    usage = sampler.usage(*long)
+    assert len(sampler._intervals["GPU-1"]) <= 100
+    assert usage.energy_j.v == pytest.approx(400.0 * 3000)
+    assert usage.busy.v == pytest.approx(0.5)
+    assert sampler.usage(*first).energy_j.v == pytest.approx(200.0 * 50)  # edges are never merged away
+
+
+def test_the_background_reads_and_ends() -> None:
+    nvml = FakeNvml()
+    sampler = Sampler(open_reader(["GPU-1"], nvml=nvml), interval_s=0.005)
+    sampler.start()
+    deadline = time.monotonic() + 10
+    while len(sampler._intervals["GPU-1"]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sampler.stop()
+    assert len(sampler._intervals["GPU-1"]) >= 3
+    asked: Any = nvml.asked
+    time.sleep(0.03)
+    assert nvml.asked == asked
+    assert nvml.samples == 0
