@@ -36,7 +36,7 @@ def _run(nvml: FakeNvml, sampler: Sampler, seconds: int) -> tuple[int, int]:
 
 def _window(nvml: FakeNvml, seconds: int = 10) -> Usage:
     sampler = _sampler(nvml)
-    return sampler.usage(*_run(nvml, sampler, seconds))
+    return sampler.usage(_run(nvml, sampler, seconds))
 
 
 def test_a_window_by_hand() -> None:
@@ -64,9 +64,22 @@ def test_shares_weigh_by_time_and_maxima_stay() -> None:
         nvml.gpus[0].busy, nvml.gpus[0].temperature = busy, temperature
         nvml.pass_time(seconds)
         sampler.mark()
-    usage = sampler.usage(start_ns, nvml.now_ns)
+    usage = sampler.usage((start_ns, nvml.now_ns))
     assert usage.busy.v == pytest.approx((3 * 1.0 + 1 * 0.2) / 4)
     assert usage.temperature_c_max.v == 80
+
+
+def test_windows_apart_are_read_together_without_what_lies_between() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    first = _run(nvml, sampler, 3)
+    nvml.gpus[0].power_w = 10_000.0
+    _run(nvml, sampler, 3)
+    nvml.gpus[0].power_w = 400.0
+    second = _run(nvml, sampler, 3)
+    usage = sampler.usage(first, second)
+    assert (usage.energy_j.v, usage.power_w_mean.v) == (1800.0, 300.0)  # 6 s in all, though neither has 5
+    assert sampler.usage(first).energy_j.why_null == "window shorter than 5 s"
 
 
 def test_devices_add_their_energy_and_average_their_shares() -> None:
@@ -91,11 +104,11 @@ def test_a_reset_counter_is_no_energy_neither_absolute_nor_zero() -> None:
     start_ns, _ = _run(nvml, sampler, 5)
     nvml.gpus[0].energy_mj = 0.0
     _, end_ns = _run(nvml, sampler, 5)
-    usage = sampler.usage(start_ns, end_ns)
+    usage = sampler.usage((start_ns, end_ns))
     assert usage.energy_j.why_null == "GPU-1: the energy counter was reset during the window"
     assert usage.problems == ("energy: the counter of GPU-1 was reset",)
     assert usage.power_w_mean.prov == Prov.ESTIMATED
-    after = sampler.usage(*_run(nvml, sampler, 6))
+    after = sampler.usage(_run(nvml, sampler, 6))
     assert (after.energy_j.v, after.problems) == (1200.0, ())
 
 
@@ -114,7 +127,7 @@ def test_counter_and_power_that_disagree_are_suspect(factor: float, suspect: boo
         nvml.pass_time(1)
         sampler.tick()
     sampler.mark()
-    problems = sampler.usage(start_ns, nvml.now_ns).problems
+    problems = sampler.usage((start_ns, nvml.now_ns)).problems
     assert bool(problems) == suspect
     assert all(problem.startswith("energy suspect: counter and integrated power differ by") for problem in problems)
 
@@ -125,7 +138,7 @@ def test_permission_lost_half_way_leaves_no_share_of_the_whole() -> None:
     start_ns, _ = _run(nvml, sampler, 5)
     nvml.gpus[0].refuses["sample"] = NO_PERMISSION
     _, end_ns = _run(nvml, sampler, 5)
-    usage = sampler.usage(start_ns, end_ns)
+    usage = sampler.usage((start_ns, end_ns))
     assert usage.sm_active.why_null == "GPU-1: GPM: Insufficient Permissions"
     assert usage.busy.v == pytest.approx(0.9)
 
@@ -137,14 +150,14 @@ def test_a_window_that_was_hardly_read_has_no_figures() -> None:
     nvml.pass_time(2)
     sampler.tick()
     nvml.pass_time(8)  # and the reader hangs
-    usage = sampler.usage(start_ns, nvml.now_ns)
+    usage = sampler.usage((start_ns, nvml.now_ns))
     assert {getattr(usage, name).why_null for name in FIGURES} == {"GPU-1 was read in 20% of the window only"}
 
 
 def test_nothing_to_read_is_nothing_with_the_reason() -> None:
     sampler = Sampler(Absent("a CPU run uses no GPU"))
     sampler.start()
-    usage = sampler.usage(0, 10**10)
+    usage = sampler.usage((0, 10**10))
     sampler.stop()
     assert {getattr(usage, name).why_null for name in FIGURES} == {"a CPU run uses no GPU"}
     assert sampler._thread is None
@@ -163,11 +176,9 @@ def test_every_joule_of_a_run_is_in_one_window(windows: list[tuple[int, float, i
     for seconds, power, busy in windows:
         nvml.gpus[0].power_w, nvml.gpus[0].busy = power, busy
         edges = _run(nvml, sampler, seconds)
-        usage = sampler.usage(*edges)
+        usage = sampler.usage(edges)
         assert usage.busy.v == pytest.approx(busy / 100)
-        inside = [
-            each for each in sampler._intervals["GPU-1"] if edges[0] <= (each.start_ns + each.end_ns) / 2 <= edges[1]
-        ]
+        inside = [each for each in sampler._intervals["GPU-1"] if edges[0] <= each.middle_ns <= edges[1]]
         joules += sum(each.counter_j or 0.0 for each in inside if each.elapsed_ns)
     assert joules == pytest.approx((nvml.gpus[0].energy_mj - first_mj) / 1000, abs=0.01 * len(windows))
 
@@ -179,11 +190,11 @@ def test_a_run_of_days_keeps_few_intervals_and_all_joules(monkeypatch: pytest.Mo
     first = _run(nvml, sampler, 50)
     nvml.gpus[0].power_w, nvml.gpus[0].busy = 400.0, 50
     long = _run(nvml, sampler, 3000)
-    usage = sampler.usage(*long)
+    usage = sampler.usage(long)
     assert len(sampler._intervals["GPU-1"]) <= 100
     assert usage.energy_j.v == pytest.approx(400.0 * 3000)
     assert usage.busy.v == pytest.approx(0.5)
-    assert sampler.usage(*first).energy_j.v == pytest.approx(200.0 * 50)  # edges are never merged away
+    assert sampler.usage(first).energy_j.v == pytest.approx(200.0 * 50)  # edges are never merged away
 
 
 def test_the_background_reads_and_ends() -> None:

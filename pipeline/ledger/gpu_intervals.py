@@ -48,6 +48,11 @@ class Interval:
         """Its length."""
         return self.end_ns - self.start_ns
 
+    @property
+    def middle_ns(self) -> float:
+        """The moment that decides which window it belongs to: one at most, so that nothing is counted twice."""
+        return (self.start_ns + self.end_ns) / 2
+
 
 def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
     """Return what happened between two readings; shares and clocks are those read at its end."""

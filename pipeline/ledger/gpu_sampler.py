@@ -80,17 +80,20 @@ class Sampler:
             if len(own) > MOST:
                 self._intervals[reading.uuid] = thinned(own)
 
-    def usage(self, start_ns: int, end_ns: int) -> Usage:
-        """Return the figures of a window whose edges were marked."""
+    def usage(self, *windows: tuple[int, int]) -> Usage:
+        """Return the figures of windows, together, whose edges (start and end) were marked."""
         if self.reader.why is not None:
             return unread(self.reader.why)
+        whole_ns = sum(end - start for start, end in windows)
+        if not whole_ns:
+            return unread("no time passed")
         with self._lock:
             inside = {
-                uuid: [each for each in own if start_ns <= (each.start_ns + each.end_ns) / 2 <= end_ns]
+                uuid: [each for each in own if any(start <= each.middle_ns <= end for start, end in windows)]
                 for uuid, own in self._intervals.items()
             }
         for uuid, own in inside.items():
-            read_ns, whole_ns = sum(each.elapsed_ns for each in own), end_ns - start_ns
+            read_ns = sum(each.elapsed_ns for each in own)
             if whole_ns - read_ns > max(UNREAD_SHARE * whole_ns, UNREAD_NS):
                 return unread(f"{uuid} was read in {read_ns / whole_ns:.0%} of the window only")
-        return summed(list(inside.items()), end_ns - start_ns)
+        return summed(list(inside.items()), whole_ns)

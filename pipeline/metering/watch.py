@@ -169,7 +169,7 @@ def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str])
 
 def _usage(samplers: Sequence[Sampler], start_ns: int, end_ns: int) -> dict[str, Any]:
     """Return the figures of a window over several devices, each read by a sampler of its own, and what is odd."""
-    usages: list[Usage] = [sampler.usage(start_ns, end_ns) for sampler in samplers]
+    usages: list[Usage] = [sampler.usage((start_ns, end_ns)) for sampler in samplers]
     figures = {
         "energy_j": derive(lambda *joules: sum(joules), *(usage.energy_j for usage in usages)),
         "memory_used_peak_bytes": derive(max, *(usage.memory_used_peak_bytes for usage in usages)),
