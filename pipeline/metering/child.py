@@ -8,7 +8,6 @@ it and to what it has started.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -104,11 +103,11 @@ class Child:
         self.end_ns = time.monotonic_ns()
         self._ended.set()
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if usage.ru_maxrss > own:
+        own_kib = _own_peak_kib()
+        if usage.ru_maxrss > own_kib:
             self.host_peak = measured(usage.ru_maxrss * 1024)
         else:  # the kernel's mark begins with what this process held when it started the command
-            self.host_peak = null(f"its processes held no more than {own} KiB, less than which is not seen")
+            self.host_peak = null(f"its processes held no more than {own_kib} KiB, less than which is not seen")
         return self._process.returncode
 
     @contextmanager
@@ -160,6 +159,12 @@ class Child:
 def exit_code(code: int) -> int:
     """Return what a shell says of a process: its exit code, or 128 and the signal that ended it."""
     return BY_SIGNAL - code if code < 0 else code
+
+
+def _own_peak_kib() -> int:
+    """Return the most memory this process has held since it began; what an exec replaced is not its own."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def _is_alive(group: int) -> bool:
