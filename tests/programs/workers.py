@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import torch
 
@@ -31,6 +32,11 @@ if __name__ == "__main__":
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
+    parent = os.getpid()
     if os.fork() == 0:
-        raise SystemExit  # a forked process that runs its parent's exit handlers
-    os.wait()
+        elsewhere()
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        raise SystemExit  # long after its parent, and with its parent's exit handlers
+    print(time.monotonic_ns())
