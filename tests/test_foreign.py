@@ -92,7 +92,7 @@ def test_flushes_of_another_thread_lose_and_double_nothing(folder: Path) -> None
     thread, switched_s = threading.Thread(target=hammer), sys.getswitchinterval()
     thread.start()
     sys.setswitchinterval(1e-6)
-    for _ in range(3000):
+    for _ in range(20_000):
         with reporter.phase("forward"), reporter.phase("h2d"):
             pass
     sys.setswitchinterval(switched_s)
