@@ -18,10 +18,15 @@ class PhaseClock:
 
     Args:
         now_ns: Monotonic clock in integer nanoseconds; injectable so that tests own the time.
+
+    Attributes:
+        observer: Called at every edge with the phase that is open from now on. It must be quick: its time is booked to
+            that phase.
     """
 
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.now_ns = now_ns
+        self.observer: Callable[[str], None] | None = None
         self._stack: list[str] = ["other"]
         self._since = now_ns()
         self._self_ns: dict[str, int] = {}
@@ -43,11 +48,17 @@ class PhaseClock:
             raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}")
         self._book()
         self._stack.append(name)
+        self._tell()
         try:
             yield
         finally:
             self._book()
             self._stack.pop()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.observer is not None:
+            self.observer(self._stack[-1])
 
     def mark(self) -> tuple[int, dict[str, int]]:
         """Return the time now and the self times until exactly then: between two marks, they close."""
