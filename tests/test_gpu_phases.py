@@ -193,3 +193,20 @@ def test_device_time_closes_and_host_time_is_untouched(drawn: list[tuple[str, in
     assert sum(phases.phases_s().values()) == pytest.approx(max(last, device.host_ms if drawn else 0) / 1e3)
     host = difference(clock.read_ns(), before)
     assert sum(host.values()) == device.now_ns()
+
+
+def test_what_comes_after_a_nested_phase_is_the_outer_ones_again() -> None:
+    device = Device()
+    clock = PhaseClock(device.now_ns)
+    with device_phases(clock, CPU, device.event) as phases:
+        assert phases is not None
+        with clock.phase("forward"):
+            device.launch(5)
+            with clock.phase("teacher"):
+                device.launch(20)
+            device.launch(7)
+        device.launch(3)
+        with clock.phase("log"):
+            pass
+        phases.finish(device.synchronise)
+    assert phases.phases_s() == pytest.approx({"forward": 0.012, "teacher": 0.020, "other": 0.003})
