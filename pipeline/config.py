@@ -229,6 +229,14 @@ class BudgetConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LedgerConfig:
+    """What is looked at beside time. Nothing here changes what is trained, so that it is in no key."""
+
+    traced_steps: int = at_least_0(2)  # of each training, on a GPU; 0: none
+    sample_seconds: float = positive(1.0)  # between two readings of the device's state
+
+
+@dataclass(kw_only=True, slots=True)
 class Comparison:
     """A pair of arms and what it is read on."""
 
@@ -263,6 +271,7 @@ class Run:
     cost: CostConfig = field(default_factory=CostConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     seed: int = at_least_0(0)
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
     stages: dict[str, Any] = field(default_factory=dict)

@@ -29,6 +29,9 @@ class Output:
         seconds_in_steps: Time in training steps, evaluation and checkpoints excluded.
         existing: The stage did nothing: its artifact is the model it was given.
         notes: What a reader must know, said once.
+        gpu_timeline: What the device did, in plain JSON, empty where nothing was looked at: `shares` of step time on
+            traced steps (figures by name), `steps` (their classes in ns), `traces` (file names below
+            `Context.traces`), `notes`, and `phases_s` (device seconds by host phase, of this attempt).
     """
 
     counts: dict[str, Value] = field(default_factory=dict)
@@ -37,13 +40,14 @@ class Output:
     seconds_in_steps: float | None = None
     existing: bool = False
     notes: tuple[str, ...] = ()
+    gpu_timeline: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back; notes are said once and not kept."""
         return {
             "counts": {name: value.to_json() for name, value in self.counts.items()}, "curve": self.curve,
             "flops_per_step": self.flops_per_step, "seconds_in_steps": self.seconds_in_steps,
-            "existing": self.existing,
+            "existing": self.existing, "gpu_timeline": self.gpu_timeline,
         }  # fmt: skip
 
     @staticmethod
@@ -74,3 +78,4 @@ class Context:
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]
+    traces: Path | None = None  # where traces of sampled steps go; None: no step is traced

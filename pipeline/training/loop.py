@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.precision import matmuls
@@ -65,6 +66,23 @@ class Hooks:
     say: Callable[[str], None]
     should_stop: Callable[[], type[Exception] | None]
     advance: Callable[[int, int], None]  # steps done, tokens done
+    tracer: StepTracer = field(default_factory=StepTracer)  # of sampled steps; this one traces none
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a micro-batch says of the loss, on its way to the host.
+
+    Attributes:
+        values: Mean loss, and sums of cross-entropy and KL over the targets; float32 on the host.
+        count: Targets.
+        event: The device has passed it when `values` are there; None where there is nothing to wait for.
+    """
+
+    step: int
+    values: Tensor
+    count: int
+    event: Any
 
 
 def train(
@@ -89,16 +107,25 @@ def train(
         objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
     )
     progress = _resume(folder, model, optimizer, scaler, clock, hooks)
-    pending: deque[tuple[int, StepLoss, Any]] = deque()
+    pending: deque[Reading] = deque()
     last_saved = time.monotonic()
-    eval_every = settings.eval_every or max(1, math.ceil(settings.steps / 5))
+    eval_every = steps_between_evaluations(settings)
     model.train()
     while progress.step < settings.steps:
+        number = progress.step + 1
+        if hooks.tracer.opens_at(number):
+            _read(pending, progress, settings, hooks, clock, drain=True)  # the profiler would wait for it
+            hooks.tracer.open(clock)
         before = clock.now_ns()
-        _step(model, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+        with hooks.tracer.annotate(number):
+            _step(model, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
         progress.step_ns += clock.now_ns() - before
-        _read(pending, progress, settings, hooks, clock, drain=progress.step == settings.steps)
-        if progress.step % eval_every == 0 or progress.step == settings.steps:
+        evaluates = number % eval_every == 0 or number == settings.steps
+        traced = hooks.tracer.closes_after(number)
+        _read(pending, progress, settings, hooks, clock, drain=evaluates or traced)  # both would wait for it
+        if traced:
+            hooks.tracer.close(number, clock)
+        if evaluates:
             _validate(progress, settings, hooks, clock)
         stop = hooks.should_stop()
         due = time.monotonic() - last_saved > settings.checkpoint_seconds
@@ -114,6 +141,11 @@ def train(
                 raise stop(f"budget.device_hours is spent {where}; raise it to go on from there")
             raise stop(f"stopped {where}; the same command goes on from there")
     return progress
+
+
+def steps_between_evaluations(settings: TrainingConfig) -> int:
+    """Return after how many steps each the model is evaluated: five times, unless declared."""
+    return settings.eval_every or max(1, math.ceil(settings.steps / 5))
 
 
 def _optimizer(model: Any, settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -144,7 +176,7 @@ def _resume(
 
 def _step(
     model: Any, batches: Batches, objective: Objective, optimizer: Any, scaler: Any, settings: TrainingConfig,
-    progress: Progress, pending: deque[tuple[int, StepLoss, Any]], clock: PhaseClock, hooks: Hooks,
+    progress: Progress, pending: deque[Reading], clock: PhaseClock, hooks: Hooks,
 ) -> None:  # fmt: skip
     """Run one optimizer step: its micro-batches forward and backward, clip, update."""
     with clock.phase("data_wait"):
@@ -158,7 +190,7 @@ def _step(
         done = objective(part)
         with clock.phase("backward"), matmuls(objective.precision):
             scaler.scale(done.loss * (count / sum(counts))).backward()
-            pending.append((progress.step, done, _mark(objective.device)))
+            pending.append(_on_its_way(progress.step, done, objective.device))
     with clock.phase("optimizer"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
@@ -175,32 +207,37 @@ def _step(
     hooks.advance(progress.step, progress.tokens)
 
 
-def _mark(device: torch.device) -> Any:
-    """Return an event that tells when the device has come this far; None where there is nothing to wait for."""
+def _on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
+    """Send what a micro-batch says to the host without waiting; `item()` would wait for all that was launched since."""
+    values = torch.stack([part.detach().float() for part in (done.loss, done.parts.ce, done.parts.kl)])
     if device.type != "cuda":
-        return None
+        return Reading(step, values, done.count, None)
+    there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return event
+    return Reading(step, there, done.count, event)
 
 
 def _read(
-    pending: deque[tuple[int, StepLoss, Any]], progress: Progress, settings: TrainingConfig, hooks: Hooks,
+    pending: deque[Reading], progress: Progress, settings: TrainingConfig, hooks: Hooks,
     clock: PhaseClock, *, drain: bool,
 ) -> None:  # fmt: skip
     """Take the losses that have arrived; waiting for the device here is its computing, so it is booked as such."""
-    while pending and (drain or pending[0][2] is None or len(pending) > LATE * settings.gradient_accumulation):
-        step, done, event = pending.popleft()
-        if event is not None:
+    while pending and (drain or pending[0].event is None or len(pending) > LATE * settings.gradient_accumulation):
+        reading = pending.popleft()
+        if reading.event is not None:
+            before = clock.now_ns()
             with clock.phase("backward"):
-                event.synchronize()
+                reading.event.synchronize()
+            progress.step_ns += clock.now_ns() - before
         with clock.phase("log"):
-            _account(step, done, progress, settings, hooks)
+            _account(reading, progress, settings, hooks)
 
 
-def _account(step: int, done: StepLoss, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
+def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
     """Book one loss reading; stop on NaN and on divergence."""
-    loss, ce, kl = done.loss.item(), done.parts.ce.item() / done.count, done.parts.kl.item() / done.count
+    step, (loss, ce_sum, kl_sum) = reading.step, reading.values.tolist()
+    ce, kl = ce_sum / reading.count, kl_sum / reading.count
     if not math.isfinite(loss):
         raise StageFailed(
             f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use precision=bf16 or fp32"

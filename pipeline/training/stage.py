@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,12 @@ from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
 from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
+from pipeline.ledger.gpu_phases import GpuPhases, device_phases
+from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.models import load_model, load_tokenizer, make_student, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
-from pipeline.training.loop import Hooks, Progress, train
+from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
     Objective,
     Teacher,
@@ -65,21 +68,59 @@ def run_training(
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
-    with ctx.progress(f"{ctx.stage}", settings.steps) as advance:
+    with (
+        ctx.progress(f"{ctx.stage}", settings.steps) as advance,
+        device_phases(ctx.clock, ctx.device) as phases,
+        _tracer(settings, ctx) as tracer,
+    ):
         hooks = Hooks(
             validate=validate, flops=lambda batch: _flops(batch, own, extra), points=ctx.points,
             history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
-            advance=advance, say=ctx.say,
+            advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
         )  # fmt: skip
         progress = train(
             model, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
+        timeline = _timeline(phases, tracer, ctx)
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
-    return _output(progress, own, extra, settings, distill, objective, doubt)
+    output = _output(progress, own, extra, settings, distill, objective, doubt)
+    return replace(output, gpu_timeline=timeline)
+
+
+def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:
+    return step_tracer(
+        ctx.traces, ctx.device, total=settings.steps, count=ctx.run.ledger.traced_steps,
+        eval_every=steps_between_evaluations(settings),
+    )  # fmt: skip
+
+
+def _advancing(advance: Callable[[int, int], None], phases: GpuPhases | None) -> Callable[[int, int], None]:
+    """Return what to do after each step: show it, and book the device time that has become known."""
+
+    def advanced(step: int, tokens: int) -> None:
+        advance(step, tokens)
+        if phases is not None:
+            phases.resolve()
+
+    return advanced
+
+
+def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dict[str, Any]:
+    """Return what the device did, as `Output.gpu_timeline` has it; the steps are over, so it may be waited for."""
+    phases_s: dict[str, float] = {}
+    if phases is not None:
+        with ctx.clock.phase("optimizer"):  # what the last step still does
+            phases.finish(lambda: torch.cuda.synchronize(ctx.device))
+        phases_s = phases.phases_s()
+    with ctx.clock.phase("log"):
+        found = tracer.result()
+    if phases is not None and phases.why_none is not None:
+        found["notes"].append(f"device time by phase is not known: {phases.why_none}")
+    return {**found, "phases_s": phases_s}
 
 
 def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
