@@ -303,6 +303,11 @@ def test_shares_are_of_step_wall_time_over_steps_and_devices() -> None:
     assert found["busy"].prov is Prov.ESTIMATED
 
 
+def test_a_trace_without_activity_is_not_an_idle_step() -> None:
+    found = summary([{0: Classes(compute_ns=60, idle_other_ns=40)}, {}])
+    assert (found["traced_steps"].v, found["compute"].v) == (1, 0.6)
+
+
 def test_without_a_gpu_or_a_traced_step_every_figure_says_why() -> None:
     assert {value.why_null for value in summary([]).values()} == {"no step was traced"}
     assert {value.why_null for value in summary([], why_none=NO_GPU).values()} == {"a CPU run uses no GPU"}

@@ -258,7 +258,7 @@ def summary(steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACE
     The shares are measured, of the steps that were traced; `busy` speaks of the whole run by them: estimated.
 
     Args:
-        steps: Of each traced step, its classes by device.
+        steps: Of each traced step, its classes by device; a trace without activities of a device counts for nothing.
         why_none: Why there are no figures, where there are no steps.
     """
     every = [classes for devices in steps for classes in devices.values()]
@@ -268,4 +268,4 @@ def summary(steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACE
     total_ns = {name: sum(getattr(classes, f"{name}_ns") for classes in every) for name in SHARES}
     busy_ns = sum(ns for name, ns in total_ns.items() if not name.startswith("idle"))
     shares = {name: measured(ns / wall_ns) for name, ns in total_ns.items()}
-    return {"traced_steps": measured(len(steps)), **shares, "busy": estimated(busy_ns / wall_ns)}
+    return {"traced_steps": measured(sum(map(bool, steps))), **shares, "busy": estimated(busy_ns / wall_ns)}

@@ -150,7 +150,7 @@ class StepTracer:
         for number in sorted(self._steps - set(self._classes)):
             self._recall(number)
         found = {number: self._classes[number] for number in sorted(self._classes)}
-        shares = summary([devices for devices in found.values() if devices], why_none=self._why_none())
+        shares = summary(list(found.values()), why_none=self._why_none())
         return {
             "shares": {name: value.to_json() for name, value in shares.items()},
             "steps": [_plain(number, device, classes) for number, devices in found.items()
