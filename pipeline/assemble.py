@@ -31,6 +31,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors",
 
 def finish(attempt: Attempt, status: str, why: str | None) -> None:
     """Write what the run leaves and print its closing lines."""
+    attempt.sampler.stop()
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)
     write_json(attempt.folder / "catalogue.json", metrics.export())

@@ -21,11 +21,13 @@ from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
-from pipeline.ledger.energy import EnergyMeter
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock, difference, total
+from pipeline.ledger.placement import Grant
 from pipeline.ledger.record import Spent, money
 from pipeline.out_of_memory import explain
 from pipeline.recovery import resume
@@ -46,6 +48,7 @@ from pipeline.rows import (
 from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain
+from pipeline.values import Value
 
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
 
@@ -88,6 +91,7 @@ class Attempt:
         spans: Of this run's earlier attempts, by attempt.
         identity: Whose run this is and what it was made from; on every row.
         placement: Where it stands; on every row.
+        grant: What a scheduler gave this job.
         inside_ns: Self times by phase in the windows of this attempt.
         overhead_ns: Device-nanoseconds of earlier attempts outside of windows, by phase.
         compare_ns: Device-nanoseconds of comparison passes, by phase, over all attempts.
@@ -108,7 +112,7 @@ class Attempt:
     data: Dataset
     command: str
     started_ns: int
-    energy: EnergyMeter
+    sampler: Sampler
     lock: Any
     devices: int = 1
     arms: dict[str, Artifact] = field(default_factory=dict)
@@ -120,6 +124,7 @@ class Attempt:
     reused_h: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
     placement: dict[str, Any] = field(default_factory=dict)
+    grant: Grant | None = None
     inside_ns: dict[str, int] = field(default_factory=dict)
     overhead_ns: dict[str, int] = field(default_factory=dict)
     compare_ns: dict[str, int] = field(default_factory=dict)
@@ -147,6 +152,7 @@ class Attempt:
         self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns)
         kept, saved_ns = True, 0
         try:
+            self._mark_edge()
             yield opened
         except BaseException as error:
             kept = isinstance(error, Preempted | BudgetSpent) or kind == "compare"
@@ -154,6 +160,7 @@ class Attempt:
                 saved_ns = sum(self.trace(arm, seed, self.number).saved_ns.values())
             raise
         finally:
+            self._mark_edge()
             end_ns, after = self.clock.mark()
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
             self.windows.append(Window(
@@ -164,6 +171,10 @@ class Attempt:
             if kind == "compare":
                 self.compare_ns = total(self.compare_ns, total(opened.phases_ns, times=self.devices))
             self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]), phases_ns=opened.phases_ns)
+
+    def _mark_edge(self) -> None:
+        with self.clock.phase("log"):
+            self.sampler.mark()
 
     def booking(self) -> tuple[Booking, dict[str, int]]:
         """Return where the time of this run went until now, over all its attempts, and its overhead by phase.
@@ -323,7 +334,6 @@ class Attempt:
                            params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
         self._warm(stage, inputs)
         self.memory.start(self.device)
-        joules = self.energy.read_mj()
         window = None
         try:
             with self.window("work", name, seed) as window:
@@ -335,13 +345,21 @@ class Attempt:
         record: Record = {
             "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
             "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": output.to_json(),
-            "memory": {part: value.to_json() for part, value in self.memory.read(self.device).items()},
-            "energy": self.energy.spent(joules, self.energy.read_mj(), window.elapsed_ns / 1e9).to_json(),
+            "memory": {part: value.to_json() for part, value in self._memory(name, seed).items()},
+            "usage": self.usage(name, seed).to_json(),
             "earlier": [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)],
         }  # fmt: skip
         self.store.remember("keys", key, record)
         shutil.rmtree(self.store.root / "checkpoints" / key, ignore_errors=True)
         return record
+
+    def usage(self, arm: str, seed: int) -> Usage:
+        """Return what the devices did in the windows of an arm in this attempt, so far."""
+        own = [w for w in self.windows if (w.arm, w.seed, w.attempt) == (arm, seed, self.number)]
+        return self.sampler.usage(*((window.start_ns, window.end_ns) for window in own))
+
+    def _memory(self, arm: str, seed: int) -> dict[str, Value]:
+        return self.memory.read(self.device, nvml_peak=self.usage(arm, seed).memory_used_peak_bytes)
 
     def _settings(self, stage: Any) -> dict[str, Any]:
         """Return the settings in force for a stage: its own, and what it inherits."""

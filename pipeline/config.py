@@ -197,14 +197,25 @@ class ServingConfig:
     volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
 
 
+class CostKind(Enum):
+    """Whose the devices are. What a cloud asks for a device-hour has its power in it; an owned device's may not."""
+
+    rented = "rented"
+    owned = "owned"
+
+
 @dataclass(kw_only=True, slots=True)
 class CostConfig:
-    """Money is shown only where a rate is declared, with its source."""
+    """Money is shown only where a rate is declared, with its currency, source and date. There are no defaults."""
 
-    per_device_hour: Optional[float] = positive(None)
-    currency: str = "USD"
-    source: Optional[str] = None
-    date: Optional[str] = None
+    kind: Optional[CostKind] = None
+    per_device_hour: Optional[float] = at_least_0(None)  # what the cloud asks, or what an owned device-hour is put at
+    currency: Optional[str] = None  # three letters: EUR
+    source: Optional[str] = None  # a price list, a contract, the ledger of a data centre
+    date: Optional[str] = None  # on which the source said so: 2026-11-23
+    pue: Optional[float] = field(default=None, metadata={"min": 1})  # facility energy over the devices' own
+    energy_price_per_kwh: Optional[float] = at_least_0(None)  # of owned devices whose rate leaves power out
+    converged_at: Optional[float] = None  # quality/primary from which a model counts as converged
     teacher_shared_by: int = positive(1)  # models that share the teacher's cost; the full figure stays beside it
 
 
@@ -219,6 +230,7 @@ class TrackingConfig:
     team: Optional[str] = None
     cost_center: Optional[str] = None
     purpose: Optional[str] = None
+    require_owner: bool = False  # refuse a run without these three; PIPELINE_REQUIRE_OWNER=1 does for all runs
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,8 +19,9 @@ from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
-from pipeline.ledger.energy import EnergyMeter
+from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import grant, placement
 from pipeline.recovery import recover
@@ -30,6 +31,7 @@ from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import FOLLOW, LOG
 from pipeline.tracking import declared_uri
 
+UNKEYED = ("tracking", "budget", "ledger")  # settings that change neither what is made nor how good it is
 OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
@@ -55,20 +57,24 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         data = load_dataset(run.data, run.task)
         root = Path(run.tracking.root).expanduser().resolve()
         _check_writable(root)
-        key = key_of(run={k: v for k, v in plain(run).items() if k not in ("tracking", "budget")}, data=data.digest)
+        key = key_of(run={k: v for k, v in plain(run).items() if k not in UNKEYED}, data=data.digest)
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
     attempt = Attempt(
         run=run, run_id=folder.name, number=number, folder=folder, store=Store(root / "store"), journal=journal,
         clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-        energy=EnergyMeter(device), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
+        sampler=Sampler(reader_for(device)), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
     )  # fmt: skip
     attempt.identity = {
         **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
         "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
     }  # fmt: skip
-    attempt.placement = placement(device_name(device), attempt.devices, {}, grant())
+    attempt.sampler.start()
+    attempt.grant = grant()
+    attempt.placement = placement(
+        device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant
+    )
     write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
     settings = redact_settings(plain(run))
     write_json(folder / "config.json", settings)

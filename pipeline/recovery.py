@@ -10,9 +10,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.booking import Span, Window
+from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.gpu_usage import unread as usage_unread
 from pipeline.ledger.memory import unread
 from pipeline.ledger.phases import difference, total
-from pipeline.ledger.record import HOUR_NS, Spent
+from pipeline.ledger.record import HOUR_NS, Spent, usage_of
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
 from pipeline.values import Value, measured
@@ -20,6 +22,7 @@ from pipeline.values import Value, measured
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
+GONE = "the process that read it is gone"
 UNFINISHED = ("KILLED", "FAILED")
 Event = dict[str, Any]
 
@@ -110,7 +113,7 @@ def _recover_row(attempt: Attempt, arm: str, seed: int, number: int, events: lis
     if not spent.work_ns:
         spent.lost_as = "failed_attempt"
     why = "the process was killed; hours up to its last sign of life"
-    _unfinished_row(attempt, arm, seed, number, spent, "KILLED", why)
+    _unfinished_row(attempt, arm, seed, number, spent, "KILLED", why, truncated=True)
 
 
 def resume(attempt: Attempt, arm: str, seed: int, number: int, step: int, history: list[Event]) -> None:
@@ -150,10 +153,12 @@ def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
         return window
     trace.saved = 0 if entry is None else entry["step"]
     spent = Spent(booked.kept_ns, 0, booked.lost_ns, "rollback", phases_ns)
-    memory = {name: Value.from_json(value) for name, value in rows[0]["ledger"]["memory"].items()}
+    record = rows[0]["ledger"]
+    memory = {name: Value.from_json(value) for name, value in record["memory"].items()}
     _unfinished_row(
-        attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"], memory=memory
-    )
+        attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"], memory=memory,
+        usage=usage_of(record), truncated=record["conditions"]["truncated"],
+    )  # fmt: skip
     return booked
 
 
@@ -171,11 +176,12 @@ def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, 
 def _unfinished_row(
     attempt: Attempt, arm: str, seed: int, number: int, spent: Spent, status: str, why: str, *,
     reused: str | None = None, lost: int | None = None, memory: dict[str, Value] | None = None,
+    usage: Usage | None = None, truncated: bool = False,
 ) -> None:  # fmt: skip
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
     row = make_row(
         attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, reused=reused,
-        memory=memory or unread("the process that read it is gone"),
+        memory=memory or unread(GONE), usage=usage or usage_unread(GONE), truncated=truncated,
     )  # fmt: skip
     attempt.add(row)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Preempted
+from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.gpu_usage import unread as usage_unread
 from pipeline.ledger.memory import MEMORY, unread
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.record import Spent, ledger
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Record = dict[str, Any]
 """What the store remembers of work or of an assessment; plain JSON."""
+NEVER = "not read when the artifact was made"
 ELSEWHERE = "measured while the artifact was made; see that row"
 
 
@@ -31,7 +34,7 @@ def depends_on(stage: Any, run: Run) -> list[str]:
 def make_row(
     attempt: Attempt, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
     number: int | None = None, reused: str | None = None, memory: dict[str, Value] | None = None,
-    energy: Value | None = None,
+    usage: Usage | None = None, truncated: bool = False,
 ) -> Row:  # fmt: skip
     """Return the row of a stage attempt from what it spent; `reused` is the run that spent it, if not this one.
 
@@ -45,9 +48,9 @@ def make_row(
         "quality": {}, "serving": {},
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
-            memory=memory or attempt.memory.read(attempt.device), energy=energy or null("the stage did not finish"),
+            memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
             is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
-            peak=_peak(attempt, stage),
+            peak=_peak(attempt, stage), granted=attempt.grant, truncated=truncated,
         ),
     }  # fmt: skip
 
@@ -58,25 +61,25 @@ def made_row(
     """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's row."""
     spent = Spent(assess_ns=assess.elapsed_ns)
     spent.add_phases(assess.phases_ns)
-    memory, energy = unread(ELSEWHERE), null(ELSEWHERE)
+    memory = unread(ELSEWHERE)
     if (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
         spent.work_ns = made["work_ns"]
         spent.add_phases(made["phases_ns"])
-        memory, energy = _memory_and_energy(made)
+        memory = _memory(made)
     row = make_row(attempt, name, stage, seed, spent, Output.from_json(made["output"]), "FINISHED", None,
-                   memory=memory, energy=energy)  # fmt: skip
+                   memory=memory)  # fmt: skip
     return {**row, "artifact": made["artifact"], "quality": quality}
 
 
 def reused_work(attempt: Attempt, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]) -> Row:
     """Return the row of work that another run did, where this one assesses what it made."""
     why = "another run's work; this run assessed it, in the row below"
-    unread = {**null(why).to_json(), "ci": None, "n": None, "items": None}
+    unsaid = {**null(why).to_json(), "ci": None, "n": None, "items": None}
     spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), Output.from_json(made["output"])
-    memory, energy = _memory_and_energy(made)
+    usage = Usage.from_json(made["usage"]) if "usage" in made else usage_unread(NEVER)
     row = make_row(attempt, name, stage, seed, spent, output, "FINISHED", why, number=made["attempt"],
-                   reused=made["run_id"], memory=memory, energy=energy)  # fmt: skip
-    return {**row, "quality": dict.fromkeys(quality, unread)}
+                   reused=made["run_id"], memory=_memory(made), usage=usage)  # fmt: skip
+    return {**row, "quality": dict.fromkeys(quality, unsaid)}
 
 
 def broken_row(
@@ -134,11 +137,10 @@ def blank(record: dict[str, Any], why: str) -> None:
             blank(value, why)
 
 
-def _memory_and_energy(made: Record) -> tuple[dict[str, Value], Value]:
+def _memory(made: Record) -> dict[str, Value]:
     """Return what was read while an artifact was made; an older release read less."""
-    never = null("not read when the artifact was made").to_json()
-    memory = {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}
-    return memory, Value.from_json(made["energy"])
+    never = null(NEVER).to_json()
+    return {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}
 
 
 def _peak(attempt: Attempt, stage: Any) -> Value:

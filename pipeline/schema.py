@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import MEMORY
 from pipeline.metrics import PHASES, QUALITY_KEYS
 
@@ -43,14 +44,19 @@ _PHASES_NS = {
     "propertyNames": {"enum": list(PHASES)},
     "additionalProperties": {"type": "integer", "minimum": 0},
 }
+_STRINGS = {"type": "array", "items": {"type": "string"}}
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
         "wall_s", "phases_ns", "device_hours", "gpu_hours", "energy_j", "counts", "memory", "cost", "meter_valid",
-        "meter_problems", "identity", "placement",
+        "meter_problems", "identity", "placement", "conditions",
     ],
     "additionalProperties": False,
     "properties": {
+        "conditions": _values(
+            *(name for name in FIGURES if name != "energy_j"),
+            extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
+        ),
         "identity": {"type": "object"},
         "placement": {"type": "object"},
         "wall_s": {"$ref": "#/$defs/value"},
@@ -70,7 +76,7 @@ _LEDGER: dict[str, Any] = {
         "memory": _values(*MEMORY),
         "cost": _values("amount", extra={"currency": {"type": ["string", "null"]}}),
         "meter_valid": {"type": "boolean"},
-        "meter_problems": {"type": "array", "items": {"type": "string"}},
+        "meter_problems": _STRINGS,
     },
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import ON_DEVICE
 from pipeline.metrics import BY_KEY
 
@@ -58,6 +59,8 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
     return {
         "identity": {"team": "vision"},
         "placement": {"node": "n1"},
+        "conditions": {**dict.fromkeys((name for name in FIGURES if name != "energy_j"), unread),
+                       "throttle_reasons": [], "problems": [], "truncated": False},
         "wall_s": value(attached * 3600),
         "phases_ns": {"forward": ns(0.45), "backward": ns(0.35), "eval": ns(0.15), "data_wait": ns(0.05)},
         "device_hours": {

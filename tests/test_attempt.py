@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from fake_nvml import FakeNvml
 
 import pipeline.assess.quality
 import pipeline.comparison
@@ -25,8 +26,9 @@ from pipeline.attempt import Attempt
 from pipeline.config import Comparison, Measure, Run
 from pipeline.data.documents import Dataset
 from pipeline.ledger.booking import NS_PER_HOUR
-from pipeline.ledger.energy import EnergyMeter
+from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.nvml import Absent, Reader, open_reader
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import _find_or_make
 from pipeline.recovery import recover
@@ -138,6 +140,10 @@ def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     )
 
 
+def no_gpu() -> Reader:
+    return Absent("a CPU run uses no GPU")
+
+
 def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) -> Attempt:
     folder = root / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +153,7 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
         run=run, run_id=run_id, number=number, folder=folder, store=Store(root / "store"),
         journal=Journal(folder / "journal.jsonl", now_ns=CLOCK), clock=PhaseClock(CLOCK), device=device,
         data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None), command="",
-        started_ns=CLOCK.ns, energy=EnergyMeter(device), lock=None,
+        started_ns=CLOCK.ns, sampler=Sampler(no_gpu(), now_ns=CLOCK), lock=None,
         devices=devices,
     )  # fmt: skip
     attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number, devices=devices)
@@ -237,6 +243,34 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert minutes(training["c_opt"]["v"]) == pytest.approx(38)
     assert minutes(training["all_in_arm"]["v"]) == pytest.approx(52)
     assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
+
+
+class Board(FakeNvml):
+    """A GPU that draws 200 W on the clock of these tests."""
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:
+        return CLOCK.ns * 200 // 1_000_000
+
+    def nvmlGpmSampleGet(self, device: Any, gpmSample: Any) -> Any:
+        self.now_ns = CLOCK.ns
+        return super().nvmlGpmSampleGet(device, gpmSample)
+
+
+def test_rows_have_the_joules_of_their_own_windows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a killed attempt are gone with the process that read them, and said to be."""
+    reader = lambda: open_reader(["GPU-1"], nvml=Board(), now_ns=CLOCK)
+    monkeypatch.setattr(sys.modules[__name__], "no_gpu", reader)
+    attempt = killed_then_done(root, monkeypatch)
+    found = {(row["arm"], row["attempt"]): row["ledger"] for row in attempt.rows}
+    joules = {key: record["energy_j"]["v"] for key, record in found.items()}
+    assert joules.pop(("student", 1)) is None
+    minutes_of = {"teacher": 30 + 2, "student": 16 + 2, "control_compute": 12 + 2, "control_steps": 9 + 2}
+    for (arm, _), value in joules.items():
+        assert value == pytest.approx(200 * 60 * minutes_of[arm])
+    killed = found["student", 1]
+    assert killed["energy_j"]["why_null"] == "the process that read it is gone"
+    assert (killed["conditions"]["truncated"], found["student", 2]["conditions"]["truncated"]) == (True, False)
+    assert found["student", 2]["conditions"]["sm_active"]["v"] == pytest.approx(0.4)
 
 
 def test_wall_clock_jumps_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,8 @@
-"""FLOPs against counts by hand (2 per multiply-add) and against 6N; energy from a counter that can fail."""
+"""FLOPs against counts by hand (2 per multiply-add) and against 6N."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +19,9 @@ from transformers import (
 
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
-from pipeline.ledger.energy import EnergyMeter
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
 from pipeline.training.loop import Progress
 from pipeline.training.stage import _flops, _own_flops
-from pipeline.values import Prov
 
 
 def llama_forward(length: int, vocabulary: int) -> int:
@@ -293,67 +290,3 @@ def test_a_quantized_model_counts_as_its_unquantized_twin() -> None:
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     assert count_flops(config, Task.causal_lm, backward=False)(32) == plain
     assert config.quantization_config  # the caller's configuration is left as it was
-
-
-# -- energy ---------------------------------------------------------------------------------------------------------
-
-
-class FakeNvml:
-    """NVML with one GPU whose counter gives `readings` in turn; an exception in it is raised."""
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, *readings: Any, init: Exception | None = None) -> None:
-        self.readings, self.init, self.asked = list(readings), init, None
-
-    def nvmlInit(self) -> None:
-        if self.init is not None:
-            raise self.init
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        self.asked = uuid
-        return "handle"
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
-        assert handle == "handle"
-        reading = self.readings.pop(0)
-        if isinstance(reading, Exception):
-            raise reading
-        return reading
-
-
-def meter(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> EnergyMeter:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234-ab"))
-    return EnergyMeter(torch.device("cuda"))
-
-
-def test_joules_are_the_counters_difference_of_the_jobs_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml(0, 1_000_000, 4_500_000)
-    own = meter(monkeypatch, nvml)
-    joules = own.spent(own.read_mj(), own.read_mj(), 10.0)
-    assert (joules.v, joules.prov) == (3500.0, Prov.MEASURED)
-    assert nvml.asked == "GPU-1234-ab"
-
-
-def test_no_reading_is_null_with_its_reason_and_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = FakeNvml.NVMLError("Insufficient Permissions")
-    own = meter(monkeypatch, FakeNvml(0, 5, lost))
-    joules = own.spent(own.read_mj(), own.read_mj(), 10.0)
-    assert (joules.v, joules.why_null) == (None, "NVML: Insufficient Permissions")
-    for nvml in (FakeNvml(FakeNvml.NVMLError("Not Supported")), FakeNvml(init=FakeNvml.NVMLError("Not Supported"))):
-        own = meter(monkeypatch, nvml)
-        assert own.spent(own.read_mj(), own.read_mj(), 10.0).why_null == "NVML: Not Supported"
-
-
-def test_a_reset_counter_and_a_short_window_are_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = meter(monkeypatch, FakeNvml(0))
-    assert own.spent(900, 100, 10.0).why_null == "the energy counter was reset during the window"
-    assert own.spent(100, 900, 4.9).why_null == "window shorter than 5 s"
-
-
-def test_a_cpu_run_has_no_energy() -> None:
-    own = EnergyMeter(torch.device("cpu"))
-    assert own.read_mj() is None
-    assert own.spent(None, None, 10.0).why_null == "a CPU run: no NVML device"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from make_assess_models import tiny
 
 from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.distillation.head import Head, head_loss
-from pipeline.ledger.energy import SHORTEST_WINDOW_S, EnergyMeter
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.gpu_usage import SHORTEST_S
+from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.schema import RESULT_SCHEMA
 from pipeline.training.loop import Hooks, train
@@ -119,22 +122,21 @@ def test_a_compiled_model_trains(tmp_path: Path) -> None:
 
 
 def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:
-    meter = EnergyMeter(DEVICE)
-    if meter.why:
-        pytest.skip(meter.why)
+    sampler = Sampler(reader_for(DEVICE))
+    if sampler.reader.why:
+        pytest.skip(sampler.reader.why)
     factor = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
 
     def joules(repeats: int) -> float:
-        before, start = meter.read_mj(), torch.cuda.Event(enable_timing=True)
-        start.record()
+        start_ns = time.monotonic_ns()
+        sampler.mark()
         for _ in range(repeats):
             torch.mm(factor, factor)
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
         torch.cuda.synchronize()
-        seconds = start.elapsed_time(end) / 1000
-        assert seconds > SHORTEST_WINDOW_S
-        spent = meter.spent(before, meter.read_mj(), seconds).v
+        sampler.mark()
+        end_ns = time.monotonic_ns()
+        assert end_ns - start_ns > SHORTEST_S * 1e9
+        spent = sampler.usage((start_ns, end_ns)).energy_j.v
         assert spent is not None
         return spent
 
@@ -148,6 +150,6 @@ def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:
     end.record()
     torch.cuda.synchronize()
     each = start.elapsed_time(end) / 1000 / 200
-    repeats = int(1.5 * SHORTEST_WINDOW_S / each)
+    repeats = int(1.5 * SHORTEST_S / each)
     once, twice = joules(repeats), joules(2 * repeats)
     assert 1.7 < twice / once < 2.3

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import CostConfig
+from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.placement import Grant, allocated_hours
 from pipeline.ledger.reconcile import problems
 from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.values import Value, declared, derive, measured, null
@@ -44,11 +46,15 @@ def hours(ns: int, devices: int) -> Value:
 
 def ledger(
     spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
-    memory: dict[str, Value], energy: Value, is_training: bool, seconds_in_steps: float | None, peak: Value,
+    memory: dict[str, Value], usage: Usage, is_training: bool, seconds_in_steps: float | None, peak: Value,
+    granted: Grant | None = None, truncated: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the ledger of a row as result.json has it.
 
     Args:
+        usage: What the devices did in these windows.
+        granted: By a scheduler; None on a bare run.
+        truncated: The process was killed: its last seconds are unknown.
         peak: Dense TFLOP/s of one device in the arithmetic of this stage.
     """
     total = spent.work_ns + spent.assess_ns + spent.lost_ns
@@ -68,14 +74,24 @@ def ledger(
         "wall_s": measured(total / 1e9).to_json(),
         "phases_ns": spent.phases_ns,
         "device_hours": device_hours,
-        "gpu_hours": _gpu_hours(parts, devices, device_kind),
-        "energy_j": energy.to_json(),
+        "gpu_hours": _gpu_hours(parts, devices, device_kind, usage, granted),
+        "energy_j": usage.energy_j.to_json(),
         "counts": _counts(counts, goodput, seconds_in_steps, devices, peak, is_training=is_training),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(total * devices / HOUR_NS, cost),
+        "conditions": {**_conditions(usage), "truncated": truncated},
     }
     found = problems(record)
-    return {**record, "meter_valid": not found, "meter_problems": found}
+    return {**record, "meter_valid": not found, "meter_problems": [*found, *usage.problems]}
+
+
+def _conditions(usage: Usage) -> dict[str, Any]:
+    return {name: value for name, value in usage.to_json().items() if name != "energy_j"}
+
+
+def usage_of(record: dict[str, Any]) -> Usage:
+    """Read back the usage that a ledger was made with."""
+    return Usage.from_json({**record["conditions"], "energy_j": record["energy_j"]})
 
 
 def money(device_hours: float, cost: CostConfig) -> dict[str, Any]:
@@ -86,10 +102,11 @@ def money(device_hours: float, cost: CostConfig) -> dict[str, Any]:
     return {"amount": amount.to_json(), "currency": cost.currency}
 
 
-def _gpu_hours(parts: dict[str, int], devices: int, kind: str) -> dict[str, Any]:
-    unread = {name: null("not metered: needs GPM or traced steps") for name in ("busy", "sm_active", "tensor_active")}
+def _gpu_hours(parts: dict[str, int], devices: int, kind: str, usage: Usage, granted: Grant | None) -> dict[str, Any]:
     values = {name: hours(parts[name], devices) for name in ("attached", "productive", "support", "wasted")}
-    values |= {"allocated": null("no scheduler grant known"), **unread}
+    share_of = lambda share: derive(lambda part, whole: part * whole, share, values["attached"])
+    values |= {name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")}
+    values["allocated"] = allocated_hours(values["attached"].v or 0.0, devices, granted)
     if kind == "cpu":
         values = dict.fromkeys(values, null("a CPU run uses no GPU"))
     return {name: value.to_json() for name, value in values.items()}

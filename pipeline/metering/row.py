@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import CostConfig
+from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.gpu_usage import unread as unread_usage
 from pipeline.ledger.memory import unread
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
@@ -93,12 +95,17 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
         memory["nvml_peak_bytes"] = facts.used.figure("memory_used_peak_bytes")
     record = ledger(
         spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
-        cost=CostConfig(**start["cost"]), memory=memory, energy=facts.used.figure("energy_j"), is_training=True,
+        cost=CostConfig(**start["cost"]), memory=memory, usage=_usage(facts.used), is_training=True,
         seconds_in_steps=None, peak=null(NOT_TOLD),
     )  # fmt: skip
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
     return record
+
+
+def _usage(used: Used) -> Usage:
+    """Return what was read of the devices, the rest null."""
+    return replace(unread_usage(used.figure("conditions").why_null or ""), **used.figures)
 
 
 def _silence(record: dict[str, Any]) -> None:
