@@ -21,6 +21,7 @@ from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
+from pipeline.ledger.cost import priced
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.journal import Journal
@@ -28,7 +29,7 @@ from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock, difference, total
 from pipeline.ledger.placement import Grant
-from pipeline.ledger.record import Spent, money
+from pipeline.ledger.record import Spent
 from pipeline.out_of_memory import explain
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
@@ -249,8 +250,7 @@ class Attempt:
         known = {identity(row) for row in self.rows}
         for row in rows:
             if row["reused"] not in (None, self.run_id) and identity(row) not in known:
-                cost = money(hours_in(row, "attached"), self.run.cost)  # at today's rate
-                self.add({**row, "ledger": {**row["ledger"], "cost": cost}})
+                self.add({**row, "ledger": priced(row["ledger"], self.run.cost)})  # at today's rate
                 self.reused_h += sum(hours_in(row, part) for part in parts)
 
     # -- what a stage can use -----------------------------------------------------------------------------------

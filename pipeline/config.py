@@ -209,7 +209,7 @@ class CostConfig:
     """Money is shown only where a rate is declared, with its currency, source and date. There are no defaults."""
 
     kind: Optional[CostKind] = None
-    per_device_hour: Optional[float] = at_least_0(None)  # what the cloud asks, or what an owned device-hour is put at
+    per_device_hour: Optional[float] = positive(None)  # what the cloud asks, or what an owned device-hour is put at
     currency: Optional[str] = None  # three letters: EUR
     source: Optional[str] = None  # a price list, a contract, the ledger of a data centre
     date: Optional[str] = None  # on which the source said so: 2026-11-23

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.config import Run, StudentConfig, Task, check_ranges
+from pipeline.config import ModelConfig, Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
+from pipeline.ledger.cost import check_cost
 from pipeline.models import check_local
 from pipeline.redact import has_login
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
+
+OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -36,6 +40,22 @@ def validate(run: Run) -> None:
     _check_arms(run)
     _check_sources(run)
     _check_rest(run)
+
+
+def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:
+    """Refuse a run that nobody owns where an owner is required, by the setting or by PIPELINE_REQUIRE_OWNER.
+
+    Args:
+        owner: Who pays, by the names in `OWNER`; others are not looked at.
+
+    Raises:
+        UserError: Naming all that is missing.
+    """
+    if not required and os.environ.get("PIPELINE_REQUIRE_OWNER", "") in ("", "0", "false"):
+        return
+    missing = [f"tracking.{name}" for name in OWNER if not (owner.get(name) or "").strip()]
+    if missing:
+        raise UserError(", ".join(missing), "not given, and every run needs an owner here", f"give {missing[0]}=...")
 
 
 def _check_stages(run: Run) -> None:
@@ -122,8 +142,10 @@ def _check_rest(run: Run) -> None:
             "tracking.uri", "holds a login, which would land in files that others read",
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
         )  # fmt: skip
-    if run.cost.per_device_hour is not None and not run.cost.source:
-        raise UserError("cost.source", "a rate without its source is a guess", "say where the rate comes from")
+    check_cost(run.cost)
+    if run.cost.converged_at is not None and run.model.name == ModelConfig().name:
+        raise UserError("model.name", "is the default, and cost.converged_at adds up all runs of one name", "name it")
+    check_owner({name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
         raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
     if any(batch < 1 for batch in run.serving.batches):

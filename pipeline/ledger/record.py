@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import CostConfig
+from pipeline.ledger.cost import money
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.placement import Grant, allocated_hours
 from pipeline.ledger.reconcile import problems
 from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
-from pipeline.values import Value, declared, derive, measured, null
+from pipeline.values import Value, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
 COUNTS = ("steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
@@ -70,15 +71,18 @@ def ledger(
     device_hours: dict[str, Any] = {name: hours(ns, devices).to_json() for name, ns in parts.items()}
     device_hours["wasted_by"] = {cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns}
     goodput = measured(productive / total) if is_training and total else null("not a training stage")
+    gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted)
     record: dict[str, Any] = {
         "wall_s": measured(total / 1e9).to_json(),
         "phases_ns": spent.phases_ns,
         "device_hours": device_hours,
-        "gpu_hours": _gpu_hours(parts, devices, device_kind, usage, granted),
+        "gpu_hours": gpu_hours,
         "energy_j": usage.energy_j.to_json(),
         "counts": _counts(counts, goodput, seconds_in_steps, devices, peak, is_training=is_training),
         "memory": {name: value.to_json() for name, value in memory.items()},
-        "cost": money(total * devices / HOUR_NS, cost),
+        "cost": money(
+            total * devices / HOUR_NS, cost, allocated=Value.from_json(gpu_hours["allocated"]), energy_j=usage.energy_j
+        ),
         "conditions": {**_conditions(usage), "truncated": truncated},
     }
     found = problems(record)
@@ -92,14 +96,6 @@ def _conditions(usage: Usage) -> dict[str, Any]:
 def usage_of(record: dict[str, Any]) -> Usage:
     """Read back the usage that a ledger was made with."""
     return Usage.from_json({**record["conditions"], "energy_j": record["energy_j"]})
-
-
-def money(device_hours: float, cost: CostConfig) -> dict[str, Any]:
-    """Return the cost of device-hours at the declared rate; null where none is declared."""
-    if cost.per_device_hour is None:
-        return {"amount": null("no rate declared").to_json(), "currency": None}
-    amount = derive(lambda rate, spent: rate * spent, declared(cost.per_device_hour), measured(device_hours))
-    return {"amount": amount.to_json(), "currency": cost.currency}
 
 
 def _gpu_hours(parts: dict[str, int], devices: int, kind: str, usage: Usage, granted: Grant | None) -> dict[str, Any]:
