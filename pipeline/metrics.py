@@ -55,6 +55,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/work_device_hours", "device-h", "row", -1, "start of stage to committed artifact", True),
     Metric("compute/assess_device_hours", "device-h", "row", 0, "scoring the artifact after reloading it", True),
     Metric("compute/retry_device_hours", "device-h", "row", -1, "failed attempts and replayed steps", True),
+    Metric("compute/spent_device_hours", "device-h", "row", -1, "device_hours of this run; 0 where reused: sums to it"),
+    Metric("compute/reused_device_hours", "device-h", "row", 0, "work and assessment that another run spent; else 0"),
     Metric("compute/productive_device_hours", "device-h", "row", 0,
            "forward, backward, optimizer, teacher, generate and h2d of steps that survived"),
     Metric("compute/support_device_hours", "device-h", "row", 0, "neither productive nor wasted: loading, evaluation"),
@@ -64,6 +66,7 @@ CATALOGUE: tuple[Metric, ...] = (
       for cause in WASTE_CAUSES),
     Metric("compute/goodput", "1", "row", 1, "productive / attached of a training stage"),
     Metric("compute/gpu_hours", "GPU-h", "row", -1, "device_hours on GPUs (attached); null on CPU"),
+    Metric("compute/allocated_gpu_hours", "GPU-h", "row", -1, "what a scheduler held for the stage; null without one"),
     Metric("compute/energy_j", "J", "row", -1, "board energy of the stage's devices, from the NVML counter"),
     Metric("compute/steps", "steps", "row", 0, "optimizer steps of the artifact"),
     Metric("compute/tokens", "tokens", "row", 0, "tokens the artifact was trained on, padding excluded"),
@@ -90,6 +93,12 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/run_device_hours", "device-h", "run", -1, "all this run's processes were attached", True),
     Metric("compute/run_spent_device_hours", "device-h", "run", -1, "spent by this invocation and its attempts", True),
     Metric("compute/run_reused_device_hours", "device-h", "run", 0, "spent earlier on what this run reused", True),
+    Metric("compute/run_overhead_device_hours", "device-h", "run", -1, "in no window: start-up, composing, reports"),
+    Metric("compute/run_compare_device_hours", "device-h", "run", -1, "comparison pass"),
+    Metric("compute/run_overhead_wasted_device_hours", "device-h", "run", -1, "the part of overhead that is waste"),
+    Metric("compute/run_compare_wasted_device_hours", "device-h", "run", -1, "the part of compare that is waste"),
+    Metric("compute/per_converged_model_device_hours", "device-h", "run", -1,
+           "all runs under one model.name until the first artifact at cost.converged_at, failures included"),
     # -- how good -----------------------------------------------------------------------------------------------
     Metric("quality/primary", "see quality_key", "row", 0, "bits_per_byte or accuracy on the test split", True),
     Metric("quality/bits_per_byte", "bit/B", "row", -1, "sum of bits / sum of UTF-8 bytes over test documents"),
@@ -113,7 +122,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("savings/payback_units", "units", "comparison", -1, "units served until the extra spending is repaid"),
     Metric("savings/c_opt_device_hours", "device-h", "comparison", -1, "work the arm needed and its base did not"),
     # -- money ---------------------------------------------------------------------------------------------------
-    Metric("cost/amount", "currency", "row", -1, "declared rate x device-hours; null where no rate is declared"),
+    Metric("cost/amount", "currency", "row", -1,
+           "declared rate x allocated hours; attached ones, as a lower bound, without a grant"),
+    Metric("cost/per_converged_model", "currency", "run", -1, "what compute/per_converged_model_device_hours cost"),
 )  # fmt: skip
 
 BY_KEY = {metric.key: metric for metric in CATALOGUE}
@@ -146,6 +157,8 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         **{f"compute/{part}_device_hours": hours[part]
            for part in ("work", "assess", "retry", "productive", "support", "wasted")},
         **{f"compute/wasted_{cause}_device_hours": value for cause, value in hours["wasted_by"].items()},
+        **_spent_or_reused(row),
+        "compute/allocated_gpu_hours": record["gpu_hours"]["allocated"],
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
         **{key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]},
@@ -155,3 +168,15 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     primary = next((row["quality"][name] for name in ("accuracy", "bits_per_byte") if name in row["quality"]), None)
     return found if primary is None else {**found, "quality/primary": primary}
+
+
+def _spent_or_reused(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a row's hours as what this run spent or what it took over, so that sums over runs count them once."""
+    hours: dict[str, Any] = row["ledger"]["device_hours"]
+    nothing: dict[str, Any] = {"v": 0.0, "prov": "derived", "why_null": None}
+    spent, reused = hours["attached"], nothing
+    if row["reused"] and spent["v"] is not None:
+        spent, reused = nothing, {**hours["work"], "v": hours["work"]["v"] + hours["assess"]["v"]}
+    elif spent["v"] is None:
+        reused = spent
+    return {"compute/spent_device_hours": spent, "compute/reused_device_hours": reused}

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.charge_sources import (
+    PARTS,
+    RUN_TAG,
+    SO_FAR_HOURS,
+    SO_FAR_UNTIL,
+    open_hours,
+    outside_waste,
+    spans,
+    stage_device,
+    stage_owner,
+)
+from pipeline.ledger.charges import OWNER
 from pipeline.ledger.journal import read_first, read_new
 from pipeline.metrics import BY_KEY, row_summary
 from pipeline.redact import redact_value, without_login
@@ -23,9 +35,10 @@ from pipeline.store import read_json, write_json
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
 STATE = "mlflow.json"
-RUN_TAG = "pipeline.run"  # finds a run again: RUN for a parent, RUN/CHILD for a child
+SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
 State = dict[str, Any]
-"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`."""
+"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`,
+`spans` of its attempts, and when what it took so far was `noted`."""
 
 
 def store_uri(root: Path, declared: str | None) -> str:
@@ -89,6 +102,7 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         delivery.events(events)
         if dead:
             delivery.end_open_runs("KILLED", last["t"])
+        delivery.note_so_far(events, last, dead=dead)
         write_json(run_dir / STATE, {**delivery.state, "offset": offset, "last": last, "dead": dead})
         return len(events)
 
@@ -98,7 +112,16 @@ def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
 
 
 def _nothing_yet() -> State:
-    return {"offset": 0, "last": None, "dead": False, "parent": None, "children": {}, "arms": {}}
+    return {
+        "offset": 0,
+        "last": None,
+        "dead": False,
+        "parent": None,
+        "children": {},
+        "arms": {},
+        "spans": [],
+        "noted": None,
+    }
 
 
 def _is_free(lock: Path) -> bool:
@@ -173,6 +196,20 @@ class _Delivery:
             if self.client.get_run(run).info.status == "RUNNING":
                 self.client.set_terminated(run, status=status, end_time=int(at * 1000))
 
+    def note_so_far(self, events: list[dict[str, Any]], last: dict[str, Any], *, dead: bool) -> None:
+        """Note what a run took until its last sign of life, for whoever adds up hours before it has ended, or after
+        it was killed and never taken up again."""
+        from mlflow.entities import RunTag
+
+        self.state["spans"] = spans(events, self.state["spans"])
+        wanted = dead or any(event["e"] in ("run_start", "row") for event in events)
+        wanted = wanted or last["t"] - (self.state["noted"] or 0.0) >= SO_FAR_S
+        if last["e"] == "run_end" or not self.state["spans"] or not wanted:
+            return
+        tags = {SO_FAR_HOURS: repr(open_hours(self.state["spans"])), SO_FAR_UNTIL: str(int(last["t"] * 1000))}
+        self.client.log_batch(self.parent, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.state["noted"] = last["t"]
+
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def _run(self, name: str, tags: dict[str, str], at: float) -> str:
@@ -190,7 +227,8 @@ class _Delivery:
     def _child(self, event: dict[str, Any]) -> str:
         name = _child_name(event)
         if name not in self.state["children"]:
-            tags = {RUN_TAG: f"{self.start['run_id']}/{name}", "mlflow.parentRunId": self.parent}
+            tags = {RUN_TAG: f"{self.start['run_id']}/{name}", "mlflow.parentRunId": self.parent,
+                    **_owner(self.start)}  # fmt: skip
             self.state["children"][name] = self._run(name, tags, event["t"])
         return self.state["children"][name]
 
@@ -203,7 +241,7 @@ class _Delivery:
             self._datasets(event["datasets"])
         self._tags(
             self.parent,
-            {**event.get("environment", {}), **event["tags"], "question": event["question"], "recipe": event["recipe"]},
+            {**event.get("environment", {}), **event["tags"], **_owner(event), "question": event["question"]},
         )
 
     def _stage_start(self, event: dict[str, Any]) -> None:
@@ -215,6 +253,8 @@ class _Delivery:
         child, figures = self._child({**row, "t": event["t"]}), row_summary(row)
         self._values(child, figures, event["t"])
         tags = {name: row[name] for name in ("type", "status", "why", "reused")}
+        tags |= {"device": stage_device(row), "cost.currency": row["ledger"]["cost"]["currency"]}
+        tags |= {} if row["reused"] else stage_owner(row)
         if row["reused"]:
             tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
         tags["waste"] = "; ".join(advice(row))
@@ -242,13 +282,14 @@ class _Delivery:
         """End the parent: core keys of the primary arm, run totals, report, true status."""
         hours = event["run"]["device_hours"]
         values = {"compute/run_device_hours": hours["total"], "compute/run_spent_device_hours": event["run"]["spent"],
-                  "compute/run_reused_device_hours": event["run"]["reused"]}  # fmt: skip
+                  "compute/run_reused_device_hours": event["run"]["reused"], **_outside(event["run"])}  # fmt: skip
         core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
         self._values(self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"])
         description = event["description"][:MAX_DESCRIPTION]
         self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
-        if not event["why"] and "why" in self.client.get_run(self.parent).data.tags:
-            self.client.delete_tag(self.parent, "why")  # of an earlier attempt
+        passed = [*([] if event["why"] else ["why"]), SO_FAR_HOURS, SO_FAR_UNTIL]  # of an earlier attempt
+        for name in set(passed) & set(self.client.get_run(self.parent).data.tags):
+            self.client.delete_tag(self.parent, name)
         self.client.set_tag(self.parent, "mlflow.note.content", description)
         for name in event["files"]:
             if (self.run_dir / name).is_file():
@@ -353,6 +394,23 @@ def _child_name(event: dict[str, Any]) -> str:
     return f"{name} of {event['reused']}" if elsewhere else name
 
 
+def _owner(start: dict[str, Any]) -> dict[str, str]:
+    """Return whose a run is, for its tags and those of its children."""
+    named = {**start["tags"], "model_name": start["params"].get("model.name"), "recipe": start["recipe"]}
+    return {name: str(named[name])[:MAX_TAG] for name in OWNER if named.get(name)}
+
+
+def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a run took outside of stages, what of it was waste, and the cost of its model if that is known."""
+    found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
+    found |= {f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS}
+    converged = run.get("per_converged_model")
+    if converged is not None:
+        found["compute/per_converged_model_device_hours"] = converged["device_hours"]
+        found["cost/per_converged_model"] = converged["amount"]
+    return found
+
+
 def _name(key: str) -> str:
     """Return a key with the characters that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_NAME]
@@ -424,3 +482,51 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the pipeline's runs that a period touches, each with all its stage attempts, and how many others it had.
+
+    Runs that were deleted in the UI are among them: spent is spent. Each stands there once.
+
+    Args:
+        uri: Of the store.
+        start_ms: UTC, milliseconds since 1970; runs that ended before are left out.
+        end_ms: Runs that began then or later are left out.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    began = f"attributes.start_time < {end_ms}"
+    found = [*_search(client, f"{began} AND attributes.end_time >= {start_ms}"),
+             *_search(client, f"{began} AND attributes.status = 'RUNNING'")]  # fmt: skip
+    own = [run for run in found if RUN_TAG in run["tags"]]
+    num_others = len(found) - len(own)
+    for run in [run for run in own if "/" not in run["tags"][RUN_TAG] and run["start_ms"] < start_ms]:
+        own += _search(client, f"tags.`{RUN_TAG}` LIKE '{run['tags'][RUN_TAG]}/%'")
+    own.sort(key=lambda run: run["active"])  # of a run that was deleted and delivered anew, the latter
+    return list({run["tags"][RUN_TAG]: run for run in own}.values()), num_others
+
+
+def _search(client: Any, query: str) -> Iterator[dict[str, Any]]:
+    """Yield runs of all experiments, page by page."""
+    from mlflow.entities import ViewType
+
+    experiments = [item.experiment_id for item in _pages(client.search_experiments, view_type=ViewType.ALL)]
+    for first in range(0, len(experiments), MAX_PARAMS):
+        part = experiments[first : first + MAX_PARAMS]
+        for run in _pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
+            info, data = run.info, run.data
+            yield {"status": info.status, "start_ms": info.start_time, "end_ms": info.end_time,
+                   "active": info.lifecycle_stage == "active", "metrics": dict(data.metrics),
+                   "params": dict(data.params), "tags": dict(data.tags)}  # fmt: skip
+
+
+def _pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(*args, max_results=MAX_BATCH, page_token=token, **more)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -1,0 +1,200 @@
+"""Where charges are read from: what MLflow holds of runs, and the journals that it was fed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.ledger.charges import OWNER, Charge, Outside, RunFacts
+from pipeline.metrics import WASTED, row_summary
+
+HOUR_NS = 3600 * 10**9
+SO_FAR_HOURS, SO_FAR_UNTIL = "so_far.device_hours", "so_far.until_ms"
+"""Tags of a run that has not ended: device-hours until its last sign of life, and when that was."""
+RUN_TAG = "pipeline.run"  # RUN for a parent, RUN/CHILD for a child
+PARTS: tuple[Outside, ...] = ("overhead", "compare")
+Stored = dict[str, Any]
+"""A run as MLflow holds it: `status`, `start_ms`, `end_ms` (None while it runs), `metrics`, `params`, `tags`."""
+Event = dict[str, Any]
+Figures = Mapping[str, float | None]
+
+
+def stored_runs_facts(stored: Iterable[Stored]) -> list[RunFacts]:
+    """Return the runs of a store, each with its stage attempts."""
+    children: dict[str, list[Stored]] = {}
+    parents: dict[str, Stored] = {}
+    for run in stored:
+        name, is_child, _ = run["tags"][RUN_TAG].partition("/")
+        if is_child:
+            children.setdefault(name, []).append(run)
+        else:
+            parents[name] = run
+    orphans = {name: _stand_in(found) for name, found in children.items() if name not in parents}
+    return [_stored_facts(name, run, children.get(name, [])) for name, run in {**parents, **orphans}.items()]
+
+
+def _stand_in(children: Sequence[Stored]) -> Stored:
+    """Return a parent for stage attempts whose run is no longer in the store."""
+    last = max(children, key=lambda child: child["end_ms"] or 0)
+    return {**last, "metrics": {}, "params": {}}
+
+
+def _stored_facts(name: str, run: Stored, children: Sequence[Stored]) -> RunFacts:
+    metrics, params, tags = run["metrics"], run["params"], run["tags"]
+    open_h, until_ms = _number(tags.get(SO_FAR_HOURS)), _number(tags.get(SO_FAR_UNTIL))
+    ended_ms = until_ms or run["end_ms"] or run["start_ms"]
+    owner = {**_owner(tags), "model_name": tags.get("model_name") or params.get("model.name")}
+    currency = _text(params.get("cost.currency"))
+    stages = (_stored_stage(name, child, owner, tags, currency) for child in children)
+    ended = open_h is None
+    return RunFacts(
+        run=name, owner=owner, device=tags.get("device"), ended_s=ended_ms / 1e3,
+        total_h=metrics.get("compute/run_device_hours") if ended else open_h,
+        stages=tuple(stage for stage in stages if stage is not None),
+        outside_h=_parts(metrics, "compute/run_{}_device_hours") if ended else {},
+        wasted_h=_parts(metrics, "compute/run_{}_wasted_device_hours") if ended else {},
+        rate=_number(params.get("cost.per_device_hour")), currency=currency,
+        converged_at=_number(params.get("cost.converged_at")), nested_in=tags.get("nested_in"),
+    )  # fmt: skip
+
+
+def _stored_stage(
+    run: str, child: Stored, owner: Mapping[str, str | None], parent: Mapping[str, str], currency: str | None
+) -> Charge | None:
+    """Return a stage attempt; None where it left no row: its hours are in the run's `open`."""
+    tags = child["tags"]
+    own = {name: tags.get(name) or owner.get(name) for name in OWNER}
+    return _stage(
+        run, tags[RUN_TAG].partition("/")[2], own, tags.get("device") or parent.get("device"),
+        (child["end_ms"] or child["start_ms"]) / 1e3, tags.get("reused"), child["metrics"],
+        tags.get("cost.currency") or currency, finished="model.digest" in tags,
+    )  # fmt: skip
+
+
+def _stage(
+    run: str, what: str, owner: Mapping[str, str | None], device: str | None, ended_s: float, reused: str | None,
+    figures: Figures, currency: str | None, *, finished: bool,
+) -> Charge | None:  # fmt: skip
+    attached_h, amount = figures.get("compute/device_hours"), figures.get("cost/amount")
+    if attached_h is None:
+        return None
+    known: dict[str, Any] = {"run": run, "what": what, "owner": owner, "device": device, "ended_s": ended_s,
+             "currency": None if amount is None else currency,
+             "quality": _quality(figures) if finished else None}  # fmt: skip
+    if reused:
+        taken_h = figures.get("compute/reused_device_hours")
+        return Charge(
+            **known, device_h=0.0, reused_h=attached_h if taken_h is None else taken_h, reused_from=reused,
+            wasted_h=0.0, amount=None if amount is None else 0.0, reused_amount=amount,
+        )  # fmt: skip
+    return Charge(
+        **known, device_h=attached_h, gpu_h=figures.get("compute/gpu_hours"),
+        allocated_gpu_h=figures.get("compute/allocated_gpu_hours"), energy_j=figures.get("compute/energy_j"),
+        wasted_h=figures.get("compute/wasted_device_hours"), amount=amount,
+    )  # fmt: skip
+
+
+def _quality(figures: Figures) -> tuple[str, float] | None:
+    """Return the primary quality, as the catalogue names it."""
+    for name in ("accuracy", "bits_per_byte"):
+        value = figures.get(f"quality/{name}")
+        if value is not None:
+            return name, value
+    return None
+
+
+def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None) -> RunFacts:
+    """Return a run as its journal tells it.
+
+    Args:
+        events: Of the journal; the first one starts the run.
+        run: The totals of a run that is about to end; None: as the journal has them.
+    """
+    start = [event for event in events if event["e"] == "run_start"][-1]
+    params, tags = start["params"], start["tags"]
+    owner = {**_owner(tags), "model_name": params.get("model.name"), "recipe": start["recipe"]}
+    totals = events[-1]["run"] if run is None and events[-1]["e"] == "run_end" else run
+    device, currency = start.get("environment", {}).get("device"), params.get("cost.currency")
+    rows = {_label(event["row"]): event for event in events if event["e"] == "row"}
+    stages = (_journal_stage(start["run_id"], what, event, owner, device, currency) for what, event in rows.items())
+    return RunFacts(
+        run=start["run_id"], owner=owner, device=device, ended_s=events[-1]["t"],
+        total_h=open_hours(spans(events)) if totals is None else totals["device_hours"]["total"]["v"],
+        stages=tuple(stage for stage in stages if stage is not None),
+        outside_h={} if totals is None else {name: totals["device_hours"][name]["v"] for name in PARTS},
+        wasted_h={} if totals is None else {name: outside_waste(totals, name) for name in PARTS},
+        rate=params.get("cost.per_device_hour"), currency=currency, converged_at=params.get("cost.converged_at"),
+        nested_in=tags.get("nested_in"),
+    )  # fmt: skip
+
+
+def _journal_stage(
+    run: str, what: str, event: Event, owner: Mapping[str, str | None], device: str | None, currency: str | None
+) -> Charge | None:
+    row = event["row"]
+    figures = {key: value["v"] for key, value in row_summary(row).items()}
+    own = {**owner, **({} if row["reused"] else stage_owner(row))}
+    return _stage(run, what, own, stage_device(row) or device, event["t"], row["reused"], figures,
+                  row["ledger"]["cost"]["currency"] or currency, finished=row["artifact"] is not None)  # fmt: skip
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['arm']} seed {row['seed']} attempt {row['attempt']} of {row['reused']}"
+
+
+def stage_owner(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return whose a row is, as far as it says so."""
+    identity = row["ledger"].get("identity", {})
+    return {name: identity[name] for name in OWNER if identity.get(name)}
+
+
+def stage_device(row: Mapping[str, Any]) -> str | None:
+    """Return the device model of a row, several ones joined; None where it does not say."""
+    return " + ".join(dict.fromkeys(row["ledger"].get("placement", {}).get("device_names", []))) or None
+
+
+def outside_waste(totals: Mapping[str, Any], part: str) -> float:
+    """Return device-hours of overhead or comparison pass that were waste."""
+    phases_ns: Mapping[str, int] = totals["phases_device_ns"][part]
+    return sum(phases_ns.get(phase, 0) for phase in WASTED) / HOUR_NS
+
+
+def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list[list[int]]:
+    """Return the attempts of a run, each `[first ns, last ns, devices]` of its own clock.
+
+    Args:
+        before: What earlier events gave; these go on from there.
+    """
+    found = [list(span) for span in before]
+    for event in events:
+        if event["e"] == "run_start":
+            found.append([event["started_ns"], event["mono_ns"], event.get("devices", 1)])
+        elif found:
+            found[-1][1] = max(found[-1][1], event["mono_ns"])
+    return found
+
+
+def open_hours(attempts: Iterable[Sequence[int]]) -> float:
+    """Return the device-hours of attempts."""
+    return math.fsum((last - first) * devices / HOUR_NS for first, last, devices in attempts)
+
+
+def _parts(metrics: Figures, key: str) -> dict[Outside, float]:
+    found: dict[Outside, float | None] = {name: metrics.get(key.format(name)) for name in PARTS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _owner(tags: Mapping[str, str]) -> dict[str, str | None]:
+    return {name: tags.get(name) for name in OWNER}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:  # "None"
+        return None
+
+
+def _text(text: str | None) -> str | None:
+    return None if text in (None, "", "None") else text

@@ -1,0 +1,131 @@
+"""Charges: what a run spent, as parts that add up to all the time its processes were attached.
+
+A run's charges are its stage attempts, its overhead and its comparison pass; of a run that has not ended, or was killed
+and never taken up again, what no row holds is one charge more: `open`. A reused stage is a charge that spent nothing.
+
+    sum of `device_h` over a run's charges = compute/run_device_hours of the run
+
+What is not known of a charge is None, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+OWNER = ("team", "cost_center", "purpose", "model_name", "recipe")
+"""What charges can be grouped by."""
+Outside = Literal["overhead", "compare", "open"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """A part of what a run spent. Hours are device-hours unless they say GPU.
+
+    Attributes:
+        what: The stage attempt's name, or `overhead`, `compare`, `open`.
+        device: Exact name of the device model; of several, all of them.
+        ended_s: When the stage attempt ended, or the run (UTC, seconds since 1970); the last sign of life without an
+            end.
+        reused_from: The run that spent the hours which this one took over.
+        gpu_h: Attached GPU-hours; None on a CPU.
+        allocated_gpu_h: What a scheduler held for them.
+        wasted_h: None where the program does not tell its phases.
+        quality: Key and value of the primary quality of a finished artifact.
+    """
+
+    run: str
+    what: str
+    owner: Mapping[str, str | None]
+    device: str | None
+    ended_s: float
+    device_h: float
+    reused_h: float = 0.0
+    reused_from: str | None = None
+    gpu_h: float | None = None
+    allocated_gpu_h: float | None = None
+    energy_j: float | None = None
+    wasted_h: float | None = None
+    amount: float | None = None
+    reused_amount: float | None = None
+    currency: str | None = None
+    quality: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What is known of a run beside its stage attempts.
+
+    Attributes:
+        ended_s: When it ended, or its last sign of life.
+        total_h: Device-hours all its processes were attached; None where nobody noted it down.
+        outside_h: Of them, overhead and comparison pass; empty where the run did not end.
+        wasted_h: What of these was waste.
+        rate: Declared price of a device-hour.
+        converged_at: Declared quality from which its model counts as converged.
+        nested_in: The metered run whose seconds these are, too.
+    """
+
+    run: str
+    owner: Mapping[str, str | None]
+    device: str | None
+    ended_s: float
+    total_h: float | None
+    stages: tuple[Charge, ...]
+    outside_h: Mapping[Outside, float] = field(default_factory=dict[Outside, float])
+    wasted_h: Mapping[Outside, float] = field(default_factory=dict[Outside, float])
+    rate: float | None = None
+    currency: str | None = None
+    converged_at: float | None = None
+    nested_in: str | None = None
+
+    @property
+    def rest_h(self) -> float | None:
+        """Device-hours that no stage attempt holds; below zero, rows hold more than the run took."""
+        if self.total_h is None:
+            return None
+        return self.total_h - math.fsum(stage.device_h for stage in self.stages)
+
+
+def charges(run: RunFacts) -> list[Charge]:
+    """Return all charges of a run: its stage attempts, and what none of them holds."""
+    rest_h = max(run.rest_h or 0.0, 0.0)
+    parts: dict[Outside, float] = {name: min(hours, rest_h) for name, hours in run.outside_h.items()}
+    parts = parts or {"open": rest_h}
+    if "overhead" in parts:  # takes the rounding, so that the sum is exact
+        parts["overhead"] = max(rest_h - math.fsum(h for name, h in parts.items() if name != "overhead"), 0.0)
+    return [*run.stages, *(_outside(run, name, hours) for name, hours in parts.items() if hours > 0)]
+
+
+def _outside(run: RunFacts, what: Outside, hours: float) -> Charge:
+    """Return the charge of hours that belong to no stage: on the devices of the stages, held as these were."""
+    spent = [stage for stage in run.stages if stage.device_h > 0]
+    on_gpu = any(stage.gpu_h is not None for stage in spent)
+    held = _ratio(spent)
+    device = run.device or next((stage.device for stage in spent if stage.device), None)
+    allocated = None if held is None else hours * held
+    amount = None if run.rate is None else run.rate * (hours if allocated is None else allocated)
+    return Charge(
+        run=run.run, what=what, owner=run.owner, device=device, ended_s=run.ended_s, device_h=hours,
+        gpu_h=hours if on_gpu else None, allocated_gpu_h=allocated, wasted_h=run.wasted_h.get(what), amount=amount,
+        currency=None if amount is None else run.currency,
+    )  # fmt: skip
+
+
+def _ratio(stages: Iterable[Charge]) -> float | None:
+    """Return GPU-hours that a scheduler held per device-hour attached; None unless all stages know."""
+    stages = list(stages)
+    allocated = [stage.allocated_gpu_h for stage in stages if stage.allocated_gpu_h is not None]
+    if not stages or len(allocated) < len(stages):
+        return None
+    return math.fsum(allocated) / math.fsum(stage.device_h for stage in stages)
+
+
+def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[str]]:
+    """Leave out runs inside a metered run that is there as well; return the rest, and the ids of what was left out."""
+    runs = list(runs)
+    known = {run.run for run in runs}
+    inside = [run.run for run in runs if run.nested_in in known]
+    return [run for run in runs if run.run not in inside], inside
