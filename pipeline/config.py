@@ -215,7 +215,7 @@ class CostConfig:
     date: Optional[str] = None  # on which the source said so: 2026-11-23
     pue: Optional[float] = field(default=None, metadata={"min": 1})  # facility energy over the devices' own
     energy_price_per_kwh: Optional[float] = at_least_0(None)  # of owned devices whose rate leaves power out
-    converged_at: Optional[float] = None  # quality/primary from which a model counts as converged
+    converged_at: Optional[float] = None  # quality/primary from which the model of this model.name has converged
     teacher_shared_by: int = positive(1)  # models that share the teacher's cost; the full figure stays beside it
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.config import ModelConfig, Run, StudentConfig, Task, check_ranges
+from pipeline.config import Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost
 from pipeline.models import check_local
@@ -143,8 +143,6 @@ def _check_rest(run: Run) -> None:
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
         )  # fmt: skip
     check_cost(run.cost)
-    if run.cost.converged_at is not None and run.model.name == ModelConfig().name:
-        raise UserError("model.name", "is the default, and cost.converged_at adds up all runs of one name", "name it")
     check_owner({name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
         raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
