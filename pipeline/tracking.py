@@ -19,6 +19,7 @@ from pipeline.ledger.charge_sources import (
     RUN_TAG,
     SO_FAR_HOURS,
     SO_FAR_UNTIL,
+    has_ended,
     open_hours,
     outside_waste,
     spans,
@@ -38,7 +39,7 @@ STATE = "mlflow.json"
 SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
 State = dict[str, Any]
 """What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`,
-`spans` of its attempts, and when what it took so far was `noted`."""
+`spans` of its attempts, whether it has `ended`, and when what it took so far was `noted`."""
 
 
 def store_uri(root: Path, declared: str | None) -> str:
@@ -112,16 +113,8 @@ def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
 
 
 def _nothing_yet() -> State:
-    return {
-        "offset": 0,
-        "last": None,
-        "dead": False,
-        "parent": None,
-        "children": {},
-        "arms": {},
-        "spans": [],
-        "noted": None,
-    }
+    return {"offset": 0, "last": None, "dead": False, "parent": None, "children": {}, "arms": {}, "spans": [],
+            "ended": False, "noted": None}  # fmt: skip
 
 
 def _is_free(lock: Path) -> bool:
@@ -202,9 +195,10 @@ class _Delivery:
         from mlflow.entities import RunTag
 
         self.state["spans"] = spans(events, self.state["spans"])
+        self.state["ended"] = has_ended(events, before=self.state["ended"])
         wanted = dead or any(event["e"] in ("run_start", "row") for event in events)
         wanted = wanted or last["t"] - (self.state["noted"] or 0.0) >= SO_FAR_S
-        if last["e"] == "run_end" or not self.state["spans"] or not wanted:
+        if self.state["ended"] or not self.state["spans"] or not wanted:
             return
         tags = {SO_FAR_HOURS: repr(open_hours(self.state["spans"])), SO_FAR_UNTIL: str(int(last["t"] * 1000))}
         self.client.log_batch(self.parent, tags=[RunTag(key, value) for key, value in tags.items()])

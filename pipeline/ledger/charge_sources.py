@@ -114,7 +114,8 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
     start = [event for event in events if event["e"] == "run_start"][-1]
     params, tags = start["params"], start["tags"]
     owner = {**_owner(tags), "model_name": params.get("model.name"), "recipe": start["recipe"]}
-    totals = events[-1]["run"] if run is None and events[-1]["e"] == "run_end" else run
+    ends = [event for event in events if event["e"] == "run_end"]
+    totals = ends[-1]["run"] if run is None and has_ended(events) else run
     device, currency = start.get("environment", {}).get("device"), params.get("cost.currency")
     rows = {_label(event["row"]): event for event in events if event["e"] == "row"}
     stages = (_journal_stage(start["run_id"], what, event, owner, device, currency) for what, event in rows.items())
@@ -173,6 +174,12 @@ def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list
         elif found:
             found[-1][1] = max(found[-1][1], event["mono_ns"])
     return found
+
+
+def has_ended(events: Iterable[Event], *, before: bool = False) -> bool:
+    """Tell whether a run's newest attempt has ended; `before`: whether it had before these events."""
+    edges = [event["e"] for event in events if event["e"] in ("run_start", "run_end")]
+    return edges[-1] == "run_end" if edges else before
 
 
 def open_hours(attempts: Iterable[Sequence[int]]) -> float:
