@@ -34,9 +34,8 @@ import torch
 from results import save_result
 from scipy import stats
 
-from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.journal import Journal
+from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import _start_writer
