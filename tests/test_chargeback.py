@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_result import make_row, make_run, make_unfinished, value
 from mlflow import MlflowClient
@@ -205,10 +205,34 @@ def test_what_was_deleted_in_the_ui_is_spent_all_the_same_and_once(root: Path) -
         client.delete_run(run.info.run_id)
     assert hours(report(root), "vision") == pytest.approx(31 / 60)
     journal = Journal(folder / "journal.jsonl")  # goes on, and so is delivered anew
-    journal.write("heartbeat", t=NOON, mono_ns=9)
+    start = {name: item for name, item in read_events(folder / "journal.jsonl")[0].items() if name != "e"}
+    journal.write("run_start", **{**start, "attempt": 2})
+    run = make_run([a_row()], overhead_min=60)
+    journal.write("run_end", status="FINISHED", why=None, primary_arm="student", run=run, description="", files=[],
+                  t=NOON, mono_ns=5)  # fmt: skip
     deliver(folder)
     assert len(client.search_runs(["1"])) == 2
-    assert hours(report(root), "vision") == pytest.approx(31 / 60)
+    assert hours(report(root), "vision") == pytest.approx(88 / 60)
+
+
+HOURS = st.floats(0, 100)
+STAGE = st.builds(
+    Charge, run=st.just("r"), what=st.just("s"), owner=st.just({}), device=st.just("H200"), ended_s=st.just(0.0),
+    device_h=HOURS, gpu_h=st.one_of(st.none(), HOURS), allocated_gpu_h=st.one_of(st.none(), HOURS),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(STAGE, max_size=5),
+    HOURS,
+    st.one_of(st.just({}), st.fixed_dictionaries({"overhead": HOURS, "compare": HOURS})),
+)
+def test_charges_add_up_to_the_run_whatever_its_parts_say(stages: list[Charge], rest_h: float, outside: Any) -> None:
+    total_h = math.fsum([*(stage.device_h for stage in stages), rest_h])
+    run = RunFacts(run="r", owner={}, device=None, ended_s=0.0, total_h=total_h, stages=tuple(stages),
+                   outside_h=outside)  # fmt: skip
+    assert math.fsum(charge.device_h for charge in charges(run)) == pytest.approx(total_h)
 
 
 def test_runs_of_other_programs_are_left_out_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,6 +365,7 @@ CHARGES = st.lists(
 )  # fmt: skip
 
 
+@settings(max_examples=60, deadline=None)
 @given(CHARGES)
 def test_lines_add_up_to_the_totals_and_these_to_the_charges(spent: list[Charge]) -> None:
     found = lines(spent, "team")
@@ -360,6 +385,7 @@ def test_lines_add_up_to_the_totals_and_these_to_the_charges(spent: list[Charge]
         assert len(table(found)) == len(found) + 1
 
 
+@settings(max_examples=60, deadline=None)
 @given(CHARGES)
 def test_csv_can_be_read_back_and_holds_no_formula(spent: list[Charge]) -> None:
     found = lines(spent, "team")
