@@ -55,7 +55,7 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> d
     What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by `failed_attempt`.
     """
     record = _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
-    granted = None if start["grant"] is None else Grant(**start["grant"])
+    granted = _granted(start)
     record |= {"identity": start["identity"], "placement": _placement(start, facts)}
     _fill_gpu(record, facts, granted)
     found = problems(record)
@@ -96,11 +96,15 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
     record = ledger(
         spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
         cost=CostConfig(**start["cost"]), memory=memory, usage=_usage(facts.used), is_training=True,
-        seconds_in_steps=None, peak=null(NOT_TOLD),
+        seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start),
     )  # fmt: skip
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
     return record
+
+
+def _granted(start: Mapping[str, Any]) -> Grant | None:
+    return None if start["grant"] is None else Grant(**start["grant"])
 
 
 def _usage(used: Used) -> Usage:
