@@ -5,14 +5,19 @@ Hydra discards what `main` returns and prints its own errors, so codes are decid
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
+from pipeline.errors import STOP_SIGNALS, BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
 from pipeline.recipes import Recipe, config_dir, find_recipes
 
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
@@ -34,6 +39,12 @@ Flags:
   --recipe-dir DIR   take recipes (*.yaml) from DIR as well; may be given again
   --debug            show the traceback of a refusal or a crash
   --hydra-help       Hydra's own flags
+
+Beside it (each with --help):
+  python -m pipeline.meter -- COMMAND     measure any training command, in device-hours
+  python -m pipeline.register             declare what a model cost that was trained before
+  python -m pipeline.chargeback           what a period's runs cost, by team, model or purpose
+  python -m pipeline.sync                 deliver to MLflow what it has not had yet
 
 Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 7 budget spent, 75 preempted (run the same
 command again), 130 interrupted."""
@@ -60,12 +71,12 @@ def main(argv: list[str], *, started_ns: int) -> int:
             print(HELP.format(recipes=_recipe_list(recipes)))
             return Exit.DONE
         _check_overrides(rest, recipes)
-        return _compose_and_run(rest, recipes, started_ns, debug)
+        return _compose_and_run(rest, recipes, started_ns, debug, command=shown_command(rest, recipe_dirs))
     except UserError as error:
         code = _refuse(error, debug)
         return Exit.UNPARSABLE if isinstance(error, Unparsable) else code
-    except KeyboardInterrupt:
-        return Exit.INTERRUPTED
+    except KeyboardInterrupt as error:
+        return _say(error, Exit.INTERRUPTED, debug)
 
 
 def _take_recipe_dirs(argv: list[str]) -> tuple[list[Path], list[str]]:
@@ -96,13 +107,17 @@ def _check_overrides(args: list[str], recipes: dict[str, Recipe]) -> None:
         raise UserError("recipe", "is empty", f"name one of {', '.join(recipes)}")
     added = next((arg for arg in args if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
     if added is not None:
-        raise UserError(added.partition("=")[0], "adds a setting that nothing reads", "drop the +")
+        raise UserError(added.partition("=")[0], "a + adds a setting, and nothing reads added ones", "drop the +")
     bare = next((arg for arg in args if "=" not in arg and not arg.startswith(("-", "+", "~"))), None)
     following = {args[index + 1] for index, arg in enumerate(args[:-1]) if arg.startswith("-")}  # an option's value
     if bare is not None and bare not in following:
         raise Unparsable(bare, "cannot be parsed", "write key=value")
     inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in args)
     if not named and not inspecting:
+        keys = [arg.partition("=")[0] for arg in args if not arg.startswith("-")]
+        misspelt = difflib.get_close_matches("recipe", keys, n=1, cutoff=0.6)
+        if misspelt:
+            raise UserError(misspelt[0], "there is no such setting", "did you mean recipe?")
         raise UserError("recipe", "none is named", f"add recipe= and one of {', '.join(recipes)}")
 
 
@@ -113,7 +128,7 @@ def _refuse(error: UserError, debug: bool) -> int:
     return Exit.REFUSED
 
 
-def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool) -> int:
+def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool, *, command: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -140,16 +155,21 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
             raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
         # what passed before belongs to the first job of a multirun alone
         since_ns = time.monotonic_ns() if codes else started_ns
-        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), args, since_ns), debug))
+        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), command, since_ns), debug))
+        if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):  # the machine is wanted back, not this job alone
+            raise _SweepStopped(codes[-1])
 
     try:
         if any(arg.startswith("-") for arg in args):  # multirun, --cfg and the like are Hydra's application's
             sys.argv = [sys.argv[0], *overrides]
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
+            with _stoppable():
+                hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
         else:  # composed once; the application would do it twice
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
                 cfg = hydra.compose("config", overrides=overrides)
             one(cfg)
+    except _SweepStopped as stop:
+        return stop.code
     except (HydraException, OmegaConfBaseException) as error:
         from pipeline.explain import explain
 
@@ -162,6 +182,29 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
         problem = f"{error.filename} cannot be made ({error.strerror})"
         return _refuse(UserError("tracking.root", problem, "give a folder to write to"), debug)
     return max(codes, default=Exit.DONE, key=_badness)
+
+
+class _SweepStopped(BaseException):
+    """No job of a multirun is to follow; no `Exception`, which Hydra would take for a failed job and go on."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextmanager
+def _stoppable() -> Generator[None]:
+    """Have a scheduler's signal that comes between jobs, or while one opens, end the multirun as preempted."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise _SweepStopped(Exit.PREEMPTED)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _badness(code: int) -> int:
@@ -196,19 +239,20 @@ def _typed(run: Any) -> Any:
     return run
 
 
-def _execute(run: Any, args: list[str], started_ns: int) -> int:
+def _execute(run: Any, command: str, started_ns: int) -> int:
     from pipeline.run import execute
 
-    return execute(run, command=shown_command(args), started_ns=started_ns)
+    return execute(run, command=command, started_ns=started_ns)
 
 
-def shown_command(args: list[str]) -> str:
+def shown_command(args: list[str], recipe_dirs: Sequence[Path] = ()) -> str:
     """Return the command line to repeat a run with, secrets left out."""
     import shlex
 
     from pipeline.redact import redact_override
 
-    return shlex.join(["python", "-m", "pipeline", *map(redact_override, args)])
+    folders = [word for folder in recipe_dirs for word in ("--recipe-dir", str(folder))]
+    return shlex.join(["python", "-m", "pipeline", *folders, *map(redact_override, args)])
 
 
 def _guarded(call: Any, debug: bool) -> int:

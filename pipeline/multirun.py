@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ class NoCopyOfSettings(Callback):
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Send what Hydra writes there nowhere."""
         copy = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
-        copy.symlink_to(os.devnull)
+        with suppress(OSError):  # Hydra will meet it too, and that ends as a refusal
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.unlink(missing_ok=True)
+            copy.symlink_to(os.devnull)

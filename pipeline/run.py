@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.attempt import Attempt
 from pipeline.config import Run
-from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.errors import STOP_SIGNALS, BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
@@ -54,6 +54,8 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
             raise
         finally:
             finish(attempt, status, why)
+    if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
+        signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
     return Exit.DONE
 
 
@@ -92,10 +94,9 @@ def _signals(attempt: Attempt) -> Generator[None]:
     def ask(number: int, _: FrameType | None) -> None:
         attempt.stop_signal = number
 
-    wanted = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
-    before = [signal.signal(number, ask) for number in wanted]
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in zip(wanted, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -140,6 +140,29 @@ def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> Non
     assert max(overhead) < sum(overhead)  # the second job's clock starts where the first ended
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_whole_multirun(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """The scheduler, or Ctrl-C, wants the machine back, not the next job of the sweep."""
+    process = start(tmp_path, "-m", "recipe=baseline", *LONG, "seed=0,1")
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert len(err.splitlines()) == 1, err
+    assert out.count("baseline: running") == 1
+    assert [result["status"] for result in results(tmp_path)] == ["KILLED"]
+
+
+def test_a_signal_between_the_jobs_of_a_multirun_ends_it_too(tmp_path: Path) -> None:
+    process = start(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2", "seed=0,1,2,3,4,5,6,7")
+    while "#1 : " not in (line := process.stdout.readline() if process.stdout else ""):  # Hydra begins the second job
+        assert process.poll() is None, line
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert len(results(tmp_path)) <= 2
+
+
 def test_a_multirun_with_a_refused_job_is_refused_and_the_other_runs(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2,-1")
     assert done.returncode == 1
