@@ -30,9 +30,9 @@ from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, trainin
 from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import FOLLOW, LOG
 from pipeline.tracking import declared_uri
+from pipeline.validate import OWNER
 
 UNKEYED = ("tracking", "budget", "ledger")  # settings that change neither what is made nor how good it is
-OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
