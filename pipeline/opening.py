@@ -19,6 +19,7 @@ from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.nvml import reader_for
@@ -82,7 +83,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, devices=attempt.devices,
         recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
         tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
-        tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v},
+        tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
         environment={"device": device_name(device), "data.digest": data.digest,
                      "mlflow.source.git.commit": attempt.identity["commit"]},
         datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}

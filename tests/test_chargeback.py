@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -32,6 +35,12 @@ NOV = datetime(2026, 11, 1, tzinfo=UTC).timestamp()
 DAY = 86400.0
 NOON = NOV + DAY / 2
 PERIOD = ("--from", "2026-11-01", "--to", "2026-12-01")
+SMALLEST = [
+    *("training.steps=1", "training.batch_size=4", "training.sequence_length=32", "data.max_documents=20"),
+    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64", "model.shape.layers=1"),
+    *("quality.max_documents=4", "quality.bootstrap=200", "serving.blocks=2", "serving.load.new=1"),
+    *("serving.batches=[1]", "hardware.num_threads=1", "tracking.mlflow=false"),
+]
 
 
 def a_row(arm: str = "student", *, owner: dict[str, str] | None = None, rate: float | None = None,
@@ -195,6 +204,29 @@ def test_runs_inside_a_metered_run_are_its_own_seconds(root: Path, capsys: pytes
     write_run(root, "inner", [a_row()], tags={"nested_in": "outer"})
     write_run(root, "lone", [a_row()], tags={"nested_in": "of another store"}, minutes=(0, 0))
     assert hours(report(root), "vision") == pytest.approx((25 + 22) / 60)
+    assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
+
+
+def test_a_recipe_under_a_meter_is_charged_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are real: a metered command that is a recipe, in one store."""
+    folders = lambda: {path.name for path in (root / "runs").iterdir()}
+    python = [sys.executable, "-m"]
+    command = [*python, "pipeline.meter", "--root", str(root), "--no-mlflow", "--team", "vision", "--", *python,
+               "pipeline", "recipe=baseline", f"tracking.root={root}", "tracking.team=vision", *SMALLEST]  # fmt: skip
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (outer,), (inner,) = ([name for name in folders() if word in name] for word in ("-meter-", "-baseline-"))
+    assert read_events(root / "runs" / inner / "journal.jsonl")[0]["tags"]["nested_in"] == outer
+    for name in (outer, inner):
+        deliver(root / "runs" / name)
+    runs = {name: json.loads((root / "runs" / name / "result.json").read_text())["run"] for name in (outer, inner)}
+    totals = {name: run["device_hours"]["total"]["v"] for name, run in runs.items()}
+    assert 0 < totals[inner] < totals[outer]
+    now = time.time()
+    days = [str(datetime.fromtimestamp(now + shift * DAY, UTC).date()) for shift in (0, 1)]
+    assert main(["--from", days[0], "--to", days[1], "--root", str(root), "--csv", str(root / "out.csv")]) == 0
+    with (root / "out.csv").open(encoding="utf-8", newline="") as opened:
+        assert hours(list(csv.DictReader(opened)), "vision") == pytest.approx(totals[outer])
     assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
 
 

@@ -200,6 +200,12 @@ def _is_worker() -> bool:
     return processes is not None and bool(processes.current_process().daemon)
 
 
+def nested_in() -> dict[str, str]:
+    """Return the tag of a run that a meter's command started: the meter's run holds the same seconds."""
+    folder = os.environ.get(ENV)
+    return {"nested_in": Path(folder).name} if folder else {}
+
+
 def _forget() -> None:
     """In a forked child of a rank: it is no rank itself. One whose parent was silent may become one."""
     global _reporter

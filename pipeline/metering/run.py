@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import metrics
 from pipeline.errors import UserError
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
-from pipeline.ledger.foreign import ENV, RANKS
+from pipeline.ledger.foreign import ENV, RANKS, nested_in
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
@@ -29,6 +29,7 @@ from pipeline.metering.row import Facts, make_row
 from pipeline.report.metered import conclude, markdown
 from pipeline.store import plain, read_json, write_json
 from pipeline.tracking import declared_uri
+from pipeline.validate import OWNER
 from pipeline.values import measured
 
 RECIPE, TYPE = "meter", "metered"
@@ -60,12 +61,13 @@ class MeteredRun:
         identity = {
             "team": settings.team, "cost_center": settings.cost_center, "purpose": settings.purpose,
             "model_name": settings.model_name, "run": folder.name, "recipe": RECIPE, "commit": _commit(),
-            "parent": _outer(),
+            "parent": nested_in().get("nested_in"),
         }  # fmt: skip
         start: dict[str, Any] = {
             "run_id": folder.name, "started_ns": started_ns, "attempt": 1, "devices": 1, "recipe": RECIPE,
             "question": QUESTION, "experiment": RECIPE, "tracking_uri": declared_uri(None), "params": settings.params(),
-            "tags": _tags(identity), "environment": {"mlflow.source.git.commit": identity["commit"]}, "datasets": [],
+            "tags": {name: identity[name] for name in OWNER if identity[name]} | nested_in(), "datasets": [],
+            "environment": {"mlflow.source.git.commit": identity["commit"]},
             "identity": identity, "cost": plain(settings.cost), "name": settings.name,
             "node": platform.node(), "grant": plain(_node_grant()),
         }  # fmt: skip
@@ -145,18 +147,6 @@ def _totals(booked: Booking, facts: Facts, start: dict[str, Any]) -> dict[str, A
         "attempts": 1, "device_hours": hours, "phases_device_ns": {"overhead": overhead, "compare": {}},
         "spent": hours["total"], "reused": measured(0.0).to_json(),
     }  # fmt: skip
-
-
-def _tags(identity: dict[str, Any]) -> dict[str, str]:
-    """Return who pays, and `nested_in`: the run whose command started this meter has the same seconds."""
-    owner = {name: identity[name] for name in ("team", "cost_center", "purpose") if identity[name]}
-    return owner | ({"nested_in": identity["parent"]} if identity["parent"] else {})
-
-
-def _outer() -> str | None:
-    """Return the run that meters this very process, if one does."""
-    folder = os.environ.get(ENV)
-    return Path(folder).name if folder else None
 
 
 def _node_grant() -> Grant | None:
