@@ -47,7 +47,7 @@ from pipeline.rows import (
     reused_work,
 )
 from pipeline.stages.context import Context, Output
-from pipeline.stages.settings import training_precision, training_settings
+from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
 from pipeline.store import Artifact, Store, key_of, plain
 from pipeline.values import Value
 
@@ -272,8 +272,10 @@ class Attempt:
         settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like")}
         if hasattr(stage, "like"):
             settings |= {"training": plain(training_settings(stage, self.run)),
-                         "precision": training_precision(stage, self.run).value, "student": plain(self.run.student),
+                         "precision": training_precision(stage, self.run).value,
                          "loss_scale": self.run.precision.loss_scale}  # fmt: skip
+            if stage.model == STUDENT_INIT:
+                settings["student"] = self._student(inputs)
         matched = self.outputs.get((stage.like, seed)) if getattr(stage, "match_compute", False) else None
         return key_of(
             stage=name, type=stage.type, version=stage.version, settings=settings, task=self.run.task,
@@ -281,6 +283,15 @@ class Attempt:
             matched=None if matched is None else matched.counts["model_flops"].v,
             torch=torch.__version__.rpartition(".")[0], device=device_name(self.device), devices=self.devices,
         )  # fmt: skip
+
+    def _student(self, inputs: dict[str, Artifact]) -> dict[str, Any]:
+        """Return what decides the student's initial weights, however its settings are spelt."""
+        from pipeline.student import student_identity
+
+        source = None if self.run.student.path is not None else student_source(self.run)
+        with self.clock.phase("prepare"):
+            path = None if source is None else inputs[source].path
+            return {"source": source, **student_identity(self.run.student, path)}
 
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:
         """Return the key of an assessment: the artifact, the test data, how it is scored, and its teacher."""

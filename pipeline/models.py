@@ -7,14 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import StudentConfig, Task, TinyShape
+from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 
 
@@ -66,7 +65,8 @@ def resolve(path: str | Path, key: str) -> str:
     return str(Path(path).expanduser()) if _is_local(path) else str(path)
 
 
-def _auto_class(task: Task) -> Any:
+def auto_class(task: Task) -> Any:
+    """Return the class of transformers that loads models for a task."""
     import transformers
 
     return {
@@ -86,7 +86,7 @@ def load_config(path: str | Path, *, revision: str | None = None, key: str = "mo
     source = resolve(path, key)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except _load_errors() as error:
+    except load_errors() as error:
         raise _unloadable(key, path, error) from error
 
 
@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = 
     source = resolve(path, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except _load_errors() as error:
+    except load_errors() as error:
         raise _unloadable(key, path, error, what="its tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -146,10 +146,10 @@ def load_model(
         more["dtype"] = torch.float32
     source = resolve(path, key)
     try:
-        model, info = _auto_class(task).from_pretrained(
+        model, info = auto_class(task).from_pretrained(
             source, revision=revision, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
         )
-    except _load_errors() as error:
+    except load_errors() as error:
         raise _unloadable(key, path, error) from error
     _refuse_incomplete(model, info, task, key, path, new_head=new_head)
     if task is Task.causal_lm:
@@ -166,11 +166,11 @@ def import_model(path: str | Path, task: Task) -> None:
     import torch
 
     config = load_config(path)
-    with torch.device("meta"), suppress(*_load_errors()):  # loading it will say what is wrong
-        _auto_class(task).from_config(config)
+    with torch.device("meta"), suppress(*load_errors()):  # loading it will say what is wrong
+        auto_class(task).from_config(config)
 
 
-def _load_errors() -> tuple[type[Exception], ...]:
+def load_errors() -> tuple[type[Exception], ...]:
     """Return what transformers raises for files that are damaged, inconsistent, absent or not its own."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -278,153 +278,4 @@ def from_config(config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | 
     if labels is not None and task is Task.sequence_classification:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
-    return _auto_class(task).from_config(config).float().eval()
-
-
-def layer_count(config: PreTrainedConfig) -> int:
-    """Return the number of transformer layers a configuration declares.
-
-    Raises:
-        UserError: If it declares none under the names known.
-    """
-    for name in LAYER_COUNT_KEYS:
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    raise UserError("student.layers", f"{type(config).__name__} names no layer count", "give student.path instead")
-
-
-def choose_layers(spec: Any, num_layers: int) -> list[int]:
-    """Return the indexes of the layers a student keeps.
-
-    Args:
-        spec: `every_n` keeps layers n-1, 2n-1, ...; a count spreads that many evenly, the last one included;
-            a list names them.
-
-    Raises:
-        UserError: If it names none, or one that is not there.
-    """
-    key, remedy = "student.layers", f"give every_2, a count up to {num_layers}, or a list of layers"
-    if isinstance(spec, str) and spec.startswith("every_") and spec[6:].isdigit() and int(spec[6:]) > 0:
-        every = int(spec[6:])
-        chosen = list(range(every - 1, num_layers, every))
-    elif isinstance(spec, int) and not isinstance(spec, bool) and 0 < spec <= num_layers:
-        chosen = [((index + 1) * num_layers) // spec - 1 for index in range(spec)]
-    elif isinstance(spec, list) and all(isinstance(item, int) and 0 <= item < num_layers for item in spec):
-        chosen = list(spec)
-        if len(set(chosen)) < len(chosen):
-            raise UserError(key, f"{spec!r} names a layer twice", remedy)
-    else:
-        raise UserError(key, f"{spec!r} fits no model of {num_layers} layers", remedy)
-    if not chosen:
-        raise UserError(key, f"{spec!r} keeps none of {num_layers} layers", remedy)
-    return chosen
-
-
-def check_student(config: StudentConfig, source: str | None, num_layers: int, task: Task) -> None:
-    """Refuse student settings that fit no model, before its teacher is trained.
-
-    Args:
-        source: Folder or Hub name of the model that it is cut from; None for one made on the spot.
-        num_layers: Of a model made on the spot.
-
-    Raises:
-        UserError: Naming the setting.
-    """
-    if config.path is not None:
-        load_config(config.path, revision=config.revision, key="student.path")
-        return
-    base = None if source is None else load_config(source, key="model.path")
-    if not config.config:
-        choose_layers(config.layers, num_layers if base is None else layer_count(base))
-    elif base is not None:
-        _changed_config(base, config.config, task)
-
-
-def make_student(
-    config: StudentConfig, source: Path, task: Task, labels: tuple[str, ...] | None
-) -> tuple[PreTrainedModel, Any]:
-    """Make the student's initial weights (seed torch first) and its tokenizer.
-
-    Args:
-        source: Folder of the arm that layers, configuration and tokenizer are copied from.
-
-    Raises:
-        UserError: If the settings fit no model.
-    """
-    if config.path is not None:
-        key = "student.path"
-        model = load_model(config.path, task, labels=labels, revision=config.revision, key=key)
-        return model, load_tokenizer(config.path, revision=config.revision, key=key)
-    tokenizer = load_tokenizer(source, key="student.source")
-    if config.config:
-        changed = _changed_config(load_config(source, key="student.source"), config.config, task)
-        if task is Task.sequence_classification:
-            changed.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return from_config(changed, task, labels), tokenizer
-    return _keep_layers(load_model(source, task, labels=labels, key="student.source"), config.layers), tokenizer
-
-
-def _changed_config(base: Any, changes: dict[str, Any], task: Task) -> Any:
-    """Return `base` with keys changed, tried out on the meta device: it must make a model that runs.
-
-    Raises:
-        UserError: If a key is unknown or the values fit no model.
-    """
-    import torch
-
-    raw = base.to_dict()
-    for name, value in changes.items():
-        if not hasattr(base, name):
-            raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
-        if name in LAYER_COUNT_KEYS:
-            raw.pop("layer_types", None)  # one a layer; made anew from the other keys
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"student.config.{name}", f"{value} is no number of layers", "give at least 1")
-    try:
-        config = type(base).from_dict({**raw, **changes})
-        with torch.device("meta"):
-            ids = torch.zeros(1, 2, dtype=torch.long)
-            _auto_class(task).from_config(config)(input_ids=ids)
-    except (*_load_errors(), TypeError, RuntimeError, ArithmeticError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            "student.config", f"{changes} makes no {type(base).__name__} that runs ({text})", "change a value"
-        ) from error
-    return config
-
-
-def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
-    """Cut `model` down to the chosen layers, in place of a copy: the source lies on disk."""
-    import torch
-
-    total = layer_count(model.config)
-    chosen = choose_layers(spec, total)
-    lists = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == total
-    ]
-    if len(lists) != 1:
-        raise UserError(
-            "student.layers", f"{type(model).__name__} has {len(lists)} stacks of {total} layers", "give student.path"
-        )
-    parent, name, layers = lists[0]
-    setattr(parent, name, torch.nn.ModuleList([layers[index] for index in chosen]))
-    for index, layer in enumerate(getattr(parent, name)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the key-value cache is addressed by it
-                module.layer_idx = index
-    for key in LAYER_COUNT_KEYS:
-        if isinstance(getattr(model.config, key, None), int):
-            setattr(model.config, key, len(chosen))
-    if isinstance(getattr(model.config, "layer_types", None), list):
-        model.config.layer_types = [model.config.layer_types[index] for index in chosen]
-    with torch.device("meta"):
-        rebuilt = set(type(model)(model.config).state_dict())
-    if odd := rebuilt ^ set(model.state_dict()):  # ModernBERT's first layer lacks a norm, for one
-        raise UserError(
-            "student.layers", f"{chosen} put a layer where its architecture wants another kind ({min(odd)})",
-            "give a list that keeps layer 0 first, or student.path",
-        )  # fmt: skip
-    return model
+    return auto_class(task).from_config(config).float().eval()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import grant, placement
+from pipeline.preflight import check_models, check_precisions, choose_device
 from pipeline.recovery import recover
 from pipeline.redact import redact_settings
-from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision
 from pipeline.store import Store, key_of, plain, read_json, write_json
-from pipeline.sync import FOLLOW, LOG
+from pipeline.sync import start_writer
 from pipeline.tracking import declared_uri
 from pipeline.validate import OWNER
 
@@ -52,18 +50,20 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         device = choose_device(run)
         if run.hardware.num_threads is not None:
             torch.set_num_threads(run.hardware.num_threads)
-        _check_precisions(run, device)
-        _check_student(run)
+        check_precisions(run, device)
         quiet_libraries()
         data = load_dataset(run.data, run.task)
         root = Path(run.tracking.root).expanduser().resolve()
         _check_writable(root)
+    store = Store(root / "store")
+    check_models(run, data, store, clock)
+    with clock.phase("prepare"):
         key = key_of(run={k: v for k, v in plain(run).items() if k not in UNKEYED}, data=data.digest)
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
     attempt = Attempt(
-        run=run, run_id=folder.name, number=number, folder=folder, store=Store(root / "store"), journal=journal,
+        run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
         clock=clock, device=device, data=data, command=command, started_ns=started_ns,
         sampler=Sampler(reader_for(device)), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
     )  # fmt: skip
@@ -93,7 +93,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     for note in attempt.notes:
         print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
-        attempt.writer = _start_writer(folder)
+        attempt.writer = start_writer(folder)
     return attempt
 
 
@@ -106,15 +106,6 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
     if read < MIN_DOCUMENTS:
         found.append(f"{said}; fewer than {MIN_DOCUMENTS} decide no comparison: give more data, or a test file")
     return found
-
-
-def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the background writer to MLflow: in a session of its own, so that Ctrl-C does not reach it."""
-    command = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(folder), str(os.getpid())]
-    with (folder / LOG).open("wb") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-        )  # closing its input tells it that the run has ended
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
@@ -154,56 +145,6 @@ def _check_writable(root: Path) -> None:
     if not os.access(root, os.W_OK):
         raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
     check_room(root, FREE_BYTES, "tracking.root")
-
-
-def choose_device(run: Run) -> Any:
-    """Return the device to run on.
-
-    Raises:
-        UserError: If there is no such device, or not as many as asked for.
-    """
-    import torch
-
-    wanted = run.hardware.device
-    if wanted == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        wanted = "cpu" if found is None else str(found)
-    device = torch.device(wanted)
-    have = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= have):
-        raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
-    if run.hardware.devices > have:
-        raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
-    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
-    return device
-
-
-def _check_precisions(run: Run, device: Any) -> None:
-    """Refuse what this device cannot train in; an optional stage is skipped when its turn comes."""
-    from pipeline.training.precision import why_not
-
-    for name, stage in run.stages.items():
-        if not hasattr(stage, "precision") or stage.optional:
-            continue
-        reason = why_not(training_precision(stage, run), device)
-        if reason is not None:
-            key = "precision" if stage.precision is None else f"stages.{name}.precision"
-            raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
-
-
-def _check_student(run: Run) -> None:
-    """Refuse a student that cannot be made; one that is cut from another student is looked at when its turn comes."""
-    from pipeline.models import check_student
-
-    if not any(getattr(stage, "model", None) == STUDENT_INIT for stage in run.stages.values()):
-        return
-    source = student_source(run)
-    while source != BASE and run.student.path is None:
-        source = getattr(run.stages[source], "model", STUDENT_INIT)
-        if source == STUDENT_INIT:
-            return
-    check_student(run.student, run.model.path, run.model.shape.layers, run.task)
 
 
 def quiet_libraries() -> None:

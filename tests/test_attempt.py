@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 from fake_nvml import FakeNvml
+from make_assess_models import SHAPE, saved, tiny
 
 import pipeline.assess.quality
 import pipeline.comparison
+import pipeline.student
 from pipeline import run as loop
 from pipeline.assess.quality import write_items
 from pipeline.assess.serving import ServePass
 from pipeline.attempt import Attempt
-from pipeline.config import Comparison, Measure, Run
+from pipeline.config import Comparison, Measure, Run, StudentConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.ledger.booking import NS_PER_HOUR
 from pipeline.ledger.gpu_sampler import Sampler
@@ -33,6 +36,8 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import _find_or_make
 from pipeline.recovery import recover
 from pipeline.stages.context import Context, Output
+from pipeline.stages.distill import DistillStage
+from pipeline.stages.train import TrainStage
 from pipeline.store import Artifact, Store, write_json
 from pipeline.values import measured
 
@@ -559,3 +564,35 @@ def test_a_run_whose_journal_lost_an_attempt_is_not_gone_on_with(tmp_path: Path)
     found, number, lock = _find_or_make(tmp_path, "k", run)
     lock.release()
     assert (found, number) == (folder, 3)
+
+
+@pytest.mark.parametrize("change", [{"layers": 2}, {"layers": [1, 3]}, {"source": "teacher"}])
+def test_another_spelling_of_the_same_student_has_the_same_key(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert student_keys(tmp_path, StudentConfig(**change)) == student_keys(tmp_path, StudentConfig())
+
+
+@pytest.mark.parametrize("change", [{"layers": 1}, {"layers": [0, 1]}, {"config": {"num_hidden_layers": 2}}])
+def test_another_student_retrains_what_starts_from_it_and_no_teacher(tmp_path: Path, change: dict[str, Any]) -> None:
+    teacher, student = student_keys(tmp_path, StudentConfig())
+    same, other = student_keys(tmp_path, StudentConfig(**change))
+    assert (same, other != student) == (teacher, True)
+
+
+def test_other_weights_under_the_same_name_are_another_student(tmp_path: Path) -> None:
+    given = StudentConfig(path=str(saved(tiny(Task.causal_lm), tmp_path / "given")))
+    _, before = student_keys(tmp_path, given)
+    pipeline.student._digest.cache_clear()  # another process
+    saved(tiny(Task.causal_lm, seed=1), tmp_path / "given")
+    assert student_keys(tmp_path, given)[1] != before
+
+
+def student_keys(root: Path, student: StudentConfig) -> tuple[str, str]:
+    """Return the keys of a teacher made from base and of a student cut from it."""
+    source = root / "source"
+    if not source.is_dir():
+        saved(tiny(Task.causal_lm, shape=dataclasses.replace(SHAPE, layers=4)), source)
+    placed = {"teacher": TrainStage(), "student": DistillStage()}
+    attempt = open_fake(root, "run", 1, Run(recipe="distill", stages=placed, primary_arm="student", student=student))
+    made = Artifact(source, "model", "b" * 32, 1)
+    teacher = attempt.stage_key("teacher", placed["teacher"], {"base": made}, 0)
+    return teacher, attempt.stage_key("student", placed["student"], {"teacher": made}, 0)

@@ -35,6 +35,7 @@ REFUSED = {
     "recipe=distill student.layers=2 student.path=/x": "student.layers: does not go with student.path; give one",
     "recipe=distill training.steps=1 training.steps=abc": "training.steps: 'abc' is not a whole number",
     "recipe=distill student.layers=9": "student.layers: 9 fits no model of 4 layers",
+    "recipe=distill training.steps=0": "stages.control_compute.match_compute: student takes no steps to match",
     "recipe=distill training.steps=-1": "training.steps: -1 is out of range; give a number of at least 0",
     "recipe=distill precision=bf17": "precision: there is no 'bf17'; did you mean bf16?",
     "recipe=distill stages.student.tempratur=2": "did you mean stages.student.temperature?",

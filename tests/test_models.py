@@ -26,7 +26,8 @@ from transformers import (
 
 from pipeline.config import StudentConfig, Task, TinyShape
 from pipeline.errors import UserError
-from pipeline.models import choose_layers, load_model, load_tokenizer, make_student, make_tiny, save_model
+from pipeline.models import load_model, load_tokenizer, make_tiny, save_model
+from pipeline.student import choose_layers, make_student
 
 SHAPE = TinyShape(hidden_size=64, layers=6, heads=2, intermediate_size=64)
 

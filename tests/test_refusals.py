@@ -246,3 +246,49 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     assert not (tmp_path / "mlruns/latest").exists()
     assert not list(tmp_path.glob("mlruns/store/tmp/*/*.safetensors"))
     assert shutil.rmtree(tmp_path / "mlruns") is None
+
+
+# -- what would otherwise be met after the teacher is trained -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("student.config={foo:1}", "student.config.foo: LlamaConfig has no such key"),
+        ("student.config={vocab_size:10}", "student.config: the tokenizer gives token"),
+        ("student.config={num_hidden_layers:0}", "student.config.num_hidden_layers: 0 is no number of layers"),
+        ("serving.load.prompt=4096", "serving.load.prompt: 4112 tokens in one sequence, and the model has 2048"),
+        ("quality.sequence_length=4096", "quality.sequence_length: 4096 tokens in one sequence"),
+        ("stages.teacher.sequence_length=4096", "stages.teacher.sequence_length: 4096 tokens in one sequence"),
+    ],
+)
+def test_what_fits_no_model_is_refused_before_a_teacher_is_trained(refuse: Refuse, setting: str, said: str) -> None:
+    assert said in refuse("data.max_documents=40", setting, recipe="distill")
+
+
+def test_a_student_with_fewer_embeddings_than_tokens_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    student = saved(tiny(Task.causal_lm), tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    line = refuse(f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'base')}", f"student.path={student}",
+                  "data.max_documents=40", recipe="distill")  # fmt: skip
+    assert line.startswith("student.path: the tokenizer gives token")
+    assert "the model's embedding ends at 99" in line
+
+
+def test_a_student_of_another_family_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    line = refuse(f"student.path={saved(tiny(Task.causal_lm), tmp_path / 'student')}", recipe="distill")
+    assert line.startswith("student.path: its tokenizer differs from the teacher's")
+
+
+def test_a_model_without_a_tokenizer_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+    model = saved(tiny(Task.causal_lm), tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "put its tokenizer files beside the weights" in refuse(f"model.path={model}")
+
+
+def test_chats_for_a_model_without_a_template_are_refused(refuse: Refuse, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    data = jsonl(tmp_path / "d.jsonl", [{"messages": [{**turns[0], "content": f"{n}?"}, turns[1]]} for n in range(80)])
+    assert "no chat template" in refuse(data, f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'model')}")

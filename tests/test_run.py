@@ -110,6 +110,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
             "stages.teacher.steps=4",
             *TINY,
             "stages.student.temperature=2",
+            "student.layers=1",  # another way to say what every_2 says
             "tracking.mlflow=false",
         ).returncode
         == 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config import Run
 from pipeline.errors import UserError
-from pipeline.stages.settings import TrainingOverrides, check_training, reads_model
+from pipeline.stages.settings import TrainingOverrides, check_training, reads_model, training_settings
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
@@ -42,6 +42,9 @@ class TrainStage(TrainingOverrides):
         check_training(self, key, run)
         if self.match_compute and self.like is None:
             raise UserError(f"{key}.match_compute", "needs a stage to match", f"set {key}.like")
+        matched = run.stages.get(self.like or "") if self.match_compute else None
+        if isinstance(matched, TrainingOverrides) and training_settings(matched, run).steps == 0:
+            raise UserError(f"{key}.match_compute", f"{self.like} takes no steps to match", "give it steps above 0")
         if self.match_compute and self.steps is not None:
             raise UserError(f"{key}.steps", "is computed where match_compute is set", f"drop {key}.steps")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.assess.scoring import validation_metric
+from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
@@ -16,9 +16,10 @@ from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
-from pipeline.models import load_model, load_tokenizer, make_student, save_model
+from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.student import make_student
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
     Objective,
@@ -59,7 +60,7 @@ def run_training(
             for checked in [model] if teacher is None else [model, teacher.model]:
                 check_body(checked, ctx.device)
         objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher)
-        batches = _batches(tokenizer, settings, ctx)
+        batches = _batches(model, tokenizer, settings, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
@@ -160,8 +161,9 @@ def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer
     return Teacher(model, precision, stage.temperature, stage.ce_weight)
 
 
-def _batches(tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
+def _batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
     encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
+    check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     if ctx.run.task is Task.causal_lm:
         return PackedBatches(
             encoded, sequence_length=settings.sequence_length, batch_size=settings.batch_size, seed=ctx.seed

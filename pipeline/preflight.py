@@ -1,0 +1,148 @@
+"""What is tried before anything is written: the device, the precisions, and whether models, data and load fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.base_model import base_artifact
+from pipeline.config import Measure, Run, Task
+from pipeline.data.documents import Dataset
+from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.store import Store
+
+SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
+SAMPLE_BYTES = 4096  # of each
+
+
+def choose_device(run: Run) -> Any:
+    """Return the device to run on.
+
+    Raises:
+        UserError: If there is no such device, or not as many as asked for.
+    """
+    import torch
+
+    wanted = run.hardware.device
+    if wanted == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        wanted = "cpu" if found is None else str(found)
+    device = torch.device(wanted)
+    have = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= have):
+        raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
+    if run.hardware.devices > have:
+        raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
+    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
+    return device
+
+
+def check_precisions(run: Run, device: Any) -> None:
+    """Refuse what this device cannot train in; an optional stage is skipped when its turn comes."""
+    from pipeline.training.precision import why_not
+
+    for name, stage in run.stages.items():
+        if not hasattr(stage, "precision") or stage.optional:
+            continue
+        reason = why_not(training_precision(stage, run), device)
+        if reason is not None:
+            key = "precision" if stage.precision is None else f"stages.{name}.precision"
+            raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
+
+
+def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> None:
+    """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    from pipeline.models import load_config, load_tokenizer
+
+    base: str | Path | None = run.model.path
+    if base is None:  # made on the spot: a moment's work, which the run finds done
+        base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
+    with clock.phase("prepare"):
+        revision = run.model.revision
+        config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
+        _check_reads("model.path", config, tokenizer, run, data)
+        _check_lengths(config, run)
+        student = _root(run, STUDENT_INIT)
+        if student == BASE or (student is not None and run.student.path is not None):
+            _check_student(base, tokenizer, run, data)
+
+
+def _root(run: Run, name: str) -> str | None:
+    """Return what an arm was made from in the beginning: `base`, `student_init`, or None where no stage wants it."""
+    if name == STUDENT_INIT:
+        if not any(getattr(stage, "model", None) == STUDENT_INIT for stage in run.stages.values()):
+            return None
+        name = student_source(run)
+    while name not in (BASE, STUDENT_INIT):
+        name = getattr(run.stages[name], "model", STUDENT_INIT)
+    return name
+
+
+def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Dataset) -> None:
+    """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn."""
+    from pipeline.models import load_tokenizer
+    from pipeline.student import student_config
+    from pipeline.training.objective import check_tokenizers
+
+    given = run.student.path
+    config = student_config(run.student, base, run.task)
+    tokenizer = base_tokenizer
+    if given is not None:
+        tokenizer = load_tokenizer(given, revision=run.student.revision, key="student.path")
+        taught = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
+        if any(_root(run, teacher) == BASE for teacher in taught):
+            check_tokenizers(tokenizer, base_tokenizer)
+    key = "student.path" if given is not None else "student.config" if run.student.config else "student.layers"
+    _check_reads(key, config, tokenizer, run, data)
+    _check_lengths(config, run)
+
+
+def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:
+    """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for."""
+    from pipeline.data.encode import encode_all
+
+    length = run.training.sequence_length
+    for documents in data.splits.values():
+        read = encode_all(documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES)
+        largest = max((int(row.input_ids.max()) for row in read), default=0)
+        size = config.get_text_config().vocab_size
+        if largest >= size:
+            problem = f"the tokenizer gives token {largest} but the model's embedding ends at {size - 1}"
+            raise UserError(key, problem, "use a model and the tokenizer that it was trained with")
+
+
+def _check_lengths(config: Any, run: Run) -> None:
+    """Refuse sequences that are longer than what a model can tell apart."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return
+    for key, length in _lengths(run):
+        if length > limit:
+            raise UserError(key, f"{length} tokens in one sequence, and the model has {limit} positions", "give less")
+
+
+def _lengths(run: Run) -> Iterator[tuple[str, int]]:
+    """Yield the sequences that will certainly be read, by the setting that says how long they are."""
+    if any(measure in pair.on for pair in run.compare for measure in (Measure.serving, Measure.payback)):
+        answer = run.serving.load.new if run.task is Task.causal_lm else 0
+        yield "serving.load.prompt", run.serving.load.prompt + answer
+    if run.task is not Task.causal_lm:  # texts, cut where they are longer
+        return
+    if run.quality.sequence_length is not None:
+        yield "quality.sequence_length", run.quality.sequence_length
+    for name, stage in run.stages.items():
+        if hasattr(stage, "like"):
+            settings = training_settings(stage, run)
+            own = stage.sequence_length is not None
+            if settings.steps > 0:
+                key = f"stages.{name}.sequence_length" if own else "training.sequence_length"
+                yield key, settings.sequence_length
