@@ -38,8 +38,8 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
-from pipeline.opening import _start_writer
 from pipeline.store import write_json
+from pipeline.sync import LOG, start_writer
 
 STEP_S = 0.030
 METRICS = ("loss", "ce", "kl", "learning_rate", "grad_norm")
@@ -66,7 +66,7 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
     journal.write("run_start", run_id=run.name, attempt=1, recipe="overhead", question="", experiment="overhead",
                   tracking_uri=None, params={}, tags={}, environment={}, datasets=[], started_ns=0)  # fmt: skip
     journal.write("stage_start", arm="a", stage="a", type="train", seed=0, attempt=1, params={}, depends_on=[])
-    writer, sampler = _start_writer(run), Sampler(reader_for(device))
+    writer, sampler = start_writer(run), Sampler(reader_for(device))
     sampler.start()
 
     def log(step: int, values: dict[str, float]) -> None:
@@ -83,7 +83,7 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
     assert writer.stdin is not None
     writer.stdin.close()
     if writer.wait(120):
-        raise RuntimeError((run / "sync.log").read_text() or "the writer to MLflow failed")
+        raise RuntimeError((run / LOG).read_text() or "the writer to MLflow failed")
 
 
 def mlflow_arm(*, synchronous: bool) -> Callable[[Path], Any]:

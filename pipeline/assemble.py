@@ -18,14 +18,13 @@ from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
 from pipeline.store import read_json, write_json
-from pipeline.sync import LOG
+from pipeline.sync import let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
-DELIVERY_S = 60.0  # a fresh SQLite store takes its migrations out of this
 LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 
 
@@ -48,31 +47,14 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
         _point_latest(attempt.folder)
     attempt.lock.release()
     if not attempt.rows:  # refused before any stage: the refusal says it all
-        if attempt.writer is not None and attempt.writer.stdin is not None:
-            attempt.writer.stdin.close()
+        if attempt.writer is not None:
+            let_go(attempt.writer)
         return
     conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
     print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
     if attempt.writer is not None:
-        print(_delivered(attempt, attempt.writer))
-
-
-def _delivered(attempt: Attempt, writer: subprocess.Popen[bytes]) -> str:
-    """Wait a bounded time for the background writer's last delivery; return the line that says what came of it."""
-    root = attempt.folder.parent.parent
-    again = f"`python -m pipeline.sync {root}` delivers the rest"
-    if writer.stdin is not None:
-        writer.stdin.close()  # it looks once more and ends
-    try:
-        code = writer.wait(DELIVERY_S)
-    except subprocess.TimeoutExpired:
-        return f"MLflow did not answer within {DELIVERY_S:.0f} s; its writer goes on, and {again}"
-    except KeyboardInterrupt:
-        return f"not waiting for MLflow; its writer goes on, and {again}"
-    if code:
-        said = (attempt.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
-        return f"{next((line for line in reversed(said) if line), 'the writer to MLflow crashed')}; {again}"
-    return f"MLflow: {ui_command(root, attempt.run.tracking.uri)}"
+        shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
+        print(undelivered(attempt.writer, attempt.folder) or shown)
 
 
 def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:

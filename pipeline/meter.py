@@ -7,16 +7,15 @@ and told again with every further signal: its hours count as well. See `pipeline
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import subprocess
+
     from pipeline.metering.child import Child
     from pipeline.metering.options import Settings
     from pipeline.metering.run import MeteredRun
@@ -81,6 +80,7 @@ def meter(settings: Settings, started_ns: int) -> int:
     from pipeline.metering.child import CannotStart, Child, exit_code
     from pipeline.metering.run import MeteredRun
     from pipeline.metering.watch import Watch
+    from pipeline.sync import start_writer
 
     watch = Watch(settings.gpus)
     run = MeteredRun.open(settings, started_ns)
@@ -95,7 +95,7 @@ def meter(settings: Settings, started_ns: int) -> int:
             raise
         run.journal.write("started", pid=child.pid)
         if settings.mlflow:
-            writer = _start_writer(run.folder)
+            writer = start_writer(run.folder)
         code = _wait(child, run)
         result = _end(run, child, watch, *_status(code, child))
     print(_closing(result, run.folder), file=sys.stderr)
@@ -149,30 +149,14 @@ def _closing(result: dict[str, Any], folder: Path) -> str:
     return f"{closing_table(result)}\nreport: {folder / 'report.md'}"
 
 
-def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the background writer to MLflow, in a session of its own; its input, closed, tells it that we end."""
-    from pipeline.sync import FOLLOW, LOG
-
-    command = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(folder), str(os.getpid())]
-    with (folder / LOG).open("wb") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-        )
-
-
 def _deliver(writer: subprocess.Popen[bytes], folder: Path) -> None:
     """Wait a bounded time for the last delivery; a signal meanwhile leaves it to the writer."""
-    from pipeline.assemble import DELIVERY_S
+    from pipeline.sync import undelivered
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = None
-    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-        if writer.stdin is not None:
-            writer.stdin.close()
-        code = writer.wait(DELIVERY_S)
-    if code != 0:
-        root = folder.parent.parent
-        print(f"MLflow has not had all of it; `python -m pipeline.sync {root}` delivers the rest", file=sys.stderr)
+    problem = undelivered(writer, folder)
+    if problem is not None:
+        print(problem, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
 FOLLOW = "--follow"
 INTERVAL_S, DYING_S = 2.0, 0.2  # between deliveries; the same for a run that is about to be no more
+DELIVERY_S = 60.0  # a run waits this long for its writer: a fresh SQLite store takes its migrations out of it
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
@@ -41,6 +43,46 @@ def main(argv: list[str]) -> int:
             if problem.is_down:
                 break
     return int(failed)
+
+
+# -- the run's side of its writer --------------------------------------------------------------------------------------
+
+
+def start_writer(run_dir: Path) -> subprocess.Popen[bytes]:
+    """Start the background writer of this process's run: in a session of its own, so that Ctrl-C does not reach it."""
+    command = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(run_dir), str(os.getpid())]
+    with (run_dir / LOG).open("wb") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+
+
+def let_go(writer: subprocess.Popen[bytes]) -> None:
+    """Close the writer's input, which tells it that the run has ended: it looks once more and ends."""
+    if writer.stdin is not None:
+        writer.stdin.close()
+
+
+def undelivered(writer: subprocess.Popen[bytes], run_dir: Path) -> str | None:
+    """Wait a bounded time for the last delivery of a run that has ended; return what to say where it failed, or None.
+
+    An interrupt ends the waiting, and not the writer.
+    """
+    again = f"`python -m pipeline.sync {run_dir.parent.parent}` delivers the rest"
+    try:
+        let_go(writer)
+        code = writer.wait(DELIVERY_S)
+    except subprocess.TimeoutExpired:
+        return f"MLflow did not answer within {DELIVERY_S:.0f} s; its writer goes on, and {again}"
+    except KeyboardInterrupt:
+        return f"not waiting for MLflow; its writer goes on, and {again}"
+    if not code:
+        return None
+    said = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    return f"{next((line for line in reversed(said) if line), 'the writer to MLflow crashed')}; {again}"
+
+
+# -- the writer --------------------------------------------------------------------------------------------------------
 
 
 def follow(run_dir: Path, parent: int) -> int:
