@@ -182,6 +182,7 @@ def test_an_end_by_a_signal_is_told_as_shells_do(tmp_path: Path, number: str, co
     assert run(tmp_path, "sh", "-c", f"kill -{number} $$")[0] == code
     result = result_of(folder_of(tmp_path))
     assert (result["status"], result["why"]) == ("KILLED", f"ended by SIG{number}")
+    assert result["rows"][0]["ledger"]["conditions"]["truncated"] is False  # the meter saw all of it
 
 
 @pytest.mark.faults
@@ -267,6 +268,7 @@ def test_a_killed_meter_loses_at_most_a_heartbeat(root: Path) -> None:
     result = result_of(folder)
     ledger = result["rows"][0]["ledger"]
     assert (result["status"], result["why"]) == ("KILLED", "the meter was killed; hours up to its last sign of life")
+    assert ledger["conditions"]["truncated"] is True
     lost_s = (ended_ns - opened["start_ns"]) / S - ledger["wall_s"]["v"]
     assert 0 <= lost_s <= 10
     assert ledger["wall_s"]["v"] > 1.5

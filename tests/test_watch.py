@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,11 @@ from fake_nvml import NO_DRIVER, NOT_SUPPORTED, FakeNvml, Gpu, NVMLError
 
 from pipeline.config import CostConfig
 from pipeline.errors import UserError
+from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.ranks import Life
 from pipeline.metering.presence import CONTEXT_BYTES, Presence, visible
 from pipeline.metering.row import Facts, make_row
-from pipeline.metering.watch import UNKNOWN_GPU, Used, Watch, as_reported, cpu_host
+from pipeline.metering.watch import UNKNOWN_GPU, Used, Watch, as_reported, cpu_host, over_devices
 from pipeline.store import plain
 from pipeline.values import measured, null
 
@@ -108,7 +110,7 @@ def test_granted_but_untouched_gpus_are_not_counted() -> None:
     assert (used.kind, used.ids, used.name) == ("cuda", ("GPU-ab2", "GPU-b3"), "NVIDIA 200")
     assert used.placement["device_names"] == ["NVIDIA 200", "NVIDIA 300"]
     assert used.placement["uuids"] == ["GPU-ab2", "GPU-b3"]
-    assert used.figure("energy_j").v is None
+    assert used.read().energy_j.v is None
 
 
 def test_none_used_is_a_cpu_host_and_says_so() -> None:
@@ -131,7 +133,7 @@ def test_without_a_driver_ranks_and_the_command_line_are_believed() -> None:
     assert watch.stop(0, 1, {}).kind == "cpu"
     used = watch.stop(0, 1, {"GPU-q": "NVIDIA H200"})
     assert (used.ids, used.name) == (("GPU-q",), "NVIDIA H200")
-    assert used.figure("energy_j").why_null == "no NVIDIA driver to ask (Driver Not Loaded)"
+    assert used.read().energy_j.why_null == "no NVIDIA driver to ask (Driver Not Loaded)"
     declared = Watch(("GPU-x",), {}, nvml=Node(init=NO_DRIVER)).stop(0, 1, {})
     assert (declared.ids, declared.name) == (("GPU-x",), UNKNOWN_GPU)
     assert Watch((), {}, nvml=Node(*IDS)).stop(0, 1, {}) == cpu_host()
@@ -155,7 +157,8 @@ def _row(used: Used, *, grant: dict[str, Any] | None, lives: tuple[Life, ...] = 
 
 def _two(**figures: Any) -> Used:
     known = {"energy_j": measured(5e6), "busy": measured(0.9), "sm_active": measured(0.5), "tensor_active": null("no")}
-    return Used(kind="cuda", name="NVIDIA H200", ids=("GPU-a", "GPU-b"), figures={**known, **figures})
+    usage = replace(unread("not asked"), **{**known, **figures})
+    return Used(kind="cuda", name="NVIDIA H200", ids=("GPU-a", "GPU-b"), usage=usage)
 
 
 SLURM = {"scheduler": "slurm", "job_id": "1", "gpus": 8}
@@ -180,6 +183,33 @@ def test_shares_that_contradict_each_other_name_themselves() -> None:
     ledger = _row(_two(sm_active=measured(0.95)), grant=None)
     assert ledger["meter_problems"] == ["sm_active is more than busy: 360 s"]
     assert ledger["meter_valid"] is False
+
+
+def test_doubts_about_a_reading_stand_in_the_row_and_do_not_undo_its_books() -> None:
+    ledger = _row(_two(problems=("energy: the counter of GPU-a was reset",)), grant=None)
+    assert ledger["meter_problems"] == ["energy: the counter of GPU-a was reset"]
+    assert ledger["meter_valid"] is True
+    assert ledger["conditions"]["problems"] == ledger["meter_problems"]
+
+
+def test_usage_of_several_devices_is_one_window_s() -> None:
+    all_of: Any = lambda v: dict.fromkeys(FIGURES, measured(v))
+    one = Usage(**all_of(1.0), problems=("odd",))
+    two = Usage(**all_of(3.0), problems=("odd",), throttle_reasons=("power cap",))
+    both = over_devices([one, two])
+    added, highest = ("energy_j", "energy_integral_j", "power_w_mean"), ("memory_used_peak_bytes", "temperature_c_max")
+    wanted = {**dict.fromkeys(FIGURES, 2.0), **dict.fromkeys(added, 4.0), **dict.fromkeys(highest, 3.0),
+              "sm_clock_mhz_min": 1.0, "foreign_load": None}  # fmt: skip
+    assert {name: getattr(both, name).v for name in FIGURES} == wanted
+    assert (both.problems, both.throttle_reasons) == (("odd",), ("power cap",))
+    assert over_devices([one]).energy_j == measured(1.0)
+    assert over_devices([one, unread("GPU-b fell off")]).busy.why_null == "GPU-b fell off"
+
+
+def test_a_row_has_the_conditions_its_devices_worked_under() -> None:
+    ledger = _row(_two(throttle_share=measured(0.25), throttle_reasons=("power cap",)), grant=None)
+    assert ledger["conditions"]["throttle_share"]["v"] == 0.25
+    assert ledger["conditions"]["throttle_reasons"] == ["power cap"]
 
 
 def test_a_grant_that_a_command_never_touched_is_seen() -> None:

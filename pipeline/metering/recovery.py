@@ -71,7 +71,7 @@ def _end(folder: Path, lock: Any, events: list[dict[str, Any]]) -> None:
     used = seen[-1] if seen else as_reported(opened_gpus(lives), GONE)
     facts = Facts(
         name=start["name"], status="KILLED", why=KILLED_METER, start_ns=opened["start_ns"], end_ns=end_ns, used=used,
-        host_peak=null(GONE),
+        host_peak=null(GONE), truncated=True,
     )  # fmt: skip
     run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
     run.end(facts, now_ns=end_ns, t=last["t"] + (end_ns - last["mono_ns"]) / 1e9)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import CostConfig
-from pipeline.ledger.gpu_usage import Usage
-from pipeline.ledger.gpu_usage import unread as unread_usage
 from pipeline.ledger.memory import unread
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
 from pipeline.ledger.reconcile import problems
 from pipeline.ledger.record import HOUR_NS, Spent, hours, ledger
-from pipeline.metering.watch import SHARES, Used
-from pipeline.values import Value, derive, measured, null
+from pipeline.metering.watch import Used
+from pipeline.values import Value, null
 
 SILENT = "the program reports no phases"
 NOT_TOLD = "not known of another program"
@@ -33,6 +31,7 @@ class Facts:
         start_ns: On the host's monotonic clock.
         used: Its devices.
         host_peak: Resident bytes of its largest process at most.
+        truncated: The meter was killed: what came after its last sign of life is unknown.
     """
 
     name: str
@@ -42,6 +41,7 @@ class Facts:
     end_ns: int
     used: Used
     host_peak: Value
+    truncated: bool = False
 
     @property
     def elapsed_ns(self) -> int:
@@ -55,14 +55,15 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> d
     What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by `failed_attempt`.
     """
     record = _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
-    granted = _granted(start)
     record |= {"identity": start["identity"], "placement": _placement(start, facts)}
-    _fill_gpu(record, facts, granted)
+    granted = _granted(start)
+    if facts.used.kind == "cpu" and granted is not None and granted.gpus:  # granted, and never touched
+        record["gpu_hours"]["allocated"] = allocated_hours(facts.elapsed_ns / HOUR_NS, 1, granted).to_json()
     found = problems(record)
     return {
         "arm": facts.name, "stage": facts.name, "type": "metered", "seed": 0, "attempt": 1, "status": facts.status,
         "why": facts.why, "reused": None, "depends_on": [], "artifact": None, "quality": {}, "serving": {},
-        "ledger": {**record, "meter_valid": not found, "meter_problems": found},
+        "ledger": {**record, "meter_valid": not found, "meter_problems": [*found, *facts.used.read().problems]},
     }  # fmt: skip
 
 
@@ -92,11 +93,11 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
     why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
     if facts.used.kind != "cpu":
-        memory["nvml_peak_bytes"] = facts.used.figure("memory_used_peak_bytes")
+        memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
     record = ledger(
         spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
-        cost=CostConfig(**start["cost"]), memory=memory, usage=_usage(facts.used), is_training=True,
-        seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start),
+        cost=CostConfig(**start["cost"]), memory=memory, usage=facts.used.read(), is_training=True,
+        seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start), truncated=facts.truncated,
     )  # fmt: skip
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
@@ -105,11 +106,6 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
 
 def _granted(start: Mapping[str, Any]) -> Grant | None:
     return None if start["grant"] is None else Grant(**start["grant"])
-
-
-def _usage(used: Used) -> Usage:
-    """Return what was read of the devices, the rest null."""
-    return replace(unread_usage(used.figure("conditions").why_null or ""), **used.figures)
 
 
 def _silence(record: dict[str, Any]) -> None:
@@ -121,20 +117,6 @@ def _silence(record: dict[str, Any]) -> None:
                 record[group][name] = silent
     record["device_hours"]["wasted_by"] = {}
     record["counts"]["goodput"] = silent
-
-
-def _fill_gpu(record: dict[str, Any], facts: Facts, granted: Grant | None) -> None:
-    """Add what the devices' own library and the scheduler tell."""
-    attached, used = record["gpu_hours"]["attached"]["v"], facts.used
-    if used.kind != "cpu":
-        shares = {
-            name: derive(lambda share, whole: share * whole, used.figure(name), measured(attached)) for name in SHARES
-        }
-        shares["allocated"] = allocated_hours(attached, used.count, granted)
-        record["gpu_hours"] |= {name: value.to_json() for name, value in shares.items()}
-    elif granted is not None and granted.gpus:  # granted, and never touched
-        whole = allocated_hours(facts.elapsed_ns / HOUR_NS, 1, granted)
-        record["gpu_hours"]["allocated"] = whole.to_json()
 
 
 def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.nvml import open_reader
 from pipeline.ledger.peaks import device_name
 from pipeline.metering.presence import Presence, visible
-from pipeline.values import Value, derive, null
+from pipeline.values import derive, null
 
-SHARES = ("busy", "sm_active", "tensor_active")
+SUMS = ("energy_j", "energy_integral_j", "power_w_mean")
+EXTREMES = {"memory_used_peak_bytes": max, "temperature_c_max": max, "sm_clock_mhz_min": min}
+"""What of a usage adds up over devices, and what does not; the rest is the mean of the devices."""
+NOT_TOLD_APART = "not known of another program: which processes on a GPU are its own"
 UNKNOWN_GPU = "GPU of unknown model"
 
 
@@ -28,7 +31,7 @@ class Used:
         kind: `cuda` or `cpu`.
         name: Exact model name, of the first one.
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
-        figures: Of all of them: energy_j, shares of the time, memory_used_peak_bytes; null where not read.
+        usage: What was read of all of them; None where nobody read, or is there to tell.
         placement: What the devices' library told of them.
         notes: What a reader must know.
     """
@@ -36,7 +39,7 @@ class Used:
     kind: str
     name: str
     ids: tuple[str, ...]
-    figures: Mapping[str, Value] = field(default_factory=dict)
+    usage: Usage | None = None
     placement: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -45,13 +48,13 @@ class Used:
         """How many."""
         return len(self.ids)
 
-    def figure(self, name: str) -> Value:
-        """Return a figure, null where it was not read."""
-        why = "a CPU run: no NVML device" if self.kind == "cpu" else "the process that read it is gone"
-        return self.figures.get(name, null(why))
+    def read(self) -> Usage:
+        """Return what was read of them, nulls with the reason where nothing was."""
+        why = "a CPU run uses no GPU" if self.kind == "cpu" else "the process that read it is gone"
+        return unread(why) if self.usage is None else self.usage
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads back; figures belong to a whole run and are left out."""
+        """Return what `from_json` reads back; usage belongs to a whole run and is left out."""
         return {"kind": self.kind, "name": self.name, "ids": list(self.ids)}
 
     @staticmethod
@@ -73,9 +76,8 @@ def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
     """
     if not opened:
         return cpu_host()
-    figures: dict[str, Value] = dict.fromkeys(("energy_j", *SHARES, "memory_used_peak_bytes"), null(why))
     names = [name or UNKNOWN_GPU for name in opened.values()]
-    return Used(kind="cuda", name=names[0], ids=tuple(opened), figures=figures, placement={"device_names": names})
+    return Used(kind="cuda", name=names[0], ids=tuple(opened), usage=unread(why), placement={"device_names": names})
 
 
 class Watch:
@@ -128,8 +130,8 @@ class Watch:
                 sampler.stop()
         if used.kind == "cpu":
             return used
-        figures = _usage([self._samplers[uuid] for uuid in used.ids], start_ns, end_ns)
-        return Used(kind="cuda", name=used.name, ids=used.ids, placement=_joined(placements), **figures)
+        usage = over_devices([self._samplers[uuid].usage((start_ns, end_ns)) for uuid in used.ids])
+        return replace(used, usage=usage, placement=_joined(placements))
 
     def _used(self, opened: Iterable[str]) -> Used:
         """Return the devices in use so far."""
@@ -167,18 +169,24 @@ def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str])
     return found
 
 
-def _usage(samplers: Sequence[Sampler], start_ns: int, end_ns: int) -> dict[str, Any]:
-    """Return the figures of a window over several devices, each read by a sampler of its own, and what is odd."""
-    usages: list[Usage] = [sampler.usage((start_ns, end_ns)) for sampler in samplers]
-    figures = {
-        "energy_j": derive(lambda *joules: sum(joules), *(usage.energy_j for usage in usages)),
-        "memory_used_peak_bytes": derive(max, *(usage.memory_used_peak_bytes for usage in usages)),
-        **{name: derive(lambda *shares: sum(shares) / len(shares), *(getattr(usage, name) for usage in usages))
-           for name in SHARES},
-    }  # fmt: skip
-    if len(usages) == 1:  # nothing was derived
-        figures = {name: getattr(usages[0], name) for name in figures}
-    return {"figures": figures, "notes": tuple(dict.fromkeys(each for usage in usages for each in usage.problems))}
+def over_devices(usages: Sequence[Usage]) -> Usage:
+    """Return the usage of several devices, each read by a sampler of its own, as that of one window."""
+    if len(usages) == 1:  # nothing is derived
+        return replace(usages[0], foreign_load=null(NOT_TOLD_APART))
+    figures = {name: derive(_together(name), *(getattr(usage, name) for usage in usages)) for name in FIGURES}
+    figures["foreign_load"] = null(NOT_TOLD_APART)
+    return Usage(
+        **figures,
+        throttle_reasons=tuple(sorted({each for usage in usages for each in usage.throttle_reasons})),
+        problems=tuple(dict.fromkeys(each for usage in usages for each in usage.problems)),
+    )
+
+
+def _together(name: str) -> Callable[..., float]:
+    """Return how a figure of each device becomes one of all."""
+    if name in SUMS:
+        return lambda *values: sum(values)
+    return EXTREMES.get(name, lambda *values: sum(values) / len(values))
 
 
 def _joined(placements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

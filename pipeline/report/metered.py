@@ -49,7 +49,7 @@ def closing_table(result: Result) -> str:
              if key in figures]  # fmt: skip
     width = max((len(name) for name, _ in lines), default=0)
     head = f"metered: {one_line(row['arm'], 40)}, {status_word(row)}, {device_words(result)}"
-    below = [*waste.closing_lines(result), result["conclusion"], *result["environment"]["notes"]]
+    below = [*waste.closing_lines(result), result["conclusion"], *_doubts(row), *result["environment"]["notes"]]
     return "\n".join([
         head, "-" * min(WIDTH, len(head)), *(f"{pad(name, width)}  {text}" for name, text in lines),
         *(line for text in below for line in wrap(one_line(text), WIDTH, "    ")),
@@ -107,8 +107,11 @@ def _phases(row: Row) -> list[str]:
 def _notes(result: Result) -> list[str]:
     row = result["rows"][0]
     lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
-    lines += [f"the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
-    return [*lines, *result["environment"]["notes"]]
+    return [*lines, *_doubts(row), *result["environment"]["notes"]]
+
+
+def _doubts(row: Row) -> list[str]:
+    return [f"the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
 
 
 def _missing(figures: dict[str, Value]) -> list[str]:
