@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
 
 from pipeline.ledger.gpm import ACTIVITY
-from pipeline.ledger.nvml import COUNTERS, FIELDS, NvmlReader, Reading, elect, open_reader, reader_for
+from pipeline.ledger.nvml import COUNTERS, FIELDS, NvmlReader, Reading, open_reader, reader_for
 
 
 def _open(nvml: FakeNvml, *uuids: str) -> Any:
@@ -179,21 +177,3 @@ def test_placement_is_what_the_driver_tells() -> None:
     assert (here["driver"], here["mig"], here["exclusive"]) == ("999.1", False, "no")
     assert (here["device_names"], here["power_limit_w"]) == (["NVIDIA H200"] * 2, [700.0, 700.0])
     assert len(COUNTERS) == 9
-
-
-ELECT = """
-import sys, pathlib
-from pipeline.ledger.nvml import elect
-sys.exit(elect(pathlib.Path(sys.argv[1]), 'n') is None)
-"""
-
-
-def test_one_process_of_a_node_reads_and_its_death_frees_the_place(tmp_path: Path) -> None:
-    other = lambda: subprocess.run([sys.executable, "-c", ELECT, str(tmp_path)], check=False).returncode
-    first = elect(tmp_path, "n")
-    assert first is not None
-    assert other() == 1
-    assert elect(tmp_path, "another node") is not None
-    first.release()
-    assert other() == 0
-    assert elect(tmp_path, "n") is not None  # the other one has ended without letting go

@@ -2,6 +2,7 @@
 
 `Reader` is the one small interface to an accelerator's counters; NVIDIA's stands here, others have `Absent` until
 somebody writes theirs. Nothing here interprets: `gpu_sampler.py` turns readings into figures of a window.
+One process of a node reads for a run: a recipe is one process, and a meter refuses to be started once per rank.
 
 What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly activity (GPM, from
 Hopper on). What it cannot: which process did what (the driver knows them by the host's numbers). "Utilization" is the
@@ -14,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.ledger.gpm import ACTIVITY, Gpm
@@ -260,18 +260,3 @@ def reader_for(device: Any, *, now_ns: Callable[[], int] = time.monotonic_ns) ->
         return Absent("no counters of AMD devices are read yet")
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return open_reader([uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"], now_ns=now_ns)
-
-
-def elect(folder: Path, node: str) -> Any:
-    """Return the lock of a node's one reader, or None where another process of this run reads there.
-
-    It is let go when the process ends, however it ends, so that another may take over.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / f".reader-{node}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
