@@ -11,7 +11,7 @@ import importlib
 import shutil
 import subprocess
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -210,6 +210,14 @@ class Attempt:
         if self.stop_signal is not None:
             raise Preempted("stopped between stages; the same command goes on from there")
 
+    @contextmanager
+    def hold(self, key: str, arm: str) -> Generator[None]:
+        """Hold a key's lock; while another process makes what it stands for, this one waits on a device it holds."""
+        with ExitStack() as held:
+            with self.clock.phase("comm_wait"):
+                held.enter_context(self.store.lock(key, self.waiting(arm)))
+            yield
+
     def waiting(self, arm: str) -> Callable[[], None]:
         """Return what to do every second while another process makes what this one wants."""
         said: list[str] = []
@@ -267,8 +275,6 @@ class Attempt:
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
-        import torch
-
         settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like")}
         if hasattr(stage, "like"):
             settings |= {"training": plain(training_settings(stage, self.run)),
@@ -280,9 +286,17 @@ class Attempt:
         return key_of(
             stage=name, type=stage.type, version=stage.version, settings=settings, task=self.run.task,
             inputs={arm: artifact.digest for arm, artifact in inputs.items()}, data=self.data.digest, seed=seed,
-            matched=None if matched is None else matched.counts["model_flops"].v,
-            torch=torch.__version__.rpartition(".")[0], device=device_name(self.device), devices=self.devices,
+            matched=None if matched is None else matched.counts["model_flops"].v, **self.made_on(),
         )  # fmt: skip
+
+    def made_on(self) -> dict[str, Any]:
+        """Return what a timing holds for, as a part of keys: torch's release, device, their number, and threads."""
+        import torch
+
+        return {
+            "torch": torch.__version__.rpartition(".")[0], "device": device_name(self.device),
+            "devices": self.devices, "threads": self.run.hardware.num_threads,
+        }  # fmt: skip
 
     def _student(self, inputs: dict[str, Artifact]) -> dict[str, Any]:
         """Return what decides the student's initial weights, however its settings are spelt."""

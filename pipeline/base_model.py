@@ -34,7 +34,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
 
     key = key_of(what="base", version=2, shape=run.model.shape, data=data.digest, seed=seed, task=run.task,
                  vocabulary=run.data.vocabulary_size, torch=torch.__version__)  # fmt: skip
-    with store.lock(key), clock.phase("prepare"):
+    with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
         if record is not None:
             return Artifact.from_json(record["artifact"])

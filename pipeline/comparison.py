@@ -62,13 +62,19 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     key = key_of(
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
         serving={k: v for k, v in plain(attempt.run.serving).items() if k != "volume"}, task=attempt.run.task,
-        data=attempt.data.digest, device=device_name(attempt.device),
+        data=attempt.data.digest, **attempt.made_on(),
     )  # fmt: skip
-    record = attempt.store.recall("serving", key)
-    if record is not None:
-        if record["run_id"] != attempt.run_id:
-            attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
-        return ServePass.from_json(record["served"])
+    with attempt.hold(key, "comparison pass"):
+        record = attempt.store.recall("serving", key)
+        if record is None:
+            return _measured(attempt, pairs, key)
+    if record["run_id"] != attempt.run_id:
+        attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
+    return ServePass.from_json(record["served"])
+
+
+def _measured(attempt: Attempt, pairs: list[tuple[str, str]], key: str) -> ServePass:
+    attempt.check_budget()
     print("comparison pass: serving", flush=True)
     with attempt.window("compare", None, -1) as window, named(attempt, "comparison pass", None, "compare"):
         served = serve(attempt, pairs)

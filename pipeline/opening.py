@@ -108,19 +108,28 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
     return found
 
 
+def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return the state of a run with this key that has not ended well, or None."""
+    state = read_json(folder / "run.json")
+    return state if isinstance(state, dict) and state["key"] == key and state["status"] != "FINISHED" else None
+
+
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
     """Return the folder of the unfinished run with this key and the attempt's number, or a new one."""
     from filelock import FileLock, Timeout
 
     for folder in sorted((root / "runs").glob("*/"), reverse=True):
-        state = read_json(folder / "run.json")
-        if not isinstance(state, dict) or state["key"] != key or state["status"] == "FINISHED":
+        if _unfinished(folder, key) is None:
             continue
         lock = FileLock(folder / ".lock")
         try:
             lock.acquire(timeout=LOCK_S)
         except Timeout:
             continue  # another process is at it; this one is a run of its own
+        state = _unfinished(folder, key)
+        if state is None:  # it ended while we waited for its lock
+            lock.release()
+            continue
         starts = [event["attempt"] for event in read_events(folder / "journal.jsonl") if event["e"] == "run_start"]
         if starts == list(range(1, state["attempt"] + 1)):
             return folder, state["attempt"] + 1, lock

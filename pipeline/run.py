@@ -76,7 +76,7 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
         return
     inputs = {arm: attempt.arms[arm] for arm in reads}
     key = attempt.stage_key(name, stage, inputs, seed)
-    with attempt.store.lock(key, attempt.waiting(name)):  # another process may be at it: then find it done
+    with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
         assessment_key = attempt.assessment_key(name, key, made, seed)
         assessed = attempt.recall_assessment(assessment_key, made)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -564,6 +565,25 @@ def test_a_run_whose_journal_lost_an_attempt_is_not_gone_on_with(tmp_path: Path)
     found, number, lock = _find_or_make(tmp_path, "k", run)
     lock.release()
     assert (found, number) == (folder, 3)
+
+
+def test_a_run_that_ends_while_its_lock_is_waited_for_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = the_run()
+    folder, _, lock = _find_or_make(tmp_path, "k", run)
+    lock.release()
+    Journal(folder / "journal.jsonl").write("run_start", attempt=1)
+    write_json(folder / "run.json", {"key": "k", "status": "RUNNING", "attempt": 1})
+    acquire = filelock.FileLock.acquire
+
+    def acquire_late(self: filelock.FileLock, *args: Any, **more: Any) -> Any:
+        write_json(folder / "run.json", {"key": "k", "status": "FINISHED", "attempt": 1})
+        return acquire(self, *args, **more)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire_late)
+    other, number, _ = _find_or_make(tmp_path, "k", run)
+    assert (other == folder, number) == (False, 1)
 
 
 @pytest.mark.parametrize("change", [{"layers": 2}, {"layers": [1, 3]}, {"source": "teacher"}])

@@ -44,7 +44,7 @@ REMEDIES: dict[str, Remedy] = {
                      "do more per process: it imports once"),
     "data_wait": Remedy(0.05, "raise training.batch_size: fewer, larger batches to make",
                         "raise num_workers of the data loader"),
-    "comm_exposed": Remedy(0.05, "raise training.gradient_accumulation: fewer exchanges a token",
+    "comm_exposed": Remedy(0.05, "another process was making the same: run one after the other",
                            "accumulate gradients, or overlap the exchange with backward"),
     "unattributed": Remedy(0.02, "a phase lacks its marker: please report it",
                            'mark what the program does there: with pipeline.phase("...")'),
