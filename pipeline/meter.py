@@ -32,8 +32,9 @@ Meters a command: time, devices, device-hours, energy, what became of the time. 
   --root FOLDER          where runs are kept (default: mlruns)
   --gpus UUID,..|none    GPUs to look at (default: those that it can see); those it uses are counted
   --model-name NAME      the model that its cost counts for
-  --team T  --cost-center C  --purpose P
-  --rate X  --currency USD  --rate-source TEXT  --rate-date YYYY-MM-DD   declared price of a device-hour
+  --team T  --cost-center C  --purpose P   whose it is; needed where PIPELINE_REQUIRE_OWNER=1
+  --rate X  --currency EUR  --rate-source TEXT  --rate-date YYYY-MM-DD
+                         declared price of a device-hour; one needs all four
   --kill-after SECONDS   SIGKILL that long after the first signal that asked it to end (default: never)
   --no-mlflow            leave MLflow alone
   --recover              end the runs of meters that were killed, and stop

@@ -84,7 +84,8 @@ def until(what: Callable[[], Any], seconds: float = 30) -> Any:
 
 
 def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None:
-    options = ("--name", "probe", "--team", "vision", "--model-name", "m1", "--rate", "2", "--rate-source", "list")
+    options = ("--name", "probe", "--team", "vision", "--model-name", "m1", "--rate", "2", "--rate-source", "list",
+               "--rate-date", "2026-11-23", "--currency", "EUR")  # fmt: skip
     code, out, err = run(root, PYTHON, PROGRAMS / "plain.py", options=options)
     assert (code, out.startswith("loss 0.")) == (0, True), err
     assert err.startswith("metered: probe, done, 1 CPU host\n")
@@ -303,6 +304,7 @@ def test_the_next_meter_ends_what_a_killed_one_left_elsewhere_too(tmp_path: Path
 
 # -- what is refused -------------------------------------------------------------------------------------------------
 
+PRICED = ["--rate", "2", "--rate-source", "list", "--rate-date", "2026-11-23", "--currency", "EUR"]
 REFUSED: list[tuple[list[str], int, str]] = [
     ([], 2, "command: is missing; write it after --: python -m pipeline.meter -- python train.py"),
     (["python", "train.py"], 2, "python: is no option of the meter; write -- before the command; --help lists the"),
@@ -310,6 +312,10 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--name", "a b", "--", "true"], 1, "--name: 'a b' is no name; use letters, digits, and _ . + - in between"),
     (["--rate", "cheap", "--", "true"], 1, "--rate: 'cheap' is no number from 0 up; write --rate 2.5"),
     (["--rate=0", "--", "true"], 1, "--rate: 0.0 is out of range; give a number greater than 0"),
+    (["--rate=2", "--", "true"], 1, "--rate-source: a rate without its source is a guess; say where the rate comes"),
+    ([*PRICED[:4], "--", "true"], 1, "--rate-date: a rate without its date is a guess; say when the source said so"),
+    ([*PRICED[:6], "--", "true"], 1, "--currency: a rate without its currency is no price; give its three letters"),
+    ([*PRICED[:6], "--currency=euro", "--", "true"], 1, "--currency: 'euro' is none; give its three letters, e.g. EUR"),
     (["--kill-after=-1", "--", "true"], 1, "--kill-after: '-1' is no number from 0 up; write --kill-after 2.5"),
     (["--", "no-such-program"], 127, "no-such-program: is no command here; check the name, or PATH"),
     (
@@ -336,6 +342,19 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert err.startswith(f"refused: {said}"), err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_required_owner_is_required_of_a_metered_command_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIPELINE_REQUIRE_OWNER", "1")
+    assert main(["--team", "vision", "--", "true"], started_ns=0) == 1
+    said = "refused: --cost-center, --purpose: not given, and every run needs an owner here; give --cost-center=...\n"
+    assert capsys.readouterr().err == said
+    assert list(tmp_path.iterdir()) == []
+    owner = ("--no-mlflow", "--team", "vision", "--cost-center", "4711", "--purpose", "release")
+    assert run(tmp_path, "true", options=owner)[0] == 0
 
 
 def test_what_the_system_cannot_start_leaves_a_failed_run(tmp_path: Path) -> None:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import CostConfig, check_ranges
 from pipeline.errors import Unparsable, UserError
+from pipeline.ledger.cost import check_cost
 from pipeline.redact import redact_value
+from pipeline.validate import OWNER, check_owner
 
 SEPARATOR = "--"
 VALUED = ("--name", "--root", "--gpus", "--model-name", "--team", "--cost-center", "--purpose", "--rate", "--currency",
           "--rate-source", "--rate-date", "--kill-after")  # fmt: skip
 FLAGS = ("--no-mlflow", "--recover")
 ROOT = "mlruns"
+_OPTIONS = {
+    "cost.per_device_hour": "--rate", "cost.currency": "--currency", "cost.source": "--rate-source",
+    "cost.date": "--rate-date", "tracking.team": "--team", "tracking.cost_center": "--cost-center",
+    "tracking.purpose": "--purpose",
+}  # fmt: skip
+"""What a recipe's settings are called here."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 
 
@@ -48,7 +55,7 @@ class Settings:
         """Return the settings under the names that a recipe's run gives them."""
         return {
             "name": self.name, "command": self.shown, "model.name": self.model_name, "tracking.mlflow": self.mlflow,
-            **{f"tracking.{name}": getattr(self, name) for name in ("team", "cost_center", "purpose")},
+            **{f"tracking.{name}": getattr(self, name) for name in OWNER},
             **{f"cost.{name}": value for name, value in asdict(self.cost).items() if name != "teacher_shared_by"},
             "kill_after_s": self.kill_after_s, "gpus": None if self.gpus is None else ",".join(self.gpus),
         }  # fmt: skip
@@ -104,26 +111,38 @@ def read_settings(options: dict[str, str], command: list[str]) -> Settings:
     if not _NAME.fullmatch(name):
         raise UserError("--name", f"{name!r} is no name", "use letters, digits, and _ . + - in between")
     cost = CostConfig(
-        per_device_hour=_number(options, "--rate"), currency=options.get("--currency", "USD"),
+        per_device_hour=_number(options, "--rate"), currency=options.get("--currency"),
         source=options.get("--rate-source"), date=options.get("--rate-date"),
     )  # fmt: skip
-    _renamed(lambda: check_ranges(cost), "--rate")
+    owner = {name: options.get(_OPTIONS[f"tracking.{name}"]) for name in OWNER}
+    _check(cost, owner)
     gpus = options.get("--gpus")
     return Settings(
         name=name, command=tuple(command), root=Path(options.get("--root", ROOT)),
         gpus=None if gpus is None else () if gpus == "none" else tuple(gpus.split(",")),
-        model_name=options.get("--model-name", "model"), team=options.get("--team"),
-        cost_center=options.get("--cost-center"), purpose=options.get("--purpose"), cost=cost,
+        model_name=options.get("--model-name", "model"), **owner, cost=cost,
         kill_after_s=_number(options, "--kill-after"), mlflow="--no-mlflow" not in options,
     )  # fmt: skip
 
 
-def _renamed(check: Callable[[], None], key: str) -> None:
-    """Have a refusal name the option as it was typed."""
+def _check(cost: CostConfig, owner: dict[str, str | None]) -> None:
+    """Refuse what a recipe's run is refused for, by the options as they were typed.
+
+    Raises:
+        UserError: Naming the option.
+    """
     try:
-        check()
+        check_ranges(cost, "cost.")
+        check_cost(cost)
+        check_owner(owner, required=False)
     except UserError as error:
-        raise UserError(key, error.problem, error.remedy) from None
+        raise UserError(*(_as_typed(text) for text in (error.key, error.problem, error.remedy))) from None
+
+
+def _as_typed(text: str) -> str:
+    for setting, option in _OPTIONS.items():
+        text = text.replace(setting, option)
+    return text
 
 
 def _number(options: dict[str, str], name: str) -> float | None:
