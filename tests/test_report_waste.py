@@ -127,6 +127,17 @@ def test_the_last_line_sums_the_run() -> None:
     assert table_body(result)[-1][5] == ""
 
 
+def test_what_is_wasted_here_is_paid_at_what_this_run_paid() -> None:
+    """Another run's hours, on devices held in another way, were 8.00 an hour; this one's are 2.00."""
+    reused, skipped = _row({}, rate=8.0, reused="abc123"), make_unfinished("fp16", "SKIPPED", "no fp16 here")
+    result = _result([reused, skipped, _row({"data_wait": 0.1}, rate=2.0)], overhead={"import": 0.1})
+    assert [line[5] for line in table_body(result)] == ["0.200 EUR", "0.200 EUR", "0.400 EUR"]
+    only_reused = _result([reused], overhead={"import": 0.1})
+    assert [line[5] for line in table_body(only_reused)] == ["", ""]
+    unpriced = _result([skipped, _row({"data_wait": 0.1}, rate=2.0)])
+    assert table_body(unpriced)[-1][5] == "0.200 EUR"
+
+
 def test_start_up_is_advised_on_where_a_stage_ran() -> None:
     ran = _result([_row({})], overhead={"import": 0.2})
     assert "  outside stages: import 16.7% of the run (12.0 min): make more arms in one run" in "\n".join(

@@ -170,8 +170,9 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
 
 
 def _rate(result: Result) -> float | None:
-    """Return the price of a device-hour that the rows were charged with."""
-    paid = ((row["ledger"]["cost"]["amount"]["v"], _hours(row, "attached")) for row in result["rows"])
+    """Return the price of a device-hour that this run's own rows were charged with: another run's says nothing here."""
+    own = (row for row in result["rows"] if not row["reused"])
+    paid = ((row["ledger"]["cost"]["amount"]["v"], _hours(row, "attached")) for row in own)
     return next((amount / hours for amount, hours in paid if amount is not None and hours), None)
 
 
@@ -226,7 +227,7 @@ def table_body(result: Result) -> list[list[str]]:
     whole = total(result)
     if not result["rows"]:
         return []
-    currency = next((row["ledger"]["cost"]["currency"] or "" for row in result["rows"]), "")
+    currency = next((name for row in result["rows"] if (name := row["ledger"]["cost"]["currency"])), "")
     body = [[name, *_cells(cause, currency)] for name, cause in _all_causes(result)]
     return [*body, *([["the run", *_cells(whole, currency)]] if whole is not None else [])]
 
