@@ -124,6 +124,8 @@ CATALOGUE: tuple[Metric, ...] = (
     # -- money ---------------------------------------------------------------------------------------------------
     Metric("cost/amount", "currency", "row", -1,
            "declared rate x allocated hours; attached ones, as a lower bound, without a grant"),
+    Metric("cost/facility_energy_j", "J", "row", -1,
+           "compute/energy_j x the declared PUE: what the facility drew; money only at a declared energy price"),
     Metric("cost/per_converged_model", "currency", "run", -1, "what compute/per_converged_model_device_hours cost"),
 )  # fmt: skip
 
@@ -162,7 +164,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
         **{key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]},
-        "cost/amount": record["cost"]["amount"],
+        **{f"cost/{name}": value for name, value in record["cost"].items() if f"cost/{name}" in BY_KEY},
         **{f"quality/{name}": value for name, value in row["quality"].items()},
         **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},
     }  # fmt: skip

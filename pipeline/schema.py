@@ -45,6 +45,8 @@ _PHASES_NS = {
     "additionalProperties": {"type": "integer", "minimum": 0},
 }
 _STRINGS = {"type": "array", "items": {"type": "string"}}
+_COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
+_COST["properties"]["facility_energy_j"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
@@ -74,7 +76,7 @@ _LEDGER: dict[str, Any] = {
             "goodput", "distillation_share",
         ),
         "memory": _values(*MEMORY),
-        "cost": _values("amount", extra={"currency": {"type": ["string", "null"]}}),
+        "cost": _COST,
         "meter_valid": {"type": "boolean"},
         "meter_problems": _STRINGS,
     },
@@ -201,6 +203,10 @@ RESULT_SCHEMA: dict[str, Any] = {
                 },
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
+                "per_converged_model": _values(
+                    "device_hours", "amount",
+                    extra={"currency": {"type": ["string", "null"]}, "run": {"type": ["string", "null"]}},
+                ),
             },
         },
         "rows": {"type": "array", "items": _ROW},

@@ -79,7 +79,8 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
             **dict.fromkeys(ON_DEVICE, no_memory),
             "host_peak_rss_bytes": value(900_000_000),
         },
-        "cost": {"amount": null("no rate declared: cost.per_device_hour"), "currency": None},
+        "cost": {"amount": null("no rate declared: cost.per_device_hour"), "currency": None,
+                 "facility_energy_j": null("no PUE declared")},
         "meter_valid": True,
         "meter_problems": [],
     }  # fmt: skip
@@ -93,7 +94,7 @@ def make_empty_ledger(why: str) -> dict[str, Any]:
     full["device_hours"]["wasted_by"] = {}
     return {
         **full, "wall_s": null(why), "phases_ns": {}, "energy_j": null(why),
-        "cost": {"amount": null(why), "currency": None},
+        "cost": {"amount": null(why), "currency": None, "facility_energy_j": null(why)},
     }  # fmt: skip
 
 

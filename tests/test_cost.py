@@ -23,13 +23,16 @@ KWH = 3.6e6
 
 
 def test_without_a_rate_there_is_no_money() -> None:
-    assert money(3.0, CostConfig()) == {"amount": null("no rate declared").to_json(), "currency": None}
+    nothing = {name: null(why).to_json() for name, why in
+               (("amount", "no rate declared"), ("facility_energy_j", "no PUE declared"))}  # fmt: skip
+    assert money(3.0, CostConfig()) == {**nothing, "currency": None}
 
 
 def test_a_rate_is_paid_for_what_the_scheduler_held() -> None:
     """Two hours on one GPU of a job that was granted four: 8 GPU-hours at 2.50."""
     found = money(2.0, RENTED, allocated=declared(8.0))
-    assert found == {"amount": {"v": 20.0, "prov": "declared", "why_null": None}, "currency": "EUR"}
+    assert found["amount"] == {"v": 20.0, "prov": "declared", "why_null": None}
+    assert found["currency"] == "EUR"
 
 
 def test_without_a_scheduler_attached_hours_are_a_lower_bound() -> None:
@@ -63,12 +66,23 @@ def test_facility_energy_needs_a_declared_pue() -> None:
     assert facility_energy(null("no counter"), OWNED).why_null == "no counter"
 
 
+def test_what_the_facility_drew_stands_beside_the_money() -> None:
+    """Never in it: a rented rate has its power in it, and a PUE alone has no price."""
+    with_pue = CostConfig(kind=CostKind.rented, per_device_hour=2.5, pue=1.5, **SAID)
+    found = money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(2 * KWH))
+    assert found["facility_energy_j"] == {"v": 3 * KWH, "prov": "declared", "why_null": None}
+    assert found["amount"]["v"] == 5.0
+    assert money(2.0, with_pue)["facility_energy_j"]["why_null"] == "not read"
+    assert money(2.0, CostConfig(), energy_j=measured(KWH))["facility_energy_j"]["why_null"] == "no PUE declared"
+
+
 def test_a_ledger_is_priced_again_with_what_it_knows() -> None:
     record = make_row("student", gpu=True)["ledger"]
     record["device_hours"]["attached"], record["gpu_hours"]["allocated"] = value(2.0), value(16.0, "declared")
     assert priced(record, RENTED)["cost"]["amount"]["v"] == 40.0
     record["device_hours"]["attached"] = null("skipped").to_json()
-    assert priced(record, RENTED)["cost"] == {"amount": null("skipped").to_json(), "currency": None}
+    skipped = null("skipped").to_json()
+    assert priced(record, RENTED)["cost"] == {"amount": skipped, "currency": None, "facility_energy_j": skipped}
 
 
 @pytest.mark.parametrize(

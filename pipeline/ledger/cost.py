@@ -32,22 +32,24 @@ _CURRENCY = re.compile(r"[A-Z]{3}")  # ISO 4217
 def money(
     device_hours: float, cost: CostConfig, *, allocated: Value | None = None, energy_j: Value | None = None
 ) -> dict[str, Any]:
-    """Return what device-hours cost, as a ledger holds it: `{"amount": value, "currency"}`.
+    """Return what device-hours cost, as a ledger holds it: `{"amount": value, "currency", "facility_energy_j": value}`.
 
     Args:
         device_hours: Attached.
         allocated: GPU-hours that a scheduler held for them; None or null: nobody tells.
-        energy_j: Board energy in them, in joules; counts only where an energy price is declared.
+        energy_j: Board energy in them, in joules; part of the amount only where an energy price is declared.
     """
-    amount = _amount(device_hours, cost, allocated or null("not told"), energy_j or null("not read"))
-    return {"amount": amount.to_json(), "currency": None if amount.v is None else cost.currency}
+    energy_j = energy_j or null("not read")
+    amount = _amount(device_hours, cost, allocated or null("not told"), energy_j)
+    return {"amount": amount.to_json(), "currency": None if amount.v is None else cost.currency,
+            "facility_energy_j": facility_energy(energy_j, cost).to_json()}  # fmt: skip
 
 
 def priced(record: dict[str, Any], cost: CostConfig) -> dict[str, Any]:
     """Return a row's ledger with its money at the rate that is declared now."""
     hours, allocated = record["device_hours"]["attached"], Value.from_json(record["gpu_hours"]["allocated"])
     if hours["v"] is None:
-        return {**record, "cost": {"amount": hours, "currency": None}}
+        return {**record, "cost": {"amount": hours, "currency": None, "facility_energy_j": hours}}
     energy_j = Value.from_json(record["energy_j"])
     return {**record, "cost": money(hours["v"], cost, allocated=allocated, energy_j=energy_j)}
 
