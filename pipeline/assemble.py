@@ -39,7 +39,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     write_json(attempt.folder / "run.json", {**state, "status": status, "pid": None})
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
-        description=short_form(result), files=["report.md", "result.json", "catalogue.json", "config.json"],
+        description=short_form(result), files=["report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
     made = any(row["status"] == "FINISHED" and row["artifact"] for row in attempt.rows)
@@ -55,6 +55,11 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     if attempt.writer is not None:
         shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
         print(undelivered(attempt.writer, attempt.folder) or shown)
+
+
+def _traces(attempt: Attempt) -> list[str]:
+    """Return the traces of this run's steps, as paths in its folder."""
+    return sorted(str(path.relative_to(attempt.folder)) for path in attempt.folder.glob("traces/*/*.json.gz"))
 
 
 def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:

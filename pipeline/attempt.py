@@ -446,6 +446,7 @@ class Attempt:
                 history=lambda step: self.history(name, seed, step, phases_ns()),
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
+                traces=self.folder / "traces" / f"{name}-seed{seed}",
             )  # fmt: skip
             with named(self, name, stage, "work"):
                 output = stage.run(inputs, context)

@@ -130,6 +130,7 @@ def _refuse(error: UserError, debug: bool) -> int:
 
 def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool, *, command: str) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every trace, on our terminal
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException

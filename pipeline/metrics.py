@@ -48,6 +48,14 @@ WASTED = {"import": "import", "data_wait": "data_wait", "comm_wait": "comm_expos
 """Phases that are waste, and the name of the cause. What is neither productive nor wasted is support."""
 WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
 
+TRACED_SHARES = (
+    ("busy", 1, "device computing, communicating or copying"), ("compute", 1, "device computing"),
+    ("comm_exposed", -1, "communication that nothing hides"), ("copy_exposed", -1, "copies that nothing hides"),
+    ("idle_host_wait", -1, "device idle before the host asked for more"),
+    ("idle_launch_gap", -1, "device idle between the launch and its work"), ("idle_other", -1, "device idle, cause unknown"),
+)  # fmt: skip
+"""What traced steps say of the GPU, with the direction that is good; `idle_*` and the rest sum to all of it."""
+
 CATALOGUE: tuple[Metric, ...] = (
     # -- what was spent -----------------------------------------------------------------------------------------
     Metric("compute/device_hours", "device-h", "row", -1, "work + assess + retry: elapsed hours x devices used", True),
@@ -68,6 +76,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/gpu_hours", "GPU-h", "row", -1, "device_hours on GPUs (attached); null on CPU"),
     Metric("compute/allocated_gpu_hours", "GPU-h", "row", -1, "what a scheduler held for the stage; null without one"),
     Metric("compute/energy_j", "J", "row", -1, "board energy of the stage's devices, from the NVML counter"),
+    *(Metric(f"compute/traced_{name}_share", "1", "row", good, f"{text}, as a share of traced steps")
+      for name, good, text in TRACED_SHARES),
     Metric("compute/steps", "steps", "row", 0, "optimizer steps of the artifact"),
     Metric("compute/tokens", "tokens", "row", 0, "tokens the artifact was trained on, padding excluded"),
     Metric("compute/examples", "examples", "row", 0, "sequences or examples the artifact was trained on"),
@@ -164,6 +174,8 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
         **{key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]},
+        **{f"compute/traced_{name}_share": record["gpu_timeline"][name]
+           for name, *_ in TRACED_SHARES if "gpu_timeline" in record and record["gpu_hours"]["attached"]["v"]},
         **{f"cost/{name}": value for name, value in record["cost"].items() if f"cost/{name}" in BY_KEY},
         **{f"quality/{name}": value for name, value in row["quality"].items()},
         **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import MEMORY
 from pipeline.metrics import PHASES, QUALITY_KEYS
@@ -59,6 +60,11 @@ _LEDGER: dict[str, Any] = {
             *(name for name in FIGURES if name != "energy_j"),
             extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
         ),
+        "gpu_timeline": _values(*TRACED, extra={
+            "phases_s": {"type": "object", "propertyNames": {"enum": list(PHASES)},
+                         "additionalProperties": {"type": "number", "minimum": 0}},
+            "traces": _STRINGS, "notes": _STRINGS,
+        }),
         "identity": {"type": "object"},
         "placement": {"type": "object"},
         "wall_s": {"$ref": "#/$defs/value"},

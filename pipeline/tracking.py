@@ -287,7 +287,9 @@ class _Delivery:
         self.client.set_tag(self.parent, "mlflow.note.content", description)
         for name in event["files"]:
             if (self.run_dir / name).is_file():
-                self.client.log_artifact(self.parent, str(self.run_dir / name))
+                folder = Path(name).parent
+                below = None if folder == Path() else str(folder)
+                self.client.log_artifact(self.parent, str(self.run_dir / name), below)
         self.client.set_terminated(self.parent, status=event["status"], end_time=int(event["t"] * 1000))
         self.end_open_runs("FAILED" if event["status"] == "FAILED" else "KILLED", event["t"])
 

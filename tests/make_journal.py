@@ -29,6 +29,9 @@ def start(
     )  # fmt: skip
 
 
+TRACE = "traces/student-seed0/step-000011.json.gz"
+
+
 def stage(journal: Journal, arm: str, *, attempt: int = 1) -> None:
     journal.write("stage_start", arm=arm, stage=arm, type="train", seed=0, attempt=attempt, params={"steps": 4},
                   depends_on=[])  # fmt: skip
@@ -39,7 +42,7 @@ def stage(journal: Journal, arm: str, *, attempt: int = 1) -> None:
 def end(journal: Journal, rows: list[dict[str, Any]], status: str = "FINISHED", why: str | None = None) -> None:
     journal.write("comparisons", comparisons=make_pairs("distill")[:1])
     journal.write("run_end", status=status, why=why, primary_arm="student", run=make_run(rows), description="x" * 9000,
-                  files=["report.md"])  # fmt: skip
+                  files=["report.md", TRACE])  # fmt: skip
 
 
 def write_run(
@@ -48,6 +51,8 @@ def write_run(
     folder = root / "runs" / run_id
     folder.mkdir(parents=True)
     (folder / "report.md").write_text("# report")
+    (folder / TRACE).parent.mkdir(parents=True)
+    (folder / TRACE).write_bytes(b"a trace")
     journal = Journal(folder / "journal.jsonl")
     start(journal, run_id, uri=uri, mlflow=mlflow, team="vision")
     rows = [make_row(arm) for arm in ARMS]

@@ -9,23 +9,31 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from make_assess_models import tiny
+from make_result import make_row
 from test_gpu_timeline import copy, kernel, launch, step, x
 from test_training_loop import batches_for, hooks, settings
 
-from pipeline.config import LedgerConfig, Precision, PrecisionConfig, Run, Task
+from pipeline.config import CostConfig, LedgerConfig, Precision, PrecisionConfig, Run, Task
 from pipeline.errors import Preempted
-from pipeline.ledger.gpu_timeline import FIGURES, by_device, parse, read_trace
+from pipeline.ledger.gpu_timeline import FIGURES, NOT_TRACED, by_device, parse, read_trace
+from pipeline.ledger.gpu_usage import unread
+from pipeline.ledger.memory import MEMORY
 from pipeline.ledger.phases import PhaseClock, difference
+from pipeline.ledger.record import Spent, gpu_timeline, ledger
 from pipeline.ledger.traced_steps import StepTracer, sampled_steps, shrink, step_tracer
+from pipeline.metrics import TRACED_SHARES, row_summary
+from pipeline.schema import RESULT_SCHEMA
 from pipeline.stages.context import Output
 from pipeline.training import loop
 from pipeline.training.loop import Progress, Reading, train
 from pipeline.training.objective import Objective, StepLoss
+from pipeline.values import null
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU_TRACE = {
@@ -336,6 +344,37 @@ def test_an_output_carries_the_timeline_and_an_older_one_has_none(tmp_path: Path
     assert Output.from_json(raw) == output
     del raw["gpu_timeline"]
     assert Output.from_json(raw).gpu_timeline == {}
+
+
+def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
+    """Busy for 70 us of a traced step of 100 us; 30 s in steps on two devices are then 42 busy device-seconds."""
+    tracer = faked(tmp_path / "traces", FakeProfiler(GPU_TRACE))
+    training(tmp_path, tracer)
+    record = ledger(
+        Spent(work_ns=60 * 10**9, phases_ns={"forward": 60 * 10**9}), {}, devices=2, device_kind="cuda",
+        cost=CostConfig(), memory={name: null("-") for name in MEMORY}, usage=unread("no NVML here"),
+        is_training=True, seconds_in_steps=30.0, peak=null("-"),
+        timeline={**tracer.result(), "phases_s": {"forward": 0.5}},
+    )  # fmt: skip
+    record |= {"identity": {}, "placement": {}}
+    jsonschema.validate(record, {**RESULT_SCHEMA["properties"]["rows"]["items"]["properties"]["ledger"],
+                                 "$defs": RESULT_SCHEMA["$defs"]})  # fmt: skip
+    assert record["gpu_hours"]["busy"] == {"v": pytest.approx(42 / 3600), "prov": "estimated", "why_null": None}
+    assert record["gpu_timeline"]["idle_host_wait"]["v"] == pytest.approx(0.15)
+    assert record["gpu_timeline"]["traces"] == ["step-000003.json.gz"]
+    figures = row_summary({**make_row("student"), "ledger": record})
+    assert figures["compute/traced_busy_share"]["v"] == pytest.approx(0.7)
+    assert figures["compute/traced_idle_launch_gap_share"]["v"] == pytest.approx(0.15)
+    assert sum(figures[f"compute/traced_{name}_share"]["v"] for name, *_ in TRACED_SHARES[1:]) == pytest.approx(1)
+
+
+def test_a_trace_that_failed_is_a_problem_of_the_meter_and_no_invalid_row(tmp_path: Path) -> None:
+    tracer = faked(tmp_path / "traces", FakeProfiler(fails="start"))
+    training(tmp_path, tracer)
+    group = gpu_timeline({**tracer.result(), "phases_s": {}})
+    assert group["notes"] == [group["busy"]["why_null"]]
+    assert "could not be traced" in group["notes"][0]
+    assert gpu_timeline({})["busy"]["why_null"] == NOT_TRACED
 
 
 def test_what_is_looked_at_is_in_no_run_key() -> None:

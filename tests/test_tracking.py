@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from make_journal import ARMS, end, everything, stage, start, store, write_run
+from make_journal import ARMS, TRACE, end, everything, stage, start, store, write_run
 from make_result import make_row, make_unfinished, null, value
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -51,7 +51,9 @@ def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
     assert all(len(client.get_metric_history(student.info.run_id, key)) == 1 for key in student.data.metrics
                if not key.startswith("train/"))  # fmt: skip
     assert [item.dataset.digest for item in parent.inputs.dataset_inputs] == ["a" * 36]
-    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md"]
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md", "traces"]
+    traces = client.list_artifacts(parent.info.run_id, "traces/student-seed0")
+    assert [item.path for item in traces] == [TRACE]
     assert parent.data.params["hub.api_key"] == REDACTED
     assert parent.data.params["student.config.odd_key_"] == "1"  # MLflow takes no star
     for run in runs.values():

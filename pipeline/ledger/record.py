@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline.config import CostConfig
 from pipeline.ledger.cost import money
+from pipeline.ledger.gpu_timeline import FIGURES as TRACED
+from pipeline.ledger.gpu_timeline import NOT_TRACED
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.placement import Grant, allocated_hours
 from pipeline.ledger.reconcile import problems
@@ -48,11 +50,12 @@ def hours(ns: int, devices: int) -> Value:
 def ledger(
     spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
     memory: dict[str, Value], usage: Usage, is_training: bool, seconds_in_steps: float | None, peak: Value,
-    granted: Grant | None = None, truncated: bool = False,
+    granted: Grant | None = None, truncated: bool = False, timeline: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the ledger of a row as result.json has it.
 
     Args:
+        timeline: What the device did in traced steps, as `Output.gpu_timeline` has it; empty where none was.
         usage: What the devices did in these windows.
         granted: By a scheduler; None on a bare run.
         truncated: The process was killed: its last seconds are unknown.
@@ -71,7 +74,10 @@ def ledger(
     device_hours: dict[str, Any] = {name: hours(ns, devices).to_json() for name, ns in parts.items()}
     device_hours["wasted_by"] = {cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns}
     goodput = measured(productive / total) if is_training and total else null("not a training stage")
-    gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted)
+    traced = gpu_timeline(timeline or {})
+    in_steps_h = (seconds_in_steps or 0.0) * devices / 3600
+    busy_in_steps = derive(lambda share: share * in_steps_h, Value.from_json(traced["busy"]))
+    gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted, busy_in_steps)
     record: dict[str, Any] = {
         "wall_s": measured(total / 1e9).to_json(),
         "phases_ns": spent.phases_ns,
@@ -84,9 +90,17 @@ def ledger(
             total * devices / HOUR_NS, cost, allocated=Value.from_json(gpu_hours["allocated"]), energy_j=usage.energy_j
         ),
         "conditions": {**_conditions(usage), "truncated": truncated},
+        "gpu_timeline": traced,
     }
     found = problems(record)
-    return {**record, "meter_valid": not found, "meter_problems": [*found, *usage.problems]}
+    return {**record, "meter_valid": not found, "meter_problems": [*found, *usage.problems, *traced["notes"]]}
+
+
+def gpu_timeline(timeline: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the group of a row that says what its device did: shares of traced steps, seconds by phase, traces."""
+    shares = timeline.get("shares") or {name: null(NOT_TRACED).to_json() for name in TRACED}
+    rest = {"phases_s": timeline.get("phases_s", {}), "traces": timeline.get("traces", [])}
+    return {**shares, **rest, "notes": timeline.get("notes", [])}
 
 
 def _conditions(usage: Usage) -> dict[str, Any]:
@@ -98,10 +112,15 @@ def usage_of(record: dict[str, Any]) -> Usage:
     return Usage.from_json({**record["conditions"], "energy_j": record["energy_j"]})
 
 
-def _gpu_hours(parts: dict[str, int], devices: int, kind: str, usage: Usage, granted: Grant | None) -> dict[str, Any]:
+def _gpu_hours(
+    parts: dict[str, int], devices: int, kind: str, usage: Usage, granted: Grant | None, busy_in_steps: Value
+) -> dict[str, Any]:
+    """Return GPU-hours by kind. Where nothing was read, traced steps tell how busy steps were: a lower bound."""
     values = {name: hours(parts[name], devices) for name in ("attached", "productive", "support", "wasted")}
     share_of = lambda share: derive(lambda part, whole: part * whole, share, values["attached"])
     values |= {name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")}
+    if values["busy"].v is None and busy_in_steps.v is not None:
+        values["busy"] = busy_in_steps
     values["allocated"] = allocated_hours(values["attached"].v or 0.0, devices, granted)
     if kind == "cpu":
         values = dict.fromkeys(values, null("a CPU run uses no GPU"))

@@ -57,11 +57,16 @@ class Objective:
         with self.clock.phase("h2d"):
             labels = batch["labels"].flatten()
             keep = (labels != IGNORE).nonzero().flatten()  # on the host: no synchronisation later
-            on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            keep_there, targets = keep.to(self.device), labels[keep].to(self.device)
+            on_device = {name: self._send(tensor) for name, tensor in batch.items()}
+            keep_there, targets = self._send(keep), self._send(labels[keep])
         inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
         compute = self._causal if self.task is Task.causal_lm else self._classes
         return compute(inputs, keep_there, targets)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # out of pageable memory, a copy waits
 
     def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
         teacher = self.teacher
