@@ -180,13 +180,26 @@ def test_every_figure_shown_is_defined() -> None:
 def test_energy_money_and_weights_are_shown_where_there_are_any() -> None:
     row, other = make_row("baseline"), make_row("other")
     row["ledger"]["energy_j"] = value(12_300)
-    row["ledger"]["cost"] = {"amount": value(1.5, "declared"), "currency": "USD"}
+    row["ledger"]["cost"] = {"amount": value(1.5, "declared"), "currency": "USD",
+                             "facility_energy_j": value(14_760, "declared")}  # fmt: skip
     row["serving"]["weights_bytes"] = value(4_200_000)
     text = markdown(make_result("baseline", rows=[row, other]))
     head, first, second = _tables(text)["Arms"]
-    assert [head[6:], first[6:]] == [["weights", "energy", "cost"], ["4.2 MB", "12.3 kJ", "1.50 USD"]]
+    assert head[6:] == ["weights", "energy", "facility energy", "cost"]
+    assert first[6:] == ["4.2 MB", "12.3 kJ", "14.8 kJ", "1.50 USD"]
     assert all(cell.startswith("-[") for cell in second[6:])
     assert "`cost/amount`" in text
+
+
+def test_what_the_model_took_until_it_converged_stands_below_the_arms() -> None:
+    result = make_result("baseline")
+    told = {"device_hours": value(2.0), "amount": value(4.03, "estimated"), "currency": "EUR", "run": "r3"}
+    result["run"]["per_converged_model"] = told
+    text = markdown(result)
+    assert "Until its model converged: 2.00 h of device time, 4.03 EUR; reached in run r3." in text
+    assert "`compute/per_converged_model_device_hours` (device-h): all runs under one model.name" in text
+    result["run"]["per_converged_model"] = {**told, "device_hours": null("no quality declared: cost.converged_at")}
+    assert "converged" not in markdown(result)
 
 
 def test_the_command_is_shown_as_it_was() -> None:

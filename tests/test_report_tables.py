@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 from make_result import ARMS, make_pair, make_quality, make_result, make_row, make_saving, make_unfinished, null, value
 
+from pipeline.report.money import money_lines
 from pipeline.report.tables import closing_table
 from pipeline.report.text import columns
 from pipeline.schema import RESULT_SCHEMA
@@ -181,6 +182,36 @@ def test_a_run_that_reached_no_stage_still_closes() -> None:
     assert "(no stage was reached)" in text
     assert "run total 9.00 min = work 0.00 + assess 0.00 + retry 0.00 + compare 6.00" in " ".join(text.split())
     assert "saved" not in text
+
+
+def test_money_of_the_run_stands_below_the_table() -> None:
+    result = make_result("distill", rows=[make_row("teacher"), make_row("student"), make_row("old", reused="r0")])
+    for row, amount, joules in zip(result["rows"], (1.5, 2.53, 9.0), (12_000, 2_760, 9e9), strict=True):
+        row["ledger"]["cost"] = {"amount": value(amount, "estimated"), "currency": "EUR",
+                                 "facility_energy_j": value(joules, "declared")}  # fmt: skip
+    told = {"device_hours": null("not reached yet: best accuracy 0.6 of 0.7"), "amount": null("-"),
+            "currency": None, "run": None}  # fmt: skip
+    result["run"]["per_converged_model"] = told
+    assert money_lines(result) == [
+        "cost of the stages made here 4.03 EUR",
+        "facility energy of the stages made here 14.8 kJ",
+        "its model has not converged: not reached yet: best accuracy 0.6 of 0.7",
+    ]
+    text = closing_table(result)
+    assert all(line in text.splitlines() for line in money_lines(result))
+    told |= {"device_hours": value(2.0), "amount": null("1 device-hours have no rate"), "run": "r3"}
+    took = "until its model converged: 2.00 h of device time, cost unknown (1 device-hours have no rate)"
+    assert money_lines(result)[-1] == f"{took}; reached in run r3"
+    result["rows"][0]["ledger"]["cost"]["amount"] = null("no rate declared")
+    assert not any("cost of" in line for line in money_lines(result))  # a part is not shown as the whole
+
+
+def test_where_nobody_declared_anything_there_is_no_word_of_money() -> None:
+    assert money_lines(make_result("distill")) == []
+    old = make_result("distill", rows=[make_row("teacher")])
+    del old["rows"][0]["ledger"]["cost"]["facility_energy_j"]
+    assert money_lines(old) == []
+    jsonschema.validate(old, RESULT_SCHEMA)
 
 
 def test_a_verdict_is_stated() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pipeline.metrics import BY_KEY, RELATIVE
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
+from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
@@ -109,7 +110,11 @@ def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]
     run = result["run"]
     spent = f"Spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}; "
     total = f"run total {run_total(result, notes)}.".replace(NO_BREAK, " ")
-    return [*_table(head, body), "", _md(spent + total)]
+    converged = result["run"].get("per_converged_model")
+    if converged is not None and converged["device_hours"]["v"] is not None:
+        shown.update(dict.fromkeys(CONVERGED_KEYS))
+    more_lines = [line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))]
+    return [*_table(head, body), "", _md(spent + total), *more_lines]
 
 
 def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:
@@ -132,7 +137,12 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
     """Return the columns, by head, that stand in the table where any row has a figure for them."""
     candidates: tuple[tuple[str, str, Callable[[Row], Figure]], ...] = (
         ("weights", "serving/weights_bytes", lambda row: (_weights(row), num_bytes)),
-        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], _joules)),
+        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], joules)),
+        (
+            "facility energy",
+            "cost/facility_energy_j",
+            lambda row: (row["ledger"]["cost"].get("facility_energy_j"), joules),
+        ),
         ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
         ("device memory", "compute/peak_reserved_bytes", lambda row: (_memory(row, "peak_reserved_bytes"), num_bytes)),
         ("left of it", "compute/memory_headroom_bytes", lambda row: (_memory(row, "headroom_bytes"), num_bytes)),
@@ -156,20 +166,9 @@ def _memory(row: Row, name: str) -> Value | None:
     return row["ledger"]["memory"].get(name)
 
 
-def _joules(v: float) -> str:
-    return f"{count(v)} J".replace(" k J", " kJ").replace(" M J", " MJ").replace(" G J", " GJ")
-
-
 def _money(row: Row) -> Figure:
     cost = row["ledger"]["cost"]
-    return (
-        cost["amount"],
-        lambda v: (
-            f"{v:.2f} {cost['currency'] or ''}".strip()
-            if v >= 1
-            else f"{significant(v)} {cost['currency'] or ''}".strip()
-        ),
-    )
+    return cost["amount"], lambda v: money(v, cost["currency"])
 
 
 def _bounds(value: Value | None, form: Callable[[float], str]) -> str:

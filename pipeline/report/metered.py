@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from pipeline.metrics import BY_KEY, row_summary
 from pipeline.report import waste
+from pipeline.report.money import joules, money
 from pipeline.report.numbers import count, duration, num_bytes, percent, significant
 from pipeline.report.text import bullet, markdown_text, one_line, pad, wrap
 from pipeline.report.view import Result, Row, Value, device_words, status_word
@@ -15,11 +16,11 @@ WIDTH = 80
 _SMALL_SHARE = 0.005
 _FORMS = {
     "s": duration, "device-h": lambda v: duration(3600 * v), "GPU-h": lambda v: duration(3600 * v),
-    "J": lambda v: f"{count(v)} J", "B": num_bytes, "1": percent, "tokens": count, "examples": count, "steps": count,
+    "J": joules, "B": num_bytes, "1": percent, "tokens": count, "examples": count, "steps": count,
     "FLOP": count,
 }  # fmt: skip
 _TERMINAL = ("compute/device_hours", "compute/gpu_hours", "compute/energy_j", "compute/tokens", "compute/steps",
-             "compute/goodput", "compute/host_peak_rss_bytes", "cost/amount")  # fmt: skip
+             "compute/goodput", "compute/host_peak_rss_bytes", "cost/amount", "cost/facility_energy_j")  # fmt: skip
 
 
 def conclude(result: Result) -> str:
@@ -80,7 +81,7 @@ def markdown(result: Result) -> str:
 
 def _form(key: str, v: float, row: Row) -> str:
     if key == "cost/amount":
-        return f"{significant(v)} {row['ledger']['cost']['currency'] or ''}".strip()
+        return money(v, row["ledger"]["cost"]["currency"])
     text = _FORMS.get(BY_KEY[key].unit, significant)(v)
     return f"{text} of {_hours_of(key)}" if BY_KEY[key].unit in ("device-h", "GPU-h") else text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.metrics import BY_KEY
+from pipeline.report.money import money_lines
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.text import columns, one_line, pad, shorten, wrap
 from pipeline.report.view import (
@@ -165,6 +166,7 @@ def _below(result: Result, notes: Footnotes) -> list[str]:
         *_bases(result),
         *_reused(result, notes),
         f"{spent}; {total}",
+        *money_lines(result),
         *closing_lines(result),
         *([f"verdict: {one_line(result['verdict'].get('verdict', '-'))}"] if result["verdict"] else []),
         *(f"{mark} {why}" for mark, why in notes.reasons()),

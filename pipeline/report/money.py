@@ -1,0 +1,56 @@
+"""Money of a run in words: what its stages cost, what their facility drew, what its model took until it converged.
+
+Nothing is said of what nobody declared: a rate, a PUE, the quality from which a model counts as converged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.ledger.converged import NO_TARGET
+from pipeline.report.numbers import count, duration, significant
+from pipeline.report.text import one_line
+from pipeline.report.view import Result, Row
+
+CONVERGED_KEYS = ("compute/per_converged_model_device_hours", "cost/per_converged_model")
+
+
+def money(v: float, currency: str | None) -> str:
+    """Return an amount with its currency: `4.03 EUR`, `0.00123 EUR`."""
+    return f"{v:.2f} {currency or ''}".strip() if v >= 1 else f"{significant(v)} {currency or ''}".strip()
+
+
+def joules(v: float) -> str:
+    """Return joules with their prefix: `12.3 kJ`."""
+    return f"{count(v)} J".replace(" k J", " kJ").replace(" M J", " MJ").replace(" G J", " GJ")
+
+
+def money_lines(result: Result) -> list[str]:
+    """Return a line for each thing that is known, for below the table of arms."""
+    own = [row for row in result["rows"] if not row["reused"] and row["ledger"]["device_hours"]["attached"]["v"]]
+    currency = next((row["ledger"]["cost"]["currency"] for row in own), None)
+    amount, drawn = _sum(own, "amount"), _sum(own, "facility_energy_j")
+    converged = _converged(result["run"].get("per_converged_model"))
+    return [
+        *([] if amount is None else [f"cost of the stages made here {money(amount, currency)}"]),
+        *([] if drawn is None else [f"facility energy of the stages made here {joules(drawn)}"]),
+        *([] if converged is None else [converged]),
+    ]
+
+
+def _sum(rows: list[Row], name: str) -> float | None:
+    """Return the sum over rows; None where one of them does not know."""
+    found = [(row["ledger"]["cost"].get(name) or {"v": None})["v"] for row in rows]
+    known = [v for v in found if v is not None]
+    return sum(known) if known and len(known) == len(found) else None
+
+
+def _converged(told: dict[str, Any] | None) -> str | None:
+    if told is None or told["device_hours"]["why_null"] == NO_TARGET:
+        return None
+    if told["device_hours"]["v"] is None:
+        return f"its model has not converged: {one_line(told['device_hours']['why_null'])}"
+    paid, why = told["amount"]["v"], told["amount"]["why_null"]
+    cost = f"cost unknown ({one_line(why)})" if paid is None else money(paid, told["currency"])
+    taken = duration(3600 * told["device_hours"]["v"])
+    return f"until its model converged: {taken} of device time, {cost}; reached in run {one_line(told['run'], 60)}"
