@@ -57,7 +57,7 @@ _LEDGER: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         "conditions": _values(
-            *(name for name in FIGURES if name != "energy_j"),
+            *(name for name in FIGURES if name != "energy_j"), "meter_overhead",
             extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
         ),
         "gpu_timeline": _values(*TRACED, extra={

@@ -60,7 +60,7 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
         "identity": {"team": "vision"},
         "placement": {"node": "n1"},
         "conditions": {**dict.fromkeys((name for name in FIGURES if name != "energy_j"), unread),
-                       "throttle_reasons": [], "problems": [], "truncated": False},
+                       "meter_overhead": value(0.001), "throttle_reasons": [], "problems": [], "truncated": False},
         "wall_s": value(attached * 3600),
         "phases_ns": {"forward": ns(0.45), "backward": ns(0.35), "eval": ns(0.15), "data_wait": ns(0.05)},
         "device_hours": {

@@ -351,7 +351,7 @@ def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
     tracer = faked(tmp_path / "traces", FakeProfiler(GPU_TRACE))
     training(tmp_path, tracer)
     record = ledger(
-        Spent(work_ns=60 * 10**9, phases_ns={"forward": 60 * 10**9}), {}, devices=2, device_kind="cuda",
+        Spent(work_ns=60 * 10**9, phases_ns={"forward": 57 * 10**9, "log": 3 * 10**9}), {}, devices=2, device_kind="cuda",
         cost=CostConfig(), memory={name: null("-") for name in MEMORY}, usage=unread("no NVML here"),
         is_training=True, seconds_in_steps=30.0, peak=null("-"),
         timeline={**tracer.result(), "phases_s": {"forward": 0.5}},
@@ -361,6 +361,7 @@ def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
                                  "$defs": RESULT_SCHEMA["$defs"]})  # fmt: skip
     assert record["gpu_hours"]["busy"] == {"v": pytest.approx(42 / 3600), "prov": "estimated", "why_null": None}
     assert record["gpu_timeline"]["idle_host_wait"]["v"] == pytest.approx(0.15)
+    assert record["conditions"]["meter_overhead"]["v"] == 0.05
     assert record["gpu_timeline"]["traces"] == ["step-000003.json.gz"]
     figures = row_summary({**make_row("student"), "ledger": record})
     assert figures["compute/traced_busy_share"]["v"] == pytest.approx(0.7)

@@ -89,7 +89,7 @@ def ledger(
         "cost": money(
             total * devices / HOUR_NS, cost, allocated=Value.from_json(gpu_hours["allocated"]), energy_j=usage.energy_j
         ),
-        "conditions": {**_conditions(usage), "truncated": truncated},
+        "conditions": {**_conditions(usage), "meter_overhead": _overhead(spent).to_json(), "truncated": truncated},
         "gpu_timeline": traced,
     }
     found = problems(record)
@@ -101,6 +101,12 @@ def gpu_timeline(timeline: Mapping[str, Any]) -> dict[str, Any]:
     shares = timeline.get("shares") or {name: null(NOT_TRACED).to_json() for name in TRACED}
     rest = {"phases_s": timeline.get("phases_s", {}), "traces": timeline.get("traces", [])}
     return {**shares, **rest, "notes": timeline.get("notes", [])}
+
+
+def _overhead(spent: Spent) -> Value:
+    """Return the share of the main thread's time that metering and tracking took of what is in phases."""
+    total = sum(spent.phases_ns.values())
+    return measured(spent.phases_ns.get("log", 0) / total) if total else null("no time in phases")
 
 
 def _conditions(usage: Usage) -> dict[str, Any]:
