@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import metrics
 from pipeline.attempt import device_name
 from pipeline.ledger.booking import device_hours
+from pipeline.ledger.converged import of_this_run
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
@@ -71,6 +72,8 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
         "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
         "comparisons": attempt.comparisons, "verdict": None,
     }  # fmt: skip
+    declared, model = attempt.run.cost.converged_at, attempt.run.model.name
+    result["run"]["per_converged_model"] = of_this_run(attempt.folder, result["run"], declared, model).to_json()
     result["conclusion"] = conclude(result)
     return result
 

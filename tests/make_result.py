@@ -185,7 +185,11 @@ def make_run(rows: list[dict[str, Any]], *, compare_min: float = 6, overhead_min
         },
         "spent": value(total),
         "reused": value(reused),
-    }
+        "per_converged_model": {
+            **dict.fromkeys(("device_hours", "amount"), null("no quality declared: cost.converged_at")),
+            "currency": None, "run": None,
+        },
+    }  # fmt: skip
 
 
 def make_result(recipe: str = "distill", *, gpu: bool = False, **changes: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def result_in(cwd: Path) -> dict:
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     cwd = tmp_path_factory.mktemp("distill")
-    done = pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY)
+    done = pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "cost.converged_at=100")
     assert done.returncode == 0, done.stderr
     return cwd, result_in(cwd), done.stdout
 
@@ -91,6 +91,23 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {result["environment"]["data_digest"]}
     again = subprocess.run([sys.executable, "-m", "pipeline.sync", str(cwd / "mlruns")], capture_output=True, text=True)
     assert "0 events delivered" in again.stdout, again.stderr
+
+
+def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declared_quality(distilled) -> None:
+    from mlflow import MlflowClient
+
+    cwd, result, printed = distilled
+    told, teacher = result["run"]["per_converged_model"], result["rows"][0]["ledger"]["device_hours"]["attached"]["v"]
+    until_then = result["run"]["device_hours"]["overhead"]["v"] + teacher  # any model has fewer than 100 bits a byte
+    assert told["device_hours"]["v"] == pytest.approx(until_then)
+    assert (told["run"], told["amount"]["v"]) == (result["run_id"], None)
+    assert "until its model converged: " in printed
+    assert "Until its model converged: " in (cwd / "mlruns/latest/report.md").read_text()
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
+    experiment = client.get_experiment_by_name("distill")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.run` = '{result['run_id']}'")
+    assert run.data.metrics["compute/per_converged_model_device_hours"] == told["device_hours"]["v"]
+    assert run.data.tags["null.cost/per_converged_model"] == told["amount"]["why_null"]
 
 
 def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(distilled) -> None:
