@@ -52,9 +52,13 @@ TRACED_SHARES = (
     ("busy", 1, "device computing, communicating or copying"), ("compute", 1, "device computing"),
     ("comm_exposed", -1, "communication that nothing hides"), ("copy_exposed", -1, "copies that nothing hides"),
     ("idle_host_wait", -1, "device idle before the host asked for more"),
-    ("idle_launch_gap", -1, "device idle between the launch and its work"), ("idle_other", -1, "device idle, cause unknown"),
+    ("idle_launch_gap", -1, "device idle between the launch and its work"),
+    ("idle_other", -1, "device idle, cause unknown"),
 )  # fmt: skip
 """What traced steps say of the GPU, with the direction that is good; `idle_*` and the rest sum to all of it."""
+
+GPU_HOURS = ("allocated", "busy", "sm_active", "tensor_active")
+"""Kinds of GPU-hours beside the attached ones."""
 
 CATALOGUE: tuple[Metric, ...] = (
     # -- what was spent -----------------------------------------------------------------------------------------
@@ -75,7 +79,22 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/goodput", "1", "row", 1, "productive / attached of a training stage"),
     Metric("compute/gpu_hours", "GPU-h", "row", -1, "device_hours on GPUs (attached); null on CPU"),
     Metric("compute/allocated_gpu_hours", "GPU-h", "row", -1, "what a scheduler held for the stage; null without one"),
+    Metric("compute/busy_gpu_hours", "GPU-h", "row", -1,
+           "gpu_hours in which any kernel ran; of traced steps alone, and so a lower bound, where nothing read it"),
+    Metric("compute/sm_active_gpu_hours", "GPU-h", "row", -1, "gpu_hours x the mean share of SMs with a warp"),
+    Metric("compute/tensor_active_gpu_hours", "GPU-h", "row", -1, "gpu_hours x the share in which tensor cores worked"),
     Metric("compute/energy_j", "J", "row", -1, "board energy of the stage's devices, from the NVML counter"),
+    Metric("compute/energy_integral_j", "J", "row", -1, "board power over time: the check on energy_j"),
+    Metric("compute/power_w_mean", "W", "row", -1, "mean board power of all the stage's devices together"),
+    Metric("compute/throttle_share", "1", "row", -1,
+           "share of the time in which power or heat held clocks down; tag throttled_by has the reasons"),
+    Metric("compute/foreign_load", "1", "row", -1, "share of the time in which others were on the devices"),
+    Metric("compute/dram_active", "1", "row", 1, "share of the time in which device memory moved data"),
+    Metric("compute/nvlink_bytes_per_s", "B/s", "row", 0, "NVLink traffic, both directions, mean of the devices"),
+    Metric("compute/pcie_bytes_per_s", "B/s", "row", 0, "PCIe traffic, both directions, mean of the devices"),
+    Metric("compute/sm_clock_mhz_mean", "MHz", "row", 1, "clock of the SMs, mean over time and devices"),
+    Metric("compute/sm_clock_mhz_min", "MHz", "row", 1, "the lowest of them that was read"),
+    Metric("compute/temperature_c_max", "deg C", "row", -1, "the hottest device at its hottest"),
     *(Metric(f"compute/traced_{name}_share", "1", "row", good, f"{text}, as a share of traced steps")
       for name, good, text in TRACED_SHARES),
     Metric("compute/steps", "steps", "row", 0, "optimizer steps of the artifact"),
@@ -170,8 +189,10 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
            for part in ("work", "assess", "retry", "productive", "support", "wasted")},
         **{f"compute/wasted_{cause}_device_hours": value for cause, value in hours["wasted_by"].items()},
         **_spent_or_reused(row),
-        "compute/allocated_gpu_hours": record["gpu_hours"]["allocated"],
         "compute/gpu_hours": record["gpu_hours"]["attached"], "compute/energy_j": record["energy_j"],
+        **{f"compute/{kind}_gpu_hours": record["gpu_hours"][kind] for kind in GPU_HOURS},
+        **{f"compute/{name}": value for name, value in record.get("conditions", {}).items()
+           if f"compute/{name}" in BY_KEY},
         **{f"compute/{name}": value for name, value in counts.items() if f"compute/{name}" in BY_KEY},
         **{key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]},
         **{f"compute/traced_{name}_share": record["gpu_timeline"][name]

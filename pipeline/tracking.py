@@ -251,7 +251,7 @@ class _Delivery:
         tags |= {} if row["reused"] else stage_owner(row)
         if row["reused"]:
             tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
-        tags["waste"] = "; ".join(advice(row))
+        tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
         if row["artifact"] is not None:
             tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
         self._tags(child, tags)
@@ -388,6 +388,17 @@ def _child_name(event: dict[str, Any]) -> str:
     name = f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
     elsewhere = event.get("reused") and event.get("artifact") is None  # what led to this run's own row
     return f"{name} of {event['reused']}" if elsewhere else name
+
+
+def _doubts(record: dict[str, Any]) -> dict[str, str]:
+    """Return what speaks against a row's figures, or explains them."""
+    conditions: dict[str, Any] = record.get("conditions", {})
+    return {
+        "throttled_by": ", ".join(conditions.get("throttle_reasons", [])),
+        "truncated": "True" if conditions.get("truncated") else "",
+        "meter_problems": "; ".join(record["meter_problems"]),
+        "meter_valid": "" if record["meter_valid"] else "False",
+    }
 
 
 def _owner(start: dict[str, Any]) -> dict[str, str]:

@@ -46,8 +46,9 @@ def end(journal: Journal, rows: list[dict[str, Any]], status: str = "FINISHED", 
 
 
 def write_run(
-    root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True, mlflow: bool = True
-) -> Path:
+    root: Path, run_id: str = "run-1", *, uri: str | None = None, ended: bool = True, mlflow: bool = True,
+    rows: list[dict[str, Any]] | None = None,
+) -> Path:  # fmt: skip
     folder = root / "runs" / run_id
     folder.mkdir(parents=True)
     (folder / "report.md").write_text("# report")
@@ -55,7 +56,7 @@ def write_run(
     (folder / TRACE).write_bytes(b"a trace")
     journal = Journal(folder / "journal.jsonl")
     start(journal, run_id, uri=uri, mlflow=mlflow, team="vision")
-    rows = [make_row(arm) for arm in ARMS]
+    rows = [make_row(arm) for arm in ARMS] if rows is None else rows
     for row in rows:
         stage(journal, row["arm"])
         journal.write("row", row=row)

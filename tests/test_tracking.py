@@ -64,6 +64,23 @@ def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
         assert core <= set(run.data.metrics)
 
 
+def test_what_limited_a_gpu_reaches_mlflow_with_the_meter_s_doubts(root: Path) -> None:
+    row = make_row("student", gpu=True)
+    record = row["ledger"]
+    record["gpu_hours"]["busy"] = value(0.3)
+    record["conditions"] |= {"throttle_share": value(0.25), "foreign_load": value(0.5), "truncated": True,
+                             "throttle_reasons": ["power cap", "power brake"]}  # fmt: skip
+    record |= {"meter_valid": False, "meter_problems": ["busy is more than attached: 9 s", "energy suspect"]}
+    deliver(write_run(root, rows=[row]))
+    data = store(root)[1]["student"].data
+    told = {name: data.metrics[f"compute/{name}"] for name in ("busy_gpu_hours", "throttle_share", "foreign_load")}
+    assert told == {"busy_gpu_hours": 0.3, "throttle_share": 0.25, "foreign_load": 0.5}
+    assert data.tags["null.compute/sm_active_gpu_hours"] == "no such counter in this run"
+    assert (data.tags["throttled_by"], data.tags["truncated"]) == ("power cap, power brake", "True")
+    assert data.tags["meter_problems"] == "busy is more than attached: 9 s; energy suspect"
+    assert data.tags["meter_valid"] == "False"
+
+
 def test_the_parent_speaks_of_all_attempts_and_seeds_of_the_primary_arm(root: Path) -> None:
     """Hand-worked: seed 0 took 2 h in a killed and 4 h in a finished attempt, seed 1 took 8 h: 7 h a seed."""
 
