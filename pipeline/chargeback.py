@@ -149,11 +149,13 @@ def _check_file(path: Path, key: str) -> None:
 
 
 def _report(settings: Settings, now_s: float) -> int:
-    runs, notes = _runs(settings)
+    known, notes = _runs(settings)
+    runs, inside = not_counted_twice(known)
+    notes = [*([f"{len(inside)} runs inside a metered run are part of it"] if inside else []), *notes]
     paid = [charge for run in runs for charge in charges(run) if settings.start_s <= charge.ended_s < settings.end_s]
     found = lines(paid, settings.by)
     idle_lines, said = _idle(settings, found, now_s)
-    models = _converged(runs, paid) if settings.by == "model_name" else []
+    models = _converged(known, paid) if settings.by == "model_name" else []
     if settings.csv is not None:
         _write(settings.csv, to_csv([*found, *idle_lines]))
     days = [datetime.fromtimestamp(each, UTC).date() for each in (settings.start_s, settings.end_s)]
@@ -175,11 +177,10 @@ def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
     except store_errors() as error:
         text = redact_value("", one_line(error, 200))
         raise UserError("--uri", f"the store does not answer ({text})", "see that it runs, and try again") from None
-    runs, inside = not_counted_twice(stored_runs_facts(stored))
-    notes = [f"{len(inside)} runs inside a metered run are part of it"] if inside else []
     deleted = sum(not run["active"] for run in stored)
-    notes += [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"] if deleted else []
-    return runs, [*notes, *([f"{num_others} runs of other programs were left out"] if num_others else [])]
+    notes = [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"] if deleted else []
+    notes += [f"{num_others} runs of other programs were left out"] if num_others else []
+    return stored_runs_facts(stored), notes
 
 
 def _notes(runs: Sequence[RunFacts]) -> list[str]:

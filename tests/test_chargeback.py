@@ -563,6 +563,22 @@ def test_a_converged_model_cost_all_that_came_before(root: Path, capsys: pytest.
     assert "m2 until converged: - (no quality declared: cost.converged_at)" in said
 
 
+def test_a_model_made_under_a_meter_converged_there_and_cost_the_meter_s_hours(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The meter's 12 + 9 min hold those of the run inside, which has the artifact; 22 + 9 came before."""
+    write_run(root, "r0", [good(2.4)], at=NOON, converged_at=2.2)
+    write_run(root, "outer", [a_row("sft", quality={}, artifact=None)], at=NOON + 2 * HOUR)
+    folder = write_run(root, "inner", [good(2.1)], at=NOON + HOUR, converged_at=2.2, tags={"nested_in": "outer"})
+    taken = pytest.approx((31 + 12 + 9) / 60)
+    ended = read_events(folder / "journal.jsonl")[-1]["run"]
+    told = of_this_run(folder, ended, 2.2, "m1")
+    assert (told.device_hours.v, told.run) == (taken, "inner")
+    capsys.readouterr()
+    report(root, "--by", "model_name")
+    assert "m1 until converged: 0.867 device-hours" in capsys.readouterr().out
+
+
 def test_what_was_taken_over_from_another_model_is_not_free() -> None:
     owner = {"model_name": "m1"}
     taken = Charge(

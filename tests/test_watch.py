@@ -16,6 +16,7 @@ from pipeline.ledger.ranks import Life
 from pipeline.metering.presence import CONTEXT_BYTES, Presence, visible
 from pipeline.metering.row import Facts, make_row
 from pipeline.metering.watch import UNKNOWN_GPU, Used, Watch, as_reported, cpu_host, over_devices
+from pipeline.report.metered import _form
 from pipeline.store import plain
 from pipeline.values import measured, null
 
@@ -209,6 +210,8 @@ def test_usage_of_several_devices_is_one_window_s() -> None:
 def test_a_row_has_the_conditions_its_devices_worked_under() -> None:
     ledger = _row(_two(throttle_share=measured(0.25), throttle_reasons=("power cap",)), grant=None)
     assert ledger["conditions"]["throttle_share"]["v"] == 0.25
+    assert _form("compute/power_w_mean", 412.34, {}) == "412 W"
+    assert _form("compute/sm_active_gpu_hours", 0.5, {}) == "30.0 min of GPU time"
     assert ledger["conditions"]["throttle_reasons"] == ["power cap"]
 
 

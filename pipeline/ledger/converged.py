@@ -2,7 +2,8 @@
 
 Attempts, trials, failures and start-up count, whoever's run they were in; so does what was taken over from runs under
 other names. Stages that ended later do not, nor does the comparison pass of the run that made the artifact. Without a
-declared quality (`cost.converged_at`), or before any artifact has it, the cost is null and says why.
+declared quality (`cost.converged_at`), or before any artifact has it, the cost is null and says why. What was made
+under a meter has the hours of the meter's run.
 """
 
 from __future__ import annotations
@@ -53,22 +54,32 @@ def per_converged_model(runs: Iterable[RunFacts], target: float | None) -> Conve
     """
     if target is None:
         return _not_yet(NO_TARGET)
+    runs = list(runs)
     found = [charge for run in not_counted_twice(runs)[0] for charge in charges(run)]
-    assessed = [charge for charge in found if charge.quality is not None]
+    assessed = [charge for run in runs for charge in run.stages if charge.quality is not None]
     reached = [charge for charge in assessed if _is_reached(charge, target)]
     if not reached:
         return _not_yet(_how_far(assessed, target))
     first = min(reached, key=lambda charge: charge.ended_s)
-    counted = [charge for charge in found if _counts(charge, first)]
+    counted = [charge for charge in found if _counts(charge, first, _outermost(first.run, runs))]
     taken = {(charge.reused_from, charge.what): charge for charge in counted
              if charge.reused_from not in (None, *(charge.run for charge in found))}  # fmt: skip
     hours = math.fsum([*(c.device_h for c in counted), *(c.reused_h for c in taken.values())])
     return Converged(measured(hours), *_money(counted, list(taken.values())), run=first.run)
 
 
-def _counts(charge: Charge, first: Charge) -> bool:
-    before_its_end = charge.run == first.run and charge.what in ("overhead", "open")
+def _counts(charge: Charge, first: Charge, holder: str) -> bool:
+    """Tell whether a charge came before the first artifact; one made under a meter has all of the meter's run."""
+    before_its_end = charge.run == holder and (holder != first.run or charge.what in ("overhead", "open"))
     return charge.ended_s <= first.ended_s or before_its_end
+
+
+def _outermost(run: str, runs: Iterable[RunFacts]) -> str:
+    """Return the metered run whose seconds a run's are, if there is one, else the run itself."""
+    inside = {each.run: each.nested_in for each in runs}
+    while (outer := inside.get(run)) is not None and outer in inside:
+        run = outer
+    return run
 
 
 def _is_reached(charge: Charge, target: float) -> bool:

@@ -82,7 +82,8 @@ def markdown(result: Result) -> str:
 def _form(key: str, v: float, row: Row) -> str:
     if key == "cost/amount":
         return money(v, row["ledger"]["cost"]["currency"])
-    text = _FORMS.get(BY_KEY[key].unit, significant)(v)
+    form = _FORMS.get(BY_KEY[key].unit)
+    text = f"{significant(v)} {BY_KEY[key].unit}" if form is None else form(v)
     return f"{text} of {_hours_of(key)}" if BY_KEY[key].unit in ("device-h", "GPU-h") else text
 
 
