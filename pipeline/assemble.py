@@ -40,7 +40,8 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     write_json(attempt.folder / "run.json", {**state, "status": status, "pid": None})
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
-        description=short_form(result), files=["report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
+        description=short_form(result),
+        files=["report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
     made = any(row["status"] == "FINISHED" and row["artifact"] for row in attempt.rows)
