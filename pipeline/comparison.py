@@ -15,7 +15,6 @@ from pipeline.attempt import device_name, named
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
-from pipeline.compare.statistics import Interval
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
@@ -245,12 +244,9 @@ def _payback(
     """Return when serving has repaid what the arm took beyond its base (mean over seeds)."""
     extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
-    c_base, c_arm = (_per_unit(served.serving[arm]) for arm in (pair.base, pair.arm))
-    interval = Interval(serving["v"], *serving["ci"])
     unit = "token" if attempt.run.task is Task.causal_lm else "example"
-    return savings.payback(
-        mean, c_base, c_arm, unit=unit, saving=interval, blocks=serving["blocks"], volume=attempt.run.serving.volume
-    )
+    c_base = _per_unit(served.serving[pair.base])
+    return savings.payback(mean, c_base, serving, unit=unit, volume=attempt.run.serving.volume)
 
 
 def _per_unit(figures: Mapping[str, Any]) -> Value:

@@ -138,7 +138,7 @@ def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     with attempt.clock.phase("generate"):
         CLOCK.pass_minutes(6)
     costs = {arm: 1.0 if arm == "teacher" else 0.6 for pair in pairs for arm in pair}
-    blocks = np.ones((4, 2)) * np.array([[1.0], [1.01], [0.99], [1.0]])
+    blocks = np.ones((4, 2)) * np.array([[1.0], [1.01], [1 / 1.01], [1.0]])  # no drift in the mean log-ratio
     return ServePass(
         serving={arm: {"device_s_per_1k_units": measured(cost).to_json()} for arm, cost in costs.items()},
         seconds={(arm, base): (costs[arm] * blocks, costs[base] * np.ones((4, 2))) for arm, base in pairs},

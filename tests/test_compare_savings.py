@@ -26,9 +26,9 @@ from pipeline.compare.savings import (
     target_metric,
     training_saving,
 )
-from pipeline.compare.statistics import Interval, abba_saving
+from pipeline.compare.statistics import abba_saving
 from pipeline.schema import RESULT_SCHEMA
-from pipeline.values import Value, derive, estimated, measured, null
+from pipeline.values import Prov, Value, estimated, measured, null
 
 SPENDS = {
     spend.arm: spend
@@ -286,42 +286,49 @@ def test_serving_saving_has_the_form_of_the_result() -> None:
     assert saving["v"] == pytest.approx(0.4, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("c_opt_h", "arm_s", "units"),
-    [(2.0, 0.6e-3, 2.0 * 3600 / 0.4e-3), (0.0, 0.6e-3, 0.0), (-3.0, 0.6e-3, 0.0)],
-)
-def test_payback_units(c_opt_h: float, arm_s: float, units: float) -> None:
-    result = payback(measured(c_opt_h), measured(1e-3), measured(arm_s), unit="token")
+def _saving(v: float, half: float = 0.01) -> dict[str, Any]:
+    return {**Value(v, Prov.DERIVED).to_json(), "ci": [v - half, v + half], "blocks": 4}
+
+
+@pytest.mark.parametrize(("c_opt_h", "units"), [(2.0, 2.0 * 3600 / 0.4e-3), (0.0, 0.0), (-3.0, 0.0)])
+def test_payback_units(c_opt_h: float, units: float) -> None:
+    result = payback(measured(c_opt_h), measured(1e-3), _saving(0.4), unit="token")
     assert result["v"] == pytest.approx(units)
     assert result["unit"] == "token"
     assert result["p_net_positive"]["why_null"] == "serving.volume is not declared"
 
 
+@pytest.mark.parametrize("saving", [0.0, -0.2])
 @pytest.mark.parametrize("spent", [measured(2.0), measured(-2.0), null("existing model: base")])
-def test_an_arm_that_is_not_cheaper_never_pays_back(spent: Value) -> None:
-    assert payback(spent, measured(1e-3), measured(1e-3), unit="example")["why_null"] == "never: not cheaper"
+def test_an_arm_that_is_not_cheaper_never_pays_back(spent: Value, saving: float) -> None:
+    assert payback(spent, measured(1e-3), _saving(saving), unit="example")["why_null"] == "never: not cheaper"
+
+
+def test_one_slow_reading_makes_no_payback_of_a_cost_and_no_cost_of_a_saving() -> None:
+    """One reading of the arm was held up: its mean is above the base's (1.01), its mean log-ratio is not (-0.14)."""
+    arm, base = np.full((4, 2), 0.7), np.ones((4, 2))
+    arm[0] = 3.0, 0.9
+    for ours, theirs in ((arm, base), (base, arm)):
+        saving, c_base = serving_saving(ours, theirs), measured(float(theirs.mean()) / 1000)
+        result = payback(measured(2.0), c_base, saving, unit="token")
+        assert (saving["v"] > 0) == (ours is arm) == (ours.mean() > theirs.mean())
+        assert (result["why_null"] == "never: not cheaper") == (saving["v"] <= 0)
+        if ours is arm:
+            assert result["v"] == pytest.approx(2.0 * 3600 / (c_base.v * saving["v"]))
 
 
 def test_unknown_spending_has_no_payback() -> None:
-    result = payback(
-        null("existing model: base"), measured(1e-3), measured(6e-4), unit="token",
-        saving=abba_saving(*_blocks()), blocks=4, volume=1e9,
-    )  # fmt: skip
+    serving = serving_saving(*_blocks())
+    result = payback(null("existing model: base"), measured(1e-3), serving, unit="token", volume=1e9)
     assert result["why_null"] == result["p_net_positive"]["why_null"] == "existing model: base"
-    result = payback(measured(1.0), measured(1e-3), null("not measured"), unit="token", volume=1e9)
-    assert (result["why_null"], result["v"]) == ("not measured", None)
-    assert result["p_net_positive"]["why_null"] == "serving was not measured with an interval"
 
 
 def test_a_payback_is_no_better_known_than_what_it_is_made_of() -> None:
-    assert payback(estimated(1.0), measured(1e-3), measured(6e-4), unit="token")["prov"] == "estimated"
+    assert payback(estimated(1.0), measured(1e-3), _saving(0.4), unit="token")["prov"] == "estimated"
 
 
-def _probability(c_opt_h: float, volume: float, saving: Interval) -> float:
-    c_arm = derive(lambda base: base * (1 - saving.estimate), measured(1e-3))
-    return payback(
-        measured(c_opt_h), measured(1e-3), c_arm, unit="token", saving=saving, blocks=4, volume=volume
-    )["p_net_positive"]["v"]  # fmt: skip
+def _probability(c_opt_h: float, volume: float, saving: dict[str, Any]) -> float:
+    return payback(measured(c_opt_h), measured(1e-3), saving, unit="token", volume=volume)["p_net_positive"]["v"]
 
 
 @pytest.mark.parametrize("share", [0.35, 0.40, 0.42])
@@ -331,14 +338,16 @@ def test_probability_of_a_net_gain_is_that_of_a_simulation(share: float) -> None
     r = (np.log(arm) - np.log(base)).mean(axis=1)
     drawn = r.mean() + r.std(ddof=1) / 2 * np.random.default_rng(1).standard_t(3, 200_000)
     net = 1e7 * 1e-3 * (1 - np.exp(drawn)) - share * 1e4
-    assert _probability(share * 1e4 / 3600, 1e7, abba_saving(arm, base)) == pytest.approx((net > 0).mean(), abs=0.005)
+    assert _probability(share * 1e4 / 3600, 1e7, serving_saving(arm, base)) == pytest.approx(
+        (net > 0).mean(), abs=0.005
+    )
 
 
 def test_probability_at_the_edges() -> None:
-    saving = abba_saving(*_blocks())
+    saving = serving_saving(*_blocks())
     assert _probability(1e4 / 3600, 1e7, saving) == 0.0  # all of the base's serving would have to be saved
     assert _probability(-1.0, 1e7, saving) > 0.99
-    certain = Interval(0.4, 0.4, 0.4)
+    certain = _saving(0.4, half=0.0)
     assert [_probability(share * 1e4 / 3600, 1e7, certain) for share in (0.3, 0.5)] == [1.0, 0.0]
 
 
@@ -352,7 +361,7 @@ def test_every_form_fits_the_schema() -> None:
             "arm": "student", "base": "control", "on": ["training", "serving", "payback"], "quality": {},
             "training": _save(Trained(arm="student", final=final), Trained(arm="control", final=2.0), shared_by=2),
             "serving": serving_saving(*_blocks()),
-            "payback": payback(measured(1.0), measured(1e-3), measured(6e-4), unit="token"),
+            "payback": payback(measured(1.0), measured(1e-3), _saving(0.4), unit="token"),
         }  # fmt: skip
         jsonschema.validate(comparison, schema)
         jsonschema.validate({**comparison, "training": combine_training([_seed(2.0), _seed(1.0)])}, schema)

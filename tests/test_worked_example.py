@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compare.savings import Spend, Trained, all_in, c_opt, c_total, payback, training_saving
+from pipeline.compare.savings import Spend, Trained, all_in, c_opt, c_total, payback, serving_saving, training_saving
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.values import measured
 
@@ -99,10 +100,13 @@ def test_costs_of_the_arms(spends: dict[str, Spend]) -> None:
 
 
 def test_payback_of_the_student(spends: dict[str, Spend]) -> None:
-    teacher, student = measured(1.0 / 1000), measured(0.6 / 1000)  # device-seconds per token
-    against_teacher = payback(c_opt("student", "teacher", spends), teacher, student, unit="token")
+    teacher, student = np.full((4, 2), 1.0), np.full((4, 2), 0.6)  # device-seconds per 1,000 tokens, read in blocks
+    per_token = lambda served: measured(float(served.mean()) / 1000)
+    saving = serving_saving(student, teacher)
+    against_teacher = payback(c_opt("student", "teacher", spends), per_token(teacher), saving, unit="token")
     assert against_teacher["v"] == pytest.approx(3.0e6)
-    against_control = payback(c_opt("student", "control_compute", spends), student, student, unit="token")
+    none = serving_saving(student, student)
+    against_control = payback(c_opt("student", "control_compute", spends), per_token(student), none, unit="token")
     assert against_control["why_null"] == "never: not cheaper"
 
 

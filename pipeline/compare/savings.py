@@ -21,7 +21,6 @@ import numpy.typing as npt
 from scipy import special
 
 from pipeline.compare import statistics
-from pipeline.compare.statistics import Interval
 from pipeline.values import Prov, Value, derive, estimated, null
 
 SECONDS_PER_HOUR = 3600
@@ -412,57 +411,51 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
 
 
 def payback(
-    c_opt: Value,
-    c_base: Value,
-    c_arm: Value,
-    *,
-    unit: str,
-    saving: Interval | None = None,
-    blocks: int | None = None,
-    volume: float | None = None,
+    c_opt: Value, c_base: Value, serving: Mapping[str, Any], *, unit: str, volume: float | None = None
 ) -> dict[str, Any]:
-    """Return the units after which serving has repaid the extra spending.
+    """Return the units after which serving has repaid the extra spending: C_opt / (c_base - c_arm).
+
+    What a unit costs less, c_base - c_arm, is the base's cost times the saving as it is reported, so that both always
+    have the same sign. The difference of the arms' means may have the other one: a reading that was held up moves a
+    mean more than it moves the mean log-ratio.
 
     Args:
         c_opt: C_opt(arm | base), device-hours.
         c_base: What the base takes to serve one unit, device-seconds.
-        c_arm: What the arm takes, device-seconds.
+        serving: The serving saving, as `serving_saving` returns it.
         unit: `token` or `example`.
-        saving: The serving saving with its 90% interval, if it was measured.
-        blocks: ABBA blocks behind that interval.
         volume: Units declared to be served.
 
     Returns:
         A value with `unit` and `p_net_positive`: the probability that serving `volume` units saves more than c_opt,
         given how uncertain the serving saving is (c_opt, from one run, is taken as it is).
     """
-    if c_arm.v is not None and c_base.v is not None and c_arm.v >= c_base.v:
+    saving = Value.from_json(dict(serving))
+    if saving.v is not None and saving.v <= 0:
         units = null("never: not cheaper")
     else:
-        units = derive(lambda o, b, a: max(0.0, SECONDS_PER_HOUR * o / (b - a)), c_opt, c_base, c_arm)
+        units = derive(lambda o, c, s: max(0.0, SECONDS_PER_HOUR * o / (c * s)), c_opt, c_base, saving)
     return {
         **units.to_json(),
         "unit": unit,
-        "p_net_positive": _p_net_positive(c_opt, c_base, saving, blocks, volume).to_json(),
+        "p_net_positive": _p_net_positive(c_opt, c_base, serving, volume).to_json(),
     }
 
 
-def _p_net_positive(
-    c_opt: Value, c_base: Value, saving: Interval | None, blocks: int | None, volume: float | None
-) -> Value:
+def _p_net_positive(c_opt: Value, c_base: Value, serving: Mapping[str, Any], volume: float | None) -> Value:
     """Return P(volume x c_base x saving > c_opt): r = ln(1 - saving) is t-distributed about its estimate."""
     if volume is None:
         return null("serving.volume is not declared")
-    if saving is None or blocks is None:
-        return null("serving was not measured with an interval")
     if c_opt.v is None or c_base.v is None:
         return null(c_opt.why_null or c_base.why_null or "")
     needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)  # the saving at which nothing is left over
     if needed >= 1:
         return estimated(0.0)
-    r, r_low, r_high = (math.log1p(-share) for share in (saving.estimate, saving.high, saving.low))
-    error = (r_high - r_low) / (2 * statistics.t_quantile(statistics.LEVEL, blocks - 1))
+    low, high = serving["ci"]
+    r, r_low, r_high = (math.log1p(-share) for share in (serving["v"], high, low))
+    degrees = serving["blocks"] - 1
+    error = (r_high - r_low) / (2 * statistics.t_quantile(statistics.LEVEL, degrees))
     distance = math.log1p(-needed) - r
     if error == 0:
         return estimated(float(distance > 0))
-    return estimated(float(special.stdtr(blocks - 1, distance / error)))
+    return estimated(float(special.stdtr(degrees, distance / error)))
