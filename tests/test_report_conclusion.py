@@ -67,13 +67,14 @@ def test_distill_that_won_against_its_compute_control() -> None:
 def test_distill_undecided_gives_its_intervals() -> None:
     undecided = make_quality(-0.004, "undecided", half=0.014)
     text = _distill(undecided, undecided, make_saving(0.005, half=0.025), value(9e7, unit="token"))
-    interval = "quality -0.4%, interval -1.8% to +1%, margin 1%"
+    interval = "quality -0.4%, 90% interval -1.8% to +1%, margin 1%)"
     assert text.startswith(
         "Given the same FLOPs without a teacher (control_compute), whether the same model does better"
     )
     assert text.count(interval) == 2
+    assert f"better than the distilled student is undecided (the student's {interval}" in text
     assert "what distillation adds is undecided" in text
-    assert "is undecided in serving cost (saving +0.5%, interval -2% to +3%)" in text
+    assert "is undecided in serving cost (saving +0.5%, 90% interval -2% to +3%)" in text
     assert "would pay back after 90 M tokens if the point estimate of its saving held" in text
     assert "has paid" not in text
 
@@ -88,13 +89,16 @@ def test_what_too_few_documents_leave_undecided_says_how_many_might_decide() -> 
 
 def test_the_margin_of_a_share_is_in_points() -> None:
     (undecided,) = make_quality(0.067, "undecided", key="accuracy", half=0.2).values()
-    assert evidence("accuracy", undecided) == "quality +6.7 points, interval -13.3 to +26.7 points, margin 1 point"
+    assert evidence("accuracy", undecided) == "quality +6.7 points, 90% interval -13.3 to +26.7 points, margin 1 point"
 
 
 def test_distill_within_the_margin_of_its_controls() -> None:
     equal = make_quality(0.002, "equal")
     text = _distill(equal, equal, make_saving(0.1), value(0, unit="token"))
-    assert "the same model does as well as the distilled student, within the margin of 1% (+0.2%)" in text
+    expected = (
+        "the same model does as well as the distilled student, within the margin of 1% (the student's quality +0.2%)"
+    )
+    assert expected in text
     assert "at equal tokens (control_steps) distillation changes nothing beyond the margin of 1%" in text
     assert "serves 10% cheaper and pays back from the first token" in text
 
@@ -129,8 +133,8 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
         (make_quality(0.05, "better"), make_saving(-2.4), NEVER,
          "reaches 5% fewer bits per byte, costs 3.4x as much to serve and never pays back (not cheaper)"),
         (make_quality(0.001, "undecided", half=0.02), make_saving(-0.01, half=0.03), NEVER,
-         "is undecided in quality (quality +0.1%, interval -1.9% to +2.1%, margin 1%), is undecided in serving cost "
-         "(saving -1%, interval -4% to +2%) and would not pay back if the point estimate of its saving held"),
+         "is undecided in quality (quality +0.1%, 90% interval -1.9% to +2.1%, margin 1%), is undecided in serving "
+         "cost (saving -1%, 90% interval -4% to +2%) and would not pay back if the point estimate of its saving held"),
         (make_quality(0.002, "equal"), make_saving(0.0, None), value(3e6, unit="example"),
          "serves at the same cost (point estimate, no interval) and has paid for itself after 3 M examples"),
     ],
@@ -161,7 +165,7 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
         (make_saving(-0.12), "costs 12% more device-hours to train to the same quality"),
         (make_saving(-2.4), "costs 3.4x as many device-hours to train to the same quality"),
         (make_saving(0.0, None), "for the same device-hours"),
-        (make_saving(0.01, 0.05), "is undecided in training cost (saving +1%, interval -4% to +6%)"),
+        (make_saving(0.01, 0.05), "is undecided in training cost (saving +1%, 90% interval -4% to +6%)"),
         (CENSORED, "bf16's training saving: not measurable here: censored: not reached in 200 steps"),
         (None, "bf16's training saving: not measurable here: not recorded"),
     ],
@@ -221,7 +225,7 @@ def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
 
 def test_baseline_states_cost_and_quality() -> None:
     assert conclude(make_result("baseline")) == (
-        "The baseline reaches 2.200 bits per byte (interval 2.180 to 2.220) on the test split; it took 12.0 min of "
+        "The baseline reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test split; it took 12.0 min of "
         "device time on 1 CPU host and 410 k tokens of training; one seed."
     )
 
@@ -274,7 +278,7 @@ def test_an_answer_that_is_not_stated_follows_from_the_interval() -> None:
     pair = make_pair("int8", "reference", quality=quality)
     assert "reaches 2% fewer" in _with("quantize", pair)
     quality["bits_per_byte"]["ci"] = [-0.01, 0.05]
-    assert "is undecided in quality (quality +2%, interval -1% to +5%)" in _with("quantize", pair)
+    assert "is undecided in quality (quality +2%, 90% interval -1% to +5%)" in _with("quantize", pair)
     quality["bits_per_byte"]["ci"] = None
     assert "is undecided in quality (quality +2%, no interval)" in _with("quantize", pair)
 
@@ -316,6 +320,14 @@ def test_nothing_is_claimed_where_nothing_finished(recipe: str) -> None:
     assert text.startswith("No stage finished, so nothing can be said about cost or quality. ")
     assert "%" not in text
     assert all(f"{arm} was skipped: no device" in text for arm in ARMS[recipe])
+
+
+def test_a_reason_that_ended_the_run_is_said_once() -> None:
+    rows = [make_unfinished("baseline", "FAILED", "data.path: no such file")]
+    text = conclude(make_result("baseline", rows=rows, status="FAILED", why="data.path: no such file"))
+    assert text.endswith("baseline FAILED: data.path: no such file. The run ended FAILED.")
+    text = conclude(make_result("baseline", rows=rows, status="FAILED", why="disk full"))
+    assert text.endswith("baseline FAILED: data.path: no such file. The run ended FAILED: disk full.")
 
 
 def test_a_run_that_ended_early_says_so() -> None:

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 from make_result import (
     ARMS,
+    make_ledger,
     make_pair,
     make_quality,
     make_result,
@@ -236,12 +237,74 @@ def test_two_seeds_are_two_rows_each() -> None:
 
 def test_a_run_without_any_finished_row_still_reports() -> None:
     nothing = markdown(make_result("distill", rows=[], status="FAILED", why="no data"))
-    assert "No stage was reached." in nothing
-    assert "FAILED: no data" in nothing
+    assert "No stage was measured: the run ended FAILED: no data." in nothing
+    assert "- FAILED: no data" in nothing
     skipped = [make_unfinished(arm, "SKIPPED", "no device") for arm in ARMS["distill"]]
     text = markdown(make_result("distill", rows=skipped))
     assert "Where the time went" not in text
     assert text.count("was skipped: no device") >= 4
+
+
+def test_a_stage_that_failed_before_anything_was_measured_is_named_with_its_reason() -> None:
+    """A row of zeros: the stage's window had not opened when its data was refused."""
+    row = make_unfinished("teacher", "FAILED", "data.path: holds chats")
+    row["ledger"] |= {"device_hours": make_ledger(0, 0)["device_hours"], "wall_s": value(0)}
+    result = make_result("distill", rows=[row], comparisons=[], status="FAILED", why="data.path: holds chats")
+    jsonschema.validate(result, RESULT_SCHEMA)
+    text = markdown(result)
+    tables = _tables(text)
+    assert tables["Arms"][1][:3] == ["teacher", "FAILED", "0 s"]
+    assert tables["Where the time went"][1] == ["teacher", "0%", "0%", "0%", "nothing", "no phase recorded"]
+    assert "teacher FAILED: data.path: holds chats. The run ended FAILED." in text
+
+
+def test_the_levels_of_the_intervals_are_stated() -> None:
+    text = markdown(make_result("distill"))
+    tables = _tables(text)
+    assert tables["Arms"][0][4] == "bits per byte (lower better) [95% interval]"
+    assert tables["Comparisons"][0][4] == "90% interval"
+    assert "Each end of a 90% interval is a one-sided 95% bound" in text
+
+
+def test_n_is_explained_for_one_seed_and_for_several() -> None:
+    text = markdown(make_result("distill"))
+    assert "n counts test documents, of serving ABBA blocks." in text
+    rows = [make_row(arm, seed=seed) for seed in (0, 1, 2) for arm in ARMS["distill"]]
+    for row in rows[4:]:
+        row["serving"] = {"device_s_per_1k_units": null("serving is measured on the artifacts of seed 0")}
+    pair = make_pair("student", "teacher", training=make_saving(0.1), serving=make_saving(0.4))
+    pair["serving"]["blocks"] = 4
+    text = markdown(make_result("distill", rows=rows, comparisons=[pair]))
+    assert "Each is shown once per arm for all 3 seeds" in text
+    assert "n counts the seeds" in text
+    assert "serving is read on the artifacts of seed 0, and its n counts ABBA blocks." in text
+    assert [row[5] for row in _tables(text)["Comparisons"][1:]] == ["3", "4"]
+
+
+def test_serving_is_shown_at_every_batch_where_it_was_read() -> None:
+    assert "Serving" not in _headings(markdown(make_result("distill")))
+    rows = [make_row("reference"), make_row("int8"), make_row("nf4")]
+    rows[0]["serving"] |= {
+        "prefill_device_s_per_1k_tokens": value(0.1), "decode_device_s_per_1k_tokens": value(0.9), "p50_s": value(0.2),
+        "p95_s": value(0.25), "peak_bytes": null("a CPU has no device memory to count"), "weights_bytes": value(4e6),
+        "batch_32_device_s_per_1k_units": value(0.25), "batch_1_device_s_per_1k_units": value(4.0),
+        "batch_8_device_s_per_1k_units": value(1.0),
+    }  # fmt: skip
+    rows[1]["serving"] |= {"batch_8_device_s_per_1k_units": value(0.5)}
+    rows[2]["serving"] = {"device_s_per_1k_units": null("the recipe does not compare this arm on serving")}
+    result = make_result("quantize", rows=rows)
+    jsonschema.validate(result, RESULT_SCHEMA)
+    text = markdown(result)
+    table = _tables(text)["Serving"]
+    mark = next(cell for cell in table[2] if cell.startswith("-"))
+    assert table == [
+        ["arm", "prefill", "decode", "p50", "p95", "batch 1", "batch 8", "batch 32"],
+        ["reference", "0.100", "0.900", "0.200 s", "0.250 s", "4.00 (250)", "1.00 (1 k)", "0.250 (4 k)"],
+        ["int8", *[mark] * 5, "0.500 (2 k)", mark],
+    ]
+    assert "device-seconds per 1,000 tokens (tokens per device-second in brackets)" in text
+    for key in ("serving/prefill_device_s_per_1k_tokens", "serving/decode_device_s_per_1k_tokens", "serving/p95_s"):
+        assert f"- `{key}` (" in text
 
 
 def test_a_verdict_stands_before_the_conclusion() -> None:

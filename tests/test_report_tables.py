@@ -148,6 +148,22 @@ def test_two_seeds_are_two_rows_and_the_saving_stands_once() -> None:
     assert cells["student s1"][-1] == "0.600"
 
 
+def test_what_a_saving_of_several_seeds_speaks_of_is_said() -> None:
+    rows = [make_row(arm, seed=seed) for seed in (2, 0, 1) for arm in ARMS["distill"]]
+    for row in rows:
+        row["serving"] = row["serving"] if row["seed"] == 2 else {"device_s_per_1k_units": null("of seed 2")}
+    said = "train is the mean of 3 seeds, serve is seed 2's, each is shown once per arm"
+    assert said in " ".join(closing_table(make_result("distill", rows=rows)).split())
+    assert "seeds" not in closing_table(make_result("distill"))
+    rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ARMS["mixed_precision"]]
+    text = " ".join(closing_table(make_result("mixed_precision", rows=rows)).split())
+    assert "train is the mean of 2 seeds, shown once per arm)" in text
+
+
+def test_the_level_of_the_intervals_is_stated() -> None:
+    assert "? its 90% interval holds both signs" in " ".join(closing_table(make_result("distill")).split())
+
+
 def test_attempts_are_told_apart() -> None:
     rows = [make_unfinished("baseline", "FAILED", "diverged"), make_row("baseline", attempt=2)]
     assert list(_cells(make_result("baseline", rows=rows))) == ["baseline #1", "baseline #2"]
@@ -177,9 +193,9 @@ def test_the_widest_figures_still_fit() -> None:
     assert len({line.split()[0] for line in text.splitlines() if "skipped[" in line}) == 12
 
 
-def test_a_run_that_reached_no_stage_still_closes() -> None:
+def test_a_run_that_measured_no_stage_still_closes() -> None:
     text = closing_table(make_result("distill", rows=[], status="FAILED", why="no data"))
-    assert "(no stage was reached)" in text
+    assert "(no stage was measured)" in text
     assert "run total 9.00 min = work 0.00 + assess 0.00 + retry 0.00 + compare 6.00" in " ".join(text.split())
     assert "saved" not in text
 

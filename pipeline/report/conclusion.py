@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
+    ARM_INTERVAL,
     QUALITY_WORDS,
     amount,
     answer,
@@ -182,13 +183,19 @@ def _control_clause(result: Result, pair: Pair) -> list[str]:
 
 
 def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> str:
-    """Say what the same FLOPs would have bought; the figure is turned round to speak of the control."""
+    """Say what the same FLOPs would have bought.
+
+    A difference is turned round to speak of the control; a figure in brackets stays as `comparisons` has it, and says
+    that it is the student's.
+    """
     given = _share(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
     start, student = f"given {given} without a teacher ({CONTROL_COMPUTE})", f"the distilled {_name(pair['arm'])}"
+    whose = f"{_subject(pair['arm'])}'s"
     if answer(quality) == "undecided":
-        return f"{start}, whether the same model does better than {student} is undecided ({evidence(key, quality)})"
+        rests_on = f"{whose} {evidence(key, quality)}"
+        return f"{start}, whether the same model does better than {student} is undecided ({rests_on})"
     if answer(quality) == "equal":
-        ending = f"within {margin(key, quality)} ({signed(key, quality['v'])})"
+        ending = f"within {margin(key, quality)} ({whose} quality {signed(key, quality['v'])})"
         return f"{start}, the same model does as well as {student}, {ending}"
     return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
 
@@ -237,7 +244,7 @@ def _quality_level(key: str, quality: Value | None) -> str:
     if quality is None or quality["v"] is None:
         return f"has no {words}: not measurable here: {one_line(quality['why_null']) if quality else NOT_RECORDED}"
     bounds = quality["ci"]
-    ends = f" (interval {significant(bounds[0], 4)} to {significant(bounds[1], 4)})" if bounds else ""
+    ends = f" ({ARM_INTERVAL} {significant(bounds[0], 4)} to {significant(bounds[1], 4)})" if bounds else ""
     return f"reaches {significant(quality['v'], 4)} {words}{ends} on the test split"
 
 
@@ -270,7 +277,9 @@ def _missing(result: Result, explained: set[str]) -> list[str]:
 def _end_of_run(result: Result) -> str:
     if result["status"] == "FINISHED":
         return ""
-    return f"the run ended {result['status']}: {one_line(result['why'] or 'no reason recorded')}"
+    why = result["why"] or "no reason recorded"
+    said = any(why == row["why"] for row in unfinished(result))
+    return f"the run ended {result['status']}" + ("" if said else f": {one_line(why)}")
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

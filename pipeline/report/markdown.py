@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 
+from pipeline.compare import statistics
 from pipeline.metrics import BY_KEY, RELATIVE
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
-from pipeline.report.phrases import amount
+from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
     NOT_RECORDED,
@@ -29,6 +30,8 @@ from pipeline.report.view import (
     primary_key,
     quality_direction,
     run_total,
+    seeds,
+    served_seed,
     status_word,
     unit,
     what_happened,
@@ -43,7 +46,8 @@ _HOW_TO_READ = (
     "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of the base's, the "
     "other qualities by percentage points; savings are shares of the base's cost. C is the work of all stages an "
     "artifact depends on, C_opt what the arm's took beyond those of its base; Q is the base's final validation metric "
-    "less the margin; n counts test items, or ABBA blocks of serving."
+    "less the margin. Payback is C_opt / what a unit costs less to serve: the base's seconds x the serving saving. "
+    f"Each end of a {PAIR_INTERVAL} is a one-sided {percent((1 + statistics.LEVEL) / 2)} bound."
 )
 _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
@@ -57,6 +61,7 @@ def markdown(result: Result) -> str:
         _opening(result),
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
+        _section("Serving", _serving(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
         _section("Waste by cause", _waste(result, shown)),
         _section("Notes", _notes(result)),
@@ -94,13 +99,13 @@ def _opening(result: Result) -> str:
 def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
     key, rows = primary_key(result), result["rows"]
     if not rows:
-        return ["No stage was reached."]
+        return [_md(f"No stage was measured: the run ended {result['status']}: {result['why'] or 'no reason'}.")]
     use = ("compute/gpu_hours" if on_gpu(result) else "compute/device_hours", "compute/tokens", f"quality/{key}",
            f"serving/{SERVING_KEY}", "compute/run_device_hours", "compute/run_spent_device_hours",
            "compute/run_reused_device_hours")  # fmt: skip
     shown.update(dict.fromkeys(use))
     head = ("arm", "status", f"{hours_word(result)} (as time)", "tokens",
-            f"{key.replace('_', ' ')} ({quality_direction(key)}) [interval]",
+            f"{key.replace('_', ' ')} ({quality_direction(key)}) [{ARM_INTERVAL}]",
             f"serving {BY_KEY[use[3]].unit} per 1k {unit(result)}s")  # fmt: skip
     body = [_arm_cells(name, row, result, notes) for name, row in zip(labels(rows), rows, strict=True)]
     more = _where_measured(rows, shown)
@@ -178,8 +183,22 @@ def _bounds(value: Value | None, form: Callable[[float], str]) -> str:
 
 def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
     body = [cells for pair in result["comparisons"] for cells in _pair_cells(result, pair, notes, shown)]
-    head = ("arm", "base", "read on", "figure", "interval", "n", "margin", "answer")
-    return [*_table(head, body), "", _HOW_TO_READ] if body else []
+    head = ("arm", "base", "read on", "figure", PAIR_INTERVAL, "n", "margin", "answer")
+    return [*_table(head, body), "", f"{_HOW_TO_READ} {_what_n_counts(result)}"] if body else []
+
+
+def _what_n_counts(result: Result) -> str:
+    num_seeds = len(seeds(result))
+    if num_seeds < 2:
+        return "n counts test documents, of serving ABBA blocks."
+    served = served_seed(result)
+    blocks = (
+        "" if served is None else f"; serving is read on the artifacts of seed {served}, and its n counts ABBA blocks"
+    )
+    return (
+        f"Each is shown once per arm for all {num_seeds} seeds: quality and training are means over them, with "
+        f"intervals over seeds, and n counts the seeds{blocks}."
+    )
 
 
 def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
@@ -194,7 +213,7 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
     for measure in ("training", "serving"):
         if measure in pair["on"]:
             shown[f"savings/{measure}"] = None
-            yield [*start, f"{measure} saving", *_saving_cells(pair[measure], notes, absent)]
+            yield [*start, f"{measure} saving", *_saving_cells(pair[measure], notes, absent, len(seeds(result)))]
             yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
     if "payback" in pair["on"]:
         shown["savings/payback_units"] = None
@@ -210,10 +229,11 @@ def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     return [*figure, str(value.get("n", "")), margin, value.get("answer", "") + more]
 
 
-def _saving_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:
+def _saving_cells(value: Value | None, notes: Footnotes, absent: str, num_seeds: int) -> list[str]:
+    """Return a saving with its interval, and what that rests on: ABBA blocks, or seeds where there are several."""
     form = lambda v: percent(v, sign=True)
-    blocks = str(value.get("blocks", "")) if value else ""
-    return [notes.show(value, form, absent), _bounds(value, form).strip(), blocks, "", ""]
+    n = value.get("blocks", num_seeds if num_seeds > 1 else "") if value and value.get("ci") else ""
+    return [notes.show(value, form, absent), _bounds(value, form).strip(), str(n), "", ""]
 
 
 _ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised")
@@ -242,6 +262,45 @@ def _payback_cells(value: Value | None, notes: Footnotes, absent: str) -> list[s
     chance = value.get("p_net_positive") if value else None
     odds = f"P(net > 0) = {notes.show(chance, percent)}" if chance else ""
     return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", odds]
+
+
+_AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("prefill", "prefill_device_s_per_1k_tokens", significant),
+    ("decode", "decode_device_s_per_1k_tokens", significant),
+    ("p50", "p50_s", duration), ("p95", "p95_s", duration), ("device memory", "peak_bytes", num_bytes),
+)  # fmt: skip
+"""Serving figures at the declared load, with the heads of their columns."""
+
+
+def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    """Return what stands behind the serving column of the arms, and how serving does at other batch sizes."""
+    rows = [(name, row["serving"]) for name, row in zip(labels(result["rows"]), result["rows"], strict=True)]
+    known = {key for _, serving in rows for key, value in serving.items() if value["v"] is not None}
+    per_1k = lambda v: f"{significant(v)} ({count(1000 / v)})"
+    columns = [(head, key, form) for head, key, form in _AT_LOAD if key in known]
+    columns += [(f"batch {size}", _batch_key(size), per_1k) for size in _batch_sizes(known)]
+    served = [(name, serving) for name, serving in rows if any(key in serving for _, key, _ in columns)]
+    if not served:
+        return []
+    shown.update({f"serving/{key}": None for _, key, _ in columns if f"serving/{key}" in BY_KEY})
+    body = [[name, *(notes.show(serving.get(key), form) for _, key, form in columns)] for name, serving in served]
+    what = unit(result)
+    legend = (
+        f"batch N: device-seconds per 1,000 {what}s ({what}s per device-second in brackets) at that batch size; sizes "
+        "other than the load's are read twice, and no saving rests on them. All else is at the declared load, prefill "
+        "and decode in device-seconds per 1,000 tokens."
+    )
+    return [*_table(("arm", *(head for head, _, _ in columns)), body), "", legend]
+
+
+def _batch_key(size: int) -> str:
+    return f"batch_{size}_{SERVING_KEY}"
+
+
+def _batch_sizes(keys: Iterable[str]) -> list[int]:
+    """Return the batch sizes that serving figures speak of, smallest first."""
+    sizes = (key.removeprefix("batch_").removesuffix(f"_{SERVING_KEY}") for key in keys)
+    return sorted(int(size) for size in sizes if size.isdecimal())
 
 
 def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.assess import quality as assessed
+from pipeline.compare import statistics
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, percent, points, times
 from pipeline.report.text import one_line
@@ -17,6 +19,10 @@ QUALITY_WORDS = {
     "macro_f1": "macro F1",
     "teacher_agreement": "agreement with the teacher",
 }
+ARM_INTERVAL = f"{percent(assessed.LEVEL)} interval"
+"""Of one arm's quality."""
+PAIR_INTERVAL = f"{percent(statistics.LEVEL)} interval"
+"""Of a comparison."""
 _CHEAPER_AS_RATIO = 0.5
 """Serving savings from here on read better as a ratio: `3.4x cheaper`."""
 
@@ -83,11 +89,11 @@ def evidence(key: str, quality: Value) -> str:
 
 
 def interval(value: Value, *, in_points: bool = False) -> str:
-    """Return a figure's interval: `interval -1.8% to +1.0%`."""
+    """Return the interval of a comparison's figure: `90% interval -1.8% to +1.0%`."""
     if value["ci"] is None:
         return "no interval"
     low, high = ((points if in_points else percent)(bound, sign=True) for bound in value["ci"])
-    return f"interval {low} to {high}{' points' if in_points else ''}"
+    return f"{PAIR_INTERVAL} {low} to {high}{' points' if in_points else ''}"
 
 
 def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.metrics import BY_KEY
 from pipeline.report.money import money_lines
 from pipeline.report.numbers import count, duration, percent, significant
+from pipeline.report.phrases import PAIR_INTERVAL
 from pipeline.report.text import columns, one_line, pad, shorten, wrap
 from pipeline.report.view import (
     NOT_RECORDED,
@@ -23,6 +24,8 @@ from pipeline.report.view import (
     primary_key,
     quality_direction,
     run_total,
+    seeds,
+    served_seed,
     status_word,
     straddles,
     unit,
@@ -33,6 +36,8 @@ from pipeline.report.waste import closing_lines
 WIDTH = 80
 _GAP = 2
 _SHOWN_S = 0.01
+_SAVED = (("training", "train"), ("serving", "serve"))
+"""Kinds of saving, and what heads their columns."""
 _LONGEST_ARM = 32
 """Columns an arm's name takes at most, even where the table leaves it more."""
 
@@ -60,7 +65,7 @@ def closing_table(result: Result) -> str:
         *_serving(result, notes),
         *_savings(result, notes),
     ]
-    table = _laid_out(labels(rows), right) if rows else ["(no stage was reached)"]
+    table = _laid_out(labels(rows), right) if rows else ["(no stage was measured)"]
     return "\n".join([*table, *_below(result, notes)])
 
 
@@ -102,7 +107,7 @@ def _serving(result: Result, notes: Footnotes) -> list[_Column]:
 def _savings(result: Result, notes: Footnotes) -> list[_Column]:
     """Return a column per kind of saving that any comparison was read on; arms it does not speak of stay blank."""
     found: list[_Column] = []
-    for measure, head in (("training", "train"), ("serving", "serve")):
+    for measure, head in _SAVED:
         pairs = saving_pairs(result, measure)
         if pairs:
             cells = [""] * len(result["rows"])
@@ -176,13 +181,26 @@ def _below(result: Result, notes: Footnotes) -> list[str]:
 
 def _bases(result: Result) -> list[str]:
     parts: list[str] = []
-    for measure, head in (("training", "train"), ("serving", "serve")):
+    for measure, head in _SAVED:
         by_base: dict[str, list[str]] = {}
         for arm, pair in saving_pairs(result, measure).items():
             by_base.setdefault(one_line(pair["base"], 60), []).append(one_line(arm, 60))
         parts += [f"{head}: {', '.join(arms)} against {base}" for base, arms in by_base.items()]
-    legend = "positive is cheaper, ? its interval holds both signs"
+    legend = f"positive is cheaper, ? its {PAIR_INTERVAL} holds both signs{_over_seeds(result)}"
     return [f"saved, {'; '.join(parts)} ({legend})"] if parts else []
+
+
+def _over_seeds(result: Result) -> str:
+    """Return what savings speak of where every arm was made with several seeds; each stands beside its first row."""
+    num_seeds, served = len(seeds(result)), served_seed(result)
+    if num_seeds < 2:
+        return ""
+    meant = {
+        "training": f"train is the mean of {num_seeds} seeds",
+        "serving": "serve is not measured" if served is None else f"serve is seed {served}'s",
+    }
+    said = [meant[measure] for measure, _ in _SAVED if saving_pairs(result, measure)]
+    return f"; {', '.join(said)}, {'each is ' if len(said) > 1 else ''}shown once per arm"
 
 
 def _reused(result: Result, notes: Footnotes) -> list[str]:

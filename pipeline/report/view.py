@@ -93,6 +93,12 @@ def seeds(result: Result) -> list[int]:
     return sorted({row["seed"] for row in result["rows"] if is_finished(row)})
 
 
+def served_seed(result: Result) -> int | None:
+    """Return the seed whose artifacts serving was read on."""
+    known = (row for row in result["rows"] if row["serving"].get(SERVING_KEY, {}).get("v") is not None)
+    return next((row["seed"] for row in known), None)
+
+
 def labels(rows: list[Row]) -> list[str]:
     """Return a name per row: the arm, with seed and attempt only where they tell rows apart."""
     many_seeds = len({row["seed"] for row in rows}) > 1
