@@ -275,7 +275,7 @@ def test_n_is_explained_for_one_seed_and_for_several() -> None:
     pair = make_pair("student", "teacher", training=make_saving(0.1), serving=make_saving(0.4))
     pair["serving"]["blocks"] = 4
     text = markdown(make_result("distill", rows=rows, comparisons=[pair]))
-    assert "Each is shown once per arm for all 3 seeds" in text
+    assert "Each figure stands once for all 3 seeds" in text
     assert "n counts the seeds" in text
     assert "serving is read on the artifacts of seed 0, and its n counts ABBA blocks." in text
     assert [row[5] for row in _tables(text)["Comparisons"][1:]] == ["3", "4"]

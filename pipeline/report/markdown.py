@@ -196,7 +196,7 @@ def _what_n_counts(result: Result) -> str:
         "" if served is None else f"; serving is read on the artifacts of seed {served}, and its n counts ABBA blocks"
     )
     return (
-        f"Each is shown once per arm for all {num_seeds} seeds: quality and training are means over them, with "
+        f"Each figure stands once for all {num_seeds} seeds: quality and training are means over them, with "
         f"intervals over seeds, and n counts the seeds{blocks}."
     )
 
