@@ -22,7 +22,7 @@ from pipeline.compare.savings import (
     combine_training,
     payback,
     serving_saving,
-    shared_existing,
+    shared_past,
     target_metric,
     training_saving,
 )
@@ -70,7 +70,7 @@ def test_what_both_chains_share_cancels() -> None:
     assert c_opt("control", "student", SPENDS).v == 3.0
     assert c_opt("student", "student", SPENDS).v == 0.0
     assert c_opt("student", "scratch", SPENDS).why_null == "existing model: base"
-    assert shared_existing("student", "control", SPENDS) == ["base"]
+    assert shared_past("student", "control", SPENDS) == ["base"]
 
 
 def test_amortising_divides_the_named_arms_and_leaves_the_input_alone() -> None:
@@ -146,6 +146,18 @@ def test_an_existing_model_in_one_chain_leaves_only_new_spending() -> None:
     handled = {**SPENDS, "base": dataclasses.replace(SPENDS["base"], work_h=1.0)}  # what handling it took is new
     saving = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=handled)
     assert saving["new_spend_saving"]["v"] == pytest.approx(1 - 8 / 20)
+
+
+def test_a_registered_model_cancels_where_both_chains_have_it_and_is_charged_where_one_has() -> None:
+    """Registering the base of two arms makes neither cheaper; against one made from scratch its hours count."""
+    registered = {**SPENDS, "base": Spend(arm="base", work_h=100.0, flops=0.0, registered=True)}
+    both = Trained(arm="student", final=2.0), Trained(arm="control", final=2.0)
+    saving = _save(*both, spends=registered)
+    assert saving["v"] == _save(*both)["v"] == pytest.approx(0.3)
+    assert "base (registered model) is in both chains and cancels" in saving["rule"]
+    alone = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=registered)
+    assert alone["v"] == pytest.approx(1 - 107 / 20)
+    assert "cancels" not in alone["rule"]
 
 
 def test_a_base_that_cost_nothing_has_no_share() -> None:

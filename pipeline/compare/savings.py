@@ -6,7 +6,9 @@ is no merit of a recipe), and `all_in` shows it with them. `C_opt(arm | base)` i
 did not, less the reverse: a shared teacher cancels.
 
 What an existing model cost in the past is unknown. Where both chains have it, it cancels; where only one has it, the
-saving is null, and `new_spend_saving` says what was saved of what is spent from here on.
+saving is null, and `new_spend_saving` says what was saved of what is spent from here on. A model registered with what
+it cost cancels where both chains have it as well (that the cost is known makes neither arm cheaper), and is charged
+where only one has it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Spend:
         existing: True for a model that was there before: what it once cost is unknown. `work_h` is then what handling
             it took here, if anything.
         unknown: Why it is, as the null says it.
+        registered: True for a model that was there before, with what it cost: `work_h`.
     """
 
     arm: str
@@ -49,6 +52,7 @@ class Spend:
     flops: float | None = None
     existing: bool = False
     unknown: str = "existing model"
+    registered: bool = False
 
 
 Spends = Mapping[str, Spend]
@@ -121,10 +125,10 @@ def c_opt(arm: str, base: str, spends: Spends) -> Value:
     )
 
 
-def shared_existing(arm: str, base: str, spends: Spends) -> list[str]:
-    """Return the existing models that both chains hold: their unknown cost cancels."""
-    of_base = set(chain(base, spends))
-    return [name for name in chain(arm, spends) if name in of_base and spends[name].existing]
+def shared_past(arm: str, base: str, spends: Spends) -> list[str]:
+    """Return the models that were there before and that both chains hold: their past cost cancels."""
+    both = [spends[name] for name in chain(arm, spends) if name in set(chain(base, spends))]
+    return [spend.arm for spend in both if spend.existing or spend.registered]
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ def training_saving(
 
 def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Value]:
     """Return the saving, both costs, what new spending alone saved, and the systems and algorithmic parts."""
-    cancelled = shared_existing(arm, base, spends[0])
+    cancelled = shared_past(arm, base, spends[0])
     c_arm, c_base = (c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), spends, strict=True))
     f_arm, f_base = (_flops(n, s, cancelled) for n, s in zip((arm, base), spends, strict=True))
     saving = _share_saved(c_arm, c_base)
@@ -345,9 +349,11 @@ def _censor(figures: dict[str, Value], why: str) -> dict[str, Value]:
 
 
 def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
-    cancelled = shared_existing(arm.arm, base.arm, spends)
+    cancelled = shared_past(arm.arm, base.arm, spends)
     if cancelled:
-        rule = f"{rule}; {', '.join(cancelled)} (existing model) is in both chains and cancels"
+        kinds = {name: "existing" if spends[name].existing else "registered" for name in cancelled}
+        named = ", ".join(f"{name} ({kind} model)" for name, kind in kinds.items())
+        rule = f"{rule}; {named} is in both chains and cancels"
     more = {
         "c_opt": c_opt(arm.arm, base.arm, spends),
         "all_in_arm": all_in(arm.arm, spends, cancelled=cancelled),
