@@ -357,10 +357,10 @@ class Attempt:
         print(f"{name}{f' (seed {seed})' if len(self.seeds) > 1 else ''}: running", flush=True)
         self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
                            params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
-        self._warm(stage, inputs)
-        self.memory.start(self.device)
         window = None
         try:
+            self._warm(stage, inputs)
+            self.memory.start(self.device)
             with self.window("work", name, seed) as window:
                 artifact, output = self._work(name, stage, inputs, seed, key, window)
                 self._synchronise()

@@ -60,8 +60,8 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     rows = finished_rows(attempt, attempt.seeds[0])
     key = key_of(
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-        serving={k: v for k, v in plain(attempt.run.serving).items() if k != "volume"}, task=attempt.run.task,
-        data=attempt.data.digest, **attempt.made_on(),
+        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in ("volume", "rate")},
+        task=attempt.run.task, data=attempt.data.digest, **attempt.made_on(),
     )  # fmt: skip
     with attempt.hold(key, "comparison pass"):
         record = attempt.store.recall("serving", key)
@@ -246,7 +246,8 @@ def _payback(
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
     unit = "token" if attempt.run.task is Task.causal_lm else "example"
     c_base = _per_unit(served.serving[pair.base])
-    return savings.payback(mean, c_base, serving, unit=unit, volume=attempt.run.serving.volume)
+    declared = attempt.run.serving
+    return savings.payback(mean, c_base, serving, unit=unit, volume=declared.volume, rate=declared.rate)
 
 
 def _per_unit(figures: Mapping[str, Any]) -> Value:

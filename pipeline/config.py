@@ -195,6 +195,7 @@ class ServingConfig:
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
     blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
     volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
+    rate: Optional[float] = positive(None)  # units a second to be served; the replicas that the arm saves, at it
 
 
 class CostKind(Enum):

@@ -148,7 +148,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("savings/training", "1", "comparison", 1, "1 - C(arm) / C(base) at equal quality; positive is cheaper"),
     Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over ABBA blocks"),
     Metric("savings/quality_delta", "see quality_key", "comparison", 1, "arm against base, so that higher is better"),
-    Metric("savings/payback_units", "units", "comparison", -1, "units served until the extra spending is repaid"),
+    Metric("savings/payback_units", "units", "comparison", -1,
+           "C_opt / (the base's device-seconds per unit x serving saving)"),
     Metric("savings/c_opt_device_hours", "device-h", "comparison", -1, "work the arm needed and its base did not"),
     # -- money ---------------------------------------------------------------------------------------------------
     Metric("cost/amount", "currency", "row", -1,

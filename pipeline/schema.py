@@ -170,7 +170,8 @@ _COMPARISON: dict[str, Any] = {
             blocks={"type": "integer"}, arithmetic={"type": "string"})]},
         "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
             "required": ["unit"],
-            "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"}},
+            "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"},
+                           "replicas_saved": {"$ref": "#/$defs/value"}},
         }]}]},
     },
 }  # fmt: skip

@@ -339,6 +339,15 @@ def test_a_payback_is_no_better_known_than_what_it_is_made_of() -> None:
     assert payback(estimated(1.0), measured(1e-3), _saving(0.4), unit="token")["prov"] == "estimated"
 
 
+def test_replicas_are_whole_ones() -> None:
+    """2,500 units a second at 1 ms are 2.5 devices, so 3; at 0.6 ms 1.5, so 2. At 400 a second one serves either."""
+    saving = serving_saving(0.6 * np.ones((4, 2)), np.ones((4, 2)))
+    found = [payback(measured(1.0), measured(1e-3), saving, unit="token", rate=rate)["replicas_saved"]
+             for rate in (2500.0, 400.0, None)]  # fmt: skip
+    assert [value["v"] for value in found] == [1, 0, None]
+    assert found[2]["why_null"] == "serving.rate is not declared"
+
+
 def _probability(c_opt_h: float, volume: float, saving: dict[str, Any]) -> float:
     return payback(measured(c_opt_h), measured(1e-3), saving, unit="token", volume=volume)["p_net_positive"]["v"]
 

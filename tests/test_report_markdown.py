@@ -192,6 +192,20 @@ def test_energy_money_and_weights_are_shown_where_there_are_any() -> None:
     assert "`cost/amount`" in text
 
 
+def test_what_traced_steps_show_has_a_section_of_its_own() -> None:
+    result = make_result("baseline", gpu=True)
+    assert "traced steps" not in markdown(result)
+    shares = {"busy": 0.8, "compute": 0.7, "comm_exposed": 0.0, "copy_exposed": 0.1, "idle_host_wait": 0.15,
+              "idle_launch_gap": 0.05, "idle_other": 0.0}  # fmt: skip
+    result["rows"][0]["ledger"]["gpu_timeline"] = {
+        **{name: value(share) for name, share in shares.items()}, "traced_steps": value(3), "phases_s": {},
+        "traces": ["step-000011.json.gz"], "notes": [],
+    }  # fmt: skip
+    text = markdown(result)
+    assert "| baseline | 3 | 80% | 70% | 0% | 10% | 15% | 5% | 0% |" in text
+    assert "compute/traced_idle_host_wait_share" in text
+
+
 def test_what_the_model_took_until_it_converged_stands_below_the_arms() -> None:
     result = make_result("baseline")
     told = {"device_hours": value(2.0), "amount": value(4.03, "estimated"), "currency": "EUR", "run": "r3"}

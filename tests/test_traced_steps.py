@@ -352,8 +352,8 @@ def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
     training(tmp_path, tracer)
     record = ledger(
         Spent(work_ns=60 * 10**9, phases_ns={"forward": 57 * 10**9, "log": 3 * 10**9}), {},
-        devices=2, device_kind="cuda", cost=CostConfig(), memory={name: null("-") for name in MEMORY}, usage=unread("no NVML here"),
-        is_training=True, seconds_in_steps=30.0, peak=null("-"),
+        devices=2, device_kind="cuda", cost=CostConfig(), memory={name: null("-") for name in MEMORY},
+        usage=unread("no NVML here"), is_training=True, seconds_in_steps=30.0, peak=null("-"),
         timeline={**tracer.result(), "phases_s": {"forward": 0.5}},
     )  # fmt: skip
     record |= {"identity": {}, "placement": {}}

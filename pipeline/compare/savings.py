@@ -417,7 +417,13 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
 
 
 def payback(
-    c_opt: Value, c_base: Value, serving: Mapping[str, Any], *, unit: str, volume: float | None = None
+    c_opt: Value,
+    c_base: Value,
+    serving: Mapping[str, Any],
+    *,
+    unit: str,
+    volume: float | None = None,
+    rate: float | None = None,
 ) -> dict[str, Any]:
     """Return the units after which serving has repaid the extra spending: C_opt / (c_base - c_arm).
 
@@ -431,10 +437,12 @@ def payback(
         serving: The serving saving, as `serving_saving` returns it.
         unit: `token` or `example`.
         volume: Units declared to be served.
+        rate: Units a second declared to be served.
 
     Returns:
-        A value with `unit` and `p_net_positive`: the probability that serving `volume` units saves more than c_opt,
-        given how uncertain the serving saving is (c_opt, from one run, is taken as it is).
+        A value with `unit`; `p_net_positive`: the probability that serving `volume` units saves more than c_opt,
+        given how uncertain the serving saving is (c_opt, from one run, is taken as it is); and `replicas_saved`: how
+        many devices fewer, each fully busy and counted whole, serve `rate`.
     """
     saving = Value.from_json(dict(serving))
     if saving.v is not None and saving.v <= 0:
@@ -445,7 +453,14 @@ def payback(
         **units.to_json(),
         "unit": unit,
         "p_net_positive": _p_net_positive(c_opt, c_base, serving, volume).to_json(),
+        "replicas_saved": _replicas_saved(c_base, saving, rate).to_json(),
     }
+
+
+def _replicas_saved(c_base: Value, saving: Value, rate: float | None) -> Value:
+    if rate is None:
+        return null("serving.rate is not declared")
+    return derive(lambda c, s: math.ceil(rate * c) - math.ceil(rate * c * (1 - s)), c_base, saving)
 
 
 def _p_net_positive(c_opt: Value, c_base: Value, serving: Mapping[str, Any], volume: float | None) -> Value:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.compare import statistics
-from pipeline.metrics import BY_KEY, RELATIVE
+from pipeline.metrics import BY_KEY, RELATIVE, TRACED_SHARES
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
@@ -63,6 +63,7 @@ def markdown(result: Result) -> str:
         _section("Comparisons", _comparisons(result, notes, shown)),
         _section("Serving", _serving(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
+        _section("What the device did in traced steps", _traced(result, shown)),
         _section("Waste by cause", _waste(result, shown)),
         _section("Notes", _notes(result)),
         _section("Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]),
@@ -260,8 +261,11 @@ def _payback_cells(value: Value | None, notes: Footnotes, absent: str) -> list[s
     """Return the payback, and the chance that the arm pays at the declared volume where one was declared."""
     suffix = f" {value['unit']}s" if value else ""
     chance = value.get("p_net_positive") if value else None
-    odds = f"P(net > 0) = {notes.show(chance, percent)}" if chance else ""
-    return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", odds]
+    said = [f"P(net > 0) = {notes.show(chance, percent)}"] if chance else []
+    replicas = value.get("replicas_saved") if value else None
+    if replicas and replicas["v"] is not None:
+        said.append(f"{replicas['v']:.0f} replicas fewer at serving.rate")
+    return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", "; ".join(said)]
 
 
 _AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -314,6 +318,22 @@ def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         for name, row in rows
     ]
     return _table(("stage", *names, "wasted by", "phases"), body)
+
+
+def _traced(result: Result, shown: dict[str, None]) -> list[str]:
+    """Return the GPU timeline: shares of the steps that were traced, and where the traces lie."""
+    names = [name for name, *_ in TRACED_SHARES]
+    body: list[list[str]] = []
+    for label, row in zip(labels(result["rows"]), result["rows"], strict=True):
+        timeline = row["ledger"].get("gpu_timeline")
+        if timeline and timeline["busy"]["v"] is not None:
+            steps = f"{timeline['traced_steps']['v']:.0f}"
+            body.append([label, steps, *(percent(timeline[name]["v"]) for name in names)])
+    if not body:
+        return []
+    shown.update({f"compute/traced_{name}_share": None for name in names})
+    text = "Traces lie in the run's folder under traces/ and open in ui.perfetto.dev."
+    return [*_table(("stage", "steps", *(name.replace("_", " ") for name in names)), body), "", text]
 
 
 def _waste(result: Result, shown: dict[str, None]) -> list[str]:
