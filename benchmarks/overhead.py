@@ -42,7 +42,7 @@ from pipeline.store import write_json
 from pipeline.sync import LOG, start_writer
 
 STEP_S = 0.030
-METRICS = ("loss", "ce", "kl", "learning_rate", "grad_norm")
+METRICS = ("loss", "ce", "divergence", "learning_rate", "grad_norm")
 PARTS = ("h2d", "teacher", "forward", "backward", "optimizer")  # of a step; the work is done in `forward`
 GATE_MS = 0.1
 Log = Callable[[int, dict[str, float]], None]

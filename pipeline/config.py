@@ -48,6 +48,16 @@ class Schedule(Enum):
     constant_then_decay = "constant_then_decay"
 
 
+class Divergence(Enum):
+    """How a student's distribution is compared with its teacher's (defined in `distillation/losses.py`)."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    skewed_kl = "skewed_kl"
+    skewed_reverse_kl = "skewed_reverse_kl"
+
+
 class Measure(Enum):
     """What a comparison of two arms is read on."""
 

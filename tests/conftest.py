@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its interpreter runs kernels on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def no_mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:

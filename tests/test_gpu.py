@@ -15,8 +15,9 @@ import pytest
 import torch
 from make_assess_models import tiny
 
-from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
-from pipeline.distillation.head import Head, head_loss
+from pipeline.config import Divergence, Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.losses import Loss, terms_in_place
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
 from pipeline.ledger.nvml import reader_for
@@ -99,8 +100,8 @@ def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
     labels = torch.randint(1000, (300,))
     ours = hidden.to(DEVICE).requires_grad_()
     loss, _ = head_loss(
-        ours, Head(weight.to(DEVICE), None), labels.to(DEVICE), dtype=dtype, teacher_hidden=teacher.to(DEVICE),
-        teacher_head=Head(other.to(DEVICE), None), teacher_dtype=dtype, temperature=2.0, ce_weight=0.3,
+        ours, Head(weight.to(DEVICE), None), labels.to(DEVICE), dtype=dtype, loss=Loss(0.3, temperature=2.0),
+        taught=Taught(teacher.to(DEVICE), Head(other.to(DEVICE), None), dtype),
     )  # fmt: skip
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
@@ -114,6 +115,23 @@ def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=tolerance["rtol"], atol=0)
     assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double().cpu(), exact.grad, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_the_compiled_kernel_equals_the_definition(divergence: Divergence, dtype: torch.dtype) -> None:
+    kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+    if DEVICE.type != "cuda":
+        pytest.skip("interpreted on a CPU, as test_triton_terms.py does")
+    torch.manual_seed(0)
+    tile, teacher = (3 * torch.randn(70, 10_001, device=DEVICE).to(dtype) for _ in range(2))
+    labels, loss = torch.randint(9_000, (70,), device=DEVICE), Loss(0.3, divergence, 2.0, 0.4)
+    wanted, got = tile.clone(), tile.clone()
+    expected = terms_in_place(wanted, teacher, labels, loss, 9_999)
+    sums = kernel.terms_in_place(got, teacher, labels, loss, 9_999)
+    assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-4)
+    assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
 
 
 def test_a_compiled_model_trains(tmp_path: Path) -> None:

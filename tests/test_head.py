@@ -1,71 +1,113 @@
-"""The fused head against float64 autograd on materialised logits, and a case worked by hand."""
+"""The fused head against float64 autograd on materialised logits, and against peers' heads."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_losses import definition
+from torch import Tensor
 
+from pipeline.config import Divergence
 from pipeline.distillation import head as head_module
-from pipeline.distillation.head import Head, distillation_terms, head_loss
+from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.losses import Loss, terms_in_place
 
 
-def reference(h, w, b, labels, th, tw, tb, temperature, ce_weight, vocabulary):
+def reference(h, w, b, labels, th, tw, tb, loss, vocabulary):
     """Return the mean loss by float64 autograd, as the definition reads."""
     z = F.linear(h, w, b)[:, :vocabulary]
-    ce = F.cross_entropy(z, labels)
     if th is None:
-        return ce
-    t = F.linear(th, tw, tb)[:, :vocabulary]
-    p, log_q = F.softmax(t / temperature, -1), F.log_softmax(z / temperature, -1)
-    kl = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
-    return ce_weight * ce + (1 - ce_weight) * kl
+        return F.cross_entropy(z, labels)
+    return definition(z, F.linear(th, tw, tb)[:, :vocabulary], labels, loss) / len(labels)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7 * 4 * 37, 10**9])  # one row, a few rows with a remainder, all at once
-def test_loss_and_gradients_equal_float64_autograd(monkeypatch, temperature, ce_weight, teacher, chunk) -> None:
-    monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk)
+@pytest.mark.parametrize("tile", [1, 7 * 4 * 77, 10**9])  # one row, a few rows with a remainder, all at once
+def test_loss_and_gradients_equal_float64_autograd(monkeypatch, temperature, ce_weight, teacher, tile) -> None:
+    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", tile)
     torch.manual_seed(0)
     n, v, shared = 17, 37, 33
     h, w, b = (torch.randn(s, dtype=torch.float64) for s in ((n, 12), (v, 12), (v,)))
     th, tw = torch.randn(n, 20, dtype=torch.float64), torch.randn(v + 3, 20, dtype=torch.float64)
     labels = torch.randint(0, shared, (n,))
+    loss = Loss(ce_weight, Divergence.forward_kl, temperature)
     leaves = [x.clone().requires_grad_() for x in (h, w, b)]
-    expected = reference(*leaves, labels, th if teacher else None, tw, None, temperature, ce_weight, shared)
+    expected = reference(*leaves, labels, th if teacher else None, tw, None, loss, shared)
     wanted = torch.autograd.grad(expected * 3, leaves)
 
     ours = [x.float().requires_grad_() for x in (h, w, b)]
-    loss, parts = head_loss(
-        ours[0], Head(ours[1], ours[2]), labels, vocabulary=shared, temperature=temperature, ce_weight=ce_weight,
-        teacher_hidden=th.float() if teacher else None, teacher_head=Head(tw.float(), None) if teacher else None,
-    )  # fmt: skip
-    got = torch.autograd.grad(loss * 3, ours)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (parts.kl.item() > 0) == teacher
+    taught = Taught(th.float(), Head(tw.float(), None), torch.float32) if teacher else None
+    value, sums = head_loss(ours[0], Head(ours[1], ours[2]), labels, vocabulary=shared, loss=loss, taught=taught)
+    got = torch.autograd.grad(value * 3, ours)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (sums.divergence.item() > 0) == teacher
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_case_worked_by_hand() -> None:
-    # Student (1/2, 1/2), teacher (3/4, 1/4), label 0: CE = ln 2; KL = 3/4 ln(3/2) + 1/4 ln(1/2).
-    ce, kl, gradient = distillation_terms(
-        torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([0]), temperature=1.0, ce_weight=0.5
-    )
-    assert ce.item() == pytest.approx(math.log(2))
-    assert kl.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5)
-    torch.testing.assert_close(gradient, torch.tensor([[-0.375, 0.375]]))
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch, divergence: Divergence) -> None:
+    """Every gradient against finite differences, in float64 throughout, over several chunks."""
+    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 2 * 2 * 8 * 11)
+    torch.manual_seed(1)
+    h, w, b, th, tw = (torch.randn(s, dtype=torch.float64) for s in ((5, 4), (11, 4), (11,), (5, 6), (11, 6)))
+    labels = torch.randint(0, 11, (5,))
+
+    def mean_loss(*leaves: Tensor) -> Tensor:
+        taught = Taught(th, Head(tw, None), torch.float64)
+        loss = Loss(0.3, divergence, 1.5, 0.4)
+        return head_loss(leaves[0], Head(leaves[1], leaves[2]), labels, loss=loss, dtype=torch.float64, taught=taught)[
+            0
+        ]
+
+    assert torch.autograd.gradcheck(mean_loss, [leaf.requires_grad_() for leaf in (h, w, b)])
 
 
-def test_extreme_teacher_logits_stay_finite_and_nan_is_not_hidden() -> None:
-    logits = torch.zeros(1, 3)
-    _, kl, _ = distillation_terms(
-        logits, torch.tensor([[0.0, -torch.inf, -1e4]]), torch.tensor([0]), temperature=1.0, ce_weight=0.0
-    )
-    assert kl.item() == pytest.approx(math.log(3))
-    _, kl, _ = distillation_terms(logits * torch.nan, logits, torch.tensor([0]), temperature=1.0, ce_weight=0.0)
-    assert math.isnan(kl.item())
+def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 tiles, 64 chunks: what each adds is kept in fp32, so that the sum is as good as one product in fp32."""
+    torch.manual_seed(2)
+    h, w, labels = torch.randn(64, 16), torch.randn(50, 16) / 4, torch.randint(0, 50, (64,))
+    found: list[Tensor] = []
+
+    def remembering(tile: Tensor, *rest):
+        sums = terms_in_place(tile, *rest)
+        found.append(tile.clone())
+        return sums
+
+    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 1)
+    leaf = w.clone().requires_grad_()
+    value, _ = head_loss(h, Head(leaf, None), labels, dtype=torch.bfloat16, terms=remembering)
+    value.backward()
+    exact = torch.cat(found).double().T @ h.bfloat16().double() / 64
+    assert len(found) == 64
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_no_predicted_token_has_no_loss_and_no_gradient() -> None:
+    h, w = torch.zeros(0, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    value, _ = head_loss(h, Head(w, None), torch.zeros(0, dtype=torch.long))
+    value.backward()
+    assert value.item() == 0
+    assert w.grad is not None
+    assert not w.grad.any()
+
+
+def test_it_equals_trls_fused_head() -> None:
+    fused = pytest.importorskip("trl.kernels.chunked_divergence", reason="TRL is not installed")
+    torch.manual_seed(3)
+    h, w, th, tw = (torch.randn(s) for s in ((9, 8), (40, 8), (9, 12), (40, 12)))
+    for beta, divergence in ((0.0, "forward_kl"), (0.3, "jsd"), (1.0, "reverse_kl")):
+        theirs, ours = ([x.clone().requires_grad_() for x in (h, w)] for _ in range(2))
+        per_token, _ = fused.ChunkedDivergenceFunction.apply(*theirs, None, th, tw, None, beta, 1.0)
+        per_token.mean().backward()
+        loss = Loss(0.0, Divergence(divergence), 1.0, beta or 0.5)
+        taught = Taught(th, Head(tw, None), torch.float32)
+        value, _ = head_loss(ours[0], Head(ours[1], None), torch.zeros(9, dtype=torch.long), loss=loss, taught=taught)
+        value.backward()
+        assert value.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from make_assess_models import random_documents, tiny
 
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.distillation.losses import Loss
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.training import checkpoint
@@ -265,9 +266,8 @@ def test_the_rate_of_every_step_by_hand() -> None:
 def test_distillation_through_whole_models_is_the_definition(task: Task, temperature: float, ce_weight: float) -> None:
     """Forward KL(teacher || student) times T squared, mixed with cross-entropy; in float64, with its gradient."""
     model, teacher = tiny(task).double(), tiny(task, seed=1).double().eval()
-    objective = Objective(
-        model, task, Precision.fp32, CPU, PhaseClock(), Teacher(teacher, Precision.fp32, temperature, ce_weight)
-    )
+    loss = Loss(ce_weight, temperature=temperature)
+    objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), Teacher(teacher, Precision.fp32, loss))
     batch = batches_for(settings(), task).batch(0)
     done = objective(batch)
     done.loss.backward()

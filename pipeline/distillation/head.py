@@ -1,19 +1,18 @@
 """The output head and its loss, without ever holding a tokens x vocabulary tensor.
 
-For each chunk of tokens the logits are projected once, turned into loss and gradient in fp32, and multiplied back
-into the gradients of hidden states and head weight; then the chunk's logits are gone. So backward has nothing left
-to compute, and memory is bounded by the chunk, not by the batch.
+For each chunk of tokens the logits are projected once, turned in place into the gradient of the loss with respect to
+them, and multiplied back into the gradients of hidden states and head weight; then the chunk is gone. So backward has
+nothing left to compute, and memory is bounded by the chunk, not by the batch. Work per token and vocabulary entry is
+6 H_student + 2 H_teacher FLOPs, which is what the method needs.
 
-One definition of the loss serves training and distillation, per predicted token:
-
-    loss = ce_weight * CE(z_s, y) + (1 - ce_weight) * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))
-
-averaged over the predicted tokens. T^2 keeps the gradient's size comparable over temperatures.
-Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere the
+same definition in plain torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,120 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # of one fp32 logits tile; a few such tiles live at a time
+from pipeline.distillation.losses import Loss, Sums, terms_in_place
 
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and writes the fp32
+gradient of the weight once."""
 
-@dataclass(frozen=True, slots=True)
-class LossParts:
-    """Sums over the predicted tokens of one batch, before weighting (0-dim fp32 tensors).
-
-    Attributes:
-        ce: Cross-entropy against the hard labels, nats.
-        kl: T^2 * KL(teacher || student), nats; 0 without a teacher.
-    """
-
-    ce: Tensor
-    kl: Tensor
-
-
-def distillation_terms(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, *, temperature: float, ce_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute loss sums and the gradient of their weighted sum, in fp32.
-
-    Args:
-        student_logits: (N, V_s).
-        teacher_logits: (N, V_t) with V_t = V_s, or None for plain cross-entropy (ce_weight is then taken as 1).
-        labels: (N,) class or token indexes.
-        temperature: T > 0.
-        ce_weight: In [0, 1].
-
-    Returns:
-        Sum of CE, sum of T^2 * KL, and the gradient with respect to the student's logits (N, V_s).
-    """
-    logits = student_logits.float()
-    log_q = F.log_softmax(logits, dim=-1)
-    ce = F.nll_loss(log_q, labels, reduction="sum")
-    weight = ce_weight if teacher_logits is not None else 1.0
-    gradient = log_q.exp()
-    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
-    gradient *= weight
-    if teacher_logits is None:
-        return ce, torch.zeros_like(ce), gradient
-    log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    log_q_t = log_q if temperature == 1.0 else F.log_softmax(logits / temperature, dim=-1)
-    p = log_p.exp()
-    kl = temperature**2 * torch.where(p == 0, 0.0, p * (log_p - log_q_t)).sum()  # 0 * (-inf - x) is 0 in a KL
-    gradient += (1 - weight) * temperature * (log_q_t.exp() - p)
-    return ce, kl, gradient
-
-
-class _FusedHead(torch.autograd.Function):
-    """Loss of all tokens, chunk by chunk; gradients are made here and only scaled in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
-        count = max(len(work.labels), 1)
-        dtype = work.dtype
-        head = weight.to(dtype)
-        teacher_head = None if work.teacher_weight is None else work.teacher_weight.to(work.teacher_dtype)
-        ce, kl = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        # fp32, because rounding every chunk's share to 16 bits biases training.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, len(work.labels), rows):
-            part = slice(start, start + rows)
-            h = hidden[part].to(dtype)
-            logits = F.linear(h, head, None if bias is None else bias.to(dtype))
-            teacher_logits = None if teacher_head is None else work.teacher_logits(part, teacher_head)
-            some_ce, some_kl, gradient = distillation_terms(
-                logits[:, : work.vocabulary], teacher_logits, work.labels[part],
-                temperature=work.temperature, ce_weight=work.ce_weight,
-            )  # fmt: skip
-            ce += some_ce
-            kl += some_kl
-            gradient = F.pad(gradient, (0, logits.shape[1] - work.vocabulary))
-            tile = gradient.to(dtype)
-            grad_hidden[part] = (tile @ head).to(grad_hidden.dtype)
-            grad_weight += (tile.T @ h).float()
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-        weight_ce = work.ce_weight if teacher_head is not None else 1.0
-        ctx.save_for_backward(grad_hidden, grad_weight, *([] if grad_bias is None else [grad_bias]))
-        ctx.count, ctx.dtypes = count, (weight.dtype, None if bias is None else bias.dtype)
-        loss = (weight_ce * ce + (1 - weight_ce) * kl) / count
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, *rest = ctx.saved_tensors
-        scale = grads[0] / ctx.count
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = (rest[0] * scale).to(bias_dtype) if rest else None
-        return grad_hidden * scale, (grad_weight * scale).to(weight_dtype), grad_bias, None
-
-
-@dataclass(slots=True)
-class _Work:
-    """What the fused head needs beside the tensors it differentiates."""
-
-    labels: Tensor
-    vocabulary: int
-    dtype: torch.dtype
-    teacher_dtype: torch.dtype
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
-    temperature: float
-    ce_weight: float
-
-    def teacher_logits(self, part: slice, head: Tensor) -> Tensor:
-        assert self.teacher_hidden is not None
-        bias = None if self.teacher_bias is None else self.teacher_bias.to(head.dtype)
-        return F.linear(self.teacher_hidden[part].to(head.dtype), head, bias)[:, : self.vocabulary]
+Terms = Callable[[Tensor, Tensor | None, Tensor, Loss, int], Sums]
+"""What turns a chunk's logits into their gradient, in place: the contract of `losses.terms_in_place`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,44 +44,129 @@ class Head:
         return Head(layer.weight, getattr(layer, "bias", None))
 
 
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """The teacher's side of a batch: hidden states (N, H_t) of the same positions, its head, and its arithmetic."""
+
+    hidden: Tensor
+    head: Head
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Work:
+    """What the fused head needs beside the tensors it differentiates."""
+
+    labels: Tensor
+    loss: Loss
+    vocabulary: int
+    dtype: torch.dtype
+    taught: Taught | None
+    terms: Terms
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss of all tokens, chunk by chunk; gradients are made here and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
+        exact = torch.promote_types(work.dtype, torch.float32)
+        student = Head(weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
+        taught = work.taught
+        teacher = None if taught is None else _cast(taught.head, taught.dtype)
+        sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
+        grad_hidden = torch.empty_like(hidden)
+        # At least fp32, because rounding every chunk's share to 16 bits biases training.
+        grad_weight = torch.zeros_like(weight, dtype=exact)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        rows = _rows(weight, teacher, work)
+        for start in range(0, len(work.labels), rows):
+            part = slice(start, start + rows)
+            h = hidden[part].to(work.dtype)
+            tile = F.linear(h, student.weight, student.bias)
+            theirs = None
+            if taught is not None and teacher is not None:
+                theirs = F.linear(taught.hidden[part].to(taught.dtype), teacher.weight, teacher.bias)
+            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary)
+            sums.ce.add_(some.ce)
+            sums.divergence.add_(some.divergence)
+            grad_hidden[part] = tile @ student.weight
+            _add_product(grad_weight, tile, h)
+            if grad_bias is not None:
+                grad_bias += tile.sum(0, dtype=exact)
+        ctx.save_for_backward(grad_hidden, grad_weight, *([] if grad_bias is None else [grad_bias]))
+        count = max(len(work.labels), 1)
+        ctx.count, ctx.dtypes = count, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(sums.ce, sums.divergence)
+        total = sums.ce if taught is None else sums.weighted(work.loss)
+        return total / count, sums.ce, sums.divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, *rest = ctx.saved_tensors
+        scale = grads[0] / ctx.count
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_bias = (rest[0] * scale).to(bias_dtype) if rest else None
+        return grad_hidden * scale, (grad_weight * scale).to(weight_dtype), grad_bias, None
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    return Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
+
+
+def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
+    """Return how many tokens a chunk holds: a multiple of 64 where it is that large, as matrix units like it."""
+    columns = weight.shape[0] * work.dtype.itemsize
+    if teacher is not None:
+        columns += teacher.weight.shape[0] * teacher.weight.dtype.itemsize
+    rows = max(1, TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"]) // columns)
+    return rows - rows % 64 if rows > 64 else rows
+
+
+def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
+    """Add tile.T @ h to `total` without rounding the product to 16 bits."""
+    if tile.dtype == total.dtype:
+        total.addmm_(tile.T, h)
+    elif total.device.type == "cuda":
+        torch.addmm(total, tile.T, h, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(tile.T.to(total.dtype), h.to(total.dtype))
+
+
 def head_loss(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    vocabulary: int | None = None,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
-    teacher_dtype: torch.dtype | None = None,
-    temperature: float = 1.0,
-    ce_weight: float = 1.0,
-) -> tuple[Tensor, LossParts]:
+    hidden: Tensor, head: Head, labels: Tensor, *, loss: Loss | None = None, dtype: torch.dtype = torch.float32,
+    vocabulary: int | None = None, taught: Taught | None = None, terms: Terms | None = None,
+) -> tuple[Tensor, Sums]:  # fmt: skip
     """Compute the mean loss over the given tokens from hidden states, chunk by chunk.
 
     Args:
         hidden: (N, H_s) hidden states of predicted positions only.
         head: The student's output head, (V_s, H_s).
         labels: (N,) token indexes below `vocabulary`.
-        dtype: Of the matmuls; losses and softmaxes are fp32.
+        loss: What is minimised; None: cross-entropy.
+        dtype: Of the matmuls; losses and softmaxes are at least fp32.
         vocabulary: Tokens both models share; columns beyond it are padding of one of them and take no part.
             None: all of the student's.
-        teacher_hidden: (N, H_t), of the same positions.
-        teacher_head: The teacher's output head, (V_t, H_t).
-        teacher_dtype: Of the teacher's matmul; None: as `dtype`.
-        temperature: T > 0.
-        ce_weight: Weight of the hard labels in [0, 1]; 1 - ce_weight is the teacher's. Without a teacher it is 1.
+        taught: The teacher's side; None: plain cross-entropy, whatever `loss.ce_weight` says.
+        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
     """
     work = _Work(
-        labels=labels, vocabulary=vocabulary or head.weight.shape[0], dtype=dtype,
-        teacher_dtype=teacher_dtype or dtype, teacher_hidden=teacher_hidden,
-        teacher_weight=None if teacher_head is None else teacher_head.weight,
-        teacher_bias=None if teacher_head is None else teacher_head.bias,
-        temperature=temperature, ce_weight=ce_weight,
+        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.weight.shape[0], dtype=dtype, taught=taught,
+        terms=terms or default_terms(hidden.device),
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, ce, kl = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
-    return loss, LossParts(ce, kl)
+        value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
+    return value, Sums(ce, divergence)
+
+
+def default_terms(device: torch.device) -> Terms:
+    """Return what makes gradients on a device: the kernel where Triton compiles for it, else plain torch."""
+    if device.type == "cuda":
+        with suppress(ImportError):  # a build of torch that came without Triton
+            from pipeline.distillation import triton_terms
+
+            return triton_terms.terms_in_place
+    return terms_in_place

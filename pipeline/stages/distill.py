@@ -1,10 +1,11 @@
 """Distill: train a student on its teacher's predictions, mixed with the hard labels.
 
-What it does: forward KL(teacher || student) at a temperature, times T squared, plus cross-entropy; the teacher is
-frozen (a hash of its parameters before and after proves it) and runs in its own precision. When it helps: for a
-student initialised from its teacher or served often; a live teacher costs more FLOPs per step than plain training,
-so read it against both controls of `recipe=distill`. Settings worth changing: ce_weight, temperature, steps.
-Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+What it does: a divergence from the teacher's distribution at a temperature (forward KL unless said otherwise), times
+T squared, plus cross-entropy; the teacher is frozen (a hash of its parameters before and after proves it) and runs in
+its own precision. When it helps: for a student initialised from its teacher or served often; a live teacher costs more
+FLOPs per step than plain training, so read it against both controls of `recipe=distill`. Settings worth changing:
+ce_weight, temperature, divergence, steps.
+Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and theirs in `distillation/losses.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Optional
 
-from pipeline.config import Precision, Run, fraction, positive
+from pipeline.config import Divergence, Precision, Run, fraction, positive
+from pipeline.errors import UserError
 from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model
 
 if TYPE_CHECKING:
@@ -23,18 +25,24 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 
+MIXTURES = {Divergence.jsd: 0.5, Divergence.skewed_kl: 0.1, Divergence.skewed_reverse_kl: 0.1}
+"""Divergences that mix both distributions, with the share they take where none is given."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DistillStage(TrainingOverrides):
     """Settings of a `distill` stage."""
 
     model: str = STUDENT_INIT
     teacher: str = "teacher"  # base, or an earlier stage
+    divergence: Divergence = Divergence.forward_kl
+    mixture: Optional[float] = None  # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
 
     type: ClassVar[str] = "distill"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""
@@ -47,6 +55,13 @@ class DistillStage(TrainingOverrides):
             UserError: Naming the setting.
         """
         check_training(self, key, run)
+        if self.mixture is None:
+            return
+        if self.divergence not in MIXTURES:
+            known = ", ".join(each.value for each in MIXTURES)
+            raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
+        if not 0 < self.mixture < 1:
+            raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Distil and leave the student in `ctx.out`."""

@@ -47,7 +47,7 @@ class Progress:
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
     eval_ns: int = 0  # time in evaluations
     ce: float = 0.0  # sums over the readings of the last tenth
-    kl: float = 0.0
+    divergence: float = 0.0
     smooth: float | None = None
     best: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -209,7 +209,7 @@ def _step(
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
     """Send what a micro-batch says to the host without waiting; `item()` would wait for all that was launched since."""
-    values = torch.stack([part.detach().float() for part in (done.loss, done.parts.ce, done.parts.kl)])
+    values = torch.stack([part.detach().float() for part in (done.loss, done.parts.ce, done.parts.divergence)])
     if device.type != "cuda":
         return Reading(step, values, done.count, None)
     there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -236,8 +236,8 @@ def _read(
 
 def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
     """Book one loss reading; stop on NaN and on divergence."""
-    step, (loss, ce_sum, kl_sum) = reading.step, reading.values.tolist()
-    ce, kl = ce_sum / reading.count, kl_sum / reading.count
+    step, (loss, ce_sum, divergence_sum) = reading.step, reading.values.tolist()
+    ce, divergence = ce_sum / reading.count, divergence_sum / reading.count
     if not math.isfinite(loss):
         raise StageFailed(
             f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use precision=bf16 or fp32"
@@ -252,8 +252,9 @@ def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hoo
         )
     if step + 1 > 0.9 * settings.steps:
         progress.ce += ce
-        progress.kl += kl
-    hooks.points(step + 1, {"loss": loss, "ce": ce, "kl": kl, "learning_rate": learning_rate(step, settings)})
+        progress.divergence += divergence
+    rate = learning_rate(step, settings)
+    hooks.points(step + 1, {"loss": loss, "ce": ce, "divergence": divergence, "learning_rate": rate})
 
 
 def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
-from pipeline.distillation.head import Head, LossParts, distillation_terms, head_loss
+from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.losses import Loss, Sums, terms
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.precision import arithmetic, compute_dtype
@@ -28,8 +29,7 @@ class Teacher:
 
     model: Any
     precision: Precision
-    temperature: float
-    ce_weight: float
+    loss: Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class StepLoss:
     """The mean loss of a micro-batch (differentiable), its unweighted sums, and how many targets it has."""
 
     loss: Tensor
-    parts: LossParts
+    parts: Sums
     count: int
 
 
@@ -69,20 +69,16 @@ class Objective:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # out of pageable memory, a copy waits
 
     def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
-        teacher = self.teacher
-        more: dict[str, Any] = {}
+        teacher, taught = self.teacher, None
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                more = {
-                    "teacher_hidden": hidden_states(teacher.model, inputs).flatten(0, 1)[keep],
-                    "teacher_head": Head.of(teacher.model), "teacher_dtype": compute_dtype(teacher.precision),
-                    "temperature": teacher.temperature, "ce_weight": teacher.ce_weight,
-                }  # fmt: skip
+                hidden = hidden_states(teacher.model, inputs).flatten(0, 1)[keep]
+                taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             hidden = hidden_states(self.model, inputs).flatten(0, 1)[keep]
             loss, parts = head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
-                vocabulary=self.vocabulary, **more,
+                vocabulary=self.vocabulary, taught=taught, loss=None if teacher is None else teacher.loss,
             )  # fmt: skip
         return StepLoss(loss, parts, len(targets))
 
@@ -93,18 +89,15 @@ class Objective:
                 teacher_logits = teacher.model(**inputs).logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             logits = self.model(**inputs).logits[keep]
+            weights = Loss() if teacher is None else teacher.loss
             with torch.no_grad():
-                ce, kl, gradient = distillation_terms(
-                    logits, teacher_logits, targets,
-                    temperature=1.0 if teacher is None else teacher.temperature,
-                    ce_weight=1.0 if teacher is None else teacher.ce_weight,
-                )  # fmt: skip
-            weight = 1.0 if teacher is None else teacher.ce_weight
-            value = (weight * ce + (1 - weight) * kl) / len(targets)
+                theirs = None if teacher_logits is None else teacher_logits.float()
+                sums, gradient = terms(logits.float(), theirs, targets, weights)
+            value = sums.weighted(weights) / len(targets)
             # The value of the loss with the gradient just made: one definition serves both tasks.
             surrogate = (logits.float() * (gradient / len(targets))).sum()
             loss = surrogate + (value - surrogate).detach()
-        return StepLoss(loss, LossParts(ce, kl), len(targets))
+        return StepLoss(loss, sums, len(targets))
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -12,12 +12,14 @@ from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
+from pipeline.distillation.losses import Loss
 from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
+from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
 from pipeline.student import make_student
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
@@ -32,7 +34,6 @@ from pipeline.training.precision import arithmetic
 from pipeline.values import Value, derive, estimated, measured, null
 
 if TYPE_CHECKING:
-    from pipeline.stages.distill import DistillStage
     from pipeline.stages.train import TrainStage
     from pipeline.store import Artifact
 
@@ -158,7 +159,9 @@ def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
     precision = stage.teacher_precision or training_precision(stage, ctx.run)
-    return Teacher(model, precision, stage.temperature, stage.ce_weight)
+    mixture = MIXTURES.get(stage.divergence, 0.5) if stage.mixture is None else stage.mixture
+    loss = Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
+    return Teacher(model, precision, loss)
 
 
 def _batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
@@ -245,7 +248,7 @@ def _share(progress: Progress, distill: DistillStage | None) -> Value:
     """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
     if distill is None:
         return null("no distillation in this stage")
-    kl, ce = (1 - distill.ce_weight) * progress.kl, distill.ce_weight * progress.ce
-    if kl + ce == 0:
+    taught, ce = (1 - distill.ce_weight) * progress.divergence, distill.ce_weight * progress.ce
+    if taught + ce == 0:
         return null("the loss is zero")
-    return derive(lambda part, rest: part / (part + rest), measured(kl), measured(ce))
+    return derive(lambda part, rest: part / (part + rest), measured(taught), measured(ce))

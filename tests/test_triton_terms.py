@@ -1,0 +1,70 @@
+"""The Triton kernel, run by Triton's interpreter on a CPU, against the plain definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_losses import CASES, batch
+
+from pipeline.config import Divergence
+from pipeline.distillation.losses import Loss
+from pipeline.distillation.losses import terms_in_place as plain
+
+kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+if not kernel.triton.knobs.runtime.interpret:
+    pytest.skip("Triton compiles for a GPU here: see the tests marked gpu", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked lanes
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a row, the last one not full."""
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+
+
+def compare(loss: Loss, *, teacher: bool = True, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
+    z, t, labels = batch(5, 40, dtype=dtype)
+    z, t, labels = scale * z, scale * t[:, :37], labels % 33
+    wanted, got = z.clone(), z.clone()
+    expected = plain(wanted, t if teacher else None, labels, loss, 33)
+    sums = kernel.terms_in_place(got, t if teacher else None, labels, loss, 33)
+    assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-5)
+    assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4, abs=1e-5)
+    close = {torch.float32: (1e-4, 1e-6), torch.bfloat16: (2**-7, 2**-12)}[dtype]
+    torch.testing.assert_close(got, wanted, rtol=close[0], atol=close[1])
+
+
+@pytest.mark.parametrize("loss", CASES)
+def test_it_equals_the_definition(loss: Loss) -> None:
+    compare(loss)
+
+
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_it_equals_the_definition_on_bf16_tiles(divergence: Divergence) -> None:
+    compare(Loss(0.3, divergence, 2.0, 0.4), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("divergence", [each for each in Divergence if each is not Divergence.reverse_kl])
+def test_it_equals_the_definition_on_extreme_logits(divergence: Divergence) -> None:
+    compare(Loss(0.3, divergence, 1.0, 0.4), scale=300.0)
+
+
+def test_it_equals_the_definition_without_a_teacher() -> None:
+    compare(Loss(0.0), teacher=False)
+
+
+def test_no_rows_are_no_launch() -> None:
+    sums = kernel.terms_in_place(torch.zeros(0, 5), None, torch.zeros(0, dtype=torch.long), Loss(), 5)
+    assert (sums.ce.item(), sums.divergence.item()) == (0, 0)
+
+
+def test_a_block_that_is_ruled_out_whole_leaves_numbers() -> None:
+    """The first block holds nothing but -inf: the running maximum begins there."""
+    z, t, labels = batch(2, 40, dtype=torch.float32)
+    t[:, :20] = -torch.inf
+    wanted, got = z.clone(), z.clone()
+    expected, sums = (
+        run(tile, t, labels, Loss(0.2), 40) for run, tile in ((plain, wanted), (kernel.terms_in_place, got))
+    )
+    assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
