@@ -1,0 +1,267 @@
+"""The distillation head (output projection and forward KL, forward and backward) beside what others ship.
+
+    python benchmarks/distillation_head.py [--device cuda] [--shapes 8192,128256,2048,4096 ...] [--rounds 20] [--save]
+
+Arms, all on the same weights, hidden states and seed, interleaved in one process: `ours`; `trl` (its fused
+ChunkedDivergenceFunction); `liger` (LigerFusedLinearJSDLoss, beta 0; compiled on CUDA, as it is shipped); `eager` (both
+logits in full, log-softmax and kl_div by autograd, as trainers without a fused head do); on CUDA also `ours, torch`
+(the head without its Triton kernel). `products` are the four matrix products that the method needs and nothing else:
+the ceiling.
+
+Per arm: median time with the ratio to ours (over rounds), share of the ceiling's rate, peak
+memory beyond inputs and gradients, and the error of loss and gradients against float64 on a small part. On a CPU
+memory is the growth of resident memory in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from results import save_result
+from scipy import stats
+from torch import Tensor
+
+from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.losses import Loss, terms_in_place
+from pipeline.ledger.memory import MemoryMeter
+
+SHAPES = {"cuda": ((8192, 128256, 2048, 4096), (65536, 50257, 768, 1024)), "cpu": ((1024, 50257, 256, 384),)}
+CHECKED = 64  # tokens of the comparison with float64
+Arm = Callable[["Inputs"], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Hidden states (N, H) and heads (V, H) of both models, and labels (N,), which forward KL does not look at."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def make(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Inputs:
+        tokens, vocabulary, width, teacher_width = shape
+        draw = torch.Generator().manual_seed(0)
+        there = lambda *size: torch.randn(*size, generator=draw).to(device, dtype)
+        return Inputs(
+            there(tokens, width).requires_grad_(), (there(vocabulary, width) / width**0.5).requires_grad_(),
+            there(tokens, teacher_width), there(vocabulary, teacher_width) / teacher_width**0.5,
+            torch.randint(vocabulary, (tokens,), generator=draw).to(device),
+        )  # fmt: skip
+
+    def part(self, tokens: int, dtype: torch.dtype) -> Inputs:
+        """Return the first tokens in another dtype, as leaves of their own."""
+        h, w = (x.detach().to(dtype) for x in (self.hidden[:tokens], self.weight))
+        return Inputs(
+            h.requires_grad_(), w.requires_grad_(), self.teacher_hidden[:tokens].to(dtype),
+            self.teacher_weight.to(dtype), self.labels[:tokens],
+        )  # fmt: skip
+
+
+def ours(x: Inputs, **more: Any) -> Tensor:
+    """Return the mean forward KL by this project's head."""
+    taught = Taught(x.teacher_hidden, Head(x.teacher_weight, None), x.teacher_hidden.dtype)
+    value, _ = head_loss(
+        x.hidden, Head(x.weight, None), x.labels, loss=Loss(0.0), dtype=x.hidden.dtype, taught=taught, **more
+    )
+    return value
+
+
+def eager(x: Inputs) -> Tensor:
+    """Return it from logits in full."""
+    log_q = F.log_softmax(F.linear(x.hidden, x.weight).float(), -1)
+    log_p = F.log_softmax(F.linear(x.teacher_hidden, x.teacher_weight).float(), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def exact(x: Inputs) -> Tensor:
+    """Return it in the arithmetic of its inputs, for float64."""
+    log_q, log_p = (F.log_softmax(F.linear(*each), -1) for each in (
+        (x.hidden, x.weight), (x.teacher_hidden, x.teacher_weight)))  # fmt: skip
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def arms_of(device: torch.device) -> dict[str, Arm]:
+    """Return what can be compared here; peers that are not installed are left out."""
+    arms: dict[str, Arm] = {"ours": ours}
+    if device.type == "cuda":
+        arms["ours, torch"] = lambda x: ours(x, terms=terms_in_place)
+    with suppress(ImportError):
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        arms["trl"] = lambda x: ChunkedDivergenceFunction.apply(
+            x.hidden, x.weight, None, x.teacher_hidden, x.teacher_weight, None, 0.0, 1.0
+        )[0].mean()
+    with suppress(ImportError):
+        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=device.type == "cuda")
+        arms["liger"] = lambda x: liger(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+    return {**arms, "eager": eager}
+
+
+def products(x: Inputs, rows: int = 2048) -> None:
+    """Do the matrix products that the method needs, some rows at a time, and nothing else."""
+    with torch.no_grad():
+        for start in range(0, len(x.hidden), rows):
+            h, th = x.hidden[start : start + rows], x.teacher_hidden[start : start + rows]
+            tile = h @ x.weight.T
+            th @ x.teacher_weight.T
+            tile @ x.weight
+            tile.T @ h
+
+
+def flops(x: Inputs) -> float:
+    """Return the FLOPs of those products: 6 H_student + 2 H_teacher a token and vocabulary entry."""
+    per_entry = 6 * x.hidden.shape[1] + 2 * x.teacher_hidden.shape[1]
+    return float(per_entry) * x.hidden.shape[0] * x.weight.shape[0]
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the wall seconds of a call whose work the device has finished."""
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish()
+    start = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - start
+
+
+def once(arm: Arm, x: Inputs) -> None:
+    """Go forward and backward, with gradients from nothing."""
+    x.hidden.grad = x.weight.grad = None
+    arm(x).backward()
+
+
+def errors(arm: Arm, x: Inputs) -> dict[str, float]:
+    """Return relative errors of loss and gradients against float64 on a part of the tokens."""
+    part, wanted = x.part(CHECKED, x.hidden.dtype), x.part(CHECKED, torch.float64)
+    value, reference = arm(part), exact(wanted)
+    value.backward()
+    reference.backward()
+    found = {"loss": abs(value.item() - reference.item()) / reference.item()}
+    for name, ours_, theirs in (("hidden", part.hidden, wanted.hidden), ("weight", part.weight, wanted.weight)):
+        assert ours_.grad is not None
+        assert theirs.grad is not None
+        found[name] = ((ours_.grad.double() - theirs.grad).norm() / theirs.grad.norm()).item()
+    return found
+
+
+def peak_bytes(arm: Arm, x: Inputs) -> int:
+    """Return the memory that one call takes at most, beyond inputs and gradients."""
+    gradients = x.hidden.numel() * x.hidden.itemsize + x.weight.numel() * x.weight.itemsize
+    if x.hidden.device.type == "cuda":
+        once(arm, x)  # compiles, picks its kernels
+        x.hidden.grad = x.weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once(arm, x)
+        return torch.cuda.max_memory_allocated() - before - gradients
+    once(arm, x.part(8, x.hidden.dtype))  # libraries start their threads and take their buffers
+    meter = MemoryMeter()
+    meter.start(x.hidden.device)
+    before = meter.read(x.hidden.device)["host_peak_rss_bytes"].v  # set back just now: what is resident
+    once(arm, x)
+    after = meter.read(x.hidden.device)["host_peak_rss_bytes"].v
+    assert before is not None, "this kernel tells no peak of a process"
+    assert after is not None
+    return int(after - before) - gradients
+
+
+def peak_elsewhere(name: str, shape: tuple[int, ...]) -> int:
+    """Return `peak_bytes` from a process of its own: resident memory only ever grows."""
+    command = [sys.executable, __file__, "--device", "cpu", "--peak-of", name, "--shapes", ",".join(map(str, shape))]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def ratio(theirs: list[float], mine: list[float]) -> dict[str, float]:
+    """Return how many times as long as ours they take: median over rounds, with its 95% order-statistic interval."""
+    ratios = [other / own for other, own in zip(theirs, mine, strict=True)]
+    interval = stats.quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    return {"ratio": statistics.median(ratios), "low": float(interval.low), "high": float(interval.high)}
+
+
+def measure(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Return the figures of all arms at one shape."""
+    x, arms = Inputs.make(shape, device, dtype), arms_of(device)
+    for arm in arms.values():
+        once(arm, x)
+    times: dict[str, list[float]] = {name: [] for name in (*arms, "products")}
+    for number in range(rounds):
+        for name in sorted(times, reverse=bool(number % 2)):
+            call = (lambda: products(x)) if name == "products" else (lambda name=name: once(arms[name], x))
+            times[name].append(seconds(call, device))
+    x.hidden.grad = x.weight.grad = None
+    ceiling = flops(x) / statistics.median(times["products"])
+    found: dict[str, Any] = {"products": {"median_s": statistics.median(times["products"]), "tflops": ceiling / 1e12}}
+    for name, arm in arms.items():
+        median = statistics.median(times[name])
+        found[name] = {
+            "median_s": median, "share_of_ceiling": flops(x) / median / ceiling,
+            "times_ours": ratio(times[name], times["ours"]) if name != "ours" else None,
+            "peak_bytes": peak_bytes(arm, x) if device.type == "cuda" else peak_elsewhere(name, shape),
+            "error": errors(arm, x), "all_s": times[name],
+        }  # fmt: skip
+    return found
+
+
+def table(shape: tuple[int, ...], found: dict[str, Any]) -> str:
+    """Return the figures in lines."""
+    lines = [
+        f"tokens, vocabulary, student and teacher width: {shape}; "
+        f"products alone {found['products']['tflops']:.2f} TFLOP/s",
+        f"{'arm':12} {'median':>10} {'times ours':>24} {'of ceiling':>10} {'peak':>10} {'weight error':>12}",
+    ]
+    for name, each in found.items():
+        if name != "products":
+            times = each["times_ours"]
+            said = "" if times is None else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+            lines.append(
+                f"{name:12} {1e3 * each['median_s']:8.1f}ms {said:>24} {each['share_of_ceiling']:10.0%} "
+                f"{each['peak_bytes'] / 2**20:7.0f}MiB {each['error']['weight']:12.1e}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and save where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", help="tokens,vocabulary,student width,teacher width")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = [tuple(map(int, each.split(","))) for each in args.shapes or ()] or SHAPES[device.type]
+    if args.peak_of:
+        print(peak_bytes(arms_of(device)[args.peak_of], Inputs.make(shapes[0], device, dtype)))
+        return
+    figures: dict[str, Any] = {}
+    texts: list[str] = []
+    for shape in shapes:
+        found = measure(shape, device, dtype, args.rounds)
+        figures[",".join(map(str, shape))] = found
+        texts.append(table(shape, found))
+        print(texts[-1], flush=True)
+    if args.save:
+        save_result("distillation_head", {"dtype": str(dtype), "rounds": args.rounds, "shapes": figures},
+                    "\n\n".join([*texts, json.dumps(figures)]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
