@@ -275,7 +275,7 @@ class Attempt:
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
-        settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like")}
+        settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")}
         if hasattr(stage, "like"):
             settings |= {"training": plain(training_settings(stage, self.run)),
                          "precision": training_precision(stage, self.run).value,

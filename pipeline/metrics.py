@@ -107,6 +107,8 @@ CATALOGUE: tuple[Metric, ...] = (
            "dense peak of one device in the stage's arithmetic: its vendor's figure for the exact name, or declared"),
     Metric("compute/mfu", "1", "row", 1, "achieved_tflops / peak_tflops"),
     Metric("compute/distillation_share", "1", "row", 0, "share of the loss that the teacher's signal contributes"),
+    Metric("compute/distillation_gradient_share", "1", "row", 0,
+           "|g_d| / (|g_d| + |g_ce|): share of the gradient that it contributes, after the last step"),
     Metric("compute/peak_bytes", "B", "row", -1, "in tensors on the device at most; null on CPU"),
     Metric("compute/peak_reserved_bytes", "B", "row", -1, "held by torch's allocator on the device at most"),
     Metric("compute/memory_fragmentation", "1", "row", -1,

@@ -79,7 +79,7 @@ _LEDGER: dict[str, Any] = {
         "energy_j": {"$ref": "#/$defs/value"},
         "counts": _values(
             "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
-            "goodput", "distillation_share",
+            "goodput", "distillation_share", "distillation_gradient_share",
         ),
         "memory": _values(*MEMORY),
         "cost": _COST,

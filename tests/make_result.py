@@ -74,6 +74,7 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
             "model_flops": value(1e13), "achieved_tflops": value(0.05),
             "peak_tflops": null("no peak rate known"), "mfu": null("no peak rate known"),
             "goodput": value(0.8), "distillation_share": null("not a distillation"),
+            "distillation_gradient_share": null("not a distillation"),
         },
         "memory": {
             **dict.fromkeys(ON_DEVICE, no_memory),

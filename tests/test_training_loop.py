@@ -19,6 +19,7 @@ from make_assess_models import random_documents, tiny
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.distillation.losses import Loss
+from pipeline.distillation.selfcheck import check_teacher, gradient_share
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.training import checkpoint
@@ -288,6 +289,37 @@ def test_distillation_through_whole_models_is_the_definition(task: Task, tempera
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+def test_the_share_of_the_gradient_is_that_of_both_parts_alone(ce_weight: float) -> None:
+    """By autograd over the definition; 0 and 1 where one of the two has no weight. The objective is left as it was."""
+    task = Task.causal_lm
+    model, teacher = tiny(task), tiny(task, seed=1).eval()
+    taught = Teacher(teacher, Precision.fp32, Loss(ce_weight))
+    objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), taught)
+    batch = batches_for(settings(), task).batch(0)
+    share = gradient_share(objective, batch)
+    assert objective.teacher is taught
+    keep = (batch["labels"] != IGNORE).flatten()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    z, t = (each(**inputs, use_cache=False).logits.flatten(0, -2)[keep] for each in (model, teacher))
+    parts = [
+        (1 - ce_weight) * F.kl_div(z.log_softmax(-1), t.detach().softmax(-1), reduction="batchmean"),
+        ce_weight * F.cross_entropy(z, batch["labels"].flatten()[keep]),
+    ]
+    found = (torch.autograd.grad(part, list(model.parameters()), retain_graph=True) for part in parts)
+    norms = [torch.stack([gradient.norm() for gradient in gradients]).norm() for gradients in found]
+    assert share == pytest.approx((norms[0] / (norms[0] + norms[1])).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("metric", "theirs", "start"), [("bits_per_byte", 3.1, 3.0), ("accuracy", 0.5, 0.5),
+                                                         ("bits_per_byte", float("nan"), 3.0)])  # fmt: skip
+def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, start: float) -> None:
+    with pytest.raises(StageFailed, match=r"no better than the student's .* stages.student.insist=true"):
+        check_teacher("stages.student", metric, theirs, start)
+    check_teacher("stages.student", "bits_per_byte", 2.9, 3.0)
+    check_teacher("stages.student", "accuracy", 0.6, 0.5)
 
 
 def test_a_packed_batch_has_the_loss_of_its_documents_alone() -> None:

@@ -18,6 +18,7 @@ from pipeline.values import Value, null
 
 SILENT = "the program reports no phases"
 NOT_TOLD = "not known of another program"
+DISTILLED = ("distillation_share", "distillation_gradient_share")
 ENDED_BADLY = "the command did not finish"
 
 
@@ -95,7 +96,8 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
     if facts.used.kind != "cpu":
         memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
     record = ledger(
-        spent, {"distillation_share": null(NOT_TOLD), **found}, devices=facts.used.count, device_kind=facts.used.kind,
+        spent, {**dict.fromkeys(DISTILLED, null(NOT_TOLD)), **found},
+        devices=facts.used.count, device_kind=facts.used.kind,
         cost=CostConfig(**start["cost"]), memory=memory, usage=facts.used.read(), is_training=True,
         seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start), truncated=facts.truncated,
     )  # fmt: skip

@@ -40,6 +40,7 @@ class DistillStage(TrainingOverrides):
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
+    insist: bool = False  # go on with a teacher that is no better than the student's start
 
     type: ClassVar[str] = "distill"
     version: ClassVar[int] = 3

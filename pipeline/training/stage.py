@@ -13,6 +13,7 @@ from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
 from pipeline.distillation.losses import Loss
+from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher, gradient_share
 from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.stages.train import TrainStage
     from pipeline.store import Artifact
 
+NO_TEACHER = "no distillation in this stage"
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
 VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
 
@@ -67,6 +69,11 @@ def run_training(
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
         doubt = suspicion(own, model, ctx.run.task, settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
+    if teacher is not None and distill is not None and not distill.insist:
+        with ctx.clock.phase("eval"):
+            theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
+            metric = "bits_per_byte" if ctx.run.task is Task.causal_lm else "accuracy"
+            check_teacher(f"stages.{ctx.stage}", metric, theirs, validate())
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
@@ -85,11 +92,17 @@ def run_training(
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
+    share = None
+    if teacher is not None:
+        with ctx.clock.phase("eval"):
+            rows = settings.batch_size // settings.gradient_accumulation
+            last = batches.batch(settings.steps - 1)
+            share = gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
-    output = _output(progress, own, extra, settings, distill, objective, doubt)
+    output = _output(progress, own, extra, settings, distill, objective, doubt, share)
     return replace(output, gpu_timeline=timeline)
 
 
@@ -221,22 +234,27 @@ def _own_flops(
 def _no_counts() -> dict[str, Value]:
     nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0),
                "steps_lost": measured(0)}  # fmt: skip
-    return {**nothing, "distillation_share": null("no distillation in this stage")}
+    return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
 
 
 def _output(
     progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, settings: TrainingConfig,
-    distill: DistillStage | None, objective: Objective, doubt: str | None,
+    distill: DistillStage | None, objective: Objective, doubt: str | None, gradient: float | None,
 ) -> Output:  # fmt: skip
+    shares = {"distillation_share": _share(progress, distill),
+              "distillation_gradient_share": null(NO_TEACHER) if gradient is None else measured(gradient)}  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
         "examples": measured(progress.examples), "model_flops": estimated(progress.flops), "steps_lost": measured(0),
-        "distillation_share": _share(progress, distill),
+        **shares,
     }  # fmt: skip
     notes: list[str] = [] if doubt is None else [doubt]
     teacher_model = None if objective.teacher is None else objective.teacher.model
     if teacher_model is not None and teacher_model.config.vocab_size != objective.model.config.vocab_size:
         notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
+    least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
+    if distill is not None and least < LEAST_SHARE:
+        notes.append(f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower ce_weight")
     own_flops = _own_flops(progress, own, teacher, settings.sequence_length)
     return Output(
         counts=counts, flops_per_step=own_flops / progress.step, curve=progress.curve,
@@ -247,7 +265,7 @@ def _output(
 def _share(progress: Progress, distill: DistillStage | None) -> Value:
     """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
     if distill is None:
-        return null("no distillation in this stage")
+        return null(NO_TEACHER)
     taught, ce = (1 - distill.ce_weight) * progress.divergence, distill.ce_weight * progress.ce
     if taught + ce == 0:
         return null("the loss is zero")

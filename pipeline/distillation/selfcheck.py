@@ -1,0 +1,61 @@
+"""Does the teacher teach? Asked before a student trains, and answered with a figure afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.errors import StageFailed
+from pipeline.metrics import DIRECTION
+
+if TYPE_CHECKING:
+    from pipeline.training.objective import Objective
+
+LEAST_SHARE = 0.01  # of loss or gradient; below it a run with a teacher is one without
+
+
+def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
+    """Refuse a teacher that is no better than its student before a step: there is nothing to learn from it.
+
+    Args:
+        key: Of the stage, as the user would type it (`stages.student`).
+        metric: What both were read on: `bits_per_byte` or `accuracy`.
+        theirs: The teacher's reading.
+        start: The student's, before its first step.
+
+    Raises:
+        StageFailed: If so, or if the teacher gives no number.
+    """
+    better = theirs < start if DIRECTION[metric] < 0 else theirs > start
+    if not better:
+        said = f"the teacher's {theirs:.4g} {metric} on validation is no better than the student's {start:.4g}"
+        raise StageFailed(f"{said} before a step; train the teacher longer, or {key}.insist=true")
+
+
+def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
+    """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
+
+    With g_ce and g_d the gradients of both weighted parts of the loss, |g_d| / (|g_d| + |g_ce|). Two backward passes;
+    the gradients that were there are lost.
+    """
+    teacher = objective.teacher
+    assert teacher is not None
+    weight, norms = teacher.loss.ce_weight, list[float]()
+    try:
+        for alone in (0.0, 1.0):  # the divergence, then the hard labels
+            objective.teacher = replace(teacher, loss=replace(teacher.loss, ce_weight=alone))
+            objective.model.zero_grad(set_to_none=True)
+            objective(batch).loss.backward()
+            norms.append(_norm(objective.model))
+    finally:
+        objective.teacher = teacher
+        objective.model.zero_grad(set_to_none=True)
+    taught, hard = (1 - weight) * norms[0], weight * norms[1]
+    return taught / (taught + hard) if taught + hard else 0.0
+
+
+def _norm(model: Any) -> float:
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
