@@ -211,7 +211,6 @@ def test_reads_on_the_host_are_noted_where_a_device_would_compute() -> None:
     assert reads.places[0].startswith(f"tests/{Path(__file__).name}:")
 
 
-@pytest.mark.xfail(reason="transformers tells packed windows apart by a value that it reads on the host", strict=False)
 def test_a_step_of_the_loop_reads_nothing_on_the_host() -> None:
     plan = script.replace(PLAN, steps=4, rows=2, length=16)
     assert steps.measure_loop(Simulated(), plan)["places"] == []

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from make_assess_models import random_documents, tiny
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
@@ -27,7 +28,9 @@ from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import (
     Objective,
     Teacher,
+    check_body,
     check_tokenizers,
+    document_mask,
     parameter_hash,
     shared_vocabulary,
 )
@@ -322,12 +325,13 @@ def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, sta
     check_teacher("stages.student", "accuracy", 0.6, 0.5)
 
 
-def test_a_packed_batch_has_the_loss_of_its_documents_alone() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> None:
     """Nothing is read across a boundary, and no first token of a document is predicted from the one before."""
     documents = random_documents([7, 12, 13])
     model = tiny(Task.causal_lm).eval()
     batch = PackedBatches(documents, sequence_length=32, batch_size=1, seed=0).batch(0)
-    done = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock())(batch)
+    done = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=masked)(batch)
     total, count = 0.0, 0
     for document in documents:
         ids = torch.from_numpy(document.input_ids).long()[None]
@@ -337,6 +341,27 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone() -> None:
         count += int(chosen.sum())
     assert done.count == count
     assert done.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
+    """A layer that sees a window only would see more with one mask for all layers; that model is told positions."""
+    assert check_body(tiny(Task.causal_lm), CPU)
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16}  # fmt: skip
+    for sliding in (None, 4):
+        config = MistralConfig(**shape, sliding_window=sliding)
+        assert check_body(MistralForCausalLM(config).eval(), CPU) is (sliding is None)
+    eager = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
+    assert not check_body(eager.eval(), CPU)  # it adds its mask to the scores: truth values would be read as 0 and 1
+
+
+def test_the_mask_of_documents() -> None:
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    found = document_mask(positions)
+    assert found.shape == (2, 1, 5, 5)
+    torch.testing.assert_close(found[0, 0], expected.bool())
+    torch.testing.assert_close(found[1, 0], torch.ones(5, 5).tril().bool())
 
 
 def test_padding_of_one_family_is_left_out_and_other_classes_are_refused() -> None:

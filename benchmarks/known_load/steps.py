@@ -27,7 +27,7 @@ from pipeline.ledger.peaks import peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training.loop import Hooks, Progress, train
-from pipeline.training.objective import Objective
+from pipeline.training.objective import Objective, check_body
 
 SLEEP_S, LOOP_SLEEP_S = 0.050, 0.200  # injected into a step
 WARM_STEPS = 2  # of a training, in which libraries set themselves up and may wait
@@ -202,7 +202,8 @@ def training(
     )  # fmt: skip
     with TemporaryDirectory() as folder:
         return train(
-            model, Rows(plan, before), Objective(model, Task.causal_lm, Precision.bf16, device.at, clock),
+            model, Rows(plan, before),
+            Objective(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=check_body(model, device.at)),
             settings=TrainingConfig(steps=plan.steps, eval_every=plan.steps, batch_size=plan.rows,
                                     sequence_length=plan.length),
             precision=PrecisionConfig(name=Precision.bf16), folder=Path(folder), clock=clock, hooks=hooks,

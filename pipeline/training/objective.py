@@ -30,6 +30,7 @@ class Teacher:
     model: Any
     precision: Precision
     loss: Loss
+    masked: bool = False  # whether packed documents are told apart by a mask: see `check_body`
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class Objective:
 
     def __init__(
         self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
-        teacher: Teacher | None = None,
+        teacher: Teacher | None = None, *, masked: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.task, self.precision = model, task, precision
+        self.model, self.task, self.precision, self.masked = model, task, precision, masked
         self.device, self.clock, self.teacher = device, clock, teacher
         self.vocabulary = None if teacher is None else shared_vocabulary(model, teacher.model, task)
 
@@ -72,10 +73,10 @@ class Objective:
         teacher, taught = self.teacher, None
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                hidden = hidden_states(teacher.model, inputs).flatten(0, 1)[keep]
+                hidden = hidden_states(teacher.model, inputs, masked=teacher.masked).flatten(0, 1)[keep]
                 taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            hidden = hidden_states(self.model, inputs).flatten(0, 1)[keep]
+            hidden = hidden_states(self.model, inputs, masked=self.masked).flatten(0, 1)[keep]
             loss, parts = head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
                 vocabulary=self.vocabulary, taught=taught, loss=None if teacher is None else teacher.loss,
@@ -100,14 +101,31 @@ class Objective:
         return StepLoss(loss, sums, len(targets))
 
 
-def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the hidden states that the output head reads, (B, T, H)."""
-    body = model.base_model
-    return body(**inputs, use_cache=False).last_hidden_state
+def hidden_states(model: Any, inputs: dict[str, Tensor], *, masked: bool = False) -> Tensor:
+    """Return the hidden states that the output head reads, (B, T, H).
+
+    Args:
+        inputs: `input_ids` and `position_ids`, (B, T); positions begin anew with every document.
+        masked: Whether to hand the model a mask of the documents. Without one, transformers finds them in the
+            positions, and reads on the host whether there are several: every step would wait for the device.
+    """
+    more = {"attention_mask": document_mask(inputs["position_ids"])} if masked else {}
+    return model.base_model(**inputs, **more, use_cache=False).last_hidden_state
 
 
-def check_body(model: Any, device: torch.device) -> None:
+def document_mask(position_ids: Tensor) -> Tensor:
+    """Return which position may read which: itself and earlier ones of its document, (B, 1, T, T) bool."""
+    document = (position_ids == 0).cumsum(-1)
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril_()[:, None]
+
+
+def check_body(model: Any, device: torch.device) -> bool:
     """Refuse a model whose logits are not head(hidden states), or that reads across packed documents.
+
+    Returns:
+        Whether `hidden_states` may mask documents for this model: it takes such a mask as it is, and has no layer that
+        sees less than all that is before it.
 
     Raises:
         UserError: If it caps or scales its logits, or does not restart attention where `position_ids` do.
@@ -123,15 +141,34 @@ def check_body(model: Any, device: torch.device) -> None:
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        packed, single = hidden_states(model, pair), hidden_states(model, alone)
+        single, packed = hidden_states(model, alone), hidden_states(model, pair)
         logits = model(**alone).logits
         ours = torch.nn.functional.linear(single, head.weight, head.bias)
+        near = HEAD_TOLERANCE * single.abs().max()
+        masked = _sees_all(model.config) and _takes_mask(model, pair, torch.cat([packed[:, :6], single], 1), near)
     model.train(training)
     scale = logits.abs().max().clamp(min=1e-6)
     if (logits - ours).abs().max() > HEAD_TOLERANCE * scale:
         raise UserError("model.path", f"{type(model).__name__} changes its logits after the head", "use another model")
-    if (packed[:, 6:] - single).abs().max() > HEAD_TOLERANCE * single.abs().max():
+    if (packed[:, 6:] - single).abs().max() > near:
         raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
+    return masked
+
+
+def _sees_all(config: Any) -> bool:
+    """Tell whether no layer looks at a window or chunk only: one mask for all layers would widen it."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    narrow = any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return kinds == {"full_attention"} and not narrow
+
+
+def _takes_mask(model: Any, pair: dict[str, Tensor], wanted: Tensor, near: Tensor) -> bool:
+    try:
+        found = hidden_states(model, pair, masked=True)
+    except (RuntimeError, TypeError, ValueError):  # a mask of another shape or type is wanted
+        return False
+    return bool((found - wanted).abs().max() <= near)
 
 
 def shared_vocabulary(student: Any, teacher: Any, task: Task) -> int:

@@ -59,10 +59,11 @@ def run_training(
     teacher = None if distill is None else _load_teacher(distill, inputs, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
     with ctx.clock.phase("prepare"):
+        masked = False
         if ctx.run.task is Task.causal_lm:
-            for checked in [model] if teacher is None else [model, teacher.model]:
-                check_body(checked, ctx.device)
-        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher)
+            masked = check_body(model, ctx.device)
+            teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
+        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher, masked=masked)
         batches = _batches(model, tokenizer, settings, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
