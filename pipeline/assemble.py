@@ -37,7 +37,8 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     write_json(attempt.folder / "catalogue.json", metrics.export())
     (attempt.folder / "report.md").write_text(markdown(result), encoding="utf-8")
     state = read_json(attempt.folder / "run.json") or {}
-    write_json(attempt.folder / "run.json", {**state, "status": status, "pid": None})
+    ended = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
+    write_json(attempt.folder / "run.json", {**state, **ended})
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),

@@ -39,7 +39,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
         if record is not None:
             return Artifact.from_json(record["artifact"])
         with store.scratch() as out:
-            tokenizer = embedded_tokenizer(data.splits["train"], run.data.vocabulary_size, store.root / "tmp")
+            tokenizer = embedded_tokenizer(data.splits["train"], run.data.vocabulary_size, store.root / "tokenizers")
             torch.manual_seed(seed)
             model = make_tiny(run.model.shape, len(tokenizer), run.task, data.labels, tokenizer)
             save_model(model, tokenizer, out)

@@ -50,6 +50,14 @@ Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 7 budget 
 command again), 130 interrupted."""
 
 
+TAKE_A_VALUE = frozenset({
+    "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir",
+    "-cd", "--experimental-rerun",
+})  # fmt: skip
+HYDRA_FLAGS = TAKE_A_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version",
+                              "--shell-completion", "-sc"}  # fmt: skip
+
+
 def main(argv: list[str], *, started_ns: int) -> int:
     """Run one command line.
 
@@ -67,9 +75,10 @@ def main(argv: list[str], *, started_ns: int) -> int:
         if not rest:
             print(f"{_recipe_list(recipes)}\n\nRun one with: python -m pipeline recipe=NAME   (--help for more)")
             return Exit.DONE
-        if rest[0] in ("--help", "-h"):
+        if "--help" in rest or "-h" in rest:
             print(HELP.format(recipes=_recipe_list(recipes)))
             return Exit.DONE
+        rest = _flags_first(rest)
         _check_overrides(rest, recipes)
         return _compose_and_run(rest, recipes, started_ns, debug, command=shown_command(rest, recipe_dirs))
     except UserError as error:
@@ -94,6 +103,22 @@ def _take_recipe_dirs(argv: list[str]) -> tuple[list[Path], list[str]]:
         else:
             rest.append(arg)
     return folders, rest
+
+
+def _flags_first(args: list[str]) -> list[str]:
+    """Return flags with their values before all settings, where Hydra's parser wants them.
+
+    Raises:
+        Unparsable: If there is no such flag.
+    """
+    unknown = next((arg for arg in args if arg.startswith("-") and arg.partition("=")[0] not in HYDRA_FLAGS), None)
+    if unknown is not None:
+        raise Unparsable(unknown, "there is no such flag", "--help and --hydra-help list them")
+    valued = {at for at, arg in enumerate(args) if at and args[at - 1] in TAKE_A_VALUE and "=" not in arg}
+    is_flag = [arg.startswith("-") or at in valued for at, arg in enumerate(args)]
+    return [arg for arg, first in zip(args, is_flag, strict=True) if first] + [
+        arg for arg, first in zip(args, is_flag, strict=True) if not first
+    ]
 
 
 def _recipe_list(recipes: dict[str, Recipe]) -> str:

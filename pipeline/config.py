@@ -7,6 +7,7 @@ imports torch: a refusal must be quick.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -314,6 +315,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             check_ranges(value, f"{key}.")
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
+        if not math.isfinite(value):
+            raise UserError(key, f"{value} is no number to work with", "give a finite one, or leave it out")
         low, high, above = (item.metadata.get(name) for name in ("min", "max", "above"))
         if above is not None and not value > above:
             raise UserError(key, f"{value} is out of range", f"give a number greater than {above}")

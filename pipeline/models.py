@@ -140,9 +140,9 @@ def load_model(
         more["id2label"] = dict(enumerate(labels))
         more["label2id"] = {name: index for index, name in enumerate(labels)}
     quantized = getattr(config, "quantization_config", None) is not None
-    if quantized:
+    if quantized or str(device) == "meta":
         more["device_map"] = {"": str(device)}
-    else:
+    if not quantized:
         more["dtype"] = torch.float32
     source = resolve(path, key)
     try:
@@ -159,6 +159,17 @@ def load_model(
     if not quantized:
         model.to(device)
     return model.eval()
+
+
+def check_loads(
+    path: str | Path, task: Task, *, labels: tuple[str, ...] | None, key: str, new_head: bool = True
+) -> None:
+    """Refuse a local folder whose weights cannot be loaded whole, as `load_model` would; on the meta device.
+
+    A Hub name passes, and so do quantized weights: both are looked at when they are loaded.
+    """
+    if _is_local(path) and getattr(load_config(path, key=key), "quantization_config", None) is None:
+        load_model(path, task, device="meta", labels=labels, key=key, new_head=new_head)
 
 
 def import_model(path: str | Path, task: Task) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from pipeline.compare.quality import MIN_DOCUMENTS
 from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
-from pipeline.errors import UserError
+from pipeline.errors import BudgetSpent, UserError
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
@@ -42,6 +45,11 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     Raises:
         UserError: Naming the setting.
     """
+    root = Path(run.tracking.root).expanduser().resolve()
+    with clock.phase("prepare"):
+        data = load_dataset(run.data, run.task)
+        key = key_of(run={k: v for k, v in plain(run).items() if k not in UNKEYED}, data=data.digest)
+        _check_budget(run, root, key)
     with clock.phase("import"):
         import torch
 
@@ -52,49 +60,74 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             torch.set_num_threads(run.hardware.num_threads)
         check_precisions(run, device)
         quiet_libraries()
-        data = load_dataset(run.data, run.task)
-        root = Path(run.tracking.root).expanduser().resolve()
         _check_writable(root)
     store = Store(root / "store")
     check_models(run, data, store, clock)
     with clock.phase("prepare"):
-        key = key_of(run={k: v for k, v in plain(run).items() if k not in UNKEYED}, data=data.digest)
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
-    attempt = Attempt(
-        run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
-        clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-        sampler=Sampler(reader_for(device)), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
-    )  # fmt: skip
-    attempt.identity = {
-        **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
-        "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
-    }  # fmt: skip
-    attempt.sampler.start()
-    attempt.grant = grant()
-    attempt.placement = placement(
-        device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant
-    )
-    write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
-    settings = redact_settings(plain(run))
-    write_json(folder / "config.json", settings)
-    journal.write(
-        "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, devices=attempt.devices,
-        recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
-        tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
-        tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
-        environment={"device": device_name(device), "data.digest": data.digest,
-                     "mlflow.source.git.commit": attempt.identity["commit"]},
-        datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
-                  for split, documents in data.splits.items()],
-    )  # fmt: skip
+    with _or_nothing(folder, number, lock):
+        attempt = Attempt(
+            run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
+            clock=clock, device=device, data=data, command=command, started_ns=started_ns,
+            sampler=Sampler(reader_for(device)), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
+        )  # fmt: skip
+        attempt.identity = {
+            **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
+            "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
+        }  # fmt: skip
+        attempt.sampler.start()
+        attempt.grant = grant()
+        attempt.placement = placement(
+            device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant
+        )
+        write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
+        settings = redact_settings(plain(run))
+        write_json(folder / "config.json", settings)
+        journal.write(
+            "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, devices=attempt.devices,
+            recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
+            tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
+            tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
+            environment={"device": device_name(device), "data.digest": data.digest,
+                         "mlflow.source.git.commit": attempt.identity["commit"]},
+            datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
+                      for split, documents in data.splits.items()],
+        )  # fmt: skip
     recover(attempt, events)
     for note in attempt.notes:
         print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
         attempt.writer = start_writer(folder)
     return attempt
+
+
+@contextmanager
+def _or_nothing(folder: Path, number: int, lock: Any) -> Generator[None]:
+    """Remove the folder of a run that could not even begin."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        if number == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_budget(run: Run, root: Path, key: str) -> None:
+    """Stop before anything is spent where the run that would be gone on with has spent its budget.
+
+    Raises:
+        BudgetSpent: If so.
+    """
+    limit = run.budget.device_hours
+    for folder in (root / "runs").glob("*/") if limit is not None else ():
+        spent = (_unfinished(folder, key) or {}).get("spent_device_hours", 0.0)
+        if limit is not None and spent >= limit:
+            raise BudgetSpent(
+                f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to go on"
+            )
 
 
 def _few_documents(run: Run, data: Dataset) -> list[str]:

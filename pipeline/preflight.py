@@ -61,7 +61,7 @@ def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> No
     Raises:
         UserError: Naming the setting.
     """
-    from pipeline.models import load_config, load_tokenizer
+    from pipeline.models import check_loads, load_config, load_tokenizer
 
     base: str | Path | None = run.model.path
     if base is None:  # made on the spot: a moment's work, which the run finds done
@@ -69,6 +69,10 @@ def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> No
     with clock.phase("prepare"):
         revision = run.model.revision
         config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
+        if run.model.path is not None:
+            from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
+            trained = all(training_settings(stage, run).steps > 0 for stage in from_base if hasattr(stage, "like"))
+            check_loads(run.model.path, run.task, labels=data.labels, key="model.path", new_head=trained)
         _check_reads("model.path", config, tokenizer, run, data)
         _check_lengths(config, run)
         student = _root(run, STUDENT_INIT)
@@ -89,7 +93,7 @@ def _root(run: Run, name: str) -> str | None:
 
 def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Dataset) -> None:
     """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn."""
-    from pipeline.models import load_tokenizer
+    from pipeline.models import check_loads, load_tokenizer
     from pipeline.student import student_config
     from pipeline.training.objective import check_tokenizers
 
@@ -97,6 +101,7 @@ def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Datase
     config = student_config(run.student, base, run.task)
     tokenizer = base_tokenizer
     if given is not None:
+        check_loads(given, run.task, labels=data.labels, key="student.path")
         tokenizer = load_tokenizer(given, revision=run.student.revision, key="student.path")
         taught = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
         if any(_root(run, teacher) == BASE for teacher in taught):

@@ -110,7 +110,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        for name in ("artifacts", "keys", "tmp", "locks", "checkpoints", "assessments"):
+        for name in ("artifacts", "keys", "tmp", "tokenizers", "locks", "checkpoints", "assessments"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._sweep()
 

@@ -128,6 +128,10 @@ def _changed_config(base: Any, changes: dict[str, Any], task: Task) -> Any:
 
     raw = base.to_dict()
     for name, value in changes.items():
+        if name in ("model_type", "architectures", "auto_map"):
+            raise UserError(
+                f"student.config.{name}", "a student is of its source's architecture", "give another as student.path"
+            )
         if not hasattr(base, name):
             raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
         if name in LAYER_COUNT_KEYS:

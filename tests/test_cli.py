@@ -59,6 +59,16 @@ def test_a_refusal_is_one_line_and_exit_1(line: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_flags_may_stand_anywhere_and_unknown_ones_are_one_line() -> None:
+    args = ["recipe=baseline", "--cfg", "job", "training.steps=3"]
+    assert "steps: 3" in run(*args).stdout
+    assert "Usage: python -m pipeline" in run("recipe=baseline", "--help").stdout
+    done = run("recipe=baseline", "--frob")
+    assert (done.returncode, done.stderr.strip()) == (
+        2, "refused: --frob: there is no such flag; --help and --hydra-help list them"
+    )  # fmt: skip
+
+
 def test_what_cannot_be_parsed_exits_2() -> None:
     assert run("recipe=distill", "steps").returncode == 2
     assert run("recipe=distill", "--nonsense").returncode == 2

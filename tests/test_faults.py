@@ -122,6 +122,9 @@ def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None
     done = run(tmp_path, *args, "budget.device_hours=0.0000001")
     assert done.returncode == 7
     assert "budget.device_hours: 1e-07 is spent" in done.stderr
+    (before,) = results(tmp_path)
+    done = run(tmp_path, *args, "budget.device_hours=0.0000001")  # said before anything more is spent
+    assert (done.returncode, results(tmp_path)) == (7, [before])
     again = run(tmp_path, *args, "budget.device_hours=1")
     assert again.returncode == 0, again.stderr
     (result,) = results(tmp_path)
@@ -143,7 +146,7 @@ def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_whole_multirun(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """The scheduler, or Ctrl-C, wants the machine back, not the next job of the sweep."""
-    process = start(tmp_path, "-m", "recipe=baseline", *LONG, "seed=0,1")
+    process = start(tmp_path, "recipe=baseline", "-m", *LONG, "seed=0,1")
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from make_assess_models import saved, tiny
+from transformers import BertConfig, BertForMaskedLM
 
 from pipeline import store
 from pipeline.cli import main
 from pipeline.config import Task
+from pipeline.errors import UserError
+from pipeline.ledger.journal import Journal
+from pipeline.opening import quiet_libraries
 
 Refuse = Callable[..., str]
 LINES = [{"text": f"document {number} of a small set, long enough to be one"} for number in range(80)]
@@ -28,6 +32,7 @@ CLASSIFY = ("task=sequence_classification",)
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
     """Run a command that must be refused; return its line. No run may have been opened."""
     monkeypatch.chdir(tmp_path)
+    quiet_libraries()  # what a test saves is nothing that a refusal says
 
     def run(*args: str, recipe: str = "baseline") -> str:
         code = main([f"recipe={recipe}", "tracking.mlflow=false", "training.steps=1", *args], started_ns=0)
@@ -256,6 +261,9 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     [
         ("student.config={foo:1}", "student.config.foo: LlamaConfig has no such key"),
         ("student.config={vocab_size:10}", "student.config: the tokenizer gives token"),
+        ("student.config={model_type:gpt2}", "student.config.model_type: a student is of its source's architecture"),
+        ("training.learning_rate=inf", "training.learning_rate: inf is no number to work with"),
+        ("serving.volume=inf", "serving.volume: inf is no number to work with"),
         ("student.config={num_hidden_layers:0}", "student.config.num_hidden_layers: 0 is no number of layers"),
         ("serving.load.prompt=4096", "serving.load.prompt: 4112 tokens in one sequence, and the model has 2048"),
         ("stages.student.mixture=0.3", "stages.student.mixture: forward_kl mixes nothing; drop it, or use jsd"),
@@ -268,9 +276,9 @@ def test_what_fits_no_model_is_refused_before_a_teacher_is_trained(refuse: Refus
 
 
 def test_a_student_with_fewer_embeddings_than_tokens_is_refused(refuse: Refuse, tmp_path: Path) -> None:
-    student = saved(tiny(Task.causal_lm), tmp_path / "student")
-    config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    model = tiny(Task.causal_lm)
+    model.resize_token_embeddings(100)
+    student = saved(model, tmp_path / "student")
     line = refuse(f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'base')}", f"student.path={student}",
                   "data.max_documents=40", recipe="distill")  # fmt: skip
     assert line.startswith("student.path: the tokenizer gives token")
@@ -293,3 +301,51 @@ def test_chats_for_a_model_without_a_template_are_refused(refuse: Refuse, tmp_pa
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     data = jsonl(tmp_path / "d.jsonl", [{"messages": [{**turns[0], "content": f"{n}?"}, turns[1]]} for n in range(80)])
     assert "no chat template" in refuse(data, f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'model')}")
+
+
+DAMAGED = {
+    "truncated": ("cannot be loaded", lambda folder: cut(folder / "model.safetensors")),
+    "of another shape": ("in its right shape", lambda folder: reconfigured(folder, hidden_size=128)),
+    "of fewer layers": ("in its right shape", lambda folder: reconfigured(folder, num_hidden_layers=3)),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def reconfigured(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("key", ["model.path", "student.path"])
+def test_damaged_weights_are_refused_before_anything_is_written(
+    refuse: Refuse, tmp_path: Path, damage: str, key: str
+) -> None:
+    said, harm = DAMAGED[damage]
+    whole, damaged = (saved(tiny(Task.causal_lm), tmp_path / name) for name in ("whole", "damaged"))
+    harm(damaged)
+    others = [] if key == "model.path" else [f"model.path={whole}"]
+    line = refuse(f"{key}={damaged}", *others, "data.max_documents=40", recipe="distill")
+    assert line.startswith(f"{key}: ")
+    assert said in line
+
+
+def test_an_encoder_is_refused_as_language_model_before_anything_is_written(refuse: Refuse, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    encoder = saved(BertForMaskedLM(config), tmp_path / "encoder")
+    assert "is an encoder (bert)" in refuse(f"model.path={encoder}", "data.max_documents=40")
+
+
+def test_a_run_that_cannot_even_begin_leaves_no_folder(
+    refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise UserError("tracking.root", "the disk is full", "free some room")
+
+    monkeypatch.setattr(Journal, "write", broken)
+    assert "the disk is full" in refuse("data.max_documents=40")
