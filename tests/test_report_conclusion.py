@@ -150,7 +150,10 @@ def test_quantize_in_every_sign(
 
 def test_a_training_cost_says_which_other_stages_it_holds() -> None:
     text = _with("distill", make_pair("student", "control_compute", training=make_saving(-2.4, None)))
-    assert "3.4x as many device-hours to train to the same quality, teacher included (point estimate" in text
+    assert (
+        "3.4x as many device-hours to be as good on validation (within the margin), teacher included (point estimate"
+        in text
+    )
     text = _with("full", make_pair("student_int8", "baseline", training=make_saving(0.0, 0.05)))
     assert "is undecided in training cost, teacher and student included (saving" in text
     text = _with("full", make_pair("student_int8", "student", training=make_saving(0.4)))
@@ -160,10 +163,10 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
 @pytest.mark.parametrize(
     ("training", "expected"),
     [
-        (make_saving(0.41), "trains to the same quality for 41% fewer device-hours;"),
+        (make_saving(0.41), "is as good on validation (within the margin) for 41% fewer device-hours;"),
         (make_saving(0.41, None), "for 41% fewer device-hours (point estimate, no interval)"),
-        (make_saving(-0.12), "costs 12% more device-hours to train to the same quality"),
-        (make_saving(-2.4), "costs 3.4x as many device-hours to train to the same quality"),
+        (make_saving(-0.12), "costs 12% more device-hours to be as good on validation (within the margin)"),
+        (make_saving(-2.4), "costs 3.4x as many device-hours to be as good on validation (within the margin)"),
         (make_saving(0.0, None), "for the same device-hours"),
         (make_saving(0.01, 0.05), "is undecided in training cost (saving +1%, 90% interval -4% to +6%)"),
         (CENSORED, "bf16's training saving: not measurable here: censored: not reached in 200 steps"),
@@ -214,7 +217,7 @@ def test_every_clause_has_its_base_where_the_one_before_did_not_name_it() -> Non
     assert "; against the reference, nf4 serves 30% cheaper" in _with("quantize", unmeasured, nf4)
     rows = [make_row("fp32"), make_row("bf16"), make_row("tf32"), make_unfinished("fp16", "FAILED", "diverged")]
     pairs = [make_pair(arm, "fp32", training=make_saving(0.4)) for arm in ("bf16", "fp16", "tf32")]
-    assert "diverged; against fp32, tf32 trains" in _with("mixed_precision", *pairs, rows=rows)
+    assert "diverged; against fp32, tf32 is as good" in _with("mixed_precision", *pairs, rows=rows)
 
 
 def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:

@@ -85,6 +85,14 @@ def test_evaluation_is_advised_on_without_the_assessment_that_it_shares_its_phas
     assert causes(row) == []
 
 
+def test_a_stage_without_steps_is_given_no_advice_on_evaluations() -> None:
+    """Quantizing proves what it wrote; no setting makes that shorter."""
+    row = _row({})
+    row["ledger"]["phases_ns"] = {"convert": round(0.2 * 3600e9), "eval": round(0.8 * 3600e9)}
+    assert [each.name for each in causes(row)] == ["eval"]
+    assert causes({**row, "type": "quantize"}) == []
+
+
 def test_what_the_device_shows_is_advised_on_and_not_added() -> None:
     row = _row({"data_wait": 0.1})
     row["ledger"]["gpu_timeline"] = {

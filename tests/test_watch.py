@@ -15,7 +15,7 @@ from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.ranks import Life
 from pipeline.metering.presence import CONTEXT_BYTES, Presence, visible
 from pipeline.metering.row import Facts, make_row
-from pipeline.metering.watch import UNKNOWN_GPU, Used, Watch, as_reported, cpu_host, over_devices
+from pipeline.metering.watch import Used, Watch, as_reported, cpu_host, over_devices
 from pipeline.report.metered import _form
 from pipeline.store import plain
 from pipeline.values import measured, null
@@ -128,15 +128,16 @@ def test_only_gpus_that_are_asked_for_are_looked_at() -> None:
         Watch(("GPU-x",), {}, nvml=Node(*IDS))
 
 
-def test_without_a_driver_ranks_and_the_command_line_are_believed() -> None:
+def test_without_a_driver_ranks_are_believed_and_the_command_line_is_not() -> None:
+    """A rank holds the GPU that it names; a name on the command line may be of none."""
     watch = Watch(None, {}, nvml=Node(*IDS, init=NO_DRIVER))
     watch.start()
     assert watch.stop(0, 1, {}).kind == "cpu"
     used = watch.stop(0, 1, {"GPU-q": "NVIDIA H200"})
     assert (used.ids, used.name) == (("GPU-q",), "NVIDIA H200")
     assert used.read().energy_j.why_null == "no NVIDIA driver to ask (Driver Not Loaded)"
-    declared = Watch(("GPU-x",), {}, nvml=Node(init=NO_DRIVER)).stop(0, 1, {})
-    assert (declared.ids, declared.name) == (("GPU-x",), UNKNOWN_GPU)
+    with pytest.raises(UserError, match=r"^--gpus: GPU-x cannot be confirmed: no NVIDIA driver to ask"):
+        Watch(("GPU-x",), {}, nvml=Node(init=NO_DRIVER))
     assert Watch((), {}, nvml=Node(*IDS)).stop(0, 1, {}) == cpu_host()
 
 

@@ -88,15 +88,16 @@ class Watch:
         nvml: The pynvml module; None imports it.
 
     Raises:
-        UserError: If a GPU that is asked for is not there.
+        UserError: If a GPU that is asked for is not there, or cannot be looked for.
     """
 
     def __init__(
         self, asked: Sequence[str] | None, environ: Mapping[str, str] = os.environ, *, nvml: Any = None
     ) -> None:
-        self._asked = asked
         self._nvml: Any
         self._nvml, self._why = (None, "no GPU is watched") if asked == () else _initialised(nvml)
+        if asked and self._nvml is None:  # hours and money of a device that nobody can find would be made up
+            raise UserError("--gpus", f"{asked[0]} cannot be confirmed: {self._why}", "leave --gpus out, or give none")
         self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
         self._samplers = {uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles}
         self._presence: Presence | None = None
@@ -120,7 +121,7 @@ class Watch:
             opened: GPUs that ranks say they opened, by UUID, with their names.
         """
         if self._presence is None:
-            return as_reported({**dict.fromkeys(self._asked or ()), **opened}, self._why)
+            return as_reported(opened, self._why)
         self._presence.stop()
         try:
             used = self._used(opened)

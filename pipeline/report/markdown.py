@@ -33,6 +33,7 @@ from pipeline.report.view import (
     seeds,
     served_seed,
     status_word,
+    straddles,
     unit,
     what_happened,
     why_absent,
@@ -218,7 +219,7 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
             yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
     if "payback" in pair["on"]:
         shown["savings/payback_units"] = None
-        yield [*start, "payback", *_payback_cells(pair["payback"], notes, absent)]
+        yield [*start, "payback", *_payback_cells(pair["payback"], pair["serving"], notes, absent)]
 
 
 def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
@@ -257,14 +258,15 @@ def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, Non
         yield ["training: compared by", value["rule"], "", "", "", ""]
 
 
-def _payback_cells(value: Value | None, notes: Footnotes, absent: str) -> list[str]:
+def _payback_cells(value: Value | None, serving: Value | None, notes: Footnotes, absent: str) -> list[str]:
     """Return the payback, and the chance that the arm pays at the declared volume where one was declared."""
     suffix = f" {value['unit']}s" if value else ""
     chance = value.get("p_net_positive") if value else None
     said = [f"P(net > 0) = {notes.show(chance, percent)}"] if chance else []
     replicas = value.get("replicas_saved") if value else None
     if replicas and replicas["v"] is not None:
-        said.append(f"{replicas['v']:.0f} replicas fewer at serving.rate")
+        open_still = "" if serving is None or not straddles(serving) else ", if the serving saving is what it seems"
+        said.append(f"{replicas['v']:.0f} replicas fewer at serving.rate{open_still}")
     return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", "; ".join(said)]
 
 

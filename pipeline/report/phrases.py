@@ -96,18 +96,24 @@ def interval(value: Value, *, in_points: bool = False) -> str:
     return f"{PAIR_INTERVAL} {low} to {high}{' points' if in_points else ''}"
 
 
+_AS_GOOD = "as good on validation (within the margin)"
+
+
 def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:
-    """Say what an arm's training cost against its base's, and which other stages (a teacher) are charged with it."""
+    """Say what an arm's training cost against its base's, and which other stages (a teacher) are charged with it.
+
+    What is equal there is the metric on validation, within the margin; the test split has clauses of its own.
+    """
     v = saving["v"]
     included = f", {' and '.join(charged_too)} included" if charged_too else ""
     if straddles(saving):
         return _undecided(f"training cost{included}", saving)
     if v > 0:
-        return f"trains to the same quality for {percent(v)} fewer device-hours{included}{_basis(saving)}"
+        return f"is {_AS_GOOD} for {percent(v)} fewer device-hours{included}{_basis(saving)}"
     if v == 0:
-        return f"trains to the same quality for the same device-hours{included}{_basis(saving)}"
+        return f"is {_AS_GOOD} for the same device-hours{included}{_basis(saving)}"
     more = f"{percent(-v)} more" if v > -1 else f"{times(1 - v)} as many"
-    return f"costs {more} device-hours to train to the same quality{included}{_basis(saving)}"
+    return f"costs {more} device-hours to be {_AS_GOOD}{included}{_basis(saving)}"
 
 
 def serving_verb(saving: Value) -> str:

@@ -48,13 +48,14 @@ REMEDIES: dict[str, Remedy] = {
                            "accumulate gradients, or overlap the exchange with backward"),
     "unattributed": Remedy(0.02, "a phase lacks its marker: please report it",
                            'mark what the program does there: with pipeline.phase("...")'),
-    "rollback": Remedy(0.02, "lower training.checkpoint_seconds: less to replay",
+    "rollback": Remedy(0.02, "lower checkpoint_every, else checkpoint_seconds: less to replay",
                        "save checkpoints more often: less to replay"),
     "failed_attempt": Remedy(0.0, "mend what failed: the row says why", "mend what failed: its log says why"),
     "idle_rank": Remedy(0.05, "give every rank as much to do", "give every rank as much to do"),
-    "eval": Remedy(0.15, "raise training.eval_every, or lower training.eval_documents",
+    "eval": Remedy(0.15, "raise eval_every, or lower eval_documents (training.* or the stage's own)",
                    "evaluate less often, or on fewer documents"),
-    "checkpoint": Remedy(0.10, "raise training.checkpoint_seconds", "save checkpoints less often"),
+    "checkpoint": Remedy(0.10, "raise checkpoint_every, else checkpoint_seconds (training.* or the stage's own)",
+                         "save checkpoints less often"),
     "compile": Remedy(0.10, "training.compile=false, or more steps for what is compiled",
                       "compile less, or train longer on what is compiled"),
     "idle_host_wait": Remedy(0.10, "raise training.batch_size: the GPU waits for the host",
@@ -66,6 +67,7 @@ REMEDIES: dict[str, Remedy] = {
     "throttled": Remedy(0.05, "see the throttle reasons: power or heat limits this device",
                         "see the throttle reasons: power or heat limits this device"),
 }  # fmt: skip
+_WITH_STEPS = ("train", "distill", METERED)
 _SUPPORT = ("eval", "checkpoint", "compile")
 _OF_THE_GPU = ("idle_host_wait", "idle_launch_gap", "copy_exposed")
 
@@ -128,6 +130,8 @@ def _support(row: Row, attached: float) -> list[Cause]:
 
     Assessment evaluates too, and is not to be saved on: it is taken off, so that the share is a lower bound.
     """
+    if row["type"] not in _WITH_STEPS:  # what a stage without steps evaluates is its proof, not a reading on the way
+        return []
     ledger = row["ledger"]
     total_ns = sum(ledger["phases_ns"].values())
     assessed_ns = (ledger["device_hours"]["assess"]["v"] or 0.0) / attached * total_ns
