@@ -150,7 +150,8 @@ class Attempt:
         """Measure a window and journal it. What fails in it is lost; a checkpoint keeps what led to it."""
         start_ns, before = self.clock.mark()
         opened = OpenWindow(start_ns, before)
-        self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns)
+        self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns,
+                           clock_ns=before)  # fmt: skip
         kept, saved_ns = True, 0
         try:
             self._mark_edge()
@@ -171,7 +172,8 @@ class Attempt:
             self.inside_ns = total(self.inside_ns, opened.phases_ns)
             if kind == "compare":
                 self.compare_ns = total(self.compare_ns, total(opened.phases_ns, times=self.devices))
-            self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]), phases_ns=opened.phases_ns)
+            self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]),
+                               phases_ns=opened.phases_ns, clock_ns=after)  # fmt: skip
 
     def _mark_edge(self) -> None:
         with self.clock.phase("log"):

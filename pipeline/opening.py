@@ -86,7 +86,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         settings = redact_settings(plain(run))
         write_json(folder / "config.json", settings)
         journal.write(
-            "run_start", run_id=folder.name, started_ns=started_ns, attempt=number, devices=attempt.devices,
+            "run_start", run_id=folder.name, started_ns=started_ns, clock_ns=clock.mark()[1],
+            attempt=number, devices=attempt.devices,
             recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
             tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
             tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),

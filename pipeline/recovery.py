@@ -80,7 +80,7 @@ def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> Non
 
 
 def _recover_outside(attempt: Attempt, number: int, events: list[Event]) -> None:
-    """Take over the phases of overhead and comparison; of a process that was killed, nobody knows them."""
+    """Take over the phases of overhead and comparison; of a process that was killed, those up to its last mark."""
     span = attempt.spans[number]
     windows = [window for window in attempt.windows if window.attempt == number]
     compared = [total(event["phases_ns"], times=span.devices) for event in events
@@ -88,11 +88,29 @@ def _recover_outside(attempt: Attempt, number: int, events: list[Event]) -> None
     compared_ns = sum(window.elapsed_ns for window in windows if window.kind == "compare") * span.devices
     torn_ns = compared_ns - sum(sum(phases.values()) for phases in compared)
     attempt.compare_ns = total(attempt.compare_ns, *compared, {"other": torn_ns})
-    ended = next((event["run"] for event in reversed(events) if event["e"] == "run_end"), {})
-    known = ended.get("phases_device_ns", {"overhead": {}})["overhead"]
-    known_ns = difference(known, attempt.overhead_ns)  # it had summed up the attempts before it, too
+    ended = next((event["run"] for event in reversed(events) if event["e"] == "run_end"), None)
+    if ended is not None and "phases_device_ns" in ended:  # it had summed up the attempts before it, too
+        known_ns = difference(ended["phases_device_ns"]["overhead"], attempt.overhead_ns)
+    else:
+        known_ns = total(_outside_until_last_mark(span, events), times=span.devices)
     overhead_ns = span.device_ns - sum(window.elapsed_ns for window in windows) * span.devices
     attempt.overhead_ns = total(attempt.overhead_ns, known_ns, {"other": overhead_ns - sum(known_ns.values())})
+
+
+def _outside_until_last_mark(span: Span, events: list[Event]) -> dict[str, int]:
+    """Return the self times outside of windows when the clock was last journaled, with the interpreter's start.
+
+    What came later, up to the last sign of life, is in the window that was open, or in no phase that is known.
+    """
+    marked = [event for event in events if "clock_ns" in event]
+    if not marked:
+        return {}
+    last = marked[-1]
+    at_ns = {"open": last.get("start_ns"), "window": last.get("window", {}).get("end_ns")}.get(last["e"])
+    closed = [event["phases_ns"] for event in marked if event["e"] == "window"]
+    outside = difference(last["clock_ns"], total(*closed))
+    started_ns = (last["mono_ns"] if at_ns is None else at_ns) - span.start_ns - sum(last["clock_ns"].values())
+    return total(outside, {"import": max(0, started_ns)})
 
 
 def _recover_row(attempt: Attempt, arm: str, seed: int, number: int, events: list[Event]) -> None:

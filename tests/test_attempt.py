@@ -251,6 +251,30 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
 
 
+def test_the_start_up_of_a_killed_attempt_keeps_its_phases(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes of preparing before the first stage, three after the teacher's; the kill comes in the student."""
+    run = the_run()
+    with deadly(monkeypatch):
+        first = open_fake(root, "run-1", 1, run)
+        with first.clock.phase("prepare"):
+            CLOCK.pass_minutes(2)
+        teacher = Attempt.make
+
+        def then_checkpoint(self: Attempt, name: str, *rest: Any) -> Any:
+            made = teacher(self, name, *rest)
+            with self.clock.phase("checkpoint"):
+                CLOCK.pass_minutes(3)
+            return made
+
+        monkeypatch.setattr(Attempt, "make", then_checkpoint)
+        with pytest.raises(Killed):
+            loop._all_stages(first)
+    second = open_fake(root, "run-1", 2, run)
+    in_minutes = {name: ns / MINUTE_NS for name, ns in second.overhead_ns.items()}
+    assert in_minutes == {"prepare": 2, "checkpoint": 3}
+    of_run(second)
+
+
 class Board(FakeNvml):
     """A GPU that draws 200 W on the clock of these tests."""
 
