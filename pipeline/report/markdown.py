@@ -14,7 +14,6 @@ from pipeline.report.numbers import count, duration, num_bytes, percent, points,
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
-    NOT_RECORDED,
     SERVING_KEY,
     Footnotes,
     Pair,
@@ -26,6 +25,7 @@ from pipeline.report.view import (
     hours_word,
     is_finished,
     labels,
+    no_figure,
     on_gpu,
     primary_key,
     quality_direction,
@@ -127,7 +127,7 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
     time = lambda hours: duration(3600 * hours)
     hours = notes.show(hours_of(row, result), time)
     quality = row["quality"].get(primary_key(result))
-    form, absent = lambda v: significant(v, 4), row["why"] or NOT_RECORDED
+    form, absent = lambda v: significant(v, 4), no_figure(row)
     level = notes.show(quality, form, absent) + _bounds(quality, form)
     return [
         name,
