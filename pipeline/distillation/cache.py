@@ -100,12 +100,12 @@ def write_shard(path: Path, rows: Sequence[int], contents: Sequence[bytes], part
         parts: What was captured for each.
     """
     names = sorted(parts[0])
-    sizes = np.array([[len(part[name]) for name in names] for part in parts], dtype=np.int64)
+    sizes = np.array([[len(part[name]) for name in names] for part in parts], dtype=np.int32)
     digests = [_digest(content, part) for content, part in zip(contents, parts, strict=True)]
     tensors = {
         "windows": np.array(rows, dtype=np.int64),
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        "starts": np.concatenate([np.zeros((1, len(names)), dtype=np.int64), sizes.cumsum(0)]),
+        "starts": np.concatenate([np.zeros((1, len(names)), dtype=np.int32), sizes.cumsum(0, dtype=np.int32)]),
         **{name: np.concatenate([part[name] for part in parts]) for name in names},
     }
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

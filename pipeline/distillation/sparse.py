@@ -36,7 +36,7 @@ from torch import Tensor
 from pipeline.distillation.losses import Sparse
 
 TOKEN_BYTES = 72  # what a token may take on average: the figure to keep
-SPARE_BYTES = 1  # of them, for what a window and a file take: digests, starts, header
+SPARE_BYTES = 2  # of them, for what a window (36 bytes) and a file take: number, digest, starts; header
 MOST_DRAWS = 64  # counts have 6 bits
 COUNT_BITS = 6
 SCALAR_BYTES = 4  # entropy or residual, float32

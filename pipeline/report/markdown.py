@@ -165,6 +165,8 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
 def _weights(row: Row) -> Value | None:
     """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
     known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
+    if known is None and cost is None:
+        return {"v": None, "prov": "unavailable", "why_null": no_figure(row)}
     return cost if known is None and cost is not None and cost["v"] is None else known
 
 
