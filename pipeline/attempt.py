@@ -432,7 +432,8 @@ class Attempt:
 
         source = next(iter(inputs.values())).path
         with self.clock.phase("import"):
-            importlib.import_module("pipeline.training.stage")
+            work = "capture" if isinstance(stage, CaptureStage) else "stage"
+            importlib.import_module(f"pipeline.training.{work}")
             import_model(source, self.run.task)
         with self.clock.phase("prepare"):
             _open_device(self.device)

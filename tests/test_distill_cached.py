@@ -11,13 +11,28 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from make_journal import store, write_run
 from make_result import ARMS, DEPENDS, make_pair, make_quality, make_result, make_row, null, value
 
 from pipeline.cli import main
-from pipeline.config import CaptureMethod, Comparison, Divergence, Measure, Precision, PrecisionConfig, Run
+from pipeline.config import (
+    CaptureMethod,
+    Comparison,
+    DataConfig,
+    Divergence,
+    Measure,
+    Precision,
+    PrecisionConfig,
+    Run,
+    Task,
+)
+from pipeline.data.batches import PackedBatches
+from pipeline.data.encode import encode_all
+from pipeline.data.load import load_dataset
 from pipeline.distillation.cache import shard_name
 from pipeline.errors import UserError
+from pipeline.models import load_model, load_tokenizer
 from pipeline.recipes import find_recipes
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown
@@ -150,6 +165,44 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
     parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
     assert parts["retry"] == 0
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
+
+
+def last_validation(cwd: Path, row: dict[str, Any]) -> float:
+    """Return the last validation reading of the training that made a row's artifact."""
+    records = (json.loads(path.read_text()) for path in cwd.glob("mlruns/store/keys/*.json"))
+    made = next(r for r in records if "output" in r and r["artifact"]["digest"] == row["artifact"]["digest"])
+    return made["output"]["curve"][-1]["metric"]
+
+
+def dense_kl(student: Path, teacher: Path) -> float:
+    """Return the mean forward KL over 8 batches of validation windows, nats a token, from all of both distributions."""
+    tokenizer, models = load_tokenizer(teacher), [load_model(path, Task.causal_lm) for path in (teacher, student)]
+    documents = load_dataset(DataConfig(), Task.causal_lm).splits["validation"]
+    encoded = encode_all(documents, tokenizer, Task.causal_lm, max_length=128)
+    batches = PackedBatches(encoded, sequence_length=128, batch_size=16, seed=0)
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for step in range(8):
+            batch = batches.batch(step)
+            keep = batch.pop("labels") != -100
+            log_p, log_q = (model(**batch, use_cache=False).logits[keep].log_softmax(-1) for model in models)
+            total, count = total + (log_p.exp() * (log_p - log_q)).sum().item(), count + int(keep.sum())
+    return total / count
+
+
+@pytest.mark.slow
+def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, tuple[float, float, float]] = {}
+    for recipe in ("distill", "distill_cached"):
+        assert main([f"recipe={recipe}", "tracking.mlflow=false"], started_ns=0) == 0
+        rows = {row["arm"]: row for row in result_in(tmp_path)["rows"]}
+        student, teacher = (Path(rows[arm]["artifact"]["path"]) for arm in ("student", "teacher"))
+        level = rows["student"]["quality"]["bits_per_byte"]["v"]
+        found[recipe] = (last_validation(tmp_path, rows["student"]), level, dense_kl(student, teacher))
+    assert found["distill_cached"] == pytest.approx(found["distill"], rel=0.01)
 
 
 # -- refused before any device is touched ---------------------------------------------------------------------------

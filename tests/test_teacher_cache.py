@@ -295,6 +295,14 @@ def test_what_is_drawn_depends_on_the_seed_and_on_nothing_else(
     assert shards["a"] == shards["b"] != shards["c"]
 
 
+def test_every_window_has_chance_of_its_own_in_whatever_batch_it_comes() -> None:
+    source: Any = SimpleNamespace(seed=5, codec=SimpleNamespace(draws=12))
+    together = capture_module._uniforms(source, [3, 9], [4, 4])
+    assert np.array_equal(together[:4], capture_module._uniforms(source, [3], [4]))
+    assert np.array_equal(together[4:], capture_module._uniforms(source, [9], [4]))
+    assert not np.isin(together[:4], together[4:]).any()
+
+
 def test_the_flops_are_those_of_one_forward_pass_over_the_windows(
     tmp_path: Path, documents: list[Any], teachers: dict[Task, Artifact]
 ) -> None:
