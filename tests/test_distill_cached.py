@@ -33,6 +33,7 @@ from pipeline.data.load import load_dataset
 from pipeline.distillation.cache import shard_name
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer
+from pipeline.out_of_memory import explain
 from pipeline.recipes import find_recipes
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown
@@ -261,6 +262,14 @@ def test_the_student_s_temperature_is_the_capture_s() -> None:
     run = make_run(temperature=2.0)
     validate(run)
     assert run.stages["capture"].captured(run)["temperature"] == 2.0
+
+
+def test_a_teacher_that_does_not_fit_is_given_smaller_batches() -> None:
+    run = make_run()
+    said = explain(MemoryError("no room"), run, "capture", run.stages["capture"], "work", device=torch.device("cpu"),
+                   snapshot=Path("unused"))  # fmt: skip
+    assert said is not None
+    assert "first: training.gradient_accumulation=2 (now 1; the same batch in smaller parts)" in said
 
 
 def test_the_recipe_is_listed_with_its_question() -> None:

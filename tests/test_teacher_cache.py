@@ -17,7 +17,15 @@ from make_assess_models import LABELS, byte_tokenizer, random_documents, saved, 
 
 from pipeline.config import CaptureMethod, Precision, PrecisionConfig, Run, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
-from pipeline.distillation.cache import MANIFEST, TeacherCache, needed, shard_name, write_shard
+from pipeline.distillation.cache import (
+    MANIFEST,
+    TeacherCache,
+    file_sha256,
+    needed,
+    seal_manifest,
+    shard_name,
+    write_shard,
+)
 from pipeline.distillation.losses import Loss, Sparse
 from pipeline.distillation.sparse import TOKEN_BYTES
 from pipeline.errors import Preempted, UserError
@@ -26,11 +34,11 @@ from pipeline.models import load_model
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
-from pipeline.store import Artifact, digest_folder, read_json, write_json
+from pipeline.store import Artifact, digest_folder, read_json
 from pipeline.training import capture as capture_module
 from pipeline.training.capture import expected
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
-from pipeline.training.stage import Numbered
+from pipeline.training.stage import Numbered, _open_cache
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 6
@@ -354,20 +362,24 @@ def test_a_cache_of_something_else_is_refused_by_name(
     assert "lacks 4 of the 24 windows" in refused(folder, more, documents, teacher)
 
 
+def vouch(folder: Path) -> None:
+    """Have the manifest vouch for what lies in the first shard."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digest"]
+    manifest["shards"][0]["sha256"] = file_sha256(folder / shard_name(0))
+    seal_manifest(folder, manifest)
+
+
 def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     """Change a shard's columns and have the manifest vouch for it."""
     from safetensors.numpy import load_file, save_file
-
-    from pipeline.distillation.cache import file_sha256
 
     path = folder / shard_name(0)
     columns = {name: column.copy() for name, column in load_file(path).items()}
     change(columns)
     path.unlink()  # another name of the checkpoint's file
     save_file(columns, path)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["shards"][0]["sha256"] = file_sha256(path)
-    write_json(folder / MANIFEST, manifest)
+    vouch(folder)
 
 
 def test_a_damaged_cache_is_refused(
@@ -383,10 +395,30 @@ def test_a_damaged_cache_is_refused(
         assert "shard-00000.safetensors of the cache is damaged: it does not have its checksum" in refused(
             folder, *args
         )
+    path.write_bytes(b"nothing that was ever captured")
+    vouch(folder)
+    assert "shard-00000.safetensors of the cache cannot be read" in refused(folder, *args)
     path.unlink()
     assert "shard-00000.safetensors of the cache is missing" in refused(folder, *args)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"draws": 12', '"draws": 13'))
+    assert "manifest.json of the cache is damaged: it does not have its digest" in refused(folder, *args)
     (folder / MANIFEST).unlink()
     assert "has no manifest of format 1" in refused(folder, *args)
+
+
+def test_a_student_of_fewer_tokens_is_refused(
+    made: tuple[Path, Run], documents: list[Any], teachers: dict[Task, Artifact]
+) -> None:
+    folder, run = made
+    ctx, stage = context(folder.parent, run, "student"), run.stages["student"]
+    inputs = {"teacher": teachers[Task.causal_lm], "capture": Artifact(folder, "teacher_cache", "0" * 32, 1)}
+    args = stage, "capture", inputs, windows_of(documents, run)
+    model = tiny(Task.causal_lm)
+    assert _open_cache(*args, model, byte_tokenizer(), run.training, ctx).cache.vocabulary == 259
+    model.resize_token_embeddings(258)
+    with pytest.raises(UserError, match="the cache speaks of 259 tokens or classes, the student has 258"):
+        _open_cache(*args, model, byte_tokenizer(), run.training, ctx)
 
 
 def test_shuffled_windows_are_refused_though_every_checksum_holds(

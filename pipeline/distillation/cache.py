@@ -162,13 +162,15 @@ class TeacherCache:
         manifest: What it says of itself.
 
     Raises:
-        UserError: If there is no manifest of this format.
+        UserError: If there is no manifest of this format, or it is damaged.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         found = read_json(folder / MANIFEST)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise _refused(key, f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is older")
+        if found.pop("digest", None) != key_of(**found):
+            raise _refused(key, f"{MANIFEST} of the cache is damaged: it does not have its digest")
         self.manifest: dict[str, Any] = found
         self._folder, self._key = folder, key
         self._codec = codec_of(found)
@@ -265,8 +267,13 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], shards: Sequence[Mapp
         "columns": {name: str(column.dtype) for name, column in sorted(first.items())}, **total,
         "bytes_per_token": total["bytes"] / total["tokens"], "shards": [dict(shard) for shard in shards],
     }  # fmt: skip
-    write_json(folder / MANIFEST, manifest)
+    seal_manifest(folder, manifest)
     return manifest
+
+
+def seal_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with a digest of what it says."""
+    write_json(folder / MANIFEST, {**manifest, "digest": key_of(**manifest)})
 
 
 def place(source: Path, target: Path) -> None:
