@@ -30,7 +30,7 @@ from pipeline.config import (
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import encode_all
 from pipeline.data.load import load_dataset
-from pipeline.distillation.cache import shard_name
+from pipeline.distillation.cache import TeacherCache, shard_name
 from pipeline.errors import UserError
 from pipeline.models import load_model, load_tokenizer
 from pipeline.out_of_memory import explain
@@ -154,13 +154,17 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
     monkeypatch.setattr(capture_module, "write_shard", terminated)
     assert main(TINY, started_ns=0) == 75
     assert "stopped after 2 of 4 shards" in capsys.readouterr().err
-    assert main(TINY, started_ns=0) == 0
+    check = TeacherCache.check
+    with monkeypatch.context() as patch:  # and the student, as soon as it has opened the cache
+        patch.setattr(TeacherCache, "check", lambda *args: (check(*args), os.kill(os.getpid(), signal.SIGTERM)))
+        assert main(TINY, started_ns=0) == 75
     assert "capture: goes on after step 2" in capsys.readouterr().out
+    assert main(TINY, started_ns=0) == 0
     assert written == [shard_name(number) for number in range(4)]  # each captured once
     result = result_in(tmp_path)
-    assert result["run"]["attempts"] == 2
+    assert result["run"]["attempts"] == 3
     rows = [row for row in result["rows"] if row["arm"] == "capture"]
-    assert [row["status"] for row in rows] == ["KILLED", "FINISHED"]
+    assert [(row["attempt"], row["status"]) for row in rows] == [(1, "KILLED"), (2, "FINISHED")]
     assert all(row["ledger"]["device_hours"]["work"]["v"] > 0 for row in rows)
     assert all(row["ledger"]["meter_valid"] for row in rows)
     parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
