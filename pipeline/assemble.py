@@ -18,7 +18,8 @@ from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
-from pipeline.store import read_json, write_json
+from pipeline.report.view import is_finished
+from pipeline.store import MODEL, read_json, write_json
 from pipeline.sync import let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured
@@ -45,7 +46,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
         files=["report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
-    made = any(row["status"] == "FINISHED" and row["artifact"] for row in attempt.rows)
+    made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in attempt.rows)
     if status == "FINISHED" and made:
         _point_latest(attempt.folder)
     attempt.lock.release()

@@ -46,9 +46,17 @@ from pipeline.rows import (
     moved,
     reused_work,
 )
+from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
-from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
-from pipeline.store import Artifact, Store, key_of, plain
+from pipeline.stages.settings import (
+    STUDENT_INIT,
+    TrainingOverrides,
+    read_as,
+    student_source,
+    training_precision,
+    training_settings,
+)
+from pipeline.store import MODEL, Artifact, Store, key_of, plain
 from pipeline.values import Value
 
 ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
@@ -278,18 +286,32 @@ class Attempt:
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
         settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")}
-        if hasattr(stage, "like"):
+        if isinstance(stage, CaptureStage):
+            settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
+        if isinstance(stage, TrainingOverrides):
             settings |= {"training": plain(training_settings(stage, self.run)),
                          "precision": training_precision(stage, self.run).value,
                          "loss_scale": self.run.precision.loss_scale}  # fmt: skip
             if stage.model == STUDENT_INIT:
                 settings["student"] = self._student(inputs)
-        matched = self.outputs.get((stage.like, seed)) if getattr(stage, "match_compute", False) else None
         return key_of(
             stage=name, type=stage.type, version=stage.version, settings=settings, task=self.run.task,
             inputs={arm: artifact.digest for arm, artifact in inputs.items()}, data=self.data.digest, seed=seed,
-            matched=None if matched is None else matched.counts["model_flops"].v, **self.made_on(),
+            matched=self._matched_flops(stage, seed), **self.made_on(),
         )  # fmt: skip
+
+    def _matched_flops(self, stage: Any, seed: int) -> float | None:
+        """Return the FLOPs that a stage with `match_compute` may spend; None where there is nothing to match.
+
+        Those of the stage named by `like`, with the capture of the cache that it reads: a live teacher's are in the
+        stage's own.
+        """
+        if not getattr(stage, "match_compute", False):
+            return None
+        arms = [stage.like, getattr(self.run.stages[stage.like], "cache", None)]
+        outputs = [self.outputs.get((arm, seed)) for arm in arms if arm is not None]
+        known = [None if output is None else output.counts["model_flops"].v for output in outputs]
+        return None if None in known else sum(flops for flops in known if flops is not None)
 
     def made_on(self) -> dict[str, Any]:
         """Return what a timing holds for, as a part of keys: torch's release, device, their number, and threads."""
@@ -391,7 +413,9 @@ class Attempt:
     def _settings(self, stage: Any) -> dict[str, Any]:
         """Return the settings in force for a stage: its own, and what it inherits."""
         inherited: dict[str, Any] = {}
-        if hasattr(stage, "like"):
+        if isinstance(stage, CaptureStage):
+            inherited = {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
+        if isinstance(stage, TrainingOverrides):
             inherited = plain(training_settings(stage, self.run))
             inherited["precision"] = training_precision(stage, self.run).value
             if getattr(stage, "match_compute", False):
@@ -402,20 +426,21 @@ class Attempt:
     def _warm(self, stage: Any, inputs: dict[str, Artifact]) -> None:
         """Do what all arms use as overhead of the run, else the first arm would pay for the others: import, encode,
         and open the device with a first forward and backward pass."""
-        if not hasattr(stage, "like") or not inputs:
+        read = read_as(stage, self.run)
+        if read is None or not inputs:
             return
         from pipeline.data.encode import encode_all
         from pipeline.models import import_model, load_tokenizer
 
         source = next(iter(inputs.values())).path
         with self.clock.phase("import"):
-            importlib.import_module("pipeline.training.stage")
+            work = "capture" if isinstance(stage, CaptureStage) else "stage"
+            importlib.import_module(f"pipeline.training.{work}")
             import_model(source, self.run.task)
         with self.clock.phase("prepare"):
             _open_device(self.device)
-            length = training_settings(stage, self.run).sequence_length
             tokenizer = load_tokenizer(source)
-            encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=length)
+            encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=read.sequence_length)
 
     def _work(
         self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, window: OpenWindow
@@ -444,6 +469,7 @@ class Attempt:
                 run=self.run, stage=name, seed=seed, device=self.device, data=self.data, clock=self.clock, out=out,
                 checkpoints=self.store.root / "checkpoints" / key,
                 matched=self.outputs.get((getattr(stage, "like", ""), seed)),
+                matched_flops=self._matched_flops(stage, seed),
                 points=lambda step, values: journal("points", step, values=values),
                 history=lambda step: self.history(name, seed, step, phases_ns()),
                 checkpointed=checkpointed, resumed=resumed,
@@ -457,7 +483,7 @@ class Attempt:
                 digests = {arm: artifact.digest for arm, artifact in inputs.items()}
                 manifest = {"recipe": self.run.recipe, "arm": name, "seed": seed, "key": key, "run_id": self.run_id,
                             "settings": plain(stage), "inputs": digests}  # fmt: skip
-                return self.store.commit(out, "model", manifest), output
+                return self.store.commit(out, getattr(stage, "makes", MODEL), manifest), output
 
     def assess(self, name: str, stage: Any, made: Record, seed: int, key: str) -> Record:
         """Score an artifact, reloaded from disk, inside a window of its own; return what the store remembers of it."""
@@ -492,10 +518,29 @@ class Attempt:
         self.store.remember("assessments", key, record)
         return record
 
-    def take(self, name: str, made: Record, assessed: Record, seed: int) -> None:
-        """Make an artifact and its assessment known to the stages that follow, with the rows of what was reused."""
-        self.arms[name], self.items[name] = Artifact.from_json(made["artifact"]), Path(assessed["items"])
-        self.outputs[name, seed] = Output.from_json(made["output"])
+    def keep(self, name: str, stage: Any, made: Record, seed: int) -> None:
+        """Add the rows of an artifact that is no model, made now or found: nothing of it is assessed."""
+        if made["run_id"] != self.run_id:
+            print(f"{name}: reused from {made['run_id']}", flush=True)
+            own = {**reused_work(self, name, stage, seed, made, {}), "artifact": made["artifact"], "why": None}
+            rows = [*made["earlier"], own]
+            self._adopt([{**row, "reused": row["reused"] or made["run_id"]} for row in rows], "work")
+            return
+        self._adopt(made["earlier"], "work")
+        before = [row for row in self.finished_before if (row["arm"], row["seed"]) == (name, seed)]
+        if before and made["attempt"] != self.number:  # an earlier attempt of this very run, journaled there
+            self.rows += [{**row, "artifact": made["artifact"]} for row in before]
+            return
+        self.add(made_row(self, name, stage, seed, made, OpenWindow(0, {}), {}))
+
+    def take(self, name: str, made: Record, assessed: Record | None, seed: int) -> None:
+        """Make an artifact, and its assessment where it has one, known to the stages that follow."""
+        self.arms[name], self.outputs[name, seed] = (
+            Artifact.from_json(made["artifact"]),
+            Output.from_json(made["output"]),
+        )
+        if assessed is not None:
+            self.items[name] = Path(assessed["items"])
 
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""

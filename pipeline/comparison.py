@@ -21,8 +21,9 @@ from pipeline.ledger.booking import device_hours
 from pipeline.metrics import DIRECTION, RELATIVE
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import past_spend
+from pipeline.stages.capture import CaptureStage
 from pipeline.stages.settings import BASE, STUDENT_INIT
-from pipeline.store import key_of, plain
+from pipeline.store import MODEL, key_of, plain
 from pipeline.values import Value, derive, null
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]
     run = attempt.run
     arm, base = (_trained(attempt, name, each) for name in (pair.arm, pair.base))
     teachers = {stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")}
+    teachers |= {name for name, stage in run.stages.items() if isinstance(stage, CaptureStage)}
     return training_saving(
         arm, base, each.spends, margin=run.quality.margin, lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
         teachers=teachers - {pair.arm, pair.base}, shared_by=run.cost.teacher_shared_by,
@@ -258,7 +260,7 @@ def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
     """Put the serving figures on the rows they belong to, and say why the other rows have none."""
     first = attempt.seeds[0]
     for row in attempt.rows:
-        if row["artifact"] is None:
+        if row["artifact"] is None or row["artifact"]["kind"] != MODEL:
             continue
         if served is None or row["arm"] not in served.serving:
             why = "the recipe does not compare this arm on serving"

@@ -59,6 +59,13 @@ class Divergence(Enum):
     skewed_reverse_kl = "skewed_reverse_kl"
 
 
+class CaptureMethod(Enum):
+    """What a teacher cache keeps of each distribution (defined in `distillation/sparse.py`)."""
+
+    sample = "sample"
+    top_k = "top_k"
+
+
 class Measure(Enum):
     """What a comparison of two arms is read on."""
 

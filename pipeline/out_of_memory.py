@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config import Precision, Run
 from pipeline.ledger.memory import Pressure, asked_bytes, host_now, read_pressure, write_snapshot
 from pipeline.report.numbers import num_bytes
+from pipeline.stages.capture import CaptureStage
 from pipeline.stages.settings import training_precision, training_settings
 
 ELSEWHERE_SHARE = 0.1  # of the device in other hands; below it is what CUDA itself takes
@@ -94,6 +95,8 @@ def _smaller(run: Run, arm: str, stage: Any, kind: str) -> str:
         return _smaller_load(run)
     if kind == "assess":
         return _smaller_assessment(run)
+    if isinstance(stage, CaptureStage):  # the teacher reads micro-batches of the stage that it captures for
+        return _smaller_training(run, stage.like, run.stages[stage.like])
     if not hasattr(stage, "gradient_accumulation"):
         return "a device with more memory (this stage has no setting that needs less)"
     return _smaller_training(run, arm, stage)

@@ -12,7 +12,14 @@ from pipeline.config import Measure, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.stages.settings import (
+    BASE,
+    STUDENT_INIT,
+    TrainingOverrides,
+    student_source,
+    training_precision,
+    training_settings,
+)
 from pipeline.store import Store
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
@@ -145,7 +152,7 @@ def _lengths(run: Run) -> Iterator[tuple[str, int]]:
     if run.quality.sequence_length is not None:
         yield "quality.sequence_length", run.quality.sequence_length
     for name, stage in run.stages.items():
-        if hasattr(stage, "like"):
+        if isinstance(stage, TrainingOverrides):
             settings = training_settings(stage, run)
             own = stage.sequence_length is not None
             if settings.steps > 0:

@@ -49,7 +49,7 @@ def make_row(
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
-            is_training=stage.type != "quantize", seconds_in_steps=output.seconds_in_steps,
+            is_training=stage.type not in ("quantize", "capture"), seconds_in_steps=output.seconds_in_steps,
             peak=_peak(attempt, stage), granted=attempt.grant, truncated=truncated, timeline=output.gpu_timeline,
         ),
     }  # fmt: skip

@@ -19,6 +19,7 @@ from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.stages.settings import BASE
+from pipeline.store import MODEL
 
 
 def execute(run: Run, *, command: str, started_ns: int) -> int:
@@ -78,6 +79,10 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
+        if made["artifact"]["kind"] != MODEL:  # a teacher cache has no quality
+            attempt.keep(name, stage, made, seed)
+            attempt.take(name, made, None, seed)
+            return
         assessment_key = attempt.assessment_key(name, key, made, seed)
         assessed = attempt.recall_assessment(assessment_key, made)
         if assessed is None:

@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "artifact.json"
+MODEL = "model"  # the kind of artifact that can be assessed, served, and shown among models
 WAIT_S = 1.0
 
 

@@ -31,7 +31,7 @@ from pipeline.ledger.journal import read_first, read_new
 from pipeline.metrics import BY_KEY, row_summary
 from pipeline.redact import redact_value, without_login
 from pipeline.report.waste import advice
-from pipeline.store import read_json, write_json
+from pipeline.store import MODEL, read_json, write_json
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
@@ -252,10 +252,11 @@ class _Delivery:
         if row["reused"]:
             tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
         tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
-        if row["artifact"] is not None:
-            tags |= {"model.path": row["artifact"]["path"], "model.digest": row["artifact"]["digest"]}
+        kind = None if row["artifact"] is None else row["artifact"]["kind"]
+        if kind is not None:
+            tags |= {f"{kind}.path": row["artifact"]["path"], f"{kind}.digest": row["artifact"]["digest"]}
         self._tags(child, tags)
-        if row["artifact"] is not None:
+        if kind == MODEL:
             self._model(child, row)
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))

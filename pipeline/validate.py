@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost
 from pipeline.models import check_local
 from pipeline.redact import has_login
+from pipeline.stages.capture import CaptureStage
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
 
@@ -77,8 +78,12 @@ def _check_stages(run: Run) -> None:
 def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:
     """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes later."""
     wanted = {arm: _setting_that_reads(stage, arm) for arm in stage.reads(run)}
+    for arm, setting in wanted.items():
+        if setting != "cache" and isinstance(run.stages.get(arm), CaptureStage):
+            full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
+            raise UserError(full_key, f"{arm!r} makes a teacher cache, not a model", "name a stage that makes a model")
     like = getattr(stage, "like", None)
-    if like is not None:
+    if like is not None and not isinstance(stage, CaptureStage):  # a capture comes before what it captures for
         wanted[like] = "like"
     for arm, setting in wanted.items():
         if arm in earlier:
@@ -89,14 +94,14 @@ def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> N
 
 
 def _setting_that_reads(stage: Stage, arm: str) -> str:
-    for name in ("model", "teacher"):
+    for name in ("model", "teacher", "cache"):
         if getattr(stage, name, None) == arm:
             return name
     return "student.source"
 
 
 def _check_arms(run: Run) -> None:
-    arms = list(run.stages)
+    arms = [name for name, stage in run.stages.items() if not isinstance(stage, CaptureStage)]
     if run.primary_arm not in arms:
         raise UserError("primary_arm", f"there is no stage {run.primary_arm!r}", did_you_mean(run.primary_arm, arms))
     for index, pair in enumerate(run.compare):

@@ -303,7 +303,7 @@ def test_the_share_of_the_gradient_is_that_of_both_parts_alone(ce_weight: float)
     objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), taught)
     batch = batches_for(settings(), task).batch(0)
     share = gradient_share(objective, batch)
-    assert objective.teacher is taught
+    assert objective.loss is taught.loss
     keep = (batch["labels"] != IGNORE).flatten()
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     z, t = (each(**inputs, use_cache=False).logits.flatten(0, -2)[keep] for each in (model, teacher))

@@ -58,9 +58,20 @@ class PackedBatches:
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Return `input_ids, labels, position_ids`, each (B, T) int64."""
-        rows = self._shuffled.rows(step)
+        return self.read(self.rows(step))
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the numbers of the windows of a step, in order, (B,)."""
+        return self._shuffled.rows(step)
+
+    def read(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return windows by number, as `batch` does."""
         arrays = {"input_ids": self._ids, "labels": self._labels, "position_ids": self._positions}
         return {name: torch.from_numpy(array[rows].astype(np.int64)) for name, array in arrays.items()}
+
+    def content(self, row: int) -> bytes:
+        """Return all that a window consists of; the same bytes are the same window."""
+        return b"".join(array[row].tobytes() for array in (self._ids, self._labels, self._positions))
 
 
 def _next_tokens(item: Encoded) -> np.ndarray:
@@ -79,7 +90,20 @@ class PaddedBatches:
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Return `input_ids, attention_mask` (B, T) and `labels` (B,), int64."""
-        items = [self._encoded[row] for row in self._shuffled.rows(step)]
+        return self.read(self.rows(step))
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the numbers of the examples of a step, in order, (B,)."""
+        return self._shuffled.rows(step)
+
+    def content(self, row: int) -> bytes:
+        """Return all that an example consists of; the same bytes are the same example."""
+        item = self._encoded[row]
+        return item.input_ids.tobytes() + str(item.label).encode()
+
+    def read(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return examples by number, as `batch` does."""
+        items = [self._encoded[row] for row in rows]
         longest = max(len(item.input_ids) for item in items)
         ids = np.full((len(items), longest), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)

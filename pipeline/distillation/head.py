@@ -3,10 +3,11 @@
 For each chunk of tokens the logits are projected once, turned in place into the gradient of the loss with respect to
 them, and multiplied back into the gradients of hidden states and head weight; then the chunk is gone. So backward has
 nothing left to compute, and memory is bounded by the chunk, not by the batch. Work per token and vocabulary entry is
-6 H_student + 2 H_teacher FLOPs, which is what the method needs.
+6 H_student + 2 H_teacher FLOPs, which is what the method needs; with a teacher from a cache (`losses.Sparse`) it is
+6 H_student, as without a teacher.
 
-Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere the
-same definition in plain torch.
+Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere, and
+for a cached teacher everywhere, the same definition in plain torch.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.distillation.losses import Loss, Sums, terms_in_place
+from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
 
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and writes the fp32
 gradient of the weight once."""
 
-Terms = Callable[[Tensor, Tensor | None, Tensor, Loss, int], Sums]
-"""What turns a chunk's logits into their gradient, in place: the contract of `losses.terms_in_place`."""
+Terms = Callable[[Tensor, Any, Tensor, Loss, int], Sums]
+"""What turns a chunk's logits into their gradient, in place: the contract of `losses.terms_in_place`, where the
+teacher's side is its logits or None, and of `losses.sparse_terms_in_place`, where it is `Sparse`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class _Work:
     loss: Loss
     vocabulary: int
     dtype: torch.dtype
-    taught: Taught | None
+    taught: Taught | Sparse | None
     terms: Terms
 
 
@@ -73,7 +75,7 @@ class _FusedHead(torch.autograd.Function):
         exact = torch.promote_types(work.dtype, torch.float32)
         student = Head(weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
         taught = work.taught
-        teacher = None if taught is None else _cast(taught.head, taught.dtype)
+        teacher = _cast(taught.head, taught.dtype) if isinstance(taught, Taught) else None
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
         grad_hidden = torch.empty_like(hidden)
         # At least fp32, because rounding every chunk's share to 16 bits biases training.
@@ -84,9 +86,7 @@ class _FusedHead(torch.autograd.Function):
             part = slice(start, start + rows)
             h = hidden[part].to(work.dtype)
             tile = F.linear(h, student.weight, student.bias)
-            theirs = None
-            if taught is not None and teacher is not None:
-                theirs = F.linear(taught.hidden[part].to(taught.dtype), teacher.weight, teacher.bias)
+            theirs = _theirs(taught, teacher, part)
             some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary)
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
@@ -108,6 +108,15 @@ class _FusedHead(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = (rest[0] * scale).to(bias_dtype) if rest else None
         return grad_hidden * scale, (grad_weight * scale).to(weight_dtype), grad_bias, None
+
+
+def _theirs(taught: Taught | Sparse | None, head: Head | None, part: slice) -> Tensor | Sparse | None:
+    """Return the teacher's side of a chunk: its logits, or the entries of a cache."""
+    if isinstance(taught, Sparse):
+        return taught.rows(part)
+    if taught is None or head is None:
+        return None
+    return F.linear(taught.hidden[part].to(taught.dtype), head.weight, head.bias)
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
@@ -135,7 +144,7 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
 
 def head_loss(
     hidden: Tensor, head: Head, labels: Tensor, *, loss: Loss | None = None, dtype: torch.dtype = torch.float32,
-    vocabulary: int | None = None, taught: Taught | None = None, terms: Terms | None = None,
+    vocabulary: int | None = None, taught: Taught | Sparse | None = None, terms: Terms | None = None,
 ) -> tuple[Tensor, Sums]:  # fmt: skip
     """Compute the mean loss over the given tokens from hidden states, chunk by chunk.
 
@@ -147,15 +156,17 @@ def head_loss(
         dtype: Of the matmuls; losses and softmaxes are at least fp32.
         vocabulary: Tokens both models share; columns beyond it are padding of one of them and take no part.
             None: all of the student's.
-        taught: The teacher's side; None: plain cross-entropy, whatever `loss.ce_weight` says.
-        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere.
+        taught: The teacher's side: live, or from a cache ((N, K) entries of the same positions, forward KL only);
+            None: plain cross-entropy, whatever `loss.ce_weight` says.
+        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere and for a
+            cached teacher.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
     """
     work = _Work(
         labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.weight.shape[0], dtype=dtype, taught=taught,
-        terms=terms or default_terms(hidden.device),
+        terms=terms or (sparse_terms_in_place if isinstance(taught, Sparse) else default_terms(hidden.device)),
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]

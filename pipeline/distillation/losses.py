@@ -20,14 +20,26 @@ T^2 keeps the gradient's size comparable over temperatures. For each D the gradi
 The table is read by three paths that must agree: `terms` here (plain torch, any device), the Triton kernel
 (`triton_terms.py`), and float64 autograd over the definitions (the tests).
 
+A teacher read from a cache gives p by a few entries (`Sparse`). Forward KL is then cross-entropy less the entropy that
+the entries' distribution has, and with the T^2 of above
+
+    sampled entries    D = -sum_i p_i ln q_i - H                    T^2 dD/dz = T (q - p)
+    k largest, rest r  D = -sum_i p_i ln q_i - r ln rho - H         T^2 dD/dz = T (q - p) on the entries,
+                       rho = 1 - sum_i q_i (i over the entries)                 T q (1 - r / rho) elsewhere
+
+Sampled entries are counts over draws, E[p_i] is the teacher's probability, and D and its gradient are linear in p: both
+are unbiased. The k largest with the rest as one bucket are a coarser distribution: D is a lower bound of the KL
+(the log-sum inequality), and its gradient is biased; how the student spreads the rest costs it nothing.
+
 A token the teacher rules out (p = 0) costs nothing in the forward divergences and in jsd; in reverse_kl it costs
 infinitely much if the student allows it at all, as the definition says.
 Source: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2023, arXiv 2306.13649 (jsd); Ko et al. 2024,
-arXiv 2402.03898 (skewed).
+arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries against the k largest).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +84,33 @@ class Sums:
         return loss.ce_weight * self.ce + (1 - loss.ce_weight) * self.divergence
 
 
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """A teacher's distribution at the loss's temperature, by its entries.
+
+    Attributes:
+        ids: (N, K) int64, below the vocabulary; a row's entries differ, those of probability 0 (padding) apart.
+        probabilities: (N, K) fp32 or fp64.
+        entropy: (N,), nats: H above; it has no gradient.
+        residual: (N,) mass beside the entries, r above, where every row has K entries; None: the entries are all.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+    entropy: Tensor
+    residual: Tensor | None = None
+
+    def rows(self, part: slice) -> Sparse:
+        """Return the distributions of some tokens."""
+        residual = None if self.residual is None else self.residual[part]
+        return Sparse(self.ids[part], self.probabilities[part], self.entropy[part], residual)
+
+    def to(self, dtype: torch.dtype) -> Sparse:
+        """Return the same with its figures in `dtype`."""
+        residual = None if self.residual is None else self.residual.to(dtype)
+        return Sparse(self.ids, self.probabilities.to(dtype), self.entropy.to(dtype), residual)
+
+
 def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
     """Replace the student's logits by the gradient of the summed loss with respect to them; return the sums.
 
@@ -84,14 +123,42 @@ def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss
         vocabulary: Columns that both have; those beyond it get no gradient.
     """
     exact = torch.promote_types(student.dtype, torch.float32)
+
+    def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
+        taught = None if teacher is None else teacher[part, :vocabulary].to(exact)
+        return terms(logits, taught, labels[part], loss)
+
+    return _by_blocks(student, vocabulary, exact, block)
+
+
+def sparse_terms_in_place(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
+    """Do what `terms_in_place` does where the teacher is given by entries; forward KL only.
+
+    Args:
+        student: (N, V_s) logits, overwritten.
+        teacher: Of the same N tokens, at `loss.temperature`.
+        labels: (N,) indexes below `vocabulary`.
+        vocabulary: Columns that both have; those beyond it get no gradient.
+    """
+    exact = torch.promote_types(student.dtype, torch.float32)
+
+    def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
+        return sparse_terms(logits, teacher.rows(part).to(exact), labels[part], loss)
+
+    return _by_blocks(student, vocabulary, exact, block)
+
+
+def _by_blocks(
+    student: Tensor, vocabulary: int, exact: torch.dtype, block: Callable[[Tensor, slice], tuple[Sums, Tensor]]
+) -> Sums:
+    """Replace logits by their gradient, on a CPU a few rows at a time; sum up what `block` says of its rows."""
     ce, divergence = (torch.zeros((), dtype=exact, device=student.device) for _ in range(2))
     student[:, vocabulary:] = 0
-    rows = max(1, BLOCK_BYTES // (4 * vocabulary)) if student.device.type == "cpu" else max(1, len(labels))
-    for start in range(0, len(labels), rows):
+    rows = max(1, BLOCK_BYTES // (4 * vocabulary)) if student.device.type == "cpu" else max(1, len(student))
+    for start in range(0, len(student), rows):
         part = slice(start, start + rows)
-        taught = None if teacher is None else teacher[part, :vocabulary].to(exact)
         logits = student[part, :vocabulary]
-        sums, gradient = terms(logits.to(exact), taught, labels[part], loss)
+        sums, gradient = block(logits.to(exact), part)
         ce += sums.ce
         divergence += sums.divergence
         logits.copy_(gradient)
@@ -123,6 +190,48 @@ def terms(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss) -
         assert at_one is not None
         gradient += _hard(at_one, labels, weight)
     return Sums(ce, loss.temperature**2 * values), gradient
+
+
+def sparse_terms(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -> tuple[Sums, Tensor]:
+    """Return the sums and the gradient of the summed loss with respect to the student's logits.
+
+    Args:
+        student: (N, V) logits, fp32 or fp64.
+        teacher: Of the same tokens, at `loss.temperature`, in the same dtype.
+        labels: (N,) indexes.
+    """
+    assert loss.divergence is Divergence.forward_kl, "entries give no other divergence"
+    weight, temperature, ids = loss.ce_weight, loss.temperature, teacher.ids
+    z = student if temperature == 1 else student / temperature
+    of_q = _Softmax.of(z)
+    at_one = of_q if temperature == 1 else _Softmax.of(student)
+    ce = (at_one.log_sum - student.gather(1, labels[:, None])).sum()
+    p = teacher.probabilities
+    value = (p * _log_ratio(p, of_q.log_sum, z.gather(1, ids))).sum() - teacher.entropy.sum()
+    taught = (1 - weight) * temperature
+    scale, pull = torch.full_like(of_q.inverse, taught), -taught * p
+    if teacher.residual is not None:
+        more, share = _rest(of_q, ids, teacher.residual)
+        value = value + more
+        scale -= taught * share
+        pull += taught * share * of_q.shares.gather(1, ids) * of_q.inverse
+    if temperature == 1:  # one softmax serves both parts, in one pass
+        scale += weight
+    gradient = of_q.shares * (of_q.inverse * scale)
+    gradient.scatter_add_(1, ids, pull)
+    if temperature == 1:
+        gradient[torch.arange(len(labels), device=labels.device), labels] -= weight
+    elif weight > 0:
+        gradient += _hard(at_one, labels, weight)
+    return Sums(ce, temperature**2 * value), gradient
+
+
+def _rest(of_q: _Softmax, ids: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -sum(r ln rho) and r / rho, (N, 1); rho is summed up, since 1 - sum(q_i) would cancel."""
+    r = residual[:, None]
+    others = of_q.shares.scatter(1, ids, 0.0).sum(-1, keepdim=True)
+    rho = (others * of_q.inverse).clamp_min(torch.finfo(r.dtype).tiny)
+    return (r * _log_ratio(r, torch.zeros_like(r), rho.log())).sum(), r / rho
 
 
 @dataclass(frozen=True, slots=True)

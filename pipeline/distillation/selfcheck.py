@@ -40,19 +40,19 @@ def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> floa
     With g_ce and g_d the gradients of both weighted parts of the loss, |g_d| / (|g_d| + |g_ce|). Two backward passes;
     the gradients that were there are lost.
     """
-    teacher = objective.teacher
-    assert teacher is not None
-    weight, norms = teacher.loss.ce_weight, list[float]()
+    loss = objective.loss
+    assert loss is not None
+    norms = list[float]()
     try:
         for alone in (0.0, 1.0):  # the divergence, then the hard labels
-            objective.teacher = replace(teacher, loss=replace(teacher.loss, ce_weight=alone))
+            objective.loss = replace(loss, ce_weight=alone)
             objective.model.zero_grad(set_to_none=True)
             objective(batch).loss.backward()
             norms.append(_norm(objective.model))
     finally:
-        objective.teacher = teacher
+        objective.loss = loss
         objective.model.zero_grad(set_to_none=True)
-    taught, hard = (1 - weight) * norms[0], weight * norms[1]
+    taught, hard = (1 - loss.ce_weight) * norms[0], loss.ce_weight * norms[1]
     return taught / (taught + hard) if taught + hard else 0.0
 
 

@@ -221,11 +221,21 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
 
 def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
     """Return `same`, or how many times the arm's count the control was given where the two differ."""
-    rows = [finished_row(result, pair[side]) for side in ("base", "arm")]
-    given, meant = (row["ledger"]["counts"][name]["v"] if row else None for row in rows)
+    given, meant = (_counted(result, pair[side], name) for side in ("base", "arm"))
     if not given or not meant or abs(given / meant - 1) <= _SAME:
         return same
     return f"{significant(given / meant, 2)}x {other}"
+
+
+def _counted(result: Result, arm: str, name: str) -> float | None:
+    """Return a count of an arm's stage; its FLOPs with those of the capture that it reads, as a live teacher's are."""
+    row = finished_row(result, arm)
+    if row is None:
+        return None
+    read = [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
+    rows = [row, *(each for each in read if each is not None and each["type"] == "capture")]
+    counts = [each["ledger"]["counts"][name]["v"] for each in rows]
+    return None if None in counts else sum(counts)
 
 
 # -- no comparison, and what is missing --------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from pipeline.report.numbers import count, duration, num_bytes, percent, points,
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.view import (
-    NOT_RECORDED,
     SERVING_KEY,
     Footnotes,
     Pair,
@@ -26,6 +25,7 @@ from pipeline.report.view import (
     hours_word,
     is_finished,
     labels,
+    no_figure,
     on_gpu,
     primary_key,
     quality_direction,
@@ -128,7 +128,7 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
     time = lambda hours: duration(3600 * hours)
     hours = notes.show(hours_of(row, result), time)
     quality = row["quality"].get(primary_key(result))
-    form, absent = lambda v: significant(v, 4), row["why"] or NOT_RECORDED
+    form, absent = lambda v: significant(v, 4), no_figure(row)
     level = notes.show(quality, form, absent) + _bounds(quality, form)
     return [
         name,
@@ -166,6 +166,8 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
 def _weights(row: Row) -> Value | None:
     """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
     known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
+    if known is None and cost is None:
+        return {"v": None, "prov": "unavailable", "why_null": no_figure(row)}
     return cost if known is None and cost is not None and cost["v"] is None else known
 
 

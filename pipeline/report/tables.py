@@ -10,7 +10,6 @@ from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import PAIR_INTERVAL
 from pipeline.report.text import columns, one_line, pad, shorten, wrap
 from pipeline.report.view import (
-    NOT_RECORDED,
     SERVING_KEY,
     Footnotes,
     Pair,
@@ -21,6 +20,7 @@ from pipeline.report.view import (
     hours_word,
     is_finished,
     labels,
+    no_figure,
     primary_key,
     quality_direction,
     run_total,
@@ -89,7 +89,7 @@ def _quality(result: Result, notes: Footnotes) -> _Column:
     key = primary_key(result)
     head = "bits/byte" if key == "bits_per_byte" else key.replace("_", " ")
     form = lambda v: significant(v, 4)
-    cells = tuple(notes.show(row["quality"].get(key), form, row["why"] or NOT_RECORDED) for row in result["rows"])
+    cells = tuple(notes.show(row["quality"].get(key), form, no_figure(row)) for row in result["rows"])
     return _Column((head, *quality_direction(key).split()), cells)
 
 
@@ -97,9 +97,7 @@ def _serving(result: Result, notes: Footnotes) -> list[_Column]:
     known = (row["serving"].get(SERVING_KEY) for row in result["rows"])
     if all(value is None or value["v"] is None for value in known) and not saving_pairs(result, "serving"):
         return []
-    cells = tuple(
-        notes.show(row["serving"].get(SERVING_KEY), significant, row["why"] or NOT_RECORDED) for row in result["rows"]
-    )
+    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant, no_figure(row)) for row in result["rows"])
     symbol = BY_KEY[f"serving/{SERVING_KEY}"].unit
     return [_Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)]
 

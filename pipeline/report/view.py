@@ -19,6 +19,7 @@ Pair = dict[str, Any]
 
 SERVING_KEY = "device_s_per_1k_units"
 NOT_RECORDED = "not recorded"
+NO_MODEL = "a teacher cache is no model: it has no quality and serves nothing"
 _PRIMARY = ("bits_per_byte", "accuracy")
 _STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}
 
@@ -47,6 +48,13 @@ class Footnotes:
 def is_finished(row: Row) -> bool:
     """Tell whether this row has the stage's artifact; work of another run that this one assessed stands beside it."""
     return row["status"] == "FINISHED" and row["artifact"] is not None
+
+
+def no_figure(row: Row) -> str:
+    """Say why a row has no quality and no serving figures at all."""
+    if row["artifact"] is not None and row["artifact"]["kind"] == "teacher_cache":
+        return NO_MODEL
+    return row["why"] or NOT_RECORDED
 
 
 def status_word(row: Row) -> str:

@@ -71,6 +71,7 @@ class Context:
     out: Path  # an empty folder for the artifact
     checkpoints: Path  # of this stage's key; survives the process
     matched: Output | None  # of the stage named by `like`
+    matched_flops: float | None  # of that stage, with the capture of the cache that it reads
     points: Callable[[int, dict[str, float]], None]  # curves, by step
     history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step: goes into it
     checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk

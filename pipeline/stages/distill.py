@@ -3,8 +3,9 @@
 What it does: a divergence from the teacher's distribution at a temperature (forward KL unless said otherwise), times
 T squared, plus cross-entropy; the teacher is frozen (a hash of its parameters before and after proves it) and runs in
 its own precision. When it helps: for a student initialised from its teacher or served often; a live teacher costs more
-FLOPs per step than plain training, so read it against both controls of `recipe=distill`. Settings worth changing:
-ce_weight, temperature, divergence, steps.
+FLOPs per step than plain training, so read it against both controls of `recipe=distill`. With `cache` the teacher is
+not loaded at all: its predictions were captured by an earlier stage. Settings worth changing: ce_weight, temperature,
+divergence, steps.
 Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and theirs in `distillation/losses.py`.
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Optional
 
 from pipeline.config import Divergence, Precision, Run, fraction, positive
 from pipeline.errors import UserError
+from pipeline.stages.capture import CaptureStage, capture_temperature
 from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class DistillStage(TrainingOverrides):
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
+    cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
     insist: bool = False  # go on with a teacher that is no better than the student's start
 
     type: ClassVar[str] = "distill"
@@ -47,7 +50,8 @@ class DistillStage(TrainingOverrides):
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""
-        return list(dict.fromkeys([self.teacher, *reads_model(self.model, run)]))
+        cache = [] if self.cache is None else [self.cache]
+        return list(dict.fromkeys([self.teacher, *cache, *reads_model(self.model, run)]))
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
@@ -56,6 +60,7 @@ class DistillStage(TrainingOverrides):
             UserError: Naming the setting.
         """
         check_training(self, key, run)
+        self._check_cache(key, run)
         if self.mixture is None:
             return
         if self.divergence not in MIXTURES:
@@ -63,6 +68,30 @@ class DistillStage(TrainingOverrides):
             raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
         if not 0 < self.mixture < 1:
             raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
+
+    def _check_cache(self, key: str, run: Run) -> None:
+        if self.cache is None:
+            return
+        stage = run.stages.get(self.cache)
+        if not isinstance(stage, CaptureStage):
+            named = [name for name, each in run.stages.items() if isinstance(each, CaptureStage)]
+            remedy = f"name one of {', '.join(named)}" if named else "place a stage of type capture before it"
+            raise UserError(f"{key}.cache", f"{self.cache!r} is no capture stage", remedy)
+        if self.divergence is not Divergence.forward_kl:
+            problem = f"{self.divergence.value} needs the teacher's whole distribution, which a cache does not hold"
+            raise UserError(f"{key}.divergence", problem, "use forward_kl, or cache: null")
+        if self.teacher_precision is not None:
+            raise UserError(
+                f"{key}.teacher_precision", "has no effect with a cache", f"set stages.{self.cache}.precision"
+            )
+        if stage.teacher != self.teacher:
+            raise UserError(
+                f"{key}.cache", f"{self.cache} captures {stage.teacher}, not {self.teacher}", "name one teacher"
+            )
+        given = capture_temperature(stage, run) if stage.like in run.stages else self.temperature
+        if given != self.temperature:
+            problem = f"{self.temperature:g} is not the temperature of {self.cache} ({given:g})"
+            raise UserError(f"{key}.temperature", problem, "give both the same")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Distil and leave the student in `ctx.out`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from pipeline.config import Precision, Run, Schedule, TrainingConfig, at_least_0, fraction, positive
 from pipeline.errors import UserError
@@ -41,8 +41,11 @@ class TrainingOverrides:
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[bool] = None
 
+    type: ClassVar[str]
+    version: ClassVar[int]
 
-def _layers(stage: TrainingOverrides, run: Run) -> list[Any]:
+
+def _layers(stage: Any, run: Run) -> list[Any]:
     """Return where a setting is looked up, the stage itself first."""
     return [stage] if stage.like is None else [stage, run.stages[stage.like]]
 
@@ -57,8 +60,19 @@ def training_settings(stage: TrainingOverrides, run: Run) -> TrainingConfig:
     return TrainingConfig(**chosen)
 
 
-def training_precision(stage: TrainingOverrides, run: Run) -> Precision:
-    """Return the precision in force for `stage`."""
+def read_as(stage: Any, run: Run) -> TrainingConfig | None:
+    """Return the training settings that decide which batches a stage reads; None where it reads none.
+
+    A capture reads what the stage named by `like` will train on.
+    """
+    if isinstance(stage, TrainingOverrides):
+        return training_settings(stage, run)
+    like = run.stages.get(getattr(stage, "like", ""))
+    return training_settings(like, run) if isinstance(like, TrainingOverrides) else None
+
+
+def training_precision(stage: Any, run: Run) -> Precision:
+    """Return the precision in force for a stage that has `precision` and `like`."""
     named = [layer.precision for layer in _layers(stage, run) if layer.precision is not None]
     return named[0] if named else run.precision.name
 

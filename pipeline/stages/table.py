@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pipeline.stages.capture import CaptureStage
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
 
-Stage = TrainStage | DistillStage | QuantizeStage
-STAGES: dict[str, type[Stage]] = {"train": TrainStage, "distill": DistillStage, "quantize": QuantizeStage}
+Stage = TrainStage | CaptureStage | DistillStage | QuantizeStage
+STAGES: dict[str, type[Stage]] = {
+    "train": TrainStage, "capture": CaptureStage, "distill": DistillStage, "quantize": QuantizeStage,
+}  # fmt: skip

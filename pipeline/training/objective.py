@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
+from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Taught, head_loss
-from pipeline.distillation.losses import Loss, Sums, terms
+from pipeline.distillation.losses import Loss, Sparse, Sums, terms
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.precision import arithmetic, compute_dtype
 
+NOT_INPUTS = ("labels", "windows")  # of a batch: not what the model reads
 HEAD_TOLERANCE = 1e-3  # of fp32 logits against head(hidden); a soft cap or a logit scale is far beyond it
 
 
@@ -31,6 +33,14 @@ class Teacher:
     precision: Precision
     loss: Loss
     masked: bool = False  # whether packed documents are told apart by a mask: see `check_body`
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTeacher:
+    """What a teacher once said, and how its signal is mixed. Batches then name their rows: `windows`, (B,)."""
+
+    cache: TeacherCache
+    loss: Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +57,49 @@ class Objective:
 
     def __init__(
         self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
-        teacher: Teacher | None = None, *, masked: bool = False,
+        teacher: Teacher | CachedTeacher | None = None, *, masked: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.task, self.precision, self.masked = model, task, precision, masked
-        self.device, self.clock, self.teacher = device, clock, teacher
-        self.vocabulary = None if teacher is None else shared_vocabulary(model, teacher.model, task)
+        self.device, self.clock = device, clock
+        self.teacher = teacher if isinstance(teacher, Teacher) else None
+        self.cached = teacher if isinstance(teacher, CachedTeacher) else None
+        self.loss = None if teacher is None else teacher.loss
+        self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
+        if self.cached is not None:
+            self.vocabulary = self.cached.cache.vocabulary
 
     def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
         """Return the loss of `batch` (CPU tensors as the batches give them)."""
+        said = None
+        if self.cached is not None:
+            with self.clock.phase("data_wait"):
+                said = self.cached.cache.target(batch["windows"].tolist())
         with self.clock.phase("h2d"):
             labels = batch["labels"].flatten()
             keep = (labels != IGNORE).nonzero().flatten()  # on the host: no synchronisation later
-            on_device = {name: self._send(tensor) for name, tensor in batch.items()}
+            inputs = {name: self._send(tensor) for name, tensor in batch.items() if name not in NOT_INPUTS}
             keep_there, targets = self._send(keep), self._send(labels[keep])
-        inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
-        compute = self._causal if self.task is Task.causal_lm else self._classes
-        return compute(inputs, keep_there, targets)
+            said = self._send_said(said)
+        if self.task is Task.causal_lm:
+            assert not isinstance(said, Tensor)
+            return self._causal(inputs, keep_there, targets, said)
+        assert not isinstance(said, Sparse)
+        return self._classes(inputs, keep_there, targets, said)
+
+    def _send_said(self, said: Sparse | Tensor | None) -> Sparse | Tensor | None:
+        """Send what a cache holds of a batch."""
+        if not isinstance(said, Sparse):
+            return None if said is None else self._send(said)
+        residual = None if said.residual is None else self._send(said.residual)
+        return Sparse(self._send(said.ids), self._send(said.probabilities), self._send(said.entropy), residual)
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)  # out of pageable memory, a copy waits
 
-    def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
-        teacher, taught = self.teacher, None
+    def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None) -> StepLoss:
+        teacher, taught = self.teacher, said
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 hidden = hidden_states(teacher.model, inputs, masked=teacher.masked).flatten(0, 1)[keep]
@@ -79,18 +108,18 @@ class Objective:
             hidden = hidden_states(self.model, inputs, masked=self.masked).flatten(0, 1)[keep]
             loss, parts = head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
-                vocabulary=self.vocabulary, taught=taught, loss=None if teacher is None else teacher.loss,
+                vocabulary=self.vocabulary, taught=taught, loss=self.loss,
             )  # fmt: skip
         return StepLoss(loss, parts, len(targets))
 
-    def _classes(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
-        teacher, teacher_logits = self.teacher, None
+    def _classes(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None) -> StepLoss:
+        teacher, teacher_logits = self.teacher, said
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 teacher_logits = teacher.model(**inputs).logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             logits = self.model(**inputs).logits[keep]
-            weights = Loss() if teacher is None else teacher.loss
+            weights = self.loss or Loss()
             with torch.no_grad():
                 theirs = None if teacher_logits is None else teacher_logits.float()
                 sums, gradient = terms(logits.float(), theirs, targets, weights)

@@ -12,9 +12,11 @@ from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.encode import encode_all
+from pipeline.distillation.cache import TeacherCache, needed
+from pipeline.distillation.head import Head
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher, gradient_share
-from pipeline.errors import StageFailed
+from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
@@ -25,6 +27,7 @@ from pipeline.stages.settings import STUDENT_INIT, student_source, training_prec
 from pipeline.student import make_student
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
+    CachedTeacher,
     Objective,
     Teacher,
     check_body,
@@ -56,15 +59,21 @@ def run_training(
         with ctx.clock.phase("checkpoint"):
             save_model(model, tokenizer, ctx.out)
         return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
-    teacher = None if distill is None else _load_teacher(distill, inputs, tokenizer, ctx)
+    teacher = None
+    if distill is not None and distill.cache is None:
+        teacher = _load_teacher(distill, inputs, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
     with ctx.clock.phase("prepare"):
         masked = False
         if ctx.run.task is Task.causal_lm:
             masked = check_body(model, ctx.device)
             teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
-        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, teacher, masked=masked)
-        batches = _batches(model, tokenizer, settings, ctx)
+        batches = make_batches(model, tokenizer, settings, ctx)
+        signal = teacher
+        if distill is not None and distill.cache is not None:
+            signal = _open_cache(distill, distill.cache, inputs, batches, model, tokenizer, settings, ctx)
+            batches = Numbered(batches)
+        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, signal, masked=masked)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
@@ -94,7 +103,7 @@ def run_training(
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
     share = None
-    if teacher is not None:
+    if objective.loss is not None:
         with ctx.clock.phase("eval"):
             rows = settings.batch_size // settings.gradient_accumulation
             last = batches.batch(settings.steps - 1)
@@ -148,7 +157,7 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     settings = training_settings(stage, ctx.run)
     if not getattr(stage, "match_compute", False):
         return settings
-    flops = None if ctx.matched is None else ctx.matched.counts["model_flops"].v
+    flops = ctx.matched_flops
     per_step = None if ctx.matched is None else ctx.matched.flops_per_step
     if flops is None or per_step is None:
         raise StageFailed(f"{stage.like} counted no FLOPs to match")
@@ -173,12 +182,51 @@ def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
     precision = stage.teacher_precision or training_precision(stage, ctx.run)
+    return Teacher(model, precision, _loss(stage))
+
+
+def _loss(stage: DistillStage) -> Loss:
     mixture = MIXTURES.get(stage.divergence, 0.5) if stage.mixture is None else stage.mixture
-    loss = Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
-    return Teacher(model, precision, loss)
+    return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
 
 
-def _batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
+def _open_cache(
+    stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches, model: Any,
+    tokenizer: Any, settings: TrainingConfig, ctx: Context,
+) -> CachedTeacher:  # fmt: skip
+    """Open a teacher cache and have it prove that it was captured for this training.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    from pipeline.training.capture import expected
+
+    key = f"stages.{ctx.stage}.cache"
+    cache = TeacherCache(inputs[name].path, key)
+    wanted = expected(ctx.run.stages[name], batches, tokenizer, inputs[stage.teacher], ctx)
+    cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
+    outputs = (
+        model.config.num_labels if ctx.run.task is Task.sequence_classification else Head.of(model).weight.shape[0]
+    )
+    if outputs < cache.vocabulary:
+        problem = f"the cache speaks of {cache.vocabulary} tokens or classes, the student has {outputs}"
+        raise UserError(key, problem, "use a student of the teacher's family")
+    return CachedTeacher(cache, _loss(stage))
+
+
+class Numbered:
+    """Batches that say which windows they consist of: what a cache is asked by."""
+
+    def __init__(self, batches: PackedBatches | PaddedBatches) -> None:
+        self._batches = batches
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """Return the batch of a step with `windows`, (B,) int64."""
+        return {**self._batches.batch(step), "windows": torch.from_numpy(self._batches.rows(step).astype("int64"))}
+
+
+def make_batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
+    """Return what a training with these settings reads, as a pure function of the step."""
     encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     if ctx.run.task is Task.causal_lm:
