@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.config import ModelConfig, Run
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
-from pipeline.store import Artifact, Store, digest_folder, key_of
+from pipeline.store import Artifact, Store, digest_given, key_of
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -21,7 +21,7 @@ def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: Phase
     if run.model.path is not None:
         with clock.phase("prepare"):
             folder = _given(run.model.path, run.model)
-            digest, num_bytes = digest_folder(folder)
+            digest, num_bytes = digest_given(folder)
         return Artifact(folder.resolve(), "model", digest, num_bytes)
     return _tiny(run, data, seed, store, clock)
 

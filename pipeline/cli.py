@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from pipeline.errors import STOP_SIGNALS, BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
+from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
 from pipeline.recipes import Recipe, config_dir, find_recipes
+from pipeline.signals import on_stop_signal
 
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
@@ -78,8 +76,9 @@ def main(argv: list[str], *, started_ns: int) -> int:
         if "--help" in rest or "-h" in rest:
             print(HELP.format(recipes=_recipe_list(recipes)))
             return Exit.DONE
-        rest = _flags_first(rest)
-        _check_overrides(rest, recipes)
+        flags, settings = _apart(rest)
+        _check_overrides(flags, settings, recipes)
+        rest = [*flags, *settings]  # where Hydra's parser wants them
         return _compose_and_run(rest, recipes, started_ns, debug, command=shown_command(rest, recipe_dirs))
     except UserError as error:
         code = _refuse(error, debug)
@@ -105,8 +104,8 @@ def _take_recipe_dirs(argv: list[str]) -> tuple[list[Path], list[str]]:
     return folders, rest
 
 
-def _flags_first(args: list[str]) -> list[str]:
-    """Return flags with their values before all settings, where Hydra's parser wants them.
+def _apart(args: list[str]) -> tuple[list[str], list[str]]:
+    """Return flags, each followed by its value, and settings.
 
     Raises:
         Unparsable: If there is no such flag.
@@ -114,11 +113,14 @@ def _flags_first(args: list[str]) -> list[str]:
     unknown = next((arg for arg in args if arg.startswith("-") and arg.partition("=")[0] not in HYDRA_FLAGS), None)
     if unknown is not None:
         raise Unparsable(unknown, "there is no such flag", "--help and --hydra-help list them")
-    valued = {at for at, arg in enumerate(args) if at and args[at - 1] in TAKE_A_VALUE and "=" not in arg}
-    is_flag = [arg.startswith("-") or at in valued for at, arg in enumerate(args)]
-    return [arg for arg, first in zip(args, is_flag, strict=True) if first] + [
-        arg for arg, first in zip(args, is_flag, strict=True) if not first
-    ]
+    flags: list[str] = []
+    settings: list[str] = []
+    before = ""
+    for arg in args:
+        is_flag = arg.startswith("-") or (before in TAKE_A_VALUE and "=" not in arg)
+        (flags if is_flag else settings).append(arg)
+        before = arg
+    return flags, settings
 
 
 def _recipe_list(recipes: dict[str, Recipe]) -> str:
@@ -126,20 +128,19 @@ def _recipe_list(recipes: dict[str, Recipe]) -> str:
     return "\n".join(["Recipes:", *(f"  {name:<{width}}  {recipe.question}" for name, recipe in recipes.items())])
 
 
-def _check_overrides(args: list[str], recipes: dict[str, Recipe]) -> None:
-    named = [arg.partition("=")[2] for arg in args if arg.startswith("recipe=")]
+def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, Recipe]) -> None:
+    named = [arg.partition("=")[2] for arg in settings if arg.startswith("recipe=")]
     if any(not name.strip("'\" ") for name in named):
         raise UserError("recipe", "is empty", f"name one of {', '.join(recipes)}")
-    added = next((arg for arg in args if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
+    added = next((arg for arg in settings if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
     if added is not None:
         raise UserError(added.partition("=")[0], "a + adds a setting, and nothing reads added ones", "drop the +")
-    bare = next((arg for arg in args if "=" not in arg and not arg.startswith(("-", "+", "~"))), None)
-    following = {args[index + 1] for index, arg in enumerate(args[:-1]) if arg.startswith("-")}  # an option's value
-    if bare is not None and bare not in following:
+    bare = next((arg for arg in settings if "=" not in arg and not arg.startswith("~")), None)
+    if bare is not None:
         raise Unparsable(bare, "cannot be parsed", "write key=value")
-    inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in args)
+    inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in flags)
     if not named and not inspecting:
-        keys = [arg.partition("=")[0] for arg in args if not arg.startswith("-")]
+        keys = [arg.partition("=")[0] for arg in settings]
         misspelt = difflib.get_close_matches("recipe", keys, n=1, cutoff=0.6)
         if misspelt:
             raise UserError(misspelt[0], "there is no such setting", "did you mean recipe?")
@@ -188,7 +189,7 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
     try:
         if any(arg.startswith("-") for arg in args):  # multirun, --cfg and the like are Hydra's application's
             sys.argv = [sys.argv[0], *overrides]
-            with _stoppable():
+            with on_stop_signal(_stop_sweep):
                 hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
         else:  # composed once; the application would do it twice
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
@@ -218,19 +219,9 @@ class _SweepStopped(BaseException):
         self.code = code
 
 
-@contextmanager
-def _stoppable() -> Generator[None]:
+def _stop_sweep(_: int) -> None:
     """Have a scheduler's signal that comes between jobs, or while one opens, end the multirun as preempted."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise _SweepStopped(Exit.PREEMPTED)
-
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    raise _SweepStopped(Exit.PREEMPTED)
 
 
 def _badness(code: int) -> int:

@@ -18,7 +18,7 @@ from pipeline.compare.savings import Reading, Spend, Trained, combine_training, 
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
-from pipeline.metrics import DIRECTION, RELATIVE
+from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import past_spend
 from pipeline.stages.capture import CaptureStage
@@ -29,7 +29,6 @@ from pipeline.values import Value, derive, null
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
-PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
 PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
 Row = dict[str, Any]
 Rows = dict[str, Row]
@@ -206,7 +205,7 @@ def _unless_worse(training: dict[str, Any], quality: dict[str, Any], pair: Compa
     if training["v"] is None or quality["v"] is None:
         return training
     if quality["v"] >= -quality["margin"]:
-        open_still = quality["ci"][0] <= -quality["margin"]
+        open_still = quality["ci"] is None or quality["ci"][0] <= -quality["margin"]
         more = "; whether quality is equal on the test split is undecided" if open_still else ""
         return {**training, "rule": training["rule"] + more}
     shortfall = f"{-quality['v']:.3g} on the test split, margin {quality['margin']:g}"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from enum import IntEnum
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What schedulers send before they take a machine back; a run stops at its next step, with a checkpoint."""
 
 
 class Exit(IntEnum):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.config import Task
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -163,6 +165,8 @@ CATALOGUE: tuple[Metric, ...] = (
 
 BY_KEY = {metric.key: metric for metric in CATALOGUE}
 QUALITY_KEYS = tuple(metric.name for metric in CATALOGUE if metric.section == "quality" and metric.name != "primary")
+PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
+"""The quality that decides, by task."""
 RELATIVE = frozenset({"bits_per_byte", "perplexity"})
 """Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
 DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}

@@ -65,6 +65,23 @@ def resolve(path: str | Path, key: str) -> str:
     return str(Path(path).expanduser()) if _is_local(path) else str(path)
 
 
+def positions(config: Any) -> int | None:
+    """Return how many tokens of one sequence a model can tell apart, or None where its positions know no end."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_tokens(largest: int, size: int, key: str = "model.path") -> None:
+    """Refuse a token that a model of `size` embeddings cannot read.
+
+    Raises:
+        UserError: Naming the token.
+    """
+    if largest >= size:
+        problem = f"the tokenizer gives token {largest} but the model's embedding ends at {size - 1}"
+        raise UserError(key, problem, "use a model and the tokenizer that it was trained with")
+
+
 def auto_class(task: Task) -> Any:
     """Return the class of transformers that loads models for a task."""
     import transformers

@@ -123,9 +123,11 @@ def _check_budget(run: Run, root: Path, key: str) -> None:
         BudgetSpent: If so.
     """
     limit = run.budget.device_hours
-    for folder in (root / "runs").glob("*/") if limit is not None else ():
+    if limit is None:
+        return
+    for folder in (root / "runs").glob("*/"):
         spent = (_unfinished(folder, key) or {}).get("spent_device_hours", 0.0)
-        if limit is not None and spent >= limit:
+        if spent >= limit:
             raise BudgetSpent(
                 f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to go on"
             )

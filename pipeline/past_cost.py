@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.savings import Spend
-from pipeline.store import MANIFEST, digest_folder, read_json
+from pipeline.store import MANIFEST, digest_given, read_json
 
 
 def past_spend(arm: str, path: str | None, device: str) -> Spend:
@@ -38,7 +38,7 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
 
 def _why_not_charged(folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str) -> str | None:
     """Return why the hours that a model was registered with cannot be charged here, or None."""
-    if digest_folder(folder)[0] != manifest.get("digest"):
+    if digest_given(folder)[0] != manifest.get("digest"):
         return "existing model, changed since it was registered"
     known = registered["device"]["name"]
     if known != device:

@@ -121,24 +121,22 @@ def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Datase
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:
     """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for."""
     from pipeline.data.encode import encode_all
+    from pipeline.models import check_tokens
 
     length = run.training.sequence_length
     for documents in data.splits.values():
         read = encode_all(documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES)
         largest = max((int(row.input_ids.max()) for row in read), default=0)
-        size = config.get_text_config().vocab_size
-        if largest >= size:
-            problem = f"the tokenizer gives token {largest} but the model's embedding ends at {size - 1}"
-            raise UserError(key, problem, "use a model and the tokenizer that it was trained with")
+        check_tokens(largest, config.get_text_config().vocab_size, key)
 
 
 def _check_lengths(config: Any, run: Run) -> None:
     """Refuse sequences that are longer than what a model can tell apart."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return
+    from pipeline.models import positions
+
+    limit = positions(config)
     for key, length in _lengths(run):
-        if length > limit:
+        if limit is not None and length > limit:
             raise UserError(key, f"{length} tokens in one sequence, and the model has {limit} positions", "give less")
 
 

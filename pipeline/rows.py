@@ -73,7 +73,7 @@ def made_row(
 
 def reused_work(attempt: Attempt, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]) -> Row:
     """Return the row of work that another run did, where this one assesses what it made."""
-    why = "the work alone, of another run; its assessment is in the row below"
+    why = "the work alone, of another run; this one assessed what it made"
     unsaid = {**null(why).to_json(), "ci": None, "n": None, "items": None}
     spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), Output.from_json(made["output"])
     usage = Usage.from_json(made["usage"]) if "usage" in made else usage_unread(NEVER)

@@ -7,17 +7,15 @@ Then one comparison pass. Every interval lands in the journal before it lands an
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from pipeline.attempt import Attempt
 from pipeline.config import Run
-from pipeline.errors import STOP_SIGNALS, BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
+from pipeline.signals import on_stop_signal
 from pipeline.stages.settings import BASE
 from pipeline.store import MODEL
 
@@ -41,7 +39,11 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
         from pipeline.comparison import compare
     attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
-    with _signals(attempt):  # until all is written
+
+    def ask(number: int) -> None:  # the training loop, between steps
+        attempt.stop_signal = number
+
+    with on_stop_signal(ask):  # until all is written
         try:
             with heartbeat(attempt.journal):
                 _all_stages(attempt)
@@ -90,18 +92,3 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
         else:
             attempt.reuse(name, assessed, seed)
     attempt.take(name, made, assessed, seed)
-
-
-@contextmanager
-def _signals(attempt: Attempt) -> Generator[None]:
-    """Turn a scheduler's signals into a flag that the training loop asks for between steps."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        attempt.stop_signal = number
-
-    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -156,7 +156,7 @@ _COMPARISON: dict[str, Any] = {
                 margin={"type": "number"},
                 answer={"enum": ["better", "worse", "equal", "undecided"]},
                 n={"type": "integer"},
-                items_to_decide={"type": ["integer", "null"]},
+                items_to_decide={"type": ["integer", "null"]}, why_undecided={"type": "string"},
             ),
         },
         "training": {"oneOf": [{"type": "null"}, _interval_value(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def digest_folder(folder: Path) -> tuple[str, int]:
         whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
         total += path.stat().st_size
     return whole.hexdigest()[:32], total
+
+
+def digest_given(folder: Path) -> tuple[str, int]:
+    """Return `digest_folder` of a model that lies elsewhere, read once a process for as long as no file changes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _digest_as_seen(folder, tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _digest_as_seen(folder: Path, _: tuple[tuple[str, int, int], ...]) -> tuple[str, int]:
+    return digest_folder(folder)
 
 
 def key_of(**parts: Any) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import StudentConfig, Task
 from pipeline.errors import UserError
 from pipeline.models import auto_class, from_config, load_config, load_errors, load_model, load_tokenizer
-from pipeline.store import digest_folder
+from pipeline.store import digest_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,16 +81,11 @@ def student_identity(student: StudentConfig, source: Path | None) -> dict[str, A
     """
     if student.path is not None:
         folder = Path(student.path).expanduser()
-        return {"given": _digest(folder) if folder.is_dir() else [student.path, student.revision]}
+        return {"given": digest_given(folder)[0] if folder.is_dir() else [student.path, student.revision]}
     assert source is not None
     if student.config:
         return {"config": student.config}
     return {"layers": choose_layers(student.layers, layer_count(load_config(source, key="student.source")))}
-
-
-@cache
-def _digest(folder: Path) -> str:
-    return digest_folder(folder)[0]  # reads all weights, and every arm that starts from them asks
 
 
 def make_student(

@@ -152,6 +152,17 @@ def test_a_few_equal_examples_do_not_make_equal_classifiers() -> None:
     assert _compare("accuracy", many, many)["answer"] == "equal"
 
 
+def test_predictions_that_happen_to_agree_do_not_make_equal_classifiers() -> None:
+    """Resampling examples on which both arms predict the same has no spread; that they differ shows elsewhere."""
+    arm = {**_labels(1, n=24), "logprob": np.full(24, -0.2)}
+    base = {**arm, "logprob": np.full(24, -0.3)}
+    result = _compare("macro_f1", arm, base)
+    assert (result["v"], result["ci"], result["answer"]) == (0.0, None, "undecided")
+    assert "the same on all 24 documents" in result["why_undecided"]
+    same = _compare("macro_f1", arm, {name: column.copy() for name, column in arm.items()})
+    assert (same["ci"], same["answer"]) == ([0.0, 0.0], "equal")
+
+
 def test_too_few_documents_are_undecided_and_say_how_many_would_do() -> None:
     arm, base = _language(1, n=12, gain=0.2), _language(2, n=12)
     result = _compare("bits_per_byte", arm, base)
@@ -230,6 +241,18 @@ def test_seeds_that_disagree_or_are_too_small_decide_nothing() -> None:
     small = [_compare("bits_per_byte", _language(s, n=12, gain=0.2), _language(50 + s, n=12)) for s in range(3)]
     assert combine_seeds(small, is_share=False)["ci"][0] > 0
     assert combine_seeds(small, is_share=False)["answer"] == "undecided"
+
+
+def test_seeds_that_read_the_same_show_no_spread() -> None:
+    arm, base = _labels(1, n=60), _labels(1, n=60)
+    base["correct"] = np.roll(base["correct"], 1)  # as many right, of other examples
+    seed = _compare("accuracy", arm, base)
+    assert (seed["v"], seed["answer"]) == (0.0, "undecided")
+    combined = combine_seeds([seed, seed, seed], is_share=True)
+    assert (combined["v"], combined["ci"], combined["answer"]) == (0.0, None, "undecided")
+    assert "3 seeds read the same" in combined["why_undecided"]
+    equal = _compare("accuracy", _labels(1), _labels(1))
+    assert combine_seeds([equal, equal], is_share=True)["answer"] == "equal"
 
 
 def test_a_null_seed_makes_the_whole_null() -> None:

@@ -12,6 +12,7 @@ from make_result import ARMS, make_pair, make_quality, make_result, make_row, ma
 from pipeline.report.money import money_lines
 from pipeline.report.tables import closing_table
 from pipeline.report.text import columns
+from pipeline.report.view import labels
 from pipeline.schema import RESULT_SCHEMA
 
 
@@ -92,6 +93,17 @@ def test_a_reused_row_spends_nothing_and_keeps_its_figure() -> None:
     text = closing_table(result)
     assert "reused: reference 12.0 min (run abc123)" in text
     assert "spent 33.0 min, reused 12.0 min; run total 33.0 min = work 20.0 + assess 4.0" in text
+
+
+def test_work_of_another_run_stands_with_the_row_that_assessed_it() -> None:
+    work = {"status": "FINISHED", "artifact": None, "reused": "abc123", "why": "the work alone"}
+    arms = ("teacher", "control_compute")
+    rows = [row for arm in arms for row in (make_row(arm, **work), make_row(arm))]
+    result = make_result("distill", rows=rows)
+    table, below = closing_table(result).split("device-hours (1 CPU host)")
+    assert re.findall(r"^(teacher|control\S*) +(\S+) ", table, re.MULTILINE) == [(arm, "assessed") for arm in arms]
+    assert re.search(r"reused: teacher [\d.]+ min \(run abc123\), control_compute", below)
+    assert labels(rows) == ["teacher earlier", "teacher", "control_compute earlier", "control_compute"]
 
 
 def test_every_null_has_its_reason_below_and_each_reason_once() -> None:

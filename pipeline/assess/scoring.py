@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import Task
 from pipeline.errors import UserError
+from pipeline.models import check_tokens, positions
 
 if TYPE_CHECKING:
     import torch
@@ -298,18 +299,12 @@ def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> Non
     Raises:
         UserError: Naming the first such token and the size of the embedding.
     """
-    size = int(model.get_input_embeddings().num_embeddings)
-    beyond = max((int(row.max()) for row in rows if len(row)), default=0)
-    if max(beyond, pad_id) >= size:
-        raise UserError(
-            "model.path",
-            f"the tokenizer gives token {max(beyond, pad_id)} but the model's embedding ends at {size - 1}",
-            "use the tokenizer that the model was trained with",
-        )
+    largest = max((int(row.max()) for row in rows if len(row)), default=0)
+    check_tokens(max(largest, pad_id), int(model.get_input_embeddings().num_embeddings))
 
 
 def _check_positions(model: Any, longest: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model.config)
     if limit is not None and longest > limit:
         raise UserError(
             "quality.sequence_length",

@@ -23,6 +23,7 @@ from pipeline.assess.server import Reading, Server, load
 from pipeline.config import ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.models import positions
 from pipeline.values import Value, derive, measured, null
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]
     if not any(len(prompt) for prompt in prompts):
         raise UserError("data", "no test document gives a prompt to serve", "give a test split with text")
     check_vocabulary(server.model, prompts, 0)
-    limit = getattr(server.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(server.model.config)
     longest = load.prompt + (load.new if server.task is Task.causal_lm else 0)
     if limit is not None and longest > limit:
         raise UserError(

@@ -7,7 +7,8 @@ margin is a share), accuracies absolutely (`arm - base`, the margin is in accura
 - `equal`: the whole interval is within the margin on both sides, whichever side of 0 it lies on.
 - `better`: the whole interval is above 0.
 - `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not decided.
-- `undecided`: anything else, or fewer documents than an answer needs.
+- `undecided`: anything else, fewer documents than an answer needs, or an interval of no width: resampling documents
+  on which two different models happen to agree shows no spread, which is no proof that there is none.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def compare_items(
     Returns:
         A value with `ci` (two-sided 90%), `n` (documents paired), `margin`, `answer` and `items_to_decide`: the
         documents in all that would tell whether an undecided arm is worse than the margin; None where that is known.
-        Null where the arms cannot be compared.
+        `why_undecided` says why there is no interval. Null where the arms cannot be compared.
     """
     method = _methods(arm_items).get(key)
     if method is None:
@@ -239,7 +240,20 @@ def compare_items(
     if why is not None:
         return _null(why, num_paired, margin)
     interval = method.compare(arm, base, _Sampling(resamples, seed))
+    if interval.low == interval.high and _agree(arm, base, method.columns) and not _agree(arm, base, tuple(arm)):
+        why = f"both arms read the same on all {num_paired} documents, so that resampling them shows no spread"
+        return _without_interval(interval.estimate, num_paired, margin, why)
     return _compared(interval, num_paired, margin, min_documents)
+
+
+def _agree(arm: Items, base: Items, columns: Sequence[str]) -> bool:
+    """Tell whether the arms agree on every document; in all that is recorded, to the bit, they are one model."""
+    return all(np.array_equal(arm[name], base[name]) for name in columns if name in base)
+
+
+def _without_interval(estimate: float, n: int, margin: float, why: str) -> dict[str, Any]:
+    more = {"ci": None, "n": n, "margin": margin, "answer": "undecided", "items_to_decide": None}
+    return {**Value(estimate, Prov.DERIVED).to_json(), **more, "why_undecided": why}
 
 
 def _null(why: str, n: int, margin: float) -> dict[str, Any]:
@@ -284,6 +298,9 @@ def combine_seeds(
         num_null = sum(result["v"] is None for result in per_seed)
         return _null(f"{num_null} of {len(per_seed)} seeds: {mean.why_null}", len(per_seed), margin)
     interval = statistics.mean_interval([result["v"] for result in per_seed])
+    if is_share and interval.low == interval.high and not all(result["answer"] == "equal" for result in per_seed):
+        why = f"all {len(per_seed)} seeds read the same, which shows no spread"
+        return _without_interval(interval.estimate, len(per_seed), margin, why)
     interval = Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0)) if is_share else interval
     answer = answer_of(interval.low, interval.high, margin)
     if min(result["n"] for result in per_seed) < min_documents:

@@ -45,6 +45,10 @@ class Head:
         layer = model.get_output_embeddings()
         return Head(layer.weight, getattr(layer, "bias", None))
 
+    def to(self, dtype: torch.dtype) -> Head:
+        """Return the head in another arithmetic."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class Taught:
@@ -73,9 +77,9 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
         exact = torch.promote_types(work.dtype, torch.float32)
-        student = Head(weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
+        student = Head(weight, bias).to(work.dtype)
         taught = work.taught
-        teacher = _cast(taught.head, taught.dtype) if isinstance(taught, Taught) else None
+        teacher = taught.head.to(taught.dtype) if isinstance(taught, Taught) else None
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
         grad_hidden = torch.empty_like(hidden)
         # At least fp32, because rounding every chunk's share to 16 bits biases training.
@@ -117,10 +121,6 @@ def _theirs(taught: Taught | Sparse | None, head: Head | None, part: slice) -> T
     if taught is None or head is None:
         return None
     return F.linear(taught.hidden[part].to(taught.dtype), head.weight, head.bias)
-
-
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    return Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
 
 
 def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:

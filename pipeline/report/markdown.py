@@ -20,6 +20,7 @@ from pipeline.report.view import (
     Result,
     Row,
     Value,
+    arm_rows,
     device_words,
     hours_of,
     hours_word,
@@ -99,7 +100,7 @@ def _opening(result: Result) -> str:
 
 
 def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    key, rows = primary_key(result), result["rows"]
+    key, rows = primary_key(result), arm_rows(result)
     if not rows:
         return [_md(f"No stage was measured: the run ended {result['status']}: {result['why'] or 'no reason'}.")]
     use = ("compute/gpu_hours" if on_gpu(result) else "compute/device_hours", "compute/tokens", f"quality/{key}",
@@ -133,11 +134,19 @@ def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[st
     return [
         name,
         status_word(row),
-        f"spent 0, reused {hours}" if row["reused"] else hours,
+        _spent_and_reused(row, result, hours, notes),
         notes.show(row["ledger"]["counts"]["tokens"], count),
         level,
         notes.show(row["serving"].get(SERVING_KEY), significant, absent),
     ]
+
+
+def _spent_and_reused(row: Row, result: Result, hours: str, notes: Footnotes) -> str:
+    if row["reused"]:
+        return f"spent 0, reused {hours}"
+    if "work" not in row:
+        return hours
+    return f"{hours}, reused {notes.show(hours_of(row['work'], result), lambda h: duration(3600 * h))}"
 
 
 def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callable[[Row], Figure]]:
@@ -230,6 +239,7 @@ def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     figure = [key.replace("_", " "), notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
     more = f", about {needed} items would decide" if needed else ""
+    more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
     return [*figure, str(value.get("n", "")), margin, value.get("answer", "") + more]
 
 

@@ -85,7 +85,8 @@ def evidence(key: str, quality: Value) -> str:
     ending = f", margin {amount(key, quality['margin'])}" if "margin" in quality else ""
     if needed := quality.get("items_to_decide"):
         ending += f", {quality['n']} test documents where {count(needed)} might decide"
-    return f"quality {signed(key, quality['v'])}, {interval(quality, in_points=key not in RELATIVE)}{ending}"
+    spread = quality.get("why_undecided") or interval(quality, in_points=key not in RELATIVE)
+    return f"quality {signed(key, quality['v'])}, {spread}{ending}"
 
 
 def interval(value: Value, *, in_points: bool = False) -> str:

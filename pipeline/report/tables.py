@@ -15,6 +15,7 @@ from pipeline.report.view import (
     Pair,
     Result,
     Row,
+    arm_rows,
     device_words,
     hours_of,
     hours_word,
@@ -56,14 +57,14 @@ class _Column:
 
 def closing_table(result: Result) -> str:
     """Return the table of arms and what the run spent, in lines of at most 80 columns."""
-    rows, notes = result["rows"], Footnotes()
+    rows, notes = arm_rows(result), Footnotes()
     right = [
         _status(rows, notes),
-        _time(result, notes),
+        _time(result, rows, notes),
         _tokens(rows, notes),
-        _quality(result, notes),
-        *_serving(result, notes),
-        *_savings(result, notes),
+        _quality(result, rows, notes),
+        *_serving(result, rows, notes),
+        *_savings(result, rows, notes),
     ]
     table = _laid_out(labels(rows), right) if rows else ["(no stage was measured)"]
     return "\n".join([*table, *_below(result, notes)])
@@ -74,10 +75,10 @@ def _status(rows: list[Row], notes: Footnotes) -> _Column:
     return _Column(("status",), tuple(status_word(row) + why(row) for row in rows))
 
 
-def _time(result: Result, notes: Footnotes) -> _Column:
+def _time(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
     """What this invocation spent: a reused stage cost it nothing, and its own figure stands below the table."""
     form = lambda hours: duration(3600 * hours)
-    cells = ("spent 0" if row["reused"] else notes.show(hours_of(row, result), form) for row in result["rows"])
+    cells = ("spent 0" if row["reused"] else notes.show(hours_of(row, result), form) for row in rows)
     return _Column(tuple(hours_word(result).replace("-", "- ").split()), tuple(cells))
 
 
@@ -85,32 +86,32 @@ def _tokens(rows: list[Row], notes: Footnotes) -> _Column:
     return _Column(("tokens",), tuple(notes.show(row["ledger"]["counts"]["tokens"], count) for row in rows))
 
 
-def _quality(result: Result, notes: Footnotes) -> _Column:
+def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
     key = primary_key(result)
     head = "bits/byte" if key == "bits_per_byte" else key.replace("_", " ")
     form = lambda v: significant(v, 4)
-    cells = tuple(notes.show(row["quality"].get(key), form, no_figure(row)) for row in result["rows"])
+    cells = tuple(notes.show(row["quality"].get(key), form, no_figure(row)) for row in rows)
     return _Column((head, *quality_direction(key).split()), cells)
 
 
-def _serving(result: Result, notes: Footnotes) -> list[_Column]:
-    known = (row["serving"].get(SERVING_KEY) for row in result["rows"])
+def _serving(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
+    known = (row["serving"].get(SERVING_KEY) for row in rows)
     if all(value is None or value["v"] is None for value in known) and not saving_pairs(result, "serving"):
         return []
-    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant, no_figure(row)) for row in result["rows"])
+    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant, no_figure(row)) for row in rows)
     symbol = BY_KEY[f"serving/{SERVING_KEY}"].unit
     return [_Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)]
 
 
-def _savings(result: Result, notes: Footnotes) -> list[_Column]:
+def _savings(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
     """Return a column per kind of saving that any comparison was read on; arms it does not speak of stay blank."""
     found: list[_Column] = []
     for measure, head in _SAVED:
         pairs = saving_pairs(result, measure)
         if pairs:
-            cells = [""] * len(result["rows"])
+            cells = [""] * len(rows)
             for arm, pair in pairs.items():
-                cells[_first_row(result["rows"], arm)] = _saving(result, pair, measure, notes)
+                cells[_first_row(rows, arm)] = _saving(result, pair, measure, notes)
             found.append(_Column(("saved", head), tuple(cells)))
     return found
 

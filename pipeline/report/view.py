@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.metrics import BY_KEY, QUALITY_KEYS
+from pipeline.config import Task
+from pipeline.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
 from pipeline.report.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK, one_line
 from pipeline.stages.settings import BASE
@@ -20,7 +21,6 @@ Pair = dict[str, Any]
 SERVING_KEY = "device_s_per_1k_units"
 NOT_RECORDED = "not recorded"
 NO_MODEL = "a teacher cache is no model: it has no quality and serves nothing"
-_PRIMARY = ("bits_per_byte", "accuracy")
 _STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}
 
 
@@ -57,9 +57,29 @@ def no_figure(row: Row) -> str:
     return row["why"] or NOT_RECORDED
 
 
+def arm_rows(result: Result) -> list[Row]:
+    """Return the rows that a table of arms shows: work of another run stands with the row that assessed it here.
+
+    Such a row has the work's one as `work`; result.json keeps them apart, for each has hours of its own.
+    """
+    reused = {(row["arm"], row["seed"]): row for row in result["rows"] if row["reused"] and not row["artifact"]}
+    joined = {(row["arm"], row["seed"]) for row in result["rows"] if is_finished(row)} & set(reused)
+    rows = (row for row in result["rows"] if (row["arm"], row["seed"]) not in joined or not _is_work_alone(row))
+    return [
+        {**row, "work": reused[row["arm"], row["seed"]]}
+        if is_finished(row) and (row["arm"], row["seed"]) in joined
+        else row
+        for row in rows
+    ]
+
+
+def _is_work_alone(row: Row) -> bool:
+    return row["status"] == "FINISHED" and row["artifact"] is None
+
+
 def status_word(row: Row) -> str:
-    """Return `done`, `reused`, `skipped`, `FAILED` or `KILLED`."""
-    word: str = row["status"]
+    """Return `done`, `reused`, `assessed` (the work is another run's), `skipped`, `FAILED` or `KILLED`."""
+    word: str = "assessed" if "work" in row else row["status"]
     return "reused" if word == "FINISHED" and row["reused"] else _STATUS.get(word, word)
 
 
@@ -108,15 +128,19 @@ def served_seed(result: Result) -> int | None:
 
 
 def labels(rows: list[Row]) -> list[str]:
-    """Return a name per row: the arm, with seed and attempt only where they tell rows apart."""
+    """Return a name per row: the arm, with seed, run and attempt only where they tell rows apart."""
     many_seeds = len({row["seed"] for row in rows}) > 1
-    tries: dict[tuple[str, int], set[int]] = {}
+    runs: dict[tuple[str, int], set[str | None]] = {}
+    tries: dict[tuple[str, int, str | None], set[int]] = {}
     for row in rows:
-        tries.setdefault((row["arm"], row["seed"]), set()).add(row["attempt"])
+        arm, seed, run = row["arm"], row["seed"], row["reused"]
+        runs.setdefault((arm, seed), set()).add(run)
+        tries.setdefault((arm, seed, run), set()).add(row["attempt"])
     return [
         one_line(row["arm"])
         + (f" s{row['seed']}" if many_seeds else "")
-        + (f" #{row['attempt']}" if len(tries[row["arm"], row["seed"]]) > 1 else "")
+        + (" earlier" if row["reused"] and len(runs[row["arm"], row["seed"]]) > 1 else "")
+        + (f" #{row['attempt']}" if len(tries[row["arm"], row["seed"], row["reused"]]) > 1 else "")
         for row in rows
     ]
 
@@ -124,12 +148,12 @@ def labels(rows: list[Row]) -> list[str]:
 def primary_key(result: Result) -> str:
     """Return the quality that decides: bits per byte or accuracy, else the first that any row carries."""
     carried = {key for row in result["rows"] for key in row["quality"]}
-    return next((key for key in (*_PRIMARY, *QUALITY_KEYS) if key in carried), _PRIMARY[0])
+    return next((key for key in (*PRIMARY.values(), *QUALITY_KEYS) if key in carried), PRIMARY[Task.causal_lm])
 
 
 def primary_of(pair: Pair) -> str | None:
     """Return the key of the quality that a comparison is read on."""
-    return next((key for key in (*_PRIMARY, *QUALITY_KEYS) if key in pair["quality"]), None)
+    return next((key for key in (*PRIMARY.values(), *QUALITY_KEYS) if key in pair["quality"]), None)
 
 
 def quality_direction(key: str) -> str:

@@ -38,7 +38,7 @@ from pipeline.models import load_model, load_tokenizer
 from pipeline.stages.context import Output
 from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
-from pipeline.training.objective import check_body, hidden_states
+from pipeline.training.objective import check_body, document_mask, hidden_states
 from pipeline.training.precision import arithmetic, compute_dtype
 from pipeline.training.stage import make_batches
 from pipeline.values import estimated
@@ -61,6 +61,7 @@ class _Source:
     task: Task
     precision: Precision
     device: torch.device
+    masked: bool  # whether packed documents are told apart by a mask: see `check_body`
     windows: Windows
     codec: Codec
     seed: int
@@ -125,13 +126,12 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         model.requires_grad_(requires_grad=False)
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
-        if task is Task.causal_lm:
-            check_body(model, ctx.device)
+        masked = check_body(model, ctx.device) if task is Task.causal_lm else False
         windows = make_batches(model, tokenizer, settings, ctx)
         flops = count_flops(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
-    return _Source(model, task, precision, ctx.device, windows, codec, ctx.seed, flops), tokenizer
+    return _Source(model, task, precision, ctx.device, masked, windows, codec, ctx.seed, flops), tokenizer
 
 
 def _codec(stage: CaptureStage, model: Any, tokenizer: Any, ctx: Context) -> Codec:
@@ -270,7 +270,8 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
         logits = source.model(**inputs).logits[keep].float()
         chunks = [source.codec.of(logits, chance)]
     else:
-        hidden = hidden_states(source.model, inputs).flatten(0, 1)[keep]
+        mask = document_mask(inputs["position_ids"]) if source.masked else None
+        hidden = hidden_states(source.model, inputs, mask).flatten(0, 1)[keep]
         chunks = list(_by_chunks(source, hidden, chance))
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 
@@ -286,14 +287,14 @@ def _uniforms(source: _Source, rows: list[int], sizes: list[int]) -> np.ndarray:
 
 def _by_chunks(source: _Source, hidden: Tensor, chance: Tensor) -> Iterator[dict[str, Tensor]]:
     """Yield what is kept of each chunk of tokens; its logits are gone with it."""
-    head, dtype = Head.of(source.model), compute_dtype(source.precision)
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    dtype = compute_dtype(source.precision)
+    head = Head.of(source.model).to(dtype)
     budget = TILE_BYTES.get(source.device.type, TILE_BYTES["cpu"])
-    rows = max(1, budget // (LOGIT_BYTES * len(weight)))
+    rows = max(1, budget // (LOGIT_BYTES * len(head.weight)))
     with torch.autocast(source.device.type, enabled=False):
         for start in range(0, max(len(hidden), 1), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part].to(dtype), weight, bias)[:, : source.codec.vocabulary].float()
+            logits = F.linear(hidden[part].to(dtype), head.weight, head.bias)[:, : source.codec.vocabulary].float()
             yield source.codec.of(logits, chance[part])
 
 

@@ -100,12 +100,15 @@ class Objective:
 
     def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None) -> StepLoss:
         teacher, taught = self.teacher, said
+        with self.clock.phase("forward"):
+            wanted = self.masked or (teacher is not None and teacher.masked)
+            mask = document_mask(inputs["position_ids"]) if wanted else None  # one for both models
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                hidden = hidden_states(teacher.model, inputs, masked=teacher.masked).flatten(0, 1)[keep]
+                hidden = hidden_states(teacher.model, inputs, mask if teacher.masked else None).flatten(0, 1)[keep]
                 taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            hidden = hidden_states(self.model, inputs, masked=self.masked).flatten(0, 1)[keep]
+            hidden = hidden_states(self.model, inputs, mask if self.masked else None).flatten(0, 1)[keep]
             loss, parts = head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
                 vocabulary=self.vocabulary, taught=taught, loss=self.loss,
@@ -130,15 +133,15 @@ class Objective:
         return StepLoss(loss, sums, len(targets))
 
 
-def hidden_states(model: Any, inputs: dict[str, Tensor], *, masked: bool = False) -> Tensor:
+def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
     """Return the hidden states that the output head reads, (B, T, H).
 
     Args:
         inputs: `input_ids` and `position_ids`, (B, T); positions begin anew with every document.
-        masked: Whether to hand the model a mask of the documents. Without one, transformers finds them in the
-            positions, and reads on the host whether there are several: every step would wait for the device.
+        mask: Their `document_mask`. Without one, transformers finds the documents in the positions, and reads on the
+            host whether there are several: every step would wait for the device.
     """
-    more = {"attention_mask": document_mask(inputs["position_ids"])} if masked else {}
+    more = {} if mask is None else {"attention_mask": mask}
     return model.base_model(**inputs, **more, use_cache=False).last_hidden_state
 
 
@@ -194,7 +197,7 @@ def _sees_all(config: Any) -> bool:
 
 def _takes_mask(model: Any, pair: dict[str, Tensor], wanted: Tensor, near: Tensor) -> bool:
     try:
-        found = hidden_states(model, pair, masked=True)
+        found = hidden_states(model, pair, document_mask(pair["position_ids"]))
     except (RuntimeError, TypeError, ValueError):  # a mask of another shape or type is wanted
         return False
     return bool((found - wanted).abs().max() <= near)

@@ -20,6 +20,7 @@ from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
+from pipeline.metrics import PRIMARY
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import MIXTURES, DistillStage
@@ -80,10 +81,7 @@ def run_training(
         doubt = suspicion(own, model, ctx.run.task, settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
     if teacher is not None and distill is not None and not distill.insist:
-        with ctx.clock.phase("eval"):
-            theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
-            metric = "bits_per_byte" if ctx.run.task is Task.causal_lm else "accuracy"
-            check_teacher(f"stages.{ctx.stage}", metric, theirs, validate())
+        _check_teacher(teacher, tokenizer, settings, validate, ctx)
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
@@ -102,18 +100,30 @@ def run_training(
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
-    share = None
-    if objective.loss is not None:
-        with ctx.clock.phase("eval"):
-            rows = settings.batch_size // settings.gradient_accumulation
-            last = batches.batch(settings.steps - 1)
-            share = gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
+    share = None if objective.loss is None else _gradient_share(objective, batches, settings, ctx)
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
     output = _output(progress, own, extra, settings, distill, objective, doubt, share)
     return replace(output, gpu_timeline=timeline)
+
+
+def _check_teacher(
+    teacher: Teacher, tokenizer: Any, settings: TrainingConfig, student: Callable[[], float], ctx: Context
+) -> None:
+    """Refuse a teacher that knows no more than the student, which has not been trained yet."""
+    with ctx.clock.phase("eval"):
+        theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
+        check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, student())
+
+
+def _gradient_share(objective: Objective, batches: Any, settings: TrainingConfig, ctx: Context) -> float:
+    """Return the teacher's share of the gradient on the last micro-batch."""
+    with ctx.clock.phase("eval"):
+        rows = settings.batch_size // settings.gradient_accumulation
+        last = batches.batch(settings.steps - 1)
+        return gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
 
 
 def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:
