@@ -59,6 +59,15 @@ class Divergence(Enum):
     skewed_reverse_kl = "skewed_reverse_kl"
 
 
+class HeadKernel(Enum):
+    """What computes the distillation head (defined in `distillation/kernels.py`)."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+    liger = "liger"
+
+
 class CaptureMethod(Enum):
     """What a teacher cache keeps of each distribution (defined in `distillation/sparse.py`)."""
 

@@ -62,6 +62,20 @@ def check_precisions(run: Run, device: Any) -> None:
             raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
 
 
+def check_heads(run: Run, device: Any) -> None:
+    """Refuse a kernel of the distillation head that cannot run here.
+
+    Raises:
+        UserError: Naming the stage's setting.
+    """
+    from pipeline.distillation.kernels import why_not
+
+    for name, stage in run.stages.items():
+        reason = why_not(stage.head, device) if hasattr(stage, "head") else None
+        if reason is not None:
+            raise UserError(f"stages.{name}.head", reason, "leave it auto")
+
+
 def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> None:
     """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
 

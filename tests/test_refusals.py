@@ -267,6 +267,7 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
         ("student.config={num_hidden_layers:0}", "student.config.num_hidden_layers: 0 is no number of layers"),
         ("serving.load.prompt=4096", "serving.load.prompt: 4112 tokens in one sequence, and the model has 2048"),
         ("stages.student.mixture=0.3", "stages.student.mixture: forward_kl mixes nothing; drop it, or use jsd"),
+        ("stages.student.head=triton", "stages.student.head: the Triton kernel needs a CUDA device"),
         ("quality.sequence_length=4096", "quality.sequence_length: 4096 tokens in one sequence"),
         ("stages.teacher.sequence_length=4096", "stages.teacher.sequence_length: 4096 tokens in one sequence"),
     ],

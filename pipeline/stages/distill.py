@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Optional
 
-from pipeline.config import Divergence, Precision, Run, fraction, positive
+from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, fraction, positive
 from pipeline.errors import UserError
 from pipeline.stages.capture import CaptureStage, capture_temperature
 from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model
@@ -42,6 +42,7 @@ class DistillStage(TrainingOverrides):
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
+    head: HeadKernel = HeadKernel.auto  # what computes the head; auto: on CUDA the fastest of those that are right
     cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
     insist: bool = False  # go on with a teacher that is no better than the student's start
 
@@ -61,6 +62,7 @@ class DistillStage(TrainingOverrides):
         """
         check_training(self, key, run)
         self._check_cache(key, run)
+        self._check_head(key, run)
         if self.mixture is None:
             return
         if self.divergence not in MIXTURES:
@@ -68,6 +70,17 @@ class DistillStage(TrainingOverrides):
             raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
         if not 0 < self.mixture < 1:
             raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
+
+    def _check_head(self, key: str, run: Run) -> None:
+        name = f"{key}.head"
+        if self.head is HeadKernel.auto:
+            return
+        if run.task is not Task.causal_lm:
+            raise UserError(name, "has no effect: the logits of a few classes need no fused head", "leave it auto")
+        if self.cache is not None and self.head is not HeadKernel.torch:
+            raise UserError(name, f"{self.head.value} does not read a cache", "use auto or torch")
+        if self.head is HeadKernel.liger and self.divergence in (Divergence.skewed_kl, Divergence.skewed_reverse_kl):
+            raise UserError(name, f"Liger has no {self.divergence.value}", "use auto, or another divergence")
 
     def _check_cache(self, key: str, run: Run) -> None:
         if self.cache is None:

@@ -16,6 +16,7 @@ from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
 from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -64,6 +65,7 @@ class Objective:
         self.teacher = teacher if isinstance(teacher, Teacher) else None
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         self.loss = None if teacher is None else teacher.loss
+        self.head_loss: HeadLoss = head_loss
         self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
         if self.cached is not None:
             self.vocabulary = self.cached.cache.vocabulary
@@ -109,7 +111,7 @@ class Objective:
                 taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             hidden = hidden_states(self.model, inputs, mask if self.masked else None).flatten(0, 1)[keep]
-            loss, parts = head_loss(
+            loss, parts = self.head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
                 vocabulary=self.vocabulary, taught=taught, loss=self.loss,
             )  # fmt: skip

@@ -26,6 +26,7 @@ from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
 from pipeline.student import make_student
+from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
     CachedTeacher,
@@ -82,6 +83,9 @@ def run_training(
         frozen = None if teacher is None else parameter_hash(teacher.model)
     if teacher is not None and distill is not None and not distill.insist:
         _check_teacher(teacher, tokenizer, settings, validate, ctx)
+    head = (
+        None if distill is None else choose_head(f"stages.{ctx.stage}.head", distill.head, objective, batches, settings)
+    )
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
@@ -106,6 +110,7 @@ def run_training(
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
     output = _output(progress, own, extra, settings, distill, objective, doubt, share)
+    output = output if head is None else replace(output, notes=(*output.notes, f"{ctx.stage}: {head}"))
     return replace(output, gpu_timeline=timeline)
 
 

@@ -1,0 +1,80 @@
+"""Which kernel computes a stage's head: the one that is named, or on CUDA the fastest of those that are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.config import Divergence, HeadKernel, Task, TrainingConfig
+from pipeline.distillation.head import Head, Taught
+from pipeline.distillation.kernels import fastest, in_words, kernel_of, why_not
+from pipeline.errors import UserError
+from pipeline.training.objective import Objective
+
+SKEWED = (Divergence.skewed_kl, Divergence.skewed_reverse_kl)
+
+
+def choose_head(
+    key: str, wanted: HeadKernel, objective: Objective, batches: Any, settings: TrainingConfig
+) -> str | None:
+    """Have `objective` use a kernel; return what a probe found where there was a choice.
+
+    `auto` probes on CUDA only: elsewhere Liger's chunked loss, the one other kernel, has never been the faster one
+    (benchmarks/distillation_head.py), and a run would pay for finding that out again.
+
+    Args:
+        key: Of the setting, for who must change it.
+
+    Raises:
+        UserError: If Liger is wanted for models of two vocabularies.
+    """
+    if objective.task is not Task.causal_lm or objective.teacher is None:
+        return None
+    sizes = [Head.of(model).weight.shape[0] for model in (objective.model, objective.teacher.model)]
+    if wanted is HeadKernel.liger and sizes[0] != sizes[1]:
+        raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", "use auto or torch")
+    if wanted is not HeadKernel.auto:
+        objective.head_loss = kernel_of(wanted)
+        return None
+    if objective.device.type != "cuda":
+        return None
+    return probe_heads(objective, batches, settings)
+
+
+def probe_heads(objective: Objective, batches: Any, settings: TrainingConfig) -> str:
+    """Time the kernels that are there on the first micro-batch and take the fastest; return what was found."""
+    with objective.clock.phase("search"):
+        asked = _asked_of_head(objective, batches, settings)
+        kernels = {
+            name: kernel_of(name)
+            for name in (HeadKernel.torch, HeadKernel.triton, HeadKernel.liger)
+            if why_not(name, objective.device) is None and not (name is HeadKernel.liger and _is_skewed(objective))
+        }
+        chosen, found = fastest(kernels, *asked[0], **asked[1])
+        objective.head_loss = kernels[chosen]
+    return in_words(chosen, found)
+
+
+def _is_skewed(objective: Objective) -> bool:
+    return objective.loss is not None and objective.loss.divergence in SKEWED
+
+
+def _asked_of_head(objective: Objective, batches: Any, settings: TrainingConfig) -> tuple[Any, dict[str, Any]]:
+    """Return what the objective asks of its head on the first micro-batch; no generator and no weight changes."""
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    usual = objective.head_loss
+
+    def noting(*inputs: Any, **settings: Any) -> Any:
+        asked.append((inputs, settings))
+        return usual(*inputs, **settings)
+
+    rows = settings.batch_size // settings.gradient_accumulation
+    batch = {name: tensor[:rows] for name, tensor in batches.batch(0).items()}
+    objective.head_loss = noting
+    with torch.random.fork_rng(), torch.no_grad():
+        objective(batch)
+    objective.head_loss = usual
+    (hidden, head, labels), more = asked[0]
+    assert isinstance(more["taught"], Taught)
+    return (hidden.detach(), head, labels), more
