@@ -32,7 +32,7 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
         return Spend(arm=arm, flops=0.0, existing=True, unknown=why)
     return Spend(
         arm=arm, work_h=registered["work_device_hours"], retry_h=registered["retry_device_hours"],
-        flops=registered["model_flops"], registered=True,
+        flops=registered["model_flops"], registered=registered["run_id"],
     )  # fmt: skip
 
 

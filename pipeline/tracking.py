@@ -178,7 +178,7 @@ class _Delivery:
         for group in _points(events):
             self._curve(self._child(group[0]), group)
         handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
-                    "serving": self._serving, "comparisons": self._comparisons, "run_end": self._run_end}  # fmt: skip
+                    "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons, "run_end": self._run_end}  # fmt: skip
         for event in events:
             if event["e"] in handlers:
                 handlers[event["e"]](event)
@@ -237,6 +237,10 @@ class _Delivery:
             self.parent,
             {**event.get("environment", {}), **event["tags"], **_owner(event), "question": event["question"]},
         )
+
+    def _devices(self, event: dict[str, Any]) -> None:
+        """Say what a metered command runs on while no row does."""
+        self._tags(self.parent, {"device": event["used"]["name"]})
 
     def _stage_start(self, event: dict[str, Any]) -> None:
         self._settings(self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]})

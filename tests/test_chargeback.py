@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_result import make_row, make_run, make_unfinished, value
+from make_result import make_row, make_run, make_unfinished, null, value
 from mlflow import MlflowClient
 
 from pipeline import tracking
@@ -199,12 +199,54 @@ def test_a_living_run_is_noted_once_a_minute_and_with_every_row(root: Path) -> N
     assert told == pytest.approx([0, 61, 62], abs=1e-3)
 
 
+def test_a_meter_that_was_killed_is_charged_on_the_devices_it_saw(root: Path) -> None:
+    """It has no row yet: device model and count are what it noted down when the command appeared on them."""
+    folder = write_run(root, "killed", [], ended=False, device="", alive=True)
+    journal = Journal(folder / "journal.jsonl")
+    used = {"kind": "cuda", "name": "NVIDIA H200", "ids": ["GPU-1", "GPU-2"]}
+    journal.write("devices", used=used, t=NOON, mono_ns=round(2 * HOUR * 1e9))
+    journal.close()
+    deliver(folder)
+    group = next(line for line in report(root) if line["kind"] == "group")
+    assert (group["device"], float(group["device_hours"])) == ("NVIDIA H200", pytest.approx(4))
+
+
 def test_runs_inside_a_metered_run_are_its_own_seconds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(root, "outer", [a_row()], minutes=(0, 3))
     write_run(root, "inner", [a_row()], tags={"nested_in": "outer"})
     write_run(root, "lone", [a_row()], tags={"nested_in": "of another store"}, minutes=(0, 0))
     assert hours(report(root), "vision") == pytest.approx((25 + 22) / 60)
     assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
+
+
+def silent_row(**more: Any) -> dict[str, Any]:
+    """Return the row of a metered program that reports no phases."""
+    row = a_row("baseline", **more)
+    unknown = null("the program reports no phases")
+    row["ledger"]["device_hours"] |= dict.fromkeys(("productive", "support", "wasted"), unknown) | {"wasted_by": {}}
+    return row
+
+
+def test_what_tells_no_waste_has_none_rather_than_zero(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The meter's own seconds, which do tell, do not speak for the program's."""
+    write_run(root, "silent", [silent_row()], minutes=(0, 3))
+    (group, total) = report(root)
+    for line in (group, total):
+        assert (line["wasted_device_hours"], line["waste_share"]) == ("", "")
+        assert float(line["waste_unknown_device_hours"]) == pytest.approx(float(line["device_hours"]))
+    assert "do not tell waste" in capsys.readouterr().out
+
+
+def test_a_metered_program_s_waste_is_what_the_runs_inside_it_tell(root: Path) -> None:
+    inner, outer = a_row("control_steps"), silent_row()
+    write_run(root, "outer", [outer], minutes=(0, 0))
+    write_run(root, "inner", [inner], tags={"nested_in": "outer"}, minutes=(0, 0))
+    inner_h, outer_h = (row["ledger"]["device_hours"]["attached"]["v"] for row in (inner, outer))
+    wasted_h = inner["ledger"]["device_hours"]["wasted"]["v"]
+    (group, _) = report(root)
+    assert float(group["wasted_device_hours"]) == pytest.approx(wasted_h)
+    assert float(group["waste_unknown_device_hours"]) == pytest.approx(outer_h - inner_h)
+    assert float(group["waste_share"]) == pytest.approx(wasted_h / inner_h)
 
 
 def test_a_recipe_under_a_meter_is_charged_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def test_an_existing_model_in_one_chain_leaves_only_new_spending() -> None:
 
 def test_a_registered_model_cancels_where_both_chains_have_it_and_is_charged_where_one_has() -> None:
     """Registering the base of two arms makes neither cheaper; against one made from scratch its hours count."""
-    registered = {**SPENDS, "base": Spend(arm="base", work_h=100.0, flops=0.0, registered=True)}
+    registered = {**SPENDS, "base": Spend(arm="base", work_h=100.0, flops=0.0, registered="run-1")}
     both = Trained(arm="student", final=2.0), Trained(arm="control", final=2.0)
     saving = _save(*both, spends=registered)
     assert saving["v"] == _save(*both)["v"] == pytest.approx(0.3)
@@ -158,6 +158,24 @@ def test_a_registered_model_cancels_where_both_chains_have_it_and_is_charged_whe
     alone = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=registered)
     assert alone["v"] == pytest.approx(1 - 107 / 20)
     assert "cancels" not in alone["rule"]
+
+
+def test_a_run_that_two_models_are_registered_with_counts_once() -> None:
+    """Teacher and given student came out of one metered run; the same run cancels under whatever name it is met."""
+    past = {"work_h": 100.0, "flops": 5.0, "registered": "run-1"}
+    spends = {
+        "base": Spend(arm="base", **past), "student_init": Spend(arm="student_init", **past),
+        "student": Spend(arm="student", depends_on=("base", "student_init"), work_h=7.0, flops=1.0),
+        "tuned": Spend(arm="tuned", depends_on=("base",), work_h=10.0, flops=1.0),
+        "scratch": Spend(arm="scratch", work_h=200.0, flops=9.0),
+    }  # fmt: skip
+    assert c_total("student", spends).v == pytest.approx(107)
+    alone = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=spends)
+    assert (alone["v"], alone["algorithmic"]["v"]) == (pytest.approx(1 - 107 / 200), pytest.approx(1 - 6 / 9))
+    assert "base, student_init are registered with one run (run-1), which counts once" in alone["rule"]
+    both = _save(Trained(arm="student", final=2.0), Trained(arm="tuned", final=2.0), spends=spends)
+    assert both["v"] == pytest.approx(0.3)
+    assert both["c_opt"]["v"] == pytest.approx(-3)
 
 
 def test_a_base_that_cost_nothing_has_no_share() -> None:

@@ -42,7 +42,7 @@ class Spend:
         existing: True for a model that was there before: what it once cost is unknown. `work_h` is then what handling
             it took here, if anything.
         unknown: Why it is, as the null says it.
-        registered: True for a model that was there before, with what it cost: `work_h`.
+        registered: The run that a model which was there before is registered with: it cost `work_h`.
     """
 
     arm: str
@@ -52,7 +52,7 @@ class Spend:
     flops: float | None = None
     existing: bool = False
     unknown: str = "existing model"
-    registered: bool = False
+    registered: str | None = None
 
 
 Spends = Mapping[str, Spend]
@@ -103,8 +103,19 @@ def all_in(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Valu
     return _over_chain(arm, spends, cancelled, lambda spend: spend.work_h + spend.retry_h)
 
 
+def _counted(arm: str, spends: Spends, cancelled: Collection[str]) -> list[Spend]:
+    """Return what a chain is charged with: a run that two of its models are registered with, once."""
+    by_run = {_past(spends[name]): spends[name] for name in reversed(chain(arm, spends)) if name not in cancelled}
+    return list(reversed(by_run.values()))
+
+
+def _past(spend: Spend) -> tuple[str, str]:
+    """Return whose cost an arm's is: its own, or that of the run which it is registered with."""
+    return ("arm", spend.arm) if spend.registered is None else ("run", spend.registered)
+
+
 def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
-    counted = [spends[name] for name in chain(arm, spends) if name not in cancelled]
+    counted = _counted(arm, spends, cancelled)
     existing = [spend for spend in counted if spend.existing]
     if existing:
         arms = {why: ", ".join(s.arm for s in existing if s.unknown == why) for why in (s.unknown for s in existing)}
@@ -117,7 +128,7 @@ def c_opt(arm: str, base: str, spends: Spends) -> Value:
 
     Null where an existing model is in one of the chains only.
     """
-    of_arm, of_base = set(chain(arm, spends)), set(chain(base, spends))
+    of_arm, of_base = (_also(name, other, spends) for name, other in ((arm, base), (base, arm)))
     return derive(
         lambda extra, saved: extra - saved,
         c_total(arm, spends, cancelled=of_base),
@@ -125,10 +136,27 @@ def c_opt(arm: str, base: str, spends: Spends) -> Value:
     )
 
 
+def _also(arm: str, other: str, spends: Spends) -> set[str]:
+    """Return the arms of either chain whose cost `arm`'s chain holds."""
+    own = {_past(spends[name]) for name in chain(arm, spends)}
+    return {name for name in (*chain(arm, spends), *chain(other, spends)) if _past(spends[name]) in own}
+
+
 def shared_past(arm: str, base: str, spends: Spends) -> list[str]:
-    """Return the models that were there before and that both chains hold: their past cost cancels."""
-    both = [spends[name] for name in chain(arm, spends) if name in set(chain(base, spends))]
-    return [spend.arm for spend in both if spend.existing or spend.registered]
+    """Return the models that were there before and whose past both chains hold: it cancels."""
+    both = _also(arm, base, spends) & _also(base, arm, spends)
+    names = dict.fromkeys((*chain(arm, spends), *chain(base, spends)))
+    return [name for name in names if name in both and (spends[name].existing or spends[name].registered)]
+
+
+def registered_twice(arm: str, spends: Spends) -> dict[str, list[str]]:
+    """Return the runs that several models of a chain are registered with, and these models."""
+    by_run: dict[str, list[str]] = {}
+    for name in chain(arm, spends):
+        run = spends[name].registered
+        if run is not None:
+            by_run.setdefault(run, []).append(name)
+    return {run: names for run, names in by_run.items() if len(names) > 1}
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -325,7 +353,7 @@ def _ratio(hours: Value, flops: Value) -> Value:
 
 def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
     """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are unknown."""
-    counted = [spends[name] for name in chain(arm, spends) if name not in cancelled]
+    counted = _counted(arm, spends, cancelled)
     unknown = [spend.arm for spend in counted if spend.flops is None]
     if unknown:
         return null(f"FLOPs not counted: {', '.join(unknown)}")
@@ -354,6 +382,9 @@ def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Tra
         kinds = {name: "existing" if spends[name].existing else "registered" for name in cancelled}
         named = ", ".join(f"{name} ({kind} model)" for name, kind in kinds.items())
         rule = f"{rule}; {named} is in both chains and cancels"
+    twice = {**registered_twice(arm.arm, spends), **registered_twice(base.arm, spends)}
+    for run, names in twice.items():
+        rule = f"{rule}; {', '.join(names)} are registered with one run ({run}), which counts once"
     more = {
         "c_opt": c_opt(arm.arm, base.arm, spends),
         "all_in_arm": all_in(arm.arm, spends, cancelled=cancelled),

@@ -116,7 +116,8 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
     owner = {**_owner(tags), "model_name": params.get("model.name"), "recipe": start["recipe"]}
     ends = [event for event in events if event["e"] == "run_end"]
     totals = ends[-1]["run"] if run is None and has_ended(events) else run
-    device, currency = start.get("environment", {}).get("device"), params.get("cost.currency")
+    seen = [event["used"]["name"] for event in events if event["e"] == "devices"]
+    device, currency = (seen or [start.get("environment", {}).get("device")])[-1], params.get("cost.currency")
     rows = {_label(event["row"]): event for event in events if event["e"] == "row"}
     stages = (_journal_stage(start["run_id"], what, event, owner, device, currency) for what, event in rows.items())
     return RunFacts(
@@ -172,6 +173,8 @@ def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list
         if event["e"] == "run_start":
             found.append([event["started_ns"], event["mono_ns"], event.get("devices", 1)])
         elif found:
+            if event["e"] == "devices":  # a metered command appeared on them
+                found[-1][2] = len(event["used"]["ids"])
             found[-1][1] = max(found[-1][1], event["mono_ns"])
     return found
 

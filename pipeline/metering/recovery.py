@@ -68,7 +68,7 @@ def _end(folder: Path, lock: Any, events: list[dict[str, Any]]) -> None:
     last = events[-1]
     end_ns = max(last["mono_ns"], *(life.end_ns for life in lives), opened["start_ns"])
     seen = [Used.from_json(event["used"]) for event in events if event["e"] == "devices"]
-    used = seen[-1] if seen else as_reported(opened_gpus(lives), GONE)
+    used = seen[-1] if seen and seen[-1].kind != "cpu" else as_reported(opened_gpus(lives), GONE)
     facts = Facts(
         name=start["name"], status="KILLED", why=KILLED_METER, start_ns=opened["start_ns"], end_ns=end_ns, used=used,
         host_peak=null(GONE), truncated=True,

@@ -108,7 +108,9 @@ class Watch:
         Args:
             found: Called with the devices in use whenever the command appears on another one.
         """
-        if self._nvml is not None and self._handles:
+        if self._nvml is None or not self._handles:
+            found(cpu_host())
+        else:
             self._presence = Presence(self._nvml, self._handles, lambda _: found(self._used(())))
             self._presence.start()
             for sampler in self._samplers.values():

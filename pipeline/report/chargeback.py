@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.ledger.charges import Charge
+from pipeline.ledger.charges import OUTSIDE, Charge, told_waste_h
 from pipeline.ledger.cost import JOULES_PER_KWH
 from pipeline.report.numbers import percent
 from pipeline.report.text import one_line, pad, shorten
@@ -79,14 +79,15 @@ def lines(charges: Iterable[Charge], by: str) -> list[Line]:
 def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> Line:
     joules = _sum(charge.energy_j for charge in charges)
     unread = [charge.device_h for charge in charges if charge.energy_j is None]
-    untold = [charge.device_h for charge in charges if charge.wasted_h is None]
+    told = charges if any(told_waste_h(each) > 0 and each.what not in OUTSIDE for each in charges) else []
+    told_h = math.fsum(map(told_waste_h, told))  # overhead alone would speak for programs that tell nothing
     return Line(
         kind="group", group=group, device=device, currency=currency, runs=frozenset(c.run for c in charges),
         device_h=math.fsum(c.device_h for c in charges), reused_h=math.fsum(c.reused_h for c in charges),
         gpu_h=_sum(c.gpu_h for c in charges), allocated_gpu_h=_sum(c.allocated_gpu_h for c in charges),
         energy_kwh=None if joules is None else joules / JOULES_PER_KWH, energy_unread_h=math.fsum(unread),
-        amount=_sum(c.amount for c in charges), wasted_h=_sum(c.wasted_h for c in charges),
-        waste_unknown_h=math.fsum(untold),
+        amount=_sum(c.amount for c in charges), wasted_h=_sum(c.wasted_h for c in told),
+        waste_unknown_h=math.fsum(c.device_h for c in charges) - told_h,
     )  # fmt: skip
 
 
