@@ -14,6 +14,8 @@ from pipeline import metrics
 from pipeline.attempt import device_name
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
+from pipeline.ledger.journal import read_events
+from pipeline.ledger.run_cost import run_cost
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
@@ -77,6 +79,8 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
     }  # fmt: skip
     declared, model = attempt.run.cost.converged_at, attempt.run.model.name
     result["run"]["per_converged_model"] = of_this_run(attempt.folder, result["run"], declared, model).to_json()
+    events = read_events(attempt.folder / "journal.jsonl")
+    result["run"]["cost"] = run_cost(events, result["run"], attempt.run.cost)
     result["conclusion"] = conclude(result)
     return result
 

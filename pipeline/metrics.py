@@ -160,6 +160,7 @@ CATALOGUE: tuple[Metric, ...] = (
            "declared rate x allocated hours; attached ones, as a lower bound, without a grant"),
     Metric("cost/facility_energy_j", "J", "row", -1,
            "compute/energy_j x the declared PUE: what the facility drew; money only at a declared energy price"),
+    Metric("cost/run_amount", "currency", "run", -1, "what the run cost: stages, comparison pass and overhead"),
     Metric("cost/per_converged_model", "currency", "run", -1, "what compute/per_converged_model_device_hours cost"),
 )  # fmt: skip
 

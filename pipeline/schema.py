@@ -210,6 +210,10 @@ RESULT_SCHEMA: dict[str, Any] = {
                 },
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
+                "cost": _values("amount", extra={
+                    "currency": {"type": ["string", "null"]}, "basis": {"type": ["string", "null"]},
+                    "rate": {"type": ["object", "null"]},
+                }),
                 "per_converged_model": _values(
                     "device_hours", "amount",
                     extra={"currency": {"type": ["string", "null"]}, "run": {"type": ["string", "null"]}},

@@ -178,7 +178,8 @@ class _Delivery:
         for group in _points(events):
             self._curve(self._child(group[0]), group)
         handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
-                    "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons, "run_end": self._run_end}  # fmt: skip
+                    "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons,
+                    "run_end": self._run_end}  # fmt: skip
         for event in events:
             if event["e"] in handlers:
                 handlers[event["e"]](event)
@@ -416,6 +417,8 @@ def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a run took outside of stages, what of it was waste, and the cost of its model if that is known."""
     found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
     found |= {f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS}
+    if "cost" in run:  # a run of an older release has none
+        found["cost/run_amount"] = run["cost"]["amount"]
     converged = run.get("per_converged_model")
     if converged is not None:
         found["compute/per_converged_model_device_hours"] = converged["device_hours"]

@@ -230,8 +230,15 @@ def test_money_of_the_run_stands_below_the_table() -> None:
     told |= {"device_hours": value(2.0), "amount": null("1 device-hours have no rate"), "run": "r3"}
     took = "until its model converged: 2.00 h of device time, cost unknown (1 device-hours have no rate)"
     assert money_lines(result)[-1] == f"{took}; reached in run r3"
+    rate = {"per_device_hour": 2.5, "kind": "rented", "source": "price list", "date": "2026-11-01"}
+    cost = {"amount": value(4.5, "estimated"), "currency": "EUR", "rate": rate, "basis": "attached hours"}
+    result["run"]["cost"] = cost
+    said = "cost of this run 4.50 EUR: 2.50 EUR per device-hour (rented, price list, 2026-11-01) x attached hours"
+    assert money_lines(result)[0] == said
+    cost["amount"] = null("0.5 device-hours were charged at no rate")
+    assert "cost of this run - (0.5 device-hours were charged at no rate): 2.50 EUR" in money_lines(result)[0]
     result["rows"][0]["ledger"]["cost"]["amount"] = null("no rate declared")
-    assert not any("cost of" in line for line in money_lines(result))  # a part is not shown as the whole
+    assert not any("cost of the stages" in line for line in money_lines(result))  # a part is not shown as the whole
 
 
 def test_where_nobody_declared_anything_there_is_no_word_of_money() -> None:

@@ -64,7 +64,7 @@ def test_a_metered_program_gets_advice_that_it_can_follow() -> None:
     row = _row({"data_wait": 0.31}, type="metered")
     assert advice(row) == ["data_wait 31%: raise num_workers of the data loader"]
     assert advice(_row({"data_wait": 0.31})) == [
-        "data_wait 31%: raise training.batch_size: fewer, larger batches to make"
+        "data_wait 31%: raise batch_size (training.* or the stage's own): fewer, larger batches"
     ]
 
 
@@ -159,6 +159,6 @@ def test_the_closing_lines_name_what_to_try_in_80_columns() -> None:
     result = _result([_row({"data_wait": 0.31, "unattributed": 0.001})])
     text = closing_table(result)
     assert "wasted 31.1% of this run (18.7 min):" in text
-    assert "  student: data_wait 31% (18.6 min): raise training.batch_size" in text
+    assert "  student: data_wait 31% (18.6 min): raise batch_size" in text
     assert all(len(line) <= WIDTH for line in text.split("\n"))
     assert closing_lines(_result([_row({"unattributed": 0.004})])) == ["wasted 0.4% of this run (14.4 s)"]

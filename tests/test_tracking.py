@@ -42,7 +42,7 @@ def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
     assert student.data.tags["null.compute/gpu_hours"]
     assert "compute/gpu_hours" not in student.data.metrics
     assert student.data.metrics["compute/wasted_data_wait_device_hours"] == pytest.approx(0.05 * 22 / 60)
-    assert student.data.tags["waste"].startswith("data_wait 5%: raise training.batch_size")
+    assert student.data.tags["waste"].startswith("data_wait 5%: raise batch_size")
     assert parent.data.tags["team"] == "vision"
     assert parent.data.tags["device"] == "NVIDIA H200"
     assert "mlflow.source.git.commit" not in parent.data.tags  # of an installed wheel: unknown

@@ -142,7 +142,7 @@ def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[st
     known = {run.run for run in runs}
     inside: dict[str, list[RunFacts]] = {}
     for run in runs:
-        if run.nested_in in known and run.nested_in is not None:
+        if run.nested_in is not None and run.nested_in in known:
             inside.setdefault(run.nested_in, []).append(run)
     left_out = [run.run for nested in inside.values() for run in nested]
     return [_told_by(run, inside.get(run.run, [])) for run in runs if run.run not in left_out], left_out

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import metrics
+from pipeline.config import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.foreign import ENV, RANKS, nested_in
-from pipeline.ledger.journal import Journal
+from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
+from pipeline.ledger.run_cost import run_cost
 from pipeline.metering.options import Settings
 from pipeline.metering.row import Facts, make_row
 from pipeline.report.metered import conclude, markdown
@@ -109,7 +111,10 @@ class MeteredRun:
         self.journal.write("window", arm=facts.name, seed=0, window=plain(window),
                            phases_ns=row["ledger"]["phases_ns"], **at)  # fmt: skip
         self.journal.write("row", row=row, **at)
-        result = self._result(facts, row, _totals(booked, facts, self.start), [*notes, *said])
+        totals = _totals(booked, facts, self.start)
+        events = read_events(self.folder / "journal.jsonl")
+        totals["cost"] = run_cost(events, totals, CostConfig(**self.start["cost"]))
+        result = self._result(facts, row, totals, [*notes, *said])
         write_json(self.folder / "result.json", result)
         write_json(self.folder / "catalogue.json", metrics.export())
         (self.folder / "report.md").write_text(markdown(result), encoding="utf-8")

@@ -79,8 +79,8 @@ def lines(charges: Iterable[Charge], by: str) -> list[Line]:
 def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> Line:
     joules = _sum(charge.energy_j for charge in charges)
     unread = [charge.device_h for charge in charges if charge.energy_j is None]
-    told = charges if any(told_waste_h(each) > 0 and each.what not in OUTSIDE for each in charges) else []
-    told_h = math.fsum(map(told_waste_h, told))  # overhead alone would speak for programs that tell nothing
+    told = charges if _tells(charges) else []
+    told_h = math.fsum(map(told_waste_h, told))
     return Line(
         kind="group", group=group, device=device, currency=currency, runs=frozenset(c.run for c in charges),
         device_h=math.fsum(c.device_h for c in charges), reused_h=math.fsum(c.reused_h for c in charges),
@@ -89,6 +89,12 @@ def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> 
         amount=_sum(c.amount for c in charges), wasted_h=_sum(c.wasted_h for c in told),
         waste_unknown_h=math.fsum(c.device_h for c in charges) - told_h,
     )  # fmt: skip
+
+
+def _tells(charges: Sequence[Charge]) -> bool:
+    """Tell whether any stage knows its waste, if one spent anything: overhead alone does not speak for silent ones."""
+    stages = [each for each in charges if each.what not in OUTSIDE and each.device_h > 0]
+    return not stages or any(told_waste_h(each) > 0 for each in stages)
 
 
 def totals(found: Sequence[Line]) -> list[Line]:

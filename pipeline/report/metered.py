@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pipeline.metrics import BY_KEY, row_summary
 from pipeline.report import waste
-from pipeline.report.money import joules, money
+from pipeline.report.money import cost_of_run, joules, money
 from pipeline.report.numbers import count, duration, num_bytes, percent, significant
 from pipeline.report.text import bullet, markdown_text, one_line, pad, wrap
 from pipeline.report.view import Result, Row, Value, device_words, status_word
@@ -109,7 +109,8 @@ def _phases(row: Row) -> list[str]:
 def _notes(result: Result) -> list[str]:
     row = result["rows"][0]
     lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
-    return [*lines, *_doubts(row), *result["environment"]["notes"]]
+    cost = cost_of_run(result["run"].get("cost"))
+    return [*lines, *([] if cost is None else [cost]), *_doubts(row), *result["environment"]["notes"]]
 
 
 def _doubts(row: Row) -> list[str]:

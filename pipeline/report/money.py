@@ -30,12 +30,25 @@ def money_lines(result: Result) -> list[str]:
     own = [row for row in result["rows"] if not row["reused"] and row["ledger"]["device_hours"]["attached"]["v"]]
     currency = next((row["ledger"]["cost"]["currency"] for row in own), None)
     amount, drawn = _sum(own, "amount"), _sum(own, "facility_energy_j")
+    whole = cost_of_run(result["run"].get("cost"))
     converged = _converged(result["run"].get("per_converged_model"))
     return [
+        *([] if whole is None else [whole]),
         *([] if amount is None else [f"cost of the stages made here {money(amount, currency)}"]),
         *([] if drawn is None else [f"facility energy of the stages made here {joules(drawn)}"]),
         *([] if converged is None else [converged]),
     ]
+
+
+def cost_of_run(cost: dict[str, Any] | None) -> str | None:
+    """Say what the run cost, overhead and comparison pass included, and at whose word."""
+    if cost is None or cost["rate"] is None:
+        return None
+    rate, amount = cost["rate"], cost["amount"]
+    said = f"- ({amount['why_null']})" if amount["v"] is None else money(amount["v"], cost["currency"])
+    kind = f"{rate['kind']}, " if rate["kind"] else ""
+    price = f"{significant(rate['per_device_hour'])} {cost['currency']} per device-hour"
+    return f"cost of this run {said}: {price} ({kind}{one_line(rate['source'], 80)}, {rate['date']}) x {cost['basis']}"
 
 
 def _sum(rows: list[Row], name: str) -> float | None:

@@ -42,7 +42,7 @@ class Remedy:
 REMEDIES: dict[str, Remedy] = {
     "import": Remedy(0.05, "make more arms in one run: a process imports once",
                      "do more per process: it imports once"),
-    "data_wait": Remedy(0.05, "raise training.batch_size: fewer, larger batches to make",
+    "data_wait": Remedy(0.05, "raise batch_size (training.* or the stage's own): fewer, larger batches",
                         "raise num_workers of the data loader"),
     "comm_exposed": Remedy(0.05, "another process was making the same: run one after the other",
                            "accumulate gradients, or overlap the exchange with backward"),
@@ -56,13 +56,13 @@ REMEDIES: dict[str, Remedy] = {
                    "evaluate less often, or on fewer documents"),
     "checkpoint": Remedy(0.10, "raise checkpoint_every, else checkpoint_seconds (training.* or the stage's own)",
                          "save checkpoints less often"),
-    "compile": Remedy(0.10, "training.compile=false, or more steps for what is compiled",
+    "compile": Remedy(0.10, "compile=false (training.* or the stage's own), or more steps for it",
                       "compile less, or train longer on what is compiled"),
-    "idle_host_wait": Remedy(0.10, "raise training.batch_size: the GPU waits for the host",
+    "idle_host_wait": Remedy(0.10, "raise batch_size (training.* or the stage's own): the GPU waits for the host",
                              "larger batches: the GPU waits for the host"),
-    "idle_launch_gap": Remedy(0.10, "training.compile=true, or a larger training.batch_size",
+    "idle_launch_gap": Remedy(0.10, "compile=true, or a larger batch_size (training.* or the stage's own)",
                               "compile the model, capture graphs, or use larger batches"),
-    "copy_exposed": Remedy(0.05, "raise training.batch_size: fewer, larger copies",
+    "copy_exposed": Remedy(0.05, "raise batch_size (training.* or the stage's own): fewer, larger copies",
                            "pin host memory and copy ahead (non_blocking=True)"),
     "throttled": Remedy(0.05, "see the throttle reasons: power or heat limits this device",
                         "see the throttle reasons: power or heat limits this device"),
@@ -174,7 +174,10 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
 
 
 def _rate(result: Result) -> float | None:
-    """Return the price of a device-hour that this run's own rows were charged with: another run's says nothing here."""
+    """Return the price of a device-hour that is declared, else what this run's own rows were charged with."""
+    declared = (result["run"].get("cost") or {}).get("rate")
+    if declared is not None:
+        return declared["per_device_hour"]
     own = (row for row in result["rows"] if not row["reused"])
     paid = ((row["ledger"]["cost"]["amount"]["v"], _hours(row, "attached")) for row in own)
     return next((amount / hours for amount, hours in paid if amount is not None and hours), None)
@@ -231,7 +234,8 @@ def table_body(result: Result) -> list[list[str]]:
     whole = total(result)
     if not result["rows"]:
         return []
-    currency = next((name for row in result["rows"] if (name := row["ledger"]["cost"]["currency"])), "")
+    declared = (result["run"].get("cost") or {}).get("currency")
+    currency = declared or next((name for row in result["rows"] if (name := row["ledger"]["cost"]["currency"])), "")
     body = [[name, *_cells(cause, currency)] for name, cause in _all_causes(result)]
     return [*body, *([["the run", *_cells(whole, currency)]] if whole is not None else [])]
 

@@ -1,0 +1,47 @@
+"""What a whole run cost: its stages, its comparison pass and its overhead, at the rate that is declared now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import CostConfig
+from pipeline.ledger.charge_sources import Event, journal_facts
+from pipeline.ledger.charges import Charge, charges
+from pipeline.ledger.cost import NO_RATE
+from pipeline.values import Value, estimated, null
+
+HELD = "hours that the scheduler held"
+ATTACHED = "attached hours, a lower bound of what was held"
+
+
+def run_cost(events: Sequence[Event], totals: Mapping[str, Any], cost: CostConfig) -> dict[str, Any]:
+    """Return the money of a run as result.json has it: `{"amount", "currency", "rate", "basis"}`.
+
+    Args:
+        events: Of its journal, all rows among them.
+        totals: The `run` of its result.
+        cost: What was declared; without a rate, the amount is null.
+    """
+    if cost.per_device_hour is None:
+        return {"amount": null(NO_RATE).to_json(), "currency": None, "rate": None, "basis": None}
+    paid = [charge for charge in charges(journal_facts(events, totals)) if charge.device_h]
+    rate = {
+        "per_device_hour": cost.per_device_hour, "kind": None if cost.kind is None else cost.kind.value,
+        "source": cost.source, "date": cost.date,
+    }  # fmt: skip
+    held = all(charge.allocated_gpu_h is not None for charge in paid)
+    return {
+        "amount": _amount(paid, cost.currency).to_json(), "currency": cost.currency, "rate": rate,
+        "basis": HELD if held else ATTACHED,
+    }  # fmt: skip
+
+
+def _amount(paid: Sequence[Charge], currency: str | None) -> Value:
+    """Return the sum; null where an attempt of this run was charged in another currency, or at no rate."""
+    other = [each for each in paid if each.amount is None or each.currency != currency]
+    if other:
+        hours = math.fsum(each.device_h for each in other)
+        return null(f"{hours:.3g} device-hours were charged at no rate, or in another currency")
+    return estimated(math.fsum(each.amount or 0.0 for each in paid))
