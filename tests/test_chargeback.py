@@ -431,8 +431,8 @@ CHARGES = st.lists(
     st.builds(
         Charge, run=st.sampled_from("abc"), what=st.just("s"),
         owner=st.fixed_dictionaries({"team": st.one_of(st.none(), TEXT)}),
-        device=st.sampled_from([None, "H200", "A100"]), ended_s=st.just(0.0), device_h=st.floats(1e-3, 1e6), gpu_h=AMOUNT,
-        reused_h=st.floats(0, 10), energy_j=AMOUNT, wasted_h=AMOUNT, amount=AMOUNT,
+        device=st.sampled_from([None, "H200", "A100"]), ended_s=st.just(0.0), device_h=st.floats(1e-3, 1e6),
+        gpu_h=AMOUNT, reused_h=st.floats(0, 10), energy_j=AMOUNT, wasted_h=AMOUNT, amount=AMOUNT,
         currency=st.sampled_from([None, "EUR", "USD"]),
     ),
     max_size=12,
