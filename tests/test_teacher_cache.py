@@ -237,11 +237,35 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     loss, clock = Loss(0.3, temperature=2.0), PhaseClock()
     for step in range(5):
         cached = Objective(student, task, Precision.fp32, CPU, clock, CachedTeacher(cache, loss))
-        ours = cached(Numbered(padded).batch(step))
+        ours = cached(Numbered(padded, cache).batch(step))
         theirs = Objective(student, task, Precision.fp32, CPU, clock, Teacher(live, Precision.fp32, loss))(
             padded.batch(step)
         )
         assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-4)
+
+
+def test_what_is_read_ahead_is_handed_over_once_and_read_only_then(
+    tmp_path: Path, documents: Any, teachers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task.sequence_classification
+    run = make_run(task)
+    capture(tmp_path, run, teachers[task])
+    padded, cache = (
+        PaddedBatches(documents, batch_size=4, seed=0, pad_id=0),
+        TeacherCache(tmp_path / "out", KEY),
+    )
+    cache.check({}, padded, needed(padded, 5, 4))
+    rows, reads = padded.rows(0).tolist(), []
+    parts = TeacherCache._parts
+    monkeypatch.setattr(TeacherCache, "_parts", lambda self, some: reads.append(list(some)) or parts(self, some))
+    plain = cache.target(rows)
+    windows = Numbered(padded, cache, num_micro=2).batch(0)["windows"]
+    assert reads == [rows, rows[:2], rows[2:]]
+    ahead = [cache.target(part.tolist()) for part in windows.chunk(2)]
+    assert len(reads) == 3
+    assert torch.equal(torch.cat(ahead), plain)
+    cache.target(rows[:2])
+    assert len(reads) == 4
 
 
 # -- going on -------------------------------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ class TeacherCache:
         self._folder, self._key = folder, key
         self._codec = codec_of(found)
         self._places: dict[int, tuple[int, int]] = {}
+        self._ready: dict[tuple[int, ...], Sparse | Tensor] = {}
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(lambda number: _Shard(folder / shard_name(number)))
 
     @property
@@ -233,6 +234,14 @@ class TeacherCache:
 
         Sparse entries of (N, K), or logits (N, C) of examples.
         """
+        ready = self._ready.pop(tuple(rows), None)
+        return self._read(rows) if ready is None else ready
+
+    def read_ahead(self, rows: Sequence[int]) -> None:
+        """Read what `target` will be asked for, once, while another thread trains."""
+        self._ready[tuple(rows)] = self._read(rows)
+
+    def _read(self, rows: Sequence[int]) -> Sparse | Tensor:
         parts = list(self._parts(rows))
         return self._codec.unpack({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 

@@ -19,6 +19,7 @@ from pipeline.report.phrases import (
     answer,
     difference,
     evidence,
+    interval,
     margin,
     never_pays,
     payback_verb,
@@ -197,7 +198,8 @@ def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> st
     if answer(quality) == "equal":
         ending = f"within {margin(key, quality)} ({whose} quality {signed(key, quality['v'])})"
         return f"{start}, the same model does as well as {student}, {ending}"
-    return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
+    rests_on = f"{whose} {signed(key, quality['v'])}, {_spread(result, key, quality)}"
+    return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student} ({rests_on})"
 
 
 def turned(key: str, advantage: float) -> float:
@@ -213,10 +215,19 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
     if answer(quality) == "undecided":
         return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
-        return f"{start} distillation changes nothing beyond {margin(key, quality)} ({signed(key, quality['v'])})"
+        said = f"{signed(key, quality['v'])}, {_spread(result, key, quality)}"
+        return f"{start} distillation changes nothing beyond {margin(key, quality)} ({said})"
     verb = "adds" if quality["v"] > 0 else "costs"
     direction = ("fewer " if quality["v"] > 0 else "more ") if key in RELATIVE else ""
-    return f"{start} distillation {verb} {amount(key, quality['v'])} ({direction}{QUALITY_WORDS[key]})"
+    said = f"{direction}{QUALITY_WORDS[key]}, {_spread(result, key, quality)}"
+    return f"{start} distillation {verb} {amount(key, quality['v'])} ({said})"
+
+
+def _spread(result: Result, key: str, quality: Value) -> str:
+    """Return the interval of a comparison and what it is over: documents, or seeds where there are several."""
+    num_seeds = len(seeds(result))
+    over = f"{num_seeds} seeds" if num_seeds > 1 else f"{quality.get('n') or 'the'} test documents"
+    return f"{interval(quality, in_points=key not in RELATIVE)} over {over}"
 
 
 def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,11 @@ from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.precision import matmuls
+from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.schedule import is_constant, learning_rate
 
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
 SMOOTHING = 0.9
-
-
-class Batches(Protocol):
-    """What the loop trains on: batches as a pure function of the step."""
-
-    def batch(self, step: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -107,6 +102,15 @@ def train(
         objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
     )
     progress = _resume(folder, model, optimizer, scaler, clock, hooks)
+    with made_ahead(batches, progress.step, settings.steps, objective.device) as ahead:
+        _all_steps(model, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
+    return progress
+
+
+def _all_steps(
+    model: Any, batches: Batches, objective: Objective, optimizer: Any, scaler: Any, settings: TrainingConfig,
+    progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
+) -> None:  # fmt: skip
     pending: deque[Reading] = deque()
     last_saved = time.monotonic()
     eval_every = steps_between_evaluations(settings)
@@ -140,7 +144,6 @@ def train(
             if stop is BudgetSpent:
                 raise stop(f"budget.device_hours is spent {where}; raise it to go on from there")
             raise stop(f"stopped {where}; the same command goes on from there")
-    return progress
 
 
 def steps_between_evaluations(settings: TrainingConfig) -> int:

@@ -98,7 +98,8 @@ class Objective:
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)  # out of pageable memory, a copy waits
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()  # out of pageable memory, a copy waits
+        return pinned.to(self.device, non_blocking=True)
 
     def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None) -> StepLoss:
         teacher, taught = self.teacher, said

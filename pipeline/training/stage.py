@@ -74,7 +74,7 @@ def run_training(
         signal = teacher
         if distill is not None and distill.cache is not None:
             signal = _open_cache(distill, distill.cache, inputs, batches, model, tokenizer, settings, ctx)
-            batches = Numbered(batches)
+            batches = Numbered(batches, signal.cache, settings.gradient_accumulation)
         objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, signal, masked=masked)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
@@ -230,14 +230,17 @@ def _open_cache(
 
 
 class Numbered:
-    """Batches that say which windows they consist of: what a cache is asked by."""
+    """Batches that say which windows they consist of: what a cache is asked by, here already, for each micro-batch."""
 
-    def __init__(self, batches: PackedBatches | PaddedBatches) -> None:
-        self._batches = batches
+    def __init__(self, batches: PackedBatches | PaddedBatches, cache: TeacherCache, num_micro: int = 1) -> None:
+        self._batches, self._cache, self._num_micro = batches, cache, num_micro
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Return the batch of a step with `windows`, (B,) int64."""
-        return {**self._batches.batch(step), "windows": torch.from_numpy(self._batches.rows(step).astype("int64"))}
+        windows = torch.from_numpy(self._batches.rows(step).astype("int64"))
+        for part in windows.chunk(self._num_micro):
+            self._cache.read_ahead(part.tolist())
+        return {**self._batches.batch(step), "windows": windows}
 
 
 def make_batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
