@@ -191,6 +191,9 @@ class TrainingConfig:
     checkpoint_seconds: float = positive(60.0)
     divergence_factor: float = field(default=4.0, metadata={"above": 1})  # loss over its own best average
     compile: bool = False
+    start_batch_size: Optional[int] = positive(None)  # doubled until it is batch_size; null: that from the start
+    start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})  # likewise, of causal_lm
+    growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})  # of the steps, until all is full size
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,8 +20,7 @@ from transformers import (
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
-from pipeline.training.loop import Progress
-from pipeline.training.stage import _flops, _own_flops
+from pipeline.training.stage import _flops
 
 
 def llama_forward(length: int, vocabulary: int) -> int:
@@ -193,7 +192,7 @@ def test_packed_windows_are_full_and_the_head_reads_their_targets() -> None:
     assert (length, targets < rows * T) == (T, True)  # a document's last token predicts nothing
     own = count_flops(llama(), Task.causal_lm, backward=True)
     by_hand = rows * 3 * L * LAYER + 3 * targets * 2 * H * V
-    assert _flops(batch, own, None) == pytest.approx(by_hand, rel=1e-4)  # within the positions' frequencies
+    assert _flops(batch, own, None)[0] == pytest.approx(by_hand, rel=1e-4)  # within the positions' frequencies
 
 
 def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
@@ -202,7 +201,7 @@ def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
     teacher = count_flops(freeze(llama(), lambda _: False), Task.causal_lm, backward=False)
     targets = int((batch["labels"] >= 0).sum())
     forward = 2 * L * LAYER + targets * 2 * H * V
-    assert _flops(batch, own, teacher) - _flops(batch, own, None) == pytest.approx(forward, rel=1e-3)
+    assert _flops(batch, own, teacher) == (_flops(batch, own, None)[0], pytest.approx(forward, rel=1e-3))
 
 
 def test_padding_is_computed_and_is_no_token() -> None:
@@ -215,7 +214,7 @@ def test_padding_is_computed_and_is_no_token() -> None:
     )
     own = count_flops(config, Task.sequence_classification, backward=True)
     layer = 2 * 40 * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 64 * 40**2
-    assert _flops(batch, own, None) == 3 * 3 * (2 * layer + 2 * (64 * 64 + 64 * 3))
+    assert _flops(batch, own, None)[0] == 3 * 3 * (2 * layer + 2 * (64 * 64 + 64 * 3))
 
 
 def test_micro_batches_sum_to_their_batch() -> None:
@@ -223,20 +222,7 @@ def test_micro_batches_sum_to_their_batch() -> None:
     batch = PackedBatches([encoded(list(range(3, 200)))], sequence_length=T, batch_size=4, seed=0).batch(0)
     own = count_flops(llama(), Task.causal_lm, backward=True)
     parts = [{name: tensor.chunk(2)[part] for name, tensor in batch.items()} for part in (0, 1)]
-    assert sum(_flops(part, own, None) for part in parts) == pytest.approx(_flops(batch, own, None), rel=1e-12)
-
-
-def test_the_students_part_of_a_distillation_is_told_from_its_teachers() -> None:
-    own = FlopsPerSequence(0.0, 30.0, 2.0, 5.0)
-    teacher = FlopsPerSequence(0.0, 100.0, 4.0, 9.0)
-    batches = [(4, 37), (4, 52), (2, 11)]  # rows, targets
-    total = sum(own.batch(rows, T, k) + teacher.batch(rows, T, k) for rows, k in batches)
-    progress = Progress(step=3, examples=10, flops=total)
-    expected = sum(own.batch(rows, T, k) for rows, k in batches)
-    assert _own_flops(progress, own, teacher, T) == pytest.approx(expected, rel=1e-12)
-    assert _own_flops(progress, own, None, T) == total
-    classifier, bigger = FlopsPerSequence(3.0, 30.0, 2.0), FlopsPerSequence(9.0, 90.0, 6.0)
-    assert _own_flops(progress, classifier, bigger, T) == pytest.approx(total / 4)
+    assert sum(_flops(part, own, None)[0] for part in parts) == pytest.approx(_flops(batch, own, None)[0], rel=1e-12)
 
 
 # -- the rule of thumb -----------------------------------------------------------------------------------------------

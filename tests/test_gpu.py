@@ -77,7 +77,8 @@ def test_every_precision_learns(tmp_path: Path, precision: Precision) -> None:
             return {"input_ids": rows, "position_ids": position, "labels": rows.roll(-1, 1)}
 
     given = Hooks(
-        validate=lambda: 0.0, flops=lambda _: 0.0, points=lambda _, values: losses.append(values.get("loss", -1.0)),
+        validate=lambda: 0.0, flops=lambda _: (0.0, 0.0),
+        points=lambda _, values: losses.append(values.get("loss", -1.0)),
         history=lambda _: [], checkpointed=lambda _: None, resumed=lambda *_: None, should_stop=lambda: None,
         advance=lambda *_: None, say=lambda _: None,
     )  # fmt: skip

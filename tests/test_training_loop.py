@@ -49,7 +49,7 @@ def settings(**changes: Any) -> TrainingConfig:
 
 def hooks(**changes: Any) -> Hooks:
     given: dict[str, Any] = {
-        "validate": lambda: 1.0, "flops": lambda batch: float(batch["input_ids"].numel()),
+        "validate": lambda: 1.0, "flops": lambda batch: (float(batch["input_ids"].numel()), 0.0),
         "points": lambda step, values: None, "checkpointed": lambda step: None, "should_stop": lambda: None,
         "advance": lambda step, tokens: None, "history": lambda step: [], "resumed": lambda step, history: None,
         "say": lambda text: None, **changes,
@@ -66,12 +66,13 @@ def batches_for(config: TrainingConfig, task: Task = Task.causal_lm) -> Any:
 
 def run(
     model: Any, config: TrainingConfig, folder: Path, *, objective: Objective | None = None,
-    task: Task = Task.causal_lm, **more: Any,
+    task: Task = Task.causal_lm, batches: Any = None, **more: Any,
 ) -> Progress:  # fmt: skip
     clock = PhaseClock()
     objective = objective or Objective(model, task, Precision.fp32, CPU, clock)
+    batches = batches or batches_for(config, task)
     return train(
-        model, batches_for(config, task), objective, settings=config, precision=PrecisionConfig(name=Precision.fp32),
+        model, batches, objective, settings=config, precision=PrecisionConfig(name=Precision.fp32),
         folder=folder, clock=clock, hooks=hooks(**more),
     )  # fmt: skip
 

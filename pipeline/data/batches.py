@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,19 +17,27 @@ from pipeline.errors import UserError
 IGNORE = -100  # torch's ignore_index
 
 
+FirstRow = Callable[[int], int]
+"""How many rows the steps before a step read: what makes batches of one size, or growing ones."""
+
+
 class _Shuffled:
     """Row numbers of each step: epochs are permutations seeded with (seed, epoch), read one after another."""
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+    def __init__(self, num_rows: int, first_row: FirstRow, seed: int) -> None:
+        self.num_rows, self.first_row, self.seed = num_rows, first_row, seed
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
 
     def rows(self, step: int) -> np.ndarray:
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        places = np.arange(self.first_row(step), self.first_row(step + 1))
         return np.array([self._order(int(place // self.num_rows))[place % self.num_rows] for place in places])
+
+
+def _places(batch_size: int | FirstRow) -> FirstRow:
+    return batch_size if callable(batch_size) else (lambda step: step * batch_size)
 
 
 class PackedBatches:
@@ -41,7 +49,10 @@ class PackedBatches:
     next token of the same document, or IGNORE.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], *, sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, encoded: Sequence[Encoded], *, sequence_length: int, batch_size: int | FirstRow, seed: int,
+        length_at: Callable[[int], int] | None = None,
+    ) -> None:  # fmt: skip
         ids = np.concatenate([item.input_ids for item in encoded])
         labels = np.concatenate([_next_tokens(item) for item in encoded])
         starts = np.concatenate([np.arange(len(item.input_ids)) for item in encoded])
@@ -54,11 +65,20 @@ class PackedBatches:
         used = self.num_rows * sequence_length
         self._ids, self._labels = ids[:used].reshape(shape), labels[:used].reshape(shape)
         self._positions = np.minimum(starts[:used].reshape(shape), np.arange(sequence_length))
-        self._shuffled = _Shuffled(self.num_rows, batch_size, seed)
+        self._shuffled = _Shuffled(self.num_rows, _places(batch_size), seed)
+        self._length_at = length_at or (lambda _: sequence_length)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids, labels, position_ids`, each (B, T) int64."""
-        return self.read(self.rows(step))
+        """Return `input_ids, labels, position_ids`, each (B, T) int64.
+
+        Where windows are shorter at this step, each is cut into several, (B T / t, t): the same tokens, less context.
+        """
+        whole = self.read(self.rows(step))
+        length = self._length_at(step)
+        if length == whole["input_ids"].shape[1]:
+            return whole
+        short = {name: tensor.reshape(-1, length) for name, tensor in whole.items()}
+        return {**short, "position_ids": torch.minimum(short["position_ids"], torch.arange(length))}
 
     def rows(self, step: int) -> np.ndarray:
         """Return the numbers of the windows of a step, in order, (B,)."""
@@ -83,10 +103,10 @@ def _next_tokens(item: Encoded) -> np.ndarray:
 class PaddedBatches:
     """Examples of classification, padded on the right to the longest of the batch."""
 
-    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int, seed: int, pad_id: int) -> None:
+    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int | FirstRow, seed: int, pad_id: int) -> None:
         self.num_rows = len(encoded)
         self._encoded, self._pad_id = encoded, pad_id
-        self._shuffled = _Shuffled(self.num_rows, batch_size, seed)
+        self._shuffled = _Shuffled(self.num_rows, _places(batch_size), seed)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Return `input_ids, attention_mask` (B, T) and `labels` (B,), int64."""

@@ -12,13 +12,13 @@ Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, fraction, positive
 from pipeline.errors import UserError
 from pipeline.stages.capture import CaptureStage, capture_temperature
-from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model
+from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model, training_settings
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
@@ -41,6 +41,9 @@ class DistillStage(TrainingOverrides):
     mixture: Optional[float] = None  # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
+    start_temperature: Optional[float] = positive(None)  # goes linearly to temperature; null: that from the start
+    start_ce_weight: Optional[float] = fraction(None)  # likewise, to ce_weight
+    ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
     head: HeadKernel = HeadKernel.auto  # what computes the head; auto: on CUDA the fastest of those that are right
     cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
@@ -97,6 +100,7 @@ class DistillStage(TrainingOverrides):
             raise UserError(
                 f"{key}.teacher_precision", "has no effect with a cache", f"set stages.{self.cache}.precision"
             )
+        self._check_cached_schedule(key, run)
         if stage.teacher != self.teacher:
             raise UserError(
                 f"{key}.cache", f"{self.cache} captures {stage.teacher}, not {self.teacher}", "name one teacher"
@@ -105,6 +109,15 @@ class DistillStage(TrainingOverrides):
         if given != self.temperature:
             problem = f"{self.temperature:g} is not the temperature of {self.cache} ({given:g})"
             raise UserError(f"{key}.temperature", problem, "give both the same")
+
+    def _check_cached_schedule(self, key: str, run: Run) -> None:
+        settings = training_settings(self, run)
+        for name in ("start_batch_size", "start_sequence_length"):
+            if getattr(settings, name) is not None:
+                problem = "a cache holds what a teacher said of windows of one length, in batches of one size"
+                raise UserError(f"{key}.{name}", problem, "leave it out, or set cache: null")
+        if self.start_temperature is not None:
+            raise UserError(f"{key}.start_temperature", "a cache has one temperature", "leave it out, or cache: null")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Distil and leave the student in `ctx.out`."""

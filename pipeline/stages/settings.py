@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
-from pipeline.config import Precision, Run, Schedule, TrainingConfig, at_least_0, fraction, positive
+from pipeline.config import Precision, Run, Schedule, Task, TrainingConfig, at_least_0, fraction, positive
 from pipeline.errors import UserError
 
 # ruff: noqa: UP045
@@ -40,6 +40,10 @@ class TrainingOverrides:
     checkpoint_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[bool] = None
+    start_batch_size: Optional[int] = positive(None)
+    start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
+    growth_fraction: Optional[float] = field(default=None, metadata={"above": 0, "max": 1})
+    stack: Optional[int] = positive(None)  # layers that the start is grown to, by stacking its own; null: as it is
 
     type: ClassVar[str]
     version: ClassVar[int]
@@ -107,3 +111,18 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
             f"{settings.gradient_accumulation} does not divide batch_size {settings.batch_size}",
             "give a divisor",
         )
+    _check_growth(settings, key, run)
+
+
+def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:
+    for name in ("batch_size", "sequence_length"):
+        start, full = getattr(settings, f"start_{name}"), getattr(settings, name)
+        if start is not None and full not in (start << at for at in range(full.bit_length())):
+            problem = f"{start} doubled again and again does not become {name} {full}"
+            raise UserError(f"{key}.start_{name}", problem, f"give {full} divided by 2, 4, 8, ...")
+    if settings.start_batch_size is not None and settings.start_batch_size % settings.gradient_accumulation:
+        problem = f"gradient_accumulation {settings.gradient_accumulation} does not divide it"
+        raise UserError(f"{key}.start_batch_size", problem, "give a multiple")
+    if settings.start_sequence_length is not None and run.task is not Task.causal_lm:
+        problem = "has no effect: examples are padded to the longest of their batch"
+        raise UserError(f"{key}.start_sequence_length", problem, "leave it out")

@@ -38,7 +38,8 @@ class Progress:
     step: int = 0
     examples: int = 0
     tokens: int = 0
-    flops: float = 0.0
+    flops: float = 0.0  # of model and teacher
+    own_flops: float = 0.0  # of the model alone
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
     eval_ns: int = 0  # time in evaluations
     ce: float = 0.0  # sums over the readings of the last tenth
@@ -53,7 +54,7 @@ class Hooks:
     """What the loop asks of its surroundings."""
 
     validate: Callable[[], float]
-    flops: Callable[[dict[str, Tensor]], float]
+    flops: Callable[[dict[str, Tensor]], tuple[float, float]]  # the model's own, its teacher's
     points: Callable[[int, dict[str, float]], None]
     history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step, for whoever resumes
     checkpointed: Callable[[int], None]
@@ -182,6 +183,7 @@ def _step(
     progress: Progress, pending: deque[Reading], clock: PhaseClock, hooks: Hooks,
 ) -> None:  # fmt: skip
     """Run one optimizer step: its micro-batches forward and backward, clip, update."""
+    objective.at(progress.step)
     with clock.phase("data_wait"):
         batch = batches.batch(progress.step)
         micro = [dict(zip(batch, part, strict=True)) for part in zip(
@@ -206,7 +208,8 @@ def _step(
     progress.examples += len(batch["labels"])
     mask = batch.get("attention_mask")
     progress.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-    progress.flops += hooks.flops(batch)
+    own, teacher = hooks.flops(batch)
+    progress.own_flops, progress.flops = progress.own_flops + own, progress.flops + own + teacher
     hooks.advance(progress.step, progress.tokens)
 
 

@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens, N predicted tokens, C classes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,16 @@ class Objective:
         self.teacher = teacher if isinstance(teacher, Teacher) else None
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         self.loss = None if teacher is None else teacher.loss
+        self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
         self.head_loss: HeadLoss = head_loss
         self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
         if self.cached is not None:
             self.vocabulary = self.cached.cache.vocabulary
+
+    def at(self, step: int) -> None:
+        """Minimise what is minimised at this step from now on."""
+        if self.losses is not None:
+            self.loss = self.losses(step)
 
     def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
         """Return the loss of `batch` (CPU tensors as the batches give them)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
-from pipeline.student import make_student
+from pipeline.student import make_student, stack_layers
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
@@ -37,6 +38,7 @@ from pipeline.training.objective import (
     parameter_hash,
 )
 from pipeline.training.precision import arithmetic
+from pipeline.training.schedule import first_row, ramp, sequence_length
 from pipeline.values import Value, derive, estimated, measured, null
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def run_training(
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
         model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
+        if stage.stack is not None:
+            stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
         model.to(ctx.device)
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
@@ -76,6 +80,9 @@ def run_training(
             signal = _open_cache(distill, distill.cache, inputs, batches, model, tokenizer, settings, ctx)
             batches = Numbered(batches, signal.cache, settings.gradient_accumulation)
         objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, signal, masked=masked)
+        if distill is not None:
+            objective.losses = partial(_loss_at, distill, settings)
+            objective.at(0)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
@@ -205,6 +212,16 @@ def _loss(stage: DistillStage) -> Loss:
     return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
 
 
+def _loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
+    """Return what is minimised at a step: temperature and weight of the hard labels may change over the training."""
+    along = partial(ramp, step, settings.steps, stage.ramp_fraction)
+    loss = _loss(stage)
+    return replace(
+        loss, temperature=along(stage.start_temperature, loss.temperature),
+        ce_weight=along(stage.start_ce_weight, loss.ce_weight),
+    )  # fmt: skip
+
+
 def _open_cache(
     stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches, model: Any,
     tokenizer: Any, settings: TrainingConfig, ctx: Context,
@@ -247,11 +264,13 @@ def make_batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Cont
     """Return what a training with these settings reads, as a pure function of the step."""
     encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
+    rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:
         return PackedBatches(
-            encoded, sequence_length=settings.sequence_length, batch_size=settings.batch_size, seed=ctx.seed
-        )
-    return PaddedBatches(encoded, batch_size=settings.batch_size, seed=ctx.seed, pad_id=tokenizer.pad_token_id)
+            encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
+            length_at=lambda step: sequence_length(step, settings),
+        )  # fmt: skip
+    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, pad_id=tokenizer.pad_token_id)
 
 
 def _validation(
@@ -274,28 +293,16 @@ def _validation(
     return validate
 
 
-def _flops(batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None) -> float:
-    """Return the FLOPs of a batch as it is computed: all its positions, padding too, and heads on the targets."""
+def _flops(
+    batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None
+) -> tuple[float, float]:  # fmt: skip
+    """Return the FLOPs of a batch as it is computed, all its positions, padding too, and heads on the targets.
+
+    Of the model's own part, which `match_compute` divides by, and of its teacher's.
+    """
     rows, length = batch["input_ids"].shape
     targets = int((batch["labels"] != IGNORE).sum())
-    return own.batch(rows, length, targets) + (0.0 if teacher is None else teacher.batch(rows, length, targets))
-
-
-def _own_flops(
-    progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, sequence_length: int
-) -> float:
-    """Return the model's own part of all FLOPs, its teacher's left out; what `match_compute` divides by.
-
-    Packed windows are all of one length, so that the targets follow from the total exactly; padded batches have no
-    part that depends on targets, and their shares hardly depend on the length.
-    """
-    if teacher is None:
-        return progress.flops
-    body, each = own(sequence_length, 0) + teacher(sequence_length, 0), own.predicted + teacher.predicted
-    if not each:
-        return progress.flops * own(sequence_length) / body
-    targets = (progress.flops - progress.examples * body) / each
-    return progress.examples * own(sequence_length, 0) + own.predicted * targets
+    return own.batch(rows, length, targets), 0.0 if teacher is None else teacher.batch(rows, length, targets)
 
 
 def _no_counts() -> dict[str, Value]:
@@ -322,9 +329,8 @@ def _output(
     least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
     if distill is not None and least < LEAST_SHARE:
         notes.append(f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower ce_weight")
-    own_flops = _own_flops(progress, own, teacher, settings.sequence_length)
     return Output(
-        counts=counts, flops_per_step=own_flops / progress.step, curve=progress.curve,
+        counts=counts, flops_per_step=progress.own_flops / progress.step, curve=progress.curve,
         seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
     )  # fmt: skip
 
