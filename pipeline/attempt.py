@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pipeline.base_model import base_artifact
 from pipeline.config import Run
+from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
@@ -286,6 +287,8 @@ class Attempt:
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
         settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")}
+        if settings.get("completions") is not None:
+            settings["completions"] = file_digest(settings["completions"])
         if isinstance(stage, CaptureStage):
             settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
         if isinstance(stage, TrainingOverrides):

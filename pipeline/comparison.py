@@ -136,6 +136,10 @@ def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
             part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")
         }
         starts_from = [STUDENT_INIT] if getattr(stage, "model", None) == STUDENT_INIT else []
+        if getattr(stage, "completions", None) is not None:  # some model wrote them, at a cost that nobody noted down
+            written = f"{name}'s completions"
+            spends[written] = Spend(arm=written, flops=0.0, existing=True, unknown="made by a model elsewhere")
+            starts_from.append(written)
         spends[name] = Spend(
             arm=name, depends_on=(*stage.reads(attempt.run), *starts_from), work_h=hours["work"],
             retry_h=hours["retry"], flops=_flops(own),

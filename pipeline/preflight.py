@@ -76,6 +76,21 @@ def check_heads(run: Run, device: Any) -> None:
             raise UserError(f"stages.{name}.head", reason, "leave it auto")
 
 
+def check_completions(run: Run, data: Dataset) -> None:
+    """Refuse files of completions that cannot be read, or that hold what the student will be measured on.
+
+    Raises:
+        UserError: Naming the setting and the line.
+    """
+    from pipeline.data.completions import check_apart, read_completions
+
+    for name, stage in run.stages.items():
+        path = getattr(stage, "completions", None)
+        if path is not None:
+            key = f"stages.{name}.completions"
+            check_apart(read_completions(path, run.data, key), data, key)
+
+
 def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> None:
     """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
 

@@ -133,8 +133,8 @@ def _chat(document: Document, tokenizer: Any) -> Encoded:
         said = _render(tokenizer, turns[:end], prompt=False)
         if not (said.startswith(prompt) and whole.startswith(said)):
             raise UserError("data.path", "this chat template rewrites earlier turns", "use one-turn chats, or text")
-        begin = _common_length(ids, _tokens(tokenizer, prompt))
-        targets[begin : _common_length(ids, _tokens(tokenizer, said))] = True
+        begin = common_length(ids, _tokens(tokenizer, prompt))
+        targets[begin : common_length(ids, _tokens(tokenizer, said))] = True
     targets[:1] = False
     if not targets.any():
         raise UserError("data.path", f"the chat {turns[0]['content'][:40]!r} has nothing to predict", "drop it")
@@ -157,6 +157,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _common_length(one: list[int], other: list[int]) -> int:
+def common_length(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two sequences begin alike with."""
     return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
                 min(len(one), len(other)))  # fmt: skip

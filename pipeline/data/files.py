@@ -35,7 +35,7 @@ def load_path(config: DataConfig, task: Task) -> Dataset:
 def from_rows(name: str, rows: dict[str, list[Row]], config: DataConfig, task: Task, *, key: str) -> Dataset:
     """Turn rows of fields into a dataset; class names come from the labels unless they are numbers."""
     labels = _class_names(rows, config, key) if task is Task.sequence_classification else None
-    given = {split: [_document(row, config, labels, key) for row in part] for split, part in rows.items()}
+    given = {split: [from_row(row, config, labels, key) for row in part] for split, part in rows.items()}
     return assemble(name, given, key=key, labels=labels)
 
 
@@ -57,36 +57,36 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_rows(path: Path, text_field: str) -> Iterator[Row]:
+def read_rows(path: Path, text_field: str, key: str = KEY) -> Iterator[Row]:
     """Yield the rows of one file.
 
     Raises:
         UserError: If the file cannot be read, naming the line.
     """
     if not path.is_file():
-        raise UserError(KEY, f"{path} is not a file", "give a file or a folder of splits")
+        raise UserError(key, f"{path} is not a file", "give a file or a folder of splits")
     if path.suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, key)
         return
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text}
-    if path.suffix not in readers:
-        raise UserError(KEY, f"{path.name} has an unknown ending", f"give {', '.join(SUFFIXES)}")
+    readers = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix not in SUFFIXES:
+        raise UserError(key, f"{path.name} has an unknown ending", f"give {', '.join(SUFFIXES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(KEY, f"{path.name} line {line} is not UTF-8", "save the file as UTF-8") from None
+        raise UserError(key, f"{path.name} line {line} is not UTF-8", "save the file as UTF-8") from None
     except OSError as error:
-        raise UserError(KEY, f"{path} cannot be read ({error.strerror})", "check the file") from None
+        raise UserError(key, f"{path} cannot be read ({error.strerror})", "check the file") from None
     if not text.strip():
-        raise UserError(KEY, f"{path} is empty", "give a file with documents")
+        raise UserError(key, f"{path} is empty", "give a file with documents")
     if path.suffix == ".txt":
         yield from _text(path, text, text_field)
     else:
-        yield from readers[path.suffix](path, text, text_field)
+        yield from readers[path.suffix](path, text, key)
 
 
-def _jsonl(path: Path, text: str, _: str) -> Iterator[Row]:
+def _jsonl(path: Path, text: str, key: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -95,27 +95,27 @@ def _jsonl(path: Path, text: str, _: str) -> Iterator[Row]:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting as deep
             problem = getattr(error, "msg", str(error))
-            raise UserError(KEY, f"{where} is not JSON ({problem})", "mend that line") from None
+            raise UserError(key, f"{where} is not JSON ({problem})", "mend that line") from None
         if not isinstance(fields, dict):
-            raise UserError(KEY, f"{where} is not an object", 'write {"text": ...} on each line')
+            raise UserError(key, f"{where} is not an object", 'write {"text": ...} on each line')
         yield where, fields
 
 
-def _csv(path: Path, text: str, _: str) -> Iterator[Row]:
+def _csv(path: Path, text: str, key: str) -> Iterator[Row]:
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be a whole document
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for fields in reader:
             where = f"{path.name} line {reader.line_num}"
             if None in fields or None in fields.values():
-                raise UserError(KEY, f"{where} has another number of columns than the header", "mend that line")
+                raise UserError(key, f"{where} has another number of columns than the header", "mend that line")
             yield where, dict(fields)
     except csv.Error as error:
         line = reader.reader.line_num  # the DictReader's own lags behind
-        raise UserError(KEY, f"{path.name} line {line}: {error}", "mend that line") from None
+        raise UserError(key, f"{path.name} line {line}: {error}", "mend that line") from None
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, key: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -123,7 +123,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0]
-        raise UserError(KEY, f"{path.name} cannot be read as Parquet ({text})", "write it anew") from None
+        raise UserError(key, f"{path.name} cannot be read as Parquet ({text})", "write it anew") from None
     for number, fields in enumerate(rows, 1):
         yield f"{path.name} row {number}", fields
 
@@ -169,7 +169,12 @@ def _fields_seen(fields: Iterable[str], setting: str) -> str:
     return f"set {setting} to one of {', '.join(map(str, fields))}"
 
 
-def _document(row: Row, config: DataConfig, labels: tuple[str, ...] | None, key: str) -> Document:
+def from_row(row: Row, config: DataConfig, labels: tuple[str, ...] | None, key: str) -> Document:
+    """Return the document that a row holds.
+
+    Raises:
+        UserError: Naming file and line.
+    """
     where, fields = row
     if labels is None and config.messages_field in fields:
         return Document("", messages=_messages(where, fields[config.messages_field], key))

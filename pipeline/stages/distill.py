@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Optional
 
 from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, fraction, positive
@@ -46,6 +47,7 @@ class DistillStage(TrainingOverrides):
     ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
     head: HeadKernel = HeadKernel.auto  # what computes the head; auto: on CUDA the fastest of those that are right
+    completions: Optional[str] = None  # a JSONL of what any model wrote, learnt in place of train; no teacher is read
     cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
     insist: bool = False  # go on with a teacher that is no better than the student's start
 
@@ -54,6 +56,8 @@ class DistillStage(TrainingOverrides):
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""
+        if self.completions is not None:
+            return reads_model(self.model, run)
         cache = [] if self.cache is None else [self.cache]
         return list(dict.fromkeys([self.teacher, *cache, *reads_model(self.model, run)]))
 
@@ -64,6 +68,7 @@ class DistillStage(TrainingOverrides):
             UserError: Naming the setting.
         """
         check_training(self, key, run)
+        self._check_completions(key, run)
         self._check_cache(key, run)
         self._check_head(key, run)
         if self.mixture is None:
@@ -73,6 +78,20 @@ class DistillStage(TrainingOverrides):
             raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
         if not 0 < self.mixture < 1:
             raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
+
+    def _check_completions(self, key: str, run: Run) -> None:
+        if self.completions is None:
+            return
+        name = f"{key}.completions"
+        if run.task is not Task.causal_lm:
+            raise UserError(name, "a classifier completes nothing", "leave it out, or use task=causal_lm")
+        if self.cache is not None:
+            raise UserError(name, "stands in for a teacher, and so does cache", "give one of them")
+        for other in ("start_temperature", "start_ce_weight", "mixture", "teacher_precision"):
+            if getattr(self, other) is not None:
+                raise UserError(f"{key}.{other}", "has no effect without a teacher's distribution", "leave it out")
+        if not Path(self.completions).expanduser().is_file():
+            raise UserError(name, f"{self.completions} is not a file", "give a .jsonl file")
 
     def _check_head(self, key: str, run: Run) -> None:
         name = f"{key}.head"

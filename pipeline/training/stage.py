@@ -12,6 +12,7 @@ import torch
 from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.completions import encode_completions, read_completions
 from pipeline.data.encode import encode_all
 from pipeline.distillation.cache import TeacherCache, needed
 from pipeline.distillation.head import Head
@@ -54,6 +55,8 @@ def run_training(
     stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context
 ) -> Output:
     """Train (or distil) as `stage` says and save the model into `ctx.out`."""
+    if distill is not None and distill.completions is not None:  # taught by texts: no distribution to follow
+        distill = None
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
@@ -74,7 +77,7 @@ def run_training(
         if ctx.run.task is Task.causal_lm:
             masked = check_body(model, ctx.device)
             teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
-        batches = make_batches(model, tokenizer, settings, ctx)
+        batches = make_batches(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
         signal = teacher
         if distill is not None and distill.cache is not None:
             signal = _open_cache(distill, distill.cache, inputs, batches, model, tokenizer, settings, ctx)
@@ -260,9 +263,19 @@ class Numbered:
         return {**self._batches.batch(step), "windows": windows}
 
 
-def make_batches(model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context) -> PackedBatches | PaddedBatches:
-    """Return what a training with these settings reads, as a pure function of the step."""
-    encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
+def make_batches(
+    model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+) -> PackedBatches | PaddedBatches:
+    """Return what a training with these settings reads, as a pure function of the step.
+
+    Args:
+        completions: A file of them to read in place of the train split.
+    """
+    if completions is None:
+        encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
+    else:
+        key = f"stages.{ctx.stage}.completions"
+        encoded = encode_completions(read_completions(completions, ctx.run.data, key), tokenizer)
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:

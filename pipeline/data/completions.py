@@ -1,0 +1,105 @@
+"""Saved completions of any model, to train a student on: a JSONL of prompt and completion, or of chat `messages`.
+
+Sequence-level distillation: the student learns what the teacher wrote, no teacher is loaded, and any model that can be
+asked will do. Only what was completed is predicted. What the completions cost is not in this run's ledger.
+Source: Kim and Rush 2016, arXiv 1606.07947, section 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import DataConfig, Task
+from pipeline.data.documents import Dataset, Document
+from pipeline.data.encode import Encoded, common_length, encode_all
+from pipeline.data.files import from_row, read_rows
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and what a model made of it; as a chat, `document` holds both."""
+
+    prompt: str
+    completion: str
+    document: Document
+
+
+def read_completions(path: str, config: DataConfig, key: str) -> list[Completion]:
+    """Read a JSONL file.
+
+    Args:
+        config: Names the field of `messages`.
+        key: The setting that named the file, for refusals.
+
+    Raises:
+        UserError: Naming the line at fault.
+    """
+    file = Path(path).expanduser()
+    if file.suffix != ".jsonl":
+        raise UserError(key, f"{file.name} has an unknown ending", "give a .jsonl file")
+    found = [_completion(row, config, key) for row in read_rows(file, config.text_field, key)]
+    if not found:
+        raise UserError(key, f"{file} has no completion", 'write {"prompt": ..., "completion": ...} on each line')
+    return found
+
+
+def _completion(row: tuple[str, dict[str, Any]], config: DataConfig, key: str) -> Completion:
+    where, fields = row
+    if config.messages_field in fields:
+        return Completion("", "", from_row(row, config, None, key))
+    for name in ("prompt", "completion"):
+        if not isinstance(fields.get(name), str):
+            problem = f"{where} has no {name}" if name not in fields else f"{where}: {name} is no text"
+            raise UserError(key, problem, 'write {"prompt": ..., "completion": ...}, or {"messages": [...]}')
+    if not fields["completion"].strip():
+        raise UserError(key, f"{where} has an empty completion", "drop that line")
+    whole = {config.text_field: fields["prompt"] + fields["completion"]}
+    return Completion(fields["prompt"], fields["completion"], from_row((where, whole), config, None, key))
+
+
+def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> None:
+    """Refuse completions that hold what the student will be measured on.
+
+    Raises:
+        UserError: If one is, with its prompt or alone, a document of validation or test.
+    """
+    kept = {document.digest: split for split in ("validation", "test") for document in data.splits[split]}
+    for number, each in enumerate(completions, 1):
+        digests = (each.document.digest, Document(each.completion).digest, Document(each.prompt).digest)
+        split = next((kept[digest] for digest in digests if digest in kept), None)
+        if split is not None:
+            raise UserError(key, f"completion {number} holds a document of {split}", "leave it out")
+
+
+def encode_completions(completions: Sequence[Completion], tokenizer: Any) -> list[Encoded]:
+    """Encode completions; a token that joins prompt and completion belongs to the completion.
+
+    Raises:
+        UserError: If the model has no chat template for chats.
+    """
+    chats = iter(encode_all(
+        [each.document for each in completions if each.document.messages is not None], tokenizer, Task.causal_lm,
+        max_length=0,
+    ))  # fmt: skip
+    return [next(chats) if each.document.messages is not None else _encoded(each, tokenizer) for each in completions]
+
+
+def _encoded(each: Completion, tokenizer: Any) -> Encoded:
+    [whole] = encode_all([each.document], tokenizer, Task.causal_lm, max_length=0)
+    targets = whole.targets.copy()
+    if each.prompt:
+        prompt = tokenizer(each.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        targets[: 1 + common_length(whole.input_ids[1:].tolist(), prompt)] = False  # after the begin token
+    size = len(each.completion.encode("utf-8", "replace"))
+    return Encoded(whole.input_ids, targets, size, None, each.document.digest)
+
+
+def file_digest(path: str) -> str:
+    """Return what decides whether two files of completions are the same, 32 hex characters."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
