@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from pipeline.errors import StageFailed
 from pipeline.metrics import DIRECTION
 
 if TYPE_CHECKING:
-    from pipeline.training.objective import Objective
+    from pipeline.training.objective import Objective, StepLoss
 
 LEAST_SHARE = 0.01  # of loss or gradient; below it a run with a teacher is one without
 
@@ -37,23 +38,30 @@ def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
 def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
     """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
 
-    With g_ce and g_d the gradients of both weighted parts of the loss, |g_d| / (|g_d| + |g_ce|). Two backward passes;
-    the gradients that were there are lost.
+    With g_ce the gradient of the weighted hard labels and g_d that of all else (the divergence, hidden states),
+    |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there are lost.
     """
     loss = objective.loss
     assert loss is not None
-    norms = list[float]()
+
+    def norm(ce_weight: float, part: Callable[[StepLoss], torch.Tensor]) -> float:
+        objective.loss = replace(loss, ce_weight=ce_weight)
+        objective.model.zero_grad(set_to_none=True)
+        part(objective(batch)).backward()
+        return _norm(objective.model)
+
     try:
-        for alone in (0.0, 1.0):  # the divergence, then the hard labels
-            objective.loss = replace(loss, ce_weight=alone)
-            objective.model.zero_grad(set_to_none=True)
-            objective(batch).loss.backward()
-            norms.append(_norm(objective.model))
+        taught = norm(0.0, lambda done: _alone(done) * (1 - loss.ce_weight) + (done.loss - _alone(done)))
+        hard = norm(1.0, lambda done: _alone(done) * loss.ce_weight)
     finally:
         objective.loss = loss
         objective.model.zero_grad(set_to_none=True)
-    taught, hard = (1 - loss.ce_weight) * norms[0], loss.ce_weight * norms[1]
     return taught / (taught + hard) if taught + hard else 0.0
+
+
+def _alone(done: StepLoss) -> torch.Tensor:
+    """Return the loss without the part that hidden states have in it."""
+    return done.loss if done.hidden is None else done.loss - done.hidden
 
 
 def _norm(model: Any) -> float:

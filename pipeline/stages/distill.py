@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, fraction, positive
+from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, at_least_0, fraction, positive
 from pipeline.errors import UserError
 from pipeline.stages.capture import CaptureStage, capture_temperature
 from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model, training_settings
@@ -42,6 +42,8 @@ class DistillStage(TrainingOverrides):
     mixture: Optional[float] = None  # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
+    hidden_weight: float = at_least_0(0.0)  # of hidden states drawn to the teacher's; 0: they are not looked at
+    layer_map: Any = None  # of them: null (evenly spread), last, or the teacher's layer for each of the student's
     start_temperature: Optional[float] = positive(None)  # goes linearly to temperature; null: that from the start
     start_ce_weight: Optional[float] = fraction(None)  # likewise, to ce_weight
     ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
@@ -68,6 +70,7 @@ class DistillStage(TrainingOverrides):
             UserError: Naming the setting.
         """
         check_training(self, key, run)
+        self._check_hidden(key)
         self._check_completions(key, run)
         self._check_cache(key, run)
         self._check_head(key, run)
@@ -78,6 +81,15 @@ class DistillStage(TrainingOverrides):
             raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
         if not 0 < self.mixture < 1:
             raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
+
+    def _check_hidden(self, key: str) -> None:
+        if not self.hidden_weight:
+            if self.layer_map is not None:
+                raise UserError(f"{key}.layer_map", "has no effect without hidden_weight", "give one, or leave it out")
+            return
+        if self.cache is not None or self.completions is not None:
+            problem = "needs the teacher's hidden states, which neither a cache nor a text holds"
+            raise UserError(f"{key}.hidden_weight", problem, "train beside a live teacher, or leave it out")
 
     def _check_completions(self, key: str, run: Run) -> None:
         if self.completions is None:

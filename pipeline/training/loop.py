@@ -44,6 +44,7 @@ class Progress:
     eval_ns: int = 0  # time in evaluations
     ce: float = 0.0  # sums over the readings of the last tenth
     divergence: float = 0.0
+    hidden: float = 0.0
     smooth: float | None = None
     best: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -70,7 +71,8 @@ class Reading:
     """What a micro-batch says of the loss, on its way to the host.
 
     Attributes:
-        values: Mean loss, and sums of cross-entropy and KL over the targets; float32 on the host.
+        values: Mean loss, sums of cross-entropy and divergence over the targets, and the part of the mean that hidden
+            states have; float32 on the host.
         count: Targets.
         event: The device has passed it when `values` are there; None where there is nothing to wait for.
     """
@@ -215,7 +217,9 @@ def _step(
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
     """Send what a micro-batch says to the host without waiting; `item()` would wait for all that was launched since."""
-    values = torch.stack([part.detach().float() for part in (done.loss, done.parts.ce, done.parts.divergence)])
+    hidden = torch.zeros_like(done.loss) if done.hidden is None else done.hidden
+    parts = (done.loss, done.parts.ce, done.parts.divergence, hidden)
+    values = torch.stack([part.detach().float() for part in parts])
     if device.type != "cuda":
         return Reading(step, values, done.count, None)
     there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -242,7 +246,7 @@ def _read(
 
 def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
     """Book one loss reading; stop on NaN and on divergence."""
-    step, (loss, ce_sum, divergence_sum) = reading.step, reading.values.tolist()
+    step, (loss, ce_sum, divergence_sum, hidden) = reading.step, reading.values.tolist()
     ce, divergence = ce_sum / reading.count, divergence_sum / reading.count
     if not math.isfinite(loss):
         raise StageFailed(
@@ -259,8 +263,10 @@ def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hoo
     if step + 1 > 0.9 * settings.steps:
         progress.ce += ce
         progress.divergence += divergence
+        progress.hidden += hidden
     rate = learning_rate(step, settings)
-    hooks.points(step + 1, {"loss": loss, "ce": ce, "divergence": divergence, "learning_rate": rate})
+    more = {"hidden": hidden} if hidden else {}
+    hooks.points(step + 1, {"loss": loss, "ce": ce, "divergence": divergence, "learning_rate": rate, **more})
 
 
 def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:

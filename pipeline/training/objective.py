@@ -17,6 +17,7 @@ from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
 from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
 from pipeline.errors import UserError
@@ -47,11 +48,15 @@ class CachedTeacher:
 
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """The mean loss of a micro-batch (differentiable), its unweighted sums, and how many targets it has."""
+    """The mean loss of a micro-batch (differentiable), its unweighted sums, and how many targets it has.
+
+    `hidden` is the weighted part that hidden states have in the mean, None where they are not looked at.
+    """
 
     loss: Tensor
     parts: Sums
     count: int
+    hidden: Tensor | None = None
 
 
 class Objective:
@@ -66,6 +71,7 @@ class Objective:
         self.teacher = teacher if isinstance(teacher, Teacher) else None
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         self.loss = None if teacher is None else teacher.loss
+        self.hidden: HiddenSignal | None = None
         self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
         self.head_loss: HeadLoss = head_loss
         self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
@@ -109,29 +115,46 @@ class Objective:
         return pinned.to(self.device, non_blocking=True)
 
     def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None) -> StepLoss:
-        teacher, taught = self.teacher, said
+        teacher, taught, theirs = self.teacher, said, None
         with self.clock.phase("forward"):
             wanted = self.masked or (teacher is not None and teacher.masked)
             mask = document_mask(inputs["position_ids"]) if wanted else None  # one for both models
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                hidden = hidden_states(teacher.model, inputs, mask if teacher.masked else None).flatten(0, 1)[keep]
+                theirs = _body(teacher.model, inputs, mask if teacher.masked else None, every=self.hidden is not None)
+                hidden = theirs.last_hidden_state.flatten(0, 1)[keep]
                 taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            hidden = hidden_states(self.model, inputs, mask if self.masked else None).flatten(0, 1)[keep]
+            ours = _body(self.model, inputs, mask if self.masked else None, every=self.hidden is not None)
+            hidden = ours.last_hidden_state.flatten(0, 1)[keep]
             loss, parts = self.head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
                 vocabulary=self.vocabulary, taught=taught, loss=self.loss,
             )  # fmt: skip
-        return StepLoss(loss, parts, len(targets))
+            if self.hidden is None:
+                return StepLoss(loss, parts, len(targets))
+            each = torch.zeros(inputs["input_ids"].numel(), device=self.device)
+            each[keep] = 1 / max(len(targets), 1)
+            return self._drawn(loss, parts, len(targets), ours, theirs, each.reshape(inputs["input_ids"].shape))
+
+    def _drawn(
+        self, loss: Tensor, parts: Sums, count: int, ours: Any, theirs: Any, weights: Tensor
+    ) -> StepLoss:  # fmt: skip
+        """Return the loss with the part that hidden states have in it."""
+        assert self.hidden is not None
+        part = self.hidden.weight * self.hidden(ours.hidden_states, theirs.hidden_states, weights)
+        return StepLoss(loss + part, parts, count, part)
 
     def _classes(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None) -> StepLoss:
-        teacher, teacher_logits = self.teacher, said
+        teacher, teacher_logits, theirs_all = self.teacher, said, None
+        more = {} if self.hidden is None else {"output_hidden_states": True}
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                teacher_logits = teacher.model(**inputs).logits[keep]
+                theirs_all = teacher.model(**inputs, **more)
+                teacher_logits = theirs_all.logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            logits = self.model(**inputs).logits[keep]
+            ours_all = self.model(**inputs, **more)
+            logits = ours_all.logits[keep]
             weights = self.loss or Loss()
             with torch.no_grad():
                 theirs = None if teacher_logits is None else teacher_logits.float()
@@ -140,7 +163,11 @@ class Objective:
             # The value of the loss with the gradient just made: one definition serves both tasks.
             surrogate = (logits.float() * (gradient / len(targets))).sum()
             loss = surrogate + (value - surrogate).detach()
-        return StepLoss(loss, sums, len(targets))
+            if self.hidden is None:
+                return StepLoss(loss, sums, len(targets))
+            mask = inputs["attention_mask"].float()
+            each = mask / mask.sum(-1, keepdim=True)
+            return self._drawn(loss, sums, len(targets), ours_all, theirs_all, each / len(each))
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
@@ -151,8 +178,14 @@ def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = N
         mask: Their `document_mask`. Without one, transformers finds the documents in the positions, and reads on the
             host whether there are several: every step would wait for the device.
     """
-    more = {} if mask is None else {"attention_mask": mask}
-    return model.base_model(**inputs, **more, use_cache=False).last_hidden_state
+    return _body(model, inputs, mask, every=False).last_hidden_state
+
+
+def _body(model: Any, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool) -> Any:
+    """Return what the model's body gives out; with `every` layer's states as `hidden_states`."""
+    more: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+    more |= {"output_hidden_states": True} if every else {}
+    return model.base_model(**inputs, **more, use_cache=False)
 
 
 def document_mask(position_ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pipeline.data.completions import encode_completions, read_completions
 from pipeline.data.encode import encode_all
 from pipeline.distillation.cache import TeacherCache, needed
 from pipeline.distillation.head import Head
+from pipeline.distillation.hidden import HiddenSignal, WithProjections, layer_pairs
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher, gradient_share
 from pipeline.errors import StageFailed, UserError
@@ -27,7 +28,7 @@ from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
-from pipeline.student import make_student, stack_layers
+from pipeline.student import layer_count, make_student, stack_layers
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
@@ -86,6 +87,7 @@ def run_training(
         if distill is not None:
             objective.losses = partial(_loss_at, distill, settings)
             objective.at(0)
+            objective.hidden = _hidden(distill, model, teacher, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
@@ -99,18 +101,19 @@ def run_training(
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
+    trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
     with (
         ctx.progress(f"{ctx.stage}", settings.steps) as advance,
         device_phases(ctx.clock, ctx.device) as phases,
         _tracer(settings, ctx) as tracer,
     ):
         hooks = Hooks(
-            validate=validate, flops=lambda batch: _flops(batch, own, extra), points=ctx.points,
+            validate=validate, flops=lambda batch: _flops(batch, own, extra, objective.hidden), points=ctx.points,
             history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
             advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
         )  # fmt: skip
         progress = train(
-            model, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
+            trained, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
@@ -215,6 +218,17 @@ def _loss(stage: DistillStage) -> Loss:
     return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
 
 
+def _hidden(stage: DistillStage, model: Any, teacher: Teacher | None, ctx: Context) -> HiddenSignal | None:
+    """Return the signal of hidden states where the stage wants one; the stage's seed draws its projections."""
+    if not stage.hidden_weight or teacher is None:
+        return None
+    configs = [each.config.get_text_config() for each in (model, teacher.model)]
+    counts = [layer_count(config) for config in configs]
+    pairs = layer_pairs(stage.layer_map, counts[0], counts[1], f"stages.{ctx.stage}.layer_map")
+    widths = configs[0].hidden_size, configs[1].hidden_size
+    return HiddenSignal(pairs, widths, stage.hidden_weight).to(ctx.device)
+
+
 def _loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
     """Return what is minimised at a step: temperature and weight of the hard labels may change over the training."""
     along = partial(ramp, step, settings.steps, stage.ramp_fraction)
@@ -307,7 +321,8 @@ def _validation(
 
 
 def _flops(
-    batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None
+    batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None,
+    hidden: HiddenSignal | None = None,
 ) -> tuple[float, float]:  # fmt: skip
     """Return the FLOPs of a batch as it is computed, all its positions, padding too, and heads on the targets.
 
@@ -315,7 +330,8 @@ def _flops(
     """
     rows, length = batch["input_ids"].shape
     targets = int((batch["labels"] != IGNORE).sum())
-    return own.batch(rows, length, targets), 0.0 if teacher is None else teacher.batch(rows, length, targets)
+    signal = 0.0 if hidden is None else hidden.flops(rows * length)
+    return own.batch(rows, length, targets), signal + (0.0 if teacher is None else teacher.batch(rows, length, targets))
 
 
 def _no_counts() -> dict[str, Value]:
@@ -352,7 +368,7 @@ def _share(progress: Progress, distill: DistillStage | None) -> Value:
     """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
     if distill is None:
         return null(NO_TEACHER)
-    taught, ce = (1 - distill.ce_weight) * progress.divergence, distill.ce_weight * progress.ce
+    taught, ce = (1 - distill.ce_weight) * progress.divergence + progress.hidden, distill.ce_weight * progress.ce
     if taught + ce == 0:
         return null("the loss is zero")
     return derive(lambda part, rest: part / (part + rest), measured(taught), measured(ce))
