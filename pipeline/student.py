@@ -151,20 +151,17 @@ def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
     return _rearrange(model, chosen, "student.layers")
 
 
-def stack_layers(model: PreTrainedModel, num_layers: int, key: str) -> None:
-    """Grow `model`, in place, to `num_layers` by stacking copies of all its layers on top of one another.
+def stack_layers(model: PreTrainedModel, times: int, key: str) -> None:
+    """Grow `model`, in place, to `times` its depth: all its layers, and copies of them on top.
 
     Raises:
-        UserError: If that is no multiple of the layers it has, or fits no such model.
+        UserError: If it has no one stack of layers.
 
     Source: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking", PMLR 97, section 4; for language
     models Du et al. 2024, arXiv 2405.15319, where this way of growing did best.
     """
     have = layer_count(model.config)
-    if num_layers % have:
-        problem = f"{num_layers} layers are no stack of the {have} that {type(model).__name__} has"
-        raise UserError(key, problem, f"give a multiple of {have}")
-    _rearrange(model, [at % have for at in range(num_layers)], key)
+    _rearrange(model, [at % have for at in range(times * have)], key)
 
 
 def _rearrange(model: PreTrainedModel, chosen: list[int], key: str) -> PreTrainedModel:

@@ -155,7 +155,7 @@ def test_a_stacked_model_is_its_layers_on_top_of_one_another(task: Task, tmp_pat
     source = tiny(task)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     have = source.config.num_hidden_layers
-    stack_layers(source, 2 * have, "stages.student.stack")
+    stack_layers(source, 2, "stages.student.stack")
     for name, tensor in source.state_dict().items():
         parts = name.split(".")
         number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
@@ -175,9 +175,11 @@ def test_a_stacked_model_is_its_layers_on_top_of_one_another(task: Task, tmp_pat
             assert int(logits.argmax()) == int(cached[0, length])
 
 
-def test_what_is_no_stack_is_refused() -> None:
-    with pytest.raises(UserError, match=r"stages.student.stack: 3 layers are no stack of the 2"):
-        stack_layers(tiny(Task.causal_lm), 3, "stages.student.stack")
+def test_a_model_of_two_kinds_of_layers_is_no_stack() -> None:
+    model = tiny(Task.causal_lm)
+    model.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(model.config.num_hidden_layers))
+    with pytest.raises(UserError, match=r"stages.student.stack: LlamaForCausalLM has 2 stacks of 2 layers"):
+        stack_layers(model, 2, "stages.student.stack")
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

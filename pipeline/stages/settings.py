@@ -43,7 +43,7 @@ class TrainingOverrides:
     start_batch_size: Optional[int] = positive(None)
     start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
     growth_fraction: Optional[float] = field(default=None, metadata={"above": 0, "max": 1})
-    stack: Optional[int] = positive(None)  # layers that the start is grown to, by stacking its own; null: as it is
+    stack: Optional[int] = positive(None)  # times that the start's layers are put on top of one another; null: once
 
     type: ClassVar[str]
     version: ClassVar[int]
