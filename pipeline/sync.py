@@ -125,6 +125,8 @@ def _has_ended(run_dir: Path) -> bool:
 def _step_back() -> None:
     """Take the lowest priority: on a small machine the run's own threads come first."""
     os.nice(19)
+    if os.getsid(0) != os.getpid():  # a terminal's session is not ours to slow down
+        return
     with suppress(OSError):  # Linux weighs sessions first, and this one is its own
         Path("/proc/self/autogroup").write_text("19", encoding="ascii")
 
