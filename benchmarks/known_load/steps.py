@@ -107,17 +107,27 @@ def traced(device: Device, step: Callable[[], None]) -> Readings:
 
 
 class Rows:
-    """The same batch at every step; `before` is called first."""
+    """The same batch at every step."""
 
-    def __init__(self, plan: Plan, before: Callable[[int], None]) -> None:
-        self._before = before
+    def __init__(self, plan: Plan) -> None:
         ids = torch.arange(plan.length).repeat(plan.rows, 1)
         self._batch = {"input_ids": ids, "position_ids": ids, "labels": ids.roll(-1, 1)}
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step."""
-        self._before(step)
         return self._batch
+
+
+class Noticed(Objective):
+    """An objective that calls `before` as a step begins, while the loop waits for its batch: those are made ahead."""
+
+    before: Callable[[int], None]
+
+    def at(self, step: int) -> None:
+        """Begin a step."""
+        with self.clock.phase("data_wait"):
+            self.before(step)
+        super().at(step)
 
 
 class HostReads(TorchDispatchMode):
@@ -196,14 +206,15 @@ def training(
     model = llama().to(device.at)
     each = count_flops(model, Task.causal_lm, backward=True).batch(plan.rows, plan.length, plan.rows * plan.length)
     hooks = Hooks(
-        validate=lambda: (validate(), 0.0)[1], flops=lambda batch: each, points=lambda step, values: None,
+        validate=lambda: (validate(), 0.0)[1], flops=lambda batch: (each, 0.0), points=lambda step, values: None,
         history=lambda step: [], checkpointed=lambda step: None, resumed=lambda step, history: None, say=print,
         should_stop=lambda: None, advance=lambda step, tokens: advance(), tracer=tracer or StepTracer(),
     )  # fmt: skip
+    objective = Noticed(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=check_body(model, device.at))
+    objective.before = before
     with TemporaryDirectory() as folder:
         return train(
-            model, Rows(plan, before),
-            Objective(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=check_body(model, device.at)),
+            model, Rows(plan), objective,
             settings=TrainingConfig(steps=plan.steps, eval_every=plan.steps, batch_size=plan.rows,
                                     sequence_length=plan.length),
             precision=PrecisionConfig(name=Precision.bf16), folder=Path(folder), clock=clock, hooks=hooks,
