@@ -225,7 +225,7 @@ def test_waiting_for_the_device_is_time_in_steps_and_an_evaluation_begins_on_an_
             now[0] = max(now[0], self.passed_ns)
 
     def on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
-        return Reading(step, torch.tensor([1.0, 2.0, 0.0]), done.count, Event())
+        return Reading(step, torch.tensor([1.0, 2.0, 0.0, 0.0]), done.count, Event())
 
     def validate() -> float:
         assert now[0] == free[0], "the evaluation would be charged with waiting for steps"
