@@ -28,6 +28,18 @@ def layer_count(config: PreTrainedConfig) -> int:
     raise UserError("student.layers", f"{type(config).__name__} names no layer count", "give student.path instead")
 
 
+def layer_stacks(model: PreTrainedModel, total: int) -> list[tuple[Any, str, Any]]:
+    """Return every list of `total` modules in a model: its parent, its name there, and itself."""
+    import torch
+
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == total
+    ]
+
+
 def choose_layers(spec: Any, num_layers: int) -> list[int]:
     """Return the indexes of the layers a student keeps.
 
@@ -171,12 +183,7 @@ def _rearrange(model: PreTrainedModel, chosen: list[int], key: str) -> PreTraine
     import torch
 
     total = layer_count(model.config)
-    lists = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == total
-    ]
+    lists = layer_stacks(model, total)
     if len(lists) != 1:
         raise UserError(key, f"{type(model).__name__} has {len(lists)} stacks of {total} layers", "give student.path")
     parent, name, layers = lists[0]

@@ -79,8 +79,8 @@ def test_loss_and_gradients_are_the_definition(task: Task) -> None:
     expected = without + 0.7 * definition(objective, batch)
     wanted = torch.autograd.grad(expected, trained, allow_unused=True)
     assert done.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert done.hidden is not None
-    assert done.hidden.item() == pytest.approx((expected - without).item(), rel=1e-5)
+    assert list(done.drawn) == ["hidden"]
+    assert done.drawn["hidden"].item() == pytest.approx((expected - without).item(), rel=1e-5)
     assert any(grad is not None for grad in found[-2:])
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine is None) == (theirs is None)
@@ -94,9 +94,7 @@ def test_padding_and_other_documents_change_nothing() -> None:
     other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 99)}
     assert not torch.equal(other["input_ids"], batch["input_ids"])
     objective.model.config.pad_token_id = None if objective.model.config.pad_token_id is None else 0
-    ours, theirs = objective(batch).hidden, objective(other).hidden
-    assert ours is not None
-    assert theirs is not None
+    ours, theirs = objective(batch).drawn["hidden"], objective(other).drawn["hidden"]
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -104,9 +102,8 @@ def test_micro_batches_add_up_to_their_batch() -> None:
     objective, batch = objective_for(Task.causal_lm), batches_for(settings()).batch(0)
     whole = objective(batch)
     parts = [objective({name: tensor.chunk(2)[at] for name, tensor in batch.items()}) for at in (0, 1)]
-    assert whole.hidden is not None
-    summed = sum(part.hidden.item() * part.count for part in parts if part.hidden is not None)
-    assert summed / whole.count == pytest.approx(whole.hidden.item(), rel=1e-5)
+    summed = sum(part.drawn["hidden"].item() * part.count for part in parts)
+    assert summed / whole.count == pytest.approx(whole.drawn["hidden"].item(), rel=1e-5)
 
 
 def test_equal_widths_need_no_projection() -> None:
@@ -202,8 +199,8 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
     ("stage", "said"),
     [
         ({"layer_map": "last"}, "layer_map: has no effect without hidden_weight"),
-        ({"hidden_weight": 1.0, "cache": "capture"}, "hidden_weight: needs the teacher's hidden states"),
-        ({"hidden_weight": 1.0, "completions": __file__}, "hidden_weight: needs the teacher's hidden states"),
+        ({"hidden_weight": 1.0, "cache": "capture"}, "hidden_weight: needs what a teacher computes inside"),
+        ({"hidden_weight": 1.0, "completions": __file__}, "hidden_weight: needs what a teacher computes inside"),
     ],
 )
 def test_settings_that_contradict_are_refused(stage: dict[str, Any], said: str) -> None:

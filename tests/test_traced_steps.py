@@ -170,7 +170,7 @@ def test_a_real_trace_of_a_step_is_there_for_perfetto_and_its_figures_are_null(t
 def test_tracing_changes_no_weight_and_no_count(tmp_path: Path) -> None:
     plain = training(tmp_path / "a", StepTracer())
     traced = training(tmp_path / "b", StepTracer(tmp_path / "traces", CPU, [3]))
-    assert (traced.smooth, traced.ce, traced.tokens) == (plain.smooth, plain.ce, plain.tokens)
+    assert (traced.smooth, traced.hard, traced.tokens) == (plain.smooth, plain.hard, plain.tokens)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,8 @@ def test_waiting_for_the_device_is_time_in_steps_and_an_evaluation_begins_on_an_
         def synchronize(self) -> None:
             now[0] = max(now[0], self.passed_ns)
 
-    def on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
-        return Reading(step, torch.tensor([1.0, 2.0, 0.0, 0.0]), done.count, Event())
+    def on_its_way(step: int, done: StepLoss, device: torch.device, _: str) -> Reading:
+        return Reading(step, torch.tensor([1.0, 2.0, 0.0]), done.count, Event())
 
     def validate() -> float:
         assert now[0] == free[0], "the evaluation would be charged with waiting for steps"

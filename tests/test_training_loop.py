@@ -161,7 +161,7 @@ def test_a_resumed_training_is_bit_equal_to_one_that_never_stopped(tmp_path: Pat
     timeless = lambda p: [{k: v for k, v in r.items() if "seconds" not in k} for r in p.curve]
     assert timeless(resumed) == timeless(progress)
     assert (resumed.tokens, resumed.examples, resumed.flops) == (progress.tokens, progress.examples, progress.flops)
-    assert (resumed.ce, resumed.smooth) == (progress.ce, progress.smooth)
+    assert (resumed.hard, resumed.smooth) == (progress.hard, progress.smooth)
 
 
 def test_no_checkpoint_holds_a_pickle(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
 def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
     """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
 
-    With g_ce the gradient of the weighted hard labels and g_d that of all else (the divergence, hidden states),
+    With g_ce the gradient of the weighted hard labels and g_d that of all else (divergence, hidden states, relations),
     |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there are lost.
     """
     loss = objective.loss
@@ -60,8 +60,8 @@ def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> floa
 
 
 def _alone(done: StepLoss) -> torch.Tensor:
-    """Return the loss without the part that hidden states have in it."""
-    return done.loss if done.hidden is None else done.loss - done.hidden
+    """Return the loss without the parts that the teacher's inside has in it."""
+    return done.loss - sum(done.drawn.values())
 
 
 def _norm(model: Any) -> float:

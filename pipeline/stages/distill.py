@@ -44,6 +44,11 @@ class DistillStage(TrainingOverrides):
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     hidden_weight: float = at_least_0(0.0)  # of hidden states drawn to the teacher's; 0: they are not looked at
     layer_map: Any = None  # of them: null (evenly spread), last, or the teacher's layer for each of the student's
+    relation_weight: float = at_least_0(
+        0.0
+    )  # of relations between queries, keys and values, of the student's last layer
+    relation_heads: Optional[int] = positive(None)  # parts they are cut into; null: the teacher's attention heads
+    relation_layer: Optional[int] = at_least_0(None)  # the teacher's, from 0; null: its last
     start_temperature: Optional[float] = positive(None)  # goes linearly to temperature; null: that from the start
     start_ce_weight: Optional[float] = fraction(None)  # likewise, to ce_weight
     ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
@@ -70,7 +75,7 @@ class DistillStage(TrainingOverrides):
             UserError: Naming the setting.
         """
         check_training(self, key, run)
-        self._check_hidden(key)
+        self._check_inside(key, run)
         self._check_completions(key, run)
         self._check_cache(key, run)
         self._check_head(key, run)
@@ -82,14 +87,19 @@ class DistillStage(TrainingOverrides):
         if not 0 < self.mixture < 1:
             raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
 
-    def _check_hidden(self, key: str) -> None:
-        if not self.hidden_weight:
-            if self.layer_map is not None:
-                raise UserError(f"{key}.layer_map", "has no effect without hidden_weight", "give one, or leave it out")
-            return
-        if self.cache is not None or self.completions is not None:
-            problem = "needs the teacher's hidden states, which neither a cache nor a text holds"
-            raise UserError(f"{key}.hidden_weight", problem, "train beside a live teacher, or leave it out")
+    def _check_inside(self, key: str, run: Run) -> None:
+        """Refuse what would have no effect, or cannot be read where there is no live teacher."""
+        needs = {"layer_map": "hidden_weight", "relation_heads": "relation_weight", "relation_layer": "relation_weight"}
+        for name, weight in needs.items():
+            if getattr(self, name) is not None and not getattr(self, weight):
+                raise UserError(f"{key}.{name}", f"has no effect without {weight}", "give one, or leave it out")
+        for name in ("hidden_weight", "relation_weight"):
+            if getattr(self, name) and (self.cache is not None or self.completions is not None):
+                problem = "needs what a teacher computes inside, which neither a cache nor a text holds"
+                raise UserError(f"{key}.{name}", problem, "train beside a live teacher, or leave it out")
+        if self.relation_weight and training_settings(self, run).compile:
+            problem = "what a compiled model computes inside cannot be read"
+            raise UserError(f"{key}.relation_weight", problem, "set compile: false")
 
     def _check_completions(self, key: str, run: Run) -> None:
         if self.completions is None:

@@ -42,11 +42,10 @@ class Progress:
     own_flops: float = 0.0  # of the model alone
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
     eval_ns: int = 0  # time in evaluations
-    ce: float = 0.0  # sums over the readings of the last tenth
-    divergence: float = 0.0
-    hidden: float = 0.0
-    smooth: float | None = None
-    best: float | None = None
+    hard: float = 0.0  # what hard labels have in the loss, summed over the readings of the last tenth
+    taught: float = 0.0  # what a teacher has
+    smooth: dict[str, float] = field(default_factory=dict)  # loss by what is read: `text`, `sampled`
+    best: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -71,16 +70,22 @@ class Reading:
     """What a micro-batch says of the loss, on its way to the host.
 
     Attributes:
-        values: Mean loss, sums of cross-entropy and divergence over the targets, and the part of the mean that hidden
-            states have; float32 on the host.
+        values: Mean loss, sums of cross-entropy and divergence over the targets, and the parts of the mean named by
+            `drawn`; float32 on the host.
         count: Targets.
         event: The device has passed it when `values` are there; None where there is nothing to wait for.
+        ce_weight: Of the hard labels in the loss.
+        drawn: Names of what the teacher's inside has in the loss.
+        kind: What was read: `text`, or `sampled` from the student.
     """
 
     step: int
     values: Tensor
     count: int
     event: Any
+    ce_weight: float = 1.0
+    drawn: tuple[str, ...] = ()
+    kind: str = "text"
 
 
 def train(
@@ -197,7 +202,8 @@ def _step(
         done = objective(part)
         with clock.phase("backward"), matmuls(objective.precision):
             scaler.scale(done.loss * (count / sum(counts))).backward()
-            pending.append(_on_its_way(progress.step, done, objective.device))
+            kind = "sampled" if "sampled" in part else "text"
+            pending.append(_on_its_way(progress.step, done, objective.device, kind))
     with clock.phase("optimizer"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
@@ -215,17 +221,17 @@ def _step(
     hooks.advance(progress.step, progress.tokens)
 
 
-def _on_its_way(step: int, done: StepLoss, device: torch.device) -> Reading:
+def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "text") -> Reading:
     """Send what a micro-batch says to the host without waiting; `item()` would wait for all that was launched since."""
-    hidden = torch.zeros_like(done.loss) if done.hidden is None else done.hidden
-    parts = (done.loss, done.parts.ce, done.parts.divergence, hidden)
+    parts = (done.loss, done.parts.ce, done.parts.divergence, *done.drawn.values())
     values = torch.stack([part.detach().float() for part in parts])
+    how = (done.ce_weight, tuple(done.drawn), kind)
     if device.type != "cuda":
-        return Reading(step, values, done.count, None)
+        return Reading(step, values, done.count, None, *how)
     there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return Reading(step, there, done.count, event)
+    return Reading(step, there, done.count, event, *how)
 
 
 def _read(
@@ -246,27 +252,32 @@ def _read(
 
 def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
     """Book one loss reading; stop on NaN and on divergence."""
-    step, (loss, ce_sum, divergence_sum, hidden) = reading.step, reading.values.tolist()
+    step, (loss, ce_sum, divergence_sum, *more) = reading.step, reading.values.tolist()
     ce, divergence = ce_sum / reading.count, divergence_sum / reading.count
+    drawn = dict(zip(reading.drawn, more, strict=True))
     if not math.isfinite(loss):
         raise StageFailed(
             f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use precision=bf16 or fp32"
         )
-    smooth = loss if progress.smooth is None else SMOOTHING * progress.smooth + (1 - SMOOTHING) * loss
-    progress.smooth = smooth
-    progress.best = smooth if progress.best is None else min(progress.best, smooth)
-    if smooth > settings.divergence_factor * max(progress.best, 0.05):
+    _check_course(step, loss, reading.kind, progress, settings)
+    if step + 1 > 0.9 * settings.steps:
+        progress.hard += reading.ce_weight * ce
+        progress.taught += (1 - reading.ce_weight) * divergence + sum(drawn.values())
+    rate = learning_rate(step, settings)
+    said = {"ce": ce} if reading.kind == "text" else {}  # of its own samples it is the student's entropy
+    hooks.points(step + 1, {"loss": loss, **said, "divergence": divergence, "learning_rate": rate, **drawn})
+
+
+def _check_course(step: int, loss: float, kind: str, progress: Progress, settings: TrainingConfig) -> None:
+    """Stop where the loss, smoothed, is far above the best it was; losses of one kind are compared."""
+    before = progress.smooth.get(kind, loss)
+    smooth = progress.smooth[kind] = SMOOTHING * before + (1 - SMOOTHING) * loss
+    best = progress.best[kind] = min(progress.best.get(kind, smooth), smooth)
+    if smooth > settings.divergence_factor * max(best, 0.05):
         raise StageFailed(
-            f"the loss diverged: {smooth:.3g} at step {step + 1} after a best of {progress.best:.3g}; "
+            f"the loss diverged: {smooth:.3g} at step {step + 1} after a best of {best:.3g}; "
             "lower training.learning_rate or raise training.divergence_factor"
         )
-    if step + 1 > 0.9 * settings.steps:
-        progress.ce += ce
-        progress.divergence += divergence
-        progress.hidden += hidden
-    rate = learning_rate(step, settings)
-    more = {"hidden": hidden} if hidden else {}
-    hooks.points(step + 1, {"loss": loss, "ce": ce, "divergence": divergence, "learning_rate": rate, **more})
 
 
 def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:

@@ -6,8 +6,9 @@ Shape legend: B rows, T tokens, N predicted tokens, C classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
+from pipeline.distillation.relations import RelationSignal, outputs_of
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.precision import arithmetic, compute_dtype
 
-NOT_INPUTS = ("labels", "windows")  # of a batch: not what the model reads
+NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads
 HEAD_TOLERANCE = 1e-3  # of fp32 logits against head(hidden); a soft cap or a logit scale is far beyond it
 
 
@@ -48,15 +50,21 @@ class CachedTeacher:
 
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """The mean loss of a micro-batch (differentiable), its unweighted sums, and how many targets it has.
+    """What a micro-batch says of the loss.
 
-    `hidden` is the weighted part that hidden states have in the mean, None where they are not looked at.
+    Attributes:
+        loss: The mean, differentiable.
+        parts: Unweighted sums over the targets.
+        count: Targets.
+        ce_weight: That `parts` were mixed with.
+        drawn: The weighted parts of the mean that come from inside the teacher, by name: `hidden`, `relations`.
     """
 
     loss: Tensor
     parts: Sums
     count: int
-    hidden: Tensor | None = None
+    ce_weight: float = 1.0
+    drawn: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
@@ -72,6 +80,7 @@ class Objective:
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
         self.loss = None if teacher is None else teacher.loss
         self.hidden: HiddenSignal | None = None
+        self.relations: RelationSignal | None = None
         self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
         self.head_loss: HeadLoss = head_loss
         self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
@@ -95,11 +104,14 @@ class Objective:
             inputs = {name: self._send(tensor) for name, tensor in batch.items() if name not in NOT_INPUTS}
             keep_there, targets = self._send(keep), self._send(labels[keep])
             said = self._send_said(said)
+        loss = self.loss
+        if loss is not None and "sampled" in batch:  # what it wrote itself is no label to learn
+            loss = replace(loss, ce_weight=0.0)
         if self.task is Task.causal_lm:
             assert not isinstance(said, Tensor)
-            return self._causal(inputs, keep_there, targets, said)
+            return self._causal(inputs, keep_there, targets, said, loss)
         assert not isinstance(said, Sparse)
-        return self._classes(inputs, keep_there, targets, said)
+        return self._classes(inputs, keep_there, targets, said, loss)
 
     def _send_said(self, said: Sparse | Tensor | None) -> Sparse | Tensor | None:
         """Send what a cache holds of a batch."""
@@ -114,60 +126,97 @@ class Objective:
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()  # out of pageable memory, a copy waits
         return pinned.to(self.device, non_blocking=True)
 
-    def _causal(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None) -> StepLoss:
-        teacher, taught, theirs = self.teacher, said, None
+    def _causal(
+        self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None, loss: Loss | None
+    ) -> StepLoss:
+        teacher, taught, theirs = self.teacher, said, _Inside()
+        every = self.hidden is not None
         with self.clock.phase("forward"):
-            wanted = self.masked or (teacher is not None and teacher.masked)
+            wanted = self.masked or (teacher is not None and teacher.masked) or self.relations is not None
             mask = document_mask(inputs["position_ids"]) if wanted else None  # one for both models
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                theirs = _body(teacher.model, inputs, mask if teacher.masked else None, every=self.hidden is not None)
-                hidden = theirs.last_hidden_state.flatten(0, 1)[keep]
+                with self._reading(teacher.model) as theirs.projected:
+                    given = _body(teacher.model, inputs, mask if teacher.masked else None, every=every)
+                theirs.states = given.hidden_states
+                hidden = given.last_hidden_state.flatten(0, 1)[keep]
                 taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            ours = _body(self.model, inputs, mask if self.masked else None, every=self.hidden is not None)
-            hidden = ours.last_hidden_state.flatten(0, 1)[keep]
-            loss, parts = self.head_loss(
+            ours = _Inside()
+            with self._reading(self.model) as ours.projected:
+                given = _body(self.model, inputs, mask if self.masked else None, every=every)
+            ours.states = given.hidden_states
+            hidden = given.last_hidden_state.flatten(0, 1)[keep]
+            mean, parts = self.head_loss(
                 hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
-                vocabulary=self.vocabulary, taught=taught, loss=self.loss,
+                vocabulary=self.vocabulary, taught=taught, loss=loss,
             )  # fmt: skip
-            if self.hidden is None:
-                return StepLoss(loss, parts, len(targets))
+            done = StepLoss(mean, parts, len(targets), 1.0 if loss is None else loss.ce_weight)
+            if self.hidden is None and self.relations is None:
+                return done
             each = torch.zeros(inputs["input_ids"].numel(), device=self.device)
             each[keep] = 1 / max(len(targets), 1)
-            return self._drawn(loss, parts, len(targets), ours, theirs, each.reshape(inputs["input_ids"].shape))
+            may_read = None if mask is None else mask[:, 0]
+            return self._drawn(done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape))
+
+    def _reading(self, model: Any) -> AbstractContextManager[Sequence[Tensor]]:
+        """Have the projections be read that relations are made of; nothing where they are not wanted."""
+        if self.relations is None:
+            return nullcontext([])
+        return outputs_of(self.relations.student if model is self.model else self.relations.teacher)
 
     def _drawn(
-        self, loss: Tensor, parts: Sums, count: int, ours: Any, theirs: Any, weights: Tensor
-    ) -> StepLoss:  # fmt: skip
-        """Return the loss with the part that hidden states have in it."""
-        assert self.hidden is not None
-        part = self.hidden.weight * self.hidden(ours.hidden_states, theirs.hidden_states, weights)
-        return StepLoss(loss + part, parts, count, part)
+        self, done: StepLoss, ours: _Inside, theirs: _Inside, may_read: Tensor | None, weights: Tensor
+    ) -> StepLoss:
+        """Return the loss with the parts that the teacher's inside has in it."""
+        drawn: dict[str, Tensor] = {}
+        if self.hidden is not None:
+            drawn["hidden"] = self.hidden.weight * self.hidden(ours.states, theirs.states, weights)
+        if self.relations is not None:
+            assert may_read is not None
+            said = self.relations(ours.projected, theirs.projected, may_read, weights)
+            drawn["relations"] = self.relations.weight * said
+        return replace(done, loss=done.loss + sum(drawn.values()), drawn=drawn)
 
-    def _classes(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None) -> StepLoss:
-        teacher, teacher_logits, theirs_all = self.teacher, said, None
+    def _classes(
+        self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None, loss: Loss | None
+    ) -> StepLoss:
+        teacher, teacher_logits, theirs = self.teacher, said, _Inside()
         more = {} if self.hidden is None else {"output_hidden_states": True}
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
-                theirs_all = teacher.model(**inputs, **more)
-                teacher_logits = theirs_all.logits[keep]
+                with self._reading(teacher.model) as theirs.projected:
+                    given = teacher.model(**inputs, **more)
+                theirs.states = given.hidden_states
+                teacher_logits = given.logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
-            ours_all = self.model(**inputs, **more)
-            logits = ours_all.logits[keep]
-            weights = self.loss or Loss()
+            ours = _Inside()
+            with self._reading(self.model) as ours.projected:
+                given = self.model(**inputs, **more)
+            ours.states = given.hidden_states
+            logits = given.logits[keep]
+            mixed = loss or Loss()
             with torch.no_grad():
-                theirs = None if teacher_logits is None else teacher_logits.float()
-                sums, gradient = terms(logits.float(), theirs, targets, weights)
-            value = sums.weighted(weights) / len(targets)
+                said_of = None if teacher_logits is None else teacher_logits.float()
+                sums, gradient = terms(logits.float(), said_of, targets, mixed)
+            value = sums.weighted(mixed) / len(targets)
             # The value of the loss with the gradient just made: one definition serves both tasks.
             surrogate = (logits.float() * (gradient / len(targets))).sum()
-            loss = surrogate + (value - surrogate).detach()
-            if self.hidden is None:
-                return StepLoss(loss, sums, len(targets))
-            mask = inputs["attention_mask"].float()
-            each = mask / mask.sum(-1, keepdim=True)
-            return self._drawn(loss, sums, len(targets), ours_all, theirs_all, each / len(each))
+            done = StepLoss(surrogate + (value - surrogate).detach(), sums, len(targets), mixed.ce_weight)
+            if self.hidden is None and self.relations is None:
+                return done
+            mask = inputs["attention_mask"]
+            each, valid = mask.float() / mask.sum(-1, keepdim=True), mask.bool()
+            may_read = valid[:, :, None] & valid[:, None, :]
+            return self._drawn(done, ours, theirs, may_read, each / len(each))
+
+
+@dataclass(slots=True)
+class _Inside:
+    """What one model computed on the way: each layer's states, and the projections of the layer that is read."""
+
+    states: Sequence[Tensor] = ()
+    projected: Sequence[Tensor] = ()
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:

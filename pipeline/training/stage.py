@@ -18,6 +18,7 @@ from pipeline.distillation.cache import TeacherCache, needed
 from pipeline.distillation.head import Head
 from pipeline.distillation.hidden import HiddenSignal, WithProjections, layer_pairs
 from pipeline.distillation.losses import Loss
+from pipeline.distillation.relations import relation_signal
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher, gradient_share
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
@@ -87,7 +88,7 @@ def run_training(
         if distill is not None:
             objective.losses = partial(_loss_at, distill, settings)
             objective.at(0)
-            objective.hidden = _hidden(distill, model, teacher, ctx)
+            _read_inside(distill, objective, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
         own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
         extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
@@ -108,7 +109,7 @@ def run_training(
         _tracer(settings, ctx) as tracer,
     ):
         hooks = Hooks(
-            validate=validate, flops=lambda batch: _flops(batch, own, extra, objective.hidden), points=ctx.points,
+            validate=validate, flops=lambda batch: _flops(batch, own, extra, objective), points=ctx.points,
             history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
             advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
         )  # fmt: skip
@@ -218,15 +219,22 @@ def _loss(stage: DistillStage) -> Loss:
     return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
 
 
-def _hidden(stage: DistillStage, model: Any, teacher: Teacher | None, ctx: Context) -> HiddenSignal | None:
-    """Return the signal of hidden states where the stage wants one; the stage's seed draws its projections."""
-    if not stage.hidden_weight or teacher is None:
-        return None
-    configs = [each.config.get_text_config() for each in (model, teacher.model)]
-    counts = [layer_count(config) for config in configs]
-    pairs = layer_pairs(stage.layer_map, counts[0], counts[1], f"stages.{ctx.stage}.layer_map")
-    widths = configs[0].hidden_size, configs[1].hidden_size
-    return HiddenSignal(pairs, widths, stage.hidden_weight).to(ctx.device)
+def _read_inside(stage: DistillStage, objective: Objective, ctx: Context) -> None:
+    """Have the objective read what the stage wants of the teacher's inside; its seed draws the projections."""
+    if objective.teacher is None:
+        return
+    student, teacher, key = objective.model, objective.teacher.model, f"stages.{ctx.stage}"
+    if stage.hidden_weight:
+        configs = [each.config.get_text_config() for each in (student, teacher)]
+        counts = [layer_count(config) for config in configs]
+        pairs = layer_pairs(stage.layer_map, counts[0], counts[1], f"{key}.layer_map")
+        widths = configs[0].hidden_size, configs[1].hidden_size
+        objective.hidden = HiddenSignal(pairs, widths, stage.hidden_weight).to(ctx.device)
+    if stage.relation_weight:
+        objective.relations = relation_signal(
+            student, teacher, layer=stage.relation_layer, heads=stage.relation_heads, weight=stage.relation_weight,
+            key=key,
+        )  # fmt: skip
 
 
 def _loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
@@ -322,16 +330,20 @@ def _validation(
 
 def _flops(
     batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None,
-    hidden: HiddenSignal | None = None,
+    objective: Objective,
 ) -> tuple[float, float]:  # fmt: skip
     """Return the FLOPs of a batch as it is computed, all its positions, padding too, and heads on the targets.
 
-    Of the model's own part, which `match_compute` divides by, and of its teacher's.
+    Of the model's own part, which `match_compute` divides by, and of all that a teacher adds.
     """
     rows, length = batch["input_ids"].shape
     targets = int((batch["labels"] != IGNORE).sum())
-    signal = 0.0 if hidden is None else hidden.flops(rows * length)
-    return own.batch(rows, length, targets), signal + (0.0 if teacher is None else teacher.batch(rows, length, targets))
+    added = 0.0 if teacher is None else teacher.batch(rows, length, targets)
+    if objective.hidden is not None:
+        added += objective.hidden.flops(rows * length)
+    if objective.relations is not None:
+        added += objective.relations.flops(rows, length)
+    return own.batch(rows, length, targets), added
 
 
 def _no_counts() -> dict[str, Value]:
@@ -368,7 +380,6 @@ def _share(progress: Progress, distill: DistillStage | None) -> Value:
     """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
     if distill is None:
         return null(NO_TEACHER)
-    taught, ce = (1 - distill.ce_weight) * progress.divergence + progress.hidden, distill.ce_weight * progress.ce
-    if taught + ce == 0:
+    if progress.taught + progress.hard == 0:
         return null("the loss is zero")
-    return derive(lambda part, rest: part / (part + rest), measured(taught), measured(ce))
+    return derive(lambda part, rest: part / (part + rest), measured(progress.taught), measured(progress.hard))
