@@ -20,7 +20,7 @@ from transformers import (
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
-from pipeline.training.stage import _flops
+from pipeline.training.stage import StepFlops
 
 
 def llama_forward(length: int, vocabulary: int) -> int:
@@ -192,7 +192,7 @@ def test_packed_windows_are_full_and_the_head_reads_their_targets() -> None:
     assert (length, targets < rows * T) == (T, True)  # a document's last token predicts nothing
     own = count_flops(llama(), Task.causal_lm, backward=True)
     by_hand = rows * 3 * L * LAYER + 3 * targets * 2 * H * V
-    assert _flops(batch, own, None)[0] == pytest.approx(by_hand, rel=1e-4)  # within the positions' frequencies
+    assert StepFlops(own)(batch)[0] == pytest.approx(by_hand, rel=1e-4)  # within the positions' frequencies
 
 
 def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
@@ -201,7 +201,7 @@ def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
     teacher = count_flops(freeze(llama(), lambda _: False), Task.causal_lm, backward=False)
     targets = int((batch["labels"] >= 0).sum())
     forward = 2 * L * LAYER + targets * 2 * H * V
-    assert _flops(batch, own, teacher) == (_flops(batch, own, None)[0], pytest.approx(forward, rel=1e-3))
+    assert StepFlops(own, teacher)(batch) == (StepFlops(own)(batch)[0], pytest.approx(forward, rel=1e-3))
 
 
 def test_padding_is_computed_and_is_no_token() -> None:
@@ -214,7 +214,7 @@ def test_padding_is_computed_and_is_no_token() -> None:
     )
     own = count_flops(config, Task.sequence_classification, backward=True)
     layer = 2 * 40 * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 64 * 40**2
-    assert _flops(batch, own, None)[0] == 3 * 3 * (2 * layer + 2 * (64 * 64 + 64 * 3))
+    assert StepFlops(own)(batch)[0] == 3 * 3 * (2 * layer + 2 * (64 * 64 + 64 * 3))
 
 
 def test_micro_batches_sum_to_their_batch() -> None:
@@ -222,7 +222,7 @@ def test_micro_batches_sum_to_their_batch() -> None:
     batch = PackedBatches([encoded(list(range(3, 200)))], sequence_length=T, batch_size=4, seed=0).batch(0)
     own = count_flops(llama(), Task.causal_lm, backward=True)
     parts = [{name: tensor.chunk(2)[part] for name, tensor in batch.items()} for part in (0, 1)]
-    assert sum(_flops(part, own, None)[0] for part in parts) == pytest.approx(_flops(batch, own, None)[0], rel=1e-12)
+    assert sum(StepFlops(own)(part)[0] for part in parts) == pytest.approx(StepFlops(own)(batch)[0], rel=1e-12)
 
 
 # -- the rule of thumb -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pipeline.stages.train import TrainStage
 from pipeline.student import stack_layers
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.schedule import first_row, ramp, sequence_length
-from pipeline.training.stage import _loss_at
+from pipeline.training.teaching import loss_at
 
 
 def growing(**changes: Any) -> TrainingConfig:
@@ -129,8 +129,8 @@ def test_the_loss_changes_with_the_step() -> None:
     """At a step of its ramp the objective minimises what a constant one with those settings would."""
     stage = DistillStage(temperature=1.0, start_temperature=3.0, ce_weight=0.2, start_ce_weight=1.0)
     config = growing()
-    assert _loss_at(stage, config, 5) == Loss(pytest.approx(0.6), Divergence.forward_kl, 2.0)
-    assert _loss_at(stage, config, 10) == Loss(0.2, Divergence.forward_kl, 1.0)
+    assert loss_at(stage, config, 5) == Loss(pytest.approx(0.6), Divergence.forward_kl, 2.0)
+    assert loss_at(stage, config, 10) == Loss(0.2, Divergence.forward_kl, 1.0)
     model, teacher = tiny(Task.causal_lm), tiny(Task.causal_lm, seed=1).eval()
     batch = packed(config).batch(0)
 
@@ -138,12 +138,12 @@ def test_the_loss_changes_with_the_step() -> None:
         taught = Teacher(teacher, Precision.fp32, loss)
         objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught)
         if step is not None:
-            objective.losses = lambda at: _loss_at(stage, config, at)
+            objective.losses = lambda at: loss_at(stage, config, at)
             objective.at(step)
         return objective(batch).loss.item()
 
     for step in (0, 5, 10):
-        assert value(Loss(0.2), step) == pytest.approx(value(_loss_at(stage, config, step)), rel=1e-6)
+        assert value(Loss(0.2), step) == pytest.approx(value(loss_at(stage, config, step)), rel=1e-6)
     assert value(Loss(0.2), 0) != pytest.approx(value(Loss(0.2), 10), rel=1e-3)
 
 

@@ -38,7 +38,7 @@ from pipeline.store import Artifact, digest_folder, read_json
 from pipeline.training import capture as capture_module
 from pipeline.training.capture import expected
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
-from pipeline.training.stage import Numbered, _open_cache
+from pipeline.training.teaching import Numbered, open_cache
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 6
@@ -439,10 +439,10 @@ def test_a_student_of_fewer_tokens_is_refused(
     inputs = {"teacher": teachers[Task.causal_lm], "capture": Artifact(folder, "teacher_cache", "0" * 32, 1)}
     args = stage, "capture", inputs, windows_of(documents, run)
     model = tiny(Task.causal_lm)
-    assert _open_cache(*args, model, byte_tokenizer(), run.training, ctx).cache.vocabulary == 259
+    assert open_cache(*args, model, byte_tokenizer(), run.training, ctx).cache.vocabulary == 259
     model.resize_token_embeddings(258)
     with pytest.raises(UserError, match="the cache speaks of 259 tokens or classes, the student has 258"):
-        _open_cache(*args, model, byte_tokenizer(), run.training, ctx)
+        open_cache(*args, model, byte_tokenizer(), run.training, ctx)
 
 
 def test_shuffled_windows_are_refused_though_every_checksum_holds(

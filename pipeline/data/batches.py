@@ -40,6 +40,11 @@ def _places(batch_size: int | FirstRow) -> FirstRow:
     return batch_size if callable(batch_size) else (lambda step: step * batch_size)
 
 
+def shuffled_rows(num_rows: int, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Return which rows a step reads, (B,), every row once an epoch."""
+    return _Shuffled(num_rows, _places(batch_size), seed).rows
+
+
 class PackedBatches:
     """Documents laid end to end and cut into windows of exactly `sequence_length`, boundaries respected.
 
@@ -98,6 +103,14 @@ def _next_tokens(item: Encoded) -> np.ndarray:
     following = np.full(len(item.input_ids), IGNORE, dtype=np.int32)
     following[:-1] = np.where(item.targets[1:], item.input_ids[1:], IGNORE)
     return following
+
+
+def num_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Return how many tokens a batch holds, padding left out."""
+    if "lengths" in batch:
+        return int(batch["lengths"].sum())
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 class PaddedBatches:

@@ -53,6 +53,15 @@ class FlopsPerSequence:
         heads = num_tokens if num_predicted is None else num_predicted
         return self.constant + self.linear * num_tokens + self.square * num_tokens**2 + self.predicted * heads
 
+    def generation(self, prompt: int, new: int) -> float:
+        """Return the FLOPs of a forward pass over a prompt, and of `new` - 1 more that read a key-value cache.
+
+        The head reads one position in each; a new token attends to all before it and to itself.
+        """
+        read = prompt + new - 1
+        pairs = prompt**2 + (read * (read + 1) - prompt * (prompt + 1)) // 2
+        return self.constant + self.linear * read + self.square * pairs + self.predicted * new
+
     def batch(self, rows: int, length: int, num_predicted: int) -> float:
         """Return the FLOPs of `rows` sequences of `length` positions with `num_predicted` targets in all of them."""
         return rows * self(length, num_predicted / rows)

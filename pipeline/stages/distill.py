@@ -54,6 +54,9 @@ class DistillStage(TrainingOverrides):
     ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
     head: HeadKernel = HeadKernel.auto  # what computes the head; auto: on CUDA the fastest of those that are right
+    on_policy: float = fraction(0.0)  # share of the steps in which the student writes, and its teacher judges that
+    on_policy_length: Optional[int] = positive(None)  # tokens it writes at most; null: half of sequence_length
+    on_policy_temperature: Optional[float] = positive(None)  # that it writes at; null: 1
     completions: Optional[str] = None  # a JSONL of what any model wrote, learnt in place of train; no teacher is read
     cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
     insist: bool = False  # go on with a teacher that is no better than the student's start
@@ -76,6 +79,7 @@ class DistillStage(TrainingOverrides):
         """
         check_training(self, key, run)
         self._check_inside(key, run)
+        self._check_on_policy(key, run)
         self._check_completions(key, run)
         self._check_cache(key, run)
         self._check_head(key, run)
@@ -100,6 +104,27 @@ class DistillStage(TrainingOverrides):
         if self.relation_weight and training_settings(self, run).compile:
             problem = "what a compiled model computes inside cannot be read"
             raise UserError(f"{key}.relation_weight", problem, "set compile: false")
+
+    def _check_on_policy(self, key: str, run: Run) -> None:
+        if not self.on_policy:
+            for name in ("on_policy_length", "on_policy_temperature"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{key}.{name}", "has no effect without on_policy", "give one, or leave it out")
+            return
+        name, settings = f"{key}.on_policy", training_settings(self, run)
+        if run.task is not Task.causal_lm:
+            raise UserError(name, "a classifier writes nothing", "leave it out, or use task=causal_lm")
+        if self.cache is not None or self.completions is not None:
+            problem = "the teacher judges what only then is written, which neither a cache nor a text holds"
+            raise UserError(name, problem, "train beside a live teacher, or leave it out")
+        if settings.compile:
+            raise UserError(name, "writing would compile anew for every length", "set compile: false")
+        for other in ("start_batch_size", "start_sequence_length"):
+            if getattr(settings, other) is not None:
+                raise UserError(f"{key}.{other}", "is of steps that read text alone", "leave it out, or on_policy: 0")
+        if (self.on_policy_length or 1) >= settings.sequence_length:
+            problem = f"{self.on_policy_length} leaves no prompt in sequence_length {settings.sequence_length}"
+            raise UserError(f"{key}.on_policy_length", problem, "give less")
 
     def _check_completions(self, key: str, run: Run) -> None:
         if self.completions is None:

@@ -40,7 +40,7 @@ from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
 from pipeline.training.objective import check_body, document_mask, hidden_states
 from pipeline.training.precision import arithmetic, compute_dtype
-from pipeline.training.stage import make_batches
+from pipeline.training.stage import make_batches, read_encoded
 from pipeline.values import estimated
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
         masked = check_body(model, ctx.device) if task is Task.causal_lm else False
-        windows = make_batches(model, tokenizer, settings, ctx)
+        windows = make_batches(model, tokenizer, read_encoded(tokenizer, settings, ctx), settings, ctx)
         flops = count_flops(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
+from pipeline.data.batches import num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
@@ -193,6 +194,8 @@ def _step(
     objective.at(progress.step)
     with clock.phase("data_wait"):
         batch = batches.batch(progress.step)
+    batch = objective.completed(batch, progress.step)
+    with clock.phase("data_wait"):
         micro = [dict(zip(batch, part, strict=True)) for part in zip(
             *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()), strict=True)]  # fmt: skip
         counts = [int((part["labels"] != -100).sum()) for part in micro]
@@ -214,8 +217,7 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
     progress.step += 1
     progress.examples += len(batch["labels"])
-    mask = batch.get("attention_mask")
-    progress.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+    progress.tokens += num_tokens(batch)
     own, teacher = hooks.flops(batch)
     progress.own_flops, progress.flops = progress.own_flops + own, progress.flops + own + teacher
     hooks.advance(progress.step, progress.tokens)

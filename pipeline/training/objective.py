@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
+from pipeline.data.prompts import PROMPT_MASK
 from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
+from pipeline.distillation.on_policy import Writing, write
 from pipeline.distillation.relations import RelationSignal, outputs_of
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -81,6 +83,7 @@ class Objective:
         self.loss = None if teacher is None else teacher.loss
         self.hidden: HiddenSignal | None = None
         self.relations: RelationSignal | None = None
+        self.writing: Writing | None = None
         self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
         self.head_loss: HeadLoss = head_loss
         self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
@@ -91,6 +94,15 @@ class Objective:
         """Minimise what is minimised at this step from now on."""
         if self.losses is not None:
             self.loss = self.losses(step)
+
+    def completed(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return a batch as it is, or where it holds prompts, what the model writes after them."""
+        if PROMPT_MASK not in batch:
+            return batch
+        assert self.writing is not None
+        with self.clock.phase("generate"), arithmetic(self.precision, self.device):
+            prompts, mask = (self._send(batch[name]) for name in ("input_ids", PROMPT_MASK))
+            return write(self.model, prompts, mask, self.writing, step)
 
     def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
         """Return the loss of `batch` (CPU tensors as the batches give them)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,35 +13,28 @@ from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.completions import encode_completions, read_completions
-from pipeline.data.encode import encode_all
-from pipeline.distillation.cache import TeacherCache, needed
-from pipeline.distillation.head import Head
-from pipeline.distillation.hidden import HiddenSignal, WithProjections, layer_pairs
-from pipeline.distillation.losses import Loss
-from pipeline.distillation.relations import relation_signal
-from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher, gradient_share
-from pipeline.errors import StageFailed, UserError
+from pipeline.data.encode import Encoded, encode_all
+from pipeline.data.prompts import PartlySampled
+from pipeline.distillation.hidden import HiddenSignal, WithProjections
+from pipeline.distillation.relations import RelationSignal
+from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
+from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.metrics import PRIMARY
 from pipeline.models import load_model, load_tokenizer, save_model
 from pipeline.stages.context import Context, Output
-from pipeline.stages.distill import MIXTURES, DistillStage
+from pipeline.stages.distill import DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
-from pipeline.student import layer_count, make_student, stack_layers
+from pipeline.student import make_student, stack_layers
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
-from pipeline.training.objective import (
-    CachedTeacher,
-    Objective,
-    Teacher,
-    check_body,
-    check_tokenizers,
-    parameter_hash,
-)
+from pipeline.training.objective import Objective, check_body, parameter_hash
 from pipeline.training.precision import arithmetic
-from pipeline.training.schedule import first_row, ramp, sequence_length
+from pipeline.training.prefetch import Batches
+from pipeline.training.schedule import first_row, sequence_length
+from pipeline.training.teaching import Numbered, have_written, load_teacher, mix_in, open_cache, teachers_share
 from pipeline.values import Value, derive, estimated, measured, null
 
 if TYPE_CHECKING:
@@ -49,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.store import Artifact
 
 NO_TEACHER = "no distillation in this stage"
+FEW = 8  # steps that an average is taken over
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
 VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
 
@@ -72,33 +66,37 @@ def run_training(
         return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
     teacher = None
     if distill is not None and distill.cache is None:
-        teacher = _load_teacher(distill, inputs, tokenizer, ctx)
+        teacher = load_teacher(distill, inputs, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
     with ctx.clock.phase("prepare"):
         masked = False
         if ctx.run.task is Task.causal_lm:
             masked = check_body(model, ctx.device)
             teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
-        batches = make_batches(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
+        encoded = read_encoded(tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
+        text = make_batches(model, tokenizer, encoded, settings, ctx)
         signal = teacher
         if distill is not None and distill.cache is not None:
-            signal = _open_cache(distill, distill.cache, inputs, batches, model, tokenizer, settings, ctx)
-            batches = Numbered(batches, signal.cache, settings.gradient_accumulation)
+            signal = open_cache(distill, distill.cache, inputs, text, model, tokenizer, settings, ctx)
+            text = Numbered(text, signal.cache, settings.gradient_accumulation)
         objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, signal, masked=masked)
+        batches = text
         if distill is not None:
-            objective.losses = partial(_loss_at, distill, settings)
-            objective.at(0)
-            _read_inside(distill, objective, ctx)
+            mix_in(distill, objective, settings, ctx)
+            if distill.on_policy:
+                assert isinstance(text, PackedBatches)
+                batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
         validate = _validation(model, tokenizer, settings, precision, ctx)
-        own = count_flops(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
-        extra = None if teacher is None else count_flops(teacher.model, ctx.run.task, backward=False)
-        doubt = suspicion(own, model, ctx.run.task, settings.sequence_length)
+        flops = StepFlops.of(objective)  # before it is compiled: counting would slow it
+        doubt = suspicion(flops.own, model, ctx.run.task, settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
     if teacher is not None and distill is not None and not distill.insist:
-        _check_teacher(teacher, tokenizer, settings, validate, ctx)
-    head = (
-        None if distill is None else choose_head(f"stages.{ctx.stage}.head", distill.head, objective, batches, settings)
-    )
+        with ctx.clock.phase("eval"):
+            theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
+            check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
+    head = None
+    if distill is not None:
+        head = choose_head(f"stages.{ctx.stage}.head", distill.head, objective, text, settings)
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
@@ -109,7 +107,7 @@ def run_training(
         _tracer(settings, ctx) as tracer,
     ):
         hooks = Hooks(
-            validate=validate, flops=lambda batch: _flops(batch, own, extra, objective), points=ctx.points,
+            validate=validate, flops=flops, points=ctx.points,
             history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
             advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
         )  # fmt: skip
@@ -118,31 +116,18 @@ def run_training(
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
-    share = None if objective.loss is None else _gradient_share(objective, batches, settings, ctx)
+    share = None
+    if distill is not None:  # no hard label is learnt where all is sampled
+        share = 1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save_model(model, tokenizer, ctx.out)
-    output = _output(progress, own, extra, settings, distill, objective, doubt, share)
-    output = output if head is None else replace(output, notes=(*output.notes, f"{ctx.stage}: {head}"))
-    return replace(output, gpu_timeline=timeline)
-
-
-def _check_teacher(
-    teacher: Teacher, tokenizer: Any, settings: TrainingConfig, student: Callable[[], float], ctx: Context
-) -> None:
-    """Refuse a teacher that knows no more than the student, which has not been trained yet."""
-    with ctx.clock.phase("eval"):
-        theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
-        check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, student())
-
-
-def _gradient_share(objective: Objective, batches: Any, settings: TrainingConfig, ctx: Context) -> float:
-    """Return the teacher's share of the gradient on the last micro-batch."""
-    with ctx.clock.phase("eval"):
-        rows = settings.batch_size // settings.gradient_accumulation
-        last = batches.batch(settings.steps - 1)
-        return gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
+    output = _output(progress, objective, distill, share)
+    if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
+        output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
+    told = [each for each in (doubt, None if head is None else f"{ctx.stage}: {head}") if each is not None]
+    return replace(output, notes=(*told, *output.notes), gpu_timeline=timeline)
 
 
 def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:
@@ -204,100 +189,20 @@ def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, ne
     return make_student(run.student, source, run.task, labels)
 
 
-def _load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context) -> Teacher:
-    with ctx.clock.phase("model_load"):
-        path = inputs[stage.teacher].path
-        model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
-        model.requires_grad_(requires_grad=False)
-        check_tokenizers(tokenizer, load_tokenizer(path))
-    precision = stage.teacher_precision or training_precision(stage, ctx.run)
-    return Teacher(model, precision, _loss(stage))
-
-
-def _loss(stage: DistillStage) -> Loss:
-    mixture = MIXTURES.get(stage.divergence, 0.5) if stage.mixture is None else stage.mixture
-    return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
-
-
-def _read_inside(stage: DistillStage, objective: Objective, ctx: Context) -> None:
-    """Have the objective read what the stage wants of the teacher's inside; its seed draws the projections."""
-    if objective.teacher is None:
-        return
-    student, teacher, key = objective.model, objective.teacher.model, f"stages.{ctx.stage}"
-    if stage.hidden_weight:
-        configs = [each.config.get_text_config() for each in (student, teacher)]
-        counts = [layer_count(config) for config in configs]
-        pairs = layer_pairs(stage.layer_map, counts[0], counts[1], f"{key}.layer_map")
-        widths = configs[0].hidden_size, configs[1].hidden_size
-        objective.hidden = HiddenSignal(pairs, widths, stage.hidden_weight).to(ctx.device)
-    if stage.relation_weight:
-        objective.relations = relation_signal(
-            student, teacher, layer=stage.relation_layer, heads=stage.relation_heads, weight=stage.relation_weight,
-            key=key,
-        )  # fmt: skip
-
-
-def _loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
-    """Return what is minimised at a step: temperature and weight of the hard labels may change over the training."""
-    along = partial(ramp, step, settings.steps, stage.ramp_fraction)
-    loss = _loss(stage)
-    return replace(
-        loss, temperature=along(stage.start_temperature, loss.temperature),
-        ce_weight=along(stage.start_ce_weight, loss.ce_weight),
-    )  # fmt: skip
-
-
-def _open_cache(
-    stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches, model: Any,
-    tokenizer: Any, settings: TrainingConfig, ctx: Context,
-) -> CachedTeacher:  # fmt: skip
-    """Open a teacher cache and have it prove that it was captured for this training.
-
-    Raises:
-        UserError: Naming what differs.
-    """
-    from pipeline.training.capture import expected
-
-    key = f"stages.{ctx.stage}.cache"
-    cache = TeacherCache(inputs[name].path, key)
-    wanted = expected(ctx.run.stages[name], batches, tokenizer, inputs[stage.teacher], ctx)
-    cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
-    outputs = (
-        model.config.num_labels if ctx.run.task is Task.sequence_classification else Head.of(model).weight.shape[0]
-    )
-    if outputs < cache.vocabulary:
-        problem = f"the cache speaks of {cache.vocabulary} tokens or classes, the student has {outputs}"
-        raise UserError(key, problem, "use a student of the teacher's family")
-    return CachedTeacher(cache, _loss(stage))
-
-
-class Numbered:
-    """Batches that say which windows they consist of: what a cache is asked by, here already, for each micro-batch."""
-
-    def __init__(self, batches: PackedBatches | PaddedBatches, cache: TeacherCache, num_micro: int = 1) -> None:
-        self._batches, self._cache, self._num_micro = batches, cache, num_micro
-
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Return the batch of a step with `windows`, (B,) int64."""
-        windows = torch.from_numpy(self._batches.rows(step).astype("int64"))
-        for part in windows.chunk(self._num_micro):
-            self._cache.read_ahead(part.tolist())
-        return {**self._batches.batch(step), "windows": windows}
+def read_encoded(
+    tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+) -> list[Encoded]:
+    """Return the encoded train split, or the completions of a file in its place."""
+    if completions is None:
+        return encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
+    key = f"stages.{ctx.stage}.completions"
+    return encode_completions(read_completions(completions, ctx.run.data, key), tokenizer)
 
 
 def make_batches(
-    model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+    model: Any, tokenizer: Any, encoded: list[Encoded], settings: TrainingConfig, ctx: Context
 ) -> PackedBatches | PaddedBatches:
-    """Return what a training with these settings reads, as a pure function of the step.
-
-    Args:
-        completions: A file of them to read in place of the train split.
-    """
-    if completions is None:
-        encoded = encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
-    else:
-        key = f"stages.{ctx.stage}.completions"
-        encoded = encode_completions(read_completions(completions, ctx.run.data, key), tokenizer)
+    """Return what a training with these settings reads, as a pure function of the step."""
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:
@@ -328,22 +233,54 @@ def _validation(
     return validate
 
 
-def _flops(
-    batch: dict[str, Any], own: FlopsPerSequence, teacher: FlopsPerSequence | None,
-    objective: Objective,
-) -> tuple[float, float]:  # fmt: skip
-    """Return the FLOPs of a batch as it is computed, all its positions, padding too, and heads on the targets.
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """What a step takes, as it is computed: all positions, padding too, and heads on the targets.
 
-    Of the model's own part, which `match_compute` divides by, and of all that a teacher adds.
+    Attributes:
+        own: Of the model that is trained, forward and backward.
+        teacher: Of a live teacher's forward pass.
+        writing: Of the model's forward pass, where it writes.
+        hidden: Where hidden states are compared.
+        relations: Where relations are.
     """
-    rows, length = batch["input_ids"].shape
-    targets = int((batch["labels"] != IGNORE).sum())
-    added = 0.0 if teacher is None else teacher.batch(rows, length, targets)
-    if objective.hidden is not None:
-        added += objective.hidden.flops(rows * length)
-    if objective.relations is not None:
-        added += objective.relations.flops(rows, length)
-    return own.batch(rows, length, targets), added
+
+    own: FlopsPerSequence
+    teacher: FlopsPerSequence | None = None
+    writing: FlopsPerSequence | None = None
+    hidden: HiddenSignal | None = None
+    relations: RelationSignal | None = None
+
+    @classmethod
+    def of(cls, objective: Objective) -> StepFlops:
+        """Count the models of an objective."""
+        teacher = None if objective.teacher is None else objective.teacher.model
+        task = objective.task
+        return cls(
+            count_flops(objective.model, task, backward=True),
+            None if teacher is None else count_flops(teacher, task, backward=False),
+            None if objective.writing is None else count_flops(objective.model, task, backward=False),
+            objective.hidden, objective.relations,
+        )  # fmt: skip
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+        """Return the model's own part, which `match_compute` divides by, and all that a teacher adds."""
+        rows, length = batch["input_ids"].shape
+        targets = int((batch["labels"] != IGNORE).sum())
+        added = 0.0 if self.teacher is None else self.teacher.batch(rows, length, targets)
+        if self.hidden is not None:
+            added += self.hidden.flops(rows * length)
+        if self.relations is not None:
+            added += self.relations.flops(rows, length)
+        if self.writing is not None and "sampled" in batch:
+            new = int(batch["sampled"].max())
+            added += rows * self.writing.generation(length - new, new)
+        return self.own.batch(rows, length, targets), added
+
+    def own_per_step(self, text: Batches, steps: int) -> float:
+        """Return what steps of text take without a teacher, the mean of the first few: windows are of one length."""
+        first = [self(text.batch(step))[0] for step in range(min(steps, FEW))]
+        return sum(first) / len(first)
 
 
 def _no_counts() -> dict[str, Value]:
@@ -352,10 +289,7 @@ def _no_counts() -> dict[str, Value]:
     return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
 
 
-def _output(
-    progress: Progress, own: FlopsPerSequence, teacher: FlopsPerSequence | None, settings: TrainingConfig,
-    distill: DistillStage | None, objective: Objective, doubt: str | None, gradient: float | None,
-) -> Output:  # fmt: skip
+def _output(progress: Progress, objective: Objective, distill: DistillStage | None, gradient: float | None) -> Output:
     shares = {"distillation_share": _share(progress, distill),
               "distillation_gradient_share": null(NO_TEACHER) if gradient is None else measured(gradient)}  # fmt: skip
     counts = {
@@ -363,7 +297,7 @@ def _output(
         "examples": measured(progress.examples), "model_flops": estimated(progress.flops), "steps_lost": measured(0),
         **shares,
     }  # fmt: skip
-    notes: list[str] = [] if doubt is None else [doubt]
+    notes: list[str] = []
     teacher_model = None if objective.teacher is None else objective.teacher.model
     if teacher_model is not None and teacher_model.config.vocab_size != objective.model.config.vocab_size:
         notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")

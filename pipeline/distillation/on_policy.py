@@ -1,0 +1,106 @@
+"""On-policy distillation: the student writes, and its teacher says at every token what it would have written.
+
+What it writes is sampled from its own distribution, no token barred but those that its teacher does not have, and is no
+label: the loss is the divergence alone, over the tokens that it wrote, its end of text included and nothing after.
+No gradient passes through the sampling.
+Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 (`share` is its lambda, drawn step by step).
+
+Shape legend: B rows, P tokens of the longest prompt, G written at most, T = P + G.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.batches import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a student writes.
+
+    Attributes:
+        length: Tokens at most.
+        temperature: Its logits are divided by it.
+        vocabulary: Tokens that may be written: the first so many.
+        ends: Tokens after which nothing follows.
+        seed: Of what is drawn, together with the step.
+    """
+
+    length: int
+    temperature: float
+    vocabulary: int
+    ends: Sequence[int]
+    seed: int
+
+
+def write(model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int) -> dict[str, Tensor]:
+    """Have `model` go on from prompts; return what it read and wrote as a batch, on the CPU.
+
+    The same weights, prompts, seed and step write the same; torch's generators stay where they are.
+
+    Args:
+        model: A causal language model; it is in evaluation mode meanwhile.
+        prompts: (B, P) token ids on its device, padded on the left.
+        mask: (B, P): 1 where a prompt is.
+
+    Returns:
+        `input_ids, position_ids, labels` (B, T) as packed windows have them, what a row leaves over as a document of
+        its own; `sampled` (B,), the tokens written; `lengths` (B,), with the prompt's.
+    """
+    training = model.training
+    model.eval()
+    try:
+        written, sampled = _sample(model, prompts, mask, writing, step)
+    finally:
+        model.train(training)
+    return _as_batch(prompts.cpu(), mask.cpu().sum(-1), written.cpu(), sampled.cpu())
+
+
+@torch.no_grad()
+def _sample(model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
+    [state] = np.random.SeedSequence((writing.seed, step)).generate_state(1, np.uint64)
+    generator = torch.Generator(ids.device).manual_seed(int(state) >> 1)
+    ends = torch.tensor(writing.ends, dtype=torch.long, device=ids.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    count = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    written: list[Tensor] = []
+    cache = None
+    while len(written) < writing.length and not (written and bool(done.all())):
+        said = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            **last_only,
+        )  # fmt: skip
+        logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature
+        ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        written.append(ids)
+        count += ~done
+        done |= torch.isin(ids[:, 0], ends)
+        cache = said.past_key_values
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(written, -1), count
+
+
+def _as_batch(prompts: Tensor, prompt_lengths: Tensor, written: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    width = prompts.shape[1] + written.shape[1]
+    ids, positions = torch.zeros(2, len(prompts), width, dtype=torch.long).unbind()
+    labels = torch.full_like(ids, IGNORE)
+    for row, (asked, said) in enumerate(zip(prompt_lengths.tolist(), sampled.tolist(), strict=True)):
+        whole = torch.cat([prompts[row, len(prompts[row]) - asked :], written[row, :said]])
+        ids[row, : len(whole)] = whole
+        labels[row, asked - 1 : len(whole) - 1] = whole[asked:]
+        positions[row] = torch.cat([torch.arange(len(whole)), torch.arange(width - len(whole))])
+    lengths = prompt_lengths + sampled
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "sampled": sampled, "lengths": lengths}
