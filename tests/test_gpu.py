@@ -17,7 +17,7 @@ from make_assess_models import tiny
 
 from pipeline.config import Divergence, Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.distillation.head import Head, Taught, head_loss
-from pipeline.distillation.losses import Loss, terms_in_place
+from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
 from pipeline.ledger.nvml import reader_for
@@ -130,6 +130,26 @@ def test_the_compiled_kernel_equals_the_definition(divergence: Divergence, dtype
     wanted, got = tile.clone(), tile.clone()
     expected = terms_in_place(wanted, teacher, labels, loss, 9_999)
     sums = kernel.terms_in_place(got, teacher, labels, loss, 9_999)
+    assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-4)
+    assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperature: float) -> None:
+    kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+    if DEVICE.type != "cuda":
+        pytest.skip("interpreted on a CPU, as test_triton_terms.py does")
+    torch.manual_seed(0)
+    tile = 3 * torch.randn(70, 10_001, device=DEVICE).to(dtype)
+    p = torch.rand(70, 21, device=DEVICE)
+    ids = torch.rand(70, 9_999, device=DEVICE).topk(21).indices
+    teacher = Sparse(ids, p / p.sum(-1, keepdim=True), torch.rand(70, device=DEVICE))
+    labels, loss = ids[:, 3].clone(), Loss(0.3, temperature=temperature)
+    wanted, got = tile.clone(), tile.clone()
+    expected = sparse_terms_in_place(wanted, teacher, labels, loss, 9_999)
+    sums = kernel.sparse_terms_in_place(got, teacher, labels, loss, 9_999)
     assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-4)
     assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
     torch.testing.assert_close(got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)

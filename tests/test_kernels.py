@@ -16,7 +16,7 @@ from pipeline.config import Divergence, HeadKernel, Precision, Task
 from pipeline.distillation import kernels
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.kernels import fastest, in_words, kernel_of, liger_head_loss, why_not
-from pipeline.distillation.losses import Loss, Sums
+from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.head_choice import choose_head, probe_heads
@@ -157,3 +157,12 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert "pip install liger-kernel" in str(why_not(HeadKernel.liger, CPU))
     assert kernel_of(HeadKernel.auto) is head_loss
+
+
+def test_a_named_kernel_reads_a_cached_teacher_too() -> None:
+    hidden, head, labels = torch.randn(6, 8), Head(torch.randn(20, 8), None), torch.arange(6)
+    p = torch.rand(6, 3)
+    said = Sparse(torch.arange(3).repeat(6, 1), p / p.sum(-1, keepdim=True), torch.rand(6))
+    more: dict[str, Any] = {"taught": said, "loss": Loss(0.4)}
+    expected, _ = head_loss(hidden, head, labels, **more)
+    assert kernel_of(HeadKernel.torch)(hidden, head, labels, **more)[0].item() == pytest.approx(expected.item())

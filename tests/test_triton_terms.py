@@ -7,7 +7,8 @@ import torch
 from test_losses import CASES, batch
 
 from pipeline.config import Divergence
-from pipeline.distillation.losses import Loss
+from pipeline.distillation.losses import Loss, Sparse
+from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse
 from pipeline.distillation.losses import terms_in_place as plain
 
 kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
@@ -68,3 +69,48 @@ def test_a_block_that_is_ruled_out_whole_leaves_numbers() -> None:
     )
     assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+# -- a cached teacher ------------------------------------------------------------------------------------------------
+
+
+def entries(rows: int, columns: int, width: int, *, residual: bool = False) -> Sparse:
+    """Return entries of which some pad their row: without probability, and naming token 0 again."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(columns, generator=draw)[:width] for _ in range(rows)])
+    p = torch.rand(rows, width, generator=draw)
+    if not residual:
+        p[:, width // 2 + 1 :] = 0
+        ids[:, width // 2 + 1 :] = ids[:, :1]
+    rest = torch.rand(rows, generator=draw)
+    p /= (p.sum(-1) + (rest if residual else 0))[:, None]
+    return Sparse(ids, p, torch.rand(rows, generator=draw), 1 - p.sum(-1) if residual else None)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("ce_weight", "scale", "width"), [(0.0, 1.0, 12), (0.3, 1.0, 5), (0.3, 300.0, 12), (1.0, 1.0, 1)]
+)
+def test_a_cached_teacher_equals_the_definition(
+    ce_weight: float, scale: float, width: int, temperature: float, *, residual: bool
+) -> None:
+    z, _, labels = batch(5, 40, dtype=torch.float32)
+    teacher, loss = entries(5, 33, width, residual=residual), Loss(ce_weight, temperature=temperature)
+    labels = labels % 33
+    labels[0] = teacher.ids[0, 0]  # the label is an entry, too
+    wanted, got = scale * z, scale * z
+    expected = plain_sparse(wanted, teacher, labels, loss, 33)
+    sums = kernel.sparse_terms_in_place(got, teacher, labels, loss, 33)
+    assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-5)
+    assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert not got[:, 33:].any()
+
+
+def test_a_cached_teacher_on_bf16_tiles() -> None:
+    z, _, labels = batch(5, 40, dtype=torch.bfloat16)
+    teacher, wanted, got = entries(5, 40, 12), z.clone(), z.clone()
+    plain_sparse(wanted, teacher, labels, Loss(0.4), 40)
+    kernel.sparse_terms_in_place(got, teacher, labels, Loss(0.4), 40)
+    torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-12)

@@ -6,8 +6,8 @@ nothing left to compute, and memory is bounded by the chunk, not by the batch. W
 6 H_student + 2 H_teacher FLOPs, which is what the method needs; with a teacher from a cache (`losses.Sparse`) it is
 6 H_student, as without a teacher.
 
-Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere, and
-for a cached teacher everywhere, the same definition in plain torch.
+Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere the
+same definition in plain torch.
 """
 
 from __future__ import annotations
@@ -158,26 +158,29 @@ def head_loss(
             None: all of the student's.
         taught: The teacher's side: live, or from a cache ((N, K) entries of the same positions, forward KL only);
             None: plain cross-entropy, whatever `loss.ce_weight` says.
-        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere and for a
-            cached teacher.
+        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
     """
     work = _Work(
         labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.weight.shape[0], dtype=dtype, taught=taught,
-        terms=terms or (sparse_terms_in_place if isinstance(taught, Sparse) else default_terms(hidden.device)),
+        terms=terms or default_terms(hidden.device, cached=isinstance(taught, Sparse)),
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)
 
 
-def default_terms(device: torch.device) -> Terms:
-    """Return what makes gradients on a device: the kernel where Triton compiles for it, else plain torch."""
+def default_terms(device: torch.device, *, cached: bool = False) -> Terms:
+    """Return what makes gradients on a device: the kernel where Triton compiles for it, else plain torch.
+
+    Args:
+        cached: The teacher is given by the entries of a cache.
+    """
     if device.type == "cuda":
         with suppress(ImportError):  # a build of torch that came without Triton
             from pipeline.distillation import triton_terms
 
-            return triton_terms.terms_in_place
-    return terms_in_place
+            return triton_terms.sparse_terms_in_place if cached else triton_terms.terms_in_place
+    return sparse_terms_in_place if cached else terms_in_place

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Divergence, HeadKernel
-from pipeline.distillation.head import Head, Taught, head_loss
-from pipeline.distillation.losses import Loss, Sums, terms_in_place
+from pipeline.distillation.head import Head, Taught, Terms, head_loss
+from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
 
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
@@ -62,12 +61,21 @@ def why_not(kernel: HeadKernel, device: torch.device) -> str | None:
 def kernel_of(kernel: HeadKernel) -> HeadLoss:
     """Return the head loss that a kernel computes; `auto` is what `head.default_terms` takes."""
     if kernel is HeadKernel.torch:
-        return partial(head_loss, terms=terms_in_place)
+        return _by(terms_in_place, sparse_terms_in_place)
     if kernel is HeadKernel.triton:
         from pipeline.distillation import triton_terms
 
-        return partial(head_loss, terms=triton_terms.terms_in_place)
+        return _by(triton_terms.terms_in_place, triton_terms.sparse_terms_in_place)
     return liger_head_loss if kernel is HeadKernel.liger else head_loss
+
+
+def _by(live: Terms, cached: Terms) -> HeadLoss:
+    """Return the head loss by the code for live teachers and for cached ones."""
+
+    def compute(*inputs: Any, taught: Any = None, **settings: Any) -> tuple[Tensor, Sums]:
+        return head_loss(*inputs, taught=taught, terms=cached if isinstance(taught, Sparse) else live, **settings)
+
+    return compute
 
 
 def liger_head_loss(

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.config import Divergence
-from pipeline.distillation.losses import Loss, Sums
+from pipeline.distillation.losses import Loss, Sparse, Sums
+from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse_terms
 
 BLOCK = 4096  # logits read at a time
 WARPS = 8
@@ -40,6 +41,27 @@ def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss
             BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
         )  # fmt: skip
     return Sums(ce.sum(), divergence.sum())
+
+
+def sparse_terms_in_place(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
+    """Do the same where the teacher is given by entries; the contract of `losses.sparse_terms_in_place`.
+
+    With a rest beside the entries (`top_k`) it is plain torch that does it: what the rest sums up to takes a pass over
+    all that is no entry.
+    """
+    if teacher.residual is not None:
+        return plain_sparse_terms(student, teacher, labels, loss, vocabulary)
+    count, entries = teacher.ids.shape
+    ce, divergence = (torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2))
+    if count:
+        assert student.stride(1) == 1, "rows must be contiguous"
+        _sparse_kernel[(count,)](
+            student, teacher.ids.contiguous(), teacher.probabilities.contiguous(), labels, ce, divergence,
+            student.stride(0), vocabulary, student.shape[1], loss.ce_weight, loss.temperature,
+            ENTRIES=entries, WIDTH=triton.next_power_of_2(max(entries, 2)), AT_ONE=loss.temperature == 1,
+            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
+        )  # fmt: skip
+    return Sums(ce.sum(), loss.temperature**2 * (divergence.sum() - teacher.entropy.float().sum()))
 
 
 @triton.jit
@@ -148,3 +170,47 @@ def _kernel(
                 gradient += scale * q * (_slope(q, p, log_q, log_p, share, KIND) - mean)
         tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
     tl.store(divergence_out + row, temperature * temperature * value)
+
+
+@triton.jit
+def _sparse_kernel(
+    student, ids, probabilities, labels, ce_out, divergence_out, student_stride, vocabulary, columns,
+    ce_weight, temperature,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    label = tl.load(labels + row)
+    own = tl.load(student + label).to(tl.float32)
+    entry = tl.arange(0, WIDTH)
+    p = tl.load(probabilities + row * ENTRIES + entry, mask=entry < ENTRIES, other=0.0).to(tl.float32)
+    given = p > 0.0  # what pads a row has no probability, and may name a token twice
+    at_entry = tl.load(ids + row * ENTRIES + entry, mask=entry < ENTRIES, other=0)
+    z_entry = tl.load(student + at_entry, mask=given, other=0.0).to(tl.float32)
+    top, total = float("-inf"), 0.0
+    top_q, total_q = float("-inf"), 0.0
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(student + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+        top, total = _running(top, total, z)
+        if not AT_ONE:
+            top_q, total_q = _running(top_q, total_q, z / temperature)
+    log_sum = top + tl.log(total)
+    log_sum_q = log_sum
+    if not AT_ONE:
+        log_sum_q = top_q + tl.log(total_q)
+    tl.store(ce_out + row, log_sum - own)
+    tl.store(divergence_out + row, tl.sum(tl.where(given, p * (log_sum_q - z_entry / temperature), 0.0), 0))
+
+    scale = (1.0 - ce_weight) * temperature
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < vocabulary
+        z = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
+        gradient = ce_weight * (tl.exp(z - log_sum) - tl.where(at == label, 1.0, 0.0))
+        gradient += scale * tl.exp(z / temperature - log_sum_q)
+        tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
+    tl.debug_barrier()  # other threads have written these places just now
+    gradient = ce_weight * (tl.exp(z_entry - log_sum) - tl.where(at_entry == label, 1.0, 0.0))
+    gradient += scale * (tl.exp(z_entry / temperature - log_sum_q) - p)
+    tl.store(student + at_entry, gradient, mask=given)

@@ -146,8 +146,8 @@ class DistillStage(TrainingOverrides):
             return
         if run.task is not Task.causal_lm:
             raise UserError(name, "has no effect: the logits of a few classes need no fused head", "leave it auto")
-        if self.cache is not None and self.head is not HeadKernel.torch:
-            raise UserError(name, f"{self.head.value} does not read a cache", "use auto or torch")
+        if self.cache is not None and self.head is HeadKernel.liger:
+            raise UserError(name, "Liger reads no cache", "use auto, torch or triton")
         if self.head is HeadKernel.liger and self.divergence in (Divergence.skewed_kl, Divergence.skewed_reverse_kl):
             raise UserError(name, f"Liger has no {self.divergence.value}", "use auto, or another divergence")
 

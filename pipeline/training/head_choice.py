@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Divergence, HeadKernel, Task, TrainingConfig
-from pipeline.distillation.head import Head, Taught
+from pipeline.distillation.head import Head
 from pipeline.distillation.kernels import fastest, in_words, kernel_of, why_not
 from pipeline.errors import UserError
 from pipeline.training.objective import Objective
@@ -29,11 +29,12 @@ def choose_head(
     Raises:
         UserError: If Liger is wanted for models of two vocabularies.
     """
-    if objective.task is not Task.causal_lm or objective.teacher is None:
+    if objective.task is not Task.causal_lm:
         return None
-    sizes = [Head.of(model).weight.shape[0] for model in (objective.model, objective.teacher.model)]
-    if wanted is HeadKernel.liger and sizes[0] != sizes[1]:
-        raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", "use auto or torch")
+    if wanted is HeadKernel.liger and objective.teacher is not None:
+        sizes = [Head.of(model).weight.shape[0] for model in (objective.model, objective.teacher.model)]
+        if sizes[0] != sizes[1]:
+            raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", "use auto or torch")
     if wanted is not HeadKernel.auto:
         objective.head_loss = kernel_of(wanted)
         return None
@@ -49,15 +50,16 @@ def probe_heads(objective: Objective, batches: Any, settings: TrainingConfig) ->
         kernels = {
             name: kernel_of(name)
             for name in (HeadKernel.torch, HeadKernel.triton, HeadKernel.liger)
-            if why_not(name, objective.device) is None and not (name is HeadKernel.liger and _is_skewed(objective))
+            if why_not(name, objective.device) is None and not (name is HeadKernel.liger and _is_not_ligers(objective))
         }
         chosen, found = fastest(kernels, *asked[0], **asked[1])
         objective.head_loss = kernels[chosen]
     return in_words(chosen, found)
 
 
-def _is_skewed(objective: Objective) -> bool:
-    return objective.loss is not None and objective.loss.divergence in SKEWED
+def _is_not_ligers(objective: Objective) -> bool:
+    skewed = objective.loss is not None and objective.loss.divergence in SKEWED
+    return skewed or objective.cached is not None
 
 
 def _asked_of_head(objective: Objective, batches: Any, settings: TrainingConfig) -> tuple[Any, dict[str, Any]]:
@@ -76,5 +78,5 @@ def _asked_of_head(objective: Objective, batches: Any, settings: TrainingConfig)
         objective(batch)
     objective.head_loss = usual
     (hidden, head, labels), more = asked[0]
-    assert isinstance(more["taught"], Taught)
+    assert more["taught"] is not None
     return (hidden.detach(), head, labels), more
