@@ -290,18 +290,35 @@ def test_classifiers_write_nothing() -> None:
         DistillStage(on_policy=0.5).check("stages.student", Run(task=Task.sequence_classification))
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_recipe_has_its_student_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: float
+def test_a_recipe_has_its_student_write_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wanted = [f"stages.student.on_policy={share}", "stages.student.on_policy_length=8", "stages.student.insist=true"]
+    wanted = ["stages.student.on_policy=1", "stages.student.on_policy_length=8", "stages.student.insist=true"]
     assert main([*DISTIL, *wanted], started_ns=0) == 0, capsys.readouterr().err
     rows = {row["arm"]: row["ledger"] for row in result_in(tmp_path)["rows"]}
     student, control = rows["student"], rows["control_steps"]
     assert student["phases_ns"]["generate"] > 0
     counts = student["counts"]
-    assert counts["distillation_gradient_share"]["v"] == 1.0 or share < 1
+    assert (counts["distillation_share"]["v"], counts["distillation_gradient_share"]["v"]) == (1.0, 1.0)
     per_step = control["counts"]["model_flops"]["v"] / 4  # a step of text, whatever the student's own steps took
     bought = rows["control_compute"]["counts"]["steps"]["v"]
     assert bought == pytest.approx(counts["model_flops"]["v"] / per_step, abs=1)
+
+
+def test_the_recipe_of_all_signals_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = [arg.replace("distill_cached", "distill_signals") for arg in TINY]
+    arms = ("student", "hidden_states", "relations", "on_policy")
+    wanted = [f"stages.{arm}.insist=true" for arm in arms]
+    assert main([*recipe, *wanted, "stages.on_policy.on_policy=0.5"], started_ns=0) == 0, capsys.readouterr().err
+    result = result_in(tmp_path)
+    rows = {row["arm"]: row["ledger"] for row in result["rows"]}
+    shares = {arm: rows[arm]["counts"]["distillation_share"]["v"] for arm in arms}
+    assert all(0 < share < 1 for share in shares.values())
+    assert len(set(shares.values())) == 4
+    assert "generate" in rows["on_policy"]["phases_ns"]
+    assert "generate" not in rows["relations"]["phases_ns"]
+    assert [each["arm"] for each in result["comparisons"]] == list(arms[1:])
