@@ -1,7 +1,9 @@
-# Each target sets up what it needs. VENV=... chooses another virtual environment.
+# Each target sets up what it needs. VENV=... chooses another virtual environment, WORKERS=... how many test processes.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check format ui clean
@@ -16,13 +18,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m pipeline recipe=distill
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

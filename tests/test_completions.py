@@ -92,7 +92,7 @@ def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known
 ) -> None:
     """No teacher is loaded beside it; what the completions cost is unknown, so no training saving is claimed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.training.stage._load_teacher", None)
+    monkeypatch.setattr("pipeline.training.stage.load_teacher", None)
     rows = [
         {"prompt": f"number {at} is ", "completion": f"followed by {at + 1}, and so on it goes"} for at in range(40)
     ]

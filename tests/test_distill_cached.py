@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     cwd = tmp_path_factory.mktemp("cached")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr("pipeline.training.stage._load_teacher", None)
+        patch.setattr("pipeline.training.stage.load_teacher", None)
         assert main(TINY, started_ns=0) == 0
     return cwd, result_in(cwd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,21 +122,22 @@ def test_the_hosts_peak_is_the_stages_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_what_was_held_before_a_stage_is_not_its_peak() -> None:
-    """On the real kernel: 200 MB held and given back before the start, 60 MB within."""
+    """On the real kernel: 400 MB held and given back before the start, 200 MB within."""
+    gc.collect()  # or what earlier tests left is given back meanwhile
     meter = MemoryMeter()
-    before = bytearray(200_000_000)
+    before = bytearray(400_000_000)
     held = memory._status_bytes(Path("/proc/self"), "VmRSS")
     del before
     meter.start(CPU)
     start = meter.read(CPU)["host_peak_rss_bytes"].v
-    within = bytearray(60_000_000)
+    within = bytearray(200_000_000)
     del within
     peak = meter.read(CPU)["host_peak_rss_bytes"].v
     assert held is not None
     if start is None or peak is None:
         pytest.skip("this kernel does not let the peak be set back")
-    assert start <= held - 150_000_000
-    assert start + 50_000_000 <= peak <= held - 100_000_000
+    assert start <= held - 300_000_000
+    assert start + 100_000_000 <= peak <= held - 100_000_000
 
 
 # -- one line, with what to change -----------------------------------------------------------------------------------
