@@ -41,7 +41,7 @@ def recover(attempt: Attempt, events: list[Event]) -> None:
 def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
     number = events[0]["attempt"]
     devices = events[0].get("devices", 1)  # before it was journaled, a process drove one
-    attempt.spans[number] = Span(events[0]["started_ns"], events[-1]["mono_ns"], devices)
+    attempt.spans[number] = Span(events[0]["started_ns"], _last_ns(events), devices)
     for event in events:
         _trace(attempt, event)
         if event["e"] == "resume":
@@ -68,7 +68,7 @@ def _trace(attempt: Attempt, event: Event) -> None:
 
 def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> None:
     """Close a window that was open when the process was killed: kept up to its last checkpoint."""
-    end_ns = events[-1]["mono_ns"]
+    end_ns = _last_ns(events)
     kept_ns = end_ns - opened["start_ns"] if opened["kind"] == "compare" else 0
     saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
     if saved and opened["kind"] == "work":
@@ -77,6 +77,11 @@ def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> Non
         **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
         end_ns=end_ns, kept_ns=kept_ns,
     ))  # fmt: skip
+
+
+def _last_ns(events: list[Event]) -> int:
+    """Return when a process was last heard of; a line may once have been stamped before it waited for its turn."""
+    return max(event["mono_ns"] for event in events)
 
 
 def _recover_outside(attempt: Attempt, number: int, events: list[Event]) -> None:

@@ -117,3 +117,20 @@ def test_signs_of_life_go_on_until_the_end_and_no_longer(path: Path, monkeypatch
     assert count >= 3
     time.sleep(0.05)
     assert kinds(path).count("heartbeat") == count
+
+
+def test_the_last_line_is_the_latest_whoever_waited(path: Path) -> None:
+    """A thread that waits for another's line to be on disk is stamped when its own turn comes."""
+    journal, threads = Journal(path), list[threading.Thread]()
+    with journal._lock:
+        for number in range(8):
+            threads.append(threading.Thread(target=journal.write, args=("heartbeat",), kwargs={"number": number}))
+            threads[-1].start()
+        released = time.monotonic_ns()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    stamps = [event["mono_ns"] for event in read_events(path)]
+    assert len(stamps) == 8
+    assert stamps == sorted(stamps)
+    assert stamps[0] >= released

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from make_assess_models import random_documents, tiny
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
@@ -34,7 +34,7 @@ from pipeline.training.objective import (
     parameter_hash,
     shared_vocabulary,
 )
-from pipeline.training.precision import arithmetic, why_not
+from pipeline.training.precision import arithmetic, round_weights, why_not
 from pipeline.training.schedule import factor, is_constant
 
 CPU = torch.device("cpu")
@@ -448,16 +448,56 @@ def test_a_deleted_phase_marker_grows_other(tmp_path: Path, marker: str) -> None
         def phase(self, name: str) -> AbstractContextManager[None]:
             return nullcontext() if name == marker else super().phase(name)
 
-    shares: list[float] = []
-    for clock in (PhaseClock(), Deaf()):
+    now = [0]
+
+    def take(milliseconds: int) -> None:
+        now[0] += 1_000_000 * milliseconds
+
+    found: list[dict[str, int]] = []
+    for clock in (PhaseClock(lambda: now[0]), Deaf(lambda: now[0])):
         model = tiny(Task.causal_lm)
+        model.model.register_forward_pre_hook(lambda *_: take(3))
+        model.get_input_embeddings().weight.register_hook(lambda _: take(5))
         before = clock.read_ns()
         train(
             model, batches_for(settings()), Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
-            settings=settings(steps=20), precision=PrecisionConfig(name=Precision.fp32),
-            folder=tmp_path / str(len(shares)), clock=clock, hooks=hooks(),
+            settings=settings(steps=4), precision=PrecisionConfig(name=Precision.fp32),
+            folder=tmp_path / str(len(found)), clock=clock, hooks=hooks(),
         )  # fmt: skip
-        took = difference(clock.read_ns(), before)
-        shares.append(took["other"] / sum(took.values()))
-    assert shares[0] < 0.1
-    assert shares[1] > shares[0] + 0.1
+        found.append(difference(clock.read_ns(), before))
+    expected = {"forward": 4 * 3_000_000, "backward": 4 * 5_000_000}
+    assert found[0] == expected
+    assert found[1] == {"other": expected.pop(marker), **expected}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "gpt2", "classifier"])
+def test_a_teachers_rounded_weights_compute_the_same_to_the_bit(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+    elif kind == "untied":
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=False,
+        ))  # fmt: skip
+    else:
+        model = tiny(Task.sequence_classification if kind == "classifier" else Task.causal_lm)
+    model.eval().requires_grad_(requires_grad=False)
+    ids = torch.randint(3, 259, (2, 20))
+
+    def logits(precision: Precision) -> torch.Tensor:
+        with torch.no_grad(), arithmetic(precision, CPU):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    size = lambda: sum(parameter.nbytes for parameter in model.parameters())
+    exact, expected, before = logits(Precision.fp32), logits(Precision.bf16), size()
+    round_weights(model, Precision.fp32)
+    assert (size(), torch.equal(logits(Precision.fp32), exact)) == (before, True)
+    round_weights(model, Precision.bf16)
+    assert torch.equal(logits(Precision.bf16), expected)
+    assert not torch.equal(exact, expected)
+    rounded = [parameter for parameter in model.parameters() if parameter.dtype is torch.bfloat16]
+    embedding = model.get_input_embeddings().weight
+    assert embedding.dtype is torch.float32
+    assert before - size() == sum(parameter.numel() * 2 for parameter in rounded)
+    assert len(rounded) >= 8

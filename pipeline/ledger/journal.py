@@ -29,8 +29,9 @@ class Journal:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Everything but `points` is on disk when this returns."""
-        line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **_finite(fields)}
-        with self._lock:
+        fields = _finite(fields)
+        with self._lock:  # stamped inside: the last line is the latest, whoever waited for whom
+            line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **fields}
             self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
             if event != "points":
                 os.fsync(self._file)

@@ -39,7 +39,7 @@ from pipeline.stages.context import Output
 from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
 from pipeline.training.objective import check_body, document_mask, hidden_states
-from pipeline.training.precision import arithmetic, compute_dtype
+from pipeline.training.precision import arithmetic, compute_dtype, round_weights
 from pipeline.training.stage import make_batches, read_encoded
 from pipeline.values import estimated
 
@@ -131,6 +131,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         flops = count_flops(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
+    round_weights(model, precision)
     return _Source(model, task, precision, ctx.device, masked, windows, codec, ctx.seed, flops), tokenizer
 
 

@@ -31,7 +31,7 @@ from pipeline.student import make_student, stack_layers
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, check_body, parameter_hash
-from pipeline.training.precision import arithmetic
+from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.prefetch import Batches
 from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.teaching import Numbered, have_written, load_teacher, mix_in, open_cache, teachers_share
@@ -73,6 +73,8 @@ def run_training(
         if ctx.run.task is Task.causal_lm:
             masked = check_body(model, ctx.device)
             teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
+        if teacher is not None:
+            round_weights(teacher.model, teacher.precision)
         encoded = read_encoded(tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
         text = make_batches(model, tokenizer, encoded, settings, ctx)
         signal = teacher
