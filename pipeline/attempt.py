@@ -49,6 +49,7 @@ from pipeline.rows import (
 )
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import (
     STUDENT_INIT,
     TrainingOverrides,
@@ -280,15 +281,19 @@ class Attempt:
 
     def why_not(self, stage: Any) -> str | None:
         """Return why this device cannot do a stage (an optional one: others were refused before), or None."""
+        from pipeline.quantization.backend import why_not as why_not_quantize
         from pipeline.training.precision import why_not
 
+        if isinstance(stage, QuantizeStage):
+            return why_not_quantize(stage.format, self.device)
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
         settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")}
-        if settings.get("completions") is not None:
-            settings["completions"] = file_digest(settings["completions"])
+        for file in ("completions", "calibration"):
+            if settings.get(file) is not None:
+                settings[file] = file_digest(settings[file])
         if isinstance(stage, CaptureStage):
             settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
         if isinstance(stage, TrainingOverrides):
@@ -485,7 +490,7 @@ class Attempt:
             with self.clock.phase("checkpoint"):
                 digests = {arm: artifact.digest for arm, artifact in inputs.items()}
                 manifest = {"recipe": self.run.recipe, "arm": name, "seed": seed, "key": key, "run_id": self.run_id,
-                            "settings": plain(stage), "inputs": digests}  # fmt: skip
+                            "settings": plain(stage), "inputs": digests, **output.about}  # fmt: skip
                 return self.store.commit(out, getattr(stage, "makes", MODEL), manifest), output
 
     def assess(self, name: str, stage: Any, made: Record, seed: int, key: str) -> Record:
@@ -519,7 +524,17 @@ class Attempt:
         rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
         record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}
         self.store.remember("assessments", key, record)
+        self.store.annotate(Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality))
         return record
+
+    def _assessed(self, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what artifact.json says of an artifact's quality, and where that was found."""
+        kept = ("v", "why_null", "ci", "n")
+        return {
+            "quality": {key: {name: value.get(name) for name in kept} for key, value in quality.items()},
+            "data": self.data.digest, "split": "test", "margin": self.run.quality.margin,
+            "device": device_name(self.device), "run_id": self.run_id,
+        }  # fmt: skip
 
     def keep(self, name: str, stage: Any, made: Record, seed: int) -> None:
         """Add the rows of an artifact that is no model, made now or found: nothing of it is assessed."""

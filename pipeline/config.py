@@ -36,10 +36,18 @@ class Precision(Enum):
 
 
 class Format(Enum):
-    """Quantized weight formats (bitsandbytes)."""
+    """Quantized weight formats; `quantization/backend.py` says which library does which."""
 
     int8 = "int8"
     nf4 = "nf4"
+    nf4_double = "nf4_double"
+    fp4 = "fp4"
+    fp4_double = "fp4_double"
+    int8_weight_only = "int8_weight_only"
+    int8_dynamic = "int8_dynamic"
+    int4_weight_only = "int4_weight_only"
+    float8_weight_only = "float8_weight_only"
+    float8_dynamic = "float8_dynamic"
 
 
 class Schedule(Enum):

@@ -26,7 +26,15 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import grant, placement
-from pipeline.preflight import check_completions, check_heads, check_models, check_precisions, choose_device
+from pipeline.preflight import (
+    check_calibration,
+    check_completions,
+    check_formats,
+    check_heads,
+    check_models,
+    check_precisions,
+    choose_device,
+)
 from pipeline.recovery import recover
 from pipeline.redact import redact_settings
 from pipeline.store import Store, key_of, plain, read_json, write_json
@@ -60,11 +68,13 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             torch.set_num_threads(run.hardware.num_threads)
         check_precisions(run, device)
         check_heads(run, device)
+        check_formats(run, device)
         check_completions(run, data)
+        check_calibration(run, data)
         quiet_libraries()
         _check_writable(root)
     store = Store(root / "store")
-    check_models(run, data, store, clock)
+    check_models(run, data, store, clock, device)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")

@@ -12,6 +12,7 @@ from pipeline.config import Measure, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import (
     BASE,
     STUDENT_INIT,
@@ -76,6 +77,32 @@ def check_heads(run: Run, device: Any) -> None:
             raise UserError(f"stages.{name}.head", reason, "leave it auto")
 
 
+def check_formats(run: Run, device: Any) -> None:
+    """Refuse a quantized format that this device cannot take; an optional stage is skipped when its turn comes.
+
+    Raises:
+        UserError: Naming the stage's setting.
+    """
+    from pipeline.quantization.backend import backend_of
+
+    for name, stage in run.stages.items():
+        if isinstance(stage, QuantizeStage) and not stage.optional:
+            backend_of(stage.format).refuse_device(stage.format, device=device, key=f"stages.{name}.format")
+
+
+def check_calibration(run: Run, data: Dataset) -> None:
+    """Refuse calibration documents that cannot be read or do not fit.
+
+    Raises:
+        UserError: Naming the stage's setting.
+    """
+    from pipeline.quantization.calibration import calibration_documents
+
+    for name, stage in run.stages.items():
+        if isinstance(stage, QuantizeStage) and stage.calibration is not None:
+            calibration_documents(stage, run, data, f"stages.{name}.calibration")
+
+
 def check_completions(run: Run, data: Dataset) -> None:
     """Refuse files of completions that cannot be read, or that hold what the student will be measured on.
 
@@ -91,7 +118,7 @@ def check_completions(run: Run, data: Dataset) -> None:
             check_apart(read_completions(path, run.data, key), data, key)
 
 
-def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> None:
+def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any) -> None:
     """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
 
     Raises:
@@ -114,6 +141,36 @@ def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock) -> No
         student = _root(run, STUDENT_INIT)
         if student == BASE or (student is not None and run.student.path is not None):
             _check_student(base, tokenizer, run, data)
+        _check_quantizable(config, run, device)
+
+
+def _check_quantizable(config: Any, run: Run, device: Any) -> None:
+    """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
+    from pipeline.models import from_config
+    from pipeline.quantization.backend import refuse_unsupported, why_not
+    from pipeline.quantization.smoothing import check_smoothable
+
+    for name, stage in run.stages.items():
+        if not isinstance(stage, QuantizeStage) or not _is_base_shaped(stage.model, run):
+            continue
+        if why_not(stage.format, device) is None:
+            key = f"stages.{name}.format"
+            refuse_unsupported(config, stage.format, run.task, device=device, key=key, choice=stage.choice())
+        if stage.smoothing is not None:
+            import torch
+
+            with torch.device("meta"):
+                check_smoothable(from_config(config, run.task, None), f"stages.{name}.smoothing")
+
+
+def _is_base_shaped(arm: str, run: Run) -> bool:
+    """Whether an arm has the layers of `base`: nothing on the way to it cuts, stacks or replaces them."""
+    while arm != BASE:
+        stage = run.stages.get(arm)
+        if stage is None or getattr(stage, "stack", None) not in (None, 1):
+            return False
+        arm = stage.model
+    return True
 
 
 def _root(run: Run, name: str) -> str | None:

@@ -191,6 +191,12 @@ class Store:
         sync_path(final.parent)
         return Artifact(final.resolve(), kind, digest, num_bytes)
 
+    def annotate(self, artifact: Artifact, topic: str, facts: Any) -> None:
+        """Add what was found out about an artifact to its artifact.json, which is in no digest."""
+        manifest = read_json(artifact.path / MANIFEST)
+        if isinstance(manifest, dict) and artifact.path.parent == self.root.resolve() / "artifacts":
+            write_json(artifact.path / MANIFEST, {**manifest, topic: facts})
+
     def _place(self, folder: Path, digest: str) -> Path:
         """Rename `folder` to its digest; the same content lies there already, or something damaged makes way."""
         final = self.root / "artifacts" / digest

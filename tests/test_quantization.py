@@ -1,4 +1,4 @@
-"""int8 and NF4 on the CPU: what is written, what is left alone, what is refused, and the reload that proves it."""
+"""Quantizing on the CPU: what is written, what is left alone, what is refused, and the reload that proves it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from safetensors import safe_open
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from pipeline.config import Format, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models import load_model, save_model
-from pipeline.quantization import backend, bnb
-from pipeline.quantization.backend import quantize
+from pipeline.quantization import ao, backend, bnb
+from pipeline.quantization.backend import LIBRARIES, quantize, why_not
+from pipeline.quantization.layers import Choice, abbreviate
+from pipeline.quantization.reload_check import ReloadCheck
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -153,6 +162,153 @@ def test_the_model_is_saved_before_it_is_run(tmp_path: Path, monkeypatch: pytest
     assert order == ["save_model", "take_reference"]
 
 
+# -- every format -----------------------------------------------------------------------------------------------------
+
+HERE = [fmt for fmt in Format if why_not(fmt, CPU) is None]
+
+
+def small_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM(config).to(dtype), byte_tokenizer(), folder)
+    return folder
+
+
+def test_all_formats_that_need_no_gpu_work_here() -> None:
+    assert set(Format) - set(HERE) == {Format.int4_weight_only, Format.float8_dynamic}
+
+
+def round_trip(folder: Path, fmt: Format, *, tied: bool, dtype: torch.dtype) -> None:
+    """What `quantize` itself proves, with an untied head quantized where that is possible."""
+    source = small_llama(folder / "source", tied=tied, dtype=dtype)
+    head = not tied
+    done = quantize(source, folder / "out", fmt, Task.causal_lm, device=CPU, key=KEY, choice=Choice(head=head))
+    assert len(done.logits_sha256) == 3
+    assert ("lm_head" in done.quantized_layers) is head
+    assert len(done.quantized_layers) == 2 * 7 + head
+    assert done.rest_dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("place", range(len(HERE)))
+def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, place: int) -> None:
+    """Each once, dtype of the source and tied heads in turn; `-m slow` has all of them."""
+    dtype = (torch.float32, torch.bfloat16)[place % 2]
+    round_trip(tmp_path, HERE[place], tied=place // 2 % 2 == 0, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_format_dtype_and_head_is_the_same_to_the_bit_after_a_reload(
+    tmp_path: Path, fmt: Format, dtype: torch.dtype, tied: bool
+) -> None:
+    round_trip(tmp_path, fmt, tied=tied, dtype=dtype)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the fresh process where a test is about something else."""
+    monkeypatch.setattr(backend, "check_bit_equal", lambda *_, **__: ReloadCheck(()))
+
+
+# -- which layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("fmt", [Format.nf4, Format.int8_weight_only])
+def test_patterns_say_which_layers_are_quantized_and_the_others_are_listed(tmp_path: Path, fmt: Format) -> None:
+    choice = Choice(include=("*.mlp.*",), exclude=("model.layers.1.*up_proj",))
+    source = small_llama(tmp_path / "source", tied=True, dtype=torch.float32)
+    done = quantize(source, tmp_path / "out", fmt, Task.causal_lm, device=CPU, key=KEY, choice=choice)
+    assert sorted(done.quantized_layers) == [
+        "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate_proj",
+    ]  # fmt: skip
+    assert set(done.kept_layers) == {
+        "model.layers.1.mlp.up_proj", "lm_head",
+        *(f"model.layers.{block}.self_attn.{name}_proj" for block in (0, 1) for name in "qkvo"),
+    }  # fmt: skip
+    held = tensors(tmp_path / "out")
+    assert held["model.layers.1.mlp.up_proj.weight"].dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (Choice(include=("*.mpl.*",)), "stages.small.include: '*.mpl.*' matches no linear layer of the body"),
+        (Choice(exclude=("lm_head",)), "stages.small.exclude: 'lm_head' matches no linear layer of the body"),
+        (Choice(exclude=("*",)), "stages.small.exclude: no layer is left to quantize"),
+        (Choice(head=True), "stages.small.quantize_head: the model's head is its embedding"),
+    ],
+)
+def test_choices_that_leave_nothing_to_do_are_refused(tmp_path: Path, choice: Choice, said: str) -> None:
+    source = small_llama(tmp_path / "source", tied=True, dtype=torch.float32)
+    with pytest.raises(UserError) as error:
+        quantize(source, tmp_path / "out", Format.int8, Task.causal_lm, device=CPU, key=KEY, choice=choice)
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_library_that_passes_over_a_layer_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao leaves layers alone that it cannot take, and says so in no error."""
+    load = ao.load_quantized
+    monkeypatch.setattr(
+        ao,
+        "load_quantized",
+        lambda *args, keep, **more: load(*args, keep=[*keep, "model.layers.0.mlp.up_proj"], **more),
+    )
+    source = small_llama(tmp_path / "source", tied=True, dtype=torch.float32)
+    with pytest.raises(StageFailed, match=r"other layers than planned, among them model\.layers\.0\.mlp\.up_proj"):
+        quantize(source, tmp_path / "out", Format.int8_weight_only, Task.causal_lm, device=CPU, key=KEY)
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    assert abbreviate([]) == "none"
+    assert abbreviate(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+
+
+# -- known faults of the libraries, where this CPU can show them -----------------------------------------------------
+
+
+def bitsandbytes_llama(source: Path, task: Task = Task.causal_lm) -> Any:
+    return bnb.load_quantized(source, Format.nf4, task, device=CPU, rest_dtype=torch.float32, keep=["lm_head"])
+
+
+@pytest.fixture
+def repacking() -> None:
+    if not bnb.cpu_repacks():
+        pytest.skip("this CPU has no AVX512_BF16: bitsandbytes does not repack 4-bit weights on it")
+
+
+@pytest.mark.usefixtures("repacking")
+def test_nf4_saved_after_a_forward_is_another_model(tmp_path: Path) -> None:
+    """Why the model is saved first: the day this fails, the library is mended and the order is free."""
+    model = bitsandbytes_llama(small_llama(tmp_path / "source", tied=True, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    model.save_pretrained(tmp_path / "after")
+    before, after = tensors(tmp_path / "before"), tensors(tmp_path / "after")
+    scales = [name for name in before if name.endswith("absmax")]
+    assert scales
+    assert any(not torch.equal(before[name], after[name]) for name in scales)
+
+
+@pytest.mark.usefixtures("repacking")
+def test_nf4_of_other_widths_crashes_in_the_library_and_is_refused_by_name_here(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=288, hidden_size=64, intermediate_size=688, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    save_model(LlamaForCausalLM(config), byte_tokenizer(), tmp_path / "source")
+    with pytest.raises((RuntimeError, AssertionError), match="divisible"), torch.no_grad():
+        bitsandbytes_llama(tmp_path / "source")(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    assert "mlp.gate_proj (64 -> 688) and 2 more" in refused(tmp_path / "source", tmp_path / "out", Format.nf4)
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -203,3 +359,55 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     source = llama(tmp_path / "source")
     (source / "model.safetensors").unlink()
     assert "has no weights (*.safetensors)" in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "device", "capability", "said"),
+    [
+        (Format.int4_weight_only, "cpu", None, "no kernel for int4_weight_only on a CPU"),
+        (Format.float8_dynamic, "cpu", None, "no kernel for float8_dynamic on a CPU"),
+        (Format.float8_dynamic, "cuda", (8, 0), "float8_dynamic needs compute capability 8.9 and Some GPU has 8.0"),
+        (Format.int4_weight_only, "cuda", (7, 5), "int4_weight_only needs compute capability 8.0"),
+        (Format.int8_weight_only, "mps", None, "known to work on cuda and cpu, not on mps"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused_by_name(
+    fmt: Format, device: str, capability: tuple[int, int] | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    assert said in (why_not(fmt, torch.device(device)) or "")
+    with pytest.raises(UserError, match=r"stages\.small\.format"):
+        ao.refuse_device(fmt, device=torch.device(device), key=KEY)
+
+
+def test_a_missing_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ao, "find_spec", lambda name: None)
+    assert "needs torchao, which is not installed" in (why_not(Format.int8_weight_only, CPU) or "")
+
+
+def test_torchao_refuses_layers_it_would_pass_over(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=259, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    save_model(GPT2LMHeadModel(config), byte_tokenizer(), tmp_path / "source")
+    said = refused(tmp_path / "source", tmp_path / "out", Format.int8_weight_only)
+    assert "torchao takes torch.nn.Linear alone, and transformer.h.0.attn.c_attn is a Conv1D" in said
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape", "said"),
+    [
+        (Format.int4_weight_only, (192, 64), "inputs in multiples of 128, unlike a (192 -> 64) and 1 more"),
+        (Format.float8_dynamic, (64, 40), "inputs and outputs in multiples of 16, unlike a (64 -> 40) and 1 more"),
+    ],
+)
+def test_shapes_that_a_kernel_cannot_take_are_refused(fmt: Format, shape: tuple[int, int], said: str) -> None:
+    from pipeline.quantization.layers import Layer
+
+    with pytest.raises(UserError) as error:
+        ao.refuse_layers([Layer("a", *shape), Layer("b", *shape), Layer("c", 128, 64)], fmt, device=CPU, key=KEY)
+    assert said in str(error.value)
+    assert "stages.small.exclude" in str(error.value)
+
+
+def test_every_format_has_a_library() -> None:
+    assert set(LIBRARIES) == set(Format)

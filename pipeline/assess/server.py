@@ -166,7 +166,14 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 def weights_bytes(model: Any) -> int:
     """Return the bytes of a model's parameters and buffers, with the scales that quantized ones carry beside them."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.nbytes + _scale_bytes(tensor) for tensor in tensors)
+    return sum(_stored_bytes(tensor) + _scale_bytes(tensor) for tensor in tensors)
+
+
+def _stored_bytes(tensor: Any) -> int:
+    """Return the bytes a tensor takes: a subclass (torchao's) names what it holds, and is itself of another dtype."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def _scale_bytes(tensor: Any) -> int:

@@ -1,23 +1,26 @@
 """Quantize a model folder: refuse early, convert, save before any forward, prove the reload.
 
-A backend is a module with the four functions of `Backend`; `BACKENDS` says which one does which format. To add a
-format: a member of `config.Format`, and a row here; to add a library: such a module, and its rows.
+A backend is a module with the functions of `Backend`; `LIBRARIES` says which one does which format. To add a format:
+a member of `config.Format`, and a row here; to add a library: such a module, and its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import Format, Task
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import check_model_folder, load_config, load_tokenizer, save_model
-from pipeline.quantization import bnb
-from pipeline.quantization.layers import Layer, LayerPlan, plan_layers, weights_bytes
+from pipeline.models import check_model_folder, load_config, load_model, load_tokenizer, save_model
+from pipeline.quantization import ao, bnb
+from pipeline.quantization.layers import EVERY_LAYER, Choice, Layer, LayerPlan, plan_layers, weights_bytes
 from pipeline.quantization.reload_check import Reference, check_bit_equal, take_reference
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ class Backend(Protocol):
 
     def refuse_device(self, fmt: Format, *, device: torch.device, key: str) -> None:
         """Refuse a machine that the library cannot work on."""
+        ...
+
+    def quiet(self) -> None:
+        """Stop the library's chatter."""
         ...
 
     def refuse_layers(self, layers: Sequence[Layer], fmt: Format, *, device: torch.device, key: str) -> None:
@@ -54,7 +61,27 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[Format, Backend] = {Format.int8: bnb, Format.nf4: bnb}
+LIBRARIES: dict[Format, str] = {
+    Format.int8: "bitsandbytes", Format.nf4: "bitsandbytes", Format.nf4_double: "bitsandbytes",
+    Format.fp4: "bitsandbytes", Format.fp4_double: "bitsandbytes",
+    Format.int8_weight_only: "torchao", Format.int8_dynamic: "torchao", Format.int4_weight_only: "torchao",
+    Format.float8_weight_only: "torchao", Format.float8_dynamic: "torchao",
+}  # fmt: skip
+BY_LIBRARY: dict[str, Backend] = {"bitsandbytes": bnb, "torchao": ao}
+
+
+def backend_of(fmt: Format) -> Backend:
+    """Return the backend that does a format."""
+    return BY_LIBRARY[LIBRARIES[fmt]]
+
+
+def why_not(fmt: Format, device: torch.device) -> str | None:
+    """Return why `device` cannot take `fmt`, or None where it can."""
+    try:
+        backend_of(fmt).refuse_device(fmt, device=device, key="format")
+    except UserError as error:
+        return error.problem
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +90,7 @@ class Quantized:
 
     Attributes:
         quantized_layers: Names of the linear layers in `fmt`.
-        kept_layers: Names of the linear layers left in `rest_dtype`: heads and tied weights.
+        kept_layers: Names of the linear layers left in `rest_dtype`: heads, tied weights, and what was excluded.
         rest_dtype: Of everything that is not quantized (`float32`, `bfloat16`).
         bytes_before: Of the source's weight files.
         bytes_after: Of the quantized weight files.
@@ -82,6 +109,7 @@ class Quantized:
         """Return the facts worth keeping beside the artifact."""
         return {
             "format": self.fmt.value,
+            "library": f"{LIBRARIES[self.fmt]} {version(LIBRARIES[self.fmt])}",
             "quantized_layers": len(self.quantized_layers),
             "kept_layers": list(self.kept_layers),
             "rest_dtype": self.rest_dtype,
@@ -100,12 +128,14 @@ def quantize(
     device: torch.device | str,
     key: str,
     clock: PhaseClock | None = None,
+    choice: Choice = EVERY_LAYER,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> Quantized:
     """Write `source` to `out` in `fmt`, with its tokenizer, so that a plain `from_pretrained(out)` loads it.
 
     Refusals name `key` (`stages.int8.format`). `clock` books the library's import (import), reading and planning
     (model_load), quantizing (convert: weights are quantized as they are read), saving (checkpoint) and the reload
-    check (eval).
+    check (eval). `prepare` may change the unquantized model's weights in place beforehand, and books its own time.
 
     Raises:
         UserError: If the model, its shapes or the device cannot take the format; nothing is written.
@@ -115,21 +145,27 @@ def quantize(
 
     device = torch.device(device)
     with _phase(clock, "import"):
-        BACKENDS[fmt].refuse_device(fmt, device=device, key=key)
+        backend_of(fmt).refuse_device(fmt, device=device, key=key)
+        backend_of(fmt).quiet()
+        import_module(LIBRARIES[fmt])
     with _phase(clock, "model_load"):
         check_model_folder(source, key)
         config = load_config(source, key=key)
-        plan = refuse_unsupported(config, fmt, task, device=device, key=key)
+        plan = refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
         rest_dtype = _rest_dtype(config, device)
-    layers, reference = _convert(
-        source, out, fmt, task, plan, device=device, rest_dtype=rest_dtype, key=key, clock=clock
-    )
+    convert = _Conversion(fmt, task, plan, device, rest_dtype, key, clock)
+    if prepare is None:
+        layers, reference = convert(source, out)
+    else:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
+            _prepared(source, Path(folder), prepare, task, device=device, key=key, clock=clock)
+            layers, reference = convert(Path(folder), out)
     with _phase(clock, "eval"):
         check = check_bit_equal(out, task, reference, device=device)
     return Quantized(
         fmt=fmt,
         quantized_layers=layers,
-        kept_layers=tuple(layer.name for layer in (*plan.quantize, *plan.keep) if layer.name not in set(layers)),
+        kept_layers=tuple(layer.name for layer in plan.keep),
         rest_dtype=str(rest_dtype).removeprefix("torch."),
         bytes_before=weights_bytes(source),
         bytes_after=weights_bytes(out),
@@ -137,8 +173,22 @@ def quantize(
     )
 
 
+def _prepared(
+    source: Path, folder: Path, prepare: Callable[[PreTrainedModel], None], task: Task, *,
+    device: torch.device, key: str, clock: PhaseClock | None,
+) -> None:  # fmt: skip
+    """Write `source`, changed by `prepare`, to `folder`, in the dtype that it is stored in."""
+    with _phase(clock, "model_load"):
+        dtype: Any = load_config(source, key=key).dtype
+        model: Any = load_model(source, task, device=device)
+        tokenizer = load_tokenizer(source, key=key)
+    prepare(model)
+    with _phase(clock, "checkpoint"):
+        save_model(model.to(dtype), tokenizer, folder)
+
+
 def refuse_unsupported(
-    config: PreTrainedConfig, fmt: Format, task: Task, *, device: torch.device, key: str
+    config: PreTrainedConfig, fmt: Format, task: Task, *, device: torch.device, key: str, choice: Choice = EVERY_LAYER
 ) -> LayerPlan:
     """Refuse, from its configuration alone, a model that cannot be quantized; return the layers that will be.
 
@@ -149,8 +199,8 @@ def refuse_unsupported(
     if previous is not None:
         method = previous.get("quant_method") if isinstance(previous, dict) else previous.quant_method
         raise UserError(key, f"the model is quantized already ({method})", "quantize the model it was made from")
-    plan = plan_layers(config, task, key=key)
-    BACKENDS[fmt].refuse_layers(plan.quantize, fmt, device=device, key=key)
+    plan = plan_layers(config, task, key=key, choice=choice)
+    backend_of(fmt).refuse_layers(plan.quantize, fmt, device=device, key=key)
     return plan
 
 
@@ -163,30 +213,41 @@ def _rest_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _convert(
-    source: Path,
-    out: Path,
-    fmt: Format,
-    task: Task,
-    plan: LayerPlan,
-    *,
-    device: torch.device,
-    rest_dtype: torch.dtype,
-    key: str,
-    clock: PhaseClock | None,
-) -> tuple[tuple[str, ...], Reference]:
-    """Quantize, save, and only then run the model; it is gone from memory when this returns."""
-    backend = BACKENDS[fmt]
-    with _phase(clock, "model_load"):
-        tokenizer = load_tokenizer(source, key=key)
-    with _phase(clock, "convert"):
-        keep = [layer.name for layer in plan.keep]
-        model = backend.load_quantized(source, fmt, task, device=device, rest_dtype=rest_dtype, keep=keep)
-    with _phase(clock, "checkpoint"):
-        save_model(model, tokenizer, out)  # before any forward: running the model may spoil its weights (see bnb.py)
-    with _phase(clock, "eval"):
-        reference = take_reference(model)
-    return tuple(name for name, module in model.named_modules() if backend.is_quantized(module)), reference
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """Quantize, save, and only then run the model; it is gone from memory when the call returns."""
+
+    fmt: Format
+    task: Task
+    plan: LayerPlan
+    device: torch.device
+    rest_dtype: torch.dtype
+    key: str
+    clock: PhaseClock | None
+
+    def __call__(self, source: Path, out: Path) -> tuple[tuple[str, ...], Reference]:
+        """Return the names of the quantized layers, and what the model in memory answers.
+
+        Raises:
+            StageFailed: If the library quantized other layers than were planned.
+        """
+        backend = backend_of(self.fmt)
+        with _phase(self.clock, "model_load"):
+            tokenizer = load_tokenizer(source, key=self.key)
+        with _phase(self.clock, "convert"):
+            keep = [layer.name for layer in self.plan.keep]
+            model = backend.load_quantized(
+                source, self.fmt, self.task, device=self.device, rest_dtype=self.rest_dtype, keep=keep
+            )
+            layers = tuple(name for name, module in model.named_modules() if backend.is_quantized(module))
+            wrong = {layer.name for layer in self.plan.quantize} ^ set(layers)
+            if wrong:
+                problem = f"{LIBRARIES[self.fmt]} quantized other layers than planned, among them {min(wrong)}"
+                raise StageFailed(problem)
+        with _phase(self.clock, "checkpoint"):
+            save_model(model, tokenizer, out)  # before any forward: running the model may spoil its weights (bnb.py)
+        with _phase(self.clock, "eval"):
+            return layers, take_reference(model)
 
 
 def _phase(clock: PhaseClock | None, name: str) -> AbstractContextManager[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer: `name` inside the model, and the widths of its weight."""
+    """A linear layer: `name` inside the model, the widths of its weight, and whether that lies (in, out) as GPT-2's."""
 
     name: str
     in_features: int
     out_features: int
+    transposed: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.in_features} -> {self.out_features})"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which linear layers are to be quantized.
+
+    Attributes:
+        include: Patterns of names as in a shell (`*.mlp.*`); empty: every layer of the body.
+        exclude: Patterns of names that are left alone all the same.
+        head: Whether the output head is quantized as well.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    head: bool = False
+
+
+EVERY_LAYER = Choice()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +56,14 @@ class LayerPlan:
     keep: tuple[Layer, ...]
 
 
-def plan_layers(config: PreTrainedConfig, task: Task, *, key: str) -> LayerPlan:
+def plan_layers(config: PreTrainedConfig, task: Task, *, key: str, choice: Choice = EVERY_LAYER) -> LayerPlan:
     """Return what would be quantized, read off a twin on the meta device: no weight is loaded.
 
+    Refusals name settings beside `key` (`stages.int8.format` -> `stages.int8.include`).
+
     Raises:
-        UserError: If the architecture cannot do the task, or has nothing to quantize.
+        UserError: If the architecture cannot do the task or has nothing to quantize, a pattern matches no layer, none
+            is left, or the head cannot be quantized because it is the embedding.
     """
     import torch
 
@@ -52,7 +76,50 @@ def plan_layers(config: PreTrainedConfig, task: Task, *, key: str) -> LayerPlan:
     plan = _split(twin)
     if not plan.quantize:
         raise UserError(key, f"{type(twin).__name__} has no linear layers to quantize", "leave this stage out")
-    return plan
+    return _choose(plan, choice, _head_of(twin), key.rpartition(".")[0])
+
+
+def _head_of(model: Any) -> str | None:
+    """Return the name of the output head; None where it shares its weight with the embedding or there is none."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _choose(plan: LayerPlan, choice: Choice, head: str | None, stage: str) -> LayerPlan:
+    body = [layer.name for layer in plan.quantize]
+    if choice.head and head is None:
+        problem = "the model's head is its embedding, or it has none: neither library's formats hold an embedding"
+        raise UserError(f"{stage}.quantize_head", problem, "leave it out")
+    for name, patterns in (("include", choice.include), ("exclude", choice.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(layer, pattern) for layer in body):
+                raise UserError(f"{stage}.{name}", f"{pattern!r} matches no linear layer of the body",
+                                f"name layers such as {body[-1]} (* stands for anything)")  # fmt: skip
+    chosen = {
+        layer for layer in body
+        if _matches(layer, choice.include or ("*",)) and not _matches(layer, choice.exclude)
+    }  # fmt: skip
+    if choice.head and head is not None:
+        chosen.add(head)
+    if not chosen:
+        raise UserError(f"{stage}.exclude", "no layer is left to quantize", "exclude fewer layers")
+    layers = (*plan.quantize, *plan.keep)
+    return LayerPlan(
+        tuple(layer for layer in layers if layer.name in chosen),
+        tuple(layer for layer in layers if layer.name not in chosen),
+    )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def abbreviate(names: Sequence[str], most: int = 6) -> str:
+    """Return names as a line can hold them: the first few, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def _split(model: Any) -> LayerPlan:
@@ -66,22 +133,24 @@ def _split(model: Any) -> LayerPlan:
     quantize: list[Layer] = []
     keep: list[Layer] = []
     for name, module in model.named_modules():
-        shape = _linear_shape(module)
-        if shape is None:
+        layer = _linear(name, module)
+        if layer is None:
             continue
         in_body = id(module) in body and module is not head and owners[id(module.weight)] == 1
-        (quantize if in_body else keep).append(Layer(name, *shape))
+        (quantize if in_body else keep).append(layer)
     return LayerPlan(tuple(quantize), tuple(keep))
 
 
-def _linear_shape(module: Any) -> tuple[int, int] | None:
-    """Return `(in_features, out_features)`, or None for what is no linear layer (a subclass has its own forward)."""
+def _linear(name: str, module: Any) -> Layer | None:
+    """Describe a linear layer; None for what is none (a subclass has its own forward)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, Conv1D):  # GPT-2's linear layer, with a transposed weight
-        return module.weight.shape[0], module.weight.shape[1]
-    return (module.in_features, module.out_features) if type(module) is torch.nn.Linear else None
+    if isinstance(module, Conv1D):
+        return Layer(name, module.weight.shape[0], module.weight.shape[1], transposed=True)
+    if type(module) is torch.nn.Linear:
+        return Layer(name, module.in_features, module.out_features)
+    return None
 
 
 def weights_bytes(folder: Path) -> int:

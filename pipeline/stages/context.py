@@ -32,6 +32,7 @@ class Output:
         gpu_timeline: What the device did, in plain JSON, empty where nothing was looked at: `shares` of step time on
             traced steps (figures by name), `steps` (their classes in ns), `traces` (file names below
             `Context.traces`), `notes`, and `phases_s` (device seconds by host phase, of this attempt).
+        about: Facts that go into artifact.json, in plain JSON by topic.
     """
 
     counts: dict[str, Value] = field(default_factory=dict)
@@ -41,13 +42,14 @@ class Output:
     existing: bool = False
     notes: tuple[str, ...] = ()
     gpu_timeline: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back; notes are said once and not kept."""
         return {
             "counts": {name: value.to_json() for name, value in self.counts.items()}, "curve": self.curve,
             "flops_per_step": self.flops_per_step, "seconds_in_steps": self.seconds_in_steps,
-            "existing": self.existing, "gpu_timeline": self.gpu_timeline,
+            "existing": self.existing, "gpu_timeline": self.gpu_timeline, "about": self.about,
         }  # fmt: skip
 
     @staticmethod

@@ -1,0 +1,127 @@
+"""The torchao backend: integer and float8 weights as tensor subclasses, loaded through transformers' TorchAoConfig.
+
+`int8_weight_only` and `float8_weight_only` keep one scale per output row and multiply in 16 or 32 bits, so that they
+save memory and bandwidth, not arithmetic. `int8_dynamic` and `float8_dynamic` quantize activations on the fly, a scale
+per token, and multiply in 8 bits. `int4_weight_only` keeps a scale and a zero per 128 weights, packed for the
+tinygemm kernel of CUDA devices. Embeddings stay as they are: a quantized one does not come back from disk.
+Source: torchao.quantization.quant_api of torchao 0.18 (what each configuration stores and asks of a device).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Format, Task
+from pipeline.errors import UserError
+from pipeline.quantization.layers import Layer
+from pipeline.quantization.reload_check import auto_class
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+INT4_GROUP = 128  # weights that share a scale; torchao's default
+FLOAT8_MULTIPLE = 16  # widths that torch._scaled_mm takes
+CAPABILITY = {
+    Format.int8_dynamic: (7, 5),  # torch._int_mm: int8 tensor cores
+    Format.int4_weight_only: (8, 0),  # torch._weight_int4pack_mm
+    Format.float8_dynamic: (8, 9),  # torch._scaled_mm
+}
+
+
+def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
+    """Refuse a machine on which torchao cannot work.
+
+    Raises:
+        UserError: If it is not installed, or its kernel for this format needs another device.
+    """
+    import torch
+
+    if find_spec("torchao") is None:
+        raise UserError(key, f"{fmt.value} needs torchao, which is not installed", "pip install -e '.[quant]'")
+    if device.type == "cpu":
+        if fmt in (Format.int4_weight_only, Format.float8_dynamic):
+            raise UserError(key, f"torchao has no kernel for {fmt.value} on a CPU", "use int8_weight_only, or nf4")
+        return
+    if device.type != "cuda":
+        raise UserError(key, f"{fmt.value} is known to work on cuda and cpu, not on {device.type}", "use one of them")
+    needed, have = CAPABILITY.get(fmt, (0, 0)), torch.cuda.get_device_capability(device)
+    if have < needed:
+        name = torch.cuda.get_device_name(device)
+        problem = f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {name} has {have[0]}.{have[1]}"
+        raise UserError(key, problem, "use int8_weight_only")
+
+
+def refuse_layers(layers: Sequence[Layer], fmt: Format, *, device: torch.device, key: str) -> None:
+    """Refuse layers that torchao would pass over in silence, or whose kernels would fail, by name.
+
+    Raises:
+        UserError: Naming the first such layer and how many there are.
+    """
+    transposed = [layer for layer in layers if layer.transposed]
+    if transposed:
+        problem = f"torchao takes torch.nn.Linear alone, and {transposed[0].name} is a Conv1D with transposed weights"
+        raise UserError(key, problem, "use int8 or nf4 of bitsandbytes")
+    multiple = {Format.int4_weight_only: INT4_GROUP, Format.float8_dynamic: FLOAT8_MULTIPLE}.get(fmt, 1)
+    # tinygemm pads outputs by itself; torch._scaled_mm takes multiples of 16 on both sides.
+    both = fmt is Format.float8_dynamic
+    bad = [layer for layer in layers if layer.in_features % multiple or (both and layer.out_features % multiple)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        sides = "inputs and outputs" if both else "inputs"
+        problem = f"{fmt.value} needs {sides} in multiples of {multiple}, unlike {bad[0]}{more}"
+        raise UserError(key, problem, f"name them in {key.rpartition('.')[0]}.exclude, or use int8_weight_only")
+
+
+def load_quantized(
+    source: Path, fmt: Format, task: Task, *, device: torch.device, rest_dtype: torch.dtype, keep: Sequence[str]
+) -> PreTrainedModel:
+    """Load `source` with every linear layer quantized as it is read, but those named in `keep`."""
+    from transformers import TorchAoConfig
+
+    quiet()
+    return (
+        auto_class(task)
+        .from_pretrained(
+            source,
+            quantization_config=TorchAoConfig(_scheme(fmt), modules_to_not_convert=list(keep)),
+            device_map={"": str(device)},
+            dtype=rest_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        .eval()
+    )
+
+
+def quiet() -> None:
+    """Stop the library's log lines below errors: on a CPU build it says at import which kernels it lacks."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
+def _scheme(fmt: Format) -> Any:
+    import torchao.quantization as ao
+
+    if fmt is Format.int4_weight_only:
+        from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+        packing = Int4PackingFormat.TILE_PACKED_TO_4D
+        return ao.Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format=packing)
+    if fmt is Format.float8_dynamic:
+        return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+    return {
+        Format.int8_weight_only: ao.Int8WeightOnlyConfig, Format.float8_weight_only: ao.Float8WeightOnlyConfig,
+        Format.int8_dynamic: ao.Int8DynamicActivationInt8WeightConfig,
+    }[fmt]()  # fmt: skip
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Return whether `module` is a layer that this backend quantized."""
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
