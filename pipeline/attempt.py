@@ -61,7 +61,7 @@ from pipeline.stages.settings import (
 from pipeline.store import MODEL, Artifact, Store, key_of, plain
 from pipeline.values import Value
 
-ASSESSMENT_VERSION = 1  # part of an assessment's key: raise it when the same settings give other figures
+ASSESSMENT_VERSION = 2  # part of an assessment's key: raise it when the same settings give other figures
 
 
 @dataclass(slots=True)
@@ -342,12 +342,18 @@ class Attempt:
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:
         """Return the key of an assessment: the artifact, the test data, how it is scored, and its teacher."""
         quality = {key: value for key, value in plain(self.run.quality).items() if key != "margin"}
-        teacher = self._teacher(name)
+        teacher, unquantized = self._teacher(name), self._unquantized(name)
         return key_of(
             made=stage_key, artifact=made["artifact"]["digest"], data=self.data.digest, seed=seed, quality=quality,
             sequence_length=self._sequence_length(), version=ASSESSMENT_VERSION,
             teacher=None if teacher is None else self.arms[teacher].digest,
+            unquantized=None if unquantized is None else unquantized.digest,
         )  # fmt: skip
+
+    def _unquantized(self, name: str) -> Artifact | None:
+        """Return what a quantized arm was made from."""
+        stage = self.run.stages[name]
+        return self.arms[stage.model] if isinstance(stage, QuantizeStage) else None
 
     def _teacher(self, name: str) -> str | None:
         """Return the arm whose predictions an artifact's are compared with."""
@@ -500,6 +506,7 @@ class Attempt:
         items = self.store.root / "assessments" / f"{key}.jsonl"
         teacher = self._teacher(name)
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
+        unquantized = self._unquantized(name)
         window = None
         try:
             with self.window("assess", name, seed) as window, named(self, name, stage, "assess"):
@@ -507,6 +514,7 @@ class Attempt:
                     Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
                     labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
                     device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
+                    unquantized=None if unquantized is None else unquantized.path,
                 )  # fmt: skip
                 self._synchronise()
         except BaseException as error:

@@ -140,6 +140,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("quality/accuracy", "1", "row", 1, "share of test examples classified right"),
     Metric("quality/macro_f1", "1", "row", 1, "mean over classes of F1 (a class never seen nor predicted is left out)"),
     Metric("quality/teacher_agreement", "1", "row", 1, "share of first predictions equal to the teacher's"),
+    Metric("quality/kl_to_unquantized", "nat", "row", -1, "KL(unquantized || quantized) a test token or example"),
+    Metric("quality/flips", "1", "row", -1, "share of first predictions that quantizing changed"),
+    Metric("quality/worst_slice", "1", "row", -1, "loss of the class, or quarter of texts, that quantizing hurts most"),
     # -- what it costs to run -----------------------------------------------------------------------------------
     Metric("serving/device_s_per_1k_units", "device-s", "row", -1, "device-seconds per 1,000 units at the load"),
     Metric("serving/prefill_device_s_per_1k_tokens", "device-s", "row", -1, "the prompt's part, per 1,000 tokens in"),

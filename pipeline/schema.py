@@ -132,6 +132,7 @@ _ROW: dict[str, Any] = {
                             "ci": _INTERVAL,
                             "n": {"type": ["integer", "null"]},
                             "items": {"type": ["string", "null"]},
+                            "slice": {"type": "string"},
                         },
                     },
                 ]

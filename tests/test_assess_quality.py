@@ -13,9 +13,17 @@ import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from sklearn.metrics import f1_score
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.assess import quality
-from pipeline.assess.quality import assess_quality, choose_documents, macro_f1, read_items, write_items
+from pipeline.assess.quality import (
+    assess_quality,
+    choose_documents,
+    macro_f1,
+    read_items,
+    worst_slice,
+    write_items,
+)
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
@@ -84,10 +92,11 @@ def assess(
     folder: Path, items: Path, *, task: Task, documents: list[Document], clock: PhaseClock | None = None, **more
 ):
     teacher, length = more.pop("teacher_predictions", None), more.pop("sequence_length", 64)
+    unquantized = more.pop("unquantized", None)
     return assess_quality(
         folder, documents=documents, task=task, labels=LABELS if task is CLASSES else None,
         config=QualityConfig(bootstrap=400, **more), sequence_length=length, device="cpu", items=items,
-        teacher_predictions=teacher, seed=0, clock=clock or PhaseClock(),
+        teacher_predictions=teacher, seed=0, clock=clock or PhaseClock(), unquantized=unquantized,
     )  # fmt: skip
 
 
@@ -213,6 +222,61 @@ def test_agreement_counts_equal_predictions_by_document(folders, tmp_path: Path,
     assert items["agree"].tolist() == counts
 
 
+# -- drift from the model that was quantized ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [CAUSAL, CLASSES])
+def test_a_model_does_not_drift_from_itself(folders, tmp_path: Path, task: Task) -> None:
+    documents = causal_documents() if task is CAUSAL else labelled_documents()
+    result = assess(folders[task], tmp_path / "i.jsonl", task=task, documents=documents, unquantized=folders[task])
+    assert result["kl_to_unquantized"]["v"] == pytest.approx(0, abs=1e-7)
+    assert result["flips"]["v"] == 0
+    assert result["worst_slice"]["v"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("task", [CAUSAL, CLASSES])
+def test_drift_is_what_both_models_say_on_every_token(folders, tmp_path: Path, task: Task) -> None:
+    """By torch's own kl_div in float64, one document at a time, without batches or padding."""
+    documents = causal_documents(5) if task is CAUSAL else labelled_documents(9)
+    folder = saved(tiny(task, seed=3), tmp_path / "other")
+    result = assess(folders[task], tmp_path / "i.jsonl", task=task, documents=documents, unquantized=folder)
+    items = read_items(tmp_path / "i.jsonl")
+    auto = {CAUSAL: AutoModelForCausalLM, CLASSES: AutoModelForSequenceClassification}[task]
+    ours, theirs = (auto.from_pretrained(path).double().eval() for path in (folders[task], folder))
+    by_digest = {document.digest: document for document in documents}
+    for place, digest in enumerate(items["digest"]):
+        (row,) = encode_all([by_digest[str(digest)]], byte_tokenizer(), task, max_length=64)
+        ids = torch.from_numpy(row.input_ids).long()[None]
+        with torch.no_grad():
+            mine, others = (model(input_ids=ids).logits.log_softmax(-1)[0] for model in (ours, theirs))
+        if task is CAUSAL:
+            mine, others = (rows[:-1][torch.from_numpy(row.targets[1:])] for rows in (mine, others))
+        kl = torch.nn.functional.kl_div(mine, others, log_target=True, reduction="sum")
+        assert items["kl"][place] == pytest.approx(float(kl), rel=1e-4)
+        assert items["flips"][place] == int((mine.argmax(-1) != others.argmax(-1)).sum())
+    count = items["tokens"].sum() if task is CAUSAL else len(documents)
+    assert result["kl_to_unquantized"]["v"] == pytest.approx(items["kl"].sum() / count)
+    assert result["flips"]["v"] == pytest.approx(items["flips"].sum() / count)
+    low, high = result["kl_to_unquantized"]["ci"]
+    assert low < result["kl_to_unquantized"]["v"] < high
+    alone = assess(folder, tmp_path / "o.jsonl", task=task, documents=documents)
+    theirs = read_items(tmp_path / "o.jsonl")
+    np.testing.assert_allclose(items["unquantized"], theirs["bits" if task is CAUSAL else "correct"], rtol=1e-5)
+    assert "kl_to_unquantized" not in alone
+
+
+def test_the_worst_slice_is_the_one_that_loses_most() -> None:
+    bits = np.array([10.0, 10, 20, 20, 30, 30, 40, 40])
+    arrays = {"bytes": np.full(8, 10), "unquantized": bits, "bits": bits * np.array([1, 1, 1.1, 1.3, 1, 1, 1.1, 1.1])}
+    assert worst_slice(arrays, None) == ("second quarter", pytest.approx(0.2), 2)
+    arrays = {
+        "label": np.array([0, 0, 1, 1]),
+        "unquantized": np.array([1.0, 1, 1, 0]),
+        "correct": np.array([1, 1, 0, 0]),
+    }
+    assert worst_slice(arrays, ("up", "down")) == ("class down", 0.5, 2)
+
+
 def test_agreement_is_null_where_the_teacher_reads_other_tokens(folders, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.zeros(7, dtype=np.int32))
     result = assess(
@@ -230,7 +294,12 @@ def test_results_have_the_form_of_result_json(folders, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.zeros(7, dtype=np.int32))
     for task, documents in ((CAUSAL, causal_documents()), (CLASSES, labelled_documents())):
         result = assess(
-            folders[task], tmp_path / "i.jsonl", task=task, documents=documents, teacher_predictions=tmp_path / "t.npy"
+            folders[task],
+            tmp_path / "i.jsonl",
+            task=task,
+            documents=documents,
+            teacher_predictions=tmp_path / "t.npy",
+            unquantized=folders[task],
         )
         jsonschema.validate(json.loads(json.dumps(result, allow_nan=False)), {**form, "$defs": RESULT_SCHEMA["$defs"]})
 

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from pipeline.compare.statistics import (
+    _bca_ends,
     Interval,
     abba_saving,
     bootstrap_ratio,
@@ -269,3 +270,8 @@ def test_items_to_decide_is_where_the_bound_reaches_the_margin() -> None:
 
 def test_no_number_of_items_decides_a_difference_that_sits_on_the_margin() -> None:
     assert items_to_decide(Interval(-0.25, -0.5, 0.0), 400, margin=0.25) is None
+
+
+def test_an_interval_whose_leave_one_outs_are_all_alike_has_no_acceleration() -> None:
+    ends = _bca_ends(0.5, np.linspace(0.2, 0.8, 101), np.full(9, 0.5), 0.9)
+    np.testing.assert_allclose(ends, (0.23, 0.77), atol=1e-9)  # the plain percentiles

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 LEVEL = 0.95
 LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
 CAUSAL_COLUMNS = ("digest", "bits", "bytes", "tokens", "correct")
+DRIFT_COLUMNS = ("kl", "flips", "unquantized")
+QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
 CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
 
 Arrays = dict[str, np.ndarray]
@@ -55,6 +57,7 @@ def assess_quality(
     teacher_predictions: Path | None,
     seed: int,
     clock: PhaseClock,
+    unquantized: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score the artifact in `folder` on test documents.
 
@@ -71,6 +74,7 @@ def assess_quality(
         teacher_predictions: The predictions file of the teacher on the same documents, for agreement.
         seed: Of the bootstrap.
         clock: Books model_load, prepare and eval.
+        unquantized: The folder of the model that this one was quantized from, which it is to stay close to.
 
     Returns:
         By quality key: a value with its interval `ci`, its number of documents `n`, and the path of the `items`.
@@ -82,6 +86,7 @@ def assess_quality(
     with clock.phase("model_load"):
         _check_head(folder, task, labels)
         model, tokenizer = load_model(folder, task, device=device, labels=labels), load_tokenizer(folder)
+        other = None if unquantized is None else load_model(unquantized, task, device=device, labels=labels)
     with clock.phase("prepare"):
         chosen = choose_documents(documents, config.max_documents)
         encoded = _scorable(
@@ -89,23 +94,51 @@ def assess_quality(
             task,
         )
     with clock.phase("eval"):
-        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "pad_id": tokenizer.pad_token_id}
+        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "pad_id": tokenizer.pad_token_id,
+                                "other": other}  # fmt: skip
         if task is Task.causal_lm:
             scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
             predictions, arrays = scores.predictions, _columns(scores, CAUSAL_COLUMNS)
         else:
-            classified = score_classification(model, encoded, **more)
-            predictions, arrays = classified.prediction, _columns(classified, CLASSIFICATION_COLUMNS)
+            scores = score_classification(model, encoded, **more)
+            predictions, arrays = scores.prediction, _columns(scores, CLASSIFICATION_COLUMNS)
         _check_finite(folder, arrays["bits" if task is Task.causal_lm else "logprob"])
         agreement = None if teacher_predictions is None else _agreement(predictions, teacher_predictions, arrays)
         if isinstance(agreement, np.ndarray):
             arrays["agree"] = agreement
+        if scores.drift is not None:
+            arrays |= dict(zip(DRIFT_COLUMNS, (scores.drift.kl, scores.drift.flips, scores.drift.other), strict=True))
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
         figures = _figures(task, arrays, resamples=config.bootstrap, seed=seed)
     if isinstance(agreement, str):
         figures["teacher_agreement"] = null(agreement), None
-    return {key: _entry(figure, len(encoded), items) for key, figure in figures.items()}
+    entries = {key: _entry(figure, len(encoded), items) for key, figure in figures.items()}
+    if unquantized is not None:
+        name, change, count = worst_slice(arrays, labels)
+        entries["worst_slice"] = {**_entry((measured(change), None), count, items), "slice": name}
+    return entries
+
+
+def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, float, int]:
+    """Return the slice that quantizing hurts most: its name, by how much, and its number of documents.
+
+    Slices are the true classes, or for texts the quarters of documents by what a byte of them cost the unquantized
+    model. By how much: relative increase of bits per byte, or loss of accuracy; below zero where even the worst gains.
+    """
+    found: list[tuple[str, float, int]] = []
+    if "label" in arrays:
+        for label in np.unique(arrays["label"]):
+            own = arrays["label"] == label
+            change = float(arrays["unquantized"][own].mean() - arrays["correct"][own].mean())
+            found.append((f"class {labels[label] if labels else label}", change, int(own.sum())))
+    else:
+        ranked = np.argsort(arrays["unquantized"] / arrays["bytes"], kind="stable")
+        for name, own in zip(QUARTERS, np.array_split(ranked, len(QUARTERS)), strict=True):
+            if len(own):
+                change = float(arrays["bits"][own].sum() / arrays["unquantized"][own].sum() - 1)
+                found.append((name, change, len(own)))
+    return max(found, key=lambda slice: slice[1])
 
 
 def choose_documents(documents: Sequence[Document], max_documents: int | None) -> list[Document]:
@@ -169,11 +202,18 @@ def _figures(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[s
         figures["next_token_accuracy"] = _measured(*ratio("correct", "tokens"))
         if "agree" in arrays:
             figures["teacher_agreement"] = _measured(*ratio("agree", "tokens"))
+        if "kl" in arrays:
+            figures["kl_to_unquantized"] = _measured(*ratio("kl", "tokens"))
+            figures["flips"] = _measured(*ratio("flips", "tokens"))
         return figures
     figures["accuracy"] = _share(arrays["correct"])
     figures["macro_f1"] = _macro_f1(arrays, resamples=resamples, seed=seed)
     if "agree" in arrays:
         figures["teacher_agreement"] = _share(arrays["agree"])
+    if "kl" in arrays:
+        ones = np.ones(len(arrays["kl"]), dtype=np.int64)
+        figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, resamples=resamples, seed=seed))
+        figures["flips"] = _share(arrays["flips"])
     return figures
 
 
@@ -239,7 +279,8 @@ def read_items(path: Path) -> Arrays:
     """Return the per-document columns that `assess_quality` kept, in its order.
 
     Of a language model: `digest, bits, bytes, tokens, correct` and, with a teacher, `agree` (tokens). Of a classifier:
-    `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1).
+    `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl`
+    (nats), `flips`, and `unquantized`: the bits, or whether right, of the model that it was made from.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +51,21 @@ class Scorable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a model's predictions lie from another's, by document.
+
+    Attributes:
+        kl: float64 (D,): KL(other || model) in nats, summed over the document's scored tokens.
+        flips: int64 (D,): scored tokens (or 1 for an example) where the two rank another one first.
+        other: float64 (D,): the other's bits, or 1.0 where it classifies the example right.
+    """
+
+    kl: np.ndarray
+    flips: np.ndarray
+    other: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class CausalScores:
     """Next-token scores by document, in the order the documents were given.
 
@@ -61,6 +76,7 @@ class CausalScores:
         tokens: int64 (D,): scored tokens.
         correct: int64 (D,): scored tokens that the model ranks first.
         predictions: int32 (N,): the first-ranked token at every scored position, document after document.
+        drift: From another model's predictions, where one was given.
     """
 
     digest: np.ndarray
@@ -69,6 +85,7 @@ class CausalScores:
     tokens: np.ndarray
     correct: np.ndarray
     predictions: np.ndarray
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +98,7 @@ class ClassificationScores:
         prediction: int64 (D,): the class ranked first.
         correct: bool (D,).
         logprob: float64 (D,): natural log-probability of the true class.
+        drift: From another model's predictions, where one was given.
     """
 
     digest: np.ndarray
@@ -88,6 +106,7 @@ class ClassificationScores:
     prediction: np.ndarray
     correct: np.ndarray
     logprob: np.ndarray
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +153,7 @@ def score_causal(
     batch_size: int,
     device: torch.device | str,
     pad_id: int,
+    other: Any = None,
 ) -> CausalScores:
     """Score every target token of `encoded` once.
 
@@ -144,6 +164,7 @@ def score_causal(
         batch_size: Windows at a time, fewer where their fp32 logits would exceed `LOGIT_BYTES`.
         device: Where the model is.
         pad_id: Any token of the model's vocabulary; it is masked.
+        other: A model of the same vocabulary, on the same device, to measure the drift from.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a window is longer than its positions.
@@ -152,52 +173,83 @@ def score_causal(
     check_vocabulary(model, (window.ids for window in windows), pad_id)
     _check_positions(model, max((len(window.scored) for window in windows), default=0))
     tokens = np.array([np.count_nonzero(document.targets[1:]) for document in encoded], dtype=np.int64)
-    nats, predictions = np.zeros(tokens.sum()), np.zeros(tokens.sum(), dtype=np.int32)
-    hits = np.zeros(tokens.sum(), dtype=bool)
-    with scoring_mode(model):
+    columns = {name: np.zeros(tokens.sum(), dtype) for name, dtype in TOKEN_COLUMNS.items()}
+    with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
         for batch in _batches(windows, batch_size, int(model.config.get_text_config().vocab_size)):
             places = np.concatenate([window.places for window in batch])
-            nats[places], predictions[places], hits[places] = _score_windows(model, batch, device, pad_id)
+            for name, values in _score_windows(model, batch, device, pad_id, other).items():
+                columns[name][places] = values
     owner = np.repeat(np.arange(len(tokens)), tokens)  # document of every scored token
+    by_document = lambda name: np.bincount(owner, columns[name], minlength=len(tokens))
+    drift = None
+    if other is not None:
+        flips = by_document("flips").astype(np.int64)
+        drift = Drift(by_document("kl"), flips, by_document("other_nats") / math.log(2))
     return CausalScores(
         digest=np.array([document.digest for document in encoded]),
-        bits=np.bincount(owner, nats, minlength=len(tokens)) / math.log(2),
+        bits=by_document("nats") / math.log(2),
         bytes=np.array([document.num_bytes for document in encoded], dtype=np.int64),
         tokens=tokens,
-        correct=np.bincount(owner, hits, minlength=len(tokens)).astype(np.int64),
-        predictions=predictions,
+        correct=by_document("hits").astype(np.int64),
+        predictions=columns["top"],
+        drift=drift,
     )
 
 
+TOKEN_COLUMNS: dict[str, Any] = {
+    "nats": float, "top": np.int32, "hits": bool, "kl": float, "flips": bool, "other_nats": float
+}  # fmt: skip
+
+
 def _score_windows(
-    model: Any, batch: Sequence[Window], device: torch.device | str, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return nats float32, first-ranked tokens and hits of the batch's scored tokens, row after row: (n,) each."""
+    model: Any, batch: Sequence[Window], device: torch.device | str, pad_id: int, other: Any
+) -> dict[str, np.ndarray]:
+    """Return `TOKEN_COLUMNS` of the batch's scored tokens, row after row: (n,) each; the last three with `other`."""
     import torch
 
     ids, mask = pad_right([window.ids[:-1] for window in batch], pad_id, device)  # (B, T)
-    logits_BTV = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    read = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    logits_BTV = model(**read).logits
+    theirs_BTV = None if other is None else other(**read).logits
     rows = np.repeat(np.arange(len(batch)), [np.count_nonzero(window.scored) for window in batch])
     columns = np.concatenate([np.flatnonzero(window.scored) for window in batch])
     row, column = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
     target = torch.from_numpy(np.concatenate([window.ids[1:][window.scored] for window in batch]).astype(np.int64))
     target = target.to(device)
     chunk = max(1, LOGIT_BYTES // (4 * logits_BTV.shape[-1]))
-    nats: list[torch.Tensor] = []
-    top: list[torch.Tensor] = []
+    parts: list[dict[str, torch.Tensor]] = []
     for at in range(0, len(rows), chunk):
         part = slice(at, at + chunk)
         logprobs_nV = logits_BTV[row[part], column[part]].float().log_softmax(-1)
-        nats.append(-logprobs_nV.gather(-1, target[part, None]).squeeze(-1))
-        top.append(logprobs_nV.argmax(-1))
-    first = torch.cat(top)
-    return torch.cat(nats).cpu().numpy(), first.int().cpu().numpy(), (first == target).cpu().numpy()
+        found = _read(logprobs_nV, target[part])
+        if theirs_BTV is not None:
+            theirs_nV = theirs_BTV[row[part], column[part]].float().log_softmax(-1)
+            found |= {"kl": divergence(theirs_nV, logprobs_nV), "other_nats": _read(theirs_nV, target[part])["nats"],
+                      "flips": theirs_nV.argmax(-1) != found["top"]}  # fmt: skip
+        parts.append(found)
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+
+
+def _read(logprobs_nV: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    top = logprobs_nV.argmax(-1)
+    return {"nats": -logprobs_nV.gather(-1, target[:, None]).squeeze(-1), "top": top, "hits": top == target}
+
+
+def divergence(theirs_nV: torch.Tensor, ours_nV: torch.Tensor) -> torch.Tensor:
+    """Return KL(theirs || ours) in nats (n,), of log-probabilities (n, V)."""
+    return (theirs_nV.exp() * (theirs_nV - ours_nV)).sum(-1)
 
 
 def score_classification(
-    model: Any, encoded: Sequence[Scorable], *, batch_size: int, device: torch.device | str, pad_id: int
+    model: Any,
+    encoded: Sequence[Scorable],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    pad_id: int,
+    other: Any = None,
 ) -> ClassificationScores:
-    """Classify every example of `encoded` (labels must be there).
+    """Classify every example of `encoded` (labels must be there), and measure the drift from `other`, if given.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a label beyond its classes.
@@ -215,8 +267,9 @@ def score_classification(
     check_vocabulary(model, (example.input_ids for example in encoded), pad_id)
     _check_positions(model, max((len(example.input_ids) for example in encoded), default=0))
     prediction, logprob = np.zeros(len(label), dtype=np.int64), np.zeros(len(label))
+    kl, theirs = np.zeros(len(label)), np.zeros(len(label), dtype=np.int64)
     order = np.argsort([-len(example.input_ids) for example in encoded], kind="stable")
-    with scoring_mode(model):
+    with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             ids, mask = pad_right([encoded[index].input_ids for index in part], pad_id, device)  # (B, T)
@@ -224,12 +277,18 @@ def score_classification(
             prediction[part] = logprobs_BC.argmax(-1).cpu().numpy()
             true = torch.from_numpy(label[part]).to(device)
             logprob[part] = logprobs_BC.gather(-1, true[:, None]).squeeze(-1).cpu().numpy()
+            if other is not None:
+                theirs_BC = other(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+                kl[part] = divergence(theirs_BC, logprobs_BC).cpu().numpy()
+                theirs[part] = theirs_BC.argmax(-1).cpu().numpy()
+    flips = (theirs != prediction).astype(np.int64)
     return ClassificationScores(
         digest=np.array([example.digest for example in encoded]),
         label=label,
         prediction=prediction,
         correct=prediction == label,
         logprob=logprob,
+        drift=None if other is None else Drift(kl, flips, (theirs == label).astype(float)),
     )
 
 

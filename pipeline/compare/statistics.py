@@ -170,7 +170,8 @@ def _bca_ends(estimate: float, replicates: Floats, left_out: Floats, level: floa
     below = (np.sum(replicates < estimate) + np.sum(replicates <= estimate)) / (2 * count)
     bias = special.ndtri(np.clip(below, 0.5 / count, 1 - 0.5 / count))
     influence = left_out.mean() - left_out
-    acceleration = np.sum(influence**3) / (6 * np.sum(influence**2) ** 1.5)
+    spread = np.sum(influence**2)  # 0 where leaving any one out changes nothing: macro F1 of a few, all alike
+    acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread > 0 else 0.0
     shifted = bias + np.array([-1.0, 1.0]) * normal_quantile(level)
     low, high = np.quantile(replicates, special.ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)

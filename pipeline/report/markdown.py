@@ -63,6 +63,7 @@ def markdown(result: Result) -> str:
         _opening(result),
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
+        _section("What quantizing changed", _drift(result, notes, shown)),
         _section("Serving", _serving(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
         _section("What the device did in traced steps", _traced(result, shown)),
@@ -123,6 +124,23 @@ def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]
         shown.update(dict.fromkeys(CONVERGED_KEYS))
     more_lines = [line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))]
     return [*_table(head, body), "", _md(spent + total), *more_lines]
+
+
+def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    rows = [row for row in arm_rows(result) if "kl_to_unquantized" in row["quality"]]
+    if not rows:
+        return []
+    shown.update(dict.fromkeys(f"quality/{key}" for key in ("kl_to_unquantized", "flips", "worst_slice")))
+    head = ("arm", f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
+            f"changed first predictions [{ARM_INTERVAL}]", "worst slice")  # fmt: skip
+    body: list[list[str]] = []
+    for name, row in zip(labels(rows), rows, strict=True):
+        kl, flips, worst = (row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice"))
+        by = percent if primary_key(result) == "bits_per_byte" else points
+        lost = f"{_md(worst['slice'])}: {by(worst['v'])} worse (n = {worst['n']})"
+        body.append([_md(name), notes.show(kl, significant, "") + _bounds(kl, significant),
+                     notes.show(flips, percent, "") + _bounds(flips, percent), lost])  # fmt: skip
+    return _table(head, body)
 
 
 def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:

@@ -18,6 +18,9 @@ QUALITY_WORDS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "teacher_agreement": "agreement with the teacher",
+    "kl_to_unquantized": "KL from the unquantized model",
+    "flips": "changed first predictions",
+    "worst_slice": "loss of the worst slice",
 }
 ARM_INTERVAL = f"{percent(assessed.LEVEL)} interval"
 """Of one arm's quality."""
