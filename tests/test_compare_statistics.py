@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from pipeline.compare.statistics import (
-    _bca_ends,
     Interval,
+    _bca_ends,
     abba_saving,
     bootstrap_ratio,
     bootstrap_sums,
