@@ -44,8 +44,8 @@ Beside it (each with --help):
   python -m pipeline.chargeback           what a period's runs cost, by team, model or purpose
   python -m pipeline.sync                 deliver to MLflow what it has not had yet
 
-Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 7 budget spent, 75 preempted (run the same
-command again), 130 interrupted."""
+Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 3 a quantized artifact saves neither time nor
+memory, 7 budget spent, 75 preempted (run the same command again), 130 interrupted."""
 
 
 TAKE_A_VALUE = frozenset({

@@ -22,6 +22,7 @@ from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import past_spend
 from pipeline.stages.capture import CaptureStage
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.store import MODEL, key_of, plain
 from pipeline.values import Value, derive, null
@@ -163,13 +164,27 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     if Measure.training in pair.on:
         training = combine_training([_training(attempt, pair, each) for each in all_seeds])
         training = _unless_worse(training, quality[PRIMARY[attempt.run.task]], pair)
+    judged = None
+    if served is not None and serving is not None and _is_its_source(attempt, pair):
+        judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
     return {
-        "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on],
+        "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on], "speedup": judged,
         "quality": quality if Measure.quality in pair.on else {},
         "training": training,
         "serving": serving if Measure.serving in pair.on else None,
         "payback": payback if Measure.payback in pair.on else None,
     }  # fmt: skip
+
+
+def _is_its_source(attempt: Attempt, pair: Comparison) -> bool:
+    """Whether the base is what the arm was quantized from: what any other base costs says nothing of a format."""
+    stage = attempt.run.stages[pair.arm]
+    return isinstance(stage, QuantizeStage) and stage.model == pair.base
+
+
+def without_speedup(attempt: Attempt) -> list[str]:
+    """Return the quantized arms that save neither time nor memory at the declared load."""
+    return [pair["arm"] for pair in attempt.comparisons if pair["speedup"] and pair["speedup"]["no_speedup"]]
 
 
 def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:

@@ -327,6 +327,7 @@ class Run:
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
     stages: dict[str, Any] = field(default_factory=dict)
     compare: list[Comparison] = field(default_factory=list)
+    allow_no_speedup: bool = False  # else a quantized arm that saves neither time nor memory ends the run with 3
     primary_arm: str = ""
 
 

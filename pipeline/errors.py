@@ -11,6 +11,7 @@ class Exit(IntEnum):
     DONE = 0
     REFUSED = 1
     UNPARSABLE = 2
+    NO_SPEEDUP = 3  # a quantized artifact saves neither time nor memory; all of the run is there
     BUDGET_SPENT = 7
     PREEMPTED = 75
     INTERRUPTED = 130

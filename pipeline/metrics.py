@@ -154,6 +154,7 @@ CATALOGUE: tuple[Metric, ...] = (
     # -- whether it was worth it --------------------------------------------------------------------------------
     Metric("savings/training", "1", "comparison", 1, "1 - C(arm) / C(base) at equal quality; positive is cheaper"),
     Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over ABBA blocks"),
+    Metric("savings/memory", "1", "comparison", 1, "share of the source's serving memory that quantizing saves"),
     Metric("savings/quality_delta", "see quality_key", "comparison", 1, "arm against base, so that higher is better"),
     Metric("savings/payback_units", "units", "comparison", -1,
            "C_opt / (the base's device-seconds per unit x serving saving)"),

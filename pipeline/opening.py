@@ -42,7 +42,12 @@ from pipeline.sync import start_writer
 from pipeline.tracking import declared_uri
 from pipeline.validate import OWNER
 
-UNKEYED = ("tracking", "budget", "ledger")  # settings that change neither what is made nor how good it is
+UNKEYED = (
+    "tracking",
+    "budget",
+    "ledger",
+    "allow_no_speedup",
+)  # settings that change neither what is made nor how good it is
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 

@@ -7,6 +7,7 @@ Then one comparison pass. Every interval lands in the journal before it lands an
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Any
 
 from pipeline.attempt import Attempt
@@ -36,7 +37,7 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     clock = PhaseClock()
     with clock.phase("import"):
         from pipeline.assemble import finish
-        from pipeline.comparison import compare
+        from pipeline.comparison import compare, without_speedup
     attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
 
@@ -59,6 +60,11 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
             finish(attempt, status, why)
     if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
         signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
+    useless = without_speedup(attempt)
+    if useless and not run.allow_no_speedup:
+        print(f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
+              "allow_no_speedup=true ends such a run with exit code 0", file=sys.stderr)  # fmt: skip
+        return Exit.NO_SPEEDUP
     return Exit.DONE
 
 

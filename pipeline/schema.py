@@ -144,9 +144,19 @@ _ROW: dict[str, Any] = {
 
 _COMPARISON: dict[str, Any] = {
     "type": "object",
-    "required": ["arm", "base", "on", "quality", "training", "serving", "payback"],
+    "required": ["arm", "base", "on", "speedup", "quality", "training", "serving", "payback"],
     "additionalProperties": False,
     "properties": {
+        "speedup": {"oneOf": [{"type": "null"}, {
+            "type": "object",
+            "required": ["saves_time", "memory", "no_speedup"],
+            "additionalProperties": False,
+            "properties": {
+                "saves_time": {"type": "boolean"}, "no_speedup": {"type": "boolean"},
+                "memory": {"allOf": [{"$ref": "#/$defs/value"}, {
+                    "required": ["of"], "properties": {"of": {"enum": ["peak_bytes", "weights_bytes"]}}}]},
+            },
+        }]},
         "arm": {"type": "string"},
         "base": {"type": "string"},
         "on": {"type": "array", "items": {"enum": ["quality", "training", "serving", "payback"]}},

@@ -277,6 +277,9 @@ class _Delivery:
 
     def _comparisons(self, event: dict[str, Any]) -> None:
         self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
+        judged = {pair["arm"]: pair["speedup"]["no_speedup"] for pair in event["comparisons"] if pair["speedup"]}
+        useless = [arm for arm, no_speedup in judged.items() if no_speedup]
+        self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
 
     def _run_end(self, event: dict[str, Any]) -> None:
         """End the parent: core keys of the primary arm, run totals, report, true status."""
@@ -467,6 +470,8 @@ def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
         for name in ("training", "serving", "payback"):
             if pair[name] is not None:
                 yield f"{prefix}/{name}", pair[name]
+        if pair["speedup"] is not None:
+            yield f"{prefix}/memory", pair["speedup"]["memory"]
         for key, value in pair["quality"].items():
             yield f"{prefix}/{key}", value
 

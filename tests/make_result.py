@@ -138,7 +138,7 @@ def make_saving(v: float, half: float | None = 0.02) -> dict[str, Any]:
 
 def make_pair(arm: str, base: str, **measures: Any) -> dict[str, Any]:
     """Return a comparison that is read on what `measures` names: quality, training, serving, payback."""
-    empty: dict[str, Any] = {"quality": {}, "training": None, "serving": None, "payback": None}
+    empty: dict[str, Any] = {"speedup": None, "quality": {}, "training": None, "serving": None, "payback": None}
     return {"arm": arm, "base": base, "on": list(measures), **empty, **measures}
 
 

@@ -270,6 +270,14 @@ def test_results_fit_the_schema() -> None:
     found["bits_per_byte"] = combine_seeds(
         [_compare("bits_per_byte", _language(1), _language(2)) for _ in range(2)], is_share=False
     )
-    comparison = {"arm": "a", "base": "b", "on": ["quality"], "training": None, "serving": None, "payback": None}
+    comparison = {
+        "arm": "a",
+        "base": "b",
+        "on": ["quality"],
+        "speedup": None,
+        "training": None,
+        "serving": None,
+        "payback": None,
+    }
     schema = {**RESULT_SCHEMA["properties"]["comparisons"]["items"], "$defs": RESULT_SCHEMA["$defs"]}
     jsonschema.validate({**comparison, "quality": found}, schema)

@@ -23,6 +23,7 @@ from pipeline.compare.savings import (
     payback,
     serving_saving,
     shared_past,
+    speedup,
     target_metric,
     training_saving,
 )
@@ -398,9 +399,41 @@ def test_every_form_fits_the_schema() -> None:
     for final in (2.0, 2.5, None):
         comparison = {
             "arm": "student", "base": "control", "on": ["training", "serving", "payback"], "quality": {},
+            "speedup": None,
             "training": _save(Trained(arm="student", final=final), Trained(arm="control", final=2.0), shared_by=2),
             "serving": serving_saving(*_blocks()),
             "payback": payback(measured(1.0), measured(1e-3), _saving(0.4), unit="token"),
         }  # fmt: skip
         jsonschema.validate(comparison, schema)
         jsonschema.validate({**comparison, "training": combine_training([_seed(2.0), _seed(1.0)])}, schema)
+
+
+# -- does a format pay at all -----------------------------------------------------------------------------------------
+
+
+def _served(weights: float, peak: float | None = None) -> dict[str, Any]:
+    counted = null("a CPU has no device memory to count") if peak is None else measured(peak)
+    return {"weights_bytes": measured(weights).to_json(), "peak_bytes": counted.to_json()}
+
+
+@pytest.mark.parametrize(
+    ("ci", "arm", "base", "saves_time", "memory", "no_speedup"),
+    [
+        ([0.01, 0.2], _served(100), _served(100), True, 0.0, False),  # time alone
+        ([-0.2, -0.1], _served(50), _served(100), False, 0.5, False),  # memory alone
+        ([-0.1, 0.1], _served(96), _served(100), False, 0.04, True),  # undecided, and 4% are rounding
+        ([-0.1, 0.1], _served(95), _served(100), False, 0.05, False),
+        ([-0.2, -0.1], _served(50, 99), _served(100, 100), False, 0.01, True),  # weights are not what is allocated
+        ([-0.2, -0.1], _served(100, 110), _served(100, 100), False, -0.1, True),
+        (None, _served(100), _served(100), False, 0.0, True),  # a point estimate shows nothing
+    ],
+)
+def test_an_artifact_that_saves_neither_time_nor_memory_is_marked(
+    ci: list[float] | None, arm: Any, base: Any, saves_time: bool, memory: float, no_speedup: bool
+) -> None:
+    found = speedup({"v": 0.05, "ci": ci}, arm, base)
+    assert found["memory"]["v"] == pytest.approx(memory)
+    assert found["memory"]["of"] == ("weights_bytes" if arm["peak_bytes"]["v"] is None else "peak_bytes")
+    assert (found["saves_time"], found["no_speedup"]) == (saves_time, no_speedup)
+    jsonschema.validate(found, RESULT_SCHEMA["properties"]["comparisons"]["items"]["properties"]["speedup"]
+                        | {"$defs": RESULT_SCHEMA["$defs"]})  # fmt: skip

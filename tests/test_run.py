@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.schema import RESULT_SCHEMA
 
@@ -171,3 +172,35 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
     chance = max(labels.count(label) for label in labels) / len(labels)  # always naming the largest class
     assert accuracy["true"] < chance + 0.05
     assert accuracy["false"] > chance + 0.1
+
+
+def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_path: Path) -> None:
+    """One small matrix of all in int8: reported in full, and the exit code says so, unless it is asked to be silent.
+
+    The same command again finds all done and ends alike.
+    """
+    settings = (
+        "recipe=quantize", "~stages.nf4", "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
+        "stages.int8.include=[model.layers.0.self_attn.k_proj]", *TINY,
+    )  # fmt: skip
+    for allow, code in (("false", 3), ("false", 3), ("true", 0)):
+        done = pipeline(tmp_path, *settings, f"allow_no_speedup={allow}")
+        assert done.returncode == code, done.stderr
+        assert ("no_speedup: int8: neither time nor memory is saved" in done.stderr) is (code == 3)
+        assert "neither time nor memory is saved)" in " ".join(done.stdout.split())
+        result = result_in(tmp_path)
+        assert result["status"] == "FINISHED"
+        (pair,) = result["comparisons"]
+        assert pair["speedup"]["no_speedup"] is True
+        assert 0 < pair["speedup"]["memory"]["v"] < 0.05
+    report = (tmp_path / "mlruns/latest/report.md").read_text()
+    assert "no_speedup: saves neither time nor memory" in report
+    assert "What quantizing changed" in report
+    artifact = json.loads(Path(result["rows"][1]["artifact"]["path"], "artifact.json").read_text())
+    assert artifact["quantization"]["quantized_layers"] == 1
+    assert artifact["assessed"]["quality"]["bits_per_byte"]["ci"] is not None
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}")
+    parents = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 3
+    assert {run.data.tags["no_speedup"] for run in parents} == {"int8"}
+    assert {run.info.status for run in parents} == {"FINISHED"}

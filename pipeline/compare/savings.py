@@ -447,6 +447,33 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
     return {**value.to_json(), "ci": [saving.low, saving.high], "blocks": len(np.asarray(arm_seconds))}
 
 
+LEAST_MEMORY = 0.05
+"""Share of the base's memory from which on less of it counts as a saving: allocators round by a few per cent."""
+
+
+def speedup(serving: Mapping[str, Any], arm: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether a quantized artifact saves time or memory at the declared load against what it was made from.
+
+    Time is saved where the whole interval of the serving saving is above zero; memory where `LEAST_MEMORY` of the
+    base's peak (or, where a device does not count that, of its weights) is.
+
+    Args:
+        serving: The serving saving, as `serving_saving` returns it.
+        arm: The arm's serving figures, as result.json holds them.
+        base: The base's.
+
+    Returns:
+        `saves_time`, `memory` (the share saved, a value), and `no_speedup`: neither is saved.
+    """
+    saves_time = serving["v"] is not None and serving["ci"] is not None and serving["ci"][0] > 0
+    counted = arm["peak_bytes"]["v"] is not None and base["peak_bytes"]["v"] is not None
+    name = "peak_bytes" if counted else "weights_bytes"
+    memory = derive(lambda ours, theirs: 1 - ours / theirs, *(Value.from_json(side[name]) for side in (arm, base)))
+    saves_memory = memory.v is not None and memory.v >= LEAST_MEMORY
+    return {"saves_time": saves_time, "memory": {**memory.to_json(), "of": name},
+            "no_speedup": not (saves_time or saves_memory)}  # fmt: skip
+
+
 def payback(
     c_opt: Value,
     c_base: Value,

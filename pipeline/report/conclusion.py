@@ -21,6 +21,7 @@ from pipeline.report.phrases import (
     evidence,
     interval,
     margin,
+    memory_verbs,
     never_pays,
     payback_verb,
     quality_verb,
@@ -132,6 +133,7 @@ def _verbs(result: Result, pair: Pair) -> list[str]:
             verbs.append(training_verb(figure, _charged_too(result, pair)))
         elif measure == "serving":
             verbs.append(serving_verb(figure))
+            verbs += memory_verbs(pair["speedup"])
         elif measure == "payback":
             verbs.append(payback_verb(figure, pair["serving"]))
     return verbs

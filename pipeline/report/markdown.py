@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from pipeline.compare import statistics
 from pipeline.metrics import BY_KEY, RELATIVE, TRACED_SHARES
@@ -246,9 +247,18 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
             shown[f"savings/{measure}"] = None
             yield [*start, f"{measure} saving", *_saving_cells(pair[measure], notes, absent, len(seeds(result)))]
             yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
+    if pair["speedup"]:
+        shown["savings/memory"] = None
+        yield [*start, *_speedup_cells(pair["speedup"], notes)]
     if "payback" in pair["on"]:
         shown["savings/payback_units"] = None
         yield [*start, "payback", *_payback_cells(pair["payback"], pair["serving"], notes, absent)]
+
+
+def _speedup_cells(speedup: dict[str, Any], notes: Footnotes) -> list[str]:
+    what = f"memory saving ({speedup['memory']['of'].removesuffix('_bytes')})"
+    answer = "no_speedup: saves neither time nor memory" if speedup["no_speedup"] else ""
+    return [what, notes.show(speedup["memory"], lambda v: percent(v, sign=True)), "", "", "", answer]
 
 
 def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline.assess import quality as assessed
 from pipeline.compare import statistics
@@ -130,6 +131,15 @@ def serving_verb(saving: Value) -> str:
     if v == 0:
         return f"serves at the same cost{_basis(saving)}"
     return f"costs {f'{percent(-v)} more' if v > -1 else f'{times(1 - v)} as much'} to serve{_basis(saving)}"
+
+
+def memory_verbs(speedup: Mapping[str, Any] | None) -> list[str]:
+    """Say what a quantized arm's memory is against its source's; nothing where that is not judged."""
+    if speedup is None or speedup["memory"]["v"] is None:
+        return []
+    v, what = speedup["memory"]["v"], {"peak_bytes": "memory", "weights_bytes": "memory for weights"}
+    said = f"needs {percent(abs(v))} {'less' if v >= 0 else 'more'} {what[speedup['memory']['of']]}"
+    return [said + (" (no speedup: neither time nor memory is saved)" if speedup["no_speedup"] else "")]
 
 
 def _undecided(what: str, saving: Value) -> str:
