@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.base_model import base_artifact
-from pipeline.config import Run
+from pipeline.config import Format, Run
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
@@ -285,7 +285,7 @@ class Attempt:
         from pipeline.training.precision import why_not
 
         if isinstance(stage, QuantizeStage):
-            return why_not_quantize(stage.format, self.device)
+            return None if stage.format is Format.auto else why_not_quantize(stage.format, self.device)
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
@@ -296,6 +296,8 @@ class Attempt:
                 settings[file] = file_digest(settings[file])
         if isinstance(stage, CaptureStage):
             settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
+        if isinstance(stage, QuantizeStage):
+            settings |= plain(stage.searched(self.run))
         if isinstance(stage, TrainingOverrides):
             settings |= {"training": plain(training_settings(stage, self.run)),
                          "precision": training_precision(stage, self.run).value,

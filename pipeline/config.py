@@ -36,8 +36,9 @@ class Precision(Enum):
 
 
 class Format(Enum):
-    """Quantized weight formats; `quantization/backend.py` says which library does which."""
+    """Quantized weight formats; `quantization/backend.py` says which library does which, `auto` searches them."""
 
+    auto = "auto"
     int8 = "int8"
     nf4 = "nf4"
     nf4_double = "nf4_double"
@@ -48,6 +49,13 @@ class Format(Enum):
     int4_weight_only = "int4_weight_only"
     float8_weight_only = "float8_weight_only"
     float8_dynamic = "float8_dynamic"
+
+
+class Prefer(Enum):
+    """What a search over formats saves."""
+
+    time = "time"  # device-seconds to serve the declared load
+    memory = "memory"  # bytes of weights
 
 
 class Schedule(Enum):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base_model import base_artifact
-from pipeline.config import Measure, Run, Task
+from pipeline.config import Format, Measure, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -87,7 +87,15 @@ def check_formats(run: Run, device: Any) -> None:
 
     for name, stage in run.stages.items():
         if isinstance(stage, QuantizeStage) and not stage.optional:
-            backend_of(stage.format).refuse_device(stage.format, device=device, key=f"stages.{name}.format")
+            for key, fmt in _named_formats(name, stage):
+                backend_of(fmt).refuse_device(fmt, device=device, key=key)
+
+
+def _named_formats(name: str, stage: QuantizeStage) -> list[tuple[str, Format]]:
+    """Return the formats that a stage names, with the setting that names each."""
+    if stage.format is not Format.auto:
+        return [(f"stages.{name}.format", stage.format)]
+    return [(f"stages.{name}.candidates", fmt) for fmt in stage.candidates]
 
 
 def check_calibration(run: Run, data: Dataset) -> None:
@@ -153,9 +161,9 @@ def _check_quantizable(config: Any, run: Run, device: Any) -> None:
     for name, stage in run.stages.items():
         if not isinstance(stage, QuantizeStage) or not _is_base_shaped(stage.model, run):
             continue
-        if why_not(stage.format, device) is None:
-            key = f"stages.{name}.format"
-            refuse_unsupported(config, stage.format, run.task, device=device, key=key, choice=stage.choice())
+        for key, fmt in _named_formats(name, stage):
+            if why_not(fmt, device) is None:
+                refuse_unsupported(config, fmt, run.task, device=device, key=key, choice=stage.choice())
         if stage.smoothing is not None:
             import torch
 

@@ -204,3 +204,28 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
     assert len(parents) == 3
     assert {run.data.tags["no_speedup"] for run in parents} == {"int8"}
     assert {run.info.status for run in parents} == {"FINISHED"}
+
+
+def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp_path: Path) -> None:
+    """On a CPU NF4 is smaller and slower: sought for time the model stays as it is, and the trial was work."""
+    settings = ("recipe=quantize_search", "stages.quantized.candidates=[nf4]", "tracking.mlflow=false",
+                "stages.quantized.tolerance=1", *TINY)  # fmt: skip
+    done = pipeline(tmp_path, *settings)
+    assert done.returncode == 0, done.stderr
+    result = result_in(tmp_path)
+    reference, quantized = result["rows"]
+    assert quantized["artifact"]["digest"] == reference["artifact"]["digest"]
+    assert quantized["quality"]["flips"]["v"] == 0
+    phases = quantized["ledger"]["phases_ns"]
+    assert phases["search"] > 0.5 * sum(ns for name, ns in phases.items() if name not in ("eval", "model_load"))
+    assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]
+    notes = " ".join(result["environment"]["notes"])
+    assert "quantized: tried nf4: loses" in notes
+    assert "quantized: stays as reference is: nothing that holds the tolerance saves time" in notes
+    again = pipeline(tmp_path, *settings, "stages.quantized.prefer=memory")
+    assert again.returncode == 0, again.stderr
+    found = result_in(tmp_path)["rows"][-1]
+    about = json.loads(Path(found["artifact"]["path"], "artifact.json").read_text())
+    assert about["quantization"]["format"] == "nf4"
+    assert about["search"]["trials"][0]["memory_ratio"] < 1
+    assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]

@@ -109,7 +109,7 @@ def serve_pass(
             for arm, folder in artifacts.items()
         }
     for server in servers.values():
-        _check_load(server, config.load, prompts)
+        check_load(server, config.load, prompts)
     with clock.phase("generate"):
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
     serving = {
@@ -119,7 +119,12 @@ def serve_pass(
     return ServePass(serving, seconds, {arm: server.dtype for arm, server in servers.items()})
 
 
-def _check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:
+def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:
+    """Refuse a load or prompts that a model cannot serve.
+
+    Raises:
+        UserError: Naming the setting.
+    """
     if not any(len(prompt) for prompt in prompts):
         raise UserError("data", "no test document gives a prompt to serve", "give a test split with text")
     check_vocabulary(server.model, prompts, 0)

@@ -10,14 +10,17 @@ arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import Format, Run, fraction, positive
+from pipeline.config import Format, Prefer, Run, at_least_0, fraction, positive
 from pipeline.errors import UserError
 from pipeline.stages.settings import BASE
+from pipeline.store import MANIFEST
 
 if TYPE_CHECKING:
     from pipeline.quantization.layers import Choice
@@ -40,6 +43,11 @@ class QuantizeStage:
     smoothing: Optional[float] = fraction(None)  # moves outliers of activations into weights: 0.5; null: not
     calibration: Optional[str] = None  # file of documents that smoothing looks at; null: the first of train
     calibration_documents: int = positive(32)
+    # Of format=auto:
+    candidates: list[Format] = field(default_factory=list)  # formats to try; empty: all that work here
+    prefer: Prefer = Prefer.time  # what to save
+    tolerance: Optional[float] = at_least_0(None)  # largest loss of quality on validation; null: quality.margin
+    search_device_hours: Optional[float] = positive(None)  # null: all candidates are tried
 
     type: ClassVar[str] = "quantize"
     version: ClassVar[int] = 2
@@ -56,11 +64,32 @@ class QuantizeStage:
         """
         from pipeline.quantization.backend import LIBRARIES
 
-        library = LIBRARIES[self.format]
-        if find_spec(library) is None:
-            raise UserError(f"{key}.format", f"{library} is not installed", "pip install -e '.[quant]'")
+        search = self.format is Format.auto
+        if Format.auto in self.candidates:
+            raise UserError(f"{key}.candidates", "auto is no format to try", "name formats, or leave it empty")
+        for fmt in self.candidates if search else [self.format]:
+            if find_spec(LIBRARIES[fmt]) is None:
+                where = "candidates" if search else "format"
+                raise UserError(f"{key}.{where}", f"{fmt.value} needs {LIBRARIES[fmt]}, which is not installed",
+                                "pip install -e '.[quant]'")  # fmt: skip
+        for name, default in (("candidates", []), ("tolerance", None), ("search_device_hours", None),
+                              ("prefer", Prefer.time)):  # fmt: skip
+            if not search and getattr(self, name) != default:
+                raise UserError(f"{key}.{name}", f"has no effect with format: {self.format.value}", "give format=auto")
         if self.calibration is not None and self.smoothing is None:
             raise UserError(f"{key}.calibration", "has no effect without smoothing", f"give {key}.smoothing=0.5")
+        if search and self.smoothing is not None:
+            raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
+
+    def searched(self, run: Run) -> dict[str, Any]:
+        """Return what decides how a search ends beside its settings; a part of the artifact's key."""
+        if self.format is not Format.auto:
+            return {}
+        return {"tolerance": self._tolerance(run), "load": run.serving.load, "quality_batch": run.quality.batch_size,
+                "max_bytes": run.quality.max_bytes_per_document, "length": _sequence_length(run)}  # fmt: skip
+
+    def _tolerance(self, run: Run) -> float:
+        return run.quality.margin if self.tolerance is None else self.tolerance
 
     def choice(self) -> Choice:
         """Return which layers are to be quantized."""
@@ -70,6 +99,8 @@ class QuantizeStage:
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Quantize and leave the model in `ctx.out`."""
+        if self.format is Format.auto:
+            return self._search(inputs, ctx)
         from pipeline.quantization.backend import quantize
         from pipeline.quantization.layers import abbreviate
         from pipeline.stages.context import Output
@@ -83,6 +114,43 @@ class QuantizeStage:
         notes = (f"{ctx.stage}: {len(done.quantized_layers)} linear layers in {self.format.value}, left alone: "
                  f"{abbreviate(done.kept_layers)}",)  # fmt: skip
         return Output(notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}})
+
+    def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+        """Find the format, and quantize in it; or leave the model as it is where none pays."""
+        from pipeline.quantization.backend import formats
+        from pipeline.quantization.search import Searcher
+        from pipeline.quantization.trials import Bench, able
+        from pipeline.stages.context import Output
+
+        source, key, started_ns = inputs[self.model].path, f"stages.{ctx.stage}.format", ctx.clock.now_ns()
+        limit_h = self.search_device_hours
+
+        def spent() -> bool:
+            stop = ctx.should_stop()
+            if stop is not None:
+                raise stop("stopped while formats were tried; the same command starts the search again")
+            return limit_h is not None and (ctx.clock.now_ns() - started_ns) / 3.6e12 >= limit_h
+
+        with ctx.clock.phase("search"):
+            candidates, reasons = able(self.candidates or formats(), source, ctx.run.task, device=ctx.device,
+                                       choice=self.choice(), key=key)  # fmt: skip
+            bench = Bench(source, ctx.run, ctx.data, ctx.device, self.choice(), key, ctx.clock, ctx.out.parent,
+                          _sequence_length(ctx.run))  # fmt: skip
+            searcher = Searcher(bench.measure, bench.sensitive, self._tolerance(ctx.run), self.prefer, spent)
+            found = searcher.run(candidates)
+        said = [f"{ctx.stage}: tried {trial}" for trial in found.trials]
+        said += [f"{ctx.stage}: not tried: {reason}" for reason in reasons]
+        about = {"search": {"prefer": self.prefer.value, "tolerance": self._tolerance(ctx.run), "why": found.why,
+                            "trials": [trial.to_json() for trial in found.trials]}}  # fmt: skip
+        if found.best is None:
+            with ctx.clock.phase("convert"):
+                _copy(source, ctx.out)
+            kept = f"{ctx.stage}: stays as {self.model} is: {found.why}"
+            return Output(notes=(*said, kept), about=about)
+        chosen = replace(self, format=found.best.fmt, exclude=[*self.exclude, *found.best.exclude], candidates=[],
+                         prefer=Prefer.time, tolerance=None, search_device_hours=None)  # fmt: skip
+        done = chosen.run(inputs, ctx)
+        return replace(done, notes=(*said, *done.notes), about={**done.about, **about})
 
     def _calibrated(self, ctx: Context) -> dict[str, Any]:
         """Return what activations were looked at."""
@@ -106,3 +174,14 @@ class QuantizeStage:
             ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]
         with ctx.clock.phase("calibrate"):
             smooth(model, ids, strength=self.smoothing or 0.0, key=f"stages.{ctx.stage}.smoothing")
+
+
+def _sequence_length(run: Run) -> int:
+    return run.quality.sequence_length or run.training.sequence_length
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Copy a model's files, but what the store says of them."""
+    for file in source.iterdir():
+        if file.is_file() and file.name != MANIFEST:
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,165 @@
+"""What a search measures: a format quantized on trial, scored on validation and served beside the unquantized model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.assess.scoring import score_causal, score_classification
+from pipeline.assess.server import load
+from pipeline.assess.serving import check_load, measure_interleaved
+from pipeline.config import Format, Run, Task
+from pipeline.data.documents import Dataset
+from pipeline.data.encode import Encoded, encode_all
+from pipeline.errors import UserError
+from pipeline.models import load_config, load_model, load_tokenizer
+from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, refuse_unsupported
+from pipeline.quantization.layers import Choice, plan_layers
+from pipeline.quantization.search import Trial
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.ledger.phases import PhaseClock
+
+DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of validation, by content digest
+SENSITIVITY_DOCUMENTS = 8  # of these, one reading a layer
+BLOCKS = 2  # ABBA blocks of serving a trial
+
+
+@dataclass(slots=True)
+class Bench:
+    """The unquantized model, in memory, and what trials are read on.
+
+    Args:
+        source: Its folder.
+        key: The stage's `format` setting, as refusals name it.
+    """
+
+    source: Path
+    run: Run
+    data: Dataset
+    device: torch.device
+    choice: Choice
+    key: str
+    clock: PhaseClock
+    folder: Path  # trials are written below it and removed
+    sequence_length: int
+    _validation: list[Encoded] = field(init=False)
+    _model: Any = field(init=False)
+    _pad_id: int = field(init=False)
+    _metric: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._validation = self._encoded()
+        self._model = self._load(self.source)
+        self._pad_id = load_tokenizer(self.source).pad_token_id
+        self._metric = self._score(self._model, self._validation)[0]
+
+    # -- a trial --------------------------------------------------------------------------------------------------
+
+    def measure(self, fmt: Format, exclude: tuple[str, ...]) -> Trial:
+        """Quantize, score and serve `fmt` with the layers `exclude` kept in 16 bits."""
+        with self._quantized(fmt, exclude) as folder:
+            metric, kl = self._score(self._load(folder), self._validation, other=self._model)
+            time_ratio, memory_ratio = self._serve(folder)
+        return Trial(fmt, exclude, self._loss(metric), kl, time_ratio, memory_ratio)
+
+    def sensitive(self, fmt: Format) -> Sequence[str]:
+        """Return the layers that `fmt` quantizes, the one first that moves the model's predictions most."""
+        few = self._validation[:SENSITIVITY_DOCUMENTS]
+        with self._quantized(fmt, ()) as folder:
+            quantized, patched = self._load(folder), self._load(self.source)
+        dtype = quantized.dtype
+        patched, plain = patched.to(dtype), self._load(self.source).to(dtype)
+        moved: dict[str, float] = {}
+        for layer in plan_layers(plain.config, self.run.task, key=self.key, choice=self.choice).quantize:
+            own = patched.get_submodule(layer.name)
+            patched.set_submodule(layer.name, quantized.get_submodule(layer.name))
+            moved[layer.name] = self._score(patched, few, other=plain)[1]
+            patched.set_submodule(layer.name, own)
+        return sorted(moved, key=lambda name: -moved[name])
+
+    @contextmanager
+    def _quantized(self, fmt: Format, exclude: tuple[str, ...]) -> Generator[Path]:
+        folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="trial."))
+        try:
+            choice = replace(self.choice, exclude=(*self.choice.exclude, *exclude))
+            quantize(self.source, folder / "model", fmt, self.run.task, device=self.device, key=self.key,
+                     choice=choice, prove=False)  # fmt: skip
+            yield folder / "model"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # -- its figures ----------------------------------------------------------------------------------------------
+
+    def _encoded(self) -> list[Encoded]:
+        documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
+        documents = documents[: DOCUMENTS[self.run.task]]
+        encoded = encode_all(
+            documents, load_tokenizer(self.source), self.run.task, max_length=self.sequence_length,
+            max_bytes=self.run.quality.max_bytes_per_document,
+        )  # fmt: skip
+        return [each for each in encoded if self.run.task is not Task.causal_lm or each.targets[1:].any()]
+
+    def _load(self, folder: Path) -> Any:
+        return load_model(folder, self.run.task, device=self.device, labels=self.data.labels)
+
+    def _score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
+        """Return the primary metric and, with `other`, the KL from it."""
+        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device,
+                                "pad_id": self._pad_id, "other": other}  # fmt: skip
+        if self.run.task is Task.causal_lm:
+            scores = score_causal(model, encoded, sequence_length=self.sequence_length, **more)
+            metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
+        else:
+            scores = score_classification(model, encoded, **more)
+            metric, count = scores.correct.mean(), len(scores.correct)
+        return float(metric), 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
+
+    def _loss(self, metric: float) -> float:
+        if not math.isfinite(metric):
+            return math.inf
+        return metric / self._metric - 1 if self.run.task is Task.causal_lm else self._metric - metric
+
+    def _serve(self, folder: Path) -> tuple[float, float]:
+        """Return the trial's seconds at the load, and its bytes of weights, over the unquantized model's."""
+        config = replace(self.run.serving, blocks=BLOCKS, batches=[])
+        servers = {
+            arm: load(path, self.run.task, self.device, labels=self.data.labels, now_ns=self.clock.now_ns)
+            for arm, path in (("trial", folder), ("plain", self.source))
+        }
+        prompts = [each.input_ids for each in self._validation]
+        for server in servers.values():
+            check_load(server, config.load, prompts)
+        seconds, _ = measure_interleaved(servers, [("trial", "plain")], config=config, prompts=prompts, seed=0)
+        ours, theirs = seconds["trial", "plain"]
+        ratio = float(np.exp(np.mean(np.log(ours / theirs))))
+        return ratio, servers["trial"].weights_bytes / servers["plain"].weights_bytes
+
+
+def able(candidates: Sequence[Format], source: Path, task: Task, *, device: torch.device, choice: Choice,
+         key: str) -> tuple[list[Format], list[str]]:  # fmt: skip
+    """Return the candidates that this device and this model's shapes can take, and why the others cannot."""
+    config = load_config(source, key=key)
+    found: list[Format] = []
+    reasons: list[str] = []
+    for fmt in candidates:
+        try:
+            if find_spec(LIBRARIES[fmt]) is None:
+                raise UserError(key, f"{LIBRARIES[fmt]} is not installed", "install it")
+            backend_of(fmt).refuse_device(fmt, device=device, key=key)
+            refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
+            found.append(fmt)
+        except UserError as error:
+            reasons.append(f"{fmt.value}: {error.problem}")
+    return found, reasons
