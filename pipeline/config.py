@@ -31,8 +31,17 @@ class Precision(Enum):
 
     fp32 = "fp32"
     tf32 = "tf32"
-    bf16 = "bf16"
+    bf16 = "bf16"  # autocast: weights are rounded anew for every product
+    bf16_pure = "bf16_pure"  # the model itself is kept in bf16, beside its master weights
     fp16 = "fp16"
+
+
+class OptimizerKind(Enum):
+    """AdamW, and what its two moments are kept in (`training/optimizer.py`)."""
+
+    adamw = "adamw"
+    adamw_8bit_bitsandbytes = "adamw_8bit_bitsandbytes"
+    adamw_8bit_torchao = "adamw_8bit_torchao"
 
 
 class Format(Enum):
@@ -207,6 +216,8 @@ class TrainingConfig:
     checkpoint_seconds: float = positive(60.0)
     divergence_factor: float = field(default=4.0, metadata={"above": 1})  # loss over its own best average
     compile: bool = False
+    optimizer: OptimizerKind = OptimizerKind.adamw
+    activation_checkpointing: bool = False  # backward computes each layer again, so that memory holds one at a time
     start_batch_size: Optional[int] = positive(None)  # doubled until it is batch_size; null: that from the start
     start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})  # likewise, of causal_lm
     growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})  # of the steps, until all is full size

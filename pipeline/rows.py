@@ -147,5 +147,5 @@ def _peak(attempt: Attempt, stage: Any) -> Value:
     """Return the peak rate of one of this run's devices in the arithmetic a stage trains in."""
     if not hasattr(stage, "precision"):
         return null("this stage trains nothing")
-    precision = training_precision(stage, attempt.run).value
+    precision = training_precision(stage, attempt.run).value.removesuffix("_pure")  # of the same products
     return peak(device_name(attempt.device), precision, getattr(attempt.run.hardware.peak_tflops, precision))

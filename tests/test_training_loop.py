@@ -406,7 +406,12 @@ def test_what_a_cpu_cannot_do_has_its_reason() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "refused"),
-    [((7, 0), {"tf32", "bf16"}), ((7, 5), {"tf32", "bf16"}), ((8, 0), set()), ((9, 0), set())],
+    [
+        ((7, 0), {"tf32", "bf16", "bf16_pure"}),
+        ((7, 5), {"tf32", "bf16", "bf16_pure"}),
+        ((8, 0), set()),
+        ((9, 0), set()),
+    ],
 )
 def test_what_a_gpu_can_do_follows_its_capability(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: set[str]

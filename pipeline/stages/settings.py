@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Optional
 
-from pipeline.config import Precision, Run, Schedule, Task, TrainingConfig, at_least_0, fraction, positive
+from pipeline.config import (
+    OptimizerKind,
+    Precision,
+    Run,
+    Schedule,
+    Task,
+    TrainingConfig,
+    at_least_0,
+    fraction,
+    positive,
+)
 from pipeline.errors import UserError
 
 # ruff: noqa: UP045
@@ -40,6 +52,8 @@ class TrainingOverrides:
     checkpoint_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[bool] = None
+    optimizer: Optional[OptimizerKind] = None
+    activation_checkpointing: Optional[bool] = None
     start_batch_size: Optional[int] = positive(None)
     start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
     growth_fraction: Optional[float] = field(default=None, metadata={"above": 0, "max": 1})
@@ -112,6 +126,26 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
             "give a divisor",
         )
     _check_growth(settings, key, run)
+    _check_optimizer(settings, key, run)
+    for name in ("hidden_weight", "relation_weight"):
+        if getattr(stage, name, 0) and training_precision(stage, run) is Precision.bf16_pure:
+            raise UserError(f"{key}.precision", f"bf16_pure has nothing in fp32 that {name} could use", "give bf16")
+    if settings.activation_checkpointing and getattr(stage, "relation_weight", 0):
+        problem = "layers that are computed again would be read twice by relation_weight"
+        raise UserError(f"{key}.activation_checkpointing", problem, "leave one of them out")
+
+
+def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:
+    kind = settings.optimizer
+    if kind is OptimizerKind.adamw:
+        return
+    library = kind.value.rpartition("_")[2]
+    if find_spec(library) is None:
+        problem = f"{kind.value} needs {library}, which is not installed"
+        raise UserError(f"{key}.optimizer", problem, "pip install -e '.[quant]'")
+    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = f"the moments of {kind.value} cannot be sharded over devices (FSDP2)"
+        raise UserError(f"{key}.optimizer", problem, "give adamw, or one device")
 
 
 def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:

@@ -39,7 +39,7 @@ from pipeline.stages.context import Output
 from pipeline.stages.settings import training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
 from pipeline.training.objective import check_body, document_mask, hidden_states
-from pipeline.training.precision import arithmetic, compute_dtype, round_weights
+from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 from pipeline.training.stage import make_batches, read_encoded
 from pipeline.values import estimated
 
@@ -113,7 +113,7 @@ def expected(stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Art
     return {
         "sequence_length": training_settings(own, run).sequence_length, "tokenizer": tokenizer_digest(tokenizer),
         "data": ctx.data.digest, "packing": packing_digest(windows), "teacher": teacher.digest,
-        "precision": training_precision(stage, run).value, **chosen,
+        "precision": frozen(training_precision(stage, run)).value, **chosen,
         **(given if run.task is Task.causal_lm else {}),
     }  # fmt: skip
 
@@ -130,7 +130,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         windows = make_batches(model, tokenizer, read_encoded(tokenizer, settings, ctx), settings, ctx)
         flops = count_flops(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
-    precision = training_precision(stage, ctx.run)
+    precision = frozen(training_precision(stage, ctx.run))
     round_weights(model, precision)
     return _Source(model, task, precision, ctx.device, masked, windows, codec, ctx.seed, flops), tokenizer
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.store import check_room, read_json, sync_path, write_json
+from pipeline.training.optimizer import load_state, state_tensors
 
 KEEP = 2
 FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json"}
@@ -88,16 +89,11 @@ def _step(path: Path) -> int:
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights, optimizer and random generators; return what was saved as `extra`."""
+    load_state(optimizer, load_file(path / "optimizer.safetensors"))
     saved = load_file(path / "model.safetensors")
     assert saved.keys() == _unshared(model.state_dict()).keys(), "a checkpoint is read by the stage that wrote it"
     model.load_state_dict(saved, strict=False)  # tied weights were saved once
     model.tie_weights()
-    tensors = load_file(path / "optimizer.safetensors")
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     generators = load_file(path / "generators.safetensors")
     torch.set_rng_state(generators["cpu"])
     if "device" in generators:
@@ -114,12 +110,14 @@ def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": torch.as_tensor(value).detach().contiguous().cpu()
-        for index, entries in state.items()
-        for key, value in entries.items()
-    }
+    seen: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state_tensors(optimizer).items():
+        there = tensor.contiguous().cpu()
+        # Levels of 8 bits are one tensor for all parameters, which safetensors does not write twice.
+        tensors[name] = there.clone() if there.data_ptr() in seen else there
+        seen.add(there.data_ptr())
+    return tensors
 
 
 def _generator_states() -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.objective import Objective, StepLoss
+from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.schedule import is_constant, learning_rate
@@ -106,19 +107,24 @@ def train(
         StageFailed: If the loss is NaN or diverges.
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
-    optimizer = _optimizer(model, settings, objective.device)
+    masters = masters_of(model, objective.precision)
+    held = model if masters is None else masters
+    trained = [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    optimizer = make_optimizer(trained, settings, objective.device)
     scaler = torch.amp.GradScaler(
         objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
     )
-    progress = _resume(folder, model, optimizer, scaler, clock, hooks)
+    progress = _resume(folder, held, optimizer, scaler, clock, hooks)
     with made_ahead(batches, progress.step, settings.steps, objective.device) as ahead:
-        _all_steps(model, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
+        _all_steps(model, masters, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
+    if masters is not None:
+        masters.restore()
     return progress
 
 
 def _all_steps(
-    model: Any, batches: Batches, objective: Objective, optimizer: Any, scaler: Any, settings: TrainingConfig,
-    progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
+    model: Any, masters: MasterWeights | None, batches: Batches, objective: Objective, optimizer: Any, scaler: Any,
+    settings: TrainingConfig, progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
 ) -> None:  # fmt: skip
     pending: deque[Reading] = deque()
     last_saved = time.monotonic()
@@ -131,7 +137,7 @@ def _all_steps(
             hooks.tracer.open(clock)
         before = clock.now_ns()
         with hooks.tracer.annotate(number):
-            _step(model, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+            _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
         progress.step_ns += clock.now_ns() - before
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)
@@ -146,7 +152,7 @@ def _all_steps(
             due = progress.step % settings.checkpoint_every == 0
         if (due or stop is not None) and progress.step < settings.steps:
             _read(pending, progress, settings, hooks, clock, drain=True)
-            _save(folder, model, optimizer, scaler, progress, clock, hooks)
+            _save(folder, masters or model, optimizer, scaler, progress, clock, hooks)
             last_saved = time.monotonic()
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"
@@ -158,17 +164,6 @@ def _all_steps(
 def steps_between_evaluations(settings: TrainingConfig) -> int:
     """Return after how many steps each the model is evaluated: five times, unless declared."""
     return settings.eval_every or max(1, math.ceil(settings.steps / 5))
-
-
-def _optimizer(model: Any, settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused; biases and norms are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
 def _resume(
@@ -187,8 +182,8 @@ def _resume(
 
 
 def _step(
-    model: Any, batches: Batches, objective: Objective, optimizer: Any, scaler: Any, settings: TrainingConfig,
-    progress: Progress, pending: deque[Reading], clock: PhaseClock, hooks: Hooks,
+    model: Any, masters: MasterWeights | None, batches: Batches, objective: Objective, optimizer: Any, scaler: Any,
+    settings: TrainingConfig, progress: Progress, pending: deque[Reading], clock: PhaseClock, hooks: Hooks,
 ) -> None:  # fmt: skip
     """Run one optimizer step: its micro-batches forward and backward, clip, update."""
     objective.at(progress.step)
@@ -205,16 +200,20 @@ def _step(
         done = objective(part)
         with clock.phase("backward"), matmuls(objective.precision):
             scaler.scale(done.loss * (count / sum(counts))).backward()
+            if masters is not None:
+                masters.take_gradients()
             kind = "sampled" if "sampled" in part else "text"
             pending.append(_on_its_way(progress.step, done, objective.device, kind))
     with clock.phase("optimizer"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.step, settings)
+        set_rate(optimizer, learning_rate(progress.step, settings))
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        stepped = model.parameters() if masters is None else masters.masters
+        torch.nn.utils.clip_grad_norm_(stepped, settings.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if masters is not None:
+            masters.write_back()
     progress.step += 1
     progress.examples += len(batch["labels"])
     progress.tokens += num_tokens(batch)

@@ -27,7 +27,9 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
         needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
         return f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}" if precision in needs_gpu else None
     have = torch.cuda.get_device_capability(device)
-    needed = {Precision.tf32: TF32_CAPABILITY, Precision.bf16: BF16_CAPABILITY}.get(precision)
+    needed = {
+        Precision.tf32: TF32_CAPABILITY, Precision.bf16: BF16_CAPABILITY, Precision.bf16_pure: BF16_CAPABILITY,
+    }.get(precision)  # fmt: skip
     if needed is not None and have < needed:
         return (
             f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
@@ -37,7 +39,12 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
 
 def compute_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype of matmuls under `precision`."""
-    return AUTOCAST.get(precision, torch.float32)
+    return torch.bfloat16 if precision is Precision.bf16_pure else AUTOCAST.get(precision, torch.float32)
+
+
+def frozen(precision: Precision) -> Precision:
+    """Return what a frozen model beside a training runs in: it has no master weights."""
+    return Precision.bf16 if precision is Precision.bf16_pure else precision
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import HiddenSignal, WithProjections
 from pipeline.distillation.relations import RelationSignal
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
-from pipeline.errors import StageFailed
+from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
@@ -96,6 +96,8 @@ def run_training(
         with ctx.clock.phase("eval"):
             theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
             check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
+    if settings.activation_checkpointing:
+        checkpoint_activations(model, f"stages.{ctx.stage}.activation_checkpointing")
     head = None
     if distill is not None:
         head = choose_head(f"stages.{ctx.stage}.head", distill.head, objective, text, settings)
@@ -130,6 +132,21 @@ def run_training(
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
     told = [each for each in (doubt, None if head is None else f"{ctx.stage}: {head}") if each is not None]
     return replace(output, notes=(*told, *output.notes), gpu_timeline=timeline)
+
+
+def checkpoint_activations(model: Any, key: str) -> None:
+    """Have the backward pass compute each layer anew.
+
+    Raises:
+        UserError: If the model's layers cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(key, f"{type(model).__name__} cannot compute its layers anew", "leave it out")
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(how)
+    else:  # its name in older releases
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:

@@ -26,6 +26,7 @@ from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import training_precision
 from pipeline.student import layer_count
 from pipeline.training.objective import CachedTeacher, Objective, Teacher, check_tokenizers
+from pipeline.training.precision import frozen
 from pipeline.training.prefetch import Batches
 from pipeline.training.schedule import ramp
 
@@ -45,7 +46,7 @@ def load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer:
         model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
-    precision = stage.teacher_precision or training_precision(stage, ctx.run)
+    precision = frozen(stage.teacher_precision or training_precision(stage, ctx.run))
     return Teacher(model, precision, _loss(stage))
 
 
