@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.base_model import base_artifact
-from pipeline.config import Format, Run
+from pipeline.config import Format, Precision, Run
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
@@ -302,6 +302,8 @@ class Attempt:
             settings |= {"training": plain(training_settings(stage, self.run)),
                          "precision": training_precision(stage, self.run).value,
                          "loss_scale": self.run.precision.loss_scale}  # fmt: skip
+            if settings["precision"] == Precision.auto.value:
+                settings["loss_tolerance"] = self.run.precision.loss_tolerance
             if stage.model == STUDENT_INIT:
                 settings["student"] = self._student(inputs)
         return key_of(

@@ -27,8 +27,9 @@ class Task(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of training. Master weights stay fp32 in all of them."""
+    """Arithmetic of training. Master weights stay fp32 in all of them. `auto` tries those that the device can."""
 
+    auto = "auto"
     fp32 = "fp32"
     tf32 = "tf32"
     bf16 = "bf16"  # autocast: weights are rounded anew for every product
@@ -321,6 +322,7 @@ class PrecisionConfig:
 
     name: Precision = Precision.bf16
     loss_scale: float = positive(65536.0)  # fp16's first loss scale
+    loss_tolerance: float = positive(0.005)  # of auto: how far, relatively, a loss may lie from fp32's
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Run
+from pipeline.config import Precision, Run
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.gpu_usage import unread as usage_unread
@@ -50,7 +50,8 @@ def make_row(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
             is_training=stage.type not in ("quantize", "capture"), seconds_in_steps=output.seconds_in_steps,
-            peak=_peak(attempt, stage), granted=attempt.grant, truncated=truncated, timeline=output.gpu_timeline,
+            peak=_peak(attempt, stage, output), granted=attempt.grant, truncated=truncated,
+            timeline=output.gpu_timeline,
         ),
     }  # fmt: skip
 
@@ -143,9 +144,13 @@ def _memory(made: Record) -> dict[str, Value]:
     return {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}
 
 
-def _peak(attempt: Attempt, stage: Any) -> Value:
+def _peak(attempt: Attempt, stage: Any, output: Output) -> Value:
     """Return the peak rate of one of this run's devices in the arithmetic a stage trains in."""
     if not hasattr(stage, "precision"):
         return null("this stage trains nothing")
-    precision = training_precision(stage, attempt.run).value.removesuffix("_pure")  # of the same products
+    named = training_precision(stage, attempt.run)
+    if named is Precision.auto and "precision" not in output.about:
+        return null("no precision was chosen yet")
+    chosen = output.about["precision"]["chosen"] if named is Precision.auto else named.value
+    precision = chosen.removesuffix("_pure")  # of the same products
     return peak(device_name(attempt.device), precision, getattr(attempt.run.hardware.peak_tflops, precision))

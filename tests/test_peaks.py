@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.peaks import PEAKS, device_name, peak
 from pipeline.ledger.record import Spent, ledger
+from pipeline.stages.context import Output
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
 from pipeline.values import Prov, Value, declared, estimated, null
@@ -118,12 +119,22 @@ def test_the_peak_is_that_of_the_stages_own_arithmetic(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     run = Run(stages={"a": TrainStage(), "b": TrainStage(precision=Precision.tf32), "c": TrainStage(like="b")})
     attempt: Any = SimpleNamespace(run=run, device=torch.device("cuda"))
-    found = {name: rows._peak(attempt, stage) for name, stage in run.stages.items()}
+    found = {name: rows._peak(attempt, stage, Output()) for name, stage in run.stages.items()}
     assert {name: value.v for name, value in found.items()} == {"a": 989.5, "b": 494.5, "c": 494.5}
     assert {value.prov for value in found.values()} == {Prov.DECLARED}
     run.hardware.peak_tflops.tf32 = 450.0
-    assert [rows._peak(attempt, stage).v for stage in run.stages.values()] == [989.5, 450.0, 450.0]
-    assert rows._peak(attempt, QuantizeStage()).why_null == "this stage trains nothing"
+    assert [rows._peak(attempt, stage, Output()).v for stage in run.stages.values()] == [989.5, 450.0, 450.0]
+    assert rows._peak(attempt, QuantizeStage(), Output()).why_null == "this stage trains nothing"
+
+
+def test_the_peak_of_a_precision_found_by_trial_is_that_of_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    attempt: Any = SimpleNamespace(run=Run(), device=torch.device("cuda"))
+    stage = TrainStage(precision=Precision.auto)
+    found = [rows._peak(attempt, stage, Output(about={"precision": {"chosen": name}})).v
+             for name in ("fp32", "tf32", "bf16_pure")]  # fmt: skip
+    assert found == [PEAKS["NVIDIA H200"].tflops["fp32"], 494.5, 989.5]
+    assert rows._peak(attempt, stage, Output()).why_null == "no precision was chosen yet"
 
 
 def test_a_declared_peak_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,3 +229,25 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     assert about["quantization"]["format"] == "nf4"
     assert about["search"]["trials"][0]["memory_ratio"] < 1
     assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]
+
+
+def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> None:
+    """Student and control of the same settings train in one precision; the trials are the student's work."""
+    done = pipeline(
+        tmp_path, "recipe=distill", "precision=auto", "stages.teacher.steps=4", "tracking.mlflow=false", *TINY
+    )
+    assert done.returncode == 0, done.stderr
+    result = result_in(tmp_path)
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert rows["teacher"]["ledger"]["phases_ns"]["search"] > 0
+    assert rows["student"]["ledger"]["phases_ns"]["search"] > 0
+    assert rows["control_steps"]["ledger"]["phases_ns"].get("search", 0) == 0
+    about = {
+        arm: json.loads(Path(row["artifact"]["path"], "artifact.json").read_text())["precision"]
+        for arm, row in rows.items()
+    }
+    assert about["control_steps"]["chosen"] == about["control_compute"]["chosen"] == about["student"]["chosen"]
+    notes = " ".join(result["environment"]["notes"])
+    assert f"student: precision {about['student']['chosen']}: bf16 " in notes
+    assert f"control_steps: precision {about['student']['chosen']}: as student has it" in notes
+    assert "not tf32: tf32 needs a CUDA device" in notes

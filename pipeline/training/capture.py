@@ -113,7 +113,7 @@ def expected(stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Art
     return {
         "sequence_length": training_settings(own, run).sequence_length, "tokenizer": tokenizer_digest(tokenizer),
         "data": ctx.data.digest, "packing": packing_digest(windows), "teacher": teacher.digest,
-        "precision": frozen(training_precision(stage, run)).value, **chosen,
+        "precision": frozen(training_precision(stage, run), ctx.device).value, **chosen,
         **(given if run.task is Task.causal_lm else {}),
     }  # fmt: skip
 
@@ -130,7 +130,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         windows = make_batches(model, tokenizer, read_encoded(tokenizer, settings, ctx), settings, ctx)
         flops = count_flops(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
-    precision = frozen(training_precision(stage, ctx.run))
+    precision = frozen(training_precision(stage, ctx.run), ctx.device)
     round_weights(model, precision)
     return _Source(model, task, precision, ctx.device, masked, windows, codec, ctx.seed, flops), tokenizer
 

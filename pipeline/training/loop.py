@@ -122,6 +122,41 @@ def train(
     return progress
 
 
+def trial_steps(
+    model: Any, batches: Batches, objective: Objective, settings: TrainingConfig, precision: PrecisionConfig,
+    count: int, now_ns: Callable[[], int],
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Take the first `count` steps as `train` would; return the seconds and the loss of each.
+
+    The model is left as it is after them, in fp32. A loss that is no number is returned as it is.
+    """
+    masters = masters_of(model, objective.precision)
+    trained = [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    optimizer = make_optimizer(trained, settings, objective.device)
+    scaler = torch.amp.GradScaler(
+        objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
+    )
+    progress, clock, seconds, losses = Progress(), PhaseClock(), list[float](), list[float]()
+    hooks = Hooks(
+        validate=lambda: 0.0, flops=lambda batch: (0.0, 0.0), points=lambda step, values: None,
+        history=lambda step: [], checkpointed=lambda step: None, resumed=lambda step, history: None,
+        say=lambda text: None, should_stop=lambda: None, advance=lambda steps, tokens: None,
+    )  # fmt: skip
+    model.train()
+    for step in range(min(count, settings.steps)):
+        before, pending = now_ns(), deque[Reading]()
+        _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+        if objective.device.type == "cuda":
+            torch.cuda.synchronize(objective.device)
+        seconds.append((now_ns() - before) / 1e9)
+        counted = sum(reading.count for reading in pending)
+        losses.append(sum(float(reading.values[0]) * reading.count for reading in pending) / counted)
+        assert progress.step == step + 1
+    if masters is not None:
+        masters.restore()
+    return seconds, losses
+
+
 def _all_steps(
     model: Any, masters: MasterWeights | None, batches: Batches, objective: Objective, optimizer: Any, scaler: Any,
     settings: TrainingConfig, progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,

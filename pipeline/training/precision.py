@@ -21,7 +21,7 @@ BF16_CAPABILITY = (8, 0)
 
 def why_not(precision: Precision, device: torch.device) -> str | None:
     """Return why `device` cannot train in `precision`, or None where it can."""
-    if precision is Precision.fp32:
+    if precision in (Precision.fp32, Precision.auto):
         return None
     if device.type != "cuda":
         needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
@@ -42,9 +42,11 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision is Precision.bf16_pure else AUTOCAST.get(precision, torch.float32)
 
 
-def frozen(precision: Precision) -> Precision:
-    """Return what a frozen model beside a training runs in: it has no master weights."""
-    return Precision.bf16 if precision is Precision.bf16_pure else precision
+def frozen(precision: Precision, device: torch.device) -> Precision:
+    """Return what a frozen model beside a training runs in: it has no master weights, and nothing is tried on it."""
+    if precision in (Precision.bf16_pure, Precision.auto):
+        return Precision.fp32 if why_not(Precision.bf16, device) else Precision.bf16
+    return precision
 
 
 @contextmanager

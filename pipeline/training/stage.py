@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.assess.scoring import check_vocabulary, validation_metric
-from pipeline.config import Task, TrainingConfig
+from pipeline.config import Precision, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.completions import encode_completions, read_completions
 from pipeline.data.encode import Encoded, encode_all
@@ -32,6 +32,7 @@ from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, check_body, parameter_hash
 from pipeline.training.precision import arithmetic, round_weights
+from pipeline.training.precision_choice import Choice, choose_precision
 from pipeline.training.prefetch import Batches
 from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.teaching import Numbered, have_written, load_teacher, mix_in, open_cache, teachers_share
@@ -88,23 +89,27 @@ def run_training(
             if distill.on_policy:
                 assert isinstance(text, PackedBatches)
                 batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
-        validate = _validation(model, tokenizer, settings, precision, ctx)
         flops = StepFlops.of(objective)  # before it is compiled: counting would slow it
         doubt = suspicion(flops.own, model, ctx.run.task, settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
+    trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
+    choice = None
+    if settings.activation_checkpointing:
+        checkpoint_activations(model, f"stages.{ctx.stage}.activation_checkpointing")
+    if precision is Precision.auto:
+        choice = _chosen(stage, trained, objective, batches, settings, ctx)
+        precision = objective.precision = choice.precision
+    validate = _validation(model, tokenizer, settings, precision, ctx)
     if teacher is not None and distill is not None and not distill.insist:
         with ctx.clock.phase("eval"):
             theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
             check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
-    if settings.activation_checkpointing:
-        checkpoint_activations(model, f"stages.{ctx.stage}.activation_checkpointing")
     head = None
     if distill is not None:
         head = choose_head(f"stages.{ctx.stage}.head", distill.head, objective, text, settings)
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
-    trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
     with (
         ctx.progress(f"{ctx.stage}", settings.steps) as advance,
         device_phases(ctx.clock, ctx.device) as phases,
@@ -130,8 +135,25 @@ def run_training(
     output = _output(progress, objective, distill, share)
     if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
-    told = [each for each in (doubt, None if head is None else f"{ctx.stage}: {head}") if each is not None]
-    return replace(output, notes=(*told, *output.notes), gpu_timeline=timeline)
+    told = [doubt, *(f"{ctx.stage}: {each}" for each in (choice, head) if each is not None)]
+    about = {} if choice is None else {"precision": choice.about}
+    notes = (*(each for each in told if each is not None), *output.notes)
+    return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+
+
+def _chosen(
+    stage: TrainStage | DistillStage, model: Any, objective: Objective, batches: Batches, settings: TrainingConfig,
+    ctx: Context,
+) -> Choice:  # fmt: skip
+    """Return the precision found by trial: that of the stage named by `like`, so that like is compared with like."""
+    matched = {} if ctx.matched is None else ctx.matched.about.get("precision", {})
+    if stage.precision is None and matched:
+        return Choice(Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]})
+    left_out = [] if objective.hidden is None and objective.relations is None else [Precision.bf16_pure]
+    return choose_precision(
+        model, objective, batches, settings, ctx.run.precision, left_out=left_out, folder=ctx.checkpoints,
+        clock=ctx.clock,
+    )  # fmt: skip
 
 
 def checkpoint_activations(model: Any, key: str) -> None:

@@ -46,7 +46,7 @@ def load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer:
         model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
-    precision = frozen(stage.teacher_precision or training_precision(stage, ctx.run))
+    precision = frozen(stage.teacher_precision or training_precision(stage, ctx.run), ctx.device)
     return Teacher(model, precision, _loss(stage))
 
 
