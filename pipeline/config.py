@@ -35,6 +35,8 @@ class Precision(Enum):
     bf16 = "bf16"  # autocast: weights are rounded anew for every product
     bf16_pure = "bf16_pure"  # the model itself is kept in bf16, beside its master weights
     fp16 = "fp16"
+    fp8_tensorwise = "fp8_tensorwise"  # wide layers in float8, the rest as in bf16 (`training/float8.py`)
+    fp8_rowwise = "fp8_rowwise"
 
 
 class OptimizerKind(Enum):
@@ -185,6 +187,7 @@ class PeakConfig:
     tf32: Optional[float] = positive(None)
     bf16: Optional[float] = positive(None)
     fp16: Optional[float] = positive(None)
+    fp8: Optional[float] = positive(None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -322,6 +325,7 @@ class PrecisionConfig:
 
     name: Precision = Precision.bf16
     loss_scale: float = positive(65536.0)  # fp16's first loss scale
+    fp8_least_width: int = positive(1024)  # of layers that fp8 takes: below, casting costs more than it saves
     loss_tolerance: float = positive(0.005)  # of auto: how far, relatively, a loss may lie from fp32's
 
 

@@ -152,5 +152,5 @@ def _peak(attempt: Attempt, stage: Any, output: Output) -> Value:
     if named is Precision.auto and "precision" not in output.about:
         return null("no precision was chosen yet")
     chosen = output.about["precision"]["chosen"] if named is Precision.auto else named.value
-    precision = chosen.removesuffix("_pure")  # of the same products
+    precision = chosen.partition("_")[0]  # bf16_pure, fp8_rowwise: of the same products
     return peak(device_name(attempt.device), precision, getattr(attempt.run.hardware.peak_tflops, precision))

@@ -23,6 +23,7 @@ from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
+from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
 from pipeline.training.precision import matmuls
@@ -115,7 +116,10 @@ def train(
         objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
     )
     progress = _resume(folder, held, optimizer, scaler, clock, hooks)
-    with made_ahead(batches, progress.step, settings.steps, objective.device) as ahead:
+    with (
+        float8_layers(objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say),
+        made_ahead(batches, progress.step, settings.steps, objective.device) as ahead,
+    ):
         _all_steps(model, masters, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
     if masters is not None:
         masters.restore()
@@ -143,15 +147,15 @@ def trial_steps(
         say=lambda text: None, should_stop=lambda: None, advance=lambda steps, tokens: None,
     )  # fmt: skip
     model.train()
-    for step in range(min(count, settings.steps)):
-        before, pending = now_ns(), deque[Reading]()
-        _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
-        if objective.device.type == "cuda":
-            torch.cuda.synchronize(objective.device)
-        seconds.append((now_ns() - before) / 1e9)
-        counted = sum(reading.count for reading in pending)
-        losses.append(sum(float(reading.values[0]) * reading.count for reading in pending) / counted)
-        assert progress.step == step + 1
+    with float8_layers(objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say):
+        for _ in range(min(count, settings.steps)):
+            before, pending = now_ns(), deque[Reading]()
+            _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+            if objective.device.type == "cuda":
+                torch.cuda.synchronize(objective.device)
+            seconds.append((now_ns() - before) / 1e9)
+            counted = sum(reading.count for reading in pending)
+            losses.append(sum(float(reading.values[0]) * reading.count for reading in pending) / counted)
     if masters is not None:
         masters.restore()
     return seconds, losses

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 
 from pipeline.config import Precision
+from pipeline.training.float8 import RECIPES, why_not_float8
 
-AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+AUTOCAST = {
+    Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16,
+    Precision.fp8_tensorwise: torch.bfloat16, Precision.fp8_rowwise: torch.bfloat16,
+}  # fmt: skip
 TF32_CAPABILITY = (8, 0)  # Ampere; source: CUDA C++ Programming Guide, compute capabilities
 BF16_CAPABILITY = (8, 0)
 
@@ -23,6 +27,8 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
     """Return why `device` cannot train in `precision`, or None where it can."""
     if precision in (Precision.fp32, Precision.auto):
         return None
+    if precision in RECIPES:
+        return why_not_float8(precision, device)
     if device.type != "cuda":
         needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
         return f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}" if precision in needs_gpu else None
@@ -44,7 +50,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 def frozen(precision: Precision, device: torch.device) -> Precision:
     """Return what a frozen model beside a training runs in: it has no master weights, and nothing is tried on it."""
-    if precision in (Precision.bf16_pure, Precision.auto):
+    if precision in (Precision.bf16_pure, Precision.auto, *RECIPES):
         return Precision.fp32 if why_not(Precision.bf16, device) else Precision.bf16
     return precision
 

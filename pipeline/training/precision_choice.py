@@ -22,6 +22,7 @@ from pipeline.config import Precision, PrecisionConfig, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store import read_json, write_json
+from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
 from pipeline.training.objective import Objective
 from pipeline.training.precision import why_not
@@ -78,6 +79,7 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
     """Choose the fastest of those whose loss tracks fp32's, the first of `tried`."""
     reference, said = tried[0], list[str]()
     best, best_ratio, trials = reference, 1.0, list[dict[str, Any]]()
+    usual = min((each.time_ratio(reference)[0] for each in tried if each.precision not in RECIPES), default=1.0)
     for each in tried:
         apart, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
         holds = apart <= tolerance
@@ -88,6 +90,8 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
         if each is not reference:
             ends = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) else ""
             lost = "" if holds else f", refused: its loss lies {apart:.2%} from fp32's, above {tolerance:.2%}"
+            if holds and each.precision in RECIPES and ratio >= usual:
+                lost = f", refused: no faster than without float8 ({usual:.2f}x)"
             said.append(f"{each.precision.value} {ratio:.2f}x fp32's time{ends}{lost}")
     return Choice(best.precision, {"chosen": best.precision.value, "loss_tolerance": tolerance, "trials": trials,
                                    "not_tried": list(refused), "said": [*said, *refused]})  # fmt: skip
@@ -111,13 +115,19 @@ def choose_precision(
         return Choice(Precision(kept["chosen"]), kept)
     with clock.phase("search"):
         able = [p for p in Precision if p not in (Precision.auto, *left_out)]
-        reasons = {p: why_not(p, objective.device) for p in able}
+        reasons = {p: why_not(p, objective.device) or _too_narrow(p, objective, config) for p in able}
         refused = [f"not {p.value}: {why}" for p, why in reasons.items() if why is not None]
         tried = [Tried(p) for p, why in reasons.items() if why is None]
         _try_all(model, objective, batches, settings, config, tried, clock.now_ns)
         choice = decide(tried, refused, config.loss_tolerance)
         write_json(folder / FILE, json.loads(json.dumps(choice.about)))
     return choice
+
+
+def _too_narrow(precision: Precision, objective: Objective, config: PrecisionConfig) -> str | None:
+    if precision in RECIPES and not wide_layers(objective.model, config.fp8_least_width)[0]:
+        return f"no linear layer is {config.fp8_least_width} wide (precision.fp8_least_width)"
+    return None
 
 
 def _try_all(
