@@ -153,7 +153,7 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
 
         def advance(step: int, tokens: int) -> None:
             if step in (WARM_UP, WARM_UP + steps):
-                _finish(device)
+                finish(device)
                 edges.append((time.perf_counter(), tokens))
 
         nothing: Callable[..., None] = lambda *_: None
@@ -170,7 +170,7 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
                 student, batches, objective, settings=settings, precision=PrecisionConfig(name=precision),
                 folder=Path(folder), clock=clock, hooks=hooks,
             )  # fmt: skip
-        return _between(edges)
+        return between(edges)
 
     return block
 
@@ -180,7 +180,7 @@ def of_trl(shape: Shape, device: torch.device, batch: int | None, **settings: An
     trainer = make_trl(shape, device, batch, **settings)
 
     def block(steps: int) -> tuple[float, int]:
-        watch = _Watch(device, steps)
+        watch = Watch(device, steps)
         trainer.add_callback(watch)
         trainer.args.max_steps = WARM_UP + steps
         trainer.data_collator.by_batch.clear()
@@ -233,7 +233,7 @@ class Padding:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Times the steps of a block after its warm-up."""
 
     def __init__(self, device: torch.device, steps: int) -> None:
@@ -241,21 +241,24 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in (WARM_UP, WARM_UP + self._steps):
-            _finish(self._device)
+            finish(self._device)
             self._edges.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
+        """Seconds of the steps after the warm-up."""
         start, end = self._edges
         return end - start
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for what the device was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _between(edges: list[tuple[float, int]]) -> tuple[float, int]:
+def between(edges: list[tuple[float, int]]) -> tuple[float, int]:
+    """Return seconds and tokens between the two edges of a block."""
     (start, before), (end, after) = edges
     return end - start, after - before
 
@@ -293,12 +296,13 @@ def fastest(candidates: list[Callable[[], Block]], steps: int) -> tuple[Callable
         except torch.OutOfMemoryError:
             break
         finally:
-            _free()
+            free()
     best = rates.index(max(rates))
     return candidates[best], best
 
 
-def _free() -> None:
+def free() -> None:
+    """Give memory back."""
     import gc
 
     gc.collect()
@@ -374,7 +378,7 @@ def measure(name: str, device: torch.device, rounds: int, steps: int) -> dict[st
                 peaks[arm] = peak_bytes(block, device) if device.type == "cuda" else peak_elsewhere(
                     name, arm, chosen[arm][1])  # fmt: skip
             del block
-            _free()
+            free()
     pace = {arm: [1 / each for each in found] for arm, found in rates.items()}
     return {
         "agreement": agreement(shape, device),

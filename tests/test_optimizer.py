@@ -1,16 +1,14 @@
-"""Moments in 8 bits, master weights, and layers computed anew: against torch's AdamW, float64 and autograd."""
+"""Moments in 8 bits and master weights: against torch's AdamW and fp32, resumed to the bit, and refused by name."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from make_assess_models import tiny
-from test_training_loop import CPU, batches_for, run, same, settings, weights
-from transformers import GPT2Config, GPT2LMHeadModel
+from test_training_loop import CPU, run, same, settings, weights
 
 from pipeline.config import OptimizerKind, Precision, Run, Task, TinyShape, TrainingConfig
 from pipeline.errors import Preempted, UserError
@@ -20,7 +18,6 @@ from pipeline.stages.settings import check_training
 from pipeline.stages.train import TrainStage
 from pipeline.training.objective import Objective
 from pipeline.training.optimizer import MasterWeights, make_optimizer, set_rate, state_tensors
-from pipeline.training.stage import checkpoint_activations
 
 BITSANDBYTES, TORCHAO = OptimizerKind.adamw_8bit_bitsandbytes, OptimizerKind.adamw_8bit_torchao
 # torchao compiles its step: half a minute
@@ -152,39 +149,6 @@ def test_micro_batches_add_up_in_fp32() -> None:
     assert given.weight.grad is None
 
 
-# -- layers computed anew ---------------------------------------------------------------------------------------------
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.0,
-                                      embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
-
-
-@pytest.mark.parametrize("make", [model, gpt2])
-def test_layers_computed_anew_give_the_same_training_to_the_bit_with_less_kept(tmp_path: Path, make: Any) -> None:
-    plain, anew = make(), make()
-    checkpoint_activations(anew, "key")
-    kept: dict[bool, int] = {}
-    for given, name in ((plain, "plain"), (anew, "anew")):
-        run(given, settings(), tmp_path / name)
-        given.zero_grad()
-        held: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: (held.append(t.nbytes), t)[1], lambda t: t):
-            Objective(given, Task.causal_lm, Precision.fp32, CPU, PhaseClock())(batches_for(settings()).batch(0))
-        kept[given is anew] = sum(held)
-    same(weights(plain), weights(anew))
-    assert kept[True] < 0.5 * kept[False]
-
-
-def test_a_model_that_cannot_is_refused() -> None:
-    given = copy.copy(model())
-    type_without = type("Other", (type(given),), {"supports_gradient_checkpointing": False})
-    given.__class__ = type_without
-    with pytest.raises(UserError, match="key: Other cannot compute its layers anew"):
-        checkpoint_activations(given, "key")
-
-
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,8 +173,3 @@ def test_8_bits_over_several_devices_and_without_their_library_are_refused(monke
 def test_signals_that_want_fp32_are_refused_in_pure_bf16(name: str) -> None:
     stage = DistillStage(precision=Precision.bf16_pure, **{name: 0.1})
     assert "stages.student.precision: bf16_pure has nothing in fp32" in refused(stage)
-
-
-def test_relations_are_refused_where_layers_are_computed_anew() -> None:
-    stage = DistillStage(relation_weight=0.1, activation_checkpointing=True)
-    assert "stages.student.activation_checkpointing: layers that are computed again" in refused(stage)

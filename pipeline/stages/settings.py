@@ -130,9 +130,6 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
     for name in ("hidden_weight", "relation_weight"):
         if getattr(stage, name, 0) and training_precision(stage, run) is Precision.bf16_pure:
             raise UserError(f"{key}.precision", f"bf16_pure has nothing in fp32 that {name} could use", "give bf16")
-    if settings.activation_checkpointing and getattr(stage, "relation_weight", 0):
-        problem = "layers that are computed again would be read twice by relation_weight"
-        raise UserError(f"{key}.activation_checkpointing", problem, "leave one of them out")
 
 
 def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:

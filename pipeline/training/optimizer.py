@@ -1,8 +1,8 @@
 """AdamW with moments in 32 or 8 bits, master weights of a model in 16, and all of their state as plain tensors.
 
 Moments in 8 bits are quantized in blocks of 256 by a table of 256 levels that are dense near zero; tensors below 4,096
-elements keep theirs in 32 bits (embeddings do not: give them `adamw` where that matters). They take a quarter of the
-memory, and a step that unpacks and packs them.
+elements keep theirs in 32 bits, with torchao also those whose number of elements is no multiple of 256. They take a
+quarter of the memory, and a step that unpacks and packs them.
 Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes.optim, torchao.optim.
 """
 

@@ -18,7 +18,7 @@ from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import HiddenSignal, WithProjections
 from pipeline.distillation.relations import RelationSignal
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
-from pipeline.errors import StageFailed, UserError
+from pipeline.errors import StageFailed
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
@@ -28,6 +28,7 @@ from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
 from pipeline.student import make_student, stack_layers
+from pipeline.training.activations import checkpoint_activations
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, check_body, parameter_hash
@@ -61,6 +62,9 @@ def run_training(
         if stage.stack is not None:
             stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
         model.to(ctx.device)
+        if settings.activation_checkpointing:
+            where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
+            checkpoint_activations(model, f"{where}.activation_checkpointing")
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
             save_model(model, tokenizer, ctx.out)
@@ -94,8 +98,6 @@ def run_training(
         frozen = None if teacher is None else parameter_hash(teacher.model)
     trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
     choice = None
-    if settings.activation_checkpointing:
-        checkpoint_activations(model, f"stages.{ctx.stage}.activation_checkpointing")
     if precision is Precision.auto:
         choice = _chosen(stage, trained, objective, batches, settings, ctx)
         precision = objective.precision = choice.precision
@@ -154,21 +156,6 @@ def _chosen(
         model, objective, batches, settings, ctx.run.precision, left_out=left_out, folder=ctx.checkpoints,
         clock=ctx.clock,
     )  # fmt: skip
-
-
-def checkpoint_activations(model: Any, key: str) -> None:
-    """Have the backward pass compute each layer anew.
-
-    Raises:
-        UserError: If the model's layers cannot.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(key, f"{type(model).__name__} cannot compute its layers anew", "leave it out")
-    how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(how)
-    else:  # its name in older releases
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:

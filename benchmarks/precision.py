@@ -1,0 +1,296 @@
+"""Training one model in every precision, beside transformers' Trainer, and what `precision=auto` would choose.
+
+    python benchmarks/precision.py [--device cuda] [--shapes 124m 1.3b] [--rounds 5] [--steps 8] [--probes 10] [--save]
+
+Llama-shaped models on full windows of random tokens, the same for all; AdamW; blocks of steps take turns in one
+process. Arms: this project's loop in each precision that the device can (compiled on CUDA); transformers' Trainer in
+fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled and under bf16's autocast. Per arm: tokens a second,
+the time with its ratio to `trainer, bf16` round by round and its interval, and MFU where the device's peak is known.
+Each probe starts from other weights; told is how often its choice is within 3% of the best fixed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from distillation_head import ratio
+from distillation_step import WARM_UP, Block, Watch, between, finish, free
+from results import save_result
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.data.batches import PackedBatches
+from pipeline.data.encode import Encoded
+from pipeline.ledger.flops import count_flops
+from pipeline.ledger.peaks import device_name, peak
+from pipeline.ledger.phases import PhaseClock
+from pipeline.training.loop import Hooks, train
+from pipeline.training.objective import Objective, check_body
+from pipeline.training.precision import why_not
+from pipeline.training.precision_choice import choose_precision
+
+REFERENCE = "trainer, bf16"
+NEAR = 1.03  # of the best fixed choice's time
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model, its window and its batch."""
+
+    config: LlamaConfig
+    length: int
+    batch: int
+    fp8_least_width: int = 1024
+
+    def model(self, device: torch.device, seed: int = 0) -> Any:
+        """Return a model with random weights in fp32."""
+        torch.manual_seed(seed)
+        with device:
+            return LlamaForCausalLM(self.config)
+
+    def documents(self) -> np.ndarray:
+        """Return windows of random tokens, (N, T)."""
+        draw = np.random.default_rng(0)
+        return draw.integers(0, self.config.vocab_size, (16 * self.batch, self.length)).astype(np.int64)
+
+
+def _llama(layers: int, width: int, wide: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, tie_word_embeddings=True, use_cache=False,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "124m": Shape(_llama(12, 768, 2048, 50304), 1024, 16, fp8_least_width=768),
+    "1.3b": Shape(_llama(24, 2048, 5632, 50304), 2048, 4),
+    "small": Shape(_llama(4, 256, 512, 4096), 128, 8),
+}
+DEFAULTS = {"cuda": ("124m", "1.3b"), "cpu": ("small",)}
+
+
+def batches_of(shape: Shape) -> PackedBatches:
+    """Return this project's batches of the documents, one window each."""
+    targets = np.arange(shape.length) > 0
+    encoded = [Encoded(ids.astype(np.int32), targets, 0, None, str(at)) for at, ids in enumerate(shape.documents())]
+    return PackedBatches(encoded, sequence_length=shape.length, batch_size=shape.batch, seed=0)
+
+
+def settings_of(shape: Shape, steps: int) -> TrainingConfig:
+    """Return settings that do nothing but step."""
+    return TrainingConfig(
+        steps=steps, batch_size=shape.batch, sequence_length=shape.length, eval_every=steps, checkpoint_seconds=1e9,
+        learning_rate=1e-4,
+    )  # fmt: skip
+
+
+def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: bool) -> Block:
+    """Return blocks of this project's loop."""
+    model, batches = shape.model(device), batches_of(shape)
+    objective = Objective(model, Task.causal_lm, precision, device, PhaseClock(), masked=check_body(model, device))
+    config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
+    if compiled:
+        model.compile()
+
+    def block(steps: int) -> tuple[float, int]:
+        edges: list[tuple[float, int]] = []
+
+        def advance(step: int, tokens: int) -> None:
+            if step in (WARM_UP, WARM_UP + steps):
+                finish(device)
+                edges.append((time.perf_counter(), tokens))
+
+        nothing: Callable[..., None] = lambda *_: None
+        hooks = Hooks(
+            validate=lambda: 0.0, flops=lambda _: (0.0, 0.0), points=nothing, history=lambda _: [],
+            checkpointed=nothing, resumed=nothing, say=nothing, should_stop=lambda: None, advance=advance,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                model, batches, objective, settings=settings_of(shape, WARM_UP + steps), precision=config,
+                folder=Path(folder), clock=objective.clock, hooks=hooks,
+            )  # fmt: skip
+        return between(edges)
+
+    return block
+
+
+def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
+    """Return blocks of transformers' Trainer with its own defaults."""
+    from datasets import Dataset
+
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in shape.documents()]
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape.batch, bf16=bf16, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, max_steps=1, use_cpu=device.type == "cpu",
+    )  # fmt: skip
+    trainer = Trainer(model=shape.model(device), args=args, train_dataset=Dataset.from_list(rows))
+
+    def block(steps: int) -> tuple[float, int]:
+        watch = Watch(device, steps)
+        trainer.add_callback(watch)
+        trainer.args.max_steps = WARM_UP + steps
+        trainer.train()
+        trainer.remove_callback(watch)
+        return watch.seconds, steps * shape.batch * shape.length
+
+    return block
+
+
+def plain_loop(shape: Shape, device: torch.device) -> Block:
+    """Return blocks of the shortest loop there is: compiled, bf16 autocast, fused AdamW, its data on the device."""
+    model = shape.model(device)
+    forward = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    data = torch.from_numpy(shape.documents()).to(device)
+
+    def block(steps: int) -> tuple[float, int]:
+        edges: list[tuple[float, int]] = []
+        for step in range(1, WARM_UP + steps + 1):
+            ids = data[(step * shape.batch) % len(data) :][: shape.batch]
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = forward(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step in (WARM_UP, WARM_UP + steps):
+                finish(device)
+                edges.append((time.perf_counter(), step * shape.batch * shape.length))
+        return between(edges)
+
+    return block
+
+
+def arms_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], Block]]:
+    """Return by arm how to make its blocks."""
+    cuda = device.type == "cuda"
+    able = [each for each in Precision if each is not Precision.auto and why_not(each, device) is None]
+    arms: dict[str, Callable[[], Block]] = {
+        f"ours, {each.value}": partial(ours, shape, device, each, compiled=cuda) for each in able
+    }
+    arms |= {f"trainer, {name}": partial(of_trainer, shape, device, bf16=name == "bf16") for name in ("fp32", "bf16")}
+    return arms | ({"plain loop, bf16": partial(plain_loop, shape, device)} if cuda else {})
+
+
+def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any]]:
+    """Return what `precision=auto` chooses from other weights each time, and what that took."""
+    found: list[dict[str, Any]] = []
+    for seed in range(count):
+        model = shape.model(device, seed)
+        objective = Objective(model, Task.causal_lm, Precision.auto, device, PhaseClock(),
+                              masked=check_body(model, device))  # fmt: skip
+        config = PrecisionConfig(name=Precision.auto, fp8_least_width=shape.fp8_least_width)
+        before = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            choice = choose_precision(
+                model, objective, batches_of(shape), settings_of(shape, 1000), config, left_out=[],
+                folder=Path(folder), clock=objective.clock,
+            )  # fmt: skip
+        found.append({"seed": seed, "seconds": time.perf_counter() - before, **choice.about})
+        free()
+    return found
+
+
+def measure(name: str, device: torch.device, rounds: int, steps: int, num_probes: int) -> dict[str, Any]:
+    """Return the figures of all arms at one shape."""
+    shape = SHAPES[name]
+    arms = arms_of(shape, device)
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}  # a token
+    blocks = {arm: make() for arm, make in arms.items()} if device.type == "cpu" else {}
+    for number in range(rounds):
+        for arm in sorted(arms, reverse=bool(number % 2)):
+            block = blocks.get(arm) or arms[arm]()  # on a GPU one model at a time
+            taken, tokens = block(steps)
+            seconds[arm].append(taken / tokens)
+            del block
+            free()
+    flops = count_flops(shape.model(torch.device("cpu")), Task.causal_lm, backward=True)
+    per_token = flops.batch(1, shape.length, shape.length - 1) / shape.length
+    chosen = probes(shape, device, num_probes)
+    eager = _fixed_eager(shape, device, rounds, steps) if device.type == "cuda" and num_probes else seconds
+    return {
+        "arms": {arm: _figures(arm, each, seconds[REFERENCE], per_token, device) for arm, each in seconds.items()},
+        "probes": chosen,
+        "near_the_best": sum(_is_near(each["chosen"], eager) for each in chosen),
+    }
+
+
+def _fixed_eager(shape: Shape, device: torch.device, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return seconds a token of every precision without compiling, which is what a probe tries."""
+    able = [each for each in Precision if each is not Precision.auto and why_not(each, device) is None]
+    seconds: dict[str, list[float]] = {f"ours, {each.value}": [] for each in able}
+    for _ in range(rounds):
+        for each in able:
+            taken, tokens = ours(shape, device, each, compiled=False)(steps)
+            seconds[f"ours, {each.value}"].append(taken / tokens)
+            free()
+    return seconds
+
+
+def _is_near(chosen: str, seconds: dict[str, list[float]]) -> bool:
+    medians = {arm: statistics.median(each) for arm, each in seconds.items() if arm.startswith("ours, ")}
+    return medians[f"ours, {chosen}"] <= NEAR * min(medians.values())
+
+
+def _figures(
+    arm: str, seconds: list[float], reference: list[float], per_token: float, device: torch.device
+) -> dict[str, Any]:
+    rates = [1 / each for each in seconds]
+    arithmetic = arm.partition(", ")[2].partition("_")[0]
+    top = peak(device_name(device), arithmetic).v
+    return {
+        "tokens_per_s": statistics.median(rates), "all_tokens_per_s": rates,
+        "times_reference": None if arm == REFERENCE else ratio(seconds, reference),
+        "mfu": None if top is None else statistics.median(rates) * per_token / (top * 1e12),
+    }  # fmt: skip
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """Return the figures in lines."""
+    lines = [f"{name}:", f"{'arm':22} {'tokens/s':>12} {'time, times ' + REFERENCE:>30} {'MFU':>7}"]
+    for arm, each in found["arms"].items():
+        times, mfu = each["times_reference"], each["mfu"]
+        shown = "" if times is None else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+        lines.append(f"{arm:22} {each['tokens_per_s']:12,.0f} {shown:>30} {'' if mfu is None else f'{mfu:.1%}':>7}")
+    chosen = [each["chosen"] for each in found["probes"]]
+    taken = [each["seconds"] for each in found["probes"]]
+    if chosen:
+        near = f"{found['near_the_best']} of {len(chosen)} within 3% of the best"
+        lines.append(f"precision=auto chose {', '.join(chosen)}: {near}; a probe took {statistics.median(taken):.1f} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--probes", type=int, default=10)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for name in args.shapes or DEFAULTS[device.type]:
+        found[name] = measure(name, device, args.rounds, args.steps, args.probes)
+        lines.append(table(name, found[name]))
+        print(lines[-1], flush=True)
+    if args.save:
+        save_result("precision", found, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
