@@ -26,7 +26,7 @@ import torch
 from distillation_head import ratio
 from distillation_step import WARM_UP, Block, Watch, between, finish, free
 from results import save_result
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches
@@ -136,6 +136,7 @@ def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
         save_strategy="no", logging_strategy="no", disable_tqdm=True, max_steps=1, use_cpu=device.type == "cpu",
     )  # fmt: skip
     trainer = Trainer(model=shape.model(device), args=args, train_dataset=Dataset.from_list(rows))
+    trainer.remove_callback(PrinterCallback)
 
     def block(steps: int) -> tuple[float, int]:
         watch = Watch(device, steps)

@@ -1,0 +1,88 @@
+"""Formats and precisions as a user asks for them: what pays is kept and charged, what does not is said, by exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlflow import MlflowClient
+from test_run import TINY, pipeline, result_in
+
+
+def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_path: Path) -> None:
+    """One small matrix of all in int8: reported in full, and the exit code says so, unless it is asked to be silent.
+
+    The same command again finds all done and ends alike.
+    """
+    settings = (
+        "recipe=quantize", "~stages.nf4", "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
+        "stages.int8.include=[model.layers.0.self_attn.k_proj]", *TINY,
+    )  # fmt: skip
+    for allow, code in (("false", 3), ("true", 0)):
+        done = pipeline(tmp_path, *settings, f"allow_no_speedup={allow}")
+        assert done.returncode == code, done.stderr
+        assert ("no_speedup: int8: neither time nor memory is saved" in done.stderr) is (code == 3)
+        assert "neither time nor memory is saved)" in " ".join(done.stdout.split())
+        result = result_in(tmp_path)
+        assert result["status"] == "FINISHED"
+        (pair,) = result["comparisons"]
+        assert pair["speedup"]["no_speedup"] is True
+        assert 0 < pair["speedup"]["memory"]["v"] < 0.05
+    report = (tmp_path / "mlruns/latest/report.md").read_text()
+    assert "no_speedup: saves neither time nor memory" in report
+    assert "What quantizing changed" in report
+    artifact = json.loads(Path(result["rows"][1]["artifact"]["path"], "artifact.json").read_text())
+    assert artifact["quantization"]["quantized_layers"] == 1
+    assert artifact["assessed"]["quality"]["bits_per_byte"]["ci"] is not None
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}")
+    parents = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 2
+    assert {run.data.tags["no_speedup"] for run in parents} == {"int8"}
+    assert {run.info.status for run in parents} == {"FINISHED"}
+
+
+def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp_path: Path) -> None:
+    """On a CPU NF4 is smaller and slower: sought for time the model stays as it is, and the trial was work."""
+    settings = ("recipe=quantize_search", "stages.quantized.candidates=[nf4]", "tracking.mlflow=false",
+                "stages.quantized.tolerance=1", *TINY)  # fmt: skip
+    done = pipeline(tmp_path, *settings)
+    assert done.returncode == 0, done.stderr
+    result = result_in(tmp_path)
+    reference, quantized = result["rows"]
+    assert quantized["artifact"]["digest"] == reference["artifact"]["digest"]
+    assert quantized["quality"]["flips"]["v"] == 0
+    phases = quantized["ledger"]["phases_ns"]
+    assert phases["search"] > 0.5 * sum(ns for name, ns in phases.items() if name not in ("eval", "model_load"))
+    assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]
+    notes = " ".join(result["environment"]["notes"])
+    assert "quantized: tried nf4: loses" in notes
+    assert "quantized: stays as reference is: nothing that holds the tolerance saves time" in notes
+    again = pipeline(tmp_path, *settings, "stages.quantized.prefer=memory")
+    assert again.returncode == 0, again.stderr
+    found = result_in(tmp_path)["rows"][-1]
+    about = json.loads(Path(found["artifact"]["path"], "artifact.json").read_text())
+    assert about["quantization"]["format"] == "nf4"
+    assert about["search"]["trials"][0]["memory_ratio"] < 1
+    assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]
+
+
+def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> None:
+    """Student and control of the same settings train in one precision; the trials are the student's work."""
+    done = pipeline(
+        tmp_path, "recipe=distill", "precision=auto", "stages.teacher.steps=4", "tracking.mlflow=false", *TINY
+    )
+    assert done.returncode == 0, done.stderr
+    result = result_in(tmp_path)
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert rows["teacher"]["ledger"]["phases_ns"]["search"] > 0
+    assert rows["student"]["ledger"]["phases_ns"]["search"] > 0
+    assert rows["control_steps"]["ledger"]["phases_ns"].get("search", 0) == 0
+    about = {
+        arm: json.loads(Path(row["artifact"]["path"], "artifact.json").read_text())["precision"]
+        for arm, row in rows.items()
+    }
+    assert about["control_steps"]["chosen"] == about["control_compute"]["chosen"] == about["student"]["chosen"]
+    notes = " ".join(result["environment"]["notes"])
+    assert f"student: precision {about['student']['chosen']}: bf16 " in notes
+    assert f"control_steps: precision {about['student']['chosen']}: as student has it" in notes
+    assert "not tf32: tf32 needs a CUDA device" in notes
