@@ -1,4 +1,4 @@
-"""Formats and precisions as a user asks for them: what pays is kept and charged, what does not is said, by exit code."""
+"""Formats and precisions as a user asks for them: what pays is kept and charged, what does not is said."""
 
 from __future__ import annotations
 
