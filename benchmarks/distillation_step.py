@@ -151,16 +151,6 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []
 
-        def advance(step: int, tokens: int) -> None:
-            if step in (WARM_UP, WARM_UP + steps):
-                finish(device)
-                edges.append((time.perf_counter(), tokens))
-
-        nothing: Callable[..., None] = lambda *_: None
-        hooks = Hooks(
-            validate=lambda: 0.0, flops=lambda _: (0.0, 0.0), points=nothing, history=lambda _: [],
-            checkpointed=nothing, resumed=nothing, say=nothing, should_stop=lambda: None, advance=advance,
-        )  # fmt: skip
         settings = TrainingConfig(
             steps=WARM_UP + steps, batch_size=batch, sequence_length=shape.length, eval_every=WARM_UP + steps,
             checkpoint_seconds=1e9,
@@ -168,7 +158,7 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
         with tempfile.TemporaryDirectory() as folder:
             train(
                 student, batches, objective, settings=settings, precision=PrecisionConfig(name=precision),
-                folder=Path(folder), clock=clock, hooks=hooks,
+                folder=Path(folder), clock=clock, hooks=edge_hooks(edges, steps, device),
             )  # fmt: skip
         return between(edges)
 
@@ -249,6 +239,21 @@ class Watch(TrainerCallback):
         """Seconds of the steps after the warm-up."""
         start, end = self._edges
         return end - start
+
+
+def edge_hooks(edges: list[tuple[float, int]], steps: int, device: torch.device) -> Hooks:
+    """Return hooks of a training that does nothing but step, and note time and tokens at the edges of its block."""
+
+    def advance(step: int, tokens: int) -> None:
+        if step in (WARM_UP, WARM_UP + steps):
+            finish(device)
+            edges.append((time.perf_counter(), tokens))
+
+    nothing: Callable[..., None] = lambda *_: None
+    return Hooks(
+        validate=lambda: 0.0, flops=lambda _: (0.0, 0.0), points=nothing, history=lambda _: [], checkpointed=nothing,
+        resumed=nothing, say=nothing, should_stop=lambda: None, advance=advance,
+    )  # fmt: skip
 
 
 def finish(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from distillation_head import ratio
-from distillation_step import WARM_UP, Block, Watch, between, finish, free
+from distillation_step import WARM_UP, Block, Watch, between, edge_hooks, finish, free
 from results import save_result
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
@@ -34,7 +34,7 @@ from pipeline.data.encode import Encoded
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.phases import PhaseClock
-from pipeline.training.loop import Hooks, train
+from pipeline.training.loop import train
 from pipeline.training.objective import Objective, check_body
 from pipeline.training.precision import why_not
 from pipeline.training.precision_choice import choose_precision
@@ -106,20 +106,10 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []
 
-        def advance(step: int, tokens: int) -> None:
-            if step in (WARM_UP, WARM_UP + steps):
-                finish(device)
-                edges.append((time.perf_counter(), tokens))
-
-        nothing: Callable[..., None] = lambda *_: None
-        hooks = Hooks(
-            validate=lambda: 0.0, flops=lambda _: (0.0, 0.0), points=nothing, history=lambda _: [],
-            checkpointed=nothing, resumed=nothing, say=nothing, should_stop=lambda: None, advance=advance,
-        )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             train(
                 model, batches, objective, settings=settings_of(shape, WARM_UP + steps), precision=config,
-                folder=Path(folder), clock=objective.clock, hooks=hooks,
+                folder=Path(folder), clock=objective.clock, hooks=edge_hooks(edges, steps, device),
             )  # fmt: skip
         return between(edges)
 

@@ -1,0 +1,140 @@
+"""Does a quantized format decode faster than 16 bits here? Every format beside the unquantized model, batch by batch.
+
+    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8] [--save]
+
+Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and served by its own server:
+prompts first, then token by token from the key-value cache. Each format is read against the unquantized model (bf16 on
+a GPU, fp32 on a CPU) in blocks of format, model, model, format. Told are tokens a second, the time over the unquantized
+model's with its 90% interval over blocks, and the bytes of weights. A format that cannot run here is named with why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import save_result
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.assess.server import Server, load
+from pipeline.assess.serving import measure_interleaved
+from pipeline.compare.statistics import abba_saving
+from pipeline.config import Format, ServingConfig, ServingLoad, Task
+from pipeline.errors import UserError
+from pipeline.models import save_model
+from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
+
+LOADS = {"cuda": (512, 128), "cpu": (32, 16)}  # tokens in, tokens out
+
+
+def _llama(layers: int, width: int, wide: int, vocabulary: int, heads: int, groups: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "1.2b": _llama(16, 2048, 8192, 128256, 32, 8),
+    "124m": _llama(12, 768, 2048, 50304, 12, 12),
+    "small": _llama(4, 512, 1536, 8192, 8, 8),
+}
+DEFAULTS = {"cuda": ("124m", "1.2b"), "cpu": ("small",)}
+
+
+def source(config: LlamaConfig, folder: Path, device: torch.device) -> Path:
+    """Write the unquantized model, in 16 bits where it will be served in them."""
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM(config)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")), pad_token="<pad>"
+    )
+    save_model(model.bfloat16() if device.type == "cuda" else model, tokenizer, folder)
+    return folder
+
+
+def read(fmt: str, servers: dict[str, Server], batch: int, blocks: int, device: torch.device) -> dict[str, Any]:
+    """Return one format's figures at one batch size."""
+    prompt, new = LOADS[device.type]
+    config = ServingConfig(load=ServingLoad(prompt=prompt, new=new, batch=batch), batches=[], blocks=blocks)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(2, servers[fmt].model.config.vocab_size, 4096)]
+    seconds, readings = measure_interleaved(servers, [(fmt, "unquantized")], config=config, prompts=prompts, seed=0)
+    saving = abba_saving(*seconds[fmt, "unquantized"])
+    decode = float(np.mean([reading.decode_s for reading in readings[fmt].at_load]))
+    return {
+        "decode_tokens_per_s": batch * (new - 1) / decode,
+        "time_ratio": 1 - saving.estimate, "ci": [1 - saving.high, 1 - saving.low],
+    }  # fmt: skip
+
+
+def measure(name: str, device: torch.device, batches: list[int], blocks: int) -> dict[str, Any]:
+    """Return the figures of every format at one shape."""
+    found: dict[str, Any] = {"formats": {}, "not_here": {}}
+    with tempfile.TemporaryDirectory() as root:
+        plain = source(SHAPES[name], Path(root, "source"), device)
+        given = {"labels": None, "now_ns": time.perf_counter_ns}
+        unquantized = load(plain, Task.causal_lm, device, **given)
+        for fmt in formats():
+            why = why_not(fmt, device)
+            if why is None:
+                try:
+                    quantize(plain, Path(root, fmt.value), fmt, Task.causal_lm, device=device, key="format",
+                             prove=False)  # fmt: skip
+                except UserError as error:
+                    why = error.problem
+            if why is not None:
+                found["not_here"][fmt.value] = why
+                continue
+            servers = {fmt.value: load(Path(root, fmt.value), Task.causal_lm, device, **given),
+                       "unquantized": unquantized}  # fmt: skip
+            found["formats"][fmt.value] = {
+                "library": LIBRARIES[Format(fmt)],
+                "weights_ratio": servers[fmt.value].weights_bytes / unquantized.weights_bytes,
+                "batches": {batch: read(fmt.value, servers, batch, blocks, device) for batch in batches},
+            }
+            del servers
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return found
+
+
+def table(name: str, found: dict[str, Any], batches: list[int]) -> str:
+    """Return the figures in lines."""
+    lines = [f"{name}: time over the unquantized model's [90% interval]",
+             f"{'format':20} {'weights':>8} " + " ".join(f"{f'batch {batch}':>20}" for batch in batches)]  # fmt: skip
+    for fmt, each in found["formats"].items():
+        cells = [f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in each["batches"].values()]
+        lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + " ".join(f"{cell:>20}" for cell in cells))
+    return "\n".join([*lines, *(f"{fmt}: not here: {why}" for fmt, why in found["not_here"].items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for name in args.shapes or DEFAULTS[device.type]:
+        found[name] = measure(name, device, args.batches, args.blocks)
+        lines.append(table(name, found[name], args.batches))
+        print(lines[-1], flush=True)
+    if args.save:
+        save_result("quantized_decode", found, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
