@@ -13,15 +13,27 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from make_assess_models import tiny
+from make_assess_models import saved, tiny
 
-from pipeline.config import Divergence, Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config import (
+    Divergence,
+    Format,
+    OptimizerKind,
+    Precision,
+    PrecisionConfig,
+    Task,
+    TinyShape,
+    TrainingConfig,
+)
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
+from pipeline.models import load_model
+from pipeline.quantization.backend import formats, quantize
+from pipeline.quantization.backend import why_not as why_not_quantize
 from pipeline.schema import RESULT_SCHEMA
 from pipeline.training.loop import Hooks, train
 from pipeline.training.objective import Objective
@@ -35,6 +47,7 @@ SMALL = [
     *("quality.max_documents=60", "quality.bootstrap=500", "tracking.mlflow=false", f"hardware.device={DEVICE.type}"),
     *("serving.blocks=4", "serving.load.new=8", "serving.batches=[1]"),
 ]
+WIDE = TinyShape(hidden_size=128, layers=2, heads=2, intermediate_size=256)  # as int4 and fp8 need it
 QUANTIZED = ["task=sequence_classification", "data=stdlib_labels"]
 
 
@@ -63,11 +76,19 @@ def test_recipes_count_gpu_hours_and_device_memory(tmp_path: Path, recipe: str, 
         assert ledger["phases_ns"].get("other", 0) < 0.02 * elapsed
 
 
-@pytest.mark.parametrize("precision", list(Precision))
-def test_every_precision_learns(tmp_path: Path, precision: Precision) -> None:
+def every_precision() -> list[Any]:
+    """Each with AdamW, and bf16 with each kind of moments."""
+    adamw, *eight_bit = OptimizerKind
+    named = [pytest.param(each, adamw, id=each.value) for each in Precision if each is not Precision.auto]
+    return [*named, *(pytest.param(Precision.bf16, kind, id=kind.value) for kind in eight_bit)]
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torchao compiles its step
+@pytest.mark.parametrize(("precision", "optimizer"), every_precision())
+def test_every_precision_learns(tmp_path: Path, precision: Precision, optimizer: OptimizerKind) -> None:
     if why_not(precision, DEVICE) is not None:
         pytest.skip(why_not(precision, DEVICE) or "")
-    model, clock = tiny(Task.causal_lm).to(DEVICE), PhaseClock()
+    model, clock = tiny(Task.causal_lm, shape=WIDE).to(DEVICE), PhaseClock()
     losses: list[float] = []
     rows = torch.arange(64).remainder(50).repeat(8, 1)
 
@@ -82,15 +103,42 @@ def test_every_precision_learns(tmp_path: Path, precision: Precision) -> None:
         history=lambda _: [], checkpointed=lambda _: None, resumed=lambda *_: None, should_stop=lambda: None,
         advance=lambda *_: None, say=lambda _: None,
     )  # fmt: skip
-    settings = TrainingConfig(steps=40, learning_rate=3e-3, eval_every=40)
+    settings = TrainingConfig(steps=40, learning_rate=3e-3, eval_every=40, optimizer=optimizer)
     train(
         model, Always(), Objective(model, Task.causal_lm, precision, DEVICE, clock), settings=settings,
-        precision=PrecisionConfig(name=precision), folder=tmp_path, clock=clock, hooks=given,
+        precision=PrecisionConfig(name=precision, fp8_least_width=128), folder=tmp_path, clock=clock, hooks=given,
     )  # fmt: skip
     read = [loss for loss in losses if loss >= 0]
     assert len(read) == 40  # none of the late readings is lost
     assert read[-1] < 0.7 * read[0]
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"  # put back
+
+
+@pytest.mark.parametrize("fmt", formats())
+def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, fmt: Format) -> None:
+    """And close to the model that it was made from."""
+    if why_not_quantize(fmt, DEVICE) is not None:
+        pytest.skip(why_not_quantize(fmt, DEVICE) or "")
+    source = saved(tiny(Task.causal_lm, shape=WIDE), tmp_path / "source")
+    done = quantize(source, tmp_path / "out", fmt, Task.causal_lm, device=DEVICE, key="stages.small.format")
+    assert len(done.quantized_layers) == 14
+    ids = torch.arange(3, 35, device=DEVICE)[None]
+    with torch.no_grad():
+        ours, theirs = (
+            load_model(tmp_path / name, Task.causal_lm, device=DEVICE)(input_ids=ids).logits.float().log_softmax(-1)
+            for name in ("out", "source")
+        )
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) < 0.1  # 4 bits: 0.05 on random weights
+
+
+def test_a_precision_is_found_by_trial(tmp_path: Path) -> None:
+    result = result_of(tmp_path, "recipe=baseline", "precision=auto", "precision.fp8_least_width=128")
+    (row,) = result["rows"]
+    about = json.loads(Path(row["artifact"]["path"], "artifact.json").read_text())["precision"]
+    able = {each.value for each in Precision if each is not Precision.auto and why_not(each, DEVICE) is None}
+    assert {trial["precision"] for trial in about["trials"]} == able
+    assert row["ledger"]["phases_ns"]["search"] > 0
+    assert row["ledger"]["counts"]["mfu"]["v"] is not None or DEVICE.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
