@@ -50,6 +50,7 @@ from pipeline.rows import (
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.recover import RecoverStage
 from pipeline.stages.settings import (
     STUDENT_INIT,
     TrainingOverrides,
@@ -280,13 +281,27 @@ class Attempt:
         return base_artifact(self.run, self.data, seed, self.store, self.clock)
 
     def why_not(self, stage: Any) -> str | None:
-        """Return why this device cannot do a stage (an optional one: others were refused before), or None."""
+        """Return why a stage cannot be done, or None: what it reads is not there, or this device cannot do it.
+
+        It is then an optional one: others were refused before.
+        """
         from pipeline.quantization.backend import why_not as why_not_quantize
         from pipeline.training.precision import why_not
 
+        gone = [arm for arm in stage.reads(self.run) if arm not in self.arms]
+        if gone:
+            return f"{gone[0]} was skipped"
         if isinstance(stage, QuantizeStage):
             return None if stage.format is Format.auto else why_not_quantize(stage.format, self.device)
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
+
+    def why_unable(self, rung: QuantizeStage) -> str | None:
+        """Return why this device, or the shapes of this model, cannot take a rung's format; None where they can."""
+        from pipeline.quantization.trials import able
+
+        source = self.arms[rung.model].path
+        _, reasons = able([rung.format], source, self.run.task, device=self.device, choice=rung.choice(), key="format")
+        return reasons[0] if reasons else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
         """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
@@ -296,7 +311,7 @@ class Attempt:
                 settings[file] = file_digest(settings[file])
         if isinstance(stage, CaptureStage):
             settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
-        if isinstance(stage, QuantizeStage):
+        if isinstance(stage, QuantizeStage | RecoverStage):
             settings |= plain(stage.searched(self.run))
         if isinstance(stage, TrainingOverrides):
             settings |= {"training": plain(training_settings(stage, self.run)),
@@ -492,7 +507,7 @@ class Attempt:
                 history=lambda step: self.history(name, seed, step, phases_ns()),
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
-                traces=self.folder / "traces" / f"{name}-seed{seed}",
+                traces=self.folder / "traces" / f"{file_name(name)}-seed{seed}",
             )  # fmt: skip
             with named(self, name, stage, "work"):
                 output = stage.run(inputs, context)
@@ -610,11 +625,16 @@ def named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
     except StageFailed as error:
         raise StageFailed(f"{_what(arm, stage)}: {error}") from error
     except Exception as error:
-        snapshot = attempt.folder / f"oom-{arm.replace(' ', '-')}-{attempt.number}.json"
+        snapshot = attempt.folder / f"oom-{file_name(arm)}-{attempt.number}.json"
         said = explain(error, attempt.run, arm, stage, kind, device=attempt.device, snapshot=snapshot)
         if said is None:
             raise
         raise StageFailed(f"{_what(arm, stage)}: {said}") from error
+
+
+def file_name(arm: str) -> str:
+    """Return an arm's name as a part of a file's: `int8/lora`, `comparison pass` have what files may not."""
+    return arm.replace("/", "-").replace(" ", "-")
 
 
 def _what(arm: str, stage: Any) -> str:

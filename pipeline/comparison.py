@@ -131,8 +131,9 @@ def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
     """Return what every arm's own stage took, with what each depends on, and what given models cost before."""
     paths, device = {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path}, device_name(attempt.device)
     spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
+    of_seed = [row for row in attempt.rows if row["seed"] == seed]
     for name, stage in attempt.run.stages.items():
-        own = [row for row in attempt.rows if row["arm"] == name and row["seed"] == seed]
+        own = [row for row in of_seed if row["arm"].partition("/")[0] == name]  # a recovery is charged with every rung
         hours = {
             part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")
         }
@@ -281,7 +282,8 @@ def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
         if row["artifact"] is None or row["artifact"]["kind"] != MODEL:
             continue
         if served is None or row["arm"] not in served.serving:
-            why = "the recipe does not compare this arm on serving"
+            rung = "a rung is not served: the stage it belongs to is"
+            why = rung if row["recovery"] else "the recipe does not compare this arm on serving"
             row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"

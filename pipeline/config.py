@@ -70,6 +70,14 @@ class Prefer(Enum):
     memory = "memory"  # bytes of weights
 
 
+class Rung(Enum):
+    """What a quantize stage may do where its format loses too much (`stages/recover.py`)."""
+
+    format = "format"  # one that keeps more
+    lora = "lora"  # adapters trained on the quantized model, merged into it
+    qat = "qat"  # quantization-aware distillation from the unquantized model
+
+
 class Schedule(Enum):
     """Learning-rate schedule after the warm-up."""
 
@@ -125,6 +133,26 @@ def at_least_0(default: Any) -> Any:
 def fraction(default: Any) -> Any:
     """Declare a field in [0, 1]."""
     return field(default=default, metadata={"min": 0, "max": 1})
+
+
+@dataclass(kw_only=True, slots=True)
+class QatSettings:
+    """A recovery's training towards the unquantized model. Null inherits `training.*` and `precision`."""
+
+    steps: Optional[int] = positive(None)
+    learning_rate: float = positive(2e-5)  # Source: Liu et al. 2023, arXiv 2305.17888, section 3.1
+    precision: Optional[Precision] = None
+    temperature: float = positive(1.0)
+    ce_weight: float = fraction(0.0)  # of the hard labels; the rest is the unquantized model's
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraSettings(QatSettings):
+    """The same, of adapters."""
+
+    learning_rate: float = positive(2e-4)  # Source: Dettmers et al. 2023, arXiv 2305.14314, table 9
+    rank: int = positive(16)
+    alpha: float = positive(32.0)  # what the adapters add is scaled by alpha / rank
 
 
 @dataclass(kw_only=True, slots=True)

@@ -143,6 +143,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("quality/kl_to_unquantized", "nat", "row", -1, "KL(unquantized || quantized) a test token or example"),
     Metric("quality/flips", "1", "row", -1, "share of first predictions that quantizing changed"),
     Metric("quality/worst_slice", "1", "row", -1, "loss of the class, or quarter of texts, that quantizing hurts most"),
+    Metric("recovery/loss", "see quality_key", "row", -1,
+           "what a rung loses of the primary quality against its source on validation: of it, or in points"),
+    Metric("recovery/kl", "nat", "row", -1, "KL(source || rung) a validation token or example"),
     # -- what it costs to run -----------------------------------------------------------------------------------
     Metric("serving/device_s_per_1k_units", "device-s", "row", -1, "device-seconds per 1,000 units at the load"),
     Metric("serving/prefill_device_s_per_1k_tokens", "device-s", "row", -1, "the prompt's part, per 1,000 tokens in"),
@@ -211,6 +214,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
            for name, *_ in TRACED_SHARES if "gpu_timeline" in record and record["gpu_hours"]["attached"]["v"]},
         **{f"cost/{name}": value for name, value in record["cost"].items() if f"cost/{name}" in BY_KEY},
         **{f"quality/{name}": value for name, value in row["quality"].items()},
+        **{f"recovery/{name}": value for name, value in row["recovery"].items()},
         **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},
     }  # fmt: skip
     primary = next((row["quality"][name] for name in ("accuracy", "bits_per_byte") if name in row["quality"]), None)

@@ -17,6 +17,7 @@ from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent, usage_of
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
+from pipeline.stages.recover import stage_of
 from pipeline.values import Value, measured
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _unfinished_row(
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
     row = make_row(
-        attempt, arm, attempt.run.stages[arm], seed, spent, output, status, why, number=number, reused=reused,
+        attempt, arm, stage_of(attempt.run, arm), seed, spent, output, status, why, number=number, reused=reused,
         memory=memory or unread(GONE), usage=usage or usage_unread(GONE), truncated=truncated,
     )  # fmt: skip
     attempt.add(row)

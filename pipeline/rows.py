@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 Record = dict[str, Any]
 """What the store remembers of work or of an assessment; plain JSON."""
 NEVER = "not read when the artifact was made"
+LOST = "the quantized model's loss is no number"
 ELSEWHERE = "measured while the artifact was made; see that row"
 
 
@@ -45,7 +47,7 @@ def make_row(
     return {
         "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number,
         "status": status, "why": why, "reused": reused, "depends_on": depends_on(stage, attempt.run), "artifact": None,
-        "quality": {}, "serving": {},
+        "quality": {}, "recovery": _recovery(output), "serving": {},
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
@@ -136,6 +138,15 @@ def blank(record: dict[str, Any], why: str) -> None:
             record[name] = null(why).to_json()
         elif isinstance(value, dict):
             blank(value, why)
+
+
+def _recovery(output: Output) -> dict[str, Any]:
+    """Return what a rung of recovery loses on validation; empty for other stages."""
+    read = output.about.get("recovery")
+    if read is None:
+        return {}
+    found = {name: measured(read[name]) if math.isfinite(read[name]) else null(LOST) for name in ("loss", "kl")}
+    return {name: value.to_json() for name, value in found.items()}
 
 
 def _memory(made: Record) -> dict[str, Value]:

@@ -17,6 +17,8 @@ from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.signals import on_stop_signal
+from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs
 from pipeline.stages.settings import BASE
 from pipeline.store import MODEL
 
@@ -72,22 +74,46 @@ def _all_stages(attempt: Attempt) -> None:
     for seed in attempt.seeds:
         attempt.arms, attempt.items = {BASE: attempt.base(seed)}, {}
         for name, stage in attempt.run.stages.items():
-            _one_stage(attempt, name, stage, seed)
+            if getattr(stage, "recover", None) and attempt.why_not(stage) is None:
+                _one_stage(attempt, name, _climb(attempt, name, stage, seed), seed)
+            else:
+                _one_stage(attempt, name, stage, seed)
+
+
+def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage:
+    """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the stage comes to."""
+    made, ahead = list[str](), list(rungs(name, stage))
+    while ahead:
+        arm, rung = ahead.pop(0)
+        unable = attempt.why_unable(rung) if made and isinstance(rung, FormatRung) else None
+        if unable is not None:
+            attempt.skip(arm, rung, seed, unable)
+            continue
+        _one_stage(attempt, arm, rung, seed)
+        made.append(arm)
+        about = attempt.outputs[arm, seed].about
+        if "recovery" in about:
+            loss, allowed = about["recovery"]["loss"], stage.allowed(attempt.run)
+            attempt.notes.append(f"{arm}: loses {loss:.2%} on validation where {allowed:.2%} is allowed")
+            if loss <= allowed:
+                return RecoveredStage(model=stage.model, rungs=made, chosen=arm)
+        elif isinstance(rung, FormatRung):  # a search that found nothing: what came nearest is climbed from
+            nearest = found_format(stage, about)
+            ahead = [] if nearest is None else list(rungs(name, nearest))[1:]
+    return RecoveredStage(model=stage.model, rungs=made, chosen=None)
 
 
 def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     """Bring one stage to its artifact, its assessment and its row: each reused where it was done before."""
-    reads = stage.reads(attempt.run)
-    gone = [arm for arm in reads if arm not in attempt.arms]
-    why_not = f"{gone[0]} was skipped" if gone else attempt.why_not(stage)
+    why_not = attempt.why_not(stage)
     if why_not is not None:
         attempt.skip(name, stage, seed, why_not)
         return
-    inputs = {arm: attempt.arms[arm] for arm in reads}
+    inputs = {arm: attempt.arms[arm] for arm in stage.reads(attempt.run)}
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
-        if made["artifact"]["kind"] != MODEL:  # a teacher cache has no quality
+        if made["artifact"]["kind"] != MODEL or "/" in name:  # a teacher cache has no quality; a rung is read as made
             attempt.keep(name, stage, made, seed)
             attempt.take(name, made, None, seed)
             return

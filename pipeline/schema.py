@@ -91,7 +91,7 @@ _LEDGER: dict[str, Any] = {
 _ROW: dict[str, Any] = {
     "type": "object",
     "required": ["arm", "stage", "type", "seed", "attempt", "status", "why", "reused", "artifact", "ledger", "quality",
-                 "serving", "depends_on"],
+                 "recovery", "serving", "depends_on"],
     "additionalProperties": False,
     "properties": {
         "arm": {"type": "string"},
@@ -138,6 +138,8 @@ _ROW: dict[str, Any] = {
                 ]
             },
         },
+        "recovery": {"type": "object", "propertyNames": {"enum": ["loss", "kl"]},
+                     "additionalProperties": {"$ref": "#/$defs/value"}},
         "serving": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
     },
 }  # fmt: skip

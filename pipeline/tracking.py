@@ -266,8 +266,9 @@ class _Delivery:
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
         core = {key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core}
-        self.state["arms"].setdefault(row["arm"], {})[_child_name(row)] = {
-            "seed": row["seed"], "finished": row["status"] == "FINISHED", "core": core,
+        arm, _, rung = row["arm"].partition("/")
+        self.state["arms"].setdefault(arm, {})[_child_name(row)] = {
+            "seed": row["seed"], "finished": row["status"] == "FINISHED" and not rung, "core": core,
         }  # fmt: skip
 
     def _serving(self, event: dict[str, Any]) -> None:
@@ -358,8 +359,9 @@ class _Delivery:
             own = (model for model in known if row["reused"] or model.source_run_id == run)
             model = next(own, None)
             if model is None:
+                name = f"{row['arm']}-{digest[:8]}".replace("/", "-")  # which names of models may not have
                 model = self.client.create_logged_model(
-                    self.experiment, name=f"{row['arm']}-{digest[:8]}", source_run_id=run, model_type=row["type"],
+                    self.experiment, name=name, source_run_id=run, model_type=row["type"],
                     tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},
                 )  # fmt: skip
             self.client.finalize_logged_model(model.model_id, "READY")

@@ -108,7 +108,7 @@ def make_row(arm: str, *, key: str = "bits_per_byte", gpu: bool = False, **chang
         "artifact": {"path": f"/runs/store/{DIGEST}", "kind": "model", "digest": DIGEST, "bytes": 4_000_000},
         "ledger": make_ledger(WORK_MIN.get(arm, 10), 2, gpu=gpu),
         "quality": {key: value(level, ci=[level - 0.02, level + 0.02], n=520, items="items/test.parquet")},
-        "serving": {"device_s_per_1k_units": value(0.6 if arm == "student" else 1.0)},
+        "recovery": {}, "serving": {"device_s_per_1k_units": value(0.6 if arm == "student" else 1.0)},
     }  # fmt: skip
     return {**row, **changes}
 
@@ -121,6 +121,7 @@ def make_unfinished(arm: str, status: str, why: str, **changes: Any) -> dict[str
         "artifact": None,
         "ledger": make_empty_ledger(why),
         "quality": {"bits_per_byte": null(why, ci=None, n=None, items=None)},
+        "recovery": {},
         "serving": {"device_s_per_1k_units": null(why)},
         **changes,
     }

@@ -123,8 +123,8 @@ def test_a_trial_reads_what_it_says(language: Bench) -> None:
     """Loss and weights against a plain computation; what was written on trial is gone."""
     trial = language.measure(Format.int8_weight_only, ())
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 128)
-    plain = sum(p.nbytes for p in language._model.parameters())
-    buffers = sum(b.nbytes for b in language._model.buffers())
+    plain = sum(p.nbytes for p in language.yard.model.parameters())
+    buffers = sum(b.nbytes for b in language.yard.model.buffers())
     scales = 2 * (4 * 64 + 2 * 128 + 64) * (4 + 1)  # by output row, a scale in fp32 and a zero point in int8
     assert trial.memory_ratio == pytest.approx((plain + buffers - 3 * linear + scales) / (plain + buffers), rel=1e-3)
     assert trial.time_ratio > 0
@@ -141,7 +141,7 @@ def test_layers_are_ranked_by_how_far_each_alone_moves_the_predictions(language:
     for name in (order[0], order[-1]):
         with language._quantized(Format.nf4, tuple(other for other in order if other != name)) as folder:
             quantized = load_model(folder, Task.causal_lm)
-        alone[name] = language._score(quantized, language._validation, other=language._model)[1]
+        alone[name] = language.yard.score(quantized, language.yard.validation, other=language.yard.model)[1]
     assert alone[order[0]] > 2 * alone[order[-1]]
 
 
@@ -167,7 +167,7 @@ def test_classes_are_searched_alike(tmp_path: Path) -> None:
         ).logits.argmax(-1).item() == document.label
         for document in found.data.splits["validation"]
     ])  # fmt: skip
-    assert found._metric == pytest.approx(accuracy)
+    assert found.yard._metric == pytest.approx(accuracy)
 
 
 def test_what_cannot_run_here_is_left_out_with_its_reason(language: Bench) -> None:

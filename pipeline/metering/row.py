@@ -63,7 +63,8 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> d
     found = problems(record)
     return {
         "arm": facts.name, "stage": facts.name, "type": "metered", "seed": 0, "attempt": 1, "status": facts.status,
-        "why": facts.why, "reused": None, "depends_on": [], "artifact": None, "quality": {}, "serving": {},
+        "why": facts.why, "reused": None, "depends_on": [], "artifact": None, "quality": {},
+        "recovery": {}, "serving": {},
         "ledger": {**record, "meter_valid": not found, "meter_problems": [*found, *facts.used.read().problems]},
     }  # fmt: skip
 

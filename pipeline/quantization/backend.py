@@ -60,6 +60,14 @@ class Backend(Protocol):
         """Say whether a layer is one that it quantized."""
         ...
 
+    def dequantize(self, module: torch.nn.Module) -> torch.Tensor:
+        """Return the weight that a quantized layer stands for, (out, in)."""
+        ...
+
+    def round_trip(self, weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+        """Return what would be left of a weight (out, in) in `fmt`, in its own dtype."""
+        ...
+
 
 LIBRARIES: dict[Format, str] = {
     Format.int8: "bitsandbytes", Format.nf4: "bitsandbytes", Format.nf4_double: "bitsandbytes",
@@ -159,8 +167,8 @@ def quantize(
         check_model_folder(source, key)
         config = load_config(source, key=key)
         plan = refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
-        rest_dtype = _rest_dtype(config, device)
-    convert = _Conversion(fmt, task, plan, device, rest_dtype, key, clock)
+        rest = rest_dtype(config, device)
+    convert = _Conversion(fmt, task, plan, device, rest, key, clock)
     if prepare is None:
         layers, reference = convert(source, out)
     else:
@@ -174,7 +182,7 @@ def quantize(
         fmt=fmt,
         quantized_layers=layers,
         kept_layers=tuple(layer.name for layer in plan.keep),
-        rest_dtype=str(rest_dtype).removeprefix("torch."),
+        rest_dtype=str(rest).removeprefix("torch."),
         bytes_before=weights_bytes(source),
         bytes_after=weights_bytes(out),
         logits_sha256=reference.digests,
@@ -212,7 +220,7 @@ def refuse_unsupported(
     return plan
 
 
-def _rest_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+def rest_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of what is not quantized: bfloat16 on accelerators, on CPUs what the source is stored in."""
     import torch
 

@@ -128,3 +128,24 @@ def is_quantized(module: torch.nn.Module) -> bool:
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     return isinstance(module, Linear4bit | Linear8bitLt)
+
+
+def dequantize(module: torch.nn.Module) -> torch.Tensor:
+    """Return the weight that a quantized layer stands for, (out, in); the layer must not have been run on a CPU."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
+
+
+def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return what is left of a weight (out, in), by the library's own rounding."""
+    from bitsandbytes import functional
+
+    if fmt is Format.int8:
+        rounded, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return functional.int8_vectorwise_dequant(rounded, scales).to(weight.dtype)
+    double = fmt in (Format.nf4_double, Format.fp4_double)
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type=fmt.value[:3]
+    )
+    return functional.dequantize_4bit(packed, state).to(weight.dtype)

@@ -64,6 +64,11 @@ class Found:
     trials: tuple[Trial, ...]
     why: str
 
+    def nearest(self, prefer: Prefer) -> Trial | None:
+        """Return the cheapest trial that would save something had it held the tolerance; None where one did hold."""
+        saving = [trial for trial in self.trials if trial.cost(prefer) < 1]
+        return None if self.best is not None else min(saving, key=lambda trial: trial.cost(prefer), default=None)
+
 
 @dataclass(slots=True)
 class Searcher:

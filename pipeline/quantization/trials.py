@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
@@ -10,28 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.assess.scoring import score_causal, score_classification
 from pipeline.assess.server import load
 from pipeline.assess.serving import check_load, measure_interleaved
 from pipeline.config import Format, Run, Task
 from pipeline.data.documents import Dataset
-from pipeline.data.encode import Encoded, encode_all
 from pipeline.errors import UserError
-from pipeline.models import load_config, load_model, load_tokenizer
+from pipeline.models import load_config
 from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, refuse_unsupported
 from pipeline.quantization.layers import Choice, plan_layers
 from pipeline.quantization.search import Trial
+from pipeline.quantization.yardstick import Yardstick
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.ledger.phases import PhaseClock
 
-DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of validation, by content digest
 SENSITIVITY_DOCUMENTS = 8  # of these, one reading a layer
 BLOCKS = 2  # ABBA blocks of serving a trial
 
@@ -54,38 +51,31 @@ class Bench:
     clock: PhaseClock
     folder: Path  # trials are written below it and removed
     sequence_length: int
-    _validation: list[Encoded] = field(init=False)
-    _model: Any = field(init=False)
-    _pad_id: int = field(init=False)
-    _metric: float = field(init=False)
+    yard: Yardstick = field(init=False)
 
     def __post_init__(self) -> None:
-        self._validation = self._encoded()
-        self._model = self._load(self.source)
-        self._pad_id = load_tokenizer(self.source).pad_token_id
-        self._metric = self._score(self._model, self._validation)[0]
-
-    # -- a trial --------------------------------------------------------------------------------------------------
+        self.yard = Yardstick(self.source, self.run, self.data, self.device, self.sequence_length)
 
     def measure(self, fmt: Format, exclude: tuple[str, ...]) -> Trial:
         """Quantize, score and serve `fmt` with the layers `exclude` kept in 16 bits."""
         with self._quantized(fmt, exclude) as folder:
-            metric, kl = self._score(self._load(folder), self._validation, other=self._model)
+            loss, kl = self.yard.read(folder)
             time_ratio, memory_ratio = self._serve(folder)
-        return Trial(fmt, exclude, self._loss(metric), kl, time_ratio, memory_ratio)
+        return Trial(fmt, exclude, loss, kl, time_ratio, memory_ratio)
 
     def sensitive(self, fmt: Format) -> Sequence[str]:
         """Return the layers that `fmt` quantizes, the one first that moves the model's predictions most."""
-        few = self._validation[:SENSITIVITY_DOCUMENTS]
+        yard = self.yard
+        few = yard.validation[:SENSITIVITY_DOCUMENTS]
         with self._quantized(fmt, ()) as folder:
-            quantized, patched = self._load(folder), self._load(self.source)
+            quantized, patched = yard.load(folder), yard.load(self.source)
         dtype = quantized.dtype
-        patched, plain = patched.to(dtype), self._load(self.source).to(dtype)
+        patched, plain = patched.to(dtype), yard.load(self.source).to(dtype)
         moved: dict[str, float] = {}
         for layer in plan_layers(plain.config, self.run.task, key=self.key, choice=self.choice).quantize:
             own = patched.get_submodule(layer.name)
             patched.set_submodule(layer.name, quantized.get_submodule(layer.name))
-            moved[layer.name] = self._score(patched, few, other=plain)[1]
+            moved[layer.name] = yard.score(patched, few, other=plain)[1]
             patched.set_submodule(layer.name, own)
         return sorted(moved, key=lambda name: -moved[name])
 
@@ -100,37 +90,6 @@ class Bench:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    # -- its figures ----------------------------------------------------------------------------------------------
-
-    def _encoded(self) -> list[Encoded]:
-        documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
-        documents = documents[: DOCUMENTS[self.run.task]]
-        encoded = encode_all(
-            documents, load_tokenizer(self.source), self.run.task, max_length=self.sequence_length,
-            max_bytes=self.run.quality.max_bytes_per_document,
-        )  # fmt: skip
-        return [each for each in encoded if self.run.task is not Task.causal_lm or each.targets[1:].any()]
-
-    def _load(self, folder: Path) -> Any:
-        return load_model(folder, self.run.task, device=self.device, labels=self.data.labels)
-
-    def _score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
-        """Return the primary metric and, with `other`, the KL from it."""
-        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device,
-                                "pad_id": self._pad_id, "other": other}  # fmt: skip
-        if self.run.task is Task.causal_lm:
-            scores = score_causal(model, encoded, sequence_length=self.sequence_length, **more)
-            metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
-        else:
-            scores = score_classification(model, encoded, **more)
-            metric, count = scores.correct.mean(), len(scores.correct)
-        return float(metric), 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
-
-    def _loss(self, metric: float) -> float:
-        if not math.isfinite(metric):
-            return math.inf
-        return metric / self._metric - 1 if self.run.task is Task.causal_lm else self._metric - metric
-
     def _serve(self, folder: Path) -> tuple[float, float]:
         """Return the trial's seconds at the load, and its bytes of weights, over the unquantized model's."""
         config = replace(self.run.serving, blocks=BLOCKS, batches=[])
@@ -138,7 +97,7 @@ class Bench:
             arm: load(path, self.run.task, self.device, labels=self.data.labels, now_ns=self.clock.now_ns)
             for arm, path in (("trial", folder), ("plain", self.source))
         }
-        prompts = [each.input_ids for each in self._validation]
+        prompts = [each.input_ids for each in self.yard.validation]
         for server in servers.values():
             check_load(server, config.load, prompts)
         seconds, _ = measure_interleaved(servers, [("trial", "plain")], config=config, prompts=prompts, seed=0)

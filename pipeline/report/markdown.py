@@ -65,6 +65,7 @@ def markdown(result: Result) -> str:
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
         _section("What quantizing changed", _drift(result, notes, shown)),
+        _section("What recovery brought", _recovery(result, notes, shown)),
         _section("Serving", _serving(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
         _section("What the device did in traced steps", _traced(result, shown)),
@@ -142,6 +143,20 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         body.append([_md(name), notes.show(kl, significant, "") + _bounds(kl, significant),
                      notes.show(flips, percent, "") + _bounds(flips, percent), lost])  # fmt: skip
     return _table(head, body)
+
+
+def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    rows = [row for row in arm_rows(result) if row["recovery"]]
+    if not rows:
+        return []
+    shown.update(dict.fromkeys(("recovery/loss", "recovery/kl")))
+    by = percent if primary_key(result) == "bits_per_byte" else points
+    body = [
+        [_md(name), notes.show(hours_of(row, result), lambda hours: duration(3600 * hours)),
+         notes.show(row["recovery"]["loss"], by), notes.show(row["recovery"]["kl"], significant)]
+        for name, row in zip(labels(rows), rows, strict=True)
+    ]  # fmt: skip
+    return _table(("rung", hours_word(result), "lost on validation", "KL from its source, nats"), body)
 
 
 def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:

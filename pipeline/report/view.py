@@ -21,6 +21,7 @@ Pair = dict[str, Any]
 SERVING_KEY = "device_s_per_1k_units"
 NOT_RECORDED = "not recorded"
 NO_MODEL = "a teacher cache is no model: it has no quality and serves nothing"
+RUNG = "a rung of recovery is read on validation; the stage it belongs to is assessed"
 _STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}
 
 
@@ -54,6 +55,8 @@ def no_figure(row: Row) -> str:
     """Say why a row has no quality and no serving figures at all."""
     if row["artifact"] is not None and row["artifact"]["kind"] == "teacher_cache":
         return NO_MODEL
+    if row["recovery"]:
+        return RUNG
     return row["why"] or NOT_RECORDED
 
 

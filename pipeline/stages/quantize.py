@@ -3,7 +3,7 @@
 What it does: weights in `format`, saved before any forward pass and proven bit-equal after a reload in a fresh
 process. When it helps: memory, nearly always; speed, only where this device's kernels say so, which is why the
 comparison pass measures it. Settings worth changing: format; exclude (layers that suffer); smoothing, with formats that
-quantize activations (int8, int8_dynamic).
+quantize activations (int8, int8_dynamic); recover (what to do where the format loses too much: `recover.py`).
 Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314 (NF4); Xiao et al. 2022,
 arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 """
@@ -17,7 +17,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import Format, Prefer, Run, at_least_0, fraction, positive
+from pipeline.config import (
+    Format,
+    LoraSettings,
+    Precision,
+    Prefer,
+    QatSettings,
+    Run,
+    Rung,
+    at_least_0,
+    fraction,
+    positive,
+)
 from pipeline.errors import UserError
 from pipeline.stages.settings import BASE
 from pipeline.store import MANIFEST
@@ -28,6 +39,8 @@ if TYPE_CHECKING:
     from pipeline.store import Artifact
 
 # ruff: noqa: UP045
+
+TRAINED_IN = (Precision.fp32, Precision.tf32, Precision.bf16, Precision.fp16)  # recovery: what keeps weights in fp32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,11 +56,15 @@ class QuantizeStage:
     smoothing: Optional[float] = fraction(None)  # moves outliers of activations into weights: 0.5; null: not
     calibration: Optional[str] = None  # file of documents that smoothing looks at; null: the first of train
     calibration_documents: int = positive(32)
+    tolerance: Optional[float] = at_least_0(None)  # largest loss of quality on validation; null: quality.margin
     # Of format=auto:
     candidates: list[Format] = field(default_factory=list)  # formats to try; empty: all that work here
     prefer: Prefer = Prefer.time  # what to save
-    tolerance: Optional[float] = at_least_0(None)  # largest loss of quality on validation; null: quality.margin
     search_device_hours: Optional[float] = positive(None)  # null: all candidates are tried
+    # Where more than `tolerance` is lost:
+    recover: list[Rung] = field(default_factory=list)  # what is tried, in order (format, lora, qat); empty: nothing
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    qat: QatSettings = field(default_factory=QatSettings)
 
     type: ClassVar[str] = "quantize"
     version: ClassVar[int] = 2
@@ -72,23 +89,50 @@ class QuantizeStage:
                 where = "candidates" if search else "format"
                 raise UserError(f"{key}.{where}", f"{fmt.value} needs {LIBRARIES[fmt]}, which is not installed",
                                 "pip install -e '.[quant]'")  # fmt: skip
-        for name, default in (("candidates", []), ("tolerance", None), ("search_device_hours", None),
-                              ("prefer", Prefer.time)):  # fmt: skip
+        for name, default in (("candidates", []), ("search_device_hours", None), ("prefer", Prefer.time)):
             if not search and getattr(self, name) != default:
                 raise UserError(f"{key}.{name}", f"has no effect with format: {self.format.value}", "give format=auto")
+        if self.tolerance is not None and not search and not self.recover:
+            problem = f"has no effect with format: {self.format.value} and nothing to recover with"
+            raise UserError(f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]")
         if self.calibration is not None and self.smoothing is None:
             raise UserError(f"{key}.calibration", "has no effect without smoothing", f"give {key}.smoothing=0.5")
         if search and self.smoothing is not None:
             raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
+        self._check_recovery(key, run)
+
+    def _check_recovery(self, key: str, run: Run) -> None:
+        if len(set(self.recover)) < len(self.recover):
+            raise UserError(f"{key}.recover", "names a rung twice", "give each once")
+        for rung, settings in ((Rung.lora, self.lora), (Rung.qat, self.qat)):
+            own = f"{key}.{rung.value}"
+            if rung not in self.recover:
+                if settings != type(settings)():
+                    raise UserError(own, f"has no effect without {rung.value} in recover", f"add it to {key}.recover")
+                continue
+            precision = settings.precision or run.precision.name
+            if precision not in TRAINED_IN:
+                known = ", ".join(each.value for each in TRAINED_IN)
+                raise UserError(f"{own}.precision", f"{precision.value} is not for this", f"give one of {known}")
+            if settings.steps is None and run.training.steps == 0:
+                raise UserError(f"{own}.steps", "training.steps is 0, and this trains", "give a number of steps")
+        if Rung.lora in self.recover and find_spec("peft") is None:
+            raise UserError(f"{key}.recover", "lora needs peft, which is not installed", "pip install -e '.[quant]'")
+        if Rung.lora in self.recover and self.quantize_head:
+            problem = "adapters beside the output head are not merged"
+            raise UserError(f"{key}.quantize_head", problem, "leave it out, or lora out of recover")
+        if Rung.format in self.recover and self.format is Format.auto:
+            raise UserError(f"{key}.recover", "with format: auto the search is that rung", "leave format out of it")
 
     def searched(self, run: Run) -> dict[str, Any]:
         """Return what decides how a search ends beside its settings; a part of the artifact's key."""
         if self.format is not Format.auto:
             return {}
-        return {"tolerance": self._tolerance(run), "load": run.serving.load, "quality_batch": run.quality.batch_size,
+        return {"tolerance": self.allowed(run), "load": run.serving.load, "quality_batch": run.quality.batch_size,
                 "max_bytes": run.quality.max_bytes_per_document, "length": _sequence_length(run)}  # fmt: skip
 
-    def _tolerance(self, run: Run) -> float:
+    def allowed(self, run: Run) -> float:
+        """Return the largest loss of the primary quality: a fraction of bits per byte, a difference of accuracy."""
         return run.quality.margin if self.tolerance is None else self.tolerance
 
     def choice(self) -> Choice:
@@ -101,15 +145,17 @@ class QuantizeStage:
         """Quantize and leave the model in `ctx.out`."""
         if self.format is Format.auto:
             return self._search(inputs, ctx)
+        return self.convert(inputs[self.model].path, ctx, smoothed=self.smoothing is not None)
+
+    def convert(self, source: Path, ctx: Context, *, smoothed: bool) -> Output:
+        """Quantize `source` into `ctx.out` and prove the reload; `smoothed`: after smoothing."""
         from pipeline.quantization.backend import quantize
         from pipeline.quantization.layers import abbreviate
         from pipeline.stages.context import Output
 
-        source = inputs[self.model].path
         done = quantize(
-            source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=f"stages.{ctx.stage}.format",
-            clock=ctx.clock, choice=self.choice(),
-            prepare=None if self.smoothing is None else lambda model: self._smooth(model, source, ctx),
+            source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=format_key(ctx), clock=ctx.clock,
+            choice=self.choice(), prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
         )  # fmt: skip
         notes = (f"{ctx.stage}: {len(done.quantized_layers)} linear layers in {self.format.value}, left alone: "
                  f"{abbreviate(done.kept_layers)}",)  # fmt: skip
@@ -122,7 +168,7 @@ class QuantizeStage:
         from pipeline.quantization.trials import Bench, able
         from pipeline.stages.context import Output
 
-        source, key, started_ns = inputs[self.model].path, f"stages.{ctx.stage}.format", ctx.clock.now_ns()
+        source, key, started_ns = inputs[self.model].path, format_key(ctx), ctx.clock.now_ns()
         limit_h = self.search_device_hours
 
         def spent() -> bool:
@@ -136,21 +182,26 @@ class QuantizeStage:
                                        choice=self.choice(), key=key)  # fmt: skip
             bench = Bench(source, ctx.run, ctx.data, ctx.device, self.choice(), key, ctx.clock, ctx.out.parent,
                           _sequence_length(ctx.run))  # fmt: skip
-            searcher = Searcher(bench.measure, bench.sensitive, self._tolerance(ctx.run), self.prefer, spent)
+            searcher = Searcher(bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent)
             found = searcher.run(candidates)
         said = [f"{ctx.stage}: tried {trial}" for trial in found.trials]
         said += [f"{ctx.stage}: not tried: {reason}" for reason in reasons]
-        about = {"search": {"prefer": self.prefer.value, "tolerance": self._tolerance(ctx.run), "why": found.why,
-                            "trials": [trial.to_json() for trial in found.trials]}}  # fmt: skip
+        missed = found.nearest(self.prefer)
+        about: dict[str, Any] = {"search": {
+            "prefer": self.prefer.value, "tolerance": self.allowed(ctx.run), "why": found.why,
+            "trials": [trial.to_json() for trial in found.trials],
+            "next": None if missed is None else missed.to_json(),
+        }}  # fmt: skip
         if found.best is None:
             with ctx.clock.phase("convert"):
-                _copy(source, ctx.out)
+                copy_model(source, ctx.out)
             kept = f"{ctx.stage}: stays as {self.model} is: {found.why}"
             return Output(notes=(*said, kept), about=about)
         chosen = replace(self, format=found.best.fmt, exclude=[*self.exclude, *found.best.exclude], candidates=[],
                          prefer=Prefer.time, tolerance=None, search_device_hours=None)  # fmt: skip
-        done = chosen.run(inputs, ctx)
-        return replace(done, notes=(*said, *done.notes), about={**done.about, **about})
+        done = chosen.convert(source, ctx, smoothed=False)
+        read = {"loss": found.best.loss, "kl": found.best.kl, "documents": len(bench.yard.validation)}
+        return replace(done, notes=(*said, *done.notes), about={**done.about, **about, "recovery": read})
 
     def _calibrated(self, ctx: Context) -> dict[str, Any]:
         """Return what activations were looked at."""
@@ -159,7 +210,8 @@ class QuantizeStage:
         source = self.calibration or f"train split of {ctx.data.name}"
         return {"calibration": {"smoothing": self.smoothing, "source": source, "documents": self.calibration_documents}}
 
-    def _smooth(self, model: Any, source: Any, ctx: Context) -> None:
+    def smooth(self, model: Any, source: Path, ctx: Context) -> None:
+        """Move outliers of activations into the weights of `model`, in place; it looks at calibration documents."""
         import torch
 
         from pipeline.data.encode import encode_all
@@ -168,19 +220,35 @@ class QuantizeStage:
         from pipeline.quantization.smoothing import smooth
 
         with ctx.clock.phase("prepare"):
-            documents = calibration_documents(self, ctx.run, ctx.data, f"stages.{ctx.stage}.calibration")
+            documents = calibration_documents(self, ctx.run, ctx.data, f"{stage_key(ctx)}.calibration")
             length = ctx.run.training.sequence_length
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
             ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]
         with ctx.clock.phase("calibrate"):
-            smooth(model, ids, strength=self.smoothing or 0.0, key=f"stages.{ctx.stage}.smoothing")
+            smooth(model, ids, strength=self.smoothing or 0.0, key=f"{stage_key(ctx)}.smoothing")
+
+
+def stage_key(ctx: Context) -> str:
+    """Return the stage's key among the settings, as refusals name it; a rung's (`int8/lora`) is that of its stage."""
+    return f"stages.{ctx.stage.partition('/')[0]}"
+
+
+def format_key(ctx: Context) -> str:
+    """Return the key of the format."""
+    return f"{stage_key(ctx)}.format"
+
+
+def read_with(run: Run) -> dict[str, Any]:
+    """Return what decides a reading on validation."""
+    return {"batch_size": run.quality.batch_size, "max_bytes": run.quality.max_bytes_per_document,
+            "sequence_length": _sequence_length(run)}  # fmt: skip
 
 
 def _sequence_length(run: Run) -> int:
     return run.quality.sequence_length or run.training.sequence_length
 
 
-def _copy(source: Path, out: Path) -> None:
+def copy_model(source: Path, out: Path) -> None:
     """Copy a model's files, but what the store says of them."""
     for file in source.iterdir():
         if file.is_file() and file.name != MANIFEST:

@@ -23,6 +23,32 @@ KEEP = 2
 FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json"}
 
 
+class TrainedPart:
+    """The parameters of a model that are trained, as checkpoints keep them: the frozen ones are made anew."""
+
+    def __init__(self, model: Any) -> None:
+        self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by name."""
+        return {name: each.detach() for name, each in self._trained.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], *, strict: bool = True) -> None:
+        """Take the parameters over, in place."""
+        assert not strict or state.keys() == self._trained.keys(), "a checkpoint is read by the stage that wrote it"
+        with torch.no_grad():
+            for name, value in state.items():
+                self._trained[name].copy_(value)
+
+    def tie_weights(self) -> None:
+        """Do nothing: what is tied is one parameter here."""
+
+
+def kept_of(model: Any) -> Any:
+    """Return what a checkpoint holds of a model: all of it, or its trained part where some of it is frozen."""
+    return model if all(each.requires_grad for each in model.parameters()) else TrainedPart(model)
+
+
 def save(
     folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, extra: Callable[[], dict[str, Any]]
 ) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint import kept_of
 from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
@@ -109,7 +110,7 @@ def train(
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
     masters = masters_of(model, objective.precision)
-    held = model if masters is None else masters
+    held = masters or kept_of(model)
     trained = [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
     optimizer = make_optimizer(trained, settings, objective.device)
     scaler = torch.amp.GradScaler(
@@ -120,7 +121,7 @@ def train(
         float8_layers(objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say),
         made_ahead(batches, progress.step, settings.steps, objective.device) as ahead,
     ):
-        _all_steps(model, masters, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
+        _all_steps(model, masters, held, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
     if masters is not None:
         masters.restore()
     return progress
@@ -162,8 +163,8 @@ def trial_steps(
 
 
 def _all_steps(
-    model: Any, masters: MasterWeights | None, batches: Batches, objective: Objective, optimizer: Any, scaler: Any,
-    settings: TrainingConfig, progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
+    model: Any, masters: MasterWeights | None, held: Any, batches: Batches, objective: Objective, optimizer: Any,
+    scaler: Any, settings: TrainingConfig, progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
 ) -> None:  # fmt: skip
     pending: deque[Reading] = deque()
     last_saved = time.monotonic()
@@ -191,7 +192,7 @@ def _all_steps(
             due = progress.step % settings.checkpoint_every == 0
         if (due or stop is not None) and progress.step < settings.steps:
             _read(pending, progress, settings, hooks, clock, drain=True)
-            _save(folder, masters or model, optimizer, scaler, progress, clock, hooks)
+            _save(folder, held, optimizer, scaler, progress, clock, hooks)
             last_saved = time.monotonic()
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"

@@ -50,18 +50,27 @@ VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  
 
 
 def run_training(
-    stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context
-) -> Output:
-    """Train (or distil) as `stage` says and save the model into `ctx.out`."""
+    stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context, *,
+    start: Callable[[], tuple[Any, Any]] | None = None, save: Callable[[Any], None] | None = None,
+) -> Output:  # fmt: skip
+    """Train (or distil) as `stage` says and save the model into `ctx.out`.
+
+    Args:
+        start: Returns the model, on the device, and its tokenizer, in place of what `stage.model` names.
+        save: Saves the trained model, wherever it belongs.
+    """
     if distill is not None and distill.completions is not None:  # taught by texts: no distribution to follow
         distill = None
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
-        model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
-        if stage.stack is not None:
-            stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
-        model.to(ctx.device)
+        if start is not None:
+            model, tokenizer = start()
+        else:
+            model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
+            if stage.stack is not None:
+                stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
+            model.to(ctx.device)
         if settings.activation_checkpointing:
             where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
             checkpoint_activations(model, f"{where}.activation_checkpointing")
@@ -133,7 +142,10 @@ def run_training(
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
-        save_model(model, tokenizer, ctx.out)
+        if save is None:
+            save_model(model, tokenizer, ctx.out)
+        else:
+            save(model)
     output = _output(progress, objective, distill, share)
     if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))

@@ -1,0 +1,83 @@
+"""How far a quantized model has moved from its source, on documents of the validation split: never on test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.assess.scoring import score_causal, score_classification
+from pipeline.config import Run, Task
+from pipeline.data.documents import Dataset
+from pipeline.data.encode import Encoded, encode_all
+from pipeline.models import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of validation, by content digest
+
+
+@dataclass(slots=True)
+class Yardstick:
+    """The source, in memory, and what others are read on beside it.
+
+    Attributes:
+        validation: The documents.
+        model: The source.
+    """
+
+    source: Path
+    run: Run
+    data: Dataset
+    device: torch.device
+    sequence_length: int
+    validation: list[Encoded] = field(init=False)
+    model: Any = field(init=False)
+    _pad_id: int = field(init=False)
+    _metric: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.validation = self._encoded()
+        self.model = self.load(self.source)
+        self._pad_id = load_tokenizer(self.source).pad_token_id
+        self._metric = self.score(self.model, self.validation)[0]
+
+    def read(self, folder: Path) -> tuple[float, float]:
+        """Return what the model in `folder` loses of the primary quality, and its KL from the source.
+
+        The loss is a fraction for bits per byte and a difference for accuracy, above 0 where it is worse, infinite
+        where there is none. The KL is in nats a token or example.
+        """
+        metric, kl = self.score(self.load(folder), self.validation, other=self.model)
+        if not math.isfinite(metric):
+            return math.inf, kl
+        is_language = self.run.task is Task.causal_lm
+        return (metric / self._metric - 1 if is_language else self._metric - metric), kl
+
+    def load(self, folder: Path) -> Any:
+        """Load a model of this data's labels."""
+        return load_model(folder, self.run.task, device=self.device, labels=self.data.labels)
+
+    def score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
+        """Return the primary metric and, with `other`, the KL from it."""
+        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device,
+                                "pad_id": self._pad_id, "other": other}  # fmt: skip
+        if self.run.task is Task.causal_lm:
+            scores = score_causal(model, encoded, sequence_length=self.sequence_length, **more)
+            metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
+        else:
+            scores = score_classification(model, encoded, **more)
+            metric, count = scores.correct.mean(), len(scores.correct)
+        return float(metric), 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
+
+    def _encoded(self) -> list[Encoded]:
+        documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
+        documents = documents[: DOCUMENTS[self.run.task]]
+        encoded = encode_all(
+            documents, load_tokenizer(self.source), self.run.task, max_length=self.sequence_length,
+            max_bytes=self.run.quality.max_bytes_per_document,
+        )  # fmt: skip
+        return [each for each in encoded if self.run.task is not Task.causal_lm or each.targets[1:].any()]
