@@ -74,7 +74,7 @@ class Rung(Enum):
     """What a quantize stage may do where its format loses too much (`stages/recover.py`)."""
 
     format = "format"  # one that keeps more
-    lora = "lora"  # adapters trained on the quantized model, merged into it
+    lora = "lora"  # adapters trained inside the rounding, merged before it
     qat = "qat"  # quantization-aware distillation from the unquantized model
 
 

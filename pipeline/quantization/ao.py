@@ -127,7 +127,20 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
 
 
-def dequantize(module: torch.nn.Module) -> torch.Tensor:
+def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return what is left of a weight (out, in), by the library's own rounding."""
+    import torch
+    from torchao.quantization import quantize_
+
+    with torch.device("meta"):
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    dtype = torch.bfloat16 if fmt is Format.int4_weight_only else weight.dtype
+    layer.weight = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    quantize_(layer, _scheme(fmt))
+    return _dequantize(layer).to(weight.dtype)
+
+
+def _dequantize(module: torch.nn.Module) -> torch.Tensor:
     """Return the weight that a quantized layer stands for, (out, in).
 
     A tile of int4 has no way back of its own: the layer is run on the unit matrix, which its kernel multiplies exactly.
@@ -141,16 +154,3 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
     unit = torch.eye(layer.in_features, dtype=torch.bfloat16, device=layer.weight.device)
     with torch.no_grad():
         return torch.nn.functional.linear(unit, layer.weight).T
-
-
-def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return what is left of a weight (out, in), by the library's own rounding."""
-    import torch
-    from torchao.quantization import quantize_
-
-    with torch.device("meta"):
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    dtype = torch.bfloat16 if fmt is Format.int4_weight_only else weight.dtype
-    layer.weight = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    quantize_(layer, _scheme(fmt))
-    return dequantize(layer).to(weight.dtype)

@@ -60,10 +60,6 @@ class Backend(Protocol):
         """Say whether a layer is one that it quantized."""
         ...
 
-    def dequantize(self, module: torch.nn.Module) -> torch.Tensor:
-        """Return the weight that a quantized layer stands for, (out, in)."""
-        ...
-
     def round_trip(self, weight: torch.Tensor, fmt: Format) -> torch.Tensor:
         """Return what would be left of a weight (out, in) in `fmt`, in its own dtype."""
         ...

@@ -130,13 +130,6 @@ def is_quantized(module: torch.nn.Module) -> bool:
     return isinstance(module, Linear4bit | Linear8bitLt)
 
 
-def dequantize(module: torch.nn.Module) -> torch.Tensor:
-    """Return the weight that a quantized layer stands for, (out, in); the layer must not have been run on a CPU."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(module).detach()
-
-
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return what is left of a weight (out, in), by the library's own rounding."""
     from bitsandbytes import functional

@@ -2,14 +2,21 @@
 
 Each forward pass rounds a layer's weight as the library would, and, where the format quantizes activations, the layer's
 input as its kernel would. Rounding has no slope, so backward passes through it as if it were not there
-(straight-through), and the weights that the optimizer moves stay unrounded.
+(straight-through), and the weights that the optimizer moves stay unrounded. With adapters the weights stay as they are
+and two narrow matrices are trained whose product is added to each before it is rounded: what is merged and quantized
+afterwards is then the very model that was trained. (Adapters beside a quantized weight are not: rounding their sum
+takes most of it back, for what they add is smaller than a step of 4 bits.)
 Source: Bengio et al. 2013, arXiv 1308.3432, section 4 (straight-through); Liu et al. 2023, arXiv 2305.17888
-(quantization-aware distillation from the unquantized model); of the formats' own rounding: `bnb.py`, `ao.py`.
+(quantization-aware distillation from the unquantized model); Hu et al. 2021, arXiv 2106.09685, section 4.1 (LoRA);
+Bondarenko et al. 2024, arXiv 2406.06385, section 3 (adapters inside the rounding); of the formats' own rounding:
+`bnb.py`, `ao.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +29,34 @@ from pipeline.quantization.layers import Layer
 
 OUTLIER = 6.0  # LLM.int8(): input columns that reach it stay as they are. Source: arXiv 2208.07339, section 3.2
 INT8_MOST = 127.0
+INT8_HALF_RANGE = 127.5  # of -128 to 127
 FLOAT8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Size of the adapters: what they add is scaled by `alpha / rank`."""
+
+    rank: int
+    alpha: float
+
+
+class LowRank(nn.Module):
+    """Adds to a weight what its adapters amount to: nothing, at the beginning."""
+
+    def __init__(self, weight: Tensor, adapters: Adapters) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.scale = adapters.alpha / adapters.rank
+        self.down = nn.Parameter(torch.empty(adapters.rank, columns, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, adapters.rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight with what is added to it, of the same shape."""
+        if weight.is_meta:  # FLOPs are counted there, by token; this product is one a step, and small
+            return weight + self.up.sum()
+        return weight + self.scale * (self.up @ self.down)
 
 
 class RoundedWeight(nn.Module):
@@ -34,57 +68,83 @@ class RoundedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight, of the same shape: (out, in), or (in, out) in GPT-2's layers."""
-        if weight.is_meta:  # FLOPs are counted there
+        if weight.is_meta:
             return weight
         given = weight.detach().to(self.dtype)  # what the library is given
         rounded = backend_of(self.fmt).round_trip(given.T if self.transposed else given, self.fmt)
         return _straight_through(weight, rounded.T if self.transposed else rounded)
 
 
-def fake_quantize(model: Any, layers: Sequence[Layer], fmt: Format, dtype: torch.dtype) -> Callable[[], None]:
-    """Have the named `layers` of `model` compute as `fmt` would; return what undoes it and leaves their weights.
+def fake_quantize(
+    model: Any, layers: Sequence[Layer], fmt: Format, dtype: torch.dtype, adapters: Adapters | None = None
+) -> Callable[[], None]:
+    """Have the named `layers` of `model` compute as `fmt` would; return what undoes it and leaves what was trained.
 
     Args:
         layers: As `plan_layers` names them.
         dtype: That unquantized weights have when the library reads them.
+        adapters: Trained in place of all weights, which are frozen. Seed torch first.
     """
+    if adapters is not None:
+        model.requires_grad_(requires_grad=False)
     hooks: list[Any] = []
     modules: list[Any] = [model.get_submodule(layer.name) for layer in layers]
-    activations = ACTIVATIONS.get(fmt)
     for module, layer in zip(modules, layers, strict=True):
+        if adapters is not None:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, adapters))
         rounded = RoundedWeight(fmt, dtype, transposed=layer.transposed)
         parametrize.register_parametrization(module, "weight", rounded, unsafe=True)
-        if activations is not None:
-            rounding: Callable[[Tensor], Tensor] = activations
-            hooks.append(module.register_forward_pre_hook(
-                lambda _, args, rounding=rounding: (_straight_through(args[0], rounding(args[0].detach())), *args[1:])
-            ))  # fmt: skip
+        if fmt in ACTIVATIONS:
+            hooks.append(_round_inputs(module, ACTIVATIONS[fmt]))
 
     def undo() -> None:
         for hook in hooks:
             hook.remove()
         for module in modules:
+            own = module.parametrizations.weight
+            trained = own.original if adapters is None else own[0](own.original).detach()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            module.weight.data = trained.data
 
     return undo
 
 
+def _round_inputs(module: nn.Module, rounding: Callable[[Tensor], Tensor]) -> Any:
+    return module.register_forward_pre_hook(
+        lambda _, args: (_straight_through(args[0], rounding(args[0].detach())), *args[1:])
+    )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second value, exactly, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
+        return rounded.to(value.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return grad, None
+
+
 def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    return value + (rounded.to(value.dtype) - value).detach()
+    given: Any = _StraightThrough.apply(value, rounded)
+    return given
 
 
 def int8_by_token(inputs: Tensor) -> Tensor:
-    """Round (..., in) to 8-bit integers with a scale for each token."""
-    scale = inputs.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_MOST
-    return ((inputs / scale).round().clamp(-INT8_MOST, INT8_MOST) * scale).to(inputs.dtype)
+    """Round (..., in) to 8-bit integers with a scale for each token, as torchao does."""
+    scale = inputs.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_HALF_RANGE
+    return ((inputs / scale).round().clamp(-128, 127) * scale).to(inputs.dtype)
 
 
 def int8_but_outliers(inputs: Tensor) -> Tensor:
-    """Round as LLM.int8() does: by token, leaving alone the columns in which any token reaches `OUTLIER`."""
-    flat = inputs.flatten(0, -2)
+    """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token reaches `OUTLIER`."""
+    flat = inputs.flatten(0, -2).half()
     columns = (flat.abs() >= OUTLIER).any(0)
-    rounded = int8_by_token(flat.masked_fill(columns, 0.0))
-    return torch.where(columns, flat, rounded).reshape(inputs.shape)
+    rest = flat.masked_fill(columns, 0.0)
+    scale = rest.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_MOST
+    return torch.where(columns, flat, (rest / scale).round() * scale).to(inputs.dtype).reshape(inputs.shape)
 
 
 def float8_by_token(inputs: Tensor) -> Tensor:

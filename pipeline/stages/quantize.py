@@ -116,11 +116,6 @@ class QuantizeStage:
                 raise UserError(f"{own}.precision", f"{precision.value} is not for this", f"give one of {known}")
             if settings.steps is None and run.training.steps == 0:
                 raise UserError(f"{own}.steps", "training.steps is 0, and this trains", "give a number of steps")
-        if Rung.lora in self.recover and find_spec("peft") is None:
-            raise UserError(f"{key}.recover", "lora needs peft, which is not installed", "pip install -e '.[quant]'")
-        if Rung.lora in self.recover and self.quantize_head:
-            problem = "adapters beside the output head are not merged"
-            raise UserError(f"{key}.quantize_head", problem, "leave it out, or lora out of recover")
         if Rung.format in self.recover and self.format is Format.auto:
             raise UserError(f"{key}.recover", "with format: auto the search is that rung", "leave format out of it")
 

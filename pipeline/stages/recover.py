@@ -1,13 +1,12 @@
 """Recovery: what a quantize stage does where its format loses more than is allowed, rung by rung.
 
 What it does: the format as it was asked for, then those of `recover` in order: formats that keep more (`format`),
-adapters trained on the quantized model and merged into it (`lora`), quantization-aware distillation from the
-unquantized model (`qat`); the first that holds the tolerance on validation is kept, else 16 bits stay. Every rung is a
+adapters trained inside the rounding and merged (`lora`), quantization-aware distillation of all weights (`qat`), both
+from the unquantized model; the first that holds the tolerance on validation is kept, else 16 bits stay. Every rung is a
 stage of its own, `int8/lora`, with its own row, key and charge; the stage itself then only takes over what was found,
 and is assessed on the test split as any other, so that nothing was chosen there. When it helps: a format of 4 bits, or
 a small model. Settings worth changing: tolerance; lora.steps, qat.steps.
-Source: Dettmers et al. 2023, arXiv 2305.14314 (adapters on a quantized model); Liu et al. 2023, arXiv 2305.17888
-(quantization-aware distillation).
+Source: `quantization/fake.py`.
 """
 
 from __future__ import annotations

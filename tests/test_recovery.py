@@ -1,0 +1,335 @@
+"""Recovery: fake quantization against the libraries' own layers, and the ladder as a user climbs it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_assess_models import saved, tiny
+from test_assess_quality import causal_documents, trained
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import pipeline.quantization.backend
+from pipeline.cli import main
+from pipeline.config import Format, Task
+from pipeline.models import load_model
+from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, why_not
+from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quantize
+from pipeline.quantization.fresh_process import ALIGNMENT, align
+from pipeline.quantization.layers import EVERY_LAYER, plan_layers
+from pipeline.training.checkpoint import TrainedPart, kept_of
+
+CPU = torch.device("cpu")
+FORMATS = [fmt for fmt in pipeline.quantization.backend.formats() if why_not(fmt, CPU) is None]
+IDS = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small language model that knows its few documents."""
+    model = trained(Task.causal_lm, causal_documents(60), steps=150)
+    return saved(model, tmp_path_factory.mktemp("source") / "model")
+
+
+def faked(model: Any, fmt: Format, adapters: Adapters | None = None) -> Any:
+    layers = plan_layers(model.config, Task.causal_lm, key="format", choice=EVERY_LAYER).quantize
+    return fake_quantize(model, layers, fmt, torch.float32, adapters)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """GPT-2 keeps its weights the other way round: (in, out)."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=2)).eval()
+
+
+# -- fake quantization ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_weights_are_rounded_as_the_library_stores_them(fmt: Format, source: Path, tmp_path: Path) -> None:
+    """Bit by bit, against what peft reads from the layers of a model that was quantized and loaded."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    quantize(source, tmp_path, fmt, Task.causal_lm, device="cpu", key="format", prove=False)
+    stored = load_model(tmp_path, Task.causal_lm)
+    model: Any = load_model(source, Task.causal_lm)
+    faked(model, fmt)
+    for name, module in stored.named_modules():
+        if backend_of(fmt).is_quantized(module):
+            weight: Any = module.weight
+            theirs = weight.dequantize() if LIBRARIES[fmt] == "torchao" else dequantize_module_weight(module)
+            assert torch.equal(model.get_submodule(name).weight, theirs.float()), name
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt in ACTIVATIONS])
+def test_inputs_are_rounded_as_the_kernel_does(fmt: Format, source: Path, tmp_path: Path) -> None:
+    """A layer of the faked model gives what that of the quantized one gives; with its weights alone it would not."""
+    quantize(source, tmp_path, fmt, Task.causal_lm, device="cpu", key="format", prove=False)
+    model: Any = load_model(source, Task.causal_lm)
+    faked(model, fmt)
+    stored: Any = load_model(tmp_path, Task.causal_lm)
+    ours, theirs = (each.model.layers[0].mlp.up_proj for each in (model, stored))
+    inputs = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
+    inputs[:, 4, 7] = 9.0  # an outlier, as LLM.int8() calls it
+    with torch.no_grad():
+        error = (ours(inputs) - theirs(inputs)).square().mean()
+        weights_alone = (inputs @ ours.weight.T - theirs(inputs)).square().mean()
+    assert error < 0.01 * weights_alone
+
+
+@pytest.mark.parametrize("adapters", [None, Adapters(rank=4, alpha=8.0)])
+def test_gradients_are_those_at_the_rounded_weights(adapters: Adapters | None, source: Path) -> None:
+    """In float64, against autograd of a plain model that has the rounded weights; adapters by the chain rule."""
+    model: Any = load_model(source, Task.causal_lm)
+    faked(model, Format.nf4, adapters)
+    layer = model.model.layers[0].mlp.up_proj
+    if adapters is not None:
+        torch.nn.init.normal_(layer.parametrizations.weight[0].up, std=0.02)
+    plain: Any = load_model(source, Task.causal_lm)
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.copy_(model.get_submodule(name).weight)
+    for each in (model, plain):
+        each.double()(input_ids=IDS, labels=IDS).loss.backward()
+    true = plain.model.layers[0].mlp.up_proj.weight.grad
+    own = layer.parametrizations.weight
+    if adapters is None:
+        torch.testing.assert_close(own.original.grad, true, rtol=1e-5, atol=1e-9)
+        return
+    torch.testing.assert_close(own[0].up.grad, 2.0 * true @ own[0].down.T, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(own[0].down.grad, 2.0 * own[0].up.T @ true, rtol=1e-5, atol=1e-9)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "parametrizations" not in name] == []
+
+
+@pytest.mark.parametrize("adapters", [None, Adapters(rank=2, alpha=4.0)])
+@pytest.mark.parametrize("make", [lambda: tiny(Task.causal_lm), gpt2])
+def test_undone_it_leaves_a_plain_model_with_what_was_trained(make: Any, adapters: Adapters | None) -> None:
+    model, before = make(), make().state_dict()
+    undo = faked(model, Format.nf4, adapters)
+    name, module = next((n, m) for n, m in model.named_modules() if hasattr(m, "parametrizations"))
+    if adapters is None:
+        added = torch.full_like(module.parametrizations.weight.original, 0.01)
+        module.parametrizations.weight.original.data += added
+    else:
+        low = module.parametrizations.weight[0]
+        assert isinstance(low, LowRank)
+        torch.nn.init.normal_(low.up)
+        added = 2.0 * (low.up @ low.down).detach()
+    rounded = model(input_ids=IDS).logits
+    undo()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    torch.testing.assert_close(after.pop(f"{name}.weight"), before.pop(f"{name}.weight") + added)
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert not torch.equal(model(input_ids=IDS).logits, rounded)  # nothing rounds any more
+
+
+def test_a_checkpoint_of_a_partly_frozen_model_holds_what_is_trained() -> None:
+    model = tiny(Task.causal_lm)
+    assert kept_of(model) is model
+    faked(model, Format.nf4, Adapters(rank=2, alpha=4.0))
+    part = kept_of(model)
+    assert isinstance(part, TrainedPart)
+    state = {name: value.clone() for name, value in part.state_dict().items()}
+    assert {name.rpartition(".")[2] for name in state} == {"up", "down"}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1
+    part.load_state_dict(state)
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in state.items())
+
+
+def test_weights_that_lie_askew_are_moved_and_stay_what_they_are() -> None:
+    """A product with one token rounds by where its weight begins, and a mapped file has tensors anywhere."""
+    model = tiny(Task.causal_lm)
+    want = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        room = torch.empty(parameter.numel() + 1)[1:].view_as(parameter)
+        parameter.data = room.copy_(parameter.data)
+    assert any(p.data_ptr() % ALIGNMENT for p in model.parameters())
+    align(model)
+    assert not any(p.data_ptr() % ALIGNMENT for p in model.parameters())
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+
+
+# -- the ladder -------------------------------------------------------------------------------------------------------
+
+
+class Climber:
+    """Runs `recipe=quantize_recover` on one model in one store: what was made once is found again."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder, self.source = folder, source
+        texts = [json.dumps({"text": each.text}) for each in causal_documents(120)]
+        (folder / "texts.jsonl").write_text("\n".join(texts) + "\n")
+
+    def __call__(self, *settings: str, code: int = 0) -> dict[str, Any]:
+        found = main(
+            ["recipe=quantize_recover", f"model.path={self.source}", f"data.path={self.folder / 'texts.jsonl'}",
+             f"tracking.root={self.folder / 'runs'}", "tracking.mlflow=false", "stages.reference.steps=0",
+             "stages.quantized.format=fp4", "training.sequence_length=64", "training.batch_size=8", "training.steps=30",
+             "quality.bootstrap=200", "serving.blocks=2", "serving.load.prompt=8", "serving.load.new=4",
+             "serving.batches=[1]", "hardware.device=cpu", *settings],
+            started_ns=time.monotonic_ns(),
+        )  # fmt: skip
+        assert found == code
+        return json.loads((self.folder / "runs/latest/result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def climb(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Climber]:
+    with pytest.MonkeyPatch.context() as patch:  # the proof of the reload has tests of its own, and takes seconds
+        patch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)
+        yield Climber(tmp_path_factory.mktemp("climb"), source)
+
+
+def rungs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["arm"].rpartition("/")[2]: row for row in result["rows"] if "/" in row["arm"]}
+
+
+def loss(row: dict[str, Any]) -> float:
+    return row["recovery"]["loss"]["v"]
+
+
+def check_it_is(result: dict[str, Any], name: str | None) -> None:
+    """Check that the stage is what the rung made (None: its source), that it alone is assessed, and who is charged."""
+    rows = {row["arm"]: row for row in result["rows"]}
+    own = rows["quantized"]
+    taken = rows["reference"] if name is None else rows[f"quantized/{name}"]
+    assert own["artifact"]["digest"] == taken["artifact"]["digest"]
+    assert own["quality"]["kl_to_unquantized"]["v"] is not None
+    made = [arm for arm in rows if arm.startswith("quantized/")]
+    assert own["depends_on"] == ["reference", *made]
+    for arm in made:
+        assert rows[arm]["quality"] == {}
+        assert rows[arm]["recovery"]["kl"]["v"] > 0
+        assert rows[arm]["ledger"]["device_hours"]["work"]["v"] > 0
+    (pair,) = result["comparisons"]
+    spent = sum(rows[arm]["ledger"]["device_hours"]["work"]["v"] for arm in [*made, "quantized"])
+    if pair["payback"]["v"] is not None and pair["serving"]["v"]:
+        per_unit = rows["reference"]["serving"]["device_s_per_1k_units"]["v"] / 1000
+        saved_s = pair["payback"]["v"] * per_unit * pair["serving"]["v"]
+        assert saved_s / 3600 == pytest.approx(spent, rel=1e-6)
+
+
+def test_what_holds_as_it_was_asked_for_is_not_climbed_from(climb: Climber) -> None:
+    result = climb("stages.quantized.tolerance=1")
+    assert list(rungs(result)) == ["fp4"]
+    check_it_is(result, "fp4")
+
+
+def test_a_better_format_wins(climb: Climber) -> None:
+    result = climb("stages.quantized.tolerance=0.02")
+    found = rungs(result)
+    assert list(found) == ["fp4", "nf4"]
+    assert loss(found["nf4"]) <= 0.02 < loss(found["fp4"])
+    check_it_is(result, "nf4")
+    notes = result["environment"]["notes"]
+    assert f"quantized/fp4: loses {loss(found['fp4']):.2%} on validation where 2.00% is allowed" in notes
+    assert "quantized: is quantized/nf4" in notes
+    report = (climb.folder / "runs/latest/report.md").read_text()
+    assert "| quantized/nf4 |" in report[report.index("What recovery brought") :]
+
+
+LORA = ("stages.quantized.recover=[lora]", "stages.quantized.lora.learning_rate=0.003",
+        "training.divergence_factor=50")  # fmt: skip
+
+
+def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
+    """What is read is the artifact: quantized, plain, without a trace of adapters; the charge has its FLOPs."""
+    result = climb(*LORA, "stages.quantized.tolerance=0.04")
+    found = rungs(result)
+    assert list(found) == ["fp4", "lora"]
+    assert loss(found["lora"]) <= 0.04 < loss(found["fp4"])
+    check_it_is(result, "lora")
+    counts = found["lora"]["ledger"]["counts"]
+    assert (counts["steps"]["v"], found["lora"]["type"]) == (30, "recover")
+    assert counts["model_flops"]["v"] > 0
+    assert found["lora"]["artifact"]["bytes"] == pytest.approx(found["fp4"]["artifact"]["bytes"], rel=0.01)
+    artifact = json.loads(Path(found["lora"]["artifact"]["path"], "artifact.json").read_text())
+    assert artifact["quantization"]["format"] == "fp4"
+    assert artifact["recovery"]["loss"] == loss(found["lora"])
+
+
+def test_training_all_weights_wins(climb: Climber) -> None:
+    result = climb("stages.quantized.recover=[qat]", "stages.quantized.qat.learning_rate=0.001",
+                   "stages.quantized.tolerance=0.02")  # fmt: skip
+    found = rungs(result)
+    assert list(found) == ["fp4", "qat"]
+    assert loss(found["qat"]) <= 0.02 < loss(found["fp4"])
+    check_it_is(result, "qat")
+
+
+def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
+    result = climb("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=1", "stages.quantized.tolerance=0")
+    assert loss(rungs(result)["lora"]) > 0
+    check_it_is(result, None)
+    assert "quantized: stays as reference is: no rung holds the tolerance" in result["environment"]["notes"]
+    (pair,) = result["comparisons"]
+    assert pair["speedup"]["no_speedup"] is True
+
+
+def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(climb: Climber) -> None:
+    result = climb("stages.quantized.format=auto", "stages.quantized.candidates=[fp4]",
+                   "stages.quantized.recover=[qat]", "stages.quantized.prefer=memory",
+                   "stages.quantized.qat.learning_rate=0.001",
+                   "stages.quantized.tolerance=1e-6")  # fmt: skip
+    found = rungs(result)
+    assert list(found) == ["search", "qat"]
+    assert found["search"]["recovery"] == {}
+    artifact = json.loads(Path(found["qat"]["artifact"]["path"], "artifact.json").read_text())
+    assert artifact["quantization"]["format"] == "fp4"
+
+
+def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(climb: Climber) -> None:
+    """Stopped in the middle of its adapters by the budget, the same command goes on and comes to the same weights."""
+    settings = ("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=20", "stages.quantized.tolerance=0",
+                "training.checkpoint_every=5")  # fmt: skip
+    whole = rungs(climb(*settings))["lora"]["artifact"]["digest"]
+    other = Climber(climb.folder / "again", climb.source) if (climb.folder / "again").mkdir() is None else climb
+    asked: list[int] = []
+
+    def stop_at_8(self: Any) -> Any:
+        from pipeline.errors import Preempted
+
+        asked.append(1)
+        return Preempted if len(asked) == 8 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.attempt.Attempt._should_stop", stop_at_8)
+        with pytest.raises(FileNotFoundError):  # `latest` is of finished runs
+            other(*settings, code=75)
+    result = other(*settings)
+    rows = [row for row in result["rows"] if row["arm"] == "quantized/lora"]
+    assert [row["status"] for row in rows] == ["KILLED", "FINISHED"]
+    assert rows[-1]["artifact"]["digest"] == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["stages.quantized.recover=[qat,qat]"], "stages.quantized.recover: names a rung twice"),
+        (["stages.quantized.recover=[qat]", "stages.quantized.lora.rank=8"],
+         "stages.quantized.lora: has no effect without lora in recover"),
+        (["stages.quantized.recover=[qat]", "precision=bf16_pure"], "stages.quantized.qat.precision: bf16_pure is not"),
+        (["stages.quantized.recover=[lora]", "training.steps=0"], "stages.quantized.lora.steps: training.steps is 0"),
+        (["stages.quantized.recover=[lora]", "stages.quantized.lora.rank=0"], "stages.quantized.lora.rank: 0 is out"),
+        (["stages.quantized.recover=[format]", "stages.quantized.format=auto"],
+         "stages.quantized.recover: with format: auto the search is that rung"),
+        (["stages.quantized.recover=[]", "stages.quantized.tolerance=0.1"],
+         "stages.quantized.tolerance: has no effect with format: fp4 and nothing to recover with"),
+        (["stages.quantized.recover=[lora,more]"], "stages.quantized.recover"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(
+    climb: Climber, settings: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    climb(*settings, code=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("refused")]
+    assert said in line
