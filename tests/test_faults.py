@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from here import here
 
 from pipeline.schema import RESULT_SCHEMA
 
@@ -119,13 +120,13 @@ def test_two_processes_that_start_the_same_train_it_once(tmp_path: Path) -> None
 
 def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     args = ["recipe=baseline", *SMALL, "training.steps=60"]
-    done = run(tmp_path, *args, "budget.device_hours=0.0000001")
+    done = here(tmp_path, *args, "budget.device_hours=0.0000001")
     assert done.returncode == 7
     assert "budget.device_hours: 1e-07 is spent" in done.stderr
     (before,) = results(tmp_path)
-    done = run(tmp_path, *args, "budget.device_hours=0.0000001")  # said before anything more is spent
+    done = here(tmp_path, *args, "budget.device_hours=0.0000001")  # said before anything more is spent
     assert (done.returncode, results(tmp_path)) == (7, [before])
-    again = run(tmp_path, *args, "budget.device_hours=1")
+    again = here(tmp_path, *args, "budget.device_hours=1")
     assert again.returncode == 0, again.stderr
     (result,) = results(tmp_path)
     assert result["run"]["attempts"] == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from here import here
 
 from pipeline.schema import RESULT_SCHEMA
 
@@ -112,7 +113,7 @@ def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declare
 
 def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(distilled) -> None:
     cwd, first, _ = distilled
-    assert pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false").returncode == 0
+    assert here(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false").returncode == 0
     second = result_in(cwd)
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
@@ -121,7 +122,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     assert second["run"]["reused"]["v"] == pytest.approx(spent["work"] + spent["assess"] + spent["compare"])
     assert second["comparisons"] == first["comparisons"]
     assert (
-        pipeline(
+        here(
             cwd,
             "recipe=distill",
             "stages.teacher.steps=4",
@@ -151,7 +152,7 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "the same command goes on from there" in said
-    assert pipeline(tmp_path, "recipe=baseline", *args).returncode == 0
+    assert here(tmp_path, "recipe=baseline", *args).returncode == 0
     result = result_in(tmp_path)
     assert result["run"]["attempts"] == 2
     assert result["rows"][-1]["ledger"]["counts"]["steps"]["v"] == 400
@@ -163,7 +164,7 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
             "quality.max_documents=400", "tracking.mlflow=false"]  # fmt: skip
     accuracy = {}
     for shuffled in ("false", "true"):
-        done = pipeline(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
+        done = here(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
         assert done.returncode == 0, done.stderr
         quality = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]
         accuracy[shuffled] = quality["v"]

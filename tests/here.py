@@ -1,0 +1,19 @@
+"""Run a command line in this process: a second, where a process of its own imports torch for four."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import time
+from pathlib import Path
+
+from pipeline.cli import main
+
+
+def here(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Return what `python -m pipeline` with these arguments would: exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(args), started_ns=time.monotonic_ns())
+    return subprocess.CompletedProcess(list(args), code, out.getvalue(), err.getvalue())
