@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.arms import file_name
 from pipeline.base_model import base_artifact
 from pipeline.config import Format, Precision, Run
 from pipeline.data.completions import file_digest
@@ -630,11 +631,6 @@ def named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
         if said is None:
             raise
         raise StageFailed(f"{_what(arm, stage)}: {said}") from error
-
-
-def file_name(arm: str) -> str:
-    """Return an arm's name as a part of a file's: `int8/lora`, `comparison pass` have what files may not."""
-    return arm.replace("/", "-").replace(" ", "-")
 
 
 def _what(arm: str, stage: Any) -> str:

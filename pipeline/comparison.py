@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.arms import is_rung, stage_name
 from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
 from pipeline.attempt import device_name, named
@@ -133,7 +134,7 @@ def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
     spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
     of_seed = [row for row in attempt.rows if row["seed"] == seed]
     for name, stage in attempt.run.stages.items():
-        own = [row for row in of_seed if row["arm"].partition("/")[0] == name]  # a recovery is charged with every rung
+        own = [row for row in of_seed if stage_name(row["arm"]) == name]  # a recovery is charged with every rung
         hours = {
             part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own) for part in ("work", "retry")
         }
@@ -283,7 +284,7 @@ def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
             continue
         if served is None or row["arm"] not in served.serving:
             rung = "a rung is not served: the stage it belongs to is"
-            why = rung if row["recovery"] else "the recipe does not compare this arm on serving"
+            why = rung if is_rung(row["arm"]) else "the recipe does not compare this arm on serving"
             row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"

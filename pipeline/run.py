@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any
 
+from pipeline.arms import is_rung
 from pipeline.attempt import Attempt
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
@@ -74,10 +75,8 @@ def _all_stages(attempt: Attempt) -> None:
     for seed in attempt.seeds:
         attempt.arms, attempt.items = {BASE: attempt.base(seed)}, {}
         for name, stage in attempt.run.stages.items():
-            if getattr(stage, "recover", None) and attempt.why_not(stage) is None:
-                _one_stage(attempt, name, _climb(attempt, name, stage, seed), seed)
-            else:
-                _one_stage(attempt, name, stage, seed)
+            climbs = isinstance(stage, QuantizeStage) and stage.recover and attempt.why_not(stage) is None
+            _one_stage(attempt, name, _climb(attempt, name, stage, seed) if climbs else stage, seed)
 
 
 def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage:
@@ -113,7 +112,7 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
-        if made["artifact"]["kind"] != MODEL or "/" in name:  # a teacher cache has no quality; a rung is read as made
+        if made["artifact"]["kind"] != MODEL or is_rung(name):  # a teacher cache has no quality; a rung is read as made
             attempt.keep(name, stage, made, seed)
             attempt.take(name, made, None, seed)
             return

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.arms import file_name, is_rung, stage_name
 from pipeline.ledger.charge_sources import (
     PARTS,
     RUN_TAG,
@@ -266,9 +267,9 @@ class _Delivery:
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
         core = {key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core}
-        arm, _, rung = row["arm"].partition("/")
-        self.state["arms"].setdefault(arm, {})[_child_name(row)] = {
-            "seed": row["seed"], "finished": row["status"] == "FINISHED" and not rung, "core": core,
+        finished = row["status"] == "FINISHED" and not is_rung(row["arm"])
+        self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
+            "seed": row["seed"], "finished": finished, "core": core,
         }  # fmt: skip
 
     def _serving(self, event: dict[str, Any]) -> None:
@@ -359,7 +360,7 @@ class _Delivery:
             own = (model for model in known if row["reused"] or model.source_run_id == run)
             model = next(own, None)
             if model is None:
-                name = f"{row['arm']}-{digest[:8]}".replace("/", "-")  # which names of models may not have
+                name = f"{file_name(row['arm'])}-{digest[:8]}"
                 model = self.client.create_logged_model(
                     self.experiment, name=name, source_run_id=run, model_type=row["type"],
                     tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},

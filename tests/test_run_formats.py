@@ -73,6 +73,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     about = json.loads(Path(found["artifact"]["path"], "artifact.json").read_text())
     assert about["quantization"]["format"] == "nf4"
     assert about["search"]["trials"][0]["memory_ratio"] < 1
+    assert found["recovery"] == {}  # nothing was climbed
     assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.arms import stage_name
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
@@ -142,7 +143,7 @@ def _verbs(result: Result, pair: Pair) -> list[str]:
 def _charged_too(result: Result, pair: Pair) -> list[str]:
     """Return the other stages whose work is charged to the arm and not to its base, as a teacher's is."""
     chains = [_chain(result, pair[side]) for side in ("arm", "base")]
-    return [_name(arm) for arm in chains[0] if arm not in chains[1] and arm.partition("/")[0] != pair["arm"]]
+    return [_name(arm) for arm in chains[0] if arm not in chains[1] and stage_name(arm) != pair["arm"]]
 
 
 def _chain(result: Result, arm: str) -> list[str]:
@@ -283,7 +284,7 @@ def _cost(row: Row, result: Result) -> str:
 def _hours_of_all_attempts(row: Row, result: Result) -> Value:
     """Return the hours of a row with those of the attempts before it, failed ones and rungs included."""
     same = (other for other in result["rows"] if other["seed"] == row["seed"])
-    own = [other for other in same if other["arm"].partition("/")[0] == row["arm"]]
+    own = [other for other in same if stage_name(other["arm"]) == row["arm"]]
     hours = [hours_of(other, result) for other in own]
     unknown = next((each for each in hours if each["v"] is None), None)
     return unknown or {**hours[0], "v": sum(each["v"] for each in hours)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.arms import is_rung
 from pipeline.config import Task
 from pipeline.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
 from pipeline.report.numbers import in_unit, significant, time_unit
@@ -55,7 +56,7 @@ def no_figure(row: Row) -> str:
     """Say why a row has no quality and no serving figures at all."""
     if row["artifact"] is not None and row["artifact"]["kind"] == "teacher_cache":
         return NO_MODEL
-    if row["recovery"]:
+    if row["artifact"] is not None and is_rung(row["arm"]):
         return RUNG
     return row["why"] or NOT_RECORDED
 

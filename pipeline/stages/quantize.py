@@ -11,12 +11,13 @@ arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
+from pipeline.arms import stage_name
 from pipeline.config import (
     Format,
     LoraSettings,
@@ -123,8 +124,7 @@ class QuantizeStage:
         """Return what decides how a search ends beside its settings; a part of the artifact's key."""
         if self.format is not Format.auto:
             return {}
-        return {"tolerance": self.allowed(run), "load": run.serving.load, "quality_batch": run.quality.batch_size,
-                "max_bytes": run.quality.max_bytes_per_document, "length": _sequence_length(run)}  # fmt: skip
+        return {"tolerance": self.allowed(run), "load": run.serving.load, **read_with(run)}
 
     def allowed(self, run: Run) -> float:
         """Return the largest loss of the primary quality: a fraction of bits per byte, a difference of accuracy."""
@@ -149,7 +149,7 @@ class QuantizeStage:
         from pipeline.stages.context import Output
 
         done = quantize(
-            source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=format_key(ctx), clock=ctx.clock,
+            source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=setting(ctx, "format"), clock=ctx.clock,
             choice=self.choice(), prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
         )  # fmt: skip
         notes = (f"{ctx.stage}: {len(done.quantized_layers)} linear layers in {self.format.value}, left alone: "
@@ -163,7 +163,7 @@ class QuantizeStage:
         from pipeline.quantization.trials import Bench, able
         from pipeline.stages.context import Output
 
-        source, key, started_ns = inputs[self.model].path, format_key(ctx), ctx.clock.now_ns()
+        source, key, started_ns = inputs[self.model].path, setting(ctx, "format"), ctx.clock.now_ns()
         limit_h = self.search_device_hours
 
         def spent() -> bool:
@@ -192,11 +192,13 @@ class QuantizeStage:
                 copy_model(source, ctx.out)
             kept = f"{ctx.stage}: stays as {self.model} is: {found.why}"
             return Output(notes=(*said, kept), about=about)
-        chosen = replace(self, format=found.best.fmt, exclude=[*self.exclude, *found.best.exclude], candidates=[],
-                         prefer=Prefer.time, tolerance=None, search_device_hours=None)  # fmt: skip
-        done = chosen.convert(source, ctx, smoothed=False)
-        read = {"loss": found.best.loss, "kl": found.best.kl, "documents": len(bench.yard.validation)}
-        return replace(done, notes=(*said, *done.notes), about={**done.about, **about, "recovery": read})
+        done = self.settled(found.best.fmt, found.best.exclude).convert(source, ctx, smoothed=False)
+        return replace(done, notes=(*said, *done.notes), about={**done.about, **about})
+
+    def settled(self, fmt: Format, exclude: Sequence[str]) -> QuantizeStage:
+        """Return this search's stage with a format in its place, and more layers left alone."""
+        return replace(self, format=fmt, exclude=[*self.exclude, *exclude], candidates=[], prefer=Prefer.time,
+                       tolerance=None, search_device_hours=None)  # fmt: skip
 
     def _calibrated(self, ctx: Context) -> dict[str, Any]:
         """Return what activations were looked at."""
@@ -215,22 +217,17 @@ class QuantizeStage:
         from pipeline.quantization.smoothing import smooth
 
         with ctx.clock.phase("prepare"):
-            documents = calibration_documents(self, ctx.run, ctx.data, f"{stage_key(ctx)}.calibration")
+            documents = calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
             length = ctx.run.training.sequence_length
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
             ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]
         with ctx.clock.phase("calibrate"):
-            smooth(model, ids, strength=self.smoothing or 0.0, key=f"{stage_key(ctx)}.smoothing")
+            smooth(model, ids, strength=self.smoothing or 0.0, key=setting(ctx, "smoothing"))
 
 
-def stage_key(ctx: Context) -> str:
-    """Return the stage's key among the settings, as refusals name it; a rung's (`int8/lora`) is that of its stage."""
-    return f"stages.{ctx.stage.partition('/')[0]}"
-
-
-def format_key(ctx: Context) -> str:
-    """Return the key of the format."""
-    return f"{stage_key(ctx)}.format"
+def setting(ctx: Context, name: str) -> str:
+    """Return the full key of a stage's setting, as refusals name it; a rung's settings are its stage's."""
+    return f"stages.{stage_name(ctx.stage)}.{name}"
 
 
 def read_with(run: Run) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import Format, LoraSettings, Prefer, QatSettings, Run, Rung
+from pipeline.arms import stage_name
+from pipeline.config import Format, LoraSettings, QatSettings, Run, Rung
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage, copy_model, read_with
 
@@ -43,12 +44,12 @@ class FormatRung(QuantizeStage):
 
     def searched(self, run: Run) -> dict[str, Any]:
         """Return what decides how it ends beside its settings."""
-        return {**QuantizeStage.searched(self, run), "read": read_with(run)}
+        return {**QuantizeStage.searched(self, run), **read_with(run)}
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Quantize, leave the model in `ctx.out`, and read it."""
         done = QuantizeStage.run(self, inputs, ctx)
-        return done if self.format is Format.auto else read_output(done, inputs[self.model], ctx)
+        return read_output(done, inputs[self.model], ctx) if "quantization" in done.about else done
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +66,7 @@ class RecoverStage(DistillStage):
 
     def searched(self, run: Run) -> dict[str, Any]:
         """Return what decides how it ends beside its settings."""
-        return {"read": read_with(run)}
+        return read_with(run)
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train, quantize, leave the model in `ctx.out`, and read it."""
@@ -81,7 +82,6 @@ class RecoveredStage:
     model: str
     rungs: list[str]  # that were made, in order
     chosen: Optional[str]  # null: none held
-    optional: bool = False
 
     type: ClassVar[str] = "quantize"
     version: ClassVar[int] = 1
@@ -105,7 +105,7 @@ AnyRung = FormatRung | RecoverStage
 
 def stage_of(run: Run, arm: str) -> Any:
     """Return the stage behind an arm's rows, be it a rung; from the settings alone."""
-    name = arm.partition("/")[0]
+    name = stage_name(arm)
     stage = run.stages[name]
     return stage if name == arm else dict(rungs(name, stage))[arm]
 
@@ -124,21 +124,24 @@ def rungs(name: str, stage: QuantizeStage) -> Iterator[tuple[str, AnyRung]]:
 
 def _format_rung(stage: QuantizeStage) -> FormatRung:
     """Return the stage without its ladder: what it makes does not depend on that."""
-    own: dict[str, Any] = {each.name: getattr(stage, each.name) for each in fields(stage)}
-    own |= {"recover": [], "lora": LoraSettings(), "qat": QatSettings(), "optional": False}
+    own: dict[str, Any] = _by_name(stage) | {
+        "recover": [],
+        "lora": LoraSettings(),
+        "qat": QatSettings(),
+        "optional": False,
+    }
     own["tolerance"] = stage.tolerance if stage.format is Format.auto else None
     return FormatRung(**own)
 
 
 def _training_rung(stage: QuantizeStage, rung: Rung) -> RecoverStage:
     own = stage.lora if rung is Rung.lora else stage.qat
-    into = replace(_format_rung(stage), candidates=[], prefer=Prefer.time, tolerance=None, search_device_hours=None)
-    adapters: dict[str, Any] = {"rank": own.rank, "alpha": own.alpha} if isinstance(own, LoraSettings) else {}
-    return RecoverStage(
-        rung=rung, into=into, model=stage.model, teacher=stage.model, insist=True, compile=False, steps=own.steps,
-        learning_rate=own.learning_rate, precision=own.precision, temperature=own.temperature,
-        ce_weight=own.ce_weight, **adapters,
-    )  # fmt: skip
+    return RecoverStage(rung=rung, into=_format_rung(stage), model=stage.model, teacher=stage.model, insist=True,
+                        compile=False, **_by_name(own))  # fmt: skip
+
+
+def _by_name(settings: Any) -> dict[str, Any]:
+    return {each.name: getattr(settings, each.name) for each in fields(settings)}
 
 
 def found_format(stage: QuantizeStage, about: Mapping[str, Any]) -> QuantizeStage | None:
@@ -150,9 +153,7 @@ def found_format(stage: QuantizeStage, about: Mapping[str, Any]) -> QuantizeStag
     missed = about["search"]["next"]
     if missed is None:
         return None
-    exclude = [*stage.exclude, *missed["exclude"]]
-    return replace(stage, format=Format(missed["format"]), exclude=exclude,
-                   recover=[rung for rung in stage.recover if rung is not Rung.format])  # fmt: skip
+    return stage.settled(Format(missed["format"]), missed["exclude"])
 
 
 def read_output(done: Output, source: Artifact, ctx: Context) -> Output:

@@ -7,7 +7,7 @@ saved unrounded and then quantized as every artifact is.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from pipeline.quantization.backend import rest_dtype
 from pipeline.quantization.fake import Adapters, fake_quantize
 from pipeline.quantization.layers import plan_layers
 from pipeline.stages.context import Context, Output
-from pipeline.stages.quantize import format_key
-from pipeline.training.stage import run_training
+from pipeline.stages.quantize import setting
+from pipeline.training.stage import Start, run_training
 
 if TYPE_CHECKING:
     from pipeline.stages.recover import RecoverStage
@@ -32,21 +32,21 @@ def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Conte
     with tempfile.TemporaryDirectory(dir=ctx.out.parent, prefix="recover.") as folder:
         source = _smoothed(stage, inputs[stage.model].path, Path(folder) / "smoothed", ctx)
         trained = Path(folder) / "trained"
-        undo: list[Callable[[], None]] = []
 
-        def start() -> tuple[Any, Any]:
+        def start() -> Start:
             model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
-            plan = plan_layers(model.config, ctx.run.task, key=format_key(ctx), choice=into.choice())
+            plan = plan_layers(model.config, ctx.run.task, key=setting(ctx, "format"), choice=into.choice())
             dtype = rest_dtype(load_config(source), ctx.device)
             adapters = Adapters(stage.rank, stage.alpha) if stage.rung is Rung.lora else None
-            undo.append(fake_quantize(model, plan.quantize, into.format, dtype, adapters))
-            return model, load_tokenizer(source)
+            undo = fake_quantize(model, plan.quantize, into.format, dtype, adapters)
 
-        def save(model: Any) -> None:
-            undo[0]()
-            _save(model, source, trained, ctx)
+            def save(faked: Any) -> None:
+                undo()
+                _save(faked, source, trained, ctx)
 
-        made = run_training(stage, stage, inputs, ctx, start=start, save=save)
+            return model, load_tokenizer(source), save
+
+        made = run_training(stage, stage, inputs, ctx, start=start)
         done = into.convert(trained, ctx, smoothed=False)
     return replace(made, notes=(*made.notes, *done.notes), about={**made.about, **done.about})
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pipeline.stages.train import TrainStage
     from pipeline.store import Artifact
 
+Start = tuple[Any, Any, Callable[[Any], None]]
+"""A model on the device, its tokenizer, and what saves the model once it is trained."""
 NO_TEACHER = "no distillation in this stage"
 FEW = 8  # steps that an average is taken over
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
@@ -51,32 +53,25 @@ VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  
 
 def run_training(
     stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context, *,
-    start: Callable[[], tuple[Any, Any]] | None = None, save: Callable[[Any], None] | None = None,
+    start: Callable[[], Start] | None = None,
 ) -> Output:  # fmt: skip
     """Train (or distil) as `stage` says and save the model into `ctx.out`.
 
     Args:
-        start: Returns the model, on the device, and its tokenizer, in place of what `stage.model` names.
-        save: Saves the trained model, wherever it belongs.
+        start: What to begin with in place of what `stage.model` names.
     """
     if distill is not None and distill.completions is not None:  # taught by texts: no distribution to follow
         distill = None
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
-        if start is not None:
-            model, tokenizer = start()
-        else:
-            model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
-            if stage.stack is not None:
-                stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
-            model.to(ctx.device)
+        model, tokenizer, save = _start(stage, inputs, settings, ctx) if start is None else start()
         if settings.activation_checkpointing:
             where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
             checkpoint_activations(model, f"{where}.activation_checkpointing")
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
-            save_model(model, tokenizer, ctx.out)
+            save(model)
         return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
     teacher = None
     if distill is not None and distill.cache is None:
@@ -142,10 +137,7 @@ def run_training(
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
-        if save is None:
-            save_model(model, tokenizer, ctx.out)
-        else:
-            save(model)
+        save(model)
     output = _output(progress, objective, distill, share)
     if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
@@ -153,6 +145,16 @@ def run_training(
     about = {} if choice is None else {"precision": choice.about}
     notes = (*(each for each in told if each is not None), *output.notes)
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+
+
+def _start(
+    stage: TrainStage | DistillStage, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
+) -> Start:
+    """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
+    model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
+    if stage.stack is not None:
+        stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
+    return model.to(ctx.device), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
 
 def _chosen(
