@@ -1,11 +1,13 @@
 """Does a quantized format decode faster than 16 bits here? Every format beside the unquantized model, batch by batch.
 
-    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8] [--save]
+    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8] [--decode graph]
+        [--save]
 
 Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and served by its own server:
-prompts first, then token by token from the key-value cache. Each format is read against the unquantized model (bf16 on
+prompts first, then token by token from a key-value cache (one that grows, or of fixed size and captured: `--decode`,
+by default a captured one on CUDA). Each format is read against the unquantized model (bf16 on
 a GPU, fp32 on a CPU) in blocks of format, model, model, format. Told are tokens a second, the time over the unquantized
-model's with its 90% interval over blocks, and the bytes of weights. A format that cannot run here is named with why.
+model's with its 90% interval over blocks, the bytes of weights, and how each was served. A format that cannot run here is named with why.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.assess.server import Server, load
 from pipeline.assess.serving import measure_interleaved
 from pipeline.compare.statistics import abba_saving
-from pipeline.config import Format, ServingConfig, ServingLoad, Task
+from pipeline.config import Decode, Format, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.models import save_model
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
@@ -72,16 +74,17 @@ def read(fmt: str, servers: dict[str, Server], batch: int, blocks: int, device: 
     decode = float(np.mean([reading.decode_s for reading in readings[fmt].at_load]))
     return {
         "decode_tokens_per_s": batch * (new - 1) / decode,
+        "how": {arm: each.at_load[0].how for arm, each in readings.items()},
         "time_ratio": 1 - saving.estimate, "ci": [1 - saving.high, 1 - saving.low],
     }  # fmt: skip
 
 
-def measure(name: str, device: torch.device, batches: list[int], blocks: int) -> dict[str, Any]:
+def measure(name: str, device: torch.device, batches: list[int], blocks: int, decode: Decode) -> dict[str, Any]:
     """Return the figures of every format at one shape."""
     found: dict[str, Any] = {"formats": {}, "not_here": {}}
     with tempfile.TemporaryDirectory() as root:
         plain = source(SHAPES[name], Path(root, "source"), device)
-        given = {"labels": None, "now_ns": time.perf_counter_ns}
+        given = {"labels": None, "now_ns": time.perf_counter_ns, "decode": decode}
         unquantized = load(plain, Task.causal_lm, device, **given)
         for fmt in formats():
             why = why_not(fmt, device)
@@ -114,6 +117,10 @@ def table(name: str, found: dict[str, Any], batches: list[int]) -> str:
     for fmt, each in found["formats"].items():
         cells = [f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in each["batches"].values()]
         lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + " ".join(f"{cell:>20}" for cell in cells))
+    ways = {
+        (arm, way) for r in found["formats"].values() for b in r["batches"].values() for arm, way in b["how"].items()
+    }
+    lines += [f"{arm}: served with {way}" for arm, way in sorted(ways)]
     return "\n".join([*lines, *(f"{fmt}: not here: {why}" for fmt, why in found["not_here"].items())])
 
 
@@ -123,13 +130,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--decode", type=Decode, choices=Decode, default=Decode.auto)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     found: dict[str, Any] = {}
     lines: list[str] = []
     for name in args.shapes or DEFAULTS[device.type]:
-        found[name] = measure(name, device, args.batches, args.blocks)
+        found[name] = measure(name, device, args.batches, args.blocks, args.decode)
         lines.append(table(name, found[name], args.batches))
         print(lines[-1], flush=True)
     if args.save:

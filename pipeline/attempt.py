@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.arms import file_name
+from pipeline.assess.engine import EngineResult
 from pipeline.base_model import base_artifact
 from pipeline.config import Format, Precision, Run
 from pipeline.data.completions import file_digest
@@ -146,6 +147,7 @@ class Attempt:
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    engine: dict[str, EngineResult] = field(default_factory=dict)  # by arm, what serving.results declares
     memory: MemoryMeter = field(default_factory=MemoryMeter)
     stop_signal: int | None = None
     writer: subprocess.Popen[bytes] | None = None  # delivers the journal to MLflow
@@ -361,7 +363,10 @@ class Attempt:
 
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:
         """Return the key of an assessment: the artifact, the test data, how it is scored, and its teacher."""
-        quality = {key: value for key, value in plain(self.run.quality).items() if key != "margin"}
+        from pipeline.assess.tasks import identity as tasks_identity
+
+        quality = {key: value for key, value in plain(self.run.quality).items() if key not in ("margin", "tasks")}
+        quality |= tasks_identity(self.run.quality)
         teacher, unquantized = self._teacher(name), self._unquantized(name)
         return key_of(
             made=stage_key, artifact=made["artifact"]["digest"], data=self.data.digest, seed=seed, quality=quality,
@@ -638,9 +643,10 @@ def _what(arm: str, stage: Any) -> str:
 
 
 def _items_sha256(items: Path) -> str | None:
-    """Return a checksum over per-document values and first predictions, or None where either is not there."""
+    """Return a checksum over per-document values, of tasks too, and first predictions; None where any is not there."""
     try:
-        contents = [items.read_bytes(), items.with_suffix(".predictions.npy").read_bytes()]
+        of_tasks = sorted(items.parent.glob(f"{items.stem}.*.jsonl"))
+        contents = [file.read_bytes() for file in (items, items.with_suffix(".predictions.npy"), *of_tasks)]
     except FileNotFoundError:
         return None
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()

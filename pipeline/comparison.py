@@ -19,7 +19,7 @@ from pipeline.compare.savings import Reading, Spend, Trained, combine_training, 
 from pipeline.config import Comparison, Measure, Task
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
-from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE
+from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import past_spend
 from pipeline.stages.capture import CaptureStage
@@ -62,7 +62,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     rows = finished_rows(attempt, attempt.seeds[0])
     key = key_of(
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in ("volume", "rate")},
+        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in ("volume", "rate", "results")},
         task=attempt.run.task, data=attempt.data.digest, **attempt.made_on(),
     )  # fmt: skip
     with attempt.hold(key, "comparison pass"):
@@ -112,6 +112,7 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     return serve_pass(
         folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
         config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
+        sampler=attempt.sampler,
     )  # fmt: skip
 
 
@@ -204,7 +205,23 @@ def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict
         ]
         for key in keys
     }
+    by_key |= {key: [_task(attempt, pair, each, key) for each in all_seeds] for key in _tasks_of(pair, all_seeds)}
     return {key: combine_seeds(per_seed, is_share=key not in RELATIVE) for key, per_seed in by_key.items()}
+
+
+def _tasks_of(pair: Comparison, all_seeds: list[_Seed]) -> list[str]:
+    """Return the quality keys of lm-eval tasks that arm and base have a figure of, for every seed."""
+    sides = [each.rows[arm]["quality"] for each in all_seeds for arm in (pair.arm, pair.base)]
+    return [key for key in sides[0] if key.startswith(TASK) and all(side.get(key, {}).get("items") for side in sides)]
+
+
+def _task(attempt: Attempt, pair: Comparison, each: _Seed, key: str) -> dict[str, Any]:
+    """Compare the two arms on a metric of an lm-eval task, document by document."""
+    ours, theirs = (read_items(Path(each.rows[arm]["quality"][key]["items"])) for arm in (pair.arm, pair.base))
+    config = attempt.run.quality
+    return compare_items(
+        key.rpartition("/")[2], ours, theirs, margin=config.margin, resamples=config.bootstrap, seed=each.seed
+    )
 
 
 def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]:
@@ -255,9 +272,8 @@ def _serving(pair: Comparison, served: ServePass | None) -> dict[str, Any] | Non
     if served is None or key not in served.seconds:
         return None
     reading = savings.serving_saving(*served.seconds[key])
-    formats = {served.dtypes[arm] for arm in key}
-    note = " against ".join(served.dtypes[arm] for arm in key) if len(formats) > 1 else formats.pop()
-    return {**reading, "arithmetic": note}
+    ways = dict.fromkeys(served.how[arm] for arm in key)
+    return {**reading, "how": " against ".join(ways)}
 
 
 def _payback(
@@ -282,12 +298,14 @@ def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
     for row in attempt.rows:
         if row["artifact"] is None or row["artifact"]["kind"] != MODEL:
             continue
+        engine = attempt.engine.get(row["arm"]) if row["seed"] == first else None
+        declared = {name: value.to_json() for name, value in engine.figures.items()} if engine else {}
         if served is None or row["arm"] not in served.serving:
             rung = "a rung is not served: the stage it belongs to is"
             why = rung if is_rung(row["arm"]) else "the recipe does not compare this arm on serving"
-            row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
+            row["serving"] = {"device_s_per_1k_units": null(why).to_json(), **declared}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"
             row["serving"] = {"device_s_per_1k_units": null(why).to_json()}
         else:
-            row["serving"] = served.serving[row["arm"]]
+            row["serving"] = {**served.serving[row["arm"]], **declared}

@@ -265,6 +265,7 @@ class QualityConfig:
     batch_size: int = positive(16)
     sequence_length: Optional[int] = positive(None)  # null: as in training
     bootstrap: int = field(default=2000, metadata={"min": 200})  # resamples of an interval
+    tasks: list[str] = field(default_factory=list)  # files of lm-eval tasks with local data (causal_lm): also run
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,6 +277,17 @@ class ServingLoad:
     batch: int = positive(8)  # sequences at a time
 
 
+class Decode(Enum):
+    """How tokens are written: with a key-value cache that grows, or one of fixed size whose step is captured as a CUDA
+    graph, compiled before that, or neither. `auto`: graph on CUDA, else dynamic."""
+
+    auto = "auto"
+    dynamic = "dynamic"
+    static = "static"
+    graph = "graph"
+    compile = "compile"
+
+
 @dataclass(kw_only=True, slots=True)
 class ServingConfig:
     """The comparison pass."""
@@ -283,6 +295,8 @@ class ServingConfig:
     load: ServingLoad = field(default_factory=ServingLoad)
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
     blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
+    decode: Decode = Decode.auto
+    results: Any = None  # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
     volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
     rate: Optional[float] = positive(None)  # units a second to be served; the replicas that the arm saves, at it
 

@@ -143,6 +143,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("quality/kl_to_unquantized", "nat", "row", -1, "KL(unquantized || quantized) a test token or example"),
     Metric("quality/flips", "1", "row", -1, "share of first predictions that quantizing changed"),
     Metric("quality/worst_slice", "1", "row", -1, "loss of the class, or quarter of texts, that quantizing hurts most"),
+    Metric("quality/task", "1", "row", 1, "mean over its documents of an lm-eval task's metric: task/<task>/<metric>"),
     Metric("recovery/loss", "see quality_key", "row", -1,
            "what a rung loses of the primary quality against its source on validation: of it, or in points"),
     Metric("recovery/kl", "nat", "row", -1, "KL(source || rung) a validation token or example"),
@@ -152,8 +153,29 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("serving/decode_device_s_per_1k_tokens", "device-s", "row", -1, "the generation's part, per 1,000 new"),
     Metric("serving/p50_s", "s", "row", -1, "median latency of one batch at the load"),
     Metric("serving/p95_s", "s", "row", -1, "95th percentile of it"),
+    Metric("serving/prefill_p50_s", "s", "row", -1, "median time to the first new token of a batch at the load"),
+    Metric("serving/prefill_p95_s", "s", "row", -1, "95th percentile of it"),
+    Metric("serving/token_p50_s", "s", "row", -1, "median over batches of the mean time of a further token"),
+    Metric("serving/token_p95_s", "s", "row", -1, "95th percentile of it"),
+    Metric("serving/dynamic_cache_device_s_per_1k_units", "device-s", "row", -1,
+           "as device_s_per_1k_units, with a cache that grows, where the arm is served in another way"),
+    Metric("serving/units_per_joule", "1/J", "row", 1, "units per joule of the whole board at the load"),
     Metric("serving/peak_bytes", "B", "row", -1, "device memory allocated at most while serving; null on CPU"),
     Metric("serving/weights_bytes", "B", "row", -1, "bytes of the loaded parameters and buffers"),
+    # declared by `serving.results`, of a serving engine
+    Metric("serving/engine_output_tokens_per_s", "1/s", "row", 1, "tokens out a second, as an engine's file says"),
+    Metric("serving/engine_tokens_per_s", "1/s", "row", 1, "tokens in and out a second, as an engine's file says"),
+    Metric("serving/engine_requests_per_s", "1/s", "row", 1, "requests a second, as an engine's file says"),
+    *(Metric(f"serving/engine_{name}_p{p}_s", "s", "row", -1, f"{p}th percentile of {what}, as an engine's file says")
+      for name, what, known in (("ttft", "the time to a request's first token", (50, 95, 99)),
+                                ("tpot", "a request's mean time per further token", (50, 95, 99)),
+                                ("batch", "the time of a batch", (50, 99)))
+      for p in known),
+    Metric("serving/engine_requests", "1", "row", 0, "requests that these figures rest on"),
+    Metric("serving/engine_tokens_in", "1", "row", 0, "their prompt tokens"),
+    Metric("serving/engine_tokens_out", "1", "row", 0, "the tokens generated for them"),
+    Metric("serving/engine_max_concurrency", "1", "row", 0, "of them at a time, at most"),
+    Metric("serving/engine_request_rate", "1/s", "row", 0, "requests sent a second"),
     # -- whether it was worth it --------------------------------------------------------------------------------
     Metric("savings/training", "1", "comparison", 1, "1 - C(arm) / C(base) at equal quality; positive is cheaper"),
     Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over ABBA blocks"),
@@ -172,7 +194,12 @@ CATALOGUE: tuple[Metric, ...] = (
 )  # fmt: skip
 
 BY_KEY = {metric.key: metric for metric in CATALOGUE}
-QUALITY_KEYS = tuple(metric.name for metric in CATALOGUE if metric.section == "quality" and metric.name != "primary")
+QUALITY_KEYS = tuple(
+    metric.name for metric in CATALOGUE if metric.section == "quality" and metric.name not in ("primary", "task")
+)
+TASK = "task/"
+"""What quality keys of lm-eval tasks begin with: `task/<task>/<metric>`. The catalogue has one row for them all."""
+TASK_KEY = r"^task/[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"
 PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
 """The quality that decides, by task."""
 RELATIVE = frozenset({"bits_per_byte", "perplexity"})
@@ -187,6 +214,11 @@ _MEMORY = {
     "compute/nvml_peak_bytes": "nvml_peak_bytes", "compute/host_peak_rss_bytes": "host_peak_rss_bytes",
 }  # fmt: skip
 """Catalogue keys of the ledger's memory group, whose own keys need no prefix."""
+
+
+def catalogue_key(key: str) -> str:
+    """Return the key that stands for `key` in the catalogue: its own, or of an lm-eval task's the one of them all."""
+    return "quality/task" if key.startswith(f"quality/{TASK}") else key
 
 
 def export() -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.assess.engine import read_results
 from pipeline.attempt import Attempt, device_name
 from pipeline.compare.quality import MIN_DOCUMENTS
 from pipeline.config import Run
@@ -29,10 +30,12 @@ from pipeline.ledger.placement import grant, placement
 from pipeline.preflight import (
     check_calibration,
     check_completions,
+    check_decode,
     check_formats,
     check_heads,
     check_models,
     check_precisions,
+    check_tasks,
     choose_device,
 )
 from pipeline.recovery import recover
@@ -74,10 +77,13 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_precisions(run, device)
         check_heads(run, device)
         check_formats(run, device)
+        check_decode(run, device)
         check_completions(run, data)
         check_calibration(run, data)
         quiet_libraries()
         _check_writable(root)
+    engine = read_results(run)
+    check_tasks(run, clock)
     store = Store(root / "store")
     check_models(run, data, store, clock, device)
     with clock.phase("prepare"):
@@ -88,7 +94,9 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         attempt = Attempt(
             run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
             clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-            sampler=Sampler(reader_for(device)), lock=lock, notes=[*data.notes, *_few_documents(run, data)],
+            sampler=Sampler(reader_for(device)), lock=lock, engine=engine,
+            notes=[*data.notes, *_few_documents(run, data),
+                   *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
         )  # fmt: skip
         attempt.identity = {
             **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base_model import base_artifact
-from pipeline.config import Format, Measure, Run, Task
+from pipeline.config import Decode, Format, Measure, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -77,6 +77,16 @@ def check_heads(run: Run, device: Any) -> None:
             raise UserError(f"stages.{name}.head", reason, "leave it auto")
 
 
+def check_decode(run: Run, device: Any) -> None:
+    """Refuse CUDA graphs where there is no CUDA.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if run.serving.decode is Decode.graph and device.type != "cuda":
+        raise UserError("serving.decode", f"graph needs CUDA, this run is on {device.type}", "give auto or compile")
+
+
 def check_formats(run: Run, device: Any) -> None:
     """Refuse a quantized format that this device cannot take; an optional stage is skipped when its turn comes.
 
@@ -124,6 +134,22 @@ def check_completions(run: Run, data: Dataset) -> None:
         if path is not None:
             key = f"stages.{name}.completions"
             check_apart(read_completions(path, run.data, key), data, key)
+
+
+def check_tasks(run: Run, clock: PhaseClock) -> None:
+    """Refuse lm-eval tasks that lm-eval cannot read. Its import is overhead of the run: all arms use it alike.
+
+    Raises:
+        UserError: Naming the task.
+    """
+    if not run.quality.tasks:
+        return
+    from pipeline.assess.tasks import import_lm_eval, try_tasks
+
+    with clock.phase("import"):
+        import_lm_eval()
+    with clock.phase("prepare"):
+        try_tasks(run.quality)
 
 
 def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any) -> None:

@@ -125,7 +125,7 @@ def moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
     if row["artifact"] is None:
         return row
     quality = {
-        key: {**figure, "items": str(items)} if figure.get("items") else figure
+        key: {**figure, "items": str(items.with_name(Path(figure["items"]).name))} if figure.get("items") else figure
         for key, figure in row["quality"].items()
     }
     return {**row, "artifact": artifact, "quality": quality}

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import MEMORY
-from pipeline.metrics import PHASES, QUALITY_KEYS
+from pipeline.metrics import PHASES, QUALITY_KEYS, TASK_KEY
 
 _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
 VALUE: dict[str, Any] = {
@@ -46,6 +46,7 @@ _PHASES_NS = {
     "additionalProperties": {"type": "integer", "minimum": 0},
 }
 _STRINGS = {"type": "array", "items": {"type": "string"}}
+_QUALITY_NAMES = {"anyOf": [{"enum": list(QUALITY_KEYS)}, {"pattern": TASK_KEY}]}
 _COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
 _COST["properties"]["facility_energy_j"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _LEDGER: dict[str, Any] = {
@@ -122,7 +123,7 @@ _ROW: dict[str, Any] = {
         "ledger": _LEDGER,
         "quality": {
             "type": "object",
-            "propertyNames": {"enum": list(QUALITY_KEYS)},
+            "propertyNames": _QUALITY_NAMES,
             "additionalProperties": {
                 "allOf": [
                     {"$ref": "#/$defs/value"},
@@ -164,7 +165,7 @@ _COMPARISON: dict[str, Any] = {
         "on": {"type": "array", "items": {"enum": ["quality", "training", "serving", "payback"]}},
         "quality": {
             "type": "object",
-            "propertyNames": {"enum": list(QUALITY_KEYS)},
+            "propertyNames": _QUALITY_NAMES,
             "additionalProperties": _interval_value(
                 margin={"type": "number"},
                 answer={"enum": ["better", "worse", "equal", "undecided"]},
@@ -180,7 +181,7 @@ _COMPARISON: dict[str, Any] = {
             amortised={"$ref": "#/$defs/value"}, rule={"type": "string"},
         )]},
         "serving": {"oneOf": [{"type": "null"}, _interval_value(
-            blocks={"type": "integer"}, arithmetic={"type": "string"})]},
+            blocks={"type": "integer"}, how={"type": "string"})]},
         "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
             "required": ["unit"],
             "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"},

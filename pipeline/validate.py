@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pipeline.assess.engine import read_results
+from pipeline.assess.tasks import check_tasks
 from pipeline.config import Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost
@@ -140,6 +142,7 @@ def _check_sources(run: Run) -> None:
 
 
 def _check_rest(run: Run) -> None:
+    check_tasks(run.quality, run.task)
     if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
         raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
     if run.tracking.uri is not None and has_login(run.tracking.uri):
@@ -153,3 +156,4 @@ def _check_rest(run: Run) -> None:
         raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
     if any(batch < 1 for batch in run.serving.batches):
         raise UserError("serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]")
+    read_results(run)

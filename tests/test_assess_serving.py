@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,16 +11,21 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from fake_nvml import NOT_SUPPORTED, FakeNvml, Gpu
 from make_assess_models import LABELS, random_documents, saved, tiny
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 
 from pipeline.assess import serving
+from pipeline.assess.decoding import Fixed
 from pipeline.assess.server import Reading, Server, load, serving_dtype, weights_bytes
-from pipeline.assess.serving import Readings, draw_prompts, figures, measure_interleaved, serve_pass
-from pipeline.config import ServingConfig, ServingLoad, Task
+from pipeline.assess.serving import Readings, ServePass, draw_prompts, figures, measure_interleaved, serve_pass
+from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.phases import PhaseClock
 from pipeline.schema import RESULT_SCHEMA
+from pipeline.values import Value
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
 LOAD = ServingLoad(prompt=6, new=4, batch=2)
@@ -85,7 +91,7 @@ def test_a_causal_reading_is_prefill_then_one_token_at_a_time() -> None:
     clock = FakeClock()
     model = TimedModel(clock)
     reading = Server(model, CAUSAL, torch.device("cpu"), clock).once(np.ones((2, 6), dtype=np.int32), 4)
-    assert reading == Reading(prefill_s=0.012, decode_s=0.006, units=8, working_bytes=None)
+    assert reading == Reading(0.012, 0.006, units=8, working_bytes=None, how="dynamic cache")
     assert reading.total_s == pytest.approx(0.018)
     assert model.calls == [((2, 6), None, True, 1)] + [((2, 1), made, True, 1) for made in (1, 2, 3)]
 
@@ -98,18 +104,81 @@ def test_a_classification_reading_is_one_forward() -> None:
     assert len(model.calls) == 1
 
 
-def test_generation_is_greedy_and_the_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def written(model, prompt: np.ndarray, new: int, decode: Decode) -> tuple[torch.Tensor, str]:
+    """Return the tokens that a server writes in its second batch, after one of other prompts, and how."""
+    server = Server(model, CAUSAL, model.device, lambda: 0, decode)
+    server.once(prompt[::-1], new)
+    decoder, tokens = server._decoder[1], []
+    for name in ("prefill", "step"):
+        write = getattr(decoder, name)
+        setattr(decoder, name, lambda *given, write=write: tokens.append(write(*given).clone()))
+    how = server.once(prompt, new).how
+    return torch.cat(tokens, dim=1), how
+
+
+@pytest.mark.parametrize(
+    ("decode", "how"),
+    [
+        (Decode.auto, "dynamic cache"), (Decode.dynamic, "dynamic cache"), (Decode.static, "static cache"),
+        (Decode.compile, "static cache, compiled"),
+    ],
+)  # fmt: skip
+def test_generation_is_greedy_and_the_cache_changes_nothing(
+    decode: Decode, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # traced, no C++ made of it
     model = tiny(CAUSAL)
-    server, tokens = Server(model, CAUSAL, torch.device("cpu"), lambda: 0), []
-    step = server._next
-    monkeypatch.setattr(server, "_next", lambda ids, cache: tokens.append(step(ids, cache)) or tokens[-1])
     prompt = draw_prompts(PROMPTS, 3, 8, 0)
-    server.once(prompt, 5)
+    tokens, told = written(model, prompt, 5, decode)
+    assert told == how
     ids = torch.from_numpy(prompt.astype(np.int64))
     for _ in range(5):  # without a cache, all logits
         with torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(torch.cat([token for token, _ in tokens], dim=1), ids[:, 8:])
+    assert torch.equal(tokens, ids[:, 8:])
+
+
+def refuses(*_) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (lambda patch, model: patch.setattr(model, "_can_compile_fullgraph", False, raising=False),
+         "LlamaForCausalLM has no static cache"),
+        (lambda patch, model: patch.setattr(Fixed, "prefill", refuses),
+         "not static: operation not permitted when stream is capturing"),
+        (lambda patch, model: patch.setattr(Fixed, "step", lambda self: self.logits.neg_()),
+         "not static: its predictions are not those of a growing cache (cosine -"),
+    ],
+)  # fmt: skip
+def test_what_no_static_cache_can_serve_is_served_without_and_says_why(
+    broken, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = tiny(CAUSAL), draw_prompts(PROMPTS, 3, 8, 0)
+    expected, _ = written(model, prompt, 5, Decode.dynamic)
+    broken(monkeypatch, model)
+    tokens, how = written(model, prompt, 5, Decode.static)
+    assert how.startswith(f"dynamic cache ({why}")
+    assert torch.equal(tokens, expected)
+
+
+def test_a_cache_of_fixed_size_is_made_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list = []
+    init = Fixed.__init__
+    monkeypatch.setattr(
+        Fixed, "__init__", lambda self, *given, **more: made.append(given) or init(self, *given, **more)
+    )
+    server = Server(tiny(CAUSAL), CAUSAL, torch.device("cpu"), lambda: 0, Decode.static)
+    for rows in (3, 3, 2, 2):
+        server.once(draw_prompts(PROMPTS, rows, 8, 0), 5)
+    assert [prompt.shape for _, _, prompt, _ in made] == [(3, 8), (2, 8)]
+
+
+def test_one_new_token_needs_no_cache() -> None:
+    server = Server(tiny(CAUSAL), CAUSAL, torch.device("cpu"), lambda: 0, Decode.static)
+    assert server.once(draw_prompts(PROMPTS, 2, 8, 0), 1).how == "dynamic cache"
 
 
 def test_the_clock_is_read_after_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +299,10 @@ def test_figures_by_hand() -> None:
         "prefill_device_s_per_1k_tokens": pytest.approx(0.15 * 2 * 1000 / 12),
         "decode_device_s_per_1k_tokens": pytest.approx(0.45 * 2 * 1000 / 6),
         "p50_s": pytest.approx(0.6),
+        "prefill_p50_s": pytest.approx(0.15),
+        "prefill_p95_s": pytest.approx(0.1925),
+        "token_p50_s": pytest.approx(0.15),  # 0.45 s for 3 further tokens
+        "token_p95_s": pytest.approx(0.1925),
         "p95_s": pytest.approx(0.77),  # between the third and fourth of 0.4 0.6 0.6 0.8, at 0.85
         "peak_bytes": 1090,
         "weights_bytes": 1000,
@@ -281,7 +354,7 @@ def serve(artifacts, pairs, *, task=CAUSAL, clock=None, prompts=PROMPTS, **more)
     config = ServingConfig(**{"load": LOAD, "batches": [1], "blocks": 2, **more})
     return serve_pass(
         artifacts, pairs, task=task, labels=LABELS if task is CLASSES else None, prompts=prompts, config=config,
-        device="cpu", devices=1, seed=0, clock=clock or PhaseClock(),
+        device="cpu", devices=1, seed=0, clock=clock or PhaseClock(), sampler=Sampler(Absent("no GPU")),
     )  # fmt: skip
 
 
@@ -301,7 +374,7 @@ def test_artifacts_are_served_and_the_result_has_its_form(folders, task: Task) -
     assert served.seconds["a", "b"][0].shape == (2, 2)
     assert (served.seconds["a", "b"][1] > 0).all()
     assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
-    assert served.dtypes == {"a": "float32", "b": "float32"}
+    assert served.how == dict.fromkeys("ab", "float32, dynamic cache" if task is CAUSAL else "float32")
     assert set(clock.read_ns()) == {"model_load", "generate", "other"}
 
 
@@ -327,6 +400,7 @@ def test_a_pass_on_an_injected_clock_is_exact(monkeypatch: pytest.MonkeyPatch) -
             {
                 "device_s_per_1k_units": 18 / 8, "prefill_device_s_per_1k_tokens": 1.0,
                 "decode_device_s_per_1k_tokens": 1.0, "p50_s": 0.018, "p95_s": 0.018, "weights_bytes": 43,
+                "prefill_p50_s": 0.012, "prefill_p95_s": 0.012, "token_p50_s": 0.002, "token_p95_s": 0.002,
                 "batch_1_device_s_per_1k_units": 9 / 4,
             }
         )  # fmt: skip
@@ -362,7 +436,7 @@ def test_quantized_artifacts_are_served_as_they_are(folders, tmp_path: Path, set
         folders[CAUSAL], quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32, device_map="cpu"
     )
     served = serve({"q": saved(quantized, tmp_path), "reference": folders[CAUSAL]}, [("q", "reference")])
-    assert served.dtypes == {"q": "float32, quantized weights", "reference": "float32"}
+    assert served.how == {"q": "float32, quantized weights, dynamic cache", "reference": "float32, dynamic cache"}
     # By hand: the embedding (259 x 64, tied) and the norms stay in fp32, seven matrices a layer are quantized.
     elements, rows, rest = 2 * 7 * 64 * 64 + 2 * 3 * 64 * 64, 2 * (4 * 64 + 2 * 128 + 64), 4 * (259 * 64 + 5 * 64)
     scales = 4 * rows if "load_in_8bit" in settings else 4 * (elements // 64) + 2 * 7 * 16 * 4
@@ -380,3 +454,47 @@ def test_a_load_that_no_artifact_can_serve_is_refused(folders) -> None:
         serve(artifacts, [], prompts=[np.array([1, 900])])
     with pytest.raises(UserError, match="data: no test document gives a prompt"):
         serve(artifacts, [], prompts=[])
+
+
+# -- energy and the other way of writing ----------------------------------------------------------------------------
+
+
+def joules_of(nvml: FakeNvml) -> Value:
+    """Return units per joule of a server that takes a second for a batch of 100 units, on this board."""
+    sampler = Sampler(open_reader(["GPU-1"], nvml=nvml, now_ns=nvml.clock), now_ns=nvml.clock)
+    sampler.mark()
+
+    def once(*_) -> Reading:
+        nvml.pass_time(1)
+        sampler.tick()
+        return Reading(0.5, 0.5, 100, None)
+
+    return serving._units_per_joule(SimpleNamespace(once=once), np.ones((2, 6)), 4, sampler, PhaseClock(nvml.clock))
+
+
+def test_units_per_joule_are_those_of_the_batches_between_two_readings() -> None:
+    found = joules_of(FakeNvml())
+    assert (found.v, found.prov) == (pytest.approx(100 / 200), "derived")  # 200 W
+
+
+@pytest.mark.parametrize(
+    ("board", "why"),
+    [
+        (Gpu(refuses={"energy": NOT_SUPPORTED}), "NVML"),
+        (Gpu(frozen=True), "the energy counter stood still"),
+        (Gpu(processes=3), "other processes were on the device"),
+    ],
+)
+def test_joules_that_are_not_the_jobs_own_are_none(board: Gpu, why: str) -> None:
+    found = joules_of(FakeNvml(board))
+    assert found.v is None
+    assert why in (found.why_null or "")
+
+
+def test_an_arm_with_a_cache_of_fixed_size_is_read_with_a_growing_one_too(folders) -> None:
+    both = {"a": folders[CAUSAL], "b": folders[CAUSAL]}
+    served = serve(both, [("a", "b")], decode=Decode.static)
+    assert served.how == dict.fromkeys(both, "float32, static cache")
+    assert all(served.serving[arm]["dynamic_cache_device_s_per_1k_units"]["v"] > 0 for arm in both)
+    assert "dynamic_cache_device_s_per_1k_units" not in serve(both, [("a", "b")]).serving["a"]
+    assert ServePass.from_json(json.loads(json.dumps(served.to_json()))).how == served.how

@@ -141,7 +141,7 @@ def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     return ServePass(
         serving={arm: {"device_s_per_1k_units": measured(cost).to_json()} for arm, cost in costs.items()},
         seconds={(arm, base): (costs[arm] * blocks, costs[base] * np.ones((4, 2))) for arm, base in pairs},
-        dtypes=dict.fromkeys(costs, "float32"),
+        how=dict.fromkeys(costs, "float32"),
     )
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from make_assess_models import saved, tiny
 
+from pipeline.assess.server import load
 from pipeline.config import (
+    Decode,
     Divergence,
     Format,
     OptimizerKind,
@@ -206,6 +209,40 @@ def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperat
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
     (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=true")["rows"]
     assert row["ledger"]["counts"]["steps"]["v"] == 30
+
+
+@pytest.mark.parametrize("decode", [Decode.graph, Decode.compile])
+@pytest.mark.parametrize("fmt", [None, *formats()])
+def test_a_captured_step_writes_what_a_growing_cache_writes(tmp_path: Path, fmt: Format | None, decode: Decode) -> None:
+    """The unquantized model is captured; a format that cannot be says why, and is served all the same."""
+    folder = saved(tiny(Task.causal_lm), tmp_path / "plain")
+    if fmt is not None:
+        if why := why_not_quantize(fmt, DEVICE):
+            pytest.skip(why)
+        quantize(folder, tmp_path / "quantized", fmt, Task.causal_lm, device=DEVICE, key="format", prove=False)
+        folder = tmp_path / "quantized"
+    server = load(folder, Task.causal_lm, DEVICE, labels=None, now_ns=time.monotonic_ns, dtype=torch.float32)
+    prompt = np.random.default_rng(0).integers(0, 300, (3, 16))
+
+    def written(way: Decode) -> tuple[torch.Tensor, str]:
+        server.once(prompt[::-1], 8, decode=way)
+        _, decoder = server._decoder
+        with torch.inference_mode():
+            decoder.reset()
+            tokens = [decoder.prefill(torch.from_numpy(prompt).to(DEVICE)).clone()]
+            tokens += [decoder.step().clone() for _ in range(7)]
+        return torch.cat(tokens, dim=1), decoder.how
+
+    expected, _ = written(Decode.dynamic)
+    tokens, how = written(decode)
+    print(fmt, how)
+    assert torch.equal(tokens, expected)
+    assert "CUDA graph" in how or "(not " in how
+    if fmt is None:
+        assert how.endswith(", CUDA graph")
+        reading = server.once(prompt, 8, decode=decode)
+        assert reading.working_bytes is not None
+        assert reading.working_bytes > 0
 
 
 def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:

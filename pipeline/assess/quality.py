@@ -19,18 +19,21 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.assess.scoring import CausalScores, ClassificationScores, score_causal, score_classification
-from pipeline.compare.quality import macro_f1_interval
+from pipeline.compare.quality import is_binary, macro_f1_interval
 from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.metrics import TASK
 from pipeline.models import load_config, load_model, load_tokenizer
 from pipeline.values import Value, measured, null
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.assess.tasks import TaskScores
 
 LEVEL = 0.95
 LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
@@ -77,7 +80,8 @@ def assess_quality(
         unquantized: The folder of the model that this one was quantized from, which it is to stay close to.
 
     Returns:
-        By quality key: a value with its interval `ci`, its number of documents `n`, and the path of the `items`.
+        By quality key: a value with its interval `ci`, its number of documents `n`, and the path of the `items`. Of
+        `config.tasks` (`tasks.py`) each has the key `task/<task>/<metric>`, documents and items of its own.
 
     Raises:
         UserError: If model and data do not fit, or no document holds anything to score.
@@ -117,7 +121,32 @@ def assess_quality(
     if unquantized is not None:
         name, change, count = worst_slice(arrays, labels)
         entries["worst_slice"] = {**_entry((measured(change), None), count, items), "slice": name}
+    if config.tasks:
+        from pipeline.assess.tasks import run_tasks
+
+        with clock.phase("eval"):
+            for scores in run_tasks(model, tokenizer, config):
+                entries |= _task_entries(scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed)
     return entries
+
+
+def task_items(items: Path, task: str) -> Path:
+    """Return where the per-document values of an lm-eval task lie, beside those of the test documents."""
+    return items.with_name(f"{items.stem}.{task}.jsonl")
+
+
+def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Keep the scores of a task's documents, and return its figures by quality key."""
+    write_items(items, {"digest": scores.digest, "responses": scores.responses, **scores.scores})
+    figures: dict[str, Figure] = {name: (null(why), None) for name, why in scores.left_out.items()}
+    for name, values in scores.scores.items():
+        if is_binary(values):
+            figures[name] = _share(values)
+        else:
+            ones = np.ones(len(values), dtype=np.int64)
+            figures[name] = _measured(*_ratio(values, ones, resamples=resamples, seed=seed))
+    num_documents = len(scores.digest)
+    return {f"{TASK}{scores.name}/{name}": _entry(each, num_documents, items) for name, each in figures.items()}
 
 
 def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, float, int]:

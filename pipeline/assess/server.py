@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.assess.decoding import Decoder, make_decoder
 from pipeline.assess.scoring import padding_id
-from pipeline.config import Task
+from pipeline.config import Decode, Task
 from pipeline.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Reading:
         decode_s: Seconds of the further new tokens; 0 for classification.
         units: Tokens generated (batch x new), or examples classified (batch).
         working_bytes: Device memory allocated at most, above what was allocated before; None where it is not counted.
+        how: The way tokens were written; empty for classification.
     """
 
     prefill_s: float
     decode_s: float
     units: int
     working_bytes: int | None
+    how: str = ""
 
     @property
     def total_s(self) -> float:
@@ -50,12 +53,16 @@ class Server:
     Args:
         model: In evaluation mode, on `device`.
         now_ns: Monotonic clock, integer nanoseconds.
+        decode: How tokens are written after the prompt.
     """
 
-    def __init__(self, model: Any, task: Task, device: torch.device, now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, model: Any, task: Task, device: torch.device, now_ns: Callable[[], int], decode: Decode = Decode.dynamic
+    ) -> None:
         self.model, self.task, self.device = model, task, device
         self.weights_bytes = weights_bytes(model)  # before the first forward, which may repack quantized weights
-        self._now_ns = now_ns
+        self._now_ns, self._decode = now_ns, decode
+        self._decoder: tuple[tuple[Any, ...], Decoder] | None = None
         # Only the last position's logits are needed: the others would cost memory that no server spends.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
@@ -66,35 +73,45 @@ class Server:
         quantized = getattr(self.model.config, "quantization_config", None) is not None
         return str(self.model.dtype).removeprefix("torch.") + (", quantized weights" if quantized else "")
 
-    def once(self, prompt_ids: np.ndarray, new: int) -> Reading:
+    def once(self, prompt_ids: np.ndarray, new: int, *, decode: Decode | None = None) -> Reading:
         """Serve one batch.
 
         Args:
             prompt_ids: Token ids (batch, prompt), without padding.
             new: Tokens to generate for each; not used by classification.
+            decode: Another way of writing tokens than the server's own.
         """
         import torch
 
         prompt = torch.from_numpy(prompt_ids.astype(np.int64)).to(self.device)
-        before = self._start_memory()
         with torch.inference_mode():
-            start = self._finished_ns()
             if self.task is Task.sequence_classification:
+                before = self._start_memory()
+                start = self._finished_ns()
                 self.model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-                middle = end = self._finished_ns()
-            else:
-                token, cache = self._next(prompt, None)
-                middle = self._finished_ns()
-                for _ in range(new - 1):
-                    token, cache = self._next(token, cache)
                 end = self._finished_ns()
-        units = len(prompt_ids) * (new if self.task is Task.causal_lm else 1)
-        return Reading((middle - start) / 1e9, (end - middle) / 1e9, units, self._working_bytes(before))
+                return Reading((end - start) / 1e9, 0.0, len(prompt), self._working_bytes(before))
+            decoder = self._decoder_for(prompt, new, decode or self._decode)
+            decoder.reset()
+            before = self._start_memory()
+            start = self._finished_ns()
+            decoder.prefill(prompt)
+            middle = self._finished_ns()
+            for _ in range(new - 1):
+                decoder.step()
+            end = self._finished_ns()
+        working = self._working_bytes(before)
+        if working is not None:  # what a captured step takes is told by its capture alone
+            working = max(decoder.held_bytes + working, decoder.peak_bytes)
+        return Reading((middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, decoder.how)
 
-    def _next(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        """Return the likeliest next tokens (B, 1) and the key-value cache that now holds `ids`."""
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
-        return out.logits[:, -1:].argmax(-1), out.past_key_values
+    def _decoder_for(self, prompt: torch.Tensor, new: int, decode: Decode) -> Decoder:
+        """Return the decoder of this shape, made anew where the last one had another: one at a time is in memory."""
+        asked = (*prompt.shape, new, decode)
+        if self._decoder is None or self._decoder[0] != asked:
+            self._decoder = None
+            self._decoder = asked, make_decoder(self.model, decode, self._last_only, prompt, new)
+        return self._decoder[1]
 
     def _finished_ns(self) -> int:
         if self.device.type != "cpu":
@@ -127,6 +144,7 @@ def load(
     labels: tuple[str, ...] | None,
     now_ns: Callable[[], int],
     dtype: torch.dtype | None = None,
+    decode: Decode = Decode.auto,
 ) -> Server:
     """Load an artifact to be served.
 
@@ -137,6 +155,7 @@ def load(
         labels: Class names.
         now_ns: Monotonic clock, integer nanoseconds.
         dtype: Arithmetic of an unquantized model; None: `serving_dtype`.
+        decode: How tokens are written after the prompt.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -149,7 +168,7 @@ def load(
         model = model.to(dtype or serving_dtype(device))
     if task is Task.sequence_classification:
         padding_id(model, load_tokenizer(folder).pad_token_id)
-    return Server(model, task, device, now_ns)
+    return Server(model, task, device, now_ns, decode)
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:

@@ -20,8 +20,10 @@ import numpy as np
 
 from pipeline.assess.scoring import check_vocabulary
 from pipeline.assess.server import Reading, Server, load
-from pipeline.config import ServingConfig, ServingLoad, Task
+from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
+from pipeline.ledger import gpu_usage
+from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import positions
 from pipeline.values import Value, derive, measured, null
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 SHORTEST_S = 0.02
 """Seconds: a reading of less repeats its batch, so that one interruption does not decide it."""
 MOST_REPEATS = 64
+ENERGY_S = gpu_usage.SHORTEST_S + 1.0
+"""Seconds of back-to-back batches that joules are read over."""
 
 Pair = tuple[str, str]
 
@@ -52,23 +56,23 @@ class ServePass:
     Attributes:
         serving: By arm and key, values as result.json holds them.
         seconds: By pair, seconds of one batch of arm and base: (blocks, 2) each, the two readings of every block.
-        dtypes: By arm, the arithmetic it was served in.
+        how: By arm, the arithmetic it was served in and the way tokens were written.
     """
 
     serving: dict[str, dict[str, dict[str, Any]]]
     seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
-    dtypes: dict[str, str]
+    how: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
         seconds = [[*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()]
-        return {"serving": self.serving, "seconds": seconds, "dtypes": self.dtypes}
+        return {"serving": self.serving, "seconds": seconds, "how": self.how}
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ServePass:
         """Read back what `to_json` wrote."""
         seconds = {(arm, base): (np.array(ours), np.array(theirs)) for arm, base, ours, theirs in raw["seconds"]}
-        return ServePass(raw["serving"], seconds, raw["dtypes"])
+        return ServePass(raw["serving"], seconds, raw["how"])
 
 
 def serve_pass(
@@ -83,6 +87,7 @@ def serve_pass(
     devices: int,
     seed: int,
     clock: PhaseClock,
+    sampler: Sampler,
     dtype: torch.dtype | None = None,
 ) -> ServePass:
     """Load artifacts side by side and measure them.
@@ -98,6 +103,7 @@ def serve_pass(
         devices: Devices that a second of serving occupies.
         seed: Of the prompts.
         clock: Books model_load and generate, and is the clock of the readings.
+        sampler: Reads the devices' energy counters.
         dtype: Arithmetic of unquantized models; None: bf16 where the device has it, fp32 on a CPU.
 
     Raises:
@@ -105,18 +111,29 @@ def serve_pass(
     """
     with clock.phase("model_load"):
         servers = {
-            arm: load(folder, task, device, labels=labels, now_ns=clock.now_ns, dtype=dtype)
+            arm: load(folder, task, device, labels=labels, now_ns=clock.now_ns, dtype=dtype, decode=config.decode)
             for arm, folder in artifacts.items()
         }
     for server in servers.values():
         check_load(server, config.load, prompts)
     with clock.phase("generate"):
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
+        ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
+        if task is Task.causal_lm:
+            _read_growing(servers, readings, ids, config.load)
+        energy = {
+            arm: _units_per_joule(server, ids, config.load.new, sampler, clock) for arm, server in servers.items()
+        }
     serving = {
         arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
+        | {"units_per_joule": energy[arm].to_json()}
         for arm, server in servers.items()
     }
-    return ServePass(serving, seconds, {arm: server.dtype for arm, server in servers.items()})
+    how = {
+        arm: ", ".join(word for word in (server.dtype, readings[arm].at_load[0].how) if word)
+        for arm, server in servers.items()
+    }
+    return ServePass(serving, seconds, how)
 
 
 def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:
@@ -148,10 +165,12 @@ class Readings:
     Attributes:
         at_load: Every batch served at the declared load.
         by_batch: Those at other batch sizes.
+        growing: Those at the load with a cache that grows, where the arm is served in another way.
     """
 
     at_load: list[Reading] = field(default_factory=list)
     by_batch: dict[int, list[Reading]] = field(default_factory=dict)
+    growing: list[Reading] = field(default_factory=list)
 
 
 def measure_interleaved(
@@ -206,6 +225,33 @@ def _read_size(
         kept[arm].by_batch.setdefault(size, []).extend(_serve(servers[arm], ids, load.new, repeats[arm]))
 
 
+def _read_growing(servers: Mapping[str, Server], kept: dict[str, Readings], ids: np.ndarray, load: ServingLoad) -> None:
+    """Read twice, with a cache that grows, every arm that is served in another way: what that way brings is shown."""
+    others = [arm for arm in servers if not kept[arm].at_load[0].how.startswith("dynamic")]
+    for arm in others:
+        servers[arm].once(ids, load.new, decode=Decode.dynamic)
+    for arm in (*others, *reversed(others)):
+        kept[arm].growing.append(servers[arm].once(ids, load.new, decode=Decode.dynamic))
+
+
+def _units_per_joule(server: Server, ids: np.ndarray, new: int, sampler: Sampler, clock: PhaseClock) -> Value:
+    """Return units per joule of the devices, serving batch after batch for as long as their counters need."""
+    if sampler.reader.why is not None:
+        return null(sampler.reader.why)
+    server.once(ids, new)
+    start, units = clock.now_ns(), 0
+    sampler.mark()
+    while clock.now_ns() - start < ENERGY_S * 1e9:
+        units += server.once(ids, new).units
+    sampler.mark()
+    usage = sampler.usage((start, clock.now_ns()))
+    if usage.foreign_load.v:
+        return null("other processes were on the device")
+    if usage.problems:
+        return null("; ".join(usage.problems))
+    return derive(lambda joules: units / joules, usage.energy_j)
+
+
 def _serve(server: Served, ids: np.ndarray, new: int, repeats: int) -> list[Reading]:
     return [server.once(ids, new) for _ in range(repeats)]
 
@@ -232,29 +278,32 @@ def figures(
     readings: Readings, weights_bytes: int, *, task: Task, load: ServingLoad, devices: int
 ) -> dict[str, dict[str, Any]]:
     """Return the serving figures of one arm as result.json holds them (the catalogue says what they mean)."""
-    total_s = [reading.total_s for reading in readings.at_load]
     num_decoded = load.batch * (load.new - 1) if task is Task.causal_lm else 0
     why = "classification generates nothing" if task is Task.sequence_classification else "one new token is prefill"
+    prefill_s = [reading.prefill_s for reading in readings.at_load]
+    decode_s = [reading.decode_s for reading in readings.at_load]
     values = {
         "device_s_per_1k_units": _per_1k_units(readings.at_load, devices),
-        "prefill_device_s_per_1k_tokens": _per_1k(
-            (reading.prefill_s for reading in readings.at_load), load.batch * load.prompt, devices
-        ),
-        "decode_device_s_per_1k_tokens": _per_1k(
-            (reading.decode_s for reading in readings.at_load), num_decoded, devices
-        )
-        if num_decoded
-        else null(why),
-        "p50_s": measured(float(np.quantile(total_s, 0.5))),
-        "p95_s": measured(float(np.quantile(total_s, 0.95))),
+        "prefill_device_s_per_1k_tokens": _per_1k(prefill_s, load.batch * load.prompt, devices),
+        "decode_device_s_per_1k_tokens": _per_1k(decode_s, num_decoded, devices) if num_decoded else null(why),
+        **_percentiles("", [reading.total_s for reading in readings.at_load]),
+        **_percentiles("prefill_", prefill_s),
+        **(_percentiles("token_", [each / (load.new - 1) for each in decode_s]) if num_decoded
+           else {"token_p50_s": null(why), "token_p95_s": null(why)}),
         "peak_bytes": _peak_bytes(readings.at_load, weights_bytes),
         "weights_bytes": measured(weights_bytes),
         **{
             f"batch_{size}_device_s_per_1k_units": _per_1k_units(own, devices)
             for size, own in readings.by_batch.items()
         },
-    }
+    }  # fmt: skip
+    if readings.growing:
+        values["dynamic_cache_device_s_per_1k_units"] = _per_1k_units(readings.growing, devices)
     return {name: value.to_json() for name, value in values.items()}
+
+
+def _percentiles(prefix: str, seconds: Sequence[float]) -> dict[str, Value]:
+    return {f"{prefix}p{p}_s": measured(float(np.quantile(seconds, p / 100))) for p in (50, 95)}
 
 
 def _per_1k_units(readings: Sequence[Reading], devices: int) -> Value:

@@ -81,6 +81,25 @@ def _example_share(column: str) -> Callable[[Items, Items, _Sampling], Interval]
     return compare
 
 
+def is_binary(values: npt.ArrayLike) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(values, (0, 1)).all())
+
+
+def _task_score(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+    """Compare the mean of scores between 0 and 1, absolutely: as a share of examples where all are right or wrong."""
+
+    def compare(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+        if is_binary(arm[column]) and is_binary(base[column]):
+            return _example_share(column)(arm, base, sampling)
+        ones = np.ones(len(arm[column]), dtype=np.int64)
+        return statistics.paired_ratio_bootstrap(
+            arm[column], base[column], ones, relative=False, resamples=sampling.resamples, seed=sampling.seed
+        )
+
+    return compare
+
+
 def _macro_f1(arm: Items, base: Items, sampling: _Sampling) -> Interval:
     classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
     columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)  # (n, 2 * 3 * C)
@@ -158,6 +177,9 @@ _CLASSIFICATION = {
 
 
 def _methods(items: Items) -> dict[str, _Method]:
+    if "responses" in items:  # of an lm-eval task: every other column is a metric
+        scores = [name for name in items if name not in ("digest", "responses")]
+        return {name: _Method((name,), "digest", _task_score(name)) for name in scores}
     return _CLASSIFICATION if "label" in items else _CAUSAL
 
 
@@ -212,10 +234,11 @@ def compare_items(
     """Compare two arms on one quality key, document by document.
 
     Args:
-        key: One of `metrics.QUALITY_KEYS`.
+        key: One of `metrics.QUALITY_KEYS`; of an lm-eval task's items, the metric.
         arm_items: The arm's columns by name, each (n,). Language models: `digest`, `bits`, `bytes`, `tokens`,
             `correct` and perhaps `agree` (tokens); classifiers: `digest`, `label`, `prediction`, `correct` and
-            perhaps `agree` (0/1) and `logprob`. Documents are paired by `digest`, whatever their order.
+            perhaps `agree` (0/1) and `logprob`; lm-eval tasks: `digest`, `responses` (a digest of what was answered)
+            and a score by metric. Documents are paired by `digest`, whatever their order.
         base_items: The base's.
         margin: Difference that still counts as equal: relative for bits per byte, absolute for the others.
         min_documents: Fewer are always `undecided`.

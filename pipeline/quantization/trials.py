@@ -94,7 +94,14 @@ class Bench:
         """Return the trial's seconds at the load, and its bytes of weights, over the unquantized model's."""
         config = replace(self.run.serving, blocks=BLOCKS, batches=[])
         servers = {
-            arm: load(path, self.run.task, self.device, labels=self.data.labels, now_ns=self.clock.now_ns)
+            arm: load(
+                path,
+                self.run.task,
+                self.device,
+                labels=self.data.labels,
+                now_ns=self.clock.now_ns,
+                decode=config.decode,
+            )
             for arm, path in (("trial", folder), ("plain", self.source))
         }
         prompts = [each.input_ids for each in self.yard.validation]

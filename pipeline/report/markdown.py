@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from pipeline.assess.engine import FIGURES as ENGINE_FIGURES
+from pipeline.assess.engine import LOAD as ENGINE_LOAD
 from pipeline.compare import statistics
-from pipeline.metrics import BY_KEY, RELATIVE, TRACED_SHARES
+from pipeline.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
@@ -64,9 +66,11 @@ def markdown(result: Result) -> str:
         _opening(result),
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
+        _section("lm-eval tasks", _tasks(result, notes, shown)),
         _section("What quantizing changed", _drift(result, notes, shown)),
         _section("What recovery brought", _recovery(result, notes, shown)),
         _section("Serving", _serving(result, notes, shown)),
+        _section("Serving, declared", _engine(result, notes, shown)),
         _section("Where the time went", _times(result, notes, shown)),
         _section("What the device did in traced steps", _traced(result, shown)),
         _section("Waste by cause", _waste(result, shown)),
@@ -143,6 +147,21 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         body.append([_md(name), notes.show(kl, significant, "") + _bounds(kl, significant),
                      notes.show(flips, percent, "") + _bounds(flips, percent), lost])  # fmt: skip
     return _table(head, body)
+
+
+def _tasks(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    """Return what the arms reach on lm-eval tasks, a row per arm and metric."""
+    rows = [row for row in arm_rows(result) if any(key.startswith(TASK) for key in row["quality"])]
+    if not rows:
+        return []
+    shown["quality/task"] = None
+    form = lambda v: significant(v, 4)
+    body = [
+        [label, *key.removeprefix(TASK).split("/"), notes.show(value, form) + _bounds(value, form), str(value["n"] or "")]
+        for label, row in zip(labels(rows), rows, strict=True)
+        for key, value in row["quality"].items() if key.startswith(TASK)
+    ]  # fmt: skip
+    return _table(("arm", "task", "metric", f"mean [{ARM_INTERVAL}]", "documents"), body)
 
 
 def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
@@ -253,7 +272,7 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
     start, absent = [one_line(pair["arm"]), one_line(pair["base"])], why_absent(result, pair)
     if "quality" in pair["on"]:
         shown["savings/quality_delta"] = None
-        shown.update(dict.fromkeys(f"quality/{key}" for key in pair["quality"]))
+        shown.update(dict.fromkeys(catalogue_key(f"quality/{key}") for key in pair["quality"]))
         yield from ([*start, *_quality_cells(key, value, notes)] for key, value in pair["quality"].items())
         if not pair["quality"]:
             yield [*start, "quality", "-" + notes.mark(absent), "", "", "", ""]
@@ -328,7 +347,10 @@ def _payback_cells(value: Value | None, serving: Value | None, notes: Footnotes,
 _AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("prefill", "prefill_device_s_per_1k_tokens", significant),
     ("decode", "decode_device_s_per_1k_tokens", significant),
-    ("p50", "p50_s", duration), ("p95", "p95_s", duration), ("device memory", "peak_bytes", num_bytes),
+    ("p50", "p50_s", duration), ("p95", "p95_s", duration), ("prefill p50", "prefill_p50_s", duration),
+    ("p95", "prefill_p95_s", duration), ("token p50", "token_p50_s", duration), ("p95", "token_p95_s", duration),
+    ("dynamic cache", f"dynamic_cache_{SERVING_KEY}", significant), ("units per joule", "units_per_joule", significant),
+    ("device memory", "peak_bytes", num_bytes),
 )  # fmt: skip
 """Serving figures at the declared load, with the heads of their columns."""
 
@@ -349,9 +371,32 @@ def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[s
     legend = (
         f"batch N: device-seconds per 1,000 {what}s ({what}s per device-second in brackets) at that batch size; sizes "
         "other than the load's are read twice, and no saving rests on them. All else is at the declared load, prefill "
-        "and decode in device-seconds per 1,000 tokens."
+        "and decode in device-seconds per 1,000 tokens, p50 and p95 of a batch, of its first token (prefill) and of "
+        "its further ones."
     )
-    return [*_table(("arm", *(head for head, _, _ in columns)), body), "", legend]
+    if f"dynamic_cache_{SERVING_KEY}" in known:
+        legend += f" Dynamic cache: device-seconds per 1,000 {what}s when served so, read twice."
+    pairs = [pair for pair in result["comparisons"] if pair["serving"] and pair["serving"].get("how")]
+    ways = [bullet(f"{pair['arm']} against {pair['base']}: {pair['serving']['how']}") for pair in pairs]
+    return [*_table(("arm", *(head for head, _, _ in columns)), body), "", legend, *(["", *ways] if ways else [])]
+
+
+def _engine(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    """Return what files of a serving engine say, apart from all that was measured."""
+    rows = [(name, row["serving"]) for name, row in zip(labels(result["rows"]), result["rows"], strict=True)]
+    rows = [(name, serving) for name, serving in rows if any(key in serving for key in ENGINE_FIGURES)]
+    columns = [key for key in (*ENGINE_FIGURES, *ENGINE_LOAD) if any(key in serving for _, serving in rows)]
+    if not rows:
+        return []
+    shown.update({f"serving/{key}": None for key in columns})
+    heads = [key.removeprefix("engine_").removesuffix("_s").replace("_", " ") for key in columns]
+    forms = [duration if BY_KEY[f"serving/{key}"].unit == "s" else count for key in columns]
+    body = [
+        [name, *(notes.show(serving.get(key), form) for key, form in zip(columns, forms, strict=True))]
+        for name, serving in rows
+    ]
+    legend = "As the files of serving.results say (see Notes). Nothing of it was measured here; no saving rests on it."
+    return [*_table(("arm", *heads), body), "", legend]
 
 
 def _batch_key(size: int) -> str:
