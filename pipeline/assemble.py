@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import metrics
 from pipeline.attempt import device_name
+from pipeline.comparison import note_charges
+from pipeline.gate.ending import shown_verdict, write_outputs
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.journal import read_events
@@ -35,6 +37,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors",
 def finish(attempt: Attempt, status: str, why: str | None) -> None:
     """Write what the run leaves and print its closing lines."""
     attempt.sampler.stop()
+    note_charges(attempt)
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)
     write_json(attempt.folder / "catalogue.json", metrics.export())
@@ -45,14 +48,16 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),
-        files=["report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
+        files=[*write_outputs(attempt, result, status, why), "report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
     made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in attempt.rows)
     if status == "FINISHED" and made:
         _point_latest(attempt.folder)
     attempt.lock.release()
-    if not attempt.rows:  # refused before any stage: the refusal says it all
+    if attempt.gate is not None and attempt.gate.verdict is not None:
+        print(f"\n{attempt.gate.verdict['line']}")
+    elif not attempt.rows:  # refused before any stage: the refusal says it all
         if attempt.writer is not None:
             let_go(attempt.writer)
         return
@@ -75,7 +80,7 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
         "status": status, "why": why, "primary_arm": attempt.run.primary_arm, "conclusion": "",
         "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
         "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
-        "comparisons": attempt.comparisons, "verdict": None,
+        "comparisons": attempt.comparisons, "verdict": shown_verdict(attempt.gate),
     }  # fmt: skip
     declared, model = attempt.run.cost.converged_at, attempt.run.model.name
     result["run"]["per_converged_model"] = of_this_run(attempt.folder, result["run"], declared, model).to_json()

@@ -18,11 +18,14 @@ from typing import Any, Literal
 
 from pipeline.arms import file_name
 from pipeline.assess.engine import EngineResult
+from pipeline.assess.serving import ServePass
 from pipeline.base_model import base_artifact
 from pipeline.config import Format, Precision, Run
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
+from pipeline.gate.checks import ITEMS
+from pipeline.gate.opening import Gate
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.cost import priced
 from pipeline.ledger.gpu_sampler import Sampler
@@ -53,6 +56,7 @@ from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import RecoverStage
+from pipeline.stages.release import ReleaseStage
 from pipeline.stages.settings import (
     STUDENT_INIT,
     TrainingOverrides,
@@ -148,6 +152,8 @@ class Attempt:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     engine: dict[str, EngineResult] = field(default_factory=dict)  # by arm, what serving.results declares
+    served: ServePass | None = None  # what the comparison pass read
+    gate: Gate | None = None  # of a release check
     memory: MemoryMeter = field(default_factory=MemoryMeter)
     stop_signal: int | None = None
     writer: subprocess.Popen[bytes] | None = None  # delivers the journal to MLflow
@@ -312,6 +318,8 @@ class Attempt:
         for file in ("completions", "calibration"):
             if settings.get(file) is not None:
                 settings[file] = file_digest(settings[file])
+        if self.gate is not None:
+            settings["digest"] = self.gate.releases()[name].artifact.digest
         if isinstance(stage, CaptureStage):
             settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
         if isinstance(stage, QuantizeStage | RecoverStage):
@@ -363,17 +371,31 @@ class Attempt:
 
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:
         """Return the key of an assessment: the artifact, the test data, how it is scored, and its teacher."""
+        teacher, unquantized = self._teacher(name), self._unquantized(name)
+        recorded = self._recorded(name)
+        return key_of(
+            made=stage_key, artifact=made["artifact"]["digest"], data=self.data.digest, seed=seed,
+            **self._evaluation(),
+            teacher=None if teacher is None else self.arms[teacher].digest,
+            unquantized=None if unquantized is None else unquantized.digest,
+            **({} if recorded is None else {"recorded": file_digest(str(recorded))}),
+        )  # fmt: skip
+
+    def _evaluation(self) -> dict[str, Any]:
         from pipeline.assess.tasks import identity as tasks_identity
 
         quality = {key: value for key, value in plain(self.run.quality).items() if key not in ("margin", "tasks")}
         quality |= tasks_identity(self.run.quality)
-        teacher, unquantized = self._teacher(name), self._unquantized(name)
-        return key_of(
-            made=stage_key, artifact=made["artifact"]["digest"], data=self.data.digest, seed=seed, quality=quality,
-            sequence_length=self._sequence_length(), version=ASSESSMENT_VERSION,
-            teacher=None if teacher is None else self.arms[teacher].digest,
-            unquantized=None if unquantized is None else unquantized.digest,
-        )  # fmt: skip
+        return {"quality": quality, "sequence_length": self._sequence_length(), "version": ASSESSMENT_VERSION}
+
+    def evaluation(self) -> str:
+        """Return a digest of how artifacts are scored: values of two evaluations that share it can be compared."""
+        return key_of(task=self.run.task, **self._evaluation())
+
+    def _recorded(self, name: str) -> Path | None:
+        """Return the per-document values of another evaluation that stand in for an assessment, or None."""
+        path = getattr(self.run, ITEMS.get(name, ""), None) if self.gate is not None else None
+        return None if path is None else Path(path).expanduser()
 
     def _unquantized(self, name: str) -> Artifact | None:
         """Return what a quantized arm was made from."""
@@ -513,6 +535,7 @@ class Attempt:
                 history=lambda step: self.history(name, seed, step, phases_ns()),
                 checkpointed=checkpointed, resumed=resumed,
                 should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
+                released=None if self.gate is None else self.gate.releases()[name].artifact.path,
                 traces=self.folder / "traces" / f"{file_name(name)}-seed{seed}",
             )  # fmt: skip
             with named(self, name, stage, "work"):
@@ -527,7 +550,9 @@ class Attempt:
     def assess(self, name: str, stage: Any, made: Record, seed: int, key: str) -> Record:
         """Score an artifact, reloaded from disk, inside a window of its own; return what the store remembers of it."""
         from pipeline.assess.quality import assess_quality
+        from pipeline.assess.recorded import take_recorded, write_identity
 
+        recorded = self._recorded(name)
         items = self.store.root / "assessments" / f"{key}.jsonl"
         teacher = self._teacher(name)
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
@@ -535,12 +560,17 @@ class Attempt:
         window = None
         try:
             with self.window("assess", name, seed) as window, named(self, name, stage, "assess"):
-                quality = assess_quality(
-                    Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
-                    labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
-                    device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
-                    unquantized=None if unquantized is None else unquantized.path,
-                )  # fmt: skip
+                if recorded is not None:
+                    quality = take_recorded(recorded, items, self.run.task, self.run.quality, ITEMS[name])
+                else:
+                    quality = assess_quality(
+                        Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
+                        labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
+                        device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
+                        unquantized=None if unquantized is None else unquantized.path,
+                    )  # fmt: skip
+                    write_identity(items, data=self.data.digest, split="test", evaluation=self.evaluation(),
+                                   artifact=made["artifact"]["digest"])  # fmt: skip
                 self._synchronise()
         except BaseException as error:
             self.add(broken_row(self, name, stage, seed, window, error, made))

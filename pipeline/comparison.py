@@ -21,11 +21,12 @@ from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
 from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK
 from pipeline.models import load_tokenizer
-from pipeline.past_cost import past_spend
+from pipeline.past_cost import charge, past_spend
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.release import ReleaseStage
 from pipeline.stages.settings import BASE, STUDENT_INIT
-from pipeline.store import MODEL, key_of, plain
+from pipeline.store import MANIFEST, MODEL, Artifact, digest_given, key_of, plain, read_json
 from pipeline.values import Value, derive, null
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class _Seed:
 def compare(attempt: Attempt) -> None:
     """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what it took."""
     pairs = served_pairs(attempt)
-    served = _served(attempt, pairs) if pairs else None
+    served = attempt.served = _served(attempt, pairs) if pairs else None
     fill_serving(attempt, served)
     attempt.comparisons = compare_all(attempt, served)
     attempt.journal.write("serving", rows=[
@@ -64,6 +65,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
         serving={k: v for k, v in plain(attempt.run.serving).items() if k not in ("volume", "rate", "results")},
         task=attempt.run.task, data=attempt.data.digest, **attempt.made_on(),
+        **({"gate": attempt.gate.key, "look": attempt.gate.look} if attempt.gate else {}),
     )  # fmt: skip
     with attempt.hold(key, "comparison pass"):
         record = attempt.store.recall("serving", key)
@@ -112,7 +114,7 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     return serve_pass(
         folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
         config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
-        sampler=attempt.sampler,
+        sampler=attempt.sampler, energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
     )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, An
 
     Quality and training are compared seed by seed, arm and base of the same seed, and combined over seeds.
     """
-    all_seeds = [_Seed(seed, finished_rows(attempt, seed), _spends(attempt, seed)) for seed in attempt.seeds]
+    all_seeds = [_Seed(seed, finished_rows(attempt, seed), spends_of(attempt, seed)) for seed in attempt.seeds]
     pairs = [
         pair for pair in attempt.run.compare
         if all(pair.arm in each.rows and pair.base in each.rows for each in all_seeds)
@@ -129,7 +131,7 @@ def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, An
     return [_one(attempt, pair, all_seeds, served) for pair in pairs]
 
 
-def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
+def spends_of(attempt: Attempt, seed: int) -> dict[str, Spend]:
     """Return what every arm's own stage took, with what each depends on, and what given models cost before."""
     paths, device = {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path}, device_name(attempt.device)
     spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
@@ -144,11 +146,36 @@ def _spends(attempt: Attempt, seed: int) -> dict[str, Spend]:
             written = f"{name}'s completions"
             spends[written] = Spend(arm=written, flops=0.0, existing=True, unknown="made by a model elsewhere")
             starts_from.append(written)
+        if isinstance(stage, ReleaseStage):
+            if attempt.gate is not None:
+                spends |= attempt.gate.releases()[name].spends(name)
+            continue
         spends[name] = Spend(
             arm=name, depends_on=(*stage.reads(attempt.run), *starts_from), work_h=hours["work"],
             retry_h=hours["retry"], flops=_flops(own),
         )  # fmt: skip
     return spends
+
+
+def note_charges(attempt: Attempt) -> None:
+    """Write into the artifact.json of every model of this run what its chain took: a release gate compares that."""
+    made = [row for row in attempt.rows if row["status"] == "FINISHED" and (row["artifact"] or {}).get("kind") == MODEL]
+    paths = {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path}
+    existing = {arm: digest_given(Path(path).expanduser())[0] if Path(path).expanduser().is_dir() else path
+                for arm, path in paths.items() if path is not None}  # fmt: skip
+    for row in made:
+        if is_rung(row["arm"]) or row["arm"] not in attempt.run.stages or row["type"] == ReleaseStage.type:
+            continue
+        artifact = Artifact.from_json(row["artifact"])
+        if "charge" in (read_json(artifact.path / MANIFEST) or {}):
+            continue
+        where = {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices,
+                 "power_limit_w": attempt.placement.get("power_limit_w")}  # fmt: skip
+        facts = charge(row["arm"], spends_of(attempt, row["seed"]), existing)
+        tokens = row["ledger"]["counts"]["tokens"]["v"]
+        attempt.store.annotate(artifact, "charge", {
+            "run_id": row["reused"] or attempt.run_id, "seed": row["seed"], "device": where, "tokens": tokens, **facts,
+        })  # fmt: skip
 
 
 def _flops(own: list[Row]) -> float | None:

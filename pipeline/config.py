@@ -301,6 +301,53 @@ class ServingConfig:
     rate: Optional[float] = positive(None)  # units a second to be served; the replicas that the arm saves, at it
 
 
+class Direction(Enum):
+    """Which way a quality improves, as a policy states it; it must be the catalogue's."""
+
+    higher = "higher"
+    lower = "lower"
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricRule:
+    """A quality that a release must keep: no worse than the champion by more than `margin`."""
+
+    margin: float = at_least_0(0.01)  # relative for bits per byte, absolute for shares (0.01 is a point)
+    direction: Optional[Direction] = None  # null: the catalogue's
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyConfig:
+    """What `recipe=release_check` asks of a release; its hash is part of every verdict. Null: shown, and not asked for.
+
+    Least savings are shares of the champion's cost; 0 asks for no dearer, -0.05 lets a release be 5% dearer.
+    """
+
+    name: str = "custom"
+    metrics: dict[str, MetricRule] = field(default_factory=dict)  # by quality key; those of another task are left out
+    training: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of C, the work of the chain
+    serving: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of device-seconds at `load`
+    memory: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of peak memory at `load`
+    energy: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of joules per unit at `load`
+    payback_units: Optional[float] = positive(None)  # units after which the release must have paid for itself
+    load: ServingLoad = field(default_factory=ServingLoad)
+    alpha: float = field(default=0.05, metadata={"above": 0, "max": 0.25})  # of a false PASS, one-sided, per criterion
+    blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks of one look
+    looks: int = field(default=2, metadata={"min": 1, "max": 2})  # the second is taken where the first decides nothing
+    min_items: int = field(default=100, metadata={"min": 2})  # right-or-wrong items; fewer decide nothing
+    min_documents: int = field(default=400, metadata={"min": 2})  # documents of other qualities
+    hardware: Optional[str] = None  # exact name of the device that serving is measured on
+    max_throttle_share: float = fraction(0.05)  # of the serving pass spent throttled; more is no measurement
+    max_foreign_load: Optional[float] = fraction(0.1)  # of the machine used by others meanwhile; null: not looked at
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreConfig:
+    """Where artifacts can be reached from other machines."""
+
+    url: Optional[str] = None  # a folder, or any fsspec URL (s3://bucket/prefix); artifacts lie there by digest
+
+
 class CostKind(Enum):
     """Whose the devices are. What a cloud asks for a device-hour has its power in it; an owned device's may not."""
 
@@ -390,6 +437,14 @@ class Run:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    candidate: Optional[str] = None  # recipe=release_check: what is to be released
+    baseline: Optional[str] = None  # and what it is measured against
+    candidate_items: Optional[str] = None  # per-document values of another evaluation; null: assessed here
+    baseline_items: Optional[str] = None
+    promote: bool = False  # a PASS moves the alias `champion`
+    bootstrap: bool = False  # without a champion, the candidate becomes it
     seed: int = at_least_0(0)
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
     stages: dict[str, Any] = field(default_factory=dict)

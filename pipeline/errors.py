@@ -11,7 +11,10 @@ class Exit(IntEnum):
     DONE = 0
     REFUSED = 1
     UNPARSABLE = 2
-    NO_SPEEDUP = 3  # a quantized artifact saves neither time nor memory; all of the run is there
+    FAIL = 3  # a release fails its policy, or a quantized artifact saves neither time nor memory; all of the run is there
+    INCONCLUSIVE = 4
+    INVALID = 5
+    NO_BASELINE = 6
     BUDGET_SPENT = 7
     PREEMPTED = 75
     INTERRUPTED = 130

@@ -21,6 +21,8 @@ from pipeline.config import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import BudgetSpent, UserError
+from pipeline.gate.checks import is_gate
+from pipeline.gate.opening import identify, open_gate
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
@@ -35,11 +37,13 @@ from pipeline.preflight import (
     check_heads,
     check_models,
     check_precisions,
+    check_releases,
     check_tasks,
     choose_device,
 )
 from pipeline.recovery import recover
 from pipeline.redact import redact_settings
+from pipeline.stages.release import BASELINE
 from pipeline.store import Store, key_of, plain, read_json, write_json
 from pipeline.sync import start_writer
 from pipeline.tracking import declared_uri
@@ -64,7 +68,16 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     root = Path(run.tracking.root).expanduser().resolve()
     with clock.phase("prepare"):
         data = load_dataset(run.data, run.task)
-        key = key_of(run={k: v for k, v in plain(run).items() if k not in UNKEYED}, data=data.digest)
+        gate = None
+        if is_gate(run):
+            _check_writable(root)
+            gate = open_gate(run, root, Store(root / "store"))
+            if gate.baseline is None:  # nothing to be compared with
+                del run.stages[BASELINE]
+                run.compare = []
+        compared = {} if gate is None else {arm: side.artifact.digest for arm, side in gate.releases().items()}
+        settings = {name: value for name, value in plain(run).items() if name not in UNKEYED}
+        key = key_of(run=settings, data=data.digest, **({"compared": compared} if compared else {}))
         _check_budget(run, root, key)
     with clock.phase("import"):
         import torch
@@ -85,7 +98,10 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     engine = read_results(run)
     check_tasks(run, clock)
     store = Store(root / "store")
-    check_models(run, data, store, clock, device)
+    if gate is None:
+        check_models(run, data, store, clock, device)
+    else:
+        check_releases(run, data, {arm: side.artifact.path for arm, side in gate.releases().items()}, clock)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")
@@ -94,7 +110,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         attempt = Attempt(
             run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
             clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-            sampler=Sampler(reader_for(device)), lock=lock, engine=engine,
+            sampler=Sampler(reader_for(device)), lock=lock, engine=engine, gate=gate,
             notes=[*data.notes, *_few_documents(run, data),
                    *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
         )  # fmt: skip
@@ -121,6 +137,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
                       for split, documents in data.splits.items()],
         )  # fmt: skip
+        if gate is not None:
+            identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.evaluation())
     recover(attempt, events)
     for note in attempt.notes:
         print(f"note: {note}", flush=True)

@@ -1,11 +1,12 @@
-"""What a given model cost before: unknown, unless it was registered with a ledger (`python -m pipeline.register`)."""
+"""What a given model cost before (unknown, unless it was registered with a ledger), and what one made here has cost."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare.savings import Spend
+from pipeline.compare.savings import Spend, counted
 from pipeline.store import MANIFEST, digest_given, read_json
 
 
@@ -44,3 +45,24 @@ def _why_not_charged(folder: Path, manifest: dict[str, Any], registered: dict[st
     if known != device:
         return f"registered hours are of {known}, not of {device}"
     return None
+
+
+def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -> dict[str, Any]:
+    """Return what an arm's chain took, as it travels with the artifact in artifact.json.
+
+    Args:
+        spends: Of every arm in the chain.
+        existing: Digests of the models that were there before, by arm: what they once cost is unknown.
+
+    Returns:
+        `work_device_hours`, `retry_device_hours` and `model_flops` (null where a stage's were not counted) over the
+        chain, and the digests of `existing` models in it.
+    """
+    own = counted(arm, spends, ())
+    flops = [spend.flops for spend in own if not spend.existing]
+    return {
+        "arm": arm, "work_device_hours": sum(spend.work_h for spend in own),
+        "retry_device_hours": sum(spend.retry_h for spend in own),
+        "model_flops": None if None in flops else sum(each for each in flops if each is not None),
+        "existing": [existing.get(spend.arm, spend.arm) for spend in own if spend.existing],
+    }  # fmt: skip

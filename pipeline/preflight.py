@@ -178,6 +178,22 @@ def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock, devic
         _check_quantizable(config, run, device)
 
 
+def check_releases(run: Run, data: Dataset, folders: dict[str, Path], clock: PhaseClock) -> None:
+    """Refuse released artifacts that cannot read this data, or serve the policy's load.
+
+    Raises:
+        UserError: Naming the reference.
+    """
+    from pipeline.models import check_loads, load_config, load_tokenizer
+
+    with clock.phase("prepare"):
+        for key, folder in folders.items():
+            config, tokenizer = load_config(folder, key=key), load_tokenizer(folder, key=key)
+            check_loads(str(folder), run.task, labels=data.labels, key=key)
+            _check_reads(key, config, tokenizer, run, data)
+            _check_lengths(config, run)
+
+
 def _check_quantizable(config: Any, run: Run, device: Any) -> None:
     """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
     from pipeline.models import from_config

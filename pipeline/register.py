@@ -19,7 +19,7 @@ from pipeline.base_model import HUB_FILES
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.models import PICKLE_WEIGHTS, check_model_folder, load_tokenizer
-from pipeline.store import MANIFEST, Artifact, Store, read_json, write_json
+from pipeline.store import MANIFEST, Artifact, Store, bring, read_json, write_json
 
 USAGE = "Usage: python -m pipeline.register path=MODEL ledger=RUN [name=NAME] [root=mlruns]"
 KEYS = ("path", "ledger", "name", "root")
@@ -95,7 +95,7 @@ def register(folder: Path, run_dir: Path, root: Path, *, name: str | None = None
     store = Store(root / "store")
     with store.scratch() as out:
         for path in files:
-            _bring(path, out / path.name)
+            bring(path, out / path.name)
         artifact = store.commit(out, "model", {"arm": name or charge.arm})
     _note(artifact, {"name": name or charge.arm, "ledger": charge.to_json()})
     if charge.rows[-1]["type"] == METERED:
@@ -130,17 +130,6 @@ def _check_whole(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise UserError("path", f"{path} is no whole safetensors file ({error})", "save the model again") from None
-
-
-def _bring(source: Path, target: Path) -> None:
-    """Link weights, which trainers replace rather than rewrite; copy what is small, or lies on another disk."""
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            shutil.copyfile(source, target)
-    else:
-        shutil.copyfile(source, target)
 
 
 def _note(artifact: Artifact, more: dict[str, Any]) -> None:

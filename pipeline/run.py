@@ -41,6 +41,7 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     with clock.phase("import"):
         from pipeline.assemble import finish
         from pipeline.comparison import compare, without_speedup
+        from pipeline.gate.ending import exit_code, hold_gate
     attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
 
@@ -50,8 +51,11 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
     with on_stop_signal(ask):  # until all is written
         try:
             with heartbeat(attempt.journal):
-                _all_stages(attempt)
-                compare(attempt)
+                if attempt.gate is None:
+                    _all_stages(attempt)
+                    compare(attempt)
+                else:
+                    hold_gate(attempt, attempt.gate, lambda: (_all_stages(attempt), compare(attempt)))
             status, why = "FINISHED", None
         except (Preempted, KeyboardInterrupt) as stop:
             status, why = "KILLED", str(stop) or "interrupted"
@@ -63,17 +67,19 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
             finish(attempt, status, why)
     if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
         signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
+    if attempt.gate is not None and attempt.gate.verdict is not None:
+        return exit_code(attempt.gate)
     useless = without_speedup(attempt)
     if useless and not run.allow_no_speedup:
         print(f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
               "allow_no_speedup=true ends such a run with exit code 0", file=sys.stderr)  # fmt: skip
-        return Exit.NO_SPEEDUP
+        return Exit.FAIL
     return Exit.DONE
 
 
 def _all_stages(attempt: Attempt) -> None:
     for seed in attempt.seeds:
-        attempt.arms, attempt.items = {BASE: attempt.base(seed)}, {}
+        attempt.arms, attempt.items = {BASE: attempt.base(seed)} if attempt.gate is None else {}, {}
         for name, stage in attempt.run.stages.items():
             climbs = isinstance(stage, QuantizeStage) and stage.recover and attempt.why_not(stage) is None
             _one_stage(attempt, name, _climb(attempt, name, stage, seed) if climbs else stage, seed)

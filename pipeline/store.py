@@ -237,6 +237,17 @@ def _is_whole(folder: Path, digest: str) -> bool:
     return isinstance(manifest, dict) and manifest.get("digest") == digest == digest_folder(folder)[0]
 
 
+def bring(source: Path, target: Path) -> None:
+    """Link weights, which trainers replace rather than rewrite; copy what is small, or lies on another disk."""
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
 def _says_full(error: BaseException) -> bool:
     """Whether a disk or quota is full; safetensors has an error class of its own that only says so in words."""
     full = (errno.ENOSPC, errno.EDQUOT)

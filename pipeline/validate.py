@@ -13,6 +13,7 @@ from pipeline.assess.engine import read_results
 from pipeline.assess.tasks import check_tasks
 from pipeline.config import Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
+from pipeline.gate.checks import check_gate
 from pipeline.ledger.cost import check_cost
 from pipeline.models import check_local
 from pipeline.redact import has_login
@@ -142,6 +143,7 @@ def _check_sources(run: Run) -> None:
 
 
 def _check_rest(run: Run) -> None:
+    check_gate(run)
     check_tasks(run.quality, run.task)
     if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
         raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")

@@ -114,13 +114,13 @@ def assess_quality(
             arrays |= dict(zip(DRIFT_COLUMNS, (scores.drift.kl, scores.drift.flips, scores.drift.other), strict=True))
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
-        figures = _figures(task, arrays, resamples=config.bootstrap, seed=seed)
+        figures = figures_of(task, arrays, resamples=config.bootstrap, seed=seed)
     if isinstance(agreement, str):
         figures["teacher_agreement"] = null(agreement), None
-    entries = {key: _entry(figure, len(encoded), items) for key, figure in figures.items()}
+    entries = {key: entry_of(figure, len(encoded), items) for key, figure in figures.items()}
     if unquantized is not None:
         name, change, count = worst_slice(arrays, labels)
-        entries["worst_slice"] = {**_entry((measured(change), None), count, items), "slice": name}
+        entries["worst_slice"] = {**entry_of((measured(change), None), count, items), "slice": name}
     if config.tasks:
         from pipeline.assess.tasks import run_tasks
 
@@ -146,7 +146,7 @@ def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int)
             ones = np.ones(len(values), dtype=np.int64)
             figures[name] = _measured(*_ratio(values, ones, resamples=resamples, seed=seed))
     num_documents = len(scores.digest)
-    return {f"{TASK}{scores.name}/{name}": _entry(each, num_documents, items) for name, each in figures.items()}
+    return {f"{TASK}{scores.name}/{name}": entry_of(each, num_documents, items) for name, each in figures.items()}
 
 
 def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, float, int]:
@@ -220,26 +220,34 @@ def _agreement(predictions: np.ndarray, teacher_predictions: Path, arrays: Array
     return np.bincount(owner, equal, minlength=len(arrays["tokens"])).astype(np.int64)
 
 
-def _figures(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[str, Figure]:
+def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[str, Figure]:
+    """Return the figures that per-document columns give, those that they lack the columns of left out."""
+
     def ratio(num: str, den: str) -> tuple[float, tuple[float, float] | None]:
         return _ratio(arrays[num], arrays[den], resamples=resamples, seed=seed)
 
     figures: dict[str, Figure] = {}
+    has = set(arrays).issuperset
     if task is Task.causal_lm:
-        figures["bits_per_byte"] = _measured(*ratio("bits", "bytes"))
-        figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
-        figures["next_token_accuracy"] = _measured(*ratio("correct", "tokens"))
-        if "agree" in arrays:
+        if has(("bits", "bytes")):
+            figures["bits_per_byte"] = _measured(*ratio("bits", "bytes"))
+        if has(("bits", "tokens")):
+            figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
+        if has(("correct", "tokens")):
+            figures["next_token_accuracy"] = _measured(*ratio("correct", "tokens"))
+        if has(("agree", "tokens")):
             figures["teacher_agreement"] = _measured(*ratio("agree", "tokens"))
-        if "kl" in arrays:
+        if has(("kl", "tokens")):
             figures["kl_to_unquantized"] = _measured(*ratio("kl", "tokens"))
             figures["flips"] = _measured(*ratio("flips", "tokens"))
         return figures
-    figures["accuracy"] = _share(arrays["correct"])
-    figures["macro_f1"] = _macro_f1(arrays, resamples=resamples, seed=seed)
-    if "agree" in arrays:
+    if has(("correct",)):
+        figures["accuracy"] = _share(arrays["correct"])
+    if has(("label", "prediction")):
+        figures["macro_f1"] = _macro_f1(arrays, resamples=resamples, seed=seed)
+    if has(("agree",)):
         figures["teacher_agreement"] = _share(arrays["agree"])
-    if "kl" in arrays:
+    if has(("kl",)):
         ones = np.ones(len(arrays["kl"]), dtype=np.int64)
         figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, resamples=resamples, seed=seed))
         figures["flips"] = _share(arrays["flips"])
@@ -287,7 +295,8 @@ def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
     return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
-def _entry(figure: Figure, num_documents: int, items: Path) -> dict[str, Any]:
+def entry_of(figure: Figure, num_documents: int, items: Path) -> dict[str, Any]:
+    """Return a figure as rows hold it."""
     value, ci = figure
     if value.v is None:
         return {**value.to_json(), "ci": None, "n": None, "items": None}

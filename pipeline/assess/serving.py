@@ -24,6 +24,7 @@ from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger import gpu_usage
 from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.others import Others
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import positions
 from pipeline.values import Value, derive, measured, null
@@ -57,22 +58,34 @@ class ServePass:
         serving: By arm and key, values as result.json holds them.
         seconds: By pair, seconds of one batch of arm and base: (blocks, 2) each, the two readings of every block.
         how: By arm, the arithmetic it was served in and the way tokens were written.
+        conditions: What the machine was like meanwhile: values of `throttle_share` and `foreign_load`.
+        joules: Of the one pair whose energy was asked for, joules per unit of arm and base as `seconds` has seconds.
+        why_no_joules: Why they could not be read.
     """
 
     serving: dict[str, dict[str, dict[str, Any]]]
     seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
     how: dict[str, str]
+    conditions: dict[str, Any] = field(default_factory=dict)
+    joules: tuple[np.ndarray, np.ndarray] | None = None
+    why_no_joules: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
         seconds = [[*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()]
-        return {"serving": self.serving, "seconds": seconds, "how": self.how}
+        joules = None if self.joules is None else [side.tolist() for side in self.joules]
+        return {"serving": self.serving, "seconds": seconds, "how": self.how, "conditions": self.conditions,
+                "joules": joules, "why_no_joules": self.why_no_joules}  # fmt: skip
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ServePass:
         """Read back what `to_json` wrote."""
         seconds = {(arm, base): (np.array(ours), np.array(theirs)) for arm, base, ours, theirs in raw["seconds"]}
-        return ServePass(raw["serving"], seconds, raw["how"])
+        joules = raw.get("joules")
+        return ServePass(
+            raw["serving"], seconds, raw["how"], raw.get("conditions", {}),
+            None if joules is None else (np.array(joules[0]), np.array(joules[1])), raw.get("why_no_joules"),
+        )  # fmt: skip
 
 
 def serve_pass(
@@ -89,6 +102,7 @@ def serve_pass(
     clock: PhaseClock,
     sampler: Sampler,
     dtype: torch.dtype | None = None,
+    energy_of: Pair | None = None,
 ) -> ServePass:
     """Load artifacts side by side and measure them.
 
@@ -117,13 +131,18 @@ def serve_pass(
     for server in servers.values():
         check_load(server, config.load, prompts)
     with clock.phase("generate"):
+        others, start_ns = Others(), clock.now_ns()
+        sampler.mark()
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
+        sampler.mark()
+        conditions = _conditions(sampler, (start_ns, clock.now_ns()), others)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
         if task is Task.causal_lm:
             _read_growing(servers, readings, ids, config.load)
         energy = {
             arm: _units_per_joule(server, ids, config.load.new, sampler, clock) for arm, server in servers.items()
         }
+        joules = None if energy_of is None else _joules(servers, energy_of, ids, config, sampler, clock)
     serving = {
         arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
         | {"units_per_joule": energy[arm].to_json()}
@@ -133,7 +152,31 @@ def serve_pass(
         arm: ", ".join(word for word in (server.dtype, readings[arm].at_load[0].how) if word)
         for arm, server in servers.items()
     }
-    return ServePass(serving, seconds, how)
+    found = {} if joules is None else ({"why_no_joules": joules} if isinstance(joules, str) else {"joules": joules})
+    return ServePass(serving, seconds, how, conditions, **found)
+
+
+def _conditions(sampler: Sampler, window: tuple[int, int], others: Others) -> dict[str, Any]:
+    """Return what the machine was like: on a GPU as its driver says, on a CPU how much of it others used."""
+    if sampler.reader.why is not None:
+        return {"throttle_share": null(sampler.reader.why).to_json(), "foreign_load": others.share().to_json()}
+    usage = sampler.usage(window)
+    return {"throttle_share": usage.throttle_share.to_json(), "foreign_load": usage.foreign_load.to_json()}
+
+
+def _joules(
+    servers: Mapping[str, Server], pair: Pair, ids: np.ndarray, config: ServingConfig, sampler: Sampler,
+    clock: PhaseClock,
+) -> tuple[np.ndarray, np.ndarray] | str:  # fmt: skip
+    """Return joules per unit of arm and base in ABBA blocks, (blocks, 2) each, or why they cannot be read."""
+    found = np.empty((2, config.blocks, 2))
+    for block in range(config.blocks):
+        for side, place in ((0, 0), (1, 0), (1, 1), (0, 1)):
+            units = _units_per_joule(servers[pair[side]], ids, config.load.new, sampler, clock)
+            if units.v is None:
+                return units.why_null or "not read"
+            found[side, block, place] = 1 / units.v
+    return found[0], found[1]
 
 
 def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:

@@ -103,7 +103,7 @@ def all_in(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Valu
     return _over_chain(arm, spends, cancelled, lambda spend: spend.work_h + spend.retry_h)
 
 
-def _counted(arm: str, spends: Spends, cancelled: Collection[str]) -> list[Spend]:
+def counted(arm: str, spends: Spends, cancelled: Collection[str]) -> list[Spend]:
     """Return what a chain is charged with: a run that two of its models are registered with, once."""
     by_run = {_past(spends[name]): spends[name] for name in reversed(chain(arm, spends)) if name not in cancelled}
     return list(reversed(by_run.values()))
@@ -115,7 +115,7 @@ def _past(spend: Spend) -> tuple[str, str]:
 
 
 def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
-    counted = _counted(arm, spends, cancelled)
+    counted = counted(arm, spends, cancelled)
     existing = [spend for spend in counted if spend.existing]
     if existing:
         arms = {why: ", ".join(s.arm for s in existing if s.unknown == why) for why in (s.unknown for s in existing)}
@@ -353,7 +353,7 @@ def _ratio(hours: Value, flops: Value) -> Value:
 
 def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
     """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are unknown."""
-    counted = _counted(arm, spends, cancelled)
+    counted = counted(arm, spends, cancelled)
     unknown = [spend.arm for spend in counted if spend.flops is None]
     if unknown:
         return null(f"FLOPs not counted: {', '.join(unknown)}")

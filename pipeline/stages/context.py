@@ -81,4 +81,5 @@ class Context:
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]
+    released: Path | None = None  # the artifact that a release stage takes
     traces: Path | None = None  # where traces of sampled steps go; None: no step is traced

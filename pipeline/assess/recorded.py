@@ -1,0 +1,90 @@
+"""What per-document values were read on: a note beside them, and values that another evaluation recorded.
+
+Beside `NAME.jsonl` lies `NAME.about.json`: `data` (digest of the data), `split`, `evaluation` (a digest of how it was
+read) and `artifact` (whose values they are). Two sets of values are compared only where the first three are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.assess.quality import Arrays, entry_of, figures_of
+from pipeline.config import QualityConfig, Task
+from pipeline.errors import UserError
+from pipeline.metrics import PRIMARY
+from pipeline.store import read_json, write_json
+from pipeline.values import null
+
+IDENTITY = ("data", "split", "evaluation")
+NUMBERS = {
+    Task.causal_lm: ("bits", "bytes", "tokens", "correct"),
+    Task.sequence_classification: ("label", "prediction", "correct"),
+}
+"""Columns by task, beside `digest`; a figure whose columns are lacking is not there."""
+
+
+def about(items: Path) -> Path:
+    """Return where the note of per-document values lies."""
+    return items.with_name(f"{items.stem}.about.json")
+
+
+def write_identity(items: Path, **facts: str) -> None:
+    """Write the note of per-document values."""
+    write_json(about(items), {"schema": 1, **facts})
+
+
+def read_identity(items: Path) -> dict[str, Any] | None:
+    """Return the note of per-document values; None where there is none that says all three."""
+    note = read_json(about(items))
+    return note if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY) else None
+
+
+def take_recorded(
+    given: Path, path: Path, task: Task, config: QualityConfig, key: str
+) -> dict[str, dict[str, Any]]:
+    """Take over values that another evaluation recorded; return their figures, as `assess_quality` returns its own.
+
+    Args:
+        given: The file.
+        path: Where it is kept, with the note beside it.
+        key: The setting that names it.
+
+    Raises:
+        UserError: If the file cannot be read as such values.
+    """
+    columns = _columns(given, task, key)
+    shutil.copyfile(given, path)
+    about(path).unlink(missing_ok=True)
+    if about(given).is_file():
+        shutil.copyfile(about(given), about(path))
+    known = [name for name in NUMBERS[task] if name in columns]
+    finite = np.isfinite(np.array([columns[name] for name in known], dtype=np.float64)).all()
+    if not known or not finite:  # the values stay, so that a comparison can say what is wrong with them
+        why = "a document's value is not finite" if known else "no column of this task"
+        return {PRIMARY[task]: {**null(why).to_json(), "ci": None, "n": None, "items": str(path) if known else None}}
+    figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
+    return {name: entry_of(each, len(columns["digest"]), path) for name, each in figures.items()}
+
+
+def _columns(path: Path, task: Task, key: str) -> Arrays:
+    remedy = f"give JSONL with digest, {', '.join(NUMBERS[task])} for every document"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(key, f"{path} cannot be read ({str(error).splitlines()[0]})", remedy) from None
+    if not rows:
+        raise UserError(key, f"{path} holds no documents", remedy)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
+            raise UserError(key, f"{path}, line {number} has no digest", remedy)
+        wrong = [name for name in NUMBERS[task] if name in row and not isinstance(row[name], int | float)]
+        if wrong:
+            raise UserError(key, f"{path}, line {number}: {wrong[0]} is no number", remedy)
+        if set(row) != set(rows[0]):
+            raise UserError(key, f"{path}, line {number} has other keys than line 1", remedy)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

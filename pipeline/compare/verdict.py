@@ -1,0 +1,250 @@
+"""The verdict on a release: each criterion from its readings, and what they come to. Arithmetic only.
+
+A criterion is read on an interval, never on a point: with the policy's `alpha`, PASS needs the one-sided lower bound on
+the good side of the threshold, FAIL the upper bound on the bad side; in between it is INCONCLUSIVE, with the number of
+items that would decide. A plain "no worse than the margin" passes a model exactly at the margin half of the time.
+
+What cannot be compared at all (other data, other hardware, NaN, a disturbed machine) is INVALID, whatever it reads.
+Criteria that the policy does not ask for are shown and decide nothing. All that it asks for must pass, so that alpha
+bounds the chance of a false PASS without a correction for their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.compare import statistics
+from pipeline.compare.quality import Items, compare_items, is_binary
+from pipeline.config import PolicyConfig
+from pipeline.values import Prov, Value, derive, null
+
+
+class Outcome(StrEnum):
+    """What a criterion, or a whole release, comes to."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    INVALID = "INVALID"
+    NO_BASELINE = "NO_BASELINE"
+
+
+_WORST_FIRST = (Outcome.INVALID, Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """One question of a policy and its answer.
+
+    Attributes:
+        name: `quality/<key>`, `training`, `serving`, `memory`, `energy` or `payback`.
+        outcome: Of the reading; a criterion that is not gating has one too, where there is a threshold to read it on.
+        value: Positive is better for the candidate; of payback, units.
+        ci: Its interval at `level`, each end a one-sided bound.
+        threshold: Below it the candidate is not good enough (of payback: above it).
+        gating: Whether the policy asks for it.
+        n: Items, documents or blocks that it rests on.
+        needed: Items in all that would decide it.
+        why: What speaks against the reading, or explains it.
+    """
+
+    name: str
+    outcome: Outcome
+    value: Value
+    ci: tuple[float, float] | None = None
+    threshold: float | None = None
+    gating: bool = True
+    level: float | None = None
+    n: int | None = None
+    needed: int | None = None
+    why: str | None = None
+    unit: str = "1"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form it has in verdict.json."""
+        return {
+            "name": self.name, "outcome": self.outcome.value, "gating": self.gating, "value": self.value.to_json(),
+            "ci": None if self.ci is None else list(self.ci), "level": self.level, "threshold": self.threshold,
+            "unit": self.unit, "n": self.n, "needed": self.needed, "why": self.why,
+        }  # fmt: skip
+
+
+def decide(criteria: Sequence[Criterion]) -> Outcome:
+    """Return the worst outcome of the criteria that the policy asks for: INVALID, FAIL, INCONCLUSIVE, PASS."""
+    gating = [each.outcome for each in criteria if each.gating]
+    assert gating, "a policy that asks for nothing was refused"
+    return next(outcome for outcome in _WORST_FIRST if outcome in gating)
+
+
+def judged(low: float, high: float, threshold: float) -> Outcome:
+    """Return what an interval says of a threshold that the truth must lie above."""
+    if low > threshold:
+        return Outcome.PASS
+    return Outcome.FAIL if high < threshold else Outcome.INCONCLUSIVE
+
+
+def invalid(criterion: Criterion, reasons: Sequence[str]) -> Criterion:
+    """Return the criterion as INVALID where there are reasons; what it read stays for the reader."""
+    if not reasons:
+        return criterion
+    return replace(criterion, outcome=Outcome.INVALID, why="; ".join(reasons))
+
+
+# -- quality --------------------------------------------------------------------------------------------------------
+
+
+def quality_criterion(
+    key: str, arm: Items, base: Items, policy: PolicyConfig, *, margin: float, resamples: int = 2000, seed: int = 0
+) -> Criterion:
+    """Compare candidate and baseline on one quality, document by document (`compare/quality.py`).
+
+    Args:
+        key: A quality key; of an lm-eval task's items, `task/<task>/<metric>`.
+        arm: The candidate's per-document columns.
+        base: The baseline's.
+        policy: Its alpha, and how many items or documents an answer needs.
+        margin: Loss that still passes: relative for bits per byte, absolute for shares.
+    """
+    level = 1 - 2 * policy.alpha
+    read = compare_items(
+        key.rpartition("/")[2], arm, base, margin=margin, min_documents=2, resamples=resamples, seed=seed, level=level
+    )
+    value = Value.from_json(read)
+    made = Criterion(name=f"quality/{key}", outcome=Outcome.INVALID, value=value, threshold=-margin, level=level,
+                     n=read["n"])  # fmt: skip
+    if value.v is None:
+        return replace(made, why=value.why_null)
+    least = policy.min_items if _is_right_or_wrong(key, arm, base) else policy.min_documents
+    if read["ci"] is None:
+        return replace(made, outcome=Outcome.INCONCLUSIVE, why=read["why_undecided"])
+    low, high = read["ci"]
+    outcome = judged(low, high, -margin)
+    why = None
+    if outcome is not Outcome.INCONCLUSIVE and read["n"] < least:
+        why = f"{read['n']} items, and the policy decides nothing on fewer than {least}"
+        outcome = Outcome.INCONCLUSIVE
+    needed = None if outcome is not Outcome.INCONCLUSIVE else max(least, read["items_to_decide"] or 0)
+    return replace(made, outcome=outcome, ci=(low, high), why=why, needed=needed)
+
+
+def _is_right_or_wrong(key: str, arm: Items, base: Items) -> bool:
+    name = key.rpartition("/")[2]
+    column = {"accuracy": "correct", "macro_f1": "correct"}.get(name, name)
+    return column in arm and column in base and is_binary(arm[column]) and is_binary(base[column])
+
+
+# -- serving, energy, memory ----------------------------------------------------------------------------------------
+
+
+def serving_criterion(
+    arm_s: npt.ArrayLike, base_s: npt.ArrayLike, *, minimum: float | None, alpha: float, name: str = "serving"
+) -> Criterion:
+    """Read the saving on ABBA blocks at one-sided `alpha` (of this look).
+
+    Args:
+        arm_s: (blocks, 2): readings of the candidate (arm, base, base, arm), in seconds or joules for the same work.
+        base_s: (blocks, 2): the baseline's between them.
+        minimum: The least saving; None where the policy does not ask for one.
+    """
+    level = 1 - 2 * alpha
+    saving = statistics.abba_saving(arm_s, base_s, level=level)
+    return _saving(name, Value(saving.estimate, Prov.DERIVED), (saving.low, saving.high), minimum, level=level,
+                   n=len(np.asarray(arm_s)))  # fmt: skip
+
+
+def memory_criterion(arm_bytes: Value, base_bytes: Value, *, of: str, minimum: float | None) -> Criterion:
+    """Read the share of the baseline's memory that is saved: counted, so that there is no interval.
+
+    Args:
+        of: What was counted: peak_bytes, or weights_bytes where a device counts no peak.
+    """
+    value = derive(lambda ours, theirs: 1 - ours / theirs, arm_bytes, base_bytes)
+    read = None if value.v is None else (value.v, value.v)
+    made = _saving("memory", value, read, minimum, level=None, n=None, at_least=True)
+    return replace(made, ci=None, why=made.why or f"of {of}")
+
+
+def unread(name: str, why: str, minimum: float | None, outcome: Outcome = Outcome.INVALID) -> Criterion:
+    """Return a criterion that could not be read at all."""
+    return Criterion(name=name, outcome=outcome, value=null(why), threshold=minimum, gating=minimum is not None, why=why)
+
+
+def _saving(
+    name: str, value: Value, ci: tuple[float, float] | None, minimum: float | None, *, level: float | None,
+    n: int | None, at_least: bool = False,
+) -> Criterion:  # fmt: skip
+    """Return a criterion of a saving; one that the policy does not ask for is read on "any saving at all"."""
+    if value.v is None or ci is None:
+        return replace(unread(name, value.why_null or "no interval", minimum), value=value)
+    threshold = 0.0 if minimum is None else minimum
+    outcome = Outcome.PASS if at_least and value.v >= threshold else judged(*ci, threshold)
+    return Criterion(name=name, outcome=outcome, value=value, ci=ci, threshold=threshold, gating=minimum is not None,
+                     level=level, n=n)  # fmt: skip
+
+
+# -- training and payback -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far device-hours of the same training lie apart on the same device.
+
+    Attributes:
+        sd_log: Standard deviation of ln(device-hours) over repeated runs.
+        runs: How many.
+        source: Where they are recorded.
+    """
+
+    sd_log: float
+    runs: int
+    source: str
+
+
+def training_criterion(
+    c_arm: Value, c_base: Value, spread: Spread | None, *, minimum: float | None, alpha: float
+) -> Criterion:
+    """Read the saving of C, one run each, with the spread that repeated runs of one training have shown.
+
+    Without such runs it is a point estimate, which decides nothing. A baseline that has no ledger fails a policy that
+    asks for this saving: it cannot be shown.
+    """
+    value = derive(lambda ours, theirs: 1 - ours / theirs, c_arm, c_base)
+    if value.v is None:
+        return replace(unread("training", value.why_null or "", minimum, Outcome.FAIL), value=value)
+    threshold = 0.0 if minimum is None else minimum
+    made = Criterion(name="training", outcome=Outcome.INCONCLUSIVE, value=value, threshold=threshold,
+                     gating=minimum is not None)  # fmt: skip
+    if spread is None:
+        return replace(made, why="point estimate only: no repeated runs on this device are recorded "
+                                 "(python -m pipeline.selftest train=...)")  # fmt: skip
+    level = 1 - 2 * alpha
+    saving = statistics.saving_from_spread(math.log1p(-value.v), sd=spread.sd_log, runs=spread.runs, level=level)
+    return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
+                   n=spread.runs, why=f"spread of {spread.runs} repeated runs ({spread.source})")  # fmt: skip
+
+
+def payback_criterion(payback: Mapping[str, Any], *, within: float | None, alpha: float) -> Criterion:
+    """Read whether the release has paid for itself after `within` units: P(net > 0) at that volume against alpha.
+
+    Args:
+        payback: As `savings.payback` returns it, with `within` as its volume.
+    """
+    value = Value.from_json(dict(payback))
+    made = Criterion(name="payback", outcome=Outcome.FAIL, value=value, threshold=within, gating=within is not None,
+                     unit=payback["unit"], why=value.why_null)  # fmt: skip
+    if within is None:
+        within_reach = value.v is not None
+        return replace(made, outcome=Outcome.PASS if within_reach else Outcome.FAIL)
+    probability = Value.from_json(payback["p_net_positive"])
+    if probability.v is None:
+        return replace(made, outcome=Outcome.INVALID, why=probability.why_null)
+    outcome = Outcome.PASS if probability.v >= 1 - alpha else Outcome.FAIL if probability.v <= alpha else None
+    return replace(made, outcome=outcome or Outcome.INCONCLUSIVE,
+                   why=f"P(paid for itself by then) = {probability.v:.3g}")  # fmt: skip

@@ -1,0 +1,118 @@
+"""A gate's end: the verdict recorded, the champion moved where it passed and that was asked for, all of it written.
+
+The order matters: a verdict is on disk before anything moves, so that a crash in between leaves the old champion.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pipeline.compare.verdict import Outcome
+from pipeline.errors import Exit
+from pipeline.gate.opening import FILE, Gate, Verdict, checksum, model_name, recall, record
+from pipeline.store import write_json
+
+if TYPE_CHECKING:
+    from pipeline.attempt import Attempt
+
+TAGS = ("verdict", "line", "key", "look", "run_id")
+
+
+def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
+    """Come to a verdict, by measuring where none stands; record it, and move the champion where that was asked for.
+
+    Args:
+        measure: Makes the two arms, and compares them.
+    """
+    from pipeline.gate.judge import judge
+
+    with attempt.hold(f"gate-{gate.key or attempt.run_id}", "gate"):
+        newest = recall(gate.places.store, gate.key) if gate.key else None
+        if newest is not None and (gate.earlier is None or newest["look"] > gate.earlier["look"]):
+            gate.earlier = newest  # another process was quicker
+        stands = gate.recorded
+        if stands is not None:
+            verdict: Verdict = {**stands, "recorded": stands["run_id"], "run_id": attempt.run_id}
+            attempt.notes.append(f"the verdict of run {stands['run_id']} stands: look {stands['look']} of "
+                                 f"{stands['looks']} decided, or none is left")  # fmt: skip
+        else:
+            if gate.baseline is not None or attempt.run.bootstrap:
+                measure()
+            verdict = judge(attempt, gate)
+            if gate.key:
+                record(gate.places.store, gate.key, verdict)
+    gate.verdict = verdict
+    attempt.journal.write("verdict", verdict=verdict, sha256=checksum(_of_record(verdict)))
+    if verdict["verdict"] == Outcome.PASS and attempt.run.promote:
+        _promote(attempt, gate, verdict)
+    elif gate.baseline is None and attempt.run.bootstrap:
+        _promote(attempt, gate, verdict)
+    elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
+        from pipeline.registry import Version, tag_version
+
+        version = Version(str(gate.candidate.model), gate.candidate.version)
+        tag_version(gate.places.tracking, version, _tags(verdict))
+
+
+def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
+    """Have other machines reach the candidate, then make it the champion if the champion is still the baseline."""
+    from pipeline.registry import NotPromoted, promote
+
+    name = model_name(gate, attempt.run)
+    url = gate.candidate.url
+    if gate.places.url is not None and url is None:
+        from pipeline.remote import upload
+
+        with attempt.clock.phase("log"):
+            url = upload(gate.candidate.artifact, gate.places.url)
+    expected = None if gate.baseline is None else gate.baseline.version
+    try:
+        with attempt.clock.phase("log"):
+            made = promote(gate.places.tracking, name, gate.candidate.artifact, expected, url=url, tags=_tags(verdict))
+        gate.promotion = {"done": True, "model": name, "version": made.version, "url": url, "why": None}
+        print(f"{name} version {made.version} is champion", flush=True)
+    except NotPromoted as error:
+        gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": str(error)}
+        print(f"not promoted: {error}", file=sys.stderr)
+
+
+def exit_code(gate: Gate) -> int:
+    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked."""
+    assert gate.verdict is not None
+    lost = gate.promotion is not None and not gate.promotion["done"]
+    return Exit.REFUSED if lost else gate.verdict["exit_code"]
+
+
+def _tags(verdict: Verdict) -> dict[str, str]:
+    return {f"gate.{name}": str(verdict[name]) for name in TAGS}
+
+
+def _of_record(verdict: Verdict) -> Verdict:
+    """Return a verdict as it was recorded first."""
+    first = {name: value for name, value in verdict.items() if name != "recorded"}
+    return {**first, "run_id": verdict.get("recorded", verdict["run_id"])}
+
+
+def shown_verdict(gate: Gate | None) -> Verdict | None:
+    """Return the verdict as result.json holds it; None where there is none."""
+    if gate is None or gate.verdict is None:
+        return None
+    shown = {name: value for name, value in gate.verdict.items() if name != "readings"}
+    return {**shown, "promotion": gate.promotion}
+
+
+def write_outputs(attempt: Attempt, result: dict[str, Any], status: str, why: str | None) -> list[str]:
+    """Write what a gate leaves beside the report, whatever its end; return the files' names."""
+    gate = attempt.gate
+    if gate is None:
+        return []
+    if gate.verdict is None:
+        verdict: Verdict = {"schema": 1, "line": f"no verdict: {status}: {why}", "verdict": None,
+                            "exit_code": int(Exit.REFUSED), "why": why, "criteria": [], "run_id": attempt.run_id}  # fmt: skip
+        write_json(attempt.folder / FILE, verdict)
+    else:
+        more = {"sha256": checksum(_of_record(gate.verdict)), "promotion": gate.promotion}
+        write_json(attempt.folder / FILE, {**gate.verdict, **more})
+    return [FILE]

@@ -1,0 +1,255 @@
+"""What a gate's readings come to: criteria, verdict, and what is written of them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.arms import stage_name
+from pipeline.assess.quality import read_items
+from pipeline.assess.recorded import read_identity
+from pipeline.attempt import device_name
+from pipeline.compare import savings
+from pipeline.compare.quality import Items, compared_keys
+from pipeline.compare.statistics import look_alpha
+from pipeline.compare.verdict import (
+    Criterion,
+    Outcome,
+    Spread,
+    decide,
+    invalid,
+    memory_criterion,
+    payback_criterion,
+    quality_criterion,
+    serving_criterion,
+    training_criterion,
+    unread,
+)
+from pipeline.config import Task
+from pipeline.errors import Exit
+from pipeline.gate.checks import gating_metrics
+from pipeline.gate.opening import Gate, Verdict, settings_of
+from pipeline.metrics import PRIMARY, TASK
+from pipeline.report.verdict import verdict_line
+from pipeline.stages.release import BASELINE, CANDIDATE
+from pipeline.values import Value, null
+
+if TYPE_CHECKING:
+    from pipeline.assess.serving import ServePass
+    from pipeline.attempt import Attempt
+
+SCHEMA = 1
+EXITS = {
+    Outcome.PASS: Exit.DONE, Outcome.FAIL: Exit.FAIL, Outcome.INCONCLUSIVE: Exit.INCONCLUSIVE,
+    Outcome.INVALID: Exit.INVALID, Outcome.NO_BASELINE: Exit.NO_BASELINE,
+}  # fmt: skip
+Rows = dict[str, dict[str, Any]]
+
+
+def judge(attempt: Attempt, gate: Gate) -> Verdict:
+    """Return the verdict on what this run has read, with the readings that a second look goes on from."""
+    if gate.baseline is None:
+        made = attempt.run.bootstrap
+        why = "there is no champion" + (": the candidate becomes it" if made else "; bootstrap=true makes it the first")
+        return _verdict(attempt, gate, Outcome.NO_BASELINE, [], why, {})
+    rows = {stage_name(row["arm"]): row for row in attempt.rows if row["status"] == "FINISHED" and row["artifact"]}
+    readings = _readings(attempt.served, gate)
+    criteria = [
+        *_quality(attempt, gate, rows),
+        *_costs(attempt, gate, rows, readings),
+    ]
+    return _verdict(attempt, gate, decide(criteria), criteria, None, readings)
+
+
+def _verdict(
+    attempt: Attempt, gate: Gate, outcome: Outcome, criteria: list[Criterion], why: str | None, readings: dict[str, Any]
+) -> Verdict:
+    task = attempt.run.task
+    first = attempt.run.bootstrap and gate.baseline is None
+    verdict: Verdict = {
+        "schema": SCHEMA, "line": "", "verdict": outcome.value,
+        "exit_code": int(Exit.DONE if first else EXITS[outcome]), "why": why,
+        "criteria": [each.to_json() for each in criteria],
+        "candidate": gate.candidate.to_json(), "baseline": None if gate.baseline is None else gate.baseline.to_json(),
+        "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": settings_of(gate.policy)},
+        "task": task.value, "primary": PRIMARY[task], "unit": _unit(task), "data": attempt.data.digest,
+        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
+        "key": gate.key, "look": gate.look, "looks": gate.policy.looks, "readings": readings, "run_id": attempt.run_id,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    verdict["line"] = verdict_line(verdict)
+    return verdict
+
+
+def _unit(task: Task) -> str:
+    return "token" if task is Task.causal_lm else "example"
+
+
+# -- readings -------------------------------------------------------------------------------------------------------
+
+
+def _readings(served: ServePass | None, gate: Gate) -> dict[str, Any]:
+    """Return this look's readings after those of the look before, and what the machine was like meanwhile."""
+    assert served is not None, "a gate serves its two arms"
+    before = {} if gate.earlier is None else gate.earlier["readings"]
+    arm, base = (side.tolist() for side in served.seconds[CANDIDATE, BASELINE])
+    joined: dict[str, Any] = {
+        "candidate_s": [*before.get("candidate_s", []), *arm], "baseline_s": [*before.get("baseline_s", []), *base],
+        "conditions": [*before.get("conditions", []), served.conditions],
+    }  # fmt: skip
+    if served.joules is not None:
+        ours, theirs = (side.tolist() for side in served.joules)
+        joined |= {"candidate_j": [*before.get("candidate_j", []), *ours],
+                   "baseline_j": [*before.get("baseline_j", []), *theirs]}  # fmt: skip
+    return joined
+
+
+# -- quality --------------------------------------------------------------------------------------------------------
+
+
+def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
+    """Return a criterion per quality: first what the policy asks for, then what else both sides carry."""
+    run, asked = attempt.run, gating_metrics(gate.policy, attempt.run.task)
+    main = PRIMARY[run.task]
+    sides = {arm: rows[arm]["quality"] for arm in (CANDIDATE, BASELINE)}
+    reasons = _other_evaluation(attempt, gate, sides)
+    also = [] if reasons else [key for key in compared_keys(*(_items(sides[arm], main) or {} for arm in sides))
+                               if key not in asked and key != "teacher_agreement"]  # fmt: skip
+    found: list[Criterion] = []
+    for key in (*asked, *also):
+        margin = gate.policy.metrics[key].margin if key in asked else run.quality.margin
+        arm, base = (_items(sides[side], key if key.startswith(TASK) else main) for side in (CANDIDATE, BASELINE))
+        if arm is None or base is None:
+            lacks = CANDIDATE if arm is None else BASELINE
+            made = unread(f"quality/{key}", f"the {lacks} has no {key}", -margin)
+        else:
+            made = quality_criterion(key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap)
+        found.append(replace(invalid(made, reasons), gating=key in asked))
+    return found
+
+
+def _items(quality: Mapping[str, Any], key: str) -> Items | None:
+    path = (quality.get(key) or {}).get("items")
+    return None if path is None else read_items(Path(path))
+
+
+def _identity(quality: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what an arm's values were read on, as the note beside them says."""
+    paths = [each["items"] for key, each in quality.items() if each.get("items") and not key.startswith(TASK)]
+    return read_identity(Path(paths[0])) if paths else None
+
+
+def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) -> list[str]:
+    """Return why the two evaluations are not of the same documents, read in the same way, of these two artifacts."""
+    known = {arm: _identity(quality) for arm, quality in sides.items()}
+    unsaid = [f"nothing says which data the {arm}'s values were read on" for arm, said in known.items() if said is None]
+    if unsaid:
+        return unsaid
+    reasons = [
+        f"other {what}: {known[CANDIDATE].get(name)} against {known[BASELINE].get(name)}"  # type: ignore[union-attr]
+        for name, what in (("data", "data"), ("split", "split"), ("evaluation", "evaluation settings"))
+        if known[CANDIDATE].get(name) != known[BASELINE].get(name)  # type: ignore[union-attr]
+    ]
+    for arm, release in gate.releases().items():
+        of = (known[arm] or {}).get("artifact")
+        if of not in (None, release.artifact.digest):
+            reasons.append(f"the {arm}'s values are of artifact {of}, not of {release.artifact.digest}")
+    return reasons
+
+
+# -- compute --------------------------------------------------------------------------------------------------------
+
+
+def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
+    policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
+    alpha = look_alpha(policy.alpha, policy.looks)
+    disturbed = _disturbed(attempt, gate, readings)
+    served = serving_criterion(readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha)
+    figures = [(_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes")) for arm in serving]
+    counted = all(peak.v is not None for peak, _ in figures)
+    memory = memory_criterion(*(each[0 if counted else 1] for each in figures),
+                              of="peak_bytes" if counted else "weights_bytes", minimum=policy.memory)  # fmt: skip
+    if policy.energy is None:
+        energy: list[Criterion] = []
+    elif "candidate_j" in readings:
+        energy = [serving_criterion(readings["candidate_j"], readings["baseline_j"], minimum=policy.energy,
+                                    alpha=alpha, name="energy")]  # fmt: skip
+    else:
+        energy = [unread("energy", attempt.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
+    return [
+        invalid(served, disturbed),
+        memory,
+        *(invalid(each, disturbed) if each.value.v is not None else each for each in energy),
+        _training(attempt, gate),
+        invalid(_payback(attempt, gate, readings, serving), disturbed if policy.payback_units is not None else []),
+    ]
+
+
+def _value(figures: Mapping[str, Any], name: str) -> Value:
+    return Value.from_json(figures[name]) if name in figures else null(f"no {name}")
+
+
+def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[str]:
+    """Return what made the serving pass no measurement of these two artifacts alone."""
+    policy, here = gate.policy, device_name(attempt.device)
+    reasons: list[str] = []
+    if policy.hardware is not None and policy.hardware != here:
+        reasons.append(f"measured on {here}, and the policy asks for {policy.hardware}")
+    for number, conditions in enumerate(readings["conditions"], start=1):
+        throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
+        if throttled is not None and throttled > policy.max_throttle_share:
+            reasons.append(f"look {number}: throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed")
+        limit = policy.max_foreign_load
+        if limit is not None and foreign is not None and foreign > limit:
+            reasons.append(f"look {number}: others used {foreign:.0%} of the machine, {limit:.0%} allowed")
+    return reasons
+
+
+def _training(attempt: Attempt, gate: Gate) -> Criterion:
+    policy = gate.policy
+    made = training_criterion(*_chains(gate), _spread(attempt, gate), minimum=policy.training, alpha=policy.alpha)
+    return invalid(made, _other_hardware(gate) if made.value.v is not None else [])
+
+
+def _chains(gate: Gate) -> tuple[Value, Value]:
+    """Return C of candidate and baseline; a model that was there before both cancels."""
+    spends = {**gate.candidate.spends(CANDIDATE), **gate.baseline.spends(BASELINE)}  # type: ignore[union-attr]
+    cancelled = savings.shared_past(CANDIDATE, BASELINE, spends)
+    arm, base = (savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE))
+    return arm, base if base.v != 0 else null("the baseline cost nothing")
+
+
+def _other_hardware(gate: Gate) -> list[str]:
+    ours, theirs = (side.charge.get("device", {}) for side in (gate.candidate, gate.baseline) if side is not None)
+    named = (("name", "trained on"), ("count", "devices"), ("power_limit_w", "power limit"))
+    return [f"{what} {ours.get(name)} against {theirs.get(name)}" for name, what in named
+            if ours.get(name) != theirs.get(name)]  # fmt: skip
+
+
+def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
+    """Return how far repeated trainings on the candidate's device lie apart, as self-tests have recorded it."""
+    device = gate.candidate.charge.get("device")
+    if device is None or not attempt.run.tracking.mlflow:
+        return None
+    from pipeline.registry import find_spread
+
+    return find_spread(gate.places.tracking, device["name"], device["count"])
+
+
+def _payback(attempt: Attempt, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]) -> Criterion:
+    policy, here = gate.policy, device_name(attempt.device)
+    spends = {**gate.candidate.spends(CANDIDATE), **gate.baseline.spends(BASELINE)}  # type: ignore[union-attr]
+    c_opt = savings.c_opt(CANDIDATE, BASELINE, spends)
+    trained_on = gate.candidate.charge.get("device", {}).get("name")
+    if c_opt.v is not None and trained_on != here:
+        c_opt = null(f"trained on {trained_on}, served on {here}: their hours are never subtracted")
+    saving = savings.serving_saving(np.array(readings["candidate_s"]), np.array(readings["baseline_s"]))
+    per_unit = Value.from_json(serving[BASELINE]["device_s_per_1k_units"])
+    c_base = null(per_unit.why_null or "") if per_unit.v is None else Value(per_unit.v / 1000, per_unit.prov)
+    paid = savings.payback(c_opt, c_base, saving, unit=_unit(attempt.run.task), volume=policy.payback_units)
+    return payback_criterion(paid, within=policy.payback_units, alpha=policy.alpha)

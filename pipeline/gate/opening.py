@@ -1,0 +1,171 @@
+"""A gate before anything is measured: what is compared, under which policy, and what was answered before.
+
+Two looks at most per (candidate, baseline, policy, data, device): the first invocation measures `policy.blocks` blocks;
+where that decides nothing the next one adds as many and reads all of them. Anything decided, and a third invocation,
+get the recorded verdict: measuring until it passes would pass one model in seven by luck (MEASUREMENT.md, section 5).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare.verdict import Outcome
+from pipeline.config import PolicyConfig, Run
+from pipeline.errors import UserError
+from pipeline.gate.references import Places, Release, resolve
+from pipeline.stages.release import BASELINE, CANDIDATE
+from pipeline.store import Artifact, Store, key_of, plain, read_json
+
+KIND = "verdict"
+FILE = "verdict.json"
+Verdict = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Gate:
+    """A release check.
+
+    Attributes:
+        policy_key: Hash of the policy.
+        key: Of candidate, baseline, policy, data, evaluation and device: what looks are counted by.
+        candidate: What is to be released.
+        baseline: The champion; None where there is none.
+        earlier: The verdict of the look before; None at the first.
+        verdict: What this invocation came to.
+        promotion: What became of moving the champion; None where that was not asked for.
+    """
+
+    policy: PolicyConfig
+    policy_key: str
+    places: Places
+    candidate: Release
+    baseline: Release | None
+    key: str = ""
+    earlier: Verdict | None = None
+    verdict: Verdict | None = None
+    promotion: dict[str, Any] | None = None
+
+    @property
+    def look(self) -> int:
+        """The look that this invocation takes, from 1."""
+        return 1 if self.earlier is None else self.earlier["look"] + 1
+
+    @property
+    def recorded(self) -> Verdict | None:
+        """The earlier verdict where it stands: it was decided, or there are no looks left, or none would help."""
+        if self.earlier is None:
+            return None
+        undecided = [each["name"] for each in self.earlier["criteria"]
+                     if each["gating"] and each["outcome"] == Outcome.INCONCLUSIVE]  # fmt: skip
+        again = self.earlier["verdict"] == Outcome.INCONCLUSIVE and self.earlier["look"] < self.policy.looks
+        return None if again and {"serving", "energy", "payback"} & set(undecided) else self.earlier
+
+    def releases(self) -> dict[str, Release]:
+        """Return the sides that are there, by arm."""
+        sides = {BASELINE: self.baseline, CANDIDATE: self.candidate}
+        return {arm: side for arm, side in sides.items() if side is not None}
+
+
+# -- opening --------------------------------------------------------------------------------------------------------
+
+
+def open_gate(run: Run, root: Path, store: Store) -> Gate:
+    """Find out what is to be compared.
+
+    Raises:
+        UserError: If a reference is none, or what it names cannot be had.
+    """
+    places = Places(root, store, run.tracking.uri, run.store.url)
+    sides = {key: resolve(str(getattr(run, key)), key, places) for key in (BASELINE, CANDIDATE)}
+    candidate = sides[CANDIDATE]
+    if candidate is None:
+        raise UserError(CANDIDATE, f"there is no {run.candidate}", "name a version that is registered")
+    policy_key = key_of(policy=run.policy)
+    gate = Gate(policy=run.policy, policy_key=policy_key, places=places, candidate=candidate, baseline=sides[BASELINE])
+    if run.promote or run.bootstrap:
+        model_name(gate, run)
+    return gate
+
+
+def model_name(gate: Gate, run: Run) -> str:
+    """Return the registered model whose champion a PASS replaces.
+
+    Raises:
+        UserError: If neither reference names one.
+    """
+    for key in (BASELINE, CANDIDATE):
+        reference = str(getattr(run, key))
+        if reference.startswith("models:/"):
+            return reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    key = "promote" if run.promote else "bootstrap"
+    raise UserError(key, "names no registered model", "give baseline=models:/NAME@champion")
+
+
+def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -> None:
+    """Give the gate its key, and look for what was answered under it before: here, then in the MLflow store.
+
+    Raises:
+        UserError: If what is recorded was changed by hand.
+    """
+    if gate.baseline is None:
+        return
+    items = [None if path is None else sha256(Path(path).expanduser().read_bytes()).hexdigest()
+             for path in (run.candidate_items, run.baseline_items)]  # fmt: skip
+    gate.key = key_of(
+        candidate=gate.candidate.artifact.digest, baseline=gate.baseline.artifact.digest, policy=gate.policy_key,
+        data=data, device=device, evaluation=evaluation, items=items, decode=run.serving.decode, task=run.task,
+    )  # fmt: skip
+    found = [recall(gate.places.store, gate.key)]
+    if run.tracking.mlflow:
+        from pipeline.registry import find_verdict
+
+        found.append(find_verdict(gate.places.tracking, gate.key))
+    known = [each for each in found if each is not None]
+    gate.earlier = max(known, key=lambda each: each["look"], default=None)
+
+
+# -- the record -----------------------------------------------------------------------------------------------------
+
+
+def canonical(verdict: Verdict) -> bytes:
+    """Return the bytes that a verdict's checksum is taken over."""
+    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def checksum(verdict: Verdict) -> str:
+    """Return the checksum that stands beside a verdict wherever it is recorded."""
+    return sha256(canonical(verdict)).hexdigest()
+
+
+def record(store: Store, key: str, verdict: Verdict) -> Artifact:
+    """Keep a verdict under its key, as an artifact: its folder is named by what is in it."""
+    with store.scratch() as out:
+        (out / FILE).write_bytes(canonical(verdict))
+        artifact = store.commit(out, KIND, {"key": key, "run_id": verdict["run_id"]})
+    store.remember("verdicts", key, {"artifact": artifact.to_json(), "sha256": checksum(verdict)})
+    return artifact
+
+
+def recall(store: Store, key: str) -> Verdict | None:
+    """Return the verdict recorded under a key, or None.
+
+    Raises:
+        UserError: If it is not what was recorded.
+    """
+    noted = read_json(store.root / "verdicts" / f"{key}.json")
+    if noted is None:
+        return None
+    path = store.root / "artifacts" / str(noted.get("artifact", {}).get("digest")) / FILE
+    verdict = read_json(path)
+    if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
+        raise UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
+    return verdict
+
+
+def settings_of(policy: PolicyConfig) -> dict[str, Any]:
+    """Return a policy as verdict.json holds it."""
+    return plain(policy)

@@ -1,0 +1,218 @@
+"""What `candidate` and `baseline` refer to: an artifact in the store, with where it came from and what it cost.
+
+A reference is a folder, `latest`, a run's id (ours or MLflow's), an artifact's digest, `models:/NAME/3` or
+`models:/NAME@champion`. Whatever it is, what is compared is the artifact itself, by its digest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare.savings import Spend
+from pipeline.errors import UserError
+from pipeline.register import model_files
+from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, read_json
+from pipeline.tracking import store_uri
+
+FORMS = "give a folder, a run's id, latest, models:/NAME/3 or models:/NAME@champion"
+KEPT = ("ledger", "charge", "assessed", "arm", "run_id", "recipe", "quantization", "name")
+_MODEL = re.compile(r"models:/([^/@:]+)(?:/([0-9]+)|@([A-Za-z][\w-]*))")
+_HEX = re.compile(r"[0-9a-f]{32}")
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One side of a gate.
+
+    Attributes:
+        reference: As it was typed.
+        artifact: In the store.
+        facts: Of its artifact.json.
+        model: Registered model, where the reference names one.
+        version: Of it.
+        url: Where other machines find the artifact, if they do.
+        charge: What it cost, as its run or its registration says; empty where nothing tells.
+    """
+
+    reference: str
+    artifact: Artifact
+    facts: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    version: str | None = None
+    url: str | None = None
+    charge: dict[str, Any] = field(default_factory=dict)
+
+    def spends(self, arm: str) -> dict[str, Spend]:
+        """Return what its chain took, as one arm, and the models that were there before it, whose past is unknown.
+
+        A chain's sum is one figure: what two chains share cancels in their difference.
+        """
+        if not self.charge:
+            return {arm: Spend(arm=arm, flops=None, existing=True, unknown="no ledger")}
+        before = [f"existing model {digest[:8]}" for digest in self.charge.get("existing", [])]
+        own = Spend(
+            arm=arm, depends_on=tuple(before), work_h=self.charge["work_device_hours"],
+            retry_h=self.charge["retry_device_hours"], flops=self.charge["model_flops"],
+        )  # fmt: skip
+        return {arm: own, **{name: Spend(arm=name, flops=0.0, existing=True) for name in before}}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form it has in verdict.json."""
+        return {
+            "reference": self.reference, "digest": self.artifact.digest, "path": str(self.artifact.path),
+            "bytes": self.artifact.num_bytes, "model": self.model, "version": self.version, "url": self.url,
+            "charge": self.charge or None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where references are looked up.
+
+    Attributes:
+        root: Of this project's runs.
+        uri: Of the MLflow store, as settings declare it; None: the default.
+        url: Of the artifact store that other machines reach.
+    """
+
+    root: Path
+    store: Store
+    uri: str | None = None
+    url: str | None = None
+
+    @property
+    def tracking(self) -> str:
+        """The MLflow store."""
+        return store_uri(self.root, self.uri)
+
+
+def resolve(reference: str, key: str, places: Places) -> Release | None:
+    """Return what a reference stands for; None where it names a model or alias that is not there (yet).
+
+    Raises:
+        UserError: If it is no reference, cannot be reached, or is not what its digest says.
+    """
+    if not reference.isprintable() or not reference.strip():
+        raise UserError(key, f"{reference!r} is no reference", FORMS)
+    if reference.startswith("models:"):
+        return _registered(reference, key, places)
+    name = reference.removeprefix("runs:/")
+    if name == "latest" or (_RUN.fullmatch(name) and (places.root / "runs" / name / "result.json").is_file()):
+        return _of_run(places.root / ("latest" if name == "latest" else f"runs/{name}"), reference, key, places)
+    if _HEX.fullmatch(name):
+        return _by_number(name, reference, key, places)
+    folder = Path(reference).expanduser()
+    if (folder / "result.json").is_file():
+        return _of_run(folder, reference, key, places)
+    if folder.is_dir():
+        return _release(reference, take(folder, key, places.store))
+    raise UserError(key, f"there is no {reference}", FORMS)
+
+
+def take(folder: Path, key: str, store: Store) -> Artifact:
+    """Bring a model's files into the store, with what its artifact.json says of them.
+
+    Raises:
+        UserError: If it holds no whole and safe model, or other bytes than its artifact.json vouches for.
+    """
+    try:
+        files = model_files(folder)
+    except UserError as error:
+        raise UserError(key, error.problem, error.remedy) from None
+    manifest = read_json(folder / MANIFEST)
+    facts = {name: manifest[name] for name in KEPT if name in manifest} if isinstance(manifest, dict) else {}
+    if isinstance(manifest, dict) and manifest.get("digest") != digest_given(folder)[0]:
+        raise UserError(key, f"{folder} holds other bytes than its {MANIFEST} vouches for", "give it whole, as made")
+    with store.scratch() as out:
+        for path in files:
+            bring(path, out / path.name)
+        artifact = store.commit(out, "model", facts)
+    known = read_json(artifact.path / MANIFEST) or {}
+    for topic, said in facts.items():
+        if topic not in known:
+            store.annotate(artifact, topic, said)
+    return artifact
+
+
+def _release(reference: str, artifact: Artifact, **more: Any) -> Release:
+    facts = read_json(artifact.path / MANIFEST) or {}
+    return Release(reference, artifact, facts, charge=_charge(facts), **more)
+
+
+def _charge(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what an artifact cost: as it was registered, or as the run that made it noted (`past_cost.py`)."""
+    return next((facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {})
+
+
+def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
+    """Return the primary artifact of a run of ours."""
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict) or "rows" not in result:
+        raise UserError(key, f"{reference} is no run that has ended", FORMS)
+    arm = result.get("primary_arm")
+    made = [row for row in result["rows"] if row["arm"] == arm and row["status"] == "FINISHED" and row["artifact"]]
+    if not made:
+        raise UserError(key, f"{reference} ended {result.get('status')} without {arm}", "give a run that made a model")
+    digest = made[0]["artifact"]["digest"]
+    return _release(reference, _fetch(digest, key, places, path=made[0]["artifact"]["path"]))
+
+
+def _by_number(name: str, reference: str, key: str, places: Places) -> Release:
+    """Return an artifact by its digest, or the primary artifact of an MLflow run."""
+    if (places.store.root / "artifacts" / name).is_dir():
+        return _release(reference, _fetch(name, key, places))
+    from pipeline.registry import run_artifact
+
+    path, digest, _ = run_artifact(places.tracking, name, key=key)
+    return _release(reference, _fetch(digest, key, places, path=path))
+
+
+def _registered(reference: str, key: str, places: Places) -> Release | None:
+    from pipeline.registry import resolve_version
+
+    parts = _MODEL.fullmatch(reference)
+    if parts is None:
+        raise UserError(key, f"{reference} names no version of a model", "give models:/NAME/3 or models:/NAME@champion")
+    name, number, alias = parts.groups()
+    version = resolve_version(places.tracking, name, version=number, alias=alias, key=key)
+    if version is None:
+        return None
+    if version.digest is None:
+        raise UserError(key, f"{name} version {version.version} has no tag artifact.digest",
+                        "register it with a promotion, or give its folder")  # fmt: skip
+    artifact = _fetch(version.digest, key, places, path=version.path, url=version.url)
+    return _release(reference, artifact, model=name, version=version.version, url=version.url)
+
+
+def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, url: str | None = None) -> Artifact:
+    """Return an artifact by its digest: from the store, from where it lay when it was made, or from afar.
+
+    Raises:
+        UserError: If none of them has it, or other bytes lie there.
+    """
+    from pipeline.remote import download
+
+    if not _HEX.fullmatch(digest):
+        raise UserError(key, f"{digest!r} is no digest", "register the artifact anew")
+    own = places.store.root / "artifacts" / digest
+    if own.is_dir():
+        _verify(own, digest, key)
+        return Artifact(own.resolve(), "model", digest, digest_given(own)[1])
+    if path is not None and Path(path).is_dir():
+        _verify(Path(path), digest, key)
+        return take(Path(path), key, places.store)
+    for place in dict.fromkeys(each for each in (url, places.url) if each):
+        return download(place, digest, places.store, key=key)
+    where = "" if path is None else f" (it was made at {path})"
+    raise UserError(key, f"artifact {digest} is not on this machine{where}", "set store.url to where it was uploaded")
+
+
+def _verify(folder: Path, digest: str, key: str) -> None:
+    if digest_given(folder)[0] != digest:
+        raise UserError(key, f"{folder} holds other bytes than digest {digest}", "restore it, or give another one")
+
+
