@@ -213,6 +213,15 @@ class Store:
                 final.rename(damaged)
             shutil.rmtree(damaged, ignore_errors=True)
 
+    def find(self, digest: str) -> Artifact | None:
+        """Return the artifact of this digest, if it is here and whole."""
+        path = self.root / "artifacts" / digest
+        manifest = read_json(path / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("digest") != digest:
+            return None
+        found, num_bytes = digest_folder(path)
+        return Artifact(path.resolve(), manifest["kind"], digest, num_bytes) if found == digest else None
+
     def recall(self, group: str, key: str) -> dict[str, Any] | None:
         """Return what was recorded under `key`, if its artifact (where it has one) is still whole.
 

@@ -1,0 +1,540 @@
+"""The gate's side of MLflow's model registry: which artifact a version is, and who may move the alias `champion`.
+
+A version of ours says in its tags where its artifact lies: `artifact.digest`, `artifact.url`, `artifact.path`.
+
+MLflow sets an alias whatever it pointed to before. `promote` therefore moves it under a lock of its own, made of the two
+things that any MLflow server does atomically, since names of registered models are unique:
+
+- create a registered model `<name>.promotion`, with its holder in a tag: who creates it holds the lock;
+- rename it to `<name>.promotion.<holder>`: who does that has taken a dead holder's lock away, and nobody does it twice.
+
+A holder gives up `MARGIN_S` before its lock counts as dead, and whoever waits measures that time by its own clock, from
+when it first saw the holder, so that clocks of two machines are compared only where they differ by `LOST_S`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.ledger.charge_sources import RUN_TAG
+from pipeline.redact import redact_value, without_login
+from pipeline.store import MODEL
+from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, quiet, store_errors
+
+CHAMPION = "champion"
+DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
+LOCK, HOLDER = ".promotion", "promotion.holder"
+LOCK_S = 120.0  # after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
+MARGIN_S = 40.0  # of LOCK_S that the last two calls are given: each is tried twice for 5 s
+LOST_S = 900.0  # a lock this old is dead by any clock
+POLL_S = 0.5
+PATIENCE_S = 300.0  # how long a promotion waits for others
+OPENING_S = 60.0  # how long another process may take to open a SQLite store, or to deliver a run to it
+CONNECT_S = 5.0
+MAX_MODEL = 200  # characters of a registered model's name: MLflow's 256 less those of a lock
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of a registered model, and the artifact that it is.
+
+    Attributes:
+        version: Its number, as MLflow writes it.
+        url: Of the artifact, where it was uploaded; empty where it was not.
+        path: Where the artifact lay on the machine that registered it.
+        run_id: MLflow's, of the run that made it; empty where it is not known.
+    """
+
+    name: str
+    version: str
+    digest: str
+    url: str
+    path: str
+    run_id: str
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The artifact that a promotion registers.
+
+    Attributes:
+        url: As `remote.upload` returned it, or empty where there is no `store.url`.
+        path: Of its folder.
+        run_id: MLflow's, of the run that made it, where that is known.
+    """
+
+    digest: str
+    url: str
+    path: str
+    run_id: str | None = None
+
+
+class NotPromoted(Exception):
+    """The champion is another than the one the candidate was compared with, or another gate is at work."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def resolve_version(
+    uri: str, name: str, *, version: str | int | None = None, alias: str | None = None, key: str = "candidate"
+) -> Version | None:
+    """Return a version by its number or alias; None where the registered model or the alias does not exist.
+
+    Args:
+        uri: Of the MLflow store. A SQLite file that is not there yet holds no models, and is not made.
+        key: The setting at fault, where it is not the store.
+
+    Raises:
+        UserError: If the store cannot be reached, the number does not exist, or the version is none of ours.
+    """
+    assert (version is None) != (alias is None)
+    check_name(name, key)
+    _check_which(version, alias, key)
+    if _is_empty(uri):
+        return None
+    with _asking(uri):
+        client = _open(uri)
+        model = _registered(client, name)
+        number = None if model is None else str(version) if version is not None else model.aliases.get(alias)
+        if number is None:
+            return None
+        found = _numbered(client, name, str(number))
+    if found is None:
+        raise UserError(key, f"{name} has no version {number}", f"see its versions in MLflow at {without_login(uri)}")
+    return _version(found, key)
+
+
+def run_artifact(uri: str, run_id: str, *, key: str = "candidate") -> tuple[Path, str, str]:
+    """Return path and digest of the model that an MLflow run stands for, and the pipeline's id of its run.
+
+    A stage attempt stands for its own model; a whole run for that of its primary arm's finished attempt, of the first
+    seed. The path is that of the machine it ran on.
+
+    Raises:
+        UserError: If there is no such run, it is none of ours, or made no model; or the store cannot be reached.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):
+        raise UserError(key, f"{run_id[:80]!r} is no run id of MLflow", "give its 32 hex characters")
+    if _is_empty(uri):
+        raise _no_run(uri, run_id, key)
+    with _asking(uri):
+        client = _open(uri)
+        run = _run(client, run_id)
+        if run is None or run.info.lifecycle_stage != "active":
+            raise _no_run(uri, run_id, key)
+        name, is_child, _ = run.data.tags.get(RUN_TAG, "").partition("/")
+        if not name:
+            raise UserError(key, f"MLflow's run {run_id} was not written by this pipeline", "name one that was")
+        if is_child:
+            made = run
+        else:
+            made = _primary(client, run)
+    tags: dict[str, str] = {} if made is None else made.data.tags
+    path, digest = tags.get(f"{MODEL}.path", ""), tags.get(f"{MODEL}.digest", "")
+    if not path or not re.fullmatch(r"[0-9a-f]{32}", digest):
+        raise UserError(key, f"MLflow's run {run_id} ({name}) made no model", "name a run that finished with one")
+    return Path(path), digest, name
+
+
+def _primary(client: Any, parent: Any) -> Any | None:
+    """Return the finished attempt of a run's primary arm that made its model: the first seed's, its last attempt."""
+    arm = parent.data.tags.get("primary_arm")
+    if not arm:
+        return None
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' AND attributes.status = 'FINISHED'"
+    children, token = list[Any](), None
+    while True:
+        page = client.search_runs([parent.info.experiment_id], query, max_results=1000, page_token=token)
+        children += page
+        token = page.token
+        if not token:
+            break
+    named = re.compile(rf"[^/]*/{re.escape(arm)}(?: seed (\d+)(?: attempt (\d+))?)?")
+    found = [(int(match[1] or 0), -int(match[2] or 1), child) for child in children
+             if (match := named.fullmatch(child.data.tags.get(RUN_TAG, "")))
+             and f"{MODEL}.digest" in child.data.tags]  # fmt: skip
+    return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+def _no_run(uri: str, run_id: str, key: str) -> UserError:
+    return UserError(key, f"MLflow at {without_login(uri)} has no run {run_id}", "check tracking.uri and the id")
+
+
+def _run(client: Any, run_id: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _registered(client: Any, name: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as MLflow alone says it; a proxy's 404 is another
+            raise
+        return None
+
+
+def _numbered(client: Any, name: str, number: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _champion(client: Any, name: str) -> str | None:
+    """Return the number of the version that is champion."""
+    model = _registered(client, name)
+    number = None if model is None else model.aliases.get(CHAMPION)
+    return None if number is None else str(number)
+
+
+def _version(found: Any, key: str) -> Version:
+    tags: dict[str, str] = dict(found.tags)
+    digest = tags.get(DIGEST, "")
+    if not re.fullmatch(r"[0-9a-f]{32}", digest):
+        problem = f"version {found.version} of {found.name} has no tag {DIGEST} with an artifact's digest"
+        raise UserError(key, problem, "name a version that a release gate registered, or the artifact itself")
+    url, path = tags.get(URL, ""), tags.get(PATH, "")
+    if not url.isprintable() or not path.isprintable():
+        problem = f"version {found.version} of {found.name} has control characters in {URL} or {PATH}"
+        raise UserError(key, problem, "correct its tags")
+    return Version(found.name, str(found.version), digest, url, path, found.run_id or "", tags)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
+    """Write tags on a version; those without a value are left out.
+
+    Raises:
+        UserError: If the store cannot be reached, or refuses.
+    """
+    with _asking(uri):
+        client = _open(uri)
+        for name, value in _tags(tags).items():
+            client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def promote(
+    uri: str, name: str, candidate: Candidate, expected: str | None, tags: dict[str, Any], *, key: str = "candidate"
+) -> Version:
+    """Register an artifact as a version of `name` and make it the champion, if the champion still is `expected`.
+
+    A version with the same digest is taken instead of another new one. Killed anywhere, it leaves the old champion or
+    the new one; the next promotion then waits until the lock counts as dead.
+
+    Args:
+        expected: Number of the version that the candidate was compared with; None where there was no champion.
+        tags: What else the version is to say, of the verdict.
+
+    Raises:
+        NotPromoted: If the champion is another, or another gate promotes and does not end.
+        UserError: If the store cannot be reached, or refuses.
+    """
+    check_name(name, key)
+    with _asking(uri):
+        client = _open(uri)
+        with _held(client, name, expected) as lock:
+            _compare(_champion(client, name), expected, name)
+            number = _register(client, name, candidate, tags)
+            lock.check()
+            _compare(_champion(client, name), expected, name)
+            _move(client, name, number)
+            found = client.get_model_version(name, number)
+    return _version(found, key)
+
+
+def _compare(champion: str | None, expected: str | None, name: str) -> None:
+    if champion != expected:
+        said = ["no version" if number is None else f"version {number}" for number in (champion, expected)]
+        raise NotPromoted(f"the champion of {name} is {said[0]} by now, and the verdict is about {said[1]}")
+
+
+def _register(client: Any, name: str, candidate: Candidate, tags: dict[str, Any]) -> str:
+    """Return the number of the version that is this artifact, made if there is none."""
+    own = {DIGEST: candidate.digest, URL: without_login(candidate.url), PATH: candidate.path, **tags}
+    if _registered(client, name) is None:
+        with _already_there():
+            client.create_registered_model(name)
+    query = f"name = '{name}' AND tags.`{DIGEST}` = '{candidate.digest}'"
+    known = [each for each in client.search_model_versions(query, max_results=1000) if each.name == name]
+    if known:
+        number = str(max(int(each.version) for each in known))
+        for tag, value in _tags(own).items():
+            client.set_model_version_tag(name, number, tag, value)
+        return number
+    # A server refuses sources that are paths of its own machine, and nothing but the tags is read here.
+    source = f"artifact:{candidate.digest}"
+    made = client.create_model_version(name, source, candidate.run_id, tags=_tags(own), await_creation_for=0)
+    return str(made.version)
+
+
+def _move(client: Any, name: str, number: str) -> None:
+    """Set the alias; where the answer is lost, it is asked whether it was set."""
+    try:
+        client.set_registered_model_alias(name, CHAMPION, number)
+    except store_errors():
+        if _champion(client, name) != number:
+            raise
+
+
+def _tags(tags: dict[str, Any]) -> dict[str, str]:
+    """Return tags as MLflow takes them: clean names, no secrets, nothing empty, nothing longer than its limit."""
+    clean = {re.sub(r"[^\w\-. :/]", "_", name)[:MAX_NAME]: redact_value(name, str(value))[:MAX_TAG]
+             for name, value in tags.items() if value is not None}  # fmt: skip
+    return {name: value for name, value in clean.items() if value}
+
+
+# -- the lock of a promotion -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Lock:
+    """The registered model `<name>.promotion`, while it names us.
+
+    Attributes:
+        since: When it was asked for, monotonic seconds: earlier than any other can have seen it.
+    """
+
+    client: Any
+    name: str
+    holder: str
+    since: float = field(default_factory=time.monotonic)
+
+    def take(self) -> bool:
+        """Create it; tell whether it is ours."""
+        from mlflow.exceptions import MlflowException
+
+        self.since = time.monotonic()
+        try:
+            self.client.create_registered_model(
+                self.name, {HOLDER: self.holder}, "A release gate is moving an alias; removed when it has."
+            )
+            return True
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = _registered(self.client, self.name)  # a retried request finds its own work
+            return found is not None and found.tags.get(HOLDER) == self.holder
+
+    def check(self) -> None:
+        """Make sure that nobody can have taken it away, and that nobody can until the alias is set.
+
+        Raises:
+            NotPromoted: If it took too long.
+        """
+        found = _registered(self.client, self.name)
+        late = time.monotonic() - self.since > LOCK_S - MARGIN_S
+        if late or found is None or found.tags.get(HOLDER) != self.holder:
+            raise NotPromoted(
+                f"registering took longer than {LOCK_S - MARGIN_S:.0f} s, and another gate may be promoting"
+            )
+
+    def release(self) -> None:
+        """Remove it, if it still is ours; one that may count as dead is left to whoever takes it over."""
+        if time.monotonic() - self.since < LOCK_S - MARGIN_S / 2:
+            found = _registered(self.client, self.name)
+            if found is not None and found.tags.get(HOLDER) == self.holder:
+                self.client.delete_registered_model(self.name)
+
+
+@contextmanager
+def _held(client: Any, name: str, expected: str | None) -> Generator[_Lock]:
+    """Hold the lock of a model's champion.
+
+    Raises:
+        NotPromoted: If the champion changes meanwhile, or others hold it for too long.
+    """
+    lock = _Lock(client, name + LOCK, uuid.uuid4().hex)
+    deadline = time.monotonic() + PATIENCE_S
+    other, seen = "", 0.0
+    while not lock.take():
+        _compare(_champion(client, name), expected, name)
+        found = _registered(client, lock.name)
+        if found is None:
+            continue
+        now, holder = time.monotonic(), str(found.tags.get(HOLDER, "unknown"))
+        if holder != other:
+            other, seen = holder, now
+        if now - seen > LOCK_S or time.time() - found.creation_timestamp / 1000 > LOST_S:
+            _take_away(client, lock.name, holder)
+        elif now > deadline:
+            raise NotPromoted(f"other gates have been promoting {name} for {PATIENCE_S:.0f} s")
+        else:
+            time.sleep(POLL_S)
+    try:
+        yield lock
+    finally:
+        with suppress(*store_errors()):  # left behind, it counts as dead in a while
+            lock.release()
+            _sweep(client, lock.name)
+
+
+def _take_away(client: Any, lock: str, holder: str) -> None:
+    """Rename a dead holder's lock; of several that try, one does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.rename_registered_model(lock, f"{lock}.{re.sub('[^0-9a-f]', '', holder)[:32]}")
+    except MlflowException as error:
+        if is_down(error):
+            raise
+
+
+def _sweep(client: Any, lock: str) -> None:
+    """Remove what `_take_away` left long ago: until then its name keeps late comers from doing it again."""
+    for model in client.search_registered_models(f"name LIKE '{lock}.%'", max_results=100):
+        old = time.time() - model.last_updated_timestamp / 1000 > LOST_S
+        if old and re.fullmatch(rf"{re.escape(lock)}\.[0-9a-f]*", model.name):
+            client.delete_registered_model(model.name)
+
+
+@contextmanager
+def _already_there() -> Generator[None]:
+    """Pass over that something exists by now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def check_name(name: str, key: str) -> None:
+    """Refuse a registered model's name that MLflow does not take, or that a promotion's lock could have.
+
+    Raises:
+        UserError: Saying which character is at fault.
+    """
+    bad = next((char for char in name if char in "/:'\"`\\%" or not char.isprintable()), None)
+    if bad is not None:
+        raise UserError(key, f"{name[:80]!r} has {bad!r} in it", "name a registered model without / : % quotes")
+    if not name.strip() or name in (".", "..") or len(name) > MAX_MODEL:
+        raise UserError(key, f"{name[:80]!r} cannot name a registered model", f"give 1 to {MAX_MODEL} characters")
+    if re.search(rf"{re.escape(LOCK)}(\.[0-9a-f]*)?$", name):
+        raise UserError(key, f"{name} is named as the lock of a promotion", f"choose a name without {LOCK}")
+
+
+def _check_which(version: str | int | None, alias: str | None, key: str) -> None:
+    """Refuse what cannot be the number of a version, or an alias.
+
+    Raises:
+        UserError: Saying what it would have to be.
+    """
+    if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", str(version), re.ASCII):
+        raise UserError(key, f"{str(version)[:80]!r} is no version's number", "write models:/name/3")
+    if alias is not None and not re.fullmatch(r"[\w\-]{1,255}", alias, re.ASCII):
+        raise UserError(key, f"{alias[:80]!r} is no alias", f"write models:/name@{CHAMPION}")
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite store."""
+    scheme, _, path = uri.partition(":///")
+    return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
+
+
+def _is_empty(uri: str) -> bool:
+    """Whether a store has yet to be made, which no one is to do who only reads.
+
+    Raises:
+        UserError: If the folder that would hold it is not there, either.
+    """
+    file = _sqlite_file(uri)
+    if file is not None and not file.parent.is_dir():  # MLflow would make it, and call an unmounted disk empty
+        raise UserError("tracking.uri", f"there is no folder {file.parent}", "check the path, or whether it is mounted")
+    return file is not None and (not file.exists() or (file.is_file() and file.stat().st_size == 0))
+
+
+@contextmanager
+def _asking(uri: str) -> Generator[None]:
+    """Turn what a store raises into one line.
+
+    Raises:
+        UserError: Naming the store, without a login.
+    """
+    quiet()
+    try:
+        yield
+    except (*store_errors(), ImportError) as error:  # a database takes a driver
+        text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        said = "cannot be reached" if is_down(error) else "refuses"
+        where = redact_value("", without_login(uri))
+        raise UserError("tracking.uri", f"MLflow at {where} {said} ({redact_value('', without_login(text))[:200]})",
+                        "check the address, the network and MLFLOW_TRACKING_URI") from error  # fmt: skip
+
+
+def _open(uri: str) -> Any:
+    """Return a client whose store is there and migrated: processes that open a fresh one at once would break it."""
+    from filelock import FileLock, Timeout
+    from mlflow import MlflowClient
+
+    file = _sqlite_file(uri)
+    if file is None:
+        _knock(uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not _is_empty(uri) and not _is_database(file):  # MLflow would try for two minutes
+        raise UserError("tracking.uri", f"{file} is no SQLite database", "name one, or a server")
+    try:
+        with FileLock(file.parent / ".mlflow.lock", timeout=OPENING_S):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_registered_models(max_results=1)
+            client.search_experiments(max_results=1)
+    except Timeout:
+        raise UserError("tracking.uri", f"another process has held {file.parent}/.mlflow.lock for {OPENING_S:.0f} s",
+                        "wait for it to end") from None  # fmt: skip
+    return client
+
+
+def _is_database(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as start:
+        return start.read(16) == b"SQLite format 3\0"
+
+
+def _knock(uri: str) -> None:
+    """Try the port of a database server: MLflow itself would try for two minutes.
+
+    Raises:
+        OSError: If nobody answers.
+    """
+    import socket
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(uri)
+    port = PORTS.get(parts.scheme.partition("+")[0])
+    if port is not None and parts.hostname:
+        with socket.create_connection((parts.hostname, parts.port or port), CONNECT_S):
+            pass
