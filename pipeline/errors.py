@@ -11,7 +11,9 @@ class Exit(IntEnum):
     DONE = 0
     REFUSED = 1
     UNPARSABLE = 2
-    FAIL = 3  # a release fails its policy, or a quantized artifact saves neither time nor memory; all of the run is there
+    FAIL = (
+        3  # a release fails its policy, or a quantized artifact saves neither time nor memory; all of the run is there
+    )
     INCONCLUSIVE = 4
     INVALID = 5
     NO_BASELINE = 6

@@ -71,7 +71,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         gate = None
         if is_gate(run):
             _check_writable(root)
-            gate = open_gate(run, root, Store(root / "store"))
+            with clock.phase("log"):
+                gate = open_gate(run, root, Store(root / "store"))
             if gate.baseline is None:  # nothing to be compared with
                 del run.stages[BASELINE]
                 run.compare = []
@@ -138,7 +139,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                       for split, documents in data.splits.items()],
         )  # fmt: skip
         if gate is not None:
-            identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.evaluation())
+            with clock.phase("log"):
+                identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.evaluation())
     recover(attempt, events)
     for note in attempt.notes:
         print(f"note: {note}", flush=True)

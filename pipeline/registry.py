@@ -14,10 +14,12 @@ when it first saw the holder, so that clocks of two machines are compared only w
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from pipeline.store import MODEL
 from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, quiet, store_errors
 
 CHAMPION = "champion"
+GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
 LOCK, HOLDER = ".promotion", "promotion.holder"
 LOCK_S = 120.0  # after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
@@ -228,10 +231,64 @@ def _version(found: Any, key: str) -> Version:
     return Version(found.name, str(found.version), digest, url, path, found.run_id or "", tags)
 
 
+def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
+    """Return the latest look recorded under a gate's key, in any experiment; None where there is none.
+
+    Raises:
+        UserError: If it is not what was recorded, or the store cannot be reached.
+    """
+    from pipeline.gate.opening import FILE, as_recorded, checksum
+
+    if _is_empty(uri):
+        return None
+    found: list[dict[str, Any]] = []
+    with _asking(uri), tempfile.TemporaryDirectory() as folder:
+        client = _open(uri)
+        for run in _tagged(client, f"tags.`{GATE}.key` = '{key}' AND attributes.status = 'FINISHED'"):
+            place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
+            verdict = as_recorded(json.loads(place.read_text(encoding="utf-8")))
+            if checksum(verdict) != run.data.tags.get(f"{GATE}.sha256"):
+                problem = f"{FILE} of MLflow's run {run.info.run_id} is not what was recorded"
+                raise UserError("verdict", problem, "restore it; a verdict is never edited")
+            found.append(verdict)
+    return max(found, key=lambda each: each["look"], default=None)
+
+
+def find_spread(uri: str, device: str, count: int) -> Any | None:
+    """Return the spread of repeated trainings on a device that self-tests recorded last; None where none did."""
+    from pipeline.compare.verdict import Spread
+
+    if _is_empty(uri):
+        return None
+    with _asking(uri):
+        client = _open(uri)
+        quoted = device.replace("'", "")
+        query = f"tags.`{SELFTEST}.device` = '{quoted}' AND tags.`{SELFTEST}.devices` = '{count}'"
+        for run in _tagged(client, query):
+            metrics = run.data.metrics
+            if f"{SELFTEST}/training_sd_log" in metrics:
+                return Spread(metrics[f"{SELFTEST}/training_sd_log"], int(metrics[f"{SELFTEST}/training_runs"]),
+                              run.info.run_name)  # fmt: skip
+    return None
+
+
+def _tagged(client: Any, query: str) -> Iterator[Any]:
+    """Yield runs of all experiments, the newest first."""
+    experiments = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+    token = None
+    while experiments:
+        page = client.search_runs(experiments, query, max_results=100, page_token=token,
+                                  order_by=["attributes.start_time DESC"])  # fmt: skip
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
+def tag_version(uri: str, name: str, version: str, tags: dict[str, Any]) -> None:
     """Write tags on a version; those without a value are left out.
 
     Raises:
@@ -239,8 +296,8 @@ def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
     """
     with _asking(uri):
         client = _open(uri)
-        for name, value in _tags(tags).items():
-            client.set_model_version_tag(version.name, version.version, name, value)
+        for tag, value in _tags(tags).items():
+            client.set_model_version_tag(name, version, tag, value)
 
 
 def promote(

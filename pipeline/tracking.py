@@ -180,7 +180,7 @@ class _Delivery:
             self._curve(self._child(group[0]), group)
         handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
                     "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons,
-                    "run_end": self._run_end}  # fmt: skip
+                    "verdict": self._verdict, "run_end": self._run_end}  # fmt: skip
         for event in events:
             if event["e"] in handlers:
                 handlers[event["e"]](event)
@@ -282,6 +282,17 @@ class _Delivery:
         judged = {pair["arm"]: pair["speedup"]["no_speedup"] for pair in event["comparisons"] if pair["speedup"]}
         useless = [arm for arm, no_speedup in judged.items() if no_speedup]
         self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
+
+    def _verdict(self, event: dict[str, Any]) -> None:
+        """Tag the run with a gate's verdict, and log what each criterion read."""
+        verdict = event["verdict"]
+        sides = {f"{side}.digest": (verdict[side] or {}).get("digest") for side in ("candidate", "baseline")}
+        model = (verdict["baseline"] or {}).get("model") or verdict["candidate"]["model"]
+        tags = {**{name: verdict[name] for name in ("verdict", "line", "key", "look", "created")}, **sides,
+                "sha256": event["sha256"], "model": model, "policy": verdict["policy"]["name"],
+                "policy.sha256": verdict["policy"]["sha256"], "recorded": verdict.get("recorded")}  # fmt: skip
+        self._tags(self.parent, {f"gate.{name}": value for name, value in tags.items()})
+        self._values(self.parent, dict(_criteria(verdict)), event["t"])
 
     def _run_end(self, event: dict[str, Any]) -> None:
         """End the parent: core keys of the primary arm, run totals, report, true status."""
@@ -465,6 +476,14 @@ def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
         for key, column in columns.items()
         if len(have := [value for value in column if value is not None]) == len(column)
     }
+
+
+def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what criteria read, with the ends of their intervals."""
+    for each in verdict["criteria"]:
+        yield f"gate/{each['name']}", each["value"]
+        for end, bound in zip(("low", "high"), each["ci"] or (), strict=False):
+            yield f"gate/{each['name']}_{end}", {"v": bound}
 
 
 def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

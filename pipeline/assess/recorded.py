@@ -44,9 +44,7 @@ def read_identity(items: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY) else None
 
 
-def take_recorded(
-    given: Path, path: Path, task: Task, config: QualityConfig, key: str
-) -> dict[str, dict[str, Any]]:
+def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, key: str) -> dict[str, dict[str, Any]]:
     """Take over values that another evaluation recorded; return their figures, as `assess_quality` returns its own.
 
     Args:

@@ -230,6 +230,7 @@ def compare_items(
     min_documents: int = MIN_DOCUMENTS,
     resamples: int = 2000,
     seed: int = 0,
+    level: float = 0.9,
 ) -> dict[str, Any]:
     """Compare two arms on one quality key, document by document.
 

@@ -115,12 +115,12 @@ def _past(spend: Spend) -> tuple[str, str]:
 
 
 def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
-    counted = counted(arm, spends, cancelled)
-    existing = [spend for spend in counted if spend.existing]
+    own = counted(arm, spends, cancelled)
+    existing = [spend for spend in own if spend.existing]
     if existing:
         arms = {why: ", ".join(s.arm for s in existing if s.unknown == why) for why in (s.unknown for s in existing)}
         return null("; ".join(f"{why}: {names}" for why, names in arms.items()))
-    return Value(math.fsum(part(spend) for spend in counted), Prov.DERIVED)
+    return Value(math.fsum(part(spend) for spend in own), Prov.DERIVED)
 
 
 def c_opt(arm: str, base: str, spends: Spends) -> Value:
@@ -353,8 +353,8 @@ def _ratio(hours: Value, flops: Value) -> Value:
 
 def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
     """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are unknown."""
-    counted = counted(arm, spends, cancelled)
-    unknown = [spend.arm for spend in counted if spend.flops is None]
+    own = counted(arm, spends, cancelled)
+    unknown = [spend.arm for spend in own if spend.flops is None]
     if unknown:
         return null(f"FLOPs not counted: {', '.join(unknown)}")
     total = _over_chain(arm, spends, cancelled, lambda spend: spend.flops or 0.0)

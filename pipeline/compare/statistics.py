@@ -264,3 +264,12 @@ def items_to_decide(interval: Interval, n: int, *, margin: float, level: float =
     half = (interval.high - interval.low) / 2
     distance = abs(interval.estimate + margin)
     return None if distance == 0 else math.ceil(n * (half / distance) ** 2)
+
+
+def look_alpha(alpha: float, looks: int) -> float:
+    return 0.0304 if looks == 2 and alpha == 0.05 else alpha / looks
+
+
+def log_ratio_from_spread(log_ratio: float, *, sd: float, runs: int, level: float = LEVEL) -> Interval:
+    half = t_quantile(level, runs - 1) * sd * math.sqrt(2)
+    return Interval(-math.expm1(log_ratio), -math.expm1(log_ratio + half), -math.expm1(log_ratio - half))

@@ -173,7 +173,9 @@ def memory_criterion(arm_bytes: Value, base_bytes: Value, *, of: str, minimum: f
 
 def unread(name: str, why: str, minimum: float | None, outcome: Outcome = Outcome.INVALID) -> Criterion:
     """Return a criterion that could not be read at all."""
-    return Criterion(name=name, outcome=outcome, value=null(why), threshold=minimum, gating=minimum is not None, why=why)
+    return Criterion(
+        name=name, outcome=outcome, value=null(why), threshold=minimum, gating=minimum is not None, why=why
+    )
 
 
 def _saving(
@@ -225,7 +227,7 @@ def training_criterion(
         return replace(made, why="point estimate only: no repeated runs on this device are recorded "
                                  "(python -m pipeline.selftest train=...)")  # fmt: skip
     level = 1 - 2 * alpha
-    saving = statistics.saving_from_spread(math.log1p(-value.v), sd=spread.sd_log, runs=spread.runs, level=level)
+    saving = statistics.log_ratio_from_spread(math.log1p(-value.v), sd=spread.sd_log, runs=spread.runs, level=level)
     return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
                    n=spread.runs, why=f"spread of {spread.runs} repeated runs ({spread.source})")  # fmt: skip
 

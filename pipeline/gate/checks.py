@@ -76,7 +76,9 @@ def _check_metric(key: str, rule: MetricRule) -> None:
     way = 1 if key.startswith(TASK) else DIRECTION[key]
     if rule.direction is not None and (rule.direction is Direction.higher) != (way > 0):
         right = Direction.higher if way > 0 else Direction.lower
-        raise UserError(f"policy.metrics.{key}.direction", f"{rule.direction.value} is better is wrong", f"say {right.value}")
+        raise UserError(
+            f"policy.metrics.{key}.direction", f"{rule.direction.value} is better is wrong", f"say {right.value}"
+        )
 
 
 def gating_metrics(policy: PolicyConfig, task: Task) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import Exit
-from pipeline.gate.opening import FILE, Gate, Verdict, checksum, model_name, recall, record
+from pipeline.gate.opening import FILE, Gate, Verdict, as_recorded, checksum, model_name, recall, record
 from pipeline.store import write_json
 
 if TYPE_CHECKING:
@@ -44,21 +44,20 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
             if gate.key:
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
-    attempt.journal.write("verdict", verdict=verdict, sha256=checksum(_of_record(verdict)))
+    attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
     if verdict["verdict"] == Outcome.PASS and attempt.run.promote:
         _promote(attempt, gate, verdict)
     elif gate.baseline is None and attempt.run.bootstrap:
         _promote(attempt, gate, verdict)
     elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
-        from pipeline.registry import Version, tag_version
+        from pipeline.registry import tag_version
 
-        version = Version(str(gate.candidate.model), gate.candidate.version)
-        tag_version(gate.places.tracking, version, _tags(verdict))
+        tag_version(gate.places.tracking, str(gate.candidate.model), gate.candidate.version, _tags(verdict))
 
 
 def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
     """Have other machines reach the candidate, then make it the champion if the champion is still the baseline."""
-    from pipeline.registry import NotPromoted, promote
+    from pipeline.registry import Candidate, NotPromoted, promote
 
     name = model_name(gate, attempt.run)
     url = gate.candidate.url
@@ -70,7 +69,9 @@ def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
     expected = None if gate.baseline is None else gate.baseline.version
     try:
         with attempt.clock.phase("log"):
-            made = promote(gate.places.tracking, name, gate.candidate.artifact, expected, url=url, tags=_tags(verdict))
+            artifact = gate.candidate.artifact
+            candidate = Candidate(artifact.digest, url or "", str(artifact.path))
+            made = promote(gate.places.tracking, name, candidate, expected, _tags(verdict))
         gate.promotion = {"done": True, "model": name, "version": made.version, "url": url, "why": None}
         print(f"{name} version {made.version} is champion", flush=True)
     except NotPromoted as error:
@@ -87,12 +88,6 @@ def exit_code(gate: Gate) -> int:
 
 def _tags(verdict: Verdict) -> dict[str, str]:
     return {f"gate.{name}": str(verdict[name]) for name in TAGS}
-
-
-def _of_record(verdict: Verdict) -> Verdict:
-    """Return a verdict as it was recorded first."""
-    first = {name: value for name, value in verdict.items() if name != "recorded"}
-    return {**first, "run_id": verdict.get("recorded", verdict["run_id"])}
 
 
 def shown_verdict(gate: Gate | None) -> Verdict | None:
@@ -113,6 +108,6 @@ def write_outputs(attempt: Attempt, result: dict[str, Any], status: str, why: st
                             "exit_code": int(Exit.REFUSED), "why": why, "criteria": [], "run_id": attempt.run_id}  # fmt: skip
         write_json(attempt.folder / FILE, verdict)
     else:
-        more = {"sha256": checksum(_of_record(gate.verdict)), "promotion": gate.promotion}
+        more = {"sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion}
         write_json(attempt.folder / FILE, {**gate.verdict, **more})
     return [FILE]

@@ -203,7 +203,9 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
     for number, conditions in enumerate(readings["conditions"], start=1):
         throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
         if throttled is not None and throttled > policy.max_throttle_share:
-            reasons.append(f"look {number}: throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed")
+            reasons.append(
+                f"look {number}: throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed"
+            )
         limit = policy.max_foreign_load
         if limit is not None and foreign is not None and foreign > limit:
             reasons.append(f"look {number}: others used {foreign:.0%} of the machine, {limit:.0%} allowed")

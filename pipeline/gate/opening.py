@@ -22,6 +22,7 @@ from pipeline.store import Artifact, Store, key_of, plain, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"
+BESIDE = ("sha256", "promotion", "history")  # in verdict.json, and not part of what is recorded
 Verdict = dict[str, Any]
 
 
@@ -139,6 +140,12 @@ def canonical(verdict: Verdict) -> bytes:
 def checksum(verdict: Verdict) -> str:
     """Return the checksum that stands beside a verdict wherever it is recorded."""
     return sha256(canonical(verdict)).hexdigest()
+
+
+def as_recorded(written: Verdict) -> Verdict:
+    """Return a verdict as it was recorded first, from what was written of it (then, or when it was given again)."""
+    first = {name: value for name, value in written.items() if name not in ("recorded", *BESIDE)}
+    return {**first, "run_id": written.get("recorded", written["run_id"])}
 
 
 def record(store: Store, key: str, verdict: Verdict) -> Artifact:

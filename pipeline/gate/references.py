@@ -168,7 +168,7 @@ def _by_number(name: str, reference: str, key: str, places: Places) -> Release:
     from pipeline.registry import run_artifact
 
     path, digest, _ = run_artifact(places.tracking, name, key=key)
-    return _release(reference, _fetch(digest, key, places, path=path))
+    return _release(reference, _fetch(digest, key, places, path=str(path)))
 
 
 def _registered(reference: str, key: str, places: Places) -> Release | None:
@@ -181,11 +181,8 @@ def _registered(reference: str, key: str, places: Places) -> Release | None:
     version = resolve_version(places.tracking, name, version=number, alias=alias, key=key)
     if version is None:
         return None
-    if version.digest is None:
-        raise UserError(key, f"{name} version {version.version} has no tag artifact.digest",
-                        "register it with a promotion, or give its folder")  # fmt: skip
-    artifact = _fetch(version.digest, key, places, path=version.path, url=version.url)
-    return _release(reference, artifact, model=name, version=version.version, url=version.url)
+    artifact = _fetch(version.digest, key, places, path=version.path or None, url=version.url or None)
+    return _release(reference, artifact, model=name, version=version.version, url=version.url or None)
 
 
 def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, url: str | None = None) -> Artifact:
@@ -214,5 +211,3 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
 def _verify(folder: Path, digest: str, key: str) -> None:
     if digest_given(folder)[0] != digest:
         raise UserError(key, f"{folder} holds other bytes than digest {digest}", "restore it, or give another one")
-
-
