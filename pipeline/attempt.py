@@ -56,7 +56,6 @@ from pipeline.stages.capture import CaptureStage
 from pipeline.stages.context import Context, Output
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import RecoverStage
-from pipeline.stages.release import ReleaseStage
 from pipeline.stages.settings import (
     STUDENT_INIT,
     TrainingOverrides,

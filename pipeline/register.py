@@ -7,8 +7,6 @@ was spent. A recipe that is then given that folder as `model.path` charges those
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

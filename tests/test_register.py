@@ -18,7 +18,7 @@ from make_result import make_result, make_row, make_unfinished, null
 from mlflow import MlflowClient
 
 from pipeline.compare.savings import all_in, c_opt, c_total
-from pipeline.comparison import _spends
+from pipeline.comparison import spends_of
 from pipeline.config import ModelConfig, Run, StudentConfig, Task
 from pipeline.ledger.peaks import device_name
 from pipeline.past_cost import past_spend
@@ -116,18 +116,18 @@ def _attempt(model: str | None, student: str | None = None, device: Any = CPU) -
 
 def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path, trained: Path) -> None:
     artifact, _ = register(trained, a_run(tmp_path), tmp_path)
-    spends = _spends(_attempt(str(artifact.path)), 0)
+    spends = spends_of(_attempt(str(artifact.path)), 0)
     base_h, retry_h, teacher_h, student_h = 50 / 60, 6 / 60, 30 / 60, 20 / 60
     assert spends[BASE].work_h == pytest.approx(base_h)  # teacher and student of that run, not its control
     assert c_total("teacher", spends).v == pytest.approx(base_h + teacher_h)
     assert all_in("teacher", spends).v == pytest.approx(base_h + retry_h + teacher_h)
     assert c_opt("student", "teacher", spends).v == pytest.approx(student_h)  # shared: it cancels
     assert spends[BASE].flops == pytest.approx(2e13)
-    unregistered = _spends(_attempt(str(trained)), 0)
+    unregistered = spends_of(_attempt(str(trained)), 0)
     assert c_total("teacher", unregistered).why_null == "existing model: base"
-    both = _spends(_attempt(None, student=str(artifact.path)), 0)
+    both = spends_of(_attempt(None, student=str(artifact.path)), 0)
     assert c_total("student", both).v == pytest.approx(base_h + teacher_h + student_h)
-    assert _spends(_attempt(None), 0)[BASE].work_h == 0.0
+    assert spends_of(_attempt(None), 0)[BASE].work_h == 0.0
 
 
 def test_hours_of_another_device_are_never_added(tmp_path: Path, trained: Path) -> None:

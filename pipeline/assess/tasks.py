@@ -222,7 +222,7 @@ def try_tasks(config: QualityConfig) -> None:
                 task = loaded["tasks"][each.name]
                 split = list(task.eval_docs)
                 for doc in split:
-                    task.doc_to_text(doc), task.doc_to_target(doc)  # noqa: B018
+                    task.doc_to_text(doc), task.doc_to_target(doc)
                     if task.OUTPUT_TYPE == "multiple_choice":
                         task.doc_to_choice(doc)
         except expected as error:

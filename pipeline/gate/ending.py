@@ -45,9 +45,8 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
     attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
-    if verdict["verdict"] == Outcome.PASS and attempt.run.promote:
-        _promote(attempt, gate, verdict)
-    elif gate.baseline is None and attempt.run.bootstrap:
+    becomes_first = gate.baseline is None and attempt.run.bootstrap
+    if becomes_first or (verdict["verdict"] == Outcome.PASS and attempt.run.promote):
         _promote(attempt, gate, verdict)
     elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
         from pipeline.registry import tag_version
