@@ -2,7 +2,7 @@
 
 A version of ours says in its tags where its artifact lies: `artifact.digest`, `artifact.url`, `artifact.path`.
 
-MLflow sets an alias whatever it pointed to before. `promote` therefore moves it under a lock of its own, made of the two
+MLflow sets an alias whatever it pointed to before. `promote` therefore moves it under a lock of its own, made of two
 things that any MLflow server does atomically, since names of registered models are unique:
 
 - create a registered model `<name>.promotion`, with its holder in a tag: who creates it holds the lock;
@@ -19,7 +19,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and sel
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
 LOCK, HOLDER = ".promotion", "promotion.holder"
 LOCK_S = 120.0  # after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
-MARGIN_S = 40.0  # of LOCK_S that the last two calls are given: each is tried twice for 5 s
+MARGIN_S = 40.0  # of LOCK_S that the last call is given: it is tried twice for 5 s
 LOST_S = 900.0  # a lock this old is dead by any clock
 POLL_S = 0.5
 PATIENCE_S = 300.0  # how long a promotion waits for others
@@ -112,11 +112,11 @@ def resolve_version(
         return None
     with _asking(uri):
         client = _open(uri)
-        model = _registered(client, name)
+        model = _had(client.get_registered_model, name)
         number = None if model is None else str(version) if version is not None else model.aliases.get(alias)
         if number is None:
             return None
-        found = _numbered(client, name, str(number))
+        found = _had(client.get_model_version, name, str(number))
     if found is None:
         raise UserError(key, f"{name} has no version {number}", f"see its versions in MLflow at {without_login(uri)}")
     return _version(found, key)
@@ -137,16 +137,13 @@ def run_artifact(uri: str, run_id: str, *, key: str = "candidate") -> tuple[Path
         raise _no_run(uri, run_id, key)
     with _asking(uri):
         client = _open(uri)
-        run = _run(client, run_id)
+        run = _had(client.get_run, run_id)
         if run is None or run.info.lifecycle_stage != "active":
             raise _no_run(uri, run_id, key)
         name, is_child, _ = run.data.tags.get(RUN_TAG, "").partition("/")
         if not name:
             raise UserError(key, f"MLflow's run {run_id} was not written by this pipeline", "name one that was")
-        if is_child:
-            made = run
-        else:
-            made = _primary(client, run)
+        made = run if is_child else _primary(client, run)
     tags: dict[str, str] = {} if made is None else made.data.tags
     path, digest = tags.get(f"{MODEL}.path", ""), tags.get(f"{MODEL}.digest", "")
     if not path or not re.fullmatch(r"[0-9a-f]{32}", digest):
@@ -178,42 +175,31 @@ def _no_run(uri: str, run_id: str, key: str) -> UserError:
     return UserError(key, f"MLflow at {without_login(uri)} has no run {run_id}", "check tracking.uri and the id")
 
 
-def _run(client: Any, run_id: str) -> Any | None:
+def _had(ask: Callable[..., Any], *which: str) -> Any | None:
+    """Return what a store has under a name, or None where it says that it has not.
+
+    Only MLflow says RESOURCE_DOES_NOT_EXIST, a proxy's 404 is another. MLflow's client takes an empty answer of
+    anybody for an object without a name, which must not read as a model without a champion.
+
+    Raises:
+        MlflowException: If it says anything else.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_run(run_id)
+        found = ask(*which)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-
-
-def _registered(client: Any, name: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as MLflow alone says it; a proxy's 404 is another
-            raise
-        return None
-
-
-def _numbered(client: Any, name: str, number: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    if which[0] != (found.info.run_id if hasattr(found, "info") else found.name):
+        raise MlflowException("what answers there is no MLflow")
+    return found
 
 
 def _champion(client: Any, name: str) -> str | None:
     """Return the number of the version that is champion."""
-    model = _registered(client, name)
+    model = _had(client.get_registered_model, name)
     number = None if model is None else model.aliases.get(CHAMPION)
     return None if number is None else str(number)
 
@@ -322,8 +308,8 @@ def promote(
         with _held(client, name, expected) as lock:
             _compare(_champion(client, name), expected, name)
             number = _register(client, name, candidate, tags)
-            lock.check()
             _compare(_champion(client, name), expected, name)
+            lock.check()
             _move(client, name, number)
             found = client.get_model_version(name, number)
     return _version(found, key)
@@ -338,7 +324,7 @@ def _compare(champion: str | None, expected: str | None, name: str) -> None:
 def _register(client: Any, name: str, candidate: Candidate, tags: dict[str, Any]) -> str:
     """Return the number of the version that is this artifact, made if there is none."""
     own = {DIGEST: candidate.digest, URL: without_login(candidate.url), PATH: candidate.path, **tags}
-    if _registered(client, name) is None:
+    if _had(client.get_registered_model, name) is None:
         with _already_there():
             client.create_registered_model(name)
     query = f"name = '{name}' AND tags.`{DIGEST}` = '{candidate.digest}'"
@@ -349,7 +335,7 @@ def _register(client: Any, name: str, candidate: Candidate, tags: dict[str, Any]
             client.set_model_version_tag(name, number, tag, value)
         return number
     # A server refuses sources that are paths of its own machine, and nothing but the tags is read here.
-    source = f"artifact:{candidate.digest}"
+    source = f"artifact:///{candidate.digest}"
     made = client.create_model_version(name, source, candidate.run_id, tags=_tags(own), await_creation_for=0)
     return str(made.version)
 
@@ -399,7 +385,7 @@ class _Lock:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = _registered(self.client, self.name)  # a retried request finds its own work
+            found = _had(self.client.get_registered_model, self.name)  # a retried request finds its own work
             return found is not None and found.tags.get(HOLDER) == self.holder
 
     def check(self) -> None:
@@ -408,7 +394,7 @@ class _Lock:
         Raises:
             NotPromoted: If it took too long.
         """
-        found = _registered(self.client, self.name)
+        found = _had(self.client.get_registered_model, self.name)
         late = time.monotonic() - self.since > LOCK_S - MARGIN_S
         if late or found is None or found.tags.get(HOLDER) != self.holder:
             raise NotPromoted(
@@ -418,7 +404,7 @@ class _Lock:
     def release(self) -> None:
         """Remove it, if it still is ours; one that may count as dead is left to whoever takes it over."""
         if time.monotonic() - self.since < LOCK_S - MARGIN_S / 2:
-            found = _registered(self.client, self.name)
+            found = _had(self.client.get_registered_model, self.name)
             if found is not None and found.tags.get(HOLDER) == self.holder:
                 self.client.delete_registered_model(self.name)
 
@@ -435,7 +421,7 @@ def _held(client: Any, name: str, expected: str | None) -> Generator[_Lock]:
     other, seen = "", 0.0
     while not lock.take():
         _compare(_champion(client, name), expected, name)
-        found = _registered(client, lock.name)
+        found = _had(client.get_registered_model, lock.name)
         if found is None:
             continue
         now, holder = time.monotonic(), str(found.tags.get(HOLDER, "unknown"))
@@ -459,6 +445,7 @@ def _take_away(client: Any, lock: str, holder: str) -> None:
     """Rename a dead holder's lock; of several that try, one does."""
     from mlflow.exceptions import MlflowException
 
+    _sweep(client, lock)
     try:
         client.rename_registered_model(lock, f"{lock}.{re.sub('[^0-9a-f]', '', holder)[:32]}")
     except MlflowException as error:
@@ -545,7 +532,8 @@ def _asking(uri: str) -> Generator[None]:
     try:
         yield
     except (*store_errors(), ImportError) as error:  # a database takes a driver
-        text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        first = str(error).split("\n")[0].rpartition("(Caused by ")[2]  # of urllib3's, which come nested
+        text = " ".join(first.split()) or type(error).__name__
         said = "cannot be reached" if is_down(error) else "refuses"
         where = redact_value("", without_login(uri))
         raise UserError("tracking.uri", f"MLflow at {where} {said} ({redact_value('', without_login(text))[:200]})",

@@ -131,7 +131,7 @@ class _Place:
             raise UserError(key, f"{digest[:80]!r} is no digest of an artifact", "give its 32 hex characters")
         login = _LOGIN.search(url)
         secret = "" if login is None else login[1]
-        shown = _clean(url, secret)
+        shown = _clean(re.split("[?#]", url)[0], secret)  # a signed URL is a secret behind its question mark
         if not url.strip() or not url.isprintable() or ("://" in url and ("?" in url or "#" in url)):
             raise UserError(key, f"{shown!r} is neither a folder nor a URL of one", "write /path, or s3://bucket/path")
         try:
