@@ -211,7 +211,9 @@ BAD_MANIFESTS = {
     "nan": b'{"kind": "model", "digest": "DIGEST", "x": NaN}',
     "huge": b'{"kind": "model", "digest": "DIGEST", "x": 1e999}',
     "surrogate": b'{"kind": "model", "digest": "DIGEST", "x": "\\ud800"}',
-    "another": b'{"kind": "model", "digest": "0"}', "no kind": b'{"digest": "DIGEST"}', "odd kind": b'{"kind": "\\u001b[2J", "digest": "DIGEST"}',
+    "another": b'{"kind": "model", "digest": "0"}',
+    "no kind": b'{"digest": "DIGEST"}',
+    "odd kind": b'{"kind": "\\u001b[2J", "digest": "DIGEST"}',
 }  # fmt: skip
 
 
