@@ -1,13 +1,13 @@
 """Does a quantized format decode faster than 16 bits here? Every format beside the unquantized model, batch by batch.
 
-    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8] [--decode graph]
-        [--save]
+    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8]
+        [--decode graph] [--save]
 
 Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and served by its own server:
 prompts first, then token by token from a key-value cache (one that grows, or of fixed size and captured: `--decode`,
-by default a captured one on CUDA). Each format is read against the unquantized model (bf16 on
-a GPU, fp32 on a CPU) in blocks of format, model, model, format. Told are tokens a second, the time over the unquantized
-model's with its 90% interval over blocks, the bytes of weights, and how each was served. A format that cannot run here is named with why.
+by default a captured one on CUDA). Each format is read against the unquantized model (bf16 on a GPU, fp32 on a CPU) in
+blocks of format, model, model, format. Told are tokens a second, the time over the unquantized model's with its 90%
+interval over blocks, the bytes of weights, and how each was served. A format that cannot run here is named with why.
 """
 
 from __future__ import annotations

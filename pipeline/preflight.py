@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.assess.tasks import Asked, check_lengths
 from pipeline.base_model import base_artifact
 from pipeline.config import Decode, Format, Measure, Run, Task
 from pipeline.data.documents import Dataset
@@ -136,29 +137,37 @@ def check_completions(run: Run, data: Dataset) -> None:
             check_apart(read_completions(path, run.data, key), data, key)
 
 
-def check_tasks(run: Run, clock: PhaseClock) -> None:
-    """Refuse lm-eval tasks that lm-eval cannot read. Its import is overhead of the run: all arms use it alike.
+def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
+    """Refuse lm-eval tasks that lm-eval cannot run. Its import is overhead of the run: all arms use it alike.
+
+    Returns:
+        By task, what a model will be asked.
 
     Raises:
         UserError: Naming the task.
     """
     if not run.quality.tasks:
-        return
+        return {}
     from pipeline.assess.tasks import import_lm_eval, try_tasks
 
     with clock.phase("import"):
         import_lm_eval()
     with clock.phase("prepare"):
-        try_tasks(run.quality)
+        return try_tasks(run.quality)
 
 
-def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any) -> None:
+def check_models(
+    run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any, asked: Mapping[str, list[Asked]]
+) -> None:
     """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
+
+    Args:
+        asked: By lm-eval task, what a model will be asked.
 
     Raises:
         UserError: Naming the setting.
     """
-    from pipeline.models import check_loads, load_config, load_tokenizer
+    from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
     base: str | Path | None = run.model.path
     if base is None:  # made on the spot: a moment's work, which the run finds done
@@ -172,9 +181,10 @@ def check_models(run: Run, data: Dataset, store: Store, clock: PhaseClock, devic
             check_loads(run.model.path, run.task, labels=data.labels, key="model.path", new_head=trained)
         _check_reads("model.path", config, tokenizer, run, data)
         _check_lengths(config, run)
+        check_lengths(asked, tokenizer, positions(config))
         student = _root(run, STUDENT_INIT)
         if student == BASE or (student is not None and run.student.path is not None):
-            _check_student(base, tokenizer, run, data)
+            _check_student(base, tokenizer, run, data, asked)
         _check_quantizable(config, run, device)
 
 
@@ -234,9 +244,11 @@ def _root(run: Run, name: str) -> str | None:
     return name
 
 
-def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Dataset) -> None:
+def _check_student(
+    base: str | Path, base_tokenizer: Any, run: Run, data: Dataset, asked: Mapping[str, list[Asked]]
+) -> None:
     """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn."""
-    from pipeline.models import check_loads, load_tokenizer
+    from pipeline.models import check_loads, load_tokenizer, positions
     from pipeline.student import student_config
     from pipeline.training.objective import check_tokenizers
 
@@ -252,6 +264,7 @@ def _check_student(base: str | Path, base_tokenizer: Any, run: Run, data: Datase
     key = "student.path" if given is not None else "student.config" if run.student.config else "student.layers"
     _check_reads(key, config, tokenizer, run, data)
     _check_lengths(config, run)
+    check_lengths(asked, tokenizer, positions(config))
 
 
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:

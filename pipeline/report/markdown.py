@@ -156,11 +156,16 @@ def _tasks(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         return []
     shown["quality/task"] = None
     form = lambda v: significant(v, 4)
-    body = [
-        [label, *key.removeprefix(TASK).split("/"), notes.show(value, form) + _bounds(value, form), str(value["n"] or "")]
+    figures = [
+        (label, *key.removeprefix(TASK).split("/"), value)
         for label, row in zip(labels(rows), rows, strict=True)
-        for key, value in row["quality"].items() if key.startswith(TASK)
-    ]  # fmt: skip
+        for key, value in row["quality"].items()
+        if key.startswith(TASK)
+    ]
+    body = [
+        [label, task, metric, notes.show(value, form) + _bounds(value, form), str(value["n"] or "")]
+        for label, task, metric, value in figures
+    ]
     return _table(("arm", "task", "metric", f"mean [{ARM_INTERVAL}]", "documents"), body)
 
 
@@ -298,7 +303,8 @@ def _speedup_cells(speedup: dict[str, Any], notes: Footnotes) -> list[str]:
 def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
     margin = amount(key, value["margin"]) if "margin" in value else "not stated"
-    figure = [key.replace("_", " "), notes.show(value, form), _bounds(value, form).strip()]
+    name = key.removeprefix(TASK).replace("/", ": ") if key.startswith(TASK) else key.replace("_", " ")
+    figure = [name, notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
     more = f", about {needed} items would decide" if needed else ""
     more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
