@@ -81,6 +81,19 @@ def test_what_limited_a_gpu_reaches_mlflow_with_the_meter_s_doubts(root: Path) -
     assert data.tags["meter_valid"] == "False"
 
 
+def test_lm_eval_tasks_reach_mlflow_by_task_and_metric(root: Path) -> None:
+    rows = [make_row(arm) for arm in ARMS]
+    for row in rows:
+        row["quality"] |= {"task/capitals/acc": value(0.75, n=24, ci=[0.55, 0.88], items="items.capitals.jsonl"),
+                           "task/capitals/exact_match.upper_case": value(0.5, n=24, ci=None, items="items"),
+                           "task/capitals/mcc": null("no score of each document")}  # fmt: skip
+    deliver(write_run(root, rows=rows))
+    data = store(root)[1]["student"].data
+    shown = {key: figure for key, figure in data.metrics.items() if key.startswith("quality/task")}
+    assert shown == {"quality/task/capitals/acc": 0.75, "quality/task/capitals/exact_match.upper_case": 0.5}
+    assert data.tags["null.quality/task/capitals/mcc"] == "no score of each document"
+
+
 def test_the_parent_speaks_of_all_attempts_and_seeds_of_the_primary_arm(root: Path) -> None:
     """Hand-worked: seed 0 took 2 h in a killed and 4 h in a finished attempt, seed 1 took 8 h: 7 h a seed."""
 
