@@ -48,7 +48,8 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),
-        files=[*write_outputs(attempt, result, status, why), "report.md", "result.json", "catalogue.json", "config.json", *_traces(attempt)],
+        files=[*write_outputs(attempt, result, status, why), "report.md", "result.json", "catalogue.json", "config.json",
+               *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
     made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in attempt.rows)

@@ -102,4 +102,161 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     if gate is None:
         check_models(run, data, store, clock, device, asked)
     else:
-        check_releases(run, data, {arm: side.artifact.path for arm, side in gate.releases().items()}, clock)
+        check_releases(run, data, {arm: side.artifact.path for arm, side in gate.releases().items()}, clock, asked)
+    with clock.phase("prepare"):
+        folder, number, lock = _find_or_make(root, key, run)
+        events = read_events(folder / "journal.jsonl")
+        journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
+    with _or_nothing(folder, number, lock):
+        attempt = Attempt(
+            run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
+            clock=clock, device=device, data=data, command=command, started_ns=started_ns,
+            sampler=Sampler(reader_for(device)), lock=lock, engine=engine, gate=gate,
+            notes=[*data.notes, *_few_documents(run, data),
+                   *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
+        )  # fmt: skip
+        attempt.identity = {
+            **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
+            "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
+        }  # fmt: skip
+        attempt.sampler.start()
+        attempt.grant = grant()
+        attempt.placement = placement(
+            device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant
+        )
+        write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
+        settings = redact_settings(plain(run))
+        write_json(folder / "config.json", settings)
+        journal.write(
+            "run_start", run_id=folder.name, started_ns=started_ns, clock_ns=clock.mark()[1],
+            attempt=number, devices=attempt.devices,
+            recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
+            tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
+            tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
+            environment={"device": device_name(device), "data.digest": data.digest,
+                         "mlflow.source.git.commit": attempt.identity["commit"]},
+            datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
+                      for split, documents in data.splits.items()],
+        )  # fmt: skip
+        if gate is not None:
+            with clock.phase("log"):
+                identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.evaluation())
+    recover(attempt, events)
+    for note in attempt.notes:
+        print(f"note: {note}", flush=True)
+    if run.tracking.mlflow:
+        attempt.writer = start_writer(folder)
+    return attempt
+
+
+@contextmanager
+def _or_nothing(folder: Path, number: int, lock: Any) -> Generator[None]:
+    """Remove the folder of a run that could not even begin."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        if number == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_budget(run: Run, root: Path, key: str) -> None:
+    """Stop before anything is spent where the run that would be gone on with has spent its budget.
+
+    Raises:
+        BudgetSpent: If so.
+    """
+    limit = run.budget.device_hours
+    if limit is None:
+        return
+    for folder in (root / "runs").glob("*/"):
+        spent = (_unfinished(folder, key) or {}).get("spent_device_hours", 0.0)
+        if spent >= limit:
+            raise BudgetSpent(
+                f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to go on"
+            )
+
+
+def _few_documents(run: Run, data: Dataset) -> list[str]:
+    """Return what to know of a test split that is read in part, or that is too small to decide anything."""
+    have, most = len(data.splits["test"]), run.quality.max_documents
+    read = have if most is None else min(have, most)
+    said = f"quality is read on {read} of {have} test documents"
+    found = [f"{said} (quality.max_documents={most})"] if read < have else []
+    if read < MIN_DOCUMENTS:
+        found.append(f"{said}; fewer than {MIN_DOCUMENTS} decide no comparison: give more data, or a test file")
+    return found
+
+
+def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return the state of a run with this key that has not ended well, or None."""
+    state = read_json(folder / "run.json")
+    return state if isinstance(state, dict) and state["key"] == key and state["status"] != "FINISHED" else None
+
+
+def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
+    """Return the folder of the unfinished run with this key and the attempt's number, or a new one."""
+    from filelock import FileLock, Timeout
+
+    for folder in sorted((root / "runs").glob("*/"), reverse=True):
+        if _unfinished(folder, key) is None:
+            continue
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_S)
+        except Timeout:
+            continue  # another process is at it; this one is a run of its own
+        state = _unfinished(folder, key)
+        if state is None:  # it ended while we waited for its lock
+            lock.release()
+            continue
+        starts = [event["attempt"] for event in read_events(folder / "journal.jsonl") if event["e"] == "run_start"]
+        if starts == list(range(1, state["attempt"] + 1)):
+            return folder, state["attempt"] + 1, lock
+        lock.release()  # its journal lost what an earlier attempt spent: a run that says less than it took is none
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    lock = FileLock(folder / ".lock")
+    lock.acquire(timeout=0)
+    return folder, 1, lock
+
+
+def _check_writable(root: Path) -> None:
+    from pipeline.store import check_room
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "tracking.root", f"{root} cannot be made ({error.strerror})", "give a folder to write to"
+        ) from None
+    if not os.access(root, os.W_OK):
+        raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
+    check_room(root, FREE_BYTES, "tracking.root")
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and chatter of libraries; what matters is said by this package, once."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):  # what a build lacks; what torch finds old in torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|torchao)(\.|$)")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as `a.b.c: value`."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result

@@ -188,13 +188,15 @@ def check_models(
         _check_quantizable(config, run, device)
 
 
-def check_releases(run: Run, data: Dataset, folders: dict[str, Path], clock: PhaseClock) -> None:
+def check_releases(
+    run: Run, data: Dataset, folders: dict[str, Path], clock: PhaseClock, asked: Mapping[str, list[Asked]]
+) -> None:
     """Refuse released artifacts that cannot read this data, or serve the policy's load.
 
     Raises:
         UserError: Naming the reference.
     """
-    from pipeline.models import check_loads, load_config, load_tokenizer
+    from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
     with clock.phase("prepare"):
         for key, folder in folders.items():
@@ -202,6 +204,7 @@ def check_releases(run: Run, data: Dataset, folders: dict[str, Path], clock: Pha
             check_loads(str(folder), run.task, labels=data.labels, key=key)
             _check_reads(key, config, tokenizer, run, data)
             _check_lengths(config, run)
+            check_lengths(asked, tokenizer, positions(config))
 
 
 def _check_quantizable(config: Any, run: Run, device: Any) -> None:
