@@ -173,8 +173,9 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
     for recipe in recipes.values():
         store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
     codes: list[int] = []
-    # its keys are the Hugging Face config's; Hydra adds to a dictionary only what is marked so
-    overrides = [f"++{arg}" if arg.startswith(("student.config=", "student.config.")) else arg for arg in args]
+    # their keys are others' (a Hugging Face config's, metrics); Hydra adds to a dictionary only what is marked so
+    open_keys = tuple(f"{key}{end}" for key in ("student.config", "policy.metrics") for end in "=.")
+    overrides = [f"++{arg}" if arg.startswith(open_keys) else arg for arg in args]
 
     def one(cfg: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(cfg))

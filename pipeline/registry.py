@@ -231,6 +231,8 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
     with _asking(uri), tempfile.TemporaryDirectory() as folder:
         client = _open(uri)
         for run in _tagged(client, f"tags.`{GATE}.key` = '{key}' AND attributes.status = 'FINISHED'"):
+            if run.data.tags.get(f"{GATE}.verdict") == "INVALID":  # nothing was found out: no look
+                continue
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
             verdict = as_recorded(json.loads(place.read_text(encoding="utf-8")))
             if checksum(verdict) != run.data.tags.get(f"{GATE}.sha256"):

@@ -18,6 +18,7 @@ USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
 FOLLOW = "--follow"
 INTERVAL_S, DYING_S = 2.0, 0.2  # between deliveries; the same for a run that is about to be no more
 DELIVERY_S = 60.0  # a run waits this long for its writer: a fresh SQLite store takes its migrations out of it
+GATE_S = 300.0  # a gate waits longer: what it found must be known to the next one, on whatever machine
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
@@ -63,7 +64,7 @@ def let_go(writer: subprocess.Popen[bytes]) -> None:
         writer.stdin.close()
 
 
-def undelivered(writer: subprocess.Popen[bytes], run_dir: Path) -> str | None:
+def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float = DELIVERY_S) -> str | None:
     """Wait a bounded time for the last delivery of a run that has ended; return what to say where it failed, or None.
 
     An interrupt ends the waiting, and not the writer.
@@ -71,9 +72,9 @@ def undelivered(writer: subprocess.Popen[bytes], run_dir: Path) -> str | None:
     again = f"`python -m pipeline.sync {run_dir.parent.parent}` delivers the rest"
     try:
         let_go(writer)
-        code = writer.wait(DELIVERY_S)
+        code = writer.wait(wait_s)
     except subprocess.TimeoutExpired:
-        return f"MLflow did not answer within {DELIVERY_S:.0f} s; its writer goes on, and {again}"
+        return f"MLflow did not answer within {wait_s:.0f} s; its writer goes on, and {again}"
     except KeyboardInterrupt:
         return f"not waiting for MLflow; its writer goes on, and {again}"
     if not code:

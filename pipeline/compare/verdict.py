@@ -241,9 +241,11 @@ def payback_criterion(payback: Mapping[str, Any], *, within: float | None, alpha
     value = Value.from_json(dict(payback))
     made = Criterion(name="payback", outcome=Outcome.FAIL, value=value, threshold=within, gating=within is not None,
                      unit=payback["unit"], why=value.why_null)  # fmt: skip
+    never = value.why_null is not None and value.why_null.startswith("never")
+    if value.v is None and not never:
+        return replace(made, outcome=Outcome.INVALID)
     if within is None:
-        within_reach = value.v is not None
-        return replace(made, outcome=Outcome.PASS if within_reach else Outcome.FAIL)
+        return replace(made, outcome=Outcome.FAIL if never else Outcome.PASS)
     probability = Value.from_json(payback["p_net_positive"])
     if probability.v is None:
         return replace(made, outcome=Outcome.INVALID, why=probability.why_null)

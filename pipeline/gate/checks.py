@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pipeline.config import Direction, MetricRule, PolicyConfig, Run, Task
@@ -57,6 +58,8 @@ def check_policy(run: Run) -> None:
     policy = run.policy
     for key, rule in policy.metrics.items():
         _check_metric(key, rule)
+        if key.startswith(TASK) and run.task is Task.causal_lm and not run.quality.tasks:
+            raise UserError(f"policy.metrics.{key}", "is not measured", "give its file: quality.tasks=[TASK.yaml]")
     asked = (*gating_metrics(policy, run.task), policy.training, policy.serving, policy.memory, policy.energy,
              policy.payback_units)  # fmt: skip
     if all(each is None for each in asked):
@@ -73,6 +76,8 @@ def _check_metric(key: str, rule: MetricRule) -> None:
         raise UserError(f"policy.metrics.{key}", "there is no such metric", f"known: {known}, task/<task>/<metric>")
     if not key.startswith(TASK) and not any(key in keys for keys in OF_TASK.values()):
         raise UserError(f"policy.metrics.{key}", "is not compared document by document", "name another metric")
+    if not (math.isfinite(rule.margin) and rule.margin >= 0):
+        raise UserError(f"policy.metrics.{key}.margin", f"{rule.margin} is no margin", "give a number of at least 0")
     way = 1 if key.startswith(TASK) else DIRECTION[key]
     if rule.direction is not None and (rule.direction is Direction.higher) != (way > 0):
         right = Direction.higher if way > 0 else Direction.lower

@@ -41,7 +41,7 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
             if gate.baseline is not None or attempt.run.bootstrap:
                 measure()
             verdict = judge(attempt, gate)
-            if gate.key:
+            if gate.key and verdict["verdict"] != Outcome.INVALID:  # nothing was found out about the candidate
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
     attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))

@@ -182,12 +182,24 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
     else:
         energy = [unread("energy", attempt.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
     return [
-        invalid(served, disturbed),
+        _kept(gate, invalid(served, disturbed)),
         memory,
-        *(invalid(each, disturbed) if each.value.v is not None else each for each in energy),
+        *(_kept(gate, invalid(each, disturbed) if each.value.v is not None else each) for each in energy),
         _training(attempt, gate),
         invalid(_payback(attempt, gate, readings, serving), disturbed if policy.payback_units is not None else []),
     ]
+
+
+def _kept(gate: Gate, criterion: Criterion) -> Criterion:
+    """Return what the look before decided of a criterion, where it did: it is not asked again."""
+    earlier = {} if gate.earlier is None else {each["name"]: each for each in gate.earlier["criteria"]}
+    said = earlier.get(criterion.name)
+    if said is None or said["outcome"] not in (Outcome.PASS, Outcome.FAIL):
+        return criterion
+    return replace(
+        criterion, outcome=Outcome(said["outcome"]), value=Value.from_json(said["value"]), ci=tuple(said["ci"]),
+        n=said["n"], why="decided at the look before",
+    )  # fmt: skip
 
 
 def _value(figures: Mapping[str, Any], name: str) -> Value:
