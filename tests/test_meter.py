@@ -202,6 +202,19 @@ def test_one_that_ignores_sigterm_is_waited_for_and_told_again(tmp_path: Path) -
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("number", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
+def test_signals_reach_the_command(tmp_path: Path, number: str) -> None:
+    """SIGQUIT too: it would end the meter and leave the command to go on unmetered."""
+    process = start(tmp_path, "sh", "-c", f"trap 'exit 33' {number}; echo ready; for i in $(seq 400); do sleep 0.05; done")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, f"SIG{number}"))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 33, err
+    assert result_of(folder_of(tmp_path))["status"] == ("FAILED" if number.startswith("USR") else "KILLED")
+
+
+@pytest.mark.faults
 def test_kill_after_ends_the_whole_group(tmp_path: Path) -> None:
     shell = f"{PYTHON} {PROGRAMS / 'stubborn.py'} & trap '' TERM; wait"
     process = start(tmp_path, "sh", "-c", shell, options=("--no-mlflow", "--kill-after", "0.2"))

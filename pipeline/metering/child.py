@@ -22,9 +22,10 @@ from pipeline.errors import UserError
 from pipeline.values import Value, measured, null
 
 NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 126, 127, 128  # POSIX shell command language, 2.8.2 and 2.9.1.1
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DYING_S = 0.5  # that killed processes may take to be gone
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+TYPED = (signal.SIGINT, signal.SIGQUIT)  # a terminal sends these to all that it talks to
 
 
 class CannotStart(UserError):
@@ -139,7 +140,7 @@ class Child:
                 threading.Thread(target=self._kill_late, args=(self._kill_after_s,), daemon=True).start()
         if self._process is None:
             self._early.append(number)
-        elif not self._ended.is_set() and (self._own_group or number != signal.SIGINT):
+        elif not self._ended.is_set() and (self._own_group or number not in TYPED):
             self._send(number)  # on a terminal, Ctrl-C has reached it already
 
     def _kill_late(self, seconds: float) -> None:
