@@ -7,6 +7,7 @@ and told again with every further signal: its hours count as well. See `pipeline
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -98,11 +99,22 @@ def meter(settings: Settings, started_ns: int) -> int:
         if settings.mlflow:
             writer = start_writer(run.folder)
         code = _wait(child, run)
-        result = _end(run, child, watch, *_status(code, child))
-    print(_closing(result, run.folder), file=sys.stderr)
+        try:
+            said = _closing(_end(run, child, watch, *_status(code, child)), run.folder)
+        except OSError as error:  # a full disk, a folder that is gone: no reason to call the command failed
+            said = f"what it took cannot be written to {run.folder} ({error.strerror}); --recover ends its run later"
+    _say(said)
     if writer is not None:
         _deliver(writer, run.folder)
     return exit_code(code)
+
+
+def _say(text: str) -> None:
+    """Print for whoever still reads: the exit code is the command's, whether anybody does or not."""
+    try:
+        print(text, file=sys.stderr)
+    except BrokenPipeError:  # what is left in its buffer would turn the exit code into 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _wait(child: Child, run: MeteredRun) -> int:
@@ -157,7 +169,7 @@ def _deliver(writer: subprocess.Popen[bytes], folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     problem = undelivered(writer, folder)
     if problem is not None:
-        print(problem, file=sys.stderr)
+        _say(problem)
 
 
 if __name__ == "__main__":

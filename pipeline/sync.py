@@ -79,7 +79,8 @@ def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float
         return f"not waiting for MLflow; its writer goes on, and {again}"
     if not code:
         return None
-    said = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    log = run_dir / LOG
+    said = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     return f"{next((line for line in reversed(said) if line), 'the writer to MLflow crashed')}; {again}"
 
 

@@ -178,6 +178,26 @@ def test_a_crash_passes_its_code_on_and_its_hours_are_lost(tmp_path: Path) -> No
     assert (ledger["counts"]["steps_lost"]["v"], ledger["counts"]["tokens"]["v"]) == (3, None)
 
 
+@pytest.mark.parametrize("code", [0, 5])
+def test_the_exit_code_is_the_command_s_where_nothing_can_be_written(tmp_path: Path, code: int) -> None:
+    root = tmp_path / "root"
+    found, _, err = run(root, "sh", "-c", f"mv {root} {root}-away; touch {root}; exit {code}")
+    assert found == code, err
+    assert err.startswith("what it took cannot be written to "), err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_the_exit_code_is_the_command_s_where_nobody_reads(tmp_path: Path, code: int) -> None:
+    process = start(tmp_path, "sh", "-c", f"read line; exit {code}")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stderr = None
+    process.communicate("go on\n", timeout=60)
+    assert process.returncode == code
+    assert result_of(folder_of(tmp_path))["status"] == ("FINISHED" if code == 0 else "FAILED")
+
+
 @pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("KILL", 137), ("SEGV", 139)])
 def test_an_end_by_a_signal_is_told_as_shells_do(tmp_path: Path, number: str, code: int) -> None:
     assert run(tmp_path, "sh", "-c", f"kill -{number} $$")[0] == code

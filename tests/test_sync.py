@@ -225,3 +225,11 @@ def test_sync_refuses_a_folder_without_runs(root: Path, capsys: pytest.CaptureFi
     assert main([str(root)]) == 1
     assert "holds no runs" in capsys.readouterr().err
     assert main(["--help"]) == 0
+
+
+def test_a_run_whose_folder_is_gone_says_so_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    said = undelivered(writer, tmp_path / "runs/run-1")
+    assert said is not None
+    assert said.startswith("the writer to MLflow crashed; `python -m pipeline.sync ")
