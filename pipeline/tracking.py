@@ -499,14 +499,14 @@ def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """Return what a store raises that is down, or refuses."""
+    """Return what a store raises that is down, refuses, or whose driver is not installed (PostgreSQL's, MySQL's)."""
     from mlflow.exceptions import MlflowException
 
     try:
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError:  # mlflow-skinny has servers only
-        return (MlflowException, OSError)
-    return (MlflowException, SQLAlchemyError, OSError)
+        return (MlflowException, OSError, ImportError)
+    return (MlflowException, SQLAlchemyError, OSError, ImportError)
 
 
 def is_down(error: Exception) -> bool:

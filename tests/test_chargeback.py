@@ -563,6 +563,16 @@ def test_a_server_that_does_not_answer_is_one_line(
     assert capsys.readouterr().err.startswith("refused: --uri: the store does not answer (")
 
 
+def test_a_store_whose_driver_is_not_installed_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    assert main([*PERIOD, "--uri", "postgresql+psycopg://me:s3cr3t@host/store"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("refused: --uri: the store does not answer (")
+    assert (err.count("\n"), "s3cr3t" in err) == (1, False)
+
+
 # -- cost per converged model ------------------------------------------------------------------------------------------
 
 
