@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import threading
 import time
@@ -117,6 +119,24 @@ def test_signs_of_life_go_on_until_the_end_and_no_longer(path: Path, monkeypatch
     assert count >= 3
     time.sleep(0.05)
     assert kinds(path).count("heartbeat") == count
+
+
+def test_signs_of_life_go_on_after_a_disk_was_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ledger.journal.HEARTBEAT_S", 0.01)
+    journal, write, tries = Journal(path), os.write, []
+
+    def full_at_first(file: int, line: bytes) -> int:
+        tries.append(line)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, line)
+
+    monkeypatch.setattr(os, "write", full_at_first)
+    with heartbeat(journal):
+        deadline = time.monotonic() + 10
+        while kinds(path).count("heartbeat") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert kinds(path).count("heartbeat") >= 2
 
 
 def test_the_last_line_is_the_latest_whoever_waited(path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def heartbeat(journal: Journal) -> Generator[None]:
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            journal.write("heartbeat")
+            with suppress(OSError):  # a disk that is full for now costs this sign, and none of the later ones
+                journal.write("heartbeat")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
