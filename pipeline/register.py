@@ -238,6 +238,8 @@ def _read(argv: list[str]) -> dict[str, str]:
             problem = "is empty" if key in KEYS else "is no setting of register"
             raise UserError(key, problem, f"give {', '.join(f'{name}=' for name in KEYS)}")
         given[key] = value
+    if not given.get("name", "").isprintable():
+        raise UserError("name", f"{given['name']!r} has characters that nobody sees", "use letters, digits, spaces")
     for key in ("path", "ledger"):
         if key not in given:
             raise UserError(key, "is missing", USAGE.partition(": ")[2])

@@ -236,6 +236,7 @@ def test_a_model_is_charged_to_one_run_only(trained: Path, tmp_path: Path, capsy
         (["path=x"], 1, "ledger: is missing"),
         (["x"], 2, "x: cannot be parsed; write key=value"),
         (["path="], 1, "path: is empty; give path=, ledger=, name=, root="),
+        (["path=x", "ledger=y", "name=a\x1b[31m"], 1, "name: 'a\\x1b[31m' has characters that nobody sees; use"),
         (["model=x"], 1, "model: is no setting of register; give path="),
         (["path=x", "ledger=no-run"], 1, "ledger: no-run is no run under mlruns/runs that has ended; give a run's id"),
         (["path=x", "ledger=latest"], 1, "ledger: no run under mlruns/runs has finished; name one by its id or folder"),
