@@ -94,8 +94,7 @@ def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict
 def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]) -> dict[str, Any]:
     why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
-    if facts.used.kind != "cpu":
-        memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
+    memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
     record = ledger(
         spent, {**dict.fromkeys(DISTILLED, null(NOT_TOLD)), **found},
         devices=facts.used.count, device_kind=facts.used.kind,
