@@ -96,6 +96,7 @@ def test_a_ledger_is_priced_again_with_what_it_knows() -> None:
         ({"currency": None}, "cost.currency: a rate without its currency"),
         ({"currency": "euro"}, "cost.currency: 'euro' is none"),
         ({"per_device_hour": None}, "cost.per_device_hour: is missing; say what a device-hour asks for"),
+        ({"per_device_hour": None, "kind": None}, "cost.per_device_hour: is missing; give the rate, or leave"),
         ({"per_device_hour": float("inf")}, "cost.per_device_hour: inf is out of range"),
         ({"energy_price_per_kwh": 0.3}, "cost.energy_price_per_kwh: is for owned devices"),
         ({"energy_price_per_kwh": 0.3, "kind": None}, "cost.energy_price_per_kwh: is for owned devices"),

@@ -96,6 +96,7 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
     assert {"forward", "backward", "optimizer", "prepare", "other"} <= set(ledger["phases_ns"])
     assert ledger["cost"]["amount"]["v"] == pytest.approx(2 * ledger["device_hours"]["attached"]["v"])
     assert ledger["energy_j"]["v"] is None
+    assert ledger["memory"]["nvml_peak_bytes"]["why_null"] == "a CPU run uses no GPU"
     assert ledger["memory"]["host_peak_rss_bytes"]["v"] > 5e7
     assert ledger["identity"]["team"] == "vision"
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
@@ -225,7 +226,9 @@ def test_one_that_ignores_sigterm_is_waited_for_and_told_again(tmp_path: Path) -
 @pytest.mark.parametrize("number", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
 def test_signals_reach_the_command(tmp_path: Path, number: str) -> None:
     """SIGQUIT too: it would end the meter and leave the command to go on unmetered."""
-    process = start(tmp_path, "sh", "-c", f"trap 'exit 33' {number}; echo ready; for i in $(seq 400); do sleep 0.05; done")
+    process = start(
+        tmp_path, "sh", "-c", f"trap 'exit 33' {number}; echo ready; for i in $(seq 400); do sleep 0.05; done"
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(getattr(signal, f"SIG{number}"))
@@ -345,6 +348,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--name", "a b", "--", "true"], 1, "--name: 'a b' is no name; use letters, digits, and _ . + - in between"),
     (["--rate", "cheap", "--", "true"], 1, "--rate: 'cheap' is no number from 0 up; write --rate 2.5"),
     (["--rate=0", "--", "true"], 1, "--rate: 0.0 is out of range; give a number greater than 0"),
+    ([*PRICED[2:], "--", "true"], 1, "--rate: is missing; give the rate, or leave --currency out"),
     (["--rate=2", "--", "true"], 1, "--rate-source: a rate without its source is a guess; say where the rate comes"),
     ([*PRICED[:4], "--", "true"], 1, "--rate-date: a rate without its date is a guess; say when the source said so"),
     ([*PRICED[:6], "--", "true"], 1, "--currency: a rate without its currency is no price; give its three letters"),

@@ -95,6 +95,8 @@ def check_cost(cost: CostConfig) -> None:
     elif cost.kind is not None:
         what = "asks for" if cost.kind is CostKind.rented else "is put at"
         raise UserError("cost.per_device_hour", "is missing", f"say what a device-hour {what}, or leave cost= out")
+    elif said := [name for name in ("currency", "source", "date") if getattr(cost, name) is not None]:
+        raise UserError("cost.per_device_hour", "is missing", f"give the rate, or leave cost.{said[0]} out")
     if cost.energy_price_per_kwh is not None:
         _check_power(cost)
 
