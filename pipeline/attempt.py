@@ -19,8 +19,11 @@ from typing import Any, Literal
 from pipeline.arms import file_name
 from pipeline.assess.engine import EngineResult
 from pipeline.assess.serving import ServePass
+from pipeline.assess.vllm_check import Checked, check_vllm
+from pipeline.assess.vllm_check import installed as vllm_version
+from pipeline.assess.vllm_check import why_not as vllm_why_not
 from pipeline.base_model import base_artifact
-from pipeline.config import Format, Precision, Run
+from pipeline.config import Format, Precision, Run, VllmCheck
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
@@ -153,6 +156,7 @@ class Attempt:
     engine: dict[str, EngineResult] = field(default_factory=dict)  # by arm, what serving.results declares
     served: ServePass | None = None  # what the comparison pass read
     gate: Gate | None = None  # of a release check
+    disagreeing: list[str] = field(default_factory=list)  # arms that vLLM reads as another model
     memory: MemoryMeter = field(default_factory=MemoryMeter)
     stop_signal: int | None = None
     writer: subprocess.Popen[bytes] | None = None  # delivers the journal to MLflow
@@ -377,7 +381,7 @@ class Attempt:
             **self._evaluation(),
             teacher=None if teacher is None else self.arms[teacher].digest,
             unquantized=None if unquantized is None else unquantized.digest,
-            **({} if recorded is None else {"recorded": file_digest(str(recorded))}),
+            **({} if recorded is None else {"recorded": file_digest(str(recorded))}), **self._vllm(name, made),
         )  # fmt: skip
 
     def _evaluation(self) -> dict[str, Any]:
@@ -395,6 +399,43 @@ class Attempt:
         """Return the per-document values of another evaluation that stand in for an assessment, or None."""
         path = getattr(self.run, ITEMS.get(name, ""), None) if self.gate is not None else None
         return None if path is None else Path(path).expanduser()
+
+    def _vllm(self, name: str, made: Record) -> dict[str, Any]:
+        """Return what the check with vLLM adds to an assessment's key: nothing where it cannot run."""
+        folder = Path(made["artifact"]["path"])
+        if not self._wants_vllm(name) or vllm_why_not(folder, self.run.task, self.device) is not None:
+            return {}
+        return {"vllm": vllm_version()}
+
+    def _wants_vllm(self, name: str) -> bool:
+        """Whether vLLM is to load and score an arm's artifact."""
+        wanted = self.run.serving.check_vllm
+        return wanted is VllmCheck.every or (
+            wanted is VllmCheck.quantized and isinstance(self.run.stages[name], QuantizeStage)
+        )
+
+    def _check_vllm(self, name: str, made: Record) -> Checked | None:
+        """Have vLLM score an arm's artifact, where that is wanted; a part of its assessment."""
+        if not self._wants_vllm(name):
+            return None
+        return check_vllm(
+            Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
+            sequence_length=self._sequence_length(), device=self.device, clock=self.clock, still=self.check_budget,
+        )  # fmt: skip
+
+    def _tell_vllm(self, name: str, seed: int, assessed: Record) -> None:
+        """Say what became of the check of an arm's artifact, made now or found; what disagrees ends the run with 3."""
+        if not self._wants_vllm(name):
+            return
+        checked = Checked.from_json(assessed.get("vllm") or {"outcome": "not run here"})
+        why = vllm_why_not(self.arms[name].path, self.run.task, self.device)
+        if checked.outcome == "not run here" and why is not None:  # of an assessment that was found: why not now
+            checked = Checked("not run here", why)
+        arm = f"{name} (seed {seed})" if len(self.seeds) > 1 else name
+        print(f"{arm}: {checked.say()}", flush=True)
+        self.notes.append(f"{arm}: {checked.say()}")
+        if checked.agrees is False:
+            self.disagreeing.append(arm)
 
     def _unquantized(self, name: str) -> Artifact | None:
         """Return what a quantized arm was made from."""
@@ -570,6 +611,13 @@ class Attempt:
                     )  # fmt: skip
                     write_identity(items, data=self.data.digest, split="test", evaluation=self.evaluation(),
                                    artifact=made["artifact"]["digest"])  # fmt: skip
+                quality = assess_quality(
+                    Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
+                    labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
+                    device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
+                    unquantized=None if unquantized is None else unquantized.path,
+                )  # fmt: skip
+                checked = self._check_vllm(name, made)
                 self._synchronise()
         except BaseException as error:
             self.add(broken_row(self, name, stage, seed, window, error, made))
@@ -585,6 +633,9 @@ class Attempt:
         self.add(made_row(self, name, stage, seed, made, window, quality))
         rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
         record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}
+        if checked is not None:
+            record["vllm"] = checked.to_json()
+            self.store.annotate(Artifact.from_json(made["artifact"]), "checked", {"vllm": record["vllm"]})
         self.store.remember("assessments", key, record)
         self.store.annotate(Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality))
         return record
@@ -621,6 +672,7 @@ class Attempt:
         )
         if assessed is not None:
             self.items[name] = Path(assessed["items"])
+            self._tell_vllm(name, seed, assessed)
 
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""

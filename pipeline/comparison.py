@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
 PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
+UNSERVED = ("volume", "rate", "results", "check_vllm")  # settings that change nothing of what is measured
 Row = dict[str, Any]
 Rows = dict[str, Row]
 """By arm, the row that made its artifact, for one seed."""
@@ -63,7 +64,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     rows = finished_rows(attempt, attempt.seeds[0])
     key = key_of(
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in ("volume", "rate", "results")},
+        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in UNSERVED},
         task=attempt.run.task, data=attempt.data.digest, **attempt.made_on(),
         **({"gate": attempt.gate.key, "look": attempt.gate.look} if attempt.gate else {}),
     )  # fmt: skip

@@ -288,6 +288,14 @@ class Decode(Enum):
     compile = "compile"
 
 
+class VllmCheck(Enum):
+    """Which artifacts vLLM, where it is installed, loads and scores beside this project (`assess/vllm_check.py`)."""
+
+    quantized = "quantized"
+    every = "every"
+    never = "never"
+
+
 @dataclass(kw_only=True, slots=True)
 class ServingConfig:
     """The comparison pass."""
@@ -297,6 +305,7 @@ class ServingConfig:
     blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
     decode: Decode = Decode.auto
     results: Any = None  # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
+    check_vllm: VllmCheck = VllmCheck.quantized  # language models that vLLM, where installed, is to load and score too
     volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
     rate: Optional[float] = positive(None)  # units a second to be served; the replicas that the arm saves, at it
 

@@ -11,9 +11,7 @@ class Exit(IntEnum):
     DONE = 0
     REFUSED = 1
     UNPARSABLE = 2
-    FAIL = (
-        3  # a release fails its policy, or a quantized artifact saves neither time nor memory; all of the run is there
-    )
+    FAIL = 3  # a release fails its policy, or an artifact saves nothing or reads differently in vLLM; all of it is there
     INCONCLUSIVE = 4
     INVALID = 5
     NO_BASELINE = 6

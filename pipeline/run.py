@@ -67,6 +67,9 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
             finish(attempt, status, why)
     if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
         signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
+    if attempt.disagreeing:
+        print(f"vLLM disagrees: {', '.join(attempt.disagreeing)}: it reads another model from the same folder than the "
+              "one that was assessed; serving.check_vllm=never leaves the check out", file=sys.stderr)  # fmt: skip
     if attempt.gate is not None and attempt.gate.verdict is not None:
         return exit_code(attempt.gate)
     useless = without_speedup(attempt)
@@ -74,7 +77,7 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
         print(f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
               "allow_no_speedup=true ends such a run with exit code 0", file=sys.stderr)  # fmt: skip
         return Exit.FAIL
-    return Exit.DONE
+    return Exit.FAIL if attempt.disagreeing else Exit.DONE
 
 
 def _all_stages(attempt: Attempt) -> None:

@@ -41,9 +41,14 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
     report = (tmp_path / "mlruns/latest/report.md").read_text()
     assert "no_speedup: saves neither time nor memory" in report
     assert "What quantizing changed" in report
+    assert "int8: vLLM: not run here (vLLM is not installed)" in done.stdout
+    assert "int8: vLLM: not run here" in report
+    assert "reference: vLLM" not in report
     artifact = json.loads(Path(result["rows"][1]["artifact"]["path"], "artifact.json").read_text())
     assert artifact["quantization"]["quantized_layers"] == 1
     assert artifact["assessed"]["quality"]["bits_per_byte"]["ci"] is not None
+    told = artifact["checked"]["vllm"]
+    assert (told["outcome"], told["why"]) == ("not run here", "vLLM is not installed")
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}")
     parents = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 2
