@@ -202,7 +202,8 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
     if path is not None and Path(path).is_dir():
         _verify(Path(path), digest, key)
         return take(Path(path), key, places.store)
-    for place in dict.fromkeys(each for each in (url, places.url) if each):
+    place = url.removesuffix(f"/{digest}") if url else places.url
+    if place is not None:
         return download(place, digest, places.store, key=key)
     where = "" if path is None else f" (it was made at {path})"
     raise UserError(key, f"artifact {digest} is not on this machine{where}", "set store.url to where it was uploaded")
