@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,43 @@ from scipy import stats
 
 from pipeline.compare.statistics import (
     Interval,
+    Spread,
     _bca_ends,
     abba_saving,
     bootstrap_ratio,
     bootstrap_sums,
-    items_to_decide,
+    binary_items_for_power,
+    discordant_rate,
+    items_for_power,
+    log_ratio_from_spread,
+    look_alpha,
     mean_interval,
-    paired_ratio_bootstrap,
+    paired_ratio,
+    paired_ratio_interval,
+    ratio_spread,
+    skewed_t_interval,
+    sums_spread,
     tango_interval,
     tango_z,
     wilson_interval,
 )
 
 # -- Tango ----------------------------------------------------------------------------------------------------------
+
+
+def pass_probability(n: int, discordant: float, difference: float, margin: float, alpha: float = 0.05) -> float:
+    """Return the probability that Tango's lower bound lies above -margin: the sum over all tables worth counting."""
+    critical, total = stats.norm.isf(alpha), 0.0
+    share = (discordant + difference) / (2 * discordant)  # of discordant items, those that only the arm gets right
+    first, last = stats.binom.ppf([1e-7, 1 - 1e-7], n, discordant).astype(int)
+    for either in range(first, last + 1):
+        few, many = 0, either + 1  # Z rises with b: the smallest that passes
+        while few < many:
+            b = (few + many) // 2
+            few, many = (few, b) if tango_z(b, either - b, n, -margin) > critical else (b + 1, many)
+        total += stats.binom.pmf(either, n, discordant) * stats.binom.sf(few - 1, either, share)
+    return float(total)
+
 
 PROPCIS = [  # b, c, n, level, low, high: R 4.6.1, PropCIs 0.3.0, scoreci.mp(c, b, n, level), which iterates to 1e-7
     (7, 0, 14, 0.95, 0.17703378, 0.73200792),
@@ -117,6 +142,12 @@ def _documents(seed: int, n: int = 60, sigma: float = 1.0) -> tuple[np.ndarray, 
     return base * rng.normal(0.98, 0.05, n), base, size
 
 
+def _bootstrapped(arm: np.ndarray, base: np.ndarray, size: np.ndarray, **more: Any) -> Interval:
+    """Return the relative difference of two arms with its BCa interval."""
+    settings: dict[str, Any] = {"resamples": 400, "seed": 0, **more}
+    return bootstrap_sums(np.column_stack([arm, base, size]), lambda s: s[..., 0] / s[..., 1] - 1, **settings)
+
+
 def _scipy(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], method: str) -> Any:
     """Return scipy's interval; `random_state` is the name that every supported scipy knows."""
     settings: dict[str, Any] = {"method": method, "random_state": np.random.default_rng(2), "batch": 2_000}
@@ -124,9 +155,9 @@ def _scipy(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], metho
     return stats.bootstrap(columns, statistic, **settings).confidence_interval
 
 
-def test_paired_ratio_bootstrap_agrees_with_scipy() -> None:
+def test_bootstrap_of_a_paired_ratio_agrees_with_scipy() -> None:
     arm, base, size = _documents(0)
-    ours = paired_ratio_bootstrap(arm, base, size, resamples=20_000, seed=1)
+    ours = _bootstrapped(arm, base, size, resamples=20_000, seed=1)
 
     def relative(a: np.ndarray, b: np.ndarray, s: np.ndarray, axis: int = -1) -> np.ndarray:
         return (a.sum(axis) / s.sum(axis)) / (b.sum(axis) / s.sum(axis)) - 1
@@ -181,7 +212,7 @@ def test_an_estimate_beyond_every_replicate_still_has_a_finite_interval() -> Non
 
 def test_absolute_difference_and_single_arm() -> None:
     arm, base, size = _documents(1)
-    absolute = paired_ratio_bootstrap(arm, base, size, relative=False, resamples=500, seed=0)
+    absolute = paired_ratio_interval(arm, base, size, relative=False)
     one = bootstrap_ratio(arm, size, resamples=500, seed=0)
     assert absolute.estimate == pytest.approx(arm.sum() / size.sum() - base.sum() / size.sum(), abs=1e-12)
     assert one.estimate == pytest.approx(arm.sum() / size.sum(), abs=1e-12)
@@ -190,26 +221,26 @@ def test_absolute_difference_and_single_arm() -> None:
 
 def test_pairing_narrows_the_interval() -> None:
     arm, base, size = _documents(2)
-    paired = paired_ratio_bootstrap(arm, base, size, resamples=1000, seed=0)
+    paired = paired_ratio_interval(arm, base, size)
     alone = bootstrap_ratio(arm, size, resamples=1000, seed=0)
-    assert paired.high - paired.low < 0.5 * (alone.high - alone.low) / alone.estimate
+    assert paired.high - paired.low < 0.75 * (alone.high - alone.low) / alone.estimate
 
 
 def test_bootstrap_is_deterministic_and_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     arm, base, size = _documents(4, n=64)
-    whole = paired_ratio_bootstrap(arm, base, size, resamples=400, seed=7)
-    assert paired_ratio_bootstrap(arm, base, size, resamples=400, seed=7) == whole
-    assert paired_ratio_bootstrap(arm, base, size, resamples=400, seed=8) != whole
+    whole = _bootstrapped(arm, base, size, resamples=400, seed=7)
+    assert _bootstrapped(arm, base, size, resamples=400, seed=7) == whole
+    assert _bootstrapped(arm, base, size, resamples=400, seed=8) != whole
     monkeypatch.setattr("pipeline.compare.statistics._COUNTS_AT_A_TIME", 64 * 16)
-    assert paired_ratio_bootstrap(arm, base, size, resamples=400, seed=7) == pytest.approx(whole, rel=1e-12)
+    assert _bootstrapped(arm, base, size, resamples=400, seed=7) == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9])
 def test_arms_that_differ_by_round_off_alone_have_an_interval_of_no_width(factor: float) -> None:
     _, base, size = _documents(5, n=37)
-    interval = paired_ratio_bootstrap(factor * base, base, size, resamples=300, seed=0)
-    assert interval == pytest.approx((factor - 1,) * 3, abs=1e-12)
-    assert interval.low == interval.high == interval.estimate
+    for interval in (_bootstrapped(factor * base, base, size), paired_ratio_interval(factor * base, base, size)):
+        assert interval == pytest.approx((factor - 1,) * 3, abs=1e-12)
+        assert interval.low == interval.high == interval.estimate
 
 
 def test_bca_covers_the_truth_at_about_its_level() -> None:
@@ -217,7 +248,7 @@ def test_bca_covers_the_truth_at_about_its_level() -> None:
     covered = 0
     for trial in range(400):
         arm, base, size = _documents(trial, n=200, sigma=0.5)
-        low, high = paired_ratio_bootstrap(arm, base, size, resamples=500, seed=trial)[1:]
+        low, high = _bootstrapped(arm, base, size, resamples=500, seed=trial)[1:]
         covered += low <= 0.98 - 1 <= high
     assert 0.84 <= covered / 400 <= 0.96
 
@@ -255,21 +286,180 @@ def test_abba_order_cancels_a_linear_drift_and_sequential_order_does_not() -> No
     assert np.mean(sequential) == pytest.approx(0.0242, abs=2e-3)  # 5 runs of 0.5%, over a base that has slowed
 
 
-# -- items to decide ------------------------------------------------------------------------------------------------
+# -- paired ratios --------------------------------------------------------------------------------------------------
 
 
-def test_items_to_decide_is_where_the_bound_reaches_the_margin() -> None:
-    """No difference, 10% discordant: 1.645 sqrt(0.1 / n) = 0.01 at n = 2,706; Tango's is a little wider at 2,000."""
-    interval = Interval(0.0, *tango_interval(100, 100, 2000))
-    needed = items_to_decide(interval, 2000, margin=0.01)
+def test_a_paired_ratio_without_skewness_has_the_t_interval() -> None:
+    """Equal sizes, symmetric differences in mirrored pairs: what is left is Student's t with Satterthwaite's degrees."""
+    half = np.random.default_rng(0).normal(0, 1, 50)
+    x = np.concatenate([half, -half])
+    estimate, spread = ratio_spread(x + 3.0, np.ones(100), np.ones(100))
+    kurtosis = stats.kurtosis(x, fisher=False)
+    assert estimate == pytest.approx(3.0)
+    assert spread == pytest.approx((100, x.std(ddof=1) / 0.99, min(200 / (kurtosis - 1), 99), 0, 0))
+    reach = stats.t.ppf(0.95, spread.degrees) * spread.sd / 10
+    assert skewed_t_interval(estimate, spread) == pytest.approx((3, 3 - reach, 3 + reach))
+
+
+def test_a_skewed_end_by_hand() -> None:
+    """Skewness 2 over 16 documents is a = 0.5: t + 0.5 (1 + 2 t^2) / 6 + 5 * 0.25 t^3 / 27 standard errors upwards."""
+    t = stats.t.ppf(0.95, 15)
+    interval = skewed_t_interval(1.0, Spread(16, 4.0, 15.0, 2.0, 0.0))
+    assert interval == pytest.approx((1.0, 1.0 - t, 1.0 + t + (1 + 2 * t**2) / 12 + 5 / 108 * t**3))
+
+
+def test_own_skewness_is_the_samples_and_pooled_is_that_of_a_weighted_sum() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.exponential(1, 4000)
+    _, equal = ratio_spread(x, np.ones(4000), np.ones(4000))
+    assert equal.skewness == pytest.approx(1.5 * stats.skew(x), rel=0.01)
+    assert equal.skewness_down == 0
+    sizes = np.repeat([1.0, 20.0], [3998, 2])
+    few_large = sizes * np.where(sizes > 1, x.mean(), x)  # the two that weigh most show no deviation at all
+    _, unequal = ratio_spread(few_large, sizes, sizes)
+    assert unequal.skewness > 1.3 * stats.skew(few_large - x.mean() * sizes) > 0
+
+
+def test_spread_of_the_negative_is_reversed() -> None:
+    arm, base, size = _documents(6)
+    (up, spread), (down, mirrored) = ratio_spread(arm - base, base, size), ratio_spread(base - arm, base, size)
+    assert down == pytest.approx(-up)
+    assert mirrored == pytest.approx(spread.reversed())
+    low, high = skewed_t_interval(up, spread)[1:]
+    assert skewed_t_interval(down, mirrored) == pytest.approx((-up, -high, -low))
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_paired_ratio_interval_ignores_order_and_units(relative: bool) -> None:
+    """Any order of documents; bits and bytes in any unit: a share does not move, a difference moves with its unit."""
+    arm, base, size = _documents(7)
+    whole = paired_ratio_interval(arm, base, size, relative=relative)
+    order = np.random.default_rng(0).permutation(len(arm))
+    assert paired_ratio_interval(arm[order], base[order], size[order], relative=relative) == pytest.approx(whole)
+    scaled = paired_ratio_interval(8 * arm, 8 * base, size / 1024, relative=relative)
+    assert scaled == pytest.approx(np.array(whole) * (1 if relative else 8 * 1024))
+
+
+def test_wider_levels_contain_narrower_ones() -> None:
+    arm, base, size = _documents(8)
+    intervals = [paired_ratio_interval(arm, base, size, level=level) for level in (0.5, 0.8, 0.9, 0.94, 0.99)]
+    for inner, outer in pairwise(intervals):
+        assert outer.low < inner.low < inner.estimate < inner.high < outer.high
+
+
+def test_the_linearised_error_is_the_bootstraps() -> None:
+    """Many documents of moderate size: both give the same interval, so neither is off by a factor."""
+    arm, base, size = _documents(9, n=4000, sigma=0.5)
+    linear, bootstrap = paired_ratio_interval(arm, base, size), _bootstrapped(arm, base, size, resamples=4000)
+    width = bootstrap.high - bootstrap.low
+    assert (linear.low, linear.high) == pytest.approx((bootstrap.low, bootstrap.high), abs=0.05 * width)
+
+
+def test_sums_spread_of_a_ratio_is_its_own() -> None:
+    arm, base, size = _documents(10, n=500, sigma=0.5)
+    spread = sums_spread(np.column_stack([arm, base]), lambda s: s[..., 0] / s[..., 1] - 1)
+    assert spread.sd == pytest.approx(paired_ratio(arm, base, size)[1].sd, rel=0.01)
+
+
+def test_one_document_that_holds_everything_gives_a_finite_interval() -> None:
+    interval = paired_ratio_interval([10.0, 0.0, 0.0], [8.0, 0.0, 0.0], [9.0, 1e-9, 1e-9])
+    assert np.isfinite(interval).all()
+
+
+# -- one run each, and two looks ------------------------------------------------------------------------------------
+
+
+def test_a_saving_of_single_runs_by_hand() -> None:
+    half = stats.t.ppf(0.95, 4) * 0.02 * math.sqrt(2)
+    saving = log_ratio_from_spread(6.0, 10.0, sd=0.02, runs=5)
+    assert saving == pytest.approx((0.4, 1 - 0.6 * math.exp(half), 1 - 0.6 * math.exp(-half)))
+    assert log_ratio_from_spread(6.0, 10.0, sd=0.0, runs=2) == pytest.approx((0.4, 0.4, 0.4))
+
+
+def test_a_saving_of_single_runs_covers_the_truth_at_its_level() -> None:
+    rng, covered, trials = np.random.default_rng(0), 0, 4000
+    for _ in range(trials):
+        repeats, arm, base = rng.normal(0, 0.03, 4), math.exp(rng.normal(0, 0.03)) * 0.7, math.exp(rng.normal(0, 0.03))
+        low, high = log_ratio_from_spread(arm, base, sd=float(repeats.std(ddof=1)), runs=4)[1:]
+        covered += low <= 0.3 <= high
+    assert covered / trials == pytest.approx(0.9, abs=0.015)  # 3 standard errors
+
+
+def test_two_looks_have_pococks_levels() -> None:
+    """Pocock (1977), table 1, and Jennison and Turnbull (2000), table 2.1, K = 2: constants 2.178, 1.875, 2.772."""
+    for two_sided, constant in ((0.05, 2.178), (0.10, 1.875), (0.01, 2.772)):
+        assert look_alpha(two_sided / 2, 2) == pytest.approx(stats.norm.sf(constant), rel=5e-3)
+    assert round(look_alpha(0.05, 2), 4) == 0.0304
+    assert look_alpha(0.05, 1) == 0.05
+
+
+def test_two_looks_keep_the_level_of_normal_statistics() -> None:
+    z = np.random.default_rng(0).normal(0, 1, (400_000, 2))
+    critical = stats.norm.isf(look_alpha(0.05, 2))
+    assert ((z[:, 0] > critical) | (z.sum(axis=1) / math.sqrt(2) > critical)).mean() == pytest.approx(0.05, abs=1e-3)
+
+
+def test_two_looks_of_4_and_8_blocks_exceed_the_level_a_little() -> None:
+    """t of 3 and 7 degrees of freedom are less alike than normal statistics: 5.3% false passes, not 5.0%."""
+    r = np.random.default_rng(0).normal(0, 1, (200_000, 8))
+    alpha, passed = look_alpha(0.05, 2), np.zeros(len(r), dtype=bool)
+    for blocks in (4, 8):
+        seen = r[:, :blocks]
+        low = seen.mean(axis=1) - stats.t.isf(alpha, blocks - 1) * seen.std(axis=1, ddof=1) / math.sqrt(blocks)
+        assert low[0] == pytest.approx(mean_interval(seen[0], level=1 - 2 * alpha).low)
+        passed |= low > 0
+    assert passed.mean() == pytest.approx(0.0527, abs=1.5e-3)
+
+
+# -- how many items -------------------------------------------------------------------------------------------------
+
+
+def test_items_for_power_of_a_normal_mean_is_the_textbook_number() -> None:
+    """sd 0.1, margin 0.01: ((1.6449 + 0.8416) * 0.1 / 0.01)^2 = 618.3, and 3% for the pilot's own error at 2,000."""
+    spread = Spread(2000, 0.1, 1999.0, 0.0, 0.0)
+    assert items_for_power(spread, margin=0.01) == pytest.approx(618.3 * (1 + math.sqrt(2 / 1999)), rel=0.005)
+    fails = items_for_power(spread, margin=0.01, assumed=-0.02)  # as far below the margin as 0 is above it
+    assert fails == items_for_power(spread, margin=0.01)
+    assert items_for_power(spread, margin=0.01, assumed=-0.01) is None
+
+
+def test_more_is_needed_for_less() -> None:
+    spread = Spread(400, 0.1, 300.0, 1.0, 4.0)
+    needed = items_for_power(spread, margin=0.01)
     assert needed is not None
-    assert needed == pytest.approx(0.1 * (1.6449 / 0.01) ** 2, rel=0.02)
-    low, _ = tango_interval(round(0.05 * needed), round(0.05 * needed), needed)
-    assert low == pytest.approx(-0.01, rel=0.02)
+    assert (items_for_power(spread.reversed(), margin=0.01) or 0) < needed  # the tail is what costs
+    for harder in ({"margin": 0.005}, {"power": 0.9}, {"level": 0.95}, {"assumed": -0.005}):
+        assert (items_for_power(spread, **{"margin": 0.01, **harder}) or 0) > needed
+        assert (binary_items_for_power(0.1, **{"margin": 0.01, **harder}) or 0) > binary_items_for_power(
+            0.1, margin=0.01
+        )
+    assert items_for_power(spread._replace(sd=1e-9), margin=0.01) == 2
 
 
-def test_no_number_of_items_decides_a_difference_that_sits_on_the_margin() -> None:
-    assert items_to_decide(Interval(-0.25, -0.5, 0.0), 400, margin=0.25) is None
+@pytest.mark.parametrize(("discordant", "margin"), [(0.02, 0.01), (0.05, 0.01), (0.2, 0.03), (0.1, 0.02), (0.01, 0.01)])
+def test_binary_items_pass_an_equal_arm_4_times_in_5(discordant: float, margin: float) -> None:
+    """Exact: every table of the planned number of items, weighted by its probability. Nor are many items to spare."""
+    n = binary_items_for_power(discordant, margin=margin)
+    assert n is not None
+    assert pass_probability(n, discordant, 0.0, margin) >= 0.8
+    assert pass_probability(round(0.75 * n), discordant, 0.0, margin) < 0.8
+
+
+@pytest.mark.parametrize("n", [100, 400, 1000])
+@pytest.mark.parametrize("discordant", [1.0, 1.5, 3.0, 8.0])
+@pytest.mark.parametrize("margin", [0.01, 0.02])
+def test_an_arm_on_the_margin_passes_at_most_6_percent(n: int, discordant: float, margin: float) -> None:
+    """Exact, down to discordant items that are all losses."""
+    assert pass_probability(n, discordant * margin, -margin, margin) <= 0.06
+
+
+def test_discordant_rate_is_never_0() -> None:
+    assert 0.001 < discordant_rate(0, 0, 400) < 0.01
+    assert 0.05 < discordant_rate(10, 10, 400) < 0.07
+    assert discordant_rate(2, 0, 2) == 1.0
+
+
+# -- details --------------------------------------------------------------------------------------------------------
 
 
 def test_an_interval_whose_leave_one_outs_are_all_alike_has_no_acceleration() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.compare import statistics
-from pipeline.compare.statistics import Floats, Interval
+from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
 from pipeline.values import Prov, Value, derive, null
 
 Items = Mapping[str, npt.NDArray[Any]]
@@ -33,11 +33,17 @@ MIN_DOCUMENTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Sampling:
-    """How the bootstrap resamples."""
+class _Settings:
+    """Of an interval: its two-sided confidence, and how a bootstrap resamples."""
 
+    level: float
     resamples: int
     seed: int
+
+
+_ItemsNeeded = Callable[[float, float], int | None]
+"""Maps a margin and an assumed true difference to how many items would decide between them."""
+_Found = tuple[Interval, _ItemsNeeded]
 
 
 def answer_of(low: float, high: float, margin: float) -> str:
@@ -52,31 +58,39 @@ def answer_of(low: float, high: float, margin: float) -> str:
 # -- one figure -----------------------------------------------------------------------------------------------------
 
 
-def _bits_per_byte(arm: Items, base: Items, sampling: _Sampling) -> Interval:
-    higher = statistics.paired_ratio_bootstrap(
-        arm["bits"], base["bits"], arm["bytes"], resamples=sampling.resamples, seed=sampling.seed
-    )
-    return Interval(-higher.estimate, -higher.high, -higher.low)
+def _continuous(estimate: float, spread: Spread, settings: _Settings) -> _Found:
+    def needed(margin: float, assumed: float) -> int | None:
+        return statistics.items_for_power(spread, margin=margin, assumed=assumed, level=settings.level)
+
+    return statistics.skewed_t_interval(estimate, spread, level=settings.level), needed
 
 
-def _token_share(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+def _bits_per_byte(arm: Items, base: Items, settings: _Settings) -> _Found:
+    higher, spread = statistics.paired_ratio(arm["bits"], base["bits"], arm["bytes"])
+    return _continuous(-higher, spread.reversed(), settings)
+
+
+def _token_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
     """Compare sum(column) / sum(tokens), absolutely."""
 
-    def compare(arm: Items, base: Items, sampling: _Sampling) -> Interval:
-        return statistics.paired_ratio_bootstrap(
-            arm[column], base[column], arm["tokens"], relative=False, resamples=sampling.resamples, seed=sampling.seed
-        )
+    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
+        return _continuous(*statistics.paired_ratio(arm[column], base[column], arm["tokens"], relative=False), settings)
 
     return compare
 
 
-def _example_share(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+def _example_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
     """Compare the share of examples where `column` is true."""
 
-    def compare(arm: Items, base: Items, _: _Sampling) -> Interval:
+    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
         in_arm, in_base = arm[column].astype(bool), base[column].astype(bool)
         b, c, n = int((in_arm & ~in_base).sum()), int((in_base & ~in_arm).sum()), len(in_arm)
-        return Interval((b - c) / n, *statistics.tango_interval(b, c, n))
+
+        def needed(margin: float, assumed: float) -> int | None:
+            discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
+            return statistics.binary_items_for_power(discordant, margin=margin, assumed=assumed, level=settings.level)
+
+        return Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=settings.level)), needed
 
     return compare
 
@@ -86,21 +100,20 @@ def is_binary(values: npt.ArrayLike) -> bool:
     return bool(np.isin(values, (0, 1)).all())
 
 
-def _task_score(column: str) -> Callable[[Items, Items, _Sampling], Interval]:
+def _task_score(column: str) -> Callable[[Items, Items, _Settings], _Found]:
     """Compare the mean of scores between 0 and 1, absolutely: as a share of examples where all are right or wrong."""
 
-    def compare(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
         if is_binary(arm[column]) and is_binary(base[column]):
-            return _example_share(column)(arm, base, sampling)
+            return _example_share(column)(arm, base, settings)
         ones = np.ones(len(arm[column]), dtype=np.int64)
-        return statistics.paired_ratio_bootstrap(
-            arm[column], base[column], ones, relative=False, resamples=sampling.resamples, seed=sampling.seed
-        )
+        return _continuous(*statistics.paired_ratio(arm[column], base[column], ones, relative=False), settings)
 
     return compare
 
 
-def _macro_f1(arm: Items, base: Items, sampling: _Sampling) -> Interval:
+def _macro_f1(arm: Items, base: Items, settings: _Settings) -> _Found:
+    """Compare macro F1 over examples, with the outer ends of the bootstrap's interval and the linearised one's."""
     classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
     columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)  # (n, 2 * 3 * C)
 
@@ -108,7 +121,11 @@ def _macro_f1(arm: Items, base: Items, sampling: _Sampling) -> Interval:
         of_arm, of_base = np.split(sums, 2, axis=-1)
         return macro_f1(of_arm) - macro_f1(of_base)
 
-    return statistics.bootstrap_sums(columns, difference, resamples=sampling.resamples, seed=sampling.seed)
+    bca = statistics.bootstrap_sums(
+        columns, difference, resamples=settings.resamples, seed=settings.seed, level=settings.level
+    )
+    linear, needed = _continuous(bca.estimate, statistics.sums_spread(columns, difference), settings)
+    return Interval(bca.estimate, min(bca.low, linear.low), max(bca.high, linear.high)), needed
 
 
 def _f1_columns(items: Items, classes: npt.NDArray[Any]) -> Floats:
@@ -130,7 +147,7 @@ def macro_f1(counts: Floats) -> Floats:
 
 
 def macro_f1_interval(
-    label: npt.ArrayLike, prediction: npt.ArrayLike, *, resamples: int, seed: int, level: float = statistics.LEVEL
+    label: npt.ArrayLike, prediction: npt.ArrayLike, *, resamples: int, seed: int, level: float = LEVEL
 ) -> Interval:
     """Return one arm's macro F1 with its BCa interval over examples.
 
@@ -153,13 +170,13 @@ class _Method:
     Attributes:
         columns: What both arms must have of each document.
         same: The one of them that must be the same in both arms.
-        compare: Gives the oriented difference.
+        compare: Gives the oriented difference with its interval, and how many items decide.
         divides: True where `same` is what the figure is divided by; documents with none of it are left out.
     """
 
     columns: tuple[str, ...]
     same: str
-    compare: Callable[[Items, Items, _Sampling], Interval]
+    compare: Callable[[Items, Items, _Settings], _Found]
     divides: bool = False
 
 
@@ -202,6 +219,21 @@ def _select(items: Items, rows: npt.NDArray[Any]) -> Items:
     return {name: column[rows] for name, column in items.items()}
 
 
+def _why_no_items(items: Items) -> str | None:
+    """Return why a file of items cannot be paired with any other; None where it can."""
+    if "digest" not in items:
+        return "has no 'digest' per document"
+    num_documents = len(items["digest"])
+    if num_documents == 0:
+        return "has no documents"
+    if short := next((name for name, column in items.items() if np.shape(column) != (num_documents,)), None):
+        return f"has {np.shape(items[short])} readings of {short!r} for {num_documents} documents"
+    num_distinct = len(np.unique(items["digest"]))
+    if num_distinct < num_documents:
+        return f"counts documents twice: {num_documents} readings of {num_distinct} digests"
+    return None
+
+
 def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> str | None:
     """Return why paired items do not allow the comparison; None where they do."""
     num_paired = len(arm["digest"])
@@ -218,6 +250,8 @@ def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> st
             return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
     if not np.array_equal(arm[method.same], base[method.same]):
         return f"the arms count other {method.same} in the same documents"
+    if method.columns[0] == "bits" and base["bits"].sum() <= 0:
+        return "the base's bits sum to 0 or less, which nothing compares to"
     return None
 
 
@@ -228,6 +262,7 @@ def compare_items(
     *,
     margin: float,
     min_documents: int = MIN_DOCUMENTS,
+    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.9,
@@ -243,14 +278,19 @@ def compare_items(
         base_items: The base's.
         margin: Difference that still counts as equal: relative for bits per byte, absolute for the others.
         min_documents: Fewer are always `undecided`.
-        resamples: Bootstrap resamples.
+        level: Two-sided confidence; each end is a one-sided bound at (1 + level) / 2.
+        resamples: Bootstrap resamples (macro F1 alone has any).
         seed: Of the resampling.
 
     Returns:
-        A value with `ci` (two-sided 90%), `n` (documents paired), `margin`, `answer` and `items_to_decide`: the
-        documents in all that would tell whether an undecided arm is worse than the margin; None where that is known.
+        A value with `ci` (two-sided, at `level`), `n` (documents paired), `margin`, `answer` and `items_to_decide`: the
+        documents in all on which an undecided arm would be told, 4 times in 5, not to be worse than the margin if it is
+        no worse at all, or to be worse if it is as it looks now (`_items_to_decide`); None where that is known.
         `why_undecided` says why there is no interval. Null where the arms cannot be compared.
     """
+    for side, items in (("arm", arm_items), ("base", base_items)):
+        if why := _why_no_items(items):
+            return _null(f"the {side} {why}", 0, margin)
     method = _methods(arm_items).get(key)
     if method is None:
         return _null(f"{key} is not compared: read {' or '.join(_methods(arm_items))}", 0, margin)
@@ -263,11 +303,25 @@ def compare_items(
         why = f"{num_paired} document(s) have no spread"
     if why is not None:
         return _null(why, num_paired, margin)
-    interval = method.compare(arm, base, _Sampling(resamples, seed))
+    interval, needed = method.compare(arm, base, _Settings(level, resamples, seed))
     if interval.low == interval.high and _agree(arm, base, method.columns) and not _agree(arm, base, tuple(arm)):
         why = f"both arms read the same on all {num_paired} documents, so that resampling them shows no spread"
         return _without_interval(interval.estimate, num_paired, margin, why)
-    return _compared(interval, num_paired, margin, min_documents)
+    items = _items_to_decide(needed, interval, num_paired, margin)
+    return _compared(interval, num_paired, margin, min_documents, items)
+
+
+def _items_to_decide(needed: _ItemsNeeded, interval: Interval, n: int, margin: float) -> int:
+    """Return how many items would decide an undecided comparison; 0 where its lower end is known to clear -margin.
+
+    Planned for an arm that is no worse; for what the estimate says where that contradicts it: where it lies below
+    -margin, or where these items should already have been enough.
+    """
+    if margin <= 0 or interval.low > -margin or interval.high < -margin:
+        return 0
+    if interval.estimate >= -margin and (items := needed(margin, 0.0)) is not None and items > n:
+        return items
+    return needed(margin, interval.estimate) or 0
 
 
 def _agree(arm: Items, base: Items, columns: Sequence[str]) -> bool:
@@ -285,16 +339,16 @@ def _null(why: str, n: int, margin: float) -> dict[str, Any]:
     return {**null(why).to_json(), **more}
 
 
-def _compared(interval: Interval, n: int, margin: float, min_documents: int) -> dict[str, Any]:
+def _compared(interval: Interval, n: int, margin: float, min_documents: int, items: int) -> dict[str, Any]:
     answer = answer_of(interval.low, interval.high, margin) if n >= min_documents else "undecided"
-    needed = max(statistics.items_to_decide(interval, n, margin=margin) or 0, min_documents)
+    items = max(items, min_documents)
     return {
         **Value(interval.estimate, Prov.DERIVED).to_json(),
         "ci": [interval.low, interval.high],
         "n": n,
         "margin": margin,
         "answer": answer,
-        "items_to_decide": needed if answer == "undecided" and needed > n else None,
+        "items_to_decide": items if answer == "undecided" and items > n else None,
     }
 
 
