@@ -219,6 +219,59 @@ def test_what_cannot_be_compared_says_why() -> None:
     assert _compare("bits_per_byte", one, one)["why_null"] == "1 document(s) have no spread"
 
 
+@pytest.mark.parametrize("key", ["bits_per_byte", "next_token_accuracy", "accuracy", "macro_f1"])
+def test_a_wider_level_gives_a_wider_interval(key: str) -> None:
+    arms = (_labels(1), _labels(2)) if key in ("accuracy", "macro_f1") else (_language(1), _language(2))
+    usual, default, wide = (_compare(key, *arms, **more)["ci"] for more in ({"level": 0.9}, {}, {"level": 0.9392}))
+    assert usual == default
+    assert wide[0] < usual[0] < usual[1] < wide[1]
+
+
+def test_the_level_of_right_or_wrong_is_tangos() -> None:
+    arm, base = _labels(1, right=0.85), _labels(2, right=0.8)
+    b, c = int(np.sum(arm["correct"] & ~base["correct"])), int(np.sum(base["correct"] & ~arm["correct"]))
+    assert _compare("accuracy", arm, base, level=0.99)["ci"] == pytest.approx(tango_interval(b, c, 400, level=0.99))
+
+
+def test_macro_f1_has_the_outer_ends_of_two_intervals() -> None:
+    """Eight examples: the bootstrap cannot reach beyond what it has seen, t with few degrees of freedom does."""
+    arm, base = _labels(1, n=24, right=0.9), _labels(2, n=24, right=0.5)
+    alone = macro_f1_interval(arm["label"], arm["prediction"], resamples=500, seed=0)
+    result = _compare("macro_f1", arm, base)
+    assert result["ci"][0] < result["v"] < result["ci"][1]
+    assert result["ci"][1] - result["ci"][0] > alone.high - alone.low
+
+
+def test_files_of_items_that_cannot_be_paired_say_why() -> None:
+    arm, base = _language(1), _language(2)
+    nothing = {name: column[:0] for name, column in arm.items()}
+    assert _compare("bits_per_byte", nothing, base)["why_null"] == "the arm has no documents"
+    assert _compare("bits_per_byte", nothing, nothing)["why_null"] == "the arm has no documents"
+    assert _compare("bits_per_byte", arm, nothing)["why_null"] == "the base has no documents"
+    bare = {name: column for name, column in arm.items() if name != "digest"}
+    assert _compare("bits_per_byte", bare, base)["why_null"] == "the arm has no 'digest' per document"
+    twice = {name: np.concatenate([column, column[:3]]) for name, column in base.items()}
+    expected = "counts documents twice: 83 readings of 80 digests"
+    assert _compare("bits_per_byte", arm, twice)["why_null"] == f"the base {expected}"
+    assert _compare("bits_per_byte", twice, twice)["why_null"] == f"the arm {expected}"
+    short = {**arm, "bits": arm["bits"][:70]}
+    assert _compare("bits_per_byte", short, base)["why_null"] == "the arm has (70,) readings of 'bits' for 80 documents"
+    silent = {**base, "bits": np.zeros(80)}
+    assert "the base's bits sum to 0 or less" in _compare("bits_per_byte", arm, silent)["why_null"]
+
+
+def test_an_undecided_arm_is_told_how_many_documents_decide() -> None:
+    """For an arm that is no worse; for what the estimate says where that lies below the margin or these were enough."""
+    arm, base = _language(1, n=40, noise=0.03), _language(2, n=40, noise=0.03)
+    undecided = _compare("bits_per_byte", arm, base)
+    assert (undecided["answer"], undecided["v"] > -0.01) == ("undecided", True)
+    assert undecided["items_to_decide"] > 40
+    worse = _compare("bits_per_byte", _language(1, n=40, gain=-0.013, noise=0.02), _language(2, n=40, noise=0.02))
+    assert worse["ci"][0] < -0.01 < worse["ci"][1]
+    assert worse["items_to_decide"] > 40
+    assert _compare("bits_per_byte", arm, base, margin=0.5)["items_to_decide"] is None
+
+
 # -- seeds ----------------------------------------------------------------------------------------------------------
 
 

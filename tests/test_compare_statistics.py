@@ -16,9 +16,9 @@ from pipeline.compare.statistics import (
     Spread,
     _bca_ends,
     abba_saving,
+    binary_items_for_power,
     bootstrap_ratio,
     bootstrap_sums,
-    binary_items_for_power,
     discordant_rate,
     items_for_power,
     log_ratio_from_spread,
@@ -290,7 +290,7 @@ def test_abba_order_cancels_a_linear_drift_and_sequential_order_does_not() -> No
 
 
 def test_a_paired_ratio_without_skewness_has_the_t_interval() -> None:
-    """Equal sizes, symmetric differences in mirrored pairs: what is left is Student's t with Satterthwaite's degrees."""
+    """Equal sizes, mirrored pairs of differences: what is left is t with Satterthwaite's degrees."""
     half = np.random.default_rng(0).normal(0, 1, 50)
     x = np.concatenate([half, -half])
     estimate, spread = ratio_spread(x + 3.0, np.ones(100), np.ones(100))

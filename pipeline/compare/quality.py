@@ -265,7 +265,6 @@ def compare_items(
     level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.9,
 ) -> dict[str, Any]:
     """Compare two arms on one quality key, document by document.
 
@@ -348,7 +347,7 @@ def _compared(interval: Interval, n: int, margin: float, min_documents: int, ite
         "n": n,
         "margin": margin,
         "answer": answer,
-        "items_to_decide": items if answer == "undecided" and items > n else None,
+        "items_to_decide": items if answer in ("undecided", "worse") and items > n else None,
     }
 
 

@@ -5,7 +5,7 @@ Each question has its method:
 - Right or wrong per item, both arms on the same items: Tango's score interval. It holds its level where a plain
   "difference +- 1.64 standard errors" does not: few items, few disagreements, none at all.
 - Two arms' ratios of sums over the same documents (bits per byte, token accuracy): skewness-corrected t interval of
-  the linearised difference. Documents are of unequal size and damage is rarely symmetric; here a bootstrap is too short.
+  the linearised difference. Documents are of unequal size and damage is seldom symmetric: a bootstrap is too short.
 - One arm's function of sums over documents (bits per byte, macro F1): BCa bootstrap over documents. Tokens of one
   document err together, so documents are resampled, never tokens.
 - Readings taken in ABBA order (arm, base, base, arm): t interval over blocks. Within a block a linear drift of the

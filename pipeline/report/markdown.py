@@ -307,6 +307,7 @@ def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     figure = [name, notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
     more = f", about {needed} items would decide" if needed else ""
+    more += " whether beyond the margin" if needed and value["answer"] == "worse" else ""
     more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
     return [*figure, str(value.get("n", "")), margin, value.get("answer", "") + more]
 
