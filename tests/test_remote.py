@@ -135,6 +135,22 @@ def test_an_upload_that_breaks_off_anywhere_is_no_artifact_until_it_is_whole(
         assert download(url, artifact.digest, Store(there.root / url[-1])).digest == artifact.digest
 
 
+def test_what_is_being_mended_is_no_artifact_meanwhile(
+    here: Store, there: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = commit(here)
+    put(upload(artifact, url), "config.json", b"damaged")
+
+    def look(*_: Any) -> None:
+        with pytest.raises(UserError, match="holds no artifact"):
+            download(url, artifact.digest, there)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote._Place, "write", look)
+    with pytest.raises(KeyboardInterrupt):
+        upload(artifact, url)
+
+
 def test_nothing_is_fetched_that_is_here_and_whole(here: Store, tmp_path: Path) -> None:
     artifact = commit(here)
     assert download(f"{tmp_path}/nowhere", artifact.digest, here) == artifact
