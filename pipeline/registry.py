@@ -42,6 +42,7 @@ POLL_S = 0.5
 PATIENCE_S = 300.0  # how long a promotion waits for others
 OPENING_S = 60.0  # how long another process may take to open a SQLite store, or to deliver a run to it
 CONNECT_S = 5.0
+MAX_TEXT = 1000  # characters of an error that are looked at: it may hold all that a server answered
 MAX_MODEL = 200  # characters of a registered model's name: MLflow's 256 less those of a lock
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -305,6 +306,7 @@ def promote(
         UserError: If the store cannot be reached, or refuses.
     """
     check_name(name, key)
+    assert re.fullmatch(r"[0-9a-f]{32}", candidate.digest)
     with _asking(uri):
         client = _open(uri)
         with _held(client, name, expected) as lock:
@@ -535,7 +537,7 @@ def _asking(uri: str) -> Generator[None]:
         yield
     except (*store_errors(), ImportError) as error:  # a database takes a driver
         first = str(error).split("\n")[0].rpartition("(Caused by ")[2]  # of urllib3's, which come nested
-        text = " ".join(first.split()) or type(error).__name__
+        text = " ".join(first[:MAX_TEXT].split()) or type(error).__name__
         said = "cannot be reached" if is_down(error) else "refuses"
         where = redact_value("", without_login(uri))
         raise UserError("tracking.uri", f"MLflow at {where} {said} ({redact_value('', without_login(text))[:200]})",

@@ -28,6 +28,7 @@ from pipeline.store import MANIFEST, Artifact, Store, check_room, digest_folder,
 CHUNK = 4 * 2**20  # bytes held at once
 MAX_MANIFEST = 16 * 2**20  # bytes; items of an assessment are files of their own
 RUNS_CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth")  # no artifact of ours has such a file
+MAX_TEXT = 1000  # characters of an error that are looked at
 SHORTEST_SECRET = 3  # characters; a shorter one would blank out half of a message
 OWN = ("schema", "kind", "digest", "bytes")  # facts of artifact.json that the store itself writes
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -393,5 +394,6 @@ def _clean(text: str, secret: str) -> str:
 
 def _text(error: Exception, secret: str) -> str:
     """Return one printable line of what went wrong."""
-    said = _clean("".join(char if char.isprintable() else " " for char in str(error)), secret)[:200]
+    said = "".join(char if char.isprintable() else " " for char in str(error)[:MAX_TEXT])
+    said = _clean(said, secret)[:200]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

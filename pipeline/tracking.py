@@ -1,4 +1,4 @@
-"""From a run's journal to MLflow: the only file that imports mlflow (it needs no more than mlflow-skinny).
+"""From a run's journal to MLflow; it needs no more than mlflow-skinny. Only `registry.py` imports mlflow beside it.
 
 Delivery is idempotent: runs are found again by tag before they are made, and metrics carry the journal's times, so
 that delivering twice changes nothing. Nothing here runs inside the training process's step loop.

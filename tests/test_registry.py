@@ -481,6 +481,7 @@ def other_server() -> Iterator[str]:
     ("status", "body"),
     [(404, b"<html>not here</html>"), (404, b'{"detail": "Not Found"}'), (404, b'{"error_code": 404}'), (200, b""),
      (200, b"{}"), (200, b"<html>log in</html>"), (200, b'{"registered_model": {"name": "another"}}'), (401, b"no"),
+     (200, b"x" * 2**20), (500, b"x" * 2**20),
      (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'), (503, b"busy"), (200, b"OK")],
 )  # fmt: skip
 def test_whatever_else_answers_is_never_taken_for_a_store_without_a_champion(
