@@ -7,8 +7,9 @@ from typing import Any
 
 _NAME = r"token(?!s|iz)|password|passwd|secret|(?:api|access|private)_?key|credential"
 _SECRET = re.compile(_NAME, re.IGNORECASE)
-_INSIDE = re.compile(rf"([\"']?[\w.-]*(?:{_NAME})[\w.-]*[\"']?\s*[:=]\s*)[^,&}}\]\s]+", re.IGNORECASE)
-"""A secret named inside a value: `{api_key: abc}`, `https://host/x?token=abc`."""
+_INSIDE = re.compile(rf"(?<![\w.-])([\"']?[\w.-]*(?:{_NAME})[\w.-]*[\"']?\s*[:=]\s*)[^,&}}\]\s]+", re.IGNORECASE)
+"""A secret named inside a value: `{api_key: abc}`, `https://host/x?token=abc`. It is looked for once a word: from every
+character on, a word of 9,000 takes seconds."""
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _KNOWN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})\b")
 """Tokens of Hugging Face, GitHub, OpenAI and AWS, known by their shape wherever they stand."""
