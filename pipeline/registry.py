@@ -44,6 +44,8 @@ OPENING_S = 60.0  # how long another process may take to open a SQLite store, or
 CONNECT_S = 5.0
 MAX_TEXT = 1000  # characters of an error that are looked at: it may hold all that a server answered
 MAX_MODEL = 200  # characters of a registered model's name: MLflow's 256 less those of a lock
+THERE = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+"""What creating a model that exists gives: MLflow looks at it to say so, and it may be gone again by then."""
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -387,7 +389,7 @@ class _Lock:
             )
             return True
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            if error.error_code not in THERE:
                 raise
             found = _had(self.client.get_registered_model, self.name)  # a retried request finds its own work
             return found is not None and found.tags.get(HOLDER) == self.holder
@@ -473,7 +475,7 @@ def _already_there() -> Generator[None]:
     try:
         yield
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code not in THERE:
             raise
 
 

@@ -23,6 +23,7 @@ from make_journal import end, start, write_run
 from make_result import make_row
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline import registry
 from pipeline.errors import UserError
@@ -229,6 +230,22 @@ def test_who_waits_learns_at_once_that_another_has_won(uri: str) -> None:
         promote(uri, "m", candidate(B), None, {})
 
 
+def test_a_lock_that_goes_while_mlflow_says_that_it_exists_is_free(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Creating what exists makes MLflow look at it, and its holder may let go in between."""
+    client, holder = hold(uri), f"m{LOCK}"
+    real = SqlAlchemyStore.get_registered_model
+
+    def gone(self: Any, name: str) -> Any:
+        if name == holder:
+            monkeypatch.undo()
+            client.delete_registered_model(name)
+        return real(self, name)
+
+    monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", gone)
+    assert promote(uri, "m", candidate(A), None, {}).version == "1"
+    assert models(uri) == ["m"]
+
+
 @pytest.mark.parametrize("what", ["late", "taken over", "gone"])
 def test_who_lost_the_lock_sets_no_alias(uri: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     promote(uri, "m", candidate(A), None, {})
@@ -270,7 +287,7 @@ def test_a_human_who_moves_the_alias_meanwhile_is_heeded(uri: str, monkeypatch: 
     assert models(uri) == ["m"]
 
 
-LOST_S = 4.0  # seconds after which a gate of these tests takes a lock for dead by the clock
+LOST_S = 6.0  # seconds after which a gate of these tests takes a lock for dead by the clock
 
 GATE = """
 import sys, time
