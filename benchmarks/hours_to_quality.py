@@ -9,7 +9,7 @@ at `h200` its 60 M tokens are some twenty epochs), with as many windows a step. 
 - `trainer`: transformers' Trainer with bf16 and its defaults; `trainer_rate`: the same at our learning rate, since the
   default (5e-5) is one for fine-tuning and would make any saving large.
 - `ours`: this project's loop in bf16 at a tuned rate, compiled where the size says so.
-- the recipe: `ours` with parts put to it by `+`: `auto` (precision by trial) or `pure` (bf16_pure), `short` (windows
+- the recipe: `ours` with parts put to it by `+`: `auto` (precision by trial), `pure` (bf16_pure) or `fp32`, `short` (windows
   that grow), `stack` (trained half as deep, put twice on itself), `taught` (the cached predictions of a half as deep
   model). `--parts` measures each of them at full length on seeds that nothing else reads.
 
@@ -46,8 +46,11 @@ from results import save_result
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "hours_to_quality_recipes"
-PARTS = ("auto", "pure", "short", "stack", "taught")
-VARIANTS = ("ours", "ours+pure", "ours+auto", "ours+short", "ours+stack", "ours+short+stack", "ours+taught")
+PARTS = ("auto", "pure", "fp32", "short", "stack", "taught")
+VARIANTS = (
+    "ours", "ours+pure", "ours+fp32", "ours+auto", "ours+short", "ours+stack", "ours+taught", "ours+fp32+short+stack",
+)  # fmt: skip
+PRECISIONS = {"auto": "auto", "pure": "bf16_pure", "fp32": "fp32"}
 PART_SEEDS = (100, 101)  # parts are chosen on these, and what is reported is measured on others
 SHALLOW = 0.35  # of the steps, that the shallow model takes
 SHORTEST = 4  # windows begin at this part of their length
@@ -83,10 +86,10 @@ class Size:
     threads: int | None = None
 
 
-RUNGS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+RUNGS = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 SIZES = {
     "cpu": Size(width=64, layers=4, wide=192, vocabulary=1024, length=128, batch=8, steps=120, rate=1e-2, rungs=RUNGS,
-                recipe="ours+pure+short+stack", compile=False, eval_bytes=1024, threads=1),
+                recipe="ours+fp32+short+stack", compile=False, eval_bytes=1024, threads=1),
     "h200": Size(width=512, layers=8, wide=1536, vocabulary=4096, length=512, batch=64, steps=1832, rate=2e-3,
                  rungs=RUNGS, recipe="ours+auto+short+stack", compile=True, eval_bytes=8192),
     "check": Size(width=64, layers=2, wide=64, vocabulary=300, length=32, batch=2, steps=8, rate=1e-2,
@@ -206,7 +209,7 @@ def parts_of(system: str) -> list[str]:
         raise ValueError(
             f"{system}: give trainer, trainer_rate, or ours with parts ({', '.join(PARTS)}) put to it by +"
         )
-    for one, two in (("auto", "pure"), ("stack", "taught"), ("short", "taught")):
+    for one, two in (("auto", "pure"), ("auto", "fp32"), ("pure", "fp32"), ("stack", "taught"), ("short", "taught")):
         if one in parts and two in parts:
             raise ValueError(f"{system}: {one} and {two} exclude one another")
     return parts
@@ -215,7 +218,7 @@ def parts_of(system: str) -> list[str]:
 def settings_of(system: str, size: Size, steps: int) -> list[str]:
     """Return recipe and overrides of one of our systems, planned to `steps`; the shallow model's are among them."""
     parts = parts_of(system)
-    precision = "auto" if "auto" in parts else "bf16_pure" if "pure" in parts else "bf16"
+    precision = next((PRECISIONS[part] for part in parts if part in PRECISIONS), "bf16")
     shallow = max(1, round(SHALLOW * steps))
     settings = [f"precision={precision}", f"training.learning_rate={size.rate}"]
     if "short" in parts:
@@ -355,8 +358,10 @@ def prepare(bench: Bench, base: Path) -> None:
     """Have done what is charged to none: imports, tokens, threads, the device's context."""
     import torch
 
+    from pipeline.data import encode
     from pipeline.opening import quiet_libraries
 
+    encode.KEEP = 32  # a later run finds its tokens in memory, as they are charged to none
     quiet_libraries()
     if bench.size.threads is not None:
         torch.set_num_threads(bench.size.threads)
@@ -380,7 +385,7 @@ def measure(bench: Bench, unit: Unit) -> dict[str, Any]:
     metric = read_validation(bench, base, model)
     found = {
         **asdict(unit), **took, "metric": metric, "evaluation_h": (time.monotonic_ns() - before) / HOUR_NS,
-        "wall_s": wall_s, "cpu_s": busy_s, "commit": _commit(),
+        "wall_s": wall_s, "cpu_s": busy_s, "load": os.getloadavg()[0], "commit": _commit(),
     }  # fmt: skip
     write_whole(folder.with_suffix(".json"), found)
     shutil.rmtree(root)
@@ -460,7 +465,7 @@ def said(found: dict[str, Any]) -> str:
     return (
         f"seed {found['seed']:3} {found['system']:24} {found['fraction']:6.1%} {found['tokens']:12,} tokens "
         f"{found['metric']:.4f} bits/byte {found['work_h'] * 3600:9.2f} device-s (search {search:.1f}) + "
-        f"evaluation {(found['evaluation_h'] + found['assess_h']) * 3600:.1f}"
+        f"evaluation {(found['evaluation_h'] + found['assess_h']) * 3600:.1f}; load {found['load']:.1f}"
     )
 
 
@@ -486,22 +491,25 @@ def compare_all(
 
 def table(systems: Sequence[str], by_seed: dict[int, Any], comparisons: list[dict[str, Any]]) -> str:
     """Return the figures in lines: full lengths, then savings."""
-    lines = [f"{'at full length':24} {'bits/byte':>10} {'device-s':>10} {'evaluation':>10} {'PFLOP':>10}"]
+    loads = [one["load"] for each in by_seed.values() for runs in each.values() for one in runs.values()]
+    lines = [
+        f"load average of the machine, {os.cpu_count()} cores: {statistics.median(loads):.1f}, {max(loads):.1f} at most"
+    ]
+    lines.append(f"{'at full length':24} {'bits/byte':>10} {'device-s':>10} {'evaluation':>10} {'TFLOP':>10}")
     for system in systems:
         full = [each[system][FULL] for each in by_seed.values()]
         mean = {
             name: statistics.mean(one[name] for one in full) for name in ("metric", "work_h", "evaluation_h", "flops")
         }
         lines.append(f"{system:24} {mean['metric']:10.4f} {mean['work_h'] * 3600:10.2f} "
-                     f"{mean['evaluation_h'] * 3600:10.2f} {mean['flops'] / 1e15:10.5f}")  # fmt: skip
-    lines.append(f"{'to the final loss of':24} {'by':24} {'device-hours saved':>26} {'systems':>9} {'algorithmic':>11}"
-                 "  tokens by seed")  # fmt: skip
+                     f"{mean['evaluation_h'] * 3600:10.2f} {mean['flops'] / 1e12:10.3f}")  # fmt: skip
+    lines.append(f"{'to the final loss of':24} {'by':24} {'device-hours saved':>32} {'systems':>9} {'algorithmic':>11}"
+                 "  share of the tokens, arm/base, by seed")  # fmt: skip
     for each in comparisons:
         at = ", ".join(f"{one['at']['arm']['fraction']:.1%}/{one['at']['base']['fraction']:.1%}"
                        for one in each["per_seed"].values())  # fmt: skip
-        parts = " ".join("" if each[name]["v"] is None else f"{each[name]['v']:+.1%}" for name in ("systems",))
-        rest = "" if each["algorithmic"]["v"] is None else f"{each['algorithmic']['v']:+.1%}"
-        lines.append(f"{each['base']:24} {each['arm']:24} {_saving(each):>26} {parts:>9} {rest:>11}  {at}")
+        split = ["" if each[name]["v"] is None else f"{each[name]['v']:+.1%}" for name in ("systems", "algorithmic")]
+        lines.append(f"{each['base']:24} {each['arm']:24} {_saving(each):>32} {split[0]:>9} {split[1]:>11}  {at}")
     return "\n".join(lines)
 
 
