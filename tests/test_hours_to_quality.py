@@ -1,0 +1,183 @@
+"""What benchmarks/hours_to_quality.py says, by hand: crossing rule, split, charging; and one small run of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import hours_to_quality as script
+from hours_to_quality import PARTS, SIZES, VARIANTS, parts_of, settings_of
+from planned_runs import Planned, charged, compare, first_held, over_seeds, settled, target
+
+LADDER = (0.25, 0.5, 0.75, 1.0)
+
+
+def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> dict[float, Planned]:
+    """Return planned runs whose hours and FLOPs go with their length; None is one that was not run."""
+    return {
+        fraction: Planned(fraction=fraction, tokens=round(1000 * fraction), metric=metric, work_h=hours * fraction,
+                          flops=flops * fraction)
+        for fraction, metric in zip(LADDER, metrics, strict=True) if metric is not None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ((3.0, 2.5, 2.0, 1.9), 0.75),
+        ((3.0, 2.0, 2.5, 1.9), 1.0),  # one alone may be luck
+        ((2.0, 2.0, 2.5, 1.9), 0.25),  # two in a row are taken, whatever comes later
+        ((3.0, 2.5, 2.1, 2.0), 1.0),  # none comes after the longest: it stands by itself, at Q exactly
+        ((3.0, 2.5, 2.1, 2.01), None),
+        ((None, None, 2.0, 1.9), 0.75),  # what was not run is short
+        ((2.0, None, 2.0, 1.9), 0.75),  # and so parts what lies beside it
+    ],
+)
+def test_the_first_of_two_consecutive_runs_at_q_is_taken(metrics, expected) -> None:
+    held = first_held(ladder(*metrics), LADDER, 2.0)
+    assert (held and held.fraction) == expected
+
+
+def test_shorter_runs_are_tried_until_two_in_a_row_are_short() -> None:
+    assert not settled(ladder(None, None, None, 1.9), LADDER, 2.0)
+    assert not settled(ladder(None, None, 2.1, 1.9), LADDER, 2.0)
+    assert settled(ladder(None, 2.2, 2.1, 1.9), LADDER, 2.0)
+    assert not settled(ladder(None, 2.2, 1.9, 1.9), LADDER, 2.0)
+    assert settled(ladder(None, None, 2.2, 2.1), LADDER, 2.0)
+    assert not settled(ladder(None, 2.2, 2.1, 1.9), LADDER, 2.15)  # a looser target may yet be met
+
+
+def test_a_saving_and_its_split_worked_by_hand() -> None:
+    """Base 2.0 at 4 h and 8e12 FLOPs; Q = 2.02. The arm holds it from half of the length: 1.5 h and 2e12 FLOPs."""
+    base = ladder(3.0, 2.5, 2.1, 2.0)
+    arm = ladder(3.0, 2.02, 2.0, 1.9, hours=3.0, flops=4e12)
+    assert target(base, 0.01) == pytest.approx(2.02)
+    found = compare("arm", arm, "base", base, LADDER, 0.01)
+    assert found["at"]["arm"] == {"fraction": 0.5, "tokens": 500, "metric": 2.02}
+    assert found["at"]["base"]["fraction"] == 1.0
+    assert found["v"] == pytest.approx(1 - 1.5 / 4)
+    assert found["algorithmic"]["v"] == pytest.approx(1 - 2e12 / 8e12)
+    assert found["systems"]["v"] == pytest.approx(1 - (1.5 / 2e12) / (4 / 8e12))  # negative: dearer a FLOP
+    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(1 - found["v"])
+    assert not found["at_least"]
+
+
+def test_the_margin_is_given_to_the_base_as_well() -> None:
+    """The base itself is within 1% at three quarters of its length: a system against itself saves nothing."""
+    runs = ladder(3.0, 2.5, 2.01, 2.0)
+    found = compare("arm", runs, "base", runs, LADDER, 0.01)
+    assert found["at"]["base"]["fraction"] == found["at"]["arm"]["fraction"] == 0.75
+    assert found["v"] == 0
+
+
+def test_a_target_never_reached_is_null_with_its_bound() -> None:
+    base = ladder(3.0, 2.5, 2.1, 2.0)
+    found = compare("arm", ladder(3.0, 2.9, 2.8, 2.7, hours=1.0), "base", base, LADDER, 0.01)
+    assert found["v"] is None
+    assert found["why_null"].startswith("censored: arm ended at 2.7")
+    assert found["systems"]["v"] is None
+    assert found["algorithmic"]["v"] is None
+    assert found["bound"]["v"] == pytest.approx(1 - 1.0 / 4.0)
+
+
+def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
+    found = compare("arm", ladder(1.9, 1.9, 1.9, 1.9), "base", ladder(3.0, 2.5, 2.1, 2.0), LADDER, 0.01)
+    assert found["at_least"]
+    assert found["v"] == pytest.approx(0.75)
+
+
+def one(saving: float | None, systems: float | None = None, bound: float | None = None) -> dict[str, Any]:
+    algorithmic = None if saving is None or systems is None else 1 - (1 - saving) / (1 - systems)
+    return {"v": saving, "why_null": "censored: short" if saving is None else None, "systems": {"v": systems},
+            "algorithmic": {"v": algorithmic}, "bound": {"v": bound}, "at_least": False}  # fmt: skip
+
+
+def test_seeds_are_combined_by_the_mean_of_logarithms() -> None:
+    found = over_seeds([one(0.5, 0.2), one(0.75, 0.5), one(0.0, -0.25)])
+    logs = [math.log(0.5), math.log(0.25), math.log(1.0)]
+    assert found["saving"]["v"] == pytest.approx(1 - math.exp(sum(logs) / 3))  # 1 - (1/8)^(1/3) = 0.5
+    deviation = math.sqrt(sum((each - sum(logs) / 3) ** 2 for each in logs) / 2)
+    half = 2.919986 * deviation / math.sqrt(3)  # Student's t, 2 degrees of freedom, 95%
+    assert found["saving"]["ci"] == pytest.approx([1 - 0.5 * math.exp(half), 1 - 0.5 * math.exp(-half)], rel=1e-5)
+    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(0.5)
+    assert found["n"] == 3
+
+
+def test_one_censored_seed_censors_all() -> None:
+    found = over_seeds([one(0.5, 0.2), one(None, bound=0.125)])
+    assert found["saving"]["v"] is None
+    assert found["saving"]["why_null"] == "censored: short (in 1 of 2 seeds)"
+    assert found["bound"]["v"] == pytest.approx(1 - math.sqrt(0.5 * 0.875))
+
+
+def row(arm: str, work: float, *, retry: float = 0.0, assess: float | None = 0.5, made: bool = True) -> dict[str, Any]:
+    hours = {"work": {"v": work}, "retry": {"v": retry}, "assess": {"v": assess}}
+    counts = {"model_flops": {"v": 100 * work}, "tokens": {"v": int(10 * work)}}
+    return {"arm": arm, "artifact": {} if made else None, "ledger": {"device_hours": hours, "counts": counts}}
+
+
+def test_a_run_is_charged_with_every_stage_and_attempt_and_not_with_assessment() -> None:
+    """A shallow model (2 h) and a teacher cache (1 h) are charged; a broken attempt's hours count, its FLOPs do not."""
+    found = charged([row("shallow", 2.0), row("capture", 1.0, assess=None), row("trained", 1.5, retry=0.25, made=False),
+                     row("trained", 4.0)])  # fmt: skip
+    assert found["work_h"] == 2.0 + 1.0 + 1.5 + 4.0
+    assert found["retry_h"] == 0.25
+    assert found["assess_h"] == 1.5
+    assert found["flops"] == 200 + 100 + 400
+    assert found["stages"]["trained"] == {"work_h": 5.5, "retry_h": 0.25, "assess_h": 1.0, "flops": 400, "tokens": 40}
+
+
+def test_a_stacked_run_takes_the_steps_of_a_plain_one_and_a_teacher_is_extra() -> None:
+    steps = lambda settings: [int(each.partition("steps=")[2]) for each in settings if "steps=" in each]
+    size = SIZES["cpu"]
+    assert steps(settings_of("ours", size, 120)) == [120]
+    assert steps(settings_of("ours+stack", size, 120)) == [42, 78]
+    assert steps(settings_of("ours+taught", size, 120)) == [42, 120]
+    assert "precision=fp32" in settings_of("ours+fp32+short", size, 120)
+    assert "training.start_sequence_length=32" in settings_of("ours+fp32+short", size, 120)
+    assert "precision=bf16" in settings_of("ours", size, 120)
+
+
+@pytest.mark.parametrize("system", ["ours+none", "theirs", "ours+auto+pure", "ours+stack+taught", "ours+short+taught"])
+def test_systems_that_are_none_are_refused(system: str) -> None:
+    with pytest.raises(ValueError, match=r"give trainer|exclude"):
+        parts_of(system)
+
+
+def test_sizes_and_variants_are_whole() -> None:
+    for size in SIZES.values():
+        assert size.rungs[-1] == 1
+        assert list(size.rungs) == sorted(size.rungs)
+        assert all((size.steps * rung).is_integer() for rung in size.rungs)  # as many tokens as it says
+        parts_of(size.recipe)
+    h200 = SIZES["h200"]
+    assert h200.steps * h200.batch * h200.length == pytest.approx(60e6, rel=0.001)
+    assert {part for variant in VARIANTS for part in parts_of(variant)} == set(PARTS)
+
+
+@pytest.mark.filterwarnings("default")  # of transformers' Trainer
+def test_a_small_run_ends_and_does_not_repeat_what_is_finished(tmp_path: Path, monkeypatch, capsys) -> None:
+    args = ["--size", "check", "--seeds", "0", "--systems", "trainer", "ours+stack", "--work", str(tmp_path)]
+    monkeypatch.setattr(script, "warm_up", lambda *_: None)
+    script.main(args)
+    first = capsys.readouterr().out
+    assert first.count("bits/byte") == 2 * 2 + 1
+    assert not list(tmp_path.glob("*.part"))
+    units = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    whole = {unit["system"]: unit for unit in units if unit["fraction"] == 1}
+    assert whole["trainer"]["tokens"] == whole["ours+stack"]["tokens"] == 8 * 2 * 32
+    assert set(whole["ours+stack"]["stages"]) == {"shallow", "trained"}
+    assert 0 < whole["ours+stack"]["flops"] < whole["trainer"]["flops"]  # half as deep for a while
+
+    def again(*_: Any) -> None:
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(script, "measure", again)
+    script.main(args)
+    assert capsys.readouterr().out == first
