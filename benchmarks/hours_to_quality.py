@@ -19,6 +19,10 @@ turn, until two in a row are short of every target. Charged: loading, probes, se
 model, teacher and capture, checkpoints and saving. Apart: evaluation (every model is read from disk, in fp32, on the
 same validation documents). Charged to none: imports, and the tokens, which all systems share.
 
+On a CPU that others use too, elapsed time says little. Beside it then stands what would have been saved had every run
+had the processor to itself (device-hours times the share of it that the process had): to judge the disturbance by, and
+no device-hours.
+
 What is finished stays in `--work` by what it depends on, and is not run again; one that was interrupted goes on.
 """
 
@@ -89,7 +93,7 @@ class Size:
 
 RUNGS = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 SIZES = {
-    "cpu": Size(width=64, layers=4, wide=192, vocabulary=1024, length=128, batch=8, steps=120, rate=1e-2, rungs=RUNGS,
+    "cpu": Size(width=64, layers=4, wide=192, vocabulary=1024, length=128, batch=8, steps=96, rate=1e-2, rungs=RUNGS,
                 recipe="ours+fp32+short+stack", compile=False, eval_bytes=1024, threads=1),
     "h200": Size(width=512, layers=8, wide=1536, vocabulary=4096, length=512, batch=64, steps=1832, rate=2e-3,
                  rungs=RUNGS, recipe="ours+auto+short+stack", compile=True, eval_bytes=8192),
@@ -442,6 +446,12 @@ def planned(found: dict[str, Any]) -> Planned:
     return Planned(**{name: found[name] for name in names})
 
 
+def undisturbed(found: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Return a unit's result with the device-hours it would have had with the processor to itself."""
+    share = min(1.0, found["cpu_s"] / (found["wall_s"] * threads))
+    return {**found, "work_h": found["work_h"] * share}
+
+
 def climb_down(
     bench: Bench, systems: Sequence[str], seed: int, margin: float
 ) -> dict[str, dict[float, dict[str, Any]]]:
@@ -490,7 +500,19 @@ def compare_all(
     return found
 
 
-def table(systems: Sequence[str], by_seed: dict[int, Any], comparisons: list[dict[str, Any]]) -> str:
+def without_others(bench: Bench, by_seed: Any, systems: Sequence[str], margin: float) -> list[dict[str, Any]]:
+    """Return the comparisons as if every run had had the processor to itself; none on an accelerator."""
+    threads = bench.size.threads
+    if threads is None:
+        return []
+    alone = {seed: {system: {fraction: undisturbed(one, threads) for fraction, one in runs.items()}
+                    for system, runs in each.items()} for seed, each in by_seed.items()}  # fmt: skip
+    return compare_all(alone, systems, bench.size.rungs, margin)
+
+
+def table(
+    systems: Sequence[str], by_seed: dict[int, Any], comparisons: list[dict[str, Any]], alone: list[dict[str, Any]]
+) -> str:
     """Return the figures in lines: full lengths, then savings."""
     loads = [one["load"] for each in by_seed.values() for runs in each.values() for one in runs.values()]
     lines = [
@@ -511,6 +533,9 @@ def table(systems: Sequence[str], by_seed: dict[int, Any], comparisons: list[dic
                        for one in each["per_seed"].values())  # fmt: skip
         split = ["" if each[name]["v"] is None else f"{each[name]['v']:+.1%}" for name in ("systems", "algorithmic")]
         lines.append(f"{each['base']:24} {each['arm']:24} {_saving(each):>32} {split[0]:>9} {split[1]:>11}  {at}")
+    if alone:
+        lines.append("the same, had every run had the processor to itself (no device-hours):")
+    lines += [f"{each['base']:24} {each['arm']:24} {_saving(each):>32}" for each in alone]
     return "\n".join(lines)
 
 
@@ -575,10 +600,12 @@ def report(
     chosen = measure_parts(bench, PART_SEEDS) if parts else {}
     by_seed = {seed: climb_down(bench, systems, seed, margin) for seed in seeds}
     comparisons = compare_all(by_seed, systems, bench.size.rungs, margin)
-    lines = table(systems, by_seed, comparisons)
+    alone = without_others(bench, by_seed, systems, margin)
+    lines = table(systems, by_seed, comparisons, alone)
     print(lines, flush=True)
     units = [each for ladder in by_seed.values() for runs in ladder.values() for each in runs.values()]
     figures = {"size": asdict(bench.size), "margin": margin, "systems": list(systems), "comparisons": comparisons,
+               "undisturbed": alone,
                "units": units, "parts": chosen}  # fmt: skip
     if save:
         everything = [*(each for runs in chosen.values() for each in runs), *units]

@@ -144,6 +144,13 @@ def test_a_stacked_run_takes_the_steps_of_a_plain_one_and_a_teacher_is_extra() -
     assert "precision=bf16" in settings_of("ours", size, 120)
 
 
+def test_hours_without_others_are_the_share_of_the_processor_that_a_run_had() -> None:
+    found = {"work_h": 2.0, "wall_s": 50.0, "cpu_s": 20.0, "metric": 3.0}
+    assert script.undisturbed(found, 1) == {**found, "work_h": pytest.approx(0.8)}
+    assert script.undisturbed(found, 2)["work_h"] == pytest.approx(0.4)
+    assert script.undisturbed({**found, "cpu_s": 60.0}, 1)["work_h"] == 2.0  # helpers' threads are no more than all
+
+
 @pytest.mark.parametrize("system", ["ours+none", "theirs", "ours+auto+pure", "ours+stack+taught", "ours+short+taught"])
 def test_systems_that_are_none_are_refused(system: str) -> None:
     with pytest.raises(ValueError, match=r"give trainer|exclude"):
