@@ -46,7 +46,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from planned_runs import FULL, Planned, Runs, charged, compare, over_seeds, settled, target
+from planned_runs import FULL, HOUR_NS, Planned, Runs, charged, compare, over_seeds, settled, target
 from results import save_result
 
 HERE = Path(__file__).parent
@@ -60,7 +60,6 @@ PART_SEEDS = (100, 101)  # parts are chosen on these, and what is reported is me
 SHALLOW = 0.35  # of the steps, that the shallow model takes
 SHORTEST = 4  # windows begin at this part of their length
 WARM_UP_STEPS = 4
-HOUR_NS = 3600e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +242,7 @@ def settings_of(system: str, size: Size, steps: int) -> list[str]:
 def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str, Any], Path]:
     """Run one of our systems through its recipe; return what it is charged with, and its model."""
     from pipeline.cli import main
+    from pipeline.ledger.journal import read_events
 
     size = bench.size
     settings = [
@@ -260,18 +260,14 @@ def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str
     if code:
         raise SystemExit(f"{unit}: ended with {code}\n{printed.getvalue()[-4000:]}")
     result = json.loads((root / "mlruns/latest/result.json").read_text())
-    took = charged(result["rows"])
+    took = charged(result["rows"], read_events(root / "mlruns/runs" / result["run_id"] / "journal.jsonl"))
     artifact = next(row["artifact"] for row in reversed(result["rows"]) if row["arm"] == "trained" and row["artifact"])
     about = json.loads((Path(artifact["path"]) / "artifact.json").read_text())
-    phases: dict[str, float] = {}
-    for row in result["rows"]:
-        for name, spent_ns in row["ledger"]["phases_ns"].items():
-            phases[name] = phases.get(name, 0.0) + spent_ns / 1e9
     took |= {
         # what a teacher read is charged, but the length of the run is that of the model
         "tokens": sum(stage["tokens"] for name, stage in took["stages"].items()
                       if name == "trained" or (name == "shallow" and "stack" in unit.system)),
-        "phases_s": phases, "precision": about.get("precision", {}).get("chosen"),
+        "precision": about.get("precision", {}).get("chosen"),
     }  # fmt: skip
     return took, Path(artifact["path"])
 
@@ -325,7 +321,7 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
     tokens = size.batch * size.length  # a step's, each of them predicted
     flops = count_flops(model, Task.causal_lm, backward=True).batch(size.batch, size.length, tokens)
     took = {
-        "work_h": work_h, "retry_h": 0.0, "assess_h": 0.0, "flops": unit.steps * flops, "tokens": unit.steps * tokens,
+        "work_h": work_h, "retry_h": 0.0, "evaluation_h": 0.0, "flops": unit.steps * flops, "tokens": unit.steps * tokens,
         "stages": {}, "phases_s": {}, "precision": "bf16",
     }  # fmt: skip
     return took, out
@@ -389,7 +385,8 @@ def measure(bench: Bench, unit: Unit) -> dict[str, Any]:
     before = time.monotonic_ns()
     metric = read_validation(bench, base, model)
     found = {
-        **asdict(unit), **took, "metric": metric, "evaluation_h": (time.monotonic_ns() - before) / HOUR_NS,
+        **asdict(unit), **took, "metric": metric,
+        "evaluation_h": took["evaluation_h"] + (time.monotonic_ns() - before) / HOUR_NS,
         "wall_s": wall_s, "cpu_s": busy_s, "load": os.getloadavg()[0], "commit": _commit(),
     }  # fmt: skip
     write_whole(folder.with_suffix(".json"), found)
@@ -476,7 +473,7 @@ def said(found: dict[str, Any]) -> str:
     return (
         f"seed {found['seed']:3} {found['system']:24} {found['fraction']:6.1%} {found['tokens']:12,} tokens "
         f"{found['metric']:.4f} bits/byte {found['work_h'] * 3600:9.2f} device-s (search {search:.1f}) + "
-        f"evaluation {(found['evaluation_h'] + found['assess_h']) * 3600:.1f}; load {found['load']:.1f}"
+        f"evaluation {found['evaluation_h'] * 3600:.1f}; load {found['load']:.1f}"
     )
 
 

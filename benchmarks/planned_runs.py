@@ -19,6 +19,7 @@ from pipeline.compare.statistics import mean_interval
 from pipeline.values import Prov, Value, null
 
 FULL = 1.0
+HOUR_NS = 3600e9
 FIGURES = ("saving", "systems", "algorithmic")
 
 
@@ -132,21 +133,37 @@ def _mean(savings: Sequence[float]) -> dict[str, Any]:
     return {**Value(-math.expm1(mean), Prov.DERIVED).to_json(), "ci": [-math.expm1(high), -math.expm1(low)]}
 
 
-def charged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def charged(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a recipe's rows took, stage by stage and in all: what its model is charged with.
 
-    Every stage that the rows name counts, reused ones at what they once took; assessment stands apart.
+    Every stage that the rows name counts, reused ones at what they once took. Evaluation stands apart: the assessment,
+    and what training read on validation (a compiled model compiles for it anew).
+
+    Args:
+        events: Of the run's journal; its windows say what part of the work was evaluation.
     """
     stages: dict[str, dict[str, float]] = {}
     for row in rows:
         hours, counts = row["ledger"]["device_hours"], row["ledger"]["counts"]
-        stage = stages.setdefault(row["arm"], {"work_h": 0.0, "retry_h": 0.0, "assess_h": 0.0, "flops": 0.0,
-                                               "tokens": 0})  # fmt: skip
-        for name in ("work", "retry", "assess"):
-            stage[f"{name}_h"] += hours[name]["v"] or 0.0
+        nothing = {"work_h": 0.0, "retry_h": 0.0, "evaluation_h": 0.0, "flops": 0.0, "tokens": 0}
+        stage = stages.setdefault(row["arm"], nothing)
+        for name, part in (("work_h", "work"), ("retry_h", "retry"), ("evaluation_h", "assess")):
+            stage[name] += hours[part]["v"] or 0.0
         if row["artifact"] is not None:  # an attempt that led nowhere counted what another one counts again
             stage["flops"], stage["tokens"] = counts["model_flops"]["v"], counts["tokens"]["v"]
-    whole = {
-        name: math.fsum(stage[name] for stage in stages.values()) for name in ("work_h", "retry_h", "assess_h", "flops")
-    }
-    return {**whole, "stages": stages}
+    phases_ns: dict[str, int] = {}
+    for event in work_windows(events):
+        evaluated_h = event["phases_ns"].get("eval", 0) / HOUR_NS
+        stages[event["arm"]]["work_h"] -= evaluated_h
+        stages[event["arm"]]["evaluation_h"] += evaluated_h
+        for name, spent_ns in event["phases_ns"].items():
+            phases_ns[name] = phases_ns.get(name, 0) + spent_ns
+    names = ("work_h", "retry_h", "evaluation_h", "flops")
+    whole = {name: math.fsum(stage[name] for stage in stages.values()) for name in names}
+    return {**whole, "stages": stages, "phases_s": {name: each / 1e9 for name, each in phases_ns.items()}}
+
+
+def work_windows(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the windows in which stages worked, of those that were not lost."""
+    windows = [event for event in events if event["e"] == "window"]
+    return [event for event in windows if event["window"]["kind"] == "work" and event["window"]["kept_ns"] > 0]

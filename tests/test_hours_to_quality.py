@@ -122,15 +122,27 @@ def row(arm: str, work: float, *, retry: float = 0.0, assess: float | None = 0.5
     return {"arm": arm, "artifact": {} if made else None, "ledger": {"device_hours": hours, "counts": counts}}
 
 
-def test_a_run_is_charged_with_every_stage_and_attempt_and_not_with_assessment() -> None:
+def window(arm: str, kind: str, *, evaluation_h: float, kept: bool = True) -> dict[str, Any]:
+    phases = {"eval": int(evaluation_h * 3600e9), "forward": int(3600e9)}
+    return {"e": "window", "arm": arm, "window": {"kind": kind, "kept_ns": int(kept)}, "phases_ns": phases}
+
+
+def test_a_run_is_charged_with_every_stage_and_attempt_and_not_with_evaluation() -> None:
     """A shallow model (2 h) and a teacher cache (1 h) are charged; a broken attempt's hours count, its FLOPs do not."""
-    found = charged([row("shallow", 2.0), row("capture", 1.0, assess=None), row("trained", 1.5, retry=0.25, made=False),
-                     row("trained", 4.0)])  # fmt: skip
-    assert found["work_h"] == 2.0 + 1.0 + 1.5 + 4.0
+    rows = [row("shallow", 2.0), row("capture", 1.0, assess=None), row("trained", 1.5, retry=0.25, made=False),
+            row("trained", 4.0)]  # fmt: skip
+    events = [
+        {"e": "open"}, window("shallow", "work", evaluation_h=0.25), window("shallow", "assess", evaluation_h=0.5),
+        window("trained", "work", evaluation_h=7, kept=False), window("trained", "work", evaluation_h=0.125),
+    ]  # fmt: skip
+    found = charged(rows, events)
+    assert found["work_h"] == 2.0 + 1.0 + 1.5 + 4.0 - 0.25 - 0.125
     assert found["retry_h"] == 0.25
-    assert found["assess_h"] == 1.5
+    assert found["evaluation_h"] == 1.5 + 0.25 + 0.125
     assert found["flops"] == 200 + 100 + 400
-    assert found["stages"]["trained"] == {"work_h": 5.5, "retry_h": 0.25, "assess_h": 1.0, "flops": 400, "tokens": 40}
+    assert found["stages"]["trained"] == {"work_h": 5.375, "retry_h": 0.25, "evaluation_h": 1.125, "flops": 400,
+                                          "tokens": 40}  # fmt: skip
+    assert found["phases_s"] == {"eval": 0.375 * 3600, "forward": 2 * 3600}
 
 
 def test_a_stacked_run_takes_the_steps_of_a_plain_one_and_a_teacher_is_extra() -> None:
