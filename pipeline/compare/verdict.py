@@ -11,7 +11,6 @@ bounds the chance of a false PASS without a correction for their number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -227,7 +226,9 @@ def training_criterion(
         return replace(made, why="point estimate only: no repeated runs on this device are recorded "
                                  "(python -m pipeline.selftest train=...)")  # fmt: skip
     level = 1 - 2 * alpha
-    saving = statistics.log_ratio_from_spread(math.log1p(-value.v), sd=spread.sd_log, runs=spread.runs, level=level)
+    saving = statistics.log_ratio_from_spread(
+        1 - value.v, 1.0, sd=spread.sd_log, runs=spread.runs, level=level
+    )
     return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
                    n=spread.runs, why=f"spread of {spread.runs} repeated runs ({spread.source})")  # fmt: skip
 
