@@ -23,6 +23,7 @@ from pipeline.ledger.converged import Converged, per_converged_model
 from pipeline.redact import redact_value
 from pipeline.report.chargeback import TOTAL, Line, footnotes, idle, lines, table, to_csv
 from pipeline.report.text import one_line
+from pipeline.sync import waiting
 
 USAGE = """Usage: python -m pipeline.chargeback --from 2026-11-01 --to 2026-12-01 [options]
 
@@ -53,6 +54,7 @@ class Settings:
     csv: Path | None = None
     capacity: tuple[str | None, int] | None = None
     uri: str
+    root: Path = Path("mlruns")
 
 
 def main(argv: list[str], *, now_s: Callable[[], float] = time.time) -> int:
@@ -86,7 +88,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     return Settings(
         start_s=start_s, end_s=end_s, by=by, csv=None if csv is None else Path(csv).expanduser(),
         capacity=_capacity(given["--capacity"]) if "--capacity" in given else None,
-        uri=_store(given.get("--root"), given.get("--uri")),
+        uri=_store(given.get("--root"), given.get("--uri")), root=Path(given.get("--root") or "mlruns").expanduser(),
     )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def _report(settings: Settings, now_s: float) -> int:
     days = [datetime.fromtimestamp(each, UTC).date() for each in (settings.start_s, settings.end_s)]
     print(f"spent from {days[0]} until before {days[1]} (UTC), by {settings.by}\n")
     print("\n".join(table([*found, *idle_lines]) if found or idle_lines else ["no run spent anything in this period"]))
-    for note in (*footnotes(found), *said, *_notes(runs), *notes, *models):
+    for note in (*footnotes(found), *said, *_notes(runs), *notes, *_behind(settings.root), *models):
         print(f"- {note}")
     return Exit.DONE
 
@@ -181,6 +183,13 @@ def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
     notes = [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"] if deleted else []
     notes += [f"{num_others} runs of other programs were left out"] if num_others else []
     return stored_runs_facts(stored), notes
+
+
+def _behind(root: Path) -> list[str]:
+    """Return what to say where journals beside the store hold what it has not had."""
+    behind = waiting(root)
+    said = f"{len(behind)} runs under {root} have more to tell than MLflow has had: python -m pipeline.sync {root}"
+    return [said] if behind else []
 
 
 def _notes(runs: Sequence[RunFacts]) -> list[str]:

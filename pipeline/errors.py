@@ -11,7 +11,9 @@ class Exit(IntEnum):
     DONE = 0
     REFUSED = 1
     UNPARSABLE = 2
-    FAIL = 3  # a release fails its policy, or an artifact saves nothing or reads differently in vLLM; all of it is there
+    FAIL = (
+        3  # a release fails its policy, or an artifact saves nothing or reads differently in vLLM; all of it is there
+    )
     INCONCLUSIVE = 4
     INVALID = 5
     NO_BASELINE = 6

@@ -279,7 +279,7 @@ def _tagged(client: Any, query: str) -> Iterator[Any]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def tag_version(uri: str, name: str, version: str, tags: dict[str, Any]) -> None:
+def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
     """Write tags on a version; those without a value are left out.
 
     Raises:
@@ -287,8 +287,8 @@ def tag_version(uri: str, name: str, version: str, tags: dict[str, Any]) -> None
     """
     with _asking(uri):
         client = _open(uri)
-        for tag, value in _tags(tags).items():
-            client.set_model_version_tag(name, version, tag, value)
+        for name, value in _tags(tags).items():
+            client.set_model_version_tag(version.name, version.version, name, value)
 
 
 def promote(

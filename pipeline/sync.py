@@ -14,11 +14,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.store import read_json
+
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
 FOLLOW = "--follow"
 INTERVAL_S, DYING_S = 2.0, 0.2  # between deliveries; the same for a run that is about to be no more
 DELIVERY_S = 60.0  # a run waits this long for its writer: a fresh SQLite store takes its migrations out of it
 GATE_S = 300.0  # a gate waits longer: what it found must be known to the next one, on whatever machine
+STATE = "mlflow.json"  # in a run's folder: how far it was delivered
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
@@ -44,6 +47,17 @@ def main(argv: list[str]) -> int:
             if problem.is_down:
                 break
     return int(failed)
+
+
+def waiting(root: Path) -> list[str]:
+    """Return the runs under a root whose journals are longer than what was delivered of them."""
+    folders = [folder for folder in sorted((root / "runs").glob("*/")) if (folder / JOURNAL).is_file()]
+    return [folder.name for folder in folders if (folder / JOURNAL).stat().st_size > _delivered(folder)]
+
+
+def _delivered(folder: Path) -> int:
+    state = read_json(folder / STATE)
+    return int(state["offset"]) if isinstance(state, dict) else 0
 
 
 # -- the run's side of its writer --------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ from pipeline.metrics import BY_KEY, row_summary
 from pipeline.redact import redact_value, without_login
 from pipeline.report.waste import advice
 from pipeline.store import MODEL, read_json, write_json
+from pipeline.sync import STATE
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
-STATE = "mlflow.json"
 SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
 State = dict[str, Any]
 """What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`,

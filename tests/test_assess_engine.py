@@ -100,7 +100,14 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     monkeypatch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)  # has its tests
     written(tmp_path / "bench.json", SERVE)
     settings = (
-        *("recipe=quantize", "~stages.nf4", "serving.decode=static", *TINY, "serving.batches=[]", "tracking.mlflow=false"),
+        *(
+            "recipe=quantize",
+            "~stages.nf4",
+            "serving.decode=static",
+            *TINY,
+            "serving.batches=[]",
+            "tracking.mlflow=false",
+        ),
         "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
     )
     done = here(tmp_path, *settings, "serving.results={int8: bench.json}")

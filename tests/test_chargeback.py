@@ -127,6 +127,25 @@ def test_the_lines_of_a_run_add_up_to_all_it_was_attached(root: Path) -> None:
     assert float(group["energy_unread_device_hours"]) == total
 
 
+def test_what_mlflow_has_not_had_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(root, "run-1", [a_row()])
+    report(root)
+    assert "have more to tell" not in capsys.readouterr().out
+    journal = Journal(folder / "journal.jsonl")
+    journal.write("heartbeat", t=NOON + 1, mono_ns=9)
+    journal.close()
+    report(root)
+    assert f"1 runs under {root} have more to tell than MLflow has had" in capsys.readouterr().out
+
+
+def test_a_comparison_pass_that_was_taken_over_is_reused_too() -> None:
+    stage = Charge(run="r", what="student", owner={}, device="H200", ended_s=1.0, device_h=0.0, reused_h=2.0)
+    facts = RunFacts(run="r", owner={}, device="H200", ended_s=2.0, total_h=0.5, stages=(stage,),
+                     outside_h={"overhead": 0.5}, rate=3.0, currency="EUR", reused_h=2.25)  # fmt: skip
+    found = {charge.what: (charge.device_h, charge.reused_h, charge.reused_amount) for charge in charges(facts)}
+    assert found == {"student": (0.0, 2.0, None), "overhead": (0.5, 0.0, None), "reused comparison": (0.0, 0.25, 0.75)}
+
+
 def test_a_reused_stage_is_not_counted_twice(root: Path) -> None:
     write_run(root, "run-1", [a_row(rate=3.0)], rate=3.0)
     write_run(root, "run-2", [a_row(rate=3.0, reused="run-1")], rate=3.0, team="speech", minutes=(0, 3), at=NOON + DAY)

@@ -154,11 +154,16 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(project) -> None:
         check=True,
     )
     try:
-        done = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.02", "tracking.mlflow=false")
+        done = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.02",
+                    "policy.load.new=32", "policy.load.batch=16", "tracking.mlflow=false")  # fmt: skip
     finally:
         os.kill(int(started.stdout), signal.SIGKILL)
     assert done.returncode == 5, done.stderr
     assert "others used" in by_name(said(cwd))["serving"]["why"]
+    short = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.5", "policy.load.new=2",
+                 "policy.load.batch=1", "policy.load.prompt=8", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+    assert short.returncode == 5, short.stderr
+    assert "unknown (window shorter than 0.5 s)" in by_name(said(cwd))["serving"]["why"]
     elsewhere = gate(cwd, paths["student"], paths["teacher"], "policy.hardware=NVIDIA H200", "tracking.mlflow=false")
     assert elsewhere.returncode == 5, elsewhere.stderr
     assert "and the policy asks for NVIDIA H200" in by_name(said(cwd))["serving"]["why"]

@@ -226,9 +226,7 @@ def training_criterion(
         return replace(made, why="point estimate only: no repeated runs on this device are recorded "
                                  "(python -m pipeline.selftest train=...)")  # fmt: skip
     level = 1 - 2 * alpha
-    saving = statistics.log_ratio_from_spread(
-        1 - value.v, 1.0, sd=spread.sd_log, runs=spread.runs, level=level
-    )
+    saving = statistics.log_ratio_from_spread(1 - value.v, 1.0, sd=spread.sd_log, runs=spread.runs, level=level)
     return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
                    n=spread.runs, why=f"spread of {spread.runs} repeated runs ({spread.source})")  # fmt: skip
 

@@ -49,9 +49,12 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
     if becomes_first or (verdict["verdict"] == Outcome.PASS and attempt.run.promote):
         _promote(attempt, gate, verdict)
     elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
-        from pipeline.registry import tag_version
+        from pipeline.registry import resolve_version, tag_version
 
-        tag_version(gate.places.tracking, str(gate.candidate.model), gate.candidate.version, _tags(verdict))
+        side = gate.candidate
+        version = resolve_version(gate.places.tracking, str(side.model), version=side.version)
+        if version is not None:
+            tag_version(gate.places.tracking, version, _tags(verdict))
 
 
 def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:

@@ -219,7 +219,11 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
                 f"look {number}: throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed"
             )
         limit = policy.max_foreign_load
-        if limit is not None and foreign is not None and foreign > limit:
+        if limit is not None and foreign is None:
+            why = conditions["foreign_load"]["why_null"]
+            reasons.append(f"look {number}: whether others used the machine is unknown ({why}); "
+                           "policy.max_foreign_load=null goes without")  # fmt: skip
+        elif limit is not None and foreign > limit:
             reasons.append(f"look {number}: others used {foreign:.0%} of the machine, {limit:.0%} allowed")
     return reasons
 

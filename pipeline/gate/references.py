@@ -202,9 +202,13 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
     if path is not None and Path(path).is_dir():
         _verify(Path(path), digest, key)
         return take(Path(path), key, places.store)
-    place = url.removesuffix(f"/{digest}") if url else places.url
-    if place is not None:
-        return download(place, digest, places.store, key=key)
+    noted = url.removesuffix(f"/{digest}") if url else None  # without a login, which store.url may have
+    for place in dict.fromkeys(each for each in (places.url, noted) if each):
+        try:
+            return download(place, digest, places.store, key=key)
+        except UserError:
+            if place == noted or noted is None:
+                raise
     where = "" if path is None else f" (it was made at {path})"
     raise UserError(key, f"artifact {digest} is not on this machine{where}", "set store.url to where it was uploaded")
 

@@ -56,6 +56,7 @@ def _stored_facts(name: str, run: Stored, children: Sequence[Stored]) -> RunFact
         wasted_h=_parts(metrics, "compute/run_{}_wasted_device_hours") if ended else {},
         rate=_number(params.get("cost.per_device_hour")), currency=currency,
         converged_at=_number(params.get("cost.converged_at")), nested_in=tags.get("nested_in"),
+        reused_h=metrics.get("compute/run_reused_device_hours"),
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
         outside_h={} if totals is None else {name: totals["device_hours"][name]["v"] for name in PARTS},
         wasted_h={} if totals is None else {name: outside_waste(totals, name) for name in PARTS},
         rate=params.get("cost.per_device_hour"), currency=currency, converged_at=params.get("cost.converged_at"),
-        nested_in=tags.get("nested_in"),
+        nested_in=tags.get("nested_in"), reused_h=None if totals is None else totals["reused"]["v"],
     )  # fmt: skip
 
 

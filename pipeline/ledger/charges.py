@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+ROUNDING_H = 1e-9  # sums of hours agree to this
 OWNER = ("team", "cost_center", "purpose", "model_name", "recipe")
 """What charges can be grouped by."""
 Outside = Literal["overhead", "compare", "open"]
@@ -69,6 +70,7 @@ class RunFacts:
         rate: Declared price of a device-hour.
         converged_at: Declared quality from which its model counts as converged.
         nested_in: The metered run whose seconds these are, too.
+        reused_h: What it took over of other runs, comparison passes included; None where nobody noted it down.
     """
 
     run: str
@@ -83,6 +85,7 @@ class RunFacts:
     currency: str | None = None
     converged_at: float | None = None
     nested_in: str | None = None
+    reused_h: float | None = None
 
     @property
     def rest_h(self) -> float | None:
@@ -99,7 +102,21 @@ def charges(run: RunFacts) -> list[Charge]:
     parts = parts or {"open": rest_h}
     if "overhead" in parts:  # takes the rounding, so that the sum is exact
         parts["overhead"] = max(rest_h - math.fsum(h for name, h in parts.items() if name != "overhead"), 0.0)
-    return [*run.stages, *(_outside(run, name, hours) for name, hours in parts.items() if hours > 0)]
+    outside = (_outside(run, name, hours) for name, hours in parts.items() if hours > 0)
+    return [*run.stages, *outside, *_taken_over(run)]
+
+
+def _taken_over(run: RunFacts) -> list[Charge]:
+    """Return the comparison pass that a run took over of another, which no stage attempt holds: it spent nothing."""
+    hours = (run.reused_h or 0.0) - math.fsum(stage.reused_h for stage in run.stages)
+    if hours <= ROUNDING_H:
+        return []
+    return [Charge(
+        run=run.run, what="reused comparison", owner=run.owner, device=run.device, ended_s=run.ended_s, device_h=0.0,
+        reused_h=hours, wasted_h=0.0, amount=None if run.rate is None else 0.0,
+        reused_amount=None if run.rate is None else run.rate * hours,
+        currency=None if run.rate is None else run.currency,
+    )]  # fmt: skip
 
 
 def _outside(run: RunFacts, what: Outside, hours: float) -> Charge:
