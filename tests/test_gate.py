@@ -191,10 +191,10 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     passed = gate(cwd, paths["student"], champion, "promote=true", url)
     assert passed.returncode == 0, passed.stderr
     assert said(cwd)["verdict"] == "PASS"
-    assert client.get_model_version_by_alias("student", "champion").version == "2"
+    assert str(client.get_model_version_by_alias("student", "champion").version) == "2"
     failed = gate(cwd, paths["damaged"], champion, "promote=true", url)
     assert failed.returncode in (3, 4), failed.stderr
-    assert client.get_model_version_by_alias("student", "champion").version == "2"
+    assert str(client.get_model_version_by_alias("student", "champion").version) == "2"
 
 
 # -- refusals and hostile input -------------------------------------------------------------------------------------
