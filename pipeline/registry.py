@@ -15,6 +15,7 @@ when it first saw the holder, so that clocks of two machines are compared only w
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 import time
@@ -22,14 +23,18 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
 from pipeline.redact import redact_value, without_login
 from pipeline.store import MODEL
 from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, quiet, store_errors
+
+if TYPE_CHECKING:
+    from pipeline.compare.history import Judged
 
 CHAMPION = "champion"
 GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
@@ -111,7 +116,7 @@ def resolve_version(
     assert (version is None) != (alias is None)
     check_name(name, key)
     _check_which(version, alias, key)
-    if _is_empty(uri):
+    if is_empty(uri):
         return None
     with _asking(uri):
         client = _open(uri)
@@ -136,7 +141,7 @@ def run_artifact(uri: str, run_id: str, *, key: str = "candidate") -> tuple[Path
     """
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
         raise UserError(key, f"{run_id[:80]!r} is no run id of MLflow", "give its 32 hex characters")
-    if _is_empty(uri):
+    if is_empty(uri):
         raise _no_run(uri, run_id, key)
     with _asking(uri):
         client = _open(uri)
@@ -228,7 +233,7 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
     """
     from pipeline.gate.opening import FILE, as_recorded, checksum
 
-    if _is_empty(uri):
+    if is_empty(uri):
         return None
     found: list[dict[str, Any]] = []
     with _asking(uri), tempfile.TemporaryDirectory() as folder:
@@ -246,21 +251,114 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
 
 
 def find_spread(uri: str, device: str, count: int) -> Any | None:
-    """Return the spread of repeated trainings on a device that self-tests recorded last; None where none did."""
+    """Return the spread of repeated trainings on a device that self-tests recorded last; None where none did.
+
+    Raises:
+        UserError: If the store cannot be reached.
+    """
     from pipeline.compare.verdict import Spread
 
-    if _is_empty(uri):
+    if is_empty(uri) or "'" in device:  # which MLflow's queries cannot quote
         return None
     with _asking(uri):
         client = _open(uri)
-        quoted = device.replace("'", "")
-        query = f"tags.`{SELFTEST}.device` = '{quoted}' AND tags.`{SELFTEST}.devices` = '{count}'"
+        query = f"tags.`{SELFTEST}.device` = '{device}' AND tags.`{SELFTEST}.devices` = '{count}'"
         for run in _tagged(client, query):
             metrics = run.data.metrics
-            if f"{SELFTEST}/training_sd_log" in metrics:
-                return Spread(metrics[f"{SELFTEST}/training_sd_log"], int(metrics[f"{SELFTEST}/training_runs"]),
-                              run.info.run_name)  # fmt: skip
+            sd_log = metrics.get(f"{SELFTEST}/training_sd_log", math.nan)
+            runs = metrics.get(f"{SELFTEST}/training_runs", math.nan)
+            if math.isfinite(sd_log) and sd_log >= 0 and math.isfinite(runs) and runs >= 2:  # what has a t interval
+                return Spread(sd_log, int(runs), run.data.tags.get(RUN_TAG, run.info.run_name))
     return None
+
+
+def read_verdicts(uri: str, *, model: str | None = None) -> list[Judged]:
+    """Return every verdict that gates have left in a store, those given again too, the newest first.
+
+    Tags, figures and settings of the runs say all that a history needs: no file is fetched. Runs that were deleted in
+    MLflow are left out.
+
+    Args:
+        model: Only of this registered model.
+
+    Raises:
+        UserError: If the store cannot be reached.
+    """
+    if is_empty(uri):
+        return []
+    with _asking(uri):
+        client = _open(uri)
+        runs = [run for run in _tagged(client, f"tags.`{GATE}.verdict` LIKE '%'")
+                if model is None or run.data.tags.get(f"{GATE}.model") == model]  # fmt: skip
+        named = {name for run in runs if (name := run.data.tags.get(f"{GATE}.model"))}
+        versions = {name: _versions(client, name) for name in named}
+    return [_judged(run, versions) for run in runs]
+
+
+def _versions(client: Any, name: str) -> dict[str, str]:
+    """Return the newest version's number by artifact; nothing where the name is none."""
+    try:
+        check_name(name, "model")
+    except UserError:
+        return {}
+    numbers: dict[str, int] = {}
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        for each in page:
+            digest = each.tags.get(DIGEST, "")
+            numbers[digest] = max(int(each.version), numbers.get(digest, 0))
+        token = page.token
+        if not token:
+            return {digest: str(number) for digest, number in numbers.items()}
+
+
+def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
+    """Return the verdict that a run's tags, figures and settings tell of; a figure without an interval is None."""
+    from pipeline.compare.history import Judged, figure
+    from pipeline.compare.statistics import look_alpha
+    from pipeline.config import Task
+    from pipeline.metrics import PRIMARY, RELATIVE
+
+    tags, params = run.data.tags, run.data.params
+    said = {name.removeprefix(f"{GATE}."): value for name, value in tags.items() if name.startswith(f"{GATE}.")}
+    primary = next((key for task, key in PRIMARY.items() if task.value == params.get("task")), PRIMARY[Task.causal_lm])
+    alpha, looks = _number(params.get("policy.alpha")) or math.nan, int(_number(params.get("policy.looks")) or 1)
+    look = int(_number(said.get("look")) or 1)
+    ends = [[run.data.metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]
+            for name in ("serving", f"quality/{primary}")]  # fmt: skip
+    began = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
+    margin = _number(params.get(f"policy.metrics.{primary}.margin"))
+    model = said.get("model") or None
+    return Judged(
+        created=_moment(said.get("created")) or began, run=tags.get(RUN_TAG, run.info.run_id), model=model,
+        verdict=said["verdict"], key=said.get("key", ""), look=look, candidate=said.get("candidate.digest", ""),
+        baseline=said.get("baseline.digest"),
+        version=versions.get(model or "", {}).get(said.get("candidate.digest", "")), policy=said.get("policy", ""),
+        policy_sha256=said.get("policy.sha256", ""), data=tags.get("data.digest", ""), device=tags.get("device", ""),
+        recorded=said.get("recorded"), quality_key=primary,
+        serving=figure(*ends[0], level=1 - 2 * look_alpha(alpha, looks), relative=True,
+                       blocks=int(_number(params.get("policy.blocks")) or 0) * look),
+        quality=figure(*ends[1], level=1 - 2 * alpha, relative=primary in RELATIVE),
+        margin=margin if margin is not None else _number(params.get("quality.margin")),
+    )  # fmt: skip
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _moment(text: str | None) -> str | None:
+    """Return a time in UTC, as verdicts have it; None where it is none."""
+    try:
+        found = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return None if found.tzinfo is None else found.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def _tagged(client: Any, query: str) -> Iterator[Any]:
@@ -515,7 +613,7 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
 
 
-def _is_empty(uri: str) -> bool:
+def is_empty(uri: str) -> bool:
     """Whether a store has yet to be made, which no one is to do who only reads.
 
     Raises:
@@ -555,7 +653,7 @@ def _open(uri: str) -> Any:
     if file is None:
         _knock(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    if not _is_empty(uri) and not _is_database(file):  # MLflow would try for two minutes
+    if not is_empty(uri) and not _is_database(file):  # MLflow would try for two minutes
         raise UserError("tracking.uri", f"{file} is no SQLite database", "name one, or a server")
     try:
         with FileLock(file.parent / ".mlflow.lock", timeout=OPENING_S):

@@ -479,10 +479,11 @@ def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what criteria read, with the ends of their intervals."""
+    """Yield what criteria read, with the ends of their intervals; what is INVALID has none that means anything."""
     for each in verdict["criteria"]:
         yield f"gate/{each['name']}", each["value"]
-        for end, bound in zip(("low", "high"), each["ci"] or (), strict=False):
+        ends = () if each["outcome"] == "INVALID" else each["ci"] or ()
+        for end, bound in zip(("low", "high"), ends, strict=False):
             yield f"gate/{each['name']}_{end}", {"v": bound}
 
 

@@ -1,0 +1,159 @@
+"""A model's last releases in words: a table for a terminal, a section of the gate's report, CSV.
+
+Every function takes a history in the form that verdict.json holds (`gate/history.py`), in which names are whatever
+somebody once wrote into the store.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.metrics import RELATIVE
+from pipeline.report.chargeback import harmless
+from pipeline.report.text import markdown_text, one_line, pad
+
+History = Mapping[str, Any]
+Row = Mapping[str, Any]
+NO_MODEL = "(no registered model)"
+_HEAD = ("date (UTC)", "candidate", "against", "verdict", "serving saved", "quality", "policy", "judged")
+COLUMNS = (
+    "model", "created", "run", "version", "candidate", "baseline", "verdict", "look", "serving_saving", "serving_low",
+    "serving_high", "quality_key", "quality_delta", "quality_low", "quality_high", "margin", "policy", "policy_sha256",
+    "data", "device", "given_again", "ways_judged",
+)  # fmt: skip
+_SHORT = 8  # characters of a digest
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def cells(row: Row) -> list[str]:
+    """Return a release's cells, as plain text."""
+    version = row["version"]
+    candidate = _digest(row["candidate"]) if version is None else f"v{version} {_digest(row['candidate'])}"
+    return [
+        one_line(row["created"], 40)[:16].replace("T", " "), one_line(candidate, 24), _digest(row["baseline"]),
+        one_line(row["verdict"], 16), _reading(row["serving"], "%"), _quality(row), one_line(row["policy"], 24) or "-",
+        _judged(row),
+    ]  # fmt: skip
+
+
+def _digest(digest: str | None) -> str:
+    return one_line(digest or "-", _SHORT + 3)[:_SHORT]
+
+
+def _reading(figure: Row | None, symbol: str) -> str:
+    if figure is None:
+        return "-"
+    value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
+    return f"{value:+.2f}{symbol} [{low:+.2f}, {high:+.2f}]"
+
+
+def _quality(row: Row) -> str:
+    figure = row["quality"]
+    if figure is None:
+        return "-"
+    margin = "" if row["margin"] is None else f" vs -{100 * row['margin']:g}"
+    return _reading(figure, "%" if figure["relative"] else " pt") + margin
+
+
+def _judged(row: Row) -> str:
+    """Return how often: looks, answers given again, and other policies, data or devices for the same pair."""
+    said = [f"look {row['look']}"]
+    said += [f"given again {row['again']}x"] if row["again"] else []
+    said += [f"pair judged {row['ways']} ways"] if row["ways"] > 1 else []
+    return ", ".join(said)
+
+
+# -- alarms ---------------------------------------------------------------------------------------------------------
+
+
+def alarms(history: History) -> list[str]:
+    """Return a sentence per alarm."""
+    return [_sentence(each) for each in history["findings"] if each["alarm"]]
+
+
+def remarks(history: History) -> list[str]:
+    """Return a sentence per question that raised no alarm: what it came to, or why it cannot be answered."""
+    return [_sentence(each) for each in history["findings"] if not each["alarm"]]
+
+
+def _sentence(finding: Row) -> str:
+    of = one_line(finding["of"], 80).removeprefix("quality/").replace("_", " ")
+    return _step(finding, of) if finding["kind"] == "step" else _creep(finding, of)
+
+
+def _step(finding: Row, of: str) -> str:
+    if finding["why"]:
+        return f"no step in {of} can be told: {one_line(finding['why'], 200)}"
+    unit = _unit(finding)
+    bound = f"{100 * finding['level']:g}% bound {100 * finding['high']:+.2f}{unit}"
+    said = f"{100 * finding['value']:+.2f}{unit} ({bound}) against {finding['releases']} earlier releases"
+    if finding["alarm"]:
+        return f"ALARM step down in {of}: {_digest(finding['candidate'])} reads {said}"
+    return f"no step down in {of}: {said}"
+
+
+def _creep(finding: Row, of: str) -> str:
+    if finding["why"]:
+        return f"no creep in {of} can be told: {one_line(finding['why'], 200)}"
+    if not finding["releases"]:
+        return f"no creep in {of}: the newest champion is the best"
+    unit, ends = _unit(finding), [100 * finding[name] for name in ("low", "high")]
+    said = (f"{100 * finding['value']:+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over {finding['releases']} changes "
+            f"since {_digest(finding['since'])}, margin {100 * finding['margin']:g}")  # fmt: skip
+    if finding["alarm"]:
+        return f"ALARM creep in {of}: {said}; judge it against that one: baseline={one_line(finding['since'], 32)}"
+    return f"no creep in {of}: {said}" + ("" if finding["shown"] else "; a loss beyond it is not excluded")
+
+
+def _unit(finding: Row) -> str:
+    shares = finding["of"] == "serving" or finding["of"].removeprefix("quality/") in RELATIVE
+    return "%" if shares else " pt"
+
+
+# -- terminal, Markdown, CSV ----------------------------------------------------------------------------------------
+
+
+def table(history: History) -> list[str]:
+    """Return the lines of a terminal's table."""
+    rows = [list(_HEAD), *(cells(row) for row in history["releases"])]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(_HEAD))]
+    return ["  ".join(map(pad, row, widths)).rstrip() for row in rows]
+
+
+def recent(history: History) -> list[str]:
+    """Return the lines of the section "The last releases" of a report; alarms stand first."""
+    if history["why"] and len(history["releases"]) < 2:
+        return ["## The last releases", "", f"Nothing to show: {markdown_text(history['why'], 300)}."]
+    total, shown = history["of"], len(history["releases"])
+    named = markdown_text(history["model"] or NO_MODEL, 200)
+    return [
+        "## The last releases", "",
+        *(f"- **{markdown_text(each)}**" for each in alarms(history)),
+        *(f"- {markdown_text(each)}" for each in remarks(history)),
+        *([f"- {markdown_text(history['why'], 300)}"] if history["why"] else []), "",
+        f"{named}: {shown} of {total}, each against the champion of its day, the newest last.", "",
+        f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}",
+        *(f"| {' | '.join(map(markdown_text, cells(row)))} |" for row in history["releases"]),
+    ]  # fmt: skip
+
+
+def to_csv(histories: Sequence[History]) -> str:
+    """Return all releases as CSV (RFC 4180): numbers are numbers, what is not known is empty, no cell is a formula."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for row in (row for history in histories for row in history["releases"]):
+        serving, quality = row["serving"] or {}, row["quality"] or {}
+        values = (
+            row["model"] or NO_MODEL, row["created"], row["run"], row["version"], row["candidate"], row["baseline"],
+            row["verdict"], row["look"], *(serving.get(name) for name in ("value", "low", "high")), row["quality_key"],
+            *(quality.get(name) for name in ("value", "low", "high")), row["margin"], row["policy"],
+            row["policy_sha256"], row["data"], row["device"], row["again"], row["ways"],
+        )  # fmt: skip
+        writer.writerow([harmless(value) if isinstance(value, str) else value for value in values])
+    return text.getvalue()
