@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsabl
 from pipeline.recipes import Recipe, config_dir, find_recipes
 from pipeline.signals import on_stop_signal
 
+Execute = Callable[[Any, str, int], int]
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
 Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
@@ -42,6 +43,8 @@ Beside it (each with --help):
   python -m pipeline.meter -- COMMAND     measure any training command, in device-hours
   python -m pipeline.register             declare what a model cost that was trained before
   python -m pipeline.chargeback           what a period's runs cost, by team, model or purpose
+  python -m pipeline.history              verdicts of a model's last releases, and alarms
+  python -m pipeline.selftest model=REF   a release gate against itself: false answers, noise floor
   python -m pipeline.sync                 deliver to MLflow what it has not had yet
 
 Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 3 a quantized artifact saves neither time nor
@@ -56,12 +59,13 @@ HYDRA_FLAGS = TAKE_A_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "-
                               "--shell-completion", "-sc"}  # fmt: skip
 
 
-def main(argv: list[str], *, started_ns: int) -> int:
+def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) -> int:
     """Run one command line.
 
     Args:
         argv: The arguments after the program's name.
         started_ns: `time.monotonic_ns()` when the process began, for the ledger.
+        execute: What is done with the composed run, its command line and that time; None: it is run.
 
     Returns:
         The exit code.
@@ -79,7 +83,8 @@ def main(argv: list[str], *, started_ns: int) -> int:
         flags, settings = _apart(rest)
         _check_overrides(flags, settings, recipes)
         rest = [*flags, *settings]  # where Hydra's parser wants them
-        return _compose_and_run(rest, recipes, started_ns, debug, command=shown_command(rest, recipe_dirs))
+        command = shown_command(rest, recipe_dirs)
+        return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute or _execute)
     except UserError as error:
         code = _refuse(error, debug)
         return Exit.UNPARSABLE if isinstance(error, Unparsable) else code
@@ -154,7 +159,9 @@ def _refuse(error: UserError, debug: bool) -> int:
     return Exit.REFUSED
 
 
-def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool, *, command: str) -> int:
+def _compose_and_run(
+    args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool, *, command: str, execute: Execute
+) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every trace, on our terminal
     import hydra
@@ -183,7 +190,7 @@ def _compose_and_run(args: list[str], recipes: dict[str, Recipe], started_ns: in
             raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
         # what passed before belongs to the first job of a multirun alone
         since_ns = time.monotonic_ns() if codes else started_ns
-        codes.append(_guarded(lambda: _execute(_typed(OmegaConf.to_object(cfg)), command, since_ns), debug))
+        codes.append(_guarded(lambda: execute(_typed(OmegaConf.to_object(cfg)), command, since_ns), debug))
         if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):  # the machine is wanted back, not this job alone
             raise _SweepStopped(codes[-1])
 

@@ -180,7 +180,7 @@ class _Delivery:
             self._curve(self._child(group[0]), group)
         handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
                     "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons,
-                    "verdict": self._verdict, "run_end": self._run_end}  # fmt: skip
+                    "verdict": self._verdict, "selftest": self._selftest, "run_end": self._run_end}  # fmt: skip
         for event in events:
             if event["e"] in handlers:
                 handlers[event["e"]](event)
@@ -293,6 +293,11 @@ class _Delivery:
                 "policy.sha256": verdict["policy"]["sha256"], "recorded": verdict.get("recorded")}  # fmt: skip
         self._tags(self.parent, {f"gate.{name}": value for name, value in tags.items()})
         self._values(self.parent, dict(_criteria(verdict)), event["t"])
+
+    def _selftest(self, event: dict[str, Any]) -> None:
+        """Tag the run with what a self-test was made of and on, and log what it came to (`gate/selftest.py`)."""
+        self._tags(self.parent, {f"selftest.{name}": value for name, value in event["tags"].items()})
+        self._values(self.parent, {f"selftest/{name}": value for name, value in event["values"].items()}, event["t"])
 
     def _run_end(self, event: dict[str, Any]) -> None:
         """End the parent: core keys of the primary arm, run totals, report, true status."""

@@ -135,7 +135,7 @@ def serve_pass(
         sampler.mark()
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
         sampler.mark()
-        conditions = _conditions(sampler, (start_ns, clock.now_ns()), others)
+        conditions = machine_conditions(sampler, (start_ns, clock.now_ns()), others)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
         if task is Task.causal_lm:
             _read_growing(servers, readings, ids, config.load)
@@ -156,7 +156,7 @@ def serve_pass(
     return ServePass(serving, seconds, how, conditions, **found)
 
 
-def _conditions(sampler: Sampler, window: tuple[int, int], others: Others) -> dict[str, Any]:
+def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others) -> dict[str, Any]:
     """Return what the machine was like: on a GPU as its driver says, on a CPU how much of it others used."""
     if sampler.reader.why is not None:
         return {"throttle_share": null(sampler.reader.why).to_json(), "foreign_load": others.share().to_json()}

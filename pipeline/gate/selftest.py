@@ -1,0 +1,478 @@
+"""The gate's self-test: a model against itself, and one training again and again. What it says is recorded in MLflow.
+
+The model is loaded twice, as a gate loads its two sides, and both copies serve in every trial; they change roles from
+trial to trial, so that a difference between them (where their weights lie) shows as one and not as a bias. Readings,
+conditions, looks and criteria are those of a release check; only the least saving is 0.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.compare.selftest import (
+    Look,
+    Served,
+    Trial,
+    false_answers,
+    one_trial,
+    sum_up,
+    training_floor,
+    training_spread,
+)
+from pipeline.compare.verdict import Outcome, quality_criterion
+from pipeline.config import PolicyConfig, Run
+from pipeline.errors import BudgetSpent, Exit, UserError
+from pipeline.ledger.journal import Journal, heartbeat
+from pipeline.ledger.phases import PhaseClock
+from pipeline.metrics import PRIMARY, TASK
+from pipeline.store import MANIFEST, Store, key_of, plain, read_json, write_json
+from pipeline.tracking import declared_uri
+from pipeline.values import Value, measured, null
+
+if TYPE_CHECKING:
+    from pipeline.assess.server import Server
+    from pipeline.data.documents import Dataset
+    from pipeline.gate.references import Release
+
+RECIPE = "selftest"
+QUESTION = "does the gate answer rightly where both sides are the same?"
+REPORT, FILE = "report.md", "selftest.json"
+ARM, BASE = "arm", "base"  # the two copies in one trial
+LEAST_REPEATS = 3
+HOUR_NS = 3600 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a self-test is asked for beside the gate's settings.
+
+    Attributes:
+        trials: A/A trials.
+        train: Arguments of the training that is repeated; empty: none is.
+        repeats: How often.
+    """
+
+    trials: int = 20
+    train: tuple[str, ...] = ()
+    repeats: int = 5
+
+
+@dataclass(slots=True)
+class SelfTest:
+    """A self-test at work.
+
+    Attributes:
+        compare_ns: Device-nanoseconds of the trials.
+        hours: Device-hours of C of every repeated training.
+        trained_on: Device and count that the repeated trainings name.
+    """
+
+    run: Run
+    options: Options
+    release: Release
+    data: Dataset
+    device: Any
+    clock: PhaseClock
+    folder: Path
+    journal: Journal
+    lock: Any
+    started_ns: int
+    trials: list[Trial] = field(default_factory=list[Trial])
+    signs: list[int] = field(default_factory=list[int])
+    quality: dict[str, Any] = field(default_factory=dict[str, Any])
+    copies: str = ""
+    compare_ns: int = 0
+    hours: list[float] = field(default_factory=list[float])
+    trained_on: dict[str, Any] | None = None
+
+    def check_budget(self) -> None:
+        """Start nothing more where the budget is spent.
+
+        Raises:
+            BudgetSpent: If so.
+        """
+        limit = self.run.budget.device_hours
+        if limit is not None and (self.clock.now_ns() - self.started_ns) / HOUR_NS >= limit:
+            raise BudgetSpent(f"budget.device_hours: {limit} is spent; raise it for more trials")
+
+
+def self_test(run: Run, options: Options, *, started_ns: int) -> int:
+    """Test the gate that a composed release check would be, and record what came out; return the exit code.
+
+    Args:
+        run: `recipe=release_check` with the same reference on both sides.
+        options: How often, and which training.
+        started_ns: Monotonic time when the process began.
+
+    Raises:
+        UserError, BudgetSpent: If it cannot be done, or not to its end; what it took is recorded all the same.
+    """
+    from pipeline.sync import start_writer, undelivered
+
+    test = _open(run, options, started_ns)
+    writer = start_writer(test.folder) if run.tracking.mlflow else None
+    status, why, result = "FAILED", "crashed", dict[str, Any]()
+    try:
+        with heartbeat(test.journal):
+            _measure(test)
+            _train(test)
+        result = _result(test)
+        status, why = "FINISHED", None
+    except (UserError, BudgetSpent) as problem:
+        why = str(problem)
+        raise
+    except KeyboardInterrupt:
+        status, why = "KILLED", "interrupted"
+        raise
+    finally:
+        _end(test, result, status, why)
+        said = None if writer is None else undelivered(writer, test.folder)
+        if said is not None:
+            print(said, file=sys.stderr)
+    from pipeline.report.selftest import lines
+
+    print("\n".join(["", *lines(result)]))
+    return result["exit_code"]
+
+
+def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
+    """Find the model, refuse what cannot be served here, and begin a run of its own."""
+    from filelock import FileLock
+
+    from pipeline.data.load import load_dataset
+    from pipeline.gate.references import Places, resolve
+    from pipeline.opening import flat, quiet_libraries
+    from pipeline.preflight import check_decode, check_releases, check_tasks, choose_device
+    from pipeline.redact import redact_settings
+
+    clock, root = PhaseClock(), Path(run.tracking.root).expanduser().resolve()
+    with _writable(root):
+        store = Store(root / "store")
+    release = resolve(str(run.candidate), "model", Places(root, store, run.tracking.uri, run.store.url))
+    if release is None:
+        raise UserError("model", f"there is no {run.candidate}", "name a version that is registered")
+    data = load_dataset(run.data, run.task)
+    device = choose_device(run)
+    if run.hardware.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(run.hardware.num_threads)
+    check_decode(run, device)
+    quiet_libraries()
+    check_tasks(run, clock)
+    check_releases(run, data, {"model": release.artifact.path}, clock)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    folder = root / "runs" / f"{stamp}-{RECIPE}-{secrets.token_hex(2)}"
+    lock = FileLock(folder / ".lock")  # free, it would say that this process is gone
+    with _writable(root):
+        folder.mkdir(parents=True)
+        lock.acquire(timeout=0)
+        journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
+    test = SelfTest(run, options, release, data, device, clock, folder, journal, lock, started_ns)
+    settings = redact_settings({**plain(run), RECIPE: plain(options)})
+    write_json(folder / "config.json", settings)
+    journal.write("run_start", **_start(test, flat(settings)))
+    return test
+
+
+@contextmanager
+def _writable(root: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"{root} cannot be written to ({error.strerror})"
+        raise UserError("root", problem, "give a folder to write to") from None
+
+
+def _start(test: SelfTest, params: dict[str, Any]) -> dict[str, Any]:
+    from pipeline.ledger.foreign import nested_in
+    from pipeline.ledger.peaks import device_name
+    from pipeline.validate import OWNER
+
+    run, data = test.run, test.data
+    owner = {name: value for name in OWNER if (value := getattr(run.tracking, name))}
+    return {
+        "run_id": test.folder.name, "started_ns": test.started_ns, "attempt": 1, "devices": 1, "recipe": RECIPE,
+        "question": QUESTION, "experiment": run.tracking.experiment or RECIPE,
+        "tracking_uri": declared_uri(run.tracking.uri), "params": params, "tags": owner | nested_in(),
+        "environment": {"device": device_name(test.device), "data.digest": data.digest},
+        "datasets": [{"name": data.name, "digest": data.digest, "split": "test",
+                      "num_documents": len(data.splits["test"])}],
+    }  # fmt: skip
+
+
+# -- a model against itself -----------------------------------------------------------------------------------------
+
+
+def _measure(test: SelfTest) -> None:
+    """Judge the loaded copies again and again, then what they predict."""
+    from pipeline.comparison import PROMPT_DOCUMENTS
+    from pipeline.data.encode import encode_all
+    from pipeline.ledger.gpu_sampler import Sampler
+    from pipeline.ledger.nvml import reader_for
+    from pipeline.models import load_tokenizer
+
+    run, policy = test.run, test.run.policy
+    path = test.release.artifact.path
+    documents = test.data.splits["test"][:PROMPT_DOCUMENTS]
+    encoded = encode_all(documents, load_tokenizer(path), run.task, max_length=max(512, run.serving.load.prompt))
+    sampler, start_ns = Sampler(reader_for(test.device)), test.clock.now_ns()
+    sampler.start()
+    try:
+        look = _looks(test, [item.input_ids for item in encoded], sampler)
+        for number in range(test.options.trials):
+            test.check_budget()
+            trial = one_trial(look(number), alpha=policy.alpha, looks=policy.looks)
+            test.trials.append(trial)
+            test.signs.append(1 if number % 2 == 0 else -1)
+            print(f"trial {number + 1} of {test.options.trials}: {trial.outcome}", flush=True)
+    finally:
+        sampler.stop()
+        test.compare_ns = test.clock.now_ns() - start_ns
+    test.check_budget()
+    test.quality = _quality(test)
+
+
+def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[int], Look]:
+    """Load both copies; return what measures the looks of a trial with them."""
+    from pipeline.assess.server import load
+    from pipeline.assess.serving import check_load, machine_conditions, measure_interleaved
+    from pipeline.ledger.others import Others
+
+    run = test.run
+    copies: list[Server] = []
+    with test.clock.phase("model_load"):
+        for _ in range(2):
+            copies.append(load(test.release.artifact.path, run.task, test.device, labels=test.data.labels,
+                               now_ns=test.clock.now_ns, decode=run.serving.decode))  # fmt: skip
+    for server in copies:
+        check_load(server, run.serving.load, prompts)
+
+    def of(number: int) -> Look:
+        first, second = copies if number % 2 == 0 else copies[::-1]
+
+        def look() -> tuple[Any, Any, list[str]]:
+            with test.clock.phase("generate"):
+                others, start_ns = Others(), test.clock.now_ns()
+                sampler.mark()
+                seconds, _ = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
+                                                 prompts=prompts, seed=number)  # fmt: skip
+                sampler.mark()
+                conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others)
+            return *seconds[ARM, BASE], disturbed(run.policy, _device(test), conditions)
+
+        return look
+
+    return of
+
+
+def _device(test: SelfTest) -> str:
+    from pipeline.ledger.peaks import device_name
+
+    return device_name(test.device)
+
+
+def disturbed(policy: PolicyConfig, here: str, conditions: dict[str, Any]) -> list[str]:
+    """Return what makes a look no measurement of its artifacts alone, as a release check sees it."""
+    throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
+    limit = policy.max_foreign_load
+    return [
+        *([f"measured on {here}, and the policy asks for {policy.hardware}"] if policy.hardware not in (None, here)
+          else []),
+        *([f"throttled {throttled:.0%} of the time"] if throttled is not None and throttled > policy.max_throttle_share
+          else []),
+        *([f"others used {foreign:.0%} of the machine"] if None not in (limit, foreign) and foreign > limit else []),
+    ]  # fmt: skip
+
+
+def _quality(test: SelfTest) -> dict[str, Any]:
+    """Score the artifact twice and compare it with itself on each quality that the policy asks for."""
+    from pipeline.assess.quality import assess_quality, read_items
+    from pipeline.gate.checks import gating_metrics
+
+    run, policy = test.run, test.run.policy
+    asked = gating_metrics(policy, run.task)
+    if not asked:
+        return {}
+    sides: list[dict[str, Any]] = [
+        assess_quality(
+            test.release.artifact.path, documents=test.data.splits["test"], task=run.task, labels=test.data.labels,
+            config=run.quality, sequence_length=run.quality.sequence_length or run.training.sequence_length,
+            device=test.device, items=test.folder / f"copy-{number}.jsonl", teacher_predictions=None, seed=0,
+            clock=test.clock,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    for key in asked:
+        held_by = key if key.startswith(TASK) else PRIMARY[run.task]
+        if any(not (side.get(held_by) or {}).get("items") for side in sides):
+            continue
+        arm, base = (read_items(Path(side[held_by]["items"])) for side in sides)
+        read = quality_criterion(key, arm, base, policy, margin=policy.metrics[key].margin,
+                                 resamples=run.quality.bootstrap)  # fmt: skip
+        found[key] = {"outcome": read.outcome.value, "value": read.value.v, "n": read.n, "why": read.why}
+    return found
+
+
+# -- one training again and again -----------------------------------------------------------------------------------
+
+
+def _train(test: SelfTest) -> None:
+    """Repeat the training, each time in a fresh root: nothing is reused."""
+    if not test.options.train:
+        return
+    _free_device(test.device)
+    root = test.folder.parent.parent
+    for number in range(1, test.options.repeats + 1):
+        test.check_budget()
+        said = f"repeat {number} of {test.options.repeats}"
+        print(f"training, {said}", flush=True)
+        place = Path(tempfile.mkdtemp(prefix="selftest-", dir=root))
+        try:
+            hours, device = _one_training(test.options.train, place, said)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        test.hours.append(hours)
+        test.trained_on = device
+        test.journal.write("repeat", number=number, device_hours=hours, device=device)
+
+
+def _free_device(device: Any) -> None:
+    """Give the device's memory back: the trainings run in processes of their own."""
+    if device.type != "cpu":
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.accelerator.empty_cache()
+
+
+def _one_training(args: Sequence[str], root: Path, said: str) -> tuple[float, dict[str, Any]]:
+    """Run a recipe to its end; return C of its primary arm, in device-hours, and the device that it names.
+
+    Raises:
+        UserError: If it does not end well, or trained nothing.
+    """
+    command = [sys.executable, "-m", "pipeline", *args, "tracking=off", f"tracking.root='{root}'"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (Exit.DONE, Exit.FAIL):  # a format that saves nothing was trained all the same
+        last = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())
+        problem = f"{said} ended with exit code {done.returncode} ({last[:200]})"
+        raise UserError("train", problem, "run it alone first: python -m pipeline ...")
+    result = read_json(root / "latest" / "result.json") or {}
+    charge = _charge(result)
+    hours = charge.get("work_device_hours") or 0.0
+    if hours <= 0:
+        raise UserError("train", f"{said} trained nothing", "name a recipe whose primary arm is trained")
+    return hours, charge["device"]
+
+
+def _charge(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the primary artifact's chain took, as a gate will read it from its artifact.json."""
+    made = [row for row in result.get("rows", []) if row["arm"] == result["primary_arm"] and row["artifact"]]
+    manifest = read_json(Path(made[0]["artifact"]["path"]) / MANIFEST) if made else None
+    return (manifest or {}).get("charge") or {}
+
+
+# -- what it came to ------------------------------------------------------------------------------------------------
+
+
+def _result(test: SelfTest) -> dict[str, Any]:
+    policy = test.run.policy
+    served = sum_up(test.trials, test.signs, alpha=policy.alpha, blocks=policy.blocks, looks=policy.looks)
+    answered = [each for each in test.quality.values() if each["outcome"] in (Outcome.PASS, Outcome.FAIL)]
+    quality = false_answers(sum(each["outcome"] == Outcome.FAIL for each in answered), len(answered), 0.0)
+    too_many = served.too_many or quality.too_many
+    silent = served.passes.n == 0
+    code = Exit.FAIL if too_many else Exit.INVALID if silent else Exit.DONE
+    return {
+        "schema": 1, "run_id": test.folder.name, "exit_code": int(code), "too_many": too_many,
+        "model": {"reference": test.release.reference, "digest": test.release.artifact.digest,
+                  "name": test.release.model, "version": test.release.version},
+        "policy": {"name": policy.name, "sha256": key_of(policy=policy), "alpha": policy.alpha,
+                   "blocks": policy.blocks, "looks": policy.looks, "load": plain(policy.load)},
+        "device": {"kind": test.device.type, "name": _device(test), "count": 1}, "data": test.data.digest,
+        "serving": _served_json(served, test.trials), "quality": {"false": quality.to_json(), "read": test.quality},
+        "training": _training_json(test),
+        "device_hours": (test.clock.now_ns() - test.started_ns) / HOUR_NS,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def _served_json(served: Served, trials: Sequence[Trial]) -> dict[str, Any]:
+    return {
+        "outcomes": served.outcomes, "false_pass": served.passes.to_json(), "false_fail": served.fails.to_json(),
+        "sd_log": served.sd_log, "copies": None if served.copies is None else list(served.copies),
+        "noise_floor": served.noise_floor, "power": [list(each) for each in served.power],
+        "trials": [{"outcome": each.outcome.value, "looks": each.looks, "why": each.why,
+                    "log_ratios": each.log_ratios.tolist()} for each in trials],
+    }  # fmt: skip
+
+
+def _training_json(test: SelfTest) -> dict[str, Any] | None:
+    if not test.hours:
+        return None
+    sd_log, runs = training_spread(test.hours), len(test.hours)
+    return {"device_hours": test.hours, "sd_log": sd_log, "runs": runs, "device": test.trained_on,
+            "floor": training_floor(sd_log, runs, alpha=test.run.policy.alpha)}  # fmt: skip
+
+
+def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -> None:
+    """Write what there is, and what it took; MLflow gets it from the journal."""
+    from pipeline.report.selftest import lines, markdown
+
+    files: list[str] = []
+    if result:
+        write_json(test.folder / FILE, result)
+        (test.folder / REPORT).write_text(markdown(result), encoding="utf-8")
+        files = [FILE, REPORT]
+        test.journal.write("selftest", tags=_tags(result), values=_values(result))
+    total_ns = test.clock.now_ns() - test.started_ns
+    rest_ns = max(total_ns - test.compare_ns, 0)
+    parts = {"total": total_ns, "work": 0, "assess": 0, "retry": 0, "compare": test.compare_ns, "overhead": rest_ns}
+    hours = {name: measured(ns / HOUR_NS).to_json() for name, ns in parts.items()}
+    totals = {"attempts": 1, "device_hours": hours, "phases_device_ns": {"overhead": {}, "compare": {}},
+              "spent": hours["total"], "reused": measured(0.0).to_json()}  # fmt: skip
+    shown = "\n".join(lines(result)) if result else f"{status}: {why}"
+    test.journal.write("run_end", status=status, why=why, primary_arm=None, run=totals, description=shown, files=files)
+    test.journal.close()
+    test.lock.release()
+
+
+def _tags(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the tags that a gate finds a spread by, and what was tested."""
+    device = (result["training"] or result)["device"]
+    model = result["model"]["name"] or result["model"]["digest"]
+    return {"device": device["name"], "devices": device["count"], "model": model, "digest": result["model"]["digest"],
+            "policy": result["policy"]["name"], "policy.sha256": result["policy"]["sha256"],
+            "answer": "too many false answers" if result["too_many"] else "as alpha allows"}  # fmt: skip
+
+
+def _values(result: dict[str, Any]) -> dict[str, Any]:
+    serving, quality, training = result["serving"], result["quality"]["false"], result["training"]
+    false = serving["false_pass"]["count"] + serving["false_fail"]["count"]
+    counted = {
+        "serving_n": serving["false_pass"]["n"], "serving_false": false,
+        "serving_false_pass": serving["false_pass"]["count"], "serving_false_fail": serving["false_fail"]["count"],
+        "serving_invalid": serving["outcomes"]["INVALID"], "quality_n": quality["n"], "quality_false": quality["count"],
+        "device_hours": result["device_hours"],
+    }  # fmt: skip
+    untold = null("no trial could be judged")
+    told = {name: untold if serving[key] is None else measured(serving[key])
+            for name, key in (("serving_sd_log", "sd_log"), ("noise_floor", "noise_floor"))}  # fmt: skip
+    if training is not None:
+        told |= {f"training_{name}": measured(training[name]) for name in ("sd_log", "runs", "floor")}
+    values: dict[str, Value] = {**{name: measured(value) for name, value in counted.items()}, **told}
+    return {name: value.to_json() for name, value in values.items()}

@@ -1,0 +1,83 @@
+"""A self-test of the gate in words, for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.compare.selftest import POWER, TEST_ALPHA
+from pipeline.report.numbers import percent
+from pipeline.report.text import bullet, one_line
+
+Result = Mapping[str, Any]
+
+
+def lines(result: Result) -> list[str]:
+    """Return what a self-test came to, the answer first."""
+    policy, device = result["policy"], result["device"]
+    return [
+        _answer(result),
+        f"policy {one_line(policy['name'], 40)}: {policy['blocks']} blocks, {policy['looks']} looks, alpha "
+        f"{policy['alpha']:g} a side; on {one_line(device['name'], 60)}",
+        *_serving(result["serving"]),
+        _quality(result["quality"]),
+        *_training(result["training"]),
+        f"took {result['device_hours']:.4f} device-hours",
+    ]
+
+
+def markdown(result: Result) -> str:
+    """Return the report."""
+    first, *rest = lines(result)
+    return "\n".join(["# Self-test of the release gate", "", bullet(first)[2:], "", *map(bullet, rest), ""])
+
+
+def _answer(result: Result) -> str:
+    model = result["model"]
+    named = f"{one_line(model['name'] or '', 80)} {model['digest'][:8]}".strip()
+    if result["too_many"]:
+        return (
+            f"FALSE ANSWERS: {named} against itself gets more of them than alpha allows (chance below {TEST_ALPHA:g})"
+        )
+    if result["serving"]["false_pass"]["n"] == 0:
+        return f"NOTHING JUDGED: {named} against itself was INVALID in every trial"
+    return f"OK: {named} against itself gets no more false answers than alpha allows"
+
+
+def _serving(serving: Result) -> list[str]:
+    counts = serving["outcomes"]
+    said = [f"serving: false PASS {_share(serving['false_pass'])}; false FAIL {_share(serving['false_fail'])}; "
+            f"undecided, as it should be, {counts['INCONCLUSIVE']}; INVALID {counts['INVALID']}"]  # fmt: skip
+    why = next((trial["why"] for trial in serving["trials"] if trial["outcome"] == "INVALID"), None)
+    said += [f"INVALID because: {one_line(why, 200)}"] if why else []
+    if serving["noise_floor"] is None:
+        return said
+    said.append(f"noise floor: a serving saving of {percent(serving['noise_floor'])} is told from 0 in {POWER:.0%} of "
+                f"cases (a block's log-ratio has sd {percent(serving['sd_log'])})")  # fmt: skip
+    if serving["power"]:
+        curve = ", ".join(f"{percent(saving)}: {chance:.0%}" for saving, chance in serving["power"])
+        said.append(f"chance of PASS by true saving: {curve}")
+    if serving["copies"] is not None and not serving["copies"][1] <= 0 <= serving["copies"][2]:
+        mean, low, high = (percent(each, sign=True) for each in serving["copies"])
+        said.append(f"the two loaded copies differ by {mean} [{low}, {high}]: some of that is in every reading here")
+    return said
+
+
+def _share(answers: Result) -> str:
+    if not answers["n"]:
+        return "of none"
+    low, high = answers["ci"]
+    return f"{answers['count']} of {answers['n']} [{percent(low)}, {percent(high)}]"
+
+
+def _quality(quality: Result) -> str:
+    read = ", ".join(f"{one_line(key, 60)} {each['outcome']}" for key, each in quality["read"].items())
+    return f"quality: false FAIL {_share(quality['false'])}" + (f" ({read})" if read else "; the policy asks for none")
+
+
+def _training(training: Result | None) -> list[str]:
+    if training is None:
+        return ["training: not repeated (train=...), so that a release's training saving is a point estimate only"]
+    return [f"training: device-hours of {training['runs']} runs have sd of ln {training['sd_log']:.4f} on "
+            f"{one_line(training['device']['name'], 60)}: savings up to {percent(training['floor'])} cannot be told "
+            f"from none"]  # fmt: skip
