@@ -160,6 +160,10 @@ def test_creep_by_hand() -> None:
     unsure = creep([-0.004, -0.004], [0.01, 0.01], margin=0.01)
     assert unsure is not None
     assert (unsure.alarm, unsure.shown) == (False, False)
+    inside = creep([-0.004, -0.004], [0.001, 0.001], margin=0.01)  # lost for sure, and forgiven
+    assert inside is not None
+    assert (inside.high < 0, inside.alarm, inside.shown) == (True, False, False)
+    assert creep([-0.004, -0.004], [0.0005, 0.0005], margin=0.01).shown  # type: ignore[union-attr]
     assert creep([0.01, 0.0], [0.01, 0.01], margin=0.01) is None
     assert creep([], [], margin=0.01) is None
 
