@@ -48,12 +48,12 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),
-        files=[*write_outputs(attempt, result, status, why), "report.md", "result.json", "catalogue.json", "config.json",
+        files=[*write_outputs(attempt, status, why), "report.md", "result.json", "catalogue.json", "config.json",
                *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
     made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in attempt.rows)
-    if status == "FINISHED" and made:
+    if status == "FINISHED" and made and attempt.gate is None:
         _point_latest(attempt.folder)
     attempt.lock.release()
     if attempt.gate is not None and attempt.gate.verdict is not None:

@@ -1,4 +1,4 @@
-"""The JSON Schema of `result.json` (schema 1). Every run is checked against it in the tests."""
+"""The JSON Schemas of `result.json` and `verdict.json` (schema 1). Every run is checked against them in the tests."""
 
 from __future__ import annotations
 
@@ -190,6 +190,69 @@ _COMPARISON: dict[str, Any] = {
     },
 }  # fmt: skip
 
+_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
+_CRITERION: dict[str, Any] = {
+    "type": "object",
+    "required": ["name", "outcome", "gating", "value", "ci", "level", "threshold", "unit", "n", "needed", "why"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "pattern": "^(training|serving|memory|energy|payback|quality/.+)$"},
+        "outcome": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]}, "gating": {"type": "boolean"},
+        "value": {"$ref": "#/$defs/value"}, "ci": _INTERVAL, "level": {"type": ["number", "null"]},
+        "threshold": {"type": ["number", "null"]}, "unit": {"type": "string"}, "n": {"type": ["integer", "null"]},
+        "needed": {"type": ["integer", "null"]}, "why": _TEXT,
+    },
+}  # fmt: skip
+_SIDE: dict[str, Any] = {
+    "type": "object",
+    "required": ["reference", "digest", "path", "bytes", "model", "version", "url", "charge"],
+    "additionalProperties": False,
+    "properties": {
+        "reference": {"type": "string"}, "digest": _DIGEST, "path": {"type": "string"},
+        "bytes": {"type": "integer"}, "model": _TEXT, "version": _TEXT, "url": _TEXT,
+        "charge": {"type": ["object", "null"]},
+    },
+}  # fmt: skip
+_JUDGED: dict[str, Any] = {
+    "schema": {"const": 1}, "line": {"type": "string"},
+    "verdict": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", "NO_BASELINE"]},
+    "exit_code": {"enum": [0, 1, 3, 4, 5, 6]}, "why": _TEXT, "criteria": {"type": "array", "items": _CRITERION},
+    "candidate": _SIDE, "baseline": {"oneOf": [{"type": "null"}, _SIDE]},
+    "policy": {"type": "object", "required": ["name", "sha256", "settings"]},
+    "task": {"type": "string"}, "primary": {"type": "string"}, "unit": {"enum": ["token", "example"]},
+    "data": {"type": "string"}, "device": {"type": "object", "required": ["kind", "name", "count"]},
+    "key": {"type": "string"}, "look": {"type": "integer", "minimum": 1}, "looks": {"type": "integer", "minimum": 1},
+    "run_id": {"type": "string"}, "created": {"type": "string"}, "recorded": {"type": "string"},
+    "promotion": {"oneOf": [{"type": "null"}, {
+        "type": "object", "required": ["done", "model", "version", "url", "why"],
+        "properties": {"done": {"type": "boolean"}}}]},
+    "history": {"type": ["object", "null"]},
+}  # fmt: skip
+_SHOWN: dict[str, Any] = {
+    "type": "object", "required": [name for name in _JUDGED if name != "recorded"], "additionalProperties": False,
+    "properties": _JUDGED,
+}  # fmt: skip
+_CRASHED: dict[str, Any] = {
+    "type": "object", "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
+    "additionalProperties": False,
+    "properties": {
+        "schema": {"const": 1}, "line": {"type": "string"}, "verdict": {"type": "null"}, "exit_code": {"const": 1},
+        "why": _TEXT, "criteria": {"type": "array", "maxItems": 0}, "run_id": {"type": "string"},
+    },
+}  # fmt: skip
+VERDICT_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "verdict.json",
+    "oneOf": [
+        {**_SHOWN, "required": [*_SHOWN["required"], "readings", "sha256"],
+         "properties": {**_JUDGED, "readings": {"type": "object"}, "sha256": {"type": "string"}}},
+        _CRASHED,
+    ],
+    "$defs": {"value": VALUE},
+}  # fmt: skip
+"""What a release gate leaves: its verdict, or that it came to none."""
+
 RESULT_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "result.json",
@@ -236,7 +299,7 @@ RESULT_SCHEMA: dict[str, Any] = {
         },
         "rows": {"type": "array", "items": _ROW},
         "comparisons": {"type": "array", "items": _COMPARISON},
-        "verdict": {"type": ["object", "null"]},
+        "verdict": {"oneOf": [{"type": "null"}, _SHOWN]},
     },
     "$defs": {"value": VALUE},
 }  # fmt: skip

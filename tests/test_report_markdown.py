@@ -321,11 +321,6 @@ def test_serving_is_shown_at_every_batch_where_it_was_read() -> None:
         assert f"- `{key}` (" in text
 
 
-def test_a_verdict_stands_before_the_conclusion() -> None:
-    text = markdown(make_result("baseline", verdict={"verdict": "FAIL", "criteria": []}))
-    assert text.index("**Verdict.** FAIL") < text.index("**Conclusion.**")
-
-
 def test_the_short_form_ends_at_a_line_and_keeps_the_limit() -> None:
     rows = [make_row(arm, seed=seed) for seed in range(20) for arm in ARMS["full"]]
     result = make_result("full", rows=rows)

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import Exit
 from pipeline.gate.opening import FILE, Gate, Verdict, as_recorded, checksum, model_name, recall, record
+from pipeline.report.github import tell_github
+from pipeline.report.junit import junit
 from pipeline.store import write_json
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
+JUNIT = "junit.xml"
 TAGS = ("verdict", "line", "key", "look", "run_id")
 
 
@@ -45,6 +48,7 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
     attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
+    note_history(attempt, gate)
     becomes_first = gate.baseline is None and attempt.run.bootstrap
     if becomes_first or (verdict["verdict"] == Outcome.PASS and attempt.run.promote):
         _promote(attempt, gate, verdict)
@@ -81,6 +85,16 @@ def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
         print(f"not promoted: {error}", file=sys.stderr)
 
 
+def note_history(attempt: Attempt, gate: Gate) -> None:
+    """Set the verdict among those before it; it does not depend on them."""
+    from pipeline.gate.history import history_of
+
+    if gate.verdict is not None:
+        uri = gate.places.tracking if attempt.run.tracking.mlflow else None
+        with attempt.clock.phase("log"):
+            gate.history = history_of(gate.verdict, uri)
+
+
 def exit_code(gate: Gate) -> int:
     """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked."""
     assert gate.verdict is not None
@@ -97,19 +111,25 @@ def shown_verdict(gate: Gate | None) -> Verdict | None:
     if gate is None or gate.verdict is None:
         return None
     shown = {name: value for name, value in gate.verdict.items() if name != "readings"}
-    return {**shown, "promotion": gate.promotion}
+    return {**shown, "promotion": gate.promotion, "history": gate.history}
 
 
-def write_outputs(attempt: Attempt, result: dict[str, Any], status: str, why: str | None) -> list[str]:
+def write_outputs(attempt: Attempt, status: str, why: str | None) -> list[str]:
     """Write what a gate leaves beside the report, whatever its end; return the files' names."""
     gate = attempt.gate
     if gate is None:
         return []
     if gate.verdict is None:
-        verdict: Verdict = {"schema": 1, "line": f"no verdict: {status}: {why}", "verdict": None,
-                            "exit_code": int(Exit.REFUSED), "why": why, "criteria": [], "run_id": attempt.run_id}  # fmt: skip
-        write_json(attempt.folder / FILE, verdict)
+        written: Verdict = {
+            "schema": 1, "line": f"no verdict: the run ended {status}: {why}", "verdict": None,
+            "exit_code": int(Exit.REFUSED), "why": why, "criteria": [], "run_id": attempt.run_id,
+        }  # fmt: skip
     else:
-        more = {"sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion}
-        write_json(attempt.folder / FILE, {**gate.verdict, **more})
-    return [FILE]
+        more = {"sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion, "history": gate.history}
+        code = exit_code(gate) if status == "FINISHED" else Exit.REFUSED  # the champion could not be moved, say
+        written = {**gate.verdict, "exit_code": int(code), "why": gate.verdict["why"] or why, **more}
+    write_json(attempt.folder / FILE, written)
+    (attempt.folder / JUNIT).write_text(junit(written), encoding="utf-8")
+    report = attempt.folder / "report.md"
+    tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
+    return [FILE, JUNIT]

@@ -38,6 +38,7 @@ class Gate:
         baseline: The champion; None where there is none.
         earlier: The verdict of the look before; None at the first.
         verdict: What this invocation came to.
+        history: The verdict among those before it (`gate/history.py`).
         promotion: What became of moving the champion; None where that was not asked for.
     """
 
@@ -50,6 +51,7 @@ class Gate:
     earlier: Verdict | None = None
     verdict: Verdict | None = None
     promotion: dict[str, Any] | None = None
+    history: dict[str, Any] | None = None
 
     @property
     def look(self) -> int:

@@ -31,6 +31,7 @@ from pipeline.report.phrases import (
     training_verb,
 )
 from pipeline.report.text import one_line
+from pipeline.report.verdict import verdict_words
 from pipeline.report.view import (
     NOT_RECORDED,
     Pair,
@@ -60,6 +61,8 @@ _NAME_LIMIT = 60
 
 def conclude(result: Result) -> str:
     """Return the conclusion: one sentence, and a second one naming what is missing where something is."""
+    if result.get("verdict"):
+        return verdict_words(result["verdict"])
     clauses, explained = _compared(result)
     found = seeds(result)
     if not found:

@@ -16,6 +16,7 @@ from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
+from pipeline.report.verdict import verdict_section
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,
@@ -64,6 +65,7 @@ def markdown(result: Result) -> str:
     shown: dict[str, None] = {}  # catalogue keys of the figures shown, in order
     sections = [
         _opening(result),
+        _section("Verdict", verdict_section(result["verdict"]) if result["verdict"] else []),
         _section("Arms", _arms(result, notes, shown)),
         _section("Comparisons", _comparisons(result, notes, shown)),
         _section("lm-eval tasks", _tasks(result, notes, shown)),
@@ -96,11 +98,11 @@ def short_form(result: Result, limit: int = 8000) -> str:
 # -- sections ----------------------------------------------------------------------------------------------------------
 def _opening(result: Result) -> str:
     verdict = result["verdict"]
-    answer = [f"**Verdict.** {_md(verdict.get('verdict', 'not stated'))}"] if verdict else []
+    answer = [_md(verdict["line"])] if verdict else []  # a gate's report begins with it
     return "\n\n".join([
+        *answer,
         f"# {_md(result['recipe'])}: {result['status']}",
         f"**Question.** {_md(result['question'])}",
-        *answer,
         f"**Conclusion.** {_md(conclude(result), 4000)}",
         f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
     ])  # fmt: skip

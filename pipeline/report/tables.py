@@ -172,7 +172,6 @@ def _below(result: Result, notes: Footnotes) -> list[str]:
         f"{spent}; {total}",
         *money_lines(result),
         *closing_lines(result),
-        *([f"verdict: {one_line(result['verdict'].get('verdict', '-'))}"] if result["verdict"] else []),
         *(f"{mark} {why}" for mark, why in notes.reasons()),
     ]
     return [line for text in paragraphs for line in wrap(text, WIDTH, "    ")]

@@ -1,4 +1,4 @@
-"""A release's verdict in words: the one line that stands first everywhere."""
+"""A release's verdict in words: the one line that stands first everywhere, and the section a reviewer reads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.metrics import DIRECTION, RELATIVE, TASK
-from pipeline.report.numbers import count
-from pipeline.report.text import one_line
+from pipeline.report.history import recent
+from pipeline.report.numbers import count, duration
+from pipeline.report.text import bullet, markdown_text, one_line
 
 Verdict = Mapping[str, Any]
 GAP = "  "
+MOST_DECIMALS = 6
+WORDS = {
+    "PASS": "passes", "FAIL": "fails", "INCONCLUSIVE": "is not decided", "INVALID": "cannot be judged",
+}  # fmt: skip
+SAVINGS = ("training", "serving", "memory", "energy")
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -42,7 +48,8 @@ def _serving(criterion: Verdict, verdict: Verdict) -> str:
     saving = criterion["value"]["v"]
     if saving is None:
         return f"{what} unknown"
-    return f"{-100 * saving:+.1f}% {what}{_ends(criterion['ci'], turned=True)}"
+    decimals = _decimals(criterion)
+    return f"{_signed(-saving, decimals)}% {what}{_ends(criterion['ci'], decimals, turned=True)}"
 
 
 def _quality(criterion: Verdict) -> str:
@@ -52,15 +59,31 @@ def _quality(criterion: Verdict) -> str:
         name = f"quality ({name})"
     if criterion["value"]["v"] is None:
         return f"{name} unknown"
-    delta, margin = 100 * criterion["value"]["v"], 100 * criterion["threshold"]
-    return f"{name} {delta:+.1f}{symbol}{_ends(criterion['ci'])} vs margin {margin:.1f}"
+    decimals = _decimals(criterion)
+    delta = _signed(criterion["value"]["v"], decimals)
+    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {_signed(criterion['threshold'], 1)}"
 
 
-def _ends(ci: list[float] | None, *, turned: bool = False) -> str:
+def _decimals(criterion: Verdict) -> int:
+    """Return the decimals of percentages at which an end that clears its threshold does not read as lying on it."""
+    ends, threshold = [*(criterion["ci"] or ()), criterion["value"]["v"]], criterion["threshold"] or 0.0
+    for decimals in range(1, MOST_DECIMALS):
+        if all(end == threshold or _signed(end, decimals) != _signed(threshold, decimals) for end in ends):
+            return decimals
+    return MOST_DECIMALS
+
+
+def _signed(share: float, decimals: int) -> str:
+    """Return a share in per cent with its sign; what rounds to nothing has none."""
+    text = f"{100 * share:+.{decimals}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def _ends(ci: list[float] | None, decimals: int, *, turned: bool = False) -> str:
     if ci is None:
         return ""
     low, high = (-ci[1], -ci[0]) if turned else ci
-    return f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f" [{_signed(low, decimals)}, {_signed(high, decimals)}]"
 
 
 def _payback(criterion: Verdict, verdict: Verdict) -> str:
@@ -69,3 +92,108 @@ def _payback(criterion: Verdict, verdict: Verdict) -> str:
         never = str(criterion["value"]["why_null"]).startswith("never")
         return "never pays back" if never else "payback unknown"
     return "pays back at once" if units == 0 else f"pays back after {count(units)} {verdict['unit']}s"
+
+
+# -- the conclusion, and the section of the report ------------------------------------------------------------------
+
+
+def verdict_words(verdict: Verdict) -> str:
+    """Return what the verdict rests on, a sentence per criterion that was asked for, and what to do next."""
+    if verdict["verdict"] == "NO_BASELINE":
+        return f"Nothing was compared: {one_line(verdict['why'])}."
+    said = [criterion_words(each) for each in verdict["criteria"] if each["gating"]]
+    return " ".join([f"{'; '.join(said)}.", *_next(verdict)])
+
+
+def criterion_words(criterion: Verdict) -> str:
+    """Return what a criterion came to, with its reading and what speaks against it."""
+    return f"{_title(criterion)} {WORDS[criterion['outcome']]}{_because(criterion)}"
+
+
+def _title(criterion: Verdict) -> str:
+    return criterion["name"].removeprefix("quality/").replace("_", " ")
+
+
+def _because(criterion: Verdict) -> str:
+    reading = _reading(criterion)
+    why = f": {one_line(criterion['why'])}" if criterion["why"] and criterion["outcome"] in ("INVALID", "FAIL") else ""
+    if criterion["outcome"] == "INCONCLUSIVE":
+        why = f" ({one_line(criterion['why'])})" if criterion["why"] else ""
+        why += f", {criterion['needed']} items would decide" if criterion["needed"] else ""
+    return f" at {reading}{why}" if reading != "-" else why
+
+
+def _next(verdict: Verdict) -> list[str]:
+    """Return what the next invocation would do, where that is worth saying."""
+    if verdict.get("recorded"):
+        return [f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was measured anew."]
+    names = {each["name"] for each in verdict["criteria"] if each["gating"] and each["outcome"] == "INCONCLUSIVE"}
+    if verdict["verdict"] == "INVALID":
+        return ["Mend that and run the same command again: this counts as no look."]
+    if verdict["verdict"] != "INCONCLUSIVE":
+        return []
+    if names & {"serving", "energy", "payback"} and verdict["look"] < verdict["looks"]:
+        return [f"Look {verdict['look']} of {verdict['looks']}: the same command again measures as many blocks more."]
+    return ["No further look would help: give more data, or another candidate."]
+
+
+def _reading(criterion: Verdict) -> str:
+    """Return value and interval of a criterion, in its own sense (positive is better), or `-`."""
+    value = criterion["value"]["v"]
+    if value is None:
+        return "-"
+    if criterion["name"] == "payback":
+        return f"{count(value)} {criterion['unit']}s"
+    symbol = "%" if _is_share_of_base(criterion["name"]) else " pt"
+    decimals = _decimals(criterion)
+    return f"{_signed(value, decimals)}{symbol}{_ends(criterion['ci'], decimals)}"
+
+
+def _is_share_of_base(name: str) -> bool:
+    return name in SAVINGS or name.removeprefix("quality/") in RELATIVE
+
+
+def verdict_section(verdict: Verdict) -> list[str]:
+    """Return the part of the report that a reviewer reads: criteria, both sides, what comes next, the last releases."""
+    head = ("criterion", "outcome", "reading", "threshold", "n", "asked for", "note")
+    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    table += [f"| {' | '.join(_cells(each))} |" for each in verdict["criteria"]]
+    sides = [_side(name, verdict[name]) for name in ("candidate", "baseline") if verdict[name] is not None]
+    promotion = verdict.get("promotion")
+    lines = [
+        *([*table, "", "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at "
+           "the policy's alpha."] if verdict["criteria"] else []),
+        "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), look "
+                           f"{verdict['look']} of {verdict['looks']}"),
+        *([] if promotion is None else [bullet(_promotion(promotion))]),
+        *(bullet(text) for text in _next(verdict)),
+    ]  # fmt: skip
+    history = verdict.get("history")
+    return lines if not history else [*lines, "", *recent(history)]
+
+
+def _cells(criterion: Verdict) -> list[str]:
+    threshold = criterion["threshold"]
+    if criterion["name"] == "payback":
+        limit = "-" if threshold is None else f"{count(threshold)} {criterion['unit']}s"
+    else:
+        symbol = "%" if _is_share_of_base(criterion["name"]) else " pt"
+        limit = "-" if threshold is None or not criterion["gating"] else f"{_signed(threshold, 1)}{symbol}"
+    note = [criterion["why"] or "", f"{criterion['needed']} would decide" if criterion["needed"] else ""]
+    cells = [_title(criterion), criterion["outcome"], _reading(criterion), limit,
+             "-" if criterion["n"] is None else str(criterion["n"]), "yes" if criterion["gating"] else "shown only",
+             "; ".join(text for text in note if text)]  # fmt: skip
+    return [markdown_text(cell) for cell in cells]
+
+
+def _side(name: str, side: Verdict) -> str:
+    version = f", version {side['version']} of {side['model']}" if side["version"] else ""
+    charge = side["charge"]
+    cost = f", took {duration(3600 * charge['work_device_hours'])} of device time" if charge else ", no ledger"
+    return bullet(f"{name}: {side['reference']}, artifact {side['digest']}{version}{cost}")
+
+
+def _promotion(promotion: Verdict) -> str:
+    if promotion["done"]:
+        return f"{promotion['model']} version {promotion['version']} is champion now"
+    return f"not promoted: {promotion['why']}"

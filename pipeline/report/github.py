@@ -1,0 +1,79 @@
+"""What a gate tells GitHub Actions: the step's summary, its outputs, and one annotation.
+
+Source: docs.github.com, "Workflow commands for GitHub Actions".
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.text import one_line
+
+MOST_BYTES = 2**20  # of a step's summary
+LEVELS = {"PASS": "notice", "NO_BASELINE": "warning", "INCONCLUSIVE": "warning"}
+
+
+def tell_github(
+    verdict: Mapping[str, Any], report: str, files: Mapping[str, str], environ: Mapping[str, str] = os.environ
+) -> None:
+    """Write to the files that GitHub names, and print the annotation; elsewhere, nothing.
+
+    What cannot be written is said once, and changes no exit code.
+
+    Args:
+        report: report.md.
+        files: By name of an output, the path of a file.
+    """
+    if environ.get("GITHUB_ACTIONS") != "true":
+        return
+    _append(environ.get("GITHUB_STEP_SUMMARY"), summary(report), "GITHUB_STEP_SUMMARY")
+    _append(environ.get("GITHUB_OUTPUT"), outputs(verdict, files), "GITHUB_OUTPUT")
+    print(annotation(verdict), flush=True)
+
+
+def summary(report: str) -> str:
+    """Return the report, cut at a line's end where it is longer than a summary may be."""
+    raw = report.encode()
+    if len(raw) <= MOST_BYTES:
+        return report
+    kept = raw[: MOST_BYTES - 100]
+    return kept[: kept.rfind(b"\n") + 1].decode() + "\n*(cut here; the whole report is report.md)*\n"
+
+
+def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """Return the step's outputs. Each value stands between delimiters that nobody can guess, so that none ends early."""
+    by_name = {each["name"]: each for each in verdict["criteria"]}
+    saving = by_name.get("serving", {}).get("value", {}).get("v")
+    values: dict[str, object] = {
+        "verdict": verdict["verdict"] or "", "exit_code": verdict["exit_code"], "line": verdict["line"],
+        "candidate_digest": (verdict.get("candidate") or {}).get("digest", ""),
+        "baseline_digest": (verdict.get("baseline") or {}).get("digest", ""),
+        "serving_saving": "" if saving is None else f"{saving:.6g}", "run_id": verdict["run_id"], **files,
+    }  # fmt: skip
+    lines: list[str] = []
+    for name, value in values.items():
+        mark = f"end_{secrets.token_hex(16)}"
+        lines += [f"{name}<<{mark}", one_line(value, 4000), mark]
+    return "\n".join(lines) + "\n"
+
+
+def annotation(verdict: Mapping[str, Any]) -> str:
+    """Return the one line that GitHub shows beside the commit."""
+    level = LEVELS.get(str(verdict["verdict"]), "error")
+    text = one_line(verdict["line"], 1000).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return f"::{level} title=Release check::{text}"
+
+
+def _append(path: str | None, text: str, name: str) -> None:
+    if not path:
+        return
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"note: {name} cannot be written ({error.strerror})", file=sys.stderr)
