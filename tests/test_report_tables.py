@@ -249,7 +249,6 @@ def test_where_nobody_declared_anything_there_is_no_word_of_money() -> None:
     jsonschema.validate(old, RESULT_SCHEMA)
 
 
-
 def test_small_parts_of_the_sum_do_not_read_as_zero() -> None:
     result = make_result("baseline")
     result["run"]["device_hours"]["retry"] = value(0.5 / 3600)

@@ -16,6 +16,7 @@ MOST_DECIMALS = 6
 WORDS = {
     "PASS": "passes", "FAIL": "fails", "INCONCLUSIVE": "is not decided", "INVALID": "cannot be judged",
 }  # fmt: skip
+SENSE = "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at the policy's alpha."
 SAVINGS = ("training", "serving", "memory", "energy")
 
 
@@ -161,8 +162,7 @@ def verdict_section(verdict: Verdict) -> list[str]:
     sides = [_side(name, verdict[name]) for name in ("candidate", "baseline") if verdict[name] is not None]
     promotion = verdict.get("promotion")
     lines = [
-        *([*table, "", "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at "
-           "the policy's alpha."] if verdict["criteria"] else []),
+        *([*table, "", SENSE] if verdict["criteria"] else []),
         "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), look "
                            f"{verdict['look']} of {verdict['looks']}"),
         *([] if promotion is None else [bullet(_promotion(promotion))]),

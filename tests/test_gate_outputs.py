@@ -1,0 +1,249 @@
+"""What a gate leaves for reviewers and CI: the line, the report's section, JUnit, GitHub, and the snippets that run it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from junitparser import Error, Failure, JUnitXml, Skipped
+from make_verdict import accuracy, make_verdict, no_baseline, payback, serving
+
+from pipeline.compare.verdict import Outcome
+from pipeline.report.github import annotation, outputs, summary, tell_github
+from pipeline.report.junit import junit
+from pipeline.report.verdict import verdict_line, verdict_section, verdict_words
+from pipeline.schema import VERDICT_SCHEMA
+from pipeline.values import null
+
+ROOT = Path(__file__).parent.parent
+CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None, "exit_code": 1,
+                           "why": "boom", "criteria": [], "run_id": "r"}  # fmt: skip
+NOT_COMPARED = replace(accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b")
+FEW = accuracy(-0.004, (-0.03, 0.02), outcome=Outcome.INCONCLUSIVE, needed=4000)
+DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)
+
+
+# -- the line -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdict", "line"),
+    [
+        (make_verdict(),
+         "PASS  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs margin -1.0  "
+         "pays back after 2.1 M tokens  policy strict"),
+        (make_verdict(kind="cpu", policy="smoke").copy(),
+         "PASS  -38.2% device-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs margin -1.0  "
+         "pays back after 2.1 M tokens  policy smoke"),
+        (make_verdict(DEARER, accuracy(0.00001, (-0.00002, 0.00004)), payback(None)),
+         "FAIL  +10.0% GPU-s/1k tokens [+5.0, +15.0]  accuracy 0.0 pt [0.0, 0.0] vs margin -1.0  never pays back  "
+         "by serving  policy strict"),
+        (make_verdict(serving(), NOT_COMPARED),
+         "INVALID  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy unknown  by quality/accuracy  policy strict"),
+        (no_baseline(), "NO_BASELINE  there is no champion; bootstrap=true makes it the first  policy strict"),
+    ],
+)  # fmt: skip
+def test_the_line_says_it_all(verdict: dict[str, Any], line: str) -> None:
+    assert verdict_line(verdict) == line
+
+
+@pytest.mark.parametrize(
+    ("low", "outcome", "shown"),
+    [
+        (-0.00999, Outcome.PASS, "[-0.999,"),
+        (-0.0100004, Outcome.INCONCLUSIVE, "[-1.00004,"),
+        (-0.01, Outcome.FAIL, "[-1.0,"),
+    ],
+)
+def test_rounding_contradicts_no_verdict(low: float, outcome: Outcome, shown: str) -> None:
+    assert shown in verdict_line(make_verdict(serving(), accuracy(-0.002, (low, 0.004), outcome=outcome)))
+
+
+@given(st.floats(-0.5, 0.5), st.floats(0, 0.2), st.floats(0, 0.2))
+def test_no_line_has_a_zero_with_a_sign(delta: float, below: float, above: float) -> None:
+    line = verdict_line(
+        make_verdict(serving(delta, (delta - below, delta + above)), accuracy(delta, (delta - below, delta)))
+    )
+    assert "-0.0 " not in line
+    assert "-0.0%" not in line
+    assert "+0.0%" not in line
+
+
+# -- the section and the conclusion ---------------------------------------------------------------------------------
+
+
+def test_the_section_shows_every_criterion_and_both_sides() -> None:
+    text = "\n".join(verdict_section(make_verdict(serving(), FEW, payback())))
+    assert "| accuracy | INCONCLUSIVE | -0.4 pt \\[-3.0, +2.0\\] | -1.0 pt | 2000 | yes | 4000 would decide |" in text
+    assert "| payback | PASS | 2.1 M tokens | - | - | shown only |  |" in text
+    assert "candidate: new, artifact " + "b" * 32 + ", took 90.0 min of device time" in text
+    assert "version 3 of m, no ledger" in text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (make_verdict(serving(), FEW), "4000 items would decide. No further look would help"),
+        (
+            make_verdict(serving(0.04, (-0.1, 0.2), outcome=Outcome.INCONCLUSIVE), accuracy()),
+            "Look 1 of 2: the same command again measures as many blocks more.",
+        ),
+        (make_verdict(serving(), NOT_COMPARED), "other data: a, b. Mend that and run the same command again"),
+        (make_verdict(recorded="run-1"), "This is the verdict of run run-1, given again"),
+        (no_baseline(), "Nothing was compared: there is no champion"),
+    ],
+)
+def test_the_conclusion_says_what_comes_next(verdict: dict[str, Any], said: str) -> None:
+    assert said in verdict_words(verdict)
+
+
+def test_names_that_others_chose_stay_text() -> None:
+    verdict = make_verdict(policy="`x`|<b>\x1b[31m\nred")
+    verdict["candidate"]["reference"] = "a|b\n# heading <script>"
+    text = "\n".join(verdict_section(verdict))
+    assert "<script>" not in text
+    assert "\n# heading" not in text
+    assert "\x1b" not in verdict_line(verdict) + text + junit(verdict) + outputs(verdict, {}) + annotation(verdict)
+
+
+# -- schema, JUnit --------------------------------------------------------------------------------------------------
+
+
+def written(verdict: dict[str, Any]) -> dict[str, Any]:
+    return {**verdict, "sha256": "f" * 64, "promotion": None, "history": None} if verdict["verdict"] else verdict
+
+
+ALL = [
+    make_verdict(), make_verdict(DEARER, accuracy()), make_verdict(serving(), FEW),
+    make_verdict(serving(), NOT_COMPARED), no_baseline(), CRASHED,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict", ALL, ids=lambda verdict: str(verdict["verdict"]))
+def test_every_end_has_its_form(verdict: dict[str, Any]) -> None:
+    jsonschema.validate(written(verdict), VERDICT_SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**written(verdict), "verdict": "MAYBE"}, VERDICT_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kinds"),
+    [
+        (ALL[0], [None, None, None]),
+        (ALL[1], [(Failure, "FAIL"), None]),
+        (ALL[2], [None, (Failure, "INCONCLUSIVE")]),
+        (ALL[3], [None, (Error, "INVALID")]),
+        (ALL[4], [(Skipped, None)]),
+        (ALL[5], [(Error, "crash")]),
+        (make_verdict(replace(DEARER, gating=False), accuracy()), [(Skipped, None), None]),
+    ],
+)
+def test_a_junit_reader_reads_a_case_per_criterion(tmp_path: Path, verdict: dict[str, Any], kinds: list[Any]) -> None:
+    file = tmp_path / "junit.xml"
+    file.write_text(junit(verdict), encoding="utf-8")
+    (suite,) = JUnitXml.fromfile(str(file))
+    cases = list(suite)
+    found = [(type(case.result[0]), case.result[0].type) if case.result else None for case in cases]
+    assert found == kinds
+    assert (suite.tests, suite.failures, suite.errors, suite.skipped) == tuple(
+        [len(kinds)]
+        + [sum(kind is not None and kind[0] is which for kind in kinds) for which in (Failure, Error, Skipped)]
+    )
+    assert [each.name for each in cases] == [each["name"] for each in verdict["criteria"]] or len(cases) == 1
+
+
+# -- GitHub and GitLab ----------------------------------------------------------------------------------------------
+
+
+def test_github_gets_summary_outputs_and_one_annotation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environ = {
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "s"),
+        "GITHUB_OUTPUT": str(tmp_path / "o"),
+    }
+    verdict = make_verdict(DEARER, accuracy())
+    verdict["line"] = "FAIL  100%\nverdict<<x\nPASS"
+    tell_github(verdict, "# report\n", {"report": "/r"}, environ)
+    assert (tmp_path / "s").read_text() == "# report\n"
+    lines = (tmp_path / "o").read_text().splitlines()
+    read: dict[str, str] = {}
+    while lines:  # as the runner reads it
+        name, mark = lines.pop(0).split("<<")
+        value = []
+        while (line := lines.pop(0)) != mark:
+            value.append(line)
+        read[name] = "\n".join(value)
+    assert (read["verdict"], read["exit_code"], read["report"]) == ("FAIL", "3", "/r")
+    assert read["line"] == "FAIL 100% verdict<<x PASS"
+    assert read["serving_saving"] == "-0.1"
+    assert capsys.readouterr().out == "::error title=Release check::FAIL 100%25 verdict<<x PASS\n"
+
+
+def test_elsewhere_nothing_is_said_and_what_cannot_be_written_changes_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tell_github(make_verdict(), "", {}, {})
+    assert capsys.readouterr() == ("", "")
+    tell_github(make_verdict(), "", {}, {"GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": "/nowhere/x"})
+    said = capsys.readouterr()
+    assert said.out.startswith("::notice title=Release check::PASS")
+    assert said.err == "note: GITHUB_OUTPUT cannot be written (No such file or directory)\n"
+
+
+def test_a_summary_stays_below_githubs_limit() -> None:
+    cut = summary("é" * 100 + "\n" + ("x" * 999 + "\n") * 1100)
+    assert len(cut.encode()) <= 2**20
+    assert cut.endswith("*(cut here; the whole report is report.md)*\n")
+
+
+def stub(folder: Path) -> Path:
+    """Write a python that tells its arguments and ends with 4."""
+    file = folder / "python"
+    file.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$SEEN"\nexit 4\n')
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return file
+
+
+def test_the_github_action_passes_inputs_as_they_are_and_the_exit_code_on(tmp_path: Path) -> None:
+    action = yaml.safe_load((ROOT / ".github/actions/release-check/action.yml").read_text())
+    (step,) = action["runs"]["steps"]
+    given = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
+    given |= {"candidate": 'x"; touch hacked; "', "baseline": "models:/m@champion", "python": str(stub(tmp_path)),
+              "overrides": "tracking.team=a b\nstore.url=s3://c/d\n"}  # fmt: skip
+    env = {name: given[value.removeprefix("${{ inputs.").removesuffix(" }}")] for name, value in step["env"].items()}
+    done = subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path,
+                          env={**os.environ, **env, "SEEN": str(tmp_path / "seen")}, check=False)  # fmt: skip
+    assert done.returncode == 4
+    assert not (tmp_path / "hacked").exists()
+    assert (tmp_path / "seen").read_text().splitlines() == [
+        "-m", "pipeline", "recipe=release_check", 'candidate=x"; touch hacked; "', "baseline=models:/m@champion",
+        "policy=strict", "promote=false", "bootstrap=false", "tracking.team=a b", "store.url=s3://c/d",
+    ]  # fmt: skip
+    known = outputs(make_verdict(), {"report": "/r"})
+    assert all(f"{name}<<" in known for name in action["outputs"])
+
+
+def test_the_gitlab_job_runs_the_gate_and_keeps_what_it_left(tmp_path: Path) -> None:
+    job = yaml.safe_load((ROOT / "ci/release-check.gitlab-ci.yml").read_text())[".release_check"]
+    stub(tmp_path)
+    env = {**os.environ, **job["variables"], "CANDIDATE": "x y", "BASELINE": "models:/m@champion",
+           "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}  # fmt: skip
+    done = subprocess.run(["bash", "-e", "-c", "\n".join(job["script"])], cwd=tmp_path, env=env, check=False)
+    assert done.returncode == 4
+    assert "candidate=x y" in (tmp_path / "seen").read_text().splitlines()
+    run = tmp_path / "mlruns/runs/20261128-release_check-1"
+    run.mkdir(parents=True)
+    for name in job["artifacts"]["paths"]:
+        (run / name).write_text("x")
+    subprocess.run(["bash", "-e", "-c", "\n".join(job["after_script"])], cwd=tmp_path, env=env, check=True)
+    assert all((tmp_path / name).is_file() for name in job["artifacts"]["paths"])
+    assert job["artifacts"]["reports"]["junit"] == "junit.xml"
