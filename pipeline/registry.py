@@ -289,10 +289,17 @@ def read_verdicts(uri: str, *, model: str | None = None) -> list[Judged]:
     with _asking(uri):
         client = _open(uri)
         runs = [run for run in _tagged(client, f"tags.`{GATE}.verdict` LIKE '%'")
-                if model is None or run.data.tags.get(f"{GATE}.model") == model]  # fmt: skip
-        named = {name for run in runs if (name := run.data.tags.get(f"{GATE}.model"))}
+                if model is None or _model_of(run) == model]  # fmt: skip
+        named = {name for run in runs if (name := _model_of(run))}
         versions = {name: _versions(client, name) for name in named}
     return [_judged(run, versions) for run in runs]
+
+
+def _model_of(run: Any) -> str | None:
+    """Return the registered model that a verdict is about; of the first one, the model that it was to be a part of."""
+    reference = str(run.data.params.get("baseline", ""))
+    named = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    return run.data.tags.get(f"{GATE}.model") or (named if reference.startswith("models:/") else "") or None
 
 
 def _versions(client: Any, name: str) -> dict[str, str]:
@@ -329,7 +336,7 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
             for name in ("serving", f"quality/{primary}")]  # fmt: skip
     began = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
     margin = _number(params.get(f"policy.metrics.{primary}.margin"))
-    model = said.get("model") or None
+    model = _model_of(run)
     return Judged(
         created=_moment(said.get("created")) or began, run=tags.get(RUN_TAG, run.info.run_id), model=model,
         verdict=said["verdict"], key=said.get("key", ""), look=look, candidate=said.get("candidate.digest", ""),

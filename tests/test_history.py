@@ -237,6 +237,14 @@ def test_creep_follows_the_champions_back_to_the_best() -> None:
     assert (told.kind, told.alarm, told.releases, told.since) == ("creep", True, 3, "c-1")  # c3 has not replaced c2 yet
     assert told.value == pytest.approx(1 - 1.006**3)
     assert [each.candidate for each in champions([*rejected, *chain])] == ["c0", "c1", "c2", "c3"]
+    itself = judged(9, candidate="c3", baseline="c3", key="itself", quality=0.0)
+    assert champions([*chain, itself]) == champions(chain)  # a model against itself hides nothing
+    direct = judged(9, candidate="c3", baseline="c-1", key="direct", quality=-0.025)
+    failed = findings([*chain, replace(direct, verdict="FAIL")])[-1]
+    assert (failed.alarm, failed.releases) == (True, 4)  # judged against the best: the sum stands
+    passed = findings([*chain, direct])
+    assert (passed[-1].value, passed[-1].releases) == (pytest.approx(-0.025), 1)
+    assert not passed[1].alarm  # what c3 reads against an old champion is no release's reading
     ring = [judged(1, baseline="c2"), judged(2, baseline="c1")]
     assert [each.candidate for each in champions(ring)] == ["c1", "c2"]
     assert "no chain of champions" in str(findings([judged(1, verdict="FAIL")])[-1].why)
@@ -269,7 +277,7 @@ def a_verdict(n: int, *, model: str | None = "m", saving: float = 0.2, loss: flo
     return {**verdict, **changes}
 
 
-def write_gate(root: Path, verdict: dict[str, Any]) -> None:
+def write_gate(root: Path, verdict: dict[str, Any], baseline: str = "a folder") -> None:
     """Leave a gate's run as it leaves one, and deliver it."""
     folder = root / "runs" / verdict["run_id"]
     folder.mkdir(parents=True)
@@ -280,7 +288,7 @@ def write_gate(root: Path, verdict: dict[str, Any]) -> None:
         "run_start", run_id=folder.name, started_ns=0, attempt=1, recipe="release_check", question="?",
         experiment="release_check", tracking_uri=None, tags={}, datasets=[],
         environment={"device": verdict["device"]["name"], "data.digest": verdict["data"]},
-        params={"task": "causal_lm", "policy.alpha": 0.05, "policy.looks": 2, "policy.blocks": 4,
+        params={"task": "causal_lm", "baseline": baseline, "policy.alpha": 0.05, "policy.looks": 2, "policy.blocks": 4,
                 "policy.metrics.bits_per_byte.margin": 0.01, "quality.margin": 0.05},
     )  # fmt: skip
     journal.write("verdict", verdict=verdict, sha256=more["sha256"])
@@ -308,13 +316,17 @@ def released(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pat
     write_gate(root, a_verdict(7, model=hostile, policy={"name": "=1+1|x", "sha256": "b", "settings": {}},
                                created="not a time\x1b[31m"))  # fmt: skip
     write_gate(root, a_verdict(8, model=None))
+    first = a_verdict(9, model=None, verdict="NO_BASELINE", baseline=None, criteria=[], key="")
+    write_gate(root, first, baseline="models:/newer@champion")
     promote(uri(root), "m", Candidate(f"{4:032x}", "", "/p"), None, {})
     return root
 
 
 def test_what_the_store_tells_is_what_the_verdict_said(released: Path) -> None:
     found = {each.run: each for each in read_verdicts(uri(released))}
-    assert len(found) == 8
+    assert len(found) == 9
+    assert (found["run-9"].model, found["run-9"].verdict) == ("newer", "NO_BASELINE")
+    assert history_of({**a_verdict(9, model=None), "run_id": "x"}, uri(released), model="newer")["of"] == 2
     for n in (1, 4):
         told, said = found[f"run-{n}"], of_verdict(a_verdict(n, saving=0.2 + n / 1000))
         assert replace(told, version=None, serving=None, quality=None) == replace(said, serving=None, quality=None)

@@ -3,7 +3,7 @@
 Two questions that no single verdict answers:
 
 - Step: is the newest reading below what earlier releases of this model read? Each reading is a release against the
-  champion of its day. Earlier ones are weighted by their precision, and by how far releases lie apart beyond it (tau,
+  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by their precision, and by how far releases lie apart beyond it (tau,
   Paule and Mandel); the newest is held against where another release of the same kind would read: a prediction
   interval, t with one degree of freedom less than there are earlier releases (than they count for, where some are far
   more precise: Kish). It takes three of them. No reading is left out for its verdict: without those that failed the
@@ -341,16 +341,25 @@ def findings(answers: Sequence[Judged], *, alpha: float = ALPHA) -> list[Finding
         answers: Of one registered model, each once, the oldest first (`count_once`).
         alpha: One-sided, of each alarm.
     """
-    measured = [each for each in answers if each.verdict in MEASURED and each.baseline is not None]
+    measured = _measured(answers)
     if not measured:
         return []
-    newest = measured[-1]
-    found = [_step("serving", [(each, each.serving) for each in measured], alpha)]
+    its_day: dict[str, str | None] = {}  # the champion that each candidate first met
+    for each in measured:
+        its_day.setdefault(each.candidate, each.baseline)
+    releases = [each for each in measured if each.baseline == its_day[each.candidate]]
+    newest = releases[-1]
+    found = [_step("serving", [(each, each.serving) for each in releases], alpha)]
     if newest.quality_key:
         name, same = f"quality/{newest.quality_key}", newest.quality_key
-        of_key = [(each, each.quality if each.quality_key == same else None) for each in measured]
+        of_key = [(each, each.quality if each.quality_key == same else None) for each in releases]
         found += [_step(name, of_key, alpha), _creep(name, measured, alpha)]
     return found
+
+
+def _measured(answers: Sequence[Judged]) -> list[Judged]:
+    """Return the answers that have readings of two models; one against itself is no release."""
+    return [each for each in answers if each.verdict in MEASURED and each.baseline not in (None, each.candidate)]
 
 
 def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float) -> Finding:
@@ -378,9 +387,10 @@ def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float)
 def champions(answers: Sequence[Judged]) -> list[Judged]:
     """Return the answers that led to the newest champion, the oldest first: each candidate is the next one's baseline.
 
-    The newest release ends the chain where it passed (it is about to be champion); otherwise its baseline does.
+    The newest candidate ends the chain where it has passed once (it is champion, or about to be); else its baseline
+    does. Where a champion passed against an earlier one, too, that reading takes the place of what lies between.
     """
-    measured = [each for each in answers if each.verdict in MEASURED and each.baseline is not None]
+    measured = _measured(answers)
     if not measured:
         return []
     by_candidate: dict[str, Judged] = {}
@@ -388,7 +398,7 @@ def champions(answers: Sequence[Judged]) -> list[Judged]:
         if each.verdict == "PASS":
             by_candidate[each.candidate] = each
     newest = measured[-1]
-    digest = newest.candidate if newest.verdict == "PASS" else str(newest.baseline)
+    digest = newest.candidate if newest.candidate in by_candidate else str(newest.baseline)
     chain: list[Judged] = []
     seen: set[str] = set()
     while digest in by_candidate and digest not in seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.compare.history import Figure, Finding, Judged, count_once, figure, findings
@@ -13,12 +13,15 @@ from pipeline.metrics import RELATIVE
 LAST = 10
 
 
-def history_of(verdict: Mapping[str, Any], uri: str | None, *, last: int = LAST) -> dict[str, Any]:
+def history_of(
+    verdict: Mapping[str, Any], uri: str | None, *, model: str | None = None, last: int = LAST
+) -> dict[str, Any]:
     """Return the releases before a verdict and this one, with what they say of steps and creep.
 
     Args:
         verdict: As verdict.json holds it; MLflow may have had it already, or not yet.
         uri: Of the MLflow store; None where this run keeps out of it.
+        model: Registered model that it is about, where neither side is a version of one yet (bootstrap).
         last: Releases to list; alarms read all there are.
 
     Returns:
@@ -26,6 +29,7 @@ def history_of(verdict: Mapping[str, Any], uri: str | None, *, last: int = LAST)
         a verdict does not depend on its history.
     """
     own, why = of_verdict(verdict), None
+    own = replace(own, model=own.model or model)
     found: list[Judged] = []
     if own.model is None:
         why = "neither side names a registered model"
