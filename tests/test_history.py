@@ -120,9 +120,23 @@ def test_step_by_hand() -> None:
     assert apart.spread**2 == pytest.approx(99)
     assert apart.high == pytest.approx(-5 + 2.919986 * (100 * 4 / 3) ** 0.5)
     assert step([10, 11, 5], [1, 1, 1]) is None
+    own = step([10, 11, 12, 5], [1, 1, 1, 1], degrees=1)  # an error known from two blocks: t(0.95, 1) = 6.31
+    assert own is not None
+    assert own.high == pytest.approx(-6 + 6.313752 * (1 + 1 / 3) ** 0.5)
+    unequal = step([0, 0, 0, -1], [0.1, 1, 1, 1])  # of three, two count for little
+    assert unequal is not None
+    assert unequal.high == pytest.approx(-1 + 6.313752 * (1 + 1 / 102) ** 0.5)
     exact = step([0.0, 0.0, 0.0, -0.1], [0, 0, 0, 0])
     assert exact is not None
     assert exact.alarm
+
+
+def test_few_blocks_share_their_spread_by_hand() -> None:
+    """Blocks have variances 4, 4 and 36, pooled 44 / 3. The newest keeps its own error where that is larger."""
+    errors, degrees = pooled_errors([1, 1, 3], [4, 4, 4])
+    assert (errors[:2], errors[2], degrees) == (pytest.approx([(11 / 3) ** 0.5] * 2), 3, 3)
+    errors, degrees = pooled_errors([3, 1, 1], [4, 4, 4])
+    assert (errors, degrees) == (pytest.approx([(11 / 3) ** 0.5] * 3), np.inf)
 
 
 def test_between_variance_solves_its_equation() -> None:

@@ -3,11 +3,11 @@
 Two questions that no single verdict answers:
 
 - Step: is the newest reading below what earlier releases of this model read? Each reading is a release against the
-  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by their precision, and by how far releases lie apart beyond it (tau,
-  Paule and Mandel); the newest is held against where another release of the same kind would read: a prediction
-  interval, t with one degree of freedom less than there are earlier releases (than they count for, where some are far
-  more precise: Kish). It takes three of them. No reading is left out for its verdict: without those that failed the
-  rest would lie too high, and the next one look like a step.
+  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by their precision, and
+  by how far releases lie apart beyond it (tau, Paule and Mandel); the newest is held against where another release of
+  the same kind would read: a prediction interval, t with one degree of freedom less than there are earlier releases
+  (than they count for, where some are far more precise: Kish). It takes three of them. No reading is left out for its
+  verdict: without those that failed the rest would lie too high, and the next one look like a step.
 - Creep: a margin forgives a small loss, and the next margin another one. What the promoted champions lost one after
   another is added up since the best of them. Alarm: the sum lies beyond the margin, and its bound excludes that nothing
   was lost. Any champion may turn out to be the best one, so every start is tested, at alpha over their number.
