@@ -415,9 +415,9 @@ def test_two_looks_of_4_and_8_blocks_exceed_the_level_a_little() -> None:
 
 
 def test_items_for_power_of_a_normal_mean_is_the_textbook_number() -> None:
-    """sd 0.1, margin 0.01: ((1.6449 + 0.8416) * 0.1 / 0.01)^2 = 618.3, and 3% for the pilot's own error at 2,000."""
+    """sd 0.1, margin 0.01: ((1.6449 + 0.8416) * 0.1 / 0.01)^2 = 618.3, and 6% for the pilot's own error at 2,000."""
     spread = Spread(2000, 0.1, 1999.0, 0.0, 0.0)
-    assert items_for_power(spread, margin=0.01) == pytest.approx(618.3 * (1 + math.sqrt(2 / 1999)), rel=0.005)
+    assert items_for_power(spread, margin=0.01) == pytest.approx(618.3 * (1 + 2 * math.sqrt(2 / 1999)), rel=0.005)
     fails = items_for_power(spread, margin=0.01, assumed=-0.02)  # as far below the margin as 0 is above it
     assert fails == items_for_power(spread, margin=0.01)
     assert items_for_power(spread, margin=0.01, assumed=-0.01) is None

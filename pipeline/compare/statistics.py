@@ -447,6 +447,10 @@ def look_alpha(alpha: float, looks: int) -> float:
 # -- how many items a decision takes --------------------------------------------------------------------------------
 
 POWER = 0.8
+_PILOT_ERRORS = 2.0
+"""Standard errors by which the pilot's variance is taken larger when planning."""
+_PILOT_SKEWNESS = 2.0
+"""Factor on the pilot's skewness when planning: a larger sample meets rarer documents."""
 
 
 def items_for_power(
@@ -455,7 +459,10 @@ def items_for_power(
     """Return how many documents decide, with probability `power`, whether a difference lies above -margin.
 
     A model truly at `assumed` > -margin then passes (the lower end is above -margin) with that probability; one below
-    -margin fails. The pilot's spread is itself an estimate and is taken one standard error larger.
+    -margin fails. The pilot's spread is itself an estimate: its variance is taken 2 standard errors larger, its
+    skewness twice. Simulated for 0.8, planned from 400 documents, a model that is no worse passes 80% to 92%; 78% where
+    the difference grows with the length of log-normal documents of sigma 1. A pilot of 100 documents has not seen a
+    tail: with differences that are log-normal, or skewed with sigma 1, it passes 70% to 78%.
 
     Args:
         spread: Of the oriented difference (higher is better) in a finished comparison.
@@ -470,8 +477,8 @@ def items_for_power(
     distance, z = assumed + margin, float(special.ndtri(power))
     if distance == 0:
         return None
-    skewness = spread.skewness_down if distance > 0 else spread.skewness
-    sd = spread.sd * math.sqrt(1 + math.sqrt(2 / spread.degrees))
+    skewness = _PILOT_SKEWNESS * (spread.skewness_down if distance > 0 else spread.skewness)
+    sd = spread.sd * math.sqrt(1 + _PILOT_ERRORS * math.sqrt(2 / spread.degrees))
 
     def excess(n: int) -> float:  # how far the bound, on the worst day that counts, lies on the wrong side
         return _reach(spread._replace(sd=sd).scaled(n), skewness, level) + z * sd / math.sqrt(n) - abs(distance)
