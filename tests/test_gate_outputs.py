@@ -1,4 +1,4 @@
-"""What a gate leaves for reviewers and CI: the line, the report's section, JUnit, GitHub, and the snippets that run it."""
+"""What a gate leaves for reviewers and CI: the line, the section, JUnit, GitHub, and the snippets that run it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipeline.schema import VERDICT_SCHEMA
 from pipeline.values import null
 
 ROOT = Path(__file__).parent.parent
-CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None, "exit_code": 1,
-                           "why": "boom", "criteria": [], "run_id": "r"}  # fmt: skip
+CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None, 
+                           "exit_code": 1, "why": "boom", "criteria": [], "run_id": "r"}  # fmt: skip
 NOT_COMPARED = replace(accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b")
 FEW = accuracy(-0.004, (-0.03, 0.02), outcome=Outcome.INCONCLUSIVE, needed=4000)
 DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)

@@ -29,7 +29,7 @@ from pipeline.compare.selftest import (
 from pipeline.compare.verdict import Outcome, training_criterion
 from pipeline.config import PolicyConfig
 from pipeline.gate import selftest as gate_selftest
-from pipeline.gate.selftest import disturbed
+from pipeline.compare.verdict import disturbed
 from pipeline.registry import find_spread
 from pipeline.report.selftest import lines, markdown
 from pipeline.selftest import main

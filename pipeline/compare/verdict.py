@@ -35,6 +35,7 @@ class Outcome(StrEnum):
     NO_BASELINE = "NO_BASELINE"
 
 
+ROUND_OFF = 1e-12  # 1 - 90/100 is a little less than 0.1
 _WORST_FIRST = (Outcome.INVALID, Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS)
 
 
@@ -94,6 +95,27 @@ def invalid(criterion: Criterion, reasons: Sequence[str]) -> Criterion:
     if not reasons:
         return criterion
     return replace(criterion, outcome=Outcome.INVALID, why="; ".join(reasons))
+
+
+def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) -> list[str]:
+    """Return what made a serving pass no measurement of its artifacts alone.
+
+    Args:
+        here: Exact name of the device it ran on.
+        conditions: Values of `throttle_share` and `foreign_load`, as `ServePass.conditions` has them.
+    """
+    throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
+    limit, reasons = policy.max_foreign_load, list[str]()
+    if policy.hardware is not None and policy.hardware != here:
+        reasons.append(f"measured on {here}, and the policy asks for {policy.hardware}")
+    if throttled is not None and throttled > policy.max_throttle_share:
+        reasons.append(f"throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed")
+    if limit is not None and foreign is None:
+        why = conditions["foreign_load"]["why_null"]
+        reasons.append(f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes without")
+    elif limit is not None and foreign > limit:
+        reasons.append(f"others used {foreign:.0%} of the machine, {limit:.0%} allowed")
+    return reasons
 
 
 # -- quality --------------------------------------------------------------------------------------------------------
@@ -185,7 +207,7 @@ def _saving(
     if value.v is None or ci is None:
         return replace(unread(name, value.why_null or "no interval", minimum), value=value)
     threshold = 0.0 if minimum is None else minimum
-    outcome = Outcome.PASS if at_least and value.v >= threshold else judged(*ci, threshold)
+    outcome = Outcome.PASS if at_least and value.v >= threshold - ROUND_OFF else judged(*ci, threshold)
     return Criterion(name=name, outcome=outcome, value=value, ci=ci, threshold=threshold, gating=minimum is not None,
                      level=level, n=n)  # fmt: skip
 

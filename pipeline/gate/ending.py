@@ -92,7 +92,8 @@ def note_history(attempt: Attempt, gate: Gate) -> None:
     if gate.verdict is not None:
         uri = gate.places.tracking if attempt.run.tracking.mlflow else None
         with attempt.clock.phase("log"):
-            gate.history = history_of(gate.verdict, uri)
+            named = model_name(gate, attempt.run) if attempt.run.promote or attempt.run.bootstrap else None
+            gate.history = history_of(gate.verdict, uri, model=named)
 
 
 def exit_code(gate: Gate) -> int:

@@ -22,6 +22,7 @@ from pipeline.compare.verdict import (
     Outcome,
     Spread,
     decide,
+    disturbed,
     invalid,
     memory_criterion,
     payback_criterion,
@@ -168,7 +169,7 @@ def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) ->
 def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
-    disturbed = _disturbed(attempt, gate, readings)
+    reasons = _disturbed(attempt, gate, readings)
     served = serving_criterion(readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha)
     figures = [(_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes")) for arm in serving]
     counted = all(peak.v is not None for peak, _ in figures)
@@ -182,11 +183,11 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
     else:
         energy = [unread("energy", attempt.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
     return [
-        _kept(gate, invalid(served, disturbed)),
+        _kept(gate, invalid(served, reasons)),
         memory,
-        *(_kept(gate, invalid(each, disturbed) if each.value.v is not None else each) for each in energy),
+        *(_kept(gate, invalid(each, reasons) if each.value.v is not None else each) for each in energy),
         _training(attempt, gate),
-        invalid(_payback(attempt, gate, readings, serving), disturbed if policy.payback_units is not None else []),
+        invalid(_payback(attempt, gate, readings, serving), reasons if policy.payback_units is not None else []),
     ]
 
 
@@ -207,25 +208,10 @@ def _value(figures: Mapping[str, Any], name: str) -> Value:
 
 
 def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[str]:
-    """Return what made the serving pass no measurement of these two artifacts alone."""
-    policy, here = gate.policy, device_name(attempt.device)
-    reasons: list[str] = []
-    if policy.hardware is not None and policy.hardware != here:
-        reasons.append(f"measured on {here}, and the policy asks for {policy.hardware}")
-    for number, conditions in enumerate(readings["conditions"], start=1):
-        throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
-        if throttled is not None and throttled > policy.max_throttle_share:
-            reasons.append(
-                f"look {number}: throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed"
-            )
-        limit = policy.max_foreign_load
-        if limit is not None and foreign is None:
-            why = conditions["foreign_load"]["why_null"]
-            reasons.append(f"look {number}: whether others used the machine is unknown ({why}); "
-                           "policy.max_foreign_load=null goes without")  # fmt: skip
-        elif limit is not None and foreign > limit:
-            reasons.append(f"look {number}: others used {foreign:.0%} of the machine, {limit:.0%} allowed")
-    return reasons
+    """Return what made any look's serving pass no measurement."""
+    here = device_name(attempt.device)
+    return [f"look {number}: {reason}" for number, conditions in enumerate(readings["conditions"], start=1)
+            for reason in disturbed(gate.policy, here, conditions)]  # fmt: skip
 
 
 def _training(attempt: Attempt, gate: Gate) -> Criterion:

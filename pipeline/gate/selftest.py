@@ -29,8 +29,8 @@ from pipeline.compare.selftest import (
     training_floor,
     training_spread,
 )
-from pipeline.compare.verdict import Outcome, quality_criterion
-from pipeline.config import PolicyConfig, Run
+from pipeline.compare.verdict import Outcome, disturbed, quality_criterion
+from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, UserError
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.phases import PhaseClock
@@ -280,19 +280,6 @@ def _device(test: SelfTest) -> str:
     from pipeline.ledger.peaks import device_name
 
     return device_name(test.device)
-
-
-def disturbed(policy: PolicyConfig, here: str, conditions: dict[str, Any]) -> list[str]:
-    """Return what makes a look no measurement of its artifacts alone, as a release check sees it."""
-    throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
-    limit = policy.max_foreign_load
-    return [
-        *([f"measured on {here}, and the policy asks for {policy.hardware}"] if policy.hardware not in (None, here)
-          else []),
-        *([f"throttled {throttled:.0%} of the time"] if throttled is not None and throttled > policy.max_throttle_share
-          else []),
-        *([f"others used {foreign:.0%} of the machine"] if None not in (limit, foreign) and foreign > limit else []),
-    ]  # fmt: skip
 
 
 def _quality(test: SelfTest) -> dict[str, Any]:

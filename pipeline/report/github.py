@@ -46,7 +46,7 @@ def summary(report: str) -> str:
 
 
 def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """Return the step's outputs. Each value stands between delimiters that nobody can guess, so that none ends early."""
+    """Return the step's outputs, each value between delimiters that nobody can guess, so that none ends early."""
     by_name = {each["name"]: each for each in verdict["criteria"]}
     saving = by_name.get("serving", {}).get("value", {}).get("v")
     values: dict[str, object] = {

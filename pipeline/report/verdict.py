@@ -16,7 +16,7 @@ MOST_DECIMALS = 6
 WORDS = {
     "PASS": "passes", "FAIL": "fails", "INCONCLUSIVE": "is not decided", "INVALID": "cannot be judged",
 }  # fmt: skip
-SENSE = "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at the policy's alpha."
+SENSE = "Positive is better or cheaper for the candidate; interval ends are one-sided bounds at the policy's alpha."
 SAVINGS = ("training", "serving", "memory", "energy")
 
 
