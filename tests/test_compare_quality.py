@@ -17,7 +17,13 @@ from pipeline.compare.quality import (
     compared_keys,
     macro_f1_interval,
 )
-from pipeline.compare.statistics import tango_interval
+from pipeline.compare.statistics import (
+    Interval,
+    items_for_power,
+    paired_ratio,
+    paired_ratio_interval,
+    tango_interval,
+)
 from pipeline.metrics import QUALITY_KEYS
 from pipeline.schema import RESULT_SCHEMA
 
@@ -233,13 +239,25 @@ def test_the_level_of_right_or_wrong_is_tangos() -> None:
     assert _compare("accuracy", arm, base, level=0.99)["ci"] == pytest.approx(tango_interval(b, c, 400, level=0.99))
 
 
-def test_macro_f1_has_the_outer_ends_of_two_intervals() -> None:
-    """Eight examples: the bootstrap cannot reach beyond what it has seen, t with few degrees of freedom does."""
+def test_macro_f1_reaches_beyond_the_bootstrap_where_examples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outer ends of two intervals: t with few degrees of freedom reaches beyond what a resample has seen."""
     arm, base = _labels(1, n=24, right=0.9), _labels(2, n=24, right=0.5)
-    alone = macro_f1_interval(arm["label"], arm["prediction"], resamples=500, seed=0)
-    result = _compare("macro_f1", arm, base)
-    assert result["ci"][0] < result["v"] < result["ci"][1]
-    assert result["ci"][1] - result["ci"][0] > alone.high - alone.low
+    outer = _compare("macro_f1", arm, base)["ci"]
+    monkeypatch.setattr("pipeline.compare.statistics.skewed_t_interval", lambda v, _, level: Interval(v, v, v))
+    bca = _compare("macro_f1", arm, base)["ci"]
+    assert outer[0] <= bca[0] < bca[1] <= outer[1]
+    assert outer != bca
+
+
+def test_skewed_bits_keep_their_tail_on_the_losing_side() -> None:
+    """Damage in a few documents: more bits there, so the oriented interval reaches further down than up."""
+    base = _language(2, n=400)
+    hit = np.random.default_rng(0).random(400) < 0.03
+    arm = {**base, "bits": base["bits"] * np.where(hit, 1.3, 0.999)}
+    higher = paired_ratio_interval(arm["bits"], base["bits"], base["bytes"])
+    result = _compare("bits_per_byte", arm, base)
+    assert result["ci"] == pytest.approx([-higher.high, -higher.low])
+    assert result["v"] - result["ci"][0] > 1.1 * (result["ci"][1] - result["v"])
 
 
 def test_files_of_items_that_cannot_be_paired_say_why() -> None:
@@ -265,7 +283,9 @@ def test_an_undecided_arm_is_told_how_many_documents_decide() -> None:
     arm, base = _language(1, n=40, noise=0.03), _language(2, n=40, noise=0.03)
     undecided = _compare("bits_per_byte", arm, base)
     assert (undecided["answer"], undecided["v"] > -0.01) == ("undecided", True)
-    assert undecided["items_to_decide"] > 40
+    _, spread = paired_ratio(arm["bits"], base["bits"], arm["bytes"])
+    assert undecided["items_to_decide"] == items_for_power(spread.reversed(), margin=0.01)
+    assert undecided["items_to_decide"] != items_for_power(spread.reversed(), margin=0.01, assumed=undecided["v"])
     worse = _compare("bits_per_byte", _language(1, n=40, gain=-0.013, noise=0.02), _language(2, n=40, noise=0.02))
     assert worse["ci"][0] < -0.01 < worse["ci"][1]
     assert worse["items_to_decide"] > 40
