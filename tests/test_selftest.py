@@ -26,10 +26,9 @@ from pipeline.compare.selftest import (
     training_floor,
     training_spread,
 )
-from pipeline.compare.verdict import Outcome, training_criterion
+from pipeline.compare.verdict import Outcome, disturbed, training_criterion
 from pipeline.config import PolicyConfig
 from pipeline.gate import selftest as gate_selftest
-from pipeline.compare.verdict import disturbed
 from pipeline.registry import find_spread
 from pipeline.report.selftest import lines, markdown
 from pipeline.selftest import main
