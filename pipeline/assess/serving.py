@@ -152,8 +152,8 @@ def serve_pass(
         arm: ", ".join(word for word in (server.dtype, readings[arm].at_load[0].how) if word)
         for arm, server in servers.items()
     }
-    found = {} if joules is None else ({"why_no_joules": joules} if isinstance(joules, str) else {"joules": joules})
-    return ServePass(serving, seconds, how, conditions, **found)
+    read, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
+    return ServePass(serving, seconds, how, conditions, joules=read, why_no_joules=why_not)
 
 
 def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others) -> dict[str, Any]:

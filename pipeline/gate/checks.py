@@ -37,7 +37,7 @@ def check_gate(run: Run) -> None:
             raise UserError(named, f"has no effect in recipe={run.recipe}", "it is for recipe=release_check")
         return
     for key in (CANDIDATE, BASELINE):
-        if not (given[key] or "").strip():
+        if not str(given[key] or "").strip():
             raise UserError(key, "is not given", f"give {key}=REF: a folder, a run's id, models:/NAME@champion")
         if key not in run.stages:
             raise UserError(f"stages.{key}", "is missing", "place both: /stage@stages.candidate: release")

@@ -169,8 +169,8 @@ def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
         torch.set_num_threads(run.hardware.num_threads)
     check_decode(run, device)
     quiet_libraries()
-    check_tasks(run, clock)
-    check_releases(run, data, {"model": release.artifact.path}, clock)
+    asked = check_tasks(run, clock)
+    check_releases(run, data, {"model": release.artifact.path}, clock, asked)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{RECIPE}-{secrets.token_hex(2)}"
     lock = FileLock(folder / ".lock")  # free, it would say that this process is gone
