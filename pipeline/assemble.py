@@ -24,7 +24,7 @@ from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
 from pipeline.report.view import is_finished
 from pipeline.store import MODEL, read_json, write_json
-from pipeline.sync import DELIVERY_S, GATE_S, let_go, undelivered
+from pipeline.sync import GATE_S, let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured
 
@@ -66,7 +66,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
     if attempt.writer is not None:
         shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
-        wait_s = DELIVERY_S if attempt.gate is None else GATE_S
+        wait_s = None if attempt.gate is None else GATE_S
         print(undelivered(attempt.writer, attempt.folder, wait_s=wait_s) or shown)
 
 

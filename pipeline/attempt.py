@@ -611,12 +611,6 @@ class Attempt:
                     )  # fmt: skip
                     write_identity(items, data=self.data.digest, split="test", evaluation=self.evaluation(),
                                    artifact=made["artifact"]["digest"])  # fmt: skip
-                quality = assess_quality(
-                    Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
-                    labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
-                    device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
-                    unquantized=None if unquantized is None else unquantized.path,
-                )  # fmt: skip
                 checked = self._check_vllm(name, made)
                 self._synchronise()
         except BaseException as error:

@@ -78,11 +78,12 @@ def let_go(writer: subprocess.Popen[bytes]) -> None:
         writer.stdin.close()
 
 
-def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float = DELIVERY_S) -> str | None:
+def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float | None = None) -> str | None:
     """Wait a bounded time for the last delivery of a run that has ended; return what to say where it failed, or None.
 
     An interrupt ends the waiting, and not the writer.
     """
+    wait_s = DELIVERY_S if wait_s is None else wait_s
     again = f"`python -m pipeline.sync {run_dir.parent.parent}` delivers the rest"
     try:
         let_go(writer)

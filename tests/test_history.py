@@ -281,7 +281,7 @@ def a_verdict(n: int, *, model: str | None = "m", saving: float = 0.2, loss: flo
     verdict = {
         "schema": 1, "line": f"PASS {n}", "verdict": "PASS", "exit_code": 0, "why": None,
         "criteria": [criterion("quality/bits_per_byte", -loss, 0.002, 0.9, -0.01, 400),
-                     criterion("serving", saving, 0.02, 1 - 2 * 0.0304, 0.05, 4)],
+                     criterion("serving", saving, 0.02, 1 - 2 * look_alpha(0.05, 2), 0.05, 4)],
         "candidate": {**side, "digest": f"{n:032x}", "model": None}, "baseline": {**side, "digest": f"{n - 1:032x}"},
         "policy": {"name": "strict", "sha256": "a" * 32, "settings": {}}, "task": "causal_lm",
         "primary": "bits_per_byte", "unit": "token", "data": "d" * 32,

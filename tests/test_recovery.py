@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, why_n
 from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quantize
 from pipeline.quantization.fresh_process import ALIGNMENT, align
 from pipeline.quantization.layers import EVERY_LAYER, plan_layers
+from pipeline.quantization.trials import Bench
 from pipeline.training.checkpoint import TrainedPart, kept_of
 
 CPU = torch.device("cpu")
@@ -200,6 +202,17 @@ def loss(row: dict[str, Any]) -> float:
     return row["recovery"]["loss"]["v"]
 
 
+def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
+    """Return a tolerance that one rung misses and another holds, from what both lose here.
+
+    What a tiny model loses depends on the processor that trained it; which rung loses less must not.
+    """
+    lost = rungs(climb(*settings, "stages.quantized.tolerance=0"))
+    found = loss(lost[worse]), loss(lost[better])
+    assert found[1] < found[0], found
+    return (found[0] + max(found[1], 0.0)) / 2
+
+
 def check_it_is(result: dict[str, Any], name: str | None) -> None:
     """Check that the stage is what the rung made (None: its source), that it alone is assessed, and who is charged."""
     rows = {row["arm"]: row for row in result["rows"]}
@@ -228,16 +241,21 @@ def test_what_holds_as_it_was_asked_for_is_not_climbed_from(climb: Climber) -> N
 
 
 def test_a_better_format_wins(climb: Climber) -> None:
-    result = climb("stages.quantized.tolerance=0.02")
-    found = rungs(result)
-    assert list(found) == ["fp4", "nf4"]
-    assert loss(found["nf4"]) <= 0.02 < loss(found["fp4"])
-    check_it_is(result, "nf4")
+    first = climb("stages.quantized.tolerance=0")
+    lost = {name: loss(row) for name, row in rungs(first).items()}
+    tolerance = (lost["fp4"] + max(lost["int8_weight_only"], 0.0)) / 2
+    assert lost["int8_weight_only"] <= tolerance < lost["fp4"], lost
+    result = climb(f"stages.quantized.tolerance={tolerance}")
+    found, names = rungs(result), list(lost)
+    winner = next(name for name in names if lost[name] <= tolerance)
+    assert list(found) == names[: names.index(winner) + 1]
+    check_it_is(result, winner)
     notes = result["environment"]["notes"]
-    assert f"quantized/fp4: loses {loss(found['fp4']):.2%} on validation where 2.00% is allowed" in notes
-    assert "quantized: is quantized/nf4" in notes
+    assert f"quantized/fp4: loses {lost['fp4']:.2%} on validation where {tolerance:.2%} is allowed" in notes
+    said = [*first["environment"]["notes"], *notes]  # once, by the run that took it over
+    assert f"quantized: is quantized/{winner}" in said
     report = (climb.folder / "mlruns/latest/report.md").read_text()
-    assert "| quantized/nf4 |" in report[report.index("What recovery brought") :]
+    assert f"| quantized/{winner} |" in report[report.index("What recovery brought") :]
 
 
 LORA = ("stages.quantized.recover=[lora]", "stages.quantized.lora.learning_rate=0.003",
@@ -246,10 +264,11 @@ LORA = ("stages.quantized.recover=[lora]", "stages.quantized.lora.learning_rate=
 
 def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
     """What is read is the artifact: quantized, plain, without a trace of adapters; the charge has its FLOPs."""
-    result = climb(*LORA, "stages.quantized.tolerance=0.04")
+    tolerance = between(climb, "fp4", "lora", *LORA)
+    result = climb(*LORA, f"stages.quantized.tolerance={tolerance}")
     found = rungs(result)
     assert list(found) == ["fp4", "lora"]
-    assert loss(found["lora"]) <= 0.04 < loss(found["fp4"])
+    assert loss(found["lora"]) <= tolerance < loss(found["fp4"])
     check_it_is(result, "lora")
     counts = found["lora"]["ledger"]["counts"]
     assert (counts["steps"]["v"], found["lora"]["type"]) == (30, "recover")
@@ -261,11 +280,12 @@ def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
 
 
 def test_training_all_weights_wins(climb: Climber) -> None:
-    result = climb("stages.quantized.recover=[qat]", "stages.quantized.qat.learning_rate=0.001",
-                   "stages.quantized.tolerance=0.02")  # fmt: skip
+    settings = ("stages.quantized.recover=[qat]", "stages.quantized.qat.learning_rate=0.001")
+    tolerance = between(climb, "fp4", "qat", *settings)
+    result = climb(*settings, f"stages.quantized.tolerance={tolerance}")
     found = rungs(result)
     assert list(found) == ["fp4", "qat"]
-    assert loss(found["qat"]) <= 0.02 < loss(found["fp4"])
+    assert loss(found["qat"]) <= tolerance < loss(found["fp4"])
     check_it_is(result, "qat")
 
 
@@ -278,7 +298,11 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
     assert pair["speedup"]["no_speedup"] is True
 
 
-def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(climb: Climber) -> None:
+def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(
+    climb: Climber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Bench.measure  # a mixture of a tiny model's layers may well lose nothing: here all lose it all
+    monkeypatch.setattr(Bench, "measure", lambda self, *given: replace(measure(self, *given), loss=1.0))
     result = climb("stages.quantized.format=auto", "stages.quantized.candidates=[fp4]",
                    "stages.quantized.recover=[qat]", "stages.quantized.prefer=memory",
                    "stages.quantized.qat.learning_rate=0.001",

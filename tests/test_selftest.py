@@ -26,13 +26,12 @@ from pipeline.compare.selftest import (
     training_floor,
     training_spread,
 )
-from pipeline.compare.verdict import Outcome, disturbed, training_criterion
-from pipeline.config import PolicyConfig
+from pipeline.compare.verdict import Outcome, training_criterion
 from pipeline.gate import selftest as gate_selftest
 from pipeline.registry import find_spread
 from pipeline.report.selftest import lines, markdown
 from pipeline.selftest import main
-from pipeline.values import measured, null
+from pipeline.values import measured
 
 FEW, MANY = 400, 2000
 ALPHA, BLOCKS = 0.05, 4
@@ -153,19 +152,6 @@ def test_copies_that_differ_show_and_invalid_trials_say_nothing() -> None:
     assert told.sd_log == pytest.approx(0.01, rel=0.3)  # around each trial's own mean
     silent = sum_up(trials[-1:], [1], alpha=ALPHA, blocks=BLOCKS, looks=2)
     assert (silent.passes.n, silent.noise_floor, silent.sd_log) == (0, None, None)
-
-
-def test_a_disturbed_look_is_one_that_a_release_check_would_call_so() -> None:
-    policy = PolicyConfig(hardware="H200", max_throttle_share=0.05, max_foreign_load=0.1)
-    conditions = lambda throttled, foreign: {"throttle_share": throttled.to_json(), "foreign_load": foreign.to_json()}
-    calm = conditions(null("a CPU"), measured(0.05))
-    assert disturbed(policy, "H200", calm) == []
-    assert disturbed(policy, "CPU", calm) == ["measured on CPU, and the policy asks for H200"]
-    assert disturbed(policy, "H200", conditions(measured(0.2), measured(0.5))) == [
-        "throttled 20% of the time", "others used 50% of the machine",
-    ]  # fmt: skip
-    anyhow = PolicyConfig(max_foreign_load=None)
-    assert disturbed(anyhow, "CPU", conditions(null("a CPU"), measured(0.9))) == []
 
 
 def test_the_spread_of_trainings_is_what_the_training_criterion_takes() -> None:
