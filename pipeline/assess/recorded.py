@@ -66,7 +66,9 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
         why = "a document's value is not finite" if known else "no column of this task"
         return {PRIMARY[task]: {**null(why).to_json(), "ci": None, "n": None, "items": str(path) if known else None}}
     figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
-    return {name: entry_of(each, len(columns["digest"]), path) for name, each in figures.items()}
+    found = {name: entry_of(each, len(columns["digest"]), path) for name, each in figures.items()}
+    lacking = {**null("no column that it is made of").to_json(), "ci": None, "n": None, "items": str(path)}
+    return {PRIMARY[task]: lacking, **found}
 
 
 def _columns(path: Path, task: Task, key: str) -> Arrays:
