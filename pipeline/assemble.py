@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import metrics
 from pipeline.attempt import device_name
 from pipeline.comparison import note_charges
-from pipeline.gate.ending import shown_verdict, write_outputs
+from pipeline.gate.ending import ended, shown_verdict, write_outputs
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.journal import read_events
@@ -22,6 +22,7 @@ from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
+from pipeline.report.verdict import markdown_line, shown_line
 from pipeline.report.view import is_finished
 from pipeline.store import MODEL, read_json, write_json
 from pipeline.sync import GATE_S, let_go, undelivered
@@ -41,14 +42,18 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)
     write_json(attempt.folder / "catalogue.json", metrics.export())
-    (attempt.folder / "report.md").write_text(markdown(result), encoding="utf-8")
+    verdict = ended(attempt, status, why)
+    opening = (
+        "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
+    )  # a gate that came to none
+    (attempt.folder / "report.md").write_text(opening + markdown(result), encoding="utf-8")
     state = read_json(attempt.folder / "run.json") or {}
-    ended = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
-    write_json(attempt.folder / "run.json", {**state, **ended})
+    end = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
+    write_json(attempt.folder / "run.json", {**state, **end})
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),
-        files=[*write_outputs(attempt, status, why), "report.md", "result.json", "catalogue.json", "config.json",
+        files=[*write_outputs(attempt, verdict), "report.md", "result.json", "catalogue.json", "config.json",
                *_traces(attempt)],
     )  # fmt: skip
     attempt.journal.close()
@@ -56,12 +61,12 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     if status == "FINISHED" and made and attempt.gate is None:
         _point_latest(attempt.folder)
     attempt.lock.release()
-    if attempt.gate is not None and attempt.gate.verdict is not None:
-        print(f"\n{attempt.gate.verdict['line']}")
-    elif not attempt.rows:  # refused before any stage: the refusal says it all
+    if not attempt.rows and not result["verdict"]:  # refused before any stage: the refusal says it all
         if attempt.writer is not None:
             let_go(attempt.writer)
         return
+    if verdict is not None:
+        print(f"\n{shown_line(verdict)}")
     conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
     print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
     if attempt.writer is not None:
@@ -82,7 +87,7 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
         "status": status, "why": why, "primary_arm": attempt.run.primary_arm, "conclusion": "",
         "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
         "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
-        "comparisons": attempt.comparisons, "verdict": shown_verdict(attempt.gate),
+        "comparisons": attempt.comparisons, "verdict": shown_verdict(ended(attempt, status, why)),
     }  # fmt: skip
     declared, model = attempt.run.cost.converged_at, attempt.run.model.name
     result["run"]["per_converged_model"] = of_this_run(attempt.folder, result["run"], declared, model).to_json()

@@ -47,8 +47,9 @@ Beside it (each with --help):
   python -m pipeline.selftest model=REF   a release gate against itself: false answers, noise floor
   python -m pipeline.sync                 deliver to MLflow what it has not had yet
 
-Exit codes: 0 done, 1 refused or crashed, 2 command line not parsable, 3 a quantized artifact saves neither time nor
-memory, 7 budget spent, 75 preempted (run the same command again), 130 interrupted."""
+Exit codes: 0 done or PASS, 1 refused or crashed, 2 command line not parsable, 3 FAIL (a release; a quantized artifact
+that saves neither time nor memory), 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE, 7 budget spent, 75 preempted (run the
+same command again), 130 interrupted."""
 
 
 TAKE_A_VALUE = frozenset({
@@ -87,7 +88,9 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute or _execute)
     except UserError as error:
         code = _refuse(error, debug)
-        return Exit.UNPARSABLE if isinstance(error, Unparsable) else code
+        code = Exit.UNPARSABLE if isinstance(error, Unparsable) else code
+        _tell_of_gate(argv, str(error), code)
+        return code
     except KeyboardInterrupt as error:
         return _say(error, Exit.INTERRUPTED, debug)
 
@@ -152,6 +155,14 @@ def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, R
         raise UserError("recipe", "none is named", f"add recipe= and one of {', '.join(recipes)}")
 
 
+def _tell_of_gate(args: Sequence[str], line: str, code: int) -> None:
+    """Tell GitHub of a release check that was refused before it was composed."""
+    if "recipe=release_check" in args:
+        from pipeline.report.github import tell_refusal
+
+        tell_refusal(f"refused: {line}", code)
+
+
 def _refuse(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
@@ -212,6 +223,7 @@ def _compose_and_run(
             traceback.print_exception(error)
         code, line = explain(error, args, recipes)
         print(f"refused: {line}", file=sys.stderr)
+        _tell_of_gate(args, line, code)
         return code
     except OSError as error:  # Hydra makes its own folder below the root before the job begins
         problem = f"{error.filename} cannot be made ({error.strerror})"
@@ -258,9 +270,12 @@ def _recipe_node(recipe: Recipe) -> dict[str, Any]:
 
 
 def _typed(run: Any) -> Any:
+    from pipeline.gate.checks import is_gate
+    from pipeline.report.github import refusals_told
     from pipeline.validate import validate
 
-    validate(run)
+    with refusals_told(is_gate(run)):
+        validate(run)
     return run
 
 

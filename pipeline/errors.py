@@ -53,3 +53,9 @@ class Preempted(Exception):
 
 class BudgetSpent(Exception):
     """`budget.device_hours` is used up; a checkpoint is on disk, and requeueing would only spend more."""
+
+
+def exit_of(error: BaseException | None) -> Exit:
+    """Return what a run ends with that an exception ended."""
+    known = {Preempted: Exit.PREEMPTED, BudgetSpent: Exit.BUDGET_SPENT, KeyboardInterrupt: Exit.INTERRUPTED}
+    return next((code for kind, code in known.items() if isinstance(error, kind)), Exit.REFUSED)

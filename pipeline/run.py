@@ -14,9 +14,11 @@ from pipeline.arms import is_rung
 from pipeline.attempt import Attempt
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.gate.checks import is_gate
 from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
+from pipeline.report.github import refusals_told
 from pipeline.signals import on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs
@@ -42,7 +44,8 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
         from pipeline.assemble import finish
         from pipeline.comparison import compare, without_speedup
         from pipeline.gate.ending import exit_code, hold_gate
-    attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
+    with refusals_told(is_gate(run)):
+        attempt = open_attempt(run, clock, command=command, started_ns=started_ns)
     status, why = "FAILED", "crashed"
 
     def ask(number: int) -> None:  # the training loop, between steps

@@ -214,10 +214,11 @@ _SIDE: dict[str, Any] = {
         "charge": {"type": ["object", "null"]},
     },
 }  # fmt: skip
+_BROKEN_OFF = [1, 7, 75, 130]  # exit codes of a run that did not come to its end, whatever its verdict
 _JUDGED: dict[str, Any] = {
     "schema": {"const": 1}, "line": {"type": "string"},
     "verdict": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", "NO_BASELINE"]},
-    "exit_code": {"enum": [0, 1, 3, 4, 5, 6]}, "why": _TEXT, "criteria": {"type": "array", "items": _CRITERION},
+    "exit_code": {"enum": [0, 3, 4, 5, 6]}, "why": _TEXT, "criteria": {"type": "array", "items": _CRITERION},
     "candidate": _SIDE, "baseline": {"oneOf": [{"type": "null"}, _SIDE]},
     "policy": {"type": "object", "required": ["name", "sha256", "settings"]},
     "task": {"type": "string"}, "primary": {"type": "string"}, "unit": {"enum": ["token", "example"]},
@@ -228,6 +229,8 @@ _JUDGED: dict[str, Any] = {
         "type": "object", "required": ["done", "model", "version", "url", "why"],
         "properties": {"done": {"type": "boolean"}}}]},
     "history": {"type": ["object", "null"]},
+    "end": {"type": "object", "required": ["exit_code", "why"], "additionalProperties": False,
+            "properties": {"exit_code": {"enum": [0, 3, 4, 5, 6, *_BROKEN_OFF]}, "why": _TEXT}},
 }  # fmt: skip
 _SHOWN: dict[str, Any] = {
     "type": "object", "required": [name for name in _JUDGED if name != "recorded"], "additionalProperties": False,
@@ -237,8 +240,9 @@ _CRASHED: dict[str, Any] = {
     "type": "object", "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
     "additionalProperties": False,
     "properties": {
-        "schema": {"const": 1}, "line": {"type": "string"}, "verdict": {"type": "null"}, "exit_code": {"const": 1},
-        "why": _TEXT, "criteria": {"type": "array", "maxItems": 0}, "run_id": {"type": "string"},
+        "schema": {"const": 1}, "line": {"type": "string"}, "verdict": {"type": "null"},
+        "exit_code": {"enum": _BROKEN_OFF}, "why": _TEXT,
+        "criteria": {"type": "array", "maxItems": 0}, "run_id": {"type": "string"},
     },
 }  # fmt: skip
 VERDICT_SCHEMA: dict[str, Any] = {

@@ -1,31 +1,43 @@
-"""What a gate leaves for reviewers and CI: the line, the section, JUnit, GitHub, and the snippets that run it."""
+"""What a gate leaves for reviewers and CI: line, section of the report, JUnit, GitHub, and the snippets that run it."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from here import here
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from junitparser import Error, Failure, JUnitXml, Skipped
+from make_result import make_result
 from make_verdict import accuracy, make_verdict, no_baseline, payback, serving
+from markdown_it import MarkdownIt
 
 from pipeline.compare.verdict import Outcome
+from pipeline.errors import BudgetSpent, Preempted, exit_of
+from pipeline.gate.ending import ended, shown_verdict, write_outputs
+from pipeline.gate.opening import as_recorded, checksum
+from pipeline.report.conclusion import conclude
 from pipeline.report.github import annotation, outputs, summary, tell_github
 from pipeline.report.junit import junit
-from pipeline.report.verdict import verdict_line, verdict_section, verdict_words
+from pipeline.report.markdown import markdown
+from pipeline.report.verdict import markdown_line, verdict_line, verdict_section, verdict_words
 from pipeline.schema import VERDICT_SCHEMA
 from pipeline.values import null
 
 ROOT = Path(__file__).parent.parent
-CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None, 
+CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None,
                            "exit_code": 1, "why": "boom", "criteria": [], "run_id": "r"}  # fmt: skip
 NOT_COMPARED = replace(accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b")
 FEW = accuracy(-0.004, (-0.03, 0.02), outcome=Outcome.INCONCLUSIVE, needed=4000)
@@ -66,6 +78,35 @@ def test_the_line_says_it_all(verdict: dict[str, Any], line: str) -> None:
 )
 def test_rounding_contradicts_no_verdict(low: float, outcome: Outcome, shown: str) -> None:
     assert shown in verdict_line(make_verdict(serving(), accuracy(-0.002, (low, 0.004), outcome=outcome)))
+
+
+def in_line(verdict: dict[str, Any]) -> tuple[float, float, float]:
+    """Return the ends of quality's interval and its margin, as the line shows them."""
+    found = re.search(r"\[(\S+), (\S+)\] vs margin (\S+)", verdict["line"])
+    assert found is not None, verdict["line"]
+    low, high, margin = map(float, found.groups())
+    return low, high, margin
+
+
+@pytest.mark.parametrize(("margin", "shown"), [(0.0025, -0.25), (0.0005, -0.05), (0.01, -1.0), (0.1, -10.0)])
+def test_a_margin_is_shown_as_the_policy_states_it(margin: float, shown: float) -> None:
+    verdict = make_verdict(serving(), accuracy(0.0, (0.96 * -margin, 0.002), threshold=-margin))
+    low, _, limit = in_line(verdict)
+    assert limit == shown < low
+    assert f"| {shown} pt |" in "\n".join(verdict_section(verdict))
+
+
+@examples(max_examples=300, deadline=None)
+@given(st.floats(1e-4, 0.2), st.floats(-1e-3, 1e-3), st.floats(0, 1e-3))
+def test_what_the_line_shows_is_what_was_decided(margin: float, beyond: float, width: float) -> None:
+    margin = round(margin, 6)
+    low = -margin + beyond
+    verdict = make_verdict(serving(), accuracy(low, (low, low + width), threshold=-margin))
+    shown_low, shown_high, limit = in_line(verdict)
+    if abs(beyond) > 1e-10:  # the last of twelve decimals of a percentage
+        assert (shown_low > limit) == (low > -margin)
+    if abs(beyond + width) > 1e-10:
+        assert (shown_high < limit) == (low + width < -margin)
 
 
 @given(st.floats(-0.5, 0.5), st.floats(0, 0.2), st.floats(0, 0.2))
@@ -109,17 +150,108 @@ def test_the_conclusion_says_what_comes_next(verdict: dict[str, Any], said: str)
 def test_names_that_others_chose_stay_text() -> None:
     verdict = make_verdict(policy="`x`|<b>\x1b[31m\nred")
     verdict["candidate"]["reference"] = "a|b\n# heading <script>"
-    text = "\n".join(verdict_section(verdict))
+    verdict["criteria"].append({**serving().to_json(), "name": "quality/task/\x1b[2Jx\n<b>/acc"})
+    verdict["line"] = verdict_line(verdict)
+    text = "\n".join([markdown_line(verdict), *verdict_section(verdict)])
     assert "<script>" not in text
+    assert "<b>" not in text
     assert "\n# heading" not in text
-    assert "\x1b" not in verdict_line(verdict) + text + junit(verdict) + outputs(verdict, {}) + annotation(verdict)
+    made = (
+        verdict_line(verdict),
+        text,
+        junit(verdict),
+        outputs(verdict, {}),
+        annotation(verdict),
+        verdict_words(verdict),
+    )
+    assert "\x1b" not in "".join(made)
+
+
+def test_the_report_begins_with_the_line_as_it_is_and_links_nowhere() -> None:
+    verdict = make_verdict()
+    result = make_result("baseline", verdict=shown_verdict(written(verdict)))
+    assert markdown(result).splitlines()[0] == verdict["line"]
+    assert conclude(result).startswith("Serving passes at +38.2% [+35.1, +41.0]; accuracy passes at -0.3 pt")
+    for name in ("[1, 2](http://x)", "[x](http://x)", "[1, 2][3]"):
+        shown = MarkdownIt("commonmark").render(markdown_line(make_verdict(policy=name)))
+        assert "<a" not in shown
+        assert name in shown
+
+
+def test_a_report_says_what_came_between_a_verdict_and_its_end() -> None:
+    told = shown_verdict(written(make_verdict()))
+    assert told is not None
+    lost = {**told, "promotion": NOT_PROMOTED}
+    assert "Not promoted: the champion is another by now." in conclude(make_result("baseline", verdict=lost))
+    broken = make_result("baseline", verdict=told, status="FAILED", why="disk full")
+    assert conclude(broken).endswith("The run ended FAILED: disk full.")
+    assert "no ledger" in "\n".join(verdict_section({**told, "baseline": {**told["baseline"], "charge": {}}}))
 
 
 # -- schema, JUnit --------------------------------------------------------------------------------------------------
 
 
 def written(verdict: dict[str, Any]) -> dict[str, Any]:
-    return {**verdict, "sha256": "f" * 64, "promotion": None, "history": None} if verdict["verdict"] else verdict
+    if verdict["verdict"] is None:
+        return verdict
+    return {**verdict, "sha256": "f" * 64, "promotion": None, "history": None,
+            "end": {"exit_code": verdict["exit_code"], "why": None}}  # fmt: skip
+
+
+NOT_PROMOTED = {"done": False, "model": "m", "version": None, "url": None, "why": "the champion is another by now"}
+
+
+def gate_of(verdict: dict[str, Any] | None, folder: Path, promotion: dict[str, Any] | None = None) -> Any:
+    """Return as much of an attempt as its end needs."""
+    gate = SimpleNamespace(verdict=verdict, promotion=promotion, history=None)
+    return SimpleNamespace(gate=gate, folder=folder, run_id="r")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyError("x"), 1), (Preempted("wanted back"), 75), (BudgetSpent("spent"), 7), (KeyboardInterrupt(), 130)],
+)
+@pytest.mark.parametrize("verdict", [None, make_verdict()], ids=["before", "after"])
+def test_an_end_by_an_exception_says_so_with_its_exit_code(
+    tmp_path: Path, verdict: dict[str, Any] | None, error: BaseException, code: int
+) -> None:
+    try:
+        raise error
+    except BaseException:  # noqa: BLE001 - the very one
+        made = ended(gate_of(verdict, tmp_path), "FAILED", "crashed")
+    assert made is not None
+    assert (exit_of(error), (made.get("end") or made)["exit_code"]) == (code, code)
+    jsonschema.validate(made, VERDICT_SCHEMA)
+    assert re.search(rf"exit_code<<(\S+)\n{code}\n\1\n", outputs(made, {}))
+    assert annotation(made).startswith("::error title=Release check::")
+    assert type(error).__name__ in annotation(made)
+    (suite,) = JUnitXml.fromstring(junit(made).encode())
+    assert suite.errors == 1
+
+
+def test_a_pass_that_was_not_promoted_fails_the_job_and_stays_what_was_recorded(tmp_path: Path) -> None:
+    verdict = make_verdict()
+    made = ended(gate_of(verdict, tmp_path, NOT_PROMOTED), "FINISHED", None)
+    assert made is not None
+    assert (made["exit_code"], made["end"]["exit_code"]) == (0, 1)
+    assert checksum(as_recorded(made)) == made["sha256"] == checksum(verdict)
+    assert annotation(made).startswith(
+        "::error title=Release check::not promoted: the champion is another by now  PASS"
+    )
+    (suite,) = JUnitXml.fromstring(junit(made).encode())
+    assert [case.name for case in suite if case.result] == ["end of the run"]
+
+
+def test_files_are_written_beside_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    (tmp_path / "report.md").write_text("PASS\n")
+    attempt = gate_of(make_verdict(), tmp_path)
+    assert write_outputs(attempt, ended(attempt, "FINISHED", None)) == ["verdict.json", "junit.xml"]
+    jsonschema.validate(json.loads((tmp_path / "verdict.json").read_text()), VERDICT_SCHEMA)
+    assert (tmp_path / "summary").read_text() == "PASS\n"
+    assert ended(SimpleNamespace(gate=None), "FINISHED", None) is None
+    assert write_outputs(attempt, None) == []
 
 
 ALL = [
@@ -183,9 +315,9 @@ def test_github_gets_summary_outputs_and_one_annotation(tmp_path: Path, capsys: 
             value.append(line)
         read[name] = "\n".join(value)
     assert (read["verdict"], read["exit_code"], read["report"]) == ("FAIL", "3", "/r")
-    assert read["line"] == "FAIL 100% verdict<<x PASS"
+    assert read["line"] == "FAIL  100% verdict<<x PASS"
     assert read["serving_saving"] == "-0.1"
-    assert capsys.readouterr().out == "::error title=Release check::FAIL 100%25 verdict<<x PASS\n"
+    assert capsys.readouterr().out == "::error title=Release check::FAIL  100%25 verdict<<x PASS\n"
 
 
 def test_elsewhere_nothing_is_said_and_what_cannot_be_written_changes_nothing(
@@ -229,7 +361,8 @@ def test_the_github_action_passes_inputs_as_they_are_and_the_exit_code_on(tmp_pa
         "policy=strict", "promote=false", "bootstrap=false", "tracking.team=a b", "store.url=s3://c/d",
     ]  # fmt: skip
     known = outputs(make_verdict(), {"report": "/r"})
-    assert all(f"{name}<<" in known for name in action["outputs"])
+    assert {line.partition("<<")[0] for line in known.splitlines() if "<<" in line} == set(action["outputs"])
+    assert all(each["value"] == f"${{{{ steps.gate.outputs.{name} }}}}" for name, each in action["outputs"].items())
 
 
 def test_the_gitlab_job_runs_the_gate_and_keeps_what_it_left(tmp_path: Path) -> None:
@@ -240,10 +373,39 @@ def test_the_gitlab_job_runs_the_gate_and_keeps_what_it_left(tmp_path: Path) -> 
     done = subprocess.run(["bash", "-e", "-c", "\n".join(job["script"])], cwd=tmp_path, env=env, check=False)
     assert done.returncode == 4
     assert "candidate=x y" in (tmp_path / "seen").read_text().splitlines()
-    run = tmp_path / "mlruns/runs/20261128-release_check-1"
-    run.mkdir(parents=True)
-    for name in job["artifacts"]["paths"]:
-        (run / name).write_text("x")
+    old, run = (tmp_path / f"mlruns/runs/20261128-release_check-{number}" for number in (9, 1))
+    for folder in (old, run):
+        folder.mkdir(parents=True)
+        for name in job["artifacts"]["paths"]:
+            (folder / name).write_text(folder.name)
+    for name in job["artifacts"]["paths"]:  # of a cached mlruns/
+        os.utime(old / name, (1, 1))
     subprocess.run(["bash", "-e", "-c", "\n".join(job["after_script"])], cwd=tmp_path, env=env, check=True)
-    assert all((tmp_path / name).is_file() for name in job["artifacts"]["paths"])
+    assert {(tmp_path / name).read_text() for name in job["artifacts"]["paths"]} == {run.name}
+    assert "allow_failure" not in job, "what nobody has decided is not released"
     assert job["artifacts"]["reports"]["junit"] == "junit.xml"
+
+
+# -- refusals before there is a folder ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "said"),
+    [
+        (("candidate=nowhere", "baseline=nowhere", "policy=smoke"), 1, "there is no nowhere"),
+        (("candidate=x", "baseline=x", "policy=smoke", "seeds=[0,1]"), 1, "a release is one artifact"),
+        (("candidate=x", "baseline=x", "policy=smok"), 1, "policy"),
+        (("candidate=x", "baseline=x", "bare"), 2, "cannot be parsed"),
+    ],
+)
+def test_github_is_told_of_a_gate_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], code: int, said: str
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    done = here(tmp_path, "recipe=release_check", "data.max_documents=40", *settings)
+    assert done.returncode == code
+    (line,) = [each for each in done.stdout.splitlines() if each.startswith("::")]
+    assert line.startswith("::error title=Release check::no verdict: refused: ")
+    assert said in line
+    assert re.search(rf"exit_code<<(\S+)\n{code}\n\1\n", (tmp_path / "outputs").read_text())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.verdict import Outcome
-from pipeline.errors import Exit
+from pipeline.errors import Exit, exit_of
 from pipeline.gate.opening import FILE, Gate, Verdict, as_recorded, checksum, model_name, recall, record
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
@@ -107,28 +107,39 @@ def _tags(verdict: Verdict) -> dict[str, str]:
     return {f"gate.{name}": str(verdict[name]) for name in TAGS}
 
 
-def shown_verdict(gate: Gate | None) -> Verdict | None:
+def shown_verdict(written: Verdict | None) -> Verdict | None:
     """Return the verdict as result.json holds it; None where there is none."""
-    if gate is None or gate.verdict is None:
+    if written is None or written["verdict"] is None:
         return None
-    shown = {name: value for name, value in gate.verdict.items() if name != "readings"}
-    return {**shown, "promotion": gate.promotion, "history": gate.history}
+    return {name: value for name, value in written.items() if name not in ("readings", "sha256")}
 
 
-def write_outputs(attempt: Attempt, status: str, why: str | None) -> list[str]:
-    """Write what a gate leaves beside the report, whatever its end; return the files' names."""
-    gate = attempt.gate
+def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
+    """Return what verdict.json holds, whatever the end was; None where the run is no gate.
+
+    Called while the exception that ended the run is on its way, where one did: it says more than `crashed`.
+    """
+    gate, error = attempt.gate, sys.exception()
     if gate is None:
-        return []
+        return None
+    if status != "FINISHED" and why == "crashed" and error is not None:
+        why = f"{type(error).__name__}: {error}"
     if gate.verdict is None:
-        written: Verdict = {
+        return {
             "schema": 1, "line": f"no verdict: the run ended {status}: {why}", "verdict": None,
-            "exit_code": int(Exit.REFUSED), "why": why, "criteria": [], "run_id": attempt.run_id,
+            "exit_code": int(exit_of(error)), "why": why, "criteria": [], "run_id": attempt.run_id,
         }  # fmt: skip
-    else:
-        more = {"sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion, "history": gate.history}
-        code = exit_code(gate) if status == "FINISHED" else Exit.REFUSED  # the champion could not be moved, say
-        written = {**gate.verdict, "exit_code": int(code), "why": gate.verdict["why"] or why, **more}
+    code = exit_code(gate) if status == "FINISHED" else exit_of(error)  # while the champion was moved, say
+    return {
+        **gate.verdict, "sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion,
+        "history": gate.history, "end": {"exit_code": int(code), "why": why},
+    }  # fmt: skip
+
+
+def write_outputs(attempt: Attempt, written: Verdict | None) -> list[str]:
+    """Write what a gate leaves beside the report (`ended` says what); return the files' names."""
+    if written is None:
+        return []
     write_json(attempt.folder / FILE, written)
     (attempt.folder / JUNIT).write_text(junit(written), encoding="utf-8")
     report = attempt.folder / "report.md"

@@ -23,7 +23,7 @@ from pipeline.store import Artifact, Store, key_of, plain, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"
-BESIDE = ("sha256", "promotion", "history")  # in verdict.json, and not part of what is recorded
+BESIDE = ("sha256", "promotion", "history", "end")  # in verdict.json, and not part of what is recorded
 Verdict = dict[str, Any]
 
 

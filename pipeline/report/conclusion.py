@@ -62,7 +62,8 @@ _NAME_LIMIT = 60
 def conclude(result: Result) -> str:
     """Return the conclusion: one sentence, and a second one naming what is missing where something is."""
     if result.get("verdict"):
-        return verdict_words(result["verdict"])
+        end = _end_of_run(result)
+        return " ".join([verdict_words(result["verdict"]), *([_sentence(end)] if end else [])])
     clauses, explained = _compared(result)
     found = seeds(result)
     if not found:

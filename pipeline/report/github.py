@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.text import one_line
+from pipeline.errors import UserError, exit_of
+from pipeline.report.text import markdown_text
+from pipeline.report.verdict import end_code, shown_line, trouble
 
 MOST_BYTES = 2**20  # of a step's summary
-LEVELS = {"PASS": "notice", "NO_BASELINE": "warning", "INCONCLUSIVE": "warning"}
+LEVELS = {0: "notice", 4: "warning", 6: "warning"}  # by exit code; all others are errors
 
 
 def tell_github(
@@ -36,6 +39,24 @@ def tell_github(
     print(annotation(verdict), flush=True)
 
 
+def tell_refusal(why: str, exit_code: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Say that a gate was refused before it had a folder to write to."""
+    verdict = {"line": f"no verdict: {why}", "verdict": None, "exit_code": int(exit_code), "criteria": [], "run_id": ""}
+    tell_github(verdict, f"{markdown_text(verdict['line'])}\n", {"report": ""}, environ)
+
+
+@contextmanager
+def refusals_told(is_gate: bool) -> Generator[None]:
+    """Tell of what ends a gate here; one that has its folder tells of its end itself (`gate/ending.py`)."""
+    try:
+        yield
+    except Exception as error:
+        if is_gate:
+            kind = "refused" if isinstance(error, UserError) else f"crashed: {type(error).__name__}"
+            tell_refusal(f"{kind}: {error}", exit_of(error))
+        raise
+
+
 def summary(report: str) -> str:
     """Return the report, cut at a line's end where it is longer than a summary may be."""
     raw = report.encode()
@@ -50,7 +71,7 @@ def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
     by_name = {each["name"]: each for each in verdict["criteria"]}
     saving = by_name.get("serving", {}).get("value", {}).get("v")
     values: dict[str, object] = {
-        "verdict": verdict["verdict"] or "", "exit_code": verdict["exit_code"], "line": verdict["line"],
+        "verdict": verdict["verdict"] or "", "exit_code": end_code(verdict), "line": shown_line(verdict),
         "candidate_digest": (verdict.get("candidate") or {}).get("digest", ""),
         "baseline_digest": (verdict.get("baseline") or {}).get("digest", ""),
         "serving_saving": "" if saving is None else f"{saving:.6g}", "run_id": verdict["run_id"], **files,
@@ -58,15 +79,15 @@ def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
     lines: list[str] = []
     for name, value in values.items():
         mark = f"end_{secrets.token_hex(16)}"
-        lines += [f"{name}<<{mark}", one_line(value, 4000), mark]
+        lines += [f"{name}<<{mark}", str(value), mark]
     return "\n".join(lines) + "\n"
 
 
 def annotation(verdict: Mapping[str, Any]) -> str:
     """Return the one line that GitHub shows beside the commit."""
-    level = LEVELS.get(str(verdict["verdict"]), "error")
-    text = one_line(verdict["line"], 1000).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return f"::{level} title=Release check::{text}"
+    text = "  ".join(part for part in (trouble(verdict), shown_line(verdict)) if part)
+    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return f"::{LEVELS.get(end_code(verdict), 'error')} title=Release check::{text}"
 
 
 def _append(path: str | None, text: str, name: str) -> None:
@@ -75,5 +96,6 @@ def _append(path: str | None, text: str, name: str) -> None:
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        print(f"note: {name} cannot be written ({error.strerror})", file=sys.stderr)
+    except (OSError, ValueError) as error:  # a text that is no UTF-8: a path, perhaps
+        why = error.strerror if isinstance(error, OSError) else type(error).__name__
+        print(f"note: {name} cannot be written ({why})", file=sys.stderr)

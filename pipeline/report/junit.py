@@ -2,7 +2,8 @@
 
 JUnit knows passed, failure, error and skipped. A criterion that the policy asks for is a failure where it is FAIL or
 INCONCLUSIVE (type says which: neither lets a release pass) and an error where it is INVALID; one that is only shown is
-skipped unless it passes. Without a champion there is one skipped case, after a crash one error.
+skipped unless it passes. Without a champion there is one skipped case; after a crash, or where a champion could not be
+moved, an error says so. The time of serving is that of all its readings; what is not timed by itself has 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.report.text import one_line
-from pipeline.report.verdict import criterion_words
+from pipeline.report.verdict import criterion_words, end_code, shown_line, trouble
 
 SUITE = "release_check"
 _KINDS = {"FAIL": "failure", "INCONCLUSIVE": "failure", "INVALID": "error"}
@@ -21,17 +22,24 @@ _KINDS = {"FAIL": "failure", "INCONCLUSIVE": "failure", "INVALID": "error"}
 def junit(verdict: Mapping[str, Any]) -> str:
     """Return the file's content."""
     cases = [_case(each, verdict) for each in verdict["criteria"]] or [_whole(verdict)]
+    problem = trouble(verdict)
+    if problem is not None:
+        cases.append(_error("end of the run", problem, verdict))
     counts = {kind: sum(case.find(kind) is not None for case in cases) for kind in ("failure", "error", "skipped")}
     suite = ET.Element("testsuite", {
         "name": f"{SUITE}.{_of(verdict)}", "tests": str(len(cases)), "failures": str(counts["failure"]),
-        "errors": str(counts["error"]), "skipped": str(counts["skipped"]), "time": "0",
-        "timestamp": str(verdict.get("created", ""))[:19],
+        "errors": str(counts["error"]), "skipped": str(counts["skipped"]), "time": _seconds(verdict),
+        **({"timestamp": str(verdict["created"])[:19]} if "created" in verdict else {}),
     })  # fmt: skip
     properties = ET.SubElement(suite, "properties")
-    for name in ("line", "verdict", "exit_code", "run_id"):
-        ET.SubElement(properties, "property", {"name": name, "value": one_line(verdict[name])})
+    told = {
+        "line": shown_line(verdict), "verdict": one_line(verdict["verdict"]), "exit_code": str(end_code(verdict)),
+        "run_id": one_line(verdict["run_id"]),
+    }  # fmt: skip
+    for name, value in told.items():
+        ET.SubElement(properties, "property", {"name": name, "value": value})
     suite.extend(cases)
-    ET.SubElement(suite, "system-out").text = one_line(verdict["line"])
+    ET.SubElement(suite, "system-out").text = shown_line(verdict)
     whole = ET.Element("testsuites")
     whole.append(suite)
     ET.indent(whole)
@@ -45,8 +53,7 @@ def _of(verdict: Mapping[str, Any]) -> str:
 
 
 def _case(criterion: Mapping[str, Any], verdict: Mapping[str, Any]) -> ET.Element:
-    case = ET.Element("testcase", {"classname": f"{SUITE}.{_of(verdict)}", "name": one_line(criterion["name"], 120),
-                                   "time": "0"})  # fmt: skip
+    case = _testcase(criterion["name"], verdict, _seconds(verdict) if criterion["name"] == "serving" else "0")
     outcome, words = criterion["outcome"], criterion_words(criterion)
     if criterion["gating"] and outcome != "PASS":
         ET.SubElement(case, _KINDS[outcome], {"type": outcome, "message": words}).text = words
@@ -56,12 +63,26 @@ def _case(criterion: Mapping[str, Any], verdict: Mapping[str, Any]) -> ET.Elemen
     return case
 
 
+def _testcase(name: object, verdict: Mapping[str, Any], time: str = "0") -> ET.Element:
+    return ET.Element("testcase", {"classname": f"{SUITE}.{_of(verdict)}", "name": one_line(name, 120), "time": time})
+
+
+def _seconds(verdict: Mapping[str, Any]) -> str:
+    """Return the seconds of all serving readings, of both sides and looks."""
+    readings = verdict.get("readings") or {}
+    return f"{sum(sum(pair) for side in ('candidate_s', 'baseline_s') for pair in readings.get(side, [])):.3f}"
+
+
+def _error(name: str, text: str, verdict: Mapping[str, Any]) -> ET.Element:
+    case = _testcase(name, verdict)
+    ET.SubElement(case, "error", {"type": "crash", "message": text}).text = text
+    return case
+
+
 def _whole(verdict: Mapping[str, Any]) -> ET.Element:
     """Return the one case of a gate that compared nothing."""
-    case = ET.Element("testcase", {"classname": f"{SUITE}.{_of(verdict)}", "name": "verdict", "time": "0"})
-    line = one_line(verdict["line"])
-    if verdict["verdict"] == "NO_BASELINE":
-        ET.SubElement(case, "skipped", {"message": line})
-    else:
-        ET.SubElement(case, "error", {"type": "crash", "message": line}).text = line
+    if verdict["verdict"] is None:
+        return _error("verdict", shown_line(verdict), verdict)
+    case = _testcase("verdict", verdict)
+    ET.SubElement(case, "skipped", {"message": shown_line(verdict)})
     return case

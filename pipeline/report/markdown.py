@@ -16,7 +16,7 @@ from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
-from pipeline.report.verdict import verdict_section
+from pipeline.report.verdict import markdown_line, verdict_section
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,
@@ -98,7 +98,7 @@ def short_form(result: Result, limit: int = 8000) -> str:
 # -- sections ----------------------------------------------------------------------------------------------------------
 def _opening(result: Result) -> str:
     verdict = result["verdict"]
-    answer = [_md(verdict["line"])] if verdict else []  # a gate's report begins with it
+    answer = [markdown_line(verdict)] if verdict else []  # a gate's report begins with it
     return "\n\n".join([
         *answer,
         f"# {_md(result['recipe'])}: {result['status']}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,16 @@ from pipeline.report.text import bullet, markdown_text, one_line
 
 Verdict = Mapping[str, Any]
 GAP = "  "
-MOST_DECIMALS = 6
+MOST_DECIMALS = 12
+DECIDED = "That is decided: the same command again gives this verdict, and measures nothing."
 WORDS = {
     "PASS": "passes", "FAIL": "fails", "INCONCLUSIVE": "is not decided", "INVALID": "cannot be judged",
 }  # fmt: skip
-SENSE = "Positive is better or cheaper for the candidate; interval ends are one-sided bounds at the policy's alpha."
+SENSE = (
+    "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at the policy's "
+    "alpha, which the looks at serving and energy share."
+)
+_TWO_NUMBERS = re.compile(r"\\\[([-+]?[0-9.]+, [-+]?[0-9.]+)\\\](?= vs |$)")
 SAVINGS = ("training", "serving", "memory", "energy")
 
 
@@ -36,11 +42,43 @@ def verdict_line(verdict: Verdict) -> str:
         parts.append(_payback(by_name["payback"], verdict))
     if verdict["why"]:
         parts.append(one_line(verdict["why"], 200))
-    behind = [each["name"] for each in verdict["criteria"] if each["gating"] and each["outcome"] == verdict["verdict"]]
+    behind = [
+        one_line(each["name"], 80)
+        for each in verdict["criteria"]
+        if each["gating"] and each["outcome"] == verdict["verdict"]
+    ]
     if behind and verdict["verdict"] != "PASS":
         parts.append(f"by {', '.join(behind)}")
     parts.append(f"policy {one_line(verdict['policy']['name'], 40)}")
     return GAP.join(parts)
+
+
+def shown_line(verdict: Verdict) -> str:
+    """Return the line that a verdict carries, on one line whatever is in it, with the gaps between its parts."""
+    return GAP.join(one_line(part) for part in str(verdict["line"]).split(GAP))
+
+
+def markdown_line(verdict: Verdict) -> str:
+    """Return the line as a report begins with it: Markdown, and as it is read where nothing in it is Markdown's.
+
+    Brackets around two numbers stay plain: they make a link only before another bracket, and a report defines none.
+    """
+    parts = (markdown_text(part, 400) for part in str(verdict["line"]).split(GAP))
+    return GAP.join(_TWO_NUMBERS.sub(r"[\1]", part) for part in parts)
+
+
+def trouble(verdict: Verdict) -> str | None:
+    """Return what came in between where a run did not end as its verdict says: a champion not moved, a crash."""
+    end = verdict.get("end")
+    if end is None or end["exit_code"] == verdict["exit_code"]:
+        return None
+    why = (verdict.get("promotion") or {}).get("why")
+    return f"not promoted: {one_line(why)}" if why else one_line(end["why"] or "the run did not end")
+
+
+def end_code(verdict: Verdict) -> int:
+    """Return the exit code of the run; the verdict's own unless something came in between."""
+    return (verdict.get("end") or verdict)["exit_code"]
 
 
 def _serving(criterion: Verdict, verdict: Verdict) -> str:
@@ -55,23 +93,35 @@ def _serving(criterion: Verdict, verdict: Verdict) -> str:
 
 def _quality(criterion: Verdict) -> str:
     key = criterion["name"].removeprefix("quality/")
-    symbol, name = ("%" if key in RELATIVE else " pt"), key.replace("_", " ")
+    symbol, name = ("%" if key in RELATIVE else " pt"), one_line(key.replace("_", " "), 80)
     if not key.startswith(TASK) and DIRECTION[key] < 0:
         name = f"quality ({name})"
     if criterion["value"]["v"] is None:
         return f"{name} unknown"
     decimals = _decimals(criterion)
     delta = _signed(criterion["value"]["v"], decimals)
-    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {_signed(criterion['threshold'], 1)}"
+    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {_exact(criterion['threshold'])}"
 
 
 def _decimals(criterion: Verdict) -> int:
-    """Return the decimals of percentages at which an end that clears its threshold does not read as lying on it."""
-    ends, threshold = [*(criterion["ci"] or ()), criterion["value"]["v"]], criterion["threshold"] or 0.0
-    for decimals in range(1, MOST_DECIMALS):
-        if all(end == threshold or _signed(end, decimals) != _signed(threshold, decimals) for end in ends):
+    """Return the decimals of percentages at which value and ends read on the side of the threshold that they are on."""
+    shares, threshold = [*(criterion["ci"] or ()), criterion["value"]["v"]], criterion["threshold"] or 0.0
+    limit = float(_exact(threshold))
+    for decimals in range(len(_exact(threshold).partition(".")[2]), MOST_DECIMALS):
+        if all(_side_of(round(100 * share, decimals), limit) == _side_of(share, threshold) for share in shares):
             return decimals
     return MOST_DECIMALS
+
+
+def _side_of(x: float, limit: float) -> int:
+    return (x > limit) - (x < limit)
+
+
+def _exact(share: float) -> str:
+    """Return a threshold in per cent as the policy states it, however many decimals that takes: `-1.0`, `+0.25`."""
+    text = f"{100 * share:+.10f}".rstrip("0")
+    text = text + "0" if text.endswith(".") else text
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def _signed(share: float, decimals: int) -> str:
@@ -101,9 +151,10 @@ def _payback(criterion: Verdict, verdict: Verdict) -> str:
 def verdict_words(verdict: Verdict) -> str:
     """Return what the verdict rests on, a sentence per criterion that was asked for, and what to do next."""
     if verdict["verdict"] == "NO_BASELINE":
-        return f"Nothing was compared: {one_line(verdict['why'])}."
+        return " ".join([f"Nothing was compared: {one_line(verdict['why'])}.", *_promoted(verdict)])
     said = [criterion_words(each) for each in verdict["criteria"] if each["gating"]]
-    return " ".join([f"{'; '.join(said)}.", *_next(verdict)])
+    text = "; ".join(said)
+    return " ".join([f"{text[:1].upper()}{text[1:]}.", *_next(verdict)])
 
 
 def criterion_words(criterion: Verdict) -> str:
@@ -112,7 +163,7 @@ def criterion_words(criterion: Verdict) -> str:
 
 
 def _title(criterion: Verdict) -> str:
-    return criterion["name"].removeprefix("quality/").replace("_", " ")
+    return one_line(criterion["name"].removeprefix("quality/").replace("_", " "), 80)
 
 
 def _because(criterion: Verdict) -> str:
@@ -125,14 +176,15 @@ def _because(criterion: Verdict) -> str:
 
 
 def _next(verdict: Verdict) -> list[str]:
-    """Return what the next invocation would do, where that is worth saying."""
+    """Return what became of the champion, and what the next invocation would do."""
     if verdict.get("recorded"):
-        return [f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was measured anew."]
+        again = f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was measured anew."
+        return [again, *_promoted(verdict)]
     names = {each["name"] for each in verdict["criteria"] if each["gating"] and each["outcome"] == "INCONCLUSIVE"}
     if verdict["verdict"] == "INVALID":
         return ["Mend that and run the same command again: this counts as no look."]
     if verdict["verdict"] != "INCONCLUSIVE":
-        return []
+        return _promoted(verdict)
     if names & {"serving", "energy", "payback"} and verdict["look"] < verdict["looks"]:
         return [f"Look {verdict['look']} of {verdict['looks']}: the same command again measures as many blocks more."]
     return ["No further look would help: give more data, or another candidate."]
@@ -160,13 +212,13 @@ def verdict_section(verdict: Verdict) -> list[str]:
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     table += [f"| {' | '.join(_cells(each))} |" for each in verdict["criteria"]]
     sides = [_side(name, verdict[name]) for name in ("candidate", "baseline") if verdict[name] is not None]
-    promotion = verdict.get("promotion")
+    decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
     lines = [
         *([*table, "", SENSE] if verdict["criteria"] else []),
         "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), look "
                            f"{verdict['look']} of {verdict['looks']}"),
-        *([] if promotion is None else [bullet(_promotion(promotion))]),
         *(bullet(text) for text in _next(verdict)),
+        *([bullet(DECIDED)] if decided else []),
     ]  # fmt: skip
     history = verdict.get("history")
     return lines if not history else [*lines, "", *recent(history)]
@@ -178,7 +230,7 @@ def _cells(criterion: Verdict) -> list[str]:
         limit = "-" if threshold is None else f"{count(threshold)} {criterion['unit']}s"
     else:
         symbol = "%" if _is_share_of_base(criterion["name"]) else " pt"
-        limit = "-" if threshold is None or not criterion["gating"] else f"{_signed(threshold, 1)}{symbol}"
+        limit = "-" if threshold is None or not criterion["gating"] else f"{_exact(threshold)}{symbol}"
     note = [criterion["why"] or "", f"{criterion['needed']} would decide" if criterion["needed"] else ""]
     cells = [_title(criterion), criterion["outcome"], _reading(criterion), limit,
              "-" if criterion["n"] is None else str(criterion["n"]), "yes" if criterion["gating"] else "shown only",
@@ -188,12 +240,15 @@ def _cells(criterion: Verdict) -> list[str]:
 
 def _side(name: str, side: Verdict) -> str:
     version = f", version {side['version']} of {side['model']}" if side["version"] else ""
-    charge = side["charge"]
-    cost = f", took {duration(3600 * charge['work_device_hours'])} of device time" if charge else ", no ledger"
+    hours = (side["charge"] or {}).get("work_device_hours")
+    cost = ", no ledger" if hours is None else f", took {duration(3600 * hours)} of device time"
     return bullet(f"{name}: {side['reference']}, artifact {side['digest']}{version}{cost}")
 
 
-def _promotion(promotion: Verdict) -> str:
+def _promoted(verdict: Verdict) -> list[str]:
+    promotion = verdict.get("promotion")
+    if promotion is None:
+        return []
     if promotion["done"]:
-        return f"{promotion['model']} version {promotion['version']} is champion now"
-    return f"not promoted: {promotion['why']}"
+        return [f"{one_line(promotion['model'])} version {one_line(promotion['version'])} is champion now."]
+    return [f"Not promoted: {one_line(promotion['why'])}."]
