@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from junitparser import Error, Failure, JUnitXml, Skipped
-from make_result import make_result
+from make_result import make_result, make_row
 from make_verdict import accuracy, make_verdict, no_baseline, payback, serving
 from markdown_it import MarkdownIt
 
@@ -171,7 +171,9 @@ def test_the_report_begins_with_the_line_as_it_is_and_links_nowhere() -> None:
     verdict = make_verdict()
     result = make_result("baseline", verdict=shown_verdict(written(verdict)))
     assert markdown(result).splitlines()[0] == verdict["line"]
-    assert conclude(result).startswith("Serving passes at +38.2% [+35.1, +41.0]; accuracy passes at -0.3 pt")
+    assert conclude(result).startswith(
+        "Serving passes at +38.2% [+35.1, +41.0] against +5.0%; accuracy passes at -0.3 pt [-0.8, +0.2] against -1.0"
+    )
     for name in ("[1, 2](http://x)", "[x](http://x)", "[1, 2][3]"):
         shown = MarkdownIt("commonmark").render(markdown_line(make_verdict(policy=name)))
         assert "<a" not in shown
@@ -185,6 +187,9 @@ def test_a_report_says_what_came_between_a_verdict_and_its_end() -> None:
     assert "Not promoted: the champion is another by now." in conclude(make_result("baseline", verdict=lost))
     broken = make_result("baseline", verdict=told, status="FAILED", why="disk full")
     assert conclude(broken).endswith("The run ended FAILED: disk full.")
+    rows = [make_row(arm, type="release") for arm in ("baseline", "candidate")]
+    crashed = make_result("baseline", rows=rows, status="FAILED", why="boom")
+    assert conclude(crashed) == "No verdict was come to. The run ended FAILED: boom."
     assert "no ledger" in "\n".join(verdict_section({**told, "baseline": {**told["baseline"], "charge": {}}}))
 
 
@@ -209,7 +214,12 @@ def gate_of(verdict: dict[str, Any] | None, folder: Path, promotion: dict[str, A
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(KeyError("x"), 1), (Preempted("wanted back"), 75), (BudgetSpent("spent"), 7), (KeyboardInterrupt(), 130)],
+    [
+        (KeyError("x\x1b[2J\n::error::"), 1),
+        (Preempted("wanted back"), 75),
+        (BudgetSpent("spent"), 7),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 @pytest.mark.parametrize("verdict", [None, make_verdict()], ids=["before", "after"])
 def test_an_end_by_an_exception_says_so_with_its_exit_code(
@@ -225,6 +235,7 @@ def test_an_end_by_an_exception_says_so_with_its_exit_code(
     assert re.search(rf"exit_code<<(\S+)\n{code}\n\1\n", outputs(made, {}))
     assert annotation(made).startswith("::error title=Release check::")
     assert type(error).__name__ in annotation(made)
+    assert made["line"].isprintable()
     (suite,) = JUnitXml.fromstring(junit(made).encode())
     assert suite.errors == 1
 

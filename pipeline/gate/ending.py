@@ -14,6 +14,7 @@ from pipeline.errors import Exit, exit_of
 from pipeline.gate.opening import FILE, Gate, Verdict, as_recorded, checksum, model_name, recall, record
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
+from pipeline.report.text import one_line
 from pipeline.store import write_json
 
 if TYPE_CHECKING:
@@ -123,10 +124,10 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
     if gate is None:
         return None
     if status != "FINISHED" and why == "crashed" and error is not None:
-        why = f"{type(error).__name__}: {error}"
+        why = one_line(f"{type(error).__name__}: {error}")
     if gate.verdict is None:
         return {
-            "schema": 1, "line": f"no verdict: the run ended {status}: {why}", "verdict": None,
+            "schema": 1, "line": one_line(f"no verdict: the run ended {status}: {why}"), "verdict": None,
             "exit_code": int(exit_of(error)), "why": why, "criteria": [], "run_id": attempt.run_id,
         }  # fmt: skip
     code = exit_code(gate) if status == "FINISHED" else exit_of(error)  # while the champion was moved, say

@@ -48,6 +48,7 @@ from pipeline.report.view import (
     what_happened,
     why_missing,
 )
+from pipeline.stages.release import ReleaseStage
 
 CONTROL_COMPUTE = "control_compute"
 CONTROL_STEPS = "control_steps"
@@ -64,6 +65,8 @@ def conclude(result: Result) -> str:
     if result.get("verdict"):
         end = _end_of_run(result)
         return " ".join([verdict_words(result["verdict"]), *([_sentence(end)] if end else [])])
+    if any(row["type"] == ReleaseStage.type for row in result["rows"]):
+        return " ".join(_sentence(text) for text in ("no verdict was come to", _end_of_run(result)) if text)
     clauses, explained = _compared(result)
     found = seeds(result)
     if not found:
@@ -336,5 +339,5 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def _sentence(text: str) -> str:
     """End a sentence, and raise its first letter unless an arm's name begins it."""
-    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage "))
+    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage ", "no verdict "))
     return (text[:1].upper() + text[1:] if begins_with_word else text) + ("" if text.endswith(".") else ".")

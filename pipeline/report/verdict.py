@@ -172,7 +172,9 @@ def _because(criterion: Verdict) -> str:
     if criterion["outcome"] == "INCONCLUSIVE":
         why = f" ({one_line(criterion['why'])})" if criterion["why"] else ""
         why += f", {criterion['needed']} items would decide" if criterion["needed"] else ""
-    return f" at {reading}{why}" if reading != "-" else why
+    limit = _limit(criterion)
+    asked = "" if limit == "-" else f" against {limit}"
+    return f" at {reading}{asked}{why}" if reading != "-" else why
 
 
 def _next(verdict: Verdict) -> list[str]:
@@ -224,15 +226,19 @@ def verdict_section(verdict: Verdict) -> list[str]:
     return lines if not history else [*lines, "", *recent(history)]
 
 
-def _cells(criterion: Verdict) -> list[str]:
+def _limit(criterion: Verdict) -> str:
+    """Return the threshold that a policy asks for, or `-`."""
     threshold = criterion["threshold"]
+    if threshold is None or not criterion["gating"]:
+        return "-"
     if criterion["name"] == "payback":
-        limit = "-" if threshold is None else f"{count(threshold)} {criterion['unit']}s"
-    else:
-        symbol = "%" if _is_share_of_base(criterion["name"]) else " pt"
-        limit = "-" if threshold is None or not criterion["gating"] else f"{_exact(threshold)}{symbol}"
+        return f"{count(threshold)} {criterion['unit']}s"
+    return _exact(threshold) + ("%" if _is_share_of_base(criterion["name"]) else " pt")
+
+
+def _cells(criterion: Verdict) -> list[str]:
     note = [criterion["why"] or "", f"{criterion['needed']} would decide" if criterion["needed"] else ""]
-    cells = [_title(criterion), criterion["outcome"], _reading(criterion), limit,
+    cells = [_title(criterion), criterion["outcome"], _reading(criterion), _limit(criterion),
              "-" if criterion["n"] is None else str(criterion["n"]), "yes" if criterion["gating"] else "shown only",
              "; ".join(text for text in note if text)]  # fmt: skip
     return [markdown_text(cell) for cell in cells]
