@@ -331,6 +331,12 @@ def test_github_gets_summary_outputs_and_one_annotation(tmp_path: Path, capsys: 
     assert capsys.readouterr().out == "::error title=Release check::FAIL  100%25 verdict<<x PASS\n"
 
 
+def test_no_delimiter_of_an_output_can_be_known_before() -> None:
+    marks = re.findall(r"<<(.*)", "".join(outputs(make_verdict(), {"report": "/a\nb"}) for _ in range(2)))
+    assert len(set(marks)) == len(marks)
+    assert all(len(mark) > 32 for mark in marks)
+
+
 def test_elsewhere_nothing_is_said_and_what_cannot_be_written_changes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -343,9 +349,10 @@ def test_elsewhere_nothing_is_said_and_what_cannot_be_written_changes_nothing(
 
 
 def test_a_summary_stays_below_githubs_limit() -> None:
-    cut = summary("é" * 100 + "\n" + ("x" * 999 + "\n") * 1100)
-    assert len(cut.encode()) <= 2**20
-    assert cut.endswith("*(cut here; the whole report is report.md)*\n")
+    for line in ("x" * 999 + "\n", "\n", "é\n"):
+        cut = summary("é" * 100 + "\n" + line * (2**21 // len(line.encode())))
+        assert 2**20 - 1200 < len(cut.encode()) <= 2**20
+        assert cut.endswith("*(cut here; the whole report is report.md)*\n")
 
 
 def stub(folder: Path) -> Path:
