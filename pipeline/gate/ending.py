@@ -44,7 +44,8 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
         else:
             if gate.baseline is not None or attempt.run.bootstrap:
                 measure()
-            verdict = judge(attempt, gate)
+            with attempt.clock.phase("log"):  # asks MLflow what self-tests recorded
+                verdict = judge(attempt, gate)
             if gate.key and verdict["verdict"] != Outcome.INVALID:  # nothing was found out about the candidate
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
