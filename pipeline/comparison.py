@@ -16,10 +16,10 @@ from pipeline.attempt import device_name, named
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
-from pipeline.config import Comparison, Measure, Task
+from pipeline.config import Comparison, Measure
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
-from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK
+from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import charge, past_spend
 from pipeline.stages.capture import CaptureStage
@@ -148,14 +148,12 @@ def spends_of(attempt: Attempt, seed: int) -> dict[str, Spend]:
             spends[written] = Spend(arm=written, flops=0.0, existing=True, unknown="made by a model elsewhere")
             starts_from.append(written)
         if isinstance(stage, ReleaseStage):
-            if attempt.gate is not None:
-                spends |= attempt.gate.releases()[name].spends(name)
             continue
         spends[name] = Spend(
             arm=name, depends_on=(*stage.reads(attempt.run), *starts_from), work_h=hours["work"],
             retry_h=hours["retry"], flops=_flops(own),
         )  # fmt: skip
-    return spends
+    return spends if attempt.gate is None else {**spends, **attempt.gate.spends()}
 
 
 def note_charges(attempt: Attempt) -> None:
@@ -310,10 +308,11 @@ def _payback(
     """Return when serving has repaid what the arm took beyond its base (mean over seeds)."""
     extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
-    unit = "token" if attempt.run.task is Task.causal_lm else "example"
     c_base = _per_unit(served.serving[pair.base])
     declared = attempt.run.serving
-    return savings.payback(mean, c_base, serving, unit=unit, volume=declared.volume, rate=declared.rate)
+    return savings.payback(
+        mean, c_base, serving, unit=UNIT[attempt.run.task], volume=declared.volume, rate=declared.rate
+    )
 
 
 def _per_unit(figures: Mapping[str, Any]) -> Value:

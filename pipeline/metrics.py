@@ -202,6 +202,8 @@ TASK = "task/"
 TASK_KEY = r"^task/[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"
 PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
 """The quality that decides, by task."""
+UNIT = {Task.causal_lm: "token", Task.sequence_classification: "example"}
+"""What serving and payback count, by task."""
 RELATIVE = frozenset({"bits_per_byte", "perplexity"})
 """Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain difference."""
 DIRECTION = {metric.name: metric.direction for metric in CATALOGUE}

@@ -560,17 +560,18 @@ def _search(client: Any, query: str) -> Iterator[dict[str, Any]]:
     """Yield runs of all experiments, page by page."""
     from mlflow.entities import ViewType
 
-    experiments = [item.experiment_id for item in _pages(client.search_experiments, view_type=ViewType.ALL)]
+    experiments = [item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)]
     for first in range(0, len(experiments), MAX_PARAMS):
         part = experiments[first : first + MAX_PARAMS]
-        for run in _pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
+        for run in pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
             info, data = run.info, run.data
             yield {"status": info.status, "start_ms": info.start_time, "end_ms": info.end_time,
                    "active": info.lifecycle_stage == "active", "metrics": dict(data.metrics),
                    "params": dict(data.params), "tags": dict(data.tags)}  # fmt: skip
 
 
-def _pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:
+def pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:
+    """Yield what one of the client's searches finds, page by page."""
     token = None
     while True:
         page = search(*args, max_results=MAX_BATCH, page_token=token, **more)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,13 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
-from pipeline.config import Task
 from pipeline.errors import Exit
 from pipeline.gate.checks import gating_metrics
-from pipeline.gate.opening import Gate, Verdict, settings_of
-from pipeline.metrics import PRIMARY, TASK
+from pipeline.gate.opening import Gate, Verdict
+from pipeline.metrics import PRIMARY, TASK, UNIT
 from pipeline.report.verdict import verdict_line
 from pipeline.stages.release import BASELINE, CANDIDATE
+from pipeline.store import plain
 from pipeline.values import Value, null
 
 if TYPE_CHECKING:
@@ -77,18 +78,14 @@ def _verdict(
         "exit_code": int(Exit.DONE if first else EXITS[outcome]), "why": why,
         "criteria": [each.to_json() for each in criteria],
         "candidate": gate.candidate.to_json(), "baseline": None if gate.baseline is None else gate.baseline.to_json(),
-        "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": settings_of(gate.policy)},
-        "task": task.value, "primary": PRIMARY[task], "unit": _unit(task), "data": attempt.data.digest,
+        "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": plain(gate.policy)},
+        "task": task.value, "primary": PRIMARY[task], "unit": UNIT[task], "data": attempt.data.digest,
         "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
         "key": gate.key, "look": gate.look, "looks": gate.policy.looks, "readings": readings, "run_id": attempt.run_id,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     verdict["line"] = verdict_line(verdict)
     return verdict
-
-
-def _unit(task: Task) -> str:
-    return "token" if task is Task.causal_lm else "example"
 
 
 # -- readings -------------------------------------------------------------------------------------------------------
@@ -119,12 +116,13 @@ def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
     main = PRIMARY[run.task]
     sides = {arm: rows[arm]["quality"] for arm in (CANDIDATE, BASELINE)}
     reasons = _other_evaluation(attempt, gate, sides)
-    also = [] if reasons else [key for key in compared_keys(*(_items(sides[arm], main) or {} for arm in sides))
+    read = cache(read_items)  # a file is read once, however many qualities are compared on it
+    also = [] if reasons else [key for key in compared_keys(*(_items(sides[arm], main, read) or {} for arm in sides))
                                if key not in asked and key != "teacher_agreement"]  # fmt: skip
     found: list[Criterion] = []
     for key in (*asked, *also):
         margin = gate.policy.metrics[key].margin if key in asked else run.quality.margin
-        arm, base = (_items(sides[side], key if key.startswith(TASK) else main) for side in (CANDIDATE, BASELINE))
+        arm, base = (_items(sides[side], key if key.startswith(TASK) else main, read) for side in (CANDIDATE, BASELINE))
         if arm is None or base is None:
             lacks = CANDIDATE if arm is None else BASELINE
             made = unread(f"quality/{key}", f"the {lacks} has no {key}", -margin)
@@ -134,9 +132,9 @@ def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
     return found
 
 
-def _items(quality: Mapping[str, Any], key: str) -> Items | None:
+def _items(quality: Mapping[str, Any], key: str, read: Callable[[Path], Items]) -> Items | None:
     path = (quality.get(key) or {}).get("items")
-    return None if path is None else read_items(Path(path))
+    return None if path is None else read(Path(path))
 
 
 def _identity(quality: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,10 +149,11 @@ def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) ->
     unsaid = [f"nothing says which data the {arm}'s values were read on" for arm, said in known.items() if said is None]
     if unsaid:
         return unsaid
+    ours, theirs = (known[arm] or {} for arm in (CANDIDATE, BASELINE))
     reasons = [
-        f"other {what}: {known[CANDIDATE].get(name)} against {known[BASELINE].get(name)}"  # type: ignore[union-attr]
+        f"other {what}: {ours[name]} against {theirs[name]}"
         for name, what in (("data", "data"), ("split", "split"), ("evaluation", "evaluation settings"))
-        if known[CANDIDATE].get(name) != known[BASELINE].get(name)  # type: ignore[union-attr]
+        if ours[name] != theirs[name]
     ]
     for arm, release in gate.releases().items():
         of = (known[arm] or {}).get("artifact")
@@ -222,7 +221,7 @@ def _training(attempt: Attempt, gate: Gate) -> Criterion:
 
 def _chains(gate: Gate) -> tuple[Value, Value]:
     """Return C of candidate and baseline; a model that was there before both cancels."""
-    spends = {**gate.candidate.spends(CANDIDATE), **gate.baseline.spends(BASELINE)}  # type: ignore[union-attr]
+    spends = gate.spends()
     cancelled = savings.shared_past(CANDIDATE, BASELINE, spends)
     arm, base = (savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE))
     return arm, base if base.v != 0 else null("the baseline cost nothing")
@@ -247,13 +246,12 @@ def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
 
 def _payback(attempt: Attempt, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]) -> Criterion:
     policy, here = gate.policy, device_name(attempt.device)
-    spends = {**gate.candidate.spends(CANDIDATE), **gate.baseline.spends(BASELINE)}  # type: ignore[union-attr]
-    c_opt = savings.c_opt(CANDIDATE, BASELINE, spends)
+    c_opt = savings.c_opt(CANDIDATE, BASELINE, gate.spends())
     trained_on = gate.candidate.charge.get("device", {}).get("name")
     if c_opt.v is not None and trained_on != here:
         c_opt = null(f"trained on {trained_on}, served on {here}: their hours are never subtracted")
     saving = savings.serving_saving(np.array(readings["candidate_s"]), np.array(readings["baseline_s"]))
     per_unit = Value.from_json(serving[BASELINE]["device_s_per_1k_units"])
     c_base = null(per_unit.why_null or "") if per_unit.v is None else Value(per_unit.v / 1000, per_unit.prov)
-    paid = savings.payback(c_opt, c_base, saving, unit=_unit(attempt.run.task), volume=policy.payback_units)
+    paid = savings.payback(c_opt, c_base, saving, unit=UNIT[attempt.run.task], volume=policy.payback_units)
     return payback_criterion(paid, within=policy.payback_units, alpha=policy.alpha)

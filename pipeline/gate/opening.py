@@ -14,12 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pipeline.compare.savings import Spend
 from pipeline.compare.verdict import Outcome
 from pipeline.config import PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.references import Places, Release, resolve
 from pipeline.stages.release import BASELINE, CANDIDATE
-from pipeline.store import Artifact, Store, key_of, plain, read_json
+from pipeline.store import Artifact, Store, key_of, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"
@@ -72,6 +73,10 @@ class Gate:
         """Return the sides that are there, by arm."""
         sides = {BASELINE: self.baseline, CANDIDATE: self.candidate}
         return {arm: side for arm, side in sides.items() if side is not None}
+
+    def spends(self) -> dict[str, Spend]:
+        """Return what the chains of both sides took."""
+        return {name: spend for arm, side in self.releases().items() for name, spend in side.spends(arm).items()}
 
 
 # -- opening --------------------------------------------------------------------------------------------------------
@@ -174,8 +179,3 @@ def recall(store: Store, key: str) -> Verdict | None:
     if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
         raise UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
     return verdict
-
-
-def settings_of(policy: PolicyConfig) -> dict[str, Any]:
-    """Return a policy as verdict.json holds it."""
-    return plain(policy)

@@ -31,7 +31,6 @@ class Release:
     Attributes:
         reference: As it was typed.
         artifact: In the store.
-        facts: Of its artifact.json.
         model: Registered model, where the reference names one.
         version: Of it.
         url: Where other machines find the artifact, if they do.
@@ -40,7 +39,6 @@ class Release:
 
     reference: str
     artifact: Artifact
-    facts: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     version: str | None = None
     url: str | None = None
@@ -139,8 +137,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
 
 
 def _release(reference: str, artifact: Artifact, **more: Any) -> Release:
-    facts = read_json(artifact.path / MANIFEST) or {}
-    return Release(reference, artifact, facts, charge=_charge(facts), **more)
+    return Release(reference, artifact, charge=_charge(read_json(artifact.path / MANIFEST) or {}), **more)
 
 
 def _charge(facts: dict[str, Any]) -> dict[str, Any]:
