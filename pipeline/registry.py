@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
 from pipeline.redact import redact_value, without_login
 from pipeline.store import MODEL
-from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, quiet, store_errors
+from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
 
 if TYPE_CHECKING:
     from pipeline.compare.history import Judged
@@ -165,13 +165,7 @@ def _primary(client: Any, parent: Any) -> Any | None:
     if not arm:
         return None
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' AND attributes.status = 'FINISHED'"
-    children, token = list[Any](), None
-    while True:
-        page = client.search_runs([parent.info.experiment_id], query, max_results=1000, page_token=token)
-        children += page
-        token = page.token
-        if not token:
-            break
+    children = pages(client.search_runs, [parent.info.experiment_id], query)
     named = re.compile(rf"[^/]*/{re.escape(arm)}(?: seed (\d+)(?: attempt (\d+))?)?")
     found = [(int(match[1] or 0), -int(match[2] or 1), child) for child in children
              if (match := named.fullmatch(child.data.tags.get(RUN_TAG, "")))
@@ -370,15 +364,9 @@ def _moment(text: str | None) -> str | None:
 
 def _tagged(client: Any, query: str) -> Iterator[Any]:
     """Yield runs of all experiments, the newest first."""
-    experiments = [each.experiment_id for each in client.search_experiments(max_results=1000)]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, query, max_results=100, page_token=token,
-                                  order_by=["attributes.start_time DESC"])  # fmt: skip
-        yield from page
-        token = page.token
-        if not token:
-            return
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
+    if experiments:
+        yield from pages(client.search_runs, experiments, query, order_by=["attributes.start_time DESC"])
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -538,7 +526,9 @@ def _held(client: Any, name: str, expected: str | None) -> Generator[_Lock]:
         now, holder = time.monotonic(), str(found.tags.get(HOLDER, "unknown"))
         if holder != other:
             other, seen = holder, now
-        if now - seen > LOCK_S or time.time() - found.creation_timestamp / 1000 > LOST_S:
+        # without its holder it was read while it went away: its age is another one's
+        lost = HOLDER in found.tags and time.time() - found.creation_timestamp / 1000 > LOST_S
+        if now - seen > LOCK_S or lost:
             _take_away(client, lock.name, holder)
         elif now > deadline:
             raise NotPromoted(f"other gates have been promoting {name} for {PATIENCE_S:.0f} s")

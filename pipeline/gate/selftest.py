@@ -117,7 +117,7 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
     Raises:
         UserError, BudgetSpent: If it cannot be done, or not to its end; what it took is recorded all the same.
     """
-    from pipeline.sync import start_writer, undelivered
+    from pipeline.sync import GATE_S, start_writer, undelivered
 
     test = _open(run, options, started_ns)
     writer = start_writer(test.folder) if run.tracking.mlflow else None
@@ -136,7 +136,7 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
         raise
     finally:
         _end(test, result, status, why)
-        said = None if writer is None else undelivered(writer, test.folder)
+        said = None if writer is None else undelivered(writer, test.folder, wait_s=GATE_S)
         if said is not None:
             print(said, file=sys.stderr)
     from pipeline.report.selftest import lines
