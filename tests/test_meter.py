@@ -215,7 +215,7 @@ def test_one_that_ignores_sigterm_is_waited_for_and_told_again(tmp_path: Path) -
     for number in (1, 2, 3):
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == f"no {number}\n"
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     ledger = ledger_of(folder_of(tmp_path))
     assert ledger["phases_ns"]["forward"] > 0
@@ -232,7 +232,7 @@ def test_signals_reach_the_command(tmp_path: Path, number: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(getattr(signal, f"SIG{number}"))
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 33, err
     assert result_of(folder_of(tmp_path))["status"] == ("FAILED" if number.startswith("USR") else "KILLED")
 
@@ -244,7 +244,7 @@ def test_kill_after_ends_the_whole_group(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)  # returns when nobody holds its output any more
+    process.communicate(timeout=120)  # returns when nobody holds its output any more
     assert process.returncode == 137
     result = result_of(folder_of(tmp_path))
     assert (result["status"], result["why"]) == ("KILLED", "ended by SIGKILL")
@@ -254,8 +254,10 @@ def test_kill_after_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
-    program = "import time\nprint('ready', flush=True)\ntry:\n  time.sleep(30)\nexcept KeyboardInterrupt:\n"
-    program += "  print('caught-it')\n  time.sleep(0.3)\n  print('went-on'); raise SystemExit(3)"
+    # Short sleeps: a signal between Python's look for one and the call that sleeps is seen after the sleep only.
+    program = "import time\ntry:\n  print('ready', flush=True)\n  while True: time.sleep(0.05)\n"
+    program += "except KeyboardInterrupt:\n  print('caught-it')\n  time.sleep(0.3)\n  print('went-on')\n"
+    program += "  raise SystemExit(3)"
     metered = [PYTHON, "-m", "pipeline.meter", "--root", str(tmp_path), "--no-mlflow", "--", PYTHON, "-c", program]
     terminal = f"import pty, os, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({metered!r})))"
     process = subprocess.Popen([PYTHON, "-c", terminal], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -264,7 +266,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
     assert b"ready" in process.stdout.readline()
     process.stdin.write(b"\x03")
     process.stdin.flush()
-    shown = process.communicate(timeout=30)[0]
+    shown = process.communicate(timeout=120)[0]
     assert process.returncode == 3
     assert (shown.count(b"caught-it"), shown.count(b"went-on")) == (1, 1)
     result = result_of(folder_of(tmp_path))

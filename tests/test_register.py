@@ -111,7 +111,7 @@ def _attempt(model: str | None, student: str | None = None, device: Any = CPU) -
     run = Run(model=ModelConfig(path=model), student=StudentConfig(path=student))
     run.stages = {"teacher": STAGES["train"](), "student": STAGES["distill"]()}
     run.stages["student"].teacher, run.stages["student"].model = "teacher", STUDENT_INIT
-    return SimpleNamespace(run=run, device=device, rows=[make_row("teacher"), make_row("student")])
+    return SimpleNamespace(run=run, device=device, gate=None, rows=[make_row("teacher"), make_row("student")])
 
 
 def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path, trained: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
         assert not (tmp_path / "done").exists()
     with store.lock("k"):
         assert (tmp_path / "done").exists()
-    other.communicate(timeout=30)
+    other.communicate(timeout=120)
 
 
 def committed(store: Store, key: str = "k") -> Artifact:
@@ -248,7 +248,7 @@ def test_a_process_killed_around_its_commit_leaves_a_whole_artifact_or_none(
 @pytest.mark.faults
 def test_two_processes_may_commit_the_same_content_at_once(tmp_path: Path) -> None:
     both = [start(tmp_path, "before") for _ in range(2)]
-    said = {process.communicate("go\n", timeout=30)[0].strip() for process in both}
+    said = {process.communicate("go\n", timeout=120)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     (folder,) = (tmp_path / "artifacts").iterdir()
     assert said == {folder.name} == {digest_folder(folder)[0]}

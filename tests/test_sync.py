@@ -83,7 +83,7 @@ def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
     time.sleep(1)
     assert not _gone(writer)
     run.send_signal(signal.SIGKILL)
-    run.communicate(timeout=30)
+    run.communicate(timeout=120)
     _until(lambda: _gone(writer))
     assert store(root)[1]["run-1"].info.status == "KILLED"
 
