@@ -16,9 +16,11 @@ from typing import Any
 
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
 from pipeline.recipes import Recipe, config_dir, find_recipes
+from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
 Execute = Callable[[Any, str, int], int]
+LINE = 2000  # characters: exceptions of libraries can be pages
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
 Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
@@ -166,7 +168,7 @@ def _tell_of_gate(args: Sequence[str], line: str, code: int) -> None:
 def _refuse(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"refused: {error}", file=sys.stderr)
+    print(f"refused: {one_line(error, LINE)}", file=sys.stderr)
     return Exit.REFUSED
 
 
@@ -222,7 +224,7 @@ def _compose_and_run(
         if debug:
             traceback.print_exception(error)
         code, line = explain(error, args, recipes)
-        print(f"refused: {line}", file=sys.stderr)
+        print(f"refused: {one_line(line, LINE)}", file=sys.stderr)
         _tell_of_gate(args, line, code)
         return code
     except OSError as error:  # Hydra makes its own folder below the root before the job begins
@@ -316,10 +318,11 @@ def _guarded(call: Any, debug: bool) -> int:
 def _say(error: BaseException, code: Exit, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error, LINE) or type(error).__name__
     known = isinstance(error, BudgetSpent | Preempted | StageFailed | KeyboardInterrupt)
     text = f"failed: {text}" if isinstance(error, StageFailed) else text
     line = text if known else f"crashed: {type(error).__name__}: {text} (--debug shows where)"
-    stopped = "interrupted; the same command goes on from what is done"
-    print(stopped if code is Exit.INTERRUPTED else line, file=sys.stderr)
+    if code is Exit.INTERRUPTED and not str(error):
+        line = "interrupted; the same command goes on from what is done"
+    print(line, file=sys.stderr)
     return code

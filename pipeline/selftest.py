@@ -22,7 +22,8 @@ USAGE = """Usage: python -m pipeline.selftest model=REF [n=20] [policy=smoke|str
 
 Told: false answers with intervals, the least serving saving that can be told from 0, the chance to find others.
 Exit codes: 0 no more false answers than alpha allows, 3 more of them (binomial test, one-sided 1%, for PASS and FAIL
-each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed, 7 budget spent."""
+each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed, 7 budget spent, 75 preempted and 130
+interrupted (nothing is kept: run it again)."""
 OWN = ("model", "n", "train", "repeats", "root")
 FIXED = ("recipe", "candidate", "baseline", "promote", "bootstrap", "candidate_items", "baseline_items", "seeds")
 MOST_TRIALS, MOST_REPEATS = 10_000, 1000

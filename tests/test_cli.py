@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from here import here
+
+from pipeline.cli import main
 
 
 def run(*args: str, cwd: str | None = None, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -52,8 +58,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_a_refusal_is_one_line_and_exit_1(line: str) -> None:
-    done = run(*line.split())
+def test_a_refusal_is_one_line_and_exit_1(line: str, tmp_path: Path) -> None:
+    done = here(tmp_path, *line.split())
     assert done.returncode == 1
     assert REFUSED[line] in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -99,3 +105,13 @@ def test_nothing_heavy_is_imported(line: str) -> None:
     imported = {row.rpartition("|")[2].strip().partition(".")[0] for row in done.stderr.splitlines() if "|" in row}
     assert "pipeline" in imported  # the listing was read
     assert imported.isdisjoint({"torch", "transformers", "mlflow", "bitsandbytes", "numpy"})
+
+
+def test_what_a_crash_says_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def crash(*_: Any) -> int:
+        raise RuntimeError("a path with \x1b[2J in it\nand a second line")
+
+    assert main(["recipe=baseline"], started_ns=time.monotonic_ns(), execute=crash) == 1
+    assert capsys.readouterr().err == (
+        "crashed: RuntimeError: a path with in it and a second line (--debug shows where)\n"
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from here import here
+from junitparser import JUnitXml
 from safetensors.torch import load_file, save_file
 from test_run import TINY
 
@@ -23,6 +24,18 @@ GATE = [
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
     *("quality.bootstrap=1000", "policy.load.new=4", "policy.load.batch=4", "training.sequence_length=64"),
 ]
+MLFLOW = "tracking.mlflow=true"
+CRASHES = """
+import sys, time
+from pipeline import cli
+from pipeline.assess import serving
+
+def crash(*_, **__):
+    raise ZeroDivisionError("no time at all")
+
+serving.measure_interleaved = crash
+sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
+"""
 
 
 def said(cwd: Path) -> dict[str, Any]:
@@ -57,23 +70,46 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 
 @pytest.fixture
-def project(made: tuple[Path, dict[str, str]], tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """Return an empty folder to run gates in, and the artifacts: as on a CI runner."""
+def project(made: tuple[Path, dict[str, str]], tmp_path: Path, empty_store: Path) -> tuple[Path, dict[str, str]]:
+    """Return a folder to run gates in, with an MLflow that has had nothing, and the artifacts: as on a CI runner."""
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_store, tmp_path / "mlruns/mlflow.db")
     return tmp_path, made[1]
 
 
 def gate(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.CompletedProcess[str]:
-    return here(cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", *more)
+    """Run a release check in this process, without MLflow where `more` does not ask for it."""
+    return here(cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", "tracking.mlflow=false", *more)
+
+
+def as_in_ci(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run a release check as CI does: a process of its own, delivered to MLflow."""
+    command = [sys.executable, "-m", "pipeline", *GATE, f"candidate={candidate}", f"baseline={baseline}", *more]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
+
+
+def check_left(cwd: Path, outcome: str) -> dict[str, Any]:
+    """Compare what a release check left in its folder and in MLflow with how it ended; return its verdict."""
+    verdict = said(cwd)
+    folder = cwd / "mlruns/runs" / verdict["run_id"]
+    assert verdict["verdict"] == outcome
+    assert verdict["line"].startswith(outcome)
+    assert verdict["line"] in (folder / "report.md").read_text()
+    suite = JUnitXml.fromfile(str(folder / "junit.xml"))
+    assert (suite.failures + suite.errors > 0) == (outcome in ("FAIL", "INCONCLUSIVE", "INVALID"))
+    run = mlflow_run(cwd, verdict["run_id"])
+    assert run.info.status == "FINISHED", "whatever it says of the candidate, it was done"
+    assert (run.data.tags["gate.verdict"], run.data.tags["gate.line"]) == (outcome, verdict["line"])
+    return verdict
 
 
 def test_a_student_that_saves_and_keeps_quality_passes_and_its_verdict_is_recorded(project) -> None:
     cwd, paths = project
-    command = [sys.executable, "-m", "pipeline", *GATE, f"candidate={paths['student']}", f"baseline={paths['teacher']}"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = as_in_ci(cwd, paths["student"], paths["teacher"])
     assert done.returncode == 0, done.stdout + done.stderr
-    verdict = said(cwd)
+    verdict = check_left(cwd, "PASS")
     read = by_name(verdict)
-    assert (verdict["verdict"], verdict["exit_code"], verdict["look"]) == ("PASS", 0, 1)
+    assert (verdict["exit_code"], verdict["look"]) == (0, 1)
     assert verdict["line"].startswith("PASS  -")
     assert verdict["line"] in done.stdout
     assert {name: each["outcome"] for name, each in read.items() if each["gating"]} == {
@@ -83,16 +119,14 @@ def test_a_student_that_saves_and_keeps_quality_passes_and_its_verdict_is_record
     assert read["memory"]["value"]["v"] > 0.3
     assert read["payback"]["unit"] == "token"
     assert verdict["sha256"] == checksum(as_recorded(verdict))
-    tags = mlflow_run(cwd, verdict["run_id"]).data.tags
-    assert (tags["gate.verdict"], tags["gate.line"]) == ("PASS", verdict["line"])
     readings = verdict["readings"]
-    again = gate(cwd, paths["student"], paths["teacher"])
+    again = gate(cwd, paths["student"], paths["teacher"], MLFLOW)
     assert again.returncode == 0, again.stderr
     assert said(cwd)["recorded"] == verdict["run_id"]
     assert said(cwd)["readings"] == readings, "nothing was measured anew"
     for folder in ("store", "runs"):  # a runner whose mlruns holds nothing but what MLflow tells
         shutil.rmtree(cwd / "mlruns" / folder)
-    third = gate(cwd, paths["student"], paths["teacher"])
+    third = gate(cwd, paths["student"], paths["teacher"], MLFLOW)
     assert third.returncode == 0, third.stderr
     assert said(cwd)["recorded"] == verdict["run_id"]
 
@@ -108,10 +142,9 @@ def mlflow_run(cwd: Path, run_id: str) -> Any:
 
 def test_a_damaged_student_fails(project) -> None:
     cwd, paths = project
-    done = gate(cwd, paths["damaged"], paths["teacher"], "tracking.mlflow=false")
+    done = as_in_ci(cwd, paths["damaged"], paths["teacher"])
     assert done.returncode == 3, done.stderr
-    verdict = said(cwd)
-    assert verdict["verdict"] == "FAIL"
+    verdict = check_left(cwd, "FAIL")
     assert by_name(verdict)["quality/bits_per_byte"]["outcome"] == "FAIL"
     assert by_name(verdict)["training"]["value"]["why_null"] == "no ledger: candidate"
     asked = gate(cwd, paths["student"], paths["damaged"], "tracking.mlflow=false", "policy.training=0.1")
@@ -120,18 +153,18 @@ def test_a_damaged_student_fails(project) -> None:
 
 def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> None:
     cwd, paths = project
-    done = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", "tracking.mlflow=false")
+    done = as_in_ci(cwd, paths["student"], paths["teacher"], "policy.min_documents=400")
     assert done.returncode == 4, done.stderr
-    read = by_name(said(cwd))["quality/bits_per_byte"]
+    read = by_name(check_left(cwd, "INCONCLUSIVE"))["quality/bits_per_byte"]
     assert (read["outcome"], read["needed"]) == ("INCONCLUSIVE", 400)
-    again = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", "tracking.mlflow=false")
+    again = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400")
     assert again.returncode == 4
     assert said(cwd)["recorded"], "no further look would give it more documents"
 
 
 def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(project) -> None:
     cwd, paths = project
-    same = (paths["student"], paths["student"], "policy.serving=0", "tracking.mlflow=false")
+    same = (paths["student"], paths["student"], "policy.serving=0")
     looks = []
     for _ in range(3):
         done = gate(cwd, *same)
@@ -154,17 +187,17 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(project) -> None:
         check=True,
     )
     try:
-        done = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.02",
-                    "policy.load.new=32", "policy.load.batch=16", "tracking.mlflow=false")  # fmt: skip
+        done = as_in_ci(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.02",
+                        "policy.load.new=32", "policy.load.batch=16")  # fmt: skip
     finally:
         os.kill(int(started.stdout), signal.SIGKILL)
     assert done.returncode == 5, done.stderr
-    assert "others used" in by_name(said(cwd))["serving"]["why"]
+    assert "others used" in by_name(check_left(cwd, "INVALID"))["serving"]["why"]
     short = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.5", "policy.load.new=2",
-                 "policy.load.batch=1", "policy.load.prompt=8", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+                 "policy.load.batch=1", "policy.load.prompt=8", "policy.blocks=2")  # fmt: skip
     assert short.returncode == 5, short.stderr
     assert "unknown (window shorter than 0.5 s)" in by_name(said(cwd))["serving"]["why"]
-    elsewhere = gate(cwd, paths["student"], paths["teacher"], "policy.hardware=NVIDIA H200", "tracking.mlflow=false")
+    elsewhere = gate(cwd, paths["student"], paths["teacher"], "policy.hardware=NVIDIA H200")
     assert elsewhere.returncode == 5, elsewhere.stderr
     assert "and the policy asks for NVIDIA H200" in by_name(said(cwd))["serving"]["why"]
     assert said(cwd)["look"] == 1, "INVALID is no look"
@@ -175,11 +208,11 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
 
     cwd, paths = project
     champion = "models:/student@champion"
-    done = gate(cwd, paths["teacher"], champion)
+    done = as_in_ci(cwd, paths["teacher"], champion)
     assert done.returncode == 6, done.stderr
-    assert said(cwd)["line"].startswith("NO_BASELINE")
+    check_left(cwd, "NO_BASELINE")
     url = f"store.url={cwd / 'shared'}"
-    first = gate(cwd, paths["teacher"], champion, "bootstrap=true", url)
+    first = gate(cwd, paths["teacher"], champion, "bootstrap=true", url, MLFLOW)
     assert first.returncode == 0, first.stderr
     assert (said(cwd)["verdict"], said(cwd)["promotion"]["version"]) == ("NO_BASELINE", "1")
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
@@ -188,11 +221,21 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     shutil.rmtree(cwd / "mlruns/store")
     shutil.rmtree(cwd / "mlruns/runs")
     client.set_model_version_tag("student", "1", "artifact.path", "/nowhere")  # from another machine
-    passed = gate(cwd, paths["student"], champion, "promote=true", url)
+    arms = (f"candidate={paths['student']}", f"baseline={champion}", "promote=true", url)
+    crashed = subprocess.run([sys.executable, "-c", CRASHES, *GATE, *arms], cwd=cwd, capture_output=True, text=True,
+                             timeout=500, check=False)  # fmt: skip
+    assert crashed.returncode == 1
+    assert "crashed: ZeroDivisionError: no time at all (--debug shows where)" in crashed.stderr
+    (folder,) = {path.parent for path in (cwd / "mlruns/runs").glob("*-release_check-*/junit.xml")}
+    (suite,) = JUnitXml.fromfile(str(folder / "junit.xml"))
+    assert (suite.errors, said(cwd)["exit_code"]) == (1, 1)
+    assert mlflow_run(cwd, folder.name).info.status == "FAILED"
+    assert str(client.get_model_version_by_alias("student", "champion").version) == "1"
+    passed = gate(cwd, paths["student"], champion, "promote=true", url, MLFLOW)
     assert passed.returncode == 0, passed.stderr
     assert said(cwd)["verdict"] == "PASS"
     assert str(client.get_model_version_by_alias("student", "champion").version) == "2"
-    failed = gate(cwd, paths["damaged"], champion, "promote=true", url)
+    failed = gate(cwd, paths["damaged"], champion, "promote=true", url, MLFLOW)
     assert failed.returncode in (3, 4), failed.stderr
     assert str(client.get_model_version_by_alias("student", "champion").version) == "2"
 
@@ -235,14 +278,14 @@ def test_other_bytes_than_vouched_for_are_refused(project, tmp_path: Path) -> No
     altered = tmp_path / "altered"
     shutil.copytree(paths["student"], altered)
     (altered / "config.json").write_text((altered / "config.json").read_text() + " ")
-    done = gate(cwd, str(altered), paths["teacher"], "tracking.mlflow=false")
+    done = gate(cwd, str(altered), paths["teacher"])
     assert done.returncode == 1
     assert "holds other bytes than its artifact.json vouches for" in done.stderr
 
 
 def test_a_verdict_edited_by_hand_is_refused(project) -> None:
     cwd, paths = project
-    arms = (paths["damaged"], paths["teacher"], "tracking.mlflow=false")
+    arms = (paths["damaged"], paths["teacher"])
     assert gate(cwd, *arms).returncode == 3
     (kept,) = (cwd / "mlruns/store/artifacts").glob("*/verdict.json")
     kept.write_text(kept.read_text().replace('"verdict": "FAIL"', '"verdict": "PASS"'))
@@ -290,7 +333,7 @@ def test_recorded_values_are_compared_only_where_they_can_be(
     files = [recorded(cwd / f"{name}.jsonl", values, **facts)
              for name, (values, facts) in (("candidate", candidate), ("baseline", baseline))]  # fmt: skip
     done = gate(cwd, paths["student"], paths["teacher"], f"candidate_items={files[0]}", f"baseline_items={files[1]}",
-                "policy.serving=null", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+                "policy.serving=null", "policy.blocks=2")  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     verdict = said(cwd)
     if why is not None:

@@ -27,6 +27,7 @@ from pipeline.models import load_model, save_model
 from pipeline.quantization import ao, backend, bnb
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
 from pipeline.quantization.layers import Choice, abbreviate
+from pipeline.quantization.reload_check import PROGRAM, Reference, request_for
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -126,8 +127,7 @@ def test_a_program_without_this_package_loads_it_and_answers_the_same(made, fmt:
 
 
 def test_the_fresh_process_program_imports_nothing_of_this_package() -> None:
-    script = Path(backend.__file__).with_name("fresh_process.py")
-    code = f"import runpy, sys; runpy.run_path({str(script)!r}); print([m for m in sys.modules if 'pipeline' in m])"
+    code = f"import runpy, sys; runpy.run_path({str(PROGRAM)!r}); print([m for m in sys.modules if 'pipeline' in m])"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -191,11 +191,28 @@ def round_trip(folder: Path, fmt: Format, *, tied: bool, dtype: torch.dtype) -> 
     assert done.rest_dtype == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("place", range(len(HERE)))
-def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, place: int) -> None:
-    """Each once, dtype of the source and tied heads in turn; `-m slow` has all of them."""
-    dtype = (torch.float32, torch.bfloat16)[place % 2]
-    round_trip(tmp_path, HERE[place], tied=place // 2 % 2 == 0, dtype=dtype)
+def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, dtype of the source and tied heads in turn, all reloaded in one fresh process.
+
+    `-m slow` has every combination in a process of its own, as `quantize` does it.
+    """
+    asked: list[tuple[Format, dict[str, Any], tuple[str, ...]]] = []
+
+    def collect(folder: Path, task: Task, reference: Reference, *, device: torch.device | str) -> None:
+        asked.append((fmt, request_for(folder, task, reference, device=device), reference.digests))
+
+    monkeypatch.setattr(backend, "check_bit_equal", collect)
+    for place, fmt in enumerate(HERE):
+        dtype = (torch.float32, torch.bfloat16)[place % 2]
+        round_trip(tmp_path / fmt.value, fmt, tied=place // 2 % 2 == 0, dtype=dtype)
+    assert [fmt for fmt, *_ in asked] == HERE
+    script = f"import json, runpy, sys; main = runpy.run_path({str(PROGRAM)!r})['main']; "
+    script += "[main(request) for request in json.load(sys.stdin)]"
+    requests = json.dumps([request for _, request, _ in asked])
+    done = subprocess.run([sys.executable, "-P", "-c", script], input=requests, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    found = [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert found == [digests for *_, digests in asked]
 
 
 @pytest.mark.slow

@@ -371,6 +371,24 @@ def test_a_training_that_fails_is_told_and_what_it_took_is_kept(
     assert not list((place / "mlruns").glob("selftest-*"))
 
 
+def test_a_stopped_self_test_takes_its_training_with_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training that has a scheduler send SIGTERM to the self-test, and would go on for ten minutes."""
+    training = tmp_path / "python"
+    training.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM $PPID\nexec sleep 600\n")
+    training.chmod(0o755)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(gate_selftest, "sys", type("", (), {"executable": str(training), "stderr": sys.stderr}))
+    assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"]) == 75
+    assert capsys.readouterr().err == "stopped (SIGTERM): a self-test has no checkpoints; run it again\n"
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert not list((place / "mlruns").glob("selftest-*"))
+    newest = max((place / "mlruns/runs").glob("*-selftest-*"), key=lambda path: path.stat().st_mtime_ns)
+    ended = json.loads((newest / "journal.jsonl").read_text().splitlines()[-1])
+    assert (ended["status"], ended["why"][:18]) == ("KILLED", "stopped (SIGTERM):")
+
+
 def test_a_spread_without_an_interval_is_none(root: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
     made = client.create_experiment("selftest")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,11 @@ from pipeline.compare.selftest import (
 )
 from pipeline.compare.verdict import Outcome, disturbed, quality_criterion
 from pipeline.config import Run
-from pipeline.errors import BudgetSpent, Exit, UserError
+from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import PRIMARY, TASK
+from pipeline.signals import on_stop_signal
 from pipeline.store import MANIFEST, Store, key_of, plain, read_json, write_json
 from pipeline.tracking import declared_uri
 from pipeline.values import Value, measured, null
@@ -50,6 +52,7 @@ REPORT, FILE = "report.md", "selftest.json"
 ARM, BASE = "arm", "base"  # the two copies in one trial
 LEAST_REPEATS = 3
 HOUR_NS = 3600 * 10**9
+AGAIN = "a self-test has no checkpoints; run it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
         started_ns: Monotonic time when the process began.
 
     Raises:
-        UserError, BudgetSpent: If it cannot be done, or not to its end; what it took is recorded all the same.
+        UserError, BudgetSpent, Preempted: If it cannot be done, or not to its end; what it took is recorded all the
+            same.
     """
     from pipeline.sync import GATE_S, start_writer, undelivered
 
@@ -123,7 +127,7 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
     writer = start_writer(test.folder) if run.tracking.mlflow else None
     status, why, result = "FAILED", "crashed", dict[str, Any]()
     try:
-        with heartbeat(test.journal):
+        with heartbeat(test.journal), on_stop_signal(_stop):
             _measure(test)
             _train(test)
         result = _result(test)
@@ -131,9 +135,12 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
     except (UserError, BudgetSpent) as problem:
         why = str(problem)
         raise
+    except Preempted as stop:
+        status, why = "KILLED", str(stop)
+        raise
     except KeyboardInterrupt:
         status, why = "KILLED", "interrupted"
-        raise
+        raise KeyboardInterrupt(f"interrupted: {AGAIN}") from None
     finally:
         _end(test, result, status, why)
         said = None if writer is None else undelivered(writer, test.folder, wait_s=GATE_S)
@@ -143,6 +150,11 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
 
     print("\n".join(["", *lines(result)]))
     return result["exit_code"]
+
+
+def _stop(number: int) -> None:
+    """End a self-test that a scheduler wants the machine back from, and with it the training that it waits for."""
+    raise Preempted(f"stopped ({signal.Signals(number).name}): {AGAIN}")
 
 
 def _open(run: Run, options: Options, started_ns: int) -> SelfTest:

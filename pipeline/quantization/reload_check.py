@@ -25,6 +25,7 @@ AUTO_CLASSES = {
     Task.sequence_classification: "AutoModelForSequenceClassification",
 }
 PROBE_TOKENS = 32
+PROGRAM = Path(__file__).with_name("fresh_process.py")
 Probes = tuple[tuple[int, ...], ...]
 
 
@@ -75,7 +76,7 @@ def check_bit_equal(folder: Path, task: Task, reference: Reference, *, device: t
     Raises:
         StageFailed: If it cannot be loaded there, or any output differs in any bit.
     """
-    reloaded = _digests_of_fresh_process(folder, task, reference, device=device)
+    reloaded = _digests_of_fresh_process(folder, request_for(folder, task, reference, device=device))
     for index, (expected, found) in enumerate(zip(reference.digests, reloaded, strict=True)):
         if expected != found:
             raise StageFailed(
@@ -84,19 +85,20 @@ def check_bit_equal(folder: Path, task: Task, reference: Reference, *, device: t
             )
 
 
-def _digests_of_fresh_process(
-    folder: Path, task: Task, reference: Reference, *, device: torch.device | str
-) -> list[str]:
-    request = {
+def request_for(folder: Path, task: Task, reference: Reference, *, device: torch.device | str) -> dict[str, Any]:
+    """Return what `PROGRAM` is asked: the folder to load, and how to compute what `reference` holds."""
+    return {
         "folder": str(folder.resolve()),
         "auto_class": AUTO_CLASSES[task],
         "device": str(device),
         "probes": reference.probes,
         "arithmetic": reference.arithmetic,
     }
-    program = Path(__file__).with_name("fresh_process.py")
+
+
+def _digests_of_fresh_process(folder: Path, request: dict[str, Any]) -> list[str]:
     # -P keeps this package's folder off the import path; -I would also drop a PYTHONPATH that torch may come from.
-    command = [sys.executable, "-P", "-W", "ignore", str(program), json.dumps(request)]
+    command = [sys.executable, "-P", "-W", "ignore", str(PROGRAM), json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
