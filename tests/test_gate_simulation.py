@@ -46,7 +46,7 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def _documents(
+def documents(
     rng: np.random.Generator, shape: str, n: int, sigma: float, difference: float
 ) -> tuple[Floats, Floats, Floats]:
     """Return bits of the arm, bits of the base, bytes: log-normal sizes; the arm takes `difference` more in truth."""
@@ -59,7 +59,7 @@ def _documents(
 def _oriented(
     rng: np.random.Generator, shape: str, n: int, sigma: float, difference: float, level: float = 0.9
 ) -> Interval:
-    higher, spread = paired_ratio(*_documents(rng, shape, n, sigma, difference))
+    higher, spread = paired_ratio(*documents(rng, shape, n, sigma, difference))
     return skewed_t_interval(-higher, spread.reversed(), level=level)
 
 
@@ -108,7 +108,7 @@ def _passes_as_planned(shape: str, sigma: float, pilot: int, trials: int) -> flo
     """Return how often an arm that is no worse passes on a new sample of the size that its pilot named."""
     rng, passed = np.random.default_rng(11), 0
     for _ in range(trials):
-        _, spread = paired_ratio(*_documents(rng, shape, pilot, sigma, 0.0))
+        _, spread = paired_ratio(*documents(rng, shape, pilot, sigma, 0.0))
         n = items_for_power(spread.reversed(), margin=MARGIN)
         assert n is not None
         passed += _oriented(rng, shape, n, sigma, 0.0).low > -MARGIN
@@ -174,7 +174,7 @@ def test_an_undecided_comparison_names_documents_that_decide() -> None:
     rng, named, passed = np.random.default_rng(3), 0, 0
 
     def compare(n: int) -> dict[str, Any]:
-        arm, base, size = _documents(rng, "normal", n, 0.5, 0.0)
+        arm, base, size = documents(rng, "normal", n, 0.5, 0.0)
         digest = np.arange(n)
         arm_items, base_items = ({"digest": digest, "bits": bits, "bytes": size} for bits in (arm, base))
         return compare_items("bits_per_byte", arm_items, base_items, margin=MARGIN)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_gate_simulation import documents
 
 from pipeline.assess.quality import read_items
 from pipeline.assess.recorded import take_recorded
@@ -156,12 +157,29 @@ def written(path: Path, right: np.ndarray) -> Path:
 
 def through_files(tmp_path: Path, arm: np.ndarray, base: np.ndarray, margin: float) -> Criterion:
     """Return the criterion on accuracy, from files as the gate takes them."""
+    given = [written(tmp_path / f"{name}.jsonl", right) for name, right in (("arm", arm), ("base", base))]
+    return read_back("accuracy", given, Task.sequence_classification, margin)
+
+
+def read_back(metric: str, given: list[Path], task: Task, margin: float) -> Criterion:
     sides = []
-    for name, right in (("arm", arm), ("base", base)):
-        given, kept = written(tmp_path / f"{name}.jsonl", right), tmp_path / f"kept_{name}.jsonl"
-        take_recorded(given, kept, Task.sequence_classification, QualityConfig(bootstrap=200), "candidate_items")
+    for path in given:
+        kept = path.with_name(f"kept_{path.name}")
+        take_recorded(path, kept, task, QualityConfig(bootstrap=200), "candidate_items")
         sides.append(read_items(kept))
-    return quality_criterion("accuracy", *sides, POLICY, margin=margin)
+    return quality_criterion(metric, *sides, POLICY, margin=margin)
+
+
+def bits_through_files(folder: Path, rng: np.random.Generator, shape: str, n: int, worse: float) -> Criterion:
+    """Return the criterion on bits per byte of `n` documents of unequal sizes; the arm takes `worse` more in truth."""
+    arm, base, size = documents(rng, shape, n, 1.0, worse)
+    given = []
+    for name, bits in (("arm", arm), ("base", base)):
+        rows = ({"digest": f"{i:06d}", "bits": b, "bytes": int(s), "tokens": 9, "correct": 4}
+                for i, (b, s) in enumerate(zip(bits.tolist(), size, strict=True)))  # fmt: skip
+        given.append(folder / f"{name}.jsonl")
+        given[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_back("bits_per_byte", given, Task.causal_lm, 0.01)
 
 
 @pytest.mark.parametrize("runs", [FEW, pytest.param(N, marks=pytest.mark.slow)])
@@ -187,6 +205,30 @@ def test_equal_models_fail_at_most_alpha_of_the_time_and_pass_where_the_planner_
     slack = 2 * math.sqrt(0.8 * 0.2 / runs)
     assert found.count(PASS) / runs >= 0.8 - slack * (runs < N)
     assert found.count(FAIL) / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
+
+
+SKEWED = ["normal", "damage to a tail", "5% damaged"]
+
+
+@pytest.mark.parametrize("runs", [FEW, pytest.param(N, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", SKEWED)
+def test_bits_of_skewed_documents_at_the_margin_pass_at_most_6_percent(tmp_path: Path, runs: int, shape: str) -> None:
+    rng = np.random.default_rng(runs + 2)
+    passed = sum(bits_through_files(tmp_path, rng, shape, 400, 0.01).outcome is PASS for _ in range(runs))
+    assert passed / runs <= 0.06 + 2 * math.sqrt(0.06 * 0.94 / runs) * (runs < N)
+
+
+@pytest.mark.parametrize("runs", [FEW // 3, pytest.param(N, marks=pytest.mark.slow)])
+def test_documents_of_an_equal_model_pass_where_the_planner_said_and_fail_at_most_alpha(
+    tmp_path: Path, runs: int
+) -> None:
+    rng, outcomes = np.random.default_rng(runs + 3), list[Outcome]()
+    while len(outcomes) < runs:
+        pilot = bits_through_files(tmp_path, rng, "normal", 60, 0.0)
+        if pilot.outcome is OPEN and pilot.needed is not None:
+            outcomes.append(bits_through_files(tmp_path, rng, "normal", pilot.needed, 0.0).outcome)
+    assert outcomes.count(PASS) / runs >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / runs) * (runs < N)
+    assert outcomes.count(FAIL) / runs <= 0.05
 
 
 def two_looks(rng: np.random.Generator, saving: float, minimum: float, drift: float) -> tuple[Outcome, list[float]]:
