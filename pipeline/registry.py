@@ -14,7 +14,6 @@ when it first saw the holder, so that clocks of two machines are compared only w
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
 from pipeline.redact import redact_value, without_login
-from pipeline.store import MODEL
+from pipeline.store import MODEL, read_json
 from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
 
 if TYPE_CHECKING:
@@ -236,8 +235,9 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
             if run.data.tags.get(f"{GATE}.verdict") == "INVALID":  # nothing was found out: no look
                 continue
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
-            verdict = as_recorded(json.loads(place.read_text(encoding="utf-8")))
-            if checksum(verdict) != run.data.tags.get(f"{GATE}.sha256"):
+            written = read_json(place)
+            verdict = as_recorded(written) if isinstance(written, dict) and "run_id" in written else {}
+            if verdict.get("key") != key or checksum(verdict) != run.data.tags.get(f"{GATE}.sha256"):
                 problem = f"{FILE} of MLflow's run {run.info.run_id} is not what was recorded"
                 raise UserError("verdict", problem, "restore it; a verdict is never edited")
             found.append(verdict)

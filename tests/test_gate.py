@@ -18,7 +18,9 @@ from junitparser import JUnitXml
 from safetensors.torch import load_file, save_file
 from test_run import TINY
 
-from pipeline.gate.opening import as_recorded, checksum
+from pipeline.errors import UserError
+from pipeline.gate.opening import as_recorded, checksum, recall, record
+from pipeline.store import Store
 
 GATE = [
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
@@ -292,6 +294,22 @@ def test_a_verdict_edited_by_hand_is_refused(project) -> None:
     done = gate(cwd, *arms)
     assert done.returncode == 1
     assert "is not what was recorded" in done.stderr
+    (note,) = (cwd / "mlruns/store/verdicts").glob("*.json")
+    for cut in (note.read_text()[:40], "[]", "null"):
+        note.write_text(cut)
+        done = gate(cwd, *arms)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert f"{note} is not what was recorded" in done.stderr, "a look that cannot be read is not forgotten"
+
+
+def test_a_verdict_on_another_comparison_is_refused(project) -> None:
+    cwd, _ = project
+    store = Store(cwd / "mlruns/store")
+    record(store, "a" * 32, {"key": "a" * 32, "verdict": "PASS", "run_id": "r"})
+    shutil.copy(store.root / f"verdicts/{'a' * 32}.json", store.root / f"verdicts/{'b' * 32}.json")
+    assert recall(store, "a" * 32) is not None
+    with pytest.raises(UserError, match="is of another comparison"):
+        recall(store, "b" * 32)
 
 
 # -- values that another evaluation recorded ------------------------------------------------------------------------

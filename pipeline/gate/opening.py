@@ -171,11 +171,21 @@ def recall(store: Store, key: str) -> Verdict | None:
     Raises:
         UserError: If it is not what was recorded.
     """
-    noted = read_json(store.root / "verdicts" / f"{key}.json")
-    if noted is None:
+    note = store.root / "verdicts" / f"{key}.json"
+    if not note.exists():
         return None
-    path = store.root / "artifacts" / str(noted.get("artifact", {}).get("digest")) / FILE
+    noted = read_json(note)
+    artifact = noted.get("artifact") if isinstance(noted, dict) else None
+    if not isinstance(artifact, dict):  # written whole or not at all: a look that cannot be read is not forgotten
+        raise _edited(note)
+    path = store.root / "artifacts" / str(artifact.get("digest")) / FILE
     verdict = read_json(path)
     if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
-        raise UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
+        raise _edited(path)
+    if verdict.get("key") != key:
+        raise UserError("verdict", f"{note} is of another comparison", "restore it; a verdict is never edited")
     return verdict
+
+
+def _edited(path: Path) -> UserError:
+    return UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
