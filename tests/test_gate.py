@@ -342,6 +342,11 @@ NAN = [{**row, "bits": float("nan")} if i == 3 else row for i, row in enumerate(
         ((rows(2.1)[::-1], {}), (rows(2.0), {}), 0, None),
         ((rows(3.0), {}), (rows(2.0), {}), 3, None),
         (([], {}), (rows(2.0), {}), 1, "holds no documents"),
+        ((rows(-2.0), {}), (rows(2.0), {}), 1, "line 1: bits is below 0"),
+        (([{**row, "bits": True} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "line 1: bits is no number"),
+        (([{**row, "bits": 10**400} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "line 1: bits is no number"),
+        (([{**row, "correct": 51} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "more tokens are correct"),
+        (([{**row, "more": [1]} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "neither a number nor a text"),
     ],
 )
 def test_recorded_values_are_compared_only_where_they_can_be(

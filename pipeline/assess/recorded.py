@@ -7,6 +7,7 @@ read) and `artifact` (whose values they are). Two sets of values are compared on
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.assess.quality import Arrays, entry_of, figures_of
 from pipeline.config import QualityConfig, Task
 from pipeline.errors import UserError
 from pipeline.metrics import PRIMARY
+from pipeline.report.text import one_line
 from pipeline.store import read_json, write_json
 from pipeline.values import null
 
@@ -82,9 +84,33 @@ def _columns(path: Path, task: Task, key: str) -> Arrays:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("digest"), str):
             raise UserError(key, f"{path}, line {number} has no digest", remedy)
-        wrong = [name for name in NUMBERS[task] if name in row and not isinstance(row[name], int | float)]
-        if wrong:
-            raise UserError(key, f"{path}, line {number}: {wrong[0]} is no number", remedy)
+        wrong = _why_wrong(row, task)
+        if wrong is not None:
+            raise UserError(key, f"{path}, line {number}: {wrong}", remedy)
         if set(row) != set(rows[0]):
             raise UserError(key, f"{path}, line {number} has other keys than line 1", remedy)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
+    """Return what no document can read, or None; what is not finite is for the comparison to say."""
+    for name, value in row.items():
+        whole = isinstance(value, int) and abs(value) < 2**63 and (name == "correct" or not isinstance(value, bool))
+        numeric = whole or isinstance(value, float)
+        if name in NUMBERS[task] and not numeric:
+            return f"{name} is no number"
+        if not isinstance(value, int | float | str):  # a column of lists is none
+            return f"{one_line(name, 80)} is neither a number nor a text"
+    if not all(math.isfinite(row.get(name, 0)) for name in NUMBERS[task]):
+        return None
+    if task is Task.causal_lm:
+        below = next((name for name in NUMBERS[task] if row.get(name, 0) < 0), None)
+        if below is not None:
+            return f"{below} is below 0"
+        if row.get("correct", 0) > row.get("tokens", math.inf):
+            return "more tokens are correct than there are"
+    elif row.get("correct", 0) not in (0, 1):
+        return "correct is neither 0 nor 1"
+    elif {"label", "prediction", "correct"} <= set(row) and (row["label"] == row["prediction"]) != row["correct"]:
+        return "correct is not what label and prediction say"
+    return None
