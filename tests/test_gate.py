@@ -363,3 +363,14 @@ def test_recorded_values_are_compared_only_where_they_can_be(
     if why is not None:
         read = by_name(verdict).get("quality/bits_per_byte", {})
         assert why in (read.get("why") or verdict["why"])
+
+
+def test_the_same_values_with_another_note_are_another_comparison(project) -> None:
+    cwd, paths = project
+    files = [recorded(cwd / f"{name}.jsonl", rows(2.0)) for name in ("candidate", "baseline")]
+    arms = (paths["student"], paths["teacher"], f"candidate_items={files[0]}", f"baseline_items={files[1]}",
+            "policy.serving=null", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+    assert gate(cwd, *arms).returncode == 0
+    recorded(files[0], rows(2.0), data="d2")
+    assert gate(cwd, *arms).returncode == 5
+    assert "other data: d2 against d1" in by_name(said(cwd))["quality/bits_per_byte"]["why"]

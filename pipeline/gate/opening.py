@@ -122,7 +122,7 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -
     """
     if gate.baseline is None:
         return
-    items = [None if path is None else sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    items = [None if path is None else _identity(Path(path).expanduser())
              for path in (run.candidate_items, run.baseline_items)]  # fmt: skip
     gate.key = key_of(
         candidate=gate.candidate.artifact.digest, baseline=gate.baseline.artifact.digest, policy=gate.policy_key,
@@ -135,6 +135,14 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -
         found.append(find_verdict(gate.places.tracking, gate.key))
     known = [each for each in found if each is not None]
     gate.earlier = max(known, key=lambda each: each["look"], default=None)
+
+
+def _identity(items: Path) -> list[Any]:
+    """Return what values of another evaluation are known by: their bytes, and what the note beside them says."""
+    from pipeline.assess.recorded import IDENTITY, read_identity
+
+    note = read_identity(items) or {}
+    return [sha256(items.read_bytes()).hexdigest(), *(note.get(name) for name in (*IDENTITY, "artifact"))]
 
 
 # -- the record -----------------------------------------------------------------------------------------------------
