@@ -285,6 +285,19 @@ def test_other_bytes_than_vouched_for_are_refused(project, tmp_path: Path) -> No
     assert "holds other bytes than its artifact.json vouches for" in done.stderr
 
 
+@pytest.mark.parametrize("hours", [-5.0, "lots", float("nan"), True])
+def test_a_charge_that_nothing_can_have_cost_is_refused(project, tmp_path: Path, hours: Any) -> None:
+    cwd, paths = project
+    cheap = tmp_path / "cheap"
+    shutil.copytree(paths["student"], cheap)
+    manifest = json.loads((cheap / "artifact.json").read_text())
+    manifest["charge"]["work_device_hours"] = hours
+    (cheap / "artifact.json").write_text(json.dumps(manifest))
+    done = gate(cwd, str(cheap), paths["teacher"], "policy.payback_units=1000000", "tracking.mlflow=false")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "has a charge that nothing can have cost: work_device_hours is" in done.stderr
+
+
 def test_a_verdict_edited_by_hand_is_refused(project) -> None:
     cwd, paths = project
     arms = (paths["damaged"], paths["teacher"])

@@ -6,6 +6,7 @@ A reference is a folder, `latest`, a run's id (ours or MLflow's), an artifact's 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,9 @@ class Release:
 
         A chain's sum is one figure: what two chains share cancels in their difference.
         """
-        if not self.charge:
-            return {arm: Spend(arm=arm, flops=None, existing=True, unknown="no ledger")}
+        if not self.charge or None in (self.charge["work_device_hours"], self.charge["retry_device_hours"]):
+            why = "its ledger has no device-hours" if self.charge else "no ledger"
+            return {arm: Spend(arm=arm, flops=None, existing=True, unknown=why)}
         before = [f"existing model {digest[:8]}" for digest in self.charge.get("existing", [])]
         own = Spend(
             arm=arm, depends_on=tuple(before), work_h=self.charge["work_device_hours"],
@@ -107,7 +109,7 @@ def resolve(reference: str, key: str, places: Places) -> Release | None:
     if (folder / "result.json").is_file():
         return _of_run(folder, reference, key, places)
     if folder.is_dir():
-        return _release(reference, take(folder, key, places.store))
+        return _release(reference, key, take(folder, key, places.store))
     raise UserError(key, f"there is no {reference}", FORMS)
 
 
@@ -125,6 +127,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
     facts = {name: manifest[name] for name in KEPT if name in manifest} if isinstance(manifest, dict) else {}
     if isinstance(manifest, dict) and manifest.get("digest") != digest_given(folder)[0]:
         raise UserError(key, f"{folder} holds other bytes than its {MANIFEST} vouches for", "give it whole, as made")
+    _charge(facts, folder, key)
     with store.scratch() as out:
         for path in files:
             bring(path, out / path.name)
@@ -136,13 +139,39 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
     return artifact
 
 
-def _release(reference: str, artifact: Artifact, **more: Any) -> Release:
-    return Release(reference, artifact, charge=_charge(read_json(artifact.path / MANIFEST) or {}), **more)
+def _release(reference: str, key: str, artifact: Artifact, **more: Any) -> Release:
+    facts = read_json(artifact.path / MANIFEST) or {}
+    return Release(reference, artifact, charge=_charge(facts, artifact.path, key), **more)
 
 
-def _charge(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what an artifact cost: as it was registered, or as the run that made it noted (`past_cost.py`)."""
-    return next((facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {})
+def _why_no_charge(charge: dict[str, Any]) -> str | None:
+    """Return what is wrong with what an artifact is said to have cost, or None: its artifact.json is in no digest."""
+    for name in ("work_device_hours", "retry_device_hours", "model_flops"):
+        value = charge.get(name)
+        if value is None and name in charge:  # not counted
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            return f"{name} is {value!r}"[:80]
+    if not isinstance(charge.get("device", {}), dict):
+        return "device is no object"
+    existing = charge.get("existing", [])
+    if not isinstance(existing, list) or not all(isinstance(each, str) for each in existing):
+        return "existing is no list of digests"
+    return None
+
+
+def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
+    """Return what an artifact cost: as it was registered, or as the run that made it noted (`past_cost.py`).
+
+    Raises:
+        UserError: If nothing can have cost that: artifact.json is in no digest.
+    """
+    charge = next((facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {})
+    wrong = _why_no_charge(charge) if charge else None
+    if wrong is not None:
+        problem = f"{folder / MANIFEST} has a charge that nothing can have cost: {wrong}"
+        raise UserError(key, problem, "restore it, or give the folder without it")
+    return charge
 
 
 def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
@@ -155,17 +184,17 @@ def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
     if not made:
         raise UserError(key, f"{reference} ended {result.get('status')} without {arm}", "give a run that made a model")
     digest = made[0]["artifact"]["digest"]
-    return _release(reference, _fetch(digest, key, places, path=made[0]["artifact"]["path"]))
+    return _release(reference, key, _fetch(digest, key, places, path=made[0]["artifact"]["path"]))
 
 
 def _by_number(name: str, reference: str, key: str, places: Places) -> Release:
     """Return an artifact by its digest, or the primary artifact of an MLflow run."""
     if (places.store.root / "artifacts" / name).is_dir():
-        return _release(reference, _fetch(name, key, places))
+        return _release(reference, key, _fetch(name, key, places))
     from pipeline.registry import run_artifact
 
     path, digest, _ = run_artifact(places.tracking, name, key=key)
-    return _release(reference, _fetch(digest, key, places, path=str(path)))
+    return _release(reference, key, _fetch(digest, key, places, path=str(path)))
 
 
 def _registered(reference: str, key: str, places: Places) -> Release | None:
@@ -179,7 +208,7 @@ def _registered(reference: str, key: str, places: Places) -> Release | None:
     if version is None:
         return None
     artifact = _fetch(version.digest, key, places, path=version.path or None, url=version.url or None)
-    return _release(reference, artifact, model=name, version=version.version, url=version.url or None)
+    return _release(reference, key, artifact, model=name, version=version.version, url=version.url or None)
 
 
 def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, url: str | None = None) -> Artifact:
