@@ -253,6 +253,10 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
         (("candidate=nowhere", "baseline=nowhere"), "baseline: there is no nowhere"),
         (("candidate=x", "baseline=models:/../../etc@champion"), "names no version of a model"),
         (("candidate=x", r"baseline='a\u0007b'"), "there is no"),
+        (("candidate=x", f"baseline={'a' * 300}"), "cannot be read (File name too long)"),
+        (("candidate=x", f"baseline={'a' * 5000}"), "is no reference"),
+        (("candidate=x", "baseline=x", "candidate_items='\x1b[31mx'"), "candidate_items: x does not exist"),
+        (("candidate=x", "baseline=x", "candidate_items=" + "x" * 300), "does not exist"),
         (("candidate=x", "baseline=00000000000000000000000000000000"), "has no run 0000"),
         (("candidate=x", "baseline=x", "policy.metrics={acuracy: {margin: 0.1}}"), "there is no such metric"),
         (("candidate=x", "baseline=x", "policy.metrics.accuracy.direction=lower"), "say higher"),
@@ -265,6 +269,7 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
 )
 def test_what_cannot_be_judged_is_refused_in_one_line(tmp_path: Path, settings: tuple[str, ...], problem: str) -> None:
     done = here(tmp_path, *GATE, *settings)
+    assert "\x1b" not in done.stderr
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1), done.stderr
     assert problem in done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os.path
 from pathlib import Path
 
 from pipeline.config import Direction, MetricRule, PolicyConfig, Run, Task
@@ -42,7 +43,7 @@ def check_gate(run: Run) -> None:
         if key not in run.stages:
             raise UserError(f"stages.{key}", "is missing", "place both: /stage@stages.candidate: release")
     for key in ITEMS.values():
-        if given[key] is not None and not Path(str(given[key])).expanduser().is_file():
+        if given[key] is not None and not os.path.isfile(Path(str(given[key])).expanduser()):  # false where too long
             raise UserError(key, f"{given[key]} does not exist", "give a file of per-document values")
     if run.seeds is not None:
         raise UserError("seeds", "has no effect here: a release is one artifact", "leave it out")

@@ -20,6 +20,7 @@ from pipeline.tracking import store_uri
 
 FORMS = "give a folder, a run's id, latest, models:/NAME/3 or models:/NAME@champion"
 KEPT = ("ledger", "charge", "assessed", "arm", "run_id", "recipe", "quantization", "name")
+MAX_REFERENCE = 4096  # characters, as of a path
 _MODEL = re.compile(r"models:/([^/@:]+)(?:/([0-9]+)|@([A-Za-z][\w-]*))")
 _HEX = re.compile(r"[0-9a-f]{32}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -96,8 +97,18 @@ def resolve(reference: str, key: str, places: Places) -> Release | None:
     Raises:
         UserError: If it is no reference, cannot be reached, or is not what its digest says.
     """
-    if not reference.isprintable() or not reference.strip():
-        raise UserError(key, f"{reference!r} is no reference", FORMS)
+    if not reference.isprintable() or not reference.strip() or len(reference) > MAX_REFERENCE:
+        shown = reference if len(reference) <= MAX_REFERENCE else f"{reference[:80]}..."
+        raise UserError(key, f"{shown!r} is no reference", FORMS)
+    try:
+        return _resolve(reference, key, places)
+    except OSError as error:  # a name too long for the disk, a folder that may not be read
+        if error.strerror is None:
+            raise
+        raise UserError(key, f"{reference[:80]} cannot be read ({error.strerror})", FORMS) from error
+
+
+def _resolve(reference: str, key: str, places: Places) -> Release | None:
     if reference.startswith("models:"):
         return _registered(reference, key, places)
     name = reference.removeprefix("runs:/")
