@@ -54,7 +54,6 @@ that saves neither time nor memory), 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE, 7
 same command again), 130 interrupted."""
 
 
-MOST = 2000  # characters of a refusal
 TAKE_A_VALUE = frozenset({
     "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir",
     "-cd", "--experimental-rerun",
