@@ -290,6 +290,19 @@ def test_other_bytes_than_vouched_for_are_refused(project, tmp_path: Path) -> No
     assert "holds other bytes than its artifact.json vouches for" in done.stderr
 
 
+def test_after_a_disturbed_machine_the_same_command_measures_anew(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.gate import judge
+
+    cwd, paths = project
+    arms = (paths["student"], paths["teacher"], "tracking.mlflow=false")
+    monkeypatch.setattr(judge, "disturbed", lambda *_: ["others used 50% of the machine"])
+    assert gate(cwd, *arms).returncode == 5
+    readings = said(cwd)["readings"]["candidate_s"]
+    monkeypatch.undo()
+    assert gate(cwd, *arms).returncode == 0
+    assert said(cwd)["readings"]["candidate_s"] != readings
+
+
 @pytest.mark.parametrize("hours", [-5.0, "lots", float("nan"), True])
 def test_a_charge_that_nothing_can_have_cost_is_refused(project, tmp_path: Path, hours: Any) -> None:
     cwd, paths = project
