@@ -395,6 +395,12 @@ class Attempt:
         """Return a digest of how artifacts are scored: values of two evaluations that share it can be compared."""
         return key_of(task=self.run.task, **self._evaluation())
 
+    def reading(self) -> str:
+        """Return a digest of what of that decides a document's values: not the resamples, nor how many at once."""
+        quality = {key: value for key, value in self._evaluation()["quality"].items()
+                   if key not in ("bootstrap", "batch_size")}  # fmt: skip
+        return key_of(task=self.run.task, **{**self._evaluation(), "quality": quality})
+
     def _recorded(self, name: str) -> Path | None:
         """Return the per-document values of another evaluation that stand in for an assessment, or None."""
         path = getattr(self.run, ITEMS.get(name, ""), None) if self.gate is not None else None

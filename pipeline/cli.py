@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
 Execute = Callable[[Any, str, int], int]
+REFERENCES = ("candidate", "baseline", "candidate_items", "baseline_items")  # text that others chose
 LINE = 2000  # characters: exceptions of libraries can be pages
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
@@ -195,7 +197,7 @@ def _compose_and_run(
     codes: list[int] = []
     # their keys are others' (a Hugging Face config's, metrics); Hydra adds to a dictionary only what is marked so
     open_keys = tuple(f"{key}{end}" for key in ("student.config", "policy.metrics") for end in "=.")
-    overrides = [f"++{arg}" if arg.startswith(open_keys) else arg for arg in args]
+    overrides = [f"++{arg}" if arg.startswith(open_keys) else _as_text(arg) for arg in args]
 
     def one(cfg: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -231,6 +233,27 @@ def _compose_and_run(
         problem = f"{error.filename} cannot be made ({error.strerror})"
         return _refuse(UserError("tracking.root", problem, "give a folder to write to"), debug)
     return max(codes, default=Exit.DONE, key=_badness)
+
+
+def _as_text(arg: str) -> str:
+    """Return an override whose value is a reference, quoted where Hydra's grammar could not read it as it is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = arg.partition("=")
+    if key not in REFERENCES or not equals:
+        return arg
+    try:
+        OverridesParser.create().parse_override(arg)
+    except HydraException:
+        return f"{key}={_quoted(value)}"
+    return arg
+
+
+def _quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes, where backslashes count only before a quote: each is doubled there."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
 
 
 class _SweepStopped(BaseException):

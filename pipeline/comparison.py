@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arms import is_rung, stage_name
+from pipeline.assess.decoding import chosen
 from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
 from pipeline.attempt import device_name, named
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
+from pipeline.compare.verdict import disturbed
 from pipeline.config import Comparison, Measure
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
@@ -64,18 +66,28 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     rows = finished_rows(attempt, attempt.seeds[0])
     key = key_of(
         pairs=pairs, artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in UNSERVED},
+        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in UNSERVED}
+        | {"decode": chosen(attempt.run.serving.decode, attempt.device.type)},
         task=attempt.run.task, data=attempt.data.digest, **attempt.made_on(),
-        **({"gate": attempt.gate.key, "look": attempt.gate.look} if attempt.gate else {}),
+        **({"look": attempt.gate.look, "energy": attempt.gate.policy.energy is not None} if attempt.gate else {}),
     )  # fmt: skip
     with attempt.hold(key, "comparison pass"):
         record = attempt.store.recall("serving", key)
-        # a gate asks again where its reading was no measurement: what another run of it read is of no use then
-        if record is None or (attempt.gate is not None and record["run_id"] != attempt.run_id):
+        if record is None or not _holds(attempt, record):
             return _measured(attempt, pairs, key)
     if record["run_id"] != attempt.run_id:
         attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
     return ServePass.from_json(record["served"])
+
+
+def _holds(attempt: Attempt, record: dict[str, Any]) -> bool:
+    """Whether a pass that was measured before stands: for a gate, where it was a measurement under its policy.
+
+    A look is read once, whatever policies judge it: a gate that measured anew for each would find one that passes.
+    """
+    if attempt.gate is None or record["run_id"] == attempt.run_id:
+        return True
+    return not disturbed(attempt.gate.policy, device_name(attempt.device), record["served"]["conditions"])
 
 
 def _measured(attempt: Attempt, pairs: list[tuple[str, str]], key: str) -> ServePass:
@@ -116,7 +128,8 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     return serve_pass(
         folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
         config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
-        sampler=attempt.sampler, energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
+        sampler=attempt.sampler, check=attempt.check_budget,
+        energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
     )  # fmt: skip
 
 

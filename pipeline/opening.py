@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.assess.decoding import chosen
 from pipeline.assess.engine import read_results
 from pipeline.attempt import Attempt, device_name
 from pipeline.compare.quality import MIN_DOCUMENTS
@@ -140,7 +141,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         )  # fmt: skip
         if gate is not None:
             with clock.phase("log"):
-                identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.evaluation())
+                identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.reading(),
+                         decode=chosen(run.serving.decode, device.type))  # fmt: skip
     recover(attempt, events)
     for note in attempt.notes:
         print(f"note: {note}", flush=True)

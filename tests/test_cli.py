@@ -107,6 +107,16 @@ def test_nothing_heavy_is_imported(line: str) -> None:
     assert imported.isdisjoint({"torch", "transformers", "mlflow", "bitsandbytes", "numpy"})
 
 
+@pytest.mark.parametrize(
+    "text", ["a$b", "modèle", "a'b", "a\\", "a\\'b", "a b", "models:/m@champion", "$(x) {y", "#x", "a=b", "C:\\m"]
+)
+def test_a_reference_is_taken_as_it_is(text: str) -> None:
+    taken: list[Any] = []
+    args = ["recipe=release_check", f"candidate={text}", "baseline=x"]
+    assert main(args, started_ns=time.monotonic_ns(), execute=lambda run, *_: taken.append(run.candidate) or 0) == 0
+    assert taken == [text]
+
+
 def test_what_a_crash_says_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     def crash(*_: Any) -> int:
         raise RuntimeError("a path with \x1b[2J in it\nand a second line")

@@ -18,6 +18,7 @@ from junitparser import JUnitXml
 from safetensors.torch import load_file, save_file
 from test_run import TINY
 
+from pipeline.assess import serving
 from pipeline.errors import UserError
 from pipeline.gate.opening import as_recorded, checksum, recall, record
 from pipeline.store import Store
@@ -161,7 +162,37 @@ def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> Non
     assert (read["outcome"], read["needed"]) == ("INCONCLUSIVE", 400)
     again = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400")
     assert again.returncode == 4
-    assert said(cwd)["recorded"], "no further look would give it more documents"
+    first = said(cwd)
+    assert first["recorded"], "no further look would give it more documents"
+    same = ("quality.bootstrap=900", "quality.batch_size=5", "policy.name=another", "serving.decode=dynamic",
+            "policy.metrics.accuracy.margin=0.2")  # fmt: skip
+    alike = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", *same)
+    assert alike.returncode == 4, alike.stderr
+    assert said(cwd)["recorded"] == first["recorded"], "what decides nothing is no way to further looks"
+    other = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=300", "quality.max_documents=23")
+    assert other.returncode == 4, other.stderr
+    assert "recorded" not in said(cwd)
+    assert said(cwd)["readings"] == first["readings"], "another policy judges what was read, and reads nothing anew"
+
+
+def test_a_gate_that_is_stopped_while_it_serves_ends_with_75_and_no_verdict(
+    project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cwd, paths = project
+    blocks: list[Any] = []
+
+    def first_prompts(*given: Any) -> Any:
+        blocks.append(given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*given)
+
+    draw = serving.draw_prompts
+    monkeypatch.setattr(serving, "draw_prompts", first_prompts)
+    done = gate(cwd, paths["student"], paths["teacher"], "policy.blocks=1000")
+    assert done.returncode == 75, done.stderr
+    assert len(blocks) < 4
+    assert (said(cwd)["verdict"], said(cwd)["exit_code"]) == (None, 75)
+    assert not list((cwd / "mlruns/store").glob("verdicts/*"))
 
 
 def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(project) -> None:
@@ -265,6 +296,7 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
         (("candidate=x", "baseline=x", "serving.load.prompt=9"), "the policy's"),
         (("candidate=x", "baseline=x", "candidate_items=nowhere"), "candidate_items: nowhere does not exist"),
         (("candidate=x", "baseline=x", "seeds=[0,1]"), "seeds: has no effect here"),
+        (("candidate=x$y é", "baseline=x$y é"), "baseline: there is no x$y é"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_in_one_line(tmp_path: Path, settings: tuple[str, ...], problem: str) -> None:
@@ -314,6 +346,13 @@ def test_a_charge_that_nothing_can_have_cost_is_refused(project, tmp_path: Path,
     done = gate(cwd, str(cheap), paths["teacher"], "policy.payback_units=1000000", "tracking.mlflow=false")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "has a charge that nothing can have cost: work_device_hours is" in done.stderr
+
+
+def test_only_a_registered_version_can_be_replaced_as_champion(project) -> None:
+    cwd, paths = project
+    done = gate(cwd, paths["student"], paths["teacher"], "promote=true")
+    assert done.returncode == 1
+    assert "is no registered version, and a PASS replaces the champion that it was compared with" in done.stderr
 
 
 def test_a_verdict_edited_by_hand_is_refused(project) -> None:
@@ -370,6 +409,7 @@ NAN = [{**row, "bits": float("nan")} if i == 3 else row for i, row in enumerate(
         ((NAN, {}), (rows(2.0), {}), 5, "no finite reading of 1 of 30 documents"),
         ((rows(2.0), {}), ([{k: v for k, v in row.items() if k != "bits"} for row in rows(2.0)], {}), 5, "bits"),
         ((rows(2.0)[:20], {}), (rows(2.0), {}), 5, "only 20 of 30 documents"),
+        ((rows(2.0), {}), (rows(2.0), {}), 5, "both sides have the same values, and no note says whose they are"),
         ((rows(2.1)[::-1], {}), (rows(2.0), {}), 0, None),
         ((rows(3.0), {}), (rows(2.0), {}), 3, None),
         (([], {}), (rows(2.0), {}), 1, "holds no documents"),
@@ -398,10 +438,13 @@ def test_recorded_values_are_compared_only_where_they_can_be(
 
 def test_the_same_values_with_another_note_are_another_comparison(project) -> None:
     cwd, paths = project
-    files = [recorded(cwd / f"{name}.jsonl", rows(2.0)) for name in ("candidate", "baseline")]
+    files = [recorded(cwd / f"{name}.jsonl", rows(bits)) for name, bits in (("candidate", 2.01), ("baseline", 2.0))]
     arms = (paths["student"], paths["teacher"], f"candidate_items={files[0]}", f"baseline_items={files[1]}",
             "policy.serving=null", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
     assert gate(cwd, *arms).returncode == 0
-    recorded(files[0], rows(2.0), data="d2")
+    recorded(files[0], [dict(reversed(row.items())) for row in rows(2.01)[::-1]])
+    assert gate(cwd, *arms).returncode == 0
+    assert said(cwd)["recorded"], "in another order they are the same values"
+    recorded(files[0], rows(2.01), data="d2")
     assert gate(cwd, *arms).returncode == 5
     assert "other data: d2 against d1" in by_name(said(cwd))["quality/bits_per_byte"]["why"]

@@ -368,7 +368,7 @@ def test_the_github_action_passes_inputs_as_they_are_and_the_exit_code_on(tmp_pa
     (step,) = action["runs"]["steps"]
     given = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
     given |= {"candidate": 'x"; touch hacked; "', "baseline": "models:/m@champion", "python": str(stub(tmp_path)),
-              "overrides": "tracking.team=a b\nstore.url=s3://c/d\n"}  # fmt: skip
+              "overrides": "tracking.team=a b\r\n# seen elsewhere\n\nstore.url=s3://c/d\n"}  # fmt: skip
     env = {name: given[value.removeprefix("${{ inputs.").removesuffix(" }}")] for name, value in step["env"].items()}
     done = subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path,
                           env={**os.environ, **env, "SEEN": str(tmp_path / "seen")}, check=False)  # fmt: skip

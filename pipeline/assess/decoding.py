@@ -143,6 +143,13 @@ class Fixed:
         self._token.copy_(self.logits.argmax(-1, keepdim=True))
 
 
+def chosen(decode: Decode, device_type: str) -> Decode:
+    """Return what `auto` stands for on a kind of device; anything else as it is."""
+    if decode is not Decode.auto:
+        return decode
+    return Decode.graph if device_type == "cuda" else Decode.dynamic
+
+
 def make_decoder(model: Any, decode: Decode, given: dict[str, Any], prompt: torch.Tensor, new: int) -> Decoder:
     """Return the decoder asked for, or one with a growing cache that says why it is not that.
 
@@ -153,8 +160,7 @@ def make_decoder(model: Any, decode: Decode, given: dict[str, Any], prompt: torc
         new: Tokens to be generated for each.
     """
     on_cuda = prompt.device.type == "cuda"
-    if decode is Decode.auto:
-        decode = Decode.graph if on_cuda else Decode.dynamic
+    decode = chosen(decode, prompt.device.type)
     if decode is Decode.dynamic or new == 1:
         return Growing(model.forward, given)
     if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own mark of models with a static cache

@@ -11,7 +11,7 @@ Two arms are compared in blocks of arm, base, base, arm: a drift that is linear 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,6 +88,10 @@ class ServePass:
         )  # fmt: skip
 
 
+def _go_on() -> None:
+    """Let a pass go on: nobody wants it stopped."""
+
+
 def serve_pass(
     artifacts: dict[str, Path],
     pairs: list[Pair],
@@ -103,6 +107,7 @@ def serve_pass(
     sampler: Sampler,
     dtype: torch.dtype | None = None,
     energy_of: Pair | None = None,
+    check: Callable[[], None] = _go_on,
 ) -> ServePass:
     """Load artifacts side by side and measure them.
 
@@ -119,6 +124,8 @@ def serve_pass(
         clock: Books model_load and generate, and is the clock of the readings.
         sampler: Reads the devices' energy counters.
         dtype: Arithmetic of unquantized models; None: bf16 where the device has it, fp32 on a CPU.
+        energy_of: The pair whose energy is read in ABBA blocks.
+        check: Called between blocks, outside of what is timed; what it raises ends the pass.
 
     Raises:
         UserError: If an artifact cannot serve this load or these tokens.
@@ -133,7 +140,7 @@ def serve_pass(
     with clock.phase("generate"):
         others, start_ns = Others(), clock.now_ns()
         sampler.mark()
-        seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed)
+        seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed, check=check)
         sampler.mark()
         conditions = machine_conditions(sampler, (start_ns, clock.now_ns()), others)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
@@ -223,10 +230,11 @@ def measure_interleaved(
     config: ServingConfig,
     prompts: Sequence[np.ndarray],
     seed: int,
+    check: Callable[[], None] = _go_on,
 ) -> tuple[dict[Pair, tuple[np.ndarray, np.ndarray]], dict[str, Readings]]:
     """Read pairs in ABBA blocks at the declared load, then all arms forth and back at the further batch sizes.
 
-    The prompts of a block are the same for every arm.
+    The prompts of a block are the same for every arm; `check` is called between blocks and sizes.
 
     Returns:
         By pair, seconds of one batch of arm and base, (blocks, 2) each; by arm, all its readings.
@@ -238,6 +246,7 @@ def measure_interleaved(
     first = draw_prompts(prompts, load.batch, load.prompt, (seed, 0))
     repeats = {arm: _warm_up(server, first, load.new) for arm, server in servers.items()}
     for block in range(config.blocks):
+        check()
         ids = draw_prompts(prompts, load.batch, load.prompt, (seed, block))
 
         def read(arm: str, ids: np.ndarray = ids) -> float:
@@ -251,6 +260,7 @@ def measure_interleaved(
         for arm in (*alone, *reversed(alone)):
             read(arm)
     for size in config.batches:
+        check()
         _read_size(servers, kept, size, draw_prompts(prompts, size, load.prompt, (seed, 0)), load)
     return seconds, kept
 

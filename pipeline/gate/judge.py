@@ -32,6 +32,7 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
+from pipeline.config import Run
 from pipeline.errors import Exit
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate, Verdict
@@ -155,11 +156,20 @@ def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) ->
         for name, what in (("data", "data"), ("split", "split"), ("evaluation", "evaluation settings"))
         if ours[name] != theirs[name]
     ]
+    of = {arm: (said or {}).get("artifact") for arm, said in known.items()}
     for arm, release in gate.releases().items():
-        of = (known[arm] or {}).get("artifact")
-        if of not in (None, release.artifact.digest):
-            reasons.append(f"the {arm}'s values are of artifact {of}, not of {release.artifact.digest}")
+        if of[arm] not in (None, release.artifact.digest):
+            reasons.append(f"the {arm}'s values are of artifact {of[arm]}, not of {release.artifact.digest}")
+    digests = {release.artifact.digest for release in gate.releases().values()}
+    if None in of.values() and len(digests) == 2 and _same_values(attempt.run):
+        reasons.append("both sides have the same values, and no note says whose they are (artifact)")
     return reasons
+
+
+def _same_values(run: Run) -> bool:
+    """Whether one file stands in for both sides' assessments."""
+    given = [Path(path).expanduser().read_bytes() for path in (run.candidate_items, run.baseline_items) if path]
+    return len(given) == 2 and given[0] == given[1]
 
 
 # -- compute --------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.compare.verdict import Outcome
-from pipeline.config import PolicyConfig, Run
+from pipeline.config import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
+from pipeline.gate.checks import gating_metrics
 from pipeline.gate.references import Places, Release, resolve
 from pipeline.stages.release import BASELINE, CANDIDATE
-from pipeline.store import Artifact, Store, key_of, read_json
+from pipeline.store import Artifact, Store, key_of, plain, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"
@@ -34,7 +35,8 @@ class Gate:
 
     Attributes:
         policy_key: Hash of the policy.
-        key: Of candidate, baseline, policy, data, evaluation and device: what looks are counted by.
+        key: Of candidate, baseline, data, device, and all of policy and evaluation that decides something: what looks
+            are counted by.
         candidate: What is to be released.
         baseline: The champion; None where there is none.
         earlier: The verdict of the look before; None at the first.
@@ -93,8 +95,12 @@ def open_gate(run: Run, root: Path, store: Store) -> Gate:
     candidate = sides[CANDIDATE]
     if candidate is None:
         raise UserError(CANDIDATE, f"there is no {run.candidate}", "name a version that is registered")
+    baseline = sides[BASELINE]
+    if run.promote and baseline is not None and baseline.version is None:
+        problem = f"{run.baseline} is no registered version, and a PASS replaces the champion that it was compared with"
+        raise UserError("promote", problem, "give baseline=models:/NAME@champion; bootstrap=true makes the first")
     policy_key = key_of(policy=run.policy)
-    gate = Gate(policy=run.policy, policy_key=policy_key, places=places, candidate=candidate, baseline=sides[BASELINE])
+    gate = Gate(policy=run.policy, policy_key=policy_key, places=places, candidate=candidate, baseline=baseline)
     if run.promote or run.bootstrap:
         model_name(gate, run)
     return gate
@@ -114,8 +120,15 @@ def model_name(gate: Gate, run: Run) -> str:
     raise UserError(key, "names no registered model", "give baseline=models:/NAME@champion")
 
 
-def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -> None:
+def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, decode: Decode) -> None:
     """Give the gate its key, and look for what was answered under it before: here, then in the MLflow store.
+
+    What decides nothing (a policy's name, its rules for another task) is no part of the key: else whoever changes that
+    could look until the candidate passes.
+
+    Args:
+        evaluation: What decides a document's values (`Attempt.reading`).
+        decode: How tokens are written on this device.
 
     Raises:
         UserError: If what is recorded was changed by hand.
@@ -124,9 +137,11 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -
         return
     items = [None if path is None else _identity(Path(path).expanduser())
              for path in (run.candidate_items, run.baseline_items)]  # fmt: skip
+    asked = {key: run.policy.metrics[key] for key in gating_metrics(run.policy, run.task)}
     gate.key = key_of(
-        candidate=gate.candidate.artifact.digest, baseline=gate.baseline.artifact.digest, policy=gate.policy_key,
-        data=data, device=device, evaluation=evaluation, items=items, decode=run.serving.decode, task=run.task,
+        candidate=gate.candidate.artifact.digest, baseline=gate.baseline.artifact.digest,
+        policy={**plain(run.policy), "name": None, "metrics": plain(asked)},
+        data=data, device=device, evaluation=evaluation, items=items, decode=decode, task=run.task,
     )  # fmt: skip
     found = [recall(gate.places.store, gate.key)]
     if run.tracking.mlflow:
@@ -138,11 +153,18 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str) -
 
 
 def _identity(items: Path) -> list[Any]:
-    """Return what values of another evaluation are known by: their bytes, and what the note beside them says."""
+    """Return what values of another evaluation are known by: their documents, in any order, and their note."""
     from pipeline.assess.recorded import IDENTITY, read_identity
 
     note = read_identity(items) or {}
-    return [sha256(items.read_bytes()).hexdigest(), *(note.get(name) for name in (*IDENTITY, "artifact"))]
+    try:
+        rows = [
+            json.dumps(json.loads(line), sort_keys=True) for line in items.read_bytes().splitlines() if line.strip()
+        ]
+    except ValueError:  # refused when they are read
+        rows = [items.read_bytes().hex()]
+    values = sha256("\n".join(sorted(rows)).encode()).hexdigest()
+    return [values, *(note.get(name) for name in (*IDENTITY, "artifact"))]
 
 
 # -- the record -----------------------------------------------------------------------------------------------------
@@ -182,7 +204,7 @@ def recall(store: Store, key: str) -> Verdict | None:
     note = store.root / "verdicts" / f"{key}.json"
     if not note.exists():
         return None
-    noted = read_json(note)
+    noted: Any = read_json(note)
     artifact = noted.get("artifact") if isinstance(noted, dict) else None
     if not isinstance(artifact, dict):  # written whole or not at all: a look that cannot be read is not forgotten
         raise _edited(note)
