@@ -15,6 +15,7 @@ from pipeline.compare.statistics import (
     Interval,
     Spread,
     _bca_ends,
+    _reach,
     abba_saving,
     binary_items_for_power,
     bootstrap_ratio,
@@ -412,6 +413,14 @@ def test_two_looks_of_4_and_8_blocks_exceed_the_level_a_little() -> None:
 
 
 # -- how many items -------------------------------------------------------------------------------------------------
+
+
+def test_items_are_planned_from_a_pilot_that_one_document_decides() -> None:
+    """Two documents of such a kind would have next to no degrees of freedom, and no end that a float can hold."""
+    for skewness in (0.0, 26.0):
+        spread = Spread(60, 0.15, 0.25, skewness, skewness)
+        assert (items_for_power(spread, margin=0.01) or 0) > 1000
+    assert 1e100 < _reach(Spread(2, 0.15, 1e-4, 0.0, 0.0), 0.0, 0.9) <= math.inf
 
 
 def test_items_for_power_of_a_normal_mean_is_the_textbook_number() -> None:

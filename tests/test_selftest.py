@@ -191,7 +191,7 @@ def test_a_self_test_on_a_cpu_reaches_mlflow_and_feeds_the_training_criterion(
     monkeypatch.chdir(place)
     roots: list[Path] = []
 
-    def pretend(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def pretend(command: list[str], _: Any) -> tuple[int, str]:
         """Leave the run that was made before, its hours changed by 1% from repeat to repeat."""
         assert command[:3] == [sys.executable, "-m", "pipeline"]
         assert command[3:-2] == TRAIN
@@ -205,9 +205,9 @@ def test_a_self_test_on_a_cpu_reaches_mlflow_and_feeds_the_training_criterion(
         for name, content in (("model/artifact.json", manifest), ("latest/result.json", result)):
             (roots[-1] / name).parent.mkdir()
             (roots[-1] / name).write_text(json.dumps(content))
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return 0, ""
 
-    monkeypatch.setattr(gate_selftest, "subprocess", type("", (), {"run": staticmethod(pretend)}))
+    monkeypatch.setattr(gate_selftest, "_run", pretend)
     before = sorted(path.name for path in (place / "mlruns").iterdir())
     assert main(["model=latest", "n=3", *SMALL, f"train={' '.join(TRAIN)}", "repeats=3"]) == 0
     assert sorted(path.name for path in (place / "mlruns").iterdir() if path.name != "artifacts") == sorted(
@@ -364,8 +364,7 @@ def test_a_training_that_fails_is_told_and_what_it_took_is_kept(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    gone = subprocess.CompletedProcess[str]([], 1, "", "warning\nfailed: loss is not\x1b finite\n")
-    monkeypatch.setattr(gate_selftest, "subprocess", type("", (), {"run": staticmethod(lambda *_, **__: gone)}))
+    monkeypatch.setattr(gate_selftest, "_run", lambda *_: (1, "warning\nfailed: loss is not\x1b finite\n"))
     assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"]) == 1
     assert "train: repeat 1 of 5 ended with exit code 1 (failed: loss is not" in capsys.readouterr().err
     assert not list((place / "mlruns").glob("selftest-*"))

@@ -285,7 +285,10 @@ def _reach(spread: Spread, skewness: float, level: float) -> float:
     Hall's cubic transformation to second order (the first is Johnson's), which has no pole where samples are small.
     """
     t, a = t_quantile(level, spread.degrees), skewness / math.sqrt(spread.n)
-    return (t + a * (1 + 2 * t * t) / 6 + 5 / 27 * a * a * t**3) * spread.sd / math.sqrt(spread.n)
+    if not math.isfinite(t):  # next to no degrees of freedom
+        return math.inf if spread.sd > 0 else 0.0
+    at = a * t  # multiplied in this order nothing overflows to a number that is none
+    return (t + a / 6 + at * t / 3 + 5 / 27 * at * at * t) * spread.sd / math.sqrt(spread.n)
 
 
 def skewed_t_interval(estimate: float, spread: Spread, *, level: float = LEVEL) -> Interval:

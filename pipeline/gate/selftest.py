@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ REPORT, FILE = "report.md", "selftest.json"
 ARM, BASE = "arm", "base"  # the two copies in one trial
 LEAST_REPEATS = 3
 HOUR_NS = 3600 * 10**9
+POLL_S = 0.5
 AGAIN = "a self-test has no checkpoints; run it again"
 
 
@@ -97,13 +98,16 @@ class SelfTest:
     compare_ns: int = 0
     hours: list[float] = field(default_factory=list[float])
     trained_on: dict[str, Any] | None = None
+    stop_signal: int | None = None
 
-    def check_budget(self) -> None:
-        """Start nothing more where the budget is spent.
+    def check(self) -> None:
+        """Go no further where a scheduler wants the machine back or the budget is spent.
 
         Raises:
-            BudgetSpent: If so.
+            BudgetSpent, Preempted: If so.
         """
+        if self.stop_signal is not None:
+            raise Preempted(f"stopped ({signal.Signals(self.stop_signal).name}): {AGAIN}")
         limit = self.run.budget.device_hours
         if limit is not None and (self.clock.now_ns() - self.started_ns) / HOUR_NS >= limit:
             raise BudgetSpent(f"budget.device_hours: {limit} is spent; raise it for more trials")
@@ -127,7 +131,7 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
     writer = start_writer(test.folder) if run.tracking.mlflow else None
     status, why, result = "FAILED", "crashed", dict[str, Any]()
     try:
-        with heartbeat(test.journal), on_stop_signal(_stop):
+        with heartbeat(test.journal), on_stop_signal(lambda number: setattr(test, "stop_signal", number)):
             _measure(test)
             _train(test)
         result = _result(test)
@@ -150,11 +154,6 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
 
     print("\n".join(["", *lines(result)]))
     return result["exit_code"]
-
-
-def _stop(number: int) -> None:
-    """End a self-test that a scheduler wants the machine back from, and with it the training that it waits for."""
-    raise Preempted(f"stopped ({signal.Signals(number).name}): {AGAIN}")
 
 
 def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
@@ -243,7 +242,7 @@ def _measure(test: SelfTest) -> None:
     try:
         look = _looks(test, [item.input_ids for item in encoded], sampler)
         for number in range(test.options.trials):
-            test.check_budget()
+            test.check()
             trial = one_trial(look(number), alpha=policy.alpha, looks=policy.looks)
             test.trials.append(trial)
             test.signs.append(1 if number % 2 == 0 else -1)
@@ -251,7 +250,7 @@ def _measure(test: SelfTest) -> None:
     finally:
         sampler.stop()
         test.compare_ns = test.clock.now_ns() - start_ns
-    test.check_budget()
+    test.check()
     test.quality = _quality(test)
 
 
@@ -278,7 +277,7 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
                 others, start_ns = Others(), test.clock.now_ns()
                 sampler.mark()
                 seconds, _ = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
-                                                 prompts=prompts, seed=number)  # fmt: skip
+                                                 prompts=prompts, seed=number, check=test.check)  # fmt: skip
                 sampler.mark()
                 conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others)
             return *seconds[ARM, BASE], disturbed(run.policy, _device(test), conditions)
@@ -334,12 +333,12 @@ def _train(test: SelfTest) -> None:
     _free_device(test.device)
     root = test.folder.parent.parent
     for number in range(1, test.options.repeats + 1):
-        test.check_budget()
+        test.check()
         said = f"repeat {number} of {test.options.repeats}"
         print(f"training, {said}", flush=True)
         place = Path(tempfile.mkdtemp(prefix="selftest-", dir=root))
         try:
-            hours, device = _one_training(test.options.train, place, said)
+            hours, device = _one_training(test.options.train, place, said, test.check)
         finally:
             shutil.rmtree(place, ignore_errors=True)
         test.hours.append(hours)
@@ -358,17 +357,21 @@ def _free_device(device: Any) -> None:
         torch.accelerator.empty_cache()
 
 
-def _one_training(args: Sequence[str], root: Path, said: str) -> tuple[float, dict[str, Any]]:
+def _one_training(
+    args: Sequence[str], root: Path, said: str, check: Callable[[], None]
+) -> tuple[float, dict[str, Any]]:
     """Run a recipe to its end; return C of its primary arm, in device-hours, and the device that it names.
+
+    Args:
+        check: Asked meanwhile; where it raises, the training is killed.
 
     Raises:
         UserError: If it does not end well, or trained nothing.
     """
-    command = [sys.executable, "-m", "pipeline", *args, "tracking=off", f"tracking.root='{root}'"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in (Exit.DONE, Exit.FAIL):  # a format that saves nothing was trained all the same
-        last = " ".join((done.stderr.strip().splitlines() or [""])[-1].split())
-        problem = f"{said} ended with exit code {done.returncode} ({last[:200]})"
+    code, err = _run([sys.executable, "-m", "pipeline", *args, "tracking=off", f"tracking.root='{root}'"], check)
+    if code not in (Exit.DONE, Exit.FAIL):  # a format that saves nothing was trained all the same
+        last = " ".join((err.strip().splitlines() or [""])[-1].split())
+        problem = f"{said} ended with exit code {code} ({last[:200]})"
         raise UserError("train", problem, "run it alone first: python -m pipeline ...")
     result = read_json(root / "latest" / "result.json") or {}
     charge = _charge(result)
@@ -376,6 +379,20 @@ def _one_training(args: Sequence[str], root: Path, said: str) -> tuple[float, di
     if hours <= 0:
         raise UserError("train", f"{said} trained nothing", "name a recipe whose primary arm is trained")
     return hours, charge["device"]
+
+
+def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
+    """Run a program until it ends, or until `check` raises; return its exit code and what it said on stderr."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while True:
+                check()
+                with suppress(subprocess.TimeoutExpired):
+                    err = process.communicate(timeout=POLL_S)[1]
+                    return process.returncode, err
+        except BaseException:
+            process.kill()
+            raise
 
 
 def _charge(result: dict[str, Any]) -> dict[str, Any]:
