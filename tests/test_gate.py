@@ -20,7 +20,7 @@ from test_run import TINY
 
 from pipeline.assess import serving
 from pipeline.errors import UserError
-from pipeline.gate.opening import as_recorded, checksum, recall, record
+from pipeline.gate.record import as_recorded, checksum, recall, record
 from pipeline.store import Store
 from pipeline.values import measured, null
 

@@ -27,7 +27,7 @@ from markdown_it import MarkdownIt
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import BudgetSpent, Preempted, exit_of
 from pipeline.gate.ending import ended, shown_verdict, write_outputs
-from pipeline.gate.opening import as_recorded, checksum
+from pipeline.gate.record import as_recorded, checksum
 from pipeline.report.conclusion import conclude
 from pipeline.report.github import annotation, outputs, summary, tell_github
 from pipeline.report.junit import junit

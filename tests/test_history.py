@@ -29,7 +29,7 @@ from pipeline.compare.history import (
 )
 from pipeline.compare.statistics import abba_saving, look_alpha
 from pipeline.gate.history import as_json, history_of, of_verdict
-from pipeline.gate.opening import as_recorded, checksum
+from pipeline.gate.record import as_recorded, checksum
 from pipeline.history import main
 from pipeline.ledger.journal import Journal
 from pipeline.registry import Candidate, promote, read_verdicts

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import Exit, exit_of
-from pipeline.gate.opening import FILE, Gate, Verdict, as_recorded, checksum, model_name, recall, record
+from pipeline.gate.opening import Gate, model_name
+from pipeline.gate.record import FILE, Verdict, as_recorded, checksum, recall, record
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
 from pipeline.report.text import one_line

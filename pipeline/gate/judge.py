@@ -35,7 +35,8 @@ from pipeline.compare.verdict import (
 from pipeline.config import Run
 from pipeline.errors import Exit
 from pipeline.gate.checks import gating_metrics
-from pipeline.gate.opening import Gate, Verdict
+from pipeline.gate.opening import Gate
+from pipeline.gate.record import Verdict
 from pipeline.metrics import PRIMARY, TASK, UNIT
 from pipeline.report.verdict import verdict_line
 from pipeline.stages.release import BASELINE, CANDIDATE

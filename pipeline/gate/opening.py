@@ -19,14 +19,10 @@ from pipeline.compare.verdict import Outcome
 from pipeline.config import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
+from pipeline.gate.record import Verdict, recall
 from pipeline.gate.references import Places, Release, resolve
 from pipeline.stages.release import BASELINE, CANDIDATE
-from pipeline.store import Artifact, Store, key_of, plain, read_json
-
-KIND = "verdict"
-FILE = "verdict.json"
-BESIDE = ("sha256", "promotion", "history", "end")  # in verdict.json, and not part of what is recorded
-Verdict = dict[str, Any]
+from pipeline.store import Store, key_of, plain
 
 
 @dataclass(slots=True)
@@ -165,57 +161,3 @@ def _identity(items: Path) -> list[Any]:
         rows = [items.read_bytes().hex()]
     values = sha256("\n".join(sorted(rows)).encode()).hexdigest()
     return [values, *(note.get(name) for name in (*IDENTITY, "artifact"))]
-
-
-# -- the record -----------------------------------------------------------------------------------------------------
-
-
-def canonical(verdict: Verdict) -> bytes:
-    """Return the bytes that a verdict's checksum is taken over."""
-    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-
-
-def checksum(verdict: Verdict) -> str:
-    """Return the checksum that stands beside a verdict wherever it is recorded."""
-    return sha256(canonical(verdict)).hexdigest()
-
-
-def as_recorded(written: Verdict) -> Verdict:
-    """Return a verdict as it was recorded first, from what was written of it (then, or when it was given again)."""
-    first = {name: value for name, value in written.items() if name not in ("recorded", *BESIDE)}
-    return {**first, "run_id": written.get("recorded", written["run_id"])}
-
-
-def record(store: Store, key: str, verdict: Verdict) -> Artifact:
-    """Keep a verdict under its key, as an artifact: its folder is named by what is in it."""
-    with store.scratch() as out:
-        (out / FILE).write_bytes(canonical(verdict))
-        artifact = store.commit(out, KIND, {"key": key, "run_id": verdict["run_id"]})
-    store.remember("verdicts", key, {"artifact": artifact.to_json(), "sha256": checksum(verdict)})
-    return artifact
-
-
-def recall(store: Store, key: str) -> Verdict | None:
-    """Return the verdict recorded under a key, or None.
-
-    Raises:
-        UserError: If it is not what was recorded.
-    """
-    note = store.root / "verdicts" / f"{key}.json"
-    if not note.exists():
-        return None
-    noted: Any = read_json(note)
-    artifact = noted.get("artifact") if isinstance(noted, dict) else None
-    if not isinstance(artifact, dict):  # written whole or not at all: a look that cannot be read is not forgotten
-        raise _edited(note)
-    path = store.root / "artifacts" / str(artifact.get("digest")) / FILE
-    verdict = read_json(path)
-    if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
-        raise _edited(path)
-    if verdict.get("key") != key:
-        raise UserError("verdict", f"{note} is of another comparison", "restore it; a verdict is never edited")
-    return verdict
-
-
-def _edited(path: Path) -> UserError:
-    return UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
