@@ -225,7 +225,8 @@ def test_documents_of_an_equal_model_pass_where_the_planner_said_and_fail_at_mos
     rng, outcomes = np.random.default_rng(runs + 3), list[Outcome]()
     while len(outcomes) < runs:
         pilot = bits_through_files(tmp_path, rng, "normal", 60, 0.0)
-        if pilot.outcome is OPEN and pilot.needed is not None:
+        # one that reads worse than the margin plans to fail what it read, however close that is to the margin
+        if pilot.outcome is OPEN and pilot.needed is not None and (pilot.value.v or 0.0) > -0.01:
             outcomes.append(bits_through_files(tmp_path, rng, "normal", pilot.needed, 0.0).outcome)
     assert outcomes.count(PASS) / runs >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / runs) * (runs < N)
     assert outcomes.count(FAIL) / runs <= 0.05
