@@ -27,6 +27,7 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline import registry
 from pipeline.errors import UserError
+from pipeline.gate.record import checksum
 from pipeline.ledger.journal import Journal
 from pipeline.registry import (
     HOLDER,
@@ -583,6 +584,29 @@ def test_runs_that_stand_for_no_model_are_refused(root: Path) -> None:
 
 
 # -- a real server
+
+
+@pytest.mark.parametrize(
+    ("edit", "tagged"),
+    [({}, "k"), ({"verdict": "PASS"}, "k"), ({}, "another"), ({"run_id": None}, "k"), (None, "k")],
+)
+def test_a_verdict_that_mlflow_holds_is_believed_only_as_it_was_recorded_and_for_its_key(
+    root: Path, edit: dict[str, Any] | None, tagged: str
+) -> None:
+    """A file in its place that was edited, or tags copied to another comparison's run."""
+    verdict = {"run_id": "r", "key": "k", "look": 1, "verdict": "FAIL"}
+    client = MlflowClient(at(root))
+    sums = {"gate.key": tagged, "gate.verdict": "FAIL", "gate.sha256": checksum(verdict)}
+    run = client.create_run(client.create_experiment("release_check", str(root / "kept")), tags=sums)
+    written = {name: value for name, value in {**verdict, **(edit or {})}.items() if value is not None}
+    client.log_text(run.info.run_id, "[]" if edit is None else json.dumps(written), "verdict.json")
+    client.set_terminated(run.info.run_id)
+    if (edit, tagged) == ({}, "k"):
+        assert registry.find_verdict(at(root), "k") == verdict
+        assert registry.find_verdict(at(root), "never asked") is None
+    else:
+        with pytest.raises(UserError, match="is not what was recorded"):
+            registry.find_verdict(at(root), tagged)
 
 
 @pytest.fixture(scope="module")
