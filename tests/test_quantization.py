@@ -110,7 +110,7 @@ def test_stored_weights_are_the_source_within_half_a_step(made, fmt: Format, tas
     assert torch.equal(torch.stack([packed >> 4, packed & 15], dim=1).flatten().long(), nearest)
 
 
-@pytest.mark.parametrize(("fmt", "task"), CASES[::2])
+@pytest.mark.parametrize(("fmt", "task"), [pytest.param(*CASES[0], marks=pytest.mark.slow), CASES[2]])
 def test_a_program_without_this_package_loads_it_and_answers_the_same(made, fmt: Format, task: Task) -> None:
     _, out, _ = made[fmt, task]
     ids = [[5, 6, 7, 8]]
