@@ -397,9 +397,10 @@ class Attempt:
 
     def reading(self) -> str:
         """Return a digest of what of that decides a document's values: not the resamples, nor how many at once."""
-        quality = {key: value for key, value in self._evaluation()["quality"].items()
-                   if key not in ("bootstrap", "batch_size")}  # fmt: skip
-        return key_of(task=self.run.task, **{**self._evaluation(), "quality": quality})
+        evaluation = self._evaluation()
+        for beside in ("bootstrap", "batch_size"):
+            evaluation["quality"].pop(beside)
+        return key_of(task=self.run.task, **evaluation)
 
     def _recorded(self, name: str) -> Path | None:
         """Return the per-document values of another evaluation that stand in for an assessment, or None."""

@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
+from pipeline.errors import LINE, BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
 from pipeline.recipes import Recipe, config_dir, find_recipes
 from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
 Execute = Callable[[Any, str, int], int]
 REFERENCES = ("candidate", "baseline", "candidate_items", "baseline_items")  # text that others chose
-LINE = 2000  # characters: exceptions of libraries can be pages
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
 Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
@@ -170,7 +169,7 @@ def _tell_of_gate(args: Sequence[str], line: str, code: int) -> None:
 def _refuse(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"refused: {one_line(error, LINE)}", file=sys.stderr)
+    print(f"refused: {error}", file=sys.stderr)
     return Exit.REFUSED
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from pipeline.report.text import one_line
+
+LINE = 2000  # characters: what others chose, and exceptions of libraries, can be pages
+
 
 class Exit(IntEnum):
     """Exit codes of `python -m pipeline` (ARCHITECTURE.md says what to do about each)."""
@@ -36,7 +40,7 @@ class UserError(ValueError):
         self.key, self.problem, self.remedy = key, problem, remedy
 
     def __str__(self) -> str:
-        return " ".join(f"{self.key}: {self.problem}; {self.remedy}".split())
+        return one_line(f"{self.key}: {self.problem}; {self.remedy}", LINE)
 
 
 class Unparsable(UserError):

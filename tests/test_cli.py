@@ -13,6 +13,7 @@ import pytest
 from here import here
 
 from pipeline.cli import main
+from pipeline.errors import LINE, UserError
 
 
 def run(*args: str, cwd: str | None = None, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -125,3 +126,9 @@ def test_what_a_crash_says_cannot_command_a_terminal(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == (
         "crashed: RuntimeError: a path with in it and a second line (--debug shows where)\n"
     )
+
+
+def test_a_refusal_is_one_harmless_line_whoever_prints_it() -> None:
+    refusal = UserError("name", "a\x1b[2Jb\n\u202e is none", "give\x07 one")
+    assert str(refusal) == "name: ab is none; give one"
+    assert len(str(UserError("name", "x" * 10_000, "y"))) == LINE

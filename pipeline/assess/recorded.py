@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def read_identity(items: Path) -> dict[str, Any] | None:
     """Return the note of per-document values; None where there is none that says all three."""
     note = read_json(about(items))
     return note if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY) else None
+
+
+def values_digest(items: Path) -> str:
+    """Return what per-document values are known by: what their lines say, in whatever order and spelling."""
+    try:
+        rows = [
+            json.dumps(json.loads(line), sort_keys=True) for line in items.read_bytes().splitlines() if line.strip()
+        ]
+    except ValueError:  # refused when they are read
+        rows = [items.read_bytes().hex()]
+    return sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
 def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, key: str) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.arms import stage_name
 from pipeline.assess.quality import read_items
-from pipeline.assess.recorded import read_identity
+from pipeline.assess.recorded import read_identity, values_digest
 from pipeline.attempt import device_name
 from pipeline.compare import savings
 from pipeline.compare.quality import Items, compared_keys
@@ -168,8 +168,8 @@ def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) ->
 
 
 def _same_values(run: Run) -> bool:
-    """Whether one file stands in for both sides' assessments."""
-    given = [Path(path).expanduser().read_bytes() for path in (run.candidate_items, run.baseline_items) if path]
+    """Whether the same recorded values stand in for both sides' assessments."""
+    given = [values_digest(Path(path).expanduser()) for path in (run.candidate_items, run.baseline_items) if path]
     return len(given) == 2 and given[0] == given[1]
 
 

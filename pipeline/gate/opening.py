@@ -8,9 +8,7 @@ INVALID is no look: it was found invalid by what the machine was like, whatever 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +148,7 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, d
 
 def _identity(items: Path) -> list[Any]:
     """Return what values of another evaluation are known by: their documents, in any order, and their note."""
-    from pipeline.assess.recorded import IDENTITY, read_identity
+    from pipeline.assess.recorded import IDENTITY, read_identity, values_digest
 
     note = read_identity(items) or {}
-    try:
-        rows = [
-            json.dumps(json.loads(line), sort_keys=True) for line in items.read_bytes().splitlines() if line.strip()
-        ]
-    except ValueError:  # refused when they are read
-        rows = [items.read_bytes().hex()]
-    values = sha256("\n".join(sorted(rows)).encode()).hexdigest()
-    return [values, *(note.get(name) for name in (*IDENTITY, "artifact"))]
+    return [values_digest(items), *(note.get(name) for name in (*IDENTITY, "artifact"))]
