@@ -95,7 +95,7 @@ def register(folder: Path, run_dir: Path, root: Path, *, name: str | None = None
         for path in files:
             bring(path, out / path.name)
         artifact = store.commit(out, "model", {"arm": name or charge.arm})
-    _note(artifact, {"name": name or charge.arm, "ledger": charge.to_json()})
+    _note(artifact, store, {"name": name or charge.arm, "ledger": charge.to_json()})
     if charge.rows[-1]["type"] == METERED:
         _show(run_dir, artifact)
     return artifact, charge
@@ -130,20 +130,21 @@ def _check_whole(path: Path) -> None:
         raise UserError("path", f"{path} is no whole safetensors file ({error})", "save the model again") from None
 
 
-def _note(artifact: Artifact, more: dict[str, Any]) -> None:
+def _note(artifact: Artifact, store: Store, more: dict[str, Any]) -> None:
     """Write the ledger into the artifact's manifest, which its digest does not cover.
 
     Raises:
         UserError: If it is charged to another run already.
     """
-    path = artifact.path / MANIFEST
-    known = read_json(path) or {}
-    ledger = known.get("ledger")
-    if ledger is not None and ledger["run_id"] != more["ledger"]["run_id"]:
-        raise UserError("ledger", f"this model is registered with run {ledger['run_id']}",
-                        f"name that run, or remove {artifact.path} first")  # fmt: skip
-    if {**known, **more} != known:
-        write_json(path, {**known, **more})
+
+    def noted(known: dict[str, Any]) -> dict[str, Any]:
+        ledger = known.get("ledger")
+        if ledger is not None and ledger["run_id"] != more["ledger"]["run_id"]:
+            raise UserError("ledger", f"this model is registered with run {ledger['run_id']}",
+                            f"name that run, or remove {artifact.path} first")  # fmt: skip
+        return {**known, **more}
+
+    store.revise(artifact, noted)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------

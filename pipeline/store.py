@@ -192,10 +192,26 @@ class Store:
         return Artifact(final.resolve(), kind, digest, num_bytes)
 
     def annotate(self, artifact: Artifact, topic: str, facts: Any) -> None:
-        """Add what was found out about an artifact to its artifact.json, which is in no digest."""
-        manifest = read_json(artifact.path / MANIFEST)
-        if isinstance(manifest, dict) and artifact.path.parent == self.root.resolve() / "artifacts":
-            write_json(artifact.path / MANIFEST, {**manifest, topic: facts})
+        """Add what was found out about an artifact to its artifact.json; one that lies elsewhere is left as it is."""
+        if artifact.path.parent == self.root.resolve() / "artifacts":
+            self.revise(artifact, lambda manifest: {**manifest, topic: facts})
+
+    def revise(self, artifact: Artifact, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Change artifact.json, which is in no digest: one process at a time, and whole for every reader.
+
+        Args:
+            change: Given what artifact.json says, returns what it is to say; may raise to leave it alone.
+        """
+        path = artifact.path / MANIFEST
+        # Written elsewhere: whoever takes the artifact's digest meanwhile would find one file too many in its folder.
+        with self.lock(f"manifest-{artifact.digest}"), self.scratch() as out:
+            manifest = read_json(path)
+            if not isinstance(manifest, dict):  # damaged meanwhile: it is made again
+                return
+            changed = change(manifest)
+            if changed != manifest:
+                write_json(out / MANIFEST, changed)
+                (out / MANIFEST).replace(path)
 
     def _place(self, folder: Path, digest: str) -> Path:
         """Rename `folder` to its digest; the same content lies there already, or something damaged makes way."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -125,6 +128,42 @@ def committed(store: Store, key: str = "k") -> Artifact:
         artifact = store.commit(write(out, FILES), "model", {"arm": "a"})
     store.remember("keys", key, {"artifact": artifact.to_json()})
     return artifact
+
+
+def test_an_artifact_is_whole_while_something_is_noted_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file half-written among its own would change its digest: another process would make it again."""
+    store = Store(tmp_path)
+    artifact = committed(store)
+    seen: list[bool] = []
+
+    def looking(path: Path, content: dict[str, str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: seen.append(Store(tmp_path).recall("keys", "k") is not None))
+            write_json(path, content)
+
+    monkeypatch.setattr(store_module, "write_json", looking)
+    store.annotate(artifact, "assessed", {"loss": 1.0})
+    assert seen == [True]
+    assert read_json(artifact.path / MANIFEST)["assessed"] == {"loss": 1.0}
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_two_notes_about_an_artifact_at_once_are_both_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    artifact = committed(store)
+    other = threading.Thread(target=Store(tmp_path).annotate, args=(artifact, "charge", 2))
+
+    def slowly(manifest: dict[str, Any]) -> dict[str, Any]:
+        other.start()
+        other.join(timeout=0.3)  # it has to wait
+        return {**manifest, "assessed": 1}
+
+    store.revise(artifact, slowly)
+    other.join()
+    manifest = read_json(artifact.path / MANIFEST)
+    assert (manifest["assessed"], manifest["charge"], manifest["arm"]) == (1, 2, "a")
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "sub/weights.bin"])
