@@ -1,10 +1,13 @@
-"""What several files share: a store of MLflow that costs no migrations, no MLflow of the user's, long files first."""
+"""What several files share: a store of MLflow that costs no migrations, no MLflow of the user's, a server of
+S3, long files first."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,30 @@ def root(tmp_path: Path, empty_store: Path) -> Path:
     """A folder `mlruns` whose store is there already."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server that speaks S3's protocol on this machine; its address."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of its own there, found as on any machine: by the environment."""
+    import boto3
+    from s3fs import S3FileSystem
+
+    for name, value in {"ENDPOINT_URL": s3_server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "hunter2",
+                        "DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    bucket = f"models-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    S3FileSystem.clear_instance_cache()

@@ -246,7 +246,7 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(project) -> None:
     assert said(cwd)["look"] == 1, "INVALID is no look"
 
 
-def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(project) -> None:
+def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(project, s3: str) -> None:
     from mlflow import MlflowClient
 
     cwd, paths = project
@@ -254,7 +254,7 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     done = as_in_ci(cwd, paths["teacher"], champion)
     assert done.returncode == 6, done.stderr
     check_left(cwd, "NO_BASELINE")
-    url = f"store.url={cwd / 'shared'}"
+    url = f"store.url={s3}/releases"
     first = gate(cwd, paths["teacher"], champion, "bootstrap=true", url, MLFLOW)
     assert first.returncode == 0, first.stderr
     assert (said(cwd)["verdict"], said(cwd)["promotion"]["version"]) == ("NO_BASELINE", "1")

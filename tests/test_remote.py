@@ -17,6 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileOpener
 from fsspec.implementations.memory import MemoryFileSystem
+from s3fs import S3FileSystem
 
 from pipeline import remote
 from pipeline.errors import UserError
@@ -49,8 +50,11 @@ def there(tmp_path: Path) -> Store:
     return Store(tmp_path / "there")
 
 
-@pytest.fixture(params=["folder", "file://", "memory://"])
+@pytest.fixture(params=["folder", "file://", "memory://", "s3://"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3://":
+        yield f"{request.getfixturevalue('s3')}/models/"
+        return
     place = f"memory://{uuid.uuid4().hex}/models/"
     yield {"folder": f"{tmp_path}/far/away", "file://": f"file://{tmp_path}/far", "memory://": place}[request.param]
     MemoryFileSystem.store.clear()
@@ -337,6 +341,23 @@ def test_a_place_that_holds_it_not_or_is_not_there_is_named(there: Store, tmp_pa
         download(f"{tmp_path}/absent", "a" * 32, there)
     with pytest.raises(UserError, match="memory://none holds no artifact"):
         download("memory://none", "a" * 32, there)
+
+
+def test_a_bucket_that_is_not_there_and_a_server_that_is_gone_are_named(
+    here: Store, there: Store, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = commit(here)
+    with pytest.raises(UserError, match=r"s3://nobody-s/models cannot be reached or used \(.*bucket does not exist"):
+        upload(artifact, "s3://nobody-s/models")
+    with pytest.raises(UserError, match="s3://nobody-s/models holds no artifact"):
+        download("s3://nobody-s/models", artifact.digest, there)
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for ask in (lambda: upload(artifact, s3), lambda: download(s3, artifact.digest, there)):
+        with pytest.raises(UserError, match=rf"^store\.url: {s3} cannot be reached or used \(EndpointConnectionError"):
+            ask()
+    assert nothing_left(there)
 
 
 @pytest.mark.parametrize(
