@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from forked import Forked, run, start
 from here import here
 
 from pipeline.schema import RESULT_SCHEMA
@@ -26,21 +25,10 @@ SMALL = [
 LONG = [*SMALL, "training.steps=100000", "training.checkpoint_every=5"]
 
 
-def start(cwd: Path, *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", *args]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    process = start(cwd, *args)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(args, process.returncode, out, err)
-
-
-def wait_for_checkpoint(cwd: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(cwd: Path, process: Forked) -> None:
     deadline = time.monotonic() + 120
     while not list(cwd.glob("mlruns/store/checkpoints/*/step-*")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(60)
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -162,7 +150,7 @@ def test_a_signal_ends_the_whole_multirun(tmp_path: Path, number: signal.Signals
 
 def test_a_signal_between_the_jobs_of_a_multirun_ends_it_too(tmp_path: Path) -> None:
     process = start(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2", "seed=0,1,2,3,4,5,6,7")
-    while "#1 : " not in (line := process.stdout.readline() if process.stdout else ""):  # Hydra begins the second job
+    while "#1 : " not in (line := process.stdout.readline()):  # Hydra begins the second job
         assert process.poll() is None, line
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from here import here
@@ -103,8 +104,7 @@ def gate(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.Com
 
 def as_in_ci(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.CompletedProcess[str]:
     """Run a release check as CI does: a process of its own, delivered to MLflow."""
-    command = [sys.executable, "-m", "pipeline", *GATE, f"candidate={candidate}", f"baseline={baseline}", *more]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
+    return forked.run(cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", *more, timeout=500)
 
 
 def check_left(cwd: Path, outcome: str) -> dict[str, Any]:
@@ -265,8 +265,7 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     shutil.rmtree(cwd / "mlruns/runs")
     client.set_model_version_tag("student", "1", "artifact.path", "/nowhere")  # from another machine
     arms = (f"candidate={paths['student']}", f"baseline={champion}", "promote=true", url)
-    crashed = subprocess.run([sys.executable, "-c", CRASHES, *GATE, *arms], cwd=cwd, capture_output=True, text=True,
-                             timeout=500, check=False)  # fmt: skip
+    crashed = forked.run(cwd, *GATE, *arms, code=CRASHES)
     assert crashed.returncode == 1
     assert "crashed: ZeroDivisionError: no time at all (--debug shows where)" in crashed.stderr
     (folder,) = {path.parent for path in (cwd / "mlruns/runs").glob("*-release_check-*/junit.xml")}

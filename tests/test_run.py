@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from forked import run, start
 from here import here
 
 from pipeline.schema import RESULT_SCHEMA
@@ -23,12 +24,6 @@ TINY = [
 ]
 
 
-def pipeline(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *args], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-
-
 def result_in(cwd: Path) -> dict:
     result = json.loads((cwd / "mlruns/latest/result.json").read_text())
     jsonschema.validate(result, RESULT_SCHEMA)
@@ -38,7 +33,7 @@ def result_in(cwd: Path) -> dict:
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     cwd = tmp_path_factory.mktemp("distill")
-    done = pipeline(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "cost.converged_at=100")
+    done = run(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "cost.converged_at=100")
     assert done.returncode == 0, done.stderr
     return cwd, result_in(cwd), done.stdout
 
@@ -84,9 +79,9 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     assert set(runs) == {"teacher", "student", "control_steps", "control_compute"}
     assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
     student = next(row for row in result["rows"] if row["arm"] == "student")
-    for run in (parent, runs["student"]):
-        assert run.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["v"]
-        assert run.data.metrics["compute/device_hours"] == student["ledger"]["device_hours"]["attached"]["v"]
+    for each in (parent, runs["student"]):
+        assert each.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["v"]
+        assert each.data.metrics["compute/device_hours"] == student["ledger"]["device_hours"]["attached"]["v"]
     assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
     assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
     assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {result["environment"]["data_digest"]}
@@ -143,8 +138,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
 @pytest.mark.faults
 def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Path) -> None:
     args = [*TINY, "training.steps=400", "training.checkpoint_every=5", "tracking.mlflow=false"]
-    command = [sys.executable, "-m", "pipeline", "recipe=baseline", *args]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(tmp_path, "recipe=baseline", *args)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("mlruns/store/checkpoints/*/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
