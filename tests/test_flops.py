@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from make_assess_models import SHAPE, encoded, tiny
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -68,6 +69,29 @@ def llama() -> Any:
         vocab_size=V, hidden_size=H, intermediate_size=M, num_hidden_layers=L, num_attention_heads=2,
         tie_word_embeddings=False,
     ))  # fmt: skip
+
+
+def gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
+
+
+def bert() -> Any:
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, intermediate_size=M,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_it_is_what_torchs_counter_sees_of_the_real_model(make: Callable[[], Any], backward: bool) -> None:
+    model = make().eval()
+    model.set_attn_implementation("eager")
+    task = Task.sequence_classification if make is bert else Task.causal_lm
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        logits = model(input_ids=torch.zeros(1, 40, dtype=torch.long)).logits
+        if backward:
+            logits.sum().backward()
+    assert count_flops(model, task, backward=backward)(40) == counter.get_total_flops()
 
 
 def freeze(model: Any, keep: Callable[[str], bool]) -> Any:
@@ -140,11 +164,7 @@ def test_lora_counts_its_own_products_and_no_gradient_of_frozen_weights() -> Non
 
 
 def test_a_model_counts_as_a_fresh_one_of_its_configuration() -> None:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": H}
-    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
-    bert = BertForSequenceClassification(BertConfig(**shape, intermediate_size=M))
-    for model, task in ((gpt, Task.causal_lm), (bert, Task.sequence_classification)):
+    for model, task in ((gpt2(), Task.causal_lm), (bert(), Task.sequence_classification)):
         found = count_flops(model, task, backward=True)
         assert found == count_flops(model.config, task, backward=True)
         assert (found.predicted > 0) == (task is Task.causal_lm)
