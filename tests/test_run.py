@@ -137,7 +137,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
 
 @pytest.mark.faults
 def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Path) -> None:
-    args = [*TINY, "training.steps=400", "training.checkpoint_every=5", "tracking.mlflow=false"]
+    args = [*TINY, "training.steps=200", "training.checkpoint_every=5", "tracking.mlflow=false"]
     process = start(tmp_path, "recipe=baseline", *args)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("mlruns/store/checkpoints/*/step-*")) and time.monotonic() < deadline:
@@ -149,12 +149,13 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     assert here(tmp_path, "recipe=baseline", *args).returncode == 0
     result = result_in(tmp_path)
     assert result["run"]["attempts"] == 2
-    assert result["rows"][-1]["ledger"]["counts"]["steps"]["v"] == 400
+    assert result["rows"][-1]["ledger"]["counts"]["steps"]["v"] == 200
     assert len(list(tmp_path.glob("mlruns/runs/*/result.json"))) == 1
 
 
 def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: Path) -> None:
-    args = [*TINY, "data=stdlib_labels", "training.steps=300", "training.batch_size=16", "data.max_documents=600",
+    args = [*TINY, "data=stdlib_labels", "training.steps=150", "training.learning_rate=3e-3",
+            "training.batch_size=16", "data.max_documents=600",
             "quality.max_documents=400", "tracking.mlflow=false"]  # fmt: skip
     accuracy = {}
     for shuffled in ("false", "true"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 from pipeline.data.documents import SPLITS, Dataset, Document
@@ -15,15 +17,15 @@ PIECE_LINES = 12
 PIECES_PER_CLASS = 600  # at most; by split in EMBEDDED_SHARES
 
 
-def _library_files() -> list[tuple[Path, str]]:
-    """Return `(relative path, text)` of the library's source files, sorted."""
+@cache
+def _library_files() -> tuple[tuple[Path, str], ...]:
+    """Return `(relative path, text)` of the library's source files, sorted; they are read once a process."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[tuple[Path, str]] = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            found.append((relative, path.read_text(encoding="utf-8", errors="replace")))
-    return found
+    paths: list[Path] = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # site-packages may be vast
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return tuple((path.relative_to(root), path.read_text(encoding="utf-8", errors="replace")) for path in sorted(paths))
 
 
 def _version() -> str:
