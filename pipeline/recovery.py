@@ -172,9 +172,13 @@ def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
     if not rows or rows[0]["status"] not in UNFINISHED or (was_its_last and window.kept_ns):
         return window
     phases_ns = {} if entry is None else entry["phases_ns"]
-    booked = dataclasses.replace(window, kept_ns=sum(phases_ns.values()))
+    kept_ns = sum(phases_ns.values())
+    # A process that is killed between writing a checkpoint and journaling it was alive longer than its journal says.
+    booked = dataclasses.replace(window, kept_ns=kept_ns, end_ns=max(window.end_ns, window.start_ns + kept_ns))
     if booked == window:
         return window
+    span = attempt.spans[window.attempt]
+    attempt.spans[window.attempt] = span._replace(end_ns=max(span.end_ns, booked.end_ns))
     trace.saved = 0 if entry is None else entry["step"]
     spent = Spent(booked.kept_ns, 0, booked.lost_ns, "rollback", phases_ns)
     record = rows[0]["ledger"]

@@ -91,6 +91,37 @@ def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
     assert result["run"]["device_hours"]["work"]["v"] == pytest.approx(work)
 
 
+DIES = """
+import os, signal, sys, time
+from pipeline import cli
+from pipeline.ledger.journal import Journal
+
+write, seen = Journal.write, []
+
+def dying(self, event, **fields):
+    seen.append(event)
+    if seen.count("checkpoint") == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, event, **fields)
+
+Journal.write = dying
+cli.main(sys.argv[1:], started_ns=time.monotonic_ns())
+"""
+
+
+def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(tmp_path: Path) -> None:
+    args = ["recipe=baseline", *SMALL, "training.steps=30", "training.checkpoint_every=5"]
+    for _ in range(2):
+        assert run(tmp_path, *args, code=DIES).returncode == -signal.SIGKILL
+    done = here(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step 20" in done.stdout
+    (result,) = results(tmp_path)
+    assert [row["status"] for row in result["rows"]] == ["KILLED", "KILLED", "FINISHED"]
+    assert all(hours(row, "work") > 0 for row in result["rows"])
+    assert [hours(row, "retry") for row in result["rows"]] == [0, 0, 0]
+
+
 def test_two_processes_that_start_the_same_train_it_once(tmp_path: Path) -> None:
     args = ["recipe=baseline", *SMALL, "training.steps=30"]
     both = [start(tmp_path, *args) for _ in range(2)]
