@@ -20,7 +20,7 @@ pytestmark = pytest.mark.faults
 SMALL = [
     *("training.batch_size=4", "training.sequence_length=64", "data.max_documents=40", "hardware.num_threads=1"),
     *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
-    *("quality.max_documents=24", "quality.bootstrap=200", "tracking.mlflow=false"),
+    *("quality.max_documents=24", "quality.bootstrap=200", "training.eval_documents=8", "tracking.mlflow=false"),
 ]
 LONG = [*SMALL, "training.steps=100000", "training.checkpoint_every=5"]
 
