@@ -31,6 +31,7 @@ from pipeline.values import measured, null
 GATE = [
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
     *("quality.bootstrap=1000", "policy.load.new=4", "policy.load.batch=4", "training.sequence_length=64"),
+    "policy.blocks=8",  # a test machine is a noisy one
 ]
 MLFLOW = "tracking.mlflow=true"
 CRASHES = """
@@ -222,7 +223,7 @@ def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(projec
         assert done.returncode == verdict["exit_code"]
         if verdict["verdict"] != "INCONCLUSIVE":  # an A/A that happens to be told apart: alpha of the time
             pytest.skip(f"decided at look {verdict['look']}: {verdict['line']}")
-    assert looks == [(1, 4, False), (2, 8, False), (2, 8, True)]
+    assert looks == [(1, 8, False), (2, 16, False), (2, 16, True)]
 
 
 @pytest.mark.faults
