@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 
 
-def finish(attempt: Attempt, status: str, why: str | None) -> None:
-    """Write what the run leaves and print its closing lines."""
+def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] | None:
+    """Write what the run leaves and print its closing lines.
+
+    Returns:
+        What waits a bounded time for MLflow and then says what came of it, or None where nothing is delivered.
+    """
     attempt.sampler.stop()
     note_charges(attempt)
     result = build_result(attempt, status, why)
@@ -64,15 +69,18 @@ def finish(attempt: Attempt, status: str, why: str | None) -> None:
     if not attempt.rows and not result["verdict"]:  # refused before any stage: the refusal says it all
         if attempt.writer is not None:
             let_go(attempt.writer)
-        return
+        return None
     if verdict is not None:
         print(f"\n{shown_line(verdict)}")
     conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
     print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
-    if attempt.writer is not None:
-        shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
-        wait_s = None if attempt.gate is None else GATE_S
-        print(undelivered(attempt.writer, attempt.folder, wait_s=wait_s) or shown)
+    writer = attempt.writer
+    if writer is None:
+        return None
+    let_go(writer)
+    shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
+    wait_s = None if attempt.gate is None else GATE_S
+    return lambda: undelivered(writer, attempt.folder, wait_s=wait_s) or shown
 
 
 def _traces(attempt: Attempt) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.assess.vllm_check import Checked, check_vllm
 from pipeline.assess.vllm_check import installed as vllm_version
 from pipeline.assess.vllm_check import why_not as vllm_why_not
 from pipeline.base_model import base_artifact
-from pipeline.config import Format, Precision, Run, VllmCheck
+from pipeline.config import Format, OptimizerKind, Precision, Run, TrainingConfig, VllmCheck
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
@@ -535,6 +535,7 @@ class Attempt:
         """Do what all arms use as overhead of the run, else the first arm would pay for the others: import, encode,
         and open the device with a first forward and backward pass."""
         read = read_as(stage, self.run)
+        self._warm_libraries(stage, read)
         if read is None or not inputs:
             return
         from pipeline.data.encode import encode_all
@@ -549,6 +550,18 @@ class Attempt:
             _open_device(self.device)
             tokenizer = load_tokenizer(source)
             encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=read.sequence_length)
+
+    def _warm_libraries(self, stage: Any, read: TrainingConfig | None) -> None:
+        """Import what the stage's format or optimizer needs: else the first arm that uses it would pay for the rest."""
+        from pipeline.quantization.backend import import_library
+
+        with self.clock.phase("import"):
+            if getattr(stage, "format", Format.auto) is not Format.auto:
+                import_library(stage.format)
+            if read is not None and read.optimizer is not OptimizerKind.adamw:
+                from pipeline.training.optimizer import IMPORTED
+
+                importlib.import_module(IMPORTED[read.optimizer])
 
     def _work(
         self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, window: OpenWindow

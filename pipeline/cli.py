@@ -20,7 +20,7 @@ from pipeline.recipes import Recipe, config_dir, find_recipes
 from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
-Execute = Callable[[Any, str, int], int]
+Execute = Callable[[Any, str, int, list[Callable[[], str]]], int]
 REFERENCES = ("candidate", "baseline", "candidate_items", "baseline_items")  # text that others chose
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
@@ -69,7 +69,8 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
     Args:
         argv: The arguments after the program's name.
         started_ns: `time.monotonic_ns()` when the process began, for the ledger.
-        execute: What is done with the composed run, its command line and that time; None: it is run.
+        execute: What is done with the composed run, its command line, that time, and a list for what is to be waited
+            for in the end; None: it is run.
 
     Returns:
         The exit code.
@@ -194,6 +195,7 @@ def _compose_and_run(
     for recipe in recipes.values():
         store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
     codes: list[int] = []
+    deliveries: list[Callable[[], str]] = []  # waited for once all jobs are done: the next one's clock is running
     # their keys are others' (a Hugging Face config's, metrics); Hydra adds to a dictionary only what is marked so
     open_keys = tuple(f"{key}{end}" for key in ("student.config", "policy.metrics") for end in "=.")
     overrides = [f"++{arg}" if arg.startswith(open_keys) else _as_text(arg) for arg in args]
@@ -204,7 +206,7 @@ def _compose_and_run(
             raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
         # what passed before belongs to the first job of a multirun alone
         since_ns = time.monotonic_ns() if codes else started_ns
-        codes.append(_guarded(lambda: execute(_typed(OmegaConf.to_object(cfg)), command, since_ns), debug))
+        codes.append(_guarded(lambda: execute(_typed(OmegaConf.to_object(cfg)), command, since_ns, deliveries), debug))
         if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):  # the machine is wanted back, not this job alone
             raise _SweepStopped(codes[-1])
 
@@ -231,6 +233,10 @@ def _compose_and_run(
     except OSError as error:  # Hydra makes its own folder below the root before the job begins
         problem = f"{error.filename} cannot be made ({error.strerror})"
         return _refuse(UserError("tracking.root", problem, "give a folder to write to"), debug)
+    finally:
+        with on_stop_signal(lambda _: None):
+            for line in dict.fromkeys(wait() for wait in deliveries):
+                print(line, flush=True)
     return max(codes, default=Exit.DONE, key=_badness)
 
 
@@ -303,10 +309,10 @@ def _typed(run: Any) -> Any:
     return run
 
 
-def _execute(run: Any, command: str, started_ns: int) -> int:
+def _execute(run: Any, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
     from pipeline.run import execute
 
-    return execute(run, command=command, started_ns=started_ns)
+    return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
 
 
 def shown_command(args: list[str], recipe_dirs: Sequence[Path] = ()) -> str:

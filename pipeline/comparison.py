@@ -198,7 +198,7 @@ def _flops(own: list[Row]) -> float | None:
 
 
 def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: ServePass | None) -> dict[str, Any]:
-    serving = _serving(pair, served)
+    serving = _serving(attempt, pair, served)
     payback = None
     if served is not None and serving is not None:
         payback = _payback(attempt, pair, all_seeds, served, serving)
@@ -307,11 +307,15 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
     return Trained(arm=arm, final=last["metric"], curve=readings)
 
 
-def _serving(pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
+def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
     key = (pair.arm, pair.base)
     if served is None or key not in served.seconds:
         return None
-    reading = savings.serving_saving(*served.seconds[key])
+    rows = finished_rows(attempt, attempt.seeds[0])
+    if attempt.gate is None and rows[pair.arm]["artifact"]["digest"] == rows[pair.base]["artifact"]["digest"]:
+        reading = savings.no_serving_saving(f"the same artifact as {pair.base}")  # what two readings differ by is noise
+    else:
+        reading = savings.serving_saving(*served.seconds[key])
     ways = dict.fromkeys(served.how[arm] for arm in key)
     return {**reading, "how": " against ".join(ways)}
 

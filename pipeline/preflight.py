@@ -169,6 +169,7 @@ def check_models(
     """
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
+    _refuse_quantized(run)
     base: str | Path | None = run.model.path
     if base is None:  # made on the spot: a moment's work, which the run finds done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
@@ -186,6 +187,20 @@ def check_models(
         if student == BASE or (student is not None and run.student.path is not None):
             _check_student(base, tokenizer, run, data, asked)
         _check_quantizable(config, run, device)
+
+
+def _refuse_quantized(run: Run) -> None:
+    """Refuse weights that are stored in a quantized format: no stage trains, copies or quantizes those."""
+    from pipeline.models import load_config
+
+    for key, path, revision in (("model.path", run.model.path, run.model.revision),
+                                ("student.path", run.student.path, None)):  # fmt: skip
+        if path is None:
+            continue
+        stored = getattr(load_config(path, revision=revision, key=key), "quantization_config", None)
+        if stored is not None:
+            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+            raise UserError(key, f"the model is quantized already ({method})", "give the model it was made from")
 
 
 def check_releases(

@@ -17,7 +17,7 @@ from pipeline.base_model import HUB_FILES
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.models import PICKLE_WEIGHTS, check_model_folder, load_tokenizer
-from pipeline.store import MANIFEST, Artifact, Store, bring, read_json, write_json
+from pipeline.store import MANIFEST, Artifact, Store, bring, digest_folder, read_json, write_json
 
 USAGE = "Usage: python -m pipeline.register path=MODEL ledger=RUN [name=NAME] [root=mlruns]"
 KEYS = ("path", "ledger", "name", "root")
@@ -94,8 +94,9 @@ def register(folder: Path, run_dir: Path, root: Path, *, name: str | None = None
     with store.scratch() as out:
         for path in files:
             bring(path, out / path.name)
+        _check_made(out, folder, charge)
         artifact = store.commit(out, "model", {"arm": name or charge.arm})
-    _note(artifact, store, {"name": name or charge.arm, "ledger": charge.to_json()})
+    _note(artifact, store, {} if name is None else {"name": name}, charge)
     if charge.rows[-1]["type"] == METERED:
         _show(run_dir, artifact)
     return artifact, charge
@@ -130,7 +131,19 @@ def _check_whole(path: Path) -> None:
         raise UserError("path", f"{path} is no whole safetensors file ({error})", "save the model again") from None
 
 
-def _note(artifact: Artifact, store: Store, more: dict[str, Any]) -> None:
+def _check_made(given: Path, folder: Path, charge: Charge) -> None:
+    """Refuse a model that is not, byte for byte, what a recipe's run made; a metered command does not say what it made.
+
+    Raises:
+        UserError: If so.
+    """
+    made = charge.rows[-1]["artifact"]
+    if made is not None and charge.rows[-1]["type"] != METERED and digest_folder(given)[0] != made["digest"]:
+        raise UserError("ledger", f"{charge.run_id} made another model than {folder}: {made['digest']}",
+                        "name the run that made it; meter what changed it since")  # fmt: skip
+
+
+def _note(artifact: Artifact, store: Store, named: dict[str, Any], charge: Charge) -> None:
     """Write the ledger into the artifact's manifest, which its digest does not cover.
 
     Raises:
@@ -139,10 +152,10 @@ def _note(artifact: Artifact, store: Store, more: dict[str, Any]) -> None:
 
     def noted(known: dict[str, Any]) -> dict[str, Any]:
         ledger = known.get("ledger")
-        if ledger is not None and ledger["run_id"] != more["ledger"]["run_id"]:
+        if ledger is not None and ledger["run_id"] != charge.run_id:
             raise UserError("ledger", f"this model is registered with run {ledger['run_id']}",
                             f"name that run, or remove {artifact.path} first")  # fmt: skip
-        return {**known, **more}
+        return {"name": charge.arm, **known, **named, "ledger": charge.to_json()}
 
     store.revise(artifact, noted)
 

@@ -107,7 +107,11 @@ def broken_row(
             spent.add_phases(saved_ns)
     status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
     lost = {"steps_lost": measured(attempt.trace(name, seed, attempt.number).lost)}
-    return make_row(attempt, name, stage, seed, spent, Output(counts=lost), status, str(error) or "interrupted")
+    return make_row(attempt, name, stage, seed, spent, Output(counts=lost), status, str(error) or _unsaid(error))
+
+
+def _unsaid(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
 
 
 def identity(row: Row) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.arms import is_rung
@@ -26,12 +27,13 @@ from pipeline.stages.settings import BASE
 from pipeline.store import MODEL
 
 
-def execute(run: Run, *, command: str, started_ns: int) -> int:
+def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
     """Run a composed recipe to its result.
 
     Args:
         command: The command line, for the report.
         started_ns: Monotonic time when the process began.
+        deliveries: Takes what waits for MLflow, where the run is delivered: no hours of this run, which are written.
 
     Returns:
         The exit code.
@@ -67,7 +69,9 @@ def execute(run: Run, *, command: str, started_ns: int) -> int:
             why = str(problem)
             raise
         finally:
-            finish(attempt, status, why)
+            delivery = finish(attempt, status, why)
+            if delivery is not None:
+                deliveries.append(delivery)
     if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
         signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
     if attempt.disagreeing:

@@ -52,7 +52,7 @@ def main(argv: list[str], *, started_ns: int = STARTED_NS) -> int:
     debug = [arg for arg in rest if arg == "--debug"]
     settings = [arg for arg in rest if arg != "--debug"]
     return cli.main([*debug, "recipe=release_check", *sides, *root, *settings], started_ns=started_ns,
-                    execute=lambda run, _, since_ns: self_test(run, options, started_ns=since_ns))  # fmt: skip
+                    execute=lambda run, _, since_ns, __: self_test(run, options, started_ns=since_ns))  # fmt: skip
 
 
 def _apart(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -128,6 +128,13 @@ def _check_sources(run: Run) -> None:
         raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
     if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
         raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
+    if run.data.path is not None and run.data.hub is not None:
+        raise UserError("data.hub", "does not go with data.path", "give one of the two")
+    beside = {"data.subset": (run.data.subset, "data.hub", run.data.hub),
+              "model.revision": (run.model.revision, "model.path", run.model.path)}  # fmt: skip
+    for key, (given, needs, place) in beside.items():
+        if given is not None and place is None:
+            raise UserError(key, f"has no effect without {needs}", f"give {needs}, or leave {key} out")
     named = {"path": run.student.path is not None, "config": bool(run.student.config),
              "layers": run.student.layers != StudentConfig().layers}  # fmt: skip
     if sum(named.values()) > 1:

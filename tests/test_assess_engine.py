@@ -68,6 +68,7 @@ def test_what_the_engine_says_is_declared_in_our_units(tmp_path: Path, content: 
         ([1], "holds no result of `vllm bench`"),
         ({"median_ttft_ms": None, "output_throughput": "fast", "request_throughput": True}, "holds no result"),
         ({**SERVE, "completed": 0}, "no request was completed"),
+        ({**SERVE, "output_throughput": -9}, "output_tokens_per_s is negative; run the benchmark again"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: Any, problem: str) -> None:
@@ -75,6 +76,12 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, problem: str) -> 
         read_result(written(tmp_path / "bench.json", content), "serving.results")
     assert caught.value.key == "serving.results"
     assert problem in str(caught.value)
+
+
+def test_requests_that_failed_are_told(tmp_path: Path) -> None:
+    found = read_result(written(tmp_path / "bench.json", {**SERVE, "failed": 997}), "serving.results")
+    assert found.source.endswith(", 997 requests failed")
+    assert "requests failed" not in read_result(written(tmp_path / "bench.json", {**SERVE, "failed": 0}), "x").source
 
 
 @pytest.mark.parametrize(

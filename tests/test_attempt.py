@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import filelock
@@ -22,11 +23,12 @@ from make_assess_models import SHAPE, saved, tiny
 
 import pipeline.assess.quality
 import pipeline.comparison
+from pipeline import rows
 from pipeline import run as loop
 from pipeline.assess.quality import write_items
 from pipeline.assess.serving import ServePass
 from pipeline.attempt import Attempt
-from pipeline.config import Comparison, Measure, Run, StudentConfig, Task
+from pipeline.config import Comparison, Format, Measure, OptimizerKind, Run, StudentConfig, Task, TrainingConfig
 from pipeline.data.documents import Dataset
 from pipeline.ledger.booking import NS_PER_HOUR
 from pipeline.ledger.gpu_sampler import Sampler
@@ -37,6 +39,7 @@ from pipeline.opening import _find_or_make
 from pipeline.recovery import recover
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
 from pipeline.store import Artifact, Store, write_json
 from pipeline.values import measured
@@ -638,3 +641,28 @@ def student_keys(root: Path, student: StudentConfig) -> tuple[str, str]:
     made = Artifact(source, "model", "b" * 32, 1)
     teacher = attempt.stage_key("teacher", placed["teacher"], {"base": made}, 0)
     return teacher, attempt.stage_key("student", placed["student"], {"teacher": made}, 0)
+
+
+# -- what all arms share ---------------------------------------------------------------------------------------------
+
+
+def test_libraries_of_formats_and_optimizers_are_imported_before_the_first_arm_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first arm that uses one would pay its import for all others."""
+    imported: list[str] = []
+    monkeypatch.setattr("pipeline.attempt.importlib.import_module", imported.append)
+    clock = PhaseClock()
+    attempt: Any = SimpleNamespace(clock=clock)
+    Attempt._warm_libraries(attempt, QuantizeStage(format=Format.nf4), None)
+    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao))
+    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig())
+    assert imported == ["torchao.optim"]
+    assert "bitsandbytes" in sys.modules
+    assert set(clock.mark()[1]) - {"other"} == {"import"}
+
+
+def test_a_failure_without_words_is_not_called_an_interruption() -> None:
+    assert [rows._unsaid(error) for error in (NotImplementedError(), KeyboardInterrupt())] == [
+        "NotImplementedError", "interrupted",
+    ]  # fmt: skip

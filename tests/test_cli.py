@@ -118,6 +118,28 @@ def test_a_reference_is_taken_as_it_is(text: str) -> None:
     assert taken == [text]
 
 
+def test_the_jobs_of_a_multirun_do_not_wait_for_mlflow_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a job waits after its figures are written is in nobody's hours; the next one's clock is running then."""
+    done: list[Any] = []
+
+    def waits() -> str:
+        done.append("waited")
+        return "MLflow: there"
+
+    def execute(run: Any, _: str, since_ns: int, deliveries: list[Any]) -> int:
+        done.append(run.seed)
+        deliveries.append(waits)
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pipeline"])
+    assert main(["-m", "recipe=baseline", "seed=0,1"], started_ns=time.monotonic_ns(), execute=execute) == 0
+    assert done == [0, 1, "waited", "waited"]
+    assert capsys.readouterr().out.count("MLflow: there") == 1
+
+
 def test_what_a_crash_says_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     def crash(*_: Any) -> int:
         raise RuntimeError("a path with \x1b[2J in it\nand a second line")

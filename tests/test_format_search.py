@@ -188,6 +188,7 @@ def test_what_cannot_run_here_is_left_out_with_its_reason(language: Bench) -> No
         ({"format": Format.auto, "candidates": [Format.auto]}, "stages.small.candidates"),
         ({"format": Format.auto, "smoothing": 0.5}, "stages.small.smoothing"),
         ({"format": Format.int8, "calibration": "a.jsonl"}, "stages.small.calibration"),
+        ({"format": Format.int8, "calibration_documents": 4}, "stages.small.calibration_documents"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], key: str) -> None:

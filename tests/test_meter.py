@@ -383,6 +383,16 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--root", "--team", "--model-name"])
+def test_a_blank_value_is_refused(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([option, " ", "--", "true"], started_ns=0) == 1
+    assert capsys.readouterr().err == f"refused: {option}: is empty; give a value, or leave {option} out\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_required_owner_is_required_of_a_metered_command_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

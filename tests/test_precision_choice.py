@@ -49,6 +49,14 @@ def test_fp32_stays_where_nothing_is_faster_or_none_tracks_it() -> None:
     json.dumps(found.about, allow_nan=False)
 
 
+def test_float8_is_measured_against_what_else_would_do() -> None:
+    """A bf16 that strays is no reason to call the float8 that was chosen too slow."""
+    found = decide([tried(FP32, [1.0, 1.0], [4.0]), tried(BF16, [0.5, 0.5], [5.0]),
+                    tried(Precision.fp8_rowwise, [0.7, 0.7], [4.0])], [], 0.005)  # fmt: skip
+    assert found.precision is Precision.fp8_rowwise
+    assert str(found).endswith("fp8_rowwise 0.70x fp32's time (0.70 to 0.70)")
+
+
 def test_the_interval_is_the_t_interval_of_log_ratios() -> None:
     """Ratios 0.5, 0.6, 0.7 against 1: by scipy's own interval of their logarithms."""
     from scipy import stats

@@ -286,6 +286,27 @@ def test_a_student_with_fewer_embeddings_than_tokens_is_refused(refuse: Refuse, 
     assert "the model's embedding ends at 99" in line
 
 
+@pytest.mark.parametrize("key", ["model.path", "student.path"])
+@pytest.mark.parametrize("recipe", ["distill", "quantize_search"])
+def test_a_model_that_is_quantized_already_is_refused(refuse: Refuse, tmp_path: Path, key: str, recipe: str) -> None:
+    folder = saved(tiny(Task.causal_lm), tmp_path / "model")
+    reconfigured(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    line = refuse(f"{key}={folder}", "data.max_documents=40", recipe=recipe)
+    assert line == f"{key}: the model is quantized already (bitsandbytes); give the model it was made from"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("model.revision=abc",), "model.revision: has no effect without model.path"),
+        (("data.subset=en",), "data.subset: has no effect without data.hub"),
+        (("data.hub=a/b", "data.path=."), "data.hub: does not go with data.path"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(refuse: Refuse, settings: tuple[str, ...], said: str) -> None:
+    assert said in refuse(*settings)
+
+
 def test_a_student_of_another_family_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     line = refuse(f"student.path={saved(tiny(Task.causal_lm), tmp_path / 'student')}", recipe="distill")
     assert line.startswith("student.path: its tokenizer differs from the teacher's")

@@ -26,7 +26,7 @@ from pipeline.register import find_run, main, read_charge, register
 from pipeline.schema import RESULT_SCHEMA
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.stages.table import STAGES
-from pipeline.store import write_json
+from pipeline.store import digest_folder, write_json
 from pipeline.tracking import deliver
 
 CPU = SimpleNamespace(type="cpu")
@@ -57,11 +57,15 @@ def metered(root: Path, *command: str | Path) -> Path:
     return sorted((root / "runs").iterdir())[-1]
 
 
-def a_run(root: Path, name: str = "20250101-000000-distill-0000", **changes: Any) -> Path:
-    """A recipe's run: teacher 30 min, student 20 min of work and a failed attempt of 6."""
+def a_run(
+    root: Path, name: str = "20250101-000000-distill-0000", made: Path | None = None, **changes: Any
+) -> Path:  # fmt: skip
+    """A recipe's run that made the model `made`: teacher 30 min, student 20 min of work and a failed attempt of 6."""
     folder = root / "runs" / name
     failed = make_unfinished("student", "FAILED", "diverged", ledger=_lost(6))
     rows = [make_row("teacher"), failed, make_row("student", attempt=2), make_row("control_steps")]
+    if made is not None:
+        rows[2]["artifact"]["digest"] = digest_folder(made)[0]
     device = {"kind": "cpu", "name": HERE, "count": 1}
     write_json(folder / "result.json", make_result(rows=rows, run_id=name, device=device, **changes))
     return folder
@@ -114,8 +118,8 @@ def _attempt(model: str | None, student: str | None = None, device: Any = CPU) -
     return SimpleNamespace(run=run, device=device, gate=None, rows=[make_row("teacher"), make_row("student")])
 
 
-def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path, trained: Path) -> None:
-    artifact, _ = register(trained, a_run(tmp_path), tmp_path)
+def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path, trained: Path, model: Path) -> None:
+    artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     spends = spends_of(_attempt(str(artifact.path)), 0)
     base_h, retry_h, teacher_h, student_h = 50 / 60, 6 / 60, 30 / 60, 20 / 60
     assert spends[BASE].work_h == pytest.approx(base_h)  # teacher and student of that run, not its control
@@ -130,16 +134,16 @@ def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path
     assert spends_of(_attempt(None), 0)[BASE].work_h == 0.0
 
 
-def test_hours_of_another_device_are_never_added(tmp_path: Path, trained: Path) -> None:
-    artifact, _ = register(trained, a_run(tmp_path), tmp_path)
+def test_hours_of_another_device_are_never_added(tmp_path: Path, trained: Path, model: Path) -> None:
+    artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     spend = past_spend(BASE, str(artifact.path), "NVIDIA H200")
     why = f"registered hours are of {HERE}, not of NVIDIA H200"
     assert (spend.existing, spend.work_h, spend.unknown) == (True, 0.0, why)
     assert c_total(BASE, {BASE: spend}).why_null == f"{why}: base"
 
 
-def test_a_model_changed_since_is_not_the_registered_one(tmp_path: Path, trained: Path) -> None:
-    artifact, _ = register(trained, a_run(tmp_path), tmp_path)
+def test_a_model_changed_since_is_not_the_registered_one(tmp_path: Path, trained: Path, model: Path) -> None:
+    artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     mine = tmp_path / "mine"
     shutil.copytree(artifact.path, mine)
     assert past_spend(BASE, str(mine), HERE).work_h > 0  # a copy of all of it takes its cost along
@@ -221,8 +225,31 @@ def test_models_that_cannot_be_taken(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_model_is_charged_to_one_run_only(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, new = a_run(tmp_path), a_run(tmp_path, "20250102-000000-distill-0000")
+def test_a_model_that_its_run_did_not_make_is_refused(
+    trained: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = a_run(tmp_path, made=model)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**config, "initializer_range": 0.5}))
+    assert main([f"path={trained}", f"ledger={run_dir.name}", f"root={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"refused: ledger: {run_dir.name} made another model than {trained}: ")
+    assert not list((tmp_path / "store/artifacts").iterdir())
+
+
+def test_a_name_that_was_given_stays(trained: Path, model: Path, tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, made=model)
+    names = []
+    for name in (None, "ours", None):
+        artifact, _ = register(trained, run_dir, tmp_path, name=name)
+        names.append(json.loads((artifact.path / "artifact.json").read_text())["name"])
+    assert names == ["student", "ours", "ours"]
+
+
+def test_a_model_is_charged_to_one_run_only(
+    trained: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = a_run(tmp_path, made=model), a_run(tmp_path, "20250102-000000-distill-0000", made=model)
     artifact, _ = register(trained, old, tmp_path)
     assert main([f"path={trained}", f"ledger={new}", f"root={tmp_path}"]) == 1
     said = f"ledger: this model is registered with run {old.name}; name that run, or remove {artifact.path} first"

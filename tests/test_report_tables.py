@@ -106,6 +106,13 @@ def test_work_of_another_run_stands_with_the_row_that_assessed_it() -> None:
     assert labels(rows) == ["teacher earlier", "teacher", "control_compute earlier", "control_compute"]
 
 
+def test_an_arm_that_went_on_from_another_runs_checkpoint_is_this_runs_own() -> None:
+    begun = make_unfinished("teacher", "KILLED", "up to its checkpoint of step 30", reused="abc123")
+    table = closing_table(make_result("distill", rows=[begun, make_row("teacher", attempt=2)]))
+    assert re.findall(r"^teacher.*? (done|assessed|KILLED|killed|reused) ", table, re.MULTILINE)[-1] == "done"
+    assert "assessed" not in table
+
+
 def test_every_null_has_its_reason_below_and_each_reason_once() -> None:
     rows = [
         make_row("fp32", serving={}),

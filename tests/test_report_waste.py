@@ -161,4 +161,6 @@ def test_the_closing_lines_name_what_to_try_in_80_columns() -> None:
     assert "wasted 31.1% of this run (18.7 min):" in text
     assert "  student: data_wait 31% (18.6 min): raise batch_size" in text
     assert all(len(line) <= WIDTH for line in text.split("\n"))
+    slow, quick = (_row({"unattributed": 0.05 * hours}, attached=hours) for hours in (1.0, 1 / 3600))
+    assert ["report it" in str(causes(row)[0].advice) for row in (slow, quick)] == [True, False]  # 3 min; 50 ms
     assert closing_lines(_result([_row({"unattributed": 0.004})])) == ["wasted 0.4% of this run (14.4 s)"]

@@ -64,6 +64,11 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     reference, quantized = result["rows"]
     assert quantized["artifact"]["digest"] == reference["artifact"]["digest"]
     assert quantized["quality"]["flips"]["v"] == 0
+    (pair,) = result["comparisons"]
+    for figure in (pair["serving"], pair["payback"]):  # what two readings of one artifact differ by is noise
+        assert (figure["v"], figure["why_null"]) == (None, "the same artifact as reference")
+    assert pair["speedup"]["no_speedup"]
+    assert "not measurable here: the same artifact as reference" in result["conclusion"]
     phases = quantized["ledger"]["phases_ns"]
     assert phases["search"] > 0.5 * sum(ns for name, ns in phases.items() if name not in ("eval", "model_load"))
     assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]

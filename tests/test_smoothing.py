@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from transformers import (
 from pipeline.config import DataConfig, Task
 from pipeline.data.documents import Dataset, Document
 from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.phases import PhaseClock
 from pipeline.models import save_model
 from pipeline.quantization import smoothing
 from pipeline.quantization.backend import quantize
@@ -163,6 +165,18 @@ def test_a_file_of_ones_own_is_looked_at(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b", "c")))
     assert read(file, 2) == ["a", "b"]
+
+
+def test_what_was_looked_at_is_noted_and_not_what_was_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b")))
+    stage = QuantizeStage(smoothing=0.5, calibration=str(file))
+    ctx: Any = SimpleNamespace(run=run(), data=dataset(), stage="small", clock=PhaseClock())
+    noted = stage._calibrated(ctx)["calibration"]
+    assert noted == {
+        "smoothing": 0.5, "source": str(file), "documents": 2,
+        "digest": hashlib.sha256(file.read_bytes()).hexdigest()[:32],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def read_results(run: Run) -> dict[str, EngineResult]:
             raise UserError(KEY, f"{arm!r} is no arm of this recipe", f"give files by arm: {', '.join(known)}")
         if not isinstance(path, str):
             raise UserError(key, f"{path!r} is no file", "give the path of a JSON file")
-        found[arm] = read_result(Path(path), key)
+        found[arm] = read_result(Path(path).expanduser(), key)
     return found
 
 
@@ -99,8 +99,14 @@ def read_result(path: Path, key: str) -> EngineResult:
         raise UserError(key, f"{path} holds no result of `vllm bench`", remedy)
     if raw.get("completed") == 0:
         raise UserError(key, f"{path}: no request was completed", "run the benchmark again")
+    figures |= _figures(raw, LOAD)
+    below = next((name for name, value in figures.items() if value.v is not None and value.v < 0), None)
+    if below is not None:
+        raise UserError(key, f"{path}: {below.removeprefix('engine_')} is negative", "run the benchmark again")
     words = [str(path), *(f"{name} {raw[name]}" for name in ("model_id", "date") if raw.get(name))]
-    return EngineResult(figures | _figures(raw, LOAD), ", ".join(words))
+    failed = _number(raw, "failed")
+    words += [f"{failed} requests failed"] if failed else []
+    return EngineResult(figures, ", ".join(words))
 
 
 def _figures(raw: Mapping[str, Any], where: Mapping[str, tuple[tuple[str, float], ...]]) -> dict[str, Value]:

@@ -447,6 +447,11 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
     return {**value.to_json(), "ci": [saving.low, saving.high], "blocks": len(np.asarray(arm_seconds))}
 
 
+def no_serving_saving(why: str) -> dict[str, Any]:
+    """Return what `serving_saving` does where there is nothing to compare, with the reason."""
+    return {**null(why).to_json(), "ci": None, "blocks": 0}
+
+
 LEAST_MEMORY = 0.05
 """Share of the base's memory from which on less of it counts as a saving: allocators round by a few per cent."""
 
@@ -527,6 +532,8 @@ def _p_net_positive(c_opt: Value, c_base: Value, serving: Mapping[str, Any], vol
         return null("serving.volume is not declared")
     if c_opt.v is None or c_base.v is None:
         return null(c_opt.why_null or c_base.why_null or "")
+    if serving["v"] is None:
+        return null(serving["why_null"])
     needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)  # the saving at which nothing is left over
     if needed >= 1:
         return estimated(0.0)

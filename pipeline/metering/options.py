@@ -82,6 +82,7 @@ def read_options(argv: list[str]) -> dict[str, str]:
 
     Raises:
         Unparsable: If there is something else, or a value is missing.
+        UserError: If a value is blank.
     """
     found: dict[str, str] = {}
     pending = iter(argv)
@@ -93,6 +94,8 @@ def read_options(argv: list[str]) -> dict[str, str]:
             given = value if equals else next(pending, None)
             if given is None:
                 raise Unparsable(name, "has no value", f"write {name} VALUE")
+            if not given.strip():
+                raise UserError(name, "is empty", f"give a value, or leave {name} out")
             found[name] = given
         else:
             raise Unparsable(arg, "is no option of the meter", "write -- before the command; --help lists the options")

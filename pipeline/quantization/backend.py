@@ -88,6 +88,12 @@ def why_not(fmt: Format, device: torch.device) -> str | None:
     return None
 
 
+def import_library(fmt: Format) -> None:
+    """Import the library that does a format, without its chatter; it takes a second or more."""
+    backend_of(fmt).quiet()
+    import_module(LIBRARIES[fmt])
+
+
 def formats() -> list[Format]:
     """Return every format, `auto` aside."""
     return list(LIBRARIES)
@@ -157,8 +163,7 @@ def quantize(
     device = torch.device(device)
     with _phase(clock, "import"):
         backend_of(fmt).refuse_device(fmt, device=device, key=key)
-        backend_of(fmt).quiet()
-        import_module(LIBRARIES[fmt])
+        import_library(fmt)
     with _phase(clock, "model_load"):
         check_model_folder(source, key)
         config = load_config(source, key=key)

@@ -30,7 +30,7 @@ def calibration_documents(stage: Calibrated, run: Run, data: Dataset, key: str) 
     if stage.calibration is None:
         return sorted(data.splits["train"], key=lambda document: document.digest)[: stage.calibration_documents]
     labels = data.labels if run.task is Task.sequence_classification else None
-    rows = read_rows(Path(stage.calibration), run.data.text_field, key)
+    rows = read_rows(Path(stage.calibration).expanduser(), run.data.text_field, key)
     documents = [from_row(row, run.data, labels, key) for row in rows]
     documents = [document for document in documents if not document.is_blank]
     if not documents:

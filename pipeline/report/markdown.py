@@ -398,8 +398,10 @@ def _engine(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[st
     if not rows:
         return []
     shown.update({f"serving/{key}": None for key in columns})
-    heads = [key.removeprefix("engine_").removesuffix("_s").replace("_", " ") for key in columns]
-    forms = [duration if BY_KEY[f"serving/{key}"].unit == "s" else count for key in columns]
+    in_seconds = {key: BY_KEY[f"serving/{key}"].unit == "s" for key in columns}  # written with their unit
+    heads = [key.removeprefix("engine_").removesuffix("_s" if in_seconds[key] else "").replace("_", " ")
+             for key in columns]  # fmt: skip
+    forms = [duration if in_seconds[key] else count for key in columns]
     body = [
         [name, *(notes.show(serving.get(key), form) for key, form in zip(columns, forms, strict=True))]
         for name, serving in rows

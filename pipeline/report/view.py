@@ -66,7 +66,7 @@ def arm_rows(result: Result) -> list[Row]:
 
     Such a row has the work's one as `work`; result.json keeps them apart, for each has hours of its own.
     """
-    reused = {(row["arm"], row["seed"]): row for row in result["rows"] if row["reused"] and not row["artifact"]}
+    reused = {(row["arm"], row["seed"]): row for row in result["rows"] if row["reused"] and _is_work_alone(row)}
     joined = {(row["arm"], row["seed"]) for row in result["rows"] if is_finished(row)} & set(reused)
     rows = (row for row in result["rows"] if (row["arm"], row["seed"]) not in joined or not _is_work_alone(row))
     return [

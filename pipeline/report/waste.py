@@ -23,6 +23,7 @@ _SHOWN_SHARE = 0.001
 """Wasted causes below this share of their stage are left to the total."""
 _TERMINAL_SHARE = 0.01
 _TERMINAL_CAUSES = 5
+_LEAST_UNATTRIBUTED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,18 @@ def causes(row: Row) -> list[Cause]:
     return [cause for kind in by_kind for cause in sorted(kind, key=lambda cause: -cause.share)]
 
 
+def _reached(name: str, share: float, hours: float | None) -> bool:
+    """Whether a cause is large enough to advise on; less than a second in no phase is what scheduling leaves."""
+    is_small = name == "unattributed" and hours is not None and 3600 * hours < _LEAST_UNATTRIBUTED_S
+    return share >= REMEDIES[name].threshold and not is_small
+
+
 def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) -> Cause:
     amount = row["ledger"]["cost"]["amount"]["v"]
     remedy = REMEDIES[name]
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
     money = None if amount is None or hours is None else amount * share
-    return Cause(name, kind, share, hours, money, text if share > 0 and share >= remedy.threshold else None)
+    return Cause(name, kind, share, hours, money, text if share > 0 and _reached(name, share, hours) else None)
 
 
 def _wasted(row: Row) -> list[Cause]:
@@ -167,7 +174,7 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
             hours = run["phases_device_ns"][part].get(phase, 0) / HOUR_NS
             if total and hours / total >= _SHOWN_SHARE:
                 remedy, share, rate = REMEDIES[cause], hours / total, _rate(result)
-                told = remedy.here if ran and share >= remedy.threshold else None
+                told = remedy.here if ran and _reached(cause, share, hours) else None
                 money = None if rate is None else rate * hours
                 found.append((name, Cause(cause, "wasted", share, hours, money, told, " of the run")))
     return found

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # ruff: noqa: UP045
 
+CALIBRATION_DOCUMENTS = 32
 TRAINED_IN = (Precision.fp32, Precision.tf32, Precision.bf16, Precision.fp16)  # recovery: what keeps weights in fp32
 
 
@@ -56,7 +57,7 @@ class QuantizeStage:
     quantize_head: bool = False  # the output head as well, where it is not the embedding
     smoothing: Optional[float] = fraction(None)  # moves outliers of activations into weights: 0.5; null: not
     calibration: Optional[str] = None  # file of documents that smoothing looks at; null: the first of train
-    calibration_documents: int = positive(32)
+    calibration_documents: int = positive(CALIBRATION_DOCUMENTS)
     tolerance: Optional[float] = at_least_0(None)  # largest loss of quality on validation; null: quality.margin
     # Of format=auto:
     candidates: list[Format] = field(default_factory=list)  # formats to try; empty: all that work here
@@ -98,6 +99,9 @@ class QuantizeStage:
             raise UserError(f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]")
         if self.calibration is not None and self.smoothing is None:
             raise UserError(f"{key}.calibration", "has no effect without smoothing", f"give {key}.smoothing=0.5")
+        if self.calibration_documents != CALIBRATION_DOCUMENTS and self.smoothing is None:
+            raise UserError(f"{key}.calibration_documents", "has no effect without smoothing",
+                            f"give {key}.smoothing=0.5")  # fmt: skip
         if search and self.smoothing is not None:
             raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
         self._check_recovery(key, run)
@@ -204,8 +208,15 @@ class QuantizeStage:
         """Return what activations were looked at."""
         if self.smoothing is None:
             return {"calibration": None}
+        from pipeline.data.completions import file_digest
+        from pipeline.quantization.calibration import calibration_documents
+
+        with ctx.clock.phase("prepare"):
+            documents = calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
+            given = None if self.calibration is None else file_digest(self.calibration)
         source = self.calibration or f"train split of {ctx.data.name}"
-        return {"calibration": {"smoothing": self.smoothing, "source": source, "documents": self.calibration_documents}}
+        return {"calibration": {"smoothing": self.smoothing, "source": source, "documents": len(documents),
+                                **({} if given is None else {"digest": given})}}  # fmt: skip
 
     def smooth(self, model: Any, source: Path, ctx: Context) -> None:
         """Move outliers of activations into the weights of `model`, in place; it looks at calibration documents."""

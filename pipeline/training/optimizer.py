@@ -19,6 +19,13 @@ from pipeline.config import OptimizerKind, Precision, TrainingConfig
 BETAS = (0.9, 0.95)
 
 
+IMPORTED = {
+    OptimizerKind.adamw_8bit_bitsandbytes: "bitsandbytes.optim.adamw",
+    OptimizerKind.adamw_8bit_torchao: "torchao.optim",
+}
+"""What an optimizer's library takes seconds to import."""
+
+
 def make_optimizer(parameters: list[Tensor], settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
     """Return AdamW over `parameters`; biases and norms (one dimension) are not decayed."""
     groups: list[dict[str, Any]] = [

@@ -79,7 +79,8 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
     """Choose the fastest of those whose loss tracks fp32's, the first of `tried`."""
     reference, said = tried[0], list[str]()
     best, best_ratio, trials = reference, 1.0, list[dict[str, Any]]()
-    usual = min((each.time_ratio(reference)[0] for each in tried if each.precision not in RECIPES), default=1.0)
+    others = [each for each in tried if each.precision not in RECIPES and each.apart(reference) <= tolerance]
+    usual = min((each.time_ratio(reference)[0] for each in others), default=1.0)
     for each in tried:
         apart, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
         holds = apart <= tolerance
