@@ -79,7 +79,9 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                 run.compare = []
         compared = {} if gate is None else {arm: side.artifact.digest for arm, side in gate.releases().items()}
         settings = {name: value for name, value in plain(run).items() if name not in UNKEYED}
-        key = key_of(run=settings, data=data.digest, **({"compared": compared} if compared else {}))
+        config = key_of(run=settings, data=data.digest, **({"compared": compared} if compared else {}))
+        owner = {name: getattr(run.tracking, name) for name in OWNER}
+        key = key_of(config=config, owner=owner)  # nobody goes on with a run that another owner has paid for so far
         _check_budget(run, root, key)
     with clock.phase("import"):
         import torch
@@ -117,8 +119,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                    *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
         )  # fmt: skip
         attempt.identity = {
-            **{name: getattr(run.tracking, name) for name in OWNER}, "model_name": run.model.name, "run": folder.name,
-            "recipe": run.recipe, "config": key, "commit": commit(), "data": data.digest,
+            **owner, "model_name": run.model.name, "run": folder.name,
+            "recipe": run.recipe, "config": config, "commit": commit(), "data": data.digest,
         }  # fmt: skip
         attempt.sampler.start()
         attempt.grant = grant()

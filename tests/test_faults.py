@@ -152,6 +152,19 @@ def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None
     assert result["rows"][-1]["status"] == "FINISHED"
 
 
+def test_the_same_command_of_another_owner_is_a_run_of_its_own(tmp_path: Path) -> None:
+    """What the first owner spent on starting up is not the second one's."""
+    args = ["recipe=baseline", *SMALL, "training.steps=20"]
+    assert here(tmp_path, *args, "tracking.team=red", "budget.device_hours=0.0000001").returncode == 7
+    (before,) = results(tmp_path)
+    done = here(tmp_path, *args, "tracking.team=blue")
+    assert done.returncode == 0, done.stderr
+    first, second = results(tmp_path)
+    assert first == before
+    assert second["run"]["attempts"] == 1
+    assert {row["ledger"]["identity"]["team"] for row in second["rows"]} == {"blue"}
+
+
 def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=40", "precision=fp32",
                "training.learning_rate=1e9,-1,1e-3")  # fmt: skip
