@@ -42,6 +42,7 @@ from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
 from pipeline.store import Artifact, Store, write_json
+from pipeline.training import optimizer
 from pipeline.values import measured
 
 MINUTE_NS = 60 * 10**9
@@ -647,18 +648,21 @@ def student_keys(root: Path, student: StudentConfig) -> tuple[str, str]:
 
 
 def test_libraries_of_formats_and_optimizers_are_imported_before_the_first_arm_is_at_work(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first arm that uses one would pay its import for all others."""
-    imported: list[str] = []
-    monkeypatch.setattr("pipeline.attempt.importlib.import_module", imported.append)
+    imported: list[Format] = []
+    monkeypatch.setattr("pipeline.quantization.backend.import_library", imported.append)
+    (tmp_path / "library_of_moments.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(optimizer.IMPORTED, OptimizerKind.adamw_8bit_torchao, "library_of_moments")
     clock = PhaseClock()
     attempt: Any = SimpleNamespace(clock=clock)
     Attempt._warm_libraries(attempt, QuantizeStage(format=Format.nf4), None)
-    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao))
     Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig())
-    assert imported == ["torchao.optim"]
-    assert "bitsandbytes" in sys.modules
+    assert (imported, "library_of_moments" in sys.modules) == ([Format.nf4], False)
+    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao))
+    assert "library_of_moments" in sys.modules
     assert set(clock.mark()[1]) - {"other"} == {"import"}
 
 

@@ -14,6 +14,7 @@ from here import here
 
 from pipeline.cli import main
 from pipeline.errors import LINE, UserError
+from pipeline.recipes import find_recipes
 
 
 def run(*args: str, cwd: str | None = None, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -116,6 +117,37 @@ def test_a_reference_is_taken_as_it_is(text: str) -> None:
     args = ["recipe=release_check", f"candidate={text}", "baseline=x"]
     assert main(args, started_ns=time.monotonic_ns(), execute=lambda run, *_: taken.append(run.candidate) or 0) == 0
     assert taken == [text]
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("recipe=baseline,distill", {"baseline", "distill"}),
+        ("recipe='distill'", {"distill"}),
+        ("recipe=glob(distill*)", {name for name in find_recipes([]) if name.startswith("distill")}),
+    ],
+)
+def test_every_recipe_that_is_asked_for_is_found(
+    asked: str, names: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pipeline"])
+    execute = lambda run, *_: taken.append(run.recipe) or 0
+    assert main(["-m", asked], started_ns=time.monotonic_ns(), execute=execute) == 0
+    assert set(taken) == names
+    assert len(taken) == len(names)
+
+
+def test_a_users_recipe_may_build_on_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "longer.yaml").write_text("# @package _global_\n# Is longer better?\ndefaults: [baseline, _self_]\n"
+                                      "training: {steps: 7}\n")  # fmt: skip
+    taken: list[Any] = []
+    args = ["--recipe-dir", str(mine), "recipe=longer"]
+    assert main(args, started_ns=time.monotonic_ns(), execute=lambda run, *_: taken.append(run) or 0) == 0
+    assert (taken[0].training.steps, list(taken[0].stages)) == (7, ["baseline"])
 
 
 def test_the_jobs_of_a_multirun_do_not_wait_for_mlflow_one_by_one(
