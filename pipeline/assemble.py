@@ -66,18 +66,17 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     if status == "FINISHED" and made and attempt.gate is None:
         _point_latest(attempt.folder)
     attempt.lock.release()
+    writer = attempt.writer
+    if writer is not None:
+        let_go(writer)
     if not attempt.rows and not result["verdict"]:  # refused before any stage: the refusal says it all
-        if attempt.writer is not None:
-            let_go(attempt.writer)
         return None
     if verdict is not None:
         print(f"\n{shown_line(verdict)}")
     conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
     print(f"\n{closing_table(result)}\n\n{conclusion}\n\nreport: {attempt.folder / 'report.md'}")
-    writer = attempt.writer
     if writer is None:
         return None
-    let_go(writer)
     shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
     wait_s = None if attempt.gate is None else GATE_S
     return lambda: undelivered(writer, attempt.folder, wait_s=wait_s) or shown

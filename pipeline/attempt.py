@@ -23,7 +23,7 @@ from pipeline.assess.vllm_check import Checked, check_vllm
 from pipeline.assess.vllm_check import installed as vllm_version
 from pipeline.assess.vllm_check import why_not as vllm_why_not
 from pipeline.base_model import base_artifact
-from pipeline.config import Format, OptimizerKind, Precision, Run, TrainingConfig, VllmCheck
+from pipeline.config import Format, Precision, Run, TrainingConfig, VllmCheck
 from pipeline.data.completions import file_digest
 from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
@@ -554,13 +554,12 @@ class Attempt:
     def _warm_libraries(self, stage: Any, read: TrainingConfig | None) -> None:
         """Import what the stage's format or optimizer needs: else the first arm that uses it would pay for the rest."""
         from pipeline.quantization.backend import import_library
+        from pipeline.training.optimizer import IMPORTED
 
         with self.clock.phase("import"):
             if getattr(stage, "format", Format.auto) is not Format.auto:
                 import_library(stage.format)
-            if read is not None and read.optimizer is not OptimizerKind.adamw:
-                from pipeline.training.optimizer import IMPORTED
-
+            if read is not None and read.optimizer in IMPORTED:
                 importlib.import_module(IMPORTED[read.optimizer])
 
     def _work(

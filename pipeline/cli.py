@@ -20,7 +20,9 @@ from pipeline.recipes import Recipe, config_dir, find_recipes
 from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
-Execute = Callable[[Any, str, int, list[Callable[[], str]]], int]
+Deliveries = list[Callable[[], str]]
+"""What waits for MLflow, and says what came of it."""
+Execute = Callable[[Any, str, int, Deliveries], int]
 REFERENCES = ("candidate", "baseline", "candidate_items", "baseline_items")  # text that others chose
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
@@ -180,22 +182,13 @@ def _compose_and_run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every trace, on our terminal
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from pipeline.config import Run
-    from pipeline.stages.table import STAGES
-
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=Run)
-    for type_name, stage in STAGES.items():
-        store.store(group="stage", name=type_name, node=stage)
-    for recipe in _asked_for(args, recipes):
-        store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
+    _tell_hydra(_asked_for(args, recipes))
     codes: list[int] = []
-    deliveries: list[Callable[[], str]] = []  # waited for once all jobs are done: the next one's clock is running
+    deliveries: Deliveries = []  # waited for once all jobs are done: the next one's clock is running
     # their keys are others' (a Hugging Face config's, metrics); Hydra adds to a dictionary only what is marked so
     open_keys = tuple(f"{key}{end}" for key in ("student.config", "policy.metrics") for end in "=.")
     overrides = [f"++{arg}" if arg.startswith(open_keys) else _as_text(arg) for arg in args]
@@ -279,6 +272,21 @@ def _badness(code: int) -> int:
     return {int(Exit.INTERRUPTED): 1000, int(Exit.REFUSED): 900}.get(code, code)
 
 
+def _tell_hydra(recipes: list[Recipe]) -> None:
+    """Make the schema, the stages' settings and `recipes` known to Hydra."""
+    from hydra.core.config_store import ConfigStore
+
+    from pipeline.config import Run
+    from pipeline.stages.table import STAGES
+
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=Run)
+    for type_name, stage in STAGES.items():
+        store.store(group="stage", name=type_name, node=stage)
+    for recipe in recipes:
+        store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
+
+
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
     """Return the recipes that a command line may speak of: parsing all of them takes a third of the start.
 
@@ -327,7 +335,7 @@ def _typed(run: Any) -> Any:
     return run
 
 
-def _execute(run: Any, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
+def _execute(run: Any, command: str, started_ns: int, deliveries: Deliveries) -> int:
     from pipeline.run import execute
 
     return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)

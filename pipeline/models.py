@@ -107,6 +107,15 @@ def load_config(path: str | Path, *, revision: str | None = None, key: str = "mo
         raise _unloadable(key, path, error) from error
 
 
+def quantized_by(config: PreTrainedConfig) -> str | None:
+    """Return the library or method that a model's weights are quantized with; None where they are not."""
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
+
+
 def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> Any:
     """Load the tokenizer that lies beside a model, with a padding token.
 
@@ -185,7 +194,7 @@ def check_loads(
 
     A Hub name passes, and so do quantized weights: both are looked at when they are loaded.
     """
-    if _is_local(path) and getattr(load_config(path, key=key), "quantization_config", None) is None:
+    if _is_local(path) and quantized_by(load_config(path, key=key)) is None:
         load_model(path, task, device="meta", labels=labels, key=key, new_head=new_head)
 
 

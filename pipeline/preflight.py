@@ -169,14 +169,16 @@ def check_models(
     """
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
-    _refuse_quantized(run)
     base: str | Path | None = run.model.path
     if base is None:  # made on the spot: a moment's work, which the run finds done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
     with clock.phase("prepare"):
         revision = run.model.revision
         config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
+        if run.student.path is not None:
+            _refuse_quantized(load_config(run.student.path, key="student.path"), "student.path")
         if run.model.path is not None:
+            _refuse_quantized(config, "model.path")
             from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
             trained = all(training_settings(stage, run).steps > 0 for stage in from_base if hasattr(stage, "like"))
             check_loads(run.model.path, run.task, labels=data.labels, key="model.path", new_head=trained)
@@ -189,18 +191,13 @@ def check_models(
         _check_quantizable(config, run, device)
 
 
-def _refuse_quantized(run: Run) -> None:
+def _refuse_quantized(config: Any, key: str) -> None:
     """Refuse weights that are stored in a quantized format: no stage trains, copies or quantizes those."""
-    from pipeline.models import load_config
+    from pipeline.models import quantized_by
 
-    for key, path, revision in (("model.path", run.model.path, run.model.revision),
-                                ("student.path", run.student.path, None)):  # fmt: skip
-        if path is None:
-            continue
-        stored = getattr(load_config(path, revision=revision, key=key), "quantization_config", None)
-        if stored is not None:
-            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-            raise UserError(key, f"the model is quantized already ({method})", "give the model it was made from")
+    method = quantized_by(config)
+    if method is not None:
+        raise UserError(key, f"the model is quantized already ({method})", "give the model it was made from")
 
 
 def check_releases(

@@ -31,7 +31,7 @@ from pipeline.config import Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_config, load_model, load_tokenizer, positions
+from pipeline.models import load_config, load_model, load_tokenizer, positions, quantized_by
 
 if TYPE_CHECKING:
     import torch
@@ -113,19 +113,10 @@ def why_not(folder: Path, task: Task, device: torch.device) -> str | None:
         return f"it is compared on language models, not on {task.value}"
     if device.type != "cuda" and not version.endswith("cpu"):  # builds for a CPU are 0.11.0+cpu
         return f"vLLM {version} needs CUDA, and this run is on {device.type}"
-    method = _quantized_by(folder)
+    method = quantized_by(load_config(folder))
     if method is not None and device.type != "cuda":
         return f"vLLM takes {method} on CUDA alone"
     return None
-
-
-def _quantized_by(folder: Path) -> str | None:
-    """Return the library that quantized a folder's weights; None where they are not."""
-    config: Any = getattr(load_config(folder), "quantization_config", None)
-    if config is None:
-        return None
-    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-    return str(getattr(method, "value", method))
 
 
 def check_vllm(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.config import Format, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import check_model_folder, load_config, load_model, load_tokenizer, save_model
+from pipeline.models import check_model_folder, load_config, load_model, load_tokenizer, quantized_by, save_model
 from pipeline.quantization import ao, bnb
 from pipeline.quantization.layers import EVERY_LAYER, Choice, Layer, LayerPlan, plan_layers, weights_bytes
 from pipeline.quantization.reload_check import Reference, check_bit_equal, take_reference
@@ -212,9 +212,8 @@ def refuse_unsupported(
     Raises:
         UserError: If it is quantized already, cannot do the task, has no linear layers, or has shapes that crash.
     """
-    previous = getattr(config, "quantization_config", None)
-    if previous is not None:
-        method = previous.get("quant_method") if isinstance(previous, dict) else previous.quant_method
+    method = quantized_by(config)
+    if method is not None:
         raise UserError(key, f"the model is quantized already ({method})", "quantize the model it was made from")
     plan = plan_layers(config, task, key=key, choice=choice)
     backend_of(fmt).refuse_layers(plan.quantize, fmt, device=device, key=key)

@@ -35,6 +35,7 @@ from pipeline.stages.settings import BASE
 from pipeline.store import MANIFEST
 
 if TYPE_CHECKING:
+    from pipeline.data.documents import Document
     from pipeline.quantization.layers import Choice
     from pipeline.stages.context import Context, Output
     from pipeline.store import Artifact
@@ -97,11 +98,9 @@ class QuantizeStage:
         if self.tolerance is not None and not search and not self.recover:
             problem = f"has no effect with format: {self.format.value} and nothing to recover with"
             raise UserError(f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]")
-        if self.calibration is not None and self.smoothing is None:
-            raise UserError(f"{key}.calibration", "has no effect without smoothing", f"give {key}.smoothing=0.5")
-        if self.calibration_documents != CALIBRATION_DOCUMENTS and self.smoothing is None:
-            raise UserError(f"{key}.calibration_documents", "has no effect without smoothing",
-                            f"give {key}.smoothing=0.5")  # fmt: skip
+        for name, default in (("calibration", None), ("calibration_documents", CALIBRATION_DOCUMENTS)):
+            if self.smoothing is None and getattr(self, name) != default:
+                raise UserError(f"{key}.{name}", "has no effect without smoothing", f"give {key}.smoothing=0.5")
         if search and self.smoothing is not None:
             raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
         self._check_recovery(key, run)
@@ -204,15 +203,19 @@ class QuantizeStage:
         return replace(self, format=fmt, exclude=[*self.exclude, *exclude], candidates=[], prefer=Prefer.time,
                        tolerance=None, search_device_hours=None)  # fmt: skip
 
+    def _looked_at(self, ctx: Context) -> Sequence[Document]:
+        from pipeline.quantization.calibration import calibration_documents
+
+        return calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
+
     def _calibrated(self, ctx: Context) -> dict[str, Any]:
         """Return what activations were looked at."""
         if self.smoothing is None:
             return {"calibration": None}
         from pipeline.data.completions import file_digest
-        from pipeline.quantization.calibration import calibration_documents
 
         with ctx.clock.phase("prepare"):
-            documents = calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
+            documents = self._looked_at(ctx)
             given = None if self.calibration is None else file_digest(self.calibration)
         source = self.calibration or f"train split of {ctx.data.name}"
         return {"calibration": {"smoothing": self.smoothing, "source": source, "documents": len(documents),
@@ -224,11 +227,10 @@ class QuantizeStage:
 
         from pipeline.data.encode import encode_all
         from pipeline.models import load_tokenizer
-        from pipeline.quantization.calibration import calibration_documents
         from pipeline.quantization.smoothing import smooth
 
         with ctx.clock.phase("prepare"):
-            documents = calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
+            documents = self._looked_at(ctx)
             length = ctx.run.training.sequence_length
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
             ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]

@@ -9,6 +9,7 @@ Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes.optim, torchao.opti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,13 +18,11 @@ from torch import Tensor
 from pipeline.config import OptimizerKind, Precision, TrainingConfig
 
 BETAS = (0.9, 0.95)
-
-
 IMPORTED = {
     OptimizerKind.adamw_8bit_bitsandbytes: "bitsandbytes.optim.adamw",
     OptimizerKind.adamw_8bit_torchao: "torchao.optim",
 }
-"""What an optimizer's library takes seconds to import."""
+"""Where libraries have their AdamW8bit; they take seconds to import."""
 
 
 def make_optimizer(parameters: list[Tensor], settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -34,14 +33,8 @@ def make_optimizer(parameters: list[Tensor], settings: TrainingConfig, device: t
     ]
     groups = [group for group in groups if group["params"]]
     more: dict[str, Any] = {"lr": settings.learning_rate, "betas": BETAS}
-    if settings.optimizer is OptimizerKind.adamw_8bit_bitsandbytes:
-        from bitsandbytes.optim.adamw import AdamW8bit
-
-        return AdamW8bit(groups, **more)
-    if settings.optimizer is OptimizerKind.adamw_8bit_torchao:
-        from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-
-        return TorchaoAdamW8bit(groups, **more)
+    if settings.optimizer in IMPORTED:
+        return import_module(IMPORTED[settings.optimizer]).AdamW8bit(groups, **more)
     return torch.optim.AdamW(groups, **more, fused=device.type in ("cpu", "cuda"))
 
 
