@@ -87,7 +87,7 @@ def test_chats_keep_their_turns(tmp_path: Path) -> None:
     dataset = load_dataset(DataConfig(path=str(write(tmp_path / "a.jsonl", rows))), Task.causal_lm)
     (first, *_) = dataset.splits["train"]
     assert first.messages is not None
-    assert [role for role, _ in first.messages] == ["user", "assistant"]
+    assert [turn["role"] for turn in first.messages] == ["user", "assistant"]
 
 
 def test_a_dataset_through_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def chat_tokenizer(template: str | None = TEMPLATE) -> Any:
 
 
 def chat(*turns: tuple[str, str]) -> Document:
-    return Document("", messages=turns)
+    return Document("", messages=tuple({"role": role, "content": content} for role, content in turns))
 
 
 def test_loss_is_taken_on_what_the_assistant_says_and_nowhere_else() -> None:

@@ -96,7 +96,7 @@ def _encoded(each: Completion, tokenizer: Any) -> Encoded:
         prompt = tokenizer(each.prompt, add_special_tokens=False, verbose=False)["input_ids"]
         targets[: 1 + common_length(whole.input_ids[1:].tolist(), prompt)] = False  # after the begin token
     size = len(each.completion.encode("utf-8", "replace"))
-    return Encoded(whole.input_ids, targets, size, None, each.document.digest)
+    return Encoded(whole.input_ids, targets, size, None, each.document.digest, each.document.group)
 
 
 def file_digest(path: str) -> str:

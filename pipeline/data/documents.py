@@ -5,34 +5,48 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: plain text, text with a label, or a chat.
+    """One document: plain text, text (or a pair of texts) with a label, a prompt with its completion, or a chat.
 
     Attributes:
-        text: The text; empty for a chat.
+        text: The text, or the completion of `prompt`; empty for a chat.
         label: Class index for sequence_classification.
-        messages: `(role, content)` pairs of a chat.
+        messages: Messages of a chat, whole as the row has them: what the chat template gets.
+        tools: Tools that the chat's template is given.
+        prompt: What `text` completes; read, and not learnt.
+        pair: The second text of a pair (premise and hypothesis).
+        group: The source that several documents come from (`data.group_field`); None: a source of its own.
     """
 
     text: str
     label: int | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    pair: str | None = None
+    group: str | None = None
 
     @property
     def is_blank(self) -> bool:
         """Whether there is nothing in it to learn: no text, or an assistant that says nothing."""
-        said = [self.text] if self.messages is None else [text for role, text in self.messages if role == "assistant"]
-        return not any(text.strip() for text in said)
+        if self.messages is None:
+            return not self.text.strip()
+        said = [turn for turn in self.messages if turn.get("role") == "assistant"]
+        return not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in said)
 
     @property
     def digest(self) -> str:
         """32 hex characters of the content without the label: what decides splits and repeats."""
-        content = self.text if self.messages is None else json.dumps(self.messages, ensure_ascii=False)
+        parts = [self.messages, self.tools, self.prompt, self.pair]
+        content = self.text
+        if any(part is not None for part in parts):
+            content = json.dumps([self.text, *parts], ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

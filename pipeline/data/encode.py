@@ -26,6 +26,7 @@ class Encoded:
         num_bytes: UTF-8 bytes of the text that the targets stand for.
         label: Class index; None without one.
         digest: Content digest of the document.
+        group: The source that it shares with others; None: a source of its own.
     """
 
     input_ids: np.ndarray
@@ -33,6 +34,7 @@ class Encoded:
     num_bytes: int
     label: int | None
     digest: str
+    group: str | None = None
 
 
 _KEPT: OrderedDict[str, list[Encoded]] = OrderedDict()
@@ -103,7 +105,7 @@ def _text(document: Document, text: str, ids: list[int], tokenizer: Any) -> Enco
     row = np.array([first, *ids, *last], dtype=np.int32)
     targets = np.ones(len(row), dtype=bool)
     targets[0] = False
-    return Encoded(row, targets, len(text.encode("utf-8", "replace")), None, document.digest)
+    return Encoded(row, targets, len(text.encode("utf-8", "replace")), None, document.digest, document.group)
 
 
 def _example(document: Document, ids: list[int]) -> Encoded:
@@ -111,7 +113,7 @@ def _example(document: Document, ids: list[int]) -> Encoded:
     if not len(row):
         raise UserError("data", f"the text {document.text[:40]!r} has no tokens", "drop it, or check the tokenizer")
     size = len(document.text.encode("utf-8", "replace"))
-    return Encoded(row, np.zeros(len(row), dtype=bool), size, document.label, document.digest)
+    return Encoded(row, np.zeros(len(row), dtype=bool), size, document.label, document.digest, document.group)
 
 
 def _chat(document: Document, tokenizer: Any) -> Encoded:
@@ -123,7 +125,7 @@ def _chat(document: Document, tokenizer: Any) -> Encoded:
     assert document.messages is not None
     if not tokenizer.chat_template:
         raise UserError("data.path", "holds chats but the model has no chat template", "use a chat model, or text")
-    turns = [{"role": role, "content": content} for role, content in document.messages]
+    turns = list(document.messages)
     ends = [end for end, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
     whole = _render(tokenizer, turns[: ends[-1]], prompt=False)
     ids = _tokens(tokenizer, whole)
@@ -139,10 +141,10 @@ def _chat(document: Document, tokenizer: Any) -> Encoded:
     if not targets.any():
         raise UserError("data.path", f"the chat {turns[0]['content'][:40]!r} has nothing to predict", "drop it")
     size = sum(len(turns[end - 1]["content"].encode("utf-8", "replace")) for end in ends)
-    return Encoded(np.array(ids, dtype=np.int32), targets, size, None, document.digest)
+    return Encoded(np.array(ids, dtype=np.int32), targets, size, None, document.digest, document.group)
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], *, prompt: bool) -> str:
+def _render(tokenizer: Any, turns: list[dict[str, Any]], *, prompt: bool) -> str:
     from jinja2 import TemplateError
 
     try:

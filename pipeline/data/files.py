@@ -187,16 +187,16 @@ def from_row(row: Row, config: DataConfig, labels: tuple[str, ...] | None, key: 
     return Document(text, None if labels is None else labels.index(str(_label(row, config, key))))
 
 
-def _messages(where: str, raw: Any, key: str) -> tuple[tuple[str, str], ...]:
+def _messages(where: str, raw: Any, key: str) -> tuple[dict[str, Any], ...]:
     good = isinstance(raw, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in raw
     )
     if not good:
         raise UserError(key, f"{where}: messages are not a list of role and content", "write them so")
-    turns = tuple((turn["role"], turn["content"]) for turn in raw)
-    _refuse_half_characters(where, "".join(content for _, content in turns), key)
-    if not any(role == "assistant" for role, _ in turns):
+    turns = tuple(dict(turn) for turn in raw)
+    _refuse_half_characters(where, "".join(turn["content"] for turn in turns), key)
+    if not any(turn["role"] == "assistant" for turn in turns):
         raise UserError(key, f"{where} has no assistant turn", "drop that chat, or add the completion")
     return turns
 
