@@ -351,7 +351,7 @@ class Attempt:
             return None
         arms = [stage.like, getattr(self.run.stages[stage.like], "cache", None)]
         outputs = [self.outputs.get((arm, seed)) for arm in arms if arm is not None]
-        known = [None if output is None else output.counts["model_flops"].v for output in outputs]
+        known = [None if output is None else _flops_of(output) for output in outputs]
         return None if None in known else sum(flops for flops in known if flops is not None)
 
     def made_on(self) -> dict[str, Any]:
@@ -707,6 +707,12 @@ class Attempt:
         else:
             self.rows.append(row)
         self.journal.write("row", row=row)
+
+
+def _flops_of(output: Output) -> float | None:
+    """Return the FLOPs of a stage: counted, else by the rule of thumb."""
+    counted = output.counts["model_flops"].v
+    return output.flops_by_rule if counted is None else counted
 
 
 def _open_device(device: Any) -> None:

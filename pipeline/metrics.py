@@ -108,6 +108,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/peak_tflops", "TFLOP/s", "row", 0,
            "dense peak of one device in the stage's arithmetic: its vendor's figure for the exact name, or declared"),
     Metric("compute/mfu", "1", "row", 1, "achieved_tflops / peak_tflops"),
+    Metric("compute/active_parameter_share", "1", "row", 0,
+           "share of the model's parameters that a token uses: below 1 for a mixture of experts"),
     Metric("compute/distillation_share", "1", "row", 0, "share of the loss that the teacher's signal contributes"),
     Metric("compute/distillation_gradient_share", "1", "row", 0,
            "|g_d| / (|g_d| + |g_ce|): share of the gradient that it contributes, after the last step"),

@@ -49,6 +49,11 @@ _STRINGS = {"type": "array", "items": {"type": "string"}}
 _QUALITY_NAMES = {"anyOf": [{"enum": list(QUALITY_KEYS)}, {"pattern": TASK_KEY}]}
 _COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
 _COST["properties"]["facility_energy_j"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
+_COUNTS = _values(
+    "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu", "goodput",
+    "distillation_share", "distillation_gradient_share",
+)  # fmt: skip
+_COUNTS["properties"]["active_parameter_share"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
@@ -78,10 +83,7 @@ _LEDGER: dict[str, Any] = {
             "attached", "allocated", "busy", "sm_active", "tensor_active", "productive", "support", "wasted"
         ),
         "energy_j": {"$ref": "#/$defs/value"},
-        "counts": _values(
-            "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
-            "goodput", "distillation_share", "distillation_gradient_share",
-        ),
+        "counts": _COUNTS,
         "memory": _values(*MEMORY),
         "cost": _COST,
         "meter_valid": {"type": "boolean"},

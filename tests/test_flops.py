@@ -21,7 +21,7 @@ from transformers import (
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
-from pipeline.training.stage import StepFlops
+from pipeline.training.step_flops import StepFlops
 
 
 def llama_forward(length: int, vocabulary: int) -> int:

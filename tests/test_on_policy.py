@@ -27,7 +27,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
 from pipeline.training.objective import Objective, Teacher
-from pipeline.training.stage import StepFlops
+from pipeline.training.step_flops import StepFlops
 
 END = 2
 DISTIL = [arg.replace("distill_cached", "distill") for arg in TINY]

@@ -14,6 +14,9 @@ What is counted, and what is not:
 - The backward pass is what autograd does with the model's own `requires_grad`: a frozen weight has no gradient, and
   below the lowest trained weight nothing is carried back. Adapters (LoRA) are modules like any other.
 - A live teacher's forward pass is added by the caller; a cached teacher's belongs to the stage that captured it.
+- A mixture of experts counts the experts that a token visits: the twin multiplies each token with the weights of its
+  own top k, whichever they are. Experts in a loop over tokens cannot be counted without data: that is an error here,
+  and a null with this reason in a row.
 - Recomputed activations, gradient accumulation and the storage format of weights change nothing.
 Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
 """
@@ -21,18 +24,20 @@ Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et a
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
+from pipeline.ledger.attempted import attempted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 POINTS = (8, 16, 24)  # sequence lengths at which the twin is counted
+EXPERTS = "batched_mm"  # transformers' way to run experts that takes each token with its own top k, whatever its data
 SHARE_OF_RULE = 0.5  # of the rule of thumb: a count below it has missed operations (a custom kernel, say)
 
 
@@ -76,37 +81,101 @@ def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -
             without its weights), or a configuration: a fresh model, all of it trained. Quantized layers count as
             plain ones.
         backward: Count the forward and backward pass, else the forward pass only.
-    """
-    import torch
 
-    twin = _copy(source) if isinstance(source, torch.nn.Module) else _fresh(source, task)
-    _make_eager(twin)
+    Raises:
+        Exception: Of any kind, where the model cannot be run without data: what it does depends on values.
+    """
+    twin = _twin(source, task)
     head = _head(twin) if task is Task.causal_lm else None
-    counts = [_count_once(twin, length, head, 1, backward=backward) for length in POINTS]
+    mask = _mask_that_works(twin)
+    counts = [_count_once(twin, length, head, 1, mask, backward=backward) for length in POINTS]
     each = 0
     if head is not None:
-        each = _count_once(twin, POINTS[0], head, 2, backward=backward) - counts[0]
+        each = _count_once(twin, POINTS[0], head, 2, mask, backward=backward) - counts[0]
     return _fit([count - each for count in counts], each)
 
 
-def six_n(model: Any) -> float:
+def expert_shares(source: PreTrainedConfig | Any, task: Task) -> dict[str, float]:
+    """Return, by name of a parameter that holds experts, the share of them that a token visits; empty without experts.
+
+    Found by running the twin: experts are told which of them each token visits, k of E, and k / E is the share.
+
+    Raises:
+        Exception: As `count_flops` does.
+    """
+    import torch
+
+    twin = _twin(source, task)
+    shares: dict[str, float] = {}
+    handles: list[Any] = []
+    for prefix, module in twin.named_modules():
+        held = {f"{prefix}.{name}": each for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
+        if held and not isinstance(module, torch.nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+            noted = _noting(held, shares)
+            handles.append(module.register_forward_pre_hook(noted, with_kwargs=True))
+    if not handles:
+        return {}
+    with torch.no_grad():
+        twin(**_inputs(POINTS[0], _mask_that_works(twin)), **_no_cache(twin))
+    return shares
+
+
+def _noting(held: Mapping[str, Any], shares: dict[str, float]) -> Callable[..., None]:
+    """Return a hook that notes which share of the experts in `held` each token is sent to."""
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        chosen = next((each for each in (*args, *kwargs.values()) if _is_index(each)), None)
+        if chosen is not None:
+            for name, parameter in held.items():
+                shares[name] = min(1.0, chosen.shape[-1] / parameter.shape[0])
+
+    return note
+
+
+def _is_index(value: Any) -> bool:
+    """Tell whether an argument says which experts tokens visit: integers, (tokens, k)."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.dtype in (torch.int64, torch.int32)
+
+
+def active_parameters(model: Any, shares: Mapping[str, float]) -> tuple[int, int]:
+    """Return how many parameters a token uses, and how many there are.
+
+    Args:
+        shares: As `expert_shares` returns them.
+    """
+    sizes = {name: _size(parameter) for name, parameter in model.named_parameters()}
+    active = sum(size * shares.get(name, 1.0) for name, size in sizes.items())
+    return round(active), sum(sizes.values())
+
+
+def six_n(model: Any, shares: Mapping[str, float] | None = None, *, backward: bool = True) -> float:
     """Return FLOPs of a training step per token by the rule of thumb: 2 forward and 4 backward per matmul weight.
 
     Embeddings look up and do not multiply; an output head tied to them does. Attention is left out, so a true count
     lies above by about 12 x layers x width x T: T / (6 x width) of a GPT-shaped model.
+
+    Args:
+        shares: Of experts that a token visits, as `expert_shares` returns them; N then counts active parameters.
+        backward: With the backward pass; else 2N.
     """
-    weights = _matmul_weights(model)
-    return 2 * sum(map(_size, weights)) + 4 * sum(_size(weight) for weight in weights if weight.requires_grad)
+    weights = _matmul_weights(model, shares or {})
+    forward = 2 * sum(size for _, size in weights)
+    return forward + 4 * sum(size for weight, size in weights if weight.requires_grad) * backward
 
 
-def suspicion(count: FlopsPerSequence, model: Any, task: Task, length: int) -> str | None:
+def suspicion(
+    count: FlopsPerSequence, model: Any, task: Task, length: int, shares: Mapping[str, float] | None = None
+) -> str | None:
     """Return what to say where a count is far below the rule of thumb, or None: an operation was not recognised.
 
-    The rule is a lower bound but for layers that not every token visits: experts, heads on one position.
+    The rule is a lower bound but for layers that not every token visits: heads on one position, experts without
+    `shares` (see `expert_shares`).
     """
     if task is not Task.causal_lm:
         return None
-    share = count(length) / (six_n(model) * length)
+    share = count(length) / (six_n(model, shares) * length)
     if share >= SHARE_OF_RULE:
         return None
     return f"model_flops may be too low: {share:.0%} of 6N; an operation of this model is not counted"
@@ -118,13 +187,18 @@ def _size(weight: Any) -> int:
     return weight.numel() if state is None else state.shape.numel()
 
 
-def _matmul_weights(model: Any) -> list[Any]:
+def _matmul_weights(model: Any, shares: Mapping[str, float]) -> list[tuple[Any, float]]:
+    """Return the weights that multiply, each with the elements of it that a token meets."""
     import torch
 
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    weights = [weight for weight in model.parameters() if weight.ndim >= 2 and id(weight) not in looked_up]
+    weights = [
+        (weight, _size(weight) * shares.get(name, 1.0)) for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and id(weight) not in looked_up and not name.endswith("bias")
+    ]  # fmt: skip
     head = _head(model)
-    return weights if head is None or id(head.weight) not in looked_up else [*weights, head.weight]  # tied
+    tied = head is not None and id(head.weight) in looked_up
+    return [*weights, (head.weight, _size(head.weight))] if tied else weights
 
 
 def _head(model: Any) -> Any:
@@ -170,22 +244,75 @@ def _is_quantized(layer: Any) -> bool:
     return type(layer).__module__.startswith("bitsandbytes")
 
 
+def _twin(source: PreTrainedConfig | Any, task: Task) -> Any:
+    import torch
+
+    twin = _copy(source) if isinstance(source, torch.nn.Module) else _fresh(source, task)
+    _make_eager(twin)
+    return twin
+
+
 def _make_eager(twin: Any) -> None:
-    """Have attention multiply plain matrices, which the counter sees, and nothing be computed twice."""
+    """Have attention and experts multiply plain matrices, which the counter sees, and nothing be computed twice."""
     from transformers import PreTrainedModel
 
     twin.eval()  # recomputes no activations
     for module in twin.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            setattr(module.config, "_experts_implementation", EXPERTS)  # noqa: B010 (no public name for a module's own)
+        # Dynamic frequencies look at the values of positions; what is multiplied is the same with fixed ones.
+        kind: Any = getattr(module, "rope_type", None)
+        if isinstance(kind, str | dict):
+            fixed: Any = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+            module.rope_type = fixed
 
 
-def _count_once(twin: Any, length: int, head: Any, num_predicted: int, *, backward: bool) -> int:
+def _masks(length: int) -> dict[str, Any]:
+    """Return attention masks in the forms that models take."""
+    import torch
+
+    return {
+        "4D": torch.ones(1, 1, length, length, device="meta"),  # nothing inspects its values
+        "2D": torch.ones(1, length, device="meta"),
+        "none": None,
+    }
+
+
+def _mask_that_works(twin: Any) -> str:
+    """Return the first form of mask that a model takes without looking at values.
+
+    Raises:
+        Exception: Where it takes none; what it says of the first.
+    """
+    import torch
+
+    def takes(name: str) -> bool:
+        with torch.no_grad():
+            twin(**_inputs(POINTS[0], name), **_no_cache(twin))
+        return True
+
+    forms = list(_masks(1))
+    found = next((name for name in forms if attempted(lambda name=name: takes(name), lambda _: False)), None)
+    if found is None:
+        takes(forms[0])
+        raise AssertionError("it ran the second time")
+    return found
+
+
+def _inputs(length: int, mask: str) -> dict[str, Any]:
+    import torch
+
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": _masks(length)[mask]}
+
+
+def _count_once(twin: Any, length: int, head: Any, num_predicted: int, mask: str, *, backward: bool) -> int:
     """Count one sequence whose output head reads `num_predicted` positions, as the objective does."""
     import torch
 
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, length, dtype=torch.long, device="meta")}
-    inputs["attention_mask"] = torch.ones(1, 1, length, length, device="meta")  # 4D: nothing inspects its values
+    inputs = _inputs(length, mask)
     keep = None
     if head is not None:
         keep = head.register_forward_pre_hook(lambda _, args: (args[0][:, :num_predicted], *args[1:]))

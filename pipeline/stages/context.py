@@ -24,6 +24,7 @@ class Output:
     Attributes:
         counts: Keys of the ledger's `counts` (steps, tokens, examples, model_flops, ...).
         flops_per_step: Of the stage's own model, teacher excluded; what `match_compute` divides by.
+        flops_by_rule: All FLOPs by the rule of thumb, where they cannot be counted: what `match_compute` then matches.
         curve: Validation readings: step, tokens, metric, seconds in steps until then, seconds in evaluations (its own
             included), and 1.0 where the learning rate was constant.
         seconds_in_steps: Time in training steps, evaluation and checkpoints excluded.
@@ -37,6 +38,7 @@ class Output:
 
     counts: dict[str, Value] = field(default_factory=dict)
     flops_per_step: float | None = None
+    flops_by_rule: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds_in_steps: float | None = None
     existing: bool = False
@@ -48,7 +50,8 @@ class Output:
         """Return what `from_json` reads back; notes are said once and not kept."""
         return {
             "counts": {name: value.to_json() for name, value in self.counts.items()}, "curve": self.curve,
-            "flops_per_step": self.flops_per_step, "seconds_in_steps": self.seconds_in_steps,
+            "flops_per_step": self.flops_per_step, "flops_by_rule": self.flops_by_rule,
+            "seconds_in_steps": self.seconds_in_steps,
             "existing": self.existing, "gpu_timeline": self.gpu_timeline, "about": self.about,
         }  # fmt: skip
 

@@ -33,7 +33,6 @@ from pipeline.distillation.cache import (
 )
 from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
-from pipeline.ledger.flops import FlopsPerSequence, count_flops
 from pipeline.models import load_model, load_tokenizer
 from pipeline.stages.context import Output
 from pipeline.stages.settings import training_precision, training_settings
@@ -41,7 +40,7 @@ from pipeline.store import check_room, read_json, write_json
 from pipeline.training.objective import check_body, document_mask, hidden_states
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 from pipeline.training.stage import make_batches, read_encoded
-from pipeline.values import estimated
+from pipeline.training.step_flops import ModelFlops, StepFlops
 
 if TYPE_CHECKING:
     from pipeline.config import TrainingConfig
@@ -65,7 +64,7 @@ class _Source:
     windows: Windows
     codec: Codec
     seed: int
-    flops: FlopsPerSequence
+    flops: ModelFlops
 
 
 @dataclass(slots=True)
@@ -128,7 +127,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
     with ctx.clock.phase("prepare"):
         masked = check_body(model, ctx.device) if task is Task.causal_lm else False
         windows = make_batches(model, tokenizer, read_encoded(tokenizer, settings, ctx), settings, ctx)
-        flops = count_flops(model, task, backward=False)
+        flops = ModelFlops.of(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
     precision = frozen(training_precision(stage, ctx.run), ctx.device)
     round_weights(model, precision)
@@ -253,7 +252,7 @@ def _captured(source: _Source, rows: list[int], micro: int) -> _Shard:
             ]
             shard.tokens += sum(sizes)
             count, length = batch["input_ids"].shape
-            shard.flops += source.flops.batch(count, length, sum(sizes))
+            shard.flops += source.flops.per_sequence.batch(count, length, sum(sizes))
     return shard
 
 
@@ -313,4 +312,7 @@ def _output(
         f"{manifest['bytes_per_token']:.1f} bytes each"
     )
     seconds = sum(record["capture_ns"] for record in records) / 1e9
-    return Output(counts={"model_flops": estimated(flops)}, seconds_in_steps=seconds, notes=(note,))
+    counted = StepFlops(source.flops.per_sequence, why=source.flops.why, why_no_rule=source.flops.why_no_rule)
+    counts = {"model_flops": counted.total(flops), "active_parameter_share": source.flops.active_share(source.model)}
+    said = tuple(f"{ctx.stage}: {each}" for each in (source.flops.said(source.model),) if each is not None)
+    return counted.told(Output(counts=counts, seconds_in_steps=seconds, notes=(note, *said)), flops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,13 @@ import torch
 
 from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Precision, Task, TrainingConfig
-from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.completions import encode_completions, read_completions
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.prompts import PartlySampled
-from pipeline.distillation.hidden import HiddenSignal, WithProjections
-from pipeline.distillation.relations import RelationSignal
+from pipeline.distillation.hidden import WithProjections
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
 from pipeline.errors import StageFailed
-from pipeline.ledger.flops import FlopsPerSequence, count_flops, suspicion
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.metrics import PRIMARY
@@ -36,6 +34,7 @@ from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.precision_choice import Choice, choose_precision
 from pipeline.training.prefetch import Batches
 from pipeline.training.schedule import first_row, sequence_length
+from pipeline.training.step_flops import ModelFlops, StepFlops, doubt
 from pipeline.training.teaching import Numbered, have_written, load_teacher, mix_in, open_cache, teachers_share
 from pipeline.values import Value, derive, estimated, measured, null
 
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 Start = tuple[Any, Any, Callable[[Any], None]]
 """A model on the device, its tokenizer, and what saves the model once it is trained."""
 NO_TEACHER = "no distillation in this stage"
-FEW = 8  # steps that an average is taken over
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
 VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
 
@@ -97,8 +95,10 @@ def run_training(
             if distill.on_policy:
                 assert isinstance(text, PackedBatches)
                 batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
-        flops = StepFlops.of(objective)  # before it is compiled: counting would slow it
-        doubt = suspicion(flops.own, model, ctx.run.task, settings.sequence_length)
+        counted = ModelFlops.of(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
+        flops = StepFlops.counted(objective, counted)
+        active = counted.active_share(model)
+        said = [doubt(counted, model, ctx.run.task, settings.sequence_length), counted.said(model)]
         frozen = None if teacher is None else parameter_hash(teacher.model)
     trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
     choice = None
@@ -138,12 +138,13 @@ def run_training(
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save(model)
-    output = _output(progress, objective, distill, share)
+    output = _output(progress, objective, distill, share, flops, active)
     if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
-    told = [doubt, *(f"{ctx.stage}: {each}" for each in (choice, head) if each is not None)]
+    output = flops.told(output, progress.flops)
     about = {} if choice is None else {"precision": choice.about}
-    notes = (*(each for each in told if each is not None), *output.notes)
+    told = (*(f"{ctx.stage}: {each}" for each in (*said, choice, head) if each is not None), *output.notes)
+    notes = told
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 
@@ -208,7 +209,7 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs would have bought.
 
     Raises:
-        StageFailed: If the matched stage has no FLOP count.
+        StageFailed: If the FLOPs of the matched stage are neither counted nor estimated.
     """
     settings = training_settings(stage, ctx.run)
     if not getattr(stage, "match_compute", False):
@@ -216,9 +217,20 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     flops = ctx.matched_flops
     per_step = None if ctx.matched is None else ctx.matched.flops_per_step
     if flops is None or per_step is None:
-        raise StageFailed(f"{stage.like} counted no FLOPs to match")
+        raise StageFailed(f"{stage.like} has no FLOPs to match: {_why_no_flops(ctx)}")
     settings.steps = max(1, int(flops // per_step))
+    why = _why_no_flops(ctx)
+    if why is not None:
+        ctx.say(f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb (6N, estimated), "
+                f"as they cannot be counted: {why}")  # fmt: skip
     return settings
+
+
+def _why_no_flops(ctx: Context) -> str | None:
+    """Return why the matched stage's FLOPs are not counted, or None."""
+    if ctx.matched is None:
+        return "it did not run"
+    return ctx.matched.counts["model_flops"].why_null
 
 
 def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, new_head: bool) -> tuple[Any, Any]:
@@ -275,69 +287,22 @@ def _validation(
     return validate
 
 
-@dataclass(frozen=True, slots=True)
-class StepFlops:
-    """What a step takes, as it is computed: all positions, padding too, and heads on the targets.
-
-    Attributes:
-        own: Of the model that is trained, forward and backward.
-        teacher: Of a live teacher's forward pass.
-        writing: Of the model's forward pass, where it writes.
-        hidden: Where hidden states are compared.
-        relations: Where relations are.
-    """
-
-    own: FlopsPerSequence
-    teacher: FlopsPerSequence | None = None
-    writing: FlopsPerSequence | None = None
-    hidden: HiddenSignal | None = None
-    relations: RelationSignal | None = None
-
-    @classmethod
-    def of(cls, objective: Objective) -> StepFlops:
-        """Count the models of an objective."""
-        teacher = None if objective.teacher is None else objective.teacher.model
-        task = objective.task
-        return cls(
-            count_flops(objective.model, task, backward=True),
-            None if teacher is None else count_flops(teacher, task, backward=False),
-            None if objective.writing is None else count_flops(objective.model, task, backward=False),
-            objective.hidden, objective.relations,
-        )  # fmt: skip
-
-    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Return the model's own part, which `match_compute` divides by, and all that a teacher adds."""
-        rows, length = batch["input_ids"].shape
-        targets = int((batch["labels"] != IGNORE).sum())
-        added = 0.0 if self.teacher is None else self.teacher.batch(rows, length, targets)
-        if self.hidden is not None:
-            added += self.hidden.flops(rows * length)
-        if self.relations is not None:
-            added += self.relations.flops(rows, length)
-        if self.writing is not None and "sampled" in batch:
-            new = int(batch["sampled"].max())
-            added += rows * self.writing.generation(length - new, new)
-        return self.own.batch(rows, length, targets), added
-
-    def own_per_step(self, text: Batches, steps: int) -> float:
-        """Return what steps of text take without a teacher, the mean of the first few: windows are of one length."""
-        first = [self(text.batch(step))[0] for step in range(min(steps, FEW))]
-        return sum(first) / len(first)
-
-
 def _no_counts() -> dict[str, Value]:
     nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0),
                "steps_lost": measured(0)}  # fmt: skip
     return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
 
 
-def _output(progress: Progress, objective: Objective, distill: DistillStage | None, gradient: float | None) -> Output:
+def _output(
+    progress: Progress, objective: Objective, distill: DistillStage | None, gradient: float | None, flops: StepFlops,
+    active: Value,
+) -> Output:  # fmt: skip
     shares = {"distillation_share": _share(progress, distill),
               "distillation_gradient_share": null(NO_TEACHER) if gradient is None else measured(gradient)}  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
-        "examples": measured(progress.examples), "model_flops": estimated(progress.flops), "steps_lost": measured(0),
-        **shares,
+        "examples": measured(progress.examples), "model_flops": flops.total(progress.flops), "steps_lost": measured(0),
+        "active_parameter_share": active, **shares,
     }  # fmt: skip
     notes: list[str] = []
     teacher_model = None if objective.teacher is None else objective.teacher.model

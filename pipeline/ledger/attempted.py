@@ -1,0 +1,44 @@
+"""A measurement never kills the work: what cannot be counted, read or checked becomes a reason, and the run goes on.
+
+This is the one place that takes any exception. What is measured is often another's code (a driver, a profiler, a
+tracker, a model's own forward pass on made-up inputs), whose failures cannot be listed beforehand; the model that is
+being trained meanwhile is worth more than the figure. Every failure is told: callers turn the reason into a null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
+from pipeline.report.text import one_line
+
+Result = TypeVar("Result")
+REASON = 300  # characters of a library's message
+MEANT = (UserError, StageFailed, BudgetSpent, Preempted)
+"""What our own code raises on purpose to refuse or to stop: it passes. So does what is no Exception (Ctrl-C)."""
+
+
+def attempted(measure: Callable[[], Result], otherwise: Callable[[str], Result]) -> Result:
+    """Return what was measured, or what stands for it with the reason where measuring failed.
+
+    Args:
+        measure: Reads or counts.
+        otherwise: Given the reason (a line: type and message of the exception), returns what stands in.
+
+    Raises:
+        UserError, StageFailed, BudgetSpent, Preempted: As `measure` raises them.
+    """
+    try:
+        return measure()
+    except MEANT:
+        raise
+    except Exception as error:  # noqa: BLE001 (any failure of a measurement: see above)
+        return otherwise(reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception in a line: its type, and what it says."""
+    said = str(error).strip()
+    name = type(error).__name__
+    return one_line(f"{name}: {said}" if said else name, REASON)
