@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 import uuid
 from collections.abc import Callable
 from importlib.metadata import version
@@ -79,7 +80,14 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
         return None
     shown = f"MLflow: {ui_command(attempt.folder.parent.parent, attempt.run.tracking.uri)}"
     wait_s = None if attempt.gate is None else GATE_S
-    return lambda: undelivered(writer, attempt.folder, wait_s=wait_s) or shown
+    reported = time.monotonic()
+
+    def deliver() -> str:
+        problem = undelivered(writer, attempt.folder, wait_s=wait_s)
+        waited = time.monotonic() - reported
+        return problem or f"{shown}   (delivered {waited:.1f} s after the report; in no figure)"
+
+    return deliver
 
 
 def _traces(attempt: Attempt) -> list[str]:

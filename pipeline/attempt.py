@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import shutil
 import subprocess
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,20 +240,9 @@ class Attempt:
         """Hold a key's lock; while another process makes what it stands for, this one waits on a device it holds."""
         with ExitStack() as held:
             with self.clock.phase("comm_wait"):
-                held.enter_context(self.store.lock(key, self.waiting(arm)))
+                what = f"another process that makes {arm}"
+                held.enter_context(self.store.lock(key, what, self.check_budget))
             yield
-
-    def waiting(self, arm: str) -> Callable[[], None]:
-        """Return what to do every second while another process makes what this one wants."""
-        said: list[str] = []
-
-        def still() -> None:
-            if not said:
-                said.append(arm)
-                print(f"{arm}: another process is making it; waiting", flush=True)
-            self.check_budget()
-
-        return still
 
     def _should_stop(self) -> type[Exception] | None:
         limit = self.run.budget.device_hours

@@ -31,6 +31,7 @@ from pipeline.ledger.charge_sources import RUN_TAG
 from pipeline.redact import redact_value, without_login
 from pipeline.store import MODEL, read_json
 from pipeline.tracking import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
+from pipeline.waiting import locked
 
 if TYPE_CHECKING:
     from pipeline.compare.history import Judged
@@ -643,7 +644,7 @@ def _asking(uri: str) -> Generator[None]:
 
 def _open(uri: str) -> Any:
     """Return a client whose store is there and migrated: processes that open a fresh one at once would break it."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
     from mlflow import MlflowClient
 
     file = _sqlite_file(uri)
@@ -653,7 +654,8 @@ def _open(uri: str) -> Any:
     if not is_empty(uri) and not _is_database(file):  # MLflow would try for two minutes
         raise UserError("tracking.uri", f"{file} is no SQLite database", "name one, or a server")
     try:
-        with FileLock(file.parent / ".mlflow.lock", timeout=OPENING_S):
+        lock, what = file.parent / ".mlflow.lock", f"another process that writes to the store of {file.parent}"
+        with locked(lock, what, timeout_s=OPENING_S):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)
             client.search_experiments(max_results=1)

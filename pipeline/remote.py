@@ -77,7 +77,7 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
         UserError: If the place cannot be reached, has no such artifact, or what it has is another, damaged or unsafe.
     """
     place = _Place.of(url, digest, key)
-    with store.lock(f"download-{digest}"):
+    with store.lock(f"download-{digest}", "another process that downloads the same"):
         known = store.find(digest)
         if known is not None:
             return known

@@ -20,7 +20,7 @@ from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.report.github import refusals_told
-from pipeline.signals import on_stop_signal
+from pipeline.signals import is_listened_to, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs
 from pipeline.stages.settings import BASE
@@ -72,7 +72,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
             delivery = finish(attempt, status, why)
             if delivery is not None:
                 deliveries.append(delivery)
-    if attempt.stop_signal is not None and callable(signal.getsignal(attempt.stop_signal)):
+    if attempt.stop_signal is not None and is_listened_to(attempt.stop_signal):
         signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
     if attempt.disagreeing:
         print(f"vLLM disagrees: {', '.join(attempt.disagreeing)}: it reads another model from the same folder than the "

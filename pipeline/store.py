@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.waiting import waiting_for
 
 MANIFEST = "artifact.json"
 MODEL = "model"  # the kind of artifact that can be assessed, served, and shown among models
@@ -162,21 +163,26 @@ class Store:
                 lock.unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Generator[None]:
+    def lock(
+        self, key: str, what: str = "another process that makes the same", check: Callable[[], None] = lambda: None
+    ) -> Generator[None]:
         """Hold the lock of one key; another process that makes the same thing waits and then finds it made.
 
         Args:
-            waiting: Called every second while another process holds it; may raise to give up.
+            key: Of what is made.
+            what: Who is waited for, as `waiting_for` says it.
+            check: Called every second while another process holds the lock; may raise to give up.
         """
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.root / "locks" / f"{key}.lock")
-        while True:
-            try:
-                lock.acquire(timeout=WAIT_S)
-                break
-            except Timeout:
-                waiting()
+        with waiting_for(what):
+            while True:
+                try:
+                    lock.acquire(timeout=WAIT_S)
+                    break
+                except Timeout:
+                    check()
         try:
             yield
         finally:

@@ -1,7 +1,11 @@
 """`python -m pipeline.sync [ROOT | RUN_DIR]`: deliver to MLflow what it has not had yet. Running it again is harmless.
 
-With `--follow` it is the background writer of one run: started by the run, in a session of its own, at the lowest
-priority, it delivers while the run works and ends after it. A slow, dead or frozen MLflow costs the training nothing.
+With `--follow` it is the background writer of one run: started by the run, in a session of its own, it delivers while
+the run works and ends after it. A slow, dead or frozen MLflow costs the training nothing.
+
+Importing MLflow is most of its work (2.4 of 2.5 s of processor time), so a thread at the lowest priority does that.
+Deliveries are short and hold locks, so they run at normal priority: whoever waits for a lock never waits for a process
+that gets no processor time.
 """
 
 from __future__ import annotations
@@ -10,15 +14,19 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.store import read_json
+from pipeline.waiting import waiting_for
 
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
-FOLLOW = "--follow"
+FOLLOW, NOW = "--follow", "--now"  # NOW: the run has ended and waits, so that imports run at normal priority too
 INTERVAL_S, DYING_S = 2.0, 0.2  # between deliveries; the same for a run that is about to be no more
+IMPORT_S = 5.0  # of processor time that an idle machine needs for importing MLflow, twice
+GRACE_S = 1.0  # of an import at the lowest priority once the run has ended; then it starts anew at normal priority
 DELIVERY_S = 60.0  # a run waits this long for its writer: a fresh SQLite store takes its migrations out of it
 GATE_S = 300.0  # a gate waits longer: what it found must be known to the next one, on whatever machine
 STATE = "mlflow.json"  # in a run's folder: how far it was delivered
@@ -31,12 +39,16 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     if argv and argv[0] == FOLLOW:
-        return follow(Path(argv[1]), int(argv[2]))
+        return follow(Path(argv[1]), int(argv[2]), now=NOW in argv)
     place = Path(argv[0] if argv else "mlruns")
     folders = [place] if (place / JOURNAL).is_file() else sorted((place / "runs").glob("*/"))
     if not folders:
         print(f"refused: {place}: holds no runs; name the folder that holds runs/", file=sys.stderr)
         return 1
+    from pipeline.tracking import import_mlflow
+
+    with waiting_for("Python to import MLflow", after_s=IMPORT_S):
+        import_mlflow()
     failed = False
     for folder in folders:
         try:
@@ -87,9 +99,10 @@ def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float
     again = f"`python -m pipeline.sync {run_dir.parent.parent}` delivers the rest"
     try:
         let_go(writer)
-        code = writer.wait(wait_s)
+        with waiting_for("MLflow to take the last figures of this run"):
+            code = writer.wait(wait_s)
     except subprocess.TimeoutExpired:
-        return f"MLflow did not answer within {wait_s:.0f} s; its writer goes on, and {again}"
+        return f"MLflow has not taken all of this run within {wait_s:.0f} s; its writer goes on, and {again}"
     except KeyboardInterrupt:
         return f"not waiting for MLflow; its writer goes on, and {again}"
     if not code:
@@ -102,12 +115,18 @@ def undelivered(writer: subprocess.Popen[bytes], run_dir: Path, *, wait_s: float
 # -- the writer --------------------------------------------------------------------------------------------------------
 
 
-def follow(run_dir: Path, parent: int) -> int:
+def follow(run_dir: Path, parent: int, *, now: bool = False) -> int:
     """Deliver a run's journal until it ends or its process is gone; meanwhile what other runs left. Return 0 or 1.
 
     The run holds the other end of our standard input: it is closed when the run has ended, or is about to be no more.
+
+    Args:
+        run_dir: The run's folder.
+        parent: The run's process id.
+        now: Import MLflow at normal priority: somebody waits for it.
     """
-    _step_back()
+    if not now:
+        _import_in_background(run_dir, parent)
     others = (folder for folder in sorted(run_dir.parent.glob("*/")) if folder != run_dir and _is_wanted(folder))
     closed = False
     while True:
@@ -132,20 +151,57 @@ def follow(run_dir: Path, parent: int) -> int:
     return int(problem is not None)
 
 
+def _import_in_background(run_dir: Path, parent: int) -> None:
+    """Import MLflow at the lowest priority; where the run ends meanwhile, start this program anew at normal priority.
+
+    Linux counts priorities by thread, and only an administrator may raise one again. So a thread takes the lowest,
+    and a program that is started anew by the main thread begins with the main thread's.
+    """
+    if sys.platform != "linux":
+        return
+    thread = threading.Thread(target=_import_at_lowest_priority, daemon=True, name="import")
+    thread.start()
+    while thread.is_alive():
+        gone = os.getppid() != parent
+        if gone or _is_closed(sys.stdin.fileno()):
+            thread.join(0 if gone else GRACE_S)  # nobody waits for the writer of a run that was killed
+            if thread.is_alive() and not gone:
+                _weigh_session(0)
+                again = [sys.executable, "-m", "pipeline.sync", FOLLOW, str(run_dir), str(parent), NOW]
+                os.execv(sys.executable, again)
+        thread.join(DYING_S)
+    _weigh_session(0)
+
+
+def _import_at_lowest_priority() -> None:
+    """Step back and import what a delivery needs: on a small machine the run's own threads come first."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    _weigh_session(19)
+    from pipeline.tracking import import_mlflow
+
+    import_mlflow()
+
+
+def _weigh_session(niceness: int) -> None:
+    """Set how Linux weighs this process's session, which it may do before it weighs threads. Anybody may raise it."""
+    if os.getsid(0) != os.getpid():  # a terminal's session is not ours to slow down
+        return
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness), encoding="ascii")
+
+
+def _is_closed(stream: int) -> bool:
+    """Tell whether the other end of a pipe is closed, and leave it for the next to find."""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return any(event & (select.POLLHUP | select.POLLIN) for _, event in poll.poll(0))
+
+
 def _has_ended(run_dir: Path) -> bool:
     from pipeline.ledger.journal import read_events
 
     events = read_events(run_dir / JOURNAL)
     return bool(events) and events[-1]["e"] == "run_end"
-
-
-def _step_back() -> None:
-    """Take the lowest priority: on a small machine the run's own threads come first."""
-    os.nice(19)
-    if os.getsid(0) != os.getpid():  # a terminal's session is not ours to slow down
-        return
-    with suppress(OSError):  # Linux weighs sessions first, and this one is its own
-        Path("/proc/self/autogroup").write_text("19", encoding="ascii")
 
 
 def _has_closed(stream: int, seconds: float) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pipeline.redact import redact_value, without_login
 from pipeline.report.waste import advice
 from pipeline.store import MODEL, read_json, write_json
 from pipeline.sync import STATE
+from pipeline.waiting import locked, waiting_for
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
@@ -70,10 +71,9 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
     Raises:
         mlflow.exceptions.MlflowException: If the store cannot be reached, or refuses.
     """
-    from filelock import FileLock
-
     journal = run_dir / "journal.jsonl"
-    with FileLock(run_dir / ".mlflow.lock"), ExitStack() as stack:  # a run's writer and `pipeline.sync` may meet here
+    # A run's writer and `pipeline.sync` may meet here.
+    with locked(run_dir / ".mlflow.lock", f"another process that delivers {run_dir.name}"), ExitStack() as stack:
         start = read_first(journal)
         if start is None or start["e"] != "run_start":
             return 0
@@ -89,8 +89,10 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
             return 0
         root = run_dir.parent.parent
         uri = store_uri(root, start["tracking_uri"])
-        stack.enter_context(FileLock(root / ".mlflow.lock"))  # processes that open a fresh store race its migrations
-        client, experiment = _open(root, uri, start)
+        # Processes that open a fresh store race its migrations.
+        stack.enter_context(locked(root / ".mlflow.lock", f"another process that writes to the store of {root}"))
+        with waiting_for(f"MLflow at {without_login(uri)} to answer"):
+            client, experiment = _open(root, uri, start)
         if not uri.startswith("sqlite"):
             stack.close()  # a server orders its writers itself
         if state["parent"] is not None:
@@ -100,6 +102,7 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
             if stage != "active":  # a store deleted or changed since: it gets all of the run
                 state = _nothing_yet()
                 events, offset = read_new(journal, 0)
+        stack.enter_context(waiting_for(f"MLflow at {without_login(uri)} to take {run_dir.name}"))
         delivery = _Delivery(client, experiment, run_dir, start, state)
         delivery.events(events)
         if dead:
@@ -518,6 +521,16 @@ def store_errors() -> tuple[type[Exception], ...]:
 def is_down(error: Exception) -> bool:
     """Tell a store that cannot be reached from one that answers and refuses."""
     return getattr(error, "error_code", "INTERNAL_ERROR") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+
+
+def import_mlflow() -> None:
+    """Import all that a delivery needs; mlflow-skinny has no SQL store, and then no SQLite store is written to."""
+    from importlib import import_module
+
+    quiet()
+    for name in ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"):
+        with suppress(ImportError):
+            import_module(name)
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,3 +187,28 @@ def test_a_refusal_is_one_harmless_line_whoever_prints_it() -> None:
     refusal = UserError("name", "a\x1b[2Jb\n\u202e is none", "give\x07 one")
     assert str(refusal) == "name: ab is none; give one"
     assert len(str(UserError("name", "x" * 10_000, "y"))) == LINE
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.faults
+def test_a_signal_while_the_program_starts_ends_it_with_a_line_and_the_right_code(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    """The program is stopped at its first import of its own: the signal comes in the middle of that."""
+    stops = f"import os, sys; os.kill(os.getpid(), {int(number)}); import time; time.sleep(60)"
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import builtins
+real = builtins.__import__
+def stopping(name, *args, **more):
+    if name == "pipeline.cli":
+        builtins.__import__ = real
+        {stops}
+    return real(name, *args, **more)
+builtins.__import__ = stopping
+""")
+    there = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "pipeline", "recipe=baseline"]
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr

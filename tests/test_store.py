@@ -324,8 +324,8 @@ def test_a_key_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypa
             raise Preempted("stopped")
 
     store, other = Store(tmp_path), Store(tmp_path)
-    with store.lock("k"), pytest.raises(Preempted), other.lock("k", give_up_the_third_time):
+    with store.lock("k"), pytest.raises(Preempted), other.lock("k", check=give_up_the_third_time):
         pytest.fail("the key was held")
     assert len(asked) == 3
-    with other.lock("k", lambda: pytest.fail("the key is free")):
+    with other.lock("k", check=lambda: pytest.fail("the key is free")):
         pass
