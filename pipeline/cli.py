@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
 import time
 import traceback
@@ -15,15 +14,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.arguments import check_words, elsewhere, for_hydra
 from pipeline.errors import LINE, BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
-from pipeline.recipes import Recipe, config_dir, find_recipes
+from pipeline.recipes import (
+    Recipe,
+    config_dir,
+    find_choices,
+    find_recipes,
+    read_recipe,
+    recipe_text,
+    refuse_code_keys,
+)
 from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
 Deliveries = list[Callable[[], str]]
 """What waits for MLflow, and says what came of it."""
 Execute = Callable[[Any, str, int, Deliveries], int]
-REFERENCES = ("candidate", "baseline", "candidate_items", "baseline_items")  # text that others chose
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
 Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
@@ -41,6 +48,7 @@ Flags:
   -m, --multirun     run every combination of comma-separated values; ends with the worst exit code
   --cfg job          print the composed settings and stop
   --recipe-dir DIR   take recipes (*.yaml) from DIR as well; may be given again
+  --config-dir DIR   take choices of a group (DIR/GROUP/NAME.yaml: model=NAME) from DIR as well
   --debug            show the traceback of a refusal or a crash
   --hydra-help       Hydra's own flags
 
@@ -58,9 +66,17 @@ same command again), 130 interrupted."""
 
 
 TAKE_A_VALUE = frozenset({
-    "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir",
-    "-cd", "--experimental-rerun",
+    "--cfg", "-c", "--package", "-p", "--info", "-i",
 })  # fmt: skip
+FOLDERS = {"--recipe-dir": "--recipe-dir", "--config-dir": "--config-dir", "-cd": "--config-dir"}
+OWN_SETTINGS = "settings of one's own are recipes: --recipe-dir DIR"
+REFUSED_FLAGS = {
+    **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn"), OWN_SETTINGS),
+    "--experimental-rerun": "it would run what a pickle says: give the command line again",
+}
+COMPOSING = (ValueError, TypeError, AssertionError, AttributeError, LookupError, ArithmeticError, RecursionError,
+             NotImplementedError)  # fmt: skip
+"""What Hydra lets through, beside its own errors, where settings are of a kind that it did not expect."""
 HYDRA_FLAGS = TAKE_A_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version",
                               "--shell-completion", "-sc"}  # fmt: skip
 
@@ -79,8 +95,8 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
     """
     debug = "--debug" in argv
     try:
-        recipe_dirs, rest = _take_recipe_dirs([arg for arg in argv if arg != "--debug"])
-        recipes = find_recipes(recipe_dirs)
+        folders, rest = _take_folders([arg for arg in argv if arg != "--debug"])
+        recipes = find_recipes(folders["--recipe-dir"])
         if not rest:
             print(f"{_recipe_list(recipes)}\n\nRun one with: python -m pipeline recipe=NAME   (--help for more)")
             return Exit.DONE
@@ -89,8 +105,10 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
             return Exit.DONE
         flags, settings = _apart(rest)
         _check_overrides(flags, settings, recipes)
+        choices = find_choices(folders["--config-dir"])
         rest = [*flags, *settings]  # where Hydra's parser wants them
-        command = shown_command(rest, recipe_dirs)
+        command = shown_command(rest, folders["--recipe-dir"], folders["--config-dir"])
+        _tell_hydra(_asked_for(rest, recipes), choices)
         return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute or _execute)
     except UserError as error:
         code = _refuse(error, debug)
@@ -101,20 +119,24 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         return _say(error, Exit.INTERRUPTED, debug)
 
 
-def _take_recipe_dirs(argv: list[str]) -> tuple[list[Path], list[str]]:
-    folders: list[Path] = []
+def _take_folders(argv: list[str]) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the folders that flags of ours name, by flag, and the other arguments.
+
+    Raises:
+        UserError: If a flag names no folder.
+    """
+    folders: dict[str, list[Path]] = {flag: [] for flag in FOLDERS.values()}
     rest: list[str] = []
     pending = iter(argv)
     for arg in pending:
-        if arg == "--recipe-dir":
-            folder = next(pending, None)
-            if folder is None:
-                raise UserError("--recipe-dir", "names no folder", "add one")
-            folders.append(Path(folder))
-        elif arg.startswith("--recipe-dir="):
-            folders.append(Path(arg.partition("=")[2]))
-        else:
+        flag, equals, named = arg.partition("=")
+        if flag not in FOLDERS:
             rest.append(arg)
+            continue
+        folder = named if equals else next(pending, "")
+        if not folder:
+            raise UserError(flag, "names no folder", "add one")
+        folders[FOLDERS[flag]].append(Path(os.path.expanduser(folder)))
     return folders, rest
 
 
@@ -124,9 +146,13 @@ def _apart(args: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         Unparsable: If there is no such flag.
     """
+    names = [arg.partition("=")[0] for arg in args if arg.startswith("-")]
+    refused = next((name for name in names if name in REFUSED_FLAGS), None)
+    if refused is not None:
+        raise UserError(refused, "is not for use here", REFUSED_FLAGS[refused])
     unknown = next((arg for arg in args if arg.startswith("-") and arg.partition("=")[0] not in HYDRA_FLAGS), None)
     if unknown is not None:
-        raise Unparsable(unknown, "there is no such flag", "--help and --hydra-help list them")
+        raise Unparsable(unknown, "there is no such flag", elsewhere(unknown) or "--help and --hydra-help list them")
     flags: list[str] = []
     settings: list[str] = []
     before = ""
@@ -146,10 +172,8 @@ def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, R
     named = [arg.partition("=")[2] for arg in settings if arg.startswith("recipe=")]
     if any(not name.strip("'\" ") for name in named):
         raise UserError("recipe", "is empty", f"name one of {', '.join(recipes)}")
-    added = next((arg for arg in settings if arg.startswith("+") and not arg.lstrip("+").startswith("stage@")), None)
-    if added is not None:
-        raise UserError(added.partition("=")[0], "a + adds a setting, and nothing reads added ones", "drop the +")
-    bare = next((arg for arg in settings if "=" not in arg and not arg.startswith("~")), None)
+    check_words(settings)
+    bare = next((arg for arg in settings if "=" not in arg), None)
     if bare is not None:
         raise Unparsable(bare, "cannot be parsed", "write key=value")
     inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in flags)
@@ -183,23 +207,22 @@ def _compose_and_run(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every trace, on our terminal
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    _tell_hydra(_asked_for(args, recipes))
+    from pipeline.explain import as_user_error, explain
+
     codes: list[int] = []
     deliveries: Deliveries = []  # waited for once all jobs are done: the next one's clock is running
-    # their keys are others' (a Hugging Face config's, metrics); Hydra adds to a dictionary only what is marked so
-    open_keys = tuple(f"{key}{end}" for key in ("student.config", "policy.metrics") for end in "=.")
-    overrides = [f"++{arg}" if arg.startswith(open_keys) else _as_text(arg) for arg in args]
+    overrides = for_hydra(args, sweeps="-m" in args or "--multirun" in args)
+
+    def typed(cfg: DictConfig) -> Any:
+        return _typed(cfg, lambda error: as_user_error(error, args, recipes))
 
     def one(cfg: DictConfig) -> None:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
         # what passed before belongs to the first job of a multirun alone
         since_ns = time.monotonic_ns() if codes else started_ns
-        codes.append(_guarded(lambda: execute(_typed(OmegaConf.to_object(cfg)), command, since_ns, deliveries), debug))
+        codes.append(_guarded(lambda: execute(typed(cfg), command, since_ns, deliveries), debug))
         if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):  # the machine is wanted back, not this job alone
             raise _SweepStopped(codes[-1])
 
@@ -214,9 +237,9 @@ def _compose_and_run(
             one(cfg)
     except _SweepStopped as stop:
         return stop.code
-    except (HydraException, OmegaConfBaseException) as error:
-        from pipeline.explain import explain
-
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, *COMPOSING) as error:
         if debug:
             traceback.print_exception(error)
         code, line = explain(error, args, recipes)
@@ -231,27 +254,6 @@ def _compose_and_run(
             for line in dict.fromkeys(wait() for wait in deliveries):
                 print(line, flush=True)
     return max(codes, default=Exit.DONE, key=_badness)
-
-
-def _as_text(arg: str) -> str:
-    """Return an override whose value is a reference, quoted where Hydra's grammar could not read it as it is."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, equals, value = arg.partition("=")
-    if key not in REFERENCES or not equals:
-        return arg
-    try:
-        OverridesParser.create().parse_override(arg)
-    except HydraException:
-        return f"{key}={_quoted(value)}"
-    return arg
-
-
-def _quoted(text: str) -> str:
-    """Return `text` in Hydra's quotes, where backslashes count only before a quote: each is doubled there."""
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
 
 
 class _SweepStopped(BaseException):
@@ -272,8 +274,12 @@ def _badness(code: int) -> int:
     return {int(Exit.INTERRUPTED): 1000, int(Exit.REFUSED): 900}.get(code, code)
 
 
-def _tell_hydra(recipes: list[Recipe]) -> None:
-    """Make the schema, the stages' settings and `recipes` known to Hydra."""
+def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, Any]]) -> None:
+    """Make the schema, the stages' settings, `recipes` and a user's `choices` of groups known to Hydra.
+
+    Raises:
+        UserError: If a recipe holds anything but settings.
+    """
     from hydra.core.config_store import ConfigStore
 
     from pipeline.config import Run
@@ -284,7 +290,9 @@ def _tell_hydra(recipes: list[Recipe]) -> None:
     for type_name, stage in STAGES.items():
         store.store(group="stage", name=type_name, node=stage)
     for recipe in recipes:
-        store.store(group="recipe", name=recipe.name, package="_global_", node=_recipe_node(recipe))
+        store.store(group="recipe", name=recipe.name, package="_global_", node=read_recipe(recipe))
+    for (group, name), settings in choices.items():
+        store.store(group=group, name=name, node=settings)
 
 
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
@@ -301,35 +309,35 @@ def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
         text = ahead.pop()
         named = [recipe for name, recipe in recipes.items() if name in text and name not in found]
         found |= {recipe.name: recipe for recipe in named}
-        ahead += [recipe.path.read_text(encoding="utf-8", errors="replace") for recipe in named]
+        ahead += [recipe_text(recipe) for recipe in named]
     return list((found or recipes).values())
 
 
-def _recipe_node(recipe: Recipe) -> dict[str, Any]:
-    import yaml
+def _typed(cfg: Any, explained: Callable[[Exception], UserError]) -> Any:
+    """Return a composed configuration as the `Run` that it amounts to.
+
+    Args:
+        explained: Turns what OmegaConf raises into a refusal.
+
+    Raises:
+        UserError: Naming the setting that lacks a value, names code, or cannot work.
+    """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        node = OmegaConf.to_container(OmegaConf.load(recipe.path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError("recipe", f"{recipe.path} is not valid YAML ({text})", "mend the file") from None
-    if not isinstance(node, dict):
-        raise UserError("recipe", f"{recipe.path} holds no settings", "start from a copy of a shipped recipe")
-    settings: dict[str, Any] = {str(key): value for key, value in node.items()}
-    # YAML 1.1 reads a bare `on` as true; in a comparison it is a key.
-    settings["compare"] = [
-        {"on" if key is True else key: value for key, value in pair.items()} if isinstance(pair, dict) else pair
-        for pair in settings.get("compare") or []
-    ]
-    return {**settings, "recipe": recipe.name, "question": recipe.question}
-
-
-def _typed(run: Any) -> Any:
     from pipeline.gate.checks import is_gate
     from pipeline.report.github import refusals_told
     from pipeline.validate import validate
 
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        settings = OmegaConf.to_container(cfg)
+        run: Any = None if missing else OmegaConf.to_object(cfg)
+    except (OmegaConfBaseException, *COMPOSING) as error:
+        raise explained(error) from error
+    if missing:
+        raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
+    refuse_code_keys(settings, "settings")
     with refusals_told(is_gate(run)):
         validate(run)
     return run
@@ -341,13 +349,14 @@ def _execute(run: Any, command: str, started_ns: int, deliveries: Deliveries) ->
     return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
 
 
-def shown_command(args: list[str], recipe_dirs: Sequence[Path] = ()) -> str:
+def shown_command(args: list[str], recipe_dirs: Sequence[Path] = (), config_dirs: Sequence[Path] = ()) -> str:
     """Return the command line to repeat a run with, secrets left out."""
     import shlex
 
     from pipeline.redact import redact_override
 
-    folders = [word for folder in recipe_dirs for word in ("--recipe-dir", str(folder))]
+    named = [("--recipe-dir", folder) for folder in recipe_dirs] + [("--config-dir", each) for each in config_dirs]
+    folders = [word for flag, folder in named for word in (flag, str(folder))]
     return shlex.join(["python", "-m", "pipeline", *folders, *map(redact_override, args)])
 
 

@@ -19,6 +19,10 @@ from pipeline.errors import UserError
 # ruff: noqa: UP045
 
 
+MAX_SEED = 2**32 - 1  # what numpy's generators take as well as torch's
+MAX_WHOLE = 2**63 - 1  # what a tensor's size, or a column of a store, can hold
+
+
 class Task(Enum):
     """What the model is for; decides model class, collation, metrics and the unit that serving counts."""
 
@@ -454,7 +458,7 @@ class Run:
     baseline_items: Optional[str] = None
     promote: bool = False  # a PASS moves the alias `champion`
     bootstrap: bool = False  # without a champion, the candidate becomes it
-    seed: int = at_least_0(0)
+    seed: int = field(default=0, metadata={"min": 0, "max": MAX_SEED})
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
     stages: dict[str, Any] = field(default_factory=dict)
     compare: list[Comparison] = field(default_factory=list)
@@ -472,10 +476,9 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
         value, key = getattr(settings, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
+        _check_numbers(value, key)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value):
-            raise UserError(key, f"{value} is no number to work with", "give a finite one, or leave it out")
         low, high, above = (item.metadata.get(name) for name in ("min", "max", "above"))
         if above is not None and not value > above:
             raise UserError(key, f"{value} is out of range", f"give a number greater than {above}")
@@ -483,6 +486,24 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             raise UserError(key, f"{value} is out of range", f"give a number of at least {low}")
         if high is not None and not value <= high:
             raise UserError(key, f"{value} is out of range", f"give a number of at most {high}")
+
+
+def _check_numbers(value: Any, key: str) -> None:
+    """Refuse what no machine counts to, in lists and dictionaries too.
+
+    Raises:
+        UserError: Naming the full key.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_numbers(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_numbers(item, key)
+    elif isinstance(value, int) and abs(value) > MAX_WHOLE:
+        raise UserError(key, f"a number of {len(str(abs(value)))} digits is out of range", "give one below 2^63")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(key, f"{value} is no number to work with", "give a finite one, or leave it out")
 
 
 def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:

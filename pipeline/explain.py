@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
-    InterpolationKeyError,
+    InterpolationResolutionError,
     OmegaConfBaseException,
     ValidationError,
 )
 
+from pipeline.arguments import LIST, elsewhere, is_list, quoted
 from pipeline.config import Run, dotted_keys
 from pipeline.errors import Exit, UserError
-from pipeline.recipes import Recipe
+from pipeline.recipes import GROUPS, Recipe, config_dir, recipe_text
 from pipeline.stages.table import STAGES
 from pipeline.validate import did_you_mean
 
@@ -27,34 +29,90 @@ KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or f
 
 def explain(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> tuple[int, str]:
     """Return the exit code and the line for an error of composing."""
+    said = _of_a_list(error, args) or _of_a_group(args)
+    if said is not None:
+        return Exit.REFUSED, str(said)
     if isinstance(error, OverrideParseException):
-        return Exit.UNPARSABLE, str(UserError(error.override, "cannot be parsed", "write key=value"))
-    return Exit.REFUSED, str(_as_user_error(error, args, recipes))
+        given = str(error.override)
+        key, equals, value = given.partition("=")
+        remedy = f"quote it twice: {shlex.quote(key + '=' + quoted(value))}" if equals and value else "write key=value"
+        return Exit.UNPARSABLE, str(UserError(given, "cannot be parsed", remedy))
+    return Exit.REFUSED, str(as_user_error(error, args, recipes))
 
 
-def _as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> UserError:
+def _of_a_list(error: Exception, args: list[str]) -> UserError | None:
+    """Return what to say where a list was given without its brackets, item by item, or as something else."""
+    pairs = [arg.lstrip("+").partition("=")[::2] for arg in args if "=" in arg and not arg.startswith("-")]
+    for key, value in pairs:
+        parent, _, last = key.rpartition(".")
+        items = value.strip("'\"")
+        if is_list(parent) and last.isdecimal():
+            return UserError(key, "one item of a list cannot be set", LIST.format(parent, value))
+        if is_list(key) and not value.startswith("[") and _overridden(error) in (None, key):
+            return UserError(key, f"{value!r} is no list", LIST.format(key, items))
+    return None
+
+
+def _of_a_group(args: list[str]) -> UserError | None:
+    """Return what to say where a group of settings was given a value, and not the name of a choice."""
+    for arg in args:
+        key, _, value = arg.partition("=")
+        if key in GROUPS and value.startswith(("{", "[")):
+            known = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
+            remedy = f"name one of {', '.join(known)}, or give its settings one by one: {key}.SETTING=..."
+            return UserError(key, f"{value[:60]!r} is no choice of {key}", remedy)
+        if key == "recipe" and value.startswith(("{", "[")):
+            return UserError(key, f"{value[:60]!r} is no recipe", "name one: recipe=NAME")
+    return None
+
+
+def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> UserError:
+    """Return an error of composing as a refusal."""
     if isinstance(error, MissingConfigException):
         return _missing_choice(error, recipes)
     sweep = re.search(r"Ambiguous value for argument '([^=']+)=", str(error))
     if sweep:
         return UserError(sweep.group(1), "has several values", "add -m to run one job for each, or quote the value")
     cause = _root(error)
-    first, *details = str(cause).splitlines()
+    first, *details = str(cause).splitlines() or [type(cause).__name__]
     in_details = next((line.split("full_key:")[1].strip() for line in details if "full_key:" in line), "")
-    key = in_details or _overridden(error) or "settings"
+    key = _overridden(error) or in_details or _only_key(args) or "settings"
     given = next((arg.partition("=")[2] for arg in reversed(args) if arg.partition("=")[0].lstrip("+") == key), "?")
     first = re.sub(r"\$VALUE_TYPE", "text", first).replace("$VALUE", given)  # OmegaConf leaves these unfilled
     problem = first[:1].lower() + first[1:]
+    absent = re.search(r"Environment variable '([^']*)' not found", str(cause))
+    if absent:
+        where = next((arg.partition("=")[0] for arg in args if absent.group(1) in arg), key)
+        remedy = f"set it, or give a default: ${{oc.env:{absent.group(1)},DEFAULT}}"
+        return UserError(where, f"there is no environment variable {absent.group(1)}", remedy)
+    if isinstance(cause, InterpolationResolutionError):
+        return UserError(
+            key, f"{given!r} leads nowhere ({problem})", "name a setting that exists, and holds such a value"
+        )
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        key = _overridden(error) or key
-        return UserError(key, "there is no such setting", did_you_mean(key, _known_keys(args, recipes)))
+        if key in GROUPS:  # a group that a choice of was not made, or a value given for a whole one
+            return UserError(key, problem, f"name a choice of {key}, or give its settings one by one")
+        said = elsewhere(key)
+        return UserError(key, "there is no such setting", said or did_you_mean(key, _known_keys(args, recipes)))
     if isinstance(cause, ValidationError):
+        known = _known_keys(args, recipes)
+        parents = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+        value = next((each for each in reversed(parents) if each in known), None)
+        if key not in known and value is not None and _overridden(error) == key:
+            return UserError(key, f"{value} has no settings of its own", did_you_mean(key, known))
         return _wrong_type(key, problem, given)
-    if isinstance(cause, InterpolationKeyError):
-        return UserError(key, problem, "name a setting that exists")
     group = re.match(r"Could not override '([^'@]+)", str(error))
-    key = group.group(1) if group else key
-    return UserError(key, problem, did_you_mean(key, _known_keys(args, recipes)))
+    if group:
+        return UserError(group.group(1), problem, did_you_mean(group.group(1), _known_keys(args, recipes)))
+    if not isinstance(cause, OmegaConfBaseException | HydraException):
+        return UserError(key, f"is of no kind that a setting has ({problem})", "--cfg job shows what each looks like")
+    return UserError(key, problem, "--cfg job shows what each setting looks like")
+
+
+def _only_key(args: list[str]) -> str | None:
+    """Return the one setting beside the recipe that was given, where there is just one."""
+    keys = [arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith(("-", "recipe="))]
+    return keys[0] if len(set(keys)) == 1 else None
 
 
 def _wrong_type(key: str, problem: str, given: str) -> UserError:
@@ -98,7 +156,7 @@ def _stage_keys(args: list[str], recipes: dict[str, Recipe]) -> Iterator[str]:
     name = next((arg.partition("=")[2] for arg in args if arg.startswith("recipe=")), "")
     if name not in recipes:
         return
-    text = recipes[name].path.read_text(encoding="utf-8")
+    text = recipe_text(recipes[name])
     for stage, type_name in re.findall(r"/stage@stages\.(\w+):\s*(\w+)", text):
         yield f"stages.{stage}"
         settings: Any = STAGES.get(type_name)

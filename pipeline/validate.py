@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.assess.engine import read_results
 from pipeline.assess.tasks import check_tasks
-from pipeline.config import Run, StudentConfig, Task, check_ranges
+from pipeline.config import MAX_SEED, Run, StudentConfig, Task, check_ranges
 from pipeline.errors import UserError
 from pipeline.gate.checks import check_gate
 from pipeline.ledger.cost import check_cost
@@ -154,6 +154,8 @@ def _check_rest(run: Run) -> None:
     check_tasks(run.quality, run.task)
     if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
         raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
+    if run.seeds is not None and max(run.seeds) > MAX_SEED:
+        raise UserError("seeds", f"{max(run.seeds)} is out of range", f"give numbers of at most {MAX_SEED}")
     if run.tracking.uri is not None and has_login(run.tracking.uri):
         raise UserError(
             "tracking.uri", "holds a login, which would land in files that others read",

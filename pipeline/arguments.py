@@ -1,0 +1,238 @@
+"""A command line's words as Hydra's grammar reads them, and what of it is not for a command line to say.
+
+A shell has taken its quotes away: `data.path='a b [1].jsonl'` arrives without them, and Hydra's grammar takes blanks,
+brackets, commas and letters beyond ASCII for something else. What a setting of text was given is text.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from pipeline.errors import UserError
+from pipeline.recipes import GROUPS, names_code
+
+PATHS = (
+    "candidate",
+    "baseline",
+    "candidate_items",
+    "baseline_items",
+    "data.path",
+    "data.hub",
+    "model.path",
+    "student.path",
+    "tracking.root",
+    "tracking.uri",
+    "store.url",
+    "serving.results",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+)
+STAGE_PATHS = ("completions", "calibration")  # of any stage
+OPEN = ("student.config", "policy.metrics")  # settings whose own keys are the user's
+HYDRA = ("hydra.verbose", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+"""What a command line may tell Hydra itself; the rest of it names classes, or writes settings in clear."""
+LIST = "write the brackets, quoted for the shell: '{}=[{}]'"
+_SWEEP = re.compile(r"\A(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str)\(")
+
+OTHER_NAMES = {
+    key: tuple(names.split())
+    for key, names in {
+        "training.learning_rate": "lr learning_rate max_lr base_lr",
+        "training.steps": (
+            "steps max_steps num_steps train_steps num_train_steps total_steps iters "
+            "max_iters max_train_steps iterations"
+        ),
+        "training.epochs": "epochs num_epochs num_train_epochs max_epochs n_epochs epoch",
+        "training.batch_size": (
+            "batch_size per_device_train_batch_size train_batch_size global_batch_size micro_batch_size bs batch"
+        ),
+        "quality.batch_size": "per_device_eval_batch_size eval_batch_size",
+        "training.gradient_accumulation": (
+            "gradient_accumulation gradient_accumulation_steps grad_accum accumulate_grad_batches accumulation_steps"
+        ),
+        "training.sequence_length": (
+            "sequence_length max_length max_seq_length max_seq_len seq_len block_size "
+            "cutoff_len model_max_length context_length seq_length"
+        ),
+        "training.weight_decay": "weight_decay wd",
+        "training.warmup_fraction": ("warmup_fraction warmup_ratio warmup_steps num_warmup_steps warmup"),
+        "training.schedule": "schedule lr_scheduler_type lr_scheduler scheduler",
+        "training.max_grad_norm": ("max_grad_norm clip_grad_norm grad_clip gradient_clip_val max_gradient_norm"),
+        "training.eval_every": (
+            "eval_every eval_steps eval_interval val_check_interval evaluation_strategy eval_strategy"
+        ),
+        "training.checkpoint_every": ("checkpoint_every save_steps save_interval save_strategy"),
+        "training.optimizer": "optimizer optim optimizer_type",
+        "training.activation_checkpointing": ("activation_checkpointing gradient_checkpointing"),
+        "training.compile": "compile torch_compile",
+        "tracking.root": (
+            "root output_dir out_dir save_dir logging_dir log_dir default_root_dir work_dir checkpoint_dir output"
+        ),
+        "tracking.mlflow": "mlflow report_to wandb use_wandb logger",
+        "tracking.experiment": ("experiment run_name project wandb_project experiment_name"),
+        "precision=fp16": "fp16 half",
+        "precision=bf16": "bf16",
+        "precision=tf32": "tf32",
+        "precision": "dtype torch_dtype mixed_precision amp",
+        "model.path": (
+            "model_path model_name_or_path model_name pretrained_model_name_or_path "
+            "base_model checkpoint pretrained model_id teacher teacher_model "
+            "teacher_name_or_path"
+        ),
+        "student.path": "student_model student_name_or_path student_path",
+        "student.layers": "student_layers num_student_layers",
+        "data.path": ("data_path dataset_path train_file data_files train_data dataset_dir data_dir file path"),
+        "data.hub": "dataset dataset_name datasets hub",
+        "data.subset": "subset dataset_config_name dataset_config",
+        "data.max_documents": ("max_documents max_train_samples max_samples num_samples max_examples"),
+        "quality.max_documents": "max_eval_samples",
+        "quality.margin": "margin tolerance",
+        "hardware.devices": ("devices num_gpus gpus nproc_per_node n_gpu num_devices ngpus"),
+        "hardware.device": "device accelerator no_cuda use_cpu",
+        "hardware.num_threads": "num_threads threads",
+        "budget.device_hours": "budget device_hours max_hours max_time",
+        "seed": "random_seed data_seed manual_seed",
+        "stages.student.temperature": ("temperature kd_temperature distillation_temperature"),
+        "stages.student.ce_weight": ("ce_weight alpha kd_alpha alpha_ce distillation_alpha kd_weight"),
+        "recipe": "config experiment_config",
+        "recipe=quantize": "load_in_8bit load_in_4bit quantization bits quant wbits",
+    }.items()
+}
+"""By setting here, what other trainers call it (transformers, TRL, torchtune, nanoGPT, axolotl, LLaMA-Factory)."""
+
+
+def elsewhere(word: str) -> str | None:
+    """Return what a setting of other trainers is here, as a sentence, or None."""
+    name = word.lstrip("-+~").partition("=")[0].rpartition(".")[2].replace("-", "_").lower()
+    here = next((key for key, names in OTHER_NAMES.items() if name in names), None)
+    if here is None or here == word.lstrip("-+~").partition("=")[0]:
+        return None
+    if here not in ("training.epochs",) or "epochs" in _fields_of("training"):
+        return f"it is {here if '=' in here else here + '=...'} here"
+    return "it is training.steps=... here: an epoch is (documents / training.batch_size) steps"
+
+
+@cache
+def _fields_of(group: str) -> frozenset[str]:
+    from pipeline.config import Run
+
+    return frozenset(item.name for item in fields(getattr(Run(), group)))
+
+
+# -- what is text -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    """Return `text`, `list` or another kind by setting of `Run`."""
+    from pipeline.config import Run
+
+    found: dict[str, str] = {}
+
+    def walk(owner: Any, prefix: str) -> None:
+        hints = get_type_hints(type(owner))
+        for item in fields(owner):
+            value, hint = getattr(owner, item.name), str(hints[item.name])
+            if is_dataclass(value):
+                walk(value, f"{prefix}{item.name}.")
+            elif "list[" in hint:
+                found[prefix + item.name] = "list"
+            else:
+                is_text = re.search(r"\bstr\b", hint.partition("dict[")[0]) is not None
+                found[prefix + item.name] = "text" if is_text else "other"
+
+    walk(Run(), "")
+    return found
+
+
+def is_list(key: str) -> bool:
+    """Tell whether a setting takes a list."""
+    return _kinds().get(key) == "list"
+
+
+def is_path(key: str) -> bool:
+    """Tell whether a setting names a place: what it is given is taken as it is."""
+    stage = re.fullmatch(r"stages\.\w+\.(\w+)", key)
+    return key in PATHS or key.startswith("serving.results.") or bool(stage and stage.group(1) in STAGE_PATHS)
+
+
+def for_hydra(args: Sequence[str], *, sweeps: bool) -> list[str]:
+    """Return flags and settings as Hydra's parser is to have them.
+
+    Args:
+        sweeps: Whether commas separate the jobs of a multirun.
+    """
+    return [arg if arg.startswith("-") else _for_hydra(arg, sweeps) for arg in args]
+
+
+def _for_hydra(arg: str, sweeps: bool) -> str:
+    key, equals, value = arg.partition("=")
+    if not equals:
+        return arg
+    if key.startswith(tuple(f"{each}." for each in OPEN)) or key in OPEN:
+        return f"++{arg}"
+    if key in (*GROUPS, "recipe"):
+        is_word = re.fullmatch(r"(?!(?:true|false|null|inf|nan)\Z)[A-Za-z_]\w*", value, re.IGNORECASE)
+        return arg if is_word or re.search(r"[\[{(,'\"$]|\A\Z", value) else f"{key}={quoted(value)}"
+    if is_path(key):
+        return f"{key}={_place(value, arg, sweeps)}"
+    is_text = _kinds().get(key) == "text"
+    if not is_text and not re.fullmatch(r"stages\.\w+\.\w+", key):
+        return arg
+    has_comma = is_text and not sweeps and "," in value and value[0] not in "'\"[{"
+    return arg if _parses(arg) and not has_comma else f"{key}={quoted(value)}"
+
+
+def _place(value: str, arg: str, sweeps: bool) -> str:
+    if value in ("", "null") or (value[0] in "'\"{" and _parses(arg)):
+        return value
+    if sweeps and ("," in value or _SWEEP.match(value)) and _parses(arg):
+        return value
+    return quoted(os.path.expanduser(value) if value.startswith("~") else value)
+
+
+def _parses(arg: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(arg)
+    except (HydraException, ValueError, RecursionError):
+        return False
+    return True
+
+
+def quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes, where backslashes count only before a quote: each is doubled there."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
+
+
+# -- what a command line does not say ---------------------------------------------------------------------------------
+
+
+def check_words(settings: Sequence[str]) -> None:
+    """Refuse settings that add, delete, name code, or reach into Hydra.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    for arg in settings:
+        key = arg.partition("=")[0]
+        bare = key.lstrip("+~")
+        if key.startswith("~"):
+            raise UserError(key, "a ~ deletes a setting, and each has a value here", f"give {bare} another one")
+        if bare in ("hydra", "hydra.searchpath") or bare.startswith(("hydra.", "hydra/", "hydra@", "/hydra")):
+            if bare not in HYDRA or key.startswith("+"):
+                raise UserError(key, "is not for a command line to say", f"of Hydra's own, give {', '.join(HYDRA)}")
+        elif any(names_code(part) for part in re.split(r"[./@]", bare)):
+            raise UserError(key, "names code, and settings are data", "leave it out")
+        if key.startswith("+") and not bare.startswith("stage@"):
+            said = elsewhere(bare)
+            raise UserError(key, "a + adds a setting, and nothing reads added ones", said or "drop the +")
