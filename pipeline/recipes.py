@@ -138,7 +138,8 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        _check_size(path, text)
+        check_growth(path, text, "recipe")
+        _check_tags(path, text)
         node = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -150,33 +151,46 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
     return dict(node)
 
 
-def _check_size(path: Path, text: str) -> None:
-    """Refuse what grows when it is read: nesting, aliases of aliases; and tags, which make objects."""
+def _check_tags(path: Path, text: str) -> None:
+    """Refuse tags, which make objects."""
     import yaml
 
-    sizes: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         tag = getattr(event, "tag", None)
         if tag is not None and tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
             raise _refused(path, tag, "is a tag, which makes an object", "write plain settings")
+
+
+def check_growth(path: Path, text: str, key: str) -> None:
+    """Refuse YAML that grows when it is read: nesting, aliases of aliases.
+
+    Raises:
+        UserError: For the setting `key`.
+        yaml.YAMLError: If it is no YAML.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # by anchor, nodes when written out
+    opened: list[tuple[str | None, int]] = [(None, 0)]  # collections around here, with the nodes in each so far
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        size = 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise _refused(path, f"*{event.anchor}", "stands for what it is part of", "write it out")
-            opened[-1] = (opened[-1][0], opened[-1][1] + sizes[event.anchor])
+                raise UserError(key, f"{path}: *{event.anchor} stands for what it is part of", "write it out")
+            size = sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
-            opened[-1] = (opened[-1][0], opened[-1][1] + 1)
+            size = 1
             if event.anchor is not None:
-                sizes[event.anchor] = 1
+                sizes[event.anchor] = size
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, 1))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = opened.pop()
             if anchor is not None:
                 sizes[anchor] = size
-            opened[-1] = (opened[-1][0], opened[-1][1] + size)
+        opened[-1] = (opened[-1][0], opened[-1][1] + size)
         if len(opened) > MAX_DEPTH or opened[-1][1] > MAX_NODES:
-            raise UserError("recipe", f"{path} is too deep or too long to be one", REMEDY)
+            raise UserError(key, f"{path} is too deep or too long when its aliases are written out", REMEDY)
 
 
 def _check_keys(path: Path, settings: dict[Any, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import UserError
 
@@ -25,6 +26,24 @@ class NotAFile(OSError):
     """What lies there is no regular file, or an absurdly large one."""
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading, links followed; nothing else is waited for.
+
+    Raises:
+        NotAFile: If it is a folder, a pipe, a device or a socket.
+        OSError: If it cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in its name
+        raise NotAFile(str(error)) from None
+    kind = next((name for is_kind, name in _KINDS if is_kind(os.fstat(handle).st_mode)), None)
+    if kind is not None:
+        os.close(handle)
+        raise NotAFile(f"is {kind}, not a file")
+    return os.fdopen(handle, "rb")
+
+
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file, links followed.
 
@@ -32,19 +51,23 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
         NotAFile: If it is a folder, a pipe, a device or a socket, or longer than `limit` bytes.
         OSError: If it cannot be read.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except ValueError as error:  # a NUL in its name
-        raise NotAFile(str(error)) from None
-    with os.fdopen(handle, "rb") as file:
-        told = os.fstat(handle)
-        kind = next((name for is_kind, name in _KINDS if is_kind(told.st_mode)), None)
-        if kind is not None:
-            raise NotAFile(f"is {kind}, not a file")
-        content = file.read(limit + 1) if told.st_size <= limit else b""
-        if told.st_size > limit or len(content) > limit:  # what the kernel makes up as it is read has no size
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""  # what the kernel makes up has no size
+        if size > limit or len(content) > limit:
             raise NotAFile(f"is larger than {limit:,} bytes")
     return content
+
+
+def why_no_file(path: Path) -> str | None:
+    """Return why what lies there cannot be read as a file, or None."""
+    try:
+        open_file(path).close()
+    except NotAFile as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def read_text_file(path: Path, key: str, remedy: str, *, limit: int = MAX_BYTES) -> str:
@@ -60,4 +83,4 @@ def read_text_file(path: Path, key: str, remedy: str, *, limit: int = MAX_BYTES)
     except OSError as error:
         raise UserError(key, f"{path} cannot be read ({error.strerror})", remedy) from None
     except UnicodeDecodeError as error:
-        raise UserError(key, f"{path} is not UTF-8 (byte {error.start})", remedy) from None
+        raise UserError(key, f"{path} cannot be read: it is not UTF-8 (byte {error.start})", remedy) from None

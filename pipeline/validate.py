@@ -20,6 +20,7 @@ from pipeline.redact import has_login
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
+from pipeline.text_files import why_no_file
 
 OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 
@@ -126,6 +127,7 @@ def _check_sources(run: Run) -> None:
             raise UserError(key, "is empty", f"give a place, or leave {key} out")
     if run.data.path is not None and not Path(run.data.path).expanduser().exists():
         raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
+    _check_regular(run)
     if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
         raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
     if run.data.path is not None and run.data.hub is not None:
@@ -147,6 +149,23 @@ def _check_sources(run: Run) -> None:
     if embedded and (run.data.name == "stdlib_labels") != (run.task is Task.sequence_classification):
         right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
         raise UserError("task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}")
+
+
+def _check_regular(run: Run) -> None:
+    """Refuse a place that nobody can read to its end: a pipe, a device.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    named = [("data.path", run.data.path)]
+    for name, stage in run.stages.items():
+        named += [(f"stages.{name}.{file}", getattr(stage, file, None)) for file in ("completions", "calibration")]
+    for key, given in named:
+        place = None if given is None else Path(given).expanduser()
+        if place is not None and place.exists() and not (place.is_dir() and key == "data.path"):
+            why = why_no_file(place)
+            if why is not None:
+                raise UserError(key, f"{given} {why}", "give a file")
 
 
 def _check_rest(run: Run) -> None:

@@ -8,14 +8,14 @@ figures that a file lacks are left out.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Run
+from pipeline.config import MAX_WHOLE, Run
 from pipeline.errors import UserError
+from pipeline.text_files import read_text_file
 from pipeline.values import Value, declared
 
 KEY = "serving.results"
@@ -86,14 +86,15 @@ def read_result(path: Path, key: str) -> EngineResult:
         UserError: If it cannot be read, or is no such file.
     """
     remedy = "give a file that `vllm bench serve --save-result` wrote"
+    text = read_text_file(path, key, remedy)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, f"{path}: {getattr(error, 'strerror', None) or error}", remedy) from None
+        raw = json.loads(text)
     except json.JSONDecodeError as error:
         several = error.msg == "Extra data"
         what = "holds several results" if several else f"is no JSON ({error.msg})"
         raise UserError(key, f"{path} {what}", "give one with a single result" if several else remedy) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+        raise UserError(key, f"{path} is no JSON ({error})", remedy) from None
     figures = _figures(raw, FIGURES) if isinstance(raw, dict) else {}
     if not figures:
         raise UserError(key, f"{path} holds no result of `vllm bench`", remedy)
@@ -123,5 +124,5 @@ def _number(raw: Mapping[str, Any], place: str) -> float | int | None:
     value: Any = raw
     for part in place.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= MAX_WHOLE else None  # nan is not, either

@@ -21,8 +21,10 @@ from pipeline.errors import UserError
 from pipeline.metrics import PRIMARY
 from pipeline.report.text import one_line
 from pipeline.store import read_json, write_json
+from pipeline.text_files import read_bytes, read_text_file
 from pipeline.values import null
 
+MAX_ITEMS = 2**31  # bytes of a file of per-document values
 IDENTITY = ("data", "split", "evaluation")
 NUMBERS = {
     Task.causal_lm: ("bits", "bytes", "tokens", "correct"),
@@ -49,12 +51,11 @@ def read_identity(items: Path) -> dict[str, Any] | None:
 
 def values_digest(items: Path) -> str:
     """Return what per-document values are known by: what their lines say, in whatever order and spelling."""
+    content = read_bytes(items, limit=MAX_ITEMS)
     try:
-        rows = [
-            json.dumps(json.loads(line), sort_keys=True) for line in items.read_bytes().splitlines() if line.strip()
-        ]
-    except ValueError:  # refused when they are read
-        rows = [items.read_bytes().hex()]
+        rows = [json.dumps(json.loads(line), sort_keys=True) for line in content.splitlines() if line.strip()]
+    except (ValueError, RecursionError):  # refused when they are read
+        rows = [content.hex()]
     return sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
@@ -87,9 +88,10 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
 
 def _columns(path: Path, task: Task, key: str) -> Arrays:
     remedy = f"give JSONL with digest, {', '.join(NUMBERS[task])} for every document"
+    text = read_text_file(path, key, remedy, limit=MAX_ITEMS)
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise UserError(key, f"{path} cannot be read ({str(error).splitlines()[0]})", remedy) from None
     if not rows:
         raise UserError(key, f"{path} holds no documents", remedy)

@@ -36,6 +36,8 @@ import yaml
 
 from pipeline.config import QualityConfig, Task
 from pipeline.errors import StageFailed, UserError
+from pipeline.recipes import MAX_BYTES, check_growth
+from pipeline.text_files import read_text_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,11 +184,13 @@ def _names(path: Path, what: str, value: Any) -> list[str]:
 
 
 def _load_yaml(path: Path) -> Any:
+    remedy = "give task files of lm-eval: quality.tasks=[my_task.yaml]"
+    if not path.exists():
+        raise UserError(KEY, f"{path} does not exist", remedy)
+    text = read_text_file(path, KEY, remedy, limit=MAX_BYTES)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        problem = f"{path} cannot be read" if path.exists() else f"{path} does not exist"
-        raise UserError(KEY, problem, "give task files of lm-eval: quality.tasks=[my_task.yaml]") from None
+        check_growth(path, text, KEY)
+        return yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         problem = f"{path}: {error.problem or 'a tag that is not known'}"
         raise UserError(KEY, problem, "a task file runs no code: use templates in place of !function") from None

@@ -18,6 +18,7 @@ from pipeline.data.documents import Dataset, Document
 from pipeline.data.encode import Encoded, common_length, encode_all
 from pipeline.data.files import from_row, read_rows
 from pipeline.errors import UserError
+from pipeline.text_files import open_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,5 +102,5 @@ def _encoded(each: Completion, tokenizer: Any) -> Encoded:
 
 def file_digest(path: str) -> str:
     """Return what decides whether two files of completions are the same, 32 hex characters."""
-    with Path(path).expanduser().open("rb") as file:
+    with open_file(Path(path).expanduser()) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
