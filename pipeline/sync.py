@@ -29,6 +29,7 @@ IMPORT_S = 5.0  # of processor time that an idle machine needs for importing MLf
 GRACE_S = 1.0  # of an import at the lowest priority once the run has ended; then it starts anew at normal priority
 DELIVERY_S = 60.0  # a run waits this long for its writer: a fresh SQLite store takes its migrations out of it
 GATE_S = 300.0  # a gate waits longer: what it found must be known to the next one, on whatever machine
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # MLflow's client on an answer of another shape
 STATE = "mlflow.json"  # in a run's folder: how far it was delivered
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
@@ -219,14 +220,19 @@ def _is_wanted(folder: Path) -> bool:
 
 
 class Undelivered(Exception):
-    """MLflow did not take a run: it cannot be reached (`is_down`), or refuses this run."""
+    """MLflow did not take a run.
 
-    def __init__(self, error: Exception, *, is_down: bool) -> None:
+    Args:
+        error: What its client raised.
+        said: What MLflow did, as a verb.
+        is_down: Whether it cannot be reached at all, so that the next run would fare no better.
+    """
+
+    def __init__(self, error: Exception, said: str, *, is_down: bool = False) -> None:
         from pipeline.redact import redact_value
 
         self.is_down = is_down
         text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-        said = "cannot be reached" if is_down else "refuses"
         super().__init__(f"MLflow {said} ({redact_value('', text)[:200]})")
 
 
@@ -242,7 +248,10 @@ def _deliver(folder: Path, *, look_again: bool = False) -> int:
     try:
         return deliver(folder, look_again=look_again)
     except store_errors() as error:
-        raise Undelivered(error, is_down=is_down(error)) from error
+        down = is_down(error)
+        raise Undelivered(error, "cannot be reached" if down else "refuses", is_down=down) from error
+    except UNREADABLE as error:
+        raise Undelivered(error, "answers what its client cannot read") from error
 
 
 if __name__ == "__main__":

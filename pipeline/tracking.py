@@ -509,17 +509,22 @@ def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
 
 def store_errors() -> tuple[type[Exception], ...]:
     """Return what a store raises that is down, refuses, or whose driver is not installed (PostgreSQL's, MySQL's)."""
+    from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
 
     try:
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError:  # mlflow-skinny has servers only
-        return (MlflowException, OSError, ImportError)
-    return (MlflowException, SQLAlchemyError, OSError, ImportError)
+        return (MlflowException, ParseError, OSError, ImportError)
+    return (MlflowException, ParseError, SQLAlchemyError, OSError, ImportError)
 
 
 def is_down(error: Exception) -> bool:
     """Tell a store that cannot be reached from one that answers and refuses."""
+    from google.protobuf.json_format import ParseError
+
+    if isinstance(error, ParseError):  # it is up, and answers nonsense
+        return False
     return getattr(error, "error_code", "INTERNAL_ERROR") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 

@@ -1,0 +1,220 @@
+"""MLflow servers that answer wrongly: nothing is lost, nothing crashes, and what is wrong is said in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from forked import run, start
+from make_journal import store, write_run
+from mlflow import MlflowClient
+
+from pipeline.sync import main
+
+pytestmark = pytest.mark.faults
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def _say(status: int, body: bytes, kind: str = "application/json", **headers: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def _hang_up(request: BaseHTTPRequestHandler) -> None:
+    request.connection.close()
+
+
+def _cut_off(request: BaseHTTPRequestHandler) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", "1000")
+    request.end_headers()
+    request.wfile.write(b'{"experiment": ')
+    request.connection.close()
+
+
+WRONG: dict[str, Answer] = {
+    "500": _say(500, b"Internal Server Error", "text/plain"),
+    "500 in JSON": _say(500, b'{"error_code": "INTERNAL_ERROR", "message": "the database is on fire"}'),
+    "503": _say(503, b"<html>upstream</html>", "text/html"),
+    "429": _say(429, b"slow down", "text/plain", Retry_After="1"),
+    "401": _say(401, b"", "text/plain", WWW_Authenticate='Basic realm="mlflow"'),
+    "403": _say(403, b'{"error_code": "PERMISSION_DENIED", "message": "not you"}'),
+    "a login page": _say(200, b"<html><title>Log in</title></html>", "text/html"),
+    "nothing": _say(200, b""),
+    "no JSON": _say(200, b"\xff\xfe\x00garbage"),
+    "a list": _say(200, b"[]"),
+    "null": _say(200, b"null"),
+    "an empty object": _say(200, b"{}"),
+    "another shape": _say(200, b'{"experiment": 7, "run": "x", "experiments": {"a": 1}}'),
+    "unknown enum": _say(200, b'{"experiment": {"experiment_id": "1", "lifecycle_stage": "eaten"}, "run": {}}'),
+    "a redirect to itself": _say(302, b"", Location="/api/2.0/mlflow/experiments/get-by-name"),
+    "hangs up": _hang_up,
+    "cut off": _cut_off,
+}
+
+
+@contextmanager
+def server(answer: Answer) -> Generator[str]:
+    """A server on this machine that gives every request the same answer; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            answer(self)
+
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.handle_error = lambda *_: None  # type: ignore[method-assign]  # it hung up on purpose
+    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{served.server_address[1]}"
+    finally:
+        served.shutdown()
+        served.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_server_that_answers_wrongly_is_a_line_and_the_rest_comes_later(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(root)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    with server(WRONG[kind]) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert main([str(folder)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("waiting for ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("run-1: MLflow ")
+    assert lines[0].endswith("; the journal keeps everything")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main([str(folder)]) == 0
+    assert store(root)[1]["run-1"].info.status == "FINISHED"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+SMALL = (
+    "recipe=baseline", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40",
+    "hardware.num_threads=1", "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128",
+    "model.shape.layers=2", "quality.max_documents=24", "quality.bootstrap=200", "training.eval_documents=8",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["500", "a login page", "hangs up"])
+def test_a_run_ends_well_whatever_the_server_answers(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(WRONG[kind]) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        done = run(tmp_path, *SMALL, "training.steps=10")
+    assert done.returncode == 0, done.stderr
+    assert "MLflow " in done.stdout
+    assert "delivers the rest" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    database = f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    assert main([str(tmp_path / "mlruns")]) == 0
+    assert [run.info.status for run in _runs(database)] == ["FINISHED"] * 2  # the recipe and its one stage
+
+
+def _runs(uri: str) -> list[Any]:
+    client = MlflowClient(tracking_uri=uri)
+    return list(client.search_runs([item.experiment_id for item in client.search_experiments()]))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_of_a_run_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = _free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--default-artifact-root",
+               str(tmp_path / "artifacts")]  # fmt: skip
+
+    def begin() -> subprocess.Popen[bytes]:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+
+    def answers() -> bool:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def wait_until(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers with it; the group is its own
+        process.wait()
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    server = begin()
+    try:
+        wait_until(answers)
+        training = start(tmp_path, *SMALL, "training.steps=1500")
+        wait_until(lambda: bool(list(tmp_path.glob("mlruns/runs/*/mlflow.json"))))
+        kill(server)
+        out, err = training.communicate(timeout=300)
+        assert training.returncode == 0, err
+        assert "delivers the rest" in out
+        server = begin()
+        wait_until(answers)
+        assert main([str(tmp_path / "mlruns")]) == 0
+        assert main([str(tmp_path / "mlruns")]) == 0  # again: nothing changes
+    finally:
+        kill(server)
+    runs = _runs(f"sqlite:///{tmp_path / 'server.db'}")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    (child,) = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'server.db'}")
+    steps = [point.step for point in client.get_metric_history(child.info.run_id, "train/loss")]
+    assert sorted(steps) == sorted(set(steps))
+    journal = next(tmp_path.glob("mlruns/runs/*/journal.jsonl")).read_text().splitlines()
+    points = [json.loads(line) for line in journal if _is_json(line)]
+    told = {each["step"] for each in points if each["e"] == "points" and "loss" in each["values"]}
+    assert set(steps) == told
