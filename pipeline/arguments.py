@@ -226,8 +226,10 @@ def check_words(settings: Sequence[str]) -> None:
     for arg in settings:
         key = arg.partition("=")[0]
         bare = key.lstrip("+~")
-        if key.startswith("~"):
-            raise UserError(key, "a ~ deletes a setting, and each has a value here", f"give {bare} another one")
+        if key.startswith("~") and not re.fullmatch(r"~stages\.\w+", key):
+            raise UserError(
+                key, "a ~ deletes a setting, and only a stage can be left out", f"give {bare} another value"
+            )
         if bare in ("hydra", "hydra.searchpath") or bare.startswith(("hydra.", "hydra/", "hydra@", "/hydra")):
             if bare not in HYDRA or key.startswith("+"):
                 raise UserError(key, "is not for a command line to say", f"of Hydra's own, give {', '.join(HYDRA)}")

@@ -173,7 +173,7 @@ def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, R
     if any(not name.strip("'\" ") for name in named):
         raise UserError("recipe", "is empty", f"name one of {', '.join(recipes)}")
     check_words(settings)
-    bare = next((arg for arg in settings if "=" not in arg), None)
+    bare = next((arg for arg in settings if "=" not in arg and not arg.startswith("~")), None)
     if bare is not None:
         raise Unparsable(bare, "cannot be parsed", "write key=value")
     inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in flags)

@@ -254,7 +254,7 @@ def test_the_largest_seed_is_one(compose: Any) -> None:
     assert "seed: " in compose("recipe=baseline", f"seed={2**32}")
 
 
-@pytest.mark.parametrize("arg", ["~x", "~tracking", "~stages.baseline", "~", "~~", "~a=b"])
+@pytest.mark.parametrize("arg", ["~x", "~tracking", "~training.steps", "~", "~~", "~a=b"])
 def test_nothing_is_deleted(arg: str) -> None:
     with pytest.raises(UserError, match="a ~ deletes a setting"):
         check_words([arg])
