@@ -26,7 +26,7 @@ from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
 from pipeline.report.verdict import markdown_line, shown_line
 from pipeline.report.view import is_finished
-from pipeline.store import MODEL, read_json, write_json
+from pipeline.store import MODEL, read_json, write_json, write_text
 from pipeline.sync import GATE_S, let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured
@@ -52,7 +52,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     opening = (
         "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
     )  # a gate that came to none
-    (attempt.folder / "report.md").write_text(opening + markdown(result), encoding="utf-8")
+    write_text(attempt.folder / "report.md", opening + markdown(result))
     state = read_json(attempt.folder / "run.json") or {}
     end = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
     write_json(attempt.folder / "run.json", {**state, **end})

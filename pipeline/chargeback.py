@@ -20,7 +20,7 @@ from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.charge_sources import stored_runs_facts
 from pipeline.ledger.charges import OWNER, Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.converged import Converged, per_converged_model
-from pipeline.redact import redact_value
+from pipeline.redact import clean_output, redact, redact_value
 from pipeline.report.chargeback import TOTAL, Line, footnotes, idle, lines, table, to_csv
 from pipeline.report.text import one_line
 from pipeline.sync import waiting
@@ -57,6 +57,7 @@ class Settings:
     root: Path = Path("mlruns")
 
 
+@clean_output()
 def main(argv: list[str], *, now_s: Callable[[], float] = time.time) -> int:
     """Print the chargeback of a period; return 0, 1 where it was refused, 2 where the command line cannot be read."""
     if any(arg in ("-h", "--help") for arg in argv):
@@ -237,7 +238,7 @@ def _say(name: str, cost: Converged) -> str:
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(redact(text), encoding="utf-8", newline="")
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from pipeline.recipes import (
     recipe_text,
     refuse_code_keys,
 )
+from pipeline.redact import clean_output
 from pipeline.report.text import one_line
 from pipeline.signals import on_stop_signal
 
@@ -81,6 +82,7 @@ HYDRA_FLAGS = TAKE_A_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "-
                               "--shell-completion", "-sc"}  # fmt: skip
 
 
+@clean_output()
 def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) -> int:
     """Run one command line.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Exit, Unparsable, UserError
+from pipeline.redact import clean_output
 from pipeline.report.text import one_line
 
 USAGE = """Usage: python -m pipeline.history [options]
@@ -42,6 +43,7 @@ class Settings:
     fail_on_alarm: bool = False
 
 
+@clean_output()
 def main(argv: list[str]) -> int:
     """Print the history; return 0, 1 where it was refused, 2 where the command line cannot be read, 3 on an alarm."""
     if any(arg in ("-h", "--help") for arg in argv):

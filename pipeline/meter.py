@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.redact import clean_output
+
 if TYPE_CHECKING:
     import subprocess
 
@@ -43,6 +45,7 @@ Meters a command: time, devices, device-hours, energy, what became of the time. 
 In a Python program: with pipeline.phase("backward"): ...   pipeline.count(tokens=n)   (nothing happens unmetered)."""
 
 
+@clean_output()
 def main(argv: list[str], *, started_ns: int) -> int:
     """Meter one command; return its exit code, or 1 or 2 where there was nothing to meter."""
     from pipeline.errors import Exit, Unparsable, UserError

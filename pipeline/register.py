@@ -17,6 +17,7 @@ from pipeline.base_model import HUB_FILES
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.models import PICKLE_WEIGHTS, check_model_folder, load_tokenizer
+from pipeline.redact import clean_output
 from pipeline.store import MANIFEST, Artifact, Store, bring, digest_folder, read_json, write_json
 
 USAGE = "Usage: python -m pipeline.register path=MODEL ledger=RUN [name=NAME] [root=mlruns]"
@@ -63,6 +64,7 @@ class Charge:
         return None if None in values else float(sum(values))
 
 
+@clean_output()
 def main(argv: list[str]) -> int:
     """Register one model; return 0, 1 where it was refused, 2 where the command line cannot be read."""
     if any(arg in ("-h", "--help") for arg in argv):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.errors import Exit, Unparsable, UserError
+from pipeline.redact import clean_output
 
 STARTED_NS = time.monotonic_ns()  # before any import that costs something: start-up is part of the bill
 USAGE = """Usage: python -m pipeline.selftest model=REF [n=20] [policy=smoke|strict] [train="recipe=baseline ..."]
@@ -29,6 +30,7 @@ FIXED = ("recipe", "candidate", "baseline", "promote", "bootstrap", "candidate_i
 MOST_TRIALS, MOST_REPEATS = 10_000, 1000
 
 
+@clean_output()
 def main(argv: list[str], *, started_ns: int = STARTED_NS) -> int:
     """Run a self-test; return its exit code."""
     from pipeline import cli

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.redact import redact, redact_json
 from pipeline.waiting import waiting_for
 
 MANIFEST = "artifact.json"
@@ -97,18 +99,35 @@ plain = _plain
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write JSON, secrets left out, so that a reader sees the old file or the new one, whole."""
+    _write(path, json.dumps(redact_json(content), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, secrets left out, so that a reader sees the old file or the new one, whole."""
+    _write(path, redact(text))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a folder that was removed meanwhile is made again."""
+    content = text.encode("utf-8", "replace")
+    for is_last in (False, True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a kill: `_sweep` removes it
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+            return
+        except FileNotFoundError:
+            if is_last:
+                raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_json(path: Path) -> Any | None:

@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.redact import clean_output
 from pipeline.store import read_json
 from pipeline.waiting import waiting_for
 
@@ -34,6 +35,7 @@ STATE = "mlflow.json"  # in a run's folder: how far it was delivered
 JOURNAL, LOG = "journal.jsonl", "mlflow.log"  # in a run's folder; the log says why the last delivery failed
 
 
+@clean_output()
 def main(argv: list[str]) -> int:
     """Deliver one run, or all runs under a root; return 0, or 1 where MLflow did not take them all."""
     if any(arg in ("-h", "--help") for arg in argv):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.errors import UserError
 
@@ -26,7 +26,7 @@ class NotAFile(OSError):
     """What lies there is no regular file, or an absurdly large one."""
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file for reading, links followed; nothing else is waited for.
 
     Raises:

@@ -13,10 +13,11 @@ from pipeline.compare.verdict import Outcome
 from pipeline.errors import Exit, exit_of
 from pipeline.gate.opening import Gate, model_name
 from pipeline.gate.record import FILE, Verdict, as_recorded, checksum, recall, record
+from pipeline.redact import redact_json
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
 from pipeline.report.text import one_line
-from pipeline.store import write_json
+from pipeline.store import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
@@ -46,7 +47,7 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
             if gate.baseline is not None or attempt.run.bootstrap:
                 measure()
             with attempt.clock.phase("log"):  # asks MLflow what self-tests recorded
-                verdict = judge(attempt, gate)
+                verdict = redact_json(judge(attempt, gate))  # before its checksum is taken
             if gate.key and verdict["verdict"] != Outcome.INVALID:  # nothing was found out about the candidate
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
@@ -144,7 +145,7 @@ def write_outputs(attempt: Attempt, written: Verdict | None) -> list[str]:
     if written is None:
         return []
     write_json(attempt.folder / FILE, written)
-    (attempt.folder / JUNIT).write_text(junit(written), encoding="utf-8")
+    write_text(attempt.folder / JUNIT, junit(written))
     report = attempt.folder / "report.md"
     tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
     return [FILE, JUNIT]

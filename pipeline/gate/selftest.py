@@ -37,7 +37,7 @@ from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import PRIMARY, TASK
 from pipeline.signals import on_stop_signal
-from pipeline.store import MANIFEST, Store, key_of, plain, read_json, write_json
+from pipeline.store import MANIFEST, Store, key_of, plain, read_json, write_json, write_text
 from pipeline.tracking import declared_uri
 from pipeline.values import Value, measured, null
 
@@ -452,7 +452,7 @@ def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -
     files: list[str] = []
     if result:
         write_json(test.folder / FILE, result)
-        (test.folder / REPORT).write_text(markdown(result), encoding="utf-8")
+        write_text(test.folder / REPORT, markdown(result))
         files = [FILE, REPORT]
         test.journal.write("selftest", tags=_tags(result), values=_values(result))
     total_ns = test.clock.now_ns() - test.started_ns

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.redact import redact_json
+
 HEARTBEAT_S = 5.0  # what SIGKILL can lose at most
 
 
@@ -29,7 +31,7 @@ class Journal:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Everything but `points` is on disk when this returns."""
-        fields = _finite(fields)
+        fields = _finite(redact_json(fields))
         with self._lock:  # stamped inside: the last line is the latest, whoever waited for whom
             line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **fields}
             self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())

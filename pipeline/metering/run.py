@@ -29,7 +29,7 @@ from pipeline.ledger.run_cost import run_cost
 from pipeline.metering.options import Settings
 from pipeline.metering.row import Facts, make_row
 from pipeline.report.metered import conclude, markdown
-from pipeline.store import plain, read_json, write_json
+from pipeline.store import plain, read_json, write_json, write_text
 from pipeline.tracking import declared_uri
 from pipeline.validate import OWNER
 from pipeline.values import measured
@@ -117,7 +117,7 @@ class MeteredRun:
         result = self._result(facts, row, totals, [*notes, *said])
         write_json(self.folder / "result.json", result)
         write_json(self.folder / "catalogue.json", metrics.export())
-        (self.folder / "report.md").write_text(markdown(result), encoding="utf-8")
+        write_text(self.folder / "report.md", markdown(result))
         state = {**(read_json(self.folder / "run.json") or {}), "status": facts.status, "pid": None}
         write_json(self.folder / "run.json", state)
         self.journal.write("run_end", status=facts.status, why=facts.why, primary_arm=facts.name, run=result["run"],

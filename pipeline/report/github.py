@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, exit_of
+from pipeline.redact import redact
 from pipeline.report.text import markdown_text
 from pipeline.report.verdict import end_code, shown_line, trouble
 
@@ -95,7 +96,7 @@ def _append(path: str | None, text: str, name: str) -> None:
         return
     try:
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(redact(text))
     except (OSError, ValueError) as error:  # a text that is no UTF-8: a path, perhaps
         why = error.strerror if isinstance(error, OSError) else type(error).__name__
         print(f"note: {name} cannot be written ({why})", file=sys.stderr)
