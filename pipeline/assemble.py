@@ -18,6 +18,7 @@ from pipeline.comparison import note_charges
 from pipeline.gate.ending import ended, shown_verdict, write_outputs
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
+from pipeline.ledger.disturbance import COMPARED
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.run_cost import run_cost
 from pipeline.report.conclusion import conclude
@@ -29,7 +30,7 @@ from pipeline.report.view import is_finished
 from pipeline.store import MODEL, read_json, write_json, write_text
 from pipeline.sync import GATE_S, let_go, undelivered
 from pipeline.tracking import ui_command
-from pipeline.values import measured
+from pipeline.values import measured, null
 
 if TYPE_CHECKING:
     from pipeline.attempt import Attempt
@@ -121,8 +122,16 @@ def _totals(attempt: Attempt) -> dict[str, Any]:
     phases = {"overhead": overhead_ns, "compare": attempt.compare_ns}
     return {
         "attempts": attempt.number, "device_hours": hours, "phases_device_ns": phases, "spent": hours["total"],
-        "reused": measured(attempt.reused_h).to_json(),
+        "reused": measured(attempt.reused_h).to_json(), **_compared(attempt),
     }  # fmt: skip
+
+
+def _compared(attempt: Attempt) -> dict[str, Any]:
+    """Return what the machine was like during the comparison pass; nothing where there was none."""
+    if attempt.served is None:
+        return {}
+    lacking = null("not recorded by the release that measured it").to_json()
+    return {"compare_conditions": {name: attempt.served.conditions.get(name, lacking) for name in COMPARED}}
 
 
 def environment(attempt: Attempt) -> dict[str, Any]:

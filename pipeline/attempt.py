@@ -29,12 +29,15 @@ from pipeline.data.documents import Dataset
 from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.gate.checks import ITEMS
 from pipeline.gate.opening import Gate
+from pipeline.ledger import others
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.cost import priced
+from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.memory import MemoryMeter
+from pipeline.ledger.others import Accounts, Load
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock, difference, total
 from pipeline.ledger.placement import Grant
@@ -116,6 +119,7 @@ class Attempt:
         overhead_ns: Device-nanoseconds of earlier attempts outside of windows, by phase.
         compare_ns: Device-nanoseconds of comparison passes, by phase, over all attempts.
         finished_before: Rows of this run's earlier attempts; one whose files were lost since still has its hours.
+        loads: What others took of the host in the windows of this attempt, by kind, arm and seed.
         traces: How far a stage came in its steps, by arm, seed and attempt.
         resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
         reused_h: Device-hours of work, assessment and comparison that other runs spent and this one takes over.
@@ -149,6 +153,7 @@ class Attempt:
     overhead_ns: dict[str, int] = field(default_factory=dict)
     compare_ns: dict[str, int] = field(default_factory=dict)
     finished_before: list[Row] = field(default_factory=list)
+    loads: dict[tuple[str, str | None, int], list[Load]] = field(default_factory=dict)
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -176,8 +181,8 @@ class Attempt:
         self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns,
                            clock_ns=before)  # fmt: skip
         kept, saved_ns = True, 0
+        others_before = self._mark_edge()
         try:
-            self._mark_edge()
             yield opened
         except BaseException as error:
             kept = isinstance(error, Preempted | BudgetSpent) or kind == "compare"
@@ -185,7 +190,8 @@ class Attempt:
                 saved_ns = sum(self.trace(arm, seed, self.number).saved_ns.values())
             raise
         finally:
-            self._mark_edge()
+            load = others.load_between(others_before, self._mark_edge())
+            self.loads.setdefault((kind, arm, seed), []).append(load)
             end_ns, after = self.clock.mark()
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
             self.windows.append(Window(
@@ -196,11 +202,13 @@ class Attempt:
             if kind == "compare":
                 self.compare_ns = total(self.compare_ns, total(opened.phases_ns, times=self.devices))
             self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]),
-                               phases_ns=opened.phases_ns, clock_ns=after)  # fmt: skip
+                               phases_ns=opened.phases_ns, clock_ns=after, others=load.to_json())  # fmt: skip
 
-    def _mark_edge(self) -> None:
+    def _mark_edge(self) -> Accounts | str:
+        """Read the device at the edge of a window; return the kernel's accounts, or why they cannot be read."""
         with self.clock.phase("log"):
             self.sampler.mark()
+            return others.read()
 
     def booking(self) -> tuple[Booking, dict[str, int]]:
         """Return where the time of this run went until now, over all its attempts, and its overhead by phase.
@@ -492,7 +500,7 @@ class Attempt:
             "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
             "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": output.to_json(),
             "memory": {part: value.to_json() for part, value in self._memory(name, seed).items()},
-            "usage": self.usage(name, seed).to_json(),
+            "usage": self.usage(name, seed).to_json(), "disturbance": self.disturbance(name, seed).to_json(),
             "earlier": [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)],
         }  # fmt: skip
         self.store.remember("keys", key, record)
@@ -501,8 +509,22 @@ class Attempt:
 
     def usage(self, arm: str, seed: int) -> Usage:
         """Return what the devices did in the windows of an arm in this attempt, so far."""
-        own = [w for w in self.windows if (w.arm, w.seed, w.attempt) == (arm, seed, self.number)]
+        return self._usage_in(arm, seed, "work", "assess")
+
+    def _usage_in(self, arm: str, seed: int, *kinds: str) -> Usage:
+        own = [w for w in self.windows if (w.arm, w.seed, w.attempt) == (arm, seed, self.number) and w.kind in kinds]
         return self.sampler.usage(*((window.start_ns, window.end_ns) for window in own))
+
+    def disturbance(self, arm: str, seed: int) -> Disturbance:
+        """Return what disturbed the windows of an arm in this attempt, so far."""
+        work, assess = (self.loads.get((kind, arm, seed), []) for kind in ("work", "assess"))
+        if self.device.type == "cpu":
+            return of_host(work, assess)
+        return of_device(
+            work, assess, foreign_load=self.usage(arm, seed).foreign_load,
+            work_foreign_load=self._usage_in(arm, seed, "work").foreign_load,
+            assess_foreign_load=self._usage_in(arm, seed, "assess").foreign_load,
+        )  # fmt: skip
 
     def _memory(self, arm: str, seed: int) -> dict[str, Value]:
         return self.memory.read(self.device, nvml_peak=self.usage(arm, seed).memory_used_peak_bytes)

@@ -21,6 +21,8 @@ from pipeline.compare.verdict import disturbed
 from pipeline.config import Comparison, Measure
 from pipeline.data.encode import encode_all
 from pipeline.ledger.booking import device_hours
+from pipeline.ledger.disturbance import mean
+from pipeline.ledger.record import disturbance_of
 from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import charge, past_spend
@@ -81,12 +83,15 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
 
 
 def _holds(attempt: Attempt, record: dict[str, Any]) -> bool:
-    """Whether a pass that was measured before stands: for a gate, where it was a measurement under its policy.
+    """Whether a pass that was measured before stands: where it was not disturbed, for a gate by its policy.
 
     A look is read once, whatever policies judge it: a gate that measured anew for each would find one that passes.
     """
-    if attempt.gate is None or record["run_id"] == attempt.run_id:
+    if record["run_id"] == attempt.run_id:
         return True
+    if attempt.gate is None:  # what was disturbed is measured anew: its savings are not shown
+        foreign = Value.from_json(record["served"]["conditions"].get("foreign_load", null("not recorded").to_json()))
+        return tolerance(attempt).too_much(foreign) is None
     return not disturbed(attempt.gate.policy, device_name(attempt.device), record["served"]["conditions"])
 
 
@@ -165,7 +170,7 @@ def spends_of(attempt: Attempt, seed: int) -> dict[str, Spend]:
             continue
         spends[name] = Spend(
             arm=name, depends_on=(*stage.reads(attempt.run), *starts_from), work_h=hours["work"],
-            retry_h=hours["retry"], flops=_flops(own),
+            retry_h=hours["retry"], flops=_flops(own), foreign_load=_foreign_load(own),
         )  # fmt: skip
     return spends if attempt.gate is None else {**spends, **attempt.gate.spends()}
 
@@ -191,6 +196,22 @@ def note_charges(attempt: Attempt) -> None:
         })  # fmt: skip
 
 
+def _foreign_load(own: list[Row]) -> Value:
+    """Return the share of the device that others took while a stage worked, over its attempts."""
+    return mean([
+        (disturbance_of(row["ledger"]).work_foreign_load, row["ledger"]["device_hours"]["work"]["v"] or 0.0)
+        for row in own
+    ])  # fmt: skip
+
+
+def tolerance(attempt: Attempt) -> savings.Tolerance:
+    """Return what others may take of this run's device before a saving of time is not shown."""
+    on_cpu = attempt.device.type == "cpu"
+    return savings.Tolerance(
+        attempt.run.ledger.max_foreign_load, "the cores" if on_cpu else "the device", is_shared=on_cpu
+    )
+
+
 def _flops(own: list[Row]) -> float | None:
     """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
     made = [row for row in own if row["artifact"] is not None]
@@ -210,6 +231,8 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     judged = None
     if served is not None and serving is not None and _is_its_source(attempt, pair):
         judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
+        if _loud(attempt, served) is not None:  # time that could not be compared is no time that was not saved
+            judged["no_speedup"] = False
     return {
         "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on], "speedup": judged,
         "quality": quality if Measure.quality in pair.on else {},
@@ -272,6 +295,7 @@ def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]
     return training_saving(
         arm, base, each.spends, margin=run.quality.margin, lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
         teachers=teachers - {pair.arm, pair.base}, shared_by=run.cost.teacher_shared_by,
+        tolerance=tolerance(attempt),
     )  # fmt: skip
 
 
@@ -280,7 +304,7 @@ def _unless_worse(training: dict[str, Any], quality: dict[str, Any], pair: Compa
 
     Both readings are point estimates; what the interval on test leaves open is said in the rule.
     """
-    if training["v"] is None or quality["v"] is None:
+    if (training["v"] is None and training["algorithmic"]["v"] is None) or quality["v"] is None:
         return training
     if quality["v"] >= -quality["margin"]:
         open_still = quality["ci"] is None or quality["ci"][0] <= -quality["margin"]
@@ -288,8 +312,10 @@ def _unless_worse(training: dict[str, Any], quality: dict[str, Any], pair: Compa
         return {**training, "rule": training["rule"] + more}
     shortfall = f"{-quality['v']:.3g} on the test split, margin {quality['margin']:g}"
     why = f"censored: {pair.arm} is worse than {pair.base} by {shortfall}"
-    hidden = ("new_spend_saving", "systems", "algorithmic", "amortised")
+    hidden = ("new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
     gone = {name: null(why).to_json() for name in hidden if name in training}
+    if training["v"] is None:  # of time it had its reason before
+        return {**training, **gone}
     return {**training, **gone, **null(why).to_json(), "ci": None, "bound": Value.from_json(training).to_json()}
 
 
@@ -314,10 +340,20 @@ def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> di
     rows = finished_rows(attempt, attempt.seeds[0])
     if attempt.gate is None and rows[pair.arm]["artifact"]["digest"] == rows[pair.base]["artifact"]["digest"]:
         reading = savings.no_serving_saving(f"the same artifact as {pair.base}")  # what two readings differ by is noise
+    elif (why := _loud(attempt, served)) is not None:
+        reading = savings.no_serving_saving(why)
     else:
         reading = savings.serving_saving(*served.seconds[key])
     ways = dict.fromkeys(served.how[arm] for arm in key)
     return {**reading, "how": " against ".join(ways)}
+
+
+def _loud(attempt: Attempt, served: ServePass) -> str | None:
+    """Return why a comparison pass compares no times, or None; a gate has its policy for that."""
+    if attempt.gate is not None or "foreign_load" not in served.conditions:
+        return None
+    said = tolerance(attempt).too_much(Value.from_json(served.conditions["foreign_load"]))
+    return None if said is None else f"{said} while serving was measured; the same command measures it again"
 
 
 def _payback(

@@ -246,7 +246,7 @@ class TrainingConfig:
     schedule: Schedule = Schedule.cosine
     decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
     max_grad_norm: float = positive(1.0)
-    eval_every: Optional[int] = positive(None)  # steps between validation readings; null: a tenth of the steps
+    eval_every: Optional[int] = positive(None)  # steps between validation readings; null: a fifth of the steps
     eval_documents: Optional[int] = positive(None)  # validation documents a reading; null: 32 texts, or 256 examples
     checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
     checkpoint_seconds: float = positive(60.0)
@@ -409,7 +409,8 @@ class LedgerConfig:
     """What is looked at beside time. Nothing here changes what is trained, so that it is in no key."""
 
     traced_steps: int = at_least_0(2)  # of each training, on a GPU; 0: none
-    sample_seconds: float = positive(1.0)  # between two readings of the device's state
+    sample_seconds: float = positive(1.0)  # between two readings of a GPU's counters
+    max_foreign_load: Optional[float] = fraction(0.1)  # of a window that others took; more: no saving of time is shown
 
 
 @dataclass(kw_only=True, slots=True)

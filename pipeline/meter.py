@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STARTED_NS = time.monotonic_ns()  # before any import that costs something: the meter's own time is overhead of the run
 OUTLIVED = "processes of the command outlive it; what they do is not metered"
+OUTLIVED_APART = "processes that the command put into sessions of their own outlive it, and are not metered"
 HELP = """Usage: python -m pipeline.meter [OPTIONS] -- COMMAND [ARGUMENT ...]
        python -m pipeline.meter --recover [--root FOLDER]
 
@@ -128,6 +129,7 @@ def _wait(child: Child, run: MeteredRun) -> int:
 
 
 def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None) -> dict[str, Any]:
+    from pipeline.ledger.foreign import ENV
     from pipeline.ledger.ranks import opened, read_lives
     from pipeline.metering.row import Facts
 
@@ -137,7 +139,9 @@ def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | No
         name=run.start["name"], status=status, why=why, start_ns=child.start_ns, end_ns=child.end_ns, used=used,
         host_peak=child.host_peak,
     )  # fmt: skip
-    notes = [*used.notes, *([OUTLIVED] if child.outlived() else [])]
+    daemons = child.daemons(f"{ENV}={run.folder}")
+    left = [f"{OUTLIVED_APART}: {', '.join(daemons)}"] if daemons else []
+    notes = [*used.notes, *([OUTLIVED] if child.outlived() else []), *left]
     return run.end(facts, now_ns=time.monotonic_ns(), notes=notes)
 
 

@@ -114,7 +114,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         attempt = Attempt(
             run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
             clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-            sampler=Sampler(reader_for(device)), lock=lock, engine=engine, gate=gate,
+            sampler=Sampler(reader_for(device), interval_s=run.ledger.sample_seconds), lock=lock, engine=engine,
+            gate=gate,
             notes=[*data.notes, *_few_documents(run, data),
                    *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.compare.savings import Spend, counted
 from pipeline.store import MANIFEST, digest_given, read_json
+from pipeline.values import Value, derive, null
 
 
 def past_spend(arm: str, path: str | None, device: str) -> Spend:
@@ -47,6 +48,11 @@ def _why_not_charged(folder: Path, manifest: dict[str, Any], registered: dict[st
     return None
 
 
+def _most(loads: list[Value]) -> Value:
+    """Return the largest of the shares that others took, as a value."""
+    return derive(lambda *shares: max(shares), *loads) if loads else null("nothing was trained")
+
+
 def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -> dict[str, Any]:
     """Return what an arm's chain took, as it travels with the artifact in artifact.json.
 
@@ -56,13 +62,16 @@ def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -
 
     Returns:
         `work_device_hours`, `retry_device_hours` and `model_flops` (null where a stage's were not counted) over the
-        chain, and the digests of `existing` models in it.
+        chain, `foreign_load`, what others took of the device at most while a stage of it worked (a value), and the
+        digests of `existing` models in it.
     """
     own = counted(arm, spends, ())
+    loads = [spend.foreign_load or null("not recorded") for spend in own if spend.work_h > 0 and not spend.existing]
     flops = [spend.flops for spend in own if not spend.existing]
     return {
         "arm": arm, "work_device_hours": sum(spend.work_h for spend in own),
         "retry_device_hours": sum(spend.retry_h for spend in own),
         "model_flops": None if None in flops else sum(each for each in flops if each is not None),
+        "foreign_load": _most(loads).to_json(),
         "existing": [existing.get(spend.arm, spend.arm) for spend in own if spend.existing],
     }  # fmt: skip

@@ -10,11 +10,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.booking import Span, Window
+from pipeline.ledger.disturbance import Disturbance
+from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.gpu_usage import unread as usage_unread
 from pipeline.ledger.memory import unread
 from pipeline.ledger.phases import difference, total
-from pipeline.ledger.record import HOUR_NS, Spent, usage_of
+from pipeline.ledger.record import HOUR_NS, Spent, disturbance_of, usage_of
 from pipeline.rows import make_row
 from pipeline.stages.context import Output
 from pipeline.stages.recover import stage_of
@@ -185,7 +187,7 @@ def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
     memory = {name: Value.from_json(value) for name, value in record["memory"].items()}
     _unfinished_row(
         attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"], memory=memory,
-        usage=usage_of(record), truncated=record["conditions"]["truncated"],
+        usage=usage_of(record), disturbance=disturbance_of(record), truncated=record["conditions"]["truncated"],
     )  # fmt: skip
     return booked
 
@@ -204,12 +206,13 @@ def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, 
 def _unfinished_row(
     attempt: Attempt, arm: str, seed: int, number: int, spent: Spent, status: str, why: str, *,
     reused: str | None = None, lost: int | None = None, memory: dict[str, Value] | None = None,
-    usage: Usage | None = None, truncated: bool = False,
+    usage: Usage | None = None, disturbance: Disturbance | None = None, truncated: bool = False,
 ) -> None:  # fmt: skip
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
     row = make_row(
         attempt, arm, stage_of(attempt.run, arm), seed, spent, output, status, why, number=number, reused=reused,
-        memory=memory or unread(GONE), usage=usage or usage_unread(GONE), truncated=truncated,
+        memory=memory or unread(GONE), usage=usage or usage_unread(GONE),
+        disturbance=disturbance or disturbance_unread(GONE), truncated=truncated,
     )  # fmt: skip
     attempt.add(row)

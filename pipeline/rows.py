@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Precision, Run
 from pipeline.errors import BudgetSpent, Preempted
+from pipeline.ledger.disturbance import Disturbance
+from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.gpu_usage import unread as usage_unread
 from pipeline.ledger.memory import MEMORY, unread
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Record = dict[str, Any]
 """What the store remembers of work or of an assessment; plain JSON."""
+TRAINING = ("train", "distill", "recover")
+"""Types of stages that train: of these goodput is the share of productive time, of others it is null."""
 NEVER = "not read when the artifact was made"
 LOST = "the quantized model's loss is no number"
 ELSEWHERE = "measured while the artifact was made; see that row"
@@ -36,7 +40,7 @@ def depends_on(stage: Any, run: Run) -> list[str]:
 def make_row(
     attempt: Attempt, name: str, stage: Any, seed: int, spent: Spent, output: Output, status: str, why: str | None, *,
     number: int | None = None, reused: str | None = None, memory: dict[str, Value] | None = None,
-    usage: Usage | None = None, truncated: bool = False,
+    usage: Usage | None = None, disturbance: Disturbance | None = None, truncated: bool = False,
 ) -> Row:  # fmt: skip
     """Return the row of a stage attempt from what it spent; `reused` is the run that spent it, if not this one.
 
@@ -51,7 +55,8 @@ def make_row(
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
-            is_training=stage.type not in ("quantize", "capture"), seconds_in_steps=output.seconds_in_steps,
+            disturbance=disturbance or attempt.disturbance(name, seed),
+            is_training=stage.type in TRAINING, seconds_in_steps=output.seconds_in_steps,
             peak=_peak(attempt, stage, output), granted=attempt.grant, truncated=truncated,
             timeline=output.gpu_timeline,
         ),
@@ -80,8 +85,9 @@ def reused_work(attempt: Attempt, name: str, stage: Any, seed: int, made: Record
     unsaid = {**null(why).to_json(), "ci": None, "n": None, "items": None}
     spent, output = Spent(made["work_ns"], phases_ns=made["phases_ns"]), Output.from_json(made["output"])
     usage = Usage.from_json(made["usage"]) if "usage" in made else usage_unread(NEVER)
+    disturbance = Disturbance.from_json(made["disturbance"]) if "disturbance" in made else disturbance_unread(NEVER)
     row = make_row(attempt, name, stage, seed, spent, output, "FINISHED", why, number=made["attempt"],
-                   reused=made["run_id"], memory=_memory(made), usage=usage)  # fmt: skip
+                   reused=made["run_id"], memory=_memory(made), usage=usage, disturbance=disturbance)  # fmt: skip
     return {**row, "quality": dict.fromkeys(quality, unsaid)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.ledger.disturbance import ADDED, COMPARED
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import MEMORY
@@ -54,6 +55,11 @@ _COUNTS = _values(
     "distillation_share", "distillation_gradient_share",
 )  # fmt: skip
 _COUNTS["properties"]["active_parameter_share"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
+_CONDITIONS = _values(
+    *(name for name in FIGURES if name != "energy_j"), "meter_overhead",
+    extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
+)  # fmt: skip
+_CONDITIONS["properties"] |= {name: {"$ref": "#/$defs/value"} for name in ADDED}  # a row of an older release has none
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
@@ -62,10 +68,7 @@ _LEDGER: dict[str, Any] = {
     ],
     "additionalProperties": False,
     "properties": {
-        "conditions": _values(
-            *(name for name in FIGURES if name != "energy_j"), "meter_overhead",
-            extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
-        ),
+        "conditions": _CONDITIONS,
         "gpu_timeline": _values(*TRACED, extra={
             "phases_s": {"type": "object", "propertyNames": {"enum": list(PHASES)},
                          "additionalProperties": {"type": "number", "minimum": 0}},
@@ -180,7 +183,7 @@ _COMPARISON: dict[str, Any] = {
             all_in_arm={"$ref": "#/$defs/value"}, all_in_base={"$ref": "#/$defs/value"},
             new_spend_saving={"$ref": "#/$defs/value"}, systems={"$ref": "#/$defs/value"},
             algorithmic={"$ref": "#/$defs/value"}, bound={"$ref": "#/$defs/value"},
-            amortised={"$ref": "#/$defs/value"}, rule={"type": "string"},
+            amortised={"$ref": "#/$defs/value"}, less_others={"$ref": "#/$defs/value"}, rule={"type": "string"},
         )]},
         "serving": {"oneOf": [{"type": "null"}, _interval_value(
             blocks={"type": "integer"}, how={"type": "string"})]},
@@ -291,6 +294,7 @@ RESULT_SCHEMA: dict[str, Any] = {
                 "phases_device_ns": {
                     "type": "object", "required": ["overhead", "compare"], "additionalProperties": _PHASES_NS,
                 },
+                "compare_conditions": _values(*COMPARED),
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
                 "cost": _values("amount", extra={

@@ -444,6 +444,9 @@ def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found |= {f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS}
     if "cost" in run:  # a run of an older release has none
         found["cost/run_amount"] = run["cost"]["amount"]
+    for name in ("foreign_load", "throttle_share"):
+        if name in run.get("compare_conditions", {}):
+            found[f"compute/run_compare_{name}"] = run["compare_conditions"][name]
     converged = run.get("per_converged_model")
     if converged is not None:
         found["compute/per_converged_model_device_hours"] = converged["device_hours"]

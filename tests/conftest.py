@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from quiet import quiet
 
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its interpreter runs kernels on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,6 +37,12 @@ def no_mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_machine() -> None:
+    """Have every test read an idle machine: others work on this one. `test_others.py` reads the true accounts."""
+    quiet()
 
 
 @pytest.fixture(scope="session")

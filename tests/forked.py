@@ -163,5 +163,8 @@ def _become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for each in IMPORTS:
         __import__(each)
+    from quiet import quiet
+
+    quiet()
     assert threading.active_count() == 1, "a fork takes one thread along"
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

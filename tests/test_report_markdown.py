@@ -71,7 +71,8 @@ def test_question_and_conclusion_come_first(recipe: str) -> None:
 def test_sections_come_in_a_reviewers_order() -> None:
     rows = [make_row("teacher", reused="abc123"), *(make_row(arm) for arm in ARMS["distill"][1:])]
     assert _headings(markdown(make_result(rows=rows)))[1:] == [
-        "Arms", "Comparisons", "Where the time went", "Waste by cause", "Notes", "Why a figure is missing",
+        "Arms", "Comparisons", "Where the time went", "Waste by cause",
+        "What else used the machine", "Notes", "Why a figure is missing",
         "Device and environment", "What the figures mean", "How to reproduce",
     ]  # fmt: skip
 
@@ -234,12 +235,12 @@ def test_hostile_names_break_no_table(name: str) -> None:
     }  # fmt: skip
     text = markdown(result)
     tables = _tables(text)
-    assert [len(table) for table in tables.values()] == [4, 3, 3, 5, 4]
+    assert [len(table) for table in tables.values()] == [4, 3, 3, 5, 4, 4]
     assert all(len(row) == len(table[0]) for table in tables.values() for row in table)
     allowed = {"text", "strong_open", "strong_close", "code_inline"}
     assert {child.type for token in _parse(text) for child in token.children or []} <= allowed
     assert "html_block" not in {token.type for token in _parse(text)}
-    assert len(_headings(text)) == 9
+    assert len(_headings(text)) == 10
     assert "\x1b" not in text
 
 

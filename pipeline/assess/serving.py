@@ -24,7 +24,7 @@ from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger import gpu_usage
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.others import Others
+from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import positions
 from pipeline.values import Value, derive, measured, null
@@ -142,7 +142,7 @@ def serve_pass(
         sampler.mark()
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed, check=check)
         sampler.mark()
-        conditions = machine_conditions(sampler, (start_ns, clock.now_ns()), others)
+        conditions = machine_conditions(sampler, (start_ns, clock.now_ns()), others, str(device).partition(":")[0])
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
         if task is Task.causal_lm:
             _read_growing(servers, readings, ids, config.load)
@@ -163,12 +163,22 @@ def serve_pass(
     return ServePass(serving, seconds, how, conditions, joules=read, why_no_joules=why_not)
 
 
-def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others) -> dict[str, Any]:
-    """Return what the machine was like: on a GPU as its driver says, on a CPU how much of it others used."""
-    if sampler.reader.why is not None:
-        return {"throttle_share": null(sampler.reader.why).to_json(), "foreign_load": others.share().to_json()}
+def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others, kind: str) -> dict[str, Any]:
+    """Return what the machine was like: on a CPU what others took of its cores, on a GPU what its library says.
+
+    A GPU that nothing reads (MIG, another vendor, a library that fails) has no figure: the CPU's is not its own.
+
+    Args:
+        kind: The device's type: `cpu`, `cuda`, ...
+    """
+    load = others.load()
     usage = sampler.usage(window)
-    return {"throttle_share": usage.throttle_share.to_json(), "foreign_load": usage.foreign_load.to_json()}
+    foreign = taken([load]) if kind == "cpu" else usage.foreign_load
+    values = {
+        "throttle_share": usage.throttle_share, "foreign_load": foreign, "host_foreign_load": taken([load]),
+        "steal_share": stolen([load]), "cpu_throttle_share": throttled([load]),
+    }  # fmt: skip
+    return {name: value.to_json() for name, value in values.items()}
 
 
 def _joules(

@@ -43,6 +43,7 @@ class Spend:
             it took here, if anything.
         unknown: Why it is, as the null says it.
         registered: The run that a model which was there before is registered with: it cost `work_h`.
+        foreign_load: Share of the device that others took while it worked; None where nobody was to read it.
     """
 
     arm: str
@@ -53,6 +54,7 @@ class Spend:
     existing: bool = False
     unknown: str = "existing model"
     registered: str | None = None
+    foreign_load: Value | None = None
 
 
 Spends = Mapping[str, Spend]
@@ -157,6 +159,68 @@ def registered_twice(arm: str, spends: Spends) -> dict[str, list[str]]:
         if run is not None:
             by_run.setdefault(run, []).append(name)
     return {run: names for run, names in by_run.items() if len(names) > 1}
+
+
+# -- disturbance ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How much others may take of a device before times measured on it are not compared.
+
+    Attributes:
+        most: Share of a window, in [0, 1]; None: nobody looks.
+        what: What others take, as a sentence says it: `the cores`, `the device`.
+        is_shared: Whether what they took is lost to us, second for second: a CPU's cores. `less_others` is then shown.
+    """
+
+    most: float | None = None
+    what: str = "the device"
+    is_shared: bool = False
+
+    def too_much(self, load: Value) -> str | None:
+        """Return what others took, where it was more than that."""
+        if self.most is None or load.v is None or load.v <= self.most:
+            return None
+        return f"others used {load.v:.0%} of {self.what}"
+
+
+ANY_LOAD = Tolerance()
+
+
+def measured_arms(arm: str, base: str, spends: Spends) -> list[Spend]:
+    """Return the stages of both chains whose time a saving rests on: of work that was measured, each once."""
+    cancelled = shared_past(arm, base, spends)
+    own = {each.arm: each for side in (arm, base) for each in counted(side, spends, cancelled)}
+    return [each for each in own.values() if each.work_h > 0 and not each.existing]
+
+
+def disturbances(arm: str, base: str, spends: Spends, tolerance: Tolerance) -> tuple[str | None, str | None]:
+    """Return why the times of two chains cannot be compared, or None; and whose disturbance is unknown, or None."""
+    if tolerance.most is None:
+        return None, None
+    own = [(each.arm, each.foreign_load or null("not recorded")) for each in measured_arms(arm, base, spends)]
+    loud = [f"{said} while {name} trained" for name, load in own if (said := tolerance.too_much(load)) is not None]
+    unknown = [f"{name} ({load.why_null})" for name, load in own if load.v is None]
+    return "; ".join(loud) or None, ", ".join(unknown) or None
+
+
+def less_others(arm: str, base: str, spends: tuple[Spends, Spends], tolerance: Tolerance) -> Value:
+    """Return the saving of device-time less what others took of it: an estimate, on shared cores only."""
+    if not tolerance.is_shared:
+        return null(f"what others take of {tolerance.what} is not lost to us second for second")
+    loads = [each.foreign_load or null("not recorded") for each in measured_arms(arm, base, spends[0])]
+    cancelled = shared_past(arm, base, spends[0])
+    ours = [{name: _undisturbed(each) for name, each in side.items()} for side in spends]
+    c_arm, c_base = (c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), ours, strict=True))
+    missing = next((load for load in loads if load.v is None), None)
+    saving = _share_saved(c_arm, c_base) if missing is None else missing
+    return saving if saving.v is None else estimated(saving.v)
+
+
+def _undisturbed(spend: Spend) -> Spend:
+    share = 0.0 if spend.foreign_load is None else spend.foreign_load.v or 0.0
+    return replace(spend, work_h=spend.work_h * (1 - share))
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -288,6 +352,7 @@ def training_saving(
     lower_is_better: bool,
     teachers: Collection[str] = (),
     shared_by: int = 1,
+    tolerance: Tolerance = ANY_LOAD,
 ) -> dict[str, Any]:
     """Return the share of the base's training that the arm saved at equal quality; positive is cheaper.
 
@@ -302,6 +367,8 @@ def training_saving(
         lower_is_better: Of the validation metric.
         teachers: Arms whose cost is shared with other models.
         shared_by: Models that share it; above 1, the saving at that share stands as `amortised` beside the full one.
+        tolerance: What others may have taken of the device. Beyond it every saving of time is null with that reason;
+            `algorithmic`, which rests on FLOPs alone, and `less_others`, an estimate, stay.
 
     Returns:
         The form of `comparisons[].training`, and `bound`: where the arm is censored, the saving that it would stay
@@ -319,9 +386,14 @@ def training_saving(
         shares = amortise(match.spends[0], teachers, shared_by), amortise(match.spends[1], teachers, shared_by)
         figures["amortised"] = _saved(arm.arm, base.arm, shares)["saving"]
     figures["bound"] = null("not censored")
+    figures["less_others"] = less_others(arm.arm, base.arm, match.spends, tolerance)
     if match.censored is not None:
         figures = _censor(figures, match.censored)
-    return _training_json(figures, match.rule, arm, base, spends)
+    disturbed, unknown = disturbances(arm.arm, base.arm, spends, tolerance)
+    if disturbed is not None:
+        figures = _disturbed(figures, disturbed)
+    rule = match.rule if unknown is None else f"{match.rule}; disturbance unknown: {unknown}"
+    return _training_json(figures, rule, arm, base, spends)
 
 
 def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Value]:
@@ -370,10 +442,18 @@ def _new_spend_saving(arm: str, base: str, spends: tuple[Spends, Spends]) -> Val
 def _censor(figures: dict[str, Value], why: str) -> dict[str, Value]:
     """Make every saving null: at the point compared the arm is not as good. The saving there bounds it from above."""
     censored = null(f"censored: {why}")
-    hidden = ("saving", "new_spend_saving", "systems", "algorithmic", "amortised")
+    hidden = ("saving", "new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
     return {name: censored if name in hidden else value for name, value in figures.items()} | {
         "bound": figures["saving"]
     }
+
+
+def _disturbed(figures: dict[str, Value], why: str) -> dict[str, Value]:
+    """Make null what rests on times that others disturbed; a saving that is null for another reason keeps that."""
+    of_time = ("saving", "new_spend_saving", "systems", "amortised", "bound")
+    return {
+        name: null(why) if name in of_time and value.v is not None else value for name, value in figures.items()
+    }  # fmt: skip
 
 
 def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
@@ -397,7 +477,7 @@ def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Tra
 
 def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
     figures = _saved(arm.arm, base.arm, (spends, spends)) | dict.fromkeys(
-        ("saving", "new_spend_saving", "systems", "algorithmic", "bound"), null(why)
+        ("saving", "new_spend_saving", "systems", "algorithmic", "bound", "less_others"), null(why)
     )
     return _training_json(figures, "none applies", arm, base, spends)
 

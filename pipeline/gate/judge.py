@@ -227,7 +227,25 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
 def _training(attempt: Attempt, gate: Gate) -> Criterion:
     policy = gate.policy
     made = training_criterion(*_chains(gate), _spread(attempt, gate), minimum=policy.training, alpha=policy.alpha)
-    return invalid(made, _other_hardware(gate) if made.value.v is not None else [])
+    loud, unknown = _disturbed_training(gate)
+    if unknown:
+        made = replace(made, why="; ".join([*([made.why] if made.why else []), *unknown]))
+    return invalid(made, [*_other_hardware(gate), *loud] if made.value.v is not None else [])
+
+
+def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
+    """Return what others took while either side trained, where the policy allows less, and of which it is unknown."""
+    limit = gate.policy.max_foreign_load
+    loud, unknown = list[str](), list[str]()
+    for name, release in gate.releases().items():
+        if limit is None or not release.charge:
+            continue
+        load = Value.from_json(release.charge.get("foreign_load") or null("not recorded").to_json())
+        if load.v is None:
+            unknown.append(f"disturbance unknown while the {name} trained ({load.why_null})")
+        elif load.v > limit:
+            loud.append(f"others used {load.v:.0%} of the device while the {name} trained, {limit:.0%} allowed")
+    return loud, unknown
 
 
 def _chains(gate: Gate) -> tuple[Value, Value]:

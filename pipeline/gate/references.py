@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.register import model_files
 from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, read_json
 from pipeline.tracking import store_uri
+from pipeline.values import Value
 
 FORMS = "give a folder, a run's id, latest, models:/NAME/3 or models:/NAME@champion"
 KEPT = ("ledger", "charge", "assessed", "arm", "run_id", "recipe", "quantization", "name")
@@ -165,10 +166,22 @@ def _why_no_charge(charge: dict[str, Any]) -> str | None:
             return f"{name} is {value!r}"[:80]
     if not isinstance(charge.get("device", {}), dict):
         return "device is no object"
+    load = charge.get("foreign_load", {"v": None, "prov": "unavailable", "why_null": "not recorded"})
+    if not _is_share(load):
+        return "foreign_load is no share"
     existing = charge.get("existing", [])
     if not isinstance(existing, list) or not all(isinstance(each, str) for each in existing):
         return "existing is no list of digests"
     return None
+
+
+def _is_share(raw: Any) -> bool:
+    """Tell whether something read back is a value in [0, 1], or a null with its reason."""
+    try:
+        value = Value.from_json(raw)
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return False
+    return value.v is None or 0 <= value.v <= 1
 
 
 def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:

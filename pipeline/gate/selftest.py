@@ -279,7 +279,7 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
                 seconds, _ = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
                                                  prompts=prompts, seed=number, check=test.check)  # fmt: skip
                 sampler.mark()
-                conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others)
+                conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others, test.device.type)
             return *seconds[ARM, BASE], disturbed(run.policy, _device(test), conditions)
 
         return look

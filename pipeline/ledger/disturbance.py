@@ -54,6 +54,8 @@ class Disturbance:
 FIGURES = tuple(item.name for item in fields(Disturbance))
 ADDED = FIGURES[1:]
 """What older rows lack: `foreign_load` has always been there."""
+COMPARED = ("throttle_share", "foreign_load", "host_foreign_load", "steal_share", "cpu_throttle_share")
+"""What is known of the comparison pass, which belongs to no row."""
 
 
 def unread(why: str) -> Disturbance:

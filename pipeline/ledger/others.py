@@ -229,8 +229,10 @@ class _Tree:
 _TREE = _Tree()
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")) -> tuple[float | None, int, int]:
-    """Return the cores that our control group may use (None: all), its periods, and those in which they were used up."""
+def _quota(
+    root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")
+) -> tuple[float | None, int, int]:
+    """Return the cores that our control group may use (None: all), its periods, and those that used them up."""
     v2, v1 = _groups(root, proc)
     for folder in v2:
         limit = _words(folder / "cpu.max")

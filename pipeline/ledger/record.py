@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import CostConfig
 from pipeline.ledger.cost import money
+from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_timeline import NOT_TRACED
 from pipeline.ledger.gpu_usage import Usage
@@ -49,7 +50,8 @@ def hours(ns: int, devices: int) -> Value:
 
 def ledger(
     spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
-    memory: dict[str, Value], usage: Usage, is_training: bool, seconds_in_steps: float | None, peak: Value,
+    memory: dict[str, Value], usage: Usage, disturbance: Disturbance, is_training: bool,
+    seconds_in_steps: float | None, peak: Value,
     granted: Grant | None = None, truncated: bool = False, timeline: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the ledger of a row as result.json has it.
@@ -57,6 +59,7 @@ def ledger(
     Args:
         timeline: What the device did in traced steps, as `Output.gpu_timeline` has it; empty where none was.
         usage: What the devices did in these windows.
+        disturbance: What others, a hypervisor or a quota took of them.
         granted: By a scheduler; None on a bare run.
         truncated: The process was killed: its last seconds are unknown.
         peak: Dense TFLOP/s of one device in the arithmetic of this stage.
@@ -89,7 +92,12 @@ def ledger(
         "cost": money(
             total * devices / HOUR_NS, cost, allocated=Value.from_json(gpu_hours["allocated"]), energy_j=usage.energy_j
         ),
-        "conditions": {**_conditions(usage), "meter_overhead": _overhead(spent).to_json(), "truncated": truncated},
+        "conditions": {
+            **_conditions(usage),
+            **disturbance.to_json(),
+            "meter_overhead": _overhead(spent).to_json(),
+            "truncated": truncated,
+        },
         "gpu_timeline": traced,
     }
     found = problems(record)
@@ -116,6 +124,11 @@ def _conditions(usage: Usage) -> dict[str, Any]:
 def usage_of(record: dict[str, Any]) -> Usage:
     """Read back the usage that a ledger was made with."""
     return Usage.from_json({**record["conditions"], "energy_j": record["energy_j"]})
+
+
+def disturbance_of(record: dict[str, Any]) -> Disturbance:
+    """Read back the disturbance that a ledger was made with."""
+    return Disturbance.from_json(record["conditions"])
 
 
 def _gpu_hours(

@@ -13,10 +13,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.values import Value, measured, null
@@ -124,14 +125,19 @@ class Child:
 
     def outlived(self) -> bool:
         """Tell whether processes of its group are still there after its end; those that are ending get a moment."""
-        if not self._own_group or self._process is None:
-            return False
-        deadline = time.monotonic() + DYING_S
-        while _is_alive(self.pid):
-            if time.monotonic() >= deadline:
-                return True
-            time.sleep(DYING_S / 10)
-        return False
+        return self._own_group and self._process is not None and not _gone_soon(lambda: _is_alive(self.pid))
+
+    def daemons(self, mark: str) -> list[str]:
+        """Return what the command left behind in groups or sessions of its own (setsid), by name and number.
+
+        Args:
+            mark: `NAME=VALUE` in the command's environment, which whatever it starts inherits: a daemon has no parent
+                left to be found by.
+        """
+        if self._process is None:
+            return []
+        found = lambda: [each for each in _marked(mark) if not self._own_group or _group_of(each.pid) != self.pid]
+        return [] if _gone_soon(lambda: bool(found())) else [_shown(each) for each in found()]
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         if number in ENDING and self.stopped_by is None:
@@ -160,6 +166,40 @@ class Child:
 def exit_code(code: int) -> int:
     """Return what a shell says of a process: its exit code, or 128 and the signal that ended it."""
     return BY_SIGNAL - code if code < 0 else code
+
+
+def _gone_soon(is_there: Callable[[], bool]) -> bool:
+    """Tell whether something is gone within the moment that killed processes may take."""
+    deadline = time.monotonic() + DYING_S
+    while is_there():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(DYING_S / 10)
+    return True
+
+
+def _marked(mark: str) -> list[Any]:
+    """Return the processes that run with `mark` in the environment they were started with, but for this one."""
+    import psutil
+
+    found: list[Any] = []
+    for process in psutil.process_iter():
+        try:
+            environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            if mark.encode() in environ and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):  # another user's, or gone
+            continue
+    return found
+
+
+def _shown(process: Any) -> str:
+    import psutil
+
+    try:
+        return f"{process.name()} ({process.pid})"
+    except psutil.Error:
+        return str(process.pid)
 
 
 def _own_peak_kib() -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import CostConfig
+from pipeline.ledger.disturbance import Disturbance, of_device, of_host
+from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.memory import unread
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
@@ -98,12 +100,24 @@ def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping
     record = ledger(
         spent, {**dict.fromkeys(DISTILLED, null(NOT_TOLD)), **found},
         devices=facts.used.count, device_kind=facts.used.kind,
-        cost=CostConfig(**start["cost"]), memory=memory, usage=facts.used.read(), is_training=True,
-        seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start), truncated=facts.truncated,
+        cost=CostConfig(**start["cost"]), memory=memory, usage=facts.used.read(), disturbance=_disturbance(facts.used),
+        is_training=True, seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start),
+        truncated=facts.truncated,
     )  # fmt: skip
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
     return record
+
+
+def _disturbance(used: Used) -> Disturbance:
+    """Return what others took of the command's devices; its whole life is work, and nothing is assessed."""
+    if used.load is None:
+        return disturbance_unread("the process that read it is gone")
+    if used.kind == "cpu":
+        return of_host([used.load], [])
+    foreign = used.read().foreign_load
+    return of_device([used.load], [], foreign_load=foreign, work_foreign_load=foreign,
+                     assess_foreign_load=null("a metered command is not assessed"))  # fmt: skip
 
 
 def _granted(start: Mapping[str, Any]) -> Grant | None:

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.nvml import open_reader
+from pipeline.ledger.others import Load, Others
 from pipeline.ledger.peaks import device_name
 from pipeline.metering.presence import Presence, visible
 from pipeline.values import derive, null
@@ -33,6 +34,7 @@ class Used:
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
         usage: What was read of all of them; None where nobody read, or is there to tell.
         placement: What the devices' library told of them.
+        load: What others took of the host's processors meanwhile; None where nobody is there to tell.
         notes: What a reader must know.
     """
 
@@ -41,6 +43,7 @@ class Used:
     ids: tuple[str, ...]
     usage: Usage | None = None
     placement: Mapping[str, Any] = field(default_factory=dict)
+    load: Load | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,6 +104,7 @@ class Watch:
         self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
         self._samplers = {uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles}
         self._presence: Presence | None = None
+        self._others = Others()
 
     def start(self, found: Callable[[Used], None] = lambda _: None) -> None:
         """Begin to read.
@@ -108,6 +112,7 @@ class Watch:
         Args:
             found: Called with the devices in use whenever the command appears on another one.
         """
+        self._others = Others()
         if self._nvml is None or not self._handles:
             found(cpu_host())
         else:
@@ -122,6 +127,10 @@ class Watch:
         Args:
             opened: GPUs that ranks say they opened, by UUID, with their names.
         """
+        load = self._others.load()
+        return replace(self._stopped(start_ns, end_ns, opened), load=load)
+
+    def _stopped(self, start_ns: int, end_ns: int, opened: Mapping[str, str | None]) -> Used:
         if self._presence is None:
             return as_reported(opened, self._why)
         self._presence.stop()

@@ -12,6 +12,8 @@ from pipeline.compare import statistics
 from pipeline.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
+from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
+from pipeline.report.disturbance import disturbance_table
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
@@ -76,6 +78,7 @@ def markdown(result: Result) -> str:
         _section("Where the time went", _times(result, notes, shown)),
         _section("What the device did in traced steps", _traced(result, shown)),
         _section("Waste by cause", _waste(result, shown)),
+        _section("What else used the machine", _disturbance(result, notes, shown)),
         _section("Notes", _notes(result)),
         _section("Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]),
         _section("Device and environment", _environment(result)),
@@ -132,6 +135,14 @@ def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]
         shown.update(dict.fromkeys(CONVERGED_KEYS))
     more_lines = [line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))]
     return [*_table(head, body), "", _md(spent + total), *more_lines]
+
+
+def _disturbance(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
+    head, body = disturbance_table(result, notes)
+    if not body:
+        return []
+    shown.update(dict.fromkeys(DISTURBANCE_KEYS))
+    return _table(head, body)
 
 
 def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
@@ -321,7 +332,7 @@ def _saving_cells(value: Value | None, notes: Footnotes, absent: str, num_seeds:
     return [notes.show(value, form, absent), _bounds(value, form).strip(), str(n), "", ""]
 
 
-_ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised")
+_ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised", "less_others")
 """Figures of a training saving that stand in for it, or beside it, in some cases only."""
 
 
@@ -331,14 +342,26 @@ def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, Non
     time = lambda hours: duration(3600 * hours)
     parts = (("systems", "systems part", share), ("algorithmic", "algorithmic part", share),
              ("new_spend_saving", "saving in new spending only", share),
+             ("less_others", "saving of device-time less what others took, estimated", share),
              ("bound", "saving it stays below", share), ("amortised", "saving with the teacher shared", share),
              ("c_arm", "C(arm)", time), ("c_base", "C(base)", time), ("c_opt", "C_opt", time))  # fmt: skip
     for name, words, form in parts:
+        if name == "less_others" and value and _is_as_read(value):
+            continue
         if value and name in value and not (name in _ONLY_IF_KNOWN and value[name]["v"] is None):
             shown.update({"savings/c_opt_device_hours": None} if name == "c_opt" else {})
             yield [f"training: {words}", notes.show(value[name], form), "", "", "", ""]
     if value and value.get("rule"):
         yield ["training: compared by", value["rule"], "", "", "", ""]
+
+
+def _is_as_read(value: Value) -> bool:
+    """Tell whether others took so little that the saving of time less theirs is the one that was read."""
+    read, less = value["v"], value.get("less_others", {"v": None})["v"]
+    return read is not None and less is not None and abs(read - less) < _SMALLEST_SHOWN
+
+
+_SMALLEST_SHOWN = 0.0005  # a tenth of a per cent, rounded
 
 
 def _payback_cells(value: Value | None, serving: Value | None, notes: Footnotes, absent: str) -> list[str]:

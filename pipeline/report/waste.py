@@ -68,7 +68,7 @@ REMEDIES: dict[str, Remedy] = {
     "throttled": Remedy(0.05, "see the throttle reasons: power or heat limits this device",
                         "see the throttle reasons: power or heat limits this device"),
 }  # fmt: skip
-_WITH_STEPS = ("train", "distill", METERED)
+_WITH_STEPS = ("train", "distill", "recover", METERED)
 _SUPPORT = ("eval", "checkpoint", "compile")
 _OF_THE_GPU = ("idle_host_wait", "idle_launch_gap", "copy_exposed")
 

@@ -1,0 +1,188 @@
+"""Times that others disturbed are not compared, in reports, serving and gates; FLOPs still are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from fake_nvml import NO_DRIVER, FakeNvml, Gpu
+from here import here
+from quiet import Quiet
+
+from pipeline.assess.serving import machine_conditions
+from pipeline.compare.savings import Reading, Spend, Tolerance, Trained, training_saving
+from pipeline.gate.references import _why_no_charge
+from pipeline.ledger import others
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.nvml import Absent, open_reader
+from pipeline.ledger.others import Others
+from pipeline.schema import RESULT_SCHEMA
+from pipeline.values import Value, measured, null
+
+CORES = Tolerance(0.1, "the cores", is_shared=True)
+
+
+def saving(student: Value | None, control: Value | None, tolerance: Tolerance = CORES, **more: Any) -> dict[str, Any]:
+    """The trial of the findings: 4.3 min against 2.9 min for equal FLOPs, the student's half disturbed."""
+    spends = {
+        "teacher": Spend(arm="teacher", existing=True, flops=0.0),
+        "student": Spend(arm="student", work_h=4.3 / 60, flops=1e12, foreign_load=student, **more),
+        "control": Spend(arm="control", work_h=2.9 / 60, flops=1e12 / 0.997, foreign_load=control),
+    }
+    trained = [Trained(arm=arm, final=1.0, curve=(Reading(100, 1.0, 0.01),)) for arm in ("student", "control")]
+    return training_saving(*trained, spends, margin=0.01, lower_is_better=True, tolerance=tolerance)
+
+
+def test_a_disturbed_saving_of_time_is_null_and_the_flops_part_stays() -> None:
+    found = saving(measured(0.48), measured(0.02))
+    assert found["why_null"] == "others used 48% of the cores while student trained"
+    assert {name: found[name]["v"] for name in ("systems", "new_spend_saving", "bound")} == {
+        "systems": None, "new_spend_saving": None, "bound": None}  # fmt: skip
+    assert found["algorithmic"]["v"] == pytest.approx(0.003, abs=1e-4)
+    less = 1 - (4.3 * 0.52) / (2.9 * 0.98)
+    assert found["less_others"] == {"v": pytest.approx(less), "prov": "estimated", "why_null": None}
+    assert found["c_arm"]["v"] == pytest.approx(4.3 / 60)  # what was spent was spent
+
+
+@pytest.mark.parametrize(("student", "control", "named"), [
+    (0.48, 0.3, "others used 48% of the cores while student trained; "
+                "others used 30% of the cores while control trained"),
+    (0.0, 0.11, "others used 11% of the cores while control trained"), (0.1, 0.1, None), (0.0, 0.0, None),
+])  # fmt: skip
+def test_either_side_disturbs_and_the_limit_itself_does_not(student: float, control: float, named: str | None) -> None:
+    assert saving(measured(student), measured(control))["why_null"] == named
+
+
+def test_what_is_unknown_is_shown_and_said() -> None:
+    found = saving(null("window shorter than 0.5 s"), None)
+    assert found["v"] is not None
+    assert "disturbance unknown: student (window shorter than 0.5 s), control (not recorded)" in found["rule"]
+    assert found["less_others"]["why_null"] == "window shorter than 0.5 s"
+
+
+def test_nobody_looks_without_a_limit() -> None:
+    found = saving(measured(0.9), None, Tolerance(None, "the cores", is_shared=True))
+    assert found["v"] == pytest.approx(1 - 4.3 / 2.9)
+    assert "unknown" not in found["rule"]
+
+
+def test_a_teacher_in_both_chains_disturbs_nothing_where_it_cancels() -> None:
+    assert saving(measured(0.0), measured(0.0), depends_on=("teacher",))["why_null"] == "existing model: teacher"
+
+
+def test_on_a_gpu_nothing_is_taken_off() -> None:
+    found = saving(measured(0.5), measured(0.0), Tolerance(0.1, "the device"))
+    assert found["why_null"] == "others used 50% of the device while student trained"
+    assert found["less_others"]["v"] is None
+
+
+# -- conditions of a serving pass --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", [
+    Absent("no counters of AMD devices are read yet"), open_reader(["GPU-1"], nvml=FakeNvml(init=NO_DRIVER)),
+    open_reader(["MIG-9"], nvml=FakeNvml()),
+])  # fmt: skip
+def test_a_gpu_without_a_reader_never_takes_the_cpus_load(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "accounts", Quiet(taken=0.0))
+    found = machine_conditions(Sampler(reader), (0, 10), Others(), "cuda")
+    assert found["foreign_load"]["v"] is None
+    assert found["foreign_load"]["why_null"] == reader.why
+    assert found["host_foreign_load"]["v"] == 0.0
+
+
+def test_a_mig_slice_has_no_foreign_load_of_its_own() -> None:
+    nvml = FakeNvml(Gpu(mig=1))
+    sampler = Sampler(open_reader(["GPU-1"], nvml=nvml, now_ns=nvml.clock), now_ns=nvml.clock)
+    start = nvml.now_ns
+    sampler.mark()
+    nvml.pass_time(2.0)
+    sampler.mark()
+    found = machine_conditions(sampler, (start, nvml.now_ns), Others(), "cuda")
+    assert found["foreign_load"]["why_null"].startswith("GPU-1: MIG")
+
+
+def test_a_cpus_load_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "accounts", Quiet(taken=0.3, steal=0.05))
+    meter = Others()
+    found = machine_conditions(Sampler(Absent("a CPU run uses no GPU")), (0, 10), meter, "cpu")
+    assert found["foreign_load"]["v"] == pytest.approx(0.3)
+    assert found["steal_share"]["v"] == pytest.approx(0.05)
+    assert found["throttle_share"]["v"] is None
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+TINY = ["stages.teacher.steps=2", "training.steps=3", "training.batch_size=4", "training.sequence_length=48",
+        "data.max_documents=30", "quality.max_documents=20", "quality.bootstrap=200", "quality.margin=1",
+        "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64", "model.shape.layers=2",
+        "serving.blocks=2", "serving.load.new=3", "serving.load.prompt=16", "serving.batches=[1]",
+        "stages.student.insist=true"]  # fmt: skip
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / "mlruns/latest/result.json").read_text())
+    jsonschema.validate(result, RESULT_SCHEMA)
+    return result
+
+
+def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "mlruns").mkdir()
+    (root / "mlflow.db").rename(root / "mlruns/mlflow.db")
+    monkeypatch.setattr(others, "accounts", Quiet(taken=0.48))
+    assert here(root, "recipe=distill", *TINY).returncode == 0
+    busy = result_of(root)
+    for row in busy["rows"]:
+        conditions = row["ledger"]["conditions"]
+        for name in ("foreign_load", "work_foreign_load", "assess_foreign_load", "host_foreign_load"):
+            assert conditions[name]["v"] == pytest.approx(0.48), (row["arm"], name)
+    against = {pair["base"]: pair for pair in busy["comparisons"]}
+    training = against["control_compute"]["training"]
+    assert "others used 48% of the cores while student trained" in training["why_null"]
+    assert training["algorithmic"]["v"] is not None
+    assert training["less_others"]["prov"] == "estimated"
+    said = "others used 48% of the cores while serving was measured; the same command measures it again"
+    assert against["teacher"]["serving"]["why_null"] == said
+    assert against["teacher"]["payback"]["v"] is None
+    assert busy["run"]["compare_conditions"]["foreign_load"]["v"] == pytest.approx(0.48)
+    report = (root / "mlruns/latest/report.md").read_text()
+    assert "## What else used the machine" in report
+    assert "others used 48% of the cores while student trained" in report
+    _in_mlflow(root, busy["run_id"])
+    monkeypatch.setattr(others, "accounts", Quiet())
+    assert here(root, "recipe=distill", *TINY, "tracking.mlflow=false").returncode == 0
+    again = result_of(root)
+    assert [row["reused"] for row in again["rows"]] == [busy["run_id"]] * 4
+    against = {pair["base"]: pair for pair in again["comparisons"]}
+    assert against["teacher"]["serving"]["v"] is not None
+    assert again["run"]["device_hours"]["compare"]["v"] > 0
+    assert "48%" in against["control_compute"]["training"]["why_null"]  # the windows were what they were
+    assert here(root, "recipe=distill", *TINY, "tracking.mlflow=false", "ledger.max_foreign_load=null").returncode == 0
+    shown = {pair["base"]: pair for pair in result_of(root)["comparisons"]}["control_compute"]["training"]
+    assert shown["why_null"] is None
+
+
+def _in_mlflow(root: Path, run_id: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlruns/mlflow.db'}")
+    experiment = client.get_experiment_by_name("distill")
+    assert experiment is not None
+    runs = {run.info.run_name: run.data.metrics for run in client.search_runs([experiment.experiment_id])}
+    assert runs["student"]["compute/work_foreign_load"] == pytest.approx(0.48)
+    assert runs[run_id]["compute/run_compare_foreign_load"] == pytest.approx(0.48)
+
+
+# -- a gate ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [{"v": 2.0, "prov": "measured", "why_null": None}, {"v": 0.1}, 0.3, None])
+def test_a_charge_whose_load_is_no_share_is_not_believed(load: Any) -> None:
+    charge = {"work_device_hours": 1.0, "retry_device_hours": 0.0, "model_flops": 1.0, "foreign_load": load}
+    assert _why_no_charge(charge) == "foreign_load is no share"
+    assert _why_no_charge({**charge, "foreign_load": measured(0.2).to_json()}) is None
