@@ -463,19 +463,22 @@ class Attempt:
         self.add(row)
 
     def recall(self, key: str) -> Record | None:
-        """Return what is remembered of work with this key."""
-        return self.store.recall("keys", key)
+        """Return what is remembered of work with this key, if its artifact is still whole: it is hashed."""
+        with self.clock.phase("prepare"):
+            return self.store.recall("keys", key)
 
     def recall_assessment(self, key: str, made: Record) -> Record | None:
         """Return what is remembered of an assessment with this key, if its per-document values are still there.
 
         What this run made and another one assessed is assessed again: its row belongs to one run.
         """
-        record = self.store.recall("assessments", key)
+        with self.clock.phase("prepare"):
+            record = self.store.recall("assessments", key)
         if record is None or self.run_id == made["run_id"] != record["run_id"]:
             return None
         items = self.store.root / "assessments" / Path(record["items"]).name  # wherever the store has been moved to
-        sha256 = _items_sha256(items)
+        with self.clock.phase("prepare"):
+            sha256 = _items_sha256(items)
         if sha256 is None or sha256 != record["sha256"]:
             return None
         return {**record, "items": str(items), "rows": [moved(row, made["artifact"], items) for row in record["rows"]]}

@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             _check_writable(root)
             with clock.phase("log"):
                 gate = open_gate(run, root, Store(root / "store"))
-            if gate.baseline is None:  # nothing to be compared with
-                del run.stages[BASELINE]
-                run.compare = []
+            if gate.baseline is None:
+                run = without_baseline(run)
         compared = {} if gate is None else {arm: side.artifact.digest for arm, side in gate.releases().items()}
         settings = {name: value for name, value in plain(run).items() if name not in UNKEYED}
         config = key_of(run=settings, data=data.digest, **({"compared": compared} if compared else {}))
@@ -152,6 +152,12 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     if run.tracking.mlflow:
         attempt.writer = start_writer(folder)
     return attempt
+
+
+def without_baseline(run: Run) -> Run:
+    """Return a gate's settings where there is nothing to be compared with; the given ones stay as they are."""
+    stages = {name: stage for name, stage in run.stages.items() if name != BASELINE}
+    return replace(run, stages=stages, compare=[])
 
 
 @contextmanager

@@ -29,7 +29,7 @@ SAMPLE_BYTES = 4096  # of each
 
 
 def choose_device(run: Run) -> Any:
-    """Return the device to run on.
+    """Return the device to run on, which is this thread's current one from then on.
 
     Raises:
         UserError: If there is no such device, or not as many as asked for.
@@ -48,6 +48,8 @@ def choose_device(run: Run) -> Any:
         raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
     if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
+    if device.type == "cuda" and device.index is not None:  # else libraries would open a context on device 0
+        torch.cuda.set_device(device)
     return device
 
 

@@ -123,17 +123,18 @@ class Fixed:
         """Capture a step. What is not allowed in a capture (waiting for the device, say) raises."""
         import torch
 
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # first calls choose kernels and ask for workspaces
-            for _ in range(2):
-                self.reset()
+        with torch.cuda.device(self._token.device):  # streams and captures are of the current device
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # first calls choose kernels and ask for workspaces
+                for _ in range(2):
+                    self.reset()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(beside)
+            self.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.step()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
         self._graph = graph
         self.how += ", CUDA graph"
 

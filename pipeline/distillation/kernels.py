@@ -171,7 +171,8 @@ def _error(found: list[Tensor], right: list[Tensor]) -> float:
 
 
 def _seconds(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any) -> float:
-    finish = torch.cuda.synchronize if hidden.device.type == "cuda" else lambda: None
+    device = hidden.device
+    finish = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     leaves = _leaves(hidden, head)
     finish()
     before = time.perf_counter()

@@ -197,8 +197,9 @@ def _matmul_weights(model: Any, shares: Mapping[str, float]) -> list[tuple[Any, 
         if weight.ndim >= 2 and id(weight) not in looked_up and not name.endswith("bias")
     ]  # fmt: skip
     head = _head(model)
-    tied = head is not None and id(head.weight) in looked_up
-    return [*weights, (head.weight, _size(head.weight))] if tied else weights
+    if head is None or id(head.weight) not in looked_up:
+        return weights
+    return [*weights, (head.weight, _size(head.weight))]  # tied
 
 
 def _head(model: Any) -> Any:

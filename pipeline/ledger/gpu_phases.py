@@ -97,7 +97,7 @@ def device_phases(
     if device.type != "cuda" and make_event is None:
         yield None
         return
-    phases = GpuPhases(make_event or _cuda_event)
+    phases = GpuPhases(make_event or (lambda: _CudaEvent(device)))
     phases.edge("other")  # a stage begins with nothing open
     before, clock.observer = clock.observer, phases.edge
     try:
@@ -106,7 +106,23 @@ def device_phases(
         clock.observer = before
 
 
-def _cuda_event() -> Any:
-    import torch
+class _CudaEvent:
+    """An event in the stream of one device, whichever device is the thread's current one."""
 
-    return torch.cuda.Event(enable_timing=True)
+    __slots__ = ("_device", "_event")
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._device, self._event = device, torch.cuda.Event(enable_timing=True)
+
+    def record(self) -> None:
+        import torch
+
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def query(self) -> bool:
+        return self._event.query()
+
+    def elapsed_time(self, end_event: _CudaEvent) -> float:
+        return self._event.elapsed_time(end_event._event)

@@ -91,15 +91,30 @@ PEAKS: dict[str, Peaks] = {
 
 
 def device_name(device: Any) -> str:
-    """Return the device's exact model name; for a CPU, the processor's with its number of cores."""
+    """Return the device's exact model name; for a CPU, the processor's with its number of cores.
+
+    An accelerator whose library names none is called by its type and its host: it is never named after the CPU alone.
+    """
     if device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return _accelerator_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{named} x{os.cpu_count()}"
+
+
+def _accelerator_name(device: Any) -> str:
+    import platform
+
+    import torch
+
+    ask = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    host = platform.processor() or platform.machine()
+    return str(ask(device)) if callable(ask) else f"{device.type} of {host}"
 
 
 def peak(name: str, precision: str, stated: float | None = None) -> Value:

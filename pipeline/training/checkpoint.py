@@ -68,7 +68,7 @@ def save(
     temporary.mkdir()
     save_file(weights, temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    save_file(_generator_states(), temporary / "generators.safetensors")
+    save_file(_generator_states(_device_of(model)), temporary / "generators.safetensors")
     sums = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / "extra.json", extra())
     sums["extra.json"] = _seal(temporary / "extra.json")
@@ -121,8 +121,9 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
     model.tie_weights()
     generators = load_file(path / "generators.safetensors")
     torch.set_rng_state(generators["cpu"])
-    if "device" in generators:
-        torch.cuda.set_rng_state(generators["device"])
+    device = _device_of(model)
+    if "device" in generators and device is not None:
+        torch.cuda.set_rng_state(generators["device"], device)
     extra = read_json(path / "extra.json")
     assert isinstance(extra, dict), "the manifest vouched for it"
     return extra
@@ -145,10 +146,17 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     return tensors
 
 
-def _generator_states() -> dict[str, torch.Tensor]:
+def _device_of(model: Any) -> torch.device | None:
+    """Return the CUDA device that a model is on, be it the current one or not; None elsewhere."""
+    found = next((tensor.device for tensor in model.state_dict().values() if tensor.device.type == "cuda"), None)
+    return found
+
+
+def _generator_states(device: torch.device | None) -> dict[str, torch.Tensor]:
+    """Return the states of the generators that a training draws from: the CPU's, and its own device's."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["device"] = torch.cuda.get_rng_state()
+    if device is not None:
+        states["device"] = torch.cuda.get_rng_state(device)
     return states
 
 

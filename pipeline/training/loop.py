@@ -271,7 +271,7 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
         return Reading(step, values, done.count, None, *how)
     there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return Reading(step, there, done.count, event, *how)
 
 
