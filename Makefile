@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format ui clean
+.PHONY: demo test faults check format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST)
+
+faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly: all of them, the slow ones too
+	$(PYTEST) -m faults
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

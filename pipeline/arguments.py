@@ -226,9 +226,11 @@ def check_words(settings: Sequence[str]) -> None:
     for arg in settings:
         key = arg.partition("=")[0]
         bare = key.lstrip("+~")
-        if key.startswith("~") and not re.fullmatch(r"~stages\.\w+", key):
+        if key.startswith("~") and not re.fullmatch(r"~(stages|policy\.metrics)\.\w+", key):
             raise UserError(
-                key, "a ~ deletes a setting, and only a stage can be left out", f"give {bare} another value"
+                key,
+                "a ~ deletes a setting, and only stages and metrics of a policy can be left out",
+                f"give {bare} another value",
             )
         if bare in ("hydra", "hydra.searchpath") or bare.startswith(("hydra.", "hydra/", "hydra@", "/hydra")):
             if bare not in HYDRA or key.startswith("+"):

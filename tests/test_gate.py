@@ -283,6 +283,29 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     assert str(client.get_model_version_by_alias("student", "champion").version) == "2"
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_of_two_gates_that_promote_at_once_one_moves_the_champion(project, s3: str) -> None:
+    from mlflow import MlflowClient
+
+    cwd, paths = project
+    champion, url = "models:/student@champion", f"store.url={s3}/releases"
+    first = gate(cwd, paths["teacher"], champion, "bootstrap=true", url, MLFLOW)
+    assert first.returncode == 0, first.stderr
+    arms = (f"candidate={paths['student']}", f"baseline={champion}", "promote=true", url)
+    both = [forked.start(cwd, *GATE, *arms) for _ in range(2)]
+    ended = [process.communicate(timeout=900) for process in both]
+    codes = sorted(process.returncode or 0 for process in both)
+    assert codes[0] == 0, ended
+    assert codes[1] in (0, 1), ended  # the later one finds itself champion, or another champion than it measured
+    assert not [err for _, err in ended if "Traceback" in err]
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
+    version = client.get_model_version_by_alias("student", "champion")
+    assert version.tags["artifact.digest"] == Path(paths["student"]).name
+    assert len(client.search_model_versions("name = 'student'")) == 2
+    assert not client.search_registered_models(filter_string="name = 'student.promotion'")  # the lock is let go
+
+
 # -- refusals and hostile input -------------------------------------------------------------------------------------
 
 
