@@ -342,6 +342,7 @@ def read_validation(bench: Bench, base: Path, folder: Path) -> float:
 
     from pipeline.assess.scoring import validation_metric
     from pipeline.config import Precision, Task
+    from pipeline.data.padding import Padding
     from pipeline.models import load_model, load_tokenizer
     from pipeline.training.precision import arithmetic
 
@@ -350,7 +351,7 @@ def read_validation(bench: Bench, base: Path, folder: Path) -> float:
     with arithmetic(Precision.fp32, device):
         return validation_metric(
             model, _encoded(size, base, "validation", size.eval_bytes), Task.causal_lm, sequence_length=size.length,
-            batch_size=16, device=device, pad_id=load_tokenizer(base).pad_token_id,
+            batch_size=16, device=device, padding=Padding.of(load_tokenizer(base), model, Task.causal_lm),
         )  # fmt: skip
 
 

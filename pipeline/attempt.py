@@ -553,7 +553,7 @@ class Attempt:
         if read is None or not inputs:
             return
         from pipeline.data.encode import encode_all
-        from pipeline.models import import_model, load_tokenizer
+        from pipeline.models import example_length, import_model, load_config, load_tokenizer
 
         source = next(iter(inputs.values())).path
         with self.clock.phase("import"):
@@ -563,7 +563,8 @@ class Attempt:
         with self.clock.phase("prepare"):
             _open_device(self.device)
             tokenizer = load_tokenizer(source)
-            encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=read.sequence_length)
+            length = example_length(load_config(source), self.run.task, read.sequence_length)
+            encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=length)
 
     def _warm_libraries(self, stage: Any, read: TrainingConfig | None) -> None:
         """Import what the stage's format or optimizer needs: else the first arm that uses it would pay for the rest."""

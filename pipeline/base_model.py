@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from pipeline.adapters import CONFIG as ADAPTER
 from pipeline.config import ModelConfig, Run
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
@@ -15,12 +17,17 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:
     """Return the given model where it lies, or the tiny model of `model.shape`, made and committed once per seed.
 
+    An adapter is merged into its base, and the whole model is committed.
+
     Raises:
         UserError: If the given model cannot be had.
     """
     if run.model.path is not None:
         with clock.phase("prepare"):
             folder = _given(run.model.path, run.model)
+        if (folder / ADAPTER).is_file():
+            return _merged(folder, run, store, clock)
+        with clock.phase("prepare"):
             digest, num_bytes = digest_given(folder)
         return Artifact(folder.resolve(), "model", digest, num_bytes)
     return _tiny(run, data, seed, store, clock)
@@ -44,6 +51,30 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
             model = make_tiny(run.model.shape, len(tokenizer), run.task, data.labels, tokenizer)
             save_model(model, tokenizer, out)
             artifact = store.commit(out, "model", {"arm": "base", "seed": seed})
+        store.remember("keys", key, {"artifact": artifact.to_json()})
+    return artifact
+
+
+def _merged(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact:
+    """Return the model that an adapter and its base make, once per content of both."""
+    from pipeline.adapters import base_of, is_adapter
+    from pipeline.models import load_config, load_model, load_tokenizer, save_model
+    from pipeline.stages.quantize import copy_model
+
+    whole = base_of(folder, "model.path")
+    key = key_of(what="merged", version=1, adapter=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
+    with clock.phase("prepare"), store.lock(key):
+        record = store.recall("keys", key)
+        if record is not None:
+            return Artifact.from_json(record["artifact"])
+        with store.scratch() as out:
+            if is_adapter(folder):
+                model: Any = load_model(folder, run.task)
+                save_model(model.to(load_config(folder).dtype or model.dtype), load_tokenizer(folder), out)
+            else:  # what is left of one that was merged
+                copy_model(folder, out)
+                (out / ADAPTER).unlink()
+            artifact = store.commit(out, "model", {"arm": "base", "merged": folder.name})
         store.remember("keys", key, {"artifact": artifact.to_json()})
     return artifact
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapters import CONFIG as ADAPTER
+from pipeline.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from pipeline.adapters import base_of, is_adapter, merge, without_adapter
+from pipeline.classes import match_classes, read_in_order, refuse_other_problem
 from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
+from pipeline.weights import refuse_incomplete, refuse_unexpected, renew_head, share_as_written
 
 if TYPE_CHECKING:
     import torch
@@ -27,21 +33,31 @@ def check_model_folder(path: Path, key: str) -> None:
         raise UserError(key, f"{path} is not a folder", "give a Hugging Face model folder or a Hub name")
     config_file = path / "config.json"
     if not config_file.is_file():
+        if (path / ADAPTER).is_file():
+            base_of(path, key)
+            raise UserError(key, f"{path} is an adapter, no whole model", "merge it into its base (merge_and_unload)")
         raise UserError(key, f"{path} has no config.json", "give a folder in Hugging Face layout")
     try:
         config: Any = json.loads(config_file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(key, f"{config_file} is not valid JSON ({error})", "restore the file") from None
     if not isinstance(config, dict):
         raise UserError(key, f"{config_file} is not an object", "restore the file")
-    if "auto_map" in config:
+    if "auto_map" in config and not _is_known(config.get("model_type")):
         raise UserError(key, f"{path} wants to run code of its own (auto_map)", "use a model that transformers has")
-    if any(path.glob("*.safetensors")):
+    if any(file.name != ADAPTER_WEIGHTS for file in path.glob("*.safetensors")):
         return
     pickled = next((name for name in PICKLE_WEIGHTS if (path / name).exists()), None)
     if pickled is not None:
         raise UserError(key, f"{path} holds pickled weights ({pickled}), which can run code", "convert to safetensors")
     raise UserError(key, f"{path} has no weights (*.safetensors)", "give a folder with safetensors weights")
+
+
+def _is_known(model_type: Any) -> bool:
+    """Whether transformers has this architecture itself: what a folder says of its own code is then not needed."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def _is_local(path: str | Path) -> bool:
@@ -53,10 +69,11 @@ def check_local(path: str, key: str) -> None:
     """Refuse a local model folder that cannot be loaded; a Hub name passes (it is checked when it is loaded).
 
     Raises:
-        UserError: As `check_model_folder`.
+        UserError: As `check_model_folder`, of an adapter's base too.
     """
     if _is_local(path):
-        check_model_folder(Path(path).expanduser(), key)
+        folder = Path(path).expanduser()
+        check_model_folder(base_of(folder, key) if is_adapter(folder) else folder, key)
 
 
 def resolve(path: str | Path, key: str) -> str:
@@ -65,10 +82,57 @@ def resolve(path: str | Path, key: str) -> str:
     return str(Path(path).expanduser()) if _is_local(path) else str(path)
 
 
+def _whole(path: str | Path, key: str) -> str:
+    """Return the same, of an adapter the model that it adapts."""
+    source = resolve(path, key)
+    return str(base_of(Path(source), key)) if is_adapter(source) else source
+
+
+COUNTED_FROM_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+"""Architectures whose first position is that after their padding token's number: RoBERTa's 514 take 512 tokens."""
+
+
 def positions(config: Any) -> int | None:
     """Return how many tokens of one sequence a model can tell apart, or None where its positions know no end."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if isinstance(limit, int) and getattr(text, "model_type", None) in COUNTED_FROM_PADDING:
+        limit -= 1 + (text.pad_token_id or 0)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def example_length(config: Any, task: Task, length: int) -> int:
+    """Return the tokens that an example of classification is cut to: `length`, or what the model has positions for."""
+    limit = positions(config) if task is Task.sequence_classification else None
+    return length if limit is None else min(length, limit)
+
+
+def ends_once(config: Any, task: Task) -> int | None:
+    """Return the end token that a classifier wants once in every text, at its end; None where it wants none.
+
+    Encoder-decoders (BART, T5) classify by what their decoder says at that token.
+    """
+    if task is not Task.sequence_classification or not getattr(config, "is_encoder_decoder", False):
+        return None
+    token = config.get_text_config().eos_token_id
+    return token[0] if isinstance(token, list) else token
+
+
+def text_config_of(config: Any, raw: dict[str, Any]) -> Any:
+    """Return a copy of `config` whose text part, which may be all of it, is made from `raw`."""
+    import copy
+
+    text = config.get_text_config()
+    made = type(text).from_dict(raw)
+    if text is config:
+        return made
+    whole = copy.deepcopy(config)
+    name = next(name for name in config.sub_configs if getattr(config, name) is text)
+    setattr(whole, name, made)
+    return whole
 
 
 def check_tokens(largest: int, size: int, key: str = "model.path") -> None:
@@ -93,18 +157,39 @@ def auto_class(task: Task) -> Any:
 
 
 def load_config(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> PreTrainedConfig:
-    """Load a model's configuration.
+    """Load a model's configuration, without what would run code or needs a kernel that is not here.
 
     Raises:
         UserError: If the folder or Hub name cannot give one.
     """
     from transformers import AutoConfig
 
-    source = resolve(path, key)
-    try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except load_errors() as error:
-        raise _unloadable(key, path, error) from error
+    source = _whole(path, key)
+    with reading(key, path):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        vars(config).pop("auto_map", None)  # transformers has the class itself, else it would have refused
+        if missing_kernel(config) is not None:
+            config._attn_implementation = None  # pyright: ignore[reportPrivateUsage] - sdpa, else eager
+    return config
+
+
+def missing_kernel(config: Any) -> str | None:
+    """Return the attention kernel that a configuration asks for and this machine lacks; None where there is none."""
+    from transformers.utils.import_utils import (
+        is_flash_attn_2_available,
+        is_flash_attn_3_available,
+        is_torch_flex_attn_available,
+    )
+
+    wanted: Any = config._attn_implementation
+    there = {
+        "eager": True,
+        "sdpa": True,
+        "flash_attention_2": is_flash_attn_2_available(),
+        "flash_attention_3": is_flash_attn_3_available(),
+        "flex_attention": is_torch_flex_attn_available(),
+    }
+    return None if wanted is None or there.get(str(wanted), False) else str(wanted)
 
 
 def quantized_by(config: PreTrainedConfig) -> str | None:
@@ -117,7 +202,7 @@ def quantized_by(config: PreTrainedConfig) -> str | None:
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> Any:
-    """Load the tokenizer that lies beside a model, with a padding token.
+    """Load the tokenizer that lies beside a model, with a padding token; an adapter may have its base's.
 
     Raises:
         UserError: If there is none.
@@ -125,13 +210,16 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = 
     from transformers import AutoTokenizer
 
     source = resolve(path, key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except load_errors() as error:
-        raise _unloadable(key, path, error, what="its tokenizer") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
+    if is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
+        source = _whole(path, key)
+    with reading(key, path, what="its tokenizer"), without_adapter(Path(source)) as files:
+        tokenizer = AutoTokenizer.from_pretrained(
+            files if _is_local(source) else source, revision=revision, trust_remote_code=False
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        lacks = tokenizer.pad_token_id is None
+    if lacks:
         raise UserError(key, f"the tokenizer of {path} has neither padding nor end token", "add a pad_token to it")
     return tokenizer
 
@@ -144,58 +232,102 @@ def load_model(
     labels: tuple[str, ...] | None = None,
     revision: str | None = None,
     key: str = "model.path",
-    new_head: bool = True,
+    new_head: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized, else fp32.
 
-    A classifier pads with its tokenizer's token: some find the last token of a text by it.
+    A classifier pads with its tokenizer's token: some find the last token of a text by it. With `labels` its logits
+    come in their order (`classes.py`). An adapter is merged into its base.
 
     Args:
-        labels: Class names; a classification head of another size is made anew (random), as fine-tuning wants.
-        new_head: Whether it may be: what is not trained afterwards must have its own.
+        labels: The data's class names.
+        new_head: Whether a head of other classes may be made anew (random), because it is trained afterwards.
+        dtype: Of an unquantized model, in place of fp32; what the model keeps in fp32 whatever its dtype stays so.
 
     Raises:
         UserError: If it cannot be loaded safely and whole, or does not fit the task.
     """
+    return _load(path, task, device=device, labels=labels, revision=revision, key=key, new_head=new_head, dtype=dtype)[
+        0
+    ]
+
+
+def _load(
+    path: str | Path, task: Task, *, device: torch.device | str, labels: tuple[str, ...] | None,
+    revision: str | None, key: str, new_head: bool, dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, list[str]]:  # fmt: skip
+    """Return what `load_model` does, and what a reader must know of it."""
     import torch
 
     config = load_config(path, revision=revision, key=key)
+    classes = None
+    if task is Task.sequence_classification:
+        refuse_other_problem(config, key, path)
+        if labels is not None:
+            classes = match_classes(config, labels, new_head=new_head, key=key, path=path)
+            config.id2label = dict(enumerate(classes.names))
+            config.label2id = {name: index for index, name in enumerate(classes.names)}
+    _refuse_other_kind(config, task, key, path)
+    quantized = quantized_by(config) is not None
     more: dict[str, Any] = {"ignore_mismatched_sizes": True}  # refused by name below, where it matters
-    if task is Task.sequence_classification and labels is not None:
-        _refuse_other_order(config, labels, key, path)
-        more["id2label"] = dict(enumerate(labels))
-        more["label2id"] = {name: index for index, name in enumerate(labels)}
-    quantized = getattr(config, "quantization_config", None) is not None
     if quantized or str(device) == "meta":
         more["device_map"] = {"": str(device)}
     if not quantized:
-        more["dtype"] = torch.float32
-    source = resolve(path, key)
-    try:
+        more["dtype"] = dtype or torch.float32
+    source = _whole(path, key)
+    with reading(key, path), without_adapter(Path(source)) as files:
         model, info = auto_class(task).from_pretrained(
-            source, revision=revision, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
-        )
-    except load_errors() as error:
-        raise _unloadable(key, path, error) from error
-    _refuse_incomplete(model, info, task, key, path, new_head=new_head)
+            files if _is_local(source) else source, config=config, revision=revision, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **more,
+        )  # fmt: skip
+    fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head)
+    notes = [None if quantized else refuse_unexpected(model, info["unexpected_keys"], task, key, path)]
+    if classes is not None:
+        notes.append(f"{key}: {fresh} of {path} is new and random" if fresh and not classes.is_new else classes.note)
+        if classes.is_new and str(device) != "meta":
+            renew_head(model)
+        read_in_order(model, classes.order)
     if task is Task.causal_lm:
         _refuse_bidirectional(model.config, key, path)
     else:
         model.config.get_text_config().pad_token_id = load_tokenizer(path, revision=revision, key=key).pad_token_id
+    if is_adapter(_local(path)) and str(device) != "meta":
+        model = merge(model, Path(_local(path)), key)
     if not quantized:
         model.to(device)
-    return model.eval()
+    return model.eval(), [note for note in notes if note is not None]
+
+
+def _local(path: str | Path) -> str:
+    return str(Path(path).expanduser()) if _is_local(path) else str(path)
 
 
 def check_loads(
-    path: str | Path, task: Task, *, labels: tuple[str, ...] | None, key: str, new_head: bool = True
-) -> None:
+    path: str | Path, task: Task, *, labels: tuple[str, ...] | None, key: str, new_head: bool = False
+) -> list[str]:
     """Refuse a local folder whose weights cannot be loaded whole, as `load_model` would; on the meta device.
 
     A Hub name passes, and so do quantized weights: both are looked at when they are loaded.
+
+    Returns:
+        What a reader must know of it.
     """
-    if _is_local(path) and quantized_by(load_config(path, key=key)) is None:
-        load_model(path, task, device="meta", labels=labels, key=key, new_head=new_head)
+    if not _is_local(path):
+        return []
+    wanted = _wanted_kernel(Path(_whole(path, key)))
+    notes = [] if wanted is None else [f"{key}: {path} asks for {wanted}, which is not here: sdpa or eager attention"]
+    if quantized_by(load_config(path, key=key)) is not None:
+        return notes
+    return notes + _load(path, task, device="meta", labels=labels, revision=None, key=key, new_head=new_head)[1]
+
+
+def _wanted_kernel(folder: Path) -> str | None:
+    """Return the attention kernel that a folder's configuration asks for and this machine lacks."""
+    from transformers import AutoConfig
+
+    with reading("model.path", folder):
+        return missing_kernel(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def import_model(path: str | Path, task: Task) -> None:
@@ -203,25 +335,39 @@ def import_model(path: str | Path, task: Task) -> None:
     import torch
 
     config = load_config(path)
-    with torch.device("meta"), suppress(*load_errors()):  # loading it will say what is wrong
+    with torch.device("meta"), suppress(Exception):  # loading it will say what is wrong
         auto_class(task).from_config(config)
 
 
-def load_errors() -> tuple[type[Exception], ...]:
-    """Return what transformers raises for files that are damaged, inconsistent, absent or not its own."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+@contextmanager
+def reading(key: str, path: str | Path, *, what: str = "") -> Generator[None]:
+    """Turn what libraries raise for files that are damaged, inconsistent, absent or not their own into one line.
 
-    return (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError)
+    Raises:
+        UserError: Naming the folder, and `what` of it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises some twenty kinds, tokenizers a bare Exception
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise _unloadable(key, path, error, what=what) from error
 
 
 def _unloadable(key: str, path: str | Path, error: Exception, *, what: str = "") -> UserError:
     text = " ".join(str(error).strip().split("\n")[:2])[:240] or type(error).__name__
+    if not isinstance(error, OSError | ValueError):  # 'layer_types' alone says little
+        text = f"{type(error).__name__}: {text}"
     if "trust_remote_code" in str(error):
         return UserError(key, f"{path} wants to run code of its own", "use a model that transformers has")
     if not _is_local(path):
         return not_on_hub(key, path, text)
-    remedy = "put its tokenizer files beside the weights" if what else "give a Hugging Face model folder or a Hub name"
+    if isinstance(error, ImportError):
+        return UserError(key, f"{what or 'the model'} in {path} needs a package that is not here ({text})",
+                         "install it, or give a model that needs none")  # fmt: skip
+    remedy = "put its tokenizer files beside the weights" if what else "restore its files, or give another model"
     return UserError(key, f"{what or 'the model'} in {path} cannot be loaded ({text})", remedy)
 
 
@@ -233,32 +379,12 @@ def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
     )  # fmt: skip
 
 
-def _refuse_other_order(config: Any, labels: tuple[str, ...], key: str, path: str | Path) -> None:
-    """Refuse a classifier that has the data's classes under other numbers: its answers would be read as others."""
-    theirs = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    folded, ours = [name.casefold() for name in theirs], [name.casefold() for name in labels]
-    if folded != ours and sorted(folded) == sorted(ours):
-        raise UserError(
-            key, f"{path} numbers its classes {', '.join(theirs)}, the data {', '.join(labels)}",
-            f"write the labels as numbers, 0 for {theirs[0]}, 1 for {theirs[1]}, ...",
-        )  # fmt: skip
-
-
-def _refuse_incomplete(
-    model: Any, info: dict[str, Any], task: Task, key: str, path: str | Path, *, new_head: bool
-) -> None:
-    """Refuse weights that transformers would replace by random ones; a classifier's head and pooler may be new."""
-    gone = {str(name) for name in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
-    body = f"{model.base_model_prefix}."
-    lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
-    lacking = lacking if task is Task.sequence_classification else gone
-    if lacking:
-        first = min(lacking)
-        problem = f"the weights in {path} lack {first} in its right shape ({len(lacking)} of the model's are not there)"
-        raise UserError(key, problem, "give a whole model, of a class that fits the task")
-    if gone and not new_head:
-        problem = f"{path} has no classification head for these classes, and 0 steps would leave it random"
-        raise UserError(key, problem, "give a fine-tuned classifier, or train it: steps above 0")
+def _refuse_other_kind(config: Any, task: Task, key: str, path: str | Path) -> None:
+    """Refuse an architecture of which transformers has no class for the task."""
+    if type(config) not in auto_class(task)._model_mapping:
+        needs = "language model" if task is Task.causal_lm else "text classifier"
+        problem = f"the model in {path} cannot be loaded: transformers has no {needs} of type {config.model_type}"
+        raise UserError(key, problem, f"give a model for task={task.value}")
 
 
 def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
@@ -271,9 +397,10 @@ def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), config and tokenizer into `folder`."""
+    """Write weights (safetensors), config and tokenizer into `folder`, readable by whoever may read the folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_as_written(folder)
 
 
 def make_tiny(

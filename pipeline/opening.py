@@ -103,9 +103,10 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     asked = check_tasks(run, clock)
     store = Store(root / "store")
     if gate is None:
-        check_models(run, data, store, clock, device, asked)
+        of_models = check_models(run, data, store, clock, device, asked)
     else:
-        check_releases(run, data, {arm: side.artifact.path for arm, side in gate.releases().items()}, clock, asked)
+        folders = {arm: side.artifact.path for arm, side in gate.releases().items()}
+        of_models = check_releases(run, data, folders, clock, asked)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
         events = read_events(folder / "journal.jsonl")
@@ -116,7 +117,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             clock=clock, device=device, data=data, command=command, started_ns=started_ns,
             sampler=Sampler(reader_for(device), interval_s=run.ledger.sample_seconds), lock=lock, engine=engine,
             gate=gate,
-            notes=[*data.notes, *_few_documents(run, data),
+            notes=[*data.notes, *of_models, *_few_documents(run, data),
                    *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
         )  # fmt: skip
         attempt.identity = {
@@ -259,7 +260,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("torchao", "torch.utils._pytree"):  # what a build lacks; what torch finds old in torchao
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|torchao)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|torchao|peft)(\.|$)")
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

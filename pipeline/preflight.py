@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapters import is_adapter
 from pipeline.assess.tasks import Asked, check_lengths
 from pipeline.base_model import base_artifact
 from pipeline.config import Decode, Format, Measure, Run, Task
@@ -22,6 +23,7 @@ from pipeline.stages.settings import (
     training_precision,
     training_settings,
 )
+from pipeline.stages.train import TrainStage
 from pipeline.store import Store
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
@@ -160,11 +162,14 @@ def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
 
 def check_models(
     run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any, asked: Mapping[str, list[Asked]]
-) -> None:
+) -> list[str]:
     """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
 
     Args:
         asked: By lm-eval task, what a model will be asked.
+
+    Returns:
+        What a reader must know of the models.
 
     Raises:
         UserError: Naming the setting.
@@ -172,25 +177,53 @@ def check_models(
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
     base: str | Path | None = run.model.path
-    if base is None:  # made on the spot: a moment's work, which the run finds done
+    if base is None or is_adapter(Path(base).expanduser()):  # made on the spot: the run finds it done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
+    notes: list[str] = []
     with clock.phase("prepare"):
         revision = run.model.revision
         config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
         if run.student.path is not None:
             _refuse_quantized(load_config(run.student.path, key="student.path"), "student.path")
         if run.model.path is not None:
-            _refuse_quantized(config, "model.path")
-            from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
-            trained = all(training_settings(stage, run).steps > 0 for stage in from_base if hasattr(stage, "like"))
-            check_loads(run.model.path, run.task, labels=data.labels, key="model.path", new_head=trained)
+            if _is_changed(run):
+                _refuse_quantized(config, "model.path")
+            trained = all(steps > 0 for steps in _steps_from_base(run))
+            notes += check_loads(str(base), run.task, labels=data.labels, key="model.path", new_head=trained)
         _check_reads("model.path", config, tokenizer, run, data)
-        _check_lengths(config, run)
+        notes += _check_lengths("model.path", config, run)
         check_lengths(asked, tokenizer, positions(config))
         student = _root(run, STUDENT_INIT)
         if student == BASE or (student is not None and run.student.path is not None):
-            _check_student(base, tokenizer, run, data, asked)
+            notes += _check_student(base, tokenizer, run, data, asked)
+        _check_stacks(config, run)
         _check_quantizable(config, run, device)
+    return list(dict.fromkeys(notes))
+
+
+def _steps_from_base(run: Run) -> list[int]:
+    """Return the steps of the stages that train the base; one that is taken as it is has 0."""
+    from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
+    return [training_settings(stage, run).steps for stage in from_base if isinstance(stage, TrainingOverrides)]
+
+
+def _is_changed(run: Run) -> bool:
+    """Whether anything trains, cuts or quantizes the base, or learns from it; else it is only assessed and served."""
+    taken = {name for name, stage in run.stages.items()
+             if isinstance(stage, TrainStage) and training_settings(stage, run).steps == 0 and stage.stack in (None, 1)
+             and not stage.match_compute}  # fmt: skip
+    return len(taken) < len(run.stages)
+
+
+def _check_stacks(config: Any, run: Run) -> None:
+    """Refuse layers that cannot be stacked, of what starts from the base; a student's are stacked at its turn."""
+    from pipeline.layers import check_layers
+    from pipeline.student import stacked
+
+    for name, stage in run.stages.items():
+        times = getattr(stage, "stack", None)
+        if times not in (None, 1) and getattr(stage, "model", None) == BASE:
+            check_layers(config, run.task, stacked(config, times), f"stages.{name}.stack")
 
 
 def _refuse_quantized(config: Any, key: str) -> None:
@@ -204,21 +237,26 @@ def _refuse_quantized(config: Any, key: str) -> None:
 
 def check_releases(
     run: Run, data: Dataset, folders: dict[str, Path], clock: PhaseClock, asked: Mapping[str, list[Asked]]
-) -> None:
+) -> list[str]:
     """Refuse released artifacts that cannot read this data, or serve the policy's load.
+
+    Returns:
+        What a reader must know of them.
 
     Raises:
         UserError: Naming the reference.
     """
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
+    notes: list[str] = []
     with clock.phase("prepare"):
         for key, folder in folders.items():
             config, tokenizer = load_config(folder, key=key), load_tokenizer(folder, key=key)
-            check_loads(str(folder), run.task, labels=data.labels, key=key)
+            notes += check_loads(str(folder), run.task, labels=data.labels, key=key)
             _check_reads(key, config, tokenizer, run, data)
-            _check_lengths(config, run)
+            notes += _check_lengths(key, config, run)
             check_lengths(asked, tokenizer, positions(config))
+    return list(dict.fromkeys(notes))
 
 
 def _check_quantizable(config: Any, run: Run, device: Any) -> None:
@@ -263,47 +301,70 @@ def _root(run: Run, name: str) -> str | None:
 
 def _check_student(
     base: str | Path, base_tokenizer: Any, run: Run, data: Dataset, asked: Mapping[str, list[Asked]]
-) -> None:
-    """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn."""
+) -> list[str]:
+    """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn.
+
+    Returns:
+        What a reader must know of it.
+    """
     from pipeline.models import check_loads, load_tokenizer, positions
     from pipeline.student import student_config
     from pipeline.training.objective import check_tokenizers
+    from pipeline.weights import check_finite
 
-    given = run.student.path
+    given, notes = run.student.path, list[str]()
     config = student_config(run.student, base, run.task)
     tokenizer = base_tokenizer
     if given is not None:
-        check_loads(given, run.task, labels=data.labels, key="student.path")
+        learners = [stage for stage in run.stages.values() if getattr(stage, "model", None) == STUDENT_INIT]
+        trained = all(_trains(stage, run) for stage in learners)
+        notes += check_loads(given, run.task, labels=data.labels, key="student.path", new_head=trained)
+        if (folder := Path(given).expanduser()).is_dir():  # it is loaded after the teacher's hours
+            check_finite(folder, "student.path")
         tokenizer = load_tokenizer(given, revision=run.student.revision, key="student.path")
         taught = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
         if any(_root(run, teacher) == BASE for teacher in taught):
             check_tokenizers(tokenizer, base_tokenizer)
     key = "student.path" if given is not None else "student.config" if run.student.config else "student.layers"
     _check_reads(key, config, tokenizer, run, data)
-    _check_lengths(config, run)
+    notes += _check_lengths(key, config, run)
     check_lengths(asked, tokenizer, positions(config))
+    return notes
+
+
+def _trains(stage: Any, run: Run) -> bool:
+    """Whether a stage takes steps; those that are computed are at least one."""
+    return getattr(stage, "match_compute", False) or training_settings(stage, run).steps > 0
 
 
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:
     """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for."""
     from pipeline.data.encode import encode_all
-    from pipeline.models import check_tokens
+    from pipeline.models import check_tokens, example_length
 
-    length = run.training.sequence_length
+    length = example_length(config, run.task, run.training.sequence_length)
     for documents in data.splits.values():
         read = encode_all(documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES)
         largest = max((int(row.input_ids.max()) for row in read), default=0)
         check_tokens(largest, config.get_text_config().vocab_size, key)
 
 
-def _check_lengths(config: Any, run: Run) -> None:
-    """Refuse sequences that are longer than what a model can tell apart."""
+def _check_lengths(of: str, config: Any, run: Run) -> list[str]:
+    """Refuse sequences that are longer than what a model can tell apart.
+
+    Returns:
+        What a reader must know: texts to classify are cut to that.
+    """
     from pipeline.models import positions
 
     limit = positions(config)
+    if limit is None:
+        return []
     for key, length in _lengths(run):
-        if limit is not None and length > limit:
+        if length > limit:
             raise UserError(key, f"{length} tokens in one sequence, and the model has {limit} positions", "give less")
+    asked = 0 if run.task is Task.causal_lm else run.quality.sequence_length or run.training.sequence_length
+    return [f"texts are cut to {limit} tokens: {of} has no positions for more"] if asked > limit else []
 
 
 def _lengths(run: Run) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,7 @@
-"""The student's initial weights: layers copied from its source, a changed configuration, or a model that is given."""
+"""The student's initial weights: layers copied from its source, a changed configuration, or a model that is given.
+
+What is cut or stacked is built from its own configuration and proven by a reload (`layers.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import StudentConfig, Task
 from pipeline.errors import UserError
-from pipeline.models import auto_class, from_config, load_config, load_errors, load_model, load_tokenizer
+from pipeline.layers import COUNTS, check_layers, layer_count, per_layer, with_layers
+from pipeline.models import auto_class, from_config, load_config, load_model, load_tokenizer, text_config_of
 from pipeline.store import digest_given
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-
-
-def layer_count(config: PreTrainedConfig) -> int:
-    """Return the number of transformer layers a configuration declares.
-
-    Raises:
-        UserError: If it declares none under the names known.
-    """
-    for name in LAYER_COUNT_KEYS:
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    raise UserError("student.layers", f"{type(config).__name__} names no layer count", "give student.path instead")
-
-
-def layer_stacks(model: PreTrainedModel, total: int) -> list[tuple[Any, str, Any]]:
-    """Return every list of `total` modules in a model: its parent, its name there, and itself."""
-    import torch
-
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == total
-    ]
+    from transformers import PreTrainedModel
 
 
 def choose_layers(spec: Any, num_layers: int) -> list[int]:
@@ -81,8 +59,8 @@ def student_config(student: StudentConfig, source: str | Path, task: Task) -> An
     base = load_config(source, key="student.source")
     if student.config:
         return _changed_config(base, student.config, task)
-    choose_layers(student.layers, layer_count(base))
-    return base
+    chosen = choose_layers(student.layers, layer_count(base))
+    return check_layers(base, task, chosen, "student.layers")
 
 
 def student_identity(student: StudentConfig, source: Path | None) -> dict[str, Any]:
@@ -101,19 +79,22 @@ def student_identity(student: StudentConfig, source: Path | None) -> dict[str, A
 
 
 def make_student(
-    config: StudentConfig, source: Path, task: Task, labels: tuple[str, ...] | None
-) -> tuple[PreTrainedModel, Any]:
+    config: StudentConfig, source: Path, task: Task, labels: tuple[str, ...] | None, *,
+    new_head: bool = True, scratch: Path | None = None,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
     """Make the student's initial weights (seed torch first) and its tokenizer.
 
     Args:
         source: Folder of the arm that layers, configuration and tokenizer are copied from.
+        new_head: Whether a given student's head may be made anew, because it is trained afterwards.
+        scratch: Where it may be saved for a moment; null: the system's folder for such files.
 
     Raises:
         UserError: If the settings fit no model.
     """
     if config.path is not None:
         key = "student.path"
-        model = load_model(config.path, task, labels=labels, revision=config.revision, key=key)
+        model = load_model(config.path, task, labels=labels, revision=config.revision, key=key, new_head=new_head)
         return model, load_tokenizer(config.path, revision=config.revision, key=key)
     tokenizer = load_tokenizer(source, key="student.source")
     if config.config:
@@ -121,7 +102,27 @@ def make_student(
         if task is Task.sequence_classification:
             changed.get_text_config().pad_token_id = tokenizer.pad_token_id
         return from_config(changed, task, labels), tokenizer
-    return _keep_layers(load_model(source, task, labels=labels, key="student.source"), config.layers), tokenizer
+    model = load_model(source, task, labels=labels, key="student.source", new_head=new_head)
+    chosen = choose_layers(config.layers, layer_count(model.config))
+    return with_layers(model, chosen, "student.layers", scratch=scratch), tokenizer
+
+
+def stack_layers(model: PreTrainedModel, times: int, key: str, *, scratch: Path | None = None) -> PreTrainedModel:
+    """Return `model` grown to `times` its depth: all its layers, and copies of them on top.
+
+    Raises:
+        UserError: If it has no one stack of layers.
+
+    Source: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking", PMLR 97, section 4; for language
+    models Du et al. 2024, arXiv 2405.15319, where this way of growing did best.
+    """
+    return with_layers(model, stacked(model.config, times), key, scratch=scratch)
+
+
+def stacked(config: Any, times: int) -> list[int]:
+    """Return the layers of a model that is stacked `times` times."""
+    have = layer_count(config)
+    return [at % have for at in range(times * have)]
 
 
 def _changed_config(base: Any, changes: dict[str, Any], task: Task) -> Any:
@@ -132,78 +133,28 @@ def _changed_config(base: Any, changes: dict[str, Any], task: Task) -> Any:
     """
     import torch
 
-    raw = base.to_dict()
+    text = base.get_text_config()
+    raw = text.to_dict()
     for name, value in changes.items():
         if name in ("model_type", "architectures", "auto_map"):
             raise UserError(
                 f"student.config.{name}", "a student is of its source's architecture", "give another as student.path"
             )
-        if not hasattr(base, name):
-            raise UserError(f"student.config.{name}", f"{type(base).__name__} has no such key", "check its name")
-        if name in LAYER_COUNT_KEYS:
-            raw.pop("layer_types", None)  # one a layer; made anew from the other keys
+        if not hasattr(text, name):
+            raise UserError(f"student.config.{name}", f"{type(text).__name__} has no such key", "check its name")
+        if name in COUNTS:
             if isinstance(value, int) and value < 1:
                 raise UserError(f"student.config.{name}", f"{value} is no number of layers", "give at least 1")
+            for each in set(per_layer(text)) - set(changes):
+                raw.pop(each, None)  # one a layer; made anew from the other keys
     try:
-        config = type(base).from_dict({**raw, **changes})
+        config = text_config_of(base, {**raw, **changes})
         with torch.device("meta"):
             ids = torch.zeros(1, 2, dtype=torch.long)
             auto_class(task).from_config(config)(input_ids=ids)
-    except (*load_errors(), TypeError, RuntimeError, ArithmeticError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # what a value breaks, each architecture says in its own way
+        text_of_error = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            "student.config", f"{changes} makes no {type(base).__name__} that runs ({text})", "change a value"
+            "student.config", f"{changes} makes no {type(base).__name__} that runs ({text_of_error})", "change a value"
         ) from error
     return config
-
-
-def _keep_layers(model: PreTrainedModel, spec: Any) -> PreTrainedModel:
-    """Cut `model` down to the chosen layers, in place of a copy: the source lies on disk."""
-    chosen = choose_layers(spec, layer_count(model.config))
-    return _rearrange(model, chosen, "student.layers")
-
-
-def stack_layers(model: PreTrainedModel, times: int, key: str) -> None:
-    """Grow `model`, in place, to `times` its depth: all its layers, and copies of them on top.
-
-    Raises:
-        UserError: If it has no one stack of layers.
-
-    Source: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking", PMLR 97, section 4; for language
-    models Du et al. 2024, arXiv 2405.15319, where this way of growing did best.
-    """
-    have = layer_count(model.config)
-    _rearrange(model, [at % have for at in range(times * have)], key)
-
-
-def _rearrange(model: PreTrainedModel, chosen: list[int], key: str) -> PreTrainedModel:
-    """Give `model` the layers that are named, in order; one that is named again is a copy."""
-    import copy
-
-    import torch
-
-    total = layer_count(model.config)
-    lists = layer_stacks(model, total)
-    if len(lists) != 1:
-        raise UserError(key, f"{type(model).__name__} has {len(lists)} stacks of {total} layers", "give student.path")
-    parent, name, layers = lists[0]
-    taken: Any = layers
-    fresh = [copy.deepcopy(taken[at]) if at in chosen[:place] else taken[at] for place, at in enumerate(chosen)]
-    setattr(parent, name, torch.nn.ModuleList(fresh))
-    for index, layer in enumerate(fresh):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the key-value cache is addressed by it
-                module.layer_idx = index
-    for count_key in LAYER_COUNT_KEYS:
-        if isinstance(getattr(model.config, count_key, None), int):
-            setattr(model.config, count_key, len(chosen))
-    if isinstance(getattr(model.config, "layer_types", None), list):
-        model.config.layer_types = [model.config.layer_types[index] for index in chosen]
-    with torch.device("meta"):
-        rebuilt = set(type(model)(model.config).state_dict())
-    if odd := rebuilt ^ set(model.state_dict()):  # ModernBERT's first layer lacks a norm, for one
-        raise UserError(
-            key, f"{chosen} put a layer where its architecture wants another kind ({min(odd)})",
-            "give a list that keeps layer 0 first, or student.path",
-        )  # fmt: skip
-    return model

@@ -48,7 +48,12 @@ def encoded(ids: list[int], *, targets: list[bool] | None = None, label: int | N
     chosen = np.array([False] + [True] * (len(ids) - 1) if targets is None else targets)
     row = np.array(ids, dtype=np.int32)
     return SimpleNamespace(
-        input_ids=row, targets=chosen, num_bytes=int(chosen.sum()), label=label, digest=f"{abs(hash(tuple(ids))):032x}"
+        input_ids=row,
+        targets=chosen,
+        num_bytes=int(chosen.sum()),
+        label=label,
+        token_type_ids=None,
+        digest=f"{abs(hash(tuple(ids))):032x}",
     )
 
 

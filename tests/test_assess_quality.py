@@ -385,7 +385,7 @@ def test_a_perplexity_beyond_floats_is_null() -> None:
 def test_what_cannot_be_assessed_is_refused(folders, tmp_path: Path) -> None:
     more = {"config": QualityConfig(), "sequence_length": 64, "device": "cpu", "items": tmp_path / "i.jsonl",
             "teacher_predictions": None, "seed": 0, "clock": PhaseClock()}  # fmt: skip
-    with pytest.raises(UserError, match=r"model\.path: .* tells 3 classes apart, the data has 2"):
+    with pytest.raises(UserError, match=r"model\.path: .* tells the classes up, down, flat apart, the data has a, b"):
         assess_quality(folders[CLASSES], documents=labelled_documents(), task=CLASSES, labels=("a", "b"), **more)
     with pytest.raises(UserError, match="data: no test document holds anything to score"):
         assess_quality(folders[CAUSAL], documents=[], task=CAUSAL, labels=None, **more)

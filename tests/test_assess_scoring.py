@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_assess_models import encoded, random_documents, tiny
+from make_assess_models import byte_tokenizer, encoded, random_documents, tiny
 from sklearn.metrics import accuracy_score
 from transformers import BertConfig, BertForSequenceClassification
 
 from pipeline.assess import scoring
 from pipeline.assess.scoring import cut_windows, score_causal, score_classification, validation_metric
 from pipeline.config import Task
+from pipeline.data.padding import Padding
 from pipeline.errors import UserError
 
 LENGTHS = [2, 40, 7, 1, 33, 90, 12, 25, 3]
@@ -41,7 +42,8 @@ def score(model, documents, *, sequence_length=128, batch_size=4):
 
 
 def classify(model, examples, *, batch_size=4):
-    return score_classification(model, examples, batch_size=batch_size, device="cpu", pad_id=0)
+    padding = Padding.of(byte_tokenizer(), model, Task.sequence_classification)
+    return score_classification(model, examples, batch_size=batch_size, device="cpu", padding=padding)
 
 
 def float64_logprobs(model, ids: np.ndarray) -> torch.Tensor:
@@ -183,7 +185,7 @@ def test_a_classifier_is_padded_with_its_own_token(classifier) -> None:
 def test_validation_metric_is_bits_per_byte_or_accuracy(causal, classifier) -> None:
     documents = random_documents(LENGTHS)
     scores, classes = score(causal, documents, sequence_length=16), classify(classifier, documents)
-    more = {"sequence_length": 16, "batch_size": 4, "device": "cpu", "pad_id": 0}
+    more = {"sequence_length": 16, "batch_size": 4, "device": "cpu", "padding": Padding(0)}
     bits_per_byte = validation_metric(causal, documents, Task.causal_lm, **more)
     assert bits_per_byte == pytest.approx(scores.bits.sum() / sum(document.num_bytes for document in documents))
     accuracy = validation_metric(classifier, documents, Task.sequence_classification, **more)

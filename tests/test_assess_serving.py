@@ -423,7 +423,7 @@ def test_a_classifier_without_a_padding_token_serves_batches(tmp_path: Path) -> 
 def test_an_encoder_serves_too(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=16, num_labels=len(LABELS),
+        max_position_embeddings=16, id2label=dict(enumerate(LABELS)),
     )  # fmt: skip
     served = serve({"a": saved(BertForSequenceClassification(config), tmp_path)}, [], task=CLASSES)
     assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0

@@ -11,6 +11,7 @@ import torch
 from make_assess_models import random_documents
 
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.padding import Padding
 from pipeline.errors import UserError
 
 CASES = range(12)
@@ -83,7 +84,7 @@ def test_a_batch_depends_on_seed_and_step_alone(case: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_padding_is_on_the_right_and_masked(case: int) -> None:
     documents, _, size = drawn(case)
-    padded = PaddedBatches(documents, batch_size=size, seed=case, pad_id=258)
+    padded = PaddedBatches(documents, batch_size=size, seed=case, padding=Padding(258))
     seen: list[tuple[list[int], int]] = []
     for step in range(padded.num_rows):
         batch = padded.batch(step)

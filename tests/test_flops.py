@@ -20,6 +20,7 @@ from transformers import (
 
 from pipeline.config import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.padding import Padding
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
 from pipeline.training.step_flops import StepFlops
 
@@ -227,7 +228,7 @@ def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
 def test_padding_is_computed_and_is_no_token() -> None:
     """An encoder, by hand: the longest example sets the shape of all, the head reads one position of each."""
     rows = [encoded(list(range(3, 3 + length)), label=1) for length in (8, 40, 23)]
-    batch = PaddedBatches(rows, batch_size=3, seed=0, pad_id=0).batch(0)
+    batch = PaddedBatches(rows, batch_size=3, seed=0, padding=Padding(0)).batch(0)
     assert (tuple(batch["input_ids"].shape), int(batch["attention_mask"].sum())) == ((3, 40), 71)
     config = BertConfig(
         vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3

@@ -13,6 +13,7 @@ from test_training_loop import CPU, LENGTHS, random_documents, run, settings
 
 from pipeline.config import Divergence, Precision, Run, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -92,7 +93,7 @@ def test_shorter_windows_hold_the_same_tokens_and_see_nothing_before_them() -> N
 def test_growing_batches_of_examples_pad_to_their_own_longest() -> None:
     config = growing(start_batch_size=4)
     batches = PaddedBatches(
-        random_documents(LENGTHS), batch_size=lambda step: first_row(step, config), seed=7, pad_id=0
+        random_documents(LENGTHS), batch_size=lambda step: first_row(step, config), seed=7, padding=Padding(0)
     )
     assert [len(batches.batch(step)["labels"]) for step in (0, 9, 10)] == [4, 4, 8]
 
@@ -155,7 +156,7 @@ def test_a_stacked_model_is_its_layers_on_top_of_one_another(task: Task, tmp_pat
     source = tiny(task)
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     have = source.config.num_hidden_layers
-    stack_layers(source, 2, "stages.student.stack")
+    source = stack_layers(source, 2, "stages.student.stack")
     for name, tensor in source.state_dict().items():
         parts = name.split(".")
         number = next((at for at, part in enumerate(parts) if part.isdigit()), None)

@@ -17,6 +17,7 @@ from make_assess_models import LABELS, byte_tokenizer, random_documents, saved, 
 
 from pipeline.config import CaptureMethod, Precision, PrecisionConfig, Run, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.padding import Padding
 from pipeline.distillation.cache import (
     MANIFEST,
     TeacherCache,
@@ -227,7 +228,7 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     capture(tmp_path, run, teachers[task])
     manifest = read_json(tmp_path / "out" / MANIFEST)
     assert (manifest["method"], manifest["columns"]) == ("dense", {"logits": "float32"})
-    padded = PaddedBatches(documents, batch_size=4, seed=0, pad_id=0)
+    padded = PaddedBatches(documents, batch_size=4, seed=0, padding=Padding(0))
     cache = TeacherCache(tmp_path / "out", KEY)
     wanted = expected(
         run.stages["capture"], padded, byte_tokenizer(), teachers[task], context(tmp_path, run, "student")
@@ -251,7 +252,7 @@ def test_what_is_read_ahead_is_handed_over_once_and_read_only_then(
     run = make_run(task)
     capture(tmp_path, run, teachers[task])
     padded, cache = (
-        PaddedBatches(documents, batch_size=4, seed=0, pad_id=0),
+        PaddedBatches(documents, batch_size=4, seed=0, padding=Padding(0)),
         TeacherCache(tmp_path / "out", KEY),
     )
     cache.check({}, padded, needed(padded, 5, 4))

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.selfcheck import check_teacher, gradient_share
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
@@ -61,7 +62,7 @@ def batches_for(config: TrainingConfig, task: Task = Task.causal_lm) -> Any:
     documents = random_documents(LENGTHS)
     if task is Task.causal_lm:
         return PackedBatches(documents, sequence_length=config.sequence_length, batch_size=config.batch_size, seed=7)
-    return PaddedBatches(documents, batch_size=config.batch_size, seed=7, pad_id=0)
+    return PaddedBatches(documents, batch_size=config.batch_size, seed=7, padding=Padding(0))
 
 
 def run(

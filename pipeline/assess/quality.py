@@ -24,11 +24,13 @@ from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
+from pipeline.data.padding import Padding
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import TASK
-from pipeline.models import load_config, load_model, load_tokenizer
+from pipeline.models import example_length, load_model, load_tokenizer
 from pipeline.values import Value, measured, null
+from pipeline.weights import first_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -88,25 +90,24 @@ def assess_quality(
         StageFailed: If an output is not finite: nothing that can be read as a model is in the folder.
     """
     with clock.phase("model_load"):
-        _check_head(folder, task, labels)
         model, tokenizer = load_model(folder, task, device=device, labels=labels), load_tokenizer(folder)
         other = None if unquantized is None else load_model(unquantized, task, device=device, labels=labels)
     with clock.phase("prepare"):
         chosen = choose_documents(documents, config.max_documents)
+        length = example_length(model.config, task, sequence_length)
         encoded = _scorable(
-            encode_all(chosen, tokenizer, task, max_length=sequence_length, max_bytes=config.max_bytes_per_document),
-            task,
+            encode_all(chosen, tokenizer, task, max_length=length, max_bytes=config.max_bytes_per_document), task
         )
     with clock.phase("eval"):
-        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "pad_id": tokenizer.pad_token_id,
-                                "other": other}  # fmt: skip
+        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "other": other}
+        padding = Padding.of(tokenizer, model, task)
         if task is Task.causal_lm:
-            scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
+            scores = score_causal(model, encoded, sequence_length=sequence_length, pad_id=padding.token, **more)
             predictions, arrays = scores.predictions, _columns(scores, CAUSAL_COLUMNS)
         else:
-            scores = score_classification(model, encoded, **more)
+            scores = score_classification(model, encoded, padding=padding, **more)
             predictions, arrays = scores.prediction, _columns(scores, CLASSIFICATION_COLUMNS)
-        _check_finite(folder, arrays["bits" if task is Task.causal_lm else "logprob"])
+        _check_finite(folder, model, arrays["bits" if task is Task.causal_lm else "logprob"])
         agreement = None if teacher_predictions is None else _agreement(predictions, teacher_predictions, arrays)
         if isinstance(agreement, np.ndarray):
             arrays["agree"] = agreement
@@ -175,17 +176,6 @@ def choose_documents(documents: Sequence[Document], max_documents: int | None) -
     return sorted(documents, key=lambda document: document.digest)[:max_documents]
 
 
-def _check_head(folder: Path, task: Task, labels: tuple[str, ...] | None) -> None:
-    """Refuse a head of another size: loading would replace it by a random one."""
-    if task is not Task.sequence_classification or labels is None:
-        return
-    have = load_config(folder).num_labels
-    if have != len(labels):
-        raise UserError(
-            "model.path", f"{folder} tells {have} classes apart, the data has {len(labels)}", "train it on this data"
-        )
-
-
 def _scorable(encoded: list[Encoded], task: Task) -> list[Encoded]:
     """Drop what has nothing to predict (a chat whose only answer is empty)."""
     if task is Task.causal_lm:
@@ -195,10 +185,12 @@ def _scorable(encoded: list[Encoded], task: Task) -> list[Encoded]:
     return encoded
 
 
-def _check_finite(folder: Path, readings: np.ndarray) -> None:
+def _check_finite(folder: Path, model: Any, readings: np.ndarray) -> None:
     num_bad = int(np.count_nonzero(~np.isfinite(readings)))
     if num_bad:
-        raise StageFailed(f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents")
+        name = first_not_finite(model)
+        why = "" if name is None else f": the weights {name} are not"
+        raise StageFailed(f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents{why}")
 
 
 # -- figures --------------------------------------------------------------------------------------------------------

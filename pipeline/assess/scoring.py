@@ -2,8 +2,9 @@
 
 Shape legend: B rows of a batch, T tokens of a row, V vocabulary, N scored tokens, D documents.
 
-Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked and on the right, every
-scored token is predicted exactly once, and its log-probability is taken in fp32.
+Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked, on the right for language
+models and as the tokenizer has it for classifiers, every scored token is predicted exactly once, and its
+log-probability is taken in fp32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.config import Task
+from pipeline.data.padding import Padding, pad, read_by
 from pipeline.errors import UserError
 from pipeline.models import check_tokens, positions
 
@@ -32,6 +34,7 @@ class Scorable(Protocol):
 
     Attributes:
         input_ids: int32 (L,).
+        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
         targets: bool (L,): the tokens to be predicted. The first token has no context and is never scored.
         num_bytes: UTF-8 bytes that the targets stand for.
         label: Class index; None without one.
@@ -40,6 +43,8 @@ class Scorable(Protocol):
 
     @property
     def input_ids(self) -> np.ndarray: ...
+    @property
+    def token_type_ids(self) -> np.ndarray | None: ...
     @property
     def targets(self) -> np.ndarray: ...
     @property
@@ -246,10 +251,12 @@ def score_classification(
     *,
     batch_size: int,
     device: torch.device | str,
-    pad_id: int,
+    padding: Padding,
     other: Any = None,
 ) -> ClassificationScores:
     """Classify every example of `encoded` (labels must be there), and measure the drift from `other`, if given.
+
+    A model that has classes which the data lacks may answer with one of them: their numbers follow the data's.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a label beyond its classes.
@@ -263,22 +270,20 @@ def score_classification(
             f"it tells {model.config.num_labels} classes apart and the data has a class {label.max()}",
             "use a model with a class for every label",
         )
-    pad_id = padding_id(model, pad_id)
-    check_vocabulary(model, (example.input_ids for example in encoded), pad_id)
+    check_vocabulary(model, (example.input_ids for example in encoded), padding.token)
     _check_positions(model, max((len(example.input_ids) for example in encoded), default=0))
     prediction, logprob = np.zeros(len(label), dtype=np.int64), np.zeros(len(label))
     kl, theirs = np.zeros(len(label)), np.zeros(len(label), dtype=np.int64)
-    order = np.argsort([-len(example.input_ids) for example in encoded], kind="stable")
     with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
-        for at in range(0, len(order), batch_size):
-            part = order[at : at + batch_size]
-            ids, mask = pad_right([encoded[index].input_ids for index in part], pad_id, device)  # (B, T)
-            logprobs_BC = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        for part in _example_batches(encoded, batch_size, padding):
+            batch = pad([encoded[index] for index in part], padding)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}  # (B, T) each
+            logprobs_BC = model(**read_by(model, batch)).logits.float().log_softmax(-1)
             prediction[part] = logprobs_BC.argmax(-1).cpu().numpy()
             true = torch.from_numpy(label[part]).to(device)
             logprob[part] = logprobs_BC.gather(-1, true[:, None]).squeeze(-1).cpu().numpy()
             if other is not None:
-                theirs_BC = other(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+                theirs_BC = other(**read_by(other, batch)).logits.float().log_softmax(-1)
                 kl[part] = divergence(theirs_BC, logprobs_BC).cpu().numpy()
                 theirs[part] = theirs_BC.argmax(-1).cpu().numpy()
     flips = (theirs != prediction).astype(np.int64)
@@ -300,7 +305,7 @@ def validation_metric(
     sequence_length: int,
     batch_size: int,
     device: torch.device | str,
-    pad_id: int,
+    padding: Padding,
 ) -> float:
     """Return bits per byte (lower is better) or accuracy (higher is better) of a model in memory.
 
@@ -308,10 +313,10 @@ def validation_metric(
     """
     if task is Task.causal_lm:
         scores = score_causal(
-            model, encoded, sequence_length=sequence_length, batch_size=batch_size, device=device, pad_id=pad_id
+            model, encoded, sequence_length=sequence_length, batch_size=batch_size, device=device, pad_id=padding.token
         )
         return float(scores.bits.sum() / scores.bytes.sum())
-    classified = score_classification(model, encoded, batch_size=batch_size, device=device, pad_id=pad_id)
+    classified = score_classification(model, encoded, batch_size=batch_size, device=device, padding=padding)
     return float(classified.correct.mean())
 
 
@@ -341,17 +346,6 @@ def pad_right(rows: Sequence[np.ndarray], pad_id: int, device: torch.device | st
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
 
 
-def padding_id(model: Any, pad_id: int) -> int:
-    """Return the token to pad with: the model's own, because some classifiers find the last token by it.
-
-    A model that names none gets `pad_id` as its own; without one, it refuses batches.
-    """
-    config = model.config.get_text_config()
-    if config.pad_token_id is None or config.pad_token_id < 0:
-        config.pad_token_id = pad_id
-    return int(config.pad_token_id)
-
-
 def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> None:
     """Refuse tokens that the model has no embedding for.
 
@@ -360,6 +354,19 @@ def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> Non
     """
     largest = max((int(row.max()) for row in rows if len(row)), default=0)
     check_tokens(max(largest, pad_id), int(model.get_input_embeddings().num_embeddings))
+
+
+def _example_batches(encoded: Sequence[Scorable], batch_size: int, padding: Padding) -> Iterator[np.ndarray]:
+    """Yield the numbers of examples, longest first; of one length where a model cannot be told what is padding."""
+    lengths = np.array([len(example.input_ids) for example in encoded])
+    order = np.argsort(-lengths, kind="stable")
+    at = 0
+    while at < len(order):
+        end = min(at + batch_size, len(order))
+        if not padding.has_mask:
+            end = at + int((lengths[order[at:end]] == lengths[order[at]]).sum())
+        yield order[at:end]
+        at = end
 
 
 def _check_positions(model: Any, longest: int) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.assess.decoding import Decoder, make_decoder
-from pipeline.assess.scoring import padding_id
 from pipeline.config import Decode, Task
-from pipeline.models import load_model, load_tokenizer
+from pipeline.data.padding import read_by, token_of
+from pipeline.models import ends_once, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,7 @@ class Server:
         # Only the last position's logits are needed: the others would cost memory that no server spends.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
+        self._end = ends_once(model.config, task)
 
     @property
     def dtype(self) -> str:
@@ -86,9 +87,13 @@ class Server:
         prompt = torch.from_numpy(prompt_ids.astype(np.int64)).to(self.device)
         with torch.inference_mode():
             if self.task is Task.sequence_classification:
+                if self._end is not None:  # prompts are cut anywhere
+                    prompt[prompt == self._end] = self._end - 1
+                    prompt[:, -1] = self._end
+                batch = read_by(self.model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
                 before = self._start_memory()
                 start = self._finished_ns()
-                self.model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+                self.model(**batch)
                 end = self._finished_ns()
                 return Reading((end - start) / 1e9, 0.0, len(prompt), self._working_bytes(before))
             decoder = self._decoder_for(prompt, new, decode or self._decode)
@@ -167,7 +172,7 @@ def load(
     if getattr(model.config, "quantization_config", None) is None:
         model = model.to(dtype or serving_dtype(device))
     if task is Task.sequence_classification:
-        padding_id(model, load_tokenizer(folder).pad_token_id)
+        token_of(model, load_tokenizer(folder).pad_token_id)
     return Server(model, task, device, now_ns, decode)
 
 

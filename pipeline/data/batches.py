@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.data.encode import Encoded
+from pipeline.data.padding import Padding, pad
 from pipeline.errors import UserError
 
 IGNORE = -100  # torch's ignore_index
@@ -114,15 +115,15 @@ def num_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 class PaddedBatches:
-    """Examples of classification, padded on the right to the longest of the batch."""
+    """Examples of classification, padded to the longest of the batch."""
 
-    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int | FirstRow, seed: int, pad_id: int) -> None:
+    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int | FirstRow, seed: int, padding: Padding) -> None:
         self.num_rows = len(encoded)
-        self._encoded, self._pad_id = encoded, pad_id
+        self._encoded, self._padding = encoded, padding
         self._shuffled = _Shuffled(self.num_rows, _places(batch_size), seed)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids, attention_mask` (B, T) and `labels` (B,), int64."""
+        """Return what `pad` does, (B, T), and `labels` (B,), int64."""
         return self.read(self.rows(step))
 
     def rows(self, step: int) -> np.ndarray:
@@ -132,16 +133,10 @@ class PaddedBatches:
     def content(self, row: int) -> bytes:
         """Return all that an example consists of; the same bytes are the same example."""
         item = self._encoded[row]
-        return item.input_ids.tobytes() + str(item.label).encode()
+        segments = b"" if item.token_type_ids is None else item.token_type_ids.tobytes()
+        return item.input_ids.tobytes() + segments + str(item.label).encode()
 
     def read(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Return examples by number, as `batch` does."""
         items = [self._encoded[row] for row in rows]
-        longest = max(len(item.input_ids) for item in items)
-        ids = np.full((len(items), longest), self._pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, : len(item.input_ids)] = item.input_ids
-            mask[row, : len(item.input_ids)] = 1
-        labels = torch.tensor([item.label for item in items])
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": labels}
+        return {**pad(items, self._padding), "labels": torch.tensor([item.label for item in items])}

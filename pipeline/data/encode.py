@@ -27,6 +27,7 @@ class Encoded:
         label: Class index; None without one.
         digest: Content digest of the document.
         group: The source that it shares with others; None: a source of its own.
+        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
     """
 
     input_ids: np.ndarray
@@ -35,6 +36,7 @@ class Encoded:
     label: int | None
     digest: str
     group: str | None = None
+    token_type_ids: np.ndarray | None = None
 
 
 _KEPT: OrderedDict[str, list[Encoded]] = OrderedDict()
@@ -70,7 +72,7 @@ def _content(tokenizer: Any) -> str:
     """Return all that decides how a tokenizer encodes; a slow one (without a backend) is its own."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else f"slow {id(tokenizer)}"
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template, tokenizer.model_input_names]
     return hashlib.sha256(f"{content}{special}".encode()).hexdigest()
 
 
@@ -80,7 +82,8 @@ def _encode(
     if task is Task.sequence_classification:
         batch = tokenizer([document.text for document in documents], truncation=True, max_length=max_length)
         ids = batch["input_ids"]
-        return [_example(document, row) for document, row in zip(documents, ids, strict=True)]
+        parts = batch["token_type_ids"] if "token_type_ids" in batch else [[] for _ in ids]
+        return [_example(*each) for each in zip(documents, ids, parts, strict=True)]
     texts = [_head(document.text, max_bytes) for document in documents if document.messages is None]
     rows = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     heads = iter(texts)
@@ -108,12 +111,14 @@ def _text(document: Document, text: str, ids: list[int], tokenizer: Any) -> Enco
     return Encoded(row, targets, len(text.encode("utf-8", "replace")), None, document.digest, document.group)
 
 
-def _example(document: Document, ids: list[int]) -> Encoded:
+def _example(document: Document, ids: list[int], parts: list[int]) -> Encoded:
     row = np.array(ids, dtype=np.int32)
     if not len(row):
         raise UserError("data", f"the text {document.text[:40]!r} has no tokens", "drop it, or check the tokenizer")
     size = len(document.text.encode("utf-8", "replace"))
-    return Encoded(row, np.zeros(len(row), dtype=bool), size, document.label, document.digest, document.group)
+    nothing = np.zeros(len(row), dtype=bool)
+    segments = np.array(parts, dtype=np.int32) if any(parts) else None
+    return Encoded(row, nothing, size, document.label, document.digest, document.group, segments)
 
 
 def _chat(document: Document, tokenizer: Any) -> Encoded:

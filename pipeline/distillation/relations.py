@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.student import layer_count, layer_stacks
+from pipeline.layers import layer_count, layer_stacks
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -193,7 +193,7 @@ def _layers(model: Any, key: str) -> Any:
     stacks = layer_stacks(model, layer_count(model.config))
     if len(stacks) != 1:
         raise UserError(key, f"{type(model).__name__} has {len(stacks)} stacks of layers", "leave it at 0")
-    return stacks[0][2]
+    return stacks[0][1]
 
 
 def _width(module: Any) -> int:

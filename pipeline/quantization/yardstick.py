@@ -12,7 +12,8 @@ from pipeline.assess.scoring import score_causal, score_classification
 from pipeline.config import Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.encode import Encoded, encode_all
-from pipeline.models import load_model, load_tokenizer
+from pipeline.data.padding import Padding
+from pipeline.models import example_length, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +37,13 @@ class Yardstick:
     sequence_length: int
     validation: list[Encoded] = field(init=False)
     model: Any = field(init=False)
-    _pad_id: int = field(init=False)
+    _padding: Padding = field(init=False)
     _metric: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.validation = self._encoded()
         self.model = self.load(self.source)
-        self._pad_id = load_tokenizer(self.source).pad_token_id
+        self.validation = self._encoded()
+        self._padding = Padding.of(load_tokenizer(self.source), self.model, self.run.task)
         self._metric = self.score(self.model, self.validation)[0]
 
     def read(self, folder: Path) -> tuple[float, float]:
@@ -63,13 +64,14 @@ class Yardstick:
 
     def score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
         """Return the primary metric and, with `other`, the KL from it."""
-        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device,
-                                "pad_id": self._pad_id, "other": other}  # fmt: skip
+        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device, "other": other}
         if self.run.task is Task.causal_lm:
-            scores = score_causal(model, encoded, sequence_length=self.sequence_length, **more)
+            scores = score_causal(
+                model, encoded, sequence_length=self.sequence_length, pad_id=self._padding.token, **more
+            )
             metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
         else:
-            scores = score_classification(model, encoded, **more)
+            scores = score_classification(model, encoded, padding=self._padding, **more)
             metric, count = scores.correct.mean(), len(scores.correct)
         return float(metric), 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
 
@@ -77,7 +79,8 @@ class Yardstick:
         documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
         documents = documents[: DOCUMENTS[self.run.task]]
         encoded = encode_all(
-            documents, load_tokenizer(self.source), self.run.task, max_length=self.sequence_length,
+            documents, load_tokenizer(self.source), self.run.task,
+            max_length=example_length(self.model.config, self.run.task, self.sequence_length),
             max_bytes=self.run.quality.max_bytes_per_document,
         )  # fmt: skip
         return [each for each in encoded if self.run.task is not Task.causal_lm or each.targets[1:].any()]

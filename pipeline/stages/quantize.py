@@ -226,12 +226,12 @@ class QuantizeStage:
         import torch
 
         from pipeline.data.encode import encode_all
-        from pipeline.models import load_tokenizer
+        from pipeline.models import example_length, load_config, load_tokenizer
         from pipeline.quantization.smoothing import smooth
 
         with ctx.clock.phase("prepare"):
             documents = self._looked_at(ctx)
-            length = ctx.run.training.sequence_length
+            length = example_length(load_config(source), ctx.run.task, ctx.run.training.sequence_length)
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
             ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]
         with ctx.clock.phase("calibrate"):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.config import CaptureMethod, Precision, Task
 from pipeline.data.batches import IGNORE
+from pipeline.data.padding import read_by
 from pipeline.distillation.cache import (
     Windows,
     file_sha256,
@@ -126,7 +127,7 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
         masked = check_body(model, ctx.device) if task is Task.causal_lm else False
-        windows = make_batches(model, tokenizer, read_encoded(tokenizer, settings, ctx), settings, ctx)
+        windows = make_batches(model, tokenizer, read_encoded(model, tokenizer, settings, ctx), settings, ctx)
         flops = ModelFlops.of(model, task, backward=False)
         codec = _codec(stage, model, tokenizer, ctx)
     precision = frozen(training_precision(stage, ctx.run), ctx.device)
@@ -267,7 +268,7 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
     inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name != "labels"}
     chance = torch.from_numpy(_uniforms(source, rows, sizes)).to(source.device)
     if source.task is Task.sequence_classification:
-        logits = source.model(**inputs).logits[keep].float()
+        logits = source.model(**read_by(source.model, inputs)).logits[keep].float()
         chunks = [source.codec.of(logits, chance)]
     else:
         mask = document_mask(inputs["position_ids"]) if source.masked else None

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.classes import folded, names_in_order
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
+from pipeline.data.padding import read_by
 from pipeline.data.prompts import PROMPT_MASK
 from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Taught, head_loss
@@ -198,15 +200,17 @@ class Objective:
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 with self._reading(teacher.model) as theirs.projected:
-                    given = teacher.model(**inputs, **more)
-                theirs.states = given.hidden_states
+                    given = teacher.model(**read_by(teacher.model, inputs), **more)
+                theirs.states = given.hidden_states if more else ()
                 teacher_logits = given.logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
-                given = self.model(**inputs, **more)
-            ours.states = given.hidden_states
+                given = self.model(**read_by(self.model, inputs), **more)
+            ours.states = given.hidden_states if more else ()
             logits = given.logits[keep]
+            if teacher_logits is not None:  # of its classes, those of the student come first
+                teacher_logits = teacher_logits[:, : logits.shape[1]]
             mixed = loss or Loss()
             with torch.no_grad():
                 said_of = None if teacher_logits is None else teacher_logits.float()
@@ -311,13 +315,15 @@ def shared_vocabulary(student: Any, teacher: Any, task: Task) -> int:
     """Return how many outputs both models share; inside one family they may differ by padding.
 
     Raises:
-        UserError: If classification heads differ in size.
+        UserError: If a classifier has classes that its teacher lacks.
     """
     if task is Task.sequence_classification:
-        ours, theirs = student.config.num_labels, teacher.config.num_labels
-        if ours != theirs:
-            raise UserError("student", f"has {ours} classes, its teacher {theirs}", "use models of the same classes")
-        return ours
+        ours, theirs = names_in_order(student), names_in_order(teacher)
+        same = len(ours) == len(theirs)
+        if not same and list(map(folded, ours)) != [folded(name) for name in theirs[: len(ours)]]:
+            problem = f"has {len(ours)} classes, its teacher {len(theirs)}"
+            raise UserError("student", problem, "use models of the same classes")
+        return len(ours)
     return min(Head.of(student).weight.shape[0], Head.of(teacher).weight.shape[0])
 
 

@@ -14,6 +14,7 @@ from pipeline.config import Precision, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.completions import encode_completions, read_completions
 from pipeline.data.encode import Encoded, encode_all
+from pipeline.data.padding import Padding
 from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import WithProjections
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
@@ -21,10 +22,11 @@ from pipeline.errors import StageFailed
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.metrics import PRIMARY
-from pipeline.models import load_model, load_tokenizer, save_model
+from pipeline.models import example_length, load_model, load_tokenizer, quantized_by, save_model
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
-from pipeline.stages.settings import STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.stages.quantize import copy_model
+from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision, training_settings
 from pipeline.student import make_student, stack_layers
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.head_choice import choose_head
@@ -37,6 +39,7 @@ from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.step_flops import ModelFlops, StepFlops, doubt
 from pipeline.training.teaching import Numbered, have_written, load_teacher, mix_in, open_cache, teachers_share
 from pipeline.values import Value, derive, estimated, measured, null
+from pipeline.weights import refuse_not_finite
 
 if TYPE_CHECKING:
     from pipeline.stages.train import TrainStage
@@ -67,9 +70,13 @@ def run_training(
         if settings.activation_checkpointing:
             where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
             checkpoint_activations(model, f"{where}.activation_checkpointing")
+        refuse_not_finite(model, *_start_of(stage, ctx))
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
-            save(model)
+            if quantized_by(model.config) is not None:  # not every library can write what it reads
+                copy_model(inputs[stage.model].path, ctx.out)
+            else:
+                save(model)
         return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
     teacher = None
     if distill is not None and distill.cache is None:
@@ -82,7 +89,7 @@ def run_training(
             teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
         if teacher is not None:
             round_weights(teacher.model, teacher.precision)
-        encoded = read_encoded(tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
+        encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
         text = make_batches(model, tokenizer, encoded, settings, ctx)
         signal = teacher
         if distill is not None and distill.cache is not None:
@@ -148,14 +155,28 @@ def run_training(
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 
+def _start_of(stage: TrainStage | DistillStage, ctx: Context) -> tuple[str, str]:
+    """Return the setting that names what a stage starts from, and what it is, as refusals say it."""
+    if stage.model == STUDENT_INIT and ctx.run.student.path is not None:
+        return "student.path", ctx.run.student.path
+    return (
+        ("model.path", ctx.run.model.path or BASE)
+        if stage.model == BASE
+        else (f"stages.{ctx.stage}.model", stage.model)
+    )
+
+
 def _start(
     stage: TrainStage | DistillStage, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
 ) -> Start:
     """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
+    model: Any
     model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
     if stage.stack is not None:
-        stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack")
-    return model.to(ctx.device), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
+        model = stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent)
+    if quantized_by(model.config) is None:
+        model = model.to(ctx.device)
+    return model, tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
 
 def _chosen(
@@ -240,15 +261,16 @@ def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, ne
         path = inputs[name].path
         return load_model(path, run.task, labels=labels, new_head=new_head), load_tokenizer(path)
     source = inputs[student_source(run)].path if run.student.path is None else ctx.out
-    return make_student(run.student, source, run.task, labels)
+    return make_student(run.student, source, run.task, labels, new_head=new_head, scratch=ctx.out.parent)
 
 
 def read_encoded(
-    tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+    model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
 ) -> list[Encoded]:
     """Return the encoded train split, or the completions of a file in its place."""
     if completions is None:
-        return encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=settings.sequence_length)
+        length = example_length(model.config, ctx.run.task, settings.sequence_length)
+        return encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=length)
     key = f"stages.{ctx.stage}.completions"
     return encode_completions(read_completions(completions, ctx.run.data, key), tokenizer)
 
@@ -264,7 +286,7 @@ def make_batches(
             encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
             length_at=lambda step: sequence_length(step, settings),
         )  # fmt: skip
-    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, pad_id=tokenizer.pad_token_id)
+    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=Padding.of(tokenizer, model, ctx.run.task))
 
 
 def _validation(
@@ -274,14 +296,16 @@ def _validation(
     count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
     encoded = encode_all(
         documents[:count], tokenizer, ctx.run.task,
-        max_length=settings.sequence_length, max_bytes=VALIDATION_BYTES,
+        max_length=example_length(model.config, ctx.run.task, settings.sequence_length), max_bytes=VALIDATION_BYTES,
     )  # fmt: skip
+
+    padding = Padding.of(tokenizer, model, ctx.run.task)
 
     def validate() -> float:
         with arithmetic(precision, ctx.device):
             return validation_metric(
                 model, encoded, ctx.run.task, sequence_length=settings.sequence_length,
-                batch_size=settings.batch_size, device=ctx.device, pad_id=tokenizer.pad_token_id,
+                batch_size=settings.batch_size, device=ctx.device, padding=padding,
             )  # fmt: skip
 
     return validate

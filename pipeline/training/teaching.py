@@ -20,11 +20,11 @@ from pipeline.distillation.on_policy import Writing
 from pipeline.distillation.relations import relation_signal
 from pipeline.distillation.selfcheck import gradient_share
 from pipeline.errors import UserError
+from pipeline.layers import layer_count
 from pipeline.models import load_model, load_tokenizer
 from pipeline.stages.context import Context
 from pipeline.stages.distill import MIXTURES, DistillStage
 from pipeline.stages.settings import training_precision
-from pipeline.student import layer_count
 from pipeline.training.objective import CachedTeacher, Objective, Teacher, check_tokenizers
 from pipeline.training.precision import frozen
 from pipeline.training.prefetch import Batches

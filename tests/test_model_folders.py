@@ -1,0 +1,334 @@
+"""Model folders as people bring them: more in them, less in them, damaged, or made for other programs."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_assess_models import LABELS, byte_tokenizer, saved, tiny
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPTNeoXConfig,
+    LongformerConfig,
+    MPNetConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
+
+from pipeline import models
+from pipeline.base_model import base_artifact
+from pipeline.config import ModelConfig, Run, Task
+from pipeline.data.documents import Dataset
+from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.models import check_loads, example_length, load_config, load_model, load_tokenizer, positions, save_model
+from pipeline.store import Store
+from pipeline.weights import check_finite, refuse_not_finite
+
+CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm
+SAME: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+                        "num_hidden_layers": 2, "max_position_embeddings": 40, "pad_token_id": 1}  # fmt: skip
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+
+
+def change_json(file: Path, **more: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def folder_of(folder: Path, config: PreTrainedConfig, auto: Any) -> Path:
+    torch.manual_seed(0)
+    save_model(auto.from_config(config).float(), byte_tokenizer(), folder)
+    return folder
+
+
+# -- weights that the class does not know -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "shape"),
+    [
+        (GPTNeoXConfig(**SAME), "embed_out.bias", (259,)),
+        (GPTNeoXConfig(**SAME), "gpt_neox.layers.2.attention.dense.weight", (32, 32)),
+        (OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=1,
+                   word_embed_proj_dim=32, max_position_embeddings=40), "lm_head.bias", (259,)),
+        (OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=1,
+                   word_embed_proj_dim=32, max_position_embeddings=40), "adapter.scale", (1,)),
+    ],
+)  # fmt: skip
+def test_a_weight_that_a_language_model_has_no_place_for_is_refused(
+    tmp_path: Path, config: PreTrainedConfig, extra: str, shape: tuple[int, ...]
+) -> None:
+    folder = folder_of(tmp_path, config, AutoModelForCausalLM)
+    load_model(folder, CAUSAL)
+    change_weights(folder, lambda weights: weights.update({extra: torch.ones(shape)}))
+    for load in (
+        lambda: load_model(folder, CAUSAL),
+        lambda: check_loads(folder, CAUSAL, labels=None, key="model.path"),
+    ):
+        with pytest.raises(UserError, match=rf"has no place for: .*{extra.rpartition('.')[2]} \(1 in all\)"):
+            load()
+
+
+def test_harmless_extras_are_taken_and_heads_of_other_tasks_are_said(tmp_path: Path) -> None:
+    neox = folder_of(tmp_path / "n", GPTNeoXConfig(**SAME), AutoModelForCausalLM)
+    change_weights(neox, lambda weights: weights.update({
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
+        "gpt_neox.layers.0.attention.masked_bias": torch.ones(1), "score.weight": torch.ones(2, 32),
+    }))  # fmt: skip
+    notes = check_loads(neox, CAUSAL, labels=None, key="model.path")
+    assert notes == ["model.path: weights of other tasks are left out: score.weight"]
+    for name, config in (("e", ElectraConfig(**SAME)), ("d", DistilBertConfig(vocab_size=259, dim=32, n_layers=2,
+                         n_heads=2, hidden_dim=32)), ("r", RobertaConfig(**SAME))):  # fmt: skip
+        folder = folder_of(tmp_path / name, config, AutoModelForMaskedLM)
+        notes = check_loads(folder, CLASSES, labels=LABELS, key="model.path", new_head=True)
+        assert any("weights of other tasks are left out" in note for note in notes), (name, notes)
+        assert any("is new and random" in note or "made anew" in note for note in notes), notes
+
+
+def test_a_classifiers_own_head_and_body_are_never_left_out(tmp_path: Path) -> None:
+    """A body saved alone has no prefix: a layer too many is told all the same."""
+    folder = folder_of(tmp_path / "b", BertConfig(**SAME), AutoModel)
+    change_json(folder / "config.json", num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"has no place for: .*layer\.1"):
+        load_model(folder, CLASSES, labels=LABELS, new_head=True)
+    folder = folder_of(tmp_path / "n", GPTNeoXConfig(**SAME), AutoModelForSequenceClassification)
+    change_weights(folder, lambda weights: weights.update({"score.bias": torch.ones(2)}))
+    with pytest.raises(UserError, match=r"has no place for: score\.bias"):
+        load_model(folder, CLASSES, labels=("0", "1"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    folder = saved(tiny(CAUSAL), tmp_path)
+    check_finite(folder, "student.path")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights[name].view(-1)[3:4].fill_(value))
+    with pytest.raises(UserError, match=rf"student\.path: .*{name} holds values that are not finite"):
+        check_finite(folder, "student.path")
+    with pytest.raises(UserError, match=rf"model\.path: .*{name} holds values that are not finite"):
+        refuse_not_finite(load_model(folder, CAUSAL), "model.path", folder)
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "usable"),
+    [
+        (RobertaConfig(**SAME), 38), (CamembertConfig(**SAME), 38), (MPNetConfig(**SAME), 38),
+        (RobertaConfig(**{**SAME, "pad_token_id": 5}), 34), (BertConfig(**SAME), 40), (ElectraConfig(**SAME), 40),
+        (LongformerConfig(**SAME, attention_window=[4, 4]), 38),
+    ],
+)  # fmt: skip
+def test_as_many_tokens_as_a_model_has_positions_for_are_read_and_no_more(
+    config: PreTrainedConfig, usable: int
+) -> None:
+    assert positions(config) == usable
+    assert example_length(config, CLASSES, 1024) == usable
+    assert example_length(config, CLASSES, 20) == 20
+    assert example_length(config, CAUSAL, 1024) == 1024
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.full((1, usable), 7)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, usable + 1 + config.pad_token_id), 7))
+
+
+def test_every_architecture_that_counts_from_its_padding_is_known() -> None:
+    """Read in the sources of the installed transformers: a new one of RoBERTa's kin fails here, not at 513 tokens."""
+    import importlib
+    import inspect
+
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+
+    found = set()
+    for kind in KNOWN:
+        config = models.auto_class(CLASSES)._model_mapping._config_mapping[kind]
+        module = config.__module__ if isinstance(config, type) else None
+        name = kind.replace("-", "_") if module is None else module.split(".")[-2]
+        try:
+            source = inspect.getsource(importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
+        except ModuleNotFoundError:
+            continue
+        if "create_position_ids_from_input_ids" in source:
+            found.add(kind)
+    assert found - {"clap", "kosmos-2"} <= models.COUNTED_FROM_PADDING | {"data2vec-text"}
+
+
+# -- other programs' folders ------------------------------------------------------------------------------------------
+
+
+def test_an_architecture_that_transformers_has_needs_no_code_of_its_own(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", GPTNeoXConfig(**SAME), AutoModelForCausalLM)
+    change_json(folder / "config.json", auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "x.X"})
+    model = load_model(folder, CAUSAL)
+    save_model(model, load_tokenizer(folder), tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    change_json(folder / "config.json", model_type="theirs")
+    with pytest.raises(UserError, match="wants to run code of its own"):
+        load_model(folder, CAUSAL)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_here_gives_way_and_is_said(tmp_path: Path, name: str) -> None:
+    folder = saved(tiny(CAUSAL), tmp_path)
+    change_json(folder / "config.json", **{name: "flash_attention_2"})
+    model = load_model(folder, CAUSAL)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    notes = check_loads(folder, CAUSAL, labels=None, key="model.path")
+    assert notes == [f"model.path: {folder} asks for flash_attention_2, which is not here: sdpa or eager attention"]
+
+
+def test_what_is_saved_may_be_read_by_those_who_may_read_the_rest(tmp_path: Path) -> None:
+    folder = saved(tiny(CAUSAL), tmp_path / "m")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def adapter(folder: Path, base: Path, *, embedded: bool) -> torch.Tensor:
+    """Save an adapter of `base`; return the logits of both together."""
+    import shutil
+
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    if embedded:
+        shutil.copytree(base, folder)
+    adapted.save_pretrained(folder)
+    with torch.no_grad():
+        return adapted.eval()(input_ids=torch.arange(3, 12)[None]).logits
+
+
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # asked for by peft
+
+
+@PEFT
+@pytest.mark.parametrize("embedded", [False, True])
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, *, embedded: bool) -> None:
+    pytest.importorskip("peft")
+    base = saved(tiny(CAUSAL), tmp_path / "base")
+    wanted = adapter(tmp_path / "a", base, embedded=embedded)
+    check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
+    run = Run(recipe="baseline", model=ModelConfig(path=str(tmp_path / "a")), stages={}, primary_arm="model")
+    data = Dataset("d", "0" * 32, {"train": (), "validation": (), "test": ()})
+    whole = base_artifact(run, data, 0, Store(tmp_path / "store"), PhaseClock())
+    assert not list(whole.path.glob("adapter_*"))
+    for folder in (tmp_path / "a", whole.path):
+        model = load_model(folder, CAUSAL)
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=torch.arange(3, 12)[None]).logits, wanted, atol=1e-5)
+        save_model(model, load_tokenizer(folder), tmp_path / "again")
+        assert not list((tmp_path / "again").glob("adapter_*"))
+
+
+@PEFT
+def test_an_adapter_without_its_base_is_refused_with_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    adapter(tmp_path / "a", saved(tiny(CAUSAL), tmp_path / "base"), embedded=False)
+    change_json(tmp_path / "a" / "adapter_config.json", base_model_name_or_path="org/large")
+    with pytest.raises(UserError, match=r"is an adapter of org/large, which is no folder here; merge it"):
+        load_config(tmp_path / "a")
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+DAMAGE: list[Any] = [
+    None,
+    "",
+    "x",
+    -1,
+    0,
+    1,
+    10**6,
+    0.5,
+    True,
+    [],
+    {},
+    [[]],
+    {"a": [1]},
+    "full_attention",
+    [None, 3],
+    "é\0",
+]
+
+
+ADDED = ("layer_types", "rope_parameters", "quantization_config", "num_labels", "id2label", "text_config", "head_dim",
+         "dtype", "extra_special_tokens", "model_type")  # fmt: skip
+
+
+def damaged(content: Any, rng: random.Random) -> Any:
+    """Return JSON with one thing in it replaced, dropped, added or wrapped."""
+    if not isinstance(content, dict | list) or not content or rng.random() < 0.15:
+        return rng.choice(DAMAGE)
+    places: list[Any] = list(content) if isinstance(content, dict) else list(range(len(content)))
+    place, act = rng.choice(places), rng.random()
+    result: Any = dict(content) if isinstance(content, dict) else list(content)
+    if act < 0.2:
+        del result[place]
+    elif act < 0.7:
+        result[place] = damaged(content[place], rng) if isinstance(content[place], dict | list) else rng.choice(DAMAGE)
+    elif act < 0.85:
+        result[place] = {"a": content[place]} if rng.random() < 0.5 else [content[place]] * 2
+    elif isinstance(result, dict):
+        result[rng.choice(ADDED)] = rng.choice(DAMAGE)
+    return result
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sound")
+    return {"llama": saved(tiny(CAUSAL), root / "llama"),
+            "neox": folder_of(root / "neox", GPTNeoXConfig(**SAME), AutoModelForCausalLM)}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_damaged_files_are_one_line_or_another_model(tmp_path: Path, sound: dict[str, Path], file: str) -> None:
+    """Nothing but a refusal may come out of it, whatever transformers raises."""
+    import shutil
+
+    rng = random.Random(file)
+    refused = 0
+    for trial in range(60 if file == "config.json" else 25):
+        kind = rng.choice(sorted(sound))
+        folder = tmp_path / str(trial)
+        shutil.copytree(sound[kind], folder)
+        content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {"pad_token": "<pad>"}
+        text = json.dumps(damaged(content, rng))
+        (folder / file).write_text(text[: rng.randrange(len(text))] if rng.random() < 0.1 else text)
+        said = refusal(folder)
+        refused += said is not None
+        assert said is None or (said.startswith("model.path: ") and len(said.splitlines()) == 1)
+        shutil.rmtree(folder)
+    assert refused
+
+
+def refusal(folder: Path) -> str | None:
+    """Return what a folder is refused with; None where it is taken."""
+    try:
+        check_loads(folder, CAUSAL, labels=None, key="model.path")
+        load_tokenizer(folder)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,165 @@
+"""Batches as the tokenizer would make them: equal to what plain transformers says of each text alone and of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_assess_models import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    ElectraConfig,
+    FNetConfig,
+    FunnelConfig,
+    GPT2Config,
+    LlamaConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    T5Config,
+    XLNetConfig,
+)
+
+from pipeline.assess.scoring import score_classification
+from pipeline.config import Precision, Task
+from pipeline.data.batches import PaddedBatches
+from pipeline.data.documents import Document
+from pipeline.data.encode import Encoded, encode_all
+from pipeline.data.padding import Padding
+from pipeline.distillation.losses import Loss
+from pipeline.ledger.phases import PhaseClock
+from pipeline.training.objective import Objective, Teacher
+
+TASK = Task.sequence_classification
+CPU = torch.device("cpu")
+SAME: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "num_labels": 3, "initializer_range": 0.3}
+BERT: dict[str, Any] = {**SAME, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                        "intermediate_size": 32, "max_position_embeddings": 128}  # fmt: skip
+# By name: the configuration, where it pads, and whether texts begin and end with special tokens of two segments.
+MODELS: dict[str, tuple[PreTrainedConfig, str, str]] = {
+    "xlnet": (XLNetConfig(**SAME, d_model=32, n_layer=2, n_head=2, d_inner=32), "left", "xlnet"),
+    "bert": (BertConfig(**BERT), "right", "bert"),
+    "bert left": (BertConfig(**BERT), "left", "bert"),
+    "electra": (ElectraConfig(**BERT, embedding_size=16), "right", "bert"),
+    "deberta": (DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=2),
+                "right", "bert"),
+    "funnel": (FunnelConfig(**SAME, d_model=32, n_head=2, d_head=16, d_inner=32, block_sizes=[1, 1],
+                            num_decoder_layers=1), "right", "funnel"),
+    "roberta": (RobertaConfig(**{**BERT, "pad_token_id": 1}), "right", "plain"),
+    "roberta left": (RobertaConfig(**{**BERT, "pad_token_id": 1}), "left", "plain"),
+    "mpnet": (MPNetConfig(**{**BERT, "pad_token_id": 1}), "right", "plain"),
+    "gpt2": (GPT2Config(**SAME, n_embd=32, n_layer=2, n_head=2, n_positions=128), "right", "none"),
+    "gpt2 left": (GPT2Config(**SAME, n_embd=32, n_layer=2, n_head=2, n_positions=128), "left", "none"),
+    "llama left": (LlamaConfig(**BERT, num_key_value_heads=2), "left", "none"),
+    "t5": (T5Config(**SAME, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, eos_token_id=2,
+                    decoder_start_token_id=0), "right", "end"),
+    "fnet": (FNetConfig(**{key: BERT[key] for key in BERT if key != "num_attention_heads"}), "right", "bert"),
+}  # fmt: skip
+TEMPLATES = {
+    "bert": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"), "xlnet": ("$A </s> <s>:2", "$A </s> $B:1 </s>:1 <s>:2"),
+    "funnel": ("<s>:2 $A </s>", "<s>:2 $A </s> $B:1 </s>:1"), "plain": ("<s> $A </s>", "<s> $A </s> $B </s>"),
+    "end": ("$A </s>", "$A $B </s>"),
+}  # fmt: skip
+
+
+def made(name: str) -> tuple[Any, Any]:
+    """Return a random classifier and a tokenizer of bytes with its habits."""
+    config, side, template = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = byte_tokenizer()
+    if config.pad_token_id == 1:  # RoBERTa's
+        tokenizer.pad_token, tokenizer.bos_token = "<s>", "<pad>"
+    tokenizer.padding_side = side
+    if template in TEMPLATES:
+        single, pair = TEMPLATES[template]
+        if config.pad_token_id == 1:
+            single, pair = single.replace("<s>", "<pad>"), pair.replace("<s>", "<pad>")
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=single, pair=pair, special_tokens=special
+        )
+    if template in ("bert", "xlnet", "funnel"):
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer._pad_token_type_id = 3 if template == "xlnet" else 0
+    return model, tokenizer
+
+
+TEXTS = ["a", "on the way to it", "no", "a somewhat longer text than the others, by far", "12345", "same len one!",
+         "same len two!"]  # fmt: skip
+
+
+def plain(model: Any, tokenizer: Any, texts: list[str], pairs: list[str] | None = None) -> torch.Tensor:
+    """Return what transformers alone says of each text alone, (D, C)."""
+    rows = []
+    for at, text in enumerate(texts):
+        second = {} if pairs is None else {"text_pair": pairs[at]}
+        with torch.no_grad():
+            batch = tokenizer([text], **{k: [v] for k, v in second.items()}, padding=True, return_tensors="pt")
+            if not Padding.of(tokenizer, model, TASK).has_mask:
+                del batch["attention_mask"]
+            rows.append(model(**batch).logits)
+    return torch.cat(rows).log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_scores_are_those_of_each_text_alone(name: str) -> None:
+    model, tokenizer = made(name)
+    documents = [Document(text, label) for label, text in zip([0, 1, 2, 0, 1, 2, 0], TEXTS, strict=True)]
+    encoded = encode_all(documents, tokenizer, TASK, max_length=64)
+    padding = Padding.of(tokenizer, model, TASK)
+    wanted = plain(model, tokenizer, TEXTS)
+    scores = score_classification(model, encoded, batch_size=4, device="cpu", padding=padding)
+    expected = wanted.gather(-1, torch.tensor(scores.label)[:, None])[:, 0]
+    np.testing.assert_allclose(scores.logprob, expected.numpy(), atol=2e-5)
+    assert len(set(np.round(scores.logprob, 4))) > 4  # texts are told apart at all
+
+
+@pytest.mark.parametrize("name", ["xlnet", "bert", "deberta", "gpt2", "funnel", "roberta"])
+def test_batches_are_what_the_tokenizer_pads(name: str) -> None:
+    model, tokenizer = made(name)
+    encoded = encode_all([Document(text, 0) for text in TEXTS], tokenizer, TASK, max_length=64)
+    batches = PaddedBatches(encoded, batch_size=len(TEXTS), seed=0, padding=Padding.of(tokenizer, model, TASK))
+    ours = batches.read(np.arange(len(TEXTS)))
+    theirs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert set(theirs) <= set(ours)
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["xlnet", "bert", "deberta", "electra"])
+def test_segments_of_pairs_reach_the_model(name: str) -> None:
+    model, tokenizer = made(name)
+    pairs = TEXTS[::-1]
+    encoded = []
+    for text, pair in zip(TEXTS, pairs, strict=True):
+        row = tokenizer(text, pair)
+        ids, parts = (np.array(row[key], dtype=np.int32) for key in ("input_ids", "token_type_ids"))
+        encoded.append(Encoded(ids, ids < 0, 1, 1, text, token_type_ids=parts))
+    padding = Padding.of(tokenizer, model, TASK)
+    scores = score_classification(model, encoded, batch_size=3, device="cpu", padding=padding)
+    np.testing.assert_allclose(scores.logprob, plain(model, tokenizer, TEXTS, pairs)[:, 1].numpy(), atol=2e-5)
+    one = [Encoded(each.input_ids, each.targets, 1, 1, each.digest) for each in encoded]
+    blind = score_classification(model, one, batch_size=3, device="cpu", padding=padding)
+    assert np.abs(blind.logprob - scores.logprob).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["xlnet", "gpt2 left", "t5", "fnet"])
+def test_training_sees_what_scoring_sees(name: str) -> None:
+    """The loss of a batch is the mean of what is scored, with a teacher of other inputs beside it."""
+    model, tokenizer = made(name)
+    texts = [text for text in TEXTS if len(text) == 13] if name == "fnet" else TEXTS
+    encoded = encode_all([Document(text, 1) for text in texts], tokenizer, TASK, max_length=64)
+    padding = Padding.of(tokenizer, model, TASK)
+    batch = PaddedBatches(encoded, batch_size=len(texts), seed=0, padding=padding).batch(0)
+    loss = Objective(model, TASK, Precision.fp32, CPU, PhaseClock())(batch).loss
+    scores = score_classification(model, encoded, batch_size=2, device="cpu", padding=padding)
+    assert loss.item() == pytest.approx(-scores.logprob.mean(), rel=1e-4)
+    teacher = Teacher(made("llama left")[0], Precision.fp32, Loss(0.5))
+    taught = Objective(model, TASK, Precision.fp32, CPU, PhaseClock(), teacher)(batch).loss
+    assert bool(taught.isfinite())
