@@ -35,6 +35,7 @@ PATHS = (
 )
 STAGE_PATHS = ("completions", "calibration")  # of any stage
 OPEN = ("student.config", "policy.metrics")  # settings whose own keys are the user's
+MAPPINGS = ("data.columns", "data.label_map", "data.splits")  # names by names; `data/mappings.py` reads them
 HYDRA = ("hydra.verbose", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 """What a command line may tell Hydra itself; the rest of it names classes, or writes settings in clear."""
 LIST = "write the brackets, quoted for the shell: '{}=[{}]'"
@@ -175,8 +176,10 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
     key, equals, value = arg.partition("=")
     if not equals:
         return arg
-    if key.startswith(tuple(f"{each}." for each in OPEN)) or key in OPEN:
+    if key.startswith(tuple(f"{each}." for each in (*OPEN, *MAPPINGS))) or key in OPEN:
         return f"++{arg}"
+    if key in MAPPINGS and value.startswith("{"):  # keys such as "0" are beyond Hydra's grammar
+        return f"{key}={quoted(value)}"
     if key in (*GROUPS, "recipe"):
         is_word = re.fullmatch(r"(?!(?:true|false|null|inf|nan)\Z)[A-Za-z_]\w*", value, re.IGNORECASE)
         return arg if is_word or re.search(r"[\[{(,'\"$]|\A\Z", value) else f"{key}={quoted(value)}"

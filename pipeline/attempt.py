@@ -541,7 +541,9 @@ class Attempt:
             inherited = plain(training_settings(stage, self.run))
             inherited["precision"] = training_precision(stage, self.run).value
             if getattr(stage, "match_compute", False):
-                inherited["steps"] = None  # computed from the matched stage's FLOPs: see compute/steps
+                inherited["epochs"] = None
+            if getattr(stage, "match_compute", False) or inherited["epochs"] is not None:
+                inherited["steps"] = None  # computed from the matched stage's FLOPs, or from epochs: see compute/steps
         settings = {**plain(stage), **inherited}
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +217,10 @@ def _compose_and_run(
     codes: list[int] = []
     deliveries: Deliveries = []  # waited for once all jobs are done: the next one's clock is running
     overrides = for_hydra(args, sweeps="-m" in args or "--multirun" in args)
+    given = {arg.partition("=")[0].lstrip("+~") for arg in args}
 
     def typed(cfg: DictConfig) -> Any:
-        return _typed(cfg, lambda error: as_user_error(error, args, recipes))
+        return _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
 
     def one(cfg: DictConfig) -> None:
         # what passed before belongs to the first job of a multirun alone
@@ -283,10 +284,12 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
         UserError: If a recipe holds anything but settings.
     """
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     from pipeline.config import Run
     from pipeline.stages.table import STAGES
 
+    OmegaConf.register_new_resolver("embedded", _embedded, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Run)
     for type_name, stage in STAGES.items():
@@ -295,6 +298,11 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
         store.store(group="recipe", name=recipe.name, package="_global_", node=read_recipe(recipe))
     for (group, name), settings in choices.items():
         store.store(group=group, name=name, node=settings)
+
+
+def _embedded(value: Any, *, _root_: Any) -> Any:
+    """Return a limit of a profile where the data is the embedded one: people's own is read whole."""
+    return value if _root_.data.path is None and _root_.data.hub is None else None
 
 
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
@@ -315,10 +323,11 @@ def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
     return list((found or recipes).values())
 
 
-def _typed(cfg: Any, explained: Callable[[Exception], UserError]) -> Any:
+def _typed(cfg: Any, given: Collection[str], explained: Callable[[Exception], UserError]) -> Any:
     """Return a composed configuration as the `Run` that it amounts to.
 
     Args:
+        given: The settings of the command line.
         explained: Turns what OmegaConf raises into a refusal.
 
     Raises:
@@ -329,6 +338,7 @@ def _typed(cfg: Any, explained: Callable[[Exception], UserError]) -> Any:
 
     from pipeline.gate.checks import is_gate
     from pipeline.report.github import refusals_told
+    from pipeline.stages.settings import settle_epochs
     from pipeline.validate import validate
 
     try:
@@ -341,6 +351,7 @@ def _typed(cfg: Any, explained: Callable[[Exception], UserError]) -> Any:
         raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
     refuse_code_keys(settings, "settings")
     with refusals_told(is_gate(run)):
+        settle_epochs(run, given)
         validate(run)
     return run
 

@@ -115,6 +115,33 @@ class CaptureMethod(Enum):
     top_k = "top_k"
 
 
+class DataFormat(Enum):
+    """What the rows of a data set are (`data/rows.py`, docs/data.md). `auto` tells by the names of the columns."""
+
+    auto = "auto"
+    text = "text"  # a text; with a label where the task is sequence_classification
+    text_pair = "text_pair"  # two texts with a label
+    prompt_completion = "prompt_completion"  # only the completion is learnt
+    alpaca = "alpaca"  # instruction, input, output
+    sharegpt = "sharegpt"  # turns of `from` and `value`
+    messages = "messages"  # turns of `role` and `content`
+
+
+class Shared(Enum):
+    """What becomes of a document that stands in two splits."""
+
+    drop = "drop"  # test keeps it; validation keeps what train has too
+    refuse = "refuse"
+
+
+class Conflicting(Enum):
+    """What becomes of a text that has two labels in one split."""
+
+    drop = "drop"  # every copy: nothing says which label is right
+    keep_first = "keep_first"
+    refuse = "refuse"
+
+
 class Measure(Enum):
     """What a comparison of two arms is read on."""
 
@@ -194,17 +221,31 @@ class StudentConfig:
     source: Optional[str] = None  # the arm copied from; null: the teacher of the first distill stage, else base
 
 
+REMOVED = {
+    "data.text_field": "data.columns={text: NAME}", "data.label_field": "data.columns={label: NAME}",
+    "data.messages_field": "data.columns={messages: NAME}",
+}  # fmt: skip
+"""Settings of earlier releases, and what says the same now."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where documents come from: `path` (file or folder), else `hub` (a Hub dataset or a local one), else `name`."""
+    """Where documents come from: `path` (file or folder), else `hub` (a Hub dataset or a local one), else `name`.
+
+    `splits`, `columns` and `label_map` are written `{a: b, c: d}`; keys may be quoted.
+    """
 
     name: str = "stdlib"  # embedded: stdlib, stdlib_labels
     path: Optional[str] = None
     hub: Optional[str] = None  # org/name, or org/name@revision
-    subset: Optional[str] = None
-    text_field: str = "text"
-    label_field: str = "label"
-    messages_field: str = "messages"
+    subset: Optional[str] = None  # a configuration of a Hub data set, or a sub-folder
+    splits: Any = field(default_factory=dict)  # {validation: validation_matched}: what the data calls a split
+    format: DataFormat = DataFormat.auto
+    columns: Any = field(default_factory=dict)  # {text: body, label: stars}: which column has which part
+    label_map: Any = field(default_factory=dict)  # {neg: negative, 0: bad}: names of classes, by the data's
+    group_field: Optional[str] = None  # a column: documents that share its value are of one source
+    shared_documents: Shared = Shared.drop
+    conflicting_labels: Conflicting = Conflicting.drop
     task: Task = Task.causal_lm  # what `task` defaults to
     max_documents: Optional[int] = positive(None)  # per split, the first by content hash
     vocabulary_size: int = field(default=1024, metadata={"min": 300})  # of the embedded tokenizer
@@ -237,6 +278,7 @@ class TrainingConfig:
     """One training loop serves every stage; these are its settings."""
 
     steps: int = at_least_0(100)
+    epochs: Optional[float] = positive(None)  # passes over train; they then say how many steps there are
     batch_size: int = positive(16)  # sequences (or examples) of one optimizer step
     gradient_accumulation: int = positive(1)  # micro-batches that batch_size is cut into
     sequence_length: int = field(default=128, metadata={"min": 8})  # tokens

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 
 from pipeline.arguments import LIST, elsewhere, is_list, quoted
-from pipeline.config import Run, dotted_keys
+from pipeline.config import REMOVED, Run, dotted_keys
 from pipeline.errors import Exit, UserError
 from pipeline.recipes import GROUPS, Recipe, config_dir, recipe_text
 from pipeline.stages.table import STAGES
@@ -92,6 +92,8 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         if key in GROUPS:  # a group that a choice of was not made, or a value given for a whole one
             return UserError(key, problem, f"name a choice of {key}, or give its settings one by one")
+        if key in REMOVED:
+            return UserError(key, "is no setting any more", f"give {REMOVED[key]}")
         said = elsewhere(key)
         return UserError(key, "there is no such setting", said or did_you_mean(key, _known_keys(args, recipes)))
     if isinstance(cause, ValidationError):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.assess.engine import read_results
 from pipeline.assess.tasks import check_tasks
-from pipeline.config import MAX_SEED, Run, StudentConfig, Task, check_ranges
+from pipeline.config import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
+from pipeline.data.mappings import mapping, split_names
 from pipeline.errors import UserError
 from pipeline.gate.checks import check_gate
 from pipeline.ledger.cost import check_cost
@@ -132,7 +133,7 @@ def _check_sources(run: Run) -> None:
         raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
     if run.data.path is not None and run.data.hub is not None:
         raise UserError("data.hub", "does not go with data.path", "give one of the two")
-    beside = {"data.subset": (run.data.subset, "data.hub", run.data.hub),
+    beside = {"data.subset": (run.data.subset, "data.path or data.hub", run.data.path or run.data.hub),
               "model.revision": (run.model.revision, "model.path", run.model.path)}  # fmt: skip
     for key, (given, needs, place) in beside.items():
         if given is not None and place is None:
@@ -146,6 +147,7 @@ def _check_sources(run: Run) -> None:
         if path is not None:
             check_local(path, key)
     embedded = run.data.path is None and run.data.hub is None
+    _check_data(run.data, embedded=embedded)
     if embedded and (run.data.name == "stdlib_labels") != (run.task is Task.sequence_classification):
         right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
         raise UserError("task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}")
@@ -166,6 +168,20 @@ def _check_regular(run: Run) -> None:
             why = why_no_file(place)
             if why is not None:
                 raise UserError(key, f"{given} {why}", "give a file")
+
+
+def _check_data(data: DataConfig, *, embedded: bool) -> None:
+    """Read the settings of names by names, and refuse what says how to read files where none are read."""
+    data.splits, data.columns, data.label_map = (
+        mapping(getattr(data, name), f"data.{name}") for name in ("splits", "columns", "label_map")
+    )
+    split_names(data)
+    default = DataConfig()
+    for name in ("splits", "format", "columns", "label_map", "group_field"):
+        if embedded and getattr(data, name) != getattr(default, name):
+            raise UserError(
+                f"data.{name}", "has no effect on the embedded data", f"give data.path, or leave data.{name} out"
+            )
 
 
 def _check_rest(run: Run) -> None:

@@ -70,9 +70,11 @@ def test_a_damaged_file_names_its_line(tmp_path: Path, rows: list[Any], said: st
     assert said in str(error.value)
 
 
-def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"said.csv has an unknown ending; give a .jsonl"):
-        read_completions(written(tmp_path, ["a,b"], "said.csv"), DataConfig(), KEY)
+def test_any_kind_of_file_is_read(tmp_path: Path) -> None:
+    [found] = read_completions(written(tmp_path, ["prompt,completion", "a,b"], "said.csv"), DataConfig(), KEY)
+    assert (found.prompt, found.completion, found.document) == ("a", "b", Document("ab"))
+    with pytest.raises(UserError, match=r"said.xml has an unknown ending"):
+        read_completions(written(tmp_path, ["a,b"], "said.xml"), DataConfig(), KEY)
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("", "held out"), ("x ", "held out"), ("held ", "out"),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.config import DataConfig, Task
+from pipeline.config import DataConfig, Shared, Task
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 
@@ -37,11 +37,11 @@ def test_missing_splits_are_cut_by_content_and_stay_when_documents_are_added(tmp
     assert "train: dropped 1 blank documents" in large.notes
 
 
-def test_a_document_in_two_splits_is_refused(tmp_path) -> None:
+def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(9)])
     jsonl(tmp_path / "test.jsonl", [{"text": "new"}, {"text": "t4"}])
     with pytest.raises(UserError, match=r"document 2 of test \('t4'\) is document 5 of train too"):
-        load_dataset(DataConfig(path=str(tmp_path)), Task.causal_lm)
+        load_dataset(DataConfig(path=str(tmp_path), shared_documents=Shared.refuse), Task.causal_lm)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,15 @@ def test_a_document_in_two_splits_is_refused(tmp_path) -> None:
         ("", LM, "is empty"),
         ('{"text": "a"}\n{"text": \n', LM, "line 2 is not JSON"),
         ('{"text": "a"}\n[1]\n', LM, "line 2 is not an object"),
-        ('{"txt": "a"}\n', LM, "no field 'text'; set data.text_field to one of txt"),
+        ('{"txt": "a b"}\n', LM, "split has no documents"),
+        ('{"title": "a b", "body": "c d"}\n', LM, "no field 'text', and title, body are no shape that is known"),
+        ('{"text": "a"}\n{"txt": "a"}\n', LM, "line 2 has no field 'text', unlike the first row"),
         ('{"text": 3}\n', LM, "text is int"),
         ('{"text": "a"}\n', CLASSES, "no field 'label'"),
-        ('{"text": "a", "label": 0.5}\n', CLASSES, "label 0.5"),
-        ('{"text": "a", "label": 0}\n{"text": "b", "label": 7}\n', CLASSES, "labels run from 0 up to 7 but there are"),
+        ('{"text": "a", "label": 0.5}\n', CLASSES, "all documents have label '0.5'"),
+        ('{"text": "a", "label": null}\n', CLASSES, "line 1 has no label"),
+        ('{"text": "a", "label": NaN}\n', CLASSES, "line 1 has label nan"),
+        ('{"text": "a", "label": [0, 2]}\n', CLASSES, "line 1 has 2 labels"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', LM, "no assistant turn"),
         ('{"messages": "x"}\n', LM, "line 1: messages are not a list of role and content"),
         ('{"text": "a"}\n', LM, "split has no documents"),
@@ -62,10 +66,10 @@ def test_a_document_in_two_splits_is_refused(tmp_path) -> None:
         ('{"messages": [{"role": "assistant", "content": "\\udc00"}]}\n', LM, "line 1 has half a character"),
         ("[" * 100_000, LM, "line 1 is not JSON (maximum recursion depth"),
         ('{"text": "a", "n": ' + "1" * 5000 + "}", LM, "line 1 is not JSON (Exceeds the limit"),
-        ('{"text": "a", "label": true}\n', CLASSES, "label True"),
+        ('{"text": "a", "label": true}\n', CLASSES, "all documents have label 'true'"),
         ('{"text": "a", "label": " "}\n', CLASSES, "label ' '"),
         ('{"text": "a", "label": "x"}\n', CLASSES, "all documents have label 'x'"),
-        ('{"text": "a", "label": 0}\n{"text": "b", "label": -1}\n', CLASSES, "run from -1 up to 0"),
+        ('{"text": "a", "label": {"x": 1}}\n', CLASSES, "line 1 has 1 labels"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None:
@@ -76,23 +80,14 @@ def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None
     assert problem in str(refused.value)
 
 
-@pytest.mark.parametrize(("train", "test"), [((0, 1), 2), (("no", "yes"), "maybe")])
-def test_a_label_that_only_the_test_split_has_is_refused(tmp_path, train, test) -> None:
+@pytest.mark.parametrize(("train", "test"), [((0, 1), 2), (("no", "yes"), "zz")])
+def test_a_label_that_only_the_test_split_has_is_said_and_its_documents_are_scored(tmp_path, train, test) -> None:
     jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": train[i % 2]} for i in range(60)])
     jsonl(tmp_path / "test.jsonl", [{"text": "new", "label": train[0]}, {"text": "newer", "label": test}])
-    with pytest.raises(UserError, match=rf"test\.jsonl line 2 has label {test!r}, which train does not have"):
-        load_dataset(DataConfig(path=str(tmp_path)), Task.sequence_classification)
-
-
-def test_a_file_that_is_meant_as_a_split_is_not_passed_over(tmp_path) -> None:
-    jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(60)])
-    (tmp_path / "README.md").write_text("what this is")
-    load_dataset(DataConfig(path=str(tmp_path)), Task.causal_lm)
-    for name in ("valid.jsonl", "test.json", "dev.csv"):
-        jsonl(tmp_path / name, [{"text": "new"}])
-        with pytest.raises(UserError, match=rf"{name} would not be read; name splits train, validation, test"):
-            load_dataset(DataConfig(path=str(tmp_path)), Task.causal_lm)
-        (tmp_path / name).unlink()
+    dataset = load_dataset(DataConfig(path=str(tmp_path)), Task.sequence_classification)
+    assert dataset.labels == (*map(str, train), str(test))
+    assert [document.label for document in dataset.splits["test"]] == [0, 2]
+    assert any(note.startswith(f"class {test} has no document in train; 1 of test are of it") for note in dataset.notes)
 
 
 def test_a_chat_in_which_the_assistant_says_nothing_is_blank(tmp_path) -> None:

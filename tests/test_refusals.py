@@ -96,7 +96,7 @@ def test_a_document_in_two_splits_is_refused(refuse: Refuse, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("d.jsonl", b"\xff\xfe\x00bad", "UTF-8"),
+        ("d.jsonl", b"\xffbad", "UTF-8"),
         ("d.xyz", b"what", "xyz"),
         ("d.parquet", b"PAR1 no", "parquet"),
         ("d.csv", b"a,b\n1,2\n", "text"),

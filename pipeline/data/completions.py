@@ -1,4 +1,4 @@
-"""Saved completions of any model, to train a student on: a JSONL of prompt and completion, or of chat `messages`.
+"""Saved completions of any model, to train a student on: rows of prompt and completion, or of chat `messages`.
 
 Sequence-level distillation: the student learns what the teacher wrote, no teacher is loaded, and any model that can be
 asked will do. Only what was completed is predicted. What the completions cost is not in this run's ledger.
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DataConfig, Task
+from pipeline.data.cells import Row, refuse_half_characters
+from pipeline.data.chats import messages_of, tools_of
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.encode import Encoded, common_length, encode_all
-from pipeline.data.files import from_row, read_rows
+from pipeline.data.files import read_rows
+from pipeline.data.mappings import mapping
 from pipeline.errors import UserError
 from pipeline.text_files import open_file
 
@@ -31,36 +34,36 @@ class Completion:
 
 
 def read_completions(path: str, config: DataConfig, key: str) -> list[Completion]:
-    """Read a JSONL file.
+    """Read a file of any format (`data/formats.py`).
 
     Args:
-        config: Names the field of `messages`.
+        config: Names the column of `messages`.
         key: The setting that named the file, for refusals.
 
     Raises:
         UserError: Naming the line at fault.
     """
     file = Path(path).expanduser()
-    if file.suffix != ".jsonl":
-        raise UserError(key, f"{file.name} has an unknown ending", "give a .jsonl file")
-    found = [_completion(row, config, key) for row in read_rows(file, config.text_field, key)]
+    messages = mapping(config.columns, "data.columns").get("messages", "messages")
+    found = [_completion(row, messages, key) for row in read_rows(file, key)]
     if not found:
         raise UserError(key, f"{file} has no completion", 'write {"prompt": ..., "completion": ...} on each line')
     return found
 
 
-def _completion(row: tuple[str, dict[str, Any]], config: DataConfig, key: str) -> Completion:
+def _completion(row: Row, messages: str, key: str) -> Completion:
     where, fields = row
-    if config.messages_field in fields:
-        return Completion("", "", from_row(row, config, None, key))
+    if fields.get(messages) is not None:
+        turns = messages_of(where, fields[messages], key, {})
+        return Completion("", "", Document("", messages=turns, tools=tools_of(where, fields.get("tools"), key, {})))
     for name in ("prompt", "completion"):
         if not isinstance(fields.get(name), str):
             problem = f"{where} has no {name}" if name not in fields else f"{where}: {name} is no text"
             raise UserError(key, problem, 'write {"prompt": ..., "completion": ...}, or {"messages": [...]}')
     if not fields["completion"].strip():
         raise UserError(key, f"{where} has an empty completion", "drop that line")
-    whole = {config.text_field: fields["prompt"] + fields["completion"]}
-    return Completion(fields["prompt"], fields["completion"], from_row((where, whole), config, None, key))
+    refuse_half_characters(where, fields["prompt"] + fields["completion"], key)
+    return Completion(fields["prompt"], fields["completion"], Document(fields["prompt"] + fields["completion"]))
 
 
 def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> None:
@@ -83,10 +86,14 @@ def encode_completions(completions: Sequence[Completion], tokenizer: Any) -> lis
     Raises:
         UserError: If the model has no chat template for chats.
     """
-    chats = iter(encode_all(
-        [each.document for each in completions if each.document.messages is not None], tokenizer, Task.causal_lm,
-        max_length=0,
-    ))  # fmt: skip
+    chats = iter(
+        encode_all(
+            [each.document for each in completions if each.document.messages is not None],
+            tokenizer,
+            Task.causal_lm,
+            max_length=0,
+        )
+    )
     return [next(chats) if each.document.messages is not None else _encoded(each, tokenizer) for each in completions]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
@@ -31,23 +33,52 @@ class Document:
     prompt: str | None = None
     pair: str | None = None
     group: str | None = None
+    _digest: str | None = field(default=None, init=False, repr=False, compare=False)  # once it was asked for
+    _likeness: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def is_blank(self) -> bool:
         """Whether there is nothing in it to learn: no text, or an assistant that says nothing."""
         if self.messages is None:
             return not self.text.strip()
-        said = [turn for turn in self.messages if turn.get("role") == "assistant"]
+        said = [turn for turn in self.messages if turn.get("role") == "assistant" and turn.get("weight", 1)]
         return not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in said)
 
     @property
     def digest(self) -> str:
         """32 hex characters of the content without the label: what decides splits and repeats."""
+        if self._digest is None:
+            object.__setattr__(self, "_digest", self._hashed())
+        return self._digest or ""
+
+    def _hashed(self) -> str:
         parts = [self.messages, self.tools, self.prompt, self.pair]
         content = self.text
         if any(part is not None for part in parts):
             content = json.dumps([self.text, *parts], ensure_ascii=False, sort_keys=True, default=str)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    @property
+    def likeness(self) -> str:
+        """32 hex characters of the content without blanks, case and Unicode form: documents that share it are alike."""
+        if self._likeness is None:
+            object.__setattr__(self, "_likeness", self._hashed_plainly())
+        return self._likeness or ""
+
+    def _hashed_plainly(self) -> str:
+        parts = [self.text, self.prompt or "", self.pair or "", *_said(self.messages or ())]
+        whole = "\x1f".join(" ".join(part.split()) for part in parts if part)
+        if not whole.isascii():
+            whole = unicodedata.normalize("NFKC", whole)
+        return hashlib.sha256(whole.casefold().encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _said(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for turn in messages:
+        yield str(turn.get("role"))
+        for name in sorted(turn.keys() - {"role", "weight"}):
+            value = turn[name]
+            yield value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def load_stdlib_labels() -> Dataset:
 
 def _pieces_by_split(files: list[tuple[Path, str]], label: int) -> dict[str, list[Document]]:
     """Cut files, in an order of their content, into pieces, and give whole files to the split that still needs some."""
-    cut = [_pieces(text, label) for _, text in sorted(files, key=lambda file: Document(file[1]).digest)]
+    cut = [_pieces(name, text, label) for name, text in sorted(files, key=lambda file: Document(file[1]).digest)]
     total = min(PIECES_PER_CLASS, sum(map(len, cut)))
     train, validation, test = EMBEDDED_SHARES
     wanted = {"test": total * test // 100, "validation": total * validation // 100, "train": total * train // 100}
@@ -74,10 +74,11 @@ def _pieces_by_split(files: list[tuple[Path, str]], label: int) -> dict[str, lis
     return parts
 
 
-def _pieces(text: str, label: int) -> list[Document]:
+def _pieces(name: Path, text: str, label: int) -> list[Document]:
+    """Cut a file; its pieces are of one source, and no statistic may take them for independent."""
     lines = [line for line in text.splitlines() if line.strip()]
     starts = range(0, len(lines) - PIECE_LINES + 1, PIECE_LINES)
-    return [Document("\n".join(lines[start : start + PIECE_LINES]), label) for start in starts]
+    return [Document("\n".join(lines[start : start + PIECE_LINES]), label, group=name.as_posix()) for start in starts]
 
 
 def _keep_first_occurrence(given: dict[str, list[Document]]) -> dict[str, list[Document]]:
@@ -86,6 +87,6 @@ def _keep_first_occurrence(given: dict[str, list[Document]]) -> dict[str, list[D
     result: dict[str, list[Document]] = {}
     for split, documents in given.items():
         unique, _ = drop_blanks_and_repeats(documents)
-        result[split] = [document for document in unique if document.digest not in seen]
-        seen |= {document.digest for document in unique}
+        result[split] = [document for document in unique if document.likeness not in seen]
+        seen |= {document.likeness for document in unique}
     return result

@@ -1,210 +1,255 @@
-"""Documents from `data.path`: JSONL, CSV, Parquet or text; a file, or a folder with one file per split."""
+"""Documents from local files, by one door: `data.path`, a folder given as `data.hub`, and files that stages name."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import DataConfig, Task
+from pipeline.data.cells import Row, Table, is_missing, refuse_half_characters, value_of
 from pipeline.data.documents import SPLITS, Dataset, Document
-from pipeline.data.splits import assemble
+from pipeline.data.folders import find_files
+from pipeline.data.formats import read_table
+from pipeline.data.labels import check_classes, class_name, is_hidden, ordered, renamed, shortened
+from pipeline.data.mappings import mapping, split_names
+from pipeline.data.rows import document_of
+from pipeline.data.shapes import Shape, recognise
+from pipeline.data.splits import Rules, assemble
 from pipeline.errors import UserError
 
 KEY = "data.path"
-SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
-Row = tuple[str, dict[str, Any]]  # where it stands ("train.jsonl line 3") and its fields
+LABEL = "label"
 
 
-def load_path(config: DataConfig, task: Task) -> Dataset:
-    """Load `data.path`.
+def load_path(config: DataConfig, task: Task, place: str, key: str = KEY) -> Dataset:
+    """Load a file or a folder.
+
+    Args:
+        place: Where it lies.
+        key: The setting that named it, for refusals.
 
     Raises:
         UserError: Naming file and line.
     """
-    assert config.path is not None
-    path = Path(config.path).expanduser()
-    files = _split_files(path) if path.is_dir() else {"train": path}
-    rows = {split: list(read_rows(file, config.text_field)) for split, file in files.items()}
-    return from_rows(path.name, rows, config, task, key=KEY)
+    path = Path(place).expanduser()
+    found = find_files(path, config.subset, split_names(config), key)
+    tables = {split: [read_table(file, key) for file in files] for split, files in found.files.items()}
+    joined = {split: _joined(parts) for split, parts in tables.items()}
+    return from_tables(path.name, joined, config, task, key=key, notes=found.notes)
 
 
-def from_rows(name: str, rows: dict[str, list[Row]], config: DataConfig, task: Task, *, key: str) -> Dataset:
-    """Turn rows of fields into a dataset; class names come from the labels unless they are numbers."""
-    labels = _class_names(rows, config, key) if task is Task.sequence_classification else None
-    given = {split: [from_row(row, config, labels, key) for row in part] for split, part in rows.items()}
-    return assemble(name, given, key=key, labels=labels)
+def _joined(parts: Sequence[Table]) -> Table:
+    """Return the rows of several files; what is said of many files is said once, with their number."""
+    notes = [note for part in parts for note in part.notes]
+    if len(notes) > 4:
+        notes = [f"{notes[0]} ({len(notes)} such remarks)"]
+    names = parts[0].class_names
+    declared = {
+        name: classes for name, classes in names.items() if all(part.class_names.get(name) == classes for part in parts)
+    }
+    return Table([row for part in parts for row in part.rows], notes, declared)
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for split in SPLITS:
-        found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-        if len(found) > 1:
-            raise UserError(KEY, f"{folder} has {found[0].name} and {found[1].name}", "keep one file per split")
-        if found:
-            files[split] = found[0]
-    if "train" not in files:
-        raise UserError(KEY, f"{folder} has no train file", f"add train{'|'.join(SUFFIXES)}")
-    meant = {*SPLITS, "valid", "val", "dev"}
-    stray = [path for path in sorted(folder.iterdir()) if path.stem in meant and path not in files.values()]
-    if stray:
-        names, endings = ", ".join(SPLITS), ", ".join(SUFFIXES)
-        raise UserError(KEY, f"{stray[0]} would not be read", f"name splits {names} and end them {endings}")
-    return files
+def from_tables(
+    name: str, tables: Mapping[str, Table], config: DataConfig, task: Task, *, key: str, notes: Sequence[str] = ()
+) -> Dataset:
+    """Turn rows of fields, by split, into a dataset.
+
+    Raises:
+        UserError: If there is no telling what they are, naming the row.
+    """
+    if "train" not in tables or not tables["train"].rows:
+        raise UserError(key, "the train split has no documents", "give more documents")
+    shape = recognise(
+        tables["train"].rows,
+        config.format,
+        mapping(config.columns, "data.columns"),
+        task,
+        key,
+        group=config.group_field,
+    )
+    said = [*notes, *(note for table in tables.values() for note in table.notes), shape.say()]
+    rows = {split: table.rows for split, table in tables.items()}
+    labels = _Labels.none()
+    if LABEL in shape.columns:
+        rows, more = _with_known_labels(rows, shape, tables["train"].class_names)
+        labels = _read_labels(rows, shape, tables["train"].class_names, config, key)
+        rows = {
+            split: [row for row, label in zip(rows[split], labels.by_split[split], strict=True) if label is not None]
+            for split in rows
+        }
+        said += [*more, *labels.notes]
+    told: dict[str, None] = {}
+    given = {
+        split: list(_documents(part, shape, labels.kept(split), config, key, told)) for split, part in rows.items()
+    }
+    rules = Rules(config.shared_documents, config.conflicting_labels)
+    return assemble(name, given, key=key, labels=labels.names, notes=[*said, *told], rules=rules)
 
 
-def read_rows(path: Path, text_field: str, key: str = KEY) -> Iterator[Row]:
-    """Yield the rows of one file.
+def _documents(
+    rows: Sequence[Row], shape: Shape, labels: Sequence[int] | None, config: DataConfig, key: str, told: dict[str, None]
+) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        document = document_of(row, shape, key, told)
+        group = None if config.group_field is None else _group(row, config.group_field)
+        yield replace(document, label=None if labels is None else labels[number], group=group)
+
+
+def _group(row: Row, column: str) -> str | None:
+    """Return the source that a row names; one without a value is a source of its own."""
+    where, fields = row
+    value = value_of(fields, column)
+    if value is None and column not in fields and "." not in column:
+        there = ", ".join(fields)
+        raise UserError("data.group_field", f"{where} has no field {column!r}", f"choose one of {there}")
+    return None if is_missing(value) or not str(value).strip() else str(value)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+class _Labels:
+    """Class names, and the class index of each row; None for a row without a label."""
+
+    def __init__(
+        self, names: tuple[str, ...] | None, by_split: Mapping[str, list[int | None]], notes: Sequence[str]
+    ) -> None:
+        self.names, self.by_split, self.notes = names, by_split, notes
+
+    @classmethod
+    def none(cls) -> _Labels:
+        return cls(None, {}, ())
+
+    def kept(self, split: str) -> list[int] | None:
+        """Return the indices of the rows of a split that have one."""
+        return None if self.names is None else [label for label in self.by_split[split] if label is not None]
+
+
+def _with_known_labels(
+    rows: Mapping[str, Sequence[Row]], shape: Shape, declared: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, list[Row]], list[str]]:
+    """Leave out splits whose labels are hidden: public test splits have -1, nothing, or no column in their place."""
+    column = shape.columns[LABEL]
+    cells = {split: [value_of(fields, column) for _, fields in part] for split, part in rows.items()}
+    is_class = column not in declared and any(str(cell).strip() == "-1" for cell in cells["train"])
+    kept: dict[str, list[Row]] = {}
+    notes: list[str] = []
+    for split, part in rows.items():
+        hides = all(is_hidden(cell) and not (is_class and cell is not None) for cell in cells[split])
+        if split != "train" and part and hides:
+            notes.append(f"{split} is not read: its {len(part)} rows have no labels")
+        else:
+            kept[split] = list(part)
+    return kept, notes
+
+
+def _read_labels(
+    rows: Mapping[str, Sequence[Row]],
+    shape: Shape,
+    declared: Mapping[str, tuple[str, ...]],
+    config: DataConfig,
+    key: str,
+) -> _Labels:
+    column = shape.columns[LABEL]
+    classes = declared.get(column)
+    found: dict[str, list[str | None]] = {
+        split: [_one_label(row, column, classes, key) for row in part] for split, part in rows.items()
+    }
+    there = {name for part in found.values() for name in part if name is not None}
+    names = list(classes) if classes is not None else ordered(there)
+    goes_by = renamed(names, mapping(config.label_map, "data.label_map"))
+    labels = tuple(dict.fromkeys(goes_by[name] for name in names))
+    in_train = {goes_by[name] for name in found["train"] if name is not None}
+    if len(in_train) == 1:
+        check_classes(list(in_train), 0, key)
+    check_classes(labels, len(found["train"]), key)
+    index = {name: labels.index(goes_by[name]) for name in names}
+    notes = [
+        f"{split}: dropped {part.count(None)} documents without a label (-1)"
+        for split, part in found.items()
+        if None in part
+    ]
+    trimmed = sum(
+        isinstance(cell := value_of(fields, column), str) and cell != cell.strip()
+        for part in rows.values()
+        for _, fields in part
+    )
+    notes += [f"{trimmed} labels had blanks around them, which are no part of a class"] if trimmed else []
+    if len(labels) < len(names):
+        notes.append(f"data.label_map makes {len(labels)} classes of {len(names)} ({shortened(names)})")
+    by_split = {split: [None if name is None else index[name] for name in part] for split, part in found.items()}
+    return _Labels(labels, by_split, notes)
+
+
+def _one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) -> str | None:
+    """Return the name of a row's class; None where a file that declares its classes says that there is none."""
+    where, fields = row
+    value = value_of(fields, column)
+    if value is None and column not in fields:
+        others = ", ".join(fields)
+        remedy = f"give a label to each, or choose one of {others} with data.columns={{label: NAME}}"
+        raise UserError(key, f"{where} has no field {column!r}", remedy)
+    refuse_half_characters(where, value, key)
+    if classes is None or not isinstance(value, int) or isinstance(value, bool):
+        return class_name(where, value, key)
+    if value == -1:
+        return None
+    if not 0 <= value < len(classes):
+        raise UserError(key, f"{where} has label {value}, and {len(classes)} classes are declared", "mend that row")
+    return classes[value]
+
+
+def class_counts(dataset: Dataset) -> dict[str, Counter[int]]:
+    """Return how many documents each class has, by split and index."""
+    return {
+        split: Counter(document.label for document in dataset.splits[split] if document.label is not None)
+        for split in SPLITS
+    }
+
+
+# --- files that stages name -----------------------------------------------------------------------------
+
+
+def read_rows(path: Path, key: str) -> list[Row]:
+    """Return the rows of one file.
 
     Raises:
         UserError: If the file cannot be read, naming the line.
     """
-    if not path.is_file():
-        raise UserError(key, f"{path} is not a file", "give a file or a folder of splits")
-    if path.suffix == ".parquet":
-        yield from _parquet(path, key)
-        return
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    if path.suffix not in SUFFIXES:
-        raise UserError(key, f"{path.name} has an unknown ending", f"give {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(key, f"{path.name} line {line} is not UTF-8", "save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(key, f"{path} cannot be read ({error.strerror})", "check the file") from None
-    if not text.strip():
-        raise UserError(key, f"{path} is empty", "give a file with documents")
-    if path.suffix == ".txt":
-        yield from _text(path, text, text_field)
-    else:
-        yield from readers[path.suffix](path, text, key)
+    return read_table(path, key).rows
 
 
-def _jsonl(path: Path, text: str, key: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name} line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting as deep
-            problem = getattr(error, "msg", str(error))
-            raise UserError(key, f"{where} is not JSON ({problem})", "mend that line") from None
-        if not isinstance(fields, dict):
-            raise UserError(key, f"{where} is not an object", 'write {"text": ...} on each line')
-        yield where, fields
+def read_documents(
+    path: Path, config: DataConfig, task: Task, labels: tuple[str, ...] | None, key: str
+) -> list[Document]:
+    """Return the documents of one file whose rows are like those of the data.
 
-
-def _csv(path: Path, text: str, key: str) -> Iterator[Row]:
-    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be a whole document
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for fields in reader:
-            where = f"{path.name} line {reader.line_num}"
-            if None in fields or None in fields.values():
-                raise UserError(key, f"{where} has another number of columns than the header", "mend that line")
-            yield where, dict(fields)
-    except csv.Error as error:
-        line = reader.reader.line_num  # the DictReader's own lags behind
-        raise UserError(key, f"{path.name} line {line}: {error}", "mend that line") from None
-
-
-def _parquet(path: Path, key: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        text = str(error).splitlines()[0]
-        raise UserError(key, f"{path.name} cannot be read as Parquet ({text})", "write it anew") from None
-    for number, fields in enumerate(rows, 1):
-        yield f"{path.name} row {number}", fields
-
-
-def _text(path: Path, text: str, text_field: str) -> Iterator[Row]:
-    """Documents are paragraphs where blank lines separate any, else lines."""
-    blocks = text.split("\n\n" if "\n\n" in text.strip() else "\n")
-    for number, block in enumerate(blocks, 1):
-        if block.strip():
-            yield f"{path.name} document {number}", {text_field: block.strip("\n")}
-
-
-def _class_names(rows: dict[str, list[Row]], config: DataConfig, key: str) -> tuple[str, ...]:
-    train = {_label(row, config, key) for row in rows["train"]}
-    for row in (row for part in rows.values() for row in part):
-        label = _label(row, config, key)
-        if label not in train:
-            problem = f"{row[0]} has label {label!r}, which train does not have"
-            raise UserError(key, problem, "give train every label")
-    if len(train) == 1:
-        raise UserError(key, f"all documents have label {next(iter(train))!r}", "give at least two classes")
-    numbers = [label for label in train if isinstance(label, int)]
-    if len(numbers) == len(train) and sorted(numbers) != list(range(len(numbers))):
-        problem = f"labels run from {min(numbers)} up to {max(numbers)} but there are {len(numbers)}"
-        raise UserError(key, problem, "number classes 0, 1, 2, ...")
-    return tuple(map(str, sorted(numbers))) if len(numbers) == len(train) else tuple(sorted(map(str, train)))
-
-
-def _label(row: Row, config: DataConfig, key: str) -> int | str:
-    """Return a class number or a class name; CSV has numbers as text."""
-    where, fields = row
-    if config.label_field not in fields:
-        raise UserError(key, f"{where} has no field {config.label_field!r}", _fields_seen(fields, "data.label_field"))
-    value = fields[config.label_field]
-    if isinstance(value, str) and value.strip():
-        return int(value) if value.isdecimal() and len(value) < 10 else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(key, f"{where} has label {value!r}", "give whole numbers or names")
-    return value
-
-
-def _fields_seen(fields: Iterable[str], setting: str) -> str:
-    return f"set {setting} to one of {', '.join(map(str, fields))}"
-
-
-def from_row(row: Row, config: DataConfig, labels: tuple[str, ...] | None, key: str) -> Document:
-    """Return the document that a row holds.
+    Args:
+        labels: Class names, where a row must have one of them.
+        key: The setting that named the file, for refusals.
 
     Raises:
         UserError: Naming file and line.
     """
-    where, fields = row
-    if labels is None and config.messages_field in fields:
-        return Document("", messages=_messages(where, fields[config.messages_field], key))
-    if config.text_field not in fields:
-        raise UserError(key, f"{where} has no field {config.text_field!r}", _fields_seen(fields, "data.text_field"))
-    text = fields[config.text_field]
-    if not isinstance(text, str):
-        raise UserError(key, f"{where}: {config.text_field} is {type(text).__name__}", "give text")
-    _refuse_half_characters(where, text, key)
-    return Document(text, None if labels is None else labels.index(str(_label(row, config, key))))
-
-
-def _messages(where: str, raw: Any, key: str) -> tuple[dict[str, Any], ...]:
-    good = isinstance(raw, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in raw
-    )
-    if not good:
-        raise UserError(key, f"{where}: messages are not a list of role and content", "write them so")
-    turns = tuple(dict(turn) for turn in raw)
-    _refuse_half_characters(where, "".join(turn["content"] for turn in turns), key)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UserError(key, f"{where} has no assistant turn", "drop that chat, or add the completion")
-    return turns
-
-
-def _refuse_half_characters(where: str, text: str, key: str) -> None:
-    """JSON can spell one half of a surrogate pair, which is no character and has no bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"{ord(text[error.start]):04x}"
-        raise UserError(key, f"{where} has half a character (\\u{half})", "write the whole pair") from None
+    table = read_table(path, key)
+    if not table.rows:
+        raise UserError(key, f"{path} has no rows", "give a file with documents")
+    shape = recognise(table.rows, config.format, mapping(config.columns, "data.columns"), task, key)
+    documents = [document_of(row, shape, key, {}) for row in table.rows]
+    if labels is None or LABEL not in shape.columns:
+        return documents
+    names = [
+        _one_label(row, shape.columns[LABEL], table.class_names.get(shape.columns[LABEL]), key) for row in table.rows
+    ]
+    known = mapping(config.label_map, "data.label_map")
+    found = [known.get(name, name) if name is not None else None for name in names]
+    for row, name in zip(table.rows, found, strict=True):
+        if name is not None and name not in labels:
+            raise UserError(key, f"{row[0]} has label {name!r}", f"the data has {shortened(labels)}")
+    return [
+        replace(document, label=None if name is None else labels.index(name))
+        for document, name in zip(documents, found, strict=True)
+    ]

@@ -7,6 +7,8 @@ import random
 
 from pipeline.config import DataConfig, Task
 from pipeline.data.documents import Dataset, Document
+from pipeline.data.files import class_counts
+from pipeline.data.labels import class_notes
 from pipeline.errors import UserError
 
 
@@ -19,6 +21,9 @@ def load_dataset(config: DataConfig, task: Task) -> Dataset:
     dataset = _load(config, task)
     if config.max_documents is not None:
         dataset = _first(dataset, config.max_documents)
+    if dataset.labels is not None and (config.path is not None or config.hub is not None):
+        notes = class_notes(dataset.labels, class_counts(dataset))
+        dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     return _shuffled_labels(dataset) if config.shuffle_labels else dataset
 
 
@@ -26,7 +31,7 @@ def _load(config: DataConfig, task: Task) -> Dataset:
     if config.path is not None:
         from pipeline.data.files import load_path
 
-        return load_path(config, task)
+        return load_path(config, task, config.path)
     if config.hub is not None:
         from pipeline.data.hub import load_hub
 
@@ -52,7 +57,7 @@ def _shuffled_labels(dataset: Dataset) -> Dataset:
     train = dataset.splits["train"]
     labels = [document.label for document in train]
     random.Random(0).shuffle(labels)
-    shuffled = tuple(Document(document.text, label) for document, label in zip(train, labels, strict=True))
+    shuffled = tuple(dataclasses.replace(document, label=label) for document, label in zip(train, labels, strict=True))
     return _with(dataset, {**dataset.splits, "train": shuffled}, "train labels are shuffled")
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pipeline.config import Run, Task
 from pipeline.data.documents import Dataset, Document
-from pipeline.data.files import from_row, read_rows
+from pipeline.data.files import read_documents
 from pipeline.errors import UserError
 
 
@@ -30,8 +30,7 @@ def calibration_documents(stage: Calibrated, run: Run, data: Dataset, key: str) 
     if stage.calibration is None:
         return sorted(data.splits["train"], key=lambda document: document.digest)[: stage.calibration_documents]
     labels = data.labels if run.task is Task.sequence_classification else None
-    rows = read_rows(Path(stage.calibration).expanduser(), run.data.text_field, key)
-    documents = [from_row(row, run.data, labels, key) for row in rows]
+    documents = read_documents(Path(stage.calibration).expanduser(), run.data, run.task, labels, key)
     documents = [document for document in documents if not document.is_blank]
     if not documents:
         raise UserError(key, f"{stage.calibration} holds no text", "give documents like those of the data")

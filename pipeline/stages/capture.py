@@ -67,7 +67,12 @@ class CaptureStage:
         """Return the settings in force that decide what is captured; a part of the artifact's key."""
         like = run.stages[self.like]
         settings = training_settings(like, run)
-        names = ("sequence_length", "batch_size", "gradient_accumulation", "steps")
+        names = (
+            "sequence_length",
+            "batch_size",
+            "gradient_accumulation",
+            "steps" if settings.epochs is None else "epochs",
+        )
         return {"temperature": capture_temperature(self, run), **{name: getattr(settings, name) for name in names}}
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:

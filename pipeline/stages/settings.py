@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar, Optional
@@ -37,6 +39,7 @@ class TrainingOverrides:
     like: Optional[str] = None  # the stage whose training settings this one inherits
     precision: Optional[Precision] = None
     steps: Optional[int] = at_least_0(None)
+    epochs: Optional[float] = positive(None)
     batch_size: Optional[int] = positive(None)
     gradient_accumulation: Optional[int] = positive(None)
     sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
@@ -69,13 +72,60 @@ def _layers(stage: Any, run: Run) -> list[Any]:
 
 
 def training_settings(stage: TrainingOverrides, run: Run) -> TrainingConfig:
-    """Return the settings in force for `stage`: its own, else those of `like`, else `training.*`."""
+    """Return the settings in force for `stage`: its own, else those of `like`, else `training.*`.
+
+    Where `epochs` are in force, `steps` is not yet known, and above 0: see `steps_of`.
+    """
     chosen = {item.name: getattr(run.training, item.name) for item in dataclasses.fields(TrainingConfig)}
     for layer in reversed(_layers(stage, run)):
+        if layer.steps is not None:  # what is nearer to the stage wins, as steps or as epochs
+            chosen["epochs"] = None
         for name in chosen:
             if getattr(layer, name) is not None:
                 chosen[name] = getattr(layer, name)
+    if chosen["epochs"] is not None:
+        chosen["steps"] = max(1, chosen["steps"])
     return TrainingConfig(**chosen)
+
+
+def settle_epochs(run: Run, given: Collection[str]) -> None:
+    """Have `epochs` that the user gave win over steps of a profile or recipe, and steps over their epochs.
+
+    Args:
+        given: The settings of the command line.
+
+    Raises:
+        UserError: If the user gave both, of one stage or of all.
+    """
+    own = {f"stages.{name}": stage for name, stage in run.stages.items() if isinstance(stage, TrainingOverrides)}
+    for key in ("training", *own):
+        if f"{key}.steps" in given and f"{key}.epochs" in given:
+            raise UserError(f"{key}.epochs", f"does not go with {key}.steps", "give one of the two")
+    if "training.steps" in given:
+        run.training.epochs = None
+    for key, stage in own.items():
+        if f"{key}.steps" in given:
+            stage.epochs = None
+        elif f"{key}.epochs" in given or ("training.epochs" in given and stage.steps):  # 0: used as it is
+            stage.steps = None
+
+
+def steps_of(settings: TrainingConfig, num_rows: int) -> int:
+    """Return how many steps the epochs in force take; `settings.steps` where none are.
+
+    Args:
+        num_rows: Windows, or examples, of an epoch.
+    """
+    if settings.epochs is None:
+        return settings.steps
+    from pipeline.training.schedule import first_row
+
+    wanted = math.ceil(round(settings.epochs * num_rows, 6))
+    steps = max(1, math.ceil(wanted / settings.batch_size))
+    # batches that grow read less at first; how long they grow depends on the steps in turn
+    while (read := first_row(steps, dataclasses.replace(settings, steps=steps))) < wanted:
+        steps += math.ceil((wanted - read) / settings.batch_size)
+    return steps
 
 
 def read_as(stage: Any, run: Run) -> TrainingConfig | None:
@@ -118,6 +168,8 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
     """
     if stage.like is not None and stage.like not in run.stages:
         raise UserError(f"{key}.like", f"no stage is called {stage.like!r}", f"name one of {', '.join(run.stages)}")
+    if stage.steps is not None and stage.epochs is not None:
+        raise UserError(f"{key}.epochs", f"does not go with {key}.steps", "give one of the two")
     settings = training_settings(stage, run)
     if settings.batch_size % settings.gradient_accumulation:
         raise UserError(

@@ -45,8 +45,9 @@ class TrainStage(TrainingOverrides):
         matched = run.stages.get(self.like or "") if self.match_compute else None
         if isinstance(matched, TrainingOverrides) and training_settings(matched, run).steps == 0:
             raise UserError(f"{key}.match_compute", f"{self.like} takes no steps to match", "give it steps above 0")
-        if self.match_compute and self.steps is not None:
-            raise UserError(f"{key}.steps", "is computed where match_compute is set", f"drop {key}.steps")
+        for name in ("steps", "epochs"):
+            if self.match_compute and getattr(self, name) is not None:
+                raise UserError(f"{key}.{name}", "is computed where match_compute is set", f"drop {key}.{name}")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train and leave the model in `ctx.out`."""

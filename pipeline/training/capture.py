@@ -36,7 +36,7 @@ from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.models import load_model, load_tokenizer
 from pipeline.stages.context import Output
-from pipeline.stages.settings import training_precision, training_settings
+from pipeline.stages.settings import steps_of, training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
 from pipeline.training.objective import check_body, document_mask, hidden_states
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
@@ -82,6 +82,7 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
     """Capture as `stage` says and leave shards and manifest in `ctx.out`."""
     settings = training_settings(ctx.run.stages[stage.like], ctx.run)
     source, tokenizer = _open(stage, settings, inputs[stage.teacher], ctx)
+    settings.steps = steps_of(settings, source.windows.num_rows)
     with ctx.clock.phase("prepare"):
         rows = needed(source.windows, settings.steps, settings.batch_size)
         micro = settings.batch_size // settings.gradient_accumulation

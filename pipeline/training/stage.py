@@ -26,7 +26,14 @@ from pipeline.models import example_length, load_model, load_tokenizer, quantize
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import copy_model
-from pipeline.stages.settings import BASE, STUDENT_INIT, student_source, training_precision, training_settings
+from pipeline.stages.settings import (
+    BASE,
+    STUDENT_INIT,
+    steps_of,
+    student_source,
+    training_precision,
+    training_settings,
+)
 from pipeline.student import make_student, stack_layers
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.head_choice import choose_head
@@ -91,6 +98,7 @@ def run_training(
             round_weights(teacher.model, teacher.precision)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
         text = make_batches(model, tokenizer, encoded, settings, ctx)
+        settings.steps = steps_of(settings, text.num_rows)  # batches that grow read it from here
         signal = teacher
         if distill is not None and distill.cache is not None:
             signal = open_cache(distill, distill.cache, inputs, text, model, tokenizer, settings, ctx)
@@ -150,8 +158,8 @@ def run_training(
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
     output = flops.told(output, progress.flops)
     about = {} if choice is None else {"precision": choice.about}
-    told = (*(f"{ctx.stage}: {each}" for each in (*said, choice, head) if each is not None), *output.notes)
-    notes = told
+    said = (*said, choice, head, _epochs_said(settings, text.num_rows, ctx))
+    notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 
@@ -164,6 +172,18 @@ def _start_of(stage: TrainStage | DistillStage, ctx: Context) -> tuple[str, str]
         if stage.model == BASE
         else (f"stages.{ctx.stage}.model", stage.model)
     )
+
+
+def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str | None:
+    """Return how often train is read, where steps follow from epochs or do not come to one."""
+    what = f"{num_rows} {'windows' if ctx.run.task is Task.causal_lm else 'examples'} of train"
+    if settings.epochs is not None:
+        return f"{settings.epochs:g} epochs of {what} are {settings.steps} steps"
+    read = first_row(settings.steps, settings)
+    own = ctx.run.data.path is not None or ctx.run.data.hub is not None
+    if not own or read >= num_rows:
+        return None
+    return f"{settings.steps} steps read {read} of {what}; training.epochs=1 reads each once"
 
 
 def _start(
@@ -239,7 +259,7 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     per_step = None if ctx.matched is None else ctx.matched.flops_per_step
     if flops is None or per_step is None:
         raise StageFailed(f"{stage.like} has no FLOPs to match: {_why_no_flops(ctx)}")
-    settings.steps = max(1, int(flops // per_step))
+    settings.steps, settings.epochs = max(1, int(flops // per_step)), None
     why = _why_no_flops(ctx)
     if why is not None:
         ctx.say(f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb (6N, estimated), "

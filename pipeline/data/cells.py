@@ -1,0 +1,78 @@
+"""What readers of files hand on: rows of fields, where each stands, and what was said of the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from pipeline.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands ("train.jsonl line 3") and its fields."""
+FILE = "file"  # the column that says which file a text stands in
+
+
+@dataclass(slots=True)
+class Table:
+    """The rows of one file.
+
+    Attributes:
+        notes: What a reader must know of how it was read.
+        class_names: Names of classes by column, where the file declares them.
+    """
+
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def refuse_half_characters(where: str, value: Any, key: str) -> None:
+    """Refuse text that JSON spelt with one half of a surrogate pair, which is no character and has no bytes.
+
+    Args:
+        value: A text, or lists and objects with texts in them.
+
+    Raises:
+        UserError: Naming the row.
+    """
+    for text in texts_in(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            _refuse_half(where, text[error.start], key)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in nested lists and objects, keys included, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from texts_in(name)
+            yield from texts_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts_in(part)
+
+
+def _refuse_half(where: str, half: str, key: str) -> NoReturn:
+    raise UserError(key, f"{where} has half a character (\\u{ord(half):04x})", "write the whole pair")
+
+
+def value_of(fields: Mapping[str, Any], column: str | None) -> Any:
+    """Return a cell by its column, or by a path of names with dots into objects; None where it is not there."""
+    if column is None:
+        return None
+    if column in fields:
+        return fields[column]
+    found: Any = fields
+    for name in column.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found

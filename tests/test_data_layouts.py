@@ -1,0 +1,282 @@
+"""Every format, compression and layout of a folder; every file is used or named, and two readings are refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_layouts import (
+    COMPRESSIONS,
+    FORMATS,
+    LAYOUTS,
+    ONE_SPLIT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    save_to_disk,
+    write_file,
+)
+
+from pipeline.config import DataConfig, Task
+from pipeline.data.documents import Dataset
+from pipeline.data.load import load_dataset
+from pipeline.errors import UserError
+
+LM, CLASSES = Task.causal_lm, Task.sequence_classification
+
+
+def load(path: Path, task: Task = LM, **more: Any) -> Dataset:
+    return load_dataset(DataConfig(path=str(path), **more), task)
+
+
+def texts(dataset: Dataset, *splits: str) -> set[str]:
+    return {document.text for split in splits for document in dataset.splits[split]}
+
+
+def of(rows: Any) -> set[str]:
+    return {row["text"] for row in rows}
+
+
+@pytest.mark.parametrize("packed", COMPRESSIONS)
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("upper", [False, True])
+def test_every_format_compressed_or_not_in_any_case(tmp_path: Path, ending: str, packed: str, upper: bool) -> None:
+    name = f"my data [1]{ending}{packed}"
+    path = write_file(tmp_path, name.upper() if upper else name, TRAIN)
+    task = LM if ending == ".txt" else CLASSES
+    for place in (path, tmp_path):
+        dataset = load(place, task)
+        assert texts(dataset, "train", "validation", "test") == of(TRAIN)
+        assert dataset.labels == (None if task is LM else ("no", "yes"))
+    assert f"train is {path.name}" in load(tmp_path, task).notes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ending", [".jsonl", ".CSV", ".parquet", ".json.gz"])
+def test_every_layout_of_a_folder(tmp_path: Path, layout: str, ending: str) -> None:
+    LAYOUTS[layout](tmp_path, ending)
+    for name in ("README", "LICENSE", ".gitattributes", "dataset_infos.json", ".cache/x.jsonl", "_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    dataset = load(tmp_path, CLASSES)
+    assert texts(dataset, "test") == of(TEST)
+    given = layout in ("other names", "valid", "eval", "word of a name")
+    assert texts(dataset, "train") | (set() if given else texts(dataset, "validation")) == of(TRAIN)
+    assert not given or texts(dataset, "validation") == of(VALIDATION)
+    assert not any("not read" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("layout", ONE_SPLIT)
+@pytest.mark.parametrize("ending", [".jsonl", ".tsv.bz2"])
+def test_files_that_name_no_split_are_train(tmp_path: Path, layout: str, ending: str) -> None:
+    ONE_SPLIT[layout](tmp_path, ending)
+    assert texts(load(tmp_path, CLASSES), "train", "validation", "test") == of(TRAIN)
+
+
+@pytest.mark.parametrize("key", ["path", "hub"])
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_datasets_saves_is_read(tmp_path: Path, splits: bool, key: str) -> None:
+    save_to_disk(tmp_path / "saved", splits=splits)
+    dataset = load_dataset(DataConfig(**{key: str(tmp_path / "saved")}), CLASSES)
+    assert texts(dataset, "train", "validation", *([] if splits else ["test"])) == of(TRAIN)
+    if splits:
+        assert texts(dataset, "test") == of(TEST)
+
+
+def test_formats_may_be_mixed_over_splits(tmp_path: Path) -> None:
+    write_file(tmp_path, "train.parquet", TRAIN)
+    write_file(tmp_path, "val.tsv", VALIDATION)
+    write_file(tmp_path, "test.json", TEST)
+    dataset = load(tmp_path, CLASSES)
+    assert [texts(dataset, split) for split in ("train", "validation", "test")] == [of(TRAIN), of(VALIDATION), of(TEST)]
+
+
+def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
+    for at in range(12):
+        write_file(tmp_path, f"train_{at}.jsonl", TRAIN[5 * at : 5 * at + 5])
+    write_file(tmp_path, "test.jsonl", TEST)
+    write_file(tmp_path, "validation.jsonl", VALIDATION)
+    assert [document.text for document in load(tmp_path).splits["train"]] == [row["text"] for row in TRAIN]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["test.jsonl", "test.csv"], "test could be test.csv or test.jsonl"),
+        (["test.jsonl", "test.jsonl.gz"], "test could be test.jsonl or test.jsonl.gz"),
+        (["val.jsonl", "dev.jsonl"], "validation could be dev.jsonl or val.jsonl"),
+        (["validation_matched.jsonl", "validation_mismatched.jsonl"], "validation could be validation_matched.jsonl"),
+        (["test.jsonl", "test/part-0.jsonl"], "test could be test.jsonl or test/part-0.jsonl"),
+        (["data/train.jsonl"], "train could be data/train.jsonl or train.jsonl"),
+        (["train_1.jsonl"], "train could be train.jsonl or train_1.jsonl"),
+        (["test-00000-of-00002.jsonl"], "test-00000-of-00002.jsonl is one of 2 shards, and 1 are there"),
+        (["traintest.jsonl", "train-test.jsonl"], "the name of train-test.jsonl speaks of test and of train"),
+    ],
+)
+def test_two_readings_are_refused_and_both_named(tmp_path: Path, names: list[str], said: str) -> None:
+    for name in ("train.jsonl", *names):
+        write_file(tmp_path, name, TEST)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path)
+    assert said in str(refused.value)
+
+
+def test_splits_can_be_chosen_by_name(tmp_path: Path) -> None:
+    write_file(tmp_path, "train.jsonl", TRAIN)
+    write_file(tmp_path, "validation_matched.jsonl", VALIDATION)
+    write_file(tmp_path, "validation_mismatched.jsonl", TEST)
+    for name in ("validation_matched", "validation_matched.jsonl"):
+        dataset = load(tmp_path, splits={"validation": name})
+        assert texts(dataset, "validation") == of(VALIDATION)
+        assert "not read: validation_mismatched.jsonl" in dataset.notes
+    mixed = load(tmp_path, splits={"validation": "*_matched.jsonl", "test": "validation_mismatched"})
+    assert texts(mixed, "test") == of(TEST)
+    with pytest.raises(UserError, match=r"data\.splits: there is no file 'dev' for validation; known: train\.jsonl"):
+        load(tmp_path, splits={"validation": "dev"})
+    with pytest.raises(UserError, match=r"data\.splits: there is no split 'valid'; known: train, validation, test"):
+        load(tmp_path, splits={"valid": "dev"})
+
+
+def test_files_that_name_no_split_beside_some_that_do_are_named(tmp_path: Path) -> None:
+    write_file(tmp_path, "train.jsonl", TRAIN)
+    write_file(tmp_path, "extra.jsonl", TEST)
+    (tmp_path / "numbers.xlsx").write_bytes(b"x")
+    dataset = load(tmp_path)
+    assert "not read: extra.jsonl, numbers.xlsx" in dataset.notes
+    assert texts(dataset, "train", "validation", "test") == of(TRAIN)
+
+
+def test_files_of_which_none_names_a_split_are_refused_unless_they_are_texts(tmp_path: Path) -> None:
+    write_file(tmp_path / "rows", "raw.jsonl", TRAIN)
+    write_file(tmp_path / "rows", "clean.jsonl", TEST)
+    with pytest.raises(UserError, match=r"clean\.jsonl and raw\.jsonl, and neither names a split; choose with"):
+        load(tmp_path / "rows")
+    assert texts(load(tmp_path / "rows", splits={"train": "raw"}), "train", "validation", "test") == of(TRAIN)
+    for at in range(30):
+        write_file(tmp_path / "books", f"book of {at}.txt", TRAIN[2 * at : 2 * at + 2])
+    dataset = load(tmp_path / "books", group_field="file")
+    assert texts(dataset, "train", "validation", "test") == of(TRAIN)
+    by_split = [{document.group for document in part} for part in dataset.splits.values()]
+    assert sum(map(len, by_split)) == len(set.union(*by_split)) == 30  # no book is in two splits
+
+
+def test_a_file_given_alone_says_what_lies_beside_it(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "train.jsonl", TRAIN)
+    write_file(tmp_path, "test.csv", TEST)
+    assert any("test.csv beside train.jsonl is not read" in note for note in load(path).notes)
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "test", "sub/test.parquet"])
+def test_a_link_to_nothing_that_is_named_as_data_is_refused(tmp_path: Path, name: str) -> None:
+    write_file(tmp_path, "train.jsonl", TRAIN)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"{name} is a link to nothing"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, name: str) -> None:
+    write_file(tmp_path, "train.parquet", TRAIN)
+    os.mkfifo(tmp_path / name)
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name} is a pipe, not a file"):
+            load(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        ("train.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        ("train.jsonl.gz", b"not gzip", "train.jsonl.gz cannot be unpacked"),
+        ("train.jsonl.zst", b"not zstd", "train.jsonl.zst cannot be unpacked"),
+        ("train.jsonl.xz", b"not xz", "train.jsonl.xz cannot be unpacked"),
+        ("train.jsonl.bz2", b"not bz2", "train.jsonl.bz2 cannot be unpacked"),
+        ("train.jsonl.zip", b"not zip", "train.jsonl.zip cannot be unpacked"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "train.jsonl.gz cannot be unpacked"),
+        ("train.pkl", b"", "train.pkl may hold a program"),
+        ("train.tar.gz", b"", "train.tar.gz is an archive"),
+        ("train.xlsx", b"", "train.xlsx is a spreadsheet"),
+        ("train.xml", b"", "train.xml has an unknown ending"),
+        ("train.feather", b"ARROW1 and then nothing", "cannot be read as Arrow"),
+        ("train.arrow", b"nothing", "cannot be read as Arrow"),
+        ("train.parquet", b"", "is empty"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / name)
+    assert said in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "subset", "said"),
+    [
+        ("- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n", None, "has a, b"),
+        ("- config_name: a\n  data_files: a.jsonl\n", "c", "there is no 'c'; known: a"),
+        ("- config_name: a\n  data_files: ../a.jsonl\n", None, "outside of the folder"),
+        ("- config_name: a\n  data_files: gone-*.jsonl\n", None, "has no such file"),
+    ],
+)
+def test_a_hub_card_that_leaves_a_choice_or_leads_nowhere(
+    tmp_path: Path, card: str, subset: str | None, said: str
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, subset=subset)
+    assert said in str(refused.value)
+
+
+def test_a_subset_is_a_configuration_of_the_card_or_a_folder(tmp_path: Path) -> None:
+    write_file(tmp_path, "one/train.jsonl", TRAIN)
+    write_file(tmp_path, "two/train.jsonl", TEST)
+    with pytest.raises(UserError, match=r"train could be one/train\.jsonl or two/train\.jsonl; .*data\.subset=one"):
+        load(tmp_path)
+    assert texts(load(tmp_path, subset="one"), "train", "validation", "test") == of(TRAIN)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files: {train: one/*.jsonl}\n"
+        "- config_name: second\n  default: true\n  data_files: [two/train.jsonl]\n---\n"
+    )
+    assert texts(load(tmp_path, subset="first"), "train", "validation", "test") == of(TRAIN)
+    assert texts(load(tmp_path), "train", "validation", "test") == of(TEST)
+
+
+def test_saved_folders_name_files_inside_them_alone(tmp_path: Path) -> None:
+    save_to_disk(tmp_path / "a", splits=False)
+    state = json.loads((tmp_path / "a/state.json").read_text())
+    for name in ("../secret.arrow", "/etc/passwd", 3):
+        (tmp_path / "a/state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+        with pytest.raises(UserError, match="names no data files"):
+            load(tmp_path / "a")
+
+
+def test_hub_splits_are_chosen_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNLI's splits, with hidden labels in its tests; IMDB's third split is named."""
+    import datasets
+
+    hidden = [{**row, "label": -1} for row in TEST]
+    rows = [{**row, "label": n % 2} for n, row in enumerate(TRAIN)]
+    valid = [{**row, "label": n % 2} for n, row in enumerate(VALIDATION)]
+    parts = {
+        "train": rows,
+        "validation_matched": valid,
+        "validation_mismatched": valid,
+        "test_matched": hidden,
+        "unsupervised": hidden,
+    }
+    loaded = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    with pytest.raises(UserError, match=r"data\.hub: validation could be validation_matched or validation_mismatched"):
+        load_dataset(DataConfig(hub="org/name"), CLASSES)
+    dataset = load_dataset(DataConfig(hub="org/name", splits={"validation": "validation_matched"}), CLASSES)
+    assert texts(dataset, "validation") == of(VALIDATION)
+    assert "not read: validation_mismatched, unsupervised" in dataset.notes
+    assert "test is not read: its 12 rows have no labels" in dataset.notes
+    assert texts(dataset, "train", "test") == of(TRAIN)
