@@ -73,22 +73,12 @@ def test_malformed_data_names_its_line(refuse: Refuse, tmp_path: Path, rows: lis
     assert said in line
 
 
-def test_a_label_beyond_the_classes_of_train_is_refused(refuse: Refuse, tmp_path: Path) -> None:
-    folder = tmp_path / "d"
-    folder.mkdir()
-    labelled = [{**row, "label": number % 2} for number, row in enumerate(LINES)]
-    jsonl(folder / "train.jsonl", labelled[:60])
-    jsonl(folder / "validation.jsonl", labelled[60:70])
-    jsonl(folder / "test.jsonl", [*labelled[70:79], {"text": "the odd one", "label": 7}])
-    assert "7" in refuse(f"data.path={folder}", *CLASSIFY)
-
-
 def test_a_document_in_two_splits_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     jsonl(folder / "train.jsonl", LINES[:60])
     jsonl(folder / "test.jsonl", LINES[59:])
-    line = refuse(f"data.path={folder}")
+    line = refuse(f"data.path={folder}", "data.shared_documents=refuse")
     assert "document 1 of test ('document 59 of a small set" in line
     assert "is document 60 of train too; keep it in one split" in line
 

@@ -98,7 +98,8 @@ def run_training(
             round_weights(teacher.model, teacher.precision)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
         text = make_batches(model, tokenizer, encoded, settings, ctx)
-        settings.steps = steps_of(settings, text.num_rows)  # batches that grow read it from here
+        num_rows = text.num_rows
+        settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
         if distill is not None and distill.cache is not None:
             signal = open_cache(distill, distill.cache, inputs, text, model, tokenizer, settings, ctx)
@@ -158,7 +159,7 @@ def run_training(
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
     output = flops.told(output, progress.flops)
     about = {} if choice is None else {"precision": choice.about}
-    said = (*said, choice, head, _epochs_said(settings, text.num_rows, ctx))
+    said = (*said, choice, head, _epochs_said(settings, num_rows, ctx))
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
