@@ -73,7 +73,7 @@ from pipeline.stages.settings import (
 from pipeline.store import MODEL, Artifact, Store, key_of, plain
 from pipeline.values import Value
 
-ASSESSMENT_VERSION = 2  # part of an assessment's key: raise it when the same settings give other figures
+ASSESSMENT_VERSION = 3  # part of an assessment's key: raise it when the same settings give other figures
 
 
 @dataclass(slots=True)
@@ -301,15 +301,19 @@ class Attempt:
         if gone:
             return f"{gone[0]} was skipped"
         if isinstance(stage, QuantizeStage):
-            return None if stage.format is Format.auto else why_not_quantize(stage.format, self.device)
+            if stage.format is Format.auto:
+                return None
+            return self.why_unable(stage) if stage.optional else why_not_quantize(stage.format, self.device)
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
 
-    def why_unable(self, rung: QuantizeStage) -> str | None:
-        """Return why this device, or the shapes of this model, cannot take a rung's format; None where they can."""
+    def why_unable(self, stage: QuantizeStage) -> str | None:
+        """Return why this device, or the shapes of this model, cannot take a stage's format; None where they can."""
         from pipeline.quantization.trials import able
 
-        source = self.arms[rung.model].path
-        _, reasons = able([rung.format], source, self.run.task, device=self.device, choice=rung.choice(), key="format")
+        source = self.arms[stage.model].path
+        _, reasons = able(
+            [stage.format], source, self.run.task, device=self.device, choice=stage.choice(), key="format"
+        )
         return reasons[0] if reasons else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
@@ -627,8 +631,12 @@ class Attempt:
         """Score an artifact, reloaded from disk, inside a window of its own; return what the store remembers of it."""
         from pipeline.assess.quality import assess_quality
         from pipeline.assess.recorded import take_recorded, write_identity
+        from pipeline.quantization.sixteen import stored_said
 
         recorded = self._recorded(name)
+        said = stored_said(made["artifact"]["path"], self.device)
+        if said is not None:
+            self.notes.append(f"{name}: {said}")
         items = self.store.root / "assessments" / f"{key}.jsonl"
         teacher = self._teacher(name)
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")

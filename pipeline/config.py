@@ -52,9 +52,14 @@ class OptimizerKind(Enum):
 
 
 class Format(Enum):
-    """Quantized weight formats; `quantization/backend.py` says which library does which, `auto` searches them."""
+    """Weight formats; `quantization/backend.py` says which library does which, `auto` searches them.
+
+    The order is that of trials: sixteen bits come first, because what other formats save is read against them.
+    """
 
     auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
     int8 = "int8"
     nf4 = "nf4"
     nf4_double = "nf4_double"
@@ -65,6 +70,10 @@ class Format(Enum):
     int4_weight_only = "int4_weight_only"
     float8_weight_only = "float8_weight_only"
     float8_dynamic = "float8_dynamic"
+
+
+SIXTEEN_BITS = (Format.bf16, Format.fp16)
+"""Formats that take the whole model, and hold no library's layers."""
 
 
 class Prefer(Enum):

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.adapters import is_adapter
 from pipeline.assess.tasks import Asked, check_lengths
 from pipeline.base_model import base_artifact
-from pipeline.config import Decode, Format, Measure, Run, Task
+from pipeline.config import Decode, Format, Measure, Precision, Run, Rung, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -60,12 +60,28 @@ def check_precisions(run: Run, device: Any) -> None:
     from pipeline.training.precision import why_not
 
     for name, stage in run.stages.items():
-        if not hasattr(stage, "precision") or stage.optional:
+        if stage.optional:
             continue
-        reason = why_not(training_precision(stage, run), device)
-        if reason is not None:
-            key = "precision" if stage.precision is None else f"stages.{name}.precision"
-            raise UserError(key, reason, "choose fp32 or bf16, or mark the stage optional: true")
+        for key, named, precision in _precisions(name, stage, run):
+            reason = why_not(precision, device)
+            if reason is not None:
+                raise UserError(
+                    key if named else "precision", reason, "choose fp32 or bf16, or mark the stage optional: true"
+                )
+
+
+def _precisions(name: str, stage: Any, run: Run) -> Iterator[tuple[str, bool, Precision]]:
+    """Yield what a stage trains in, its recovery included: the setting, whether that names it, and the precision."""
+    if hasattr(stage, "precision"):
+        yield f"stages.{name}.precision", stage.precision is not None, training_precision(stage, run)
+    for rung in stage.recover if isinstance(stage, QuantizeStage) else ():
+        if rung is not Rung.format:
+            own = getattr(stage, rung.value)
+            yield (
+                f"stages.{name}.{rung.value}.precision",
+                own.precision is not None,
+                own.precision or run.precision.name,
+            )
 
 
 def check_heads(run: Run, device: Any) -> None:
@@ -262,7 +278,7 @@ def check_releases(
 def _check_quantizable(config: Any, run: Run, device: Any) -> None:
     """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
     from pipeline.models import from_config
-    from pipeline.quantization.backend import refuse_unsupported, why_not
+    from pipeline.quantization.backend import why_not
     from pipeline.quantization.smoothing import check_smoothable
 
     for name, stage in run.stages.items():
@@ -270,12 +286,23 @@ def _check_quantizable(config: Any, run: Run, device: Any) -> None:
             continue
         for key, fmt in _named_formats(name, stage):
             if why_not(fmt, device) is None:
-                refuse_unsupported(config, fmt, run.task, device=device, key=key, choice=stage.choice())
+                _check_takes(stage, config, fmt, run, device, key)
         if stage.smoothing is not None:
             import torch
 
             with torch.device("meta"):
                 check_smoothable(from_config(config, run.task, None), f"stages.{name}.smoothing")
+
+
+def _check_takes(stage: QuantizeStage, config: Any, fmt: Format, run: Run, device: Any, key: str) -> None:
+    """Refuse layers that a format cannot take; an optional stage is then skipped when its turn comes."""
+    from pipeline.quantization.backend import refuse_unsupported
+
+    try:
+        refuse_unsupported(config, fmt, run.task, device=device, key=key, choice=stage.choice())
+    except UserError as error:
+        if not stage.optional or error.key != key:
+            raise
 
 
 def _is_base_shaped(arm: str, run: Run) -> bool:

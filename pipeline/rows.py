@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ def make_row(
     return {
         "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number,
         "status": status, "why": why, "reused": reused, "depends_on": depends_on(stage, attempt.run), "artifact": None,
-        "quality": {}, "recovery": _recovery(output), "serving": {},
+        "quality": {}, "recovery": _recovery(output), "quantization": _quantization(output), "serving": {},
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
@@ -155,8 +154,20 @@ def _recovery(output: Output) -> dict[str, Any]:
     read = output.about.get("recovery")
     if read is None:
         return {}
-    found = {name: measured(read[name]) if math.isfinite(read[name]) else null(LOST) for name in ("loss", "kl")}
+    found = {name: null(LOST) if read[name] is None else measured(read[name]) for name in ("loss", "kl")}
     return {name: value.to_json() for name, value in found.items()}
+
+
+def _quantization(output: Output) -> dict[str, Any] | None:
+    """Return the format of what a stage made, and how much of the model is in it; null where nothing was quantized."""
+    made = output.about.get("quantization")
+    if made is None or "quantized_share" not in made:
+        return None
+    return {
+        "format": made["format"],
+        "layers": made["quantized_layers"],
+        "share": measured(made["quantized_share"]).to_json(),
+    }
 
 
 def _memory(made: Record) -> dict[str, Value]:

@@ -20,11 +20,12 @@ from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.report.github import refusals_told
+from pipeline.rows import Record
 from pipeline.signals import is_listened_to, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs
+from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs, sixteen_rungs
 from pipeline.stages.settings import BASE
-from pipeline.store import MODEL
+from pipeline.store import MODEL, Artifact
 
 
 def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
@@ -98,6 +99,7 @@ def _all_stages(attempt: Attempt) -> None:
 def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage:
     """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the stage comes to."""
     made, ahead = list[str](), list(rungs(name, stage))
+    sixteen = _sixteen_bits(attempt, name, stage, seed, made)
     while ahead:
         arm, rung = ahead.pop(0)
         unable = attempt.why_unable(rung) if made and isinstance(rung, FormatRung) else None
@@ -105,17 +107,56 @@ def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> Reco
             attempt.skip(arm, rung, seed, unable)
             continue
         _one_stage(attempt, arm, rung, seed)
+        if arm not in attempt.arms:  # skipped, with its reason
+            continue
         made.append(arm)
         about = attempt.outputs[arm, seed].about
         if "recovery" in about:
-            loss, allowed = about["recovery"]["loss"], stage.allowed(attempt.run)
-            attempt.notes.append(f"{arm}: loses {loss:.2%} on validation where {allowed:.2%} is allowed")
-            if loss <= allowed:
+            if _holds(attempt, arm, stage, seed):
                 return RecoveredStage(model=stage.model, rungs=made, chosen=arm)
         elif isinstance(rung, FormatRung):  # a search that found nothing: what came nearest is climbed from
             nearest = found_format(stage, about)
             ahead = [] if nearest is None else list(rungs(name, nearest))[1:]
-    return RecoveredStage(model=stage.model, rungs=made, chosen=None)
+    return RecoveredStage(model=stage.model, rungs=made, chosen=sixteen, last_resort=sixteen is not None)
+
+
+def _sixteen_bits(attempt: Attempt, name: str, stage: QuantizeStage, seed: int, made: list[str]) -> str | None:
+    """Make the first rung, 16 bits of the whole model, where the device has units; return it where it holds."""
+    from pipeline.quantization.sixteen import best_first, has_units
+
+    best = best_first(attempt.device)[0]
+    found = [(arm, rung) for arm, rung in sixteen_rungs(name, stage) if rung.format is best]
+    if not found or not has_units(best, attempt.device):
+        return None
+    arm, rung = found[0]
+    try:
+        _one_stage(attempt, arm, rung, seed)
+    except UserError as error:  # this model does not run in them: its row says so, and the ladder goes on
+        attempt.notes.append(f"{arm}: {error.problem}")
+        return None
+    made.append(arm)
+    return arm if _holds(attempt, arm, stage, seed) else None
+
+
+def _holds(attempt: Attempt, arm: str, stage: QuantizeStage, seed: int) -> bool:
+    """Say what a rung loses on validation, and return whether that is allowed."""
+    loss, allowed = attempt.outputs[arm, seed].about["recovery"]["loss"], stage.allowed(attempt.run)
+    if loss is None:
+        attempt.notes.append(f"{arm}: its loss on validation is no number")
+        return False
+    attempt.notes.append(f"{arm}: loses {loss:.2%} on validation where {allowed:.2%} is allowed")
+    return loss <= allowed
+
+
+def _made(attempt: Attempt, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record | None:
+    """Do a stage's work; None where an optional format turns out to be one that this model does not run in."""
+    try:
+        return attempt.make(name, stage, inputs, seed, key)
+    except UserError as error:
+        if not (isinstance(stage, QuantizeStage) and stage.optional):
+            raise
+        attempt.notes.append(f"{name}: {error.problem}")
+        return None
 
 
 def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
@@ -127,7 +168,9 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     inputs = {arm: attempt.arms[arm] for arm in stage.reads(attempt.run)}
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
-        made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
+        made = attempt.recall(key) or _made(attempt, name, stage, inputs, seed, key)
+        if made is None:
+            return
         if made["artifact"]["kind"] != MODEL or is_rung(name):  # a teacher cache has no quality; a rung is read as made
             attempt.keep(name, stage, made, seed)
             attempt.take(name, made, None, seed)

@@ -146,6 +146,11 @@ _ROW: dict[str, Any] = {
         },
         "recovery": {"type": "object", "propertyNames": {"enum": ["loss", "kl"]},
                      "additionalProperties": {"$ref": "#/$defs/value"}},
+        "quantization": {"oneOf": [{"type": "null"}, {
+            "type": "object", "required": ["format", "layers", "share"], "additionalProperties": False,
+            "properties": {"format": {"type": "string"}, "layers": {"type": "integer", "minimum": 0},
+                           "share": {"$ref": "#/$defs/value"}},
+        }]},
         "serving": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
     },
 }  # fmt: skip

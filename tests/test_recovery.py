@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from test_run import result_in
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeline.quantization.backend
-from pipeline.config import Format, Task
+from pipeline.config import SIXTEEN_BITS, Format, Task
 from pipeline.models import load_model
+from pipeline.quantization import sixteen
 from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, why_not
 from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quantize
 from pipeline.quantization.fresh_process import ALIGNMENT, align
@@ -28,8 +29,22 @@ from pipeline.quantization.trials import Bench
 from pipeline.training.checkpoint import TrainedPart, kept_of
 
 CPU = torch.device("cpu")
-FORMATS = [fmt for fmt in pipeline.quantization.backend.formats() if why_not(fmt, CPU) is None]
+FORMATS = [
+    fmt for fmt in pipeline.quantization.backend.formats() if why_not(fmt, CPU) is None and fmt not in SIXTEEN_BITS
+]
 IDS = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def units(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have no units for 16 bits, so that a ladder is the same on every machine; a test may ask for them."""
+    ratio = [2.0]
+    monkeypatch.setattr(sixteen, "product_ratio", lambda fmt, _: ratio[0] if fmt is Format.bf16 else 80.0)
+
+    def take(bf16: float) -> None:
+        ratio[0] = bf16
+
+    return take
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +228,14 @@ def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
     return (found[0] + max(found[1], 0.0)) / 2
 
 
-def check_it_is(result: dict[str, Any], name: str | None) -> None:
+def check_it_is(result: dict[str, Any], name: str | None, skipped: Sequence[str] = ()) -> None:
     """Check that the stage is what the rung made (None: its source), that it alone is assessed, and who is charged."""
     rows = {row["arm"]: row for row in result["rows"]}
     own = rows["quantized"]
     taken = rows["reference"] if name is None else rows[f"quantized/{name}"]
     assert own["artifact"]["digest"] == taken["artifact"]["digest"]
     assert own["quality"]["kl_to_unquantized"]["v"] is not None
-    made = [arm for arm in rows if arm.startswith("quantized/")]
+    made = [arm for arm in rows if arm.startswith("quantized/") and arm not in skipped]
     assert own["depends_on"] == ["reference", *made]
     for arm in made:
         assert rows[arm]["quality"] == {}
@@ -296,6 +311,46 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
     assert "quantized: stays as reference is: no rung holds the tolerance" in result["environment"]["notes"]
     (pair,) = result["comparisons"]
     assert pair["speedup"]["no_speedup"] is True
+
+
+def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units: Any) -> None:
+    """Where the device has units: read first, taken where no other rung holds, and the row says what is in them."""
+    units(0.5)
+    tolerance = ("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=1", "stages.quantized.tolerance=0.02")
+    result = climb(*tolerance)
+    found = rungs(result)
+    assert list(found) == ["bf16", "fp4", "lora"]
+    assert loss(found["bf16"]) <= 0.02 < min(loss(found["fp4"]), loss(found["lora"]))
+    check_it_is(result, "bf16")
+    own = result["rows"][-1]
+    assert own["quantization"] == {
+        "format": "bf16",
+        "layers": 0,
+        "share": {"v": 1.0, "prov": "measured", "why_null": None},
+    }
+    assert own["artifact"]["bytes"] < 0.6 * result["rows"][0]["artifact"]["bytes"]
+    assert 0 < own["quality"]["kl_to_unquantized"]["v"] < 0.02
+    said = "quantized: is quantized/bf16: no other rung holds the tolerance"
+    assert said in result["environment"]["notes"]
+
+
+def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(climb: Climber) -> None:
+    """Before anything is trained; and so is one that is inherited."""
+    for rung in ("lora", "qat"):
+        done = climb.run(f"stages.quantized.recover=[{rung}]", f"stages.quantized.{rung}.precision=tf32")
+        assert done.returncode == 1
+        assert f"stages.quantized.{rung}.precision: tf32 needs a CUDA device" in done.stderr
+    done = climb.run("stages.quantized.recover=[lora]", "precision=fp16", "stages.reference.precision=fp32")
+    assert done.returncode == 1
+    assert "precision: fp16 with loss scaling needs a CUDA device" in done.stderr
+    result = climb(
+        "stages.quantized.recover=[lora]",
+        "stages.quantized.lora.precision=tf32",
+        "stages.quantized.optional=true",
+        "stages.quantized.tolerance=0",
+    )
+    assert rungs(result)["lora"]["status"] == "SKIPPED"
+    check_it_is(result, None, skipped=["quantized/lora"])
 
 
 def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(

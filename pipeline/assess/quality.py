@@ -29,6 +29,7 @@ from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import TASK
 from pipeline.models import example_length, load_model, load_tokenizer
+from pipeline.quantization.sixteen import stored_dtype
 from pipeline.values import Value, measured, null
 from pipeline.weights import first_not_finite
 
@@ -67,7 +68,8 @@ def assess_quality(
     """Score the artifact in `folder` on test documents.
 
     Args:
-        folder: A model in Hugging Face layout; loaded anew, because what is assessed is what ships.
+        folder: A model in Hugging Face layout; loaded anew, in the dtype it is stored in, because what is assessed is
+            what ships.
         documents: The test split; the first `config.max_documents` by content digest are read.
         task: What the model is for.
         labels: Class names of the data.
@@ -90,8 +92,8 @@ def assess_quality(
         StageFailed: If an output is not finite: nothing that can be read as a model is in the folder.
     """
     with clock.phase("model_load"):
-        model, tokenizer = load_model(folder, task, device=device, labels=labels), load_tokenizer(folder)
-        other = None if unquantized is None else load_model(unquantized, task, device=device, labels=labels)
+        model, tokenizer = _as_stored(folder, task, device, labels), load_tokenizer(folder)
+        other = None if unquantized is None else _as_stored(unquantized, task, device, labels)
     with clock.phase("prepare"):
         chosen = choose_documents(documents, config.max_documents)
         length = example_length(model.config, task, sequence_length)
@@ -129,6 +131,11 @@ def assess_quality(
             for scores in run_tasks(model, tokenizer, config):
                 entries |= _task_entries(scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed)
     return entries
+
+
+def _as_stored(folder: Path, task: Task, device: torch.device | str, labels: tuple[str, ...] | None) -> Any:
+    """Load an artifact as it is served: in the dtype it is stored in, where this device computes in that."""
+    return load_model(folder, task, device=device, labels=labels, dtype=stored_dtype(folder, device))
 
 
 def task_items(items: Path, task: str) -> Path:

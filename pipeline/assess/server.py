@@ -18,6 +18,7 @@ from pipeline.assess.decoding import Decoder, make_decoder
 from pipeline.config import Decode, Task
 from pipeline.data.padding import read_by, token_of
 from pipeline.models import ends_once, load_model, load_tokenizer
+from pipeline.quantization.sixteen import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,8 @@ def load(
         device: Where to serve.
         labels: Class names.
         now_ns: Monotonic clock, integer nanoseconds.
-        dtype: Arithmetic of an unquantized model; None: `serving_dtype`.
+        dtype: Arithmetic of an artifact that is stored in fp32; None: `serving_dtype`. One that is stored in 16 bits
+            is served in them.
         decode: How tokens are written after the prompt.
 
     Raises:
@@ -168,9 +170,10 @@ def load(
     import torch
 
     device = torch.device(device)
-    model: Any = load_model(folder, task, device=device, labels=labels)
-    if getattr(model.config, "quantization_config", None) is None:
-        model = model.to(dtype or serving_dtype(device))
+    stored = stored_dtype(folder, device)
+    if stored is torch.float32:
+        stored = dtype or serving_dtype(device)
+    model: Any = load_model(folder, task, device=device, labels=labels, dtype=stored)
     if task is Task.sequence_classification:
         token_of(model, load_tokenizer(folder).pad_token_id)
     return Server(model, task, device, now_ns, decode)

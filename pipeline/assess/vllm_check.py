@@ -32,6 +32,7 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import load_config, load_model, load_tokenizer, positions, quantized_by
+from pipeline.quantization.sixteen import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +142,8 @@ def check_vllm(
     if unable is not None:
         return Checked("not run here", unable, version=installed())
     with clock.phase("model_load"):
-        model, tokenizer = load_model(folder, task, device=device), load_tokenizer(folder)
+        model = load_model(folder, task, device=device, dtype=stored_dtype(folder, device))
+        tokenizer = load_tokenizer(folder)
     with clock.phase("prepare"):
         limit = positions(model.config) or TOKENS + 1
         length = min(sequence_length, TOKENS, limit - 1)  # vLLM writes a token after them

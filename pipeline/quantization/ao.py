@@ -4,12 +4,19 @@
 save memory and bandwidth, not arithmetic. `int8_dynamic` and `float8_dynamic` quantize activations on the fly, a scale
 per token, and multiply in 8 bits. `int4_weight_only` keeps a scale and a zero per 128 weights, packed for the
 tinygemm kernel of CUDA devices. Embeddings stay as they are: a quantized one does not come back from disk.
+
+Fused experts (mixtures of experts in transformers 5 keep all experts of a block in one parameter) are taken by the
+formats in `FUSES`, one scale per output row of each expert. torchao's tensors can be indexed by expert but not
+multiplied as a batch, so that such a model computes expert by expert: its config.json says so
+(`experts_implementation`), and any `from_pretrained` follows it.
 Source: torchao.quantization.quant_api of torchao 0.18 (what each configuration stores and asks of a device).
 """
 
 from __future__ import annotations
 
 import logging
+import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Format, Task
 from pipeline.errors import UserError
-from pipeline.quantization.layers import Layer
+from pipeline.models import load_config
+from pipeline.quantization.layers import Layer, plan_layers
 from pipeline.quantization.reload_check import auto_class
 
 if TYPE_CHECKING:
@@ -25,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INT4_GROUP = 128  # weights that share a scale; torchao's default
+FUSES = (Format.int8_weight_only, Format.int8_dynamic, Format.float8_weight_only)
+EXPERT_BY_EXPERT = "eager"  # transformers' name for a loop over experts
 FLOAT8_MULTIPLE = 16  # widths that torch._scaled_mm takes
 CAPABILITY = {
     Format.int8_dynamic: (7, 5),  # torch._int_mm: int8 tensor cores
@@ -84,19 +94,42 @@ def load_quantized(
     from transformers import TorchAoConfig
 
     quiet()
-    return (
+    plan = plan_layers(load_config(source), task, key="format", fuses=fmt in FUSES)
+    layers = [layer for layer in (*plan.quantize, *plan.keep) if layer.name not in keep]
+    config = TorchAoConfig(_scheme_with(fmt, layers), modules_to_not_convert=list(keep))
+    experts = [layer for layer in layers if layer.fused]
+    model = (
         auto_class(task)
         .from_pretrained(
             source,
-            quantization_config=TorchAoConfig(_scheme(fmt), modules_to_not_convert=list(keep)),
+            quantization_config=config,
             device_map={"": str(device)},
             dtype=rest_dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            **({"experts_implementation": EXPERT_BY_EXPERT} if experts else {}),
         )
         .eval()
     )
+    if experts:  # read by `PreTrainedConfig.__init__`, and lost by its own way of saving
+        model.config.experts_implementation = EXPERT_BY_EXPERT
+    return model
+
+
+def _scheme_with(fmt: Format, layers: Sequence[Layer]) -> Any:
+    """Return the configuration of a format, for linear layers and fused experts.
+
+    Layers are named by patterns, one for each place in a block: config.json holds them.
+    """
+    from torchao.quantization import FqnToConfig
+
+    scheme = _scheme(fmt)
+    if not any(layer.fused for layer in layers):
+        return scheme
+    names = [f"{layer.name}.{part}" for layer in layers for part in layer.fused or ("weight",)]
+    patterns = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
+    return FqnToConfig(OrderedDict((f"re:{pattern}", scheme) for pattern in patterns))
 
 
 def quiet() -> None:
@@ -121,10 +154,10 @@ def _scheme(fmt: Format) -> Any:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Return whether `module` is a layer that this backend quantized."""
+    """Return whether `module` is a layer, or holds fused experts, that this backend quantized."""
     from torchao.utils import TorchAOBaseTensor
 
-    return isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
+    return any(isinstance(own, TorchAOBaseTensor) for own in module.parameters(recurse=False))
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -15,12 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config import Format, Task
+from pipeline.config import SIXTEEN_BITS, Format, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import check_model_folder, load_config, load_model, load_tokenizer, quantized_by, save_model
-from pipeline.quantization import ao, bnb
-from pipeline.quantization.layers import EVERY_LAYER, Choice, Layer, LayerPlan, plan_layers, weights_bytes
+from pipeline.quantization import ao, bnb, sixteen
+from pipeline.quantization.layers import (
+    EVERY_LAYER,
+    Choice,
+    Layer,
+    LayerPlan,
+    abbreviate,
+    count_parameters,
+    make_twin,
+    plan_layers,
+    weights_bytes,
+)
 from pipeline.quantization.reload_check import Reference, check_bit_equal, take_reference
 
 if TYPE_CHECKING:
@@ -66,12 +76,15 @@ class Backend(Protocol):
 
 
 LIBRARIES: dict[Format, str] = {
+    Format.bf16: "torch", Format.fp16: "torch",
     Format.int8: "bitsandbytes", Format.nf4: "bitsandbytes", Format.nf4_double: "bitsandbytes",
     Format.fp4: "bitsandbytes", Format.fp4_double: "bitsandbytes",
     Format.int8_weight_only: "torchao", Format.int8_dynamic: "torchao", Format.int4_weight_only: "torchao",
     Format.float8_weight_only: "torchao", Format.float8_dynamic: "torchao",
 }  # fmt: skip
-BY_LIBRARY: dict[str, Backend] = {"bitsandbytes": bnb, "torchao": ao}
+BY_LIBRARY: dict[str, Backend] = {"bitsandbytes": bnb, "torchao": ao, "torch": sixteen}
+OUT_OF_MEMORY = "DefaultCPUAllocator"  # how a CPU says it, in a plain RuntimeError
+FUSES = ao.FUSES  # formats that take fused experts; the others leave them alone
 
 
 def backend_of(fmt: Format) -> Backend:
@@ -104,9 +117,13 @@ class Quantized:
     """What quantizing did.
 
     Attributes:
-        quantized_layers: Names of the linear layers in `fmt`.
-        kept_layers: Names of the linear layers left in `rest_dtype`: heads, tied weights, and what was excluded.
+        quantized_layers: Names of the layers in `fmt`; of sixteen bits, which take the whole model, none.
+        kept_layers: Names of the layers left in `rest_dtype`: heads, tied weights, what was excluded, and fused
+            experts that the library cannot take. Of sixteen bits, of the parameters that the model keeps in fp32.
         rest_dtype: Of everything that is not quantized (`float32`, `bfloat16`).
+        parameters: How many numbers the model's parameters hold.
+        quantized_parameters: How many of them are in `fmt`.
+        kept_experts: How many of them lie in fused experts that were left alone.
         bytes_before: Of the source's weight files.
         bytes_after: Of the quantized weight files.
         logits_sha256: Of the probes' outputs, equal in memory and after the reload.
@@ -116,9 +133,17 @@ class Quantized:
     quantized_layers: tuple[str, ...]
     kept_layers: tuple[str, ...]
     rest_dtype: str
+    parameters: int
+    quantized_parameters: int
+    kept_experts: int
     bytes_before: int
     bytes_after: int
     logits_sha256: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that is in `fmt`."""
+        return self.quantized_parameters / self.parameters
 
     def describe(self) -> dict[str, Any]:
         """Return the facts worth keeping beside the artifact."""
@@ -128,10 +153,29 @@ class Quantized:
             "quantized_layers": len(self.quantized_layers),
             "kept_layers": list(self.kept_layers),
             "rest_dtype": self.rest_dtype,
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "quantized_share": self.share,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "logits_sha256": list(self.logits_sha256),
         }
+
+    def say(self) -> str:
+        """Return what was done, in words: how much of the model is in the format, and what is not."""
+        left = abbreviate(self.kept_layers)
+        if self.fmt in SIXTEEN_BITS:
+            kept = f", kept in fp32 by the model: {left}" if self.kept_layers else ""
+            return f"{self.share:.1%} of the parameters in {self.fmt.value}{kept}"
+        said = (
+            f"{len(self.quantized_layers)} layers in {self.fmt.value}, {self.share:.1%} of the parameters, "
+            f"left alone: {left}"
+        )
+        if not self.kept_experts:
+            return said
+        can = ", ".join(fmt.value for fmt in FUSES)
+        why = f"{self.fmt.value} cannot take these as they are stored" if self.fmt in FUSES else f"{can} can take most"
+        return f"{said}; {self.kept_experts / self.parameters:.1%} of the parameters are in fused experts: {why}"
 
 
 def quantize(
@@ -168,22 +212,25 @@ def quantize(
         check_model_folder(source, key)
         config = load_config(source, key=key)
         plan = refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
-        rest = rest_dtype(config, device)
+        rest = rest_dtype(config, device, fmt)
     convert = _Conversion(fmt, task, plan, device, rest, key, clock)
     if prepare is None:
-        layers, reference = convert(source, out)
+        made, reference = convert(source, out)
     else:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
             _prepared(source, Path(folder), prepare, task, device=device, key=key, clock=clock)
-            layers, reference = convert(Path(folder), out)
+            made, reference = convert(Path(folder), out)
     if prove:
         with _phase(clock, "eval"):
             check_bit_equal(out, task, reference, device=device)
     return Quantized(
         fmt=fmt,
-        quantized_layers=layers,
-        kept_layers=tuple(layer.name for layer in plan.keep),
+        quantized_layers=made.layers,
+        kept_layers=made.kept,
         rest_dtype=str(rest).removeprefix("torch."),
+        parameters=plan.parameters,
+        quantized_parameters=made.parameters,
+        kept_experts=sum(layer.weights for layer in plan.keep if layer.fused),
         bytes_before=weights_bytes(source),
         bytes_after=weights_bytes(out),
         logits_sha256=reference.digests,
@@ -209,24 +256,47 @@ def refuse_unsupported(
 ) -> LayerPlan:
     """Refuse, from its configuration alone, a model that cannot be quantized; return the layers that will be.
 
+    Sixteen bits take the whole model: no layers are chosen.
+
     Raises:
         UserError: If it is quantized already, cannot do the task, has no linear layers, or has shapes that crash.
     """
     method = quantized_by(config)
     if method is not None:
         raise UserError(key, f"the model is quantized already ({method})", "quantize the model it was made from")
-    plan = plan_layers(config, task, key=key, choice=choice)
+    if fmt in SIXTEEN_BITS:
+        return LayerPlan((), (), count_parameters(make_twin(config, task, key)))
+    plan = plan_for(fmt, config, task, key=key, choice=choice)
     backend_of(fmt).refuse_layers(plan.quantize, fmt, device=device, key=key)
     return plan
 
 
-def rest_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of what is not quantized: bfloat16 on accelerators, on CPUs what the source is stored in."""
+def plan_for(fmt: Format, config: PreTrainedConfig, task: Task, *, key: str, choice: Choice) -> LayerPlan:
+    """Return which layers a format of single layers would take (`plan_layers`)."""
+    return plan_layers(config, task, key=key, choice=choice, fuses=fmt in FUSES, spares_fp32=fmt in bnb.FORMATS)
+
+
+def rest_dtype(config: PreTrainedConfig, device: torch.device, fmt: Format | None = None) -> torch.dtype:
+    """Return the dtype of what is not quantized: bfloat16 on accelerators, on CPUs what the source is stored in.
+
+    A 16-bit format leaves nothing to its rest.
+    """
     import torch
 
+    if fmt in SIXTEEN_BITS:
+        return sixteen.torch_dtype(fmt)
     if device.type != "cpu":
         return torch.bfloat16
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a conversion made: names of the layers in the format, of what was left alone, and parameters in it."""
+
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,29 +311,54 @@ class _Conversion:
     key: str
     clock: PhaseClock | None
 
-    def __call__(self, source: Path, out: Path) -> tuple[tuple[str, ...], Reference]:
-        """Return the names of the quantized layers, and what the model in memory answers.
+    def __call__(self, source: Path, out: Path) -> tuple[_Made, Reference]:
+        """Return what was made, and what the model in memory answers.
 
         Raises:
+            UserError: If fp16 cannot hold a weight, or the model's code cannot compute in the format.
             StageFailed: If the library quantized other layers than were planned.
         """
-        backend = backend_of(self.fmt)
         with _phase(self.clock, "model_load"):
             tokenizer = load_tokenizer(source, key=self.key)
         with _phase(self.clock, "convert"):
             keep = [layer.name for layer in self.plan.keep]
-            model = backend.load_quantized(
+            model = backend_of(self.fmt).load_quantized(
                 source, self.fmt, self.task, device=self.device, rest_dtype=self.rest_dtype, keep=keep
             )
-            layers = tuple(name for name, module in model.named_modules() if backend.is_quantized(module))
-            wrong = {layer.name for layer in self.plan.quantize} ^ set(layers)
-            if wrong:
-                problem = f"{LIBRARIES[self.fmt]} quantized other layers than planned, among them {min(wrong)}"
-                raise StageFailed(problem)
+            made = self._whole(model) if self.fmt in SIXTEEN_BITS else self._by_layer(model)
         with _phase(self.clock, "checkpoint"):
             save_model(model, tokenizer, out)  # before any forward: running the model may spoil its weights (bnb.py)
         with _phase(self.clock, "eval"):
-            return layers, take_reference(model)
+            return made, self._run(model)
+
+    def _run(self, model: Any) -> Reference:
+        """Run the model; what its own code cannot compute in this format is refused with the library's words."""
+        import torch
+
+        try:
+            return take_reference(model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if OUT_OF_MEMORY in str(error):
+                raise
+            words = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            problem = f"{type(model).__name__} does not run in {self.fmt.value} by {LIBRARIES[self.fmt]} ({words})"
+            remedy = "use bf16, or name the layers that its code reads by itself in exclude"
+            raise UserError(self.key, problem, remedy if self.fmt not in SIXTEEN_BITS else "leave it out") from error
+
+    def _by_layer(self, model: Any) -> _Made:
+        backend = backend_of(self.fmt)
+        layers = tuple(name for name, module in model.named_modules() if backend.is_quantized(module))
+        wrong = {layer.name for layer in self.plan.quantize} ^ set(layers)
+        if wrong:
+            raise StageFailed(f"{LIBRARIES[self.fmt]} quantized other layers than planned, among them {min(wrong)}")
+        return _Made(layers, tuple(layer.name for layer in self.plan.keep), self.plan.quantized_parameters)
+
+    def _whole(self, model: Any) -> _Made:
+        sixteen.refuse_too_large(model, self.fmt, self.key)
+        kept = {name: own.numel() for name, own in model.named_parameters() if own.dtype is not self.rest_dtype}
+        return _Made((), tuple(kept), self.plan.parameters - sum(kept.values()))
 
 
 def _phase(clock: PhaseClock | None, name: str) -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+FORMATS = (Format.int8, Format.nf4, Format.nf4_double, Format.fp4, Format.fp4_double)
 FOUR_BITS = (Format.nf4, Format.nf4_double, Format.fp4, Format.fp4_double)
 BLOCK = 64  # weights that share a scale; bitsandbytes.nn.Params4bit's default, which transformers does not change
 CPU_BLOCK_N = 32  # output rows of a tile; bitsandbytes.functional._convert_weight_packed_for_cpu

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.errors import StageFailed
+from pipeline.models import positions
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ AUTO_CLASSES = {
     Task.sequence_classification: "AutoModelForSequenceClassification",
 }
 PROBE_TOKENS = 32
+RESERVED = 2  # positions that RoBERTa's kin count and cannot use
 PROGRAM = Path(__file__).with_name("fresh_process.py")
 Probes = tuple[tuple[int, ...], ...]
 
@@ -51,14 +53,21 @@ def auto_class(task: Task) -> Any:
     return getattr(transformers, AUTO_CLASSES[task])
 
 
-def make_probes(vocabulary_size: int, max_tokens: int = PROBE_TOKENS) -> Probes:
+def make_probes(vocabulary_size: int, max_tokens: int = PROBE_TOKENS, end: int | None = None) -> Probes:
     """Return the fixed inputs: a sequence, the same again (a first forward may change weights), and a single token.
 
     A single token is its own case because kernels treat it as one (decoding).
+
+    Args:
+        vocabulary_size: Of the model's embedding.
+        max_tokens: What the model can read.
+        end: The end token, which each ends with and none holds elsewhere: some classifiers find it.
     """
     stride = 7919  # a prime, so that small and large ids both occur
-    ids = tuple((stride * index + 1) % vocabulary_size for index in range(min(PROBE_TOKENS, max_tokens)))
-    return ids, ids, ids[-1:]
+    ids = [(stride * index + 1) % vocabulary_size for index in range(min(PROBE_TOKENS, max_tokens))]
+    if end is not None and 0 <= end < vocabulary_size:
+        ids = [*(token if token != end else (token + 1) % vocabulary_size for token in ids[:-1]), end]
+    return tuple(ids), tuple(ids), tuple(ids[-1:])
 
 
 def take_reference(model: PreTrainedModel) -> Reference:
@@ -66,7 +75,9 @@ def take_reference(model: PreTrainedModel) -> Reference:
     from pipeline.quantization.fresh_process import forward_digests, read_arithmetic
 
     embeddings: Any = model.get_input_embeddings()
-    probes = make_probes(embeddings.num_embeddings, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    limit, end = positions(model.config), model.config.get_text_config().eos_token_id
+    room = PROBE_TOKENS if limit is None else max(1, limit - RESERVED)
+    probes = make_probes(embeddings.num_embeddings, room, end[0] if isinstance(end, list) else end)
     return Reference(probes, tuple(forward_digests(model, probes)), read_arithmetic())
 
 

@@ -1,18 +1,22 @@
 """Search: which format is the cheapest to serve of those that hold the quality.
 
 Every candidate is tried as a whole. Where none holds the tolerance, the cheapest that missed it is mixed: the layers
-that suffer most by it stay in 16 bits, one, two, four and so on, until it holds. How much a layer suffers is measured:
+that suffer most by it stay as they are, one, two, four and so on, until it holds. Sixteen bits come first, as a format
+like others and as what the others are read against: a format of 8 or 4 bits pays where it is cheaper than fp32 and than
+the 16-bit forms that hold the tolerance. How much a layer suffers is measured:
 KL of the model with this one layer quantized from the model with none. What the tried formats do to quality is read on
 validation, and the test split has the last word, later. Everything here is the stage's work and charged to it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import Format, Prefer
+from pipeline.config import SIXTEEN_BITS, Format, Prefer
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Trial:
     """One format, whole or mixed, on validation and at the declared load.
 
     Attributes:
-        exclude: Names of the layers kept in 16 bits.
+        exclude: Names of the layers left as they are.
         loss: By how much the primary metric is worse than the unquantized model's: relative for bits per byte,
             absolute for accuracy.
         kl: From the unquantized model, nats a token or example.
@@ -40,14 +44,25 @@ class Trial:
         return self.time_ratio if prefer is Prefer.time else self.memory_ratio
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form it has in artifact.json."""
-        return {"format": self.fmt.value, "exclude": list(self.exclude), "loss": self.loss, "kl": self.kl,
-                "time_ratio": self.time_ratio, "memory_ratio": self.memory_ratio}  # fmt: skip
+        """Return the form it has in artifact.json; what is no number is null."""
+        return {
+            "format": self.fmt.value,
+            "exclude": list(self.exclude),
+            "loss": finite(self.loss),
+            "kl": finite(self.kl),
+            "time_ratio": self.time_ratio,
+            "memory_ratio": self.memory_ratio,
+        }
 
     def __str__(self) -> str:
         mixed = f" but {len(self.exclude)} layers" if self.exclude else ""
         return (f"{self.fmt.value}{mixed}: loses {self.loss:.2%}, takes {self.time_ratio:.2f}x the time and "
                 f"{self.memory_ratio:.2f}x the weights")  # fmt: skip
+
+
+def finite(number: float) -> float | None:
+    """Return a number that JSON can hold, or None."""
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +73,15 @@ class Found:
         best: The cheapest trial that holds the tolerance and saves something; None: the model stays as it is.
         trials: All, in order.
         why: Why there is no best, or what ended the search early.
+        missed: The cheapest trial that would save something had it held the tolerance; None where one did hold.
+        refused: Formats that this model turned out not to run in, with the reason.
     """
 
     best: Trial | None
     trials: tuple[Trial, ...]
     why: str
-
-    def nearest(self, prefer: Prefer) -> Trial | None:
-        """Return the cheapest trial that would save something had it held the tolerance; None where one did hold."""
-        saving = [trial for trial in self.trials if trial.cost(prefer) < 1]
-        return None if self.best is not None else min(saving, key=lambda trial: trial.cost(prefer), default=None)
+    missed: Trial | None = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -88,50 +102,76 @@ class Searcher:
     prefer: Prefer
     spent: Callable[[], bool]
     trials: list[Trial] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
-    def run(self, candidates: Sequence[Format]) -> Found:
-        """Try `candidates` whole, then mix where none of them holds."""
-        complete = all(self._try(fmt, ()) is not None for fmt in candidates)
+    def run(self, candidates: Sequence[Format], beside: Sequence[Format] = ()) -> Found:
+        """Try `candidates` whole, then mix where none of them holds.
+
+        Args:
+            candidates: What may be kept, in this order.
+            beside: 16-bit formats that are tried first, only to read the others against.
+        """
+        complete = all(self._try(fmt, ()) for fmt in (*beside, *candidates))
         # What is no cheaper as a whole is none either with layers left alone.
-        missed = [trial for trial in self.trials if not self._holds(trial) and trial.cost(self.prefer) < 1]
-        if self._best() is None:
-            for trial in sorted(missed, key=lambda trial: trial.cost(self.prefer)):
+        missed = [trial for trial in self.trials if not self._holds(trial) and self._pays(trial)]
+        if self._best(candidates) is None:
+            for trial in sorted(missed, key=self._cost):
                 complete = complete and self._mix(trial.fmt)
-                if self._best() is not None or not complete:
+                if self._best(candidates) is not None or not complete:
                     break
-        best = self._best()
-        return Found(best, tuple(self.trials), self._why(best, complete=complete))
+        best = self._best(candidates)
+        saving = [trial for trial in self.trials if self._pays(trial) and trial.fmt in candidates]
+        nearest = None if best is not None else min(saving, key=self._cost, default=None)
+        return Found(best, tuple(self.trials), self._why(best, complete=complete), nearest, tuple(self.refused))
 
-    def _try(self, fmt: Format, exclude: tuple[str, ...]) -> Trial | None:
+    def _try(self, fmt: Format, exclude: tuple[str, ...]) -> bool:
+        """Measure one; return whether the budget allowed it. A model may turn out not to run in a format."""
         if self.spent():
-            return None
-        self.trials.append(self.measure(fmt, exclude))
-        return self.trials[-1]
+            return False
+        try:
+            self.trials.append(self.measure(fmt, exclude))
+        except UserError as error:
+            self.refused.append(f"{fmt.value}: {error.problem}")
+        return True
 
     def _mix(self, fmt: Format) -> bool:
         """Leave ever more layers alone until the format holds or no longer pays; return whether the budget did."""
         names = tuple(self.sensitive(fmt))
         count = 1
         while count < len(names):
-            trial = self._try(fmt, names[:count])
-            if trial is None:
+            tried = len(self.trials)
+            if not self._try(fmt, names[:count]):
                 return False
-            if self._holds(trial) or trial.cost(self.prefer) >= 1:
+            if len(self.trials) == tried or self._holds(self.trials[-1]) or not self._pays(self.trials[-1]):
                 return True
             count *= 2
         return True
 
+    def _cost(self, trial: Trial) -> float:
+        return trial.cost(self.prefer)
+
     def _holds(self, trial: Trial) -> bool:
         return trial.loss <= self.tolerance
 
-    def _best(self) -> Trial | None:
-        holding = [trial for trial in self.trials if self._holds(trial) and trial.cost(self.prefer) < 1]
-        return min(holding, key=lambda trial: trial.cost(self.prefer), default=None)
+    def _pays(self, trial: Trial) -> bool:
+        """Whether a trial is cheaper than fp32 and, where it is no 16-bit form itself, than those that hold."""
+        return self._cost(trial) < (1 if trial.fmt in SIXTEEN_BITS else self._limit()[0])
+
+    def _limit(self) -> tuple[float, str]:
+        """Return the least cost of what is not quantized, and what has it: fp32, or a 16-bit form that holds."""
+        forms = [trial for trial in self.trials if trial.fmt in SIXTEEN_BITS and self._holds(trial)]
+        return min([(1.0, "fp32"), *((self._cost(trial), trial.fmt.value) for trial in forms)])
+
+    def _best(self, candidates: Sequence[Format]) -> Trial | None:
+        holding = [trial for trial in self.trials if trial.fmt in candidates and self._holds(trial)]
+        return min((trial for trial in holding if self._pays(trial)), key=self._cost, default=None)
 
     def _why(self, best: Trial | None, *, complete: bool) -> str:
         ended = "" if complete else "the budget of the search is spent"
         if best is not None or ended:
             return ended
         if any(self._holds(trial) for trial in self.trials):
-            return f"nothing that holds the tolerance saves {self.prefer.value}"
+            against = self._limit()[1]
+            said = f"nothing that holds the tolerance saves {self.prefer.value}"
+            return said if against == "fp32" else f"{said} over {against}, the best 16-bit form"
         return "nothing holds the tolerance"

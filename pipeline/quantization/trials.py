@@ -15,12 +15,12 @@ import numpy as np
 
 from pipeline.assess.server import load
 from pipeline.assess.serving import check_load, measure_interleaved
-from pipeline.config import Format, Run, Task
+from pipeline.config import SIXTEEN_BITS, Format, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.models import load_config
-from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, refuse_unsupported
-from pipeline.quantization.layers import Choice, plan_layers
+from pipeline.quantization.backend import LIBRARIES, backend_of, plan_for, quantize, refuse_unsupported
+from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Trial
 from pipeline.quantization.yardstick import Yardstick
 
@@ -57,14 +57,19 @@ class Bench:
         self.yard = Yardstick(self.source, self.run, self.data, self.device, self.sequence_length)
 
     def measure(self, fmt: Format, exclude: tuple[str, ...]) -> Trial:
-        """Quantize, score and serve `fmt` with the layers `exclude` kept in 16 bits."""
+        """Quantize, score and serve `fmt` with the layers `exclude` left as they are."""
         with self._quantized(fmt, exclude) as folder:
             loss, kl = self.yard.read(folder)
             time_ratio, memory_ratio = self._serve(folder)
         return Trial(fmt, exclude, loss, kl, time_ratio, memory_ratio)
 
     def sensitive(self, fmt: Format) -> Sequence[str]:
-        """Return the layers that `fmt` quantizes, the one first that moves the model's predictions most."""
+        """Return the layers that `fmt` quantizes, the one first that moves the model's predictions most.
+
+        Sixteen bits take the whole model: there is nothing to mix.
+        """
+        if fmt in SIXTEEN_BITS:
+            return ()
         yard = self.yard
         few = yard.validation[:SENSITIVITY_DOCUMENTS]
         with self._quantized(fmt, ()) as folder:
@@ -72,7 +77,7 @@ class Bench:
         dtype = quantized.dtype
         patched, plain = patched.to(dtype), yard.load(self.source).to(dtype)
         moved: dict[str, float] = {}
-        for layer in plan_layers(plain.config, self.run.task, key=self.key, choice=self.choice).quantize:
+        for layer in plan_for(fmt, plain.config, self.run.task, key=self.key, choice=self.choice).quantize:
             own = patched.get_submodule(layer.name)
             patched.set_submodule(layer.name, quantized.get_submodule(layer.name))
             moved[layer.name] = yard.score(patched, few, other=plain)[1]

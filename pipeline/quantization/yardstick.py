@@ -14,6 +14,7 @@ from pipeline.data.documents import Dataset
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
 from pipeline.models import example_length, load_model, load_tokenizer
+from pipeline.quantization.sixteen import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,10 @@ class Yardstick:
         return (metric / self._metric - 1 if is_language else self._metric - metric), kl
 
     def load(self, folder: Path) -> Any:
-        """Load a model of this data's labels."""
-        return load_model(folder, self.run.task, device=self.device, labels=self.data.labels)
+        """Load a model of this data's labels, in the dtype it is stored in."""
+        return load_model(
+            folder, self.run.task, device=self.device, labels=self.data.labels, dtype=stored_dtype(folder, self.device)
+        )
 
     def score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
         """Return the primary metric and, with `other`, the KL from it."""

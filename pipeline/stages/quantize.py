@@ -1,9 +1,11 @@
-"""Quantize: store a model's linear layers in 8 or 4 bits (bitsandbytes, torchao), embeddings left alone.
+"""Quantize: store a model in 16 bits (torch), or its linear layers in 8 or 4 (bitsandbytes, torchao).
 
 What it does: weights in `format`, saved before any forward pass and proven bit-equal after a reload in a fresh
-process. When it helps: memory, nearly always; speed, only where this device's kernels say so, which is why the
-comparison pass measures it. Settings worth changing: format; exclude (layers that suffer); smoothing, with formats that
-quantize activations (int8, int8_dynamic); recover (what to do where the format loses too much: `recover.py`).
+process. `bf16` and `fp16` take the whole model; the others leave embeddings alone. When it helps: memory, nearly
+always; speed, only where this device has units or kernels for it, which is why the comparison pass measures it, against
+the best 16-bit form where the recipe has one (`base: best_16_bit`). Settings worth changing: format; exclude (layers
+that suffer); smoothing, with formats that quantize activations (int8, int8_dynamic); recover (what to do where the
+format loses too much: `recover.py`).
 Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314 (NF4); Xiao et al. 2022,
 arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from pipeline.arms import stage_name
 from pipeline.config import (
+    SIXTEEN_BITS,
     Format,
     LoraSettings,
     Precision,
@@ -103,7 +106,17 @@ class QuantizeStage:
                 raise UserError(f"{key}.{name}", "has no effect without smoothing", f"give {key}.smoothing=0.5")
         if search and self.smoothing is not None:
             raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
+        if self.format in SIXTEEN_BITS:
+            self._check_whole(key)
         self._check_recovery(key, run)
+
+    def _check_whole(self, key: str) -> None:
+        """Refuse settings of single layers in a format that takes the whole model."""
+        own = {"include": [], "exclude": [], "quantize_head": False, "smoothing": None}
+        for name, default in own.items():
+            if getattr(self, name) != default:
+                problem = f"has no effect with format: {self.format.value}, which takes the whole model"
+                raise UserError(f"{key}.{name}", problem, "leave it out")
 
     def _check_recovery(self, key: str, run: Run) -> None:
         if len(set(self.recover)) < len(self.recover):
@@ -148,21 +161,22 @@ class QuantizeStage:
     def convert(self, source: Path, ctx: Context, *, smoothed: bool) -> Output:
         """Quantize `source` into `ctx.out` and prove the reload; `smoothed`: after smoothing."""
         from pipeline.quantization.backend import quantize
-        from pipeline.quantization.layers import abbreviate
+        from pipeline.quantization.sixteen import units_said
         from pipeline.stages.context import Output
 
         done = quantize(
             source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=setting(ctx, "format"), clock=ctx.clock,
             choice=self.choice(), prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
         )  # fmt: skip
-        notes = (f"{ctx.stage}: {len(done.quantized_layers)} linear layers in {self.format.value}, left alone: "
-                 f"{abbreviate(done.kept_layers)}",)  # fmt: skip
+        units = units_said(self.format, ctx.device) if self.format in SIXTEEN_BITS else ""
+        notes = (f"{ctx.stage}: {done.say()}", *([f"{ctx.stage}: {units}"] if units else []))
         return Output(notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}})
 
     def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Find the format, and quantize in it; or leave the model as it is where none pays."""
-        from pipeline.quantization.backend import formats
+        from pipeline.quantization.backend import formats, why_not
         from pipeline.quantization.search import Searcher
+        from pipeline.quantization.sixteen import best_first
         from pipeline.quantization.trials import Bench, able
         from pipeline.stages.context import Output
 
@@ -176,15 +190,16 @@ class QuantizeStage:
             return limit_h is not None and (ctx.clock.now_ns() - started_ns) / 3.6e12 >= limit_h
 
         with ctx.clock.phase("search"):
-            candidates, reasons = able(self.candidates or formats(), source, ctx.run.task, device=ctx.device,
-                                       choice=self.choice(), key=key)  # fmt: skip
+            asked = self.candidates or formats()
+            first = [fmt for fmt in best_first(ctx.device) if why_not(fmt, ctx.device) is None][:1]
+            candidates, reasons = able(asked, source, ctx.run.task, device=ctx.device, choice=self.choice(), key=key)
             bench = Bench(source, ctx.run, ctx.data, ctx.device, self.choice(), key, ctx.clock, ctx.out.parent,
                           _sequence_length(ctx.run))  # fmt: skip
             searcher = Searcher(bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent)
-            found = searcher.run(candidates)
+            found = searcher.run(candidates, [fmt for fmt in first if fmt not in candidates])
         said = [f"{ctx.stage}: tried {trial}" for trial in found.trials]
-        said += [f"{ctx.stage}: not tried: {reason}" for reason in reasons]
-        missed = found.nearest(self.prefer)
+        said += [f"{ctx.stage}: not tried: {reason}" for reason in (*reasons, *found.refused)]
+        missed = found.missed
         about: dict[str, Any] = {"search": {
             "prefer": self.prefer.value, "tolerance": self.allowed(ctx.run), "why": found.why,
             "trials": [trial.to_json() for trial in found.trials],

@@ -1,8 +1,9 @@
 """Recovery: what a quantize stage does where its format loses more than is allowed, rung by rung.
 
-What it does: the format as it was asked for, then those of `recover` in order: formats that keep more (`format`),
-adapters trained inside the rounding and merged (`lora`), quantization-aware distillation of all weights (`qat`), both
-from the unquantized model; the first that holds the tolerance on validation is kept, else 16 bits stay. Every rung is a
+What it does: sixteen bits first, where the device has units for them: what is left where nothing else holds. Then the
+format as it was asked for, then those of `recover` in order: formats that keep more (`format`), adapters trained inside
+the rounding and merged (`lora`), quantization-aware distillation of all weights (`qat`), both from the unquantized
+model; the first that holds the tolerance on validation is kept, else the 16 bits, if they hold it. Every rung is a
 stage of its own, `int8/lora`, with its own row, key and charge; the stage itself then only takes over what was found,
 and is assessed on the test split as any other, so that nothing was chosen there. When it helps: a format of 4 bits, or
 a small model. Settings worth changing: tolerance; lora.steps, qat.steps.
@@ -16,9 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from pipeline.arms import stage_name
-from pipeline.config import Format, LoraSettings, QatSettings, Run, Rung
+from pipeline.config import SIXTEEN_BITS, Format, LoraSettings, QatSettings, Run, Rung
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage, copy_model, read_with
+from pipeline.store import MANIFEST, read_json
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 BETTER: dict[Format, tuple[Format, ...]] = {
+    Format.bf16: (Format.fp16,), Format.fp16: (Format.bf16,),
     Format.fp4: (Format.nf4, Format.int8_weight_only), Format.fp4_double: (Format.nf4, Format.int8_weight_only),
     Format.nf4: (Format.int8_weight_only,), Format.nf4_double: (Format.nf4, Format.int8_weight_only),
     Format.int4_weight_only: (Format.int8_weight_only,),
@@ -82,6 +85,7 @@ class RecoveredStage:
     model: str
     rungs: list[str]  # that were made, in order
     chosen: Optional[str]  # null: none held
+    last_resort: bool = False  # what was chosen are the 16 bits that were made first
 
     type: ClassVar[str] = "quantize"
     version: ClassVar[int] = 1
@@ -94,10 +98,13 @@ class RecoveredStage:
         """Leave the model in `ctx.out`."""
         from pipeline.stages.context import Output
 
+        source = inputs[self.chosen or self.model].path
         with ctx.clock.phase("convert"):
-            copy_model(inputs[self.chosen or self.model].path, ctx.out)
+            copy_model(source, ctx.out)
         kept = f"is {self.chosen}" if self.chosen else f"stays as {self.model} is: no rung holds the tolerance"
-        return Output(notes=(f"{ctx.stage}: {kept}",))
+        kept = f"{kept}: no other rung holds the tolerance" if self.last_resort else kept
+        made = (read_json(source / MANIFEST) or {}).get("quantization") if self.chosen else None
+        return Output(notes=(f"{ctx.stage}: {kept}",), about={} if made is None else {"quantization": made})
 
 
 AnyRung = FormatRung | RecoverStage
@@ -107,7 +114,15 @@ def stage_of(run: Run, arm: str) -> Any:
     """Return the stage behind an arm's rows, be it a rung; from the settings alone."""
     name = stage_name(arm)
     stage = run.stages[name]
-    return stage if name == arm else dict(rungs(name, stage))[arm]
+    return stage if name == arm else dict([*rungs(name, stage), *sixteen_rungs(name, stage)])[arm]
+
+
+def sixteen_rungs(name: str, stage: QuantizeStage) -> Iterator[tuple[str, FormatRung]]:
+    """Yield the rungs that a ladder may begin with: 16 bits of the whole model, one of which a device does best."""
+    whole = replace(_format_rung(stage), include=[], exclude=[], quantize_head=False, smoothing=None, calibration=None)
+    if stage.format not in (Format.auto, *SIXTEEN_BITS):  # a search tries them itself
+        for fmt in SIXTEEN_BITS:
+            yield f"{name}/{fmt.value}", replace(whole, format=fmt)
 
 
 def rungs(name: str, stage: QuantizeStage) -> Iterator[tuple[str, AnyRung]]:
@@ -158,10 +173,11 @@ def found_format(stage: QuantizeStage, about: Mapping[str, Any]) -> QuantizeStag
 
 def read_output(done: Output, source: Artifact, ctx: Context) -> Output:
     """Return `done` with what the model in `ctx.out` loses against its source, on validation."""
+    from pipeline.quantization.search import finite
     from pipeline.quantization.yardstick import Yardstick
 
     with ctx.clock.phase("eval"):
         yard = Yardstick(source.path, ctx.run, ctx.data, ctx.device, read_with(ctx.run)["sequence_length"])
         loss, kl = yard.read(ctx.out)
-    read = {"loss": loss, "kl": kl, "documents": len(yard.validation)}
+    read = {"loss": finite(loss), "kl": finite(kl), "documents": len(yard.validation)}
     return replace(done, about={**done.about, "recovery": read})

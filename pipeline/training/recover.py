@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Rung
 from pipeline.models import load_config, load_model, load_tokenizer, save_model
-from pipeline.quantization.backend import rest_dtype
+from pipeline.quantization.backend import plan_for, rest_dtype
 from pipeline.quantization.fake import Adapters, fake_quantize
-from pipeline.quantization.layers import plan_layers
 from pipeline.stages.context import Context, Output
 from pipeline.stages.quantize import setting
 from pipeline.training.stage import Start, run_training
@@ -35,10 +34,11 @@ def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Conte
 
         def start() -> Start:
             model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
-            plan = plan_layers(model.config, ctx.run.task, key=setting(ctx, "format"), choice=into.choice())
+            plan = plan_for(into.format, model.config, ctx.run.task, key=setting(ctx, "format"), choice=into.choice())
+            linear = [layer for layer in plan.quantize if not layer.fused]  # fused experts are rounded afterwards alone
             dtype = rest_dtype(load_config(source), ctx.device)
             adapters = Adapters(stage.rank, stage.alpha) if stage.rung is Rung.lora else None
-            undo = fake_quantize(model, plan.quantize, into.format, dtype, adapters)
+            undo = fake_quantize(model, linear, into.format, dtype, adapters)
 
             def save(faked: Any) -> None:
                 undo()
