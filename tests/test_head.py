@@ -87,6 +87,50 @@ def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(monkeypatch: p
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias", "hidden"])
+def test_what_is_frozen_gets_no_gradient_and_none_is_held(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+    torch.manual_seed(4)
+    leaves = {"hidden": torch.randn(6, 8), "weight": torch.randn(20, 8), "bias": torch.randn(20)}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    made: list[Tensor] = []
+    add = head_module._add_product
+    monkeypatch.setattr(head_module, "_add_product", lambda total, *rest: (made.append(total), add(total, *rest)))
+    head = Head(leaves["weight"], leaves["bias"])
+    value, _ = head_loss(leaves["hidden"], head, torch.arange(6))
+    held = [None if each is None else each.shape for each in value.grad_fn.saved_tensors]  # type: ignore[union-attr]
+    assert held == [None if name == frozen else leaf.shape for name, leaf in leaves.items()]
+    assert bool(made) == (frozen != "weight")
+    value.backward()
+    plain = {name: leaf.detach().clone().requires_grad_(name != frozen) for name, leaf in leaves.items()}
+    F.cross_entropy(F.linear(*plain.values()), torch.arange(6)).backward()
+    for name, leaf in leaves.items():
+        assert (leaf.grad is None) == (name == frozen)
+        if name != frozen:
+            torch.testing.assert_close(leaf.grad, plain[name].grad)
+
+
+def test_a_loss_that_is_only_read_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_add_product", lambda *_: pytest.fail("nobody will ask for this gradient"))
+    h, w = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    with torch.no_grad():
+        value, _ = head_loss(h, Head(w, None), torch.arange(6))
+    assert value.item() == pytest.approx(F.cross_entropy(h @ w.T, torch.arange(6)).item(), rel=1e-5)
+
+
+def test_a_gradient_is_rounded_to_16_bits_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fp32 has of it is multiplied and rounded a few rows at a time: no second matrix in 32 bits."""
+    monkeypatch.setattr(head_module, "WEIGHT_TILE_BYTES", 3 * 4 * 8)
+    h, w = torch.randn(9, 8).bfloat16(), torch.randn(20, 8).bfloat16().requires_grad_()
+    value, _ = head_loss(h, Head(w, None), torch.arange(9), dtype=torch.bfloat16)
+    value.backward()
+    wide = w.detach().float().requires_grad_()
+    F.cross_entropy(h.float() @ wide.T, torch.arange(9)).backward()
+    assert w.grad is not None
+    assert w.grad.dtype == torch.bfloat16
+    assert (w.grad.float() - wide.grad).norm() < 1e-2 * wide.grad.norm()
+
+
 def test_no_predicted_token_has_no_loss_and_no_gradient() -> None:
     h, w = torch.zeros(0, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     value, _ = head_loss(h, Head(w, None), torch.zeros(0, dtype=torch.long))

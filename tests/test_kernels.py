@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from make_assess_models import tiny
+from make_heads import made
 from test_head import reference
 from test_training_loop import CPU, batches_for, settings
 from torch import Tensor
@@ -20,7 +21,7 @@ from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.head_choice import choose_head, probe_heads
-from pipeline.training.objective import Objective, Teacher
+from pipeline.training.objective import Objective, Teacher, examine
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 needs_liger = pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel is not installed")
@@ -149,6 +150,40 @@ def test_liger_is_refused_where_vocabularies_differ(monkeypatch: pytest.MonkeyPa
     objective.teacher.model.resize_token_embeddings(objective.model.config.vocab_size + 8)
     with pytest.raises(UserError, match=r"stages.student.head: Liger takes one vocabulary"):
         choose_head("stages.student.head", HeadKernel.liger, objective, batches_for(settings()), settings())
+
+
+@needs_liger
+@pytest.mark.parametrize(("student", "teacher"), [("gemma3", "llama"), ("llama", "cohere2"), ("bert", "llama")])
+def test_liger_is_refused_where_logits_are_more_than_a_product(student: str, teacher: str) -> None:
+    """By name in the settings; and `auto` leaves it out, with that reason, where a head is known."""
+    models = made(student), made(teacher, seed=1)
+    examined = [examine(each, CPU) for each in models]
+    taught = Teacher(models[1], Precision.fp32, Loss(0.3), examined[1].masked, examined[1].head)
+    objective = Objective(
+        models[0], Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught,
+        masked=examined[0].masked, head=examined[0].head,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"stages.s.head: Liger computes .* plain product") as refusal:
+        choose_head("stages.s.head", HeadKernel.liger, objective, None, settings())
+    assert {"gemma3": "soft cap 20", "llama": "scale 0.5", "bert": "Bert"}[student] in str(refusal.value)
+    if student != "bert":
+        hidden, labels = torch.randn(5, 32), torch.arange(5)
+        heads = [Head.of(each, known.head) for each, known in zip(models, examined, strict=True)]
+        more = {"loss": Loss(0.3), "dtype": torch.float32, "vocabulary": 99}
+        live = Taught(torch.randn(5, 32), heads[1], torch.float32)
+        named = {HeadKernel.torch: kernel_of(HeadKernel.torch), HeadKernel.liger: liger_head_loss}
+        chosen, found = fastest(named, hidden, heads[0], labels, taught=live, **more)
+        assert chosen is HeadKernel.torch
+        assert "plain product" in str(found[HeadKernel.liger].why_not)
+
+
+def test_a_kernel_has_no_effect_where_logits_are_held_in_full() -> None:
+    model = made("bert")
+    own = examine(model, CPU)
+    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head)
+    said = choose_head("stages.s.head", HeadKernel.torch, objective, None, settings())
+    assert said == "head=torch has no effect: logits are held in full"
+    assert choose_head("stages.s.head", HeadKernel.auto, objective, None, settings()) is None
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Divergence
 from pipeline.distillation import losses
-from pipeline.distillation.losses import Loss, terms, terms_in_place
+from pipeline.distillation.losses import Loss, Sums, terms, terms_in_place
 
 CASES = [
     Loss(weight, divergence, temperature, mixture)
@@ -164,3 +165,87 @@ def test_it_equals_trl_and_liger_but_for_the_factor_of_temperature(
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
     value = liger.LigerFusedLinearJSDFunction.distillation_loss_fn(z / temperature, t / temperature, beta=beta)
     assert ours == pytest.approx(value.item(), rel=1e-4)
+
+
+SPANS = [(span, temperature) for span in (1e2, 1e3, 1e4) for temperature in (1.0, 0.3, 0.1)]
+
+
+def far_apart(span: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits over a span, with a few tokens at the top of each row that are near to each other."""
+    draw = torch.Generator().manual_seed(int(span / temperature))
+    rows, columns = 12, 40
+
+    def logits(first: int) -> Tensor:
+        found = span * torch.rand(rows, columns, generator=draw, dtype=torch.float64) - span / 2
+        top = temperature * torch.randn(rows, 4, generator=draw, dtype=torch.float64)
+        found[:, first : first + 4] = span / 2 + 10 + top
+        found[::3, first + 6] = span / 2 + 10 - 60 * temperature  # what one model all but rules out
+        return found.float().double()
+
+    z, t = logits(0), logits(2)
+    t[:4, :2] = z[:4, :2] = span / 2 + 10
+    return z, t, torch.randint(0, 6, (rows,), generator=draw)
+
+
+def exact(z: Tensor, t: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Return the sum of the divergence and the gradient of the weighted loss, by float64 autograd in log space."""
+    z = z.clone().requires_grad_()
+    log_q, log_p = F.log_softmax(z / loss.temperature, -1), F.log_softmax(t / loss.temperature, -1)
+    a = loss.mixture
+    mix = lambda one, other: torch.logaddexp(one + math.log(a), other + math.log1p(-a))
+    kl = lambda one, other: (one.exp() * (one - other)).sum()
+    value = {
+        Divergence.forward_kl: lambda: kl(log_p, log_q),
+        Divergence.reverse_kl: lambda: kl(log_q, log_p),
+        Divergence.jsd: lambda: a * kl(log_p, mix(log_p, log_q)) + (1 - a) * kl(log_q, mix(log_p, log_q)),
+        Divergence.skewed_kl: lambda: kl(log_p, mix(log_p, log_q)),
+        Divergence.skewed_reverse_kl: lambda: kl(log_q, mix(log_q, log_p)),
+    }[loss.divergence]() * loss.temperature**2
+    hard = F.cross_entropy(z, labels, reduction="sum")
+    total = loss.ce_weight * hard + (1 - loss.ce_weight) * value
+    return value.detach(), torch.autograd.grad(total, z)[0]
+
+
+def check_far_apart(run: Any, divergence: Divergence, span: float, temperature: float) -> None:
+    """Compare value and gradient of fp32 code, called as `terms_in_place` is, with float64."""
+    z, t, labels = far_apart(span, temperature)
+    for weight in (0.0, 0.5):
+        loss = Loss(weight, divergence, temperature, 0.3)
+        value, wanted = exact(z, t, labels, loss)
+        tile = z.float()
+        sums = run(tile, t.float(), labels, loss, z.shape[1])
+        assert sums.divergence.item() == pytest.approx(value.item(), rel=1e-5)
+        assert (tile.double() - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(("span", "temperature"), SPANS)
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_logits_far_apart_are_right(divergence: Divergence, span: float, temperature: float) -> None:
+    """Mixtures in log space: neither model's probabilities may underflow the other's share in them."""
+    check_far_apart(terms_in_place, divergence, span, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("divergence", [Divergence.jsd, Divergence.skewed_kl, Divergence.skewed_reverse_kl])
+def test_ordinary_logits_over_a_large_vocabulary_are_finite(divergence: Divergence, temperature: float) -> None:
+    torch.manual_seed(0)
+    z, t = (5 * torch.randn(2, 152_064) for _ in range(2))
+    labels, loss = torch.tensor([0, 1]), Loss(0.0, divergence, temperature)
+    sums, gradient = terms(z, t, labels, loss)
+    value, wanted = exact(z.double(), t.double(), labels, loss)
+    assert sums.divergence.item() == pytest.approx(value.item(), rel=1e-4)
+    assert (gradient.double() - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7
+
+
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_an_infinite_part_without_weight_has_no_part_in_the_loss(divergence: Divergence) -> None:
+    """Labels alone (weight 1) beside a teacher that rules out what the student allows, and the other way round."""
+    z, t, labels = batch(5, 9, dtype=torch.float32)
+    t[:, 3:] = -torch.inf
+    loss = Loss(1.0, divergence)
+    tile = z.clone()
+    sums = terms_in_place(tile, t, labels, loss, 9)
+    hard = F.cross_entropy(z, labels, reduction="sum")
+    assert sums.weighted(loss).item() == pytest.approx(hard.item(), rel=1e-6)
+    torch.testing.assert_close(tile, terms(z, None, labels, loss)[1])
+    assert math.isfinite(Sums(torch.tensor(torch.inf), sums.ce).weighted(Loss(0.0)).item())

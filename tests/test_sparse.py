@@ -139,6 +139,34 @@ def test_the_head_takes_entries_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch, 
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("theirs", [0.3, 1e-3, 1e-9])
+@pytest.mark.parametrize("rest", [1e-2, 1e-6, 1e-8, 1e-10, 1e-12, 1e-60])
+def test_a_student_surer_than_its_teacher_is_told_so_exactly(rest: float, theirs: float, temperature: float) -> None:
+    """Down to a rest that fp32 has no number for: the gradient within 1e-3 of float64's, the value not clamped."""
+    draw = torch.Generator().manual_seed(3)
+    columns, rows = 50, 6
+    ids = torch.stack([torch.randperm(columns, generator=draw)[:5] for _ in range(rows)])
+    q = torch.rand(rows, columns, generator=draw, dtype=torch.float64)
+    inside = torch.zeros_like(q).scatter(1, ids, 1.0).bool()
+    total = lambda part: (q * part).sum(-1, keepdim=True)
+    q = torch.where(inside, (1 - rest) * q / total(inside), rest * q / total(~inside))
+    z = (temperature * q.log() + 3.0).requires_grad_()
+    p = torch.rand(rows, 5, generator=draw, dtype=torch.float64)
+    residual = torch.full((rows,), theirs, dtype=torch.float64)
+    p = (1 - theirs) * p / p.sum(-1, keepdim=True)
+    entropy = torch.special.entr(p).sum(-1) + torch.special.entr(residual)
+    teacher, labels = Sparse(ids, p, entropy, residual), ids[:, 0]
+    loss = Loss(0.0, temperature=temperature)
+    log_q = F.log_softmax(z / temperature, -1)
+    log_rest = log_q.masked_fill(inside, -torch.inf).logsumexp(-1)
+    value = -(p * log_q.gather(1, ids)).sum() - (residual * log_rest).sum() - entropy.sum()
+    (wanted,) = torch.autograd.grad(temperature**2 * value, z)
+    sums, gradient = sparse_terms(z.detach().float(), teacher.to(torch.float32), labels, loss)
+    assert sums.divergence.item() == pytest.approx(temperature**2 * value.item(), rel=1e-4, abs=1e-6)
+    assert (gradient.double() - wanted).norm() <= 1e-3 * wanted.norm()
+
+
 # -- draws ----------------------------------------------------------------------------------------------------------
 
 

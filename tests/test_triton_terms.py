@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_losses import CASES, batch
+from test_losses import CASES, SPANS, batch, check_far_apart, exact
+from test_sparse import sparse_definition
 
 from pipeline.config import Divergence
 from pipeline.distillation.losses import Loss, Sparse
 from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse
 from pipeline.distillation.losses import terms_in_place as plain
+from pipeline.distillation.transform import Transform
 
 kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
 if not kernel.triton.knobs.runtime.interpret:
@@ -54,6 +56,43 @@ def test_it_equals_the_definition_without_a_teacher() -> None:
     compare(Loss(0.0), teacher=False)
 
 
+@pytest.mark.parametrize(("span", "temperature"), [SPANS[0], SPANS[4], SPANS[-1]])
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_logits_far_apart_are_right(divergence: Divergence, span: float, temperature: float) -> None:
+    check_far_apart(kernel.terms_in_place, divergence, span, temperature)
+
+
+def test_an_infinite_divergence_without_weight_has_no_part_in_the_gradient() -> None:
+    for divergence in Divergence:
+        z, t, labels = batch(5, 40, dtype=torch.float32)
+        t[:, 3:] = -torch.inf
+        wanted, got = z.clone(), z.clone()
+        plain(wanted, None, labels, Loss(), 40)
+        sums = kernel.terms_in_place(got, t, labels, Loss(1.0, divergence), 40)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        assert torch.isfinite(sums.weighted(Loss(1.0)))
+
+
+TRANSFORMS = [Transform(0.2), Transform(cap=4.0), Transform(1.5, 6.0)]
+
+
+@pytest.mark.parametrize("ours", TRANSFORMS)
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_scales_and_caps_equal_float64_autograd(divergence: Divergence, ours: Transform) -> None:
+    """Of both sides, each with its own: gradients with respect to products, over several blocks."""
+    theirs, loss = Transform(0.7, 9.0), Loss(0.3, divergence, 2.0, 0.4)
+    z, t, labels = batch(5, 40)
+    z = (4 * z).requires_grad_()
+    logits = ours.logits(z)
+    value, slope = exact(logits.detach(), theirs.logits(t), labels, loss)
+    (wanted,) = torch.autograd.grad(logits, z, slope)
+    for run in (plain, kernel.terms_in_place):
+        tile = z.detach().float()
+        sums = run(tile, t.float(), labels, loss, 40, ours, theirs)
+        assert sums.divergence.item() == pytest.approx(value.item(), rel=1e-5)
+        torch.testing.assert_close(tile.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_no_rows_are_no_launch() -> None:
     sums = kernel.terms_in_place(torch.zeros(0, 5), None, torch.zeros(0, dtype=torch.long), Loss(), 5)
     assert (sums.ce.item(), sums.divergence.item()) == (0, 0)
@@ -85,6 +124,21 @@ def entries(rows: int, columns: int, width: int, *, residual: bool = False) -> S
     rest = torch.rand(rows, generator=draw)
     p /= (p.sum(-1) + (rest if residual else 0))[:, None]
     return Sparse(ids, p, torch.rand(rows, generator=draw), 1 - p.sum(-1) if residual else None)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("ours", TRANSFORMS)
+def test_entries_meet_the_students_scale_and_cap(ours: Transform, *, residual: bool) -> None:
+    z, _, labels = batch(5, 40)
+    z = (4 * z).requires_grad_()
+    teacher, loss = entries(5, 40, 12, residual=residual), Loss(0.3, temperature=2.0)
+    expected = sparse_definition(ours.logits(z), teacher.to(torch.float64), labels, loss)
+    (wanted,) = torch.autograd.grad(expected, z)
+    for run in (plain_sparse, kernel.sparse_terms_in_place):
+        tile = z.detach().float()
+        sums = run(tile, teacher, labels, loss, 40, ours)
+        assert sums.weighted(loss).item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(tile.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("residual", [False, True])

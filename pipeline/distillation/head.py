@@ -6,6 +6,10 @@ nothing left to compute, and memory is bounded by the chunk, not by the batch. W
 6 H_student + 2 H_teacher FLOPs, which is what the method needs; with a teacher from a cache (`losses.Sparse`) it is
 6 H_student, as without a teacher.
 
+What a model does to its head's product before it is called logits (a scale, a soft cap) is done chunk by chunk, too,
+and its slope is part of the gradient (`transform.py`). Where a model does something unknown, its logits are taken as it
+gives them (`logits_loss`, `Logits`): they are there in full, and the loss is the same.
+
 Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere the
 same definition in plain torch.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,32 +26,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
+from pipeline.distillation.transform import PLAIN, Transform
 
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and writes the fp32
 gradient of the weight once."""
 
-Terms = Callable[[Tensor, Any, Tensor, Loss, int], Sums]
-"""What turns a chunk's logits into their gradient, in place: the contract of `losses.terms_in_place`, where the
-teacher's side is its logits or None, and of `losses.sparse_terms_in_place`, where it is `Sparse`."""
+WEIGHT_TILE_BYTES = 4 * 2**20  # of a weight's gradient at a time, where it is rounded or multiplied in another dtype
+
+Terms = Callable[[Tensor, Any, Tensor, Loss, int, Transform, Transform], Sums]
+"""What turns a chunk's products into their gradient, in place: the contract of `losses.terms_in_place`, where the
+teacher's side is its products or None, and of `losses.sparse_terms_in_place`, where it is `Sparse`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """An output projection: weight (V, H) and bias (V,) or None."""
+    """An output projection: weight (V, H), bias (V,) or None, and what makes logits of their product."""
 
     weight: Tensor
     bias: Tensor | None
+    transform: Transform = PLAIN
 
     @staticmethod
-    def of(model: Any) -> Head:
-        """Return the output head of a Hugging Face language model."""
+    def of(model: Any, transform: Transform) -> Head:
+        """Return the output head of a Hugging Face language model; `transform.prove` finds the transform."""
         layer = model.get_output_embeddings()
-        return Head(layer.weight, getattr(layer, "bias", None))
+        return Head(layer.weight, getattr(layer, "bias", None), transform)
+
+    @property
+    def columns(self) -> int:
+        """Logits that the model gives."""
+        return self.weight.shape[0] if self.transform.columns is None else self.transform.columns
 
     def to(self, dtype: torch.dtype) -> Head:
         """Return the head in another arithmetic."""
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """Return hidden (N, H) times the weights plus the bias, (N, V): not logits yet."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (N, columns) of hidden states (N, H), fp32 or wider."""
+        products = self.products(hidden)[:, : self.columns]
+        return self.transform.logits(products.to(torch.promote_types(products.dtype, torch.float32)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +82,18 @@ class Taught:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits (N, V) as a model itself gives them: of a teacher whose head is unknown."""
+
+    values: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Logits of a token."""
+        return self.values.shape[1]
+
+
 @dataclass(slots=True)
 class _Work:
     """What the fused head needs beside the tensors it differentiates."""
@@ -67,8 +102,15 @@ class _Work:
     loss: Loss
     vocabulary: int
     dtype: torch.dtype
-    taught: Taught | Sparse | None
+    taught: Taught | Sparse | Logits | None
     terms: Terms
+    transform: Transform = PLAIN
+    trains: bool = True  # whether any gradient will be asked for
+
+    def mean(self, sums: Sums) -> Tensor:
+        """Return the mean loss."""
+        total = sums.ce if self.taught is None else sums.weighted(self.loss)
+        return total / max(len(self.labels), 1)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -78,49 +120,79 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
         exact = torch.promote_types(work.dtype, torch.float32)
         student = Head(weight, bias).to(work.dtype)
-        taught = work.taught
-        teacher = taught.head.to(taught.dtype) if isinstance(taught, Taught) else None
+        teacher = work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
-        grad_hidden = torch.empty_like(hidden)
+        for_hidden, for_weight, for_bias = (wanted and work.trains for wanted in ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
         # At least fp32, because rounding every chunk's share to 16 bits biases training.
-        grad_weight = torch.zeros_like(weight, dtype=exact)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        grad_weight = torch.zeros_like(weight, dtype=exact) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and for_bias else None
         rows = _rows(weight, teacher, work)
         for start in range(0, len(work.labels), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(work.dtype)
-            tile = F.linear(h, student.weight, student.bias)
-            theirs = _theirs(taught, teacher, part)
-            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary)
+            tile = student.products(h)
+            theirs, done = _theirs(work.taught, teacher, part)
+            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary, work.transform, done)
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
-            grad_hidden[part] = tile @ student.weight
-            _add_product(grad_weight, tile, h)
+            del theirs
+            if grad_hidden is not None:
+                grad_hidden[part] = tile @ student.weight
+            if grad_weight is not None:
+                _add_product(grad_weight, tile, h)
             if grad_bias is not None:
                 grad_bias += tile.sum(0, dtype=exact)
-        ctx.save_for_backward(grad_hidden, grad_weight, *([] if grad_bias is None else [grad_bias]))
-        count = max(len(work.labels), 1)
-        ctx.count, ctx.dtypes = count, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.count = max(len(work.labels), 1)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(sums.ce, sums.divergence)
-        total = sums.ce if taught is None else sums.weighted(work.loss)
-        return total / count, sums.ce, sums.divergence
+        return work.mean(sums), sums.ce, sums.divergence
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, *rest = ctx.saved_tensors
         scale = grads[0] / ctx.count
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = (rest[0] * scale).to(bias_dtype) if rest else None
-        return grad_hidden * scale, (grad_weight * scale).to(weight_dtype), grad_bias, None
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if each is None else _scaled(each, scale, dtype) for each, dtype in made), None
 
 
-def _theirs(taught: Taught | Sparse | None, head: Head | None, part: slice) -> Tensor | Sparse | None:
-    """Return the teacher's side of a chunk: its logits, or the entries of a cache."""
+class _GivenLogits(torch.autograd.Function):
+    """The same loss of logits that are there already; their gradient takes their size once more."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, work: _Work) -> tuple[Tensor, ...]:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        teacher = work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
+        sums = Sums(*(torch.zeros((), dtype=exact, device=logits.device) for _ in range(2)))
+        gradient = torch.empty_like(logits)
+        rows = _rows(logits.T, teacher, work)
+        for start in range(0, len(work.labels), rows):
+            part = slice(start, start + rows)
+            tile = gradient[part].copy_(logits[part])
+            theirs, done = _theirs(work.taught, teacher, part)
+            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary, PLAIN, done)
+            sums.ce.add_(some.ce)
+            sums.divergence.add_(some.divergence)
+        ctx.save_for_backward(gradient)
+        ctx.count = max(len(work.labels), 1)
+        ctx.mark_non_differentiable(sums.ce, sums.divergence)
+        return work.mean(sums), sums.ce, sums.divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grads[0] / ctx.count), None
+
+
+def _theirs(taught: Taught | Sparse | Logits | None, head: Head | None, part: slice) -> tuple[Any, Transform]:
+    """Return the teacher's side of a chunk and what makes logits of it: its products, logits, or a cache's entries."""
     if isinstance(taught, Sparse):
-        return taught.rows(part)
+        return taught.rows(part), PLAIN
+    if isinstance(taught, Logits):
+        return taught.values[part], PLAIN
     if taught is None or head is None:
-        return None
-    return F.linear(taught.hidden[part].to(taught.dtype), head.weight, head.bias)
+        return None, PLAIN
+    return head.products(taught.hidden[part].to(taught.dtype)), head.transform
 
 
 def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
@@ -132,6 +204,12 @@ def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
     return rows - rows % 64 if rows > 64 else rows
 
 
+def _weight_parts(weight: Tensor) -> list[slice]:
+    """Return rows of a weight that are worked on at a time, so that what is made beside them stays small."""
+    rows = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
 def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
     """Add tile.T @ h to `total` without rounding the product to 16 bits."""
     if tile.dtype == total.dtype:
@@ -139,36 +217,66 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
     elif total.device.type == "cuda":
         torch.addmm(total, tile.T, h, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(tile.T.to(total.dtype), h.to(total.dtype))
+        wide = h.to(total.dtype)
+        for part in _weight_parts(total):
+            total[part].addmm_(tile[:, part].T.to(total.dtype), wide)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `gradient * scale`, rounded to `dtype`; of a matrix no second one in its own dtype is made."""
+    if gradient.dtype == dtype or gradient.dim() != 2:
+        return (gradient * scale).to(dtype)
+    rounded = torch.empty_like(gradient, dtype=dtype)
+    for part in _weight_parts(gradient):
+        rounded[part] = gradient[part] * scale
+    return rounded
 
 
 def head_loss(
     hidden: Tensor, head: Head, labels: Tensor, *, loss: Loss | None = None, dtype: torch.dtype = torch.float32,
-    vocabulary: int | None = None, taught: Taught | Sparse | None = None, terms: Terms | None = None,
+    vocabulary: int | None = None, taught: Taught | Sparse | Logits | None = None, terms: Terms | None = None,
 ) -> tuple[Tensor, Sums]:  # fmt: skip
     """Compute the mean loss over the given tokens from hidden states, chunk by chunk.
 
     Args:
         hidden: (N, H_s) hidden states of predicted positions only.
-        head: The student's output head, (V_s, H_s).
+        head: The student's output head, (V_s, H_s). Parts that need no gradient get none, and none is held for them.
         labels: (N,) token indexes below `vocabulary`.
         loss: What is minimised; None: cross-entropy.
         dtype: Of the matmuls; losses and softmaxes are at least fp32.
         vocabulary: Tokens both models share; columns beyond it are padding of one of them and take no part.
             None: all of the student's.
-        taught: The teacher's side: live, or from a cache ((N, K) entries of the same positions, forward KL only);
-            None: plain cross-entropy, whatever `loss.ce_weight` says.
+        taught: The teacher's side: live, its logits, or from a cache ((N, K) entries of the same positions, forward
+            KL only); None: plain cross-entropy, whatever `loss.ce_weight` says.
         terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
     """
     work = _Work(
-        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.weight.shape[0], dtype=dtype, taught=taught,
+        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.columns, dtype=dtype, taught=taught,
         terms=terms or default_terms(hidden.device, cached=isinstance(taught, Sparse)),
+        transform=head.transform, trains=torch.is_grad_enabled(),
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
+    return value, Sums(ce, divergence)
+
+
+def logits_loss(
+    logits: Tensor, labels: Tensor, *, loss: Loss | None = None, vocabulary: int | None = None,
+    taught: Taught | Sparse | Logits | None = None,
+) -> tuple[Tensor, Sums]:  # fmt: skip
+    """Compute what `head_loss` does from logits (N, V) in full, as a model itself gives them.
+
+    They, and their gradient beside them, are all that is held in full.
+    """
+    work = _Work(
+        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or logits.shape[1], dtype=logits.dtype,
+        taught=taught, terms=default_terms(logits.device, cached=isinstance(taught, Sparse)),
+    )  # fmt: skip
+    with torch.autocast(logits.device.type, enabled=False):
+        value, ce, divergence = _GivenLogits.apply(logits, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)
 
 

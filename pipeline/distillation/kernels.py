@@ -4,7 +4,8 @@
     triton   the same with one Triton kernel per chunk: CUDA
     liger    the chunked loss of the Liger library, where it is installed: forward_kl, reverse_kl and jsd, with models
              of one vocabulary. Liger scales no divergence by T^2, so that is handed to it as a weight; it sums the
-             gradient of the weight in the weight's own dtype, where ours is fp32
+             gradient of the weight in the weight's own dtype, where ours is fp32. It knows no scale and no soft cap
+             after the head, and is refused to models that have one
 
 Each is called like `head.head_loss`. Where there are several, `fastest` times them on the tensors of a real
 micro-batch, leaves out those that stray from the definition, and says what it found.
@@ -25,10 +26,12 @@ from torch import Tensor
 from pipeline.config import Divergence, HeadKernel
 from pipeline.distillation.head import Head, Taught, Terms, head_loss
 from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
+from pipeline.distillation.transform import Transform
 
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
 LIGER_BETA = {Divergence.forward_kl: 0.0, Divergence.reverse_kl: 1.0}  # jsd has its own; Liger has no skewed ones
+NOT_FOR_LIGER = "Liger computes logits that are a plain product of head and hidden states"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """How far a gradient may be from the definition in fp32 logits, relative in norm: some roundings of the dtype."""
 ROUNDS = 5
@@ -85,12 +88,17 @@ def liger_head_loss(
     """Compute `head_loss` by Liger's chunked loss; compiled on CUDA, as it is shipped.
 
     Raises:
-        ValueError: If the models' vocabularies differ: Liger would give padding a probability.
+        ValueError: If the models' vocabularies differ: Liger would give padding a probability. If a model changes the
+            product of its head, or gives logits only.
     """
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-    assert isinstance(taught, Taught)
     assert loss is not None
+    if not isinstance(taught, Taught):
+        raise ValueError(NOT_FOR_LIGER)
+    for each in (head, taught.head):
+        if not each.transform.plain:
+            raise ValueError(f"{NOT_FOR_LIGER} ({each.transform.in_words()})")
     size = head.weight.shape[0]
     if not size == taught.head.weight.shape[0] == (vocabulary or size):
         raise ValueError(f"vocabularies of {size} and {taught.head.weight.shape[0]} tokens")
@@ -147,7 +155,7 @@ def fastest(
 
 def _gradients(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any) -> list[Tensor]:
     """Return loss, and gradients of hidden states and head, as fp32."""
-    found = _forward_and_backward(kernel, _leaves(hidden, head), labels, **settings)
+    found = _forward_and_backward(kernel, _leaves(hidden, head), head.transform, labels, **settings)
     return [each.detach().float() for each in found]
 
 
@@ -155,10 +163,12 @@ def _leaves(hidden: Tensor, head: Head) -> list[Tensor]:
     return [each.detach().clone().requires_grad_() for each in (hidden, head.weight, head.bias) if each is not None]
 
 
-def _forward_and_backward(kernel: HeadLoss, leaves: list[Tensor], labels: Tensor, **settings: Any) -> list[Tensor]:
+def _forward_and_backward(
+    kernel: HeadLoss, leaves: list[Tensor], transform: Transform, labels: Tensor, **settings: Any
+) -> list[Tensor]:
     hidden, weight, *bias = leaves
     with torch.enable_grad():
-        value, _ = kernel(hidden, Head(weight, bias[0] if bias else None), labels, **settings)
+        value, _ = kernel(hidden, Head(weight, bias[0] if bias else None, transform), labels, **settings)
         return [value, *torch.autograd.grad(value, leaves)]
 
 
@@ -176,7 +186,7 @@ def _seconds(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **set
     leaves = _leaves(hidden, head)
     finish()
     before = time.perf_counter()
-    _forward_and_backward(kernel, leaves, labels, **settings)
+    _forward_and_backward(kernel, leaves, head.transform, labels, **settings)
     finish()
     return time.perf_counter() - before
 

@@ -31,22 +31,28 @@ Sampled entries are counts over draws, E[p_i] is the teacher's probability, and 
 are unbiased. The k largest with the rest as one bucket are a coarser distribution: D is a lower bound of the KL
 (the log-sum inequality), and its gradient is biased; how the student spreads the rest costs it nothing.
 
+Mixtures are taken in log space, and logits lose their row's maximum before they are divided by T: nothing underflows or
+cancels whatever the logits' size. Logits are what `transform.py` makes of a head's products; the gradient that is
+returned is that with respect to the products.
+
 A token the teacher rules out (p = 0) costs nothing in the forward divergences and in jsd; in reverse_kl it costs
-infinitely much if the student allows it at all, as the definition says.
+infinitely much if the student allows it at all, as the definition says. What has no weight in the loss has no part in
+it, be it infinite.
 Source: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2023, arXiv 2306.13649 (jsd); Ko et al. 2024,
 arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries against the k largest).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import Divergence
+from pipeline.distillation.transform import PLAIN, Transform
 
 BLOCK_BYTES = 2 * 2**20  # of one fp32 block of rows: a handful of such blocks stay in a core's cache
 
@@ -80,7 +86,11 @@ class Sums:
     divergence: Tensor
 
     def weighted(self, loss: Loss) -> Tensor:
-        """Return the sum of the loss."""
+        """Return the sum of the loss; a part without weight adds nothing, not 0 times infinity."""
+        if loss.ce_weight == 1:
+            return self.ce
+        if loss.ce_weight == 0:
+            return self.divergence
         return loss.ce_weight * self.ce + (1 - loss.ce_weight) * self.divergence
 
 
@@ -111,57 +121,69 @@ class Sparse:
         return Sparse(self.ids, self.probabilities.to(dtype), self.entropy.to(dtype), residual)
 
 
-def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
-    """Replace the student's logits by the gradient of the summed loss with respect to them; return the sums.
+def terms_in_place(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int,
+    ours: Transform = PLAIN, theirs: Transform = PLAIN,
+) -> Sums:  # fmt: skip
+    """Replace the student's products by the gradient of the summed loss with respect to them; return the sums.
 
-    The math is in fp32 (fp64 for fp64 logits), a block of rows at a time.
+    The math is in fp32 (fp64 for fp64 products), a block of rows at a time.
 
     Args:
-        student: (N, V_s) logits, overwritten.
-        teacher: (N, V_t) logits, or None for plain cross-entropy (`ce_weight` is then taken as 1).
+        student: (N, V_s) products of hidden states and head, overwritten.
+        teacher: (N, V_t) the teacher's, or None for plain cross-entropy (`ce_weight` is then taken as 1).
         labels: (N,) indexes below `vocabulary`.
         vocabulary: Columns that both have; those beyond it get no gradient.
+        ours: What makes logits of the student's products.
+        theirs: What makes logits of the teacher's.
     """
     exact = torch.promote_types(student.dtype, torch.float32)
 
     def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
-        taught = None if teacher is None else teacher[part, :vocabulary].to(exact)
+        taught = None if teacher is None else theirs.logits(teacher[part, :vocabulary].to(exact))
         return terms(logits, taught, labels[part], loss)
 
-    return _by_blocks(student, vocabulary, exact, block)
+    return _by_blocks(student, vocabulary, exact, block, ours)
 
 
-def sparse_terms_in_place(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
+def sparse_terms_in_place(
+    student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int,
+    ours: Transform = PLAIN, theirs: Transform = PLAIN,
+) -> Sums:  # fmt: skip
     """Do what `terms_in_place` does where the teacher is given by entries; forward KL only.
 
     Args:
-        student: (N, V_s) logits, overwritten.
+        student: (N, V_s) products of hidden states and head, overwritten.
         teacher: Of the same N tokens, at `loss.temperature`.
         labels: (N,) indexes below `vocabulary`.
         vocabulary: Columns that both have; those beyond it get no gradient.
+        ours: What makes logits of the student's products.
+        theirs: Not looked at: entries are of the teacher's logits.
     """
     exact = torch.promote_types(student.dtype, torch.float32)
 
     def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
         return sparse_terms(logits, teacher.rows(part).to(exact), labels[part], loss)
 
-    return _by_blocks(student, vocabulary, exact, block)
+    return _by_blocks(student, vocabulary, exact, block, ours)
 
 
 def _by_blocks(
-    student: Tensor, vocabulary: int, exact: torch.dtype, block: Callable[[Tensor, slice], tuple[Sums, Tensor]]
-) -> Sums:
-    """Replace logits by their gradient, on a CPU a few rows at a time; sum up what `block` says of its rows."""
+    student: Tensor, vocabulary: int, exact: torch.dtype, block: Callable[[Tensor, slice], tuple[Sums, Tensor]],
+    ours: Transform,
+) -> Sums:  # fmt: skip
+    """Replace products by their gradient, on a CPU a few rows at a time; sum up what `block` says of its rows."""
     ce, divergence = (torch.zeros((), dtype=exact, device=student.device) for _ in range(2))
     student[:, vocabulary:] = 0
     rows = max(1, BLOCK_BYTES // (4 * vocabulary)) if student.device.type == "cpu" else max(1, len(student))
     for start in range(0, len(student), rows):
         part = slice(start, start + rows)
-        logits = student[part, :vocabulary]
-        sums, gradient = block(logits.to(exact), part)
+        tile = student[part, :vocabulary]
+        product = tile.to(exact)
+        sums, gradient = block(ours.logits(product), part)
         ce += sums.ce
         divergence += sums.divergence
-        logits.copy_(gradient)
+        tile.copy_(gradient if ours.plain else gradient * ours.slope(product))
     return Sums(ce, divergence)
 
 
@@ -174,22 +196,19 @@ def terms(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss) -
         labels: (N,) indexes.
     """
     weight = 1.0 if teacher is None else loss.ce_weight
-    at_one = _Softmax.of(student) if teacher is None or weight > 0 or loss.temperature == 1 else None
-    if at_one is None:
-        log_likelihood = F.log_softmax(student, -1).gather(1, labels[:, None])
-    else:
-        log_likelihood = student.gather(1, labels[:, None]) - at_one.log_sum
-    ce = -log_likelihood.sum()
+    at_one = _Softmax.of(student)
+    ce = -at_one.log_of(labels[:, None]).sum()
     if teacher is None:
-        assert at_one is not None
         return Sums(ce, torch.zeros_like(ce)), _hard(at_one, labels, 1.0)
-    hot = at_one if loss.temperature == 1 else None
-    values, gradient = _divergence(student, teacher, loss, hot)
+    of_q = at_one if loss.temperature == 1 else _Softmax.of(student, loss.temperature)
+    value, gradient = _divergence(of_q, _Softmax.of(teacher, loss.temperature), loss)
+    sums = Sums(ce, loss.temperature**2 * value)
+    if weight == 1:
+        return sums, _hard(at_one, labels, 1.0)
     gradient *= (1 - weight) * loss.temperature
     if weight > 0:
-        assert at_one is not None
         gradient += _hard(at_one, labels, weight)
-    return Sums(ce, loss.temperature**2 * values), gradient
+    return sums, gradient
 
 
 def sparse_terms(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -> tuple[Sums, Tensor]:
@@ -201,59 +220,75 @@ def sparse_terms(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -
         labels: (N,) indexes.
     """
     assert loss.divergence is Divergence.forward_kl, "entries give no other divergence"
-    weight, temperature, ids = loss.ce_weight, loss.temperature, teacher.ids
-    z = student if temperature == 1 else student / temperature
-    of_q = _Softmax.of(z)
-    at_one = of_q if temperature == 1 else _Softmax.of(student)
-    ce = (at_one.log_sum - student.gather(1, labels[:, None])).sum()
+    at_one = _Softmax.of(student)
+    of_q = at_one if loss.temperature == 1 else _Softmax.of(student, loss.temperature)
+    value, gradient = _sampled(of_q, teacher) if teacher.residual is None else _with_rest(of_q, teacher)
+    sums = Sums(-at_one.log_of(labels[:, None]).sum(), loss.temperature**2 * (value - teacher.entropy.sum()))
+    if loss.ce_weight == 1:
+        return sums, _hard(at_one, labels, 1.0)
+    gradient *= (1 - loss.ce_weight) * loss.temperature
+    if loss.ce_weight > 0:
+        gradient += _hard(at_one, labels, loss.ce_weight)
+    return sums, gradient
+
+
+def _sampled(of_q: _Softmax, teacher: Sparse) -> tuple[Tensor, Tensor]:
+    """Return -sum(p ln q) and q - p, (N, V)."""
     p = teacher.probabilities
-    value = (p * _log_ratio(p, of_q.log_sum, z.gather(1, ids))).sum() - teacher.entropy.sum()
-    taught = (1 - weight) * temperature
-    scale, pull = torch.full_like(of_q.inverse, taught), -taught * p
-    if teacher.residual is not None:
-        more, share = _rest(of_q, ids, teacher.residual)
-        value = value + more
-        scale -= taught * share
-        pull += taught * share * of_q.shares.gather(1, ids) * of_q.inverse
-    if temperature == 1:  # one softmax serves both parts, in one pass
-        scale += weight
-    gradient = of_q.shares * (of_q.inverse * scale)
-    gradient.scatter_add_(1, ids, pull)
-    if temperature == 1:
-        gradient[torch.arange(len(labels), device=labels.device), labels] -= weight
-    elif weight > 0:
-        gradient += _hard(at_one, labels, weight)
-    return Sums(ce, temperature**2 * value), gradient
+    value = -(p * _where(p, of_q.log_of(teacher.ids))).sum()
+    return value, (of_q.shares * of_q.inverse).scatter_add_(1, teacher.ids, -p)
 
 
-def _rest(of_q: _Softmax, ids: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -sum(r ln rho) and r / rho, (N, 1); rho is summed up, since 1 - sum(q_i) would cancel."""
+def _with_rest(of_q: _Softmax, teacher: Sparse) -> tuple[Tensor, Tensor]:
+    """Return -sum(p ln q) - sum(r ln rho), and its gradient: q - p on the entries, q (1 - r / rho) elsewhere.
+
+    rho is kept as a logarithm, summed up over what it consists of: 1 - sum(q) would cancel, and it may be too small for
+    a number of 32 bits. A row's gradient sums to zero, so that its largest part, where q and p may cancel, is what the
+    others leave.
+    """
+    p, ids, residual = teacher.probabilities, teacher.ids, teacher.residual
+    assert residual is not None
     r = residual[:, None]
-    others = of_q.shares.scatter(1, ids, 0.0).sum(-1, keepdim=True)
-    rho = (others * of_q.inverse).clamp_min(torch.finfo(r.dtype).tiny)
-    return (r * _log_ratio(r, torch.zeros_like(r), rho.log())).sum(), r / rho
+    elsewhere = of_q.shifted.scatter(1, ids, -torch.inf)
+    log_rest = elsewhere.logsumexp(-1, keepdim=True)  # of what the shares beside the entries sum up to
+    log_q = of_q.log_of(ids)
+    value = -(p * _where(p, log_q)).sum() - (r * _where(r, log_rest - of_q.log_total)).sum()
+    of_rest = torch.where(r == 0, 0.0, (elsewhere - log_rest).exp_() * r)
+    gradient = (of_q.shares * of_q.inverse).sub_(of_rest)
+    gradient.scatter_(1, ids, log_q.exp() - p)
+    first = ids.gather(1, p.argmax(-1, keepdim=True))
+    gradient.scatter_(1, first, 0.0)
+    return value, gradient.scatter_(1, first, -gradient.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True, slots=True)
 class _Softmax:
-    """Unnormalised probabilities with what normalises them: one exponential serves all that follows.
+    """A softmax at a temperature, by what it is made of: one exponential serves all that follows.
 
     Attributes:
-        shares: (N, V): exp(x - max).
+        shifted: (N, V): (x - max) / T. What is left of logits that are large alike keeps all of its digits.
+        shares: (N, V): exp(shifted).
         inverse: (N, 1): 1 / sum(shares).
-        log_sum: (N, 1): log(sum(exp(x))).
+        log_total: (N, 1): log(sum(shares)).
     """
 
+    shifted: Tensor
     shares: Tensor
     inverse: Tensor
-    log_sum: Tensor
+    log_total: Tensor
 
     @staticmethod
-    def of(logits: Tensor) -> _Softmax:
-        top = logits.amax(-1, keepdim=True)
-        shares = (logits - top).exp_()
+    def of(logits: Tensor, temperature: float = 1.0) -> _Softmax:
+        shifted = logits - logits.amax(-1, keepdim=True)
+        if temperature != 1:
+            shifted /= temperature
+        shares = shifted.exp()
         total = shares.sum(-1, keepdim=True)
-        return _Softmax(shares, total.reciprocal(), top + total.log())
+        return _Softmax(shifted, shares, total.reciprocal(), total.log())
+
+    def log_of(self, ids: Tensor) -> Tensor:
+        """Return the log-probabilities (N, K) of some tokens."""
+        return self.shifted.gather(1, ids) - self.log_total
 
 
 def _hard(softmax: _Softmax, labels: Tensor, weight: float) -> Tensor:
@@ -262,51 +297,49 @@ def _hard(softmax: _Softmax, labels: Tensor, weight: float) -> Tensor:
     return gradient
 
 
-def _divergence(student: Tensor, teacher: Tensor, loss: Loss, hot: _Softmax | None) -> tuple[Tensor, Tensor]:
+def _divergence(of_q: _Softmax, of_p: _Softmax, loss: Loss) -> tuple[Tensor, Tensor]:
     """Return the sum of D over tokens and q (g - sum(q g)), (N, V)."""
-    temperature = loss.temperature
-    z, t = (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
-    of_q, of_p = hot or _Softmax.of(z), _Softmax.of(t)
     if loss.divergence is Divergence.forward_kl:
-        return _forward_kl(z, t, of_q, of_p)
+        return _forward_kl(of_q, of_p)
     q, p = of_q.shares * of_q.inverse, of_p.shares * of_p.inverse
-    log_q, log_p = z - of_q.log_sum, t - of_p.log_sum
+    log_q, log_p = of_q.shifted - of_q.log_total, of_p.shifted - of_p.log_total
     share = loss.mixture
     if loss.divergence is Divergence.reverse_kl:
-        ratio = _log_ratio(q, log_q, log_p)
+        ratio = _where(q, log_q - log_p)
         value, slope = (q * ratio).sum(), ratio
     elif loss.divergence is Divergence.jsd:
-        log_m = (share * p + (1 - share) * q).log()
-        ratio = _log_ratio(q, log_q, log_m)
-        value = share * (p * _log_ratio(p, log_p, log_m)).sum() + (1 - share) * (q * ratio).sum()
+        log_m = _log_mixture(share, log_p, log_q)
+        ratio = _where(q, log_q - log_m)
+        value = share * (p * _where(p, log_p - log_m)).sum() + (1 - share) * (q * ratio).sum()
         slope = (1 - share) * ratio
     elif loss.divergence is Divergence.skewed_kl:
-        m = share * p + (1 - share) * q
-        value = (p * _log_ratio(p, log_p, m.log())).sum()
-        slope = -(1 - share) * _quotient(p, m)
+        log_m = _log_mixture(share, log_p, log_q)
+        ratio = _where(p, log_p - log_m)
+        value, slope = (p * ratio).sum(), -(1 - share) * _where(p, ratio.exp())
     else:
-        m = share * q + (1 - share) * p
-        ratio = _log_ratio(q, log_q, m.log())
-        value, slope = (q * ratio).sum(), ratio - share * _quotient(q, m)
+        log_m = _log_mixture(share, log_q, log_p)
+        ratio = _where(q, log_q - log_m)
+        value, slope = (q * ratio).sum(), ratio - share * _where(q, ratio.exp())
     return value, q * (slope - (q * slope).sum(-1, keepdim=True))
 
 
-def _forward_kl(z: Tensor, t: Tensor, of_q: _Softmax, of_p: _Softmax) -> tuple[Tensor, Tensor]:
-    """Return KL(p || q) and q - p with few passes over the logits: sum(p (t - z)) less the difference of log-sums."""
-    apart = torch.linalg.vecdot(of_p.shares, t - z)[:, None] * of_p.inverse
-    value = (apart - of_p.log_sum + of_q.log_sum).sum()
+def _log_mixture(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return log(share a + (1 - share) b); in this space neither underflows."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def _forward_kl(of_q: _Softmax, of_p: _Softmax) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q) and q - p with few passes: sum(p (ln p - ln q)) up to the totals."""
+    apart = torch.linalg.vecdot(of_p.shares, of_p.shifted - of_q.shifted)[:, None] * of_p.inverse
+    value = (apart - of_p.log_total + of_q.log_total).sum()
     # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Elsewhere than here, asking would wait.
     if value.device.type != "cpu" or not torch.isfinite(value):
         p = of_p.shares * of_p.inverse
-        value = (p * _log_ratio(p, t - of_p.log_sum, z - of_q.log_sum)).sum()
+        value = (p * _where(p, of_p.shifted - of_p.log_total - of_q.shifted + of_q.log_total)).sum()
     gradient = of_q.shares * of_q.inverse
     return value, gradient.addcmul_(of_p.shares, of_p.inverse.expand_as(of_p.shares), value=-1)
 
 
-def _log_ratio(probability: Tensor, log_above: Tensor, log_below: Tensor) -> Tensor:
-    """Return log_above - log_below where there is any probability, else 0 (where the ratio is weighted with 0)."""
-    return torch.where(probability == 0, 0.0, log_above - log_below)
-
-
-def _quotient(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(above == 0, 0.0, above / below)
+def _where(probability: Tensor, value: Tensor) -> Tensor:
+    """Return a value where there is any probability, else 0 (where it is weighted with 0)."""
+    return torch.where(probability == 0, 0.0, value)

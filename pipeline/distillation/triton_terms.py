@@ -5,7 +5,9 @@
 A program reads its row in blocks. The first pass finds what normalises the softmaxes (of student and teacher at the
 temperature, and of the student alone where the hard labels count at another one), as running maximum and sum; the
 last writes the gradient. Forward KL needs no pass between; the others take one for their value and the mean slope
-sum(q g). All of it is fp32 in registers, whatever the logits are stored in.
+sum(q g). All of it is fp32 in registers, whatever the products are stored in; what a model does to its head's products
+(`transform.py`) is done wherever they are read, and its slope multiplied into the gradient. As in `losses.py`, a row's
+maximum is taken off before the temperature divides, and mixtures are made in log space.
 
 `TRITON_INTERPRET=1`, set before Triton is imported, runs the same code on a CPU, which is how the tests read it.
 Source: Milakov and Gimelshein 2018, arXiv 1805.02867 (the running softmax).
@@ -21,14 +23,18 @@ from torch import Tensor
 from pipeline.config import Divergence
 from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse_terms
+from pipeline.distillation.transform import PLAIN, Transform
 
 BLOCK = 4096  # logits read at a time
 WARPS = 8
 KINDS = {divergence: number for number, divergence in enumerate(Divergence)}
 
 
-def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
-    """Replace the student's logits by the gradient of the summed loss; the contract of `losses.terms_in_place`."""
+def terms_in_place(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int,
+    ours: Transform = PLAIN, theirs: Transform = PLAIN,
+) -> Sums:  # fmt: skip
+    """Replace the student's products by the gradient of the summed loss; the contract of `losses.terms_in_place`."""
     count = len(labels)
     ce, divergence = (torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count:
@@ -37,20 +43,25 @@ def terms_in_place(student: Tensor, teacher: Tensor | None, labels: Tensor, loss
         _kernel[(count,)](
             student, other, labels, ce, divergence, student.stride(0), other.stride(0), vocabulary, student.shape[1],
             1.0 if teacher is None else loss.ce_weight, loss.temperature, loss.mixture,
+            ours.scale, ours.cap or 0.0, theirs.scale, theirs.cap or 0.0,
             KIND=-1 if teacher is None else KINDS[loss.divergence], AT_ONE=loss.temperature == 1,
+            OURS=_kind_of(ours), THEIRS=_kind_of(theirs),
             BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
         )  # fmt: skip
     return Sums(ce.sum(), divergence.sum())
 
 
-def sparse_terms_in_place(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int) -> Sums:
+def sparse_terms_in_place(
+    student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int,
+    ours: Transform = PLAIN, theirs: Transform = PLAIN,
+) -> Sums:  # fmt: skip
     """Do the same where the teacher is given by entries; the contract of `losses.sparse_terms_in_place`.
 
     With a rest beside the entries (`top_k`) it is plain torch that does it: what the rest sums up to takes a pass over
     all that is no entry.
     """
     if teacher.residual is not None:
-        return plain_sparse_terms(student, teacher, labels, loss, vocabulary)
+        return plain_sparse_terms(student, teacher, labels, loss, vocabulary, ours, theirs)
     count, entries = teacher.ids.shape
     ce, divergence = (torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count:
@@ -58,38 +69,98 @@ def sparse_terms_in_place(student: Tensor, teacher: Sparse, labels: Tensor, loss
         _sparse_kernel[(count,)](
             student, teacher.ids.contiguous(), teacher.probabilities.contiguous(), labels, ce, divergence,
             student.stride(0), vocabulary, student.shape[1], loss.ce_weight, loss.temperature,
+            ours.scale, ours.cap or 0.0,
             ENTRIES=entries, WIDTH=triton.next_power_of_2(max(entries, 2)), AT_ONE=loss.temperature == 1,
-            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
+            OURS=_kind_of(ours), BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
         )  # fmt: skip
     return Sums(ce.sum(), loss.temperature**2 * (divergence.sum() - teacher.entropy.float().sum()))
 
 
-@triton.jit
-def _running(top, total, x):
-    """Take a block into a running maximum and sum of exponentials; all of it may be ruled out (-inf)."""
-    higher = tl.maximum(top, tl.max(x, 0))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
+def _kind_of(transform: Transform) -> int:
+    """Return what the kernel has to do to a product: 0 nothing, 1 scale it, 2 scale and cap it."""
+    return 0 if transform.plain else 1 if transform.cap is None else 2
 
 
 @triton.jit
-def _log_ratio(probability, above, below):
-    """Return above - below where there is any probability, else 0."""
-    return tl.where(probability == 0.0, 0.0, above - below)
+def _logits(product, inside, scale, cap, DONE: tl.constexpr):
+    """Return the logits of products, and -inf where there is no column."""
+    logits = product
+    if DONE > 0:
+        logits = product * scale
+    if DONE > 1:
+        share = tl.exp(-2.0 * tl.abs(logits) / cap)
+        size = cap * (1.0 - share) / (1.0 + share)
+        logits = tl.where(logits < 0.0, -size, size)
+    return tl.where(inside, logits, float("-inf"))
+
+
+@triton.jit
+def _slope_of_logits(product, scale, cap, DONE: tl.constexpr):
+    """Return d logits / d product."""
+    slope = tl.full(product.shape, 1.0, tl.float32)
+    if DONE > 0:
+        slope = slope * scale
+    if DONE > 1:
+        share = tl.exp(-2.0 * tl.abs(product * scale) / cap)
+        slope = slope * 4.0 * share / ((1.0 + share) * (1.0 + share))
+    return slope
+
+
+@triton.jit
+def _read(pointer, at, inside, scale, cap, DONE: tl.constexpr):
+    """Return the logits at some columns, and -inf where there is no column."""
+    product = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+    return _logits(product, inside, scale, cap, DONE)
+
+
+@triton.jit
+def _lift(top):
+    """Return what to take off a row: its maximum, but 0 where all of it is ruled out so far."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _highest(top, x):
+    return tl.maximum(top, tl.max(x, 0))
+
+
+@triton.jit
+def _carried(total, top, higher, temperature):
+    """Return a running sum of exponentials under a new maximum."""
+    return total * tl.exp((top - _lift(higher)) / temperature)
+
+
+@triton.jit
+def _exp_sum(x, higher, temperature):
+    return tl.sum(tl.exp((x - _lift(higher)) / temperature), 0)
+
+
+@triton.jit
+def _where(probability, value):
+    """Return a value where there is any probability, else 0."""
+    return tl.where(probability == 0.0, 0.0, value)
+
+
+@triton.jit
+def _log_mixture(share, log_a, log_b):
+    """Return log(share a + (1 - share) b) without underflow."""
+    left, right = log_a + tl.log(share), log_b + tl.log(1.0 - share)
+    high, low = tl.maximum(left, right), tl.minimum(left, right)
+    return tl.where(high == float("-inf"), high, high + tl.log(1.0 + tl.exp(low - high)))
 
 
 @triton.jit
 def _slope(q, p, log_q, log_p, share, KIND: tl.constexpr):
     """Return dD/dq up to a constant, for all but forward KL."""
     if KIND == 1:
-        slope = _log_ratio(q, log_q, log_p)
+        slope = _where(q, log_q - log_p)
     elif KIND == 2:
-        slope = (1.0 - share) * _log_ratio(q, log_q, tl.log(share * p + (1.0 - share) * q))
+        slope = (1.0 - share) * _where(q, log_q - _log_mixture(share, log_p, log_q))
     elif KIND == 3:
-        slope = tl.where(p == 0.0, 0.0, -(1.0 - share) * p / (share * p + (1.0 - share) * q))
+        slope = -(1.0 - share) * _where(p, tl.exp(log_p - _log_mixture(share, log_p, log_q)))
     else:
-        m = share * q + (1.0 - share) * p
-        slope = _log_ratio(q, log_q, tl.log(m)) - tl.where(q == 0.0, 0.0, share * q / m)
+        ratio = log_q - _log_mixture(share, log_q, log_p)
+        slope = _where(q, ratio - share * tl.exp(ratio))
     return slope
 
 
@@ -97,77 +168,86 @@ def _slope(q, p, log_q, log_p, share, KIND: tl.constexpr):
 def _value(q, p, log_q, log_p, share, KIND: tl.constexpr):
     """Return D's summands."""
     if KIND == 0:
-        value = p * _log_ratio(p, log_p, log_q)
+        value = p * _where(p, log_p - log_q)
     elif KIND == 1:
-        value = q * _log_ratio(q, log_q, log_p)
+        value = q * _where(q, log_q - log_p)
     elif KIND == 2:
-        log_m = tl.log(share * p + (1.0 - share) * q)
-        value = share * p * _log_ratio(p, log_p, log_m) + (1.0 - share) * q * _log_ratio(q, log_q, log_m)
+        log_m = _log_mixture(share, log_p, log_q)
+        value = share * p * _where(p, log_p - log_m) + (1.0 - share) * q * _where(q, log_q - log_m)
     elif KIND == 3:
-        value = p * _log_ratio(p, log_p, tl.log(share * p + (1.0 - share) * q))
+        value = p * _where(p, log_p - _log_mixture(share, log_p, log_q))
     else:
-        value = q * _log_ratio(q, log_q, tl.log(share * q + (1.0 - share) * p))
+        value = q * _where(q, log_q - _log_mixture(share, log_q, log_p))
     return value
 
 
 @triton.jit
 def _kernel(
     student, teacher, labels, ce_out, divergence_out, student_stride, teacher_stride, vocabulary, columns,
-    ce_weight, temperature, share,
-    KIND: tl.constexpr, AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    ce_weight, temperature, share, scale, cap, teacher_scale, teacher_cap,
+    KIND: tl.constexpr, AT_ONE: tl.constexpr, OURS: tl.constexpr, THEIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     label = tl.load(labels + row)
-    own = tl.load(student + label).to(tl.float32)
-    top, total = float("-inf"), 0.0
-    top_q, total_q = float("-inf"), 0.0
+    own = _logits(tl.load(student + label).to(tl.float32), True, scale, cap, OURS)
+    top, total, total_q = float("-inf"), 0.0, 0.0
     top_p, total_p = float("-inf"), 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        z = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
-        top, total = _running(top, total, z)
+        z = _read(student, at, inside, scale, cap, OURS)
+        higher = _highest(top, z)
+        total = _carried(total, top, higher, 1.0) + _exp_sum(z, higher, 1.0)
         if KIND >= 0:
-            t = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32) / temperature
-            top_p, total_p = _running(top_p, total_p, t)
             if not AT_ONE:
-                top_q, total_q = _running(top_q, total_q, z / temperature)
-    log_sum = top + tl.log(total)
-    tl.store(ce_out + row, log_sum - own)
-    log_sum_q, log_sum_p = log_sum, log_sum
+                total_q = _carried(total_q, top, higher, temperature) + _exp_sum(z, higher, temperature)
+            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
+            higher_p = _highest(top_p, t)
+            total_p = _carried(total_p, top_p, higher_p, temperature) + _exp_sum(t, higher_p, temperature)
+            top_p = higher_p
+        top = higher
+    log_total = tl.log(total)
+    tl.store(ce_out + row, log_total - (own - top))
+    log_total_q, log_total_p = log_total, log_total
     if KIND >= 0:
-        log_sum_p = top_p + tl.log(total_p)
+        log_total_p = tl.log(total_p)
         if not AT_ONE:
-            log_sum_q = top_q + tl.log(total_q)
+            log_total_q = tl.log(total_q)
 
     value, mean = 0.0, 0.0
     if KIND > 0:
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             inside = at < vocabulary
-            log_q = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32) / temperature - log_sum_q
-            log_p = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32) / temperature - log_sum_p
+            log_q = (_read(student, at, inside, scale, cap, OURS) - top) / temperature - log_total_q
+            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
+            log_p = (t - top_p) / temperature - log_total_p
             q, p = tl.exp(log_q), tl.exp(log_p)
             value += tl.sum(tl.where(inside, _value(q, p, log_q, log_p, share, KIND), 0.0), 0)
             mean += tl.sum(tl.where(inside, q * _slope(q, p, log_q, log_p, share, KIND), 0.0), 0)
 
-    scale = (1.0 - ce_weight) * temperature
+    weight = (1.0 - ce_weight) * temperature
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        z = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
-        gradient = ce_weight * (tl.exp(z - log_sum) - tl.where(at == label, 1.0, 0.0))
+        product = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
+        z = _logits(product, inside, scale, cap, OURS) - top
+        gradient = ce_weight * (tl.exp(z - log_total) - tl.where(at == label, 1.0, 0.0))
         if KIND >= 0:
-            log_q = z / temperature - log_sum_q
-            log_p = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32) / temperature - log_sum_p
+            log_q = z / temperature - log_total_q
+            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
+            log_p = (t - top_p) / temperature - log_total_p
             q, p = tl.exp(log_q), tl.exp(log_p)
             if KIND == 0:
                 value += tl.sum(tl.where(inside, _value(q, p, log_q, log_p, share, KIND), 0.0), 0)
-                gradient += scale * (q - p)
+                taught = q - p
             else:
-                gradient += scale * q * (_slope(q, p, log_q, log_p, share, KIND) - mean)
+                taught = q * (_slope(q, p, log_q, log_p, share, KIND) - mean)
+            if weight != 0.0:  # an infinite divergence that has no weight has no part in the gradient
+                gradient += weight * taught
+        gradient = gradient * _slope_of_logits(product, scale, cap, OURS)
         tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
     tl.store(divergence_out + row, temperature * temperature * value)
 
@@ -175,42 +255,47 @@ def _kernel(
 @triton.jit
 def _sparse_kernel(
     student, ids, probabilities, labels, ce_out, divergence_out, student_stride, vocabulary, columns,
-    ce_weight, temperature,
-    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    ce_weight, temperature, scale, cap,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, AT_ONE: tl.constexpr, OURS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     label = tl.load(labels + row)
-    own = tl.load(student + label).to(tl.float32)
+    own = _logits(tl.load(student + label).to(tl.float32), True, scale, cap, OURS)
     entry = tl.arange(0, WIDTH)
     p = tl.load(probabilities + row * ENTRIES + entry, mask=entry < ENTRIES, other=0.0).to(tl.float32)
     given = p > 0.0  # what pads a row has no probability, and may name a token twice
     at_entry = tl.load(ids + row * ENTRIES + entry, mask=entry < ENTRIES, other=0)
-    z_entry = tl.load(student + at_entry, mask=given, other=0.0).to(tl.float32)
-    top, total = float("-inf"), 0.0
-    top_q, total_q = float("-inf"), 0.0
+    product_entry = tl.load(student + at_entry, mask=given, other=0.0).to(tl.float32)
+    top, total, total_q = float("-inf"), 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = tl.load(student + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-        top, total = _running(top, total, z)
+        z = _read(student, at, at < vocabulary, scale, cap, OURS)
+        higher = _highest(top, z)
+        total = _carried(total, top, higher, 1.0) + _exp_sum(z, higher, 1.0)
         if not AT_ONE:
-            top_q, total_q = _running(top_q, total_q, z / temperature)
-    log_sum = top + tl.log(total)
-    log_sum_q = log_sum
+            total_q = _carried(total_q, top, higher, temperature) + _exp_sum(z, higher, temperature)
+        top = higher
+    log_total = tl.log(total)
+    log_total_q = log_total
     if not AT_ONE:
-        log_sum_q = top_q + tl.log(total_q)
-    tl.store(ce_out + row, log_sum - own)
-    tl.store(divergence_out + row, tl.sum(tl.where(given, p * (log_sum_q - z_entry / temperature), 0.0), 0))
+        log_total_q = tl.log(total_q)
+    tl.store(ce_out + row, log_total - (own - top))
+    z_entry = _logits(product_entry, given, scale, cap, OURS) - top
+    log_q_entry = z_entry / temperature - log_total_q
+    tl.store(divergence_out + row, -tl.sum(tl.where(given, p * log_q_entry, 0.0), 0))
 
-    scale = (1.0 - ce_weight) * temperature
+    weight = (1.0 - ce_weight) * temperature
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        z = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
-        gradient = ce_weight * (tl.exp(z - log_sum) - tl.where(at == label, 1.0, 0.0))
-        gradient += scale * tl.exp(z / temperature - log_sum_q)
+        product = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
+        z = _logits(product, inside, scale, cap, OURS) - top
+        gradient = ce_weight * (tl.exp(z - log_total) - tl.where(at == label, 1.0, 0.0))
+        gradient += weight * tl.exp(z / temperature - log_total_q)
+        gradient = gradient * _slope_of_logits(product, scale, cap, OURS)
         tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
     tl.debug_barrier()  # other threads have written these places just now
-    gradient = ce_weight * (tl.exp(z_entry - log_sum) - tl.where(at_entry == label, 1.0, 0.0))
-    gradient += scale * (tl.exp(z_entry / temperature - log_sum_q) - p)
-    tl.store(student + at_entry, gradient, mask=given)
+    gradient = ce_weight * (tl.exp(z_entry - log_total) - tl.where(at_entry == label, 1.0, 0.0))
+    gradient += weight * (tl.exp(log_q_entry) - p)
+    tl.store(student + at_entry, gradient * _slope_of_logits(product_entry, scale, cap, OURS), mask=given)

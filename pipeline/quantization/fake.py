@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from pipeline.quantization.layers import Layer
 OUTLIER = 6.0  # LLM.int8(): input columns that reach it stay as they are. Source: arXiv 2208.07339, section 3.2
 INT8_MOST = 127.0
 INT8_HALF_RANGE = 127.5  # of -128 to 127
+INT8_NOISE = 2e-3  # of a layer's output in norm: rounding inputs to 8 bits makes 6e-3, to 16 bits 4e-4 at most
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -139,12 +141,39 @@ def int8_by_token(inputs: Tensor) -> Tensor:
 
 
 def int8_but_outliers(inputs: Tensor) -> Tensor:
-    """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token reaches `OUTLIER`."""
-    flat = inputs.flatten(0, -2).half()
-    columns = (flat.abs() >= OUTLIER).any(0)
-    rest = flat.masked_fill(columns, 0.0)
-    scale = rest.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_MOST
-    return torch.where(columns, flat, (rest / scale).round() * scale).to(inputs.dtype).reshape(inputs.shape)
+    """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token reaches `OUTLIER`.
+
+    A token's scale is that of its largest value below `OUTLIER`, in whatever column that is. Left alone where the
+    library does not round on this device (`rounds_inputs`).
+    """
+    if not rounds_inputs(inputs.device.type):
+        return inputs
+    flat = inputs.flatten(0, -2)
+    halves = flat.half()
+    outliers = halves.abs() >= OUTLIER
+    columns = outliers.any(0)
+    rest = halves.masked_fill(outliers, 0.0).float()
+    scale = rest.abs().amax(-1, keepdim=True).clamp_min(1e-5) / INT8_MOST
+    rounded = (rest / scale).round().mul(scale).to(inputs.dtype)
+    return torch.where(columns, flat, rounded).reshape(inputs.shape)
+
+
+@lru_cache
+def rounds_inputs(device: str) -> bool:
+    """Return whether a layer that bitsandbytes quantized to int8 rounds its input on a device, as it is served.
+
+    Asked of the library itself, by a small layer: it has changed over versions, and its paths differ by device.
+    """
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    draw = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(64, 64, generator=draw).to(device) for _ in range(2))
+    layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=OUTLIER)
+    layer.load_state_dict({"weight": weight})
+    with torch.no_grad():
+        served = layer.to(device).eval()(inputs.half()).float()
+    as_it_is = inputs.half().float() @ backend_of(Format.int8).round_trip(weight, Format.int8).T
+    return bool((served - as_it_is).norm() > INT8_NOISE * as_it_is.norm())
 
 
 def float8_by_token(inputs: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ exists beyond a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import CaptureMethod, Precision, Task
@@ -34,11 +33,20 @@ from pipeline.distillation.cache import (
 )
 from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
+from pipeline.distillation.transform import Transform, Unknown
 from pipeline.models import load_model, load_tokenizer
 from pipeline.stages.context import Output
 from pipeline.stages.settings import steps_of, training_precision, training_settings
 from pipeline.store import check_room, read_json, write_json
-from pipeline.training.objective import check_body, document_mask, hidden_states
+from pipeline.training.objective import (
+    Examined,
+    columns_of,
+    document_mask,
+    examine,
+    full_logits,
+    full_logits_note,
+    hidden_states,
+)
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 from pipeline.training.stage import make_batches, read_encoded
 from pipeline.training.step_flops import ModelFlops, StepFlops
@@ -61,7 +69,7 @@ class _Source:
     task: Task
     precision: Precision
     device: torch.device
-    masked: bool  # whether packed documents are told apart by a mask: see `check_body`
+    examined: Examined | None  # how a language model is to be read
     windows: Windows
     codec: Codec
     seed: int
@@ -97,7 +105,12 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
             place(ctx.checkpoints / shard_name(number), ctx.out / shard_name(number))
         shards = [{name: record[name] for name in ("sha256", "windows", "tokens", "bytes")} for record in records]
         manifest = write_manifest(ctx.out, facts, shards)
-    return _output(source, stage, records, manifest, ctx)
+    output = _output(source, stage, records, manifest, ctx)
+    if source.examined is None or not isinstance(source.examined.head, Unknown):
+        return output
+    tokens = micro * settings.sequence_length
+    said = full_logits_note(source.model, source.examined.head, tokens, source.precision)
+    return replace(output, notes=(*output.notes, f"{ctx.stage}: {said}"))
 
 
 def expected(stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context) -> dict[str, Any]:
@@ -127,22 +140,22 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         model.requires_grad_(requires_grad=False)
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
-        masked = check_body(model, ctx.device) if task is Task.causal_lm else False
+        examined = examine(model, ctx.device) if task is Task.causal_lm else None
         windows = make_batches(model, tokenizer, read_encoded(model, tokenizer, settings, ctx), settings, ctx)
         flops = ModelFlops.of(model, task, backward=False)
-        codec = _codec(stage, model, tokenizer, ctx)
+        codec = _codec(stage, model, examined, tokenizer, ctx)
     precision = frozen(training_precision(stage, ctx.run), ctx.device)
     round_weights(model, precision)
-    return _Source(model, task, precision, ctx.device, masked, windows, codec, ctx.seed, flops), tokenizer
+    return _Source(model, task, precision, ctx.device, examined, windows, codec, ctx.seed, flops), tokenizer
 
 
-def _codec(stage: CaptureStage, model: Any, tokenizer: Any, ctx: Context) -> Codec:
+def _codec(stage: CaptureStage, model: Any, examined: Examined | None, tokenizer: Any, ctx: Context) -> Codec:
     """Return what packs the distributions: over the tokens that the tokenizer has, not over a head's padding."""
-    if ctx.run.task is Task.sequence_classification:
+    if examined is None:
         if stage.method is not CaptureMethod.sample or stage.draws is not None:
             ctx.say(f"{ctx.stage}: method, draws and k have no effect: all logits of the classes are kept")
         return Dense(model.config.num_labels)
-    vocabulary = min(max(tokenizer.get_vocab().values()) + 1, Head.of(model).weight.shape[0])
+    vocabulary = min(max(tokenizer.get_vocab().values()) + 1, columns_of(model, examined.head))
     temperature = stage.captured(ctx.run)["temperature"]
     if stage.method is CaptureMethod.top_k:
         return TopK(min(stage.k or TopK.most(vocabulary), vocabulary), vocabulary, temperature)
@@ -254,7 +267,8 @@ def _captured(source: _Source, rows: list[int], micro: int) -> _Shard:
             ]
             shard.tokens += sum(sizes)
             count, length = batch["input_ids"].shape
-            shard.flops += source.flops.per_sequence.batch(count, length, sum(sizes))
+            full = source.examined is not None and isinstance(source.examined.head, Unknown)
+            shard.flops += source.flops.per_sequence.batch(count, length, count * length if full else sum(sizes))
     return shard
 
 
@@ -268,13 +282,14 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
     keep = (batch["labels"].flatten() != IGNORE).nonzero().flatten().to(source.device)
     inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name != "labels"}
     chance = torch.from_numpy(_uniforms(source, rows, sizes)).to(source.device)
-    if source.task is Task.sequence_classification:
+    if source.examined is None:
         logits = source.model(**read_by(source.model, inputs)).logits[keep].float()
         chunks = [source.codec.of(logits, chance)]
     else:
-        mask = document_mask(inputs["position_ids"]) if source.masked else None
-        hidden = hidden_states(source.model, inputs, mask).flatten(0, 1)[keep]
-        chunks = list(_by_chunks(source, hidden, chance))
+        mask = document_mask(inputs["position_ids"]) if source.examined.masked else None
+        read = full_logits if isinstance(source.examined.head, Unknown) else hidden_states
+        given = read(source.model, inputs, mask).flatten(0, 1)[keep]
+        chunks = list(_by_chunks(source, source.examined.head, given, chance))
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 
 
@@ -287,17 +302,23 @@ def _uniforms(source: _Source, rows: list[int], sizes: list[int]) -> np.ndarray:
     return np.concatenate(each)
 
 
-def _by_chunks(source: _Source, hidden: Tensor, chance: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield what is kept of each chunk of tokens; its logits are gone with it."""
-    dtype = compute_dtype(source.precision)
-    head = Head.of(source.model).to(dtype)
+def _by_chunks(
+    source: _Source, head: Transform | Unknown, given: Tensor, chance: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Yield what is kept of each chunk of tokens; its logits are gone with it.
+
+    Args:
+        given: (N, H) hidden states, or (N, V) logits of a model whose head is unknown.
+    """
+    dtype, vocabulary = compute_dtype(source.precision), source.codec.vocabulary
+    known = None if isinstance(head, Unknown) else Head.of(source.model, head).to(dtype)
     budget = TILE_BYTES.get(source.device.type, TILE_BYTES["cpu"])
-    rows = max(1, budget // (LOGIT_BYTES * len(head.weight)))
+    rows = max(1, budget // (LOGIT_BYTES * columns_of(source.model, head)))
     with torch.autocast(source.device.type, enabled=False):
-        for start in range(0, max(len(hidden), 1), rows):
+        for start in range(0, max(len(given), 1), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part].to(dtype), head.weight, head.bias)[:, : source.codec.vocabulary].float()
-            yield source.codec.of(logits, chance[part])
+            logits = given[part].float() if known is None else known.logits(given[part].to(dtype))
+            yield source.codec.of(logits[:, :vocabulary], chance[part])
 
 
 def _output(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pipeline.config import Divergence, HeadKernel, Task, TrainingConfig
-from pipeline.distillation.head import Head
-from pipeline.distillation.kernels import fastest, in_words, kernel_of, why_not
+from pipeline.distillation.kernels import NOT_FOR_LIGER, fastest, in_words, kernel_of, why_not
+from pipeline.distillation.transform import Unknown
 from pipeline.errors import UserError
-from pipeline.training.objective import Objective
+from pipeline.training.objective import Objective, columns_of
 
 SKEWED = (Divergence.skewed_kl, Divergence.skewed_reverse_kl)
 
@@ -27,20 +27,34 @@ def choose_head(
         key: Of the setting, for who must change it.
 
     Raises:
-        UserError: If Liger is wanted for models of two vocabularies.
+        UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than a product.
     """
     if objective.task is not Task.causal_lm:
         return None
     if wanted is HeadKernel.liger and objective.teacher is not None:
-        sizes = [Head.of(model).weight.shape[0] for model in (objective.model, objective.teacher.model)]
-        if sizes[0] != sizes[1]:
-            raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", "use auto or torch")
+        _refuse_for_liger(key, objective, objective.teacher.model)
+    if isinstance(objective.head, Unknown):
+        return None if wanted is HeadKernel.auto else f"head={wanted.value} has no effect: logits are held in full"
     if wanted is not HeadKernel.auto:
         objective.head_loss = kernel_of(wanted)
         return None
     if objective.device.type != "cuda":
         return None
     return probe_heads(objective, batches, settings)
+
+
+def _refuse_for_liger(key: str, objective: Objective, teacher: Any) -> None:
+    """Refuse heads that Liger's loss does not compute."""
+    remedy = "use auto or torch"
+    for model, head in ((objective.model, objective.head), (teacher, objective.teacher_head)):
+        if isinstance(head, Unknown):
+            raise UserError(key, f"{NOT_FOR_LIGER}; those of {type(model).__name__} are not", remedy)
+        if not head.plain:
+            problem = f"{NOT_FOR_LIGER}; {type(model).__name__} has {head.in_words()} after it"
+            raise UserError(key, problem, remedy)
+    sizes = [columns_of(objective.model, objective.head), columns_of(teacher, objective.teacher_head)]
+    if sizes[0] != sizes[1]:
+        raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", remedy)
 
 
 def probe_heads(objective: Objective, batches: Any, settings: TrainingConfig) -> str:

@@ -20,18 +20,44 @@ from pipeline.data.batches import IGNORE
 from pipeline.data.padding import read_by
 from pipeline.data.prompts import PROMPT_MASK
 from pipeline.distillation.cache import TeacherCache
-from pipeline.distillation.head import Head, Taught, head_loss
+from pipeline.distillation.head import Head, Logits, Taught, head_loss, logits_loss
 from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
 from pipeline.distillation.on_policy import Writing, write
 from pipeline.distillation.relations import RelationSignal, outputs_of
+from pipeline.distillation.transform import (
+    Transform,
+    Unknown,
+    as_configured,
+    copies,
+    near,
+    nothing_is_zero,
+    prove,
+    tolerance,
+)
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.precision import arithmetic, compute_dtype
 
 NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads
-HEAD_TOLERANCE = 1e-3  # of fp32 logits against head(hidden); a soft cap or a logit scale is far beyond it
+NARROW = ("sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size")
+EXAMINED = 6  # tokens of a document that a model is examined with
+UNSEEN = 1e-2  # of what one token makes of those after it: less does not come from a token that is read
+ALIKE = 1e-4  # of hidden states, of the largest one, computed twice in fp32 in other company; 16 bits: 4 roundings
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """How a language model is to be read: what `examine` found.
+
+    Attributes:
+        head: What makes logits of its hidden states; `Unknown`: its own forward pass, in full.
+        masked: Whether packed documents are told apart by a mask; else by positions, by the model itself.
+    """
+
+    head: Transform | Unknown
+    masked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +67,8 @@ class Teacher:
     model: Any
     precision: Precision
     loss: Loss
-    masked: bool = False  # whether packed documents are told apart by a mask: see `check_body`
+    masked: bool = False  # whether packed documents are told apart by a mask: see `Examined`
+    head: Transform | Unknown | None = None  # likewise; None: as its config says
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +104,10 @@ class Objective:
     def __init__(
         self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
         teacher: Teacher | CachedTeacher | None = None, *, masked: bool = False,
+        head: Transform | Unknown | None = None,
     ) -> None:  # fmt: skip
         self.model, self.task, self.precision, self.masked = model, task, precision, masked
+        self.head = _head(model, task, head)
         self.device, self.clock = device, clock
         self.teacher = teacher if isinstance(teacher, Teacher) else None
         self.cached = teacher if isinstance(teacher, CachedTeacher) else None
@@ -88,7 +117,11 @@ class Objective:
         self.writing: Writing | None = None
         self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
         self.head_loss: HeadLoss = head_loss
-        self.vocabulary = None if self.teacher is None else shared_vocabulary(model, self.teacher.model, task)
+        self.vocabulary: int | None = None
+        self.teacher_head: Transform | Unknown = Transform()
+        if self.teacher is not None:
+            self.teacher_head = _head(self.teacher.model, task, self.teacher.head)
+            self.vocabulary = shared_vocabulary(model, self.teacher.model, task, self.head, self.teacher_head)
         if self.cached is not None:
             self.vocabulary = self.cached.cache.vocabulary
 
@@ -96,6 +129,15 @@ class Objective:
         """Minimise what is minimised at this step from now on."""
         if self.losses is not None:
             self.loss = self.losses(step)
+
+    def full_logits(self, tokens: int) -> list[str]:
+        """Return what is to be said of models whose logits are held in full, by the positions of a micro-batch."""
+        said: list[str] = []
+        if isinstance(self.head, Unknown):
+            said.append(full_logits_note(self.model, self.head, tokens, self.precision, trained=True))
+        if self.teacher is not None and isinstance(self.teacher_head, Unknown):
+            said.append(full_logits_note(self.teacher.model, self.teacher_head, tokens, self.teacher.precision))
+        return said
 
     def completed(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Return a batch as it is, or where it holds prompts, what the model writes after them."""
@@ -151,20 +193,27 @@ class Objective:
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 with self._reading(teacher.model) as theirs.projected:
-                    given = _body(teacher.model, inputs, mask if teacher.masked else None, every=every)
+                    read = mask if teacher.masked else None
+                    given = _given(teacher.model, self.teacher_head, inputs, read, every=every)
                 theirs.states = given.hidden_states
-                hidden = given.last_hidden_state.flatten(0, 1)[keep]
-                taught = Taught(hidden, Head.of(teacher.model), compute_dtype(teacher.precision))
+                if isinstance(self.teacher_head, Unknown):
+                    taught = Logits(given.logits.flatten(0, 1)[keep])
+                else:
+                    hidden = given.last_hidden_state.flatten(0, 1)[keep]
+                    head = Head.of(teacher.model, self.teacher_head)
+                    taught = Taught(hidden, head, compute_dtype(teacher.precision))
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
-                given = _body(self.model, inputs, mask if self.masked else None, every=every)
+                given = _given(self.model, self.head, inputs, mask if self.masked else None, every=every)
             ours.states = given.hidden_states
-            hidden = given.last_hidden_state.flatten(0, 1)[keep]
-            mean, parts = self.head_loss(
-                hidden, Head.of(self.model), targets, dtype=compute_dtype(self.precision),
-                vocabulary=self.vocabulary, taught=taught, loss=loss,
-            )  # fmt: skip
+            more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
+            if isinstance(self.head, Unknown):
+                mean, parts = logits_loss(given.logits.flatten(0, 1)[keep], targets, **more)
+            else:
+                hidden, head = given.last_hidden_state.flatten(0, 1)[keep], Head.of(self.model, self.head)
+                dtype = compute_dtype(self.precision)
+                mean, parts = self.head_loss(hidden, head, targets, dtype=dtype, **more)
             done = StepLoss(mean, parts, len(targets), 1.0 if loss is None else loss.ce_weight)
             if self.hidden is None and self.relations is None:
                 return done
@@ -243,14 +292,25 @@ def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = N
         mask: Their `document_mask`. Without one, transformers finds the documents in the positions, and reads on the
             host whether there are several: every step would wait for the device.
     """
-    return _body(model, inputs, mask, every=False).last_hidden_state
+    return _run(model.base_model, inputs, mask, every=False).last_hidden_state
 
 
-def _body(model: Any, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool) -> Any:
-    """Return what the model's body gives out; with `every` layer's states as `hidden_states`."""
+def full_logits(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """Return the model's own logits of all positions, (B, T, V); of inputs and mask as `hidden_states` has them."""
+    return _run(model, inputs, mask, every=False).logits
+
+
+def _given(
+    model: Any, head: Transform | Unknown, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool
+) -> Any:
+    """Return what the model's body gives out, or all of it where its head is unknown; with `every` layer's states."""
+    return _run(model if isinstance(head, Unknown) else model.base_model, inputs, mask, every=every)
+
+
+def _run(module: Any, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool) -> Any:
     more: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
     more |= {"output_hidden_states": True} if every else {}
-    return model.base_model(**inputs, **more, use_cache=False)
+    return module(**copies(inputs), **more, use_cache=False)
 
 
 def document_mask(position_ids: Tensor) -> Tensor:
@@ -260,71 +320,155 @@ def document_mask(position_ids: Tensor) -> Tensor:
     return same.tril_()[:, None]
 
 
-def check_body(model: Any, device: torch.device) -> bool:
-    """Refuse a model whose logits are not head(hidden states), or that reads across packed documents.
-
-    Returns:
-        Whether `hidden_states` may mask documents for this model: it takes such a mask as it is, and has no layer that
-        sees less than all that is before it.
+def examine(model: Any, device: torch.device) -> Examined:
+    """Find out on a few tokens how a model's logits and packed documents are to be had; the model stays as it is.
 
     Raises:
-        UserError: If it caps or scales its logits, or does not restart attention where `position_ids` do.
+        UserError: If its logits are not finite, if it gives others each time, or if it reads across packed documents.
     """
-    head = Head.of(model)
-    size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    first, second = (torch.arange(start, start + 6, device=device).remainder(size) for start in (3, 11))
-    pair = {
-        "input_ids": torch.cat([first, second])[None],
-        "position_ids": torch.arange(6, device=device).repeat(2)[None],
-    }
-    alone = {"input_ids": second[None], "position_ids": torch.arange(6, device=device)[None]}
     training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        single, packed = hidden_states(model, alone), hidden_states(model, pair)
-        logits = model(**alone).logits
-        ours = torch.nn.functional.linear(single, head.weight, head.bias)
-        near = HEAD_TOLERANCE * single.abs().max()
-        masked = _sees_all(model.config) and _takes_mask(model, pair, torch.cat([packed[:, :6], single], 1), near)
-    model.train(training)
-    scale = logits.abs().max().clamp(min=1e-6)
-    if (logits - ours).abs().max() > HEAD_TOLERANCE * scale:
-        raise UserError("model.path", f"{type(model).__name__} changes its logits after the head", "use another model")
-    if (packed[:, 6:] - single).abs().max() > near:
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            _check_logits(model, _document(model, 11, device))
+            with nothing_is_zero(model):
+                head = prove(model, _document(model, 11, device))
+                return Examined(head, _documents_are_masked(model, head, device))
+    finally:
+        model.train(training)
+
+
+def check_body(model: Any, device: torch.device) -> bool:
+    """Refuse what `examine` refuses; return whether packed documents may be told apart by a mask."""
+    return examine(model, device).masked
+
+
+def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]:
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(start, start + EXAMINED, device=device).remainder(size)
+    return {"input_ids": ids[None], "position_ids": torch.arange(EXAMINED, device=device)[None]}
+
+
+def _check_logits(model: Any, document: dict[str, Tensor]) -> None:
+    """Refuse a model of whose own logits nothing can be learnt."""
+    first, second = (_packed(model, full_logits, document) for _ in range(2))
+    if first.isnan().any() or first.isinf().all(-1).any():
+        problem = f"{type(model).__name__} gives logits that are no numbers for ordinary tokens"
+        raise UserError("model.path", problem, "check its weights: some may be NaN or infinite")
+    if not near(first, second, tolerance(first.dtype)):
+        raise UserError("model.path", f"{type(model).__name__} gives other logits each time", "use another model")
+
+
+def _packed(model: Any, read: Callable[..., Tensor], inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """Return what a model makes of tokens and positions.
+
+    Raises:
+        UserError: If it takes none.
+    """
+    try:
+        return read(model, inputs, mask)
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        problem = f"{type(model).__name__} cannot read documents by their positions ({said})"
+        raise UserError("model.path", problem, "use another model") from error
+
+
+def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.device) -> bool:
+    """Return whether a mask tells two packed documents apart: the second then is as it is alone.
+
+    Raises:
+        UserError: If neither mask nor positions do.
+    """
+    read = full_logits if isinstance(head, Unknown) else hidden_states
+    each = [_document(model, start, device) for start in (3, 11)]
+    pair = {name: torch.cat([document[name] for document in each], -1) for name in each[0]}
+    alone = torch.cat([_packed(model, read, document) for document in each], 1)
+    allowed = _unseen(model, read, each[1], alone)
+    if _sees_all(model.config):
+        positions = pair["position_ids"]
+        right, shifted = (_masked(model, read, pair, document_mask(each)) for each in (positions, positions.roll(1)))
+        equal = [each is not None and near(each, alone, allowed) for each in (right, shifted)]
+        if equal == [True, False]:  # it is right, and looks at the mask
+            return True
+    if not near(_packed(model, read, pair), alone, allowed):
         raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
-    return masked
+    return False
+
+
+def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor], alone: Tensor) -> float:
+    """Return the share of the largest value that two readings may differ by though no token more is read.
+
+    Small beside what the first token of a document makes of the others, and no smaller than rounding.
+    """
+    other = document["input_ids"].clone()
+    other[:, 0] = other[:, -1]
+    changed = _packed(model, read, {**document, "input_ids": other})
+    made = (changed - alone[:, EXAMINED:])[:, 1:].abs().max() / alone.abs().max()
+    rounding = torch.finfo(alone.dtype).eps
+    return max(32 * rounding, min(max(ALIKE, 4 * rounding), UNSEEN * float(made)))
 
 
 def _sees_all(config: Any) -> bool:
     """Tell whether no layer looks at a window or chunk only: one mask for all layers would widen it."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    narrow = any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return kinds == {"full_attention"} and not narrow
+    return kinds == {"full_attention"} and not any(getattr(text, name, None) for name in NARROW)
 
 
-def _takes_mask(model: Any, pair: dict[str, Tensor], wanted: Tensor, near: Tensor) -> bool:
+def _masked(model: Any, read: Callable[..., Tensor], pair: dict[str, Tensor], mask: Tensor) -> Tensor | None:
+    """Return what a model makes of two documents under a mask; None where it takes none of this shape or type."""
     try:
-        found = hidden_states(model, pair, document_mask(pair["position_ids"]))
-    except (RuntimeError, TypeError, ValueError):  # a mask of another shape or type is wanted
-        return False
-    return bool((found - wanted).abs().max() <= near)
+        return read(model, pair, mask)
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        return None
 
 
-def shared_vocabulary(student: Any, teacher: Any, task: Task) -> int:
+def full_logits_note(model: Any, head: Unknown, tokens: int, precision: Precision, *, trained: bool = False) -> str:
+    """Return what is said of a model whose logits are held in full, with the memory that they take.
+
+    Args:
+        tokens: Positions of a micro-batch.
+        trained: Whether their gradient is held as well.
+    """
+    size = tokens * head.columns * compute_dtype(precision).itemsize * (2 if trained else 1)
+    what = "logits and their gradient" if trained else "logits"
+    return (
+        f"{type(model).__name__}: {what} are held in full, {size / 2**20:,.0f} MiB a micro-batch at least, "
+        f"because {head.why}"
+    )
+
+
+def _head(model: Any, task: Task, head: Transform | Unknown | None) -> Transform | Unknown:
+    """Return how a model's logits are to be had; one that was not examined is taken at its config's word."""
+    return as_configured(model) if head is None and task is Task.causal_lm else head or Transform()
+
+
+def columns_of(model: Any, head: Transform | Unknown) -> int:
+    """Return how many logits a language model gives of a token."""
+    return head.columns if isinstance(head, Unknown) else Head.of(model, head).columns
+
+
+def shared_vocabulary(
+    student: Any, teacher: Any, task: Task, ours: Transform | Unknown | None = None,
+    theirs: Transform | Unknown | None = None,
+) -> int:  # fmt: skip
     """Return how many outputs both models share; inside one family they may differ by padding.
+
+    Args:
+        ours: The student's head, where it was examined.
+        theirs: The teacher's.
 
     Raises:
         UserError: If a classifier has classes that its teacher lacks.
     """
     if task is Task.sequence_classification:
-        ours, theirs = names_in_order(student), names_in_order(teacher)
-        same = len(ours) == len(theirs)
-        if not same and list(map(folded, ours)) != [folded(name) for name in theirs[: len(ours)]]:
-            problem = f"has {len(ours)} classes, its teacher {len(theirs)}"
+        own, taught = names_in_order(student), names_in_order(teacher)
+        same = len(own) == len(taught)
+        if not same and list(map(folded, own)) != [folded(name) for name in taught[: len(own)]]:
+            problem = f"has {len(own)} classes, its teacher {len(taught)}"
             raise UserError("student", problem, "use models of the same classes")
-        return len(ours)
-    return min(Head.of(student).weight.shape[0], Head.of(teacher).weight.shape[0])
+        return len(own)
+    return min(columns_of(student, _head(student, task, ours)), columns_of(teacher, _head(teacher, task, theirs)))
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:

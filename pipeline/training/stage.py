@@ -38,7 +38,7 @@ from pipeline.student import make_student, stack_layers
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
-from pipeline.training.objective import Objective, check_body, parameter_hash
+from pipeline.training.objective import Objective, columns_of, examine, parameter_hash
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.precision_choice import Choice, choose_precision
 from pipeline.training.prefetch import Batches
@@ -90,10 +90,10 @@ def run_training(
         teacher = load_teacher(distill, inputs, tokenizer, ctx)
     precision = training_precision(stage, ctx.run)
     with ctx.clock.phase("prepare"):
-        masked = False
-        if ctx.run.task is Task.causal_lm:
-            masked = check_body(model, ctx.device)
-            teacher = None if teacher is None else replace(teacher, masked=check_body(teacher.model, ctx.device))
+        own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
+        if teacher is not None and own is not None:
+            of_teacher = examine(teacher.model, ctx.device)
+            teacher = replace(teacher, masked=of_teacher.masked, head=of_teacher.head)
         if teacher is not None:
             round_weights(teacher.model, teacher.precision)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
@@ -102,9 +102,13 @@ def run_training(
         settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
         if distill is not None and distill.cache is not None:
-            signal = open_cache(distill, distill.cache, inputs, text, model, tokenizer, settings, ctx)
+            outputs = model.config.num_labels if own is None else columns_of(model, own.head)
+            signal = open_cache(distill, distill.cache, inputs, text, outputs, tokenizer, settings, ctx)
             text = Numbered(text, signal.cache, settings.gradient_accumulation)
-        objective = Objective(model, ctx.run.task, precision, ctx.device, ctx.clock, signal, masked=masked)
+        objective = Objective(
+            model, ctx.run.task, precision, ctx.device, ctx.clock, signal,
+            masked=own is not None and own.masked, head=None if own is None else own.head,
+        )  # fmt: skip
         batches = text
         if distill is not None:
             mix_in(distill, objective, settings, ctx)
@@ -115,6 +119,9 @@ def run_training(
         flops = StepFlops.counted(objective, counted)
         active = counted.active_share(model)
         said = [doubt(counted, model, ctx.run.task, settings.sequence_length), counted.said(model)]
+        if own is not None:
+            rows = settings.batch_size // settings.gradient_accumulation
+            said += objective.full_logits(rows * settings.sequence_length)
         frozen = None if teacher is None else parameter_hash(teacher.model)
     trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
     choice = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.data.batches import IGNORE
+from pipeline.distillation.transform import Unknown
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.flops import (
     FlopsPerSequence,
@@ -107,12 +108,15 @@ class ModelFlops:
 class StepFlops:
     """What a step takes, as it is computed: all positions, padding too, and heads on the targets.
 
+    A model whose logits are held in full has its head on all positions.
+
     Attributes:
         own: Of the model that is trained, forward and backward.
         teacher: Of a live teacher's forward pass.
         writing: Of the model's forward pass, where it writes.
         hidden: Where hidden states are compared.
         relations: Where relations are.
+        full: Whether the model's logits are held in full, and its teacher's.
         why: Why `model_flops` is null: a part is by the rule of thumb; None where all is counted.
         why_no_rule: Why there is not even that.
     """
@@ -122,6 +126,7 @@ class StepFlops:
     writing: FlopsPerSequence | None = None
     hidden: HiddenSignal | None = None
     relations: RelationSignal | None = None
+    full: tuple[bool, bool] = (False, False)
     why: str | None = None
     why_no_rule: str | None = None
 
@@ -143,6 +148,7 @@ class StepFlops:
         return cls(
             own.per_sequence, None if of_teacher is None else of_teacher.per_sequence,
             None if writes is None else writes.per_sequence, objective.hidden, objective.relations,
+            full=(isinstance(objective.head, Unknown), isinstance(objective.teacher_head, Unknown)),
             why="; ".join(unread) or None, why_no_rule="; ".join(no_rule) or None,
         )  # fmt: skip
 
@@ -153,7 +159,8 @@ class StepFlops:
     def _priced(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
         rows, length = batch["input_ids"].shape
         targets = int((batch["labels"] != IGNORE).sum())
-        added = 0.0 if self.teacher is None else self.teacher.batch(rows, length, targets)
+        ours, theirs = (rows * length if full else targets for full in self.full)
+        added = 0.0 if self.teacher is None else self.teacher.batch(rows, length, theirs)
         if self.hidden is not None:
             added += self.hidden.flops(rows * length)
         if self.relations is not None:
@@ -161,7 +168,7 @@ class StepFlops:
         if self.writing is not None and "sampled" in batch:
             new = int(batch["sampled"].max())
             added += rows * self.writing.generation(length - new, new)
-        return self.own.batch(rows, length, targets), added
+        return self.own.batch(rows, length, ours), added
 
     def _unpriced(self, why: str) -> tuple[float, float]:
         """Note that a batch could not be priced: no sum over the steps is one any more."""

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import Task, TrainingConfig
+from pipeline.config import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
 from pipeline.distillation.cache import TeacherCache, needed
-from pipeline.distillation.head import Head
 from pipeline.distillation.hidden import HiddenSignal, layer_pairs
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.on_policy import Writing
@@ -51,10 +50,13 @@ def load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer:
 
 
 def open_cache(
-    stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches, model: Any,
-    tokenizer: Any, settings: TrainingConfig, ctx: Context,
+    stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches,
+    outputs: int, tokenizer: Any, settings: TrainingConfig, ctx: Context,
 ) -> CachedTeacher:  # fmt: skip
     """Open a teacher cache and have it prove that it was captured for this training.
+
+    Args:
+        outputs: Tokens or classes that the student knows.
 
     Raises:
         UserError: Naming what differs.
@@ -65,9 +67,6 @@ def open_cache(
     cache = TeacherCache(inputs[name].path, key)
     wanted = expected(ctx.run.stages[name], batches, tokenizer, inputs[stage.teacher], ctx)
     cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
-    outputs = (
-        model.config.num_labels if ctx.run.task is Task.sequence_classification else Head.of(model).weight.shape[0]
-    )
     if outputs < cache.vocabulary:
         problem = f"the cache speaks of {cache.vocabulary} tokens or classes, the student has {outputs}"
         raise UserError(key, problem, "use a student of the teacher's family")
