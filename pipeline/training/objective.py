@@ -195,7 +195,7 @@ class Objective:
                 with self._reading(teacher.model) as theirs.projected:
                     read = mask if teacher.masked else None
                     given = _given(teacher.model, self.teacher_head, inputs, read, every=every)
-                theirs.states = given.hidden_states
+                theirs.states = given.hidden_states if every else ()
                 if isinstance(self.teacher_head, Unknown):
                     taught = Logits(given.logits.flatten(0, 1)[keep])
                 else:
@@ -206,7 +206,7 @@ class Objective:
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
                 given = _given(self.model, self.head, inputs, mask if self.masked else None, every=every)
-            ours.states = given.hidden_states
+            ours.states = given.hidden_states if every else ()
             more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
             if isinstance(self.head, Unknown):
                 mean, parts = logits_loss(given.logits.flatten(0, 1)[keep], targets, **more)
