@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from forked import run, start
@@ -79,7 +80,7 @@ def server(answer: Answer) -> Generator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
             answer(self)
 
         do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
@@ -157,63 +158,105 @@ def _runs(uri: str) -> list[Any]:
     return list(client.search_runs([item.experiment_id for item in client.search_experiments()]))
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+class RealServer:
+    """MLflow's own server on this machine, with a database below a folder."""
 
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.uri, self.database = f"http://127.0.0.1:{port}", f"sqlite:///{folder / 'server.db'}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+                         "--workers", "1", "--backend-store-uri", self.database,
+                         "--default-artifact-root", str(folder / "artifacts")]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
 
-@pytest.mark.slow
-def test_a_server_killed_in_the_middle_of_a_run_loses_and_doubles_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = _free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--default-artifact-root",
-               str(tmp_path / "artifacts")]  # fmt: skip
+    def begin(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_until(self._answers)
 
-    def begin() -> subprocess.Popen[bytes]:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+    def kill(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its workers with it; the group is its own
+            self._process.wait()
 
-    def answers() -> bool:
+    def _answers(self) -> bool:
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            with urlopen(f"{self.uri}/health", timeout=2) as answer:
                 return answer.status == 200
         except OSError:
             return False
 
-    def wait_until(what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 300
-        while not what():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
 
-    def kill(process: subprocess.Popen[bytes]) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its workers with it; the group is its own
-        process.wait()
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[RealServer]:
+    served = RealServer(tmp_path)
+    served.begin()
+    yield served
+    served.kill()
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    server = begin()
-    try:
-        wait_until(answers)
-        training = start(tmp_path, *SMALL, "training.steps=100000")
-        wait_until(lambda: bool(list(tmp_path.glob("mlruns/runs/*/mlflow.json"))))
-        kill(server)
-        training.send_signal(signal.SIGTERM)
-        out, err = training.communicate(timeout=300)
-        assert training.returncode == 75, err
-        assert "delivers the rest" in out
-        server = begin()
-        wait_until(answers)
-        assert main([str(tmp_path / "mlruns")]) == 0
-        assert main([str(tmp_path / "mlruns")]) == 0  # again: nothing changes
-    finally:
-        kill(server)
-    runs = _runs(f"sqlite:///{tmp_path / 'server.db'}")
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _forward(uri: str, delay_s: float) -> Answer:
+    """Hand a request on to a real server, and its answer back, slowly."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        time.sleep(delay_s)
+        kind = {"Content-Type": request.headers.get("Content-Type") or "application/json"}
+        asked = Request(uri + request.path, data=request.body, headers=kind, method=request.command)  # type: ignore[attr-defined]
+        try:
+            with urlopen(asked, timeout=60) as answered:
+                status, body = answered.status, answered.read()
+        except HTTPError as error:
+            status, body = error.code, error.read()
+        _say(status, body)(request)
+
+    return answer
+
+
+@pytest.mark.slow
+def test_a_slow_server_slows_no_training(tmp_path: Path, real: RealServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(_forward(real.uri, 1.0)) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        done = run(tmp_path, *SMALL, "training.steps=20")
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    (path,) = tmp_path.glob("mlruns/runs/*/result.json")
+    result = json.loads(path.read_text())
+    phases_ns = {**result["rows"][0]["ledger"]["phases_ns"]}
+    assert phases_ns.get("log", 0) < 1e9  # one answer of the server takes longer
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", real.uri)
+    assert main([str(tmp_path / "mlruns")]) == 0
+    assert [run.info.status for run in _runs(real.database)] == ["FINISHED"] * 2
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_of_a_run_loses_and_doubles_nothing(
+    tmp_path: Path, real: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", real.uri)
+    training = start(tmp_path, *SMALL, "training.steps=100000")
+    wait_until(lambda: bool(list(tmp_path.glob("mlruns/runs/*/mlflow.json"))))
+    real.kill()
+    training.send_signal(signal.SIGTERM)
+    out, err = training.communicate(timeout=300)
+    assert training.returncode == 75, err
+    assert "delivers the rest" in out
+    real.begin()
+    assert main([str(tmp_path / "mlruns")]) == 0
+    assert main([str(tmp_path / "mlruns")]) == 0  # again: nothing changes
+    runs = _runs(real.database)
     assert [run.info.status for run in runs] == ["KILLED"] * 2
     (child,) = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'server.db'}")
+    client = MlflowClient(tracking_uri=real.database)
     steps = [point.step for point in client.get_metric_history(child.info.run_id, "train/loss")]
     assert sorted(steps) == sorted(set(steps))
     journal = next(tmp_path.glob("mlruns/runs/*/journal.jsonl")).read_text().splitlines()
