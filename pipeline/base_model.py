@@ -10,6 +10,7 @@ from pipeline.config import ModelConfig, Run
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store import Artifact, Store, digest_given, key_of
+from pipeline.waiting import waiting_for
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -89,6 +90,7 @@ def _given(path: str, model: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=model.revision, allow_patterns=HUB_FILES))
+        with waiting_for(f"the Hugging Face Hub to give {path}"):
+            return Path(snapshot_download(path, revision=model.revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise not_on_hub("model.path", path, str(error).strip().split("\n")[0]) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from pipeline.adapters import base_of, is_adapter, merge, without_adapter
 from pipeline.classes import match_classes, read_in_order, refuse_other_problem
 from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
+from pipeline.waiting import waiting_for
 from pipeline.weights import refuse_incomplete, refuse_unexpected, renew_head, share_as_written
 
 if TYPE_CHECKING:
@@ -343,11 +344,15 @@ def import_model(path: str | Path, task: Task) -> None:
 def reading(key: str, path: str | Path, *, what: str = "") -> Generator[None]:
     """Turn what libraries raise for files that are damaged, inconsistent, absent or not their own into one line.
 
+    What the Hub is asked for says so where it takes long.
+
     Raises:
         UserError: Naming the folder, and `what` of it.
     """
+    hub = nullcontext() if _is_local(path) else waiting_for(f"the Hugging Face Hub to give {path}")
     try:
-        yield
+        with hub:
+            yield
     except UserError:
         raise
     except Exception as error:  # transformers raises some twenty kinds, tokenizers a bare Exception

@@ -57,3 +57,19 @@ def test_a_lock_that_another_process_holds_is_waited_for_aloud(
     with locked(lock, "nobody"), pytest.raises(Timeout):
         FileLock(lock).acquire(timeout=0)
     FileLock(lock).acquire(timeout=0)  # let go of
+
+
+def test_a_slow_hub_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoConfig
+
+    from pipeline.errors import UserError
+    from pipeline.models import load_config
+
+    def slow(*_: object, **__: object) -> None:
+        time.sleep(waiting.AFTER_S + 0.3)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", slow)
+    with pytest.raises(UserError, match="no route to host"):
+        load_config("somebody/some-model")
+    assert capsys.readouterr().err.startswith("waiting for the Hugging Face Hub to give somebody/some-model (2 s")
