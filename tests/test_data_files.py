@@ -75,7 +75,7 @@ def test_fields_have_the_names_they_are_given(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.jsonl", rows))
     config = DataConfig(path=path, columns={"text": "sentence", "label": "verdict"})
     assert load_dataset(config, Task.sequence_classification).labels == ("no", "yes")
-    with pytest.raises(UserError, match=r"headline, sentence hold text: say what each is with data\.columns"):
+    with pytest.raises(UserError, match=r"headline, sentence hold text: say what each is, e\.g\. data\.columns"):
         load_dataset(DataConfig(path=path), Task.causal_lm)
     with pytest.raises(UserError, match=r"no field 'label'; choose one of headline, verdict with data\.columns"):
         load_dataset(DataConfig(path=path, columns={"text": "sentence"}), Task.sequence_classification)

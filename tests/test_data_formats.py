@@ -86,6 +86,14 @@ def test_separators_are_told_by_the_first_rows(tmp_path: Path, name: str, separa
     assert (f"{name}: columns are separated by {word}" in dataset.notes) == (separator != own)
 
 
+def test_excel_may_say_what_separates(tmp_path: Path) -> None:
+    rows = [f"one, two {n};{n % 2}" for n in range(60)]
+    dataset = load(tmp_path / "a.csv", "\n".join(["sep=;", "text;label", *rows]), CLASSES)
+    assert texts(dataset) == {f"one, two {n}" for n in range(60)}
+    assert "a.csv line 4 has another number of columns" in refused(tmp_path / "a.csv", "sep=;\na;b\n1;2\n3\n")
+    assert "is empty" in refused(tmp_path / "a.csv", "sep=;\n\n")
+
+
 def test_one_column_stays_one_column(tmp_path: Path) -> None:
     rows = [f"Well; this is | text {n}" for n in range(60)]
     assert texts(load(tmp_path / "a.csv", "\n".join(["text", *rows]))) == set(rows)
@@ -116,6 +124,7 @@ def test_an_index_without_a_name_is_no_text(tmp_path: Path) -> None:
         ("a.csv", "text, text \na,b\n", "a.csv has two columns named 'text'"),
         ("a.csv", "I really liked this one,1\nI did not,0\n", "reads like a row of data; add a first line"),
         ("a.csv", "fine,1\nbad,0\n", "reads like a row of data"),
+        ("a.tsv", "#1 String\t#2 String\na b\tc d\n", 'data.columns={prompt: "#1 String", completion: "#2 String"}'),
         ("a.tsv", "Nothing to see in this film at all\nA second row\n", "reads like a row of data"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2: the key 'text' stands twice in one object"),
         ("a.jsonl", '{"text": "a", "m": {"x": 1, "x": 2}}\n', "line 1: the key 'x' stands twice"),

@@ -150,6 +150,17 @@ def test_files_that_name_no_split_beside_some_that_do_are_named(tmp_path: Path) 
     assert texts(dataset, "train", "validation", "test") == of(TRAIN)
 
 
+def test_a_copy_beside_a_split_is_named_and_one_in_its_place_is_refused(tmp_path: Path) -> None:
+    write_file(tmp_path, "train.jsonl", TRAIN)
+    (tmp_path / "train.jsonl.bak").write_text("old")
+    assert "not read: train.jsonl.bak" in load(tmp_path).notes
+    (tmp_path / "test.xlsx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"test\.xlsx would not be read: its ending is unknown"):
+        load(tmp_path)
+    write_file(tmp_path, "test.csv", TEST)
+    assert "not read: test.xlsx, train.jsonl.bak" in load(tmp_path).notes
+
+
 def test_files_of_which_none_names_a_split_are_refused_unless_they_are_texts(tmp_path: Path) -> None:
     write_file(tmp_path / "rows", "raw.jsonl", TRAIN)
     write_file(tmp_path / "rows", "clean.jsonl", TEST)

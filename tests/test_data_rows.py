@@ -98,9 +98,9 @@ def test_alpaca_has_the_published_wording(tmp_path: Path) -> None:
         (
             {"title": "a b", "body": "c d"},
             LM,
-            "title, body hold text: say what each is with data.columns, e.g. {prompt: title, completion: body}",
+            "title, body hold text: say what each is, e.g. data.columns={prompt: title, completion: body}",
         ),
-        ({"title": "a b", "body": "c d", "label": 1}, CLASSES, "e.g. {text: title, text_pair: body}"),
+        ({"title": "a b", "body": "c d", "label": 1}, CLASSES, "data.columns={text: title, text_pair: body}"),
         (
             {"text": "a", "question": "b", "answer": "c"},
             LM,
@@ -248,6 +248,14 @@ def test_structs_of_parquet_lose_the_nulls_that_arrow_adds(tmp_path: Path) -> No
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = first(load_dataset(DataConfig(path=str(tmp_path / "a.parquet")), LM))
     assert found.messages == tuple(rows[0]["messages"])
+
+
+def test_columns_that_only_later_rows_have_are_seen(tmp_path: Path) -> None:
+    row = ROW_CELLS["messages"][1]
+    rows = [numbered(row, n) for n in range(300)] + [{**numbered(row, 300), "tools": [{"type": "function"}]}]
+    dataset = load(tmp_path, rows)
+    assert "rows are messages (with tools)" in dataset.notes
+    assert sum(each.tools is not None for part in dataset.splits.values() for each in part) == 1
 
 
 @pytest.mark.parametrize(

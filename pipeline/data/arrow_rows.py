@@ -19,12 +19,13 @@ def read_arrow(path: Path, raw: bytes, kind: str, key: str) -> Table:
         raise UserError(key, f"{path} is empty", "give a file with documents")
     try:
         table = _arrow_table(pa, raw, kind)
+        table.validate(full=True)  # damaged offsets would otherwise be followed
         _refuse_repeated_columns(path, table.column_names, key)
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        text = str(error).splitlines()[0]
+        text = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(key, f"{path.name} cannot be read as {name} ({text})", "write it anew") from None
     found = [(f"{path.name} row {number}", without_absent(fields)) for number, fields in enumerate(rows, 1)]
     return Table(found, class_names=_class_names(table.schema))

@@ -27,9 +27,12 @@ def read_csv(path: Path, text: str, key: str, notes: list[str], *, expected: str
     Raises:
         UserError: Naming the line.
     """
-    separator = _separator(text, expected)
+    told = re.match(r"sep=(.)\n", text)  # as Excel writes it for itself
+    skipped = 0 if told is None else 1
+    text = text[0 if told is None else told.end() :]
+    separator = _separator(text, expected) if told is None else told.group(1)
     if separator != expected:
-        notes.append(f"{path.name}: columns are separated by {SEPARATORS[separator]}")
+        notes.append(f"{path.name}: columns are separated by {SEPARATORS.get(separator, repr(separator))}")
     quoting = csv.QUOTE_MINIMAL
     if separator == "\t" and _quotes_are_text(text):
         quoting = csv.QUOTE_NONE
@@ -37,9 +40,11 @@ def read_csv(path: Path, text: str, key: str, notes: list[str], *, expected: str
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be a whole document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, quoting=quoting)
     try:
-        records = [(reader.line_num, record) for record in reader if record]
+        records = [(reader.line_num + skipped, record) for record in reader if record]
     except csv.Error as error:
-        raise UserError(key, f"{path.name} line {reader.line_num}: {error}", "mend that line") from None
+        raise UserError(key, f"{path.name} line {reader.line_num + skipped}: {error}", "mend that line") from None
+    if not records:
+        raise UserError(key, f"{path} is empty", "give a file with documents")
     names = _header(path, records[0][1], key)
     return list(_csv_rows(path, names, records[1:], key))
 

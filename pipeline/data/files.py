@@ -63,7 +63,7 @@ def from_tables(
     if "train" not in tables or not tables["train"].rows:
         raise UserError(key, "the train split has no documents", "give more documents")
     shape = recognise(
-        tables["train"].rows,
+        [row for table in tables.values() for row in table.rows],
         config.format,
         mapping(config.columns, "data.columns"),
         task,

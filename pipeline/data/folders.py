@@ -103,6 +103,9 @@ def _by_name(folder: Path, chosen: Mapping[str, str], key: str) -> Found:
         raise UserError(key, f"{folder} has no data file{more}", f"give files that end with {SHOWN}")
     files = [_described(path, folder, key) for path in data]
     by_split, unread = _chosen(files, chosen) if chosen else _apart(files, folder, key)
+    meant = next((name for name in others if word_or_none(Path(name).name) in set(SPLITS) - set(by_split)), None)
+    if meant is not None:
+        raise UserError(key, f"{folder / meant} would not be read: its ending is unknown", f"give one of {SHOWN}")
     for split, members in by_split.items():
         _check_family(split, members, key)
     found = Found({split: [each.path for each in by_split[split]] for split in SPLITS if split in by_split})
@@ -116,7 +119,7 @@ def _listed(folder: Path, key: str) -> tuple[list[Path], list[str]]:
     """Return the data files below a folder and the names of files of unknown kinds; what documents a set is left out.
 
     Raises:
-        UserError: If a file that is named like a split cannot be read.
+        UserError: If one is a link to nothing, or no regular file.
     """
     data: list[Path] = []
     others: list[str] = []
@@ -128,9 +131,8 @@ def _listed(folder: Path, key: str) -> tuple[list[Path], list[str]]:
             refuse_special(path, key)
             data.append(path)
         elif suffix not in SILENT and not path.name.startswith("_"):
-            if word_or_none(stem_of(path)) is not None:
+            if path.is_symlink():
                 refuse_special(path, key)
-                raise UserError(key, f"{path} would not be read: its ending is unknown", f"give one of {SHOWN}")
             others.append(str(path.relative_to(folder)))
     return data, others
 

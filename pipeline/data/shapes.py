@@ -6,6 +6,7 @@ Rows that could be two things are refused, both named, or go by the documented o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,8 +175,9 @@ class _Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> _Columns:
-        names = list(dict.fromkeys(name for _, fields in rows for name in fields))
-        return cls(rows, names[:1] if names == ["text", FILE] else names)  # a text file has one column
+        kinds = dict.fromkeys(tuple(fields) for _, fields in rows)  # all rows have few kinds of columns
+        names = list(dict.fromkeys(name for names in kinds for name in names))
+        return cls(rows[:LOOKED_AT], names[:1] if names == ["text", FILE] else names)  # a text file has one column
 
     def find(self, *plain: str) -> str | None:
         """Return the first column that goes by one of some plain names."""
@@ -218,7 +220,7 @@ def recognise(
     *,
     group: str | None = None,
 ) -> Shape:
-    """Return the shape of rows, of which the first ones are looked at.
+    """Return the shape of rows; what their columns hold is told by the first ones.
 
     Args:
         wanted: `data.format`.
@@ -228,7 +230,7 @@ def recognise(
     Raises:
         UserError: If there is none, or more than one.
     """
-    columns = _Columns.of(rows[:LOOKED_AT])
+    columns = _Columns.of(rows)
     _check_mapped(mapped, columns)
     label = _label_column(columns, mapped, key) if task is Task.sequence_classification else None
     wanted = _implied(mapped, wanted)
@@ -299,7 +301,7 @@ def _label_column(columns: _Columns, mapped: Mapping[str, str], key: str) -> str
     coarse = [name for name in found if plain_name(name) in COARSE]
     if len(found) > 1 and not coarse:
         problem = f"the label could be {found[0]} or {found[1]}"
-        raise UserError(key, problem, f"choose with data.columns={{label: {found[0]}}}")
+        raise UserError(key, problem, f"choose with {mapped_as(label=found[0])}")
     return (coarse or found or [None])[0]
 
 
@@ -367,7 +369,7 @@ def _chat_parts(shape: DataFormat, columns: _Columns, mapped: Mapping[str, str])
         found = columns.conversations()
         if len(found) > 1:
             problem = f"the messages could be {found[0]} or {found[1]}"
-            raise UserError("data.columns", problem, f"choose with data.columns={{messages: {found[0]}}}")
+            raise UserError("data.columns", problem, f"choose with {mapped_as(messages=found[0])}")
         name = found[0] if found else columns.find("messages")
     cells = [] if name is None else [value_of(fields, name) for _, fields in columns.rows]
     if name is not None and (shape is DataFormat.sharegpt) != any(map(is_sharegpt, cells)):
@@ -414,17 +416,23 @@ def _no_shape(columns: _Columns, label: str | None, task: Task, where: str, key:
     texts = columns.texts(without=[label])
     problem = f"{where} has no field 'text', and {names} are no shape that is known"
     if len(texts) < 2:
-        return UserError(
-            key, problem, f"say what they are with data.columns, e.g. {{text: {(texts or columns.names)[0]}}}"
-        )
+        example = mapped_as(text=(texts or columns.names)[0])
+        return UserError(key, problem, f"say what they are, e.g. {example}")
     first, second = texts[:2]
-    whole = f"{{text: {first}, text_pair: {second}}}"
-    if task is Task.causal_lm:
-        whole = f"{{prompt: {first}, completion: {second}}}"
-    said = (
-        f"{', '.join(texts)} hold text: say what each is with data.columns, e.g. {whole}, or {{text: {first}}} for one"
-    )
+    example = mapped_as(prompt=first, completion=second)
+    if task is Task.sequence_classification:
+        example = mapped_as(text=first, text_pair=second)
+    said = f"{', '.join(texts)} hold text: say what each is, e.g. {example}; what is not named is not read"
     return UserError(key, problem, said)
+
+
+def mapped_as(**columns: str) -> str:
+    """Return `data.columns` as a command line would set it, names quoted where YAML needs it."""
+    quoted = {
+        role: name if re.fullmatch(r"\w[\w ./-]*", name) else json.dumps(name, ensure_ascii=False)
+        for role, name in columns.items()
+    }
+    return f"data.columns={{{', '.join(f'{role}: {name}' for role, name in quoted.items())}}}"
 
 
 def _does_not_fit(shape: DataFormat, columns: _Columns, mapped: Mapping[str, str]) -> UserError:
@@ -438,8 +446,8 @@ def _check_task(shape: DataFormat, parts: Mapping[str, str], task: Task) -> None
     classifies = task is Task.sequence_classification
     if shape is DataFormat.text_pair and not classifies:
         problem = f"{parts['text']} and {parts['text_pair']} are a pair, which causal_lm does not read"
-        remedy = f"give task=sequence_classification, or data.columns={{prompt: {parts['text']}, completion: "
-        raise UserError("task", problem, remedy + f"{parts['text_pair']}}}")
+        other = mapped_as(prompt=parts["text"], completion=parts["text_pair"])
+        raise UserError("task", problem, f"give task=sequence_classification, or {other}")
     if classifies and shape not in (DataFormat.text, DataFormat.text_pair):
         raise _wrong_task(shape)
 

@@ -57,6 +57,12 @@ def _sample(documents: Sequence[Document]) -> list[str]:
     for document in sorted(documents, key=lambda document: document.digest):
         if left <= 0:
             break
-        chosen.append(document.text)
-        left -= len(document.text)
+        chosen.append(_words(document))
+        left -= len(chosen[-1])
     return chosen
+
+
+def _words(document: Document) -> str:
+    """Return all that a document says, whatever its kind."""
+    turns = [str(turn.get("content") or "") for turn in document.messages or ()]
+    return "\n".join(part for part in (document.prompt, document.text, document.pair, *turns) if part)
