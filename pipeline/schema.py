@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.ledger.disturbance import ADDED, COMPARED
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
+from pipeline.ledger.gpu_usage import ADDED as ADDED_USAGE
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import MEMORY
 from pipeline.metrics import PHASES, QUALITY_KEYS, TASK_KEY
@@ -56,10 +57,12 @@ _COUNTS = _values(
 )  # fmt: skip
 _COUNTS["properties"]["active_parameter_share"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _CONDITIONS = _values(
-    *(name for name in FIGURES if name != "energy_j"), "meter_overhead",
+    *(name for name in FIGURES if name not in ("energy_j", *ADDED_USAGE)), "meter_overhead",
     extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
 )  # fmt: skip
-_CONDITIONS["properties"] |= {name: {"$ref": "#/$defs/value"} for name in ADDED}  # a row of an older release has none
+_CONDITIONS["properties"] |= {
+    name: {"$ref": "#/$defs/value"} for name in (*ADDED, *ADDED_USAGE)
+}  # a row of an older release has none
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [

@@ -30,6 +30,7 @@ class Gpu:
     """One device. `power_w` draws joules as the clock goes."""
 
     uuid: str = "GPU-1"
+    name: str = "NVIDIA H200"
     power_w: float = 200.0
     energy_mj: float = 5_000_000.0
     busy: int = 90
@@ -58,13 +59,17 @@ class FakeNvml:
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     NVML_DEVICE_MIG_ENABLE, NVML_GPU_VIRTUALIZATION_MODE_VGPU, NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 1, 2, 3
     NVML_GPM_METRICS_GET_VERSION = 1
+    NVML_FI_DEV_POWER_INSTANT, NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE = 186, 0, 1
+    nvmlMemory_v2 = 33554472
     NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = 2, 5, 10
     NVML_GPM_METRIC_PCIE_TX_PER_SEC, NVML_GPM_METRIC_PCIE_RX_PER_SEC = 20, 21
     NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC, NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC = 60, 61
 
     def __init__(self, *gpus: Gpu, init: int | None = None) -> None:
         self.gpus, self.init, self.now_ns = list(gpus or [Gpu()]), init, 10**15
-        self.samples, self.asked = 0, 0
+        self.samples, self.asked, self.reserved = 0, 0, 0
+        self.scopes: list[int] = []  # of power, as they were asked for
+        self.by_slice: list[int] = []  # GPU instances whose activity was asked for
 
     def clock(self) -> int:
         return self.now_ns
@@ -109,14 +114,41 @@ class FakeNvml:
     def nvmlDeviceGetUtilizationRates(self, handle: Gpu) -> Any:
         return SimpleNamespace(gpu=self._ask(handle, "utilization").busy)
 
-    def nvmlDeviceGetMemoryInfo(self, handle: Gpu) -> Any:
-        return SimpleNamespace(used=self._ask(handle, "memory").memory)
+    def nvmlDeviceGetFieldValues(self, handle: Gpu, fieldIds: list[tuple[int, int]]) -> Any:
+        self.scopes += [scope for _, scope in fieldIds]
+        code = handle.refuses.get("field", 0)
+        watts = self._ask(handle, "power").power_w
+        return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=int(watts * 1000))) for _ in fieldIds]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Gpu, version: int | None = None) -> Any:
+        """As the driver: version 1 counts what it reserves for itself."""
+        if version is not None and "memory v2" in handle.refuses:
+            raise NVMLError(handle.refuses["memory v2"])
+        return SimpleNamespace(used=self._ask(handle, "memory").memory + (0 if version else self.reserved))
 
     def nvmlDeviceGetClockInfo(self, handle: Gpu, type: int) -> int:
         return self._ask(handle, "clock").clock
 
     def nvmlDeviceGetTemperature(self, handle: Gpu, sensor: int) -> int:
         return self._ask(handle, "temperature").temperature
+
+    def nvmlDeviceGetTemperatureV(self, handle: Gpu, sensor: int) -> int:
+        if "temperature v" in handle.refuses:
+            raise NVMLError(handle.refuses["temperature v"])
+        return self._ask(handle, "temperature").temperature
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Gpu) -> int:
+        return self._ask(handle, "throttle").throttle
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, migDevice: Gpu) -> Gpu:
+        return self._ask(migDevice, "parent")
+
+    def nvmlDeviceGetGpuInstanceId(self, device: Gpu) -> int:
+        return 7
+
+    def nvmlGpmMigSampleGet(self, device: Gpu, gpuInstanceId: int, gpmSample: Any) -> Any:
+        self.by_slice.append(gpuInstanceId)
+        return self.nvmlGpmSampleGet(device, gpmSample)
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: Gpu) -> int:
         return self._ask(handle, "throttle").throttle
@@ -134,7 +166,7 @@ class FakeNvml:
         return 0
 
     def nvmlDeviceGetName(self, handle: Gpu) -> str:
-        return "NVIDIA H200"
+        return handle.name
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: Gpu) -> int:
         return 700_000

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class _Board(FakeNvml):
         super().pass_time(seconds)
         self._joules += self.gpus[0].power_w * seconds
         self._past = [each for each in self._past if each[0] > self.now_ns - 3 * 10**9]
+
+    def nvmlDeviceGetFieldValues(self, handle: Gpu, fieldIds: list[tuple[int, int]]) -> Any:
+        """Tells the power of now, as a driver with this field does; `integral_scale` breaks it."""
+        watts = handle.power_w * self.integral_scale
+        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=int(watts * 1000))) for _ in fieldIds]
 
     def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
         moments = [each for each in self._past if each[0] <= self.now_ns - 10**9] or self._past[:1]

@@ -39,6 +39,26 @@ def _window(nvml: FakeNvml, seconds: int = 10) -> Usage:
     return sampler.usage(_run(nvml, sampler, seconds))
 
 
+def test_power_that_is_a_mean_is_held_against_the_counter_in_long_windows_only() -> None:
+    """A mean of the last second lags behind: in short windows it differs from the counter for no fault of either."""
+    lagging = lambda: Gpu(refuses={"field": NOT_SUPPORTED})
+    for seconds, suspect in ((6, False), (12, True)):
+        nvml = FakeNvml(lagging())
+        nvml.nvmlDeviceGetPowerUsage = lambda handle: 150_000  # type: ignore[method-assign]
+        assert any("suspect" in each for each in _window(nvml, seconds).problems) == suspect
+    exact = FakeNvml(Gpu())
+    field = exact.nvmlDeviceGetFieldValues
+
+    def half(handle: Gpu, fieldIds: list[tuple[int, int]]) -> Any:
+        found = field(handle, fieldIds)
+        for each in found:
+            each.value.uiVal //= 2
+        return found
+
+    exact.nvmlDeviceGetFieldValues = half  # type: ignore[method-assign]
+    assert any("suspect" in each for each in _window(exact, 6).problems)
+
+
 def test_a_window_by_hand() -> None:
     usage = _window(FakeNvml(Gpu(throttle=0x04 | 0x01)))
     assert (usage.energy_j.v, usage.energy_j.prov) == (2000.0, Prov.MEASURED)
@@ -48,12 +68,16 @@ def test_a_window_by_hand() -> None:
     assert shares == pytest.approx([0.9, 0.4, 0.25, 0.1])
     assert (usage.nvlink_bytes_per_s.v, usage.pcie_bytes_per_s.v) == pytest.approx((3 * 2**20, 7 * 2**20))
     assert (usage.temperature_c_max.v, usage.sm_clock_mhz_mean.v, usage.memory_used_peak_bytes.v) == (50, 1700, 10_000)
-    assert (usage.throttle_share.v, usage.throttle_reasons) == (1.0, ("power cap",))
+    assert (usage.throttle_share.v, usage.power_cap_share.v) == (0.0, 1.0)  # a board at its limit is not disturbed
+    assert usage.throttle_reasons == ("power cap",)
     assert (usage.foreign_load.v, usage.problems) == (0.0, ())
 
 
 def test_idling_and_clocks_that_somebody_set_are_no_throttling() -> None:
     assert _window(FakeNvml(Gpu(throttle=0x01 | 0x02 | 0x10 | 0x100))).throttle_share.v == 0.0
+    for reason in (0x08, 0x20, 0x40, 0x80):
+        slowed = _window(FakeNvml(Gpu(throttle=reason | 0x04)))
+        assert (slowed.throttle_share.v, slowed.power_cap_share.v) == (1.0, 1.0)
 
 
 def test_shares_weigh_by_time_and_maxima_stay() -> None:

@@ -12,7 +12,7 @@ import pytest
 from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
 
 from pipeline.ledger.gpm import ACTIVITY
-from pipeline.ledger.nvml import COUNTERS, FIELDS, NvmlReader, Reading, open_reader, reader_for
+from pipeline.ledger.nvml import COUNTERS, FIELDS, NvmlReader, Reading, full_uuid, open_reader, reader_for
 
 
 def _open(nvml: FakeNvml, *uuids: str) -> Any:
@@ -30,7 +30,7 @@ def test_the_stand_in_has_the_real_modules_names_and_signatures() -> None:
     for name, member in vars(FakeNvml).items():
         if name.startswith(("nvml", "NVML", "c_nvml")):
             real = getattr(pynvml, name)
-            if name.startswith("nvml"):
+            if name.startswith("nvml") and callable(member):
                 ours = [p for p in inspect.signature(member).parameters if p != "self"]
                 needed = [p.name for p in inspect.signature(real).parameters.values() if p.default is p.empty]
                 assert len(needed) <= len(ours) <= len(inspect.signature(real).parameters), name
@@ -109,7 +109,6 @@ def test_every_field_is_a_figure_or_has_a_reason() -> None:
     ("gpu", "why"),
     [
         (Gpu(mig=1), "MIG: the counter is the whole board's"),
-        (Gpu("MIG-1"), "MIG: the counter is the whole board's"),
         (Gpu(virtual=2), "vGPU: the counter is the whole board's"),
     ],
 )
@@ -119,6 +118,89 @@ def test_a_slice_of_a_board_has_no_counters_of_its_own(gpu: Gpu, why: str) -> No
     for name in ("energy_mj", "power_w", "busy", "sm_active"):
         assert (getattr(reading, name), reading.missing[name]) == (None, why)
     assert reading.temperature_c == 50
+
+
+def test_a_slice_has_its_own_activity_and_its_boards_counters_are_not_its_own() -> None:
+    nvml = FakeNvml(Gpu("MIG-1"))
+    reading = _second(nvml, _open(nvml, "MIG-1"))
+    for name in ("energy_mj", "power_w", "busy", "foreign_processes"):
+        assert (getattr(reading, name), reading.missing[name]) == (None, "MIG: the counter is the whole board's")
+    assert reading.sm_active == pytest.approx(0.4)
+    assert nvml.by_slice == [7, 7]  # samples of the slice, not of its board
+    lost = FakeNvml(Gpu("MIG-1", refuses={"parent": NOT_SUPPORTED}))
+    assert _second(lost, _open(lost, "MIG-1")).missing["sm_active"] == "MIG: the counter is the whole board's"
+
+
+def test_a_slice_is_found_by_the_name_that_torch_has_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch tells a slice's UUID without a prefix: `GPU-` before it names nothing."""
+    nvml = FakeNvml(Gpu("MIG-1-2"))
+    assert _open(nvml, "GPU-1-2").uuids == ("MIG-1-2",)
+    assert full_uuid("1-2", {"CUDA_VISIBLE_DEVICES": "MIG-9, MIG-1-2"}) == "MIG-1-2"
+    assert full_uuid("1-2", {}) == "GPU-1-2"
+    assert full_uuid("MIG-1-2", {}) == "MIG-1-2"
+    assert _open(nvml, "GPU-7").why == "NVML does not know GPU-7 (Not Found)"
+
+
+def test_power_is_that_of_the_moment_and_else_says_that_it_is_a_mean() -> None:
+    now, older = FakeNvml(Gpu()), FakeNvml(Gpu(refuses={"field": NOT_SUPPORTED}))
+    for nvml, is_mean in ((now, False), (older, True)):
+        reading = _second(nvml, _open(nvml, "GPU-1"))
+        assert (reading.power_w, reading.power_is_mean) == (200.0, is_mean)
+    assert set(now.scopes) == {FakeNvml.NVML_POWER_SCOPE_GPU}
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA GB200"])
+def test_a_superchips_power_is_asked_for_and_called_the_modules(name: str) -> None:
+    nvml = FakeNvml(Gpu(name=name))
+    reader = _open(nvml, "GPU-1")
+    reader.read()
+    assert set(nvml.scopes) == {FakeNvml.NVML_POWER_SCOPE_MODULE}
+    assert reader.placement()["power_scope"] == "module"
+    assert _open(FakeNvml(), "GPU-1").placement()["power_scope"] == "board"
+
+
+def test_memory_is_without_what_the_driver_reserves_where_it_tells() -> None:
+    nvml = FakeNvml(Gpu())
+    nvml.reserved = 500
+    assert _open(nvml, "GPU-1").read()[0].memory_used_bytes == 10_000
+    nvml.gpus[0].refuses["memory v2"] = NOT_SUPPORTED
+    assert _open(nvml, "GPU-1").read()[0].memory_used_bytes == 10_500
+
+
+def test_older_forms_of_questions_are_asked_where_the_newer_are_not_known() -> None:
+    nvml = FakeNvml(Gpu(refuses={"temperature v": NOT_SUPPORTED}, throttle=8))
+
+    def unknown(handle: Gpu) -> int:
+        raise AttributeError("module 'pynvml' has no attribute")
+
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = unknown  # type: ignore[method-assign]
+    reading = _open(nvml, "GPU-1").read()[0]
+    assert (reading.temperature_c, reading.throttle) == (50, 8)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError, AttributeError, OSError])
+@pytest.mark.parametrize("name", [
+    "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo",
+    "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMigMode", "nvmlDeviceGetName", "nvmlGpmQueryDeviceSupport",
+    "nvmlGpmSampleAlloc", "nvmlGpmMetricsGet", "nvmlDeviceGetHandleByUUID", "nvmlInit", "nvmlShutdown",
+    "nvmlSystemGetDriverVersion",
+])  # fmt: skip
+def test_no_failure_of_the_library_gets_out(name: str, error: type[Exception]) -> None:
+    nvml = FakeNvml()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error("unforeseen")
+
+    setattr(nvml, name, fail)
+    reader = _open(nvml, "GPU-1")
+    if reader.why is not None:
+        assert reader.why == f"the GPU's state could not be measured ({error.__name__}: unforeseen)"
+        return
+    reading = _second(nvml, reader)
+    reader.placement()
+    reader.close()
+    assert any("unforeseen" in why for why in reading.missing.values()) or name in (
+        "nvmlDeviceGetMigMode", "nvmlDeviceGetName", "nvmlShutdown", "nvmlSystemGetDriverVersion")  # fmt: skip
 
 
 def test_a_container_that_hides_processes_knows_no_foreign_load() -> None:

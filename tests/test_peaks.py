@@ -12,6 +12,7 @@ from pipeline import rows
 from pipeline.cli import main
 from pipeline.config import CostConfig, Precision, Run, check_ranges
 from pipeline.errors import UserError
+from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.peaks import PEAKS, device_name, peak
 from pipeline.ledger.record import Spent, ledger
@@ -87,7 +88,7 @@ def test_names_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def counts(flops: Value, most: Value, *, seconds: float | None = 4.0, devices: int = 2) -> dict[str, Any]:
     return ledger(
         Spent(), {"model_flops": flops}, devices=devices, device_kind="cuda", cost=CostConfig(), memory={},
-        usage=unread("none"), is_training=True, seconds_in_steps=seconds, peak=most,
+        disturbance=undisturbed("-"), usage=unread("none"), is_training=True, seconds_in_steps=seconds, peak=most,
     )["counts"]  # fmt: skip
 
 

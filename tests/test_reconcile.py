@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from make_result import make_empty_ledger, make_ledger, null, value
 
 from pipeline.config import CostConfig
+from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.reconcile import problems
 from pipeline.ledger.record import Spent, ledger
@@ -88,7 +89,8 @@ def test_what_the_ledger_writes_always_closes(phases: dict[str, int], lost_ns: i
     work_ns = int(kept_ns * part)
     record = ledger(
         Spent(work_ns, kept_ns - work_ns, lost_ns, "rollback", phases), {}, devices=devices, device_kind="cuda",
-        cost=CostConfig(), memory={}, usage=unread("not read"), is_training=True, seconds_in_steps=None,
+        cost=CostConfig(), memory={}, disturbance=undisturbed("-"),
+        usage=unread("not read"), is_training=True, seconds_in_steps=None,
         peak=_nothing(),
     )  # fmt: skip
     assert record["meter_valid"], record["meter_problems"]

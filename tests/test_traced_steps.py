@@ -21,6 +21,7 @@ from test_training_loop import batches_for, hooks, settings
 
 from pipeline.config import CostConfig, LedgerConfig, Precision, PrecisionConfig, Run, Task
 from pipeline.errors import Preempted
+from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_timeline import FIGURES, NOT_TRACED, by_device, parse, read_trace
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.memory import MEMORY
@@ -353,6 +354,7 @@ def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
     record = ledger(
         Spent(work_ns=60 * 10**9, phases_ns={"forward": 57 * 10**9, "log": 3 * 10**9}), {},
         devices=2, device_kind="cuda", cost=CostConfig(), memory={name: null("-") for name in MEMORY},
+        disturbance=undisturbed("-"),
         usage=unread("no NVML here"), is_training=True, seconds_in_steps=30.0, peak=null("-"),
         timeline={**tracer.result(), "phases_s": {"forward": 0.5}},
     )  # fmt: skip

@@ -221,3 +221,46 @@ def test_a_grant_that_a_command_never_touched_is_seen() -> None:
     assert ledger["gpu_hours"]["allocated"]["v"] == 8.0
     assert ledger["gpu_hours"]["attached"]["v"] is None
     assert ledger["placement"]["uuids"] == []
+
+
+# -- a GPU that is lost, a driver that answers what nobody foresaw ---------------------------------------------------
+
+
+class Lossy(Node):
+    """The GPU with number `lost` does not answer any more."""
+
+    lost = 1
+    error: type[Exception] = RuntimeError
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
+        if index == self.lost:
+            raise self.error("GPU is lost")
+        return super().nvmlDeviceGetHandleByIndex(index)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError])
+def test_a_lost_gpu_leaves_the_numbers_of_the_others_as_they_are(error: type[Exception]) -> None:
+    node = Lossy(*IDS)
+    node.error = error
+    assert tuple(visible(node, {})) == ("GPU-aa1", "GPU-b3")
+    assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "2,0"})) == ("GPU-b3", "GPU-aa1")
+    assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "0,1,2"})) == ("GPU-aa1",)  # as in CUDA, the list ends there
+    assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "0,MIG-gone"})) == ("GPU-aa1",)
+
+
+@pytest.mark.parametrize("name", [
+    "nvmlDeviceGetCount", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetName",
+    "nvmlInit", "nvmlDeviceGetUUID",
+])  # fmt: skip
+def test_a_driver_that_fails_ends_no_metering(name: str) -> None:
+    node = Node(*IDS)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("unforeseen")
+
+    setattr(node, name, fail)
+    watch = Watch(None, {}, nvml=node)
+    watch.start()
+    used = watch.stop(0, 1, {"GPU-b3": "NVIDIA 300"})
+    assert used.kind == "cuda"
+    assert used.ids == ("GPU-b3",)

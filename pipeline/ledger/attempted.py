@@ -37,8 +37,17 @@ def attempted(measure: Callable[[], Result], otherwise: Callable[[str], Result])
         return otherwise(reason(error))
 
 
+UNMEASURED = " could not be measured ("
+"""What the reasons of such nulls have in common: a report lists them."""
+
+
+def unmeasured(what: str, why: str) -> str:
+    """Return the reason of a figure that measuring failed to give."""
+    return f"{what}{UNMEASURED}{why})"
+
+
 def reason(error: BaseException) -> str:
-    """Return an exception in a line: its type, and what it says."""
-    said = str(error).strip()
+    """Return an exception in a line: its type, and what it says first."""
+    said = (str(error).strip().splitlines() or [""])[0]
     name = type(error).__name__
     return one_line(f"{name}: {said}" if said else name, REASON)

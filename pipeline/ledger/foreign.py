@@ -23,6 +23,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.nvml import full_uuid
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import PHASES
 
@@ -228,7 +229,6 @@ def _cuda_device() -> tuple[str, str] | None:
         if cuda is None or not cuda.is_initialized():
             return None
         known = cuda.get_device_properties(cuda.current_device())
-        uuid = str(known.uuid)
-        return (uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"), str(known.name)
+        return full_uuid(str(known.uuid)), str(known.name)
     except (AttributeError, RuntimeError):  # half imported; a device that fell off the bus
         return None

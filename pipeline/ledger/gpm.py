@@ -12,6 +12,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from pipeline.ledger.attempted import attempted, unmeasured
+
 ACTIVITY = ("sm_active", "tensor_active", "dram_active", "nvlink_bytes_per_s", "pcie_bytes_per_s")
 APART_NS = 100_000_000
 PERCENT, MIB = 0.01, float(2**20)
@@ -30,22 +32,26 @@ class Gpm:
 
     Args:
         nvml: The pynvml module.
-        handle: The device's.
+        handle: The device's; of a MIG slice its board's.
+        instance: Number of the slice's GPU instance; None: the whole board.
     """
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
+    def __init__(self, nvml: Any, handle: Any, instance: int | None = None) -> None:
+        self._nvml, self._handle, self._instance = nvml, handle, instance
         self._before: Any = None
         self._before_ns = 0
         self._last: tuple[dict[str, float], dict[str, str]] | None = None
         self._why = self._unsupported()
 
     def _unsupported(self) -> str | None:
-        try:
-            supported = self._nvml.nvmlGpmQueryDeviceSupport(self._handle).isSupportedDevice
-        except self._nvml.NVMLError as error:
-            return f"GPM: {error}"
-        return None if supported else "GPM: this device has no such counters (Hopper and later do)"
+        def asked() -> str | None:
+            try:
+                supported = self._nvml.nvmlGpmQueryDeviceSupport(self._handle).isSupportedDevice
+            except self._nvml.NVMLError as error:
+                return f"GPM: {error}"
+            return None if supported else "GPM: this device has no such counters (Hopper and later do)"
+
+        return attempted(asked, lambda why: unmeasured("GPU activity", why))
 
     def read(self, at_ns: int) -> tuple[dict[str, float], dict[str, str]]:
         """Return figures since the reading before, and why others are missing.
@@ -56,22 +62,28 @@ class Gpm:
             return {}, dict.fromkeys(ACTIVITY, self._why)
         if self._last is not None and at_ns - self._before_ns < APART_NS:
             return self._last
+        return attempted(lambda: self._sampled(at_ns), lambda why: self._lost(unmeasured("GPU activity", why)))
+
+    def _sampled(self, at_ns: int) -> tuple[dict[str, float], dict[str, str]]:
         try:
             sample = self._nvml.nvmlGpmSampleAlloc()
         except self._nvml.NVMLError as error:
-            return self._lost(error)
+            return self._lost(f"GPM: {error}")
         try:
-            self._nvml.nvmlGpmSampleGet(self._handle, sample)
+            if self._instance is None:
+                self._nvml.nvmlGpmSampleGet(self._handle, sample)
+            else:
+                self._nvml.nvmlGpmMigSampleGet(self._handle, self._instance, sample)
             found = self._between(self._before, sample)
         except self._nvml.NVMLError as error:
             self._nvml.nvmlGpmSampleFree(sample)
-            return self._lost(error)
+            return self._lost(f"GPM: {error}")
         self.close()
         self._before, self._before_ns, self._last = sample, at_ns, found
         return found
 
-    def _lost(self, error: Exception) -> tuple[dict[str, float], dict[str, str]]:
-        self._why = f"GPM: {error}"
+    def _lost(self, why: str) -> tuple[dict[str, float], dict[str, str]]:
+        self._why = why
         return {}, dict.fromkeys(ACTIVITY, self._why)
 
     def _between(self, before: Any, after: Any) -> tuple[dict[str, float], dict[str, str]]:

@@ -15,6 +15,10 @@ LOWERING = {
 }  # fmt: skip
 """Reasons for lower clocks that take performance; idling and clocks that somebody set do not.
 Source: NVML API reference, nvmlClocksEventReasons."""
+POWER_CAP = 0x04
+"""Software power cap: boards at their power limit (an L4, a 4090, an A10) run so all the time. It is how they work, not
+a disturbance: its share stands apart."""
+DISTURBING = sum(LOWERING) - POWER_CAP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,9 @@ class Interval:
     Attributes:
         counter_j: Difference of the energy counter; negative after a reset.
         integral_j: Integrated power.
+        throttled: Share of it in which heat or hardware held clocks down.
+        capped: Share of it in which the power limit did.
+        power_is_mean: Power readings are means of the last second.
         edge: A window begins or ends at its end: it is not merged with the next one.
     """
 
@@ -37,10 +44,12 @@ class Interval:
     memory_bytes: float | None
     temperature_c: float | None
     throttled: float | None
+    capped: float | None
     throttle: int
     foreign: float | None
     missing: dict[str, str]
     was_reset: bool = False
+    power_is_mean: bool = False
     edge: bool = False
 
     @property
@@ -70,9 +79,11 @@ def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
         shares={name: v for name in SHARES if (v := getattr(after, name)) is not None},
         clock_mhz=after.sm_clock_mhz, clock_min_mhz=after.sm_clock_mhz, memory_bytes=_most(before, after),
         temperature_c=after.temperature_c, throttle=reasons or 0,
-        throttled=None if reasons is None else float(any(reasons & bit for bit in LOWERING)),
+        throttled=None if reasons is None else float(bool(reasons & DISTURBING)),
+        capped=None if reasons is None else float(bool(reasons & POWER_CAP)),
         foreign=None if after.foreign_processes is None else float(after.foreign_processes > 0),
         missing=missing, was_reset=counter is not None and counter < 0, edge=edge,
+        power_is_mean=after.power_is_mean,
     )  # fmt: skip
 
 
@@ -102,6 +113,7 @@ def _merged(a: Interval, b: Interval) -> Interval:
         clock_mhz=mean(both, lambda each: each.clock_mhz), clock_min_mhz=least(each.clock_min_mhz for each in both),
         memory_bytes=largest(each.memory_bytes for each in both),
         temperature_c=largest(each.temperature_c for each in both), throttled=mean(both, lambda each: each.throttled),
+        capped=mean(both, lambda each: each.capped), power_is_mean=a.power_is_mean or b.power_is_mean,
         throttle=a.throttle | b.throttle, foreign=mean(both, lambda each: each.foreign),
         missing={**a.missing, **b.missing}, was_reset=a.was_reset or b.was_reset, edge=b.edge,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.phases import PhaseClock
 
 MOST_PENDING = 8192  # edges that the device may be behind by: hundreds of steps, while the loop allows for four
@@ -64,12 +65,19 @@ class GpuPhases:
         if len(self._pending) >= self._most_pending:
             self.why_none = f"the device was behind by more than {self._most_pending} edges of phases"
             return
+        self.why_none = attempted(lambda: self._record(phase), lambda why: unmeasured("device time by phase", why))
+
+    def _record(self, phase: str) -> None:
         event = self._pool.pop() if self._pool else self._make_event()
         event.record()
         self._pending.append((event, phase))
 
     def resolve(self) -> None:
         """Book what the device has passed; never waits. Once per step."""
+        if self.why_none is None:
+            self.why_none = attempted(self._resolve, lambda why: unmeasured("device time by phase", why))
+
+    def _resolve(self) -> None:
         while len(self._pending) > 1 and self._pending[1][0].query():
             event, phase = self._pending.popleft()
             self._ms[phase] = self._ms.get(phase, 0.0) + event.elapsed_time(self._pending[0][0])

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_intervals import UNREAD_NS, UNREAD_SHARE, Interval, between, thinned
 from pipeline.ledger.gpu_usage import Usage, summed, unread
 from pipeline.ledger.nvml import Reader, Reading
@@ -36,6 +37,7 @@ class Sampler:
         self.reader, self._now_ns, self._interval_s = reader, now_ns, interval_s
         self._last: dict[str, Reading] = {}
         self._intervals: dict[str, list[Interval]] = {uuid: [] for uuid in reader.uuids}
+        self.why_not: str | None = None  # a reading failed: what became of the rest of the run is unknown
         self._lock, self._done = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,7 +54,7 @@ class Sampler:
         if self._thread is not None:
             self._thread.join()
         self.mark()
-        self.reader.close()
+        attempted(self.reader.close, lambda _: None)  # what it holds ends with the process
 
     def _run(self) -> None:
         while not self._done.wait(self._interval_s):
@@ -63,7 +65,11 @@ class Sampler:
         self.tick(edge=True)
 
     def tick(self, *, edge: bool = False) -> None:
-        """Read every device once."""
+        """Read every device once. A reader that fails in a way nobody foresaw is not asked again."""
+        if self.why_not is None:
+            self.why_not = attempted(lambda: self._tick(edge=edge), lambda why: unmeasured("the GPU's state", why))
+
+    def _tick(self, *, edge: bool) -> None:
         with self._lock:
             for reading in self.reader.read():
                 self._take(reading, edge=edge)
@@ -82,8 +88,12 @@ class Sampler:
 
     def usage(self, *windows: tuple[int, int]) -> Usage:
         """Return the figures of windows, together, whose edges (start and end) were marked."""
-        if self.reader.why is not None:
-            return unread(self.reader.why)
+        why = self.reader.why or self.why_not
+        if why is not None:
+            return unread(why)
+        return attempted(lambda: self._usage(windows), lambda why: unread(unmeasured("the GPU's state", why)))
+
+    def _usage(self, windows: tuple[tuple[int, int], ...]) -> Usage:
         whole_ns = sum(end - start for start, end in windows)
         if not whole_ns:
             return unread("no time passed")

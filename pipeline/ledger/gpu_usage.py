@@ -10,6 +10,7 @@ from pipeline.ledger.gpu_intervals import LOWERING, SHARES, Interval, largest, l
 from pipeline.values import Value, estimated, measured, null
 
 SHORTEST_S = 5.0  # energy of a shorter window: the counter's steps are too coarse
+LAGGING_S = 10.0  # power that is the mean of the last second is not held against the counter in a shorter window
 MOST_APART = 0.05  # counter against integrated power, as a share; beyond it the energy is suspect
 
 
@@ -31,6 +32,7 @@ class Usage:
     sm_clock_mhz_min: Value
     temperature_c_max: Value
     throttle_share: Value
+    power_cap_share: Value
     foreign_load: Value
     throttle_reasons: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -43,13 +45,17 @@ class Usage:
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Usage:
         """Read back what `to_json` wrote."""
-        values: dict[str, Any] = {name: Value.from_json(raw[name]) for name in FIGURES}
+        lacking = {name: null("not recorded by the release that measured it").to_json() for name in ADDED}
+        values: dict[str, Any] = {name: Value.from_json({**lacking, **raw}[name]) for name in FIGURES}
         return Usage(
             **values, throttle_reasons=tuple(raw["throttle_reasons"]), problems=tuple(raw["problems"])
         )  # fmt: skip
 
 
 FIGURES = tuple(item.name for item in fields(Usage) if item.name not in ("throttle_reasons", "problems"))
+
+ADDED = ("power_cap_share",)
+"""What rows of older releases lack."""
 
 
 def unread(why: str) -> Usage:
@@ -86,6 +92,7 @@ def summed(own: _Own, elapsed_ns: int) -> Usage:
         sm_clock_mhz_min=_figure(own, "sm_clock_mhz", lambda i: least(each.clock_min_mhz for each in i), min),
         temperature_c_max=most("temperature_c", lambda each: each.temperature_c),
         throttle_share=average("throttle", lambda each: each.throttled),
+        power_cap_share=average("throttle", lambda each: each.capped),
         foreign_load=average("foreign_processes", lambda each: each.foreign),
         throttle_reasons=tuple(sorted(reasons)), problems=tuple(energy.problems),
     )  # fmt: skip
@@ -126,7 +133,8 @@ def _energy(own: _Own, seconds: float) -> _Energy:
         if any(each.was_reset for each in intervals)
     ]
     counter, integral = result.counter.v, result.integral.v
-    if counter is not None and integral is not None:
+    lags = any(each.power_is_mean for _, intervals in own for each in intervals) and seconds < LAGGING_S
+    if counter is not None and integral is not None and not lags:
         apart = abs(counter - integral) / max(counter, integral)
         if apart > MOST_APART:
             result.problems.append(f"energy suspect: counter and integrated power differ by {apart:.0%}")

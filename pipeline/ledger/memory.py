@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.values import Value, derive, measured, null
 
 ON_DEVICE = ("peak_allocated_bytes", "peak_reserved_bytes", "fragmentation", "alloc_retries", "ooms", "headroom_bytes",
@@ -42,19 +43,19 @@ class MemoryMeter:
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
         self._proc = proc
         self._why_no_host: str | None = "its reading was never started"
+        self._why_no_device: str | None = None
 
     def start(self, device: Any) -> None:
         """Begin new peaks and counters."""
-        if device.type == "cuda":
-            import torch
+        self._why_no_device = attempted(lambda: _reset(device), lambda why: unmeasured("the device's memory", why))
+        self._why_no_host = attempted(self._reset_host, lambda why: unmeasured("the process's memory", why))
 
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.cuda.reset_accumulated_memory_stats(device)  # retries and failures are counted from here too
+    def _reset_host(self) -> str | None:
         try:
             (self._proc / "clear_refs").write_text(RESET_PEAK)
-            self._why_no_host = None
         except OSError as error:
-            self._why_no_host = f"the process's peak cannot be set back to one stage's ({error.strerror})"
+            return f"the process's peak cannot be set back to one stage's ({error.strerror})"
+        return None
 
     def read(self, device: Any, nvml_peak: Value | None = None) -> dict[str, Value]:
         """Return the memory group of the ledger since `start`.
@@ -64,9 +65,12 @@ class MemoryMeter:
         """
         found = unread(f"a {device.type} run: no CUDA allocator")
         if device.type == "cuda":
-            found |= _device(device)
+            gone = lambda why: dict.fromkeys(ON_DEVICE, null(why))
+            failed = lambda why: gone(unmeasured("the device's memory", why))
+            found |= gone(self._why_no_device) if self._why_no_device else attempted(lambda: _device(device), failed)
             found["nvml_peak_bytes"] = nvml_peak or null("NVML's memory was not sampled")
-        return {**found, "host_peak_rss_bytes": self._host_peak()}
+        host = attempted(self._host_peak, lambda why: null(unmeasured("the process's memory", why)))
+        return {**found, "host_peak_rss_bytes": host}
 
     def _host_peak(self) -> Value:
         if self._why_no_host is not None:
@@ -78,6 +82,15 @@ class MemoryMeter:
 def unread(why: str) -> dict[str, Value]:
     """Return a memory group that nobody measured."""
     return {name: null(why) for name in MEMORY}
+
+
+def _reset(device: Any) -> None:
+    if device.type != "cuda":
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_accumulated_memory_stats(device)  # retries and failures are counted from here too
 
 
 def _device(device: Any) -> dict[str, Value]:

@@ -7,16 +7,21 @@ One process of a node reads for a run: a recipe is one process, and a meter refu
 What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly activity (GPM, from
 Hopper on). What it cannot: which process did what (the driver knows them by the host's numbers). "Utilization" is the
 share of time in which any kernel ran, 100% for a single spinning thread: `sm_active` is what says whether a GPU worked.
-Source: NVML API reference, device queries and GPM functions.
+Power is that of the moment (field POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the
+last second from Ampere on (GA100 left out), which lags behind in short windows. On superchips (GH200, GB200) energy and
+power are those of the module, CPU and memory included.
+Source: NVML API reference, device queries, field values and GPM functions.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpm import ACTIVITY, Gpm
 
 COUNTERS = ("energy_mj", "power_w", "busy", "memory_used_bytes", "sm_clock_mhz", "memory_clock_mhz", "temperature_c",
@@ -24,6 +29,9 @@ COUNTERS = ("energy_mj", "power_w", "busy", "memory_used_bytes", "sm_clock_mhz",
 FIELDS = (*COUNTERS, *ACTIVITY)
 _OF_THE_BOARD = ("energy_mj", "power_w", "busy", "foreign_processes")
 """What a MIG slice or a virtual GPU shares with its neighbours: the reading is not the job's own."""
+SUPERCHIPS = ("GH200", "GB200", "GB300")
+"""In the names of boards whose power and energy NVML tells for the whole module."""
+OF_THE_MODULE = "energy and power are of the whole module: its CPU and memory are in them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +41,7 @@ class Reading:
     Attributes:
         at_ns: Monotonic clock.
         energy_mj: Millijoules of the whole board since the driver was loaded.
+        power_is_mean: Whether power is the mean of the last second, not that of the moment.
         busy: Share of NVML's last sampling period in which a kernel ran.
         throttle: Bit mask of reasons for lower clocks.
         foreign_processes: Processes with a context beyond the job's own.
@@ -44,6 +53,7 @@ class Reading:
     uuid: str
     energy_mj: float | None = None
     power_w: float | None = None
+    power_is_mean: bool = False
     busy: float | None = None
     memory_used_bytes: float | None = None
     sm_clock_mhz: float | None = None
@@ -101,6 +111,8 @@ class _Device:
     handle: Any
     gpm: Gpm
     shared: str | None  # why readings of the board are not the job's own
+    is_slice: bool  # its activity is its own: GPM tells it by slice
+    module: bool  # power and energy are of a superchip's module
     number: int  # place among the job's devices
 
 
@@ -121,10 +133,16 @@ class NvmlReader:
     ) -> None:  # fmt: skip
         self._nvml, self._now_ns, self._own = nvml, now_ns, own_processes
         self.uuids = tuple(handles)
-        self._devices = [
-            _Device(uuid, handle, Gpm(nvml, handle), _shared(nvml, uuid, handle), number)
-            for number, (uuid, handle) in enumerate(handles.items())
-        ]
+        self._devices = [self._device(uuid, handle, number) for number, (uuid, handle) in enumerate(handles.items())]
+
+    def _device(self, uuid: str, handle: Any, number: int) -> _Device:
+        parent = self._or_none(lambda: _slice(self._nvml, uuid, handle))
+        gpm = Gpm(self._nvml, handle if parent is None else parent[0], None if parent is None else parent[1])
+        name = str(self._or_none(lambda: self._nvml.nvmlDeviceGetName(handle)) or "")
+        return _Device(
+            uuid, handle, gpm, _shared(self._nvml, uuid, handle), parent is not None,
+            any(chip in name for chip in SUPERCHIPS), number,
+        )  # fmt: skip
 
     def read(self) -> tuple[Reading, ...]:
         """Return one reading per device; what a device does not tell is missing with the reason."""
@@ -133,17 +151,17 @@ class NvmlReader:
     def _read(self, device: _Device) -> Reading:
         figures: dict[str, Any] = {}
         missing: dict[str, str] = {}
-        for name, ask in self._questions(device.handle).items():
-            try:
-                figures[name] = ask()
-            except self._nvml.NVMLError as error:
-                missing[name] = f"NVML: {error}"
+        for name, ask in self._questions(device).items():
+            answer = self._answer(ask, name)
+            (missing if isinstance(answer, str) else figures)[name] = answer
+        if "power_w" in figures:
+            figures["power_w"], figures["power_is_mean"] = figures["power_w"]
         at_ns = self._now_ns()
         activity, gone = device.gpm.read(at_ns)
         figures |= activity
         missing |= gone
         if device.shared is not None:
-            for name in (*_OF_THE_BOARD, *ACTIVITY):
+            for name in (*_OF_THE_BOARD, *(() if device.is_slice else ACTIVITY)):
                 figures.pop(name, None)
                 missing[name] = device.shared
         if (processes := figures.pop("foreign_processes", None)) is not None:
@@ -153,20 +171,47 @@ class NvmlReader:
                 figures["foreign_processes"] = processes - self._own
         return Reading(at_ns=at_ns, uuid=device.uuid, missing=missing, **figures)
 
-    def _questions(self, handle: Any) -> dict[str, Callable[[], float]]:
-        """Return how each counter is asked for, in the units of `Reading`."""
-        nvml = self._nvml
+    def _answer(self, ask: Callable[[], Any], name: str) -> Any:
+        """Return what a question gives, or a text: why it gives nothing."""
+
+        def said() -> Any:
+            try:
+                return ask()
+            except self._nvml.NVMLError as error:
+                return f"NVML: {error}"
+
+        return attempted(said, lambda why: unmeasured(name, why))
+
+    def _questions(self, device: _Device) -> dict[str, Callable[[], Any]]:
+        """Return how each counter is asked for, in the units of `Reading`; power with whether it is a mean."""
+        nvml, handle = self._nvml, device.handle
         return {
             "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
-            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "power_w": lambda: self._power(handle, device.module),
             "busy": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+            "memory_used_bytes": lambda: memory_used(nvml, handle),
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "throttle": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            "temperature_c": lambda: _first(
+                nvml,
+                lambda: nvml.nvmlDeviceGetTemperatureV(handle, nvml.NVML_TEMPERATURE_GPU),
+                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            ),
+            "throttle": lambda: _first(
+                nvml,
+                lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+                lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+            ),
             "foreign_processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         }
+
+    def _power(self, handle: Any, module: bool) -> tuple[float, bool]:
+        """Return watts, and whether they are the mean of the last second: where a driver has no power of now."""
+        nvml = self._nvml
+        return _first(
+            nvml, lambda: (_power_now(nvml, handle, module), False),
+            lambda: (nvml.nvmlDeviceGetPowerUsage(handle) / 1000, True),
+        )  # fmt: skip
 
     def placement(self) -> dict[str, Any]:
         """Return what the driver tells of the devices; None for what it does not."""
@@ -181,6 +226,7 @@ class NvmlReader:
             "mig": any(device.shared is not None and device.shared.startswith("MIG") for device in self._devices),
             "exclusive": self._exclusive(first),
             "power_limit_w": limits,
+            "power_scope": "module" if any(device.module for device in self._devices) else "board",
         }
 
     def _exclusive(self, handle: Any) -> str:
@@ -190,10 +236,7 @@ class NvmlReader:
         return "yes" if mode == self._nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS else "no"
 
     def _or_none(self, ask: Callable[[], Any]) -> Any:
-        try:
-            return ask()
-        except self._nvml.NVMLError:
-            return None
+        return attempted(ask, lambda _: None)
 
     def close(self) -> None:
         """Give back what NVML holds for us."""
@@ -202,21 +245,47 @@ class NvmlReader:
         self._or_none(self._nvml.nvmlShutdown)
 
 
+def _first(nvml: Any, ask: Callable[[], Any], older: Callable[[], Any]) -> Any:
+    """Return what the newer of two questions gives, or the older one where driver or library lack the newer."""
+    try:
+        return ask()
+    except (nvml.NVMLError, AttributeError):
+        return older()
+
+
+def _power_now(nvml: Any, handle: Any, module: bool) -> float:
+    """Return watts at this moment, of the board or of a superchip's module."""
+    scope = nvml.NVML_POWER_SCOPE_MODULE if module else nvml.NVML_POWER_SCOPE_GPU
+    field = nvml.nvmlDeviceGetFieldValues(handle, [(nvml.NVML_FI_DEV_POWER_INSTANT, scope)])[0]
+    if field.nvmlReturn != nvml.NVML_SUCCESS:
+        raise nvml.NVMLError(field.nvmlReturn)
+    return field.value.uiVal / 1000
+
+
+def memory_used(nvml: Any, handle: Any) -> int:
+    """Return bytes that processes hold; version 1 of the question counts what the driver reserves, too."""
+    return int(_first(
+        nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
+        lambda: nvml.nvmlDeviceGetMemoryInfo(handle),
+    ).used)  # fmt: skip
+
+
+def _slice(nvml: Any, uuid: str, handle: Any) -> tuple[Any, int] | None:
+    """Return the board of a MIG slice and the number of its GPU instance; None where it is no slice."""
+    if not uuid.startswith("MIG-"):
+        return None
+    return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle), nvml.nvmlDeviceGetGpuInstanceId(handle)
+
+
 def _shared(nvml: Any, uuid: str, handle: Any) -> str | None:
     """Say why the board's counters are not this device's own, or None."""
     if uuid.startswith("MIG-"):
         return "MIG: the counter is the whole board's"
-    try:
-        if nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE:
-            return "MIG: the counter is the whole board's"
-    except nvml.NVMLError:
-        pass  # a device without MIG
-    try:
-        if nvml.nvmlDeviceGetVirtualizationMode(handle) == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU:
-            return "vGPU: the counter is the whole board's"
-    except nvml.NVMLError:
-        pass
-    return None
+    mig = lambda: nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
+    virtual = lambda: nvml.nvmlDeviceGetVirtualizationMode(handle) == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
+    if attempted(mig, lambda _: False):  # a device without MIG does not know the question
+        return "MIG: the counter is the whole board's"
+    return "vGPU: the counter is the whole board's" if attempted(virtual, lambda _: False) else None
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -230,22 +299,59 @@ def open_reader(
     """
     if not uuids:
         return Absent("this run uses no GPU")
-    if nvml is None:
+    nvml, why = initialised(nvml)
+    if why:
+        return Absent(why)
+
+    def opened() -> Reader:
+        handles: dict[str, Any] = {}
+        for uuid in uuids:
+            try:
+                name, handle = _found(nvml, uuid)
+            except nvml.NVMLError as error:
+                return Absent(f"NVML does not know {uuid} ({error})")
+            handles[name] = handle
+        return NvmlReader(nvml, handles, own_processes=own_processes, now_ns=now_ns)
+
+    return attempted(opened, lambda why: Absent(unmeasured("the GPU's state", why)))
+
+
+def initialised(nvml: Any = None) -> tuple[Any, str]:
+    """Return NVML, ready, with an empty text; else None and why not."""
+
+    def ready() -> tuple[Any, str]:
+        library = nvml
+        if library is None:
+            try:
+                import pynvml as library
+            except ImportError:
+                return None, "nvidia-ml-py is not installed"
         try:
-            import pynvml as nvml
-        except ImportError:
-            return Absent("nvidia-ml-py is not installed")
+            library.nvmlInit()
+        except library.NVMLError as error:
+            return None, f"no NVIDIA driver to ask ({error})"
+        return library, ""
+
+    return attempted(ready, lambda why: (None, unmeasured("the GPU's state", why)))
+
+
+def _found(nvml: Any, uuid: str) -> tuple[str, Any]:
+    """Return a device's UUID as NVML knows it, and its handle: torch tells a slice's without its prefix."""
     try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return Absent(f"no NVIDIA driver to ask ({error})")
-    handles: dict[str, Any] = {}
-    for uuid in uuids:
-        try:
-            handles[uuid] = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except nvml.NVMLError as error:
-            return Absent(f"NVML does not know {uuid} ({error})")
-    return NvmlReader(nvml, handles, own_processes=own_processes, now_ns=now_ns)
+        return uuid, nvml.nvmlDeviceGetHandleByUUID(uuid)
+    except nvml.NVMLError:
+        if not uuid.startswith("GPU-"):
+            raise
+        slice_uuid = f"MIG-{uuid.removeprefix('GPU-')}"
+        return slice_uuid, nvml.nvmlDeviceGetHandleByUUID(slice_uuid)
+
+
+def full_uuid(uuid: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return a UUID as torch tells it with its prefix: `MIG-` where the environment names such a slice, else `GPU-`."""
+    if uuid.startswith(("GPU-", "MIG-")):
+        return uuid
+    visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return f"MIG-{uuid}" if f"MIG-{uuid}" in visible else f"GPU-{uuid}"
 
 
 def reader_for(device: Any, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
@@ -258,5 +364,7 @@ def reader_for(device: Any, *, now_ns: Callable[[], int] = time.monotonic_ns) ->
 
     if torch.version.hip is not None:
         return Absent("no counters of AMD devices are read yet")
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return open_reader([uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"], now_ns=now_ns)
+    uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(device).uuid))
+    return attempted(
+        lambda: open_reader([uuid()], now_ns=now_ns), lambda why: Absent(unmeasured("the GPU's state", why))
+    )

@@ -22,16 +22,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
-from pipeline.ledger.gpu_timeline import NO_GPU, NOT_TRACED, Classes, by_device, parse, read_trace, summary
+from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.gpu_timeline import FIGURES, NO_GPU, NOT_TRACED, Classes, by_device, parse, read_trace, summary
 from pipeline.ledger.phases import PhaseClock
+from pipeline.values import null
 
 WARM_UP = 10  # steps that are not sampled: compiling, allocator and autotuning settle in them
 LIMIT_BYTES = 4 * 2**20  # of a compressed trace; some 100,000 events
 LEFT_OUT = (("python_function",), ("ac2g", "fwdbwd"), ("cpu_op",))
 """Categories left out of a trace, in this order, the first always: what the timeline is read from stays."""
 HEAD = ("schemaVersion", "displayTimeUnit", "baseTimeNanoseconds", "deviceProperties")
-PROBLEMS = (RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError, ImportError)
-"""What profiling is known to end with where it does not work: in torch, in its file, or in reading that back."""
 
 
 class Profiler(Protocol):
@@ -99,21 +99,23 @@ class StepTracer:
     def open(self, clock: PhaseClock) -> None:
         """Start the profiler."""
         with clock.phase("log"):
-            try:
-                profiler = self._make_profiler(self._device)
-                profiler.start()
-            except PROBLEMS as error:
-                self._fail(error)
-            else:
-                self._profiler = profiler
+            self._profiler = attempted(self._started, self._fail)
+
+    def _started(self) -> Profiler:
+        profiler = self._make_profiler(self._device)
+        profiler.start()
+        return profiler
 
     def annotate(self, number: int) -> AbstractContextManager[Any]:
         """Mark a step in the trace, where one is being made."""
         if self._profiler is None:
             return nullcontext()
-        from torch.profiler import record_function
 
-        return record_function(_name(number))
+        def failed(why: str) -> AbstractContextManager[Any]:
+            self._fail(why)
+            return nullcontext()
+
+        return attempted(lambda: _marked(number), failed)
 
     def close(self, number: int, clock: PhaseClock) -> None:
         """Stop the profiler after a sampled step, keep its trace, and classify the step."""
@@ -121,13 +123,13 @@ class StepTracer:
         assert profiler is not None
         assert self._folder is not None
         with clock.phase("log"):
-            try:
-                profiler.stop()
-                raw = _exported(profiler)
-                self._classes[number] = by_device(parse(raw), _name(number))
-                self._keep(number, raw)
-            except PROBLEMS as error:
-                self._fail(error)
+            attempted(lambda: self._classify(profiler, number), self._fail)
+
+    def _classify(self, profiler: Profiler, number: int) -> None:
+        profiler.stop()
+        raw = _exported(profiler)
+        self._classes[number] = by_device(parse(raw), _name(number))
+        self._keep(number, raw)
 
     def __enter__(self) -> Self:
         return self
@@ -137,10 +139,7 @@ class StepTracer:
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
-        try:
-            profiler.stop()
-        except PROBLEMS as error:
-            self._fail(error)
+        attempted(profiler.stop, self._fail)
 
     def result(self) -> dict[str, Any]:
         """Return shares of step time, each step's classes, file names and what is to be said of them; plain JSON.
@@ -149,6 +148,14 @@ class StepTracer:
         """
         for number in sorted(self._steps - set(self._classes)):
             self._recall(number)
+        return attempted(self._result, self._no_result)
+
+    def _no_result(self, why: str) -> dict[str, Any]:
+        said = unmeasured("traced steps", why)
+        shares = {name: null(said).to_json() for name in FIGURES}
+        return {"shares": shares, "steps": [], "traces": [], "notes": [*self._notes, said]}
+
+    def _result(self) -> dict[str, Any]:
         found = {number: self._classes[number] for number in sorted(self._classes)}
         shares = summary(list(found.values()), why_none=self._why_none())
         return {
@@ -166,11 +173,10 @@ class StepTracer:
             return "traces hold no activity of the device: CUPTI gave none"
         return self._notes[0] if self._failed else NOT_TRACED
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, why: str) -> None:
         """Trace nothing more, and say why."""
         self._failed = True
-        said = str(error).strip().splitlines() or [""]
-        self._notes.append(f"steps could not be traced ({type(error).__name__}: {said[0]})")
+        self._notes.append(f"steps could not be traced ({why})")
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
@@ -192,10 +198,11 @@ class StepTracer:
     def _recall(self, number: int) -> None:
         if not self._path(number).exists():
             return
-        try:
+
+        def read() -> None:
             self._classes[number] = by_device(read_trace(self._path(number)), _name(number))
-        except PROBLEMS as error:
-            self._notes.append(f"{_file(number)} cannot be read back ({type(error).__name__}: {error})")
+
+        attempted(read, lambda why: self._notes.append(f"{_file(number)} cannot be read back ({why})"))
 
 
 def step_tracer(
@@ -235,6 +242,12 @@ def _torch_profiler(device: Any) -> Any:
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     return profile(activities=activities, record_shapes=False, with_stack=False, profile_memory=False)
+
+
+def _marked(number: int) -> AbstractContextManager[Any]:
+    from torch.profiler import record_function
+
+    return record_function(_name(number))
 
 
 def _name(number: int) -> str:

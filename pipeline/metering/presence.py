@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from pipeline.ledger.attempted import attempted
+from pipeline.ledger.nvml import memory_used
 
 POLL_S = 0.25  # while a GPU has not been used; afterwards it is not asked any more
 CONTEXT_BYTES = 64 * 2**20  # a context takes hundreds of MiB; without one, memory in use hardly moves
@@ -24,16 +26,19 @@ def visible(nvml: Any, environ: Mapping[str, str]) -> dict[str, Any]:
     CUDA, an entry that names no GPU ends the list.
     Source: CUDA C++ Programming Guide, environment variables.
     """
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    known = {str(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
+    boards = _boards(nvml)
+    known = {uuid: handle for uuid, handle in boards if uuid is not None}
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return known
     chosen: dict[str, Any] = {}
     for entry in (part.strip() for part in named.split(",")):
-        uuid = _uuid(entry, list(known))
+        uuid = _uuid(entry, [uuid for uuid, _ in boards])
         if uuid is None and entry.startswith("MIG-"):
-            chosen[entry] = nvml.nvmlDeviceGetHandleByUUID(entry)
+            handle = attempted(lambda entry=entry: nvml.nvmlDeviceGetHandleByUUID(entry), lambda _: None)
+            if handle is None:
+                break
+            chosen[entry] = handle
         elif uuid is None:
             break
         else:
@@ -41,11 +46,22 @@ def visible(nvml: Any, environ: Mapping[str, str]) -> dict[str, Any]:
     return chosen
 
 
-def _uuid(entry: str, known: list[str]) -> str | None:
+def _boards(nvml: Any) -> list[tuple[str | None, Any]]:
+    """Return UUID and handle of every GPU by its number; None for one that does not answer (it is lost, say)."""
+
+    def read(index: int) -> tuple[str | None, Any]:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        return str(nvml.nvmlDeviceGetUUID(handle)), handle
+
+    count = attempted(lambda: int(nvml.nvmlDeviceGetCount()), lambda _: 0)
+    return [attempted(lambda index=index: read(index), lambda _: (None, None)) for index in range(count)]
+
+
+def _uuid(entry: str, known: list[str | None]) -> str | None:
     """Return the UUID that an entry names: by number, or by as much of the UUID as tells it from the others."""
     if entry.isdecimal():
         return known[int(entry)] if int(entry) < len(known) else None
-    found = [uuid for uuid in known if entry.startswith("GPU-") and uuid.startswith(entry)]
+    found = [uuid for uuid in known if uuid is not None and entry.startswith("GPU-") and uuid.startswith(entry)]
     return found[0] if len(found) == 1 else None
 
 
@@ -100,12 +116,10 @@ class Presence:
             self.look()
 
     def _state(self, handle: Any) -> _State:
-        pids: frozenset[int] = frozenset()
-        memory = None
-        with suppress(self.nvml.NVMLError):  # MIG and vGPU tell none: memory must do
-            pids = frozenset(each.pid for each in self.nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        with suppress(self.nvml.NVMLError):
-            memory = int(self.nvml.nvmlDeviceGetMemoryInfo(handle).used)
+        nvml = self.nvml
+        running = lambda: frozenset[int](each.pid for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        pids = attempted(running, lambda _: frozenset[int]())  # MIG and vGPU tell none: memory must do
+        memory = attempted(lambda: memory_used(nvml, handle), lambda _: None)
         return _State(pids, memory)
 
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.ledger.attempted import attempted
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
-from pipeline.ledger.nvml import open_reader
+from pipeline.ledger.nvml import initialised, open_reader
 from pipeline.ledger.others import Load, Others
 from pipeline.ledger.peaks import device_name
 from pipeline.metering.presence import Presence, visible
@@ -98,7 +99,7 @@ class Watch:
         self, asked: Sequence[str] | None, environ: Mapping[str, str] = os.environ, *, nvml: Any = None
     ) -> None:
         self._nvml: Any
-        self._nvml, self._why = (None, "no GPU is watched") if asked == () else _initialised(nvml)
+        self._nvml, self._why = (None, "no GPU is watched") if asked == () else initialised(nvml)
         if asked and self._nvml is None:  # hours and money of a device that nobody can find would be made up
             raise UserError("--gpus", f"{asked[0]} cannot be confirmed: {self._why}", "leave --gpus out, or give none")
         self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
@@ -151,21 +152,8 @@ class Watch:
         ids = tuple(uuid for uuid in self._handles if uuid in self._presence.used or uuid in set(opened))
         if not ids:
             return cpu_host(f"{len(self._handles)} GPUs were visible to the command, and none was used")
-        return Used(kind="cuda", name=str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), ids=ids)
-
-
-def _initialised(nvml: Any) -> tuple[Any, str]:
-    """Return NVML, ready, or None and why not."""
-    if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError:
-            return None, "nvidia-ml-py is not installed"
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return None, f"no NVIDIA driver to ask ({error})"
-    return nvml, ""
+        name = attempted(lambda: str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), lambda _: UNKNOWN_GPU)
+        return Used(kind="cuda", name=name, ids=ids)
 
 
 def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ UNKNOWN = "disturbance unknown: "
 _COLUMNS = (
     ("others, while it worked", "work_foreign_load"), ("others, while it was assessed", "assess_foreign_load"),
     ("stolen by the hypervisor", "steal_share"), ("CPU quota used up", "cpu_throttle_share"),
-    ("device throttled", "throttle_share"),
+    ("device throttled", "throttle_share"), ("at its power limit", "power_cap_share"),
 )  # fmt: skip
 _ALWAYS = 2  # of these columns; the others stand where any arm has a figure
 KEYS = tuple(f"compute/{key}" for _, key in _COLUMNS)
@@ -40,7 +40,7 @@ def _known(conditions: dict[str, Any], key: str) -> bool:
 
 
 def _cell(value: Value | None, notes: Footnotes, *, is_pass: bool) -> str:
-    if value is None and is_pass:  # it assesses nothing
+    if value is None and is_pass:  # it assesses nothing; not all is read of it
         return ""
     if value is None or value["v"] is None:
         return "-" + notes.mark(f"{UNKNOWN}{NOT_RECORDED if value is None else value['why_null']}")
