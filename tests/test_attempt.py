@@ -173,6 +173,7 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
+    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
     monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
     base = tmp_path / "base"
     base.mkdir()

@@ -275,6 +275,7 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     """The student runs out 6 min in, 4 after its checkpoint was made; the same command goes on from that checkpoint."""
     FakeCuda(monkeypatch)
     monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
+    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
     monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))
     opened = test_attempt.open_fake
