@@ -43,6 +43,7 @@ from pipeline.ledger.phases import PhaseClock, difference, total
 from pipeline.ledger.placement import Grant
 from pipeline.ledger.record import Spent
 from pipeline.out_of_memory import explain
+from pipeline.records import ASSESSED, MADE
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
 from pipeline.rows import (
@@ -469,7 +470,7 @@ class Attempt:
     def recall(self, key: str) -> Record | None:
         """Return what is remembered of work with this key, if its artifact is still whole: it is hashed."""
         with self.clock.phase("prepare"):
-            return self.store.recall("keys", key)
+            return self.store.recall("keys", key, MADE)
 
     def recall_assessment(self, key: str, made: Record) -> Record | None:
         """Return what is remembered of an assessment with this key, if its per-document values are still there.
@@ -477,7 +478,7 @@ class Attempt:
         What this run made and another one assessed is assessed again: its row belongs to one run.
         """
         with self.clock.phase("prepare"):
-            record = self.store.recall("assessments", key)
+            record = self.store.recall("assessments", key, ASSESSED)
         if record is None or self.run_id == made["run_id"] != record["run_id"]:
             return None
         items = self.store.root / "assessments" / Path(record["items"]).name  # wherever the store has been moved to

@@ -26,11 +26,12 @@ from pipeline.ledger.record import disturbance_of
 from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import charge, past_spend
+from pipeline.records import SERVED
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.release import ReleaseStage
 from pipeline.stages.settings import BASE, STUDENT_INIT
-from pipeline.store import MANIFEST, MODEL, Artifact, digest_given, key_of, plain, read_json
+from pipeline.store import MODEL, Artifact, digest_given, facts_of, key_of, plain
 from pipeline.values import Value, derive, null
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         **({"look": attempt.gate.look, "energy": attempt.gate.policy.energy is not None} if attempt.gate else {}),
     )  # fmt: skip
     with attempt.hold(key, "comparison pass"):
-        record = attempt.store.recall("serving", key)
+        record = attempt.store.recall("serving", key, SERVED)
         if record is None or not _holds(attempt, record):
             return _measured(attempt, pairs, key)
     if record["run_id"] != attempt.run_id:
@@ -185,7 +186,7 @@ def note_charges(attempt: Attempt) -> None:
         if is_rung(row["arm"]) or row["arm"] not in attempt.run.stages or row["type"] == ReleaseStage.type:
             continue
         artifact = Artifact.from_json(row["artifact"])
-        if "charge" in (read_json(artifact.path / MANIFEST) or {}):
+        if "charge" in facts_of(artifact.path):
             continue
         where = {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices,
                  "power_limit_w": attempt.placement.get("power_limit_w")}  # fmt: skip

@@ -43,10 +43,11 @@ from pipeline.preflight import (
     check_tasks,
     choose_device,
 )
-from pipeline.recovery import recover
+from pipeline.records import RUN, read_record, sound_events, tell
+from pipeline.recovery import recover, why_unusable
 from pipeline.redact import redact_settings
 from pipeline.stages.release import BASELINE
-from pipeline.store import Store, key_of, plain, read_json, write_json
+from pipeline.store import Store, key_of, plain, write_json
 from pipeline.sync import start_writer
 from pipeline.tracking import declared_uri
 from pipeline.validate import OWNER
@@ -109,7 +110,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         of_models = check_releases(run, data, folders, clock, asked)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
-        events = read_events(folder / "journal.jsonl")
+        events = sound_events(read_events(folder / "journal.jsonl"), folder / "journal.jsonl")
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
     with _or_nothing(folder, number, lock):
         attempt = Attempt(
@@ -183,7 +184,7 @@ def _check_budget(run: Run, root: Path, key: str) -> None:
     if limit is None:
         return
     for folder in (root / "runs").glob("*/"):
-        spent = (_unfinished(folder, key) or {}).get("spent_device_hours", 0.0)
+        spent = (_unfinished(folder, key) or {}).get("spent_device_hours") or 0.0
         if spent >= limit:
             raise BudgetSpent(
                 f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to go on"
@@ -203,8 +204,8 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
 
 def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the state of a run with this key that has not ended well, or None."""
-    state = read_json(folder / "run.json")
-    return state if isinstance(state, dict) and state["key"] == key and state["status"] != "FINISHED" else None
+    state = read_record(folder / "run.json", RUN, so="that run is not gone on with")
+    return state if state is not None and state["key"] == key and state["status"] != "FINISHED" else None
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
@@ -223,10 +224,12 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
         if state is None:  # it ended while we waited for its lock
             lock.release()
             continue
-        starts = [event["attempt"] for event in read_events(folder / "journal.jsonl") if event["e"] == "run_start"]
-        if starts == list(range(1, state["attempt"] + 1)):
+        journal = folder / "journal.jsonl"
+        why = why_unusable(sound_events(read_events(journal), journal), state["attempt"])
+        if why is None:
             return folder, state["attempt"] + 1, lock
-        lock.release()  # its journal lost what an earlier attempt spent: a run that says less than it took is none
+        tell(journal, why, "that run is not gone on with")
+        lock.release()  # a run that says less than it took is none
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)

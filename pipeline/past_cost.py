@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.savings import Spend, counted
+from pipeline.records import REGISTERED, tell, why_damaged
 from pipeline.store import MANIFEST, digest_given, read_json
 from pipeline.values import Value, derive, null
 
@@ -27,7 +28,10 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
     folder = Path(path).expanduser()
     manifest = read_json(folder / MANIFEST) if folder.is_dir() else None
     registered = manifest.get("ledger") if isinstance(manifest, dict) else None
-    if not isinstance(manifest, dict) or not isinstance(registered, dict):
+    if registered is not None and why_damaged(registered, REGISTERED) is not None:
+        tell(folder / MANIFEST, str(why_damaged(registered, REGISTERED)), "what it says of a cost is not charged")
+        registered = None
+    if not isinstance(manifest, dict) or registered is None:
         return Spend(arm=arm, flops=0.0, existing=True)
     why = _why_not_charged(folder, manifest, registered, device)
     if why is not None:

@@ -41,6 +41,53 @@ def recover(attempt: Attempt, events: list[Event]) -> None:
         _recover_attempt(attempt, events[first:end], set(by_identity))
 
 
+def why_unusable(events: list[Event], attempts: int) -> str | None:
+    """Return what keeps the journal of an unfinished run from being gone on with, or None.
+
+    A kill tears the last line of a process, which is passed over. Anything else that is missing would make a run that
+    says less than it took, or books a second twice.
+
+    Args:
+        events: That are sound, each for itself.
+        attempts: How many times the run was started.
+    """
+    starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
+    if [events[index]["attempt"] for index in starts] != list(range(1, attempts + 1)):
+        return "its attempts are not all there"
+    parts = (events[first:end] for first, end in zip(starts, [*starts, len(events)][1:], strict=True))
+    return next((why for part in parts if (why := _why_attempt_unusable(part)) is not None), None)
+
+
+def _why_attempt_unusable(events: list[Event]) -> str | None:
+    number, at_ns, last_ns = events[0]["attempt"], events[0]["started_ns"], _last_ns(events)
+    opened: Event | None = None
+    for event in events:
+        if event.get("attempt", number) != number:
+            return f"attempt {number} speaks of another one"
+        if event["e"] == "open":
+            if opened is not None or event["start_ns"] < at_ns:
+                return f"a window of attempt {number} began before the one before it ended"
+            opened = event
+        elif event["e"] == "window":
+            window = event["window"]
+            if opened is None or any(window[name] != opened[name] for name in ("kind", "arm", "seed", "start_ns")):
+                return f"a window of attempt {number} ended that had not begun"
+            if (window["kind"] == "compare") != (window["arm"] is None) or window["attempt"] != number:
+                return f"a window of attempt {number} is of no arm"
+            if not window["start_ns"] + window["kept_ns"] <= window["end_ns"] <= last_ns:
+                return f"a window of attempt {number} is longer than its process lived"
+            opened, at_ns = None, window["end_ns"]
+    return None if at_ns <= last_ns and _saved_ns(opened, events) <= last_ns else f"attempt {number} ended early"
+
+
+def _saved_ns(opened: Event | None, events: list[Event]) -> int:
+    """Return when the last checkpoint of a window that was open at the end was made."""
+    if opened is None:
+        return 0
+    saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
+    return opened["start_ns"] + (sum(saved[-1]["phases_ns"].values()) if saved else 0)
+
+
 def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
     number = events[0]["attempt"]
     devices = events[0].get("devices", 1)  # before it was journaled, a process drove one

@@ -17,6 +17,7 @@ from pipeline.base_model import HUB_FILES
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.models import PICKLE_WEIGHTS, check_model_folder, load_tokenizer
+from pipeline.records import CHARGED, ENDED, read_record
 from pipeline.redact import clean_output
 from pipeline.store import MANIFEST, Artifact, Store, bring, digest_folder, read_json, write_json
 
@@ -112,8 +113,11 @@ def model_files(folder: Path) -> list[Path]:
     """
     check_model_folder(folder, "path")
     index = read_json(folder / INDEX)
-    if isinstance(index, dict):
-        absent = sorted(set(index.get("weight_map", {}).values()) - {path.name for path in folder.iterdir()})
+    if (folder / INDEX).exists():
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise UserError("path", f"{folder / INDEX} names no files", "save the model again")
+        absent = sorted(set(parts.values()) - {path.name for path in folder.iterdir()})
         if absent:
             raise UserError("path", f"{folder} lacks {absent[0]}, which {INDEX} names", "copy the whole folder")
     for path in sorted(folder.glob("*.safetensors")):
@@ -154,8 +158,8 @@ def _note(artifact: Artifact, store: Store, named: dict[str, Any], charge: Charg
 
     def noted(known: dict[str, Any]) -> dict[str, Any]:
         ledger = known.get("ledger")
-        if ledger is not None and ledger["run_id"] != charge.run_id:
-            raise UserError("ledger", f"this model is registered with run {ledger['run_id']}",
+        if isinstance(ledger, dict) and ledger.get("run_id") != charge.run_id:
+            raise UserError("ledger", f"this model is registered with run {ledger.get('run_id')}",
                             f"name that run, or remove {artifact.path} first")  # fmt: skip
         return {"name": charge.arm, **known, **named, "ledger": charge.to_json()}
 
@@ -184,8 +188,8 @@ def find_run(root: Path, ledger: str) -> Path:
 
 
 def _finished(folder: Path) -> bool:
-    result = read_json(folder / "result.json")
-    return isinstance(result, dict) and result["status"] == "FINISHED"
+    result = read_record(folder / "result.json", ENDED)
+    return result is not None and result["status"] == "FINISHED"
 
 
 def read_charge(run_dir: Path) -> Charge:
@@ -194,13 +198,13 @@ def read_charge(run_dir: Path) -> Charge:
     Raises:
         UserError: If it did not finish, or made nothing.
     """
-    result = read_json(run_dir / "result.json")
-    if not isinstance(result, dict):
-        raise UserError("ledger", f"{run_dir} has no result.json", "name a run that has ended")
+    result = read_record(run_dir / "result.json", CHARGED)
+    if result is None:
+        raise UserError("ledger", f"{run_dir} has no result.json that is whole", "name a run that has ended")
     arm = result["primary_arm"]
     own = [row for row in result["rows"] if row["arm"] == arm and _made(row)]
     if not own:
-        why = f": {result['why']}" if result["why"] else ""
+        why = f": {result['why']}" if result.get("why") else ""
         raise UserError("ledger", f"{result['run_id']} ended {result['status']} without {arm}{why}",
                         "name the run that made the model")  # fmt: skip
     seed = own[0]["seed"]
@@ -225,7 +229,7 @@ def _chain(rows: list[Row], arm: str, seed: int) -> Iterator[str]:
 def _show(run_dir: Path, artifact: Artifact) -> None:
     """Have the metered run show what it made: in result.json, and in MLflow with its next delivery."""
     result = read_json(run_dir / "result.json")
-    assert isinstance(result, dict)
+    assert isinstance(result, dict), "read_charge has read it"
     row = result["rows"][-1]
     if row["artifact"] == artifact.to_json():
         return

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.records import ANY_ARTIFACT, Spec, parsed, read_record, sealed, tell
+from pipeline.records import MANIFEST as MANIFEST_SPEC
 from pipeline.redact import redact, redact_json
 from pipeline.waiting import waiting_for
 
@@ -131,11 +133,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON in `path`, or None where there is no such file or it is not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
+    """Return the JSON in `path`, or None where there is no such file, it is no file, or it is not whole."""
+    return parsed(path)[0]
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Return what the artifact.json in a folder says; nothing where there is none, or it is damaged."""
+    return read_record(folder / MANIFEST, MANIFEST_SPEC) or {}
 
 
 class Store:
@@ -257,29 +261,33 @@ class Store:
     def find(self, digest: str) -> Artifact | None:
         """Return the artifact of this digest, if it is here and whole."""
         path = self.root / "artifacts" / digest
-        manifest = read_json(path / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("digest") != digest:
+        manifest = read_record(path / MANIFEST, MANIFEST_SPEC)
+        if manifest is None or manifest["digest"] != digest:
             return None
         found, num_bytes = digest_folder(path)
         return Artifact(path.resolve(), manifest["kind"], digest, num_bytes) if found == digest else None
 
-    def recall(self, group: str, key: str) -> dict[str, Any] | None:
-        """Return what was recorded under `key`, if its artifact (where it has one) is still whole.
+    def recall(self, group: str, key: str, spec: Spec = ANY_ARTIFACT) -> dict[str, Any] | None:
+        """Return what was recorded under `key`, if it and its artifact (where it has one) are still whole.
 
         The artifact is looked for in this store, wherever the store has been moved to since.
+
+        Args:
+            spec: What a record of this kind says; another one is damaged, which is said.
         """
-        record = read_json(self.root / group / f"{key}.json")
-        if not isinstance(record, dict):
-            return None
-        raw = record.get("artifact")
-        if raw is None:
+        record = read_record(self.root / group / f"{key}.json", spec, so="what it recorded is done again")
+        raw = None if record is None else record.get("artifact")
+        if record is None or raw is None:
             return record
         path = self.root / "artifacts" / raw["digest"]
-        return {**record, "artifact": {**raw, "path": str(path.resolve())}} if _is_whole(path, raw["digest"]) else None
+        if _is_whole(path, raw["digest"]):
+            return {**record, "artifact": {**raw, "path": str(path.resolve())}}
+        tell(path, "it is gone" if not path.exists() else "its bytes are not those of its digest", "is made again")
+        return None
 
     def remember(self, group: str, key: str, record: dict[str, Any]) -> None:
-        """Record something under `key`, atomically."""
-        write_json(self.root / group / f"{key}.json", record)
+        """Record something under `key`, atomically, with a checksum."""
+        write_json(self.root / group / f"{key}.json", sealed(redact_json(record)))
 
 
 def _is_whole(folder: Path, digest: str) -> bool:

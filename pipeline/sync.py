@@ -19,8 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.records import DELIVERED, read_record
 from pipeline.redact import clean_output
-from pipeline.store import read_json
 from pipeline.waiting import waiting_for
 
 USAGE = "Usage: python -m pipeline.sync [ROOT | RUN_DIR]   (default: mlruns)"
@@ -71,8 +71,8 @@ def waiting(root: Path) -> list[str]:
 
 
 def _delivered(folder: Path) -> int:
-    state = read_json(folder / STATE)
-    return int(state["offset"]) if isinstance(state, dict) else 0
+    state = read_record(folder / STATE, DELIVERED, so="all of the run is delivered again")
+    return 0 if state is None else state["offset"]
 
 
 # -- the run's side of its writer --------------------------------------------------------------------------------------

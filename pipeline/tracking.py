@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from pipeline.ledger.charge_sources import (
 from pipeline.ledger.charges import OWNER
 from pipeline.ledger.journal import read_first, read_new
 from pipeline.metrics import BY_KEY, row_summary
+from pipeline.records import DELIVERED, read_record, tell
 from pipeline.redact import redact_value, without_login
+from pipeline.report.text import one_line
 from pipeline.report.waste import advice
-from pipeline.store import MODEL, read_json, write_json
+from pipeline.store import MODEL, write_json
 from pipeline.sync import STATE
 from pipeline.waiting import locked, waiting_for
 
@@ -77,7 +79,8 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         start = read_first(journal)
         if start is None or start["e"] != "run_start":
             return 0
-        state: State = {**_nothing_yet(), **(read_json(run_dir / STATE) or {})}
+        known = read_record(run_dir / STATE, DELIVERED, so="all of the run is delivered again")
+        state: State = {**_nothing_yet(), **(known or {})}
         events, offset = read_new(journal, state["offset"])
         dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
         if dead:  # a run writes its end before it lets go, and another may have taken it up: look again
@@ -186,7 +189,17 @@ class _Delivery:
                     "verdict": self._verdict, "selftest": self._selftest, "run_end": self._run_end}  # fmt: skip
         for event in events:
             if event["e"] in handlers:
-                handlers[event["e"]](event)
+                with self._whatever_its_shape(event):
+                    handlers[event["e"]](event)
+
+    @contextmanager
+    def _whatever_its_shape(self, event: dict[str, Any]) -> Generator[None]:
+        """Have a damaged line of the journal, which is said, keep no other from being delivered."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            problem = f"a line {event['e']!r}: {type(error).__name__}: {error}"
+            tell(self.run_dir / "journal.jsonl", one_line(problem, 200), "that line is not delivered")
 
     def end_open_runs(self, status: str, at: float) -> None:
         """Give parent and children that still count as running their end."""

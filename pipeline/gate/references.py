@@ -14,8 +14,9 @@ from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.errors import UserError
+from pipeline.records import ENDED, read_record
 from pipeline.register import model_files
-from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, read_json
+from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, facts_of, read_json
 from pipeline.tracking import store_uri
 from pipeline.values import Value
 
@@ -144,7 +145,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
         for path in files:
             bring(path, out / path.name)
         artifact = store.commit(out, "model", facts)
-    known = read_json(artifact.path / MANIFEST) or {}
+    known = facts_of(artifact.path)
     for topic, said in facts.items():
         if topic not in known:
             store.annotate(artifact, topic, said)
@@ -152,7 +153,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
 
 
 def _release(reference: str, key: str, artifact: Artifact, **more: Any) -> Release:
-    facts = read_json(artifact.path / MANIFEST) or {}
+    facts = facts_of(artifact.path)
     return Release(reference, artifact, charge=_charge(facts, artifact.path, key), **more)
 
 
@@ -200,8 +201,8 @@ def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
 
 def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
     """Return the primary artifact of a run of ours."""
-    result = read_json(folder / "result.json")
-    if not isinstance(result, dict) or "rows" not in result:
+    result = read_record(folder / "result.json", ENDED)
+    if result is None:
         raise UserError(key, f"{reference} is no run that has ended", FORMS)
     arm = result.get("primary_arm")
     made = [row for row in result["rows"] if row["arm"] == arm and row["status"] == "FINISHED" and row["artifact"]]

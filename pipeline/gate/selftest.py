@@ -36,8 +36,9 @@ from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import PRIMARY, TASK
+from pipeline.records import ENDED, read_record
 from pipeline.signals import on_stop_signal
-from pipeline.store import MANIFEST, Store, key_of, plain, read_json, write_json, write_text
+from pipeline.store import Store, facts_of, key_of, plain, write_json, write_text
 from pipeline.tracking import declared_uri
 from pipeline.values import Value, measured, null
 
@@ -373,7 +374,7 @@ def _one_training(
         last = " ".join((err.strip().splitlines() or [""])[-1].split())
         problem = f"{said} ended with exit code {code} ({last[:200]})"
         raise UserError("train", problem, "run it alone first: python -m pipeline ...")
-    result = read_json(root / "latest" / "result.json") or {}
+    result = read_record(root / "latest" / "result.json", ENDED) or {}
     charge = _charge(result)
     hours = charge.get("work_device_hours") or 0.0
     if hours <= 0:
@@ -398,8 +399,8 @@ def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
 def _charge(result: dict[str, Any]) -> dict[str, Any]:
     """Return what the primary artifact's chain took, as a gate will read it from its artifact.json."""
     made = [row for row in result.get("rows", []) if row["arm"] == result["primary_arm"] and row["artifact"]]
-    manifest = read_json(Path(made[0]["artifact"]["path"]) / MANIFEST) if made else None
-    return (manifest or {}).get("charge") or {}
+    charge = facts_of(Path(made[0]["artifact"]["path"])).get("charge") if made else None
+    return charge if isinstance(charge, dict) else {}
 
 
 # -- what it came to ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.journal import read_events, read_first
 from pipeline.metrics import DIRECTION
+from pipeline.records import sound_events
 from pipeline.values import Value, estimated, measured, null
 
 NO_TARGET = "no quality declared: cost.converged_at"
@@ -127,6 +128,9 @@ def of_this_run(folder: Path, totals: dict[str, Any], target: float | None, mode
     runs: list[RunFacts] = []
     for other in sorted(folder.parent.glob("*/journal.jsonl")):
         start = read_first(other)
-        if start is not None and start["e"] == "run_start" and start["params"].get("model.name") == model_name:
-            runs.append(journal_facts(read_events(other), totals if other.parent == folder else None))
+        named = start is not None and start.get("e") == "run_start" and isinstance(start.get("params"), dict)
+        if start is not None and named and start["params"].get("model.name") == model_name:
+            events = sound_events(read_events(other), other)
+            if any(event["e"] == "run_start" for event in events):
+                runs.append(journal_facts(events, totals if other.parent == folder else None))
     return per_converged_model(runs, target)

@@ -1,6 +1,6 @@
 """The append-only journal: every figure lands here first, one JSON object a line.
 
-A killed process leaves at most a torn last line, which reading skips.
+A killed process leaves at most a torn last line, which reading skips, as it does a line without its checksum.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 from pipeline.redact import redact_json
 
+_CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}\s*\Z')
 HEARTBEAT_S = 5.0  # what SIGKILL can lose at most
 
 
@@ -34,7 +37,7 @@ class Journal:
         fields = _finite(redact_json(fields))
         with self._lock:  # stamped inside: the last line is the latest, whoever waited for whom
             line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **fields}
-            self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._append(_sealed(json.dumps(line, ensure_ascii=False, allow_nan=False).encode()))
             if event != "points":
                 os.fsync(self._file)
 
@@ -113,9 +116,22 @@ def read_first(path: Path) -> dict[str, Any] | None:
         return next((event for line in whole if (event := _parse(line)) is not None), None)
 
 
+def _sealed(line: bytes) -> bytes:
+    """Return a line with the checksum of what stands before it as its last member."""
+    return b'%b, "crc": "%08x"}\n' % (line[:-1], zlib.crc32(line[:-1]))
+
+
+def _is_sound(line: bytes) -> bool:
+    """Whether a line is as it was written; lines of older releases have no checksum."""
+    sealed = _CRC.search(line)
+    return sealed is None or int(sealed[1], 16) == zlib.crc32(line[: sealed.start()])
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
-    except ValueError:  # JSONDecodeError or UnicodeDecodeError
+        event = json.loads(line) if _is_sound(line) else None
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested for ever
         return None
-    return event if isinstance(event, dict) else None
+    if not isinstance(event, dict) or not isinstance(event.get("e"), str):
+        return None
+    return {name: value for name, value in event.items() if name != "crc"}

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.ledger.foreign import RANKS
 from pipeline.ledger.phases import total
 from pipeline.metrics import PHASES
-from pipeline.store import read_json
+from pipeline.records import LIFE, read_record
 from pipeline.values import Value, declared, measured, null
 
 IDLE = "idle_rank"
@@ -64,8 +64,8 @@ class Life:
 
 def read_lives(folder: Path, host: str) -> tuple[list[Life], list[str]]:
     """Return the lives that the ranks of a run left, and what a reader must know of them."""
-    contents = [read_json(path) for path in sorted((folder / RANKS).glob("*.json"))]
-    here = [content for content in contents if isinstance(content, dict) and content.get("host") == host]
+    contents = [read_record(path, LIFE, so="that rank is left out") for path in sorted((folder / RANKS).glob("*.json"))]
+    here = [content for content in contents if content is not None and content["host"] == host]
     found = [(content, _life(content)) for content in here]
     lives = [life for _, life in found if life is not None]
     notes: list[str] = []

@@ -14,6 +14,7 @@ from pipeline.ledger.ranks import read_lives
 from pipeline.metering.row import Facts
 from pipeline.metering.run import RECIPE, MeteredRun
 from pipeline.metering.watch import Used, as_reported
+from pipeline.records import METERED, sound_events, tell, why_damaged
 from pipeline.values import null
 
 ELSEWHERE_S = 600.0  # without a sign of life, after which another node's run counts as ended
@@ -34,7 +35,7 @@ def recover(root: Path) -> list[str]:
             lock.acquire(timeout=0)
         except (Timeout, OSError):
             continue  # its meter is at work, or it is not ours to write to
-        events = read_events(folder / "journal.jsonl")
+        events = sound_events(read_events(folder / "journal.jsonl"), folder / "journal.jsonl")
         if _is_over(folder, events):
             _end(folder, lock, events)
             ended.append(folder.name)
@@ -45,6 +46,10 @@ def recover(root: Path) -> list[str]:
 def _is_over(folder: Path, events: list[dict[str, Any]]) -> bool:
     """Tell whether a command was metered here and goes on nowhere: it may outlive its meter."""
     if not events or events[0]["e"] != "run_start" or not any(event["e"] == "open" for event in events):
+        return False
+    why = why_damaged(events[0], METERED)
+    if why is not None:
+        tell(folder / "journal.jsonl", why, "that run is not ended")
         return False
     if events[0]["node"] != platform.node():  # not every shared file system shares locks
         return time.time() - events[-1]["t"] > ELSEWHERE_S

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ class Output:
     def from_json(raw: dict[str, Any]) -> Output:
         """Read back what `to_json` wrote."""
         counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
-        rest: dict[str, Any] = {name: value for name, value in raw.items() if name != "counts"}
+        known = {each.name for each in fields(Output)} - {"counts"}
+        rest: dict[str, Any] = {name: value for name, value in raw.items() if name in known}
         return Output(counts=counts, **rest)
 
 

@@ -35,9 +35,10 @@ from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.distillation.transform import Transform, Unknown
 from pipeline.models import load_model, load_tokenizer
+from pipeline.records import SHARD, read_record
 from pipeline.stages.context import Output
 from pipeline.stages.settings import steps_of, training_precision, training_settings
-from pipeline.store import check_room, read_json, write_json
+from pipeline.store import check_room, write_json
 from pipeline.training.objective import (
     Examined,
     columns_of,
@@ -214,8 +215,8 @@ def _verified(ctx: Context, num_shards: int) -> dict[int, dict[str, Any]]:
             left.unlink()
         for number in range(num_shards):
             path = ctx.checkpoints / shard_name(number)
-            record = read_json(_record(path))
-            if not isinstance(record, dict):
+            record = read_record(_record(path), SHARD, so="its shard is captured anew")
+            if record is None:
                 continue
             if path.is_file() and file_sha256(path) == record["sha256"]:
                 found[number] = record

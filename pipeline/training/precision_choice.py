@@ -21,7 +21,8 @@ from pipeline.compare.statistics import mean_interval
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.store import read_json, write_json
+from pipeline.records import CHOICE, read_record
+from pipeline.store import write_json
 from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
 from pipeline.training.objective import Objective
@@ -111,8 +112,8 @@ def choose_precision(
             anew.
         clock: Books all of it as `search`.
     """
-    kept = read_json(folder / FILE)
-    if isinstance(kept, dict):
+    kept = read_record(folder / FILE, CHOICE, so="the precision is chosen anew")
+    if kept is not None and kept["chosen"] in Precision:
         return Choice(Precision(kept["chosen"]), kept)
     with clock.phase("search"):
         able = [p for p in Precision if p not in (Precision.auto, *left_out)]
