@@ -31,12 +31,12 @@ def why_not(value: Any, schema: Schema, defs: Schema | None = None, at: str = ""
     Args:
         defs: What `$ref` refers to; None: the schema's own `$defs`.
     """
-    defs = schema.get("$defs", {}) if defs is None else defs
+    known: Schema = schema.get("$defs", {}) if defs is None else defs
     if "$ref" in schema:
-        return why_not(value, defs[schema["$ref"].rpartition("/")[2]], defs, at)
+        return why_not(value, known[schema["$ref"].rpartition("/")[2]], known, at)
     where = at or "it"
     for check in (_type, _choice, _number, _text, _array, _object, _combined):
-        said = check(value, schema, defs, where)
+        said = check(value, schema, known, where)
         if said is not None:
             return said
     return None

@@ -140,12 +140,11 @@ _OF_ARM = {"arm": _TEXT_OR_NULL, "seed": {"type": "integer"}}
 _WINDOW = _fields(kind={"enum": ["work", "assess", "compare"]}, **_OF_ARM, attempt=_ATTEMPT, start_ns=_NS, end_ns=_NS,
                   kept_ns=_NS)  # fmt: skip
 _CLOCK = {"clock_ns": _PHASES_NS}
+_STARTED = {"run_id": _TEXT, "recipe": _TEXT, "params": _OBJECT, "tags": _OBJECT, "environment": _OBJECT}
+STARTED: Spec = _fields(**_STARTED)
+"""The first line of a run's journal, as far as other runs read it."""
 EVENTS: dict[str, Spec] = {
-    "run_start": _fields(
-        {**_CLOCK, "devices": _ATTEMPT}, run_id=_TEXT, started_ns=_NS, attempt=_ATTEMPT, recipe=_TEXT, question=_TEXT,
-        experiment=_TEXT, tracking_uri=_TEXT_OR_NULL, params=_OBJECT, tags=_OBJECT, environment=_OBJECT,
-        datasets=_list_of(_fields(name=_TEXT, digest=_TEXT, split=_TEXT, num_documents=_NS)),
-    ),
+    "run_start": _fields({**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT),
     "stage_start": _fields(arm=_TEXT, stage=_TEXT, type=_TEXT, seed={"type": "integer"}, attempt=_ATTEMPT,
                            params=_OBJECT, depends_on=_list_of(_TEXT)),
     "open": _fields(_CLOCK, kind={"enum": ["work", "assess", "compare"]}, **_OF_ARM, attempt=_ATTEMPT, start_ns=_NS),

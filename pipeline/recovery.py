@@ -59,7 +59,7 @@ def why_unusable(events: list[Event], attempts: int) -> str | None:
 
 
 def _why_attempt_unusable(events: list[Event]) -> str | None:
-    number, at_ns, last_ns = events[0]["attempt"], events[0]["started_ns"], _last_ns(events)
+    number, at_ns, last_ns = events[0]["attempt"], _started_ns(events), _last_ns(events)
     opened: Event | None = None
     for event in events:
         if event.get("attempt", number) != number:
@@ -91,7 +91,7 @@ def _saved_ns(opened: Event | None, events: list[Event]) -> int:
 def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
     number = events[0]["attempt"]
     devices = events[0].get("devices", 1)  # before it was journaled, a process drove one
-    attempt.spans[number] = Span(events[0]["started_ns"], _last_ns(events), devices)
+    attempt.spans[number] = Span(_started_ns(events), _last_ns(events), devices)
     for event in events:
         _trace(attempt, event)
         if event["e"] == "resume":
@@ -114,6 +114,10 @@ def _trace(attempt: Attempt, event: Event) -> None:
     trace.reached = max(trace.reached, event["step"])
     if event["e"] != "points":
         trace.saved = event["step"]
+
+
+def _started_ns(events: list[Event]) -> int:
+    return events[0].get("started_ns", events[0]["mono_ns"])
 
 
 def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> None:

@@ -130,7 +130,8 @@ def _is_count(text: str, at: int, value: str) -> bool:
 
 def _of_environment() -> list[str]:
     """Return the values of environment variables whose names say that they are secret, the longest first."""
-    found = {value for name, value in os.environ.items() if len(value) >= MIN_ENVIRONMENT and names_secret(name)}
+    named = ((name, value) for name, value in os.environ.items() if len(value) >= MIN_ENVIRONMENT)
+    found = {value for name, value in named if names_secret(name) and not name.endswith("PWD") and value[0] not in "/~"}
     return sorted(found, key=len, reverse=True)
 
 

@@ -114,6 +114,9 @@ def test_what_the_environment_holds_is_shown_nowhere(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse battery")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallelism")
     monkeypatch.setenv("SHORT_SECRET", "cat")
+    monkeypatch.setenv("PWD", "a/folder/here")
+    monkeypatch.setenv("PASSWORD_STORE_DIR", "/home/me/store")
+    assert redact("/home/me/store/a/folder/here") == "/home/me/store/a/folder/here"
     assert redact("no correct horse battery in parallelism, cat") == f"no {REDACTED} in parallelism, cat"
 
 

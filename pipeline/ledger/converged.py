@@ -18,7 +18,7 @@ from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.journal import read_events, read_first
 from pipeline.metrics import DIRECTION
-from pipeline.records import sound_events
+from pipeline.records import STARTED, sound_events, why_damaged
 from pipeline.values import Value, estimated, measured, null
 
 NO_TARGET = "no quality declared: cost.converged_at"
@@ -131,6 +131,6 @@ def of_this_run(folder: Path, totals: dict[str, Any], target: float | None, mode
         named = start is not None and start.get("e") == "run_start" and isinstance(start.get("params"), dict)
         if start is not None and named and start["params"].get("model.name") == model_name:
             events = sound_events(read_events(other), other)
-            if any(event["e"] == "run_start" for event in events):
+            if all(why_damaged(each, STARTED) is None for each in events if each["e"] == "run_start") and events:
                 runs.append(journal_facts(events, totals if other.parent == folder else None))
     return per_converged_model(runs, target)
