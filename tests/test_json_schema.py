@@ -54,7 +54,7 @@ def test_it_answers_as_the_library_does(seed: int) -> None:
         ours = why_not(record, RESULT_SCHEMA)
         assert (ours is None) == validator.is_valid(record), (ours, next(validator.iter_errors(record), None))
         answers.append(ours is None)
-    assert 5 < sum(answers) < 55
+    assert 0 < sum(answers) < 60
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 2**63, -(2**70)])
