@@ -135,6 +135,7 @@ def test_an_index_without_a_name_is_no_text(tmp_path: Path) -> None:
         ("a.json", "[1, 2]", "a.json row 1 is not an object"),
         ("a.json", '"text"', "a.json is not an array of rows"),
         ("a.json", "[" * 100_000, "a.json is not JSON that can be read"),
+        ("a.jsonl", "{}\n", "a.jsonl line 1 has no fields"),
         ("a.jsonl", "[1]\n[2]\n", "a.jsonl line 1 is not an object"),
     ],
 )

@@ -231,6 +231,8 @@ def recognise(
         UserError: If there is none, or more than one.
     """
     columns = _Columns.of(rows)
+    if not columns.names:
+        raise UserError(key, f"{rows[0][0]} has no fields", "give each row a text")
     _check_mapped(mapped, columns)
     label = _label_column(columns, mapped, key) if task is Task.sequence_classification else None
     wanted = _implied(mapped, wanted)
