@@ -181,3 +181,10 @@ def test_a_text_with_two_labels_is_counted_and_a_rule_decides(tmp_path: Path) ->
     assert "torn  text" not in kept
     with pytest.raises(UserError, match=r"1 texts have two labels"):
         texts(conflicting_labels=Conflicting.refuse)
+
+
+def test_a_class_of_one_document_stays_in_train(tmp_path: Path) -> None:
+    """By largest remainder one of the single ones would be tested, and never learnt."""
+    dataset = load(tmp_path, ["often"] * 20 + [f"single {n}" for n in range(19)])
+    assert {each.label for each in dataset.splits["train"]} == set(range(20))
+    assert [each.label for each in dataset.splits["test"]] == [0]
