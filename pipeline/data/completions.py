@@ -67,15 +67,22 @@ def _completion(row: Row, messages: str, key: str) -> Completion:
 
 
 def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> None:
-    """Refuse completions that hold what the student will be measured on.
+    """Refuse completions that hold what the student will be measured on; blanks and case make no difference.
 
     Raises:
-        UserError: If one is, with its prompt or alone, a document of validation or test.
+        UserError: If one is, with its prompt or alone, a document of validation or test, or completes one's prompt.
     """
-    kept = {document.digest: split for split in ("validation", "test") for document in data.splits[split]}
+    kept: dict[str, str] = {}
+    for split in ("validation", "test"):
+        for document in data.splits[split]:
+            kept[document.likeness] = split
+            if document.prompt:
+                kept[Document(document.prompt).likeness] = split
     for number, each in enumerate(completions, 1):
-        digests = (each.document.digest, Document(each.completion).digest, Document(each.prompt).digest)
-        split = next((kept[digest] for digest in digests if digest in kept), None)
+        parts = [Document(text) for text in (each.completion, each.prompt) if text.strip()]
+        whole = Document(each.completion, prompt=each.prompt)
+        found = (kept.get(document.likeness) for document in (each.document, whole, *parts))
+        split = next((name for name in found if name is not None), None)
         if split is not None:
             raise UserError(key, f"completion {number} holds a document of {split}", "leave it out")
 
