@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters import CONFIG as ADAPTER
-from pipeline.config import ModelConfig, Run
+from pipeline.config import ModelConfig, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store import Artifact, Store, digest_given, key_of
@@ -18,7 +18,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:
     """Return the given model where it lies, or the tiny model of `model.shape`, made and committed once per seed.
 
-    An adapter is merged into its base, and the whole model is committed.
+    What an adapter and its base make, or the language part of a multimodal model, is committed as a model of its own.
 
     Raises:
         UserError: If the given model cannot be had.
@@ -26,8 +26,8 @@ def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: Phase
     if run.model.path is not None:
         with clock.phase("prepare"):
             folder = _given(run.model.path, run.model)
-        if (folder / ADAPTER).is_file():
-            return _merged(folder, run, store, clock)
+        if is_remade(folder, run.task):
+            return _remade(folder, run, store, clock)
         with clock.phase("prepare"):
             digest, num_bytes = digest_given(folder)
         return Artifact(folder.resolve(), "model", digest, num_bytes)
@@ -56,26 +56,36 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
     return artifact
 
 
-def _merged(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact:
-    """Return the model that an adapter and its base make, once per content of both."""
+def is_remade(folder: Path, task: Task) -> bool:
+    """Whether a local folder is no plain model for the task: an adapter is in it, or more than a language model."""
+    if (folder / ADAPTER).is_file():
+        return True
+    from pipeline.models import is_taken_in_part, load_config
+
+    return task is Task.causal_lm and folder.is_dir() and is_taken_in_part(load_config(folder), task)
+
+
+def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact:
+    """Return the plain model that a folder stands for, made once per content."""
     from pipeline.adapters import base_of, is_adapter
     from pipeline.models import load_config, load_model, load_tokenizer, save_model
     from pipeline.stages.quantize import copy_model
 
-    whole = base_of(folder, "model.path")
-    key = key_of(what="merged", version=1, adapter=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
+    adapter = is_adapter(folder)
+    whole = base_of(folder, "model.path") if adapter else folder
+    key = key_of(what="remade", version=1, given=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
         if record is not None:
             return Artifact.from_json(record["artifact"])
         with store.scratch() as out:
-            if is_adapter(folder):
+            if adapter or not (folder / ADAPTER).is_file():
                 model: Any = load_model(folder, run.task)
                 save_model(model.to(load_config(folder).dtype or model.dtype), load_tokenizer(folder), out)
             else:  # what is left of one that was merged
                 copy_model(folder, out)
                 (out / ADAPTER).unlink()
-            artifact = store.commit(out, "model", {"arm": "base", "merged": folder.name})
+            artifact = store.commit(out, "model", {"arm": "base", "made_from": folder.name})
         store.remember("keys", key, {"artifact": artifact.to_json()})
     return artifact
 

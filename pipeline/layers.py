@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models import auto_class, text_config_of
+from pipeline.weights import name_body
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +199,7 @@ def with_layers(
         made: Any = type(model)(config)
     made.load_state_dict(renamed(model.state_dict(), stack, chosen))
     made.tie_weights()
-    made.eval()
+    name_body(made.eval())
     ids = _probe(made)
     if (why := _why_not_run(made, ids)) is not None:
         raise UserError(key, f"layers {list(chosen)} make no model that runs ({why})", "give student.path")

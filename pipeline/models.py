@@ -15,7 +15,7 @@ from pipeline.classes import match_classes, read_in_order, refuse_other_problem
 from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
 from pipeline.waiting import waiting_for
-from pipeline.weights import refuse_incomplete, refuse_unexpected, renew_head, share_as_written
+from pipeline.weights import name_body, refuse_incomplete, refuse_unexpected, renew_head, share_as_written
 
 if TYPE_CHECKING:
     import torch
@@ -260,6 +260,7 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:  # fmt: skip
     """Return what `load_model` does, and what a reader must know of it."""
     import torch
+    import transformers
 
     config = load_config(path, revision=revision, key=key)
     classes = None
@@ -269,7 +270,9 @@ def _load(
             classes = match_classes(config, labels, new_head=new_head, key=key, path=path)
             config.id2label = dict(enumerate(classes.names))
             config.label2id = {name: index for index, name in enumerate(classes.names)}
-    _refuse_other_kind(config, task, key, path)
+    in_part = is_taken_in_part(config, task)
+    if not in_part:
+        _refuse_other_kind(config, task, key, path)
     quantized = quantized_by(config) is not None
     more: dict[str, Any] = {"ignore_mismatched_sizes": True}  # refused by name below, where it matters
     if quantized or str(device) == "meta":
@@ -278,12 +281,19 @@ def _load(
         more["dtype"] = dtype or torch.float32
     source = _whole(path, key)
     with reading(key, path), without_adapter(Path(source)) as files:
-        model, info = auto_class(task).from_pretrained(
+        kind: Any = transformers.AutoModelForImageTextToText if in_part else auto_class(task)
+        model, info = kind.from_pretrained(
             files if _is_local(source) else source, config=config, revision=revision, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **more,
         )  # fmt: skip
+    name_body(model)
     fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head)
-    notes = [None if quantized else refuse_unexpected(model, info["unexpected_keys"], task, key, path)]
+    notes = [None if quantized else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path)]
+    if in_part:
+        model = _language_part(model, key, path)
+        notes.append(
+            f"{key}: of {path} the language part is taken ({model.config.model_type}), without what reads images"
+        )
     if classes is not None:
         notes.append(f"{key}: {fresh} of {path} is new and random" if fresh and not classes.is_new else classes.note)
         if classes.is_new and str(device) != "meta":
@@ -298,6 +308,44 @@ def _load(
     if not quantized:
         model.to(device)
     return model.eval(), [note for note in notes if note is not None]
+
+
+def is_taken_in_part(config: Any, task: Task) -> bool:
+    """Whether a model is multimodal and its language part alone is a model for the task (LLaVA, Mistral 3)."""
+    import transformers
+
+    text, causal = config.get_text_config(), auto_class(task)._model_mapping
+    whole: Any = transformers.AutoModelForImageTextToText
+    in_part = type(config) not in causal and type(text) in causal and type(config) in whole._model_mapping
+    return task is Task.causal_lm and in_part
+
+
+def _language_part(whole: Any, key: str, path: str | Path) -> Any:
+    """Return the language model that a multimodal model holds.
+
+    Raises:
+        UserError: If its language part is not what its text configuration says.
+    """
+    import copy
+
+    import torch
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(whole.config.get_text_config())
+    config.tie_word_embeddings = whole.config.tie_word_embeddings
+    head, decoder = whole.get_output_embeddings(), whole.get_decoder()
+    with torch.device(head.weight.device), no_init_weights():
+        model: Any = auto_class(Task.causal_lm).from_config(config, dtype=head.weight.dtype)
+    try:
+        if str(head.weight.device) != "meta":
+            model.base_model.load_state_dict(decoder.state_dict())
+            model.get_output_embeddings().load_state_dict(head.state_dict())
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:240]
+        raise UserError(key, f"the language part of {path} is not what its text_config says ({text})",
+                        "save it as a model of its own, and give that") from error  # fmt: skip
+    model.tie_weights()
+    return model
 
 
 def _local(path: str | Path) -> str:
@@ -387,6 +435,11 @@ def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
 def _refuse_other_kind(config: Any, task: Task, key: str, path: str | Path) -> None:
     """Refuse an architecture of which transformers has no class for the task."""
     if type(config) not in auto_class(task)._model_mapping:
+        if config.get_text_config() is not config:
+            problem = (
+                f"{path} reads more than text ({config.model_type}), and transformers has no model of its text part"
+            )
+            raise UserError(key, problem, f"give a model of text alone for task={task.value}")
         needs = "language model" if task is Task.causal_lm else "text classifier"
         problem = f"the model in {path} cannot be loaded: transformers has no {needs} of type {config.model_type}"
         raise UserError(key, problem, f"give a model for task={task.value}")
@@ -396,7 +449,9 @@ def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
     """Refuse an encoder as language model: it reads the token that it is to predict."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
+    reads_on = config.model_type == "xlnet" or getattr(config, "causal", None) is False  # XLM and Flaubert
+    if is_encoder or reads_on:
         problem = f"{path} is an encoder ({config.model_type}), which sees the tokens that it is to predict"
         raise UserError(key, problem, "give a causal model, or task=sequence_classification")
 
@@ -447,4 +502,6 @@ def from_config(config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | 
     if labels is not None and task is Task.sequence_classification:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
-    return auto_class(task).from_config(config).float().eval()
+    model = auto_class(task).from_config(config).float().eval()
+    name_body(model)
+    return model

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters import is_adapter
 from pipeline.assess.tasks import Asked, check_lengths
-from pipeline.base_model import base_artifact
+from pipeline.base_model import base_artifact, is_remade
 from pipeline.config import Decode, Format, Measure, Precision, Run, Rung, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
@@ -193,11 +192,13 @@ def check_models(
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
     base: str | Path | None = run.model.path
-    if base is None or is_adapter(Path(base).expanduser()):  # made on the spot: the run finds it done
+    if base is None or is_remade(Path(base).expanduser(), run.task):  # a moment's work, which the run finds done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
     notes: list[str] = []
     with clock.phase("prepare"):
         revision = run.model.revision
+        if run.model.path is not None and str(base) != run.model.path:
+            notes += check_loads(run.model.path, run.task, labels=None, key="model.path")
         config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
         if run.student.path is not None:
             _refuse_quantized(load_config(run.student.path, key="student.path"), "student.path")

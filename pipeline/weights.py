@@ -48,10 +48,15 @@ def refuse_incomplete(
     return min(gone, default=None)
 
 
-def refuse_unexpected(model: Any, unexpected: Iterable[str], task: Task, key: str, path: object) -> str | None:
+def refuse_unexpected(
+    model: Any, config: Any, unexpected: Iterable[str], task: Task, key: str, path: object
+) -> str | None:
     """Refuse weights that the model's class has no place for: without them it would be another model.
 
-    Heads of other tasks are left out, as loading for a task always does.
+    Heads of other tasks, and what reads images, are left out, as loading for a task always does.
+
+    Args:
+        config: Of the folder; a language model may have taken a part of it.
 
     Returns:
         A note of what is left out; None where nothing is.
@@ -63,7 +68,7 @@ def refuse_unexpected(model: Any, unexpected: Iterable[str], task: Task, key: st
     if not names:
         return None
     strange = {name for name in names if task is Task.causal_lm or _is_of_this_model(name, model)}
-    strange = strange and strange - _of_other_tasks(model)
+    strange = strange and strange - _of_other_tasks(config)
     if strange:
         kind = type(model).__name__
         problem = f"{path} has weights that {kind} has no place for: {min(strange)} ({len(strange)} in all)"
@@ -80,8 +85,8 @@ def _is_of_this_model(name: str, model: Any) -> bool:
     return first in own or first == model.base_model_prefix
 
 
-def _of_other_tasks(model: Any) -> set[str]:
-    """Return the names of all weights that models of this architecture have for any task."""
+def _of_other_tasks(config: Any) -> set[str]:
+    """Return the names of all weights that models of this configuration have for any task."""
     import copy
 
     import torch
@@ -90,14 +95,20 @@ def _of_other_tasks(model: Any) -> set[str]:
     found = set[str]()
     for name in _OTHER_TASKS:
         kind: Any = getattr(transformers, name)
-        if type(model.config) not in kind._model_mapping:
+        if type(config) not in kind._model_mapping:
             continue
         with torch.device("meta"):
-            other = kind.from_config(copy.deepcopy(model.config))
+            other = kind.from_config(copy.deepcopy(config))
         own = other.base_model_prefix if name == "AutoModel" else ""
         weights = list(other.state_dict())
         found |= {*weights, *(f"{own}.{weight}" for weight in weights if own)}
     return found
+
+
+def name_body(model: Any) -> None:
+    """Have `base_model` give a model's body: Llama 4's text model names it as only the multimodal model has it."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 def first_not_finite(model: Any) -> str | None:

@@ -20,9 +20,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from pipeline.assess.quality import assess_quality, read_items
 from pipeline.classes import match_classes, names_in_order
-from pipeline.config import StudentConfig, Task
+from pipeline.config import QualityConfig, StudentConfig, Task
+from pipeline.data.documents import Document
 from pipeline.errors import UserError
+from pipeline.ledger.phases import PhaseClock
 from pipeline.models import load_model, save_model
 from pipeline.student import make_student
 from pipeline.training.objective import shared_vocabulary
@@ -155,6 +158,27 @@ def test_a_student_keeps_its_teachers_order_and_may_have_fewer_classes(tmp_path:
         shared_vocabulary(big, small, TASK)
 
 
+@pytest.mark.parametrize("kind", ["albert", "neox"])
+def test_two_models_that_number_their_classes_otherwise_are_scored_alike(tmp_path: Path, kind: str) -> None:
+    """Candidate and baseline of a gate: the same head, its rows in another order."""
+    one, other = classifier(tmp_path / "1", ("a", "b", "c"), kind), tmp_path / "2"
+    model: Any = AutoModelForSequenceClassification.from_pretrained(one)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.shape[0] == 3 and name.startswith(("classifier", "score")):
+                tensor.copy_(tensor[[2, 0, 1]].clone())
+    model.config.id2label, model.config.label2id = {0: "C", 1: "A", 2: "B"}, {"C": 0, "A": 1, "B": 2}
+    save_model(model, byte_tokenizer(), other)
+    documents = [Document(f"text number {number}", number % 3) for number in range(24)]
+    scored = [assess_quality(folder, documents=documents, task=TASK, labels=("a", "b", "c"), sequence_length=32,
+                             config=QualityConfig(bootstrap=200), device="cpu", items=tmp_path / f"{folder.name}.jsonl",
+                             teacher_predictions=None, seed=0, clock=PhaseClock())
+              for folder in (one, other)]  # fmt: skip
+    assert scored[0]["accuracy"]["v"] == scored[1]["accuracy"]["v"]
+    ours, theirs = (read_items(tmp_path / f"{name}.jsonl") for name in "12")
+    np.testing.assert_allclose(ours["logprob"], theirs["logprob"], rtol=1e-5)
+
+
 def labelled(folder: Path, names: tuple[str, str], label: Any) -> Path:
     """Write test documents with the class that `label` gives for a text."""
     rng = np.random.default_rng(0)
@@ -214,6 +238,8 @@ def test_a_model_as_it_is_keeps_its_accuracy_under_other_spellings_and_is_refuse
     done = here(tmp_path, *args, f"data.path={other}")
     assert done.returncode == 1
     assert "tells the classes positive, negative apart, the data has neg, pos" in done.stderr
+    done = here(tmp_path, *args, f"data.path={other}", "data.label_map={pos: positive, neg: negative}")
+    assert accuracy(done, tmp_path, _arm(tmp_path)) == 1.0
     done = here(tmp_path, *args, f"data.path={other}", "training.steps=2", "training.batch_size=4")
     assert "its head is made anew" in done.stdout
     assert done.returncode == 0, done.stderr

@@ -15,28 +15,41 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     CamembertConfig,
+    CLIPVisionConfig,
     DistilBertConfig,
     ElectraConfig,
+    Gemma3Config,
     GPTNeoXConfig,
+    Llama4Config,
+    LlamaConfig,
+    LlavaConfig,
     LongformerConfig,
+    Mistral3Config,
+    MistralConfig,
     MPNetConfig,
     OPTConfig,
     PreTrainedConfig,
     RobertaConfig,
+    XLMConfig,
+    XLNetConfig,
 )
 
 from pipeline import models
-from pipeline.base_model import base_artifact
-from pipeline.config import ModelConfig, Run, Task
+from pipeline.base_model import base_artifact, is_remade
+from pipeline.config import ModelConfig, Run, StudentConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
+from pipeline.layers import layer_count
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import check_loads, example_length, load_config, load_model, load_tokenizer, positions, save_model
 from pipeline.store import Store
+from pipeline.student import make_student
+from pipeline.training.objective import examine
 from pipeline.weights import check_finite, refuse_not_finite
 
 CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm
@@ -250,6 +263,64 @@ def test_an_adapter_without_its_base_is_refused_with_its_name(tmp_path: Path) ->
     change_json(tmp_path / "a" / "adapter_config.json", base_model_name_or_path="org/large")
     with pytest.raises(UserError, match=r"is an adapter of org/large, which is no folder here; merge it"):
         load_config(tmp_path / "a")
+
+
+def multimodal(kind: str) -> PreTrainedConfig:
+    """Return the configuration of a tiny model that reads images too."""
+    text = {**SAME, "num_key_value_heads": 2, "pad_token_id": 0}
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    if kind == "llava":
+        return LlavaConfig(
+            text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**sight), image_token_index=258
+        )
+    if kind == "mistral3":
+        return Mistral3Config(text_config=MistralConfig(**text, head_dim=16).to_dict(), image_token_index=258,
+                              vision_config={**sight, "model_type": "pixtral", "head_dim": 16})  # fmt: skip
+    if kind == "gemma3":
+        return Gemma3Config(text_config={**text, "head_dim": 16}, vision_config=sight, mm_tokens_per_image=4,
+                            image_token_index=258, boi_token_index=257, eoi_token_index=256)  # fmt: skip
+    if kind == "llama4":
+        wide = {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+        return Llama4Config(text_config={**text, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 32},
+                            vision_config={**sight, **wide})  # fmt: skip
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize("kind", ["llava", "mistral3", "gemma3", "llama4"])
+def test_the_language_of_a_multimodal_model_is_taken_cut_and_saved(tmp_path: Path, kind: str) -> None:
+    folder = folder_of(tmp_path / "m", multimodal(kind), AutoModelForImageTextToText)
+    whole, ids = AutoModelForImageTextToText.from_pretrained(folder).eval(), torch.arange(3, 20)[None]
+    model = load_model(folder, CAUSAL)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-5)
+    examine(model, torch.device("cpu"))  # can be trained
+    notes = check_loads(folder, CAUSAL, labels=None, key="model.path")
+    assert kind == "gemma3" or any("taken" in note or "left out" in note for note in notes)
+    student, tokenizer = make_student(StudentConfig(layers=[1]), folder, CAUSAL, None)
+    save_model(student, tokenizer, tmp_path / "s")
+    assert layer_count(load_config(tmp_path / "s")) == 1
+    assert is_remade(folder, CAUSAL) == (kind in ("llava", "mistral3"))
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    (XLNetConfig(vocab_size=259, d_model=32, n_layer=1, n_head=2, d_inner=32), "sees the tokens that it is to predict"),
+    (XLMConfig(vocab_size=259, emb_dim=32, n_layers=1, n_heads=2), "sees the tokens that it is to predict"),
+])  # fmt: skip
+def test_models_that_read_what_they_predict_are_refused(tmp_path: Path, config: PreTrainedConfig, said: str) -> None:
+    folder = folder_of(tmp_path, config, AutoModelForCausalLM)
+    with pytest.raises(UserError, match=said):
+        load_model(folder, CAUSAL)
+
+
+def test_weights_that_another_program_quantized_are_refused_by_what_is_missing(tmp_path: Path) -> None:
+    folder = saved(tiny(CAUSAL), tmp_path)
+    for method in ("gptq", "awq"):
+        stored = {"quant_method": method, "bits": 4, "group_size": 64}
+        change_json(folder / "config.json", quantization_config=stored)
+        assert models.quantized_by(load_config(folder)) == method
+        with pytest.raises(UserError, match=r"^model\.path: the model in .* \(.*\)"):
+            load_model(folder, CAUSAL)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def load_quantized(
         auto_class(task)
         .from_pretrained(
             source,
+            config=load_config(source),
             quantization_config=config,
             device_map={"": str(device)},
             dtype=rest_dtype,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Format, Task
 from pipeline.errors import UserError
+from pipeline.models import load_config
 from pipeline.quantization.layers import Layer
 from pipeline.quantization.reload_check import auto_class
 
@@ -113,6 +114,7 @@ def load_quantized(
         auto_class(task)
         .from_pretrained(
             source,
+            config=load_config(source),
             quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=list(keep), **recipe),
             device_map={"": str(device)},
             dtype=rest_dtype,

@@ -94,6 +94,9 @@ def mix_in(stage: DistillStage, objective: Objective, settings: TrainingConfig, 
     if objective.teacher is None:
         return
     student, teacher, key = objective.model, objective.teacher.model, f"stages.{ctx.stage}"
+    if stage.hidden_weight and (student.config.is_encoder_decoder or teacher.config.is_encoder_decoder):
+        problem = "compares layers of one stack, and an encoder-decoder has two"
+        raise UserError(f"{key}.hidden_weight", problem, "leave it at 0")
     if stage.hidden_weight:
         configs = [each.config.get_text_config() for each in (student, teacher)]
         counts = [layer_count(config) for config in configs]
