@@ -16,6 +16,7 @@ from pipeline import metrics
 from pipeline.attempt import device_name
 from pipeline.comparison import note_charges
 from pipeline.gate.ending import ended, shown_verdict, write_outputs
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.disturbance import COMPARED
@@ -45,7 +46,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
         What waits a bounded time for MLflow and then says what came of it, or None where nothing is delivered.
     """
     attempt.sampler.stop()
-    note_charges(attempt)
+    attempted(lambda: note_charges(attempt), lambda why: attempt.notes.append(unmeasured("what models cost", why)))
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)
     write_json(attempt.folder / "catalogue.json", metrics.export())
@@ -138,7 +139,7 @@ def environment(attempt: Attempt) -> dict[str, Any]:
     """Return with what and how the figures were made."""
     return {
         "command": attempt.command, "python": platform.python_version(), "platform": platform.platform(),
-        "cores": os.cpu_count(), **{name: version(name) for name in LIBRARIES}, "commit": commit(),
+        "cores": os.cpu_count(), **{name: _version(name) for name in LIBRARIES}, "commit": commit(),
         "data": attempt.data.name, "data_digest": attempt.data.digest, "notes": list(dict.fromkeys(attempt.notes)),
     }  # fmt: skip
 
@@ -148,13 +149,17 @@ def commit() -> str | None:
     top = Path(__file__).resolve().parent.parent
     if not (top / ".git").exists():
         return None
-    done = subprocess.run(
-        ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or None
+    command = ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+    def described() -> str | None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+
+    return attempted(described, lambda _: None)  # no git on this machine
+
+
+def _version(name: str) -> str | None:
+    return attempted(lambda: version(name), lambda _: None)
 
 
 def _point_latest(folder: Path) -> None:

@@ -30,6 +30,7 @@ from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.gate.checks import ITEMS
 from pipeline.gate.opening import Gate
 from pipeline.ledger import others
+from pipeline.ledger.attempted import UNMEASURED, attempted, unmeasured
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.cost import priced
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
@@ -161,6 +162,7 @@ class Attempt:
     notes: list[str] = field(default_factory=list)
     engine: dict[str, EngineResult] = field(default_factory=dict)  # by arm, what serving.results declares
     served: ServePass | None = None  # what the comparison pass read
+    why_unserved: str | None = None  # why it could not
     gate: Gate | None = None  # of a release check
     disagreeing: list[str] = field(default_factory=list)  # arms that vLLM reads as another model
     memory: MemoryMeter = field(default_factory=MemoryMeter)
@@ -412,9 +414,13 @@ class Attempt:
     def _vllm(self, name: str, made: Record) -> dict[str, Any]:
         """Return what the check with vLLM adds to an assessment's key: nothing where it cannot run."""
         folder = Path(made["artifact"]["path"])
-        if not self._wants_vllm(name) or vllm_why_not(folder, self.run.task, self.device) is not None:
+        if not self._wants_vllm(name) or self._why_no_vllm(folder) is not None:
             return {}
         return {"vllm": vllm_version()}
+
+    def _why_no_vllm(self, folder: Path) -> str | None:
+        """Return why vLLM cannot read a folder here, or None; a question that fails is a reason, too."""
+        return attempted(lambda: vllm_why_not(folder, self.run.task, self.device), lambda why: unmeasured("vLLM", why))
 
     def _wants_vllm(self, name: str) -> bool:
         """Whether vLLM is to load and score an arm's artifact."""
@@ -427,17 +433,18 @@ class Attempt:
         """Have vLLM score an arm's artifact, where that is wanted; a part of its assessment."""
         if not self._wants_vllm(name):
             return None
-        return check_vllm(
+        check = lambda: check_vllm(
             Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
             sequence_length=self._sequence_length(), device=self.device, clock=self.clock, still=self.check_budget,
         )  # fmt: skip
+        return attempted(check, lambda why: Checked("failed", unmeasured("agreement with vLLM", why)))
 
     def _tell_vllm(self, name: str, seed: int, assessed: Record) -> None:
         """Say what became of the check of an arm's artifact, made now or found; what disagrees ends the run with 3."""
         if not self._wants_vllm(name):
             return
         checked = Checked.from_json(assessed.get("vllm") or {"outcome": "not run here"})
-        why = vllm_why_not(self.arms[name].path, self.run.task, self.device)
+        why = self._why_no_vllm(self.arms[name].path)
         if checked.outcome == "not run here" and why is not None:  # of an assessment that was found: why not now
             checked = Checked("not run here", why)
         arm = f"{name} (seed {seed})" if len(self.seeds) > 1 else name
@@ -675,7 +682,8 @@ class Attempt:
         if checked is not None:
             record["vllm"] = checked.to_json()
             self.store.annotate(Artifact.from_json(made["artifact"]), "checked", {"vllm": record["vllm"]})
-        self.store.remember("assessments", key, record)
+        if not any(UNMEASURED in (figure["why_null"] or "") for figure in quality.values()):
+            self.store.remember("assessments", key, record)  # else the same command assesses again
         self.store.annotate(Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality))
         return record
 

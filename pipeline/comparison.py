@@ -20,6 +20,7 @@ from pipeline.compare.savings import Reading, Spend, Trained, combine_training, 
 from pipeline.compare.verdict import disturbed
 from pipeline.config import Comparison, Measure
 from pipeline.data.encode import encode_all
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.disturbance import mean
 from pipeline.ledger.record import disturbance_of
@@ -56,13 +57,25 @@ class _Seed:
 def compare(attempt: Attempt) -> None:
     """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what it took."""
     pairs = served_pairs(attempt)
-    served = attempt.served = _served(attempt, pairs) if pairs else None
+    served = attempt.served = _tried(attempt, pairs) if pairs else None
     fill_serving(attempt, served)
     attempt.comparisons = compare_all(attempt, served)
     attempt.journal.write("serving", rows=[
         {name: row[name] for name in ("arm", "seed", "attempt", "serving")} for row in attempt.rows if row["serving"]
     ])  # fmt: skip
     attempt.journal.write("comparisons", comparisons=attempt.comparisons)
+
+
+def _tried(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass | None:
+    """Return what the comparison pass reads; None, with the reason kept, where it fails. A gate has to have it."""
+    if attempt.gate is not None:
+        return _served(attempt, pairs)
+
+    def failed(why: str) -> None:
+        attempt.why_unserved = unmeasured("serving", why)
+        attempt.notes.append(attempt.why_unserved)
+
+    return attempted(lambda: _served(attempt, pairs), failed)
 
 
 def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
@@ -224,6 +237,11 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     payback = None
     if served is not None and serving is not None:
         payback = _payback(attempt, pair, all_seeds, served, serving)
+    elif attempt.why_unserved is not None:
+        payback = savings.payback(
+            null(attempt.why_unserved), null(attempt.why_unserved), savings.no_serving_saving(attempt.why_unserved),
+            unit=UNIT[attempt.run.task],
+        )  # fmt: skip
     quality = _quality(attempt, pair, all_seeds)
     training = None
     if Measure.training in pair.on:
@@ -326,6 +344,8 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
     if not curve:
         return Trained(arm=arm, final=None)
     last = curve[-1]
+    if last["step"] < (attempt.outputs[arm, each.seed].counts["steps"].v or 0):  # its last reading failed
+        return Trained(arm=arm, final=None)
     fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)
     readings = tuple(
         Reading(int(point["tokens"]), point["metric"], fixed_h + point["seconds"] / 3600, bool(point["constant"]))
@@ -336,6 +356,8 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
 
 def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
     key = (pair.arm, pair.base)
+    if served is None and attempt.why_unserved is not None and Measure.serving in pair.on:
+        return savings.no_serving_saving(attempt.why_unserved)
     if served is None or key not in served.seconds:
         return None
     rows = finished_rows(attempt, attempt.seeds[0])
@@ -384,7 +406,8 @@ def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
         declared = {name: value.to_json() for name, value in engine.figures.items()} if engine else {}
         if served is None or row["arm"] not in served.serving:
             rung = "a rung is not served: the stage it belongs to is"
-            why = rung if is_rung(row["arm"]) else "the recipe does not compare this arm on serving"
+            unserved = attempt.why_unserved or "the recipe does not compare this arm on serving"
+            why = rung if is_rung(row["arm"]) else unserved
             row["serving"] = {"device_s_per_1k_units": null(why).to_json(), **declared}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"

@@ -25,12 +25,13 @@ from pipeline.data.load import load_dataset
 from pipeline.errors import BudgetSpent, UserError
 from pipeline.gate.checks import is_gate
 from pipeline.gate.opening import identify, open_gate
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.ledger.nvml import reader_for
+from pipeline.ledger.nvml import OF_THE_MODULE, reader_for
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.placement import grant, placement
+from pipeline.ledger.placement import NOTHING_KNOWN, grant, placement
 from pipeline.preflight import (
     check_calibration,
     check_completions,
@@ -126,10 +127,13 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             "recipe": run.recipe, "config": config, "commit": commit(), "data": data.digest,
         }  # fmt: skip
         attempt.sampler.start()
-        attempt.grant = grant()
-        attempt.placement = placement(
-            device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant
+        attempt.grant = attempted(grant, lambda why: _unread(attempt, "the scheduler's grant", why))
+        attempt.placement = attempted(
+            lambda: placement(device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant),
+            lambda why: _unread(attempt, "the placement", why) or {**NOTHING_KNOWN, "count": attempt.devices},
         )
+        if attempt.placement.get("power_scope") == "module":
+            attempt.notes.append(OF_THE_MODULE)
         write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
         settings = redact_settings(plain(run))
         write_json(folder / "config.json", settings)
@@ -152,8 +156,15 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
     for note in attempt.notes:
         print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
-        attempt.writer = start_writer(folder)
+        attempt.writer = attempted(
+            lambda: start_writer(folder), lambda why: _unread(attempt, "what MLflow is to be told", why)
+        )
     return attempt
+
+
+def _unread(attempt: Attempt, what: str, why: str) -> None:
+    """Note that something beside the work could not be read or done."""
+    attempt.notes.append(unmeasured(what, why))
 
 
 def without_baseline(run: Run) -> Run:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Precision, Run
 from pipeline.errors import BudgetSpent, Preempted
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.gpu_usage import Usage
@@ -56,7 +57,8 @@ def make_row(
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
             disturbance=disturbance or attempt.disturbance(name, seed),
             is_training=stage.type in TRAINING, seconds_in_steps=output.seconds_in_steps,
-            peak=_peak(attempt, stage, output), granted=attempt.grant, truncated=truncated,
+            peak=attempted(lambda: _peak(attempt, stage, output), lambda why: null(unmeasured("the peak rate", why))),
+            granted=attempt.grant, truncated=truncated,
             timeline=output.gpu_timeline,
         ),
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -14,6 +15,7 @@ from quiet import Quiet
 
 from pipeline.assess.serving import machine_conditions
 from pipeline.compare.savings import Reading, Spend, Tolerance, Trained, training_saving
+from pipeline.gate.judge import _disturbed_training
 from pipeline.gate.references import _why_no_charge
 from pipeline.ledger import others
 from pipeline.ledger.gpu_sampler import Sampler
@@ -186,3 +188,20 @@ def test_a_charge_whose_load_is_no_share_is_not_believed(load: Any) -> None:
     charge = {"work_device_hours": 1.0, "retry_device_hours": 0.0, "model_flops": 1.0, "foreign_load": load}
     assert _why_no_charge(charge) == "foreign_load is no share"
     assert _why_no_charge({**charge, "foreign_load": measured(0.2).to_json()}) is None
+
+
+def gate(limit: float | None, candidate: Value | None, baseline: Value | None) -> Any:
+    def release(load: Value | None) -> Any:
+        return SimpleNamespace(charge={} if load is None else {"foreign_load": load.to_json()})
+
+    sides = {"candidate": release(candidate), "baseline": release(baseline)}
+    return SimpleNamespace(policy=SimpleNamespace(max_foreign_load=limit), releases=lambda: sides)
+
+
+def test_a_gate_that_asks_for_training_answers_invalid_where_a_side_was_disturbed() -> None:
+    loud, unknown = _disturbed_training(gate(0.1, measured(0.48), measured(0.1)))
+    assert loud == ["others used 48% of the device while the candidate trained, 10% allowed"]
+    assert unknown == []
+    loud, unknown = _disturbed_training(gate(0.1, null("killed"), None))
+    assert (loud, unknown) == ([], ["disturbance unknown while the candidate trained (killed)"])
+    assert _disturbed_training(gate(None, measured(0.9), measured(0.9))) == ([], [])

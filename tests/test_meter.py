@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -449,3 +450,42 @@ def test_help_and_recover_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == HELP + "\n"
     assert main(["--recover", "--root", str(tmp_path)], started_ns=0) == 0
     assert capsys.readouterr().out == "nothing to end\n"
+
+
+@pytest.mark.parametrize("how", ["setsid", "double fork"])
+def test_a_daemon_that_left_its_session_is_mentioned(tmp_path: Path, how: str) -> None:
+    """It has no parent left, and a group of its own: what it inherited says whose it is."""
+    once = "import os, sys, time\nif os.fork():\n    os._exit(0)\nos.setsid()\n"
+    twice = once + "if os.fork():\n    os._exit(0)\n"
+    pid_file = tmp_path / "pid"
+    daemon = (
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nos.close(0); os.close(1); os.close(2)\ntime.sleep(60)\n"
+    )
+    script = tmp_path / "daemon.py"
+    script.write_text(
+        "import subprocess, sys, time, os\n"
+        f"subprocess.run([sys.executable, '-c', {(once if how == 'setsid' else twice) + daemon!r}])\n"
+        f"while not os.path.exists({str(pid_file)!r}) or not open({str(pid_file)!r}).read(): time.sleep(0.05)\n"
+    )
+    try:
+        code, _, err = run(tmp_path / "mlruns", PYTHON, script)
+        pid = int(pid_file.read_text())
+        assert code == 0, err
+        notes = result_of(folder_of(tmp_path / "mlruns"))["environment"]["notes"]
+        said = [note for note in notes if note.startswith("processes that the command put into sessions of their own")]
+        assert len(said) == 1
+        assert f"({pid})" in said[0]
+        assert said[0] in (folder_of(tmp_path / "mlruns") / "report.md").read_text().replace("\\", "")
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+
+def test_what_others_took_stands_on_the_row_of_a_command(tmp_path: Path) -> None:
+    assert run(tmp_path, PYTHON, "-c", "import time; time.sleep(0.7)")[0] == 0
+    conditions = ledger_of(folder_of(tmp_path))["conditions"]
+    load = conditions["work_foreign_load"]
+    assert (load["v"] is None) == (load["why_null"] is not None)
+    assert load["v"] is None or 0 <= load["v"] <= 1
+    assert conditions["host_foreign_load"] == load
+    assert conditions["assess_foreign_load"]["v"] is None

@@ -26,6 +26,7 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
 from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.phases import PhaseClock
 from pipeline.metrics import TASK
 from pipeline.models import example_length, load_model, load_tokenizer
@@ -127,10 +128,23 @@ def assess_quality(
     if config.tasks:
         from pipeline.assess.tasks import run_tasks
 
-        with clock.phase("eval"):
+        def scored() -> dict[str, dict[str, Any]]:
+            found: dict[str, dict[str, Any]] = {}
             for scores in run_tasks(model, tokenizer, config):
-                entries |= _task_entries(scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed)
+                found |= _task_entries(scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed)
+            return found
+
+        with clock.phase("eval"):
+            entries |= attempted(scored, lambda why: _no_tasks(config, items, why))
     return entries
+
+
+def _no_tasks(config: QualityConfig, items: Path, why: str) -> dict[str, dict[str, Any]]:
+    """Return nulls with the reason for what lm-eval was to find; its own qualities are there already."""
+    from pipeline.assess.tasks import asked_metrics
+
+    nothing = null(unmeasured("lm-eval's tasks", why)), None
+    return {f"{TASK}{task}/{metric}": entry_of(nothing, 0, items) for task, metric in asked_metrics(config)}
 
 
 def _as_stored(folder: Path, task: Task, device: torch.device | str, labels: tuple[str, ...] | None) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.assess.decoding import Decoder, make_decoder
 from pipeline.config import Decode, Task
 from pipeline.data.padding import read_by, token_of
+from pipeline.ledger.attempted import attempted
 from pipeline.models import ends_once, load_model, load_tokenizer
 from pipeline.quantization.sixteen import stored_dtype
 
@@ -129,6 +130,9 @@ class Server:
     def _start_memory(self) -> int | None:
         if self.device.type == "cpu":
             return None
+        return attempted(self._new_peak, lambda _: None)  # not every accelerator counts it
+
+    def _new_peak(self) -> int:
         import torch
 
         torch.accelerator.reset_peak_memory_stats(self.device)
@@ -139,7 +143,7 @@ class Server:
             return None
         import torch
 
-        return torch.accelerator.max_memory_allocated(self.device) - before
+        return attempted(lambda: torch.accelerator.max_memory_allocated(self.device) - before, lambda _: None)
 
 
 def load(

@@ -23,6 +23,7 @@ from pipeline.assess.server import Reading, Server, load
 from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger import gpu_usage
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
@@ -142,14 +143,25 @@ def serve_pass(
         sampler.mark()
         seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed, check=check)
         sampler.mark()
-        conditions = machine_conditions(sampler, (start_ns, clock.now_ns()), others, str(device).partition(":")[0])
+        window = (start_ns, clock.now_ns())
+        kind = str(device).partition(":")[0]
+        conditions = machine_conditions(sampler, window, others, kind)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
         if task is Task.causal_lm:
             _read_growing(servers, readings, ids, config.load)
         energy = {
-            arm: _units_per_joule(server, ids, config.load.new, sampler, clock) for arm, server in servers.items()
+            arm: attempted(
+                lambda server=server: _units_per_joule(server, ids, config.load.new, sampler, clock),
+                lambda why: null(unmeasured("energy", why)),
+            )
+            for arm, server in servers.items()
         }
-        joules = None if energy_of is None else _joules(servers, energy_of, ids, config, sampler, clock)
+        joules: tuple[np.ndarray, np.ndarray] | str | None = None
+        if energy_of is not None:
+            pair = energy_of
+            joules = attempted(
+                lambda: _joules(servers, pair, ids, config, sampler, clock), lambda why: unmeasured("energy", why)
+            )
     serving = {
         arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
         | {"units_per_joule": energy[arm].to_json()}

@@ -225,6 +225,14 @@ def _metrics(path: Path | str, settings: Mapping[str, Any]) -> list[dict[str, An
     return metrics
 
 
+def asked_metrics(config: QualityConfig) -> list[tuple[str, str]]:
+    """Return the tasks and the metrics that their files name; `score` for one that has those of its output_type."""
+    return [
+        (task.name, re.sub(r"[^A-Za-z0-9_.-]", "_", str(each["metric"])))
+        for task in read_tasks(config) for each in _metrics(task.name, task.settings) or [{"metric": "score"}]
+    ]  # fmt: skip
+
+
 def _data_files(path: Path, named: Any) -> dict[str, list[str]]:
     """Return the data files by split, absolute; relative ones lie beside the task file, else in the current folder."""
     by_split: dict[str, Any] = named if isinstance(named, dict) else {"train": named}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.attempted import attempted
 from pipeline.values import Value, declared, null
 
 
@@ -102,7 +103,7 @@ def device_name(device: Any) -> str:
     if device.type != "cpu":
         return _accelerator_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = attempted(lambda: info.read_text().splitlines() if info.is_file() else [], lambda _: list[str]())
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{named} x{os.cpu_count()}"
 

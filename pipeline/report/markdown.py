@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.assess.engine import FIGURES as ENGINE_FIGURES
 from pipeline.assess.engine import LOAD as ENGINE_LOAD
 from pipeline.compare import statistics
+from pipeline.ledger.attempted import UNMEASURED
 from pipeline.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
@@ -507,6 +508,16 @@ def _phases(row: Row) -> str:
     return ", ".join(large + ([f"rest {percent(rest)}"] if rest else []))
 
 
+def _failed(part: Any) -> list[str]:
+    """Return the reasons of nulls that measuring failed to give, each once, wherever they stand in plain JSON."""
+    if not isinstance(part, dict):
+        return []
+    held: dict[str, Any] = part
+    why = held.get("why_null")
+    own = [why] if isinstance(why, str) and UNMEASURED in why else []
+    return list(dict.fromkeys([*own, *(each for value in held.values() for each in _failed(value))]))
+
+
 def _notes(result: Result) -> list[str]:
     lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
     for name, row in zip(labels(result["rows"]), result["rows"], strict=True):
@@ -515,8 +526,10 @@ def _notes(result: Result) -> list[str]:
         elif row["reused"]:
             lines.append(f"{name} reused from run {row['reused']}: spent 0 here")
         lines += [f"{name}: the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
+        lines += [f"{name}: {why}" for why in _failed({part: row[part] for part in ("ledger", "quality", "serving")})]
         if not row["ledger"]["meter_valid"]:
             lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
+    lines += [f"comparison pass: {why}" for why in _failed(result["run"].get("compare_conditions"))]
     attempts = result["run"]["attempts"]
     lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
     given = result["environment"].get("notes") or []

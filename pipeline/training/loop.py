@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
 from pipeline.data.batches import num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
@@ -324,8 +325,10 @@ def _check_course(step: int, loss: float, kind: str, progress: Progress, setting
 def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:
     before = clock.now_ns()
     with clock.phase("eval"):
-        metric = hooks.validate()
+        metric = attempted(hooks.validate, lambda why: _unread(progress.step, why, hooks))
     progress.eval_ns += clock.now_ns() - before
+    if metric is None:
+        return
     reading = {
         "step": progress.step, "tokens": progress.tokens, "metric": metric, "seconds": progress.step_ns / 1e9,
         "eval_seconds": progress.eval_ns / 1e9, "constant": float(is_constant(progress.step, settings)),
@@ -333,6 +336,11 @@ def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock:
     progress.curve.append(reading)
     with clock.phase("log"):
         hooks.points(progress.step, {"validation": metric})
+
+
+def _unread(step: int, why: str, hooks: Hooks) -> None:
+    """Say that a validation reading failed: the curve lacks it, and the training goes on."""
+    hooks.say(unmeasured(f"validation after step {step}", why))
 
 
 def _save(

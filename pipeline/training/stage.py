@@ -19,6 +19,7 @@ from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import WithProjections
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
 from pipeline.errors import StageFailed
+from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.metrics import PRIMARY
@@ -154,9 +155,10 @@ def run_training(
             clock=ctx.clock, hooks=hooks,
         )  # fmt: skip
         timeline = _timeline(phases, tracer, ctx)
-    share = None
+    share = null(NO_TEACHER)
     if distill is not None:  # no hard label is learnt where all is sampled
-        share = 1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
+        read = lambda: 1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
+        share = attempted(lambda: measured(read()), lambda why: null(unmeasured("the teacher's gradient", why)))
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
@@ -346,11 +348,11 @@ def _no_counts() -> dict[str, Value]:
 
 
 def _output(
-    progress: Progress, objective: Objective, distill: DistillStage | None, gradient: float | None, flops: StepFlops,
+    progress: Progress, objective: Objective, distill: DistillStage | None, gradient: Value, flops: StepFlops,
     active: Value,
 ) -> Output:  # fmt: skip
     shares = {"distillation_share": _share(progress, distill),
-              "distillation_gradient_share": null(NO_TEACHER) if gradient is None else measured(gradient)}  # fmt: skip
+              "distillation_gradient_share": gradient}  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
         "examples": measured(progress.examples), "model_flops": flops.total(progress.flops), "steps_lost": measured(0),
