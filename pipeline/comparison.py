@@ -344,7 +344,8 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
     if not curve:
         return Trained(arm=arm, final=None)
     last = curve[-1]
-    if last["step"] < (attempt.outputs[arm, each.seed].counts["steps"].v or 0):  # its last reading failed
+    steps = attempt.outputs[arm, each.seed].counts.get("steps", null("not counted")).v
+    if steps is not None and last["step"] < steps:  # its last reading failed
         return Trained(arm=arm, final=None)
     fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)
     readings = tuple(
