@@ -77,8 +77,18 @@ def test_any_kind_of_file_is_read(tmp_path: Path) -> None:
         read_completions(written(tmp_path, ["a,b"], "said.xml"), DataConfig(), KEY)
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("", "held out"), ("x ", "held out"), ("held ", "out"), ("", " HELD\tout"), ("asked", "x"), ("asked ", "answered"),
-                                                    ("held out", "!")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("", "held out"),
+        ("x ", "held out"),
+        ("held ", "out"),
+        ("held out", "!"),
+        ("", " HELD\tout"),
+        ("asked", "x"),
+        ("asked ", "answered"),
+    ],
+)
 def test_what_will_be_measured_is_not_learnt(tmp_path: Path, prompt: str, completion: str) -> None:
     row = {"prompt": prompt, "completion": completion}
     splits = {
