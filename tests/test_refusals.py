@@ -289,7 +289,7 @@ def test_a_model_that_is_quantized_already_is_refused(refuse: Refuse, tmp_path: 
     ("settings", "said"),
     [
         (("model.revision=abc",), "model.revision: has no effect without model.path"),
-        (("data.subset=en",), "data.subset: has no effect without data.hub"),
+        (("data.subset=en",), "data.subset: has no effect without data.path or data.hub"),
         (("data.hub=a/b", "data.path=."), "data.hub: does not go with data.path"),
     ],
 )
