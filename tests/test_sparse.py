@@ -167,6 +167,24 @@ def test_a_student_surer_than_its_teacher_is_told_so_exactly(rest: float, theirs
     assert (gradient.double() - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize(("rest", "theirs"), [(1e-12, 1e-9), (1e-9, 1e-7), (1e-30, 1e-12)])
+def test_two_sure_models_differ_by_what_they_leave(rest: float, theirs: float) -> None:
+    """Both give one token nearly everything: 1 - 1e-9 is no number of fp32, and the gradient is no noise."""
+    ids = torch.tensor([[7, 3, 11]])
+    few = torch.tensor([1 - 3e-8, 2e-8, 1e-8], dtype=torch.float64)
+    q = torch.full((1, 40), rest / 37, dtype=torch.float64)
+    q[0, ids[0]] = few * (1 - rest)
+    z = q.log().requires_grad_()
+    p, residual = (few.flip(0).roll(1) * (1 - theirs))[None], torch.tensor([theirs], dtype=torch.float64)
+    teacher = Sparse(ids, p, torch.zeros(1, dtype=torch.float64), residual)
+    log_q = F.log_softmax(z, -1)
+    inside = torch.zeros_like(q).scatter(1, ids, 1.0).bool()
+    value = -(p * log_q.gather(1, ids)).sum() - theirs * log_q.masked_fill(inside, -torch.inf).logsumexp(-1).sum()
+    (wanted,) = torch.autograd.grad(value, z)
+    _, gradient = sparse_terms(z.detach().float(), teacher.to(torch.float32), ids[:, 0], Loss(0.0))
+    assert (gradient.double() - wanted).norm() <= 1e-3 * wanted.norm()
+
+
 # -- draws ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from pipeline.data.batches import IGNORE
 from pipeline.distillation import transform as transform_module
 from pipeline.distillation.kernels import kernel_of
 from pipeline.distillation.losses import Loss, Sparse
+from pipeline.distillation.selfcheck import gradient_share
 from pipeline.distillation.transform import Transform, Unknown, nothing_is_zero, prove
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -142,6 +143,23 @@ def test_entries_of_a_cache_meet_the_students_own_logits(name: str) -> None:
         done = objective._causal(inputs, keep, labels, everything, objective.loss)
     wanted = definition(own_logits(student, given), t, labels, objective.loss) / len(labels)
     assert done.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_labels_alone_beside_an_infinite_divergence_train() -> None:
+    """The teacher rules out tokens that the student allows: reverse KL is infinite, and has no weight."""
+    student, teacher = louder(made("phi")), louder(made("phi", seed=1))
+    with torch.no_grad():
+        teacher.get_output_embeddings().bias[50:] = -torch.inf
+    taught = Teacher(teacher, Precision.fp32, Loss(1.0, Divergence.reverse_kl))
+    objective = Objective(student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught)
+    done = objective(batch())
+    done.loss.backward()
+    value, wanted = expected(student, None, Loss())
+    assert done.loss.item() == pytest.approx(value.item(), rel=1e-5)
+    assert done.parts.divergence.item() == torch.inf
+    layer = student.get_output_embeddings()
+    torch.testing.assert_close(layer.weight.grad.double(), wanted["lm_head.weight"], rtol=1e-3, atol=1e-6)
+    assert gradient_share(objective, batch()) == 0
 
 
 # -- the proof ------------------------------------------------------------------------------------------------------

@@ -47,11 +47,13 @@ def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> floa
     def norm(ce_weight: float, part: Callable[[StepLoss], torch.Tensor]) -> float:
         objective.loss = replace(loss, ce_weight=ce_weight)
         objective.model.zero_grad(set_to_none=True)
-        part(objective(batch)).backward()
+        value = part(objective(batch))
+        if value.requires_grad:
+            value.backward()
         return _norm(objective.model)
 
     try:
-        taught = norm(0.0, lambda done: _alone(done) * (1 - loss.ce_weight) + (done.loss - _alone(done)))
+        taught = norm(0.0, lambda done: _taught(done, 1 - loss.ce_weight))
         hard = norm(1.0, lambda done: _alone(done) * loss.ce_weight)
     finally:
         objective.loss = loss
@@ -64,6 +66,14 @@ def _alone(done: StepLoss) -> torch.Tensor:
     return done.loss - sum(done.drawn.values())
 
 
+def _taught(done: StepLoss, weight: float) -> torch.Tensor:
+    """Return the teacher's part of a loss without labels; a divergence without weight, infinite or not, has none."""
+    drawn = sum(done.drawn.values(), torch.zeros_like(done.loss))
+    return _alone(done) * weight + drawn if weight else drawn
+
+
 def _norm(model: Any) -> float:
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    if not gradients:
+        return 0.0
     return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())

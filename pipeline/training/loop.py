@@ -292,6 +292,11 @@ def _read(
             _account(reading, progress, settings, hooks)
 
 
+def _part(weight: float, value: float) -> float:
+    """Return what a part adds to the loss: nothing without a weight, be it infinite."""
+    return weight * value if weight else 0.0
+
+
 def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hooks: Hooks) -> None:
     """Book one loss reading; stop on NaN and on divergence."""
     step, (loss, ce_sum, divergence_sum, *more) = reading.step, reading.values.tolist()
@@ -303,8 +308,8 @@ def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hoo
         )
     _check_course(step, loss, reading.kind, progress, settings)
     if step + 1 > 0.9 * settings.steps:
-        progress.hard += reading.ce_weight * ce
-        progress.taught += (1 - reading.ce_weight) * divergence + sum(drawn.values())
+        progress.hard += _part(reading.ce_weight, ce)
+        progress.taught += _part(1 - reading.ce_weight, divergence) + sum(drawn.values())
     rate = learning_rate(step, settings)
     said = {"ce": ce} if reading.kind == "text" else {}  # of its own samples it is the student's entropy
     hooks.points(step + 1, {"loss": loss, **said, "divergence": divergence, "learning_rate": rate, **drawn})
