@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+BEST_16_BIT = "best_16_bit"
+"""As the base of a comparison: the arm that has the same source in the 16-bit form that suits this device best."""
+
 
 def stage_name(arm: str) -> str:
     """Return the stage that an arm is, or is a rung of."""

@@ -306,7 +306,8 @@ class Attempt:
         if isinstance(stage, QuantizeStage):
             if stage.format is Format.auto:
                 return None
-            return self.why_unable(stage) if stage.optional else why_not_quantize(stage.format, self.device)
+            unable = self.why_unable(stage) if stage.optional else None
+            return why_not_quantize(stage.format, self.device) if unable is None else unable.partition(": ")[2]
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
 
     def why_unable(self, stage: QuantizeStage) -> str | None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.arms import is_rung, stage_name
+from pipeline.arms import BEST_16_BIT, is_rung, stage_name
 from pipeline.assess.decoding import chosen
 from pipeline.assess.quality import read_items
 from pipeline.assess.serving import ServePass, serve_pass
+from pipeline.assess.serving_dtype import WORDS, choose_dtype
 from pipeline.attempt import device_name, named
 from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
 from pipeline.compare.verdict import disturbed
-from pipeline.config import Comparison, Measure
+from pipeline.config import SIXTEEN_BITS, Comparison, Measure, ServingDtype
 from pipeline.data.encode import encode_all
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
@@ -56,8 +57,11 @@ class _Seed:
 
 def compare(attempt: Attempt) -> None:
     """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what it took."""
+    _say_what_lacks_16_bits(attempt)
     pairs = served_pairs(attempt)
     served = attempt.served = _tried(attempt, pairs) if pairs else None
+    if served is not None:
+        attempt.notes += [f"serving: {each}" for each in served.dtype.get("said", [])]
     fill_serving(attempt, served)
     attempt.comparisons = compare_all(attempt, served)
     attempt.journal.write("serving", rows=[
@@ -125,8 +129,44 @@ def _measured(attempt: Attempt, pairs: list[tuple[str, str]], key: str) -> Serve
 def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:
     """Return the pairs that are read on serving or payback and have both artifacts (of the first seed)."""
     rows = finished_rows(attempt, attempt.seeds[0])
-    pairs = [pair for pair in attempt.run.compare if {Measure.serving, Measure.payback} & set(pair.on)]
+    pairs = [pair for pair in compared(attempt) if {Measure.serving, Measure.payback} & set(pair.on)]
     return [(pair.arm, pair.base) for pair in pairs if pair.arm in rows and pair.base in rows]
+
+
+def compared(attempt: Attempt) -> list[Comparison]:
+    """Return the recipe's pairs; `best_16_bit` is the arm it stands for, and a pair without such an arm is left out."""
+    found = [(pair, base_of(attempt, pair)) for pair in attempt.run.compare]
+    return [replace(pair, base=base) for pair, base in found if base is not None]
+
+
+def base_of(attempt: Attempt, pair: Comparison) -> str | None:
+    """Return the arm that a pair is read against: of `best_16_bit`, the 16-bit form that suits this device best."""
+    from pipeline.quantization.sixteen import best_first
+
+    if pair.base != BEST_16_BIT:
+        return pair.base
+    rows, order = finished_rows(attempt, attempt.seeds[0]), best_first(attempt.device)
+    forms = [
+        (order.index(stage.format), name)
+        for name, stage in attempt.run.stages.items()
+        if name in rows and name != pair.arm and _is_16_bit_form(attempt, name, pair.arm)
+    ]
+    return min(forms)[1] if forms else None
+
+
+def _is_16_bit_form(attempt: Attempt, name: str, arm: str) -> bool:
+    """Whether an arm is, in 16 bits, what another one was quantized from."""
+    stage, other = attempt.run.stages[name], attempt.run.stages[arm]
+    both = isinstance(stage, QuantizeStage) and isinstance(other, QuantizeStage)
+    return both and stage.format in SIXTEEN_BITS and stage.model == other.model
+
+
+def _say_what_lacks_16_bits(attempt: Attempt) -> None:
+    lacking = [pair.arm for pair in attempt.run.compare if base_of(attempt, pair) is None]
+    if lacking:
+        attempt.notes.append(
+            f"{', '.join(lacking)}: no arm has the same model in 16 bits here: read against fp32 alone"
+        )
 
 
 def finished_rows(attempt: Attempt, seed: int) -> Rows:
@@ -144,12 +184,33 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         tokenizer = load_tokenizer(next(iter(folders.values())))
         documents = attempt.data.splits["test"][:PROMPT_DOCUMENTS]
         encoded = encode_all(documents, tokenizer, task, max_length=max(512, attempt.run.serving.load.prompt))
-    return serve_pass(
-        folders, pairs, task=task, labels=attempt.data.labels, prompts=[item.input_ids for item in encoded],
+    prompts = [item.input_ids for item in encoded]
+    choice = choose_dtype(
+        _asked_dtype(attempt),
+        folders,
+        task=task,
+        labels=attempt.data.labels,
+        prompts=prompts,
+        config=attempt.run.serving,
+        device=attempt.device,
+        clock=attempt.clock,
+        check=attempt.check_budget,
+    )
+    served = serve_pass(
+        folders, pairs, dtype=choice.dtype, task=task, labels=attempt.data.labels, prompts=prompts,
         config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
         sampler=attempt.sampler, check=attempt.check_budget,
         energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
     )  # fmt: skip
+    for arm, drift in choice.drift.items():
+        served.serving[arm] |= drift.figures()
+    return replace(served, dtype=choice.to_json())
+
+
+def _asked_dtype(attempt: Attempt) -> ServingDtype:
+    """Return the setting; a gate's later look is served as the look before it was, because both are read together."""
+    before = None if attempt.gate is None or attempt.gate.earlier is None else attempt.gate.earlier.get("dtype")
+    return attempt.run.serving.dtype if before is None or before["served"] is None else ServingDtype(before["served"])
 
 
 def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, Any]]:
@@ -159,7 +220,7 @@ def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, An
     """
     all_seeds = [_Seed(seed, finished_rows(attempt, seed), spends_of(attempt, seed)) for seed in attempt.seeds]
     pairs = [
-        pair for pair in attempt.run.compare
+        pair for pair in compared(attempt)
         if all(pair.arm in each.rows and pair.base in each.rows for each in all_seeds)
     ]  # fmt: skip
     return [_one(attempt, pair, all_seeds, served) for pair in pairs]
@@ -248,12 +309,13 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
         training = combine_training([_training(attempt, pair, each) for each in all_seeds])
         training = _unless_worse(training, quality[PRIMARY[attempt.run.task]], pair)
     judged = None
-    if served is not None and serving is not None and _is_its_source(attempt, pair):
+    if served is not None and serving is not None and _is_unquantized_form(attempt, pair):
         judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
         if _loud(attempt, served) is not None:  # time that could not be compared is no time that was not saved
             judged["no_speedup"] = False
     return {
         "arm": pair.arm, "base": pair.base, "on": [measure.value for measure in pair.on], "speedup": judged,
+        "base_is": BEST_16_BIT if judged is not None and _is_best_16_bit(attempt, pair) else None,
         "quality": quality if Measure.quality in pair.on else {},
         "training": training,
         "serving": serving if Measure.serving in pair.on else None,
@@ -261,15 +323,28 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     }  # fmt: skip
 
 
-def _is_its_source(attempt: Attempt, pair: Comparison) -> bool:
-    """Whether the base is what the arm was quantized from: what any other base costs says nothing of a format."""
+def _is_unquantized_form(attempt: Attempt, pair: Comparison) -> bool:
+    """Whether the base is what the arm was quantized from, or that in 16 bits.
+
+    What any other base costs says nothing of a format.
+    """
     stage = attempt.run.stages[pair.arm]
-    return isinstance(stage, QuantizeStage) and stage.model == pair.base
+    return isinstance(stage, QuantizeStage) and (
+        stage.model == pair.base or _is_16_bit_form(attempt, pair.base, pair.arm)
+    )
 
 
 def without_speedup(attempt: Attempt) -> list[str]:
-    """Return the quantized arms that save neither time nor memory at the declared load."""
-    return [pair["arm"] for pair in attempt.comparisons if pair["speedup"] and pair["speedup"]["no_speedup"]]
+    """Return the quantized arms that save neither time nor memory at the declared load.
+
+    An arm has to save against every form of its source that it is read against: fp32, and 16 bits.
+    """
+    useless = [pair["arm"] for pair in attempt.comparisons if pair["speedup"] and pair["speedup"]["no_speedup"]]
+    return list(dict.fromkeys(useless))
+
+
+def _is_best_16_bit(attempt: Attempt, pair: Comparison) -> bool:
+    return pair.base == base_of(attempt, replace(pair, base=BEST_16_BIT))
 
 
 def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:
@@ -369,7 +444,14 @@ def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> di
     else:
         reading = savings.serving_saving(*served.seconds[key])
     ways = dict.fromkeys(served.how[arm] for arm in key)
-    return {**reading, "how": " against ".join(ways)}
+    dtypes = {side: _dtype_word(served.how[arm]) for side, arm in zip(("arm", "base"), key, strict=True)}
+    return {**reading, "how": " against ".join(ways), "dtypes": dtypes}
+
+
+def _dtype_word(how: str) -> str:
+    """Return the dtype that an arm was served in, as settings name it."""
+    word = how.partition(",")[0]
+    return WORDS.get(word, word)
 
 
 def _loud(attempt: Attempt, served: ServePass) -> str | None:

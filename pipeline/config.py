@@ -343,6 +343,18 @@ class Decode(Enum):
     compile = "compile"
 
 
+class ServingDtype(Enum):
+    """The dtype in which artifacts that are stored in fp32 are served; others are served as they are stored.
+
+    `auto`: the fastest that the device has, by a short probe (`assess/serving_dtype.py`).
+    """
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class VllmCheck(Enum):
     """Which artifacts vLLM, where it is installed, loads and scores beside this project (`assess/vllm_check.py`)."""
 
@@ -359,6 +371,7 @@ class ServingConfig:
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
     blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
     decode: Decode = Decode.auto
+    dtype: ServingDtype = ServingDtype.auto  # of artifacts that are stored in fp32
     results: Any = None  # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
     check_vllm: VllmCheck = VllmCheck.quantized  # language models that vLLM, where installed, is to load and score too
     volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
@@ -395,6 +408,7 @@ class PolicyConfig:
     energy: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of joules per unit at `load`
     payback_units: Optional[float] = positive(None)  # units after which the release must have paid for itself
     load: ServingLoad = field(default_factory=ServingLoad)
+    dtype: ServingDtype = ServingDtype.auto  # of the sides that are stored in fp32; one for both, kept over the looks
     alpha: float = field(default=0.05, metadata={"above": 0, "max": 0.25})  # of a false PASS, one-sided, per criterion
     blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks of one look
     looks: int = field(default=2, metadata={"min": 1, "max": 2})  # the second is taken where the first decides nothing

@@ -174,6 +174,10 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("serving/token_p95_s", "s", "row", -1, "95th percentile of it"),
     Metric("serving/dynamic_cache_device_s_per_1k_units", "device-s", "row", -1,
            "as device_s_per_1k_units, with a cache that grows, where the arm is served in another way"),
+    Metric("serving/dtype_kl", "nats", "row", -1, "KL of the arm as it is served from the arm as it was assessed, mean "
+           "per token or example of a few test documents; where the two dtypes differ"),
+    Metric("serving/dtype_largest_logit_difference", "1", "row", -1, "largest difference of a logit between the two"),
+    Metric("serving/dtype_flips", "1", "row", -1, "first predictions that differ between the two"),
     Metric("serving/units_per_joule", "1/J", "row", 1, "units per joule of the whole board at the load"),
     Metric("serving/peak_bytes", "B", "row", -1, "device memory allocated at most while serving; null on CPU"),
     Metric("serving/weights_bytes", "B", "row", -1, "bytes of the loaded parameters and buffers"),

@@ -36,6 +36,7 @@ from pipeline.preflight import (
     check_calibration,
     check_completions,
     check_decode,
+    check_dtype,
     check_formats,
     check_heads,
     check_models,
@@ -97,6 +98,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_heads(run, device)
         check_formats(run, device)
         check_decode(run, device)
+        check_dtype(run, device)
         check_completions(run, data)
         check_calibration(run, data)
         quiet_libraries()

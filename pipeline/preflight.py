@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.assess.tasks import Asked, check_lengths
 from pipeline.base_model import base_artifact, is_remade
-from pipeline.config import Decode, Format, Measure, Precision, Run, Rung, Task
+from pipeline.config import SIXTEEN_BITS, Decode, Format, Measure, Precision, Run, Rung, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -105,6 +105,20 @@ def check_decode(run: Run, device: Any) -> None:
     """
     if run.serving.decode is Decode.graph and device.type != "cuda":
         raise UserError("serving.decode", f"graph needs CUDA, this run is on {device.type}", "give auto or compile")
+
+
+def check_dtype(run: Run, device: Any) -> None:
+    """Refuse a dtype of serving that this device cannot compute in.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    from pipeline.quantization.sixteen import why_not
+
+    if run.serving.dtype.value in (fmt.value for fmt in SIXTEEN_BITS):
+        reason = why_not(Format(run.serving.dtype.value), device)
+        if reason is not None:
+            raise UserError("serving.dtype", reason, "give auto or fp32")
 
 
 def check_formats(run: Run, device: Any) -> None:

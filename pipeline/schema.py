@@ -175,6 +175,7 @@ _COMPARISON: dict[str, Any] = {
         }]},
         "arm": {"type": "string"},
         "base": {"type": "string"},
+        "base_is": {"enum": ["best_16_bit", None]},
         "on": {"type": "array", "items": {"enum": ["quality", "training", "serving", "payback"]}},
         "quality": {
             "type": "object",
@@ -194,7 +195,8 @@ _COMPARISON: dict[str, Any] = {
             amortised={"$ref": "#/$defs/value"}, less_others={"$ref": "#/$defs/value"}, rule={"type": "string"},
         )]},
         "serving": {"oneOf": [{"type": "null"}, _interval_value(
-            blocks={"type": "integer"}, how={"type": "string"})]},
+            blocks={"type": "integer"}, how={"type": "string"},
+            dtypes={"type": "object", "required": ["arm", "base"], "additionalProperties": {"type": "string"}})]},
         "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
             "required": ["unit"],
             "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"},
@@ -238,6 +240,10 @@ _JUDGED: dict[str, Any] = {
     "data": {"type": "string"}, "device": {"type": "object", "required": ["kind", "name", "count"]},
     "key": {"type": "string"}, "look": {"type": "integer", "minimum": 1}, "looks": {"type": "integer", "minimum": 1},
     "run_id": {"type": "string"}, "created": {"type": "string"}, "recorded": {"type": "string"},
+    "dtype": {"oneOf": [{"type": "null"}, {
+        "type": "object", "required": ["asked", "served"],
+        "properties": {"asked": {"enum": ["auto", "fp32", "bf16", "fp16"]},
+                       "served": {"enum": ["fp32", "bf16", "fp16", None]}}}]},
     "promotion": {"oneOf": [{"type": "null"}, {
         "type": "object", "required": ["done", "model", "version", "url", "why"],
         "properties": {"done": {"type": "boolean"}}}]},
@@ -246,8 +252,8 @@ _JUDGED: dict[str, Any] = {
             "properties": {"exit_code": {"enum": [0, 3, 4, 5, 6, *_BROKEN_OFF]}, "why": _TEXT}},
 }  # fmt: skip
 _SHOWN: dict[str, Any] = {
-    "type": "object", "required": [name for name in _JUDGED if name != "recorded"], "additionalProperties": False,
-    "properties": _JUDGED,
+    "type": "object", "required": [name for name in _JUDGED if name not in ("recorded", "dtype")],
+    "additionalProperties": False, "properties": _JUDGED,
 }  # fmt: skip
 _CRASHED: dict[str, Any] = {
     "type": "object", "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],

@@ -295,8 +295,8 @@ class _Delivery:
 
     def _comparisons(self, event: dict[str, Any]) -> None:
         self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
-        judged = {pair["arm"]: pair["speedup"]["no_speedup"] for pair in event["comparisons"] if pair["speedup"]}
-        useless = [arm for arm, no_speedup in judged.items() if no_speedup]
+        judged = [pair for pair in event["comparisons"] if pair["speedup"]]
+        useless = list(dict.fromkeys(pair["arm"] for pair in judged if pair["speedup"]["no_speedup"]))
         self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
 
     def _verdict(self, event: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pipeline.arms import BEST_16_BIT
 from pipeline.assess.engine import read_results
 from pipeline.assess.tasks import check_tasks
 from pipeline.config import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
@@ -19,6 +20,7 @@ from pipeline.ledger.cost import check_cost
 from pipeline.models import check_local
 from pipeline.redact import has_login
 from pipeline.stages.capture import CaptureStage
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
 from pipeline.text_files import why_no_file
@@ -112,10 +114,19 @@ def _check_arms(run: Run) -> None:
     for index, pair in enumerate(run.compare):
         for side in ("arm", "base"):
             arm = getattr(pair, side)
-            if arm not in arms:
+            if side == "base" and arm == BEST_16_BIT:
+                _check_quantized(index, pair.arm, run)
+            elif arm not in arms:
                 raise UserError(f"compare[{index}].{side}", f"there is no stage {arm!r}", did_you_mean(arm, arms))
         if pair.arm == pair.base:
             raise UserError(f"compare[{index}]", f"{pair.arm!r} is compared with itself", "name two arms")
+
+
+def _check_quantized(index: int, arm: str, run: Run) -> None:
+    """Refuse to read anything but a quantized model against 16-bit forms of its source."""
+    if not isinstance(run.stages.get(arm), QuantizeStage):
+        problem = f"{BEST_16_BIT} is for what a quantize stage makes, and {arm!r} is none"
+        raise UserError(f"compare[{index}].base", problem, "name an arm")
 
 
 def _check_sources(run: Run) -> None:

@@ -110,6 +110,8 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
         *(
             "recipe=quantize",
             "~stages.nf4",
+            "~stages.bf16",
+            "~stages.fp16",
             "serving.decode=static",
             *TINY,
             "serving.batches=[]",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from pipeline.assess import serving
 from pipeline.assess.decoding import Fixed
-from pipeline.assess.server import Reading, Server, load, serving_dtype, weights_bytes
+from pipeline.assess.server import Reading, Server, load, weights_bytes
 from pipeline.assess.serving import Readings, ServePass, draw_prompts, figures, measure_interleaved, serve_pass
 from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
@@ -336,15 +336,6 @@ def test_bytes_of_weights_count_scales_buffers_and_tied_weights_once() -> None:
         as_dict=lambda packed: {"absmax": torch.zeros(3), "shape": (4, 4), "nested_absmax": torch.zeros(2)}
     )
     assert weights_bytes(quantized) == 64 + 20
-
-
-def test_16_bits_are_served_where_the_device_computes_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert serving_dtype(torch.device("cpu")) is torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert serving_dtype(torch.device("cuda")) is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert serving_dtype(torch.device("cuda")) is torch.float16
-    assert serving_dtype(torch.device("xpu")) is torch.bfloat16
 
 
 # -- artifacts on disk ----------------------------------------------------------------------------------------------

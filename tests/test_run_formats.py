@@ -25,7 +25,8 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
     The same command again finds all done and ends alike.
     """
     settings = (
-        "recipe=quantize", "~stages.nf4", "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
+        "recipe=quantize", "~stages.nf4", "~stages.bf16", "~stages.fp16",
+        "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
         "stages.int8.include=[model.layers.0.self_attn.k_proj]", *TINY,
     )  # fmt: skip
     for allow, code in (("false", 3), ("true", 0)):
@@ -56,7 +57,7 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
 
 def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp_path: Path) -> None:
     """On a CPU NF4 is smaller and slower: sought for time the model stays as it is, and the trial was work."""
-    settings = ("recipe=quantize_search", "stages.quantized.candidates=[nf4]", "tracking.mlflow=false",
+    settings = ("recipe=quantize_search", "~stages.bf16", "stages.quantized.candidates=[nf4]", "tracking.mlflow=false",
                 "data.vocabulary_size=300",  # embeddings stay in fp32: a large one would cost more than 16 bits do
                 "stages.quantized.tolerance=1", *TINY)  # fmt: skip
     done = here(tmp_path, *settings)

@@ -164,8 +164,8 @@ def load(
         device: Where to serve.
         labels: Class names.
         now_ns: Monotonic clock, integer nanoseconds.
-        dtype: Arithmetic of an artifact that is stored in fp32; None: `serving_dtype`. One that is stored in 16 bits
-            is served in them.
+        dtype: Of an artifact that is stored in fp32; None: fp32, as it was assessed. One that is stored in 16 bits is
+            served in them.
         decode: How tokens are written after the prompt.
 
     Raises:
@@ -176,22 +176,11 @@ def load(
     device = torch.device(device)
     stored = stored_dtype(folder, device)
     if stored is torch.float32:
-        stored = dtype or serving_dtype(device)
+        stored = dtype or torch.float32
     model: Any = load_model(folder, task, device=device, labels=labels, dtype=stored)
     if task is Task.sequence_classification:
         token_of(model, load_tokenizer(folder).pad_token_id)
     return Server(model, task, device, now_ns, decode)
-
-
-def serving_dtype(device: torch.device) -> torch.dtype:
-    """Return what an unquantized model is served in: 16 bits where the device computes in them, fp32 on a CPU."""
-    import torch
-
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
 
 
 def weights_bytes(model: Any) -> int:

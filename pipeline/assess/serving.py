@@ -62,6 +62,7 @@ class ServePass:
         conditions: What the machine was like meanwhile: values of `throttle_share` and `foreign_load`.
         joules: Of the one pair whose energy was asked for, joules per unit of arm and base as `seconds` has seconds.
         why_no_joules: Why they could not be read.
+        dtype: In what artifacts were served that are stored in fp32, and why (`serving_dtype.py`).
     """
 
     serving: dict[str, dict[str, dict[str, Any]]]
@@ -70,13 +71,21 @@ class ServePass:
     conditions: dict[str, Any] = field(default_factory=dict)
     joules: tuple[np.ndarray, np.ndarray] | None = None
     why_no_joules: str | None = None
+    dtype: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
         seconds = [[*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()]
         joules = None if self.joules is None else [side.tolist() for side in self.joules]
-        return {"serving": self.serving, "seconds": seconds, "how": self.how, "conditions": self.conditions,
-                "joules": joules, "why_no_joules": self.why_no_joules}  # fmt: skip
+        return {
+            "serving": self.serving,
+            "seconds": seconds,
+            "how": self.how,
+            "conditions": self.conditions,
+            "joules": joules,
+            "why_no_joules": self.why_no_joules,
+            "dtype": self.dtype,
+        }
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ServePass:
@@ -86,6 +95,7 @@ class ServePass:
         return ServePass(
             raw["serving"], seconds, raw["how"], raw.get("conditions", {}),
             None if joules is None else (np.array(joules[0]), np.array(joules[1])), raw.get("why_no_joules"),
+            raw.get("dtype", {}),
         )  # fmt: skip
 
 
@@ -124,7 +134,7 @@ def serve_pass(
         seed: Of the prompts.
         clock: Books model_load and generate, and is the clock of the readings.
         sampler: Reads the devices' energy counters.
-        dtype: Arithmetic of unquantized models; None: bf16 where the device has it, fp32 on a CPU.
+        dtype: Of artifacts that are stored in fp32; None: fp32.
         energy_of: The pair whose energy is read in ABBA blocks.
         check: Called between blocks, outside of what is timed; what it raises ends the pass.
 

@@ -67,6 +67,8 @@ def check_policy(run: Run) -> None:
         raise UserError("policy", f"{policy.name} asks for nothing in {run.task.value}", "name a metric or a saving")
     if run.serving.load != policy.load or run.serving.blocks != policy.blocks:
         raise UserError("serving", "load and blocks are the policy's here", "set policy.load.* and policy.blocks")
+    if run.serving.dtype is not policy.dtype:
+        raise UserError("serving.dtype", "is the policy's here", f"set policy.dtype={run.serving.dtype.value}")
     if policy.payback_units is not None and run.serving.volume is not None:
         raise UserError("serving.volume", "the policy states the volume here", "set policy.payback_units")
 

@@ -83,11 +83,19 @@ def _verdict(
         "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": plain(gate.policy)},
         "task": task.value, "primary": PRIMARY[task], "unit": UNIT[task], "data": attempt.data.digest,
         "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
+        "dtype": _dtype(attempt.served),
         "key": gate.key, "look": gate.look, "looks": gate.policy.looks, "readings": readings, "run_id": attempt.run_id,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     verdict["line"] = verdict_line(verdict)
     return verdict
+
+
+def _dtype(served: ServePass | None) -> dict[str, Any] | None:
+    """Return what sides that are stored in fp32 were served in; null where nothing was served."""
+    if served is None or not served.dtype:
+        return None
+    return {name: served.dtype[name] for name in ("asked", "served")}
 
 
 # -- readings -------------------------------------------------------------------------------------------------------
@@ -220,6 +228,9 @@ def _value(figures: Mapping[str, Any], name: str) -> Value:
 def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[str]:
     """Return what made any look's serving pass no measurement."""
     here = device_name(attempt.device)
+    before, now = (gate.earlier or {}).get("dtype"), _dtype(attempt.served)
+    if before is not None and now is not None and before["served"] != now["served"]:
+        return [f"served in {now['served']}, and at the look before in {before['served']}"]
     return [f"look {number}: {reason}" for number, conditions in enumerate(readings["conditions"], start=1)
             for reason in disturbed(gate.policy, here, conditions)]  # fmt: skip
 

@@ -96,6 +96,7 @@ class SelfTest:
     signs: list[int] = field(default_factory=list[int])
     quality: dict[str, Any] = field(default_factory=dict[str, Any])
     copies: str = ""
+    dtype: dict[str, Any] = field(default_factory=dict[str, Any])  # what it was served in (`serving_dtype.py`)
     compare_ns: int = 0
     hours: list[float] = field(default_factory=list[float])
     trained_on: dict[str, Any] | None = None
@@ -259,14 +260,36 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
     """Load both copies; return what measures the looks of a trial with them."""
     from pipeline.assess.server import load
     from pipeline.assess.serving import check_load, machine_conditions, measure_interleaved
+    from pipeline.assess.serving_dtype import choose_dtype
     from pipeline.ledger.others import Others
 
     run = test.run
     copies: list[Server] = []
+    choice = choose_dtype(
+        run.policy.dtype,
+        {ARM: test.release.artifact.path},
+        task=run.task,
+        labels=test.data.labels,
+        prompts=prompts,
+        config=run.serving,
+        device=test.device,
+        clock=test.clock,
+        check=test.check,
+    )
+    test.dtype = choice.to_json()
     with test.clock.phase("model_load"):
         for _ in range(2):
-            copies.append(load(test.release.artifact.path, run.task, test.device, labels=test.data.labels,
-                               now_ns=test.clock.now_ns, decode=run.serving.decode))  # fmt: skip
+            copies.append(
+                load(
+                    test.release.artifact.path,
+                    run.task,
+                    test.device,
+                    labels=test.data.labels,
+                    now_ns=test.clock.now_ns,
+                    decode=run.serving.decode,
+                    dtype=choice.dtype,
+                )
+            )
     for server in copies:
         check_load(server, run.serving.load, prompts)
 
@@ -421,6 +444,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
         "policy": {"name": policy.name, "sha256": key_of(policy=policy), "alpha": policy.alpha,
                    "blocks": policy.blocks, "looks": policy.looks, "load": plain(policy.load)},
         "device": {"kind": test.device.type, "name": _device(test), "count": 1}, "data": test.data.digest,
+        "dtype": {name: test.dtype.get(name) for name in ("asked", "served")},
         "serving": _served_json(served, test.trials), "quality": {"false": quality.to_json(), "read": test.quality},
         "training": _training_json(test),
         "device_hours": (test.clock.now_ns() - test.started_ns) / HOUR_NS,

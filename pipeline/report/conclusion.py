@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.arms import stage_name
+from pipeline.arms import BEST_16_BIT, stage_name
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
@@ -56,6 +56,8 @@ _CONTROLS = (CONTROL_COMPUTE, CONTROL_STEPS)
 _SAME = 0.05
 """FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the ratio is said."""
 _ROLES = frozenset({"teacher", "student", "baseline", "reference"})
+_WHOLE = 0.9
+"""Share of the parameters from which on a model is called quantized without saying how much of it is."""
 _NAME_LIMIT = 60
 """Characters of an arm's name in a sentence."""
 
@@ -106,7 +108,7 @@ def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
     """
     clauses = _control_clause(result, pair)
     if verbs := _verbs(result, pair):
-        clauses.append(f"{preface}{_subject(pair['arm'])} {_listed(verbs)}")
+        clauses.append(f"{preface}{_subject(pair['arm'])}{_in_part(result, pair)} {_listed(verbs)}")
     context = f"{_subject(pair['arm'])}'s " if clauses else f"{_pair_words(pair)}: "
     by_reason: dict[str, list[str]] = {}
     for what, why in _nulls(pair):
@@ -326,7 +328,21 @@ def _subject(arm: str) -> str:
 def _base_words(result: Result, pair: Pair) -> str:
     row = finished_row(result, pair["arm"])
     taught = pair["base"] == "teacher" and row is not None and "teacher" in row["depends_on"]
-    return "its teacher" if taught else _subject(pair["base"])
+    if taught:
+        return "its teacher"
+    if pair.get("base_is") == BEST_16_BIT:
+        return f"{_subject(pair['base'])} (the best 16-bit form of the same model here)"
+    dtypes = (pair["serving"] or {}).get("dtypes")
+    return _subject(pair["base"]) + (f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else "")
+
+
+def _in_part(result: Result, pair: Pair) -> str:
+    """Return how much of an arm's parameters is in its format, where that is not nearly all of them."""
+    row = finished_row(result, pair["arm"])
+    made = None if row is None else row.get("quantization")
+    if made is None or made["share"]["v"] is None or made["share"]["v"] >= _WHOLE:
+        return ""
+    return f" ({percent(made['share']['v'])} of its parameters in {made['format']})"
 
 
 def _pair_words(pair: Pair) -> str:

@@ -151,14 +151,16 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
     if not rows:
         return []
     shown.update(dict.fromkeys(f"quality/{key}" for key in ("kl_to_unquantized", "flips", "worst_slice")))
-    head = ("arm", f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
+    head = ("arm", "of its parameters in the format", f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
             f"changed first predictions [{ARM_INTERVAL}]", "worst slice")  # fmt: skip
     body: list[list[str]] = []
     for name, row in zip(labels(rows), rows, strict=True):
         kl, flips, worst = (row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice"))
         by = percent if primary_key(result) == "bits_per_byte" else points
         lost = f"{_md(worst['slice'])}: {by(worst['v'])} worse (n = {worst['n']})"
-        body.append([_md(name), notes.show(kl, significant, "") + _bounds(kl, significant),
+        made = row.get("quantization")
+        share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
+        body.append([_md(name), share, notes.show(kl, significant, "") + _bounds(kl, significant),
                      notes.show(flips, percent, "") + _bounds(flips, percent), lost])  # fmt: skip
     return _table(head, body)
 

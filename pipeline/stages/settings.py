@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar, Optional
 
+from pipeline.arms import BEST_16_BIT
 from pipeline.config import (
     OptimizerKind,
     Precision,
@@ -27,7 +28,7 @@ from pipeline.errors import UserError
 
 BASE = "base"
 STUDENT_INIT = "student_init"
-RESERVED = (BASE, STUDENT_INIT)
+RESERVED = (BASE, STUDENT_INIT, BEST_16_BIT)
 
 
 @dataclass(kw_only=True, slots=True)
