@@ -1,13 +1,14 @@
-"""Does a quantized format decode faster than 16 bits here? Every format beside the unquantized model, batch by batch.
+"""Does a quantized format decode faster than 16 bits here? Every format beside fp32 and the best 16 bits, by batch.
 
     python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8]
         [--decode graph] [--save]
 
 Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and served by its own server:
 prompts first, then token by token from a key-value cache (one that grows, or of fixed size and captured: `--decode`,
-by default a captured one on CUDA). Each format is read against the unquantized model (bf16 on a GPU, fp32 on a CPU) in
-blocks of format, model, model, format. Told are tokens a second, the time over the unquantized model's with its 90%
-interval over blocks, the bytes of weights, and how each was served. A format that cannot run here is named with why.
+by default a captured one on CUDA). bf16 and fp16 come first. Each format is read against the model in fp32, and
+against the 16-bit form that was the fastest of those here at the same batch size, in interleaved blocks. Reported are
+tokens a second, the time over each of the two with its 90% interval over blocks, the bytes of weights, and how each was
+served. A format that cannot run here is named with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.assess.server import Server, load
 from pipeline.assess.serving import measure_interleaved
 from pipeline.compare.statistics import abba_saving
-from pipeline.config import Decode, Format, ServingConfig, ServingLoad, Task
+from pipeline.config import SIXTEEN_BITS, Decode, Format, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.models import save_model
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
@@ -52,76 +53,120 @@ DEFAULTS = {"cuda": ("124m", "1.2b"), "cpu": ("small",)}
 
 
 def source(config: LlamaConfig, folder: Path, device: torch.device) -> Path:
-    """Write the unquantized model, in 16 bits where it will be served in them."""
+    """Write the model in fp32."""
     torch.manual_seed(0)
     with device:
         model = LlamaForCausalLM(config)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")), pad_token="<pad>"
     )
-    save_model(model.bfloat16() if device.type == "cuda" else model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     return folder
 
 
-def read(fmt: str, servers: dict[str, Server], batch: int, blocks: int, device: torch.device) -> dict[str, Any]:
-    """Return one format's figures at one batch size."""
+PLAIN = "fp32"
+
+
+def read(servers: dict[str, Server], pair: tuple[str, str], batch: int, blocks: int, device: torch.device) -> Any:
+    """Return the time of the first of a pair over the second's at one batch size, and how both were served."""
     prompt, new = LOADS[device.type]
     config = ServingConfig(load=ServingLoad(prompt=prompt, new=new, batch=batch), batches=[], blocks=blocks)
     draw = np.random.default_rng(0)
-    prompts = [draw.integers(2, servers[fmt].model.config.vocab_size, 4096)]
-    seconds, readings = measure_interleaved(servers, [(fmt, "unquantized")], config=config, prompts=prompts, seed=0)
-    saving = abba_saving(*seconds[fmt, "unquantized"])
-    decode = float(np.mean([reading.decode_s for reading in readings[fmt].at_load]))
+    prompts = [draw.integers(2, servers[pair[0]].model.config.vocab_size, 4096)]
+    seconds, readings = measure_interleaved(servers, [pair], config=config, prompts=prompts, seed=0)
+    saving = abba_saving(*seconds[pair])
+    decode = float(np.mean([reading.decode_s for reading in readings[pair[0]].at_load]))
     return {
         "decode_tokens_per_s": batch * (new - 1) / decode,
         "how": {arm: each.at_load[0].how for arm, each in readings.items()},
-        "time_ratio": 1 - saving.estimate, "ci": [1 - saving.high, 1 - saving.low],
-    }  # fmt: skip
+        "time_ratio": 1 - saving.estimate,
+        "ci": [1 - saving.high, 1 - saving.low],
+    }
 
 
 def measure(name: str, device: torch.device, batches: list[int], blocks: int, decode: Decode) -> dict[str, Any]:
-    """Return the figures of every format at one shape."""
-    found: dict[str, Any] = {"formats": {}, "not_here": {}}
+    """Return the figures of every format at one shape: over fp32, and over the best 16-bit form of each batch size."""
+    found: dict[str, Any] = {"formats": {}, "best_16_bit": {}, "not_here": {}}
     with tempfile.TemporaryDirectory() as root:
         plain = source(SHAPES[name], Path(root, "source"), device)
-        given = {"labels": None, "now_ns": time.perf_counter_ns, "decode": decode}
-        unquantized = load(plain, Task.causal_lm, device, **given)
+
+        def served(folder: Path) -> Server:
+            return load(folder, Task.causal_lm, device, labels=None, now_ns=time.perf_counter_ns, decode=decode)
+
+        fp32, halves = served(plain), dict[str, Server]()
         for fmt in formats():
-            why = why_not(fmt, device)
-            if why is None:
-                try:
-                    quantize(plain, Path(root, fmt.value), fmt, Task.causal_lm, device=device, key="format",
-                             prove=False)  # fmt: skip
-                except UserError as error:
-                    why = error.problem
+            folder = Path(root, fmt.value)
+            why = made(fmt, plain, folder, device)
             if why is not None:
                 found["not_here"][fmt.value] = why
                 continue
-            servers = {fmt.value: load(Path(root, fmt.value), Task.causal_lm, device, **given),
-                       "unquantized": unquantized}  # fmt: skip
-            found["formats"][fmt.value] = {
+            servers = {fmt.value: served(folder), PLAIN: fp32}
+            each: dict[str, Any] = {
                 "library": LIBRARIES[Format(fmt)],
-                "weights_ratio": servers[fmt.value].weights_bytes / unquantized.weights_bytes,
-                "batches": {batch: read(fmt.value, servers, batch, blocks, device) for batch in batches},
+                "weights_ratio": servers[fmt.value].weights_bytes / fp32.weights_bytes,
+                "batches": {size: read(servers, (fmt.value, PLAIN), size, blocks, device) for size in batches},
             }
+            if fmt in SIXTEEN_BITS:
+                halves[fmt.value] = servers[fmt.value]
+            elif halves:
+                best = {size: fastest(found["formats"], halves, size) for size in batches}
+                found["best_16_bit"] = best
+                each["over_16_bit"] = {
+                    size: read(
+                        {**servers, best[size]: halves[best[size]]}, (fmt.value, best[size]), size, blocks, device
+                    )
+                    for size in batches
+                }
+            found["formats"][fmt.value] = each
             del servers
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return found
 
 
+def made(fmt: Format, plain: Path, folder: Path, device: torch.device) -> str | None:
+    """Quantize into `folder`; return why that cannot be here."""
+    why = why_not(fmt, device)
+    if why is None:
+        try:
+            quantize(plain, folder, fmt, Task.causal_lm, device=device, key="format", prove=False)
+        except UserError as error:
+            why = error.problem
+    return why
+
+
+def fastest(figures: dict[str, Any], halves: dict[str, Server], size: int) -> str:
+    """Return the 16-bit form that took the least of fp32's time at a batch size."""
+    return min(halves, key=lambda fmt: figures[fmt]["batches"][size]["time_ratio"])
+
+
 def table(name: str, found: dict[str, Any], batches: list[int]) -> str:
-    """Return the figures in lines."""
-    lines = [f"{name}: time over the unquantized model's [90% interval]",
-             f"{'format':20} {'weights':>8} " + " ".join(f"{f'batch {batch}':>20}" for batch in batches)]  # fmt: skip
+    """Return the figures in lines: the ratios over fp32, then those over the best 16-bit form."""
+    head = f"{'format':20} {'weights':>8} " + " ".join(f"{f'batch {batch}':>20}" for batch in batches)
+    lines = [f"{name}: time over fp32's [90% interval]", head]
     for fmt, each in found["formats"].items():
-        cells = [f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in each["batches"].values()]
-        lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + " ".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + _cells(each["batches"]))
+    if found["best_16_bit"]:
+        best = ", ".join(f"{fmt} at batch {size}" for size, fmt in found["best_16_bit"].items())
+        lines += [f"{name}: time over the best 16-bit form's ({best})", head]
+        plain = {
+            size: 1.0 / found["formats"][fmt]["batches"][size]["time_ratio"]
+            for size, fmt in found["best_16_bit"].items()
+        }
+        lines.append(f"{PLAIN:20} {1.0:8.2f} " + " ".join(f"{plain[size]:>20.2f}" for size in batches))
+        for fmt, each in found["formats"].items():
+            if "over_16_bit" in each:
+                lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + _cells(each["over_16_bit"]))
     ways = {
         (arm, way) for r in found["formats"].values() for b in r["batches"].values() for arm, way in b["how"].items()
     }
     lines += [f"{arm}: served with {way}" for arm, way in sorted(ways)]
     return "\n".join([*lines, *(f"{fmt}: not here: {why}" for fmt, why in found["not_here"].items())])
+
+
+def _cells(by_batch: dict[int, Any]) -> str:
+    cells = [f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in by_batch.values()]
+    return " ".join(f"{cell:>20}" for cell in cells)
 
 
 def main() -> None:

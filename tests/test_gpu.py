@@ -17,7 +17,8 @@ import torch
 from make_assess_models import saved, tiny
 
 from pipeline.assess.server import load
-from pipeline.config import SIXTEEN_BITS, (
+from pipeline.config import (
+    SIXTEEN_BITS,
     Decode,
     Divergence,
     Format,

@@ -211,7 +211,8 @@ class Climber:
 
     def run(self, *settings: str) -> subprocess.CompletedProcess[str]:
         return here(
-            self.folder, "recipe=quantize_recover", "~stages.bf16", f"model.path={self.source}", "data.path=texts.jsonl",
+            self.folder, "recipe=quantize_recover", "~stages.bf16", f"model.path={self.source}",
+            "data.path=texts.jsonl",
             "tracking.mlflow=false", "stages.reference.steps=0", "stages.quantized.format=fp4",
             "training.sequence_length=64", "training.batch_size=8", "training.steps=30", "quality.bootstrap=200",
             "serving.blocks=2", "serving.load.prompt=8", "serving.load.new=4", "serving.batches=[1]",
