@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,30 @@ def test_a_part_that_is_quantized_is_said_to_be_a_part() -> None:
             if row["arm"] == "int8":
                 row["quantization"] = {"format": "int8", "layers": 16, "share": value(share)}
         assert said in conclude(result)
+
+
+# -- in a gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_later_look_is_served_as_the_look_before_and_else_is_no_look() -> None:
+    """Both looks' readings are read together: bf16 and fp32 are never pooled."""
+    from pipeline.comparison import _asked_dtype
+    from pipeline.gate.judge import _disturbed
+
+    def looks(before: str | None, now: str) -> Any:
+        gate = SimpleNamespace(earlier=None if before is None else {"dtype": {"asked": "auto", "served": before}})
+        served = SimpleNamespace(dtype={"asked": "auto", "served": now})
+        return SimpleNamespace(gate=gate, served=served, device=CPU, run=Run()), gate
+
+    for before, asked in ((None, "auto"), ("fp32", "fp32"), ("bf16", "bf16")):
+        attempt, gate = looks(before, asked)
+        assert _asked_dtype(attempt).value == asked
+        gate.policy = Run().policy
+        assert _disturbed(attempt, gate, {"conditions": []}) == []
+    assert _disturbed(*looks("fp32", "bf16"), {"conditions": []}) == ["served in bf16, and at the look before in fp32"]
+
+
+def test_the_dtype_of_a_gate_is_its_policys(tmp_path: Path) -> None:
+    done = here(tmp_path, "recipe=release_check", "candidate=a", "baseline=b", "serving.dtype=bf16")
+    assert done.returncode == 1
+    assert "serving.dtype: is the policy's here; set policy.dtype=bf16" in done.stderr
