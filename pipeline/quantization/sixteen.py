@@ -165,6 +165,7 @@ def load_quantized(
         auto_class(task)
         .from_pretrained(
             source,
+            config=load_config(source),
             device_map={"": str(device)},
             dtype=torch_dtype(fmt),
             use_safetensors=True,
