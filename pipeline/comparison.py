@@ -19,13 +19,14 @@ from pipeline.compare import savings
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
 from pipeline.compare.verdict import disturbed
-from pipeline.config import SIXTEEN_BITS, Comparison, Measure, ServingDtype
+from pipeline.config import SIXTEEN_BITS, Comparison, Measure, ServingDtype, Task
 from pipeline.data.encode import encode_all
+from pipeline.distillation.cache import tokenizer_digest
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.disturbance import mean
 from pipeline.ledger.record import disturbance_of
-from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT
+from pipeline.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
 from pipeline.models import load_tokenizer
 from pipeline.past_cost import charge, past_spend
 from pipeline.records import SERVED
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pipeline.attempt import Attempt
 
 PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
+OTHER_TOKENIZER = "the two have other tokenizers: a token is not the same amount of text"
 UNSERVED = ("volume", "rate", "results", "check_vllm")  # settings that change nothing of what is measured
 Row = dict[str, Any]
 Rows = dict[str, Row]
@@ -181,7 +183,8 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
     folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in pairs for arm in pair}
     task = attempt.run.task
     with attempt.clock.phase("prepare"):
-        tokenizer = load_tokenizer(next(iter(folders.values())))
+        # Prompts are the same numbers for every arm; those of the smallest vocabulary are tokens of all.
+        tokenizer = min(map(load_tokenizer, folders.values()), key=len)
         documents = attempt.data.splits["test"][:PROMPT_DOCUMENTS]
         encoded = encode_all(documents, tokenizer, task, max_length=max(512, attempt.run.serving.load.prompt))
     prompts = [item.input_ids for item in encoded]
@@ -307,7 +310,9 @@ def _one(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: Ser
     training = None
     if Measure.training in pair.on:
         training = combine_training([_training(attempt, pair, each) for each in all_seeds])
-        training = _unless_worse(training, quality[PRIMARY[attempt.run.task]], pair)
+        decides = primary_key((PRIMARY[attempt.run.task],), [quality])
+        if decides is not None:
+            training = _unless_worse(training, quality[decides], pair)
     judged = None
     if served is not None and serving is not None and _is_unquantized_form(attempt, pair):
         judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
@@ -439,6 +444,8 @@ def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> di
     rows = finished_rows(attempt, attempt.seeds[0])
     if attempt.gate is None and rows[pair.arm]["artifact"]["digest"] == rows[pair.base]["artifact"]["digest"]:
         reading = savings.no_serving_saving(f"the same artifact as {pair.base}")  # what two readings differ by is noise
+    elif other_tokenizers(attempt, *(Path(rows[arm]["artifact"]["path"]) for arm in key)):
+        reading = savings.no_serving_saving(OTHER_TOKENIZER)
     elif (why := _loud(attempt, served)) is not None:
         reading = savings.no_serving_saving(why)
     else:
@@ -460,6 +467,15 @@ def _loud(attempt: Attempt, served: ServePass) -> str | None:
         return None
     said = tolerance(attempt).too_much(Value.from_json(served.conditions["foreign_load"]))
     return None if said is None else f"{said} while serving was measured; the same command measures it again"
+
+
+def other_tokenizers(attempt: Attempt, arm: Path, base: Path) -> bool:
+    """Whether two language models read text as other tokens: seconds per token are then of other texts."""
+    if attempt.run.task is not Task.causal_lm:  # an example is one, whatever its tokens
+        return False
+    with attempt.clock.phase("prepare"):
+        ours, theirs = (tokenizer_digest(load_tokenizer(folder)) for folder in (arm, base))
+    return ours != theirs
 
 
 def _payback(

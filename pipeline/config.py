@@ -318,7 +318,8 @@ class QualityConfig:
     max_documents: Optional[int] = positive(None)  # of the test split, the first by content hash
     max_bytes_per_document: Optional[int] = positive(None)  # causal_lm reads the head of longer ones
     batch_size: int = positive(16)
-    sequence_length: Optional[int] = positive(None)  # null: as in training
+    sequence_length: Optional[int] = positive(None)  # tokens that a window reads; null: as in training
+    stride: Optional[int] = positive(None)  # tokens predicted by a window after a document's first; null: all it reads
     bootstrap: int = field(default=2000, metadata={"min": 200})  # resamples of an interval
     tasks: list[str] = field(default_factory=list)  # files of lm-eval tasks with local data (causal_lm): also run
 

@@ -6,6 +6,7 @@ never null on a FINISHED run that made a model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,7 +111,8 @@ CATALOGUE: tuple[Metric, ...] = (
     *(Metric(f"compute/traced_{name}_share", "1", "row", good, f"{text}, as a share of traced steps")
       for name, good, text in TRACED_SHARES),
     Metric("compute/steps", "steps", "row", 0, "optimizer steps of the artifact"),
-    Metric("compute/tokens", "tokens", "row", 0, "tokens the artifact was trained on, padding excluded"),
+    Metric("compute/tokens", "tokens", "row", 0, "tokens read to make the artifact, padding excluded"),
+    Metric("compute/target_tokens", "tokens", "row", 0, "tokens of them that were to be predicted"),
     Metric("compute/examples", "examples", "row", 0, "sequences or examples the artifact was trained on"),
     Metric("compute/model_flops", "FLOP", "row", -1,
            "matmul FLOPs the method needs: as computed (padding too), heads on targets, a live teacher, no recompute"),
@@ -148,8 +150,17 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("compute/per_converged_model_device_hours", "device-h", "run", -1,
            "all runs under one model.name until the first artifact at cost.converged_at, failures included"),
     # -- how good -----------------------------------------------------------------------------------------------
-    Metric("quality/primary", "see quality_key", "row", 0, "bits_per_byte or accuracy on the test split", True),
-    Metric("quality/bits_per_byte", "bit/B", "row", -1, "sum of bits / sum of UTF-8 bytes over test documents"),
+    Metric("quality/primary", "see quality_key", "row", 0,
+           "on the test split: accuracy, or bits_per_byte, or where unknown tokens make that null next_token_accuracy",
+           True),
+    Metric("quality/bits_per_byte", "bit/B", "row", -1,
+           "bits of the text's tokens / UTF-8 bytes of the text that they stand for, over test documents; ends apart"),
+    Metric("quality/end_token_bits", "bit", "row", -1, "bits of an end (of a text or turn), mean over those read"),
+    Metric("quality/unknown_bytes", "1", "row", -1, "share of the bytes under unknown tokens; not there where 0"),
+    Metric("quality/read_documents", "1", "row", 0, "share of the test documents that was read"),
+    Metric("quality/read_bytes", "1", "row", 0, "share of their bytes that was read (causal_lm)"),
+    Metric("quality/read_tokens", "1", "row", 0, "share of their tokens that was read (classification)"),
+    Metric("quality/cut_documents", "1", "row", 0, "share of the documents read of which a part was not"),
     Metric("quality/perplexity", "1", "row", -1, "exp of the mean token loss; comparable within one tokenizer only"),
     Metric("quality/next_token_accuracy", "1", "row", 1, "share of test tokens predicted first"),
     Metric("quality/accuracy", "1", "row", 1, "share of test examples classified right"),
@@ -221,6 +232,28 @@ TASK = "task/"
 TASK_KEY = r"^task/[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"
 PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
 """The quality that decides, by task."""
+FALLBACK = {"bits_per_byte": "next_token_accuracy"}
+"""What decides where a primary quality is null: bits per byte are, under unknown tokens."""
+
+
+def primary_key(keys: Iterable[str], sides: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the quality that decides.
+
+    Args:
+        keys: Primary ones, the first that is there counts.
+        sides: What it is read from, arm by arm: figures by quality key. Where any has the fallback and not the
+            primary quality, all are read on the fallback, so that none is compared with another quality.
+
+    Returns:
+        None where no side has any.
+    """
+    first = next((key for key in keys if any(key in side for side in sides)), None)
+    if first not in FALLBACK:
+        return first
+    lacks = lambda side: side.get(first, {}).get("v") is None and side.get(FALLBACK[first], {}).get("v") is not None
+    return FALLBACK[first] if any(lacks(side) for side in sides) else first
+
+
 UNIT = {Task.causal_lm: "token", Task.sequence_classification: "example"}
 """What serving and payback count, by task."""
 RELATIVE = frozenset({"bits_per_byte", "perplexity"})
@@ -270,8 +303,8 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         **{f"recovery/{name}": value for name, value in row["recovery"].items()},
         **{f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY},
     }  # fmt: skip
-    primary = next((row["quality"][name] for name in ("accuracy", "bits_per_byte") if name in row["quality"]), None)
-    return found if primary is None else {**found, "quality/primary": primary}
+    key = primary_key(("accuracy", "bits_per_byte"), [row["quality"]])
+    return found if key is None else {**found, "quality/primary": row["quality"][key]}
 
 
 def _spent_or_reused(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

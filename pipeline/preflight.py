@@ -380,13 +380,21 @@ def _trains(stage: Any, run: Run) -> bool:
 
 
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:
-    """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for."""
-    from pipeline.data.encode import encode_all
+    """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for.
+
+    All chats are rendered: what a template refuses would else be found after training. Tokens are looked at of the
+    first documents.
+    """
+    from pipeline.data.encode import check_chats, encode_all
     from pipeline.models import check_tokens, example_length
 
     length = example_length(config, run.task, run.training.sequence_length)
-    for documents in data.splits.values():
-        read = encode_all(documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES)
+    for split, documents in data.splits.items():
+        if run.task is Task.causal_lm:
+            check_chats(documents, tokenizer, split)
+        read = encode_all(
+            documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES, split=split
+        )
         largest = max((int(row.input_ids.max()) for row in read), default=0)
         check_tokens(largest, config.get_text_config().vocab_size, key)
 

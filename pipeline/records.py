@@ -93,7 +93,7 @@ REGISTERED: Spec = _fields(
 CHOICE: Spec = _fields(chosen=_TEXT, said=_list_of(_TEXT), trials=_list_of(_OBJECT))
 """What an earlier attempt at a stage chose for its precision."""
 SHARD: Spec = _fields(
-    sha256=_TEXT, windows=_NS, tokens=_NS, bytes=_NS, flops={"type": ["number", "null"], "minimum": 0},
+    sha256=_TEXT, windows=_NS, tokens=_NS, read=_NS, bytes=_NS, flops={"type": ["number", "null"], "minimum": 0},
     capture_ns=_NS, step=_NS, history=_HISTORY,
 )  # fmt: skip
 """Beside each shard of a capture."""

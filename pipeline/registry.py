@@ -320,11 +320,14 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     from pipeline.compare.history import Judged, figure
     from pipeline.compare.statistics import look_alpha
     from pipeline.config import Task
-    from pipeline.metrics import PRIMARY, RELATIVE
+    from pipeline.metrics import FALLBACK, PRIMARY, RELATIVE
 
     tags, params = run.data.tags, run.data.params
     said = {name.removeprefix(f"{GATE}."): value for name, value in tags.items() if name.startswith(f"{GATE}.")}
     primary = next((key for task, key in PRIMARY.items() if task.value == params.get("task")), PRIMARY[Task.causal_lm])
+    if f"{GATE}/quality/{primary}" not in run.data.metrics:  # it was null
+        stands_in = FALLBACK.get(primary, primary)
+        primary = stands_in if f"{GATE}/quality/{stands_in}" in run.data.metrics else primary
     alpha, looks = _number(params.get("policy.alpha")) or math.nan, int(_number(params.get("policy.looks")) or 1)
     look = int(_number(said.get("look")) or 1)
     ends = [[run.data.metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]

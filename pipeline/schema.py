@@ -55,7 +55,8 @@ _COUNTS = _values(
     "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu", "goodput",
     "distillation_share", "distillation_gradient_share",
 )  # fmt: skip
-_COUNTS["properties"]["active_parameter_share"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
+for _name in ("active_parameter_share", "target_tokens"):
+    _COUNTS["properties"][_name] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _CONDITIONS = _values(
     *(name for name in FIGURES if name not in ("energy_j", *ADDED_USAGE)), "meter_overhead",
     extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},

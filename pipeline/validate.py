@@ -195,8 +195,21 @@ def _check_data(data: DataConfig, *, embedded: bool) -> None:
             )
 
 
+def _check_stride(run: Run) -> None:
+    """Refuse a stride that would leave tokens out, or that nothing is read with."""
+    stride, length = run.quality.stride, run.quality.sequence_length or run.training.sequence_length
+    if stride is None:
+        return
+    if run.task is not Task.causal_lm:
+        raise UserError("quality.stride", f"has no effect with task={run.task.value}", "leave it out")
+    if stride > length:
+        problem = f"{stride} is longer than a window of {length} tokens"
+        raise UserError("quality.stride", problem, f"give at most {length}, or raise quality.sequence_length")
+
+
 def _check_rest(run: Run) -> None:
     check_gate(run)
+    _check_stride(run)
     check_tasks(run.quality, run.task)
     if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
         raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import Task, TinyShape
+from pipeline.data.encode import Encoded
 from pipeline.models import make_tiny, save_model
 
 SHAPE = TinyShape(hidden_size=64, layers=2, heads=2, intermediate_size=128)
@@ -47,23 +47,17 @@ def encoded(ids: list[int], *, targets: list[bool] | None = None, label: int | N
     """Return what encoding gives: by default every token but the first is a target, of one byte each."""
     chosen = np.array([False] + [True] * (len(ids) - 1) if targets is None else targets)
     row = np.array(ids, dtype=np.int32)
-    return SimpleNamespace(
-        input_ids=row,
-        targets=chosen,
-        num_bytes=int(chosen.sum()),
-        label=label,
-        token_type_ids=None,
-        digest=f"{abs(hash(tuple(ids))):032x}",
-    )
+    return Encoded(row, chosen, int(chosen.sum()), label, f"{abs(hash(tuple(ids))):032x}")
 
 
-def random_documents(lengths: list[int], *, seed: int = 0) -> list[Any]:
-    """Return encoded documents of random bytes, with random targets and labels."""
+def random_documents(lengths: list[int], *, seed: int = 0, is_text: bool = False) -> list[Any]:
+    """Return encoded documents of random bytes, with random labels; with random targets, or all that texts have."""
     rng = np.random.default_rng(seed)
+    share = 1.0 if is_text else 0.8
     return [
         encoded(
             rng.integers(3, 259, length).tolist(),
-            targets=[False, *(rng.random(length - 1) < 0.8).tolist()],
+            targets=[False, *(rng.random(length - 1) < share).tolist()],
             label=int(rng.integers(len(LABELS))),
         )
         for length in lengths

@@ -71,6 +71,7 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
         "energy_j": null("no energy counter on this device"),
         "counts": {
             "steps": value(200), "steps_lost": value(0), "examples": value(3200), "tokens": value(409_600),
+            "target_tokens": value(400_000),
             "model_flops": value(1e13), "achieved_tflops": value(0.05),
             "peak_tflops": null("no peak rate known"), "mfu": null("no peak rate known"),
             "goodput": value(0.8), "distillation_share": null("not a distillation"),

@@ -24,11 +24,14 @@ from pipeline.assess.quality import (
     worst_slice,
     write_items,
 )
+from pipeline.compare.quality import compare_items
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.metrics import primary_key
+from pipeline.report import view
 from pipeline.schema import RESULT_SCHEMA
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
@@ -104,20 +107,67 @@ def test_causal_figures_are_those_of_their_items(folders, tmp_path: Path) -> Non
     documents, items = causal_documents(), tmp_path / "items.jsonl"
     result = assess(folders[CAUSAL], items, task=CAUSAL, documents=documents)
     kept = read_items(items)
-    assert set(result) == {"bits_per_byte", "perplexity", "next_token_accuracy"}
-    assert list(kept) == ["digest", "bits", "bytes", "tokens", "correct"]
+    measured = {"bits_per_byte", "perplexity", "next_token_accuracy", "end_token_bits"}
+    assert set(result) == measured | {"read_bytes", "read_documents", "cut_documents"}
+    assert list(kept) == ["digest", "bits", "bytes", "tokens", "correct", "end_bits", "ends", "unknown_bytes"]
     by_digest = {document.digest: document for document in documents}
     for digest, size, tokens in zip(kept["digest"], kept["bytes"], kept["tokens"], strict=True):
         assert size == len(by_digest[digest].text)
-        assert tokens == size + 1  # one token a byte, and the end
+        assert tokens == size  # one token a byte; the end stands apart
+    assert kept["ends"].tolist() == [1] * 30
+    assert result["end_token_bits"]["v"] == pytest.approx(kept["end_bits"].mean())
+    assert [result[name]["v"] for name in ("read_bytes", "read_documents", "cut_documents")] == [1, 1, 0]
     assert result["bits_per_byte"]["v"] == pytest.approx(sum(kept["bits"]) / sum(kept["bytes"]))
     nats_per_token = math.log(2) * sum(kept["bits"]) / sum(kept["tokens"])
     assert result["perplexity"]["v"] == pytest.approx(math.exp(nats_per_token))
     assert result["next_token_accuracy"]["v"] == pytest.approx(sum(kept["correct"]) / sum(kept["tokens"]))
-    for entry in result.values():
+    for entry in (result[name] for name in measured):
         assert entry["ci"][0] < entry["v"] < entry["ci"][1]
         assert (entry["n"], entry["items"], entry["prov"]) == (30, str(items), "measured")
     assert len(np.load(tmp_path / "items.predictions.npy")) == sum(kept["tokens"])
+
+
+def test_what_is_not_read_is_said(folders, tmp_path: Path) -> None:
+    documents = [Document("a" * 10), Document("b" * 30), Document("c" * 7), Document("d" * 40)]
+    result = assess(folders[CAUSAL], tmp_path / "i.jsonl", task=CAUSAL, documents=documents, max_bytes_per_document=20)
+    assert result["read_bytes"]["v"] == pytest.approx((10 + 20 + 7 + 20) / 87)
+    assert result["cut_documents"]["v"] == 0.5
+    assert sorted(read_items(tmp_path / "i.jsonl")["ends"].tolist()) == [0, 0, 1, 1]  # what is cut does not end there
+    fewer = assess(folders[CAUSAL], tmp_path / "f.jsonl", task=CAUSAL, documents=documents, max_documents=3)
+    assert fewer["read_documents"]["v"] == 0.75
+    labelled = [Document("a" * 10, 0), Document("b" * 30, 1)]
+    cut = assess(folders[CLASSES], tmp_path / "c.jsonl", task=CLASSES, documents=labelled, sequence_length=20)
+    assert (cut["read_tokens"]["v"], cut["cut_documents"]["v"]) == (pytest.approx(30 / 40), 0.5)
+
+
+def test_more_context_costs_fewer_bits_or_other_ones(folders, tmp_path: Path) -> None:
+    more = {"task": CAUSAL, "documents": [Document(" ".join(WORDS * 5))], "sequence_length": 16}
+    apart, rolling = (assess(folders[CAUSAL], tmp_path / "i.jsonl", stride=stride, **more) for stride in (None, 1))
+    assert apart["bits_per_byte"]["v"] != rolling["bits_per_byte"]["v"]
+
+
+@pytest.mark.parametrize(("unknown", "is_known"), [(0, True), (1, True), (3, False), (2000, False)])
+def test_bits_per_byte_are_null_under_unknown_tokens(unknown: int, *, is_known: bool) -> None:
+    columns = {"digest": ["a", "b"], "bits": [900.0, 700.0], "bytes": [1000, 1000], "tokens": [300, 200],
+               "correct": [100, 90], "unknown_bytes": [unknown // 2, unknown - unknown // 2]}  # fmt: skip
+    arrays = {name: np.array(column) for name, column in columns.items()}
+    figures = quality.figures_of(CAUSAL, arrays, resamples=200, seed=0)
+    row = {"quality": quality.entries_of(CAUSAL, figures, 2, Path("i.jsonl"))}
+    assert (figures["bits_per_byte"][0].v is not None) is is_known
+    assert row["quality"]["bits_per_byte"]["items"] == "i.jsonl"  # what can be read of them is compared
+    assert ("unknown_bytes" in figures) is (unknown > 0)
+    decides = "bits_per_byte" if is_known else "next_token_accuracy"
+    same = {**row, "arm": "a"}
+    assert primary_key(("bits_per_byte",), [row["quality"]]) == decides
+    assert view.primary_key({"rows": [same]}) == decides
+    compared = {
+        key: compare_items(key, arrays, arrays, margin=0.01) for key in ("bits_per_byte", "next_token_accuracy")
+    }
+    assert view.primary_of({"quality": compared}) == decides
+    if not is_known:
+        share = f"{unknown / 2000:.1%}"
+        assert figures["bits_per_byte"][0].why_null.startswith(f"{share} of the bytes stand under unknown tokens")
+        assert compared["bits_per_byte"]["why_null"] == figures["bits_per_byte"][0].why_null
 
 
 def test_the_artifact_scores_as_the_model_did_in_memory(models, folders, tmp_path: Path) -> None:
@@ -134,8 +184,7 @@ def test_perplexity_and_bits_per_byte_share_one_interval(folders, tmp_path: Path
     # With one token a byte and equal lengths, perplexity is a power of bits per byte, and so are its ends.
     documents = [Document(f"{number:04d} of the mill") for number in range(25)]
     result = assess(folders[CAUSAL], tmp_path / "i.jsonl", task=CAUSAL, documents=documents)
-    share = len(documents[0].text) / (len(documents[0].text) + 1)
-    ends = [2 ** (end * share) for end in result["bits_per_byte"]["ci"]]
+    ends = [2**end for end in result["bits_per_byte"]["ci"]]
     assert result["perplexity"]["ci"] == pytest.approx(ends)
 
 
@@ -152,7 +201,7 @@ def test_classification_figures_are_sklearns_with_wilsons_interval(folders, tmp_
     assert result["accuracy"]["ci"] == pytest.approx([(centre - half) / (n + z * z), (centre + half) / (n + z * z)])
     assert result["macro_f1"]["v"] == pytest.approx(f1_score(kept["label"], kept["prediction"], average="macro"))
     assert result["macro_f1"]["ci"][0] < result["macro_f1"]["v"] < result["macro_f1"]["ci"][1]
-    assert set(result) == {"accuracy", "macro_f1"}
+    assert set(result) == {"accuracy", "macro_f1", "read_tokens", "read_documents", "cut_documents"}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -250,7 +299,8 @@ def test_drift_is_what_both_models_say_on_every_token(folders, tmp_path: Path, t
         with torch.no_grad():
             mine, others = (model(input_ids=ids).logits.log_softmax(-1)[0] for model in (ours, theirs))
         if task is CAUSAL:
-            mine, others = (rows[:-1][torch.from_numpy(row.targets[1:])] for rows in (mine, others))
+            said = torch.from_numpy(row.targets[1:] & ~row.ends[1:])  # ends stand apart
+            mine, others = (rows[:-1][said] for rows in (mine, others))
         kl = torch.nn.functional.kl_div(mine, others, log_target=True, reduction="sum")
         assert items["kl"][place] == pytest.approx(float(kl), rel=1e-4)
         assert items["flips"][place] == int((mine.argmax(-1) != others.argmax(-1)).sum())
@@ -347,7 +397,7 @@ def test_time_is_booked_to_loading_preparing_and_evaluating(
     clock = PhaseClock(lambda: now[0])
     assess(folders[CAUSAL], tmp_path / "i.jsonl", task=CAUSAL, documents=causal_documents(), clock=clock)
     spent = {name: ns for name, ns in clock.read_ns().items() if ns}
-    assert spent == {"model_load": 11, "prepare": 1_100, "eval": 1_310_000}  # three ratios
+    assert spent == {"model_load": 11, "prepare": 1_100, "eval": 1_410_000}  # four ratios
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_a_long_document_is_read_in_windows_that_share_one_token(causal) -> None
     document, length = random_documents([50])[0], 8
     bits = 0.0
     for place in np.flatnonzero(document.targets):
-        start = (place - 1) // (length - 1) * (length - 1)  # of the only window that predicts this place
+        start = (place - 1) // length * length  # of the only window that predicts this place
+        start = min(start, 49 - length)  # the last one reads as much as the others
         logprobs = float64_logprobs(causal, document.input_ids[start:place])
         bits -= float(logprobs[-1, document.input_ids[place]]) / math.log(2)
     scores = score(causal, [document], sequence_length=length)
@@ -84,16 +86,47 @@ def test_a_long_document_is_read_in_windows_that_share_one_token(causal) -> None
     assert abs(scores.bits[0] - score(causal, [document]).bits[0]) > 1e-3  # more context is another score
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), length=st.integers(2, 9))
-def test_windows_predict_every_target_exactly_once(data, length: int) -> None:
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), length=st.integers(1, 9), has_end=st.booleans())
+def test_windows_predict_every_target_exactly_once(data, length: int, has_end: bool) -> None:
+    stride = data.draw(st.none() | st.integers(1, length))
     masks = data.draw(st.lists(st.lists(st.booleans(), max_size=30), min_size=1, max_size=4))
     documents = [encoded(list(range(1, len(mask) + 2)), targets=[False, *mask]) for mask in masks]
-    windows = cut_windows(documents, length)
+    if has_end:
+        ends = [np.arange(len(each.input_ids)) == len(each.input_ids) - 1 for each in documents]
+        documents = [replace(each, ends=end & each.targets) for each, end in zip(documents, ends, strict=True)]
+    windows = cut_windows(documents, length, stride)
     predicted = [token for window in windows for token in window.ids[1:][window.scored].tolist()]
     assert predicted == [token for d in documents for token in d.input_ids[d.targets].tolist()]
-    assert all(2 <= len(window.ids) <= length for window in windows)
+    assert all(window.scored.any() for window in windows)
+    assert all(2 <= len(window.ids) == len(window.scored) + 1 <= length + 1 for window in windows)
     assert [place for window in windows for place in window.places.tolist()] == list(range(len(predicted)))
+    # Every token but a document's first few has at least the context that the stride leaves.
+    for window in windows:
+        context = 1 + int(np.flatnonzero(window.scored)[0])
+        assert window.ids[0] == 1 or context >= length - (stride or length) + 1
+
+
+def test_renderings_of_one_conversation_are_one_document(causal) -> None:
+    one, two, other = random_documents([9, 14, 11])
+    two = replace(two, digest=one.digest)
+    apart = [score(causal, [each]) for each in (one, two, other)]
+    both = score(causal, [one, two, other])
+    assert both.digest.tolist() == [one.digest, other.digest]
+    for name in ("bits", "bytes", "tokens", "correct"):
+        values = [getattr(each, name)[0] for each in apart]
+        assert getattr(both, name).tolist() == pytest.approx([values[0] + values[1], values[2]], rel=1e-5)
+    assert both.predictions.tolist() == [token for each in apart for token in each.predictions.tolist()]
+
+
+def test_ends_stand_apart(causal) -> None:
+    document = random_documents([12], is_text=True)[0]
+    ends = np.arange(12) == 11
+    whole, split = score(causal, [document]), score(causal, [replace(document, ends=ends)])
+    assert split.bits[0] + split.end_bits[0] == pytest.approx(whole.bits[0], rel=1e-6)
+    assert (split.tokens[0], split.ends[0]) == (10, 1)
+    assert split.predictions.tolist() == whole.predictions[:-1].tolist()
+    assert (whole.ends[0], whole.end_bits[0]) == (0, 0)
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 128), (3, 128), (64, 128), (5, 16)])
@@ -203,9 +236,9 @@ def test_what_model_and_data_cannot_do_together_is_refused(causal, classifier) -
         classify(classifier, [encoded([1, 5], label=3)])
     limited = copy.deepcopy(causal)
     limited.config.max_position_embeddings = 9
-    assert score(limited, random_documents([50]), sequence_length=10).tokens[0] > 0
+    assert score(limited, random_documents([50]), sequence_length=9).tokens[0] > 0
     with pytest.raises(UserError, match=r"quality\.sequence_length: 10 tokens .* 9 positions"):
-        score(limited, random_documents([50]), sequence_length=11)
+        score(limited, random_documents([50]), sequence_length=10)
     limited = copy.deepcopy(classifier)
     limited.config.max_position_embeddings = 9
     with pytest.raises(UserError, match=r"quality\.sequence_length: 10 tokens"):

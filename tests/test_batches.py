@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_assess_models import random_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_assess_models import encoded, random_documents
 
-from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
+from pipeline.data.batches import (
+    IGNORE,
+    PackedBatches,
+    Packing,
+    PaddedBatches,
+    conversation_pieces,
+    num_targets,
+    num_tokens,
+)
 from pipeline.data.padding import Padding
 from pipeline.errors import UserError
 
@@ -21,7 +31,7 @@ def drawn(case: int) -> tuple[list[Any], int, int]:
     """Return documents, sequence length and batch size; documents of one token and longer than a window among them."""
     source = random.Random(case)
     lengths = [source.choice((1, 2, 3, 7, 12, 30, 75)) for _ in range(source.randint(4, 25))] + [40]
-    return random_documents(lengths, seed=case), source.randint(2, 20), source.randint(1, 7)
+    return random_documents(lengths, seed=case, is_text=True), source.randint(2, 20), source.randint(1, 7)
 
 
 def rows_of(batches: PackedBatches | PaddedBatches, steps: range) -> list[tuple[torch.Tensor, ...]]:
@@ -100,4 +110,100 @@ def test_padding_is_on_the_right_and_masked(case: int) -> None:
 
 def test_less_than_one_sequence_is_refused() -> None:
     with pytest.raises(UserError, match="all of train is 5 tokens, less than one sequence"):
-        PackedBatches(random_documents([5]), sequence_length=14, batch_size=2, seed=0)
+        PackedBatches(random_documents([5], is_text=True), sequence_length=14, batch_size=2, seed=0)
+
+
+# -- conversations ---------------------------------------------------------------------------------------------------
+
+SPANS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5)
+"""Of a conversation: how many tokens are read, then how many are learnt, turn by turn."""
+
+
+def conversation(spans: list[tuple[int, int]], first: int = 3) -> Any:
+    """Return a conversation of different tokens, from `first` on; it begins with one more that is read."""
+    spans = [(spans[0][0] + 1, spans[0][1]), *spans[1:]]
+    targets = [flag for read, learnt in spans for flag in [False] * read + [True] * learnt]
+    return encoded(list(range(first, first + len(targets))), targets=targets)
+
+
+def learnt_in(packed: PackedBatches) -> list[tuple[int, int]]:
+    """Return (token before, token) of every target of all windows."""
+    windows = packed.read(np.arange(packed.num_rows))
+    pairs = zip(windows["input_ids"].flatten().tolist(), windows["labels"].flatten().tolist(), strict=True)
+    return [(token, label) for token, label in pairs if label != IGNORE]
+
+
+@settings(max_examples=150, deadline=None)
+@given(talks=st.lists(SPANS, min_size=1, max_size=6), length=st.integers(2, 40))
+def test_every_target_of_a_conversation_is_in_one_window_or_counted_as_cut(talks: Any, length: int) -> None:
+    documents = [conversation(spans, 3 + 1000 * number) for number, spans in enumerate(talks)]
+    packed = PackedBatches(documents, sequence_length=length, batch_size=1, seed=0)
+    wanted = [(int(d.input_ids[at - 1]), int(d.input_ids[at])) for d in documents for at in np.flatnonzero(d.targets)]
+    found = learnt_in(packed)
+    assert len(set(found)) == len(found)
+    assert set(found) <= set(wanted)
+    assert len(wanted) - len(found) == packed.packing.targets_cut
+    windows = packed.read(np.arange(packed.num_rows))
+    assert bool((windows["labels"] != IGNORE).any(1).all())  # none that teaches nothing
+    if all(sum(map(sum, spans)) < length for spans in talks):
+        assert (packed.packing.shortened, packed.packing.targets_cut) == (0, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(spans=SPANS, length=st.integers(2, 40))
+def test_no_answer_is_parted_from_its_prompt(spans: list[tuple[int, int]], length: int) -> None:
+    """Each answer's first token is learnt right after what precedes it, and the answer goes on in that piece."""
+    document, packing = conversation(spans), Packing()
+    pieces = conversation_pieces(document, length, packing)
+    at = 1
+    for read, learnt in spans:
+        first = at + read
+        [piece] = [piece for piece in pieces if document.input_ids[first] in piece.labels]
+        place = piece.labels.tolist().index(document.input_ids[first])
+        if read + learnt <= length // 2:
+            assert place + 1 >= min(read, length - learnt)  # its own turn's prompt is there whole
+        if learnt <= length:
+            said = document.input_ids[first : first + learnt].tolist()
+            assert piece.labels[place : place + learnt].tolist() == said
+        at = first + learnt
+    assert all(0 < len(piece.ids) <= length for piece in pieces)
+    assert all((np.diff(piece.ids) == 1).all() for piece in pieces)  # without a gap
+
+
+def test_what_is_longer_than_a_window_is_cut_and_said() -> None:
+    packing = Packing()
+    [piece] = conversation_pieces(conversation([(29, 6)]), 16, packing)  # the prompt loses its beginning
+    assert piece.ids.tolist() == list(range(3 + 35 - 16, 3 + 35))
+    assert (packing.shortened, packing.tokens_unread, packing.targets_cut) == (1, 19, 0)
+    [piece] = conversation_pieces(conversation([(29, 40)]), 16, packing)  # the answer its end
+    assert (len(piece.ids), int((piece.labels != IGNORE).sum())) == (16, 13)  # four tokens are the prompt's
+    assert (packing.answers_cut, packing.targets_cut) == (1, 27)
+    assert packing.notes() == [
+        "2 of 2 conversations are longer than a window: the oldest 45 tokens are not seen by their answers",
+        "1 answers are longer than a window: 27 of their tokens are not learnt; raise training.sequence_length",
+    ]
+
+
+def test_windows_of_conversations_are_padded_and_padding_is_not_counted() -> None:
+    documents = [conversation([(2, 4)], 3), conversation([(1, 7)], 103), conversation([(4, 2)], 203)]
+    packed = PackedBatches(documents, sequence_length=12, batch_size=2, seed=0)
+    windows = packed.read(np.arange(packed.num_rows))
+    assert windows["lengths"].tolist() == [12, 8]  # 6 + 6 of the last: the last target is never read
+    assert windows["position_ids"].tolist() == [[*range(6), *range(6)], [*range(8), *range(4)]]
+    assert windows["labels"][1].tolist() == [IGNORE, *range(105, 112), *[IGNORE] * 4]
+    batch = packed.batch(0)
+    assert (num_tokens(batch), num_targets(batch)) == (20, 13)
+    assert packed.packing.padding == 4
+    mixed = PackedBatches([*random_documents([30], is_text=True), *documents], sequence_length=12, batch_size=1, seed=0)
+    assert mixed.num_rows == 4  # texts stay in windows of their own
+    assert "lengths" not in PackedBatches(
+        random_documents([30], is_text=True), sequence_length=12, batch_size=1, seed=0
+    ).batch(0)
+
+
+def test_pieces_of_a_window_that_would_teach_nothing_are_left_out() -> None:
+    documents = [conversation([(8, 3)], 3)]
+    packed = PackedBatches(documents, sequence_length=12, batch_size=1, seed=0, length_at=lambda step: 4)
+    batch = packed.batch(0)
+    assert batch["labels"].tolist() == [[12, 13, 14, IGNORE]]
+    assert batch["lengths"].tolist() == [3]

@@ -42,7 +42,7 @@ def test_loss_is_taken_on_what_the_assistant_says_and_nowhere_else() -> None:
     assert text == "[s]S[u]hi[a]yo|[u]q[a]answer|"
     said = "".join(character if target else "." for character, target in zip(text, encoded.targets, strict=True))
     assert said == "." * len("[s]S[u]hi[a]") + "yo|" + "." * len("[u]q[a]") + "answer|"
-    assert encoded.num_bytes == len("yo") + len("answer")
+    assert encoded.num_bytes == len("yo|") + len("answer|")  # of what is rendered and predicted
 
 
 def test_a_conversation_that_ends_with_the_user_predicts_what_came_before() -> None:
@@ -53,13 +53,13 @@ def test_a_conversation_that_ends_with_the_user_predicts_what_came_before() -> N
     assert encoded.targets.sum() == 2
 
 
-def test_chats_need_a_template_that_only_grows() -> None:
+def test_chats_need_a_template_in_which_answers_are_found() -> None:
     document = chat(("user", "a"), ("assistant", "b"))
     with pytest.raises(UserError, match="the model has no chat template"):
         encode_all([document], chat_tokenizer(None), Task.causal_lm, max_length=9)
-    rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_all([document], chat_tokenizer(rewriting), Task.causal_lm, max_length=9)
+    changing = "{{ messages | length }}{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(UserError, match=r"the answers of document 1 of test \('a'\) are not to be found"):
+        encode_all([document], chat_tokenizer(changing), Task.causal_lm, max_length=9, split="test")
 
 
 def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer() -> None:

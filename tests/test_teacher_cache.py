@@ -16,7 +16,7 @@ import torch
 from make_assess_models import LABELS, byte_tokenizer, random_documents, saved, tiny
 
 from pipeline.config import CaptureMethod, Precision, PrecisionConfig, Run, Task, TrainingConfig
-from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.batches import PackedBatches, PaddedBatches, num_tokens
 from pipeline.data.padding import Padding
 from pipeline.distillation.cache import (
     MANIFEST,
@@ -306,7 +306,9 @@ def test_a_stopped_capture_goes_on_from_what_verifies_and_ends_with_the_same_byt
         resumed=lambda step, history: resumed.append((step, history)),
     )  # fmt: skip
     assert resumed == [(3, [{"step": 3}])]
-    assert said == ["capture: shard-00001.safetensors is damaged and captured anew"]
+    assert [note for note in said if "shard" in note] == [
+        "capture: shard-00001.safetensors is damaged and captured anew"
+    ]
     assert len(again) == len(whole) - 1 - 2  # of the shards, two were there
     assert content(parts / "out") == whole
     assert not list((parts / "checkpoints").glob(".shard-*"))
@@ -344,7 +346,11 @@ def test_the_flops_are_those_of_one_forward_pass_over_the_windows(
     manifest = read_json(tmp_path / "out" / MANIFEST)
     by_hand = manifest["windows"] * each(16, 0) + manifest["tokens"] * each.predicted
     assert output.counts["model_flops"].v == pytest.approx(by_hand)
-    assert {"steps", "tokens"}.isdisjoint(output.counts)
+    assert set(output.counts) == {"model_flops", "tokens", "target_tokens", "active_parameter_share"}
+    assert output.counts["target_tokens"].v == manifest["tokens"]
+    windows = windows_of(documents, run)
+    rows = needed(windows, run.training.steps, run.training.batch_size)
+    assert output.counts["tokens"].v == num_tokens(windows.read(rows))
     assert output.seconds_in_steps == pytest.approx(clock.read_ns()["capture"] / 1e9, rel=0.2)
 
 

@@ -126,14 +126,41 @@ def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation
 
 
 def test_counts_are_those_of_the_batches(tmp_path: Path) -> None:
-    progress = run(tiny(Task.causal_lm), settings(), tmp_path)
+    texts = PackedBatches(random_documents(LENGTHS, is_text=True), sequence_length=16, batch_size=4, seed=7)
+    progress = run(tiny(Task.causal_lm), settings(), tmp_path, batches=texts)
     assert (progress.step, progress.examples, progress.tokens) == (6, 24, 6 * 4 * 16)
+    assert progress.target_tokens == sum(int((texts.batch(step)["labels"] != IGNORE).sum()) for step in range(6))
     assert progress.flops == progress.tokens
     assert [reading["step"] for reading in progress.curve] == [2, 4, 6]
     assert [reading["tokens"] for reading in progress.curve] == [128, 256, 384]
     padded = run(tiny(Task.sequence_classification), settings(), tmp_path / "c", task=Task.sequence_classification)
     batches = batches_for(settings(), Task.sequence_classification)
     assert padded.tokens == sum(int(batches.batch(step)["attention_mask"].sum()) for step in range(6))
+
+
+class WithoutTargets:
+    """Batches of four windows of which the last two, a micro-batch of their own, have no target."""
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        batch = batches_for(settings()).batch(step)
+        batch["labels"][2:] = IGNORE
+        return batch
+
+
+def test_only_what_is_computed_is_counted(tmp_path: Path) -> None:
+    calls: list[int] = []
+    model = tiny(Task.causal_lm)
+    model.register_forward_pre_hook(lambda module, given: calls.append(1))
+    model.model.register_forward_pre_hook(
+        lambda module, given, named: calls.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    progress = run(model, settings(steps=2, gradient_accumulation=2), tmp_path, batches=WithoutTargets())
+    assert calls == [2, 2]  # rows of the micro-batches that went through the model
+    batches = [WithoutTargets().batch(step) for step in range(2)]
+    assert progress.examples == 4
+    assert progress.flops == 4 * 16
+    assert progress.tokens == sum(int(batch["lengths"][:2].sum()) for batch in batches)
+    assert progress.target_tokens == sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
 
 
 # -- resuming -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.assess.scoring import CausalScores, ClassificationScores, score_causal, score_classification
-from pipeline.compare.quality import is_binary, macro_f1_interval
+from pipeline.compare.quality import is_binary, macro_f1_interval, why_unknown
 from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
 from pipeline.config import QualityConfig, Task
 from pipeline.data.documents import Document
@@ -28,7 +28,7 @@ from pipeline.data.padding import Padding
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.phases import PhaseClock
-from pipeline.metrics import TASK
+from pipeline.metrics import PRIMARY, TASK
 from pipeline.models import example_length, load_model, load_tokenizer
 from pipeline.quantization.sixteen import stored_dtype
 from pipeline.values import Value, measured, null
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
-CAUSAL_COLUMNS = ("digest", "bits", "bytes", "tokens", "correct")
+CAUSAL_COLUMNS = ("digest", "bits", "bytes", "tokens", "correct", "end_bits", "ends", "unknown_bytes")
 DRIFT_COLUMNS = ("kl", "flips", "unquantized")
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
 CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
@@ -105,7 +105,8 @@ def assess_quality(
         more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "other": other}
         padding = Padding.of(tokenizer, model, task)
         if task is Task.causal_lm:
-            scores = score_causal(model, encoded, sequence_length=sequence_length, pad_id=padding.token, **more)
+            more |= {"stride": config.stride, "pad_id": padding.token}
+            scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
             predictions, arrays = scores.predictions, _columns(scores, CAUSAL_COLUMNS)
         else:
             scores = score_classification(model, encoded, padding=padding, **more)
@@ -119,9 +120,11 @@ def assess_quality(
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
         figures = figures_of(task, arrays, resamples=config.bootstrap, seed=seed)
+        figures |= read_shares(task, encoded, len(chosen), len(documents))
     if isinstance(agreement, str):
         figures["teacher_agreement"] = null(agreement), None
-    entries = {key: entry_of(figure, len(encoded), items) for key, figure in figures.items()}
+    num_documents = len(arrays["digest"])
+    entries = entries_of(task, figures, num_documents, items)
     if unquantized is not None:
         name, change, count = worst_slice(arrays, labels)
         entries["worst_slice"] = {**entry_of((measured(change), None), count, items), "slice": name}
@@ -243,7 +246,14 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
     has = set(arrays).issuperset
     if task is Task.causal_lm:
         if has(("bits", "bytes")):
-            figures["bits_per_byte"] = _measured(*ratio("bits", "bytes"))
+            why = why_unknown(arrays)
+            figures["bits_per_byte"] = (null(why), None) if why else _measured(*ratio("bits", "bytes"))
+        if has(("end_bits", "ends")) and arrays["ends"].any():
+            ended = arrays["ends"] > 0
+            ends = _ratio(arrays["end_bits"][ended], arrays["ends"][ended], resamples=resamples, seed=seed)
+            figures["end_token_bits"] = _measured(*ends)
+        if has(("unknown_bytes", "bytes")) and arrays["unknown_bytes"].any():
+            figures["unknown_bytes"] = measured(float(arrays["unknown_bytes"].sum() / arrays["bytes"].sum())), None
         if has(("bits", "tokens")):
             figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
         if has(("correct", "tokens")):
@@ -265,6 +275,19 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
         figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, resamples=resamples, seed=seed))
         figures["flips"] = _share(arrays["flips"])
     return figures
+
+
+def read_shares(task: Task, encoded: Sequence[Encoded], num_chosen: int, num_documents: int) -> dict[str, Figure]:
+    """Return what share of the test split was read: of its documents, and of the text of those."""
+    cut = sum(each.unread_bytes > 0 or each.unread_tokens > 0 for each in encoded)
+    if task is Task.causal_lm:
+        name, unread, read = "read_bytes", "unread_bytes", sum(each.num_bytes for each in encoded)
+    else:
+        name, unread, read = "read_tokens", "unread_tokens", sum(len(each.input_ids) for each in encoded)
+    left = sum(getattr(each, unread) for each in encoded)
+    shares = {name: read / (read + left), "cut_documents": cut / num_chosen,
+              "read_documents": num_chosen / num_documents}  # fmt: skip
+    return {key: (measured(share), None) for key, share in shares.items()}
 
 
 def _ratio(num: np.ndarray, den: np.ndarray, *, resamples: int, seed: int) -> tuple[float, tuple[float, float] | None]:
@@ -308,6 +331,14 @@ def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
     return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
+def entries_of(task: Task, figures: Mapping[str, Figure], num_documents: int, items: Path) -> dict[str, dict[str, Any]]:
+    """Return figures as rows hold them; the primary one names the per-document values even where it is null."""
+    entries = {key: entry_of(figure, num_documents, items) for key, figure in figures.items()}
+    if PRIMARY[task] in entries:
+        entries[PRIMARY[task]]["items"] = str(items)
+    return entries
+
+
 def entry_of(figure: Figure, num_documents: int, items: Path) -> dict[str, Any]:
     """Return a figure as rows hold it."""
     value, ci = figure
@@ -329,7 +360,8 @@ def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_items(path: Path) -> Arrays:
     """Return the per-document columns that `assess_quality` kept, in its order.
 
-    Of a language model: `digest, bits, bytes, tokens, correct` and, with a teacher, `agree` (tokens). Of a classifier:
+    Of a language model: `digest, bits, bytes, tokens, correct`, `end_bits, ends` (of ends of text or turns, which are
+    in none of the others), `unknown_bytes` (of `bytes`) and, with a teacher, `agree` (tokens). Of a classifier:
     `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl`
     (nats), `flips`, and `unquantized`: the bits, or whether right, of the model that it was made from.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.assess.quality import Arrays, entry_of, figures_of
+from pipeline.assess.quality import Arrays, entries_of, figures_of
 from pipeline.config import QualityConfig, Task
 from pipeline.errors import UserError
 from pipeline.metrics import PRIMARY
@@ -81,7 +81,7 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
         why = "a document's value is not finite" if known else "no column of this task"
         return {PRIMARY[task]: {**null(why).to_json(), "ci": None, "n": None, "items": str(path) if known else None}}
     figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
-    found = {name: entry_of(each, len(columns["digest"]), path) for name, each in figures.items()}
+    found = entries_of(task, figures, len(columns["digest"]), path)
     lacking = {**null("no column that it is made of").to_json(), "ci": None, "n": None, "items": str(path)}
     return {PRIMARY[task]: lacking, **found}
 

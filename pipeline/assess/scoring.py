@@ -36,9 +36,11 @@ class Scorable(Protocol):
         input_ids: int32 (L,).
         token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
         targets: bool (L,): the tokens to be predicted. The first token has no context and is never scored.
-        num_bytes: UTF-8 bytes that the targets stand for.
+        num_bytes: UTF-8 bytes that the targets stand for, `ends` left out.
         label: Class index; None without one.
-        digest: Content digest of the document.
+        digest: Content digest of the document; neighbours that share it are one document.
+        ends: bool (L,): targets that are the end of a text or turn, and stand for no bytes; None: none.
+        unknown_bytes: Those of `num_bytes` under unknown tokens, or under none.
     """
 
     @property
@@ -53,6 +55,10 @@ class Scorable(Protocol):
     def label(self) -> int | None: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def ends(self) -> np.ndarray | None: ...
+    @property
+    def unknown_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class CausalScores:
-    """Next-token scores by document, in the order the documents were given.
+    """Next-token scores by document, in the order the documents were given. Ends stand apart from all else.
 
     Attributes:
         digest: str (D,).
@@ -81,6 +87,9 @@ class CausalScores:
         tokens: int64 (D,): scored tokens.
         correct: int64 (D,): scored tokens that the model ranks first.
         predictions: int32 (N,): the first-ranked token at every scored position, document after document.
+        end_bits: float64 (D,): negative log2-probability of the document's ends (of its text, or of turns).
+        ends: int64 (D,): how many they are.
+        unknown_bytes: int64 (D,): those of `bytes` under unknown tokens, or under none.
         drift: From another model's predictions, where one was given.
     """
 
@@ -90,6 +99,9 @@ class CausalScores:
     tokens: np.ndarray
     correct: np.ndarray
     predictions: np.ndarray
+    end_bits: np.ndarray
+    ends: np.ndarray
+    unknown_bytes: np.ndarray
     drift: Drift | None = None
 
 
@@ -119,7 +131,7 @@ class Window:
     """A stretch of one document that the model reads at once.
 
     Attributes:
-        ids: int32 (T + 1,): T tokens read and, shifted by one, T predicted.
+        ids: int32 (T + 1,): T tokens read and, shifted by one, T that may be predicted.
         scored: bool (T,): which of the predicted ones count.
         first: Place of the window's first scored token among all scored tokens.
     """
@@ -134,20 +146,48 @@ class Window:
         return np.arange(self.first, self.first + np.count_nonzero(self.scored))
 
 
-def cut_windows(encoded: Sequence[Scorable], sequence_length: int) -> list[Window]:
-    """Cut documents into windows of at most `sequence_length` tokens, each starting with the last token of the one
-    before, so that every target is predicted exactly once. Windows without a target are left out."""
-    assert sequence_length >= 2, "a window of one token predicts nothing"
+def cut_windows(encoded: Sequence[Scorable], sequence_length: int, stride: int | None = None) -> list[Window]:
+    """Cut documents into windows of which at most `sequence_length` tokens are read, every target predicted once.
+
+    The first window of a document predicts its first `sequence_length` tokens, each further one the next `stride`.
+    Where a document is longer than a window, every window but the first reads `sequence_length` tokens, so that the
+    first token it predicts has at least `sequence_length - stride + 1` tokens of context, and the last window of a
+    document has more. With no stride windows share one token. A text's end has a window of its own where it does not
+    fit in, so that the text's windows are those of the text alone. Windows without a target are left out.
+
+    Args:
+        stride: At most `sequence_length`, which it is by default.
+
+    Source: lm-evaluation-harness, `lm_eval.utils.get_rolling_token_windows` with `context_len` of
+    `sequence_length - stride + 1` (`HFLM.loglikelihood_rolling`: 1).
+    """
+    assert sequence_length >= 1, "a window reads a token"
+    assert stride is None or 1 <= stride <= sequence_length, "what no window predicts would be lost"
     windows: list[Window] = []
     first = 0
     for document in encoded:
-        for start in range(0, len(document.input_ids) - 1, sequence_length - 1):
-            window = slice(start, start + sequence_length)
-            scored = document.targets[window][1:]
+        for predicted, end in _predicted(document, sequence_length, stride or sequence_length):
+            read = max(0, end - sequence_length)
+            scored = document.targets[read + 1 : end + 1].copy()
+            scored[: predicted - read] = False
             if scored.any():
-                windows.append(Window(document.input_ids[window], scored, first))
+                windows.append(Window(document.input_ids[read : end + 1], scored, first))
                 first += int(np.count_nonzero(scored))
     return windows
+
+
+def _predicted(document: Scorable, length: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Yield what each window of a document predicts: after the token at the first place, up to that at the second."""
+    last = len(document.input_ids) - 1
+    has_end = document.ends is not None and bool(document.ends[-1])
+    text = last - 1 if has_end and last > length else last
+    done = 0
+    while done < text:
+        end = min(text, done + (stride if done else length))
+        yield done, end
+        done = end
+    if text < last:
+        yield text, last
 
 
 def score_causal(
@@ -158,6 +198,7 @@ def score_causal(
     batch_size: int,
     device: torch.device | str,
     pad_id: int,
+    stride: int | None = None,
     other: Any = None,
 ) -> CausalScores:
     """Score every target token of `encoded` once.
@@ -165,40 +206,61 @@ def score_causal(
     Args:
         model: A causal LM (not wrapped for distribution); its training mode is restored afterwards.
         encoded: Documents; those longer than a window are cut.
-        sequence_length: Tokens of a window, its last (only predicted) one included.
+        sequence_length: Tokens that a window reads.
         batch_size: Windows at a time, fewer where their fp32 logits would exceed `LOGIT_BYTES`.
         device: Where the model is.
         pad_id: Any token of the model's vocabulary; it is masked.
+        stride: Tokens that windows beyond a document's first predict: see `cut_windows`.
         other: A model of the same vocabulary, on the same device, to measure the drift from.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a window is longer than its positions.
     """
-    windows = cut_windows(encoded, sequence_length)
+    windows = cut_windows(encoded, sequence_length, stride)
     check_vocabulary(model, (window.ids for window in windows), pad_id)
     _check_positions(model, max((len(window.scored) for window in windows), default=0))
-    tokens = np.array([np.count_nonzero(document.targets[1:]) for document in encoded], dtype=np.int64)
-    columns = {name: np.zeros(tokens.sum(), dtype) for name, dtype in TOKEN_COLUMNS.items()}
+    scored = [int(np.count_nonzero(document.targets[1:])) for document in encoded]
+    columns = {name: np.zeros(sum(scored), dtype) for name, dtype in TOKEN_COLUMNS.items()}
     with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
         for batch in _batches(windows, batch_size, int(model.config.get_text_config().vocab_size)):
             places = np.concatenate([window.places for window in batch])
             for name, values in _score_windows(model, batch, device, pad_id, other).items():
                 columns[name][places] = values
-    owner = np.repeat(np.arange(len(tokens)), tokens)  # document of every scored token
-    by_document = lambda name: np.bincount(owner, columns[name], minlength=len(tokens))
+    number = _numbers(encoded)  # of the document that each is of
+    owner = np.repeat(number, scored)  # document of every scored token
+    is_end = np.concatenate([np.zeros(0, dtype=bool), *map(_scored_ends, encoded)])
+    size = int(number[-1]) + 1 if len(number) else 0
+    of_text = lambda values: np.bincount(owner[~is_end], values[~is_end], minlength=size)
+    by_document = lambda values: np.bincount(number, values, minlength=size).astype(np.int64)
     drift = None
     if other is not None:
-        flips = by_document("flips").astype(np.int64)
-        drift = Drift(by_document("kl"), flips, by_document("other_nats") / math.log(2))
+        flips = of_text(columns["flips"]).astype(np.int64)
+        drift = Drift(of_text(columns["kl"]), flips, of_text(columns["other_nats"]) / math.log(2))
     return CausalScores(
-        digest=np.array([document.digest for document in encoded]),
-        bits=by_document("nats") / math.log(2),
-        bytes=np.array([document.num_bytes for document in encoded], dtype=np.int64),
-        tokens=tokens,
-        correct=by_document("hits").astype(np.int64),
-        predictions=columns["top"],
+        digest=np.array([document.digest for document in encoded])[np.diff(number, prepend=-1) > 0],
+        bits=of_text(columns["nats"]) / math.log(2),
+        bytes=by_document([document.num_bytes for document in encoded]),
+        tokens=np.bincount(owner[~is_end], minlength=size),
+        correct=of_text(columns["hits"]).astype(np.int64),
+        predictions=columns["top"][~is_end],
+        end_bits=np.bincount(owner[is_end], columns["nats"][is_end], minlength=size) / math.log(2),
+        ends=np.bincount(owner[is_end], minlength=size),
+        unknown_bytes=by_document([document.unknown_bytes for document in encoded]),
         drift=drift,
     )
+
+
+def _numbers(encoded: Sequence[Scorable]) -> np.ndarray:
+    """Return the number of the document that each is of, int64 (E,): neighbours of one digest are of one document."""
+    digests = [document.digest for document in encoded]
+    fresh = [at == 0 or digest != digests[at - 1] for at, digest in enumerate(digests)]
+    return np.cumsum(fresh, dtype=np.int64) - 1
+
+
+def _scored_ends(document: Scorable) -> np.ndarray:
+    """Return which of a document's scored tokens are ends, bool (n,)."""
+    scored = document.targets[1:]
+    return np.zeros(int(np.count_nonzero(scored)), dtype=bool) if document.ends is None else document.ends[1:][scored]
 
 
 TOKEN_COLUMNS: dict[str, Any] = {
@@ -307,7 +369,7 @@ def validation_metric(
     device: torch.device | str,
     padding: Padding,
 ) -> float:
-    """Return bits per byte (lower is better) or accuracy (higher is better) of a model in memory.
+    """Return bits per byte (lower is better, ends left out) or accuracy (higher is better) of a model in memory.
 
     The figure is NaN where the model's outputs are: a diverged model is the caller's to notice.
     """

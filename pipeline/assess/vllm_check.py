@@ -157,11 +157,11 @@ def check_vllm(
                               pad_id=tokenizer.pad_token_id)  # fmt: skip
         del model
         found = _ask(folder, [each.input_ids.tolist() for each in read], device, still)
-    tokens = int(scores.tokens.sum())
+    tokens = int(scores.tokens.sum() + scores.ends.sum())
     asked = Checked("ran", version=installed(), documents=len(read), tokens=tokens)
     if isinstance(found, str):
         return replace(asked, outcome="failed", why=found)
-    here = -float(scores.bits.sum()) * math.log(2) / tokens
+    here = -float(scores.bits.sum() + scores.end_bits.sum()) * math.log(2) / tokens
     theirs = sum(float(np.array(row)[each.targets[1:]].sum()) for row, each in zip(found, read, strict=True)) / tokens
     agrees = abs(theirs - here) <= TOLERANCE
     if not math.isfinite(theirs):
@@ -171,7 +171,8 @@ def check_vllm(
 
 def _head(document: Encoded, length: int) -> Encoded:
     """Return the first tokens of a document; its bytes and label are not read."""
-    return replace(document, input_ids=document.input_ids[:length], targets=document.targets[:length])
+    ends = None if document.ends is None else document.ends[:length]
+    return replace(document, input_ids=document.input_ids[:length], targets=document.targets[:length], ends=ends)
 
 
 def _ask(

@@ -193,6 +193,20 @@ _CLASSIFICATION = {
 # Perplexity has no method: it is a power of the bits per token, so bits per byte says the same across tokenizers too.
 
 
+UNKNOWN_SHARE = 1e-3
+"""Of bytes under unknown tokens, above which bits per byte says nothing: what is not told costs no bits."""
+
+
+def why_unknown(items: Items) -> str | None:
+    """Return why bits per byte of these documents are not known; None where too little stands under unknown tokens."""
+    if "unknown_bytes" not in items or not items["bytes"].sum():
+        return None
+    share = float(items["unknown_bytes"].sum() / items["bytes"].sum())
+    if share <= UNKNOWN_SHARE:
+        return None
+    return f"{share:.1%} of the bytes stand under unknown tokens, which tell nothing of them"
+
+
 def _methods(items: Items) -> dict[str, _Method]:
     if "responses" in items:  # of an lm-eval task: every other column is a metric
         scores = [name for name in items if name not in ("digest", "responses")]
@@ -250,6 +264,10 @@ def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> st
             return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
     if not np.array_equal(arm[method.same], base[method.same]):
         return f"the arms count other {method.same} in the same documents"
+    if method.columns[0] == "bits":
+        unknown = next((why for each in (arm, base) if (why := why_unknown(each))), None)
+        if unknown is not None:
+            return unknown
     if method.columns[0] == "bits" and base["bits"].sum() <= 0:
         return "the base's bits sum to 0 or less, which nothing compares to"
     return None

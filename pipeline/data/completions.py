@@ -17,7 +17,7 @@ from pipeline.config import DataConfig, Task
 from pipeline.data.cells import Row, refuse_half_characters
 from pipeline.data.chats import messages_of, tools_of
 from pipeline.data.documents import Dataset, Document
-from pipeline.data.encode import Encoded, common_length, encode_all
+from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.files import read_rows
 from pipeline.data.mappings import mapping
 from pipeline.errors import UserError
@@ -62,8 +62,9 @@ def _completion(row: Row, messages: str, key: str) -> Completion:
             raise UserError(key, problem, 'write {"prompt": ..., "completion": ...}, or {"messages": [...]}')
     if not fields["completion"].strip():
         raise UserError(key, f"{where} has an empty completion", "drop that line")
-    refuse_half_characters(where, fields["prompt"] + fields["completion"], key)
-    return Completion(fields["prompt"], fields["completion"], Document(fields["prompt"] + fields["completion"]))
+    prompt, completion = fields["prompt"], fields["completion"]
+    refuse_half_characters(where, prompt + completion, key)
+    return Completion(prompt, completion, Document(completion, prompt=prompt))
 
 
 def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> None:
@@ -79,9 +80,9 @@ def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> N
             if document.prompt:
                 kept[Document(document.prompt).likeness] = split
     for number, each in enumerate(completions, 1):
-        parts = [Document(text) for text in (each.completion, each.prompt) if text.strip()]
-        whole = Document(each.completion, prompt=each.prompt)
-        found = (kept.get(document.likeness) for document in (each.document, whole, *parts))
+        texts = (each.prompt + each.completion, each.completion, each.prompt)
+        parts = [Document(text) for text in texts if text.strip()]
+        found = (kept.get(document.likeness) for document in (each.document, *parts))
         split = next((name for name in found if name is not None), None)
         if split is not None:
             raise UserError(key, f"completion {number} holds a document of {split}", "leave it out")
@@ -93,25 +94,7 @@ def encode_completions(completions: Sequence[Completion], tokenizer: Any) -> lis
     Raises:
         UserError: If the model has no chat template for chats.
     """
-    chats = iter(
-        encode_all(
-            [each.document for each in completions if each.document.messages is not None],
-            tokenizer,
-            Task.causal_lm,
-            max_length=0,
-        )
-    )
-    return [next(chats) if each.document.messages is not None else _encoded(each, tokenizer) for each in completions]
-
-
-def _encoded(each: Completion, tokenizer: Any) -> Encoded:
-    [whole] = encode_all([each.document], tokenizer, Task.causal_lm, max_length=0)
-    targets = whole.targets.copy()
-    if each.prompt:
-        prompt = tokenizer(each.prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        targets[: 1 + common_length(whole.input_ids[1:].tolist(), prompt)] = False  # after the begin token
-    size = len(each.completion.encode("utf-8", "replace"))
-    return Encoded(whole.input_ids, targets, size, None, each.document.digest, each.document.group)
+    return encode_all([each.document for each in completions], tokenizer, Task.causal_lm, max_length=0)
 
 
 def file_digest(path: str) -> str:

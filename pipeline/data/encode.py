@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import Task
 from pipeline.data.documents import Document
+from pipeline.data.renderings import Rendering, first_words, render
+from pipeline.data.spans import Covered, Reader, utf8
 from pipeline.errors import UserError
 from pipeline.store import key_of
+
+CHUNK = 256  # documents whose offsets are held at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One encoded document.
+    """One encoded document, or one answer of a conversation whose template rewrites earlier turns.
 
     Attributes:
         input_ids: int32 (L,).
         targets: bool (L,): the tokens to be predicted; never the first.
-        num_bytes: UTF-8 bytes of the text that the targets stand for.
+        num_bytes: UTF-8 bytes of the text that the targets stand for, `ends` left out.
         label: Class index; None without one.
-        digest: Content digest of the document.
+        digest: Content digest of the document; neighbours that share it are one document.
         group: The source that it shares with others; None: a source of its own.
         token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
+        ends: bool (L,): targets that stand for no text but for its end (end of text, of a turn); None: none does.
+        unknown_bytes: Those of `num_bytes` under unknown tokens, or under no token.
+        unread_bytes: UTF-8 bytes of the document beyond the limit.
+        unread_tokens: Tokens of an example beyond the limit.
     """
 
     input_ids: np.ndarray
@@ -37,60 +47,167 @@ class Encoded:
     digest: str
     group: str | None = None
     token_type_ids: np.ndarray | None = None
+    ends: np.ndarray | None = None
+    unknown_bytes: int = 0
+    unread_bytes: int = 0
+    unread_tokens: int = 0
 
 
-_KEPT: OrderedDict[str, list[Encoded]] = OrderedDict()
+@dataclass(slots=True)
+class Reading:
+    """What encoding did that a reader must know, as counts.
+
+    Attributes:
+        documents: All of them.
+        cut: Documents (or examples) of which a part is not read.
+        unread_bytes: Theirs, of `bytes`.
+        unread_tokens: Theirs, of `tokens` (classification).
+        rewritten: Conversations that became several examples, `renderings` in all.
+        opening_left_out: Assistant turns, before the first user's, that the template does not take.
+        asked_otherwise: Answers after another text than the template asks for one with.
+        changed: Answers whose content the template drops parts of, or changes.
+        unlearnt: Conversations without a turn to learn.
+        chats: Conversations that are learnt; `unended` of them have no special token in any answer.
+    """
+
+    documents: int = 0
+    cut: int = 0
+    bytes: int = 0
+    unread_bytes: int = 0
+    tokens: int = 0
+    unread_tokens: int = 0
+    rewritten: int = 0
+    renderings: int = 0
+    opening_left_out: int = 0
+    asked_otherwise: int = 0
+    changed: int = 0
+    unlearnt: int = 0
+    chats: int = 0
+    unended: int = 0
+
+    def add(self, **counts: int) -> None:
+        """Add to counts by name."""
+        for name, count in counts.items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def notes(self) -> list[str]:
+        """Return a sentence for whatever happened."""
+        said: list[str] = []
+        if self.unread_tokens:
+            said.append(f"{self.cut} of {self.documents} examples are cut: "
+                        f"{self.unread_tokens / self.tokens:.1%} of the tokens are not read")  # fmt: skip
+        if self.unread_bytes:
+            said.append(f"{self.cut} of {self.documents} documents are cut: "
+                        f"{self.unread_bytes / self.bytes:.1%} of the bytes are not read")  # fmt: skip
+        if self.rewritten:
+            said.append(f"the chat template rewrites earlier turns: {self.rewritten} conversations are learnt as "
+                        f"{self.renderings} examples, each answer in its own rendering")  # fmt: skip
+        if self.asked_otherwise:
+            said.append(f"{self.asked_otherwise} answers follow another text than the one that the chat template asks "
+                        "for an answer with")  # fmt: skip
+        if self.changed:
+            said.append(f"the chat template changes {self.changed} answers, or leaves parts of them out")
+        if self.opening_left_out:
+            said.append(f"{self.opening_left_out} assistant turns before the first user turn are left out: the chat "
+                        "template does not take them")  # fmt: skip
+        if self.unlearnt:
+            said.append(f"{self.unlearnt} conversations have no turn to learn and are left out")
+        if self.chats and self.unended == self.chats:
+            said.append("the chat template ends no answer with a special token: no stop is learnt")
+        return said
+
+
+Numbered = Sequence[tuple[int, Document]]
+"""Documents with their numbers in their split, from 1."""
+ByNumber = dict[int, list[Encoded]]
+_KEPT: OrderedDict[str, tuple[list[Encoded], Reading]] = OrderedDict()
 """What this process encoded last, by what decides it: stages read the same documents again and again."""
 KEEP = 6
 
 
 def encode_all(
-    documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int, max_bytes: int | None = None
-) -> list[Encoded]:
+    documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int, max_bytes: int | None = None,
+    split: str = "",
+) -> list[Encoded]:  # fmt: skip
     """Encode documents; the same ones again, by a tokenizer of the same content, come from memory.
+
+    A text is one example, beginning with the tokenizer's begin token (or its end token, without one) and ending with
+    its end token unless it is cut. Of a prompt with its completion only the completion is predicted, of a conversation
+    only what the assistant says: see `renderings.py`. A conversation may become several examples, or none.
 
     Args:
         max_length: Tokens an example of classification is cut to; causal LM reads documents whole.
-        max_bytes: Causal LM reads only the head of longer documents, cut at a character.
+        max_bytes: Causal LM reads only the head of longer texts and completions, cut at a character.
+        split: Where the documents come from, for refusals.
 
     Raises:
-        UserError: If a text has no tokens, or a chat cannot be told apart into turns.
+        UserError: If a text has no tokens, or a chat is refused by its template.
     """
+    return list(_kept(documents, tokenizer, task, max_length, max_bytes, split)[0])
+
+
+def encoding_notes(documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int) -> list[str]:
+    """Return what `encode_all` does with these documents that a reader must know; whole ones, as training reads."""
+    return _kept(documents, tokenizer, task, max_length, None, "train")[1].notes()
+
+
+def _kept(
+    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None, split: str
+) -> tuple[list[Encoded], Reading]:
     key = key_of(
-        documents=[(document.digest, document.label) for document in documents], tokenizer=_content(tokenizer),
-        task=task, max_length=max_length, max_bytes=max_bytes,
+        documents=[(document.digest, document.label, document.group) for document in documents],
+        tokenizer=tokenizer_content(tokenizer), task=task,
+        max_length=max_length if task is Task.sequence_classification else None, max_bytes=max_bytes,
     )  # fmt: skip
     if key not in _KEPT:
-        _KEPT[key] = _encode(documents, tokenizer, task, max_length, max_bytes)
+        _KEPT[key] = _encode(documents, tokenizer, task, max_length, max_bytes, split)
         while len(_KEPT) > KEEP:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(key)
-    return list(_KEPT[key])
+    return _KEPT[key]
 
 
-def _content(tokenizer: Any) -> str:
-    """Return all that decides how a tokenizer encodes; a slow one (without a backend) is its own."""
+def tokenizer_content(tokenizer: Any) -> str:
+    """Return a digest of all that decides how a tokenizer encodes; of a slow one, of the files that it saves."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else f"slow {id(tokenizer)}"
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template, tokenizer.model_input_names]
-    return hashlib.sha256(f"{content}{special}".encode()).hexdigest()
+    whole = hashlib.sha256()
+    if backend is not None:
+        backend.no_truncation()  # of the last call; the next one sets its own
+        backend.no_padding()
+        whole.update(backend.to_str().encode())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    whole.update(file.name.encode() + b"\0" + file.read_bytes())
+        whole.update(key_of(kind=type(tokenizer).__qualname__, vocabulary=tokenizer.get_vocab()).encode())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.all_special_ids]
+    sides = [getattr(tokenizer, name, None) for name in ("truncation_side", "model_input_names")]
+    whole.update(repr([special, sides, tokenizer.chat_template]).encode())
+    return whole.hexdigest()
 
 
 def _encode(
-    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None
-) -> list[Encoded]:
-    if task is Task.sequence_classification:
-        batch = tokenizer([document.text for document in documents], truncation=True, max_length=max_length)
-        ids = batch["input_ids"]
-        parts = batch["token_type_ids"] if "token_type_ids" in batch else [[] for _ in ids]
-        return [_example(*each) for each in zip(documents, ids, parts, strict=True)]
-    texts = [_head(document.text, max_bytes) for document in documents if document.messages is None]
-    rows = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-    heads = iter(texts)
-    return [
-        _text(document, next(heads), next(rows), tokenizer) if document.messages is None else _chat(document, tokenizer)
-        for document in documents
-    ]
+    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None, split: str
+) -> tuple[list[Encoded], Reading]:
+    reading, encoded = Reading(documents=len(documents)), list[Encoded]()
+    reader = Reader(tokenizer)
+    for start in range(0, len(documents), CHUNK):
+        some = list(enumerate(documents[start : start + CHUNK], start + 1))
+        if task is Task.sequence_classification:
+            encoded += _examples([document for _, document in some], tokenizer, max_length, reading)
+            continue
+        by_place: ByNumber = {}
+        for kind in (_texts, _completions, _chats):
+            by_place |= kind(some, tokenizer, reader, max_bytes, split, reading)
+        encoded += [each for place in sorted(by_place) for each in by_place[place]]
+    return encoded, reading
+
+
+def place_of(number: int, split: str) -> str:
+    """Return how a refusal names a document: `document 12 of train`."""
+    return f"document {number}{f' of {split}' if split else ''}"
 
 
 def _head(text: str, max_bytes: int | None) -> str:
@@ -98,73 +215,147 @@ def _head(text: str, max_bytes: int | None) -> str:
     return text if max_bytes is None or len(raw) <= max_bytes else raw[:max_bytes].decode("utf-8", "ignore")
 
 
-def _text(document: Document, text: str, ids: list[int], tokenizer: Any) -> Encoded:
-    if not ids:
-        raise UserError("data", f"the text {text[:40]!r} has no tokens", "drop it, or check the tokenizer")
+def _texts(
+    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+) -> ByNumber:
+    """Encode plain texts, by number: all of a text is predicted, and after it its end."""
+    chosen = [(number, each) for number, each in some if each.messages is None and not each.prompt]
+    texts = [_head(document.text, max_bytes) for _, document in chosen]
+    found: ByNumber = {}
+    for (number, document), text, each in zip(chosen, texts, reader.whole(texts), strict=True):
+        _refuse_pair(document, number, split)
+        if not len(each.ids):
+            problem = f"{place_of(number, split)}: the text {text[:40]!r} has no tokens"
+            raise UserError("data", problem, "drop it, or check the tokenizer")
+        found[number] = [_framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)]
+    return found
+
+
+def _completions(
+    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+) -> ByNumber:
+    """Encode prompts with their completions, by number: a token that joins the two belongs to the completion."""
+    chosen = [(number, each) for number, each in some if each.messages is None and each.prompt]
+    prompts = [document.prompt or "" for _, document in chosen]
+    texts = [_head(document.text, max_bytes) for _, document in chosen]
+    spans = [[(len(prompt), len(prompt) + len(text))] for prompt, text in zip(prompts, texts, strict=True)]
+    wholes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    found: ByNumber = {}
+    # A begin token goes before it, so that a completion may begin with the first token.
+    for (number, document), text, each in zip(
+        chosen, texts, reader.cover(wholes, spans, after_begin=True), strict=True
+    ):
+        _refuse_pair(document, number, split)
+        if not each.targets.any():
+            problem = f"{place_of(number, split)}: the completion {text[:40]!r} has nothing to predict"
+            raise UserError("data", problem, "drop it, or check the tokenizer")
+        found[number] = [_framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)]
+    return found
+
+
+def _refuse_pair(document: Document, number: int, split: str) -> None:
+    if document.pair is not None:
+        problem = f"{place_of(number, split)} is a pair of texts, which task=causal_lm does not read"
+        raise UserError("data", problem, "use task=sequence_classification, or give one text")
+
+
+def _framed(document: Document, covered: Covered, tokenizer: Any, unread: int, reading: Reading) -> Encoded:
+    """Return a text's tokens between begin and end; a text that is cut does not end there."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise UserError("model.path", "its tokenizer has neither a begin nor an end token", "add one to it")
-    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    row = np.array([first, *ids, *last], dtype=np.int32)
-    targets = np.ones(len(row), dtype=bool)
-    targets[0] = False
-    return Encoded(row, targets, len(text.encode("utf-8", "replace")), None, document.digest, document.group)
+    last = [] if tokenizer.eos_token_id is None or unread else [tokenizer.eos_token_id]
+    around = lambda inner, before, after: np.concatenate([[before], inner, [after] * len(last)])
+    ends = around(covered.ends, False, True).astype(bool)
+    reading.add(cut=int(unread > 0), unread_bytes=unread, bytes=covered.num_bytes + unread)
+    return Encoded(
+        np.array([first, *covered.ids.tolist(), *last], dtype=np.int32),
+        around(covered.targets, False, True).astype(bool), covered.num_bytes, None, document.digest, document.group,
+        ends=ends if ends.any() else None, unknown_bytes=covered.unknown_bytes, unread_bytes=unread,
+    )  # fmt: skip
 
 
-def _example(document: Document, ids: list[int], parts: list[int]) -> Encoded:
-    row = np.array(ids, dtype=np.int32)
+def _chats(
+    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+) -> ByNumber:
+    """Encode conversations, by number; `max_bytes` is for texts. Only what the assistant says is predicted."""
+    rendered = list(_rendered(some, tokenizer, split, reading))
+    texts = [rendering.text for _, _, rendering in rendered]
+    found: ByNumber = {}
+    covered = reader.cover(texts, [rendering.answers for _, _, rendering in rendered])
+    for (number, document, _), each in zip(rendered, covered, strict=True):
+        if not each.targets.any():
+            problem = f"{place_of(number, split)}: the chat {first_words(document)!r} has nothing to predict"
+            raise UserError("data.path", problem, "drop it")
+        reading.add(bytes=each.num_bytes)
+        found.setdefault(number, []).append(Encoded(
+            each.ids, each.targets, each.num_bytes, None, document.digest, document.group,
+            ends=each.ends if each.ends.any() else None, unknown_bytes=each.unknown_bytes,
+        ))  # fmt: skip
+    reading.add(chats=len(found), unended=sum(all(one.ends is None for one in each) for each in found.values()))
+    return found
+
+
+def _rendered(
+    some: Numbered, tokenizer: Any, split: str, reading: Reading
+) -> Iterator[tuple[int, Document, Rendering]]:
+    for number, document in some:
+        if document.messages is None:
+            continue
+        conversation = render(document, tokenizer, place_of(number, split))
+        reading.add(
+            rewritten=int(conversation.is_rewritten), unlearnt=int(not conversation.renderings),
+            renderings=len(conversation.renderings) if conversation.is_rewritten else 0,
+            opening_left_out=conversation.opening_left_out, asked_otherwise=conversation.asked_otherwise,
+            changed=conversation.changed,
+        )  # fmt: skip
+        for rendering in conversation.renderings:
+            yield number, document, rendering
+
+
+def check_chats(documents: Sequence[Document], tokenizer: Any, split: str) -> None:
+    """Refuse what the chat template refuses, of all documents, without making tokens of them.
+
+    Raises:
+        UserError: Naming the document.
+    """
+    for number, document in enumerate(documents, 1):
+        if document.messages is not None:
+            render(document, tokenizer, place_of(number, split))
+
+
+# -- classification ---------------------------------------------------------------------------------------------------
+
+
+def _examples(documents: Sequence[Document], tokenizer: Any, max_length: int, reading: Reading) -> list[Encoded]:
+    """Encode texts, or pairs of texts, with the tokens that the tokenizer puts around them; the longer one is cut."""
+    found: dict[int, Encoded] = {}
+    for is_pair in (False, True):
+        chosen = [(at, each) for at, each in enumerate(documents) if (each.pair is not None) is is_pair]
+        if not chosen:
+            continue
+        texts = [each.text for _, each in chosen]
+        pairs = [each.pair or "" for _, each in chosen] if is_pair else None
+        whole = tokenizer(texts, pairs, verbose=False)
+        for row, (at, document) in enumerate(chosen):
+            read = {name: whole[name][row] for name in ("input_ids", "token_type_ids") if name in whole}
+            full = len(read["input_ids"])
+            if full > max_length:
+                read = tokenizer(document.text, document.pair, truncation="longest_first", max_length=max_length,
+                                 verbose=False)  # fmt: skip
+            found[at] = _example(document, read, full)
+            unread = found[at].unread_tokens
+            reading.add(tokens=full, unread_tokens=unread, cut=int(unread > 0))
+    return [found[at] for at in range(len(documents))]
+
+
+def _example(document: Document, read: Any, full: int) -> Encoded:
+    row = np.array(read["input_ids"], dtype=np.int32)
     if not len(row):
         raise UserError("data", f"the text {document.text[:40]!r} has no tokens", "drop it, or check the tokenizer")
-    size = len(document.text.encode("utf-8", "replace"))
-    nothing = np.zeros(len(row), dtype=bool)
-    segments = np.array(parts, dtype=np.int32) if any(parts) else None
-    return Encoded(row, nothing, size, document.label, document.digest, document.group, segments)
-
-
-def _chat(document: Document, tokenizer: Any) -> Encoded:
-    """Encode a chat; only what the assistant says is predicted, the template's end of its turn included.
-
-    Turns are found by growing the conversation: the text up to a turn must begin the whole. A token that joins the
-    end of the prompt with the beginning of an answer belongs to the answer.
-    """
-    assert document.messages is not None
-    if not tokenizer.chat_template:
-        raise UserError("data.path", "holds chats but the model has no chat template", "use a chat model, or text")
-    turns = list(document.messages)
-    ends = [end for end, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
-    whole = _render(tokenizer, turns[: ends[-1]], prompt=False)
-    ids = _tokens(tokenizer, whole)
-    targets = np.zeros(len(ids), dtype=bool)
-    for end in ends:
-        prompt = _render(tokenizer, turns[: end - 1], prompt=True)
-        said = _render(tokenizer, turns[:end], prompt=False)
-        if not (said.startswith(prompt) and whole.startswith(said)):
-            raise UserError("data.path", "this chat template rewrites earlier turns", "use one-turn chats, or text")
-        begin = common_length(ids, _tokens(tokenizer, prompt))
-        targets[begin : common_length(ids, _tokens(tokenizer, said))] = True
-    targets[:1] = False
-    if not targets.any():
-        raise UserError("data.path", f"the chat {turns[0]['content'][:40]!r} has nothing to predict", "drop it")
-    size = sum(len(turns[end - 1]["content"].encode("utf-8", "replace")) for end in ends)
-    return Encoded(np.array(ids, dtype=np.int32), targets, size, None, document.digest, document.group)
-
-
-def _render(tokenizer: Any, turns: list[dict[str, Any]], *, prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        first = turns[0]["content"][:40] if turns else ""
-        problem = f"the model's chat template refuses the chat {first!r} ({error})"
-        raise UserError("data.path", problem, "drop that chat, or use another model") from None
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def common_length(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two sequences begin alike with."""
-    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
-                min(len(one), len(other)))  # fmt: skip
+    parts = read.get("token_type_ids", [])
+    return Encoded(
+        row, np.zeros(len(row), dtype=bool), utf8(document.text) + utf8(document.pair or ""), document.label,
+        document.digest, document.group, unread_tokens=full - len(row),
+        token_type_ids=np.array(parts, dtype=np.int32) if any(parts) else None,
+    )  # fmt: skip

@@ -32,12 +32,13 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
+from pipeline.comparison import OTHER_TOKENIZER, other_tokenizers
 from pipeline.config import Run
 from pipeline.errors import Exit
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
 from pipeline.gate.record import Verdict
-from pipeline.metrics import PRIMARY, TASK, UNIT
+from pipeline.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.report.verdict import verdict_line
 from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store import plain
@@ -81,7 +82,7 @@ def _verdict(
         "criteria": [each.to_json() for each in criteria],
         "candidate": gate.candidate.to_json(), "baseline": None if gate.baseline is None else gate.baseline.to_json(),
         "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": plain(gate.policy)},
-        "task": task.value, "primary": PRIMARY[task], "unit": UNIT[task], "data": attempt.data.digest,
+        "task": task.value, "primary": _primary(attempt), "unit": UNIT[task], "data": attempt.data.digest,
         "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
         "dtype": _dtype(attempt.served),
         "key": gate.key, "look": gate.look, "looks": gate.policy.looks, "readings": readings, "run_id": attempt.run_id,
@@ -96,6 +97,12 @@ def _dtype(served: ServePass | None) -> dict[str, Any] | None:
     if served is None or not served.dtype:
         return None
     return {name: served.dtype[name] for name in ("asked", "served")}
+
+
+def _primary(attempt: Attempt) -> str:
+    """Return the quality that a history keeps of a verdict."""
+    sides = [row["quality"] for row in attempt.rows if row["status"] == "FINISHED"]
+    return primary_key((PRIMARY[attempt.run.task],), sides) or PRIMARY[attempt.run.task]
 
 
 # -- readings -------------------------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ def _same_values(run: Run) -> bool:
 def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
-    reasons = _disturbed(attempt, gate, readings)
+    reasons = [*_disturbed(attempt, gate, readings), *_other_tokenizers(attempt, gate)]
     served = serving_criterion(readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha)
     figures = [(_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes")) for arm in serving]
     counted = all(peak.v is not None for peak, _ in figures)
@@ -233,6 +240,12 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
         return [f"served in {now['served']}, and at the look before in {before['served']}"]
     return [f"look {number}: {reason}" for number, conditions in enumerate(readings["conditions"], start=1)
             for reason in disturbed(gate.policy, here, conditions)]  # fmt: skip
+
+
+def _other_tokenizers(attempt: Attempt, gate: Gate) -> list[str]:
+    """Return why seconds and joules per token of the two say nothing of each other."""
+    candidate, baseline = (release.artifact.path for release in gate.releases().values())
+    return [OTHER_TOKENIZER] if other_tokenizers(attempt, candidate, baseline) else []
 
 
 def _training(attempt: Attempt, gate: Gate) -> Criterion:

@@ -18,8 +18,9 @@ from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.values import Value, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
-COUNTS = ("steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu",
-          "goodput", "active_parameter_share", "distillation_share", "distillation_gradient_share")  # fmt: skip
+COUNTS = ("steps", "steps_lost", "examples", "tokens", "target_tokens", "model_flops", "achieved_tflops",
+          "peak_tflops", "mfu", "goodput", "active_parameter_share", "distillation_share",
+          "distillation_gradient_share")  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from pipeline.report.disturbance import disturbance_table
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
+from pipeline.report.reading import reading_lines
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
 from pipeline.report.verdict import markdown_line, verdict_section
 from pipeline.report.view import (
@@ -532,6 +533,7 @@ def _notes(result: Result) -> list[str]:
         if not row["ledger"]["meter_valid"]:
             lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
     lines += [f"comparison pass: {why}" for why in _failed(result["run"].get("compare_conditions"))]
+    lines += reading_lines(result)
     attempts = result["run"]["attempts"]
     lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
     given = result["environment"].get("notes") or []

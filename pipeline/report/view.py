@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.arms import is_rung
 from pipeline.config import Task
 from pipeline.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
+from pipeline.metrics import primary_key as deciding_key
 from pipeline.report.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK, one_line
 from pipeline.stages.settings import BASE
@@ -150,14 +151,15 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def primary_key(result: Result) -> str:
-    """Return the quality that decides: bits per byte or accuracy, else the first that any row carries."""
-    carried = {key for row in result["rows"] for key in row["quality"]}
-    return next((key for key in (*PRIMARY.values(), *QUALITY_KEYS) if key in carried), PRIMARY[Task.causal_lm])
+    """Return the quality that decides: accuracy or bits per byte (or what stands in for them), else the first that
+    any row carries."""
+    carried = [row["quality"] for row in result["rows"]]
+    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), carried) or PRIMARY[Task.causal_lm]
 
 
 def primary_of(pair: Pair) -> str | None:
     """Return the key of the quality that a comparison is read on."""
-    return next((key for key in (*PRIMARY.values(), *QUALITY_KEYS) if key in pair["quality"]), None)
+    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), [pair["quality"]])
 
 
 def quality_direction(key: str) -> str:

@@ -39,7 +39,7 @@ class CaptureStage:
     precision: Optional[Precision] = None  # of the teacher; null: as the stage named by `like` trains
 
     type: ClassVar[str] = "capture"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     makes: ClassVar[str] = "teacher_cache"
 
     def reads(self, run: Run) -> list[str]:

@@ -62,7 +62,7 @@ class DistillStage(TrainingOverrides):
     insist: bool = False  # go on with a teacher that is no better than the student's start
 
     type: ClassVar[str] = "distill"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""

@@ -73,7 +73,7 @@ class QuantizeStage:
     qat: QatSettings = field(default_factory=QatSettings)
 
     type: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""

@@ -65,7 +65,7 @@ class RecoverStage(DistillStage):
     alpha: float = 32.0
 
     type: ClassVar[str] = "recover"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def searched(self, run: Run) -> dict[str, Any]:
         """Return what decides how it ends beside its settings."""
@@ -88,7 +88,7 @@ class RecoveredStage:
     last_resort: bool = False  # what was chosen are the 16 bits that were made first
 
     type: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads."""

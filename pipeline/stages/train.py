@@ -27,7 +27,7 @@ class TrainStage(TrainingOverrides):
     match_compute: bool = False  # steps are those that the FLOPs of the stage named by `like` would have bought
 
     type: ClassVar[str] = "train"
-    version: ClassVar[int] = 3  # part of the artifact's key: raise it when the same settings train another model
+    version: ClassVar[int] = 4  # part of the artifact's key: raise it when the same settings train another model
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads; `like` too where its counts decide the steps."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import CaptureMethod, Precision, Task
-from pipeline.data.batches import IGNORE
+from pipeline.data.batches import IGNORE, num_tokens
 from pipeline.data.padding import read_by
 from pipeline.distillation.cache import (
     Windows,
@@ -40,6 +40,7 @@ from pipeline.stages.context import Output
 from pipeline.stages.settings import steps_of, training_precision, training_settings
 from pipeline.store import check_room, write_json
 from pipeline.training.objective import (
+    NOT_INPUTS,
     Examined,
     columns_of,
     document_mask,
@@ -51,6 +52,7 @@ from pipeline.training.objective import (
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 from pipeline.training.stage import make_batches, read_encoded
 from pipeline.training.step_flops import ModelFlops, StepFlops
+from pipeline.values import measured, null
 
 if TYPE_CHECKING:
     from pipeline.config import TrainingConfig
@@ -83,7 +85,8 @@ class _Shard:
 
     rows: list[int] = field(default_factory=list)
     parts: list[Columns] = field(default_factory=list)
-    tokens: int = 0
+    tokens: int = 0  # captured: targets, or examples
+    read: int = 0
     flops: float = 0.0
 
 
@@ -245,7 +248,8 @@ def _one_shard(source: _Source, rows: list[int], number: int, step: int, micro: 
         contents = [source.windows.content(row) for row in rows]
         record: dict[str, Any] = {
             "sha256": write_shard(path, rows, contents, shard.parts), "windows": len(rows), "tokens": shard.tokens,
-            "bytes": path.stat().st_size, "flops": shard.flops, "capture_ns": capture_ns, "step": step,
+            "read": shard.read, "bytes": path.stat().st_size, "flops": shard.flops, "capture_ns": capture_ns,
+            "step": step,
         }  # fmt: skip
         write_json(_record(path), {**record, "history": ctx.history(step)})
     with ctx.clock.phase("log"):
@@ -267,6 +271,7 @@ def _captured(source: _Source, rows: list[int], micro: int) -> _Shard:
                 for size, end in zip(sizes, ends.tolist(), strict=True)
             ]
             shard.tokens += sum(sizes)
+            shard.read += num_tokens(batch)
             count, length = batch["input_ids"].shape
             full = source.examined is not None and isinstance(source.examined.head, Unknown)
             shard.flops += source.flops.per_sequence.batch(count, length, count * length if full else sum(sizes))
@@ -281,7 +286,7 @@ def _predicted(labels: Tensor) -> list[int]:
 def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: list[int]) -> Columns:
     """Return what the codec keeps of the teacher's distributions on all targets of a batch, on the host."""
     keep = (batch["labels"].flatten() != IGNORE).nonzero().flatten().to(source.device)
-    inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
     chance = torch.from_numpy(_uniforms(source, rows, sizes)).to(source.device)
     if source.examined is None:
         logits = source.model(**read_by(source.model, inputs)).logits[keep].float()
@@ -325,18 +330,21 @@ def _by_chunks(
 def _output(
     source: _Source, stage: CaptureStage, records: Sequence[dict[str, Any]], manifest: dict[str, Any], ctx: Context
 ) -> Output:
-    """Return the teacher's FLOPs and time; nothing was trained, so there are no steps and no tokens of training."""
+    """Return the teacher's FLOPs, tokens and time; nothing was trained, so there are no steps."""
     flops = sum(record["flops"] for record in records)
+    is_language = source.task is Task.causal_lm
+    counts = {
+        "tokens": measured(sum(record["read"] for record in records)),
+        "target_tokens": measured(manifest["tokens"]) if is_language else null("labels are learnt, not tokens"),
+    }  # fmt: skip
     kept = {"sample": f"{manifest['draws']} draws", "top_k": f"the {manifest['k']} largest", "dense": "all logits"}
-    what = (
-        f"{manifest['tokens']} predicted tokens" if source.task is Task.causal_lm else f"{manifest['tokens']} examples"
-    )
+    what = f"{manifest['tokens']} {'predicted tokens' if is_language else 'examples'}"
     note = (
         f"{ctx.stage}: {what} of {manifest['windows']} windows, {kept[manifest['method']]}, "
         f"{manifest['bytes_per_token']:.1f} bytes each"
     )
     seconds = sum(record["capture_ns"] for record in records) / 1e9
     counted = StepFlops(source.flops.per_sequence, why=source.flops.why, why_no_rule=source.flops.why_no_rule)
-    counts = {"model_flops": counted.total(flops), "active_parameter_share": source.flops.active_share(source.model)}
+    counts |= {"model_flops": counted.total(flops), "active_parameter_share": source.flops.active_share(source.model)}
     said = tuple(f"{ctx.stage}: {each}" for each in (source.flops.said(source.model),) if each is not None)
     return counted.told(Output(counts=counts, seconds_in_steps=seconds, notes=(note, *said)), flops)

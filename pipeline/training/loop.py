@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Precision, PrecisionConfig, TrainingConfig
-from pipeline.data.batches import num_tokens
+from pipeline.data.batches import num_targets, num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.phases import PhaseClock
@@ -43,6 +43,7 @@ class Progress:
     step: int = 0
     examples: int = 0
     tokens: int = 0
+    target_tokens: int = 0  # of them, to be predicted
     flops: float = 0.0  # of model and teacher
     own_flops: float = 0.0  # of the model alone
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
@@ -234,10 +235,9 @@ def _step(
     with clock.phase("data_wait"):
         micro = [dict(zip(batch, part, strict=True)) for part in zip(
             *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()), strict=True)]  # fmt: skip
-        counts = [int((part["labels"] != -100).sum()) for part in micro]
-    for part, count in zip(micro, counts, strict=True):
-        if not count:
-            continue
+        computed = [part for part in micro if num_targets(part)]  # what has no target would teach nothing
+        counts = [num_targets(part) for part in computed]
+    for part, count in zip(computed, counts, strict=True):
         done = objective(part)
         with clock.phase("backward"), matmuls(objective.precision):
             scaler.scale(done.loss * (count / sum(counts))).backward()
@@ -256,11 +256,19 @@ def _step(
         if masters is not None:
             masters.write_back()
     progress.step += 1
+    if len(computed) < len(micro) and "sampled" not in batch:  # what was written was computed, learnt or not
+        batch = _joined(batch, computed)
     progress.examples += len(batch["labels"])
     progress.tokens += num_tokens(batch)
+    progress.target_tokens += sum(counts)
     own, teacher = hooks.flops(batch)
     progress.own_flops, progress.flops = progress.own_flops + own, progress.flops + own + teacher
     hooks.advance(progress.step, progress.tokens)
+
+
+def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return those micro-batches of a batch that were computed, as one."""
+    return {name: torch.cat([tensor[:0], *(part[name] for part in parts)]) for name, tensor in batch.items()}
 
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "text") -> Reading:

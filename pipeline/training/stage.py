@@ -12,8 +12,8 @@ import torch
 from pipeline.assess.scoring import check_vocabulary, validation_metric
 from pipeline.config import Precision, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
-from pipeline.data.completions import encode_completions, read_completions
-from pipeline.data.encode import Encoded, encode_all
+from pipeline.data.completions import read_completions
+from pipeline.data.encode import Encoded, encode_all, encoding_notes
 from pipeline.data.padding import Padding
 from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import WithProjections
@@ -297,12 +297,16 @@ def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, ne
 def read_encoded(
     model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
 ) -> list[Encoded]:
-    """Return the encoded train split, or the completions of a file in its place."""
+    """Return the encoded train split, or the completions of a file in its place; what is not read of them is said."""
     if completions is None:
-        length = example_length(model.config, ctx.run.task, settings.sequence_length)
-        return encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=length)
-    key = f"stages.{ctx.stage}.completions"
-    return encode_completions(read_completions(completions, ctx.run.data, key), tokenizer)
+        documents = ctx.data.splits["train"]
+    else:
+        given = read_completions(completions, ctx.run.data, f"stages.{ctx.stage}.completions")
+        documents = [each.document for each in given]
+    length = example_length(model.config, ctx.run.task, settings.sequence_length)
+    for note in encoding_notes(documents, tokenizer, ctx.run.task, max_length=length):
+        ctx.say(f"train split: {note}" if completions is None else f"{ctx.stage}: completions: {note}")
+    return encode_all(documents, tokenizer, ctx.run.task, max_length=length)
 
 
 def make_batches(
@@ -312,10 +316,13 @@ def make_batches(
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:
-        return PackedBatches(
+        packed = PackedBatches(
             encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
             length_at=lambda step: sequence_length(step, settings),
         )  # fmt: skip
+        for note in packed.packing.notes():
+            ctx.say(f"{ctx.stage}: {note}")
+        return packed
     return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=Padding.of(tokenizer, model, ctx.run.task))
 
 
@@ -342,8 +349,8 @@ def _validation(
 
 
 def _no_counts() -> dict[str, Value]:
-    nothing = {"steps": measured(0), "tokens": measured(0), "examples": measured(0), "model_flops": estimated(0),
-               "steps_lost": measured(0)}  # fmt: skip
+    nothing = {"steps": measured(0), "tokens": measured(0), "target_tokens": measured(0), "examples": measured(0),
+               "model_flops": estimated(0), "steps_lost": measured(0)}  # fmt: skip
     return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
 
 
@@ -355,6 +362,7 @@ def _output(
               "distillation_gradient_share": gradient}  # fmt: skip
     counts = {
         "steps": measured(progress.step), "tokens": measured(progress.tokens),
+        "target_tokens": _target_tokens(progress, objective.task),
         "examples": measured(progress.examples), "model_flops": flops.total(progress.flops), "steps_lost": measured(0),
         "active_parameter_share": active, **shares,
     }  # fmt: skip
@@ -369,6 +377,11 @@ def _output(
         counts=counts, flops_per_step=progress.own_flops / progress.step, curve=progress.curve,
         seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _target_tokens(progress: Progress, task: Task) -> Value:
+    """Return how many tokens were learnt; a classifier learns labels."""
+    return measured(progress.target_tokens) if task is Task.causal_lm else null("labels are learnt, not tokens")
 
 
 def _share(progress: Progress, distill: DistillStage | None) -> Value:
