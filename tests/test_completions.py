@@ -72,7 +72,7 @@ def test_a_damaged_file_names_its_line(tmp_path: Path, rows: list[Any], said: st
 
 def test_any_kind_of_file_is_read(tmp_path: Path) -> None:
     [found] = read_completions(written(tmp_path, ["prompt,completion", "a,b"], "said.csv"), DataConfig(), KEY)
-    assert (found.prompt, found.completion, found.document) == ("a", "b", Document("ab"))
+    assert (found.prompt, found.completion, found.document) == ("a", "b", Document("b", prompt="a"))
     with pytest.raises(UserError, match=r"said.xml has an unknown ending"):
         read_completions(written(tmp_path, ["a,b"], "said.xml"), DataConfig(), KEY)
 
