@@ -95,8 +95,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2": _language("Qwen2Config", num_key_value_heads=2, tie_word_embeddings=True),
     "Qwen3": _language("Qwen3Config", **HEADS),
     "Gemma2": _language("Gemma2Config", **HEADS),
+    "Gemma3": _language("Gemma3TextConfig", **HEADS, final_logit_softcapping=20.0),
+    "Cohere": _language("CohereConfig", num_key_value_heads=2, logit_scale=0.25),
+    "Granite": _language("GraniteConfig", num_key_value_heads=2, logits_scaling=4.0),
+    "SmolLM3": _language("SmolLM3Config", num_key_value_heads=2, no_rope_layers=[1, 0]),
     "Phi": _language("PhiConfig"),
+    "Phi-3": _language("Phi3Config", num_key_value_heads=2),
     "GPT-2": Architecture("GPT2Config", GPT2),
+    "GPT-Neo": _language(
+        "GPTNeoConfig", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8
+    ),
     "GPT-NeoX": _language("GPTNeoXConfig"),
     "OPT": _language("OPTConfig", ffn_dim=128, word_embed_proj_dim=64),
     "Falcon": _language("FalconConfig", new_decoder_architecture=False, multi_query=True),

@@ -244,10 +244,13 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_and_doubles_nothing(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", real.uri)
     training = start(tmp_path, *SMALL, "training.steps=100000")
-    wait_until(lambda: bool(list(tmp_path.glob("mlruns/runs/*/mlflow.json"))))
-    real.kill()
-    training.send_signal(signal.SIGTERM)
-    out, err = training.communicate(timeout=300)
+    try:
+        wait_until(lambda: bool(list(tmp_path.glob("mlruns/runs/*/mlflow.json"))))
+        real.kill()
+        training.send_signal(signal.SIGTERM)
+        out, err = training.communicate(timeout=300)
+    finally:
+        training.kill()
     assert training.returncode == 75, err
     assert "delivers the rest" in out
     real.begin()
