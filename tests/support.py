@@ -33,9 +33,9 @@ INTRODUCTION = """# What is supported
 
 ## Models
 
-- **trained**: as a language model, and how the loss is taken from the output head. *fused*: in chunks, with the model's own logit scale, soft cap
-  and bias, and without ever holding all logits. *full logits*: through the model's own forward pass, which takes more
-  memory. Every training proves the choice on amplified logits before its first step.
+- **trained**: as a language model, and how the loss is taken from the output head. *fused*: in chunks, with the
+  model's own logit scale, soft cap and bias, and without ever holding all logits. *full logits*: through the model's
+  own forward pass, which takes more memory. Every training proves the choice on amplified logits before it starts.
 - **student cut**: `student.layers`; **stacked**: `stages.NAME.stack`. Both are proven by a reload before a step.
 - **classifies**: `task=sequence_classification`, trained for a step and scored.
 - **formats**: the share of the parameters that the format takes, where it is below 90%.
@@ -165,7 +165,7 @@ def data_tables() -> list[str]:
             files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             lines.append(f"- {name}: {', '.join(f'`{file}`' for file in files)}")
     lines += ["- what `datasets` saves with `save_to_disk`, one split or several", "", "## Rows", "",
-              "Rows are recognised by their columns; `data.format=` forces a reading, `data.columns={...}` names columns.",
+              "Rows are recognised by their columns; `data.format=` forces one, `data.columns={...}` names columns.",
               "", _line(["columns", "read as", "task"]), "|---|---|---|"]  # fmt: skip
     lines += [_line([name, kind, "causal_lm"]) for name, (kind, _) in data_layouts.ROW_CELLS.items()]
     lines += [_line([name, kind, "sequence_classification"]) for name, (kind, _) in data_layouts.LABELLED_CELLS.items()]
