@@ -59,8 +59,11 @@ class Reader:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
-        self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
         self._unknown: int | None = tokenizer.unk_token_id
+        special = set(tokenizer.all_special_ids)
+        if self._unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            special.discard(self._unknown)  # it stands for text
+        self._special = np.array(sorted(special), dtype=np.int64)
         self.is_lossless = self._reads_bytes()
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:

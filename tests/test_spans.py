@@ -1,0 +1,145 @@
+"""Tokens and bytes by tokenizers of many kinds: trimmed offsets, no offsets, unknown and dropped characters, pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from make_assess_models import byte_tokenizer
+from test_encode import forget  # noqa: F401  (a fixture)
+from test_lm_eval_equality import byte_level, unigram, word_piece
+from transformers import ByT5Tokenizer
+
+from pipeline.config import Task
+from pipeline.data import encode
+from pipeline.data.documents import Document
+from pipeline.data.encode import encode_all, tokenizer_content
+from pipeline.data.spans import Reader
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
+KINDS = {
+    "byte-level": lambda: byte_level(eos_token="</s>"), "Unigram": lambda: unigram(bos_token="<s>", eos_token="</s>"),
+    "slow": ByT5Tokenizer,
+}  # fmt: skip
+
+
+def tokenizer_of(kind: str) -> Any:
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def causal(document: Document, tokenizer: Any, **more: Any) -> Any:
+    [found] = encode_all([document], tokenizer, Task.causal_lm, max_length=0, **more)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", ["one two", "  spaced", "naïve"])
+def test_bytes_of_an_answer_are_those_of_its_rendering(kind: str, answer: str) -> None:
+    messages = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": answer})
+    found = causal(Document("", messages=messages), tokenizer_of(kind))
+    assert found.num_bytes == len(f"{answer}\n".encode())
+    assert found.targets.any()
+    assert not found.targets[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_is_predicted_and_its_prompt_read(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    found = causal(Document(" grain and stone", prompt="The mill makes"), tokenizer)
+    text = causal(Document("The mill makes grain and stone"), tokenizer)
+    assert found.input_ids.tolist() == text.input_ids.tolist()
+    assert found.num_bytes == len(" grain and stone")
+    first = int(np.flatnonzero(found.targets)[0])
+    assert first > 1
+    assert found.targets[first:].all()
+    assert (found.ends is not None) is (tokenizer.eos_token_id is not None)
+
+
+def test_a_token_that_joins_prompt_and_completion_counts_all_of_its_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["xy"])
+    found = causal(Document("yz", prompt="wx"), tokenizer)
+    said = tokenizer.convert_ids_to_tokens(found.input_ids[found.targets].tolist())
+    assert said == ["xy", "z", "</s>"]
+    assert found.num_bytes == len("xyz")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "share"),
+    [
+        (lambda: word_piece(eos_token="[SEP]"), "return \u2603\u2603", 6 / 13),
+        (lambda: unigram(eos_token="</s>"), "a \u2603\u2604 a", 6 / 10),
+        (lambda: byte_level(eos_token="</s>"), "\u2603\u2604", 0),
+    ],
+)
+def test_unknown_characters_are_counted_in_bytes(tokenizer: Any, text: str, share: float) -> None:
+    found = causal(Document(text), tokenizer())
+    assert found.num_bytes == len(text.encode())
+    assert found.unknown_bytes / found.num_bytes == pytest.approx(share)
+
+
+def test_characters_that_a_tokenizer_drops_are_unknown_and_white_space_is_not() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))  # without an unknown token: drops the rest
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    found = causal(Document("ab  a \u05d0 b"), tokenizer)
+    assert (found.num_bytes, found.unknown_bytes) == (10, 2)
+    assert not Reader(tokenizer).is_lossless
+
+
+def test_whether_a_tokenizer_knows_every_character_is_found_out() -> None:
+    assert Reader(byte_tokenizer()).is_lossless
+    assert Reader(ByT5Tokenizer()).is_lossless
+    assert not Reader(word_piece(eos_token="[SEP]")).is_lossless
+
+
+def test_pairs_are_read_with_their_parts_and_the_longer_one_is_cut() -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    documents = [Document("premise", 1, pair="so"), Document("alone", 0), Document("a" * 20, 0, pair="b" * 6)]
+    pair, alone, long = encode_all(documents, tokenizer, Task.sequence_classification, max_length=16)
+    assert tokenizer.decode(pair.input_ids) == "<s>premise</s>so</s>"
+    assert pair.token_type_ids.tolist() == [0] * 9 + [1] * 3
+    assert (alone.token_type_ids, alone.label, alone.unread_tokens) == (None, 0, 0)
+    assert tokenizer.decode(long.input_ids) == "<s>aaaaaaa</s>bbbbbb</s>"
+    assert long.unread_tokens == 13
+    notes = encode.encoding_notes(documents, tokenizer, Task.sequence_classification, max_length=16)
+    assert notes == ["1 of 3 examples are cut: 27.1% of the tokens are not read"]
+
+
+def test_a_pair_is_nothing_for_a_language_model() -> None:
+    with pytest.raises(Exception, match=r"document 1 of test is a pair of texts, which task=causal_lm does not read"):
+        causal(Document("a", pair="b"), byte_tokenizer(), split="test")
+
+
+def test_what_is_encoded_again_is_known_by_content() -> None:
+    """A slow tokenizer too: another object of the same content is the same, another content is not."""
+    calls: list[int] = []
+    original = encode._encode
+    documents = [Document("one")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_encode", lambda *given: (calls.append(1), original(*given))[1])
+        causal(documents[0], ByT5Tokenizer())
+        causal(documents[0], ByT5Tokenizer())
+        assert len(calls) == 1
+        different = [Document("one", prompt="p"), Document("one", group="g")]
+        for count, document in enumerate(different, 2):
+            causal(document, ByT5Tokenizer())
+            assert len(calls) == count
+        for pair in ("x", "y"):
+            encode_all([Document("one", 0, pair=pair)], byte_tokenizer(), Task.sequence_classification, max_length=9)
+        for label in (1, 2):
+            encode_all([Document("one", label)], byte_tokenizer(), Task.sequence_classification, max_length=9)
+        assert len(calls) == 7
+    assert tokenizer_content(ByT5Tokenizer()) != tokenizer_content(ByT5Tokenizer(extra_ids=3))
