@@ -217,6 +217,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = 
         tokenizer = AutoTokenizer.from_pretrained(
             files if _is_local(source) else source, revision=revision, trust_remote_code=False
         )
+        tokenizer.init_kwargs.pop("auto_map", None)  # an artifact that names code it does not hold
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         lacks = tokenizer.pad_token_id is None

@@ -21,6 +21,7 @@ from pipeline.cli import main
 from pipeline.config import Task
 from pipeline.errors import UserError
 from pipeline.ledger.journal import Journal
+from pipeline.models import check_loads, load_model, load_tokenizer, save_model
 from pipeline.opening import quiet_libraries
 
 Refuse = Callable[..., str]
@@ -134,12 +135,37 @@ def test_pickled_weights_are_refused_and_not_run(refuse: Refuse, folder: Path, t
     assert not (tmp_path / "ran").exists()
 
 
+EVIL = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+
+
+def wants_code(folder: Path, trace: Path, **more: Any) -> None:
+    """Have a folder's files ask for code of its own, which would leave a trace."""
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        content = content | {"auto_map": EVIL} | (more if name == "config.json" else {})
+        (folder / name).write_text(json.dumps(content))
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')")
+
+
 def test_remote_code_is_refused_and_not_run(refuse: Refuse, folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    wants_code(folder, tmp_path / "ran", model_type="evil")
     assert "wants to run code of its own (auto_map)" in refuse(f"model.path={folder}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_model_that_transformers_has_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """Phi-3's layout: the architecture is known, so that its folder's own code is not needed, and never read."""
+    wants_code(folder, tmp_path / "ran")
+    model = load_model(folder, Task.causal_lm)
+    assert type(model).__module__.startswith("transformers.models.")
+    tokenizer = load_tokenizer(folder)
+    assert type(tokenizer).__module__.startswith("transformers.")
+    check_loads(folder, Task.causal_lm, labels=None, key="model.path")
+    assert not (tmp_path / "ran").exists()
+    save_model(model, tokenizer, tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        assert file.suffix != ".py"
+        assert file.suffix != ".json" or "evil" not in file.read_text(), file.name
     assert not (tmp_path / "ran").exists()
 
 
