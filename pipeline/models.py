@@ -308,6 +308,10 @@ def _load(
         model = merge(model, Path(_local(path)), key)
     if not quantized:
         model.to(device)
+    if quantized_by(config) == "torchao":
+        from pipeline.quantization.ao import leave_inference_mode
+
+        leave_inference_mode(model)
     return model.eval(), [note for note in notes if note is not None]
 
 

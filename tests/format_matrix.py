@@ -1,8 +1,8 @@
 """What each format does to each architecture: the function behind a cell of the table of what is supported.
 
-`cell(architecture, fmt, folder)` quantizes a tiny model of an architecture and loads it again in this process as any
-program would; it returns a `Cell`: the share of the parameters that is in the format, or the reason for a no, which is
-what a run prints. The widths are multiples of 64, so that no kernel's shape decides.
+`cell(architecture, fmt, folder)` quantizes a tiny model of an architecture and loads it again in this process, as what
+assesses and serves it does. It returns a `Cell`: the share of the parameters that is in the format, or the reason for a
+no, which is what a run prints. The widths are multiples of 64, so that no kernel's shape decides.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from make_assess_models import LABELS, byte_tokenizer
 import pipeline.quantization.backend as backend
 from pipeline.config import Format, Task
 from pipeline.errors import UserError
-from pipeline.models import save_model
-from pipeline.quantization.fresh_process import forward_digests
+from pipeline.models import load_model, save_model
+from pipeline.quantization.fresh_process import align, forward_digests
 from pipeline.quantization.reload_check import Reference, auto_class
+from pipeline.quantization.sixteen import stored_dtype
 
 CPU = torch.device("cpu")
 KEY = "stages.small.format"
@@ -231,8 +232,11 @@ def cell(name: str, fmt: Format, folder: Path, reload: Callable[[Path, Any, Refe
 
 
 def _reload(folder: Path, architecture: Architecture, reference: Reference) -> None:
-    model = auto_class(architecture.task).from_pretrained(folder, device_map={"": "cpu"}, local_files_only=True)
-    assert tuple(forward_digests(model.eval(), reference.probes)) == reference.digests, folder
+    """Load it as it is assessed and served, and compute as those do: in inference mode."""
+    model = load_model(folder, architecture.task, dtype=stored_dtype(folder, CPU))
+    align(model)
+    with torch.inference_mode():
+        assert tuple(forward_digests(model, reference.probes)) == reference.digests, folder
 
 
 if __name__ == "__main__":  # the table, in Markdown

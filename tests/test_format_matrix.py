@@ -27,10 +27,14 @@ REFUSED = {
     ("DeepSeek-V3", Format.int8): "does not run in int8",
     ("XLNet", Format.bf16): "does not run in bf16",
 }
+ALIKE = ("Mistral", "Qwen3", "Gemma2", "GPT-NeoX", "OLMoE", "ELECTRA", "RoBERTa", "DistilBERT", "Llama classifier")
+"""Architectures that differ from another one of the table in nothing that a format looks at: with `-m slow`."""
 WITHOUT_EXPERTS = 0.25  # what linear layers alone are, at most, of these tiny mixtures
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in ARCHITECTURES]
+)
 def test_an_architecture_is_quantized_or_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     for fmt in (each for each in ONE_EACH if each in FORMATS):
         found, said = cell(name, fmt, tmp_path), REFUSED.get((name, fmt))
