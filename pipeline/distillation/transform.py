@@ -1,13 +1,17 @@
-"""What a model does to the product of its head before it calls it logits: a scale, a soft cap, fewer columns.
+"""What a model does to the product of its head before it calls it logits.
+
+It may scale it, cap it softly, and leave columns out:
 
     logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)
 
-The settings that models keep these figures under are known by name, and their meaning differs: Granite divides by
-`logits_scaling`, HyperCLOVA X multiplies by it, MPT ignores its `logit_scale`. So a config gives *readings*, the likely
-one first, and `prove` takes the first that is equal to what the model itself computes. Fresh logits are too small for a
-cap to be seen, so it looks at amplified ones as well. A factor that no setting names is not estimated: it could be
-a parameter, which would then never be trained.
-Source: transformers 5.23, all modeling_*.py that have a causal language model, between `lm_head` and `logits`.
+The settings that models keep these figures under are known by name, and their meaning differs:
+Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, MPT ignores its `logit_scale`.
+So a config gives *readings*, the likely one first, and `prove` takes the first that is equal to
+what the model itself computes. Fresh logits are too small for a cap to be seen, so it looks at
+amplified ones as well. A factor that no setting names is not estimated: it could be a parameter,
+which would then never be trained.
+Source: transformers 5.23, all modeling_*.py that have a causal language model, between `lm_head`
+and `logits`.
 """
 
 from __future__ import annotations
@@ -195,8 +199,10 @@ def _body_of(model: Any, inputs: dict[str, Tensor]) -> Any:
         hook = body.register_forward_hook(
             lambda _, __, output, ran=ran: ran.append(getattr(output, "last_hidden_state", None) is not None)
         )
-        model(**copies(inputs), use_cache=False)
-        hook.remove()
+        try:
+            model(**copies(inputs), use_cache=False)
+        finally:
+            hook.remove()
         if ran == [True]:
             return body
     return None
