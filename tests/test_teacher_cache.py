@@ -73,6 +73,11 @@ def make_run(task: Task = Task.causal_lm, training: dict[str, Any] | None = None
     return Run(task=task, training=config, stages=stages, precision=PrecisionConfig(name=Precision.fp32))
 
 
+def history_at(step: int) -> list[dict[str, Any]]:
+    """Return what a shard's record says of where it was made."""
+    return [{"run_id": "a", "attempt": 1, "step": step, "phases_ns": {"capture": 1}}]
+
+
 def context(root: Path, run: Run, stage: str = "capture", **changes: Any) -> Context:
     out = root / "out"
     out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ def context(root: Path, run: Run, stage: str = "capture", **changes: Any) -> Con
         "run": run, "stage": stage, "seed": 0, "device": CPU, "clock": PhaseClock(), "out": out,
         "data": SimpleNamespace(digest="d" * 32, labels=labels, splits={"train": []}),
         "checkpoints": root / "checkpoints", "matched": None, "matched_flops": None,
-        "points": lambda *_: None, "history": lambda step: [{"step": step}], "checkpointed": lambda step: None,
+        "points": lambda *_: None, "history": history_at, "checkpointed": lambda step: None,
         "resumed": lambda step, history: None, "should_stop": lambda: None, "progress": progress,
         "say": lambda text: None, **changes,
     }  # fmt: skip
@@ -305,7 +310,7 @@ def test_a_stopped_capture_goes_on_from_what_verifies_and_ends_with_the_same_byt
         parts, run, teacher, checkpointed=again.append, say=said.append,
         resumed=lambda step, history: resumed.append((step, history)),
     )  # fmt: skip
-    assert resumed == [(3, [{"step": 3}])]
+    assert resumed == [(3, history_at(3))]
     assert [note for note in said if "shard" in note] == [
         "capture: shard-00001.safetensors is damaged and captured anew"
     ]
