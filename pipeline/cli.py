@@ -21,6 +21,7 @@ from pipeline.recipes import (
     config_dir,
     find_choices,
     find_recipes,
+    is_shipped,
     read_recipe,
     recipe_text,
     refuse_code_keys,
@@ -213,6 +214,9 @@ def _compose_and_run(
     from omegaconf.errors import OmegaConfBaseException
 
     from pipeline.explain import as_user_error, explain
+    from pipeline.gate.checks import is_gate
+    from pipeline.no_effect import check_given
+    from pipeline.report.github import refusals_told
 
     codes: list[int] = []
     deliveries: Deliveries = []  # waited for once all jobs are done: the next one's clock is running
@@ -220,7 +224,10 @@ def _compose_and_run(
     given = {arg.partition("=")[0].lstrip("+~") for arg in args}
 
     def typed(cfg: DictConfig) -> Any:
-        return _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
+        run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
+        with refusals_told(is_gate(run)):
+            check_given(run, _given(args, recipes.get(run.recipe)))
+        return run
 
     def one(cfg: DictConfig) -> None:
         # what passed before belongs to the first job of a multirun alone
@@ -321,6 +328,14 @@ def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
         found |= {recipe.name: recipe for recipe in named}
         ahead += [recipe_text(recipe) for recipe in named]
     return list((found or recipes).values())
+
+
+def _given(args: list[str], recipe: Recipe | None) -> set[str]:
+    """Return the settings that a user gave: on the command line, and in a recipe that does not ship."""
+    from pipeline.no_effect import given_keys, recipe_keys
+
+    given = given_keys([arg for arg in args if not arg.startswith("-")])
+    return given if recipe is None or is_shipped(recipe) else given | recipe_keys(read_recipe(recipe))
 
 
 def _typed(cfg: Any, given: Collection[str], explained: Callable[[Exception], UserError]) -> Any:

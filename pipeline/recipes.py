@@ -78,6 +78,11 @@ def find_recipes(extra: list[Path]) -> dict[str, Recipe]:
     return {path.stem: Recipe(path.stem, path, _question(path)) for path in files}
 
 
+def is_shipped(recipe: Recipe) -> bool:
+    """Tell whether a recipe came with this package."""
+    return recipe.path.parent == _shipped("recipes")
+
+
 def _question(path: Path) -> str:
     """Return the first comment line; a file that cannot be read says why when it is asked for."""
     try:
