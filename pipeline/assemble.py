@@ -28,7 +28,7 @@ from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
 from pipeline.report.verdict import markdown_line, shown_line
 from pipeline.report.view import is_finished
-from pipeline.store import MODEL, read_json, write_json, write_text
+from pipeline.store import MODEL, free_room, read_json, write_json, write_text
 from pipeline.sync import GATE_S, let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured, null
@@ -46,6 +46,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
         What waits a bounded time for MLflow and then says what came of it, or None where nothing is delivered.
     """
     attempt.sampler.stop()
+    free_room(attempt.folder)  # what is written from here on fits, whatever filled the disk
     attempted(lambda: note_charges(attempt), lambda why: attempt.notes.append(unmeasured("what models cost", why)))
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)

@@ -72,7 +72,7 @@ from pipeline.stages.settings import (
     training_precision,
     training_settings,
 )
-from pipeline.store import MODEL, Artifact, Store, key_of, plain
+from pipeline.store import MODEL, Artifact, Store, key_of, plain, read_json
 from pipeline.values import Value
 
 ASSESSMENT_VERSION = 3  # part of an assessment's key: raise it when the same settings give other figures
@@ -426,9 +426,14 @@ class Attempt:
     def _wants_vllm(self, name: str) -> bool:
         """Whether vLLM is to load and score an arm's artifact."""
         wanted = self.run.serving.check_vllm
-        return wanted is VllmCheck.every or (
-            wanted is VllmCheck.quantized and isinstance(self.run.stages[name], QuantizeStage)
-        )
+        return wanted is VllmCheck.every or (wanted is VllmCheck.quantized and self._is_quantized(name))
+
+    def _is_quantized(self, name: str) -> bool:
+        """Whether an arm's artifact is quantized: by its stage, or as it was released."""
+        if self.gate is not None and name in self.gate.releases():
+            config = read_json(self.gate.releases()[name].artifact.path / "config.json")
+            return isinstance(config, dict) and config.get("quantization_config") is not None
+        return isinstance(self.run.stages[name], QuantizeStage)
 
     def _check_vllm(self, name: str, made: Record) -> Checked | None:
         """Have vLLM score an arm's artifact, where that is wanted; a part of its assessment."""

@@ -402,6 +402,12 @@ def _guarded(call: Any, debug: bool) -> int:
         return _say(error, Exit.REFUSED, debug)
     except KeyboardInterrupt as error:
         return _say(error, Exit.INTERRUPTED, debug)
+    except OSError as error:
+        from pipeline.store import disk_full, says_full
+
+        if not says_full(error):
+            return _say(error, Exit.REFUSED, debug)
+        return _refuse(disk_full(Path(error.filename or ".")), debug)
     except Exception as error:  # noqa: BLE001 - the outermost frame: a crash becomes one line and exit 1
         return _say(error, Exit.REFUSED, debug)
 

@@ -49,7 +49,7 @@ from pipeline.records import RUN, read_record, sound_events, tell
 from pipeline.recovery import recover, why_unusable
 from pipeline.redact import redact_settings
 from pipeline.stages.release import BASELINE
-from pipeline.store import Store, key_of, plain, write_json
+from pipeline.store import Store, key_of, plain, reserve_room, write_json
 from pipeline.sync import start_writer
 from pipeline.tracking import declared_uri
 from pipeline.validate import OWNER
@@ -136,6 +136,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         )
         if attempt.placement.get("power_scope") == "module":
             attempt.notes.append(OF_THE_MODULE)
+        reserve_room(folder)
         write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
         settings = redact_settings(plain(run))
         write_json(folder / "config.json", settings)

@@ -25,7 +25,7 @@ from pipeline.signals import is_listened_to, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs, sixteen_rungs
 from pipeline.stages.settings import BASE
-from pipeline.store import MODEL, Artifact
+from pipeline.store import MODEL, Artifact, disk_full, says_full
 
 
 def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
@@ -69,6 +69,12 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         except (UserError, StageFailed, BudgetSpent) as problem:
             why = str(problem)
             raise
+        except OSError as problem:
+            if not says_full(problem):
+                raise
+            full = disk_full(attempt.folder)
+            why = str(full)
+            raise full from problem
         finally:
             delivery = finish(attempt, status, why)
             if delivery is not None:
@@ -79,7 +85,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         print(f"vLLM disagrees: {', '.join(attempt.disagreeing)}: it reads another model from the same folder than the "
               "one that was assessed; serving.check_vllm=never leaves the check out", file=sys.stderr)  # fmt: skip
     if attempt.gate is not None and attempt.gate.verdict is not None:
-        return exit_code(attempt.gate)
+        return exit_code(attempt.gate, attempt.disagreeing)
     useless = without_speedup(attempt)
     if useless and not run.allow_no_speedup:
         print(f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
@@ -166,6 +172,9 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
         attempt.skip(name, stage, seed, why_not)
         return
     inputs = {arm: attempt.arms[arm] for arm in stage.reads(attempt.run)}
+    gone = next((arm for arm, artifact in inputs.items() if not artifact.path.is_dir()), None)
+    if gone is not None:
+        raise StageFailed(f"{inputs[gone].path}, the artifact of {gone}, is gone; the same command makes it again")
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or _made(attempt, name, stage, inputs, seed, key)

@@ -33,6 +33,7 @@ from pipeline.waiting import waiting_for
 MANIFEST = "artifact.json"
 MODEL = "model"  # the kind of artifact that can be assessed, served, and shown among models
 WAIT_S = 1.0
+RESERVE, RESERVED_BYTES = ".reserve", 4 * 2**20  # in a run's folder: result, report and last lines of the journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,13 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self._make_folders()
+        self._sweep()
+
+    def _make_folders(self) -> None:
+        """Make what is missing: somebody may remove the store while a stage trains for hours."""
         for name in ("artifacts", "keys", "tmp", "tokenizers", "locks", "checkpoints", "assessments"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        self._sweep()
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
@@ -160,6 +165,7 @@ class Store:
         """
         from filelock import FileLock
 
+        self._make_folders()
         folder = self.root / "tmp" / uuid.uuid4().hex
         lock = folder.with_suffix(".lock")
         try:
@@ -167,11 +173,9 @@ class Store:
                 folder.mkdir()
                 yield folder
         except Exception as error:
-            if not _says_full(error):
+            if not says_full(error):
                 raise
-            raise UserError(
-                "tracking.root", f"the disk of {self.root} is full", "free some room and start again"
-            ) from error
+            raise disk_full(self.root) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             lock.unlink(missing_ok=True)
@@ -184,6 +188,10 @@ class Store:
             with suppress(Timeout), FileLock(lock, timeout=0):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
+        for left in self.root.glob("*/.*.json.*"):
+            with suppress(OSError), left.open("rb") as file:  # who writes holds it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
     @contextmanager
     def lock(
@@ -198,6 +206,7 @@ class Store:
         """
         from filelock import FileLock, Timeout
 
+        self._make_folders()
         lock = FileLock(self.root / "locks" / f"{key}.lock")
         with waiting_for(what):
             while True:
@@ -213,6 +222,7 @@ class Store:
 
     def commit(self, folder: Path, kind: str, manifest: dict[str, Any]) -> Artifact:
         """Turn a written folder into an artifact: sync it, then rename it to its digest in one step."""
+        self._make_folders()
         digest, num_bytes = digest_folder(folder)
         write_json(folder / MANIFEST, {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest})
         _sync(folder)
@@ -306,7 +316,15 @@ def bring(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _says_full(error: BaseException) -> bool:
+def disk_full(folder: Path) -> UserError:
+    """Return what to say of a disk that filled up: which, what is left on it, and that nothing is to be done twice."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    remedy = f"free some room (it has {free:.0f} MiB left) and start the same command again: it goes on"
+    return UserError("tracking.root", f"the disk of {folder} is full", remedy)
+
+
+def says_full(error: BaseException) -> bool:
     """Whether a disk or quota is full; safetensors has an error class of its own that only says so in words."""
     full = (errno.ENOSPC, errno.EDQUOT)
     number = error.errno if isinstance(error, OSError) else None
@@ -332,6 +350,17 @@ def sync_path(folder: Path) -> None:
         os.close(handle)
 
 
+def reserve_room(folder: Path) -> None:
+    """Keep as much of the disk as the end of a run writes, so that a run which a full disk ends can still say so."""
+    with (folder / RESERVE).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
+
+
+def free_room(folder: Path) -> None:
+    """Give back what was reserved."""
+    (folder / RESERVE).unlink(missing_ok=True)
+
+
 def check_room(folder: Path, num_bytes: int, key: str) -> None:
     """Refuse to start writing what cannot fit.
 
@@ -341,4 +370,5 @@ def check_room(folder: Path, num_bytes: int, key: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         need, have = num_bytes / 2**20, free / 2**20
-        raise UserError(key, f"{folder} has {have:.0f} MiB free, this needs {need:.0f} MiB", "free some room")
+        problem = f"{folder} has {have:.0f} MiB free, this needs {need:.0f} MiB"
+        raise UserError(key, problem, "free some room; the same command then goes on")

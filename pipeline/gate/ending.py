@@ -6,7 +6,7 @@ The order matters: a verdict is on disk before anything moves, so that a crash i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.verdict import Outcome
@@ -71,6 +71,11 @@ def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
 
     name = model_name(gate, attempt.run)
     url = gate.candidate.url
+    if attempt.disagreeing:  # who serves it would serve another model than the one that was judged
+        why = f"vLLM reads another model from the folder of {', '.join(attempt.disagreeing)}"
+        gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": why}
+        print(f"not promoted: {why}", file=sys.stderr)
+        return
     if gate.places.url is not None and url is None:
         from pipeline.remote import upload
 
@@ -100,10 +105,16 @@ def note_history(attempt: Attempt, gate: Gate) -> None:
             gate.history = history_of(gate.verdict, uri, model=named)
 
 
-def exit_code(gate: Gate) -> int:
-    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked."""
+def exit_code(gate: Gate, disagreeing: Sequence[str]) -> int:
+    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked.
+
+    Args:
+        disagreeing: Arms that vLLM reads as another model: a PASS of one is a fail, whatever was asked for.
+    """
     assert gate.verdict is not None
     lost = gate.promotion is not None and not gate.promotion["done"]
+    if not lost and disagreeing and gate.verdict["exit_code"] == Exit.DONE:
+        return Exit.FAIL
     return Exit.REFUSED if lost else gate.verdict["exit_code"]
 
 
@@ -133,7 +144,8 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
             "schema": 1, "line": one_line(f"no verdict: the run ended {status}: {why}"), "verdict": None,
             "exit_code": int(exit_of(error)), "why": why, "criteria": [], "run_id": attempt.run_id,
         }  # fmt: skip
-    code = exit_code(gate) if status == "FINISHED" else exit_of(error)  # while the champion was moved, say
+    ended_well = status == "FINISHED"  # it may have been killed while the champion was moved
+    code = exit_code(gate, attempt.disagreeing) if ended_well else exit_of(error)
     return {
         **gate.verdict, "sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion,
         "history": gate.history, "end": {"exit_code": int(code), "why": why},
