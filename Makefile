@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test faults check format ui clean
+.PHONY: fuzz demo test faults check format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST)
+
+# Thousands of damaged records, files and command lines; COUNT=10000 for a night, SEED=N for others.
+COUNT ?= 2000
+SEED ?= 0
+fuzz: $(INSTALLED)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz.run --count $(COUNT) --seed $(SEED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -22,13 +22,14 @@ from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.disturbance import COMPARED
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.run_cost import run_cost
+from pipeline.records import RUN, read_record, sealed
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import wrap
 from pipeline.report.verdict import markdown_line, shown_line
 from pipeline.report.view import is_finished
-from pipeline.store import MODEL, free_room, read_json, write_json, write_text
+from pipeline.store import MODEL, free_room, write_json, write_text
 from pipeline.sync import GATE_S, let_go, undelivered
 from pipeline.tracking import ui_command
 from pipeline.values import measured, null
@@ -56,9 +57,9 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
         "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
     )  # a gate that came to none
     write_text(attempt.folder / "report.md", opening + markdown(result))
-    state = read_json(attempt.folder / "run.json") or {}
+    state = read_record(attempt.folder / "run.json", RUN) or {}
     end = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
-    write_json(attempt.folder / "run.json", {**state, **end})
+    write_json(attempt.folder / "run.json", sealed({**state, **end}))
     attempt.journal.write(
         "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
         description=short_form(result),

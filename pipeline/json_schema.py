@@ -64,6 +64,8 @@ def _choice(value: Any, schema: Schema, _: Schema, at: str) -> str | None:
 def _number(value: Any, schema: Schema, _: Schema, at: str) -> str | None:
     if "minimum" in schema and _is_number(value) and value < schema["minimum"]:
         return f"{at} is {value}"
+    if "maximum" in schema and _is_number(value) and value > schema["maximum"]:
+        return f"{at} is {value}"
     return None
 
 

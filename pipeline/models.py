@@ -14,6 +14,7 @@ from pipeline.adapters import base_of, is_adapter, merge, without_adapter
 from pipeline.classes import match_classes, read_in_order, refuse_other_problem
 from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
+from pipeline.hub import offline_without_network
 from pipeline.waiting import waiting_for
 from pipeline.weights import name_body, refuse_incomplete, refuse_unexpected, renew_head, share_as_written
 
@@ -80,7 +81,10 @@ def check_local(path: str, key: str) -> None:
 def resolve(path: str | Path, key: str) -> str:
     """Return what `from_pretrained` takes for a checked local folder or a Hub name."""
     check_local(str(path), key)
-    return str(Path(path).expanduser()) if _is_local(path) else str(path)
+    if _is_local(path):
+        return str(Path(path).expanduser())
+    offline_without_network()
+    return str(path)
 
 
 def _whole(path: str | Path, key: str) -> str:
@@ -431,6 +435,10 @@ def _unloadable(key: str, path: str | Path, error: Exception, *, what: str = "")
 
 def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
     """Return the refusal of a name that is no folder here and could not be had from the Hub."""
+    why = offline_without_network()
+    if why is not None:
+        problem = f"there is no folder {path} here, nor a model of that name in the cache, and {why}"
+        return UserError(key, problem, "check the name and the network, or give a folder")
     return UserError(
         key, f"there is no folder {path} here, and the Hub did not give a model of that name ({text})",
         "check the name, or the network",

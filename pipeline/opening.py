@@ -45,7 +45,7 @@ from pipeline.preflight import (
     check_tasks,
     choose_device,
 )
-from pipeline.records import RUN, read_record, sound_events, tell
+from pipeline.records import RUN, read_record, sealed, sound_events, tell
 from pipeline.recovery import recover, why_unusable
 from pipeline.redact import redact_settings
 from pipeline.stages.release import BASELINE
@@ -137,7 +137,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         if attempt.placement.get("power_scope") == "module":
             attempt.notes.append(OF_THE_MODULE)
         reserve_room(folder)
-        write_json(folder / "run.json", {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number})
+        state = {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
+        write_json(folder / "run.json", sealed(state))
         settings = redact_settings(plain(run))
         write_json(folder / "config.json", settings)
         journal.write(

@@ -37,6 +37,8 @@ GROUPS = (
 """Folders of `configs/`, each with the settings of one field of `Run`."""
 CODE = ("hydra", "auto_map", "trust_remote_code", "custom_pipelines")
 """Keys by which Hydra and transformers are told which code to run; `_target_` and its kin are recognised by shape."""
+ODD_TO_OMEGACONF = (ValueError, TypeError, AssertionError, AttributeError, RecursionError)
+"""What OmegaConf lets through, beside its own errors, where a text is no settings."""
 TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
 _STAGE = re.compile(r"/stage@stages\.([A-Za-z]\w*)")
 _CHOICE = re.compile(r"(?:override\s+)?/?([a-z_]+)")
@@ -146,7 +148,7 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
         check_growth(path, text, "recipe")
         _check_tags(path, text)
         node = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, *ODD_TO_OMEGACONF) as error:
         if isinstance(error, UserError):
             raise
         said = " ".join(str(error).split())

@@ -48,7 +48,8 @@ def _list_of(kind: Spec, *, least: int = 0, most: int | None = None) -> dict[str
 _HISTORY = _list_of(_fields(run_id=_TEXT, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS))
 _USAGE = _fields(dict.fromkeys(FIGURES, _VALUE), throttle_reasons=_list_of(_TEXT), problems=_list_of(_TEXT))
 _USAGE["required"] += FIGURES
-_HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0}
+_COUNT_OR_NULL = {"type": ["number", "null"], "minimum": 0}
+_HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0, "maximum": 1e9}  # more than all that were ever sold
 RUN: Spec = _fields(
     {"pid": {"type": ["integer", "null"]}, "spent_device_hours": _HOURS_OR_NULL},
     key=_TEXT, status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]}, attempt=_ATTEMPT,
@@ -60,7 +61,7 @@ MADE: Spec = _fields(
     artifact=_ARTIFACT, run_id=_TEXT, attempt=_ATTEMPT, seed={"type": "integer"}, work_ns=_NS, phases_ns=_PHASES_NS,
     output=_fields(
         counts=_VALUES, curve=_list_of({"type": "object", "additionalProperties": {"type": ["number", "null"]}}),
-        flops_per_step=_HOURS_OR_NULL, seconds_in_steps=_HOURS_OR_NULL, existing={"type": "boolean"},
+        flops_per_step=_COUNT_OR_NULL, seconds_in_steps=_COUNT_OR_NULL, existing={"type": "boolean"},
         gpu_timeline=_OBJECT, about=_OBJECT,
     ),
     memory=_VALUES, earlier=_list_of(ROW),
@@ -87,7 +88,7 @@ MANIFEST: Spec = _fields(kind={"type": "string", "pattern": "^[a-z_]{1,40}$"}, d
 """artifact.json, which is in no digest."""
 REGISTERED: Spec = _fields(
     run_id=_TEXT, device=_fields(name=_TEXT), work_device_hours=_HOURS_OR_NULL, retry_device_hours=_HOURS_OR_NULL,
-    model_flops=_HOURS_OR_NULL,
+    model_flops=_COUNT_OR_NULL,
 )  # fmt: skip
 """`ledger` of an artifact.json: what a registered model cost."""
 CHOICE: Spec = _fields(chosen=_TEXT, said=_list_of(_TEXT), trials=_list_of(_OBJECT))

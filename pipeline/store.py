@@ -128,6 +128,11 @@ def _write(path: Path, text: str) -> None:
         except FileNotFoundError:
             if is_last:
                 raise
+        except IsADirectoryError:  # somebody's folder, where a file of ours belongs: kept, under another name
+            temporary.unlink(missing_ok=True)
+            if is_last:
+                raise
+            path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.moved"))
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -11,12 +11,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from here import here
 from test_faults import SMALL, hours, results
 
+from pipeline.attempt import Attempt
+from pipeline.config import Run
+from pipeline.errors import Exit
+from pipeline.gate import ending
+from pipeline.gate.ending import exit_code
 from pipeline.ledger.journal import Journal
 from pipeline.store import Store, check_room, disk_full, write_json
 
@@ -145,3 +151,53 @@ def test_what_is_written_has_the_permissions_that_the_umask_gives(tmp_path: Path
     finally:
         os.umask(before)
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_where_a_record_belongs_makes_way_and_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "keys" / "k.json").mkdir()
+    (tmp_path / "keys" / "k.json" / "somebody's").touch()
+    assert store.recall("keys", "k") is None
+    store.remember("keys", "k", {"a": 1})
+    assert store.recall("keys", "k") == {"a": 1}
+    (moved,) = (tmp_path / "keys").glob("k.json.*.moved")
+    assert (moved / "somebody's").exists()
+
+
+# -- a release that vLLM reads as another model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "promoted", "disagrees", "ends"),
+    [
+        (0, None, [], Exit.DONE),
+        (0, None, ["candidate"], Exit.FAIL),
+        (0, True, [], Exit.DONE),
+        (0, False, [], Exit.REFUSED),
+        (0, False, ["candidate"], Exit.REFUSED),
+        (4, None, ["candidate"], 4),
+    ],
+)
+def test_a_pass_that_vllm_reads_as_another_model_is_no_success(
+    code: int, promoted: bool | None, disagrees: list[str], ends: int
+) -> None:
+    promotion = None if promoted is None else {"done": promoted}
+    gate: Any = SimpleNamespace(verdict={"exit_code": code}, promotion=promotion)
+    assert exit_code(gate, disagrees) == ends
+
+
+def test_what_vllm_reads_as_another_model_is_not_promoted(capsys: pytest.CaptureFixture[str]) -> None:
+    candidate = SimpleNamespace(url=None, model="m", version="1")
+    gate: Any = SimpleNamespace(candidate=candidate, baseline=None, promotion=None)
+    attempt: Any = SimpleNamespace(disagreeing=["candidate"], run=Run())
+    ending._promote(attempt, gate, {})
+    assert gate.promotion["done"] is False
+    assert "not promoted: vLLM reads another model from the folder of candidate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "bitsandbytes"}}])
+def test_a_quantized_candidate_is_checked_as_a_quantized_arm_is(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_json(tmp_path / "config.json", config)
+    release = SimpleNamespace(artifact=SimpleNamespace(path=tmp_path))
+    attempt: Any = SimpleNamespace(gate=SimpleNamespace(releases=lambda: {"candidate": release}), run=Run())
+    assert Attempt._is_quantized(attempt, "candidate") is bool(config)

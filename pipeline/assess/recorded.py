@@ -109,7 +109,7 @@ def _columns(path: Path, task: Task, key: str) -> Arrays:
 def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
     """Return what no document can read, or None; what is not finite is for the comparison to say."""
     for name, value in row.items():
-        whole = isinstance(value, int) and abs(value) < 2**63 and (name == "correct" or not isinstance(value, bool))
+        whole = isinstance(value, int) and abs(value) < 2**53 and (name == "correct" or not isinstance(value, bool))
         numeric = whole or isinstance(value, float)
         if name in NUMBERS[task] and not numeric:
             return f"{name} is no number"
@@ -121,6 +121,9 @@ def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
         below = next((name for name in NUMBERS[task] if row.get(name, 0) < 0), None)
         if below is not None:
             return f"{below} is below 0"
+        empty = next((name for name in ("bytes", "tokens") if row.get(name, 1) == 0), None)
+        if empty is not None:
+            return f"{empty} is 0: such a document says nothing"
         if row.get("correct", 0) > row.get("tokens", math.inf):
             return "more tokens are correct than there are"
     elif row.get("correct", 0) not in (0, 1):

@@ -13,6 +13,7 @@ from pipeline.data.files import from_tables, load_path
 from pipeline.data.mappings import split_names
 from pipeline.data.split_names import pick_splits
 from pipeline.errors import UserError
+from pipeline.hub import offline_without_network
 from pipeline.waiting import waiting_for
 
 KEY = "data.hub"
@@ -38,12 +39,13 @@ def _downloaded(config: DataConfig) -> dict[str, Any]:
 
     assert config.hub is not None
     name, _, revision = config.hub.partition("@")
+    unreachable = offline_without_network()
     try:
         with waiting_for(f"the Hugging Face Hub to give {name}"):
             loaded: Any = datasets.load_dataset(name, config.subset, revision=revision or None)
         return {str(split): part for split, part in loaded.items()}
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it wants to run a script
-        text = " ".join(str(error.__cause__ or error).split())[:240] or type(error).__name__
+        text = unreachable or " ".join(str(error.__cause__ or error).split())[:240] or type(error).__name__
         remedy = "check its name, data.subset and the network"
         raise UserError(KEY, f"{config.hub} cannot be loaded ({text})", remedy) from None
 

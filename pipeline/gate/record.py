@@ -18,7 +18,7 @@ Verdict = dict[str, Any]
 
 def canonical(verdict: Verdict) -> bytes:
     """Return the bytes that a verdict's checksum is taken over."""
-    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
 
 
 def checksum(verdict: Verdict) -> str:

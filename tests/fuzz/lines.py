@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.mutate import command_line
-
 from pipeline.cli import main
 from pipeline.config import Run, dotted_keys
 from pipeline.recipes import GROUPS, find_recipes
@@ -34,6 +33,7 @@ def try_lines(seed: int, count: int, cwd: Path) -> dict[str, int]:
     """
     rng, keys, recipes = random.Random(seed), all_keys(), list(find_recipes([]))
     ends: dict[str, int] = {}
+    cwd.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         args = command_line(rng, keys, recipes)
         code, said = run_line(args, cwd)

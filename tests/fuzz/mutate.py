@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 1.5, 2**31, 2**63, -(2**70), 1e308, float("nan"), float("inf"), "", "x", "\u0000", "\ud800",
-    "FINISHED", "x" * 5000, [], {}, [[]], {"": None}, [None, 1, "x"], {"v": 1}, "9" * 400,
-]  # fmt: skip
+    *(None, True, False, 0, -1, 1, 1.5, 2**31, 2**63, -(2**70), 1e308, float("nan"), float("inf")),
+    *("", "x", "\u0000", "\ud800", "FINISHED", "x" * 5000, "9" * 400),
+    *([], {}, [[]], {"": None}, [None, 1, "x"], {"v": 1}),
+]
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -98,10 +99,14 @@ def damage(path: Path, rng: random.Random, *, lines: bool = False) -> str:
 
 
 def _damage_json(path: Path, rng: random.Random, *, lines: bool) -> None:
-    text = path.read_text().split("\n") if lines else [path.read_text()]
+    whole = path.read_bytes().decode("utf-8", "replace")
+    text = whole.split("\n") if lines else [whole]
     at = rng.randrange(max(1, len(text) - 1))
-    record = json.loads(text[at])
-    record = mutate_json(record, rng)
+    try:
+        record = mutate_json(json.loads(text[at]), rng)
+    except ValueError:  # YAML, or damaged before
+        path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+        return
     if isinstance(record, dict) and rng.random() < 0.7:  # one that nobody can tell by its checksum
         record.pop("checksum", None)
         record.pop("crc", None)
@@ -122,18 +127,22 @@ def restore(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-# -- command lines ------------------------------------------------------------------------------------------------------
+# -- command lines ---------------------------------------------------------------------------------
 
 VALUES = [
-    "1", "0", "-1", "1.5", "1e400", "nan", "null", "true", "x", "", "a b", "é", "[1]", "[1,2]", "[", "{", "{a: 1}", "{a", "'", '"',
-    "'x'", "a,b", "1,2", "${", "${x}", "${model.name}", "${oc.env:HOME}", "${oc.env:NO_SUCH}", "choice(1,2)", "range(3)",
-    "glob(*)", "9" * 30, "9" * 5000, "\udcff", "\x00", "\n", "=", "~", "*", "/dev/zero", "/", "~/x", "hf_x", "auto", "cpu",
-    "sequence_classification", "every_2", "[0,99]", "{_target_: os.system}", "\\", "#", "%", "!", "a:b", "[[1]]", "{}", "[]",
-]  # fmt: skip
+    *("1", "0", "-1", "1.5", "1e400", "nan", "null", "true", "x", "", "a b", "\xe9", "[1]", "[1,2]"),
+    *("[", "{", "{a: 1}", "{a", "'", '"', "'x'", "a,b", "1,2", "${", "${x}", "${model.name}"),
+    *("${oc.env:HOME}", "${oc.env:NO_SUCH}", "choice(1,2)", "range(3)", "glob(*)", "9" * 30),
+    *("9" * 5000, "\udcff", "\x00", "\n", "=", "~", "*", "/dev/zero", "/", "~/x", "hf_x", "auto"),
+    *("cpu", "sequence_classification", "every_2", "[0,99]", "{_target_: os.system}", "\\", "#", "%"),
+    *("!", "a:b", "[[1]]", "{}", "[]"),
+]
 SIGNS = [*[""] * 30, "+", "++", "~", "-", "--", " ", "@", "/"]
-FLAGS = ["-m", "--multirun", "--cfg", "--cfg=job", "--resolve", "--help", "-h", "--debug", "--frob", "-c", "job", "--info",
-         "--recipe-dir", "--recipe-dir=/nowhere", "--config-dir", "--config-path", "-cn", "--version", "--package", "--",
-         "-", "--recipe-dir=/dev/zero"]  # fmt: skip
+FLAGS = [
+    *("-m", "--multirun", "--cfg", "--cfg=job", "--resolve", "--help", "-h", "--debug", "--frob"),
+    *("-c", "job", "--info", "--recipe-dir", "--recipe-dir=/nowhere", "--config-dir", "--config-path"),
+    *("-cn", "--version", "--package", "--", "-", "--recipe-dir=/dev/zero"),
+]
 
 
 def command_line(rng: random.Random, keys: list[str], recipes: list[str]) -> list[str]:

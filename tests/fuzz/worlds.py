@@ -1,0 +1,103 @@
+"""A run that was killed, and one before it: one file of what they left is damaged, and the same command goes on.
+
+Stages only let an injected clock pass (`tests/test_attempt.py`); everything else is the product: store, keys,
+assessments, journal, recovery, booking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_attempt as fake
+
+from fuzz.mutate import damage, restore
+from pipeline import records
+from pipeline.ledger.converged import of_this_run
+from pipeline.ledger.journal import read_events
+from pipeline.records import sound_events
+from pipeline.recovery import recover, why_unusable
+
+SLOW_S = 20.0  # of processor time
+KINDS = ("keys/*.json", "assessments/*.json", "assessments/*.jsonl", "assessments/*.npy", "serving/*.json",
+         "artifacts/*/artifact.json", "artifacts/*/model.txt")  # fmt: skip
+
+
+def the_run() -> Any:
+    run = fake.the_run()
+    for stage in run.stages.values():
+        stage.minutes, stage.ends, stage.resumes = [6.0] * 40, [], []
+    run.stages["student"].checkpoints = [2.0, 4.0]
+    return run
+
+
+def make_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave one run that ended and one that was killed while its student was trained."""
+    done = the_run()
+    done.stages = {"teacher": done.stages["teacher"]}
+    done.compare, done.primary_arm = [], "teacher"
+    fake.invoke(root, "run-0", 1, done).journal.close()
+    killed = the_run()
+    killed.stages["student"].ends = ["killed"] + ["ok"] * 40
+    with fake.deadly(monkeypatch):
+        fake.invoke(root, "run-1", 1, killed).journal.close()
+    fake.CLOCK.pass_minutes(600)
+
+
+def go_on(root: Path) -> Any:
+    """Start the same command again, as `pipeline.opening` would: go on with the run, or begin another."""
+    path = root / "runs" / "run-1" / "journal.jsonl"
+    why = why_unusable(sound_events(read_events(path), path), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake, "recover", lambda attempt, events: recover(attempt, sound_events(events, path)))
+        return fake.invoke(root, *(("run-1", 2) if why is None else ("run-2", 1)), the_run())
+
+
+def try_worlds(root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Damage a file `count` times and go on; return how often with the run that was killed, and how often anew.
+
+    Raises:
+        AssertionError: Where anything came of it but a run that is whole and whose hours add up.
+    """
+    rng, sound, work = random.Random(seed), root / "sound", root / "work"
+    sound.mkdir(parents=True)
+    make_world(sound, monkeypatch)
+    ends = {"gone on with": 0, "begun anew": 0}
+    for number in range(count):
+        restore(sound, work)
+        files = sorted(_files(work))
+        path = rng.choice([*files, *[work / "runs" / "run-1" / "journal.jsonl"] * (len(files) // 2)])
+        how = damage(path, rng, lines=path.suffix == ".jsonl")
+        what, started = (seed, number, str(path.relative_to(work)), how), time.process_time()
+        records._told.clear()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                attempt = go_on(work)
+                fake.of_run(attempt)
+                of_this_run(attempt.folder, _totals(attempt), 0.0, "model")
+        except Exception as error:
+            raise AssertionError(what) from error
+        arms = {row["arm"] for row in attempt.rows if row["status"] == "FINISHED"}
+        assert arms == set(attempt.run.stages), what
+        attempt.journal.close()
+        ends["gone on with" if attempt.run_id == "run-1" else "begun anew"] += 1
+        assert time.process_time() - started < SLOW_S, what
+    return ends
+
+
+def _files(work: Path) -> Iterator[Path]:
+    for kind in KINDS:
+        yield from (work / "store").glob(kind)
+    yield from (work / "runs").glob("*/journal.jsonl")
+
+
+def _totals(attempt: Any) -> dict[str, Any]:
+    zero = {"v": 0.0, "prov": "measured", "why_null": None}
+    hours = dict.fromkeys(("total", "work", "assess", "retry", "compare", "overhead"), zero)
+    return {"device_hours": hours, "phases_device_ns": {"overhead": {}, "compare": {}}, "reused": zero}
