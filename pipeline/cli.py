@@ -118,8 +118,19 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         code = Exit.UNPARSABLE if isinstance(error, Unparsable) else code
         _tell_of_gate(argv, str(error), code)
         return code
+    except OSError as error:  # a name that no disk takes
+        if error.strerror is None:
+            raise
+        return _refuse(_unlooked(error, argv), debug)
     except KeyboardInterrupt as error:
         return _say(error, Exit.INTERRUPTED, debug)
+
+
+def _unlooked(error: OSError, args: Sequence[str]) -> UserError:
+    """Return what to say of a place that cannot be looked at, by the argument that names it."""
+    name = str(error.filename or "")
+    key = next((arg.partition("=")[0] for arg in args if name and name in arg), "settings")
+    return UserError(one_line(key, 80), f"{one_line(name, 80)} cannot be read ({error.strerror})", "name another place")
 
 
 def _take_folders(argv: list[str]) -> tuple[dict[str, list[Path]], list[str]]:
@@ -224,7 +235,12 @@ def _compose_and_run(
     given = {arg.partition("=")[0].lstrip("+~") for arg in args}
 
     def typed(cfg: DictConfig) -> Any:
-        run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
+        try:
+            run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            raise _unlooked(error, args) from error
         with refusals_told(is_gate(run)):
             check_given(run, _given(args, recipes.get(run.recipe)))
         return run

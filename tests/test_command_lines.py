@@ -272,3 +272,19 @@ def test_what_leads_nowhere_is_one_line(compose: Any, text: str) -> None:
 @pytest.mark.parametrize("arg", ["model.path.x=3", "seed.x=1", "training.steps.0=1", "tracking.team.a.b=1"])
 def test_a_setting_below_a_value_is_no_setting(compose: Any, arg: str) -> None:
     assert "has no settings of its own" in compose("recipe=baseline", arg)
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        f"data.path={'x' * 5000}",
+        f"--recipe-dir={'x' * 5000}",
+        "data.path=/dev/null/x",
+        "data.path=a\0b",
+        f"stages.baseline.steps={'9' * 5000}",
+    ],
+)
+def test_places_that_no_disk_takes_are_one_line(compose: Any, arg: str) -> None:
+    line = compose("recipe=baseline", arg)
+    assert line.startswith(arg.partition("=")[0])
+    assert "crashed" not in line

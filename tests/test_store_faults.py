@@ -189,7 +189,7 @@ def test_a_pass_that_vllm_reads_as_another_model_is_no_success(
 def test_what_vllm_reads_as_another_model_is_not_promoted(capsys: pytest.CaptureFixture[str]) -> None:
     candidate = SimpleNamespace(url=None, model="m", version="1")
     gate: Any = SimpleNamespace(candidate=candidate, baseline=None, promotion=None)
-    attempt: Any = SimpleNamespace(disagreeing=["candidate"], run=Run())
+    attempt: Any = SimpleNamespace(disagreeing=["candidate"], run=Run(candidate="x", baseline="models:/m@champion"))
     ending._promote(attempt, gate, {})
     assert gate.promotion["done"] is False
     assert "not promoted: vLLM reads another model from the folder of candidate" in capsys.readouterr().err

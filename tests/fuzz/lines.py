@@ -36,7 +36,10 @@ def try_lines(seed: int, count: int, cwd: Path) -> dict[str, int]:
     cwd.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         args = command_line(rng, keys, recipes)
-        code, said = run_line(args, cwd)
+        try:
+            code, said = run_line(args, cwd)
+        except Exception as error:
+            raise AssertionError((seed, number, [arg[:200] for arg in args])) from error
         ends[str(code)] = ends.get(str(code), 0) + 1
         assert code in (0, 1, 2), (seed, number, args, code, said)
     return ends

@@ -230,7 +230,7 @@ def _choice(folder: Path) -> list[Path]:
 
 def _shard(folder: Path) -> list[Path]:
     history = [{"run_id": "r", "attempt": 1, "step": 6, "phases_ns": {"capture": 5}}]
-    counts = {"windows": 1, "tokens": 2, "bytes": 3, "flops": 4.0, "capture_ns": 5, "step": 6}
+    counts = {"windows": 1, "tokens": 2, "read": 2, "bytes": 3, "flops": 4.0, "capture_ns": 5, "step": 6}
     return _wrote(folder / "x.json", {"sha256": "a", **counts, "history": history})
 
 
@@ -295,6 +295,7 @@ def try_records(name: str, seed: int, count: int, folder: Path) -> dict[str, int
     restore(sound, work)
     with contextlib.redirect_stdout(io.StringIO()):
         whole = target.read(work)
+    assert whole is not None, f"the sound {name} is not read"
     ends = {"read": 0, "refused": 0, "the same": 0}
     for number in range(count):
         restore(sound, work)

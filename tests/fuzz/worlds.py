@@ -65,6 +65,7 @@ def try_worlds(root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatc
     Raises:
         AssertionError: Where anything came of it but a run that is whole and whose hours add up.
     """
+    monkeypatch.setattr("pipeline.comparison.other_tokenizers", lambda *_: False)  # no models there
     rng, sound, work = random.Random(seed), root / "sound", root / "work"
     sound.mkdir(parents=True)
     make_world(sound, monkeypatch)
