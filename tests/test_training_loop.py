@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from make_assess_models import random_documents, tiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -32,6 +33,7 @@ from pipeline.training.objective import (
     check_body,
     check_tokenizers,
     document_mask,
+    hidden_states,
     parameter_hash,
     shared_vocabulary,
 )
@@ -381,7 +383,29 @@ def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
         config = MistralConfig(**shape, sliding_window=sliding)
         assert check_body(MistralForCausalLM(config).eval(), CPU) is (sliding is None)
     eager = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
-    assert not check_body(eager.eval(), CPU)  # it adds its mask to the scores: truth values would be read as 0 and 1
+    assert check_body(eager.eval(), CPU)  # it adds its mask to the scores: truth values would be read as 0 and 1
+
+
+@pytest.mark.parametrize("window", [3, 128])
+def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_each_kind(window: int) -> None:
+    """GPT-OSS computes attention eagerly, mixes layers that see all with layers of a window, and has experts."""
+    config = transformers.GptOssConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    assert check_body(model, CPU)
+    parts = [torch.randint(3, 50, (1, length)) for length in (8, 5)]
+    positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
+    with torch.no_grad():
+        alone = torch.cat([model.base_model(part, use_cache=False).last_hidden_state for part in parts], 1)
+        inputs = {"input_ids": torch.cat(parts, 1), "position_ids": positions}
+        packed = hidden_states(model, inputs, document_mask(positions))
+        shifted = hidden_states(model, inputs, document_mask(positions.roll(1)))
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert (shifted - alone).abs().max() > 1e-3
 
 
 def test_the_mask_of_documents() -> None:

@@ -42,6 +42,7 @@ from pipeline.training.precision import arithmetic, compute_dtype
 
 NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads
 NARROW = ("sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as transformers' configs name them
 EXAMINED = 6  # tokens of a document that a model is examined with
 UNSEEN = 1e-2  # of what one token makes of those after it: less does not come from a token that is read
 ALIKE = 1e-4  # of hidden states, of the largest one, computed twice in fp32 in other company; 16 bits: 4 roundings
@@ -308,7 +309,7 @@ def _given(
 
 
 def _run(module: Any, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool) -> Any:
-    more: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+    more: dict[str, Any] = {} if mask is None else {"attention_mask": _as_read_by(module, mask)}
     more |= {"output_hidden_states": True} if every else {}
     return module(**copies(inputs), **more, use_cache=False)
 
@@ -318,6 +319,31 @@ def document_mask(position_ids: Tensor) -> Tensor:
     document = (position_ids == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril_()[:, None]
+
+
+def _as_read_by(module: Any, mask: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return a mask in the form that a model takes: by kind of layer where it has several, added where it is eager.
+
+    Attention that transformers computes eagerly adds its mask to the scores; a bool would add 0 and 1.
+    """
+    config = module.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    is_eager = module.config._attn_implementation == "eager"
+    if len(kinds) < 2:
+        return _added(mask) if is_eager else mask
+    masks = {kind: _within(mask, config.sliding_window) if kind == SLIDING else mask for kind in kinds}
+    return {kind: _added(each) for kind, each in masks.items()} if is_eager else masks
+
+
+def _within(mask: Tensor, window: int) -> Tensor:
+    """Return a mask of which a position reads the last `window` positions alone, itself included."""
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    return mask & (at[:, None] - at[None, :] < window)
+
+
+def _added(mask: Tensor) -> Tensor:
+    """Return what is added to scores in place of a bool mask, fp32."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 def examine(model: Any, device: torch.device) -> Examined:
@@ -384,15 +410,24 @@ def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.d
     pair = {name: torch.cat([document[name] for document in each], -1) for name in each[0]}
     alone = torch.cat([_packed(model, read, document) for document in each], 1)
     allowed = _unseen(model, read, each[1], alone)
-    if _sees_all(model.config):
+
+    def by_mask() -> bool:
         positions = pair["position_ids"]
         right, shifted = (_masked(model, read, pair, document_mask(each)) for each in (positions, positions.roll(1)))
         equal = [each is not None and near(each, alone, allowed) for each in (right, shifted)]
-        if equal == [True, False]:  # it is right, and looks at the mask
-            return True
-    if not near(_packed(model, read, pair), alone, allowed):
-        raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
-    return False
+        return equal == [True, False]  # it is right, and looks at the mask
+
+    def by_positions() -> bool:
+        return near(_packed(model, read, pair), alone, allowed)
+
+    kinds = _kinds(model.config)
+    if kinds == {FULL} and by_mask():
+        return True
+    if by_positions():
+        return False
+    if kinds == {FULL, SLIDING} and by_mask():  # one mask a kind of layer
+        return True
+    raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
 
 
 def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor], alone: Tensor) -> float:
@@ -408,11 +443,17 @@ def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor]
     return max(32 * rounding, min(max(ALIKE, 4 * rounding), UNSEEN * float(made)))
 
 
-def _sees_all(config: Any) -> bool:
-    """Tell whether no layer looks at a window or chunk only: one mask for all layers would widen it."""
+def _kinds(config: Any) -> set[str]:
+    """Return what kinds of layers a mask of ours can serve: those that see all, and those that see a window.
+
+    Empty where there are others: chunks, or a window in every layer of a model that names no kinds.
+    """
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not any(getattr(text, name, None) for name in NARROW)
+    kinds = set(getattr(text, "layer_types", None) or [FULL])
+    narrow = [name for name in NARROW if getattr(text, name, None)]
+    if kinds == {FULL} and not narrow:
+        return kinds
+    return kinds if kinds == {FULL, SLIDING} and narrow in ([], ["sliding_window"]) else set()
 
 
 def _masked(model: Any, read: Callable[..., Tensor], pair: dict[str, Tensor], mask: Tensor) -> Tensor | None:
