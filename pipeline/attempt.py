@@ -44,7 +44,7 @@ from pipeline.ledger.phases import PhaseClock, difference, total
 from pipeline.ledger.placement import Grant
 from pipeline.ledger.record import Spent
 from pipeline.out_of_memory import explain
-from pipeline.records import ASSESSED, MADE
+from pipeline.records import ASSESSED, MADE, MAX_BYTES
 from pipeline.recovery import resume
 from pipeline.report.progress import progress_bar
 from pipeline.rows import (
@@ -72,7 +72,8 @@ from pipeline.stages.settings import (
     training_precision,
     training_settings,
 )
-from pipeline.store import MODEL, Artifact, Store, key_of, plain, read_json
+from pipeline.store import MODEL, Artifact, Store, key_of, make_way, plain, read_json
+from pipeline.text_files import read_bytes
 from pipeline.values import Value
 
 ASSESSMENT_VERSION = 3  # part of an assessment's key: raise it when the same settings give other figures
@@ -652,6 +653,8 @@ class Attempt:
         if said is not None:
             self.notes.append(f"{name}: {said}")
         items = self.store.root / "assessments" / f"{key}.jsonl"
+        for file in (items, items.with_suffix(".predictions.npy")):
+            make_way(file)
         teacher = self._teacher(name)
         found = None if teacher is None else self.items[teacher].with_suffix(".predictions.npy")
         unquantized = self._unquantized(name)
@@ -786,7 +789,8 @@ def _items_sha256(items: Path) -> str | None:
     """Return a checksum over per-document values, of tasks too, and first predictions; None where any is not there."""
     try:
         of_tasks = sorted(items.parent.glob(f"{items.stem}.*.jsonl"))
-        contents = [file.read_bytes() for file in (items, items.with_suffix(".predictions.npy"), *of_tasks)]
-    except FileNotFoundError:
+        files = (items, items.with_suffix(".predictions.npy"), *of_tasks)
+        contents = [read_bytes(file, limit=MAX_BYTES) for file in files]
+    except OSError:
         return None
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()

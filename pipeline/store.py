@@ -132,10 +132,16 @@ def _write(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
             if is_last:
                 raise
-            path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.moved"))
+            make_way(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def make_way(path: Path) -> None:
+    """Move aside, and keep, what lies where a file of ours belongs and is none: a folder, a pipe, a link."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.moved"))
 
 
 def read_json(path: Path) -> Any | None:

@@ -202,7 +202,8 @@ def _owner(tags: Mapping[str, str]) -> dict[str, str | None]:
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        number = None if text is None else float(text)
+        return None if number is None or not math.isfinite(number) else number
     except ValueError:  # "None"
         return None
 
