@@ -89,7 +89,7 @@ def _classify(architecture: Architecture) -> None:
     except ValueError as error:
         raise UserError("task", "transformers has no classifier of this architecture", "use another") from error
     tokenizer = byte_tokenizer()
-    batch = tokenizer(["a b", "c d e f"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    batch = tokenizer(["a b</s>", "c d e f</s>"], padding=True, return_tensors="pt", return_token_type_ids=False)
     before = model.train()(**batch, labels=torch.tensor([0, 1])).loss
     before.backward()
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
