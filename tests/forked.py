@@ -148,9 +148,12 @@ def _serve(line: socket.socket) -> dict[str, Any]:
 
 
 def _become(request: dict[str, Any]) -> None:
+    from quiet import quiet_unless_asked
+
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    quiet_unless_asked()
     sys.path[0] = ""
     if request["code"] is None:
         sys.argv = ["pipeline", *request["args"]]
@@ -163,8 +166,5 @@ def _become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for each in IMPORTS:
         __import__(each)
-    from quiet import quiet
-
-    quiet()
     assert threading.active_count() == 1, "a fork takes one thread along"
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+
+import pytest
 
 from pipeline.ledger import others
 from pipeline.ledger.others import Accounts
+
+TRUE, SHORTEST_S = others.accounts, others.SHORTEST_S
+ENV = "PIPELINE_TEST_TRUE_ACCOUNTS"
+"""In the environment of a forked command: it reads the machine as it is."""
 
 
 class Quiet:
@@ -29,3 +36,16 @@ def quiet() -> None:
     """Have this process read an idle machine, in windows of any length."""
     others.accounts = Quiet()
     others.SHORTEST_S = 0.0
+
+
+def quiet_unless_asked() -> None:
+    """Do so unless a test wants the true accounts."""
+    if ENV not in os.environ:
+        quiet()
+
+
+def read_truly(patch: pytest.MonkeyPatch) -> None:
+    """Have this process, and commands forked for it, read the machine as it is."""
+    patch.setattr(others, "accounts", TRUE)
+    patch.setattr(others, "SHORTEST_S", SHORTEST_S)
+    patch.setenv(ENV, "1")

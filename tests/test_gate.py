@@ -17,6 +17,7 @@ import pytest
 import torch
 from here import here
 from junitparser import JUnitXml
+from quiet import read_truly
 from safetensors.torch import load_file, save_file
 from test_run import TINY
 
@@ -227,7 +228,9 @@ def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(projec
 
 
 @pytest.mark.faults
-def test_a_disturbed_machine_and_other_hardware_are_invalid(project) -> None:
+def test_a_disturbed_machine_and_other_hardware_are_invalid(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's true accounts, with a true program beside it."""
+    read_truly(monkeypatch)
     cwd, paths = project
     code = "import glob, time\nend = time.monotonic() + 580\n"
     code += 'while time.monotonic() < end and not glob.glob("mlruns/store/serving/*"): sum(range(10**6))'  # until read
