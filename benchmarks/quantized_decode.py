@@ -73,7 +73,8 @@ def read(servers: dict[str, Server], pair: tuple[str, str], batch: int, blocks: 
     config = ServingConfig(load=ServingLoad(prompt=prompt, new=new, batch=batch), batches=[], blocks=blocks)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(2, servers[pair[0]].model.config.vocab_size, 4096)]
-    seconds, readings = measure_interleaved(servers, [pair], config=config, prompts=prompts, seed=0)
+    read = measure_interleaved(servers, [pair], config=config, prompts=prompts, seed=0)
+    seconds, readings = read.seconds, read.readings
     saving = abba_saving(*seconds[pair])
     decode = float(np.mean([reading.decode_s for reading in readings[pair[0]].at_load]))
     return {

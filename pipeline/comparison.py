@@ -16,9 +16,10 @@ from pipeline.assess.serving import ServePass, serve_pass
 from pipeline.assess.serving_dtype import WORDS, choose_dtype
 from pipeline.attempt import device_name, named
 from pipeline.compare import savings
+from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
-from pipeline.compare.verdict import disturbed
+from pipeline.compare.verdict import disturbed, moved
 from pipeline.config import SIXTEEN_BITS, Comparison, Measure, ServingDtype, Task
 from pipeline.data.encode import encode_all
 from pipeline.distillation.cache import tokenizer_digest
@@ -32,7 +33,7 @@ from pipeline.past_cost import charge, past_spend
 from pipeline.records import SERVED
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.release import ReleaseStage
+from pipeline.stages.release import BASELINE, CANDIDATE, ReleaseStage
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.store import MODEL, Artifact, digest_given, facts_of, key_of, plain
 from pipeline.values import Value, derive, null
@@ -112,20 +113,30 @@ def _holds(attempt: Attempt, record: dict[str, Any]) -> bool:
     if attempt.gate is None:  # what was disturbed is measured anew: its savings are not shown
         foreign = Value.from_json(record["served"]["conditions"].get("foreign_load", null("not recorded").to_json()))
         return tolerance(attempt).too_much(foreign) is None
-    return not disturbed(attempt.gate.policy, device_name(attempt.device), record["served"]["conditions"])
+    served, pair = ServePass.from_json(record["served"]), (CANDIDATE, BASELINE)
+    if disturbed(attempt.gate.policy, device_name(attempt.device), served.conditions):
+        return False
+    if pair not in served.orders:  # of an older release
+        return True
+    return not moved(attempt.gate.policy, *served.seconds[pair], served.orders[pair], served.places[pair])
 
 
 def _measured(attempt: Attempt, pairs: list[tuple[str, str]], key: str) -> ServePass:
     attempt.check_budget()
     print("comparison pass: serving", flush=True)
     with attempt.window("compare", None, -1) as window, named(attempt, "comparison pass", None, "compare"):
-        served = serve(attempt, pairs)
+        served = serve(attempt, pairs, _order_seed(attempt, key))
     attempt.store.remember(
         "serving", key,
         {"run_id": attempt.run_id, "elapsed_ns": window.elapsed_ns, "devices": attempt.devices,
          "served": served.to_json()},
     )  # fmt: skip
     return served
+
+
+def _order_seed(attempt: Attempt, key: str) -> int:
+    """Return a seed that another run, and another look, do not share."""
+    return int(key_of(run=attempt.run_id, key=key)[:8], 16)
 
 
 def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:
@@ -176,9 +187,9 @@ def finished_rows(attempt: Attempt, seed: int) -> Rows:
     return {row["arm"]: row for row in attempt.rows if row["seed"] == seed and row["artifact"] is not None}
 
 
-def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
+def serve(attempt: Attempt, pairs: list[tuple[str, str]], order_seed: int) -> ServePass:
     """Measure the arms of `pairs` at the declared load, interleaved. What an artifact costs is the same for all seeds,
-    so the first seed's are served."""
+    so the first seed's are served. `order_seed` draws the orders of the blocks, and is recorded."""
     rows = finished_rows(attempt, attempt.seeds[0])
     folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in pairs for arm in pair}
     task = attempt.run.task
@@ -204,6 +215,7 @@ def serve(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         config=attempt.run.serving, device=attempt.device, devices=attempt.devices, seed=0, clock=attempt.clock,
         sampler=attempt.sampler, check=attempt.check_budget,
         energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
+        order_seed=order_seed,
     )  # fmt: skip
     for arm, drift in choice.drift.items():
         served.serving[arm] |= drift.figures()
@@ -268,9 +280,12 @@ def note_charges(attempt: Attempt) -> None:
         where = {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices,
                  "power_limit_w": attempt.placement.get("power_limit_w")}  # fmt: skip
         facts = charge(row["arm"], spends_of(attempt, row["seed"]), existing)
+        repeats = [charge(row["arm"], spends_of(attempt, seed), existing)["work_device_hours"]
+                   for seed in attempt.seeds]  # fmt: skip
         tokens = row["ledger"]["counts"]["tokens"]["v"]
         attempt.store.annotate(artifact, "charge", {
             "run_id": row["reused"] or attempt.run_id, "seed": row["seed"], "device": where, "tokens": tokens, **facts,
+            **({"seeds_device_hours": repeats} if len(repeats) > 1 and min(repeats) > 0 else {}),
         })  # fmt: skip
 
 
@@ -368,7 +383,18 @@ def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict
         for key in keys
     }
     by_key |= {key: [_task(attempt, pair, each, key) for each in all_seeds] for key in _tasks_of(pair, all_seeds)}
-    return {key: combine_seeds(per_seed, is_share=key not in RELATIVE) for key, per_seed in by_key.items()}
+    found = {key: combine_seeds(per_seed, is_share=key not in RELATIVE) for key, per_seed in by_key.items()}
+    for key in keys:
+        found[key]["available"] = available(attempt, grouped=found[key].get("groups") is not None)
+    return found
+
+
+def available(attempt: Attempt, *, grouped: bool) -> int:
+    """Return how many documents, or groups of them, the test split has in all, assessed or not."""
+    documents = attempt.data.splits["test"]
+    if not grouped:
+        return len(documents)
+    return len({("group", each.group) if each.group is not None else ("own", each.digest) for each in documents})
 
 
 def _tasks_of(pair: Comparison, all_seeds: list[_Seed]) -> list[str]:
@@ -449,7 +475,7 @@ def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> di
     elif (why := _loud(attempt, served)) is not None:
         reading = savings.no_serving_saving(why)
     else:
-        reading = savings.serving_saving(*served.seconds[key])
+        reading = savings.serving_saving(*served.seconds[key]) | _order_of(served, key)
     ways = dict.fromkeys(served.how[arm] for arm in key)
     dtypes = {side: _dtype_word(served.how[arm]) for side, arm in zip(("arm", "base"), key, strict=True)}
     return {**reading, "how": " against ".join(ways), "dtypes": dtypes}
@@ -476,6 +502,15 @@ def other_tokenizers(attempt: Attempt, arm: Path, base: Path) -> bool:
     with attempt.clock.phase("prepare"):
         ours, theirs = (tokenizer_digest(load_tokenizer(folder)) for folder in (arm, base))
     return ours != theirs
+
+
+def _order_of(served: ServePass, pair: tuple[str, str]) -> dict[str, Any]:
+    """Return how a pair's blocks were ordered, and what moved their readings beside the two arms."""
+    if pair not in served.orders:
+        return {}
+    orders, places = served.orders[pair], served.places[pair]
+    return {"orders": orders, "order_seed": served.order_seed, "warm_up": served.warm_up,
+            "disturbed": disturbances(*served.seconds[pair], orders, places)}  # fmt: skip
 
 
 def _payback(

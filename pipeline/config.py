@@ -370,7 +370,7 @@ class ServingConfig:
 
     load: ServingLoad = field(default_factory=ServingLoad)
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
-    blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks
+    blocks: int = field(default=4, metadata={"min": 2})  # of arm, base, base, arm or the reverse
     decode: Decode = Decode.auto
     dtype: ServingDtype = ServingDtype.auto  # of artifacts that are stored in fp32
     results: Any = None  # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
@@ -411,13 +411,14 @@ class PolicyConfig:
     load: ServingLoad = field(default_factory=ServingLoad)
     dtype: ServingDtype = ServingDtype.auto  # of the sides that are stored in fp32; one for both, kept over the looks
     alpha: float = field(default=0.05, metadata={"above": 0, "max": 0.25})  # of a false PASS, one-sided, per criterion
-    blocks: int = field(default=4, metadata={"min": 2})  # ABBA blocks of one look
+    blocks: int = field(default=4, metadata={"min": 2})  # of four readings, in one look
     looks: int = field(default=2, metadata={"min": 1, "max": 2})  # the second is taken where the first decides nothing
     min_items: int = field(default=100, metadata={"min": 2})  # right-or-wrong items; fewer decide nothing
     min_documents: int = field(default=400, metadata={"min": 2})  # documents of other qualities
     hardware: Optional[str] = None  # exact name of the device that serving is measured on
     max_throttle_share: float = fraction(0.05)  # of the serving pass spent throttled; more is no measurement
     max_foreign_load: Optional[float] = fraction(0.1)  # of the machine used by others meanwhile; null: not looked at
+    max_disturbance: Optional[float] = fraction(0.01)  # drift or period of the readings, relative; null: not tested
 
 
 @dataclass(kw_only=True, slots=True)

@@ -208,7 +208,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("serving/engine_request_rate", "1/s", "row", 0, "requests sent a second"),
     # -- whether it was worth it --------------------------------------------------------------------------------
     Metric("savings/training", "1", "comparison", 1, "1 - C(arm) / C(base) at equal quality; positive is cheaper"),
-    Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over ABBA blocks"),
+    Metric("savings/serving", "1", "comparison", 1, "1 - exp(mean ln(arm/base)) over blocks of 4 readings"),
     Metric("savings/memory", "1", "comparison", 1, "share of the source's serving memory that quantizing saves"),
     Metric("savings/quality_delta", "see quality_key", "comparison", 1, "arm against base, so that higher is better"),
     Metric("savings/payback_units", "units", "comparison", -1,

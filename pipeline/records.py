@@ -73,11 +73,13 @@ ASSESSED: Spec = _fields(
 )  # fmt: skip
 """assessments/KEY.json: how good an artifact is."""
 _SECONDS = _list_of(_list_of({"type": "number", "minimum": 0}, least=2, most=2), least=1)
+_OF_PAIRS = _list_of({"type": "array", "minItems": 3, "maxItems": 3})
 SERVED: Spec = _fields(
     {"devices": _ATTEMPT},
     run_id=_TEXT, elapsed_ns=_NS,
     served=_fields(
-        {"conditions": _VALUES, "why_no_joules": _TEXT_OR_NULL,
+        {"conditions": _VALUES, "why_no_joules": _TEXT_OR_NULL, "orders": _OF_PAIRS, "places": _OF_PAIRS,
+         "order_seed": {"type": ["integer", "null"]}, "warm_up": _OBJECT,
          "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]}},
         serving={"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _VALUE}},
         seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}), how=_OBJECT,

@@ -141,6 +141,7 @@ _ROW: dict[str, Any] = {
                         "properties": {
                             "ci": _INTERVAL,
                             "n": {"type": ["integer", "null"]},
+                            "groups": {"type": "integer"},
                             "items": {"type": ["string", "null"]},
                             "slice": {"type": "string"},
                         },
@@ -184,7 +185,8 @@ _COMPARISON: dict[str, Any] = {
             "additionalProperties": _interval_value(
                 margin={"type": "number"},
                 answer={"enum": ["better", "worse", "equal", "undecided"]},
-                n={"type": "integer"},
+                n={"type": "integer"}, groups={"type": ["integer", "null"]}, available={"type": ["integer", "null"]},
+                smallest_visible_damage={"type": "number"},
                 items_to_decide={"type": ["integer", "null"]}, why_undecided={"type": "string"},
             ),
         },
@@ -197,7 +199,10 @@ _COMPARISON: dict[str, Any] = {
         )]},
         "serving": {"oneOf": [{"type": "null"}, _interval_value(
             blocks={"type": "integer"}, how={"type": "string"},
-            dtypes={"type": "object", "required": ["arm", "base"], "additionalProperties": {"type": "string"}})]},
+            dtypes={"type": "object", "required": ["arm", "base"], "additionalProperties": {"type": "string"}},
+            sd_log={"type": "number", "minimum": 0},
+            orders={"type": "array", "items": {"enum": ["ABBA", "BAAB"]}}, order_seed={"type": ["integer", "null"]},
+            warm_up={"type": "object"}, disturbed=_STRINGS)]},
         "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
             "required": ["unit"],
             "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"},
@@ -217,7 +222,8 @@ _CRITERION: dict[str, Any] = {
         "outcome": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]}, "gating": {"type": "boolean"},
         "value": {"$ref": "#/$defs/value"}, "ci": _INTERVAL, "level": {"type": ["number", "null"]},
         "threshold": {"type": ["number", "null"]}, "unit": {"type": "string"}, "n": {"type": ["integer", "null"]},
-        "needed": {"type": ["integer", "null"]}, "why": _TEXT,
+        "needed": {"type": ["integer", "null"]}, "why": _TEXT, "groups": {"type": ["integer", "null"]},
+        "available": {"type": ["integer", "null"]}, "smallest_visible_damage": {"type": ["number", "null"]},
     },
 }  # fmt: skip
 _SIDE: dict[str, Any] = {

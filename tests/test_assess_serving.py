@@ -18,7 +18,16 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 from pipeline.assess import serving
 from pipeline.assess.decoding import Fixed
 from pipeline.assess.server import Reading, Server, load, weights_bytes
-from pipeline.assess.serving import Readings, ServePass, draw_prompts, figures, measure_interleaved, serve_pass
+from pipeline.assess.serving import (
+    MOST_ROUNDS,
+    Readings,
+    ServePass,
+    draw_prompts,
+    figures,
+    measure_interleaved,
+    serve_pass,
+)
+from pipeline.compare.blocks import in_time
 from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger.gpu_sampler import Sampler
@@ -82,6 +91,10 @@ class FakeServer:
 def measure(servers, pairs, **more):
     config = ServingConfig(**{"load": LOAD, "batches": [], "blocks": 2, **more})
     return measure_interleaved(servers, pairs, config=config, prompts=PROMPTS, seed=0)
+
+
+WARM_UP = 2 + 4
+"""Batches of each arm before the first that is kept: two to see how long one takes, four rounds that are steady."""
 
 
 # -- one reading ----------------------------------------------------------------------------------------------------
@@ -201,14 +214,18 @@ def test_the_clock_is_read_after_the_device_has_finished(monkeypatch: pytest.Mon
 # -- the order of readings ------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_read_in_abba_blocks_with_the_same_prompts() -> None:
+def test_pairs_are_read_in_blocks_of_both_orders_with_the_same_prompts() -> None:
     log: list = []
     servers = {arm: FakeServer(arm, log) for arm in ("student", "teacher", "int8")}
-    measure(servers, [("student", "teacher"), ("int8", "teacher")], blocks=3)
-    warm_up, rest = log[:6], log[6:]
-    assert [name for name, *_ in warm_up] == ["student", "student", "teacher", "teacher", "int8", "int8"]
-    block = ["student", "teacher", "teacher", "student", "int8", "teacher", "teacher", "int8"]
-    assert [name for name, *_ in rest] == 3 * block
+    read = measure(servers, [("student", "teacher"), ("int8", "teacher")], blocks=3)
+    warm_up, rest = log[: 3 * WARM_UP], log[3 * WARM_UP :]
+    sized = ["student", "student", "teacher", "teacher", "int8", "int8"]
+    assert [name for name, *_ in warm_up] == sized + 4 * ["student", "teacher", "int8"]
+    expected: list[str] = []
+    for block in range(3):
+        for arm, base in (("student", "teacher"), ("int8", "teacher")):
+            expected += [arm if letter == "A" else base for letter in read.orders[arm, base][block]]
+    assert [name for name, *_ in rest] == expected
     prompts = [{prompt for *_, prompt in rest[start : start + 8]} for start in (0, 8, 16)]
     assert [len(in_block) for in_block in prompts] == [1, 1, 1]
     assert len(set.union(*prompts)) == 3
@@ -217,17 +234,17 @@ def test_pairs_are_read_in_abba_blocks_with_the_same_prompts() -> None:
 def test_seconds_of_a_pair_stand_in_the_order_they_were_read() -> None:
     log: list = []
     servers = {"a": FakeServer("a", log, lambda k: 10.0 + k), "b": FakeServer("b", log, lambda k: 20.0 + k)}
-    seconds, readings = measure(servers, [("a", "b")])
-    assert seconds["a", "b"][0].tolist() == [[12, 13], [14, 15]]  # 0 and 1 were the warm-up
-    assert seconds["a", "b"][1].tolist() == [[22, 23], [24, 25]]
-    assert [reading.total_s for reading in readings["a"].at_load] == [12, 13, 14, 15]
+    read = measure(servers, [("a", "b")])
+    first = 2 + read.warm_up["rounds"]
+    assert read.seconds["a", "b"][0].tolist() == [[10 + first, 11 + first], [12 + first, 13 + first]]
+    assert read.seconds["a", "b"][1].tolist() == [[20 + first, 21 + first], [22 + first, 23 + first]]
+    assert [reading.total_s for reading in read.readings["a"].at_load] == [10 + first + k for k in range(4)]
 
 
 def test_a_linear_drift_cancels_within_a_block() -> None:
     log: list = []
     servers = {arm: FakeServer(arm, log, lambda _: 1.0 + 0.01 * len(log)) for arm in "ab"}
-    seconds, _ = measure(servers, [("a", "b")])
-    ours, theirs = seconds["a", "b"]
+    ours, theirs = measure(servers, [("a", "b")]).seconds["a", "b"]
     np.testing.assert_allclose(ours.sum(axis=1), theirs.sum(axis=1))
     assert (ours != theirs).all()
 
@@ -235,34 +252,57 @@ def test_a_linear_drift_cancels_within_a_block() -> None:
 def test_short_readings_repeat_their_batch() -> None:
     log: list = []
     servers = {"a": FakeServer("a", log, lambda k: 0.006), "b": FakeServer("b", log, lambda k: 0.5)}
-    seconds, readings = measure(servers, [("a", "b")])
-    order = [name for name, *_ in log[4:]]
-    assert order[:10] == 4 * ["a"] + 2 * ["b"] + 4 * ["a"]  # 4 x 6 ms are at least 20 ms
-    np.testing.assert_allclose(seconds["a", "b"][0], 0.006)  # of one batch
-    assert len(readings["a"].at_load) == 2 * 2 * 4
+    read = measure(servers, [("a", "b")])
+    order = [name for name, *_ in log[4 + 4 * 5 :]]  # after two batches each, and four rounds of 4 and of 1
+    block = [name for letter in read.orders["a", "b"][0] for name in (4 * ["a"] if letter == "A" else ["b"])]
+    assert order[:10] == block  # 4 x 6 ms are at least 20 ms
+    np.testing.assert_allclose(read.seconds["a", "b"][0], 0.006)  # of one batch
+    assert len(read.readings["a"].at_load) == 2 * 2 * 4
     log.clear()
     instant = {"a": FakeServer("a", log, lambda k: 0.0)}
     measure(instant, [])
-    assert len(log) == 2 + 2 * 2 * 64
+    assert len(log) == 2 + 4 * 64 + 2 * 2 * 64
 
 
 def test_an_arm_in_no_pair_is_read_as_often() -> None:
     log: list = []
-    _, readings = measure({arm: FakeServer(arm, log) for arm in "abcd"}, [("a", "b")])
-    assert [name for name, *_ in log[8:]] == 2 * list("abbacddc")
-    assert {arm: len(own.at_load) for arm, own in readings.items()} == dict.fromkeys("abcd", 4)
+    read = measure({arm: FakeServer(arm, log) for arm in "abcd"}, [("a", "b")])
+    blocks = [order.lower() for order in read.orders["a", "b"]]
+    assert [name for name, *_ in log[4 * WARM_UP :]] == [*blocks[0], *"cddc", *blocks[1], *"cddc"]
+    assert {arm: len(own.at_load) for arm, own in read.readings.items()} == dict.fromkeys("abcd", 4)
 
 
 def test_an_arm_against_itself_is_read_four_times_a_block() -> None:
-    seconds, readings = measure({"a": FakeServer("a", [], float)}, [("a", "a")])
-    assert [column.tolist() for column in seconds["a", "a"]] == [[[2, 5], [6, 9]], [[3, 4], [7, 8]]]
-    assert len(readings["a"].at_load) == 8
+    read = measure({"a": FakeServer("a", [], lambda k: 100.0 + k)}, [("a", "a")])
+    first = 100 + 2 + read.warm_up["rounds"]
+    taken, _ = in_time(*read.seconds["a", "a"], read.orders["a", "a"])
+    assert taken.tolist() == [first + k for k in range(8)]
+    assert len(read.readings["a"].at_load) == 8
+
+
+def test_readings_are_discarded_until_they_are_steady_or_the_rounds_are_over() -> None:
+    cooling = lambda k: 1.0 + 0.3 * 0.5**k
+    steady = measure({arm: FakeServer(arm, [], cooling) for arm in "ab"}, [("a", "b")])
+    assert steady.warm_up == {"rounds": 7, "steady": True}  # two rounds fell by 2.1%, then 1.05%: 1% each at most
+    assert measure({"a": FakeServer("a", [])}, []).warm_up == {"rounds": 4, "steady": True}
+    restless = measure({"a": FakeServer("a", [], lambda k: 1.1**k)}, [])
+    assert restless.warm_up == {"rounds": MOST_ROUNDS, "steady": False}
+
+
+def test_another_seed_orders_blocks_otherwise_and_the_same_seed_alike() -> None:
+    servers = {arm: FakeServer(arm, []) for arm in "ab"}
+    read = lambda seed: measure_interleaved(
+        servers, [("a", "b")], config=ServingConfig(load=LOAD, batches=[], blocks=6), prompts=PROMPTS, seed=0,
+        order_seed=seed,
+    ).orders["a", "b"]  # fmt: skip
+    assert read(1) == read(1)
+    assert len({tuple(read(seed)) for seed in range(20)}) > 4
 
 
 def test_other_batch_sizes_are_read_forth_and_back_and_the_declared_one_not_again() -> None:
     log: list = []
     servers = {arm: FakeServer(arm, log) for arm in "ab"}
-    _, readings = measure(servers, [("a", "b")], batches=[1, 2, 5])
+    readings = measure(servers, [("a", "b")], batches=[1, 2, 5]).readings
     extra = [(name, size) for name, size, _ in log if size != LOAD.batch]
     assert extra == [(name, size) for size in (1, 5) for name in "aabbabba"]  # warm-up of each, then in turns
     assert {size: len(own) for size, own in readings["a"].by_batch.items()} == {1: 2, 2: 4, 5: 2}
@@ -380,10 +420,10 @@ def test_a_pass_on_an_injected_clock_is_exact(monkeypatch: pytest.MonkeyPatch) -
     clock = PhaseClock(now)
     served = serve({"a": Path("a"), "b": Path("b")}, [("a", "b")], clock=clock, batches=[1])
     batch_ns, one_ns = 18 * NS_PER_TOKEN, 9 * NS_PER_TOKEN  # 2 or 1 rows of 6 prompt tokens and 3 decoded ones
-    # Of each arm: a warm-up of 2, then 4 readings of 2 batches (18 ms < 20 ms); at batch 1, 2 and 2 x 3.
+    # Of each arm: a warm-up of 2, 4 rounds and 4 readings of 2 batches (18 ms < 20 ms); at batch 1, 2 and 2 x 3.
     assert {name: ns for name, ns in clock.read_ns().items() if ns} == {
         "model_load": 14,
-        "generate": 2 * (10 * batch_ns + 8 * one_ns),
+        "generate": 2 * (18 * batch_ns + 8 * one_ns),
     }
     for arm in "ab":
         values = {key: entry["v"] for key, entry in served.serving[arm].items() if entry["v"] is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jsonschema
@@ -11,6 +12,7 @@ import pytest
 from scipy import stats
 
 from pipeline.compare.savings import (
+    ONE_RUN,
     Reading,
     Spend,
     Trained,
@@ -285,13 +287,32 @@ def _seed(hours: float, final: float = 2.0) -> dict[str, Any]:
 
 def test_savings_are_averaged_over_seeds() -> None:
     combined = combine_training([_seed(2.0), _seed(1.0), _seed(3.0)])
-    theirs = stats.ttest_1samp([0.3, 0.4, 0.2], 0).confidence_interval(0.9)
-    assert combined["v"] == pytest.approx(0.3)
-    assert combined["ci"] == pytest.approx([theirs.low, theirs.high])
+    logs = np.log([0.7, 0.6, 0.8])
+    theirs = stats.ttest_1samp(logs, 0).confidence_interval(0.9)
+    assert combined["v"] == pytest.approx(1 - np.exp(logs.mean()))
+    assert combined["ci"] == pytest.approx([1 - np.exp(theirs.high), 1 - np.exp(theirs.low)])
+    parts = [1 - combined[name]["v"] for name in ("systems", "algorithmic")]
+    assert parts[0] * parts[1] == pytest.approx(1 - combined["v"])
     assert combined["c_arm"]["v"] == pytest.approx(7.0)
     assert combined["rule"].endswith("mean of 3 seeds, the first one's Q shown")
     assert "point estimate" not in combined["rule"]
     assert combine_training([_seed(2.0)]) == _seed(2.0)
+
+
+def test_equal_arms_save_nothing_over_seeds_however_far_they_spread() -> None:
+    """The mean of shares would say -2% at a spread of 20%: E[1 - a/b] = 1 - exp(sd^2)."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        hours = np.exp(rng.normal(0, 0.2, (3, 2)))
+        per_seed = [
+            {**Value(1 - arm / base, Prov.DERIVED).to_json(), "ci": None, "rule": ONE_RUN} for arm, base in hours
+        ]
+        found.append(combine_training(per_seed)["v"])
+    log_ratio, error = np.log1p(-np.array(found)).mean(), 0.2 * math.sqrt(2 / 3 / 300)
+    assert abs(log_ratio) < 4 * error
+    assert (
+        combine_training([{**measured(1.0).to_json(), "rule": ONE_RUN}] * 2)["ci"] is None
+    )  # an arm that cost nothing
 
 
 def test_one_censored_seed_censors_the_mean() -> None:
@@ -299,7 +320,7 @@ def test_one_censored_seed_censors_the_mean() -> None:
     assert (combined["v"], combined["ci"]) == (None, None)
     assert combined["why_null"] == "censored: student ended at 2.1 on validation, short of Q = 2.02 (in 1 of 2 seeds)"
     saved, bound = _seed(2.0)["v"], _seed(2.0, final=2.1)["bound"]["v"]
-    assert combined["bound"]["v"] == pytest.approx((saved + bound) / 2)
+    assert combined["bound"]["v"] == pytest.approx(1 - math.sqrt((1 - saved) * (1 - bound)))
     assert combined["new_spend_saving"]["why_null"] == combined["why_null"]
 
 
@@ -318,7 +339,7 @@ def test_serving_saving_has_the_form_of_the_result() -> None:
 
 
 def _saving(v: float, half: float = 0.01) -> dict[str, Any]:
-    return {**Value(v, Prov.DERIVED).to_json(), "ci": [v - half, v + half], "blocks": 4}
+    return {**Value(v, Prov.DERIVED).to_json(), "ci": [v - half, v + half], "blocks": 4, "sd_log": half}
 
 
 @pytest.mark.parametrize(("c_opt_h", "units"), [(2.0, 2.0 * 3600 / 0.4e-3), (0.0, 0.0), (-3.0, 0.0)])

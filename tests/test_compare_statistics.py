@@ -13,6 +13,7 @@ from scipy import stats
 
 from pipeline.compare.statistics import (
     Interval,
+    RunSpread,
     Spread,
     _bca_ends,
     _reach,
@@ -372,7 +373,7 @@ def test_one_document_that_holds_everything_gives_a_finite_interval() -> None:
 
 def test_a_saving_of_single_runs_by_hand() -> None:
     half = stats.t.ppf(0.95, 4) * 0.02 * math.sqrt(2)
-    saving = log_ratio_from_spread(6.0, 10.0, sd=0.02, runs=5)
+    saving = log_ratio_from_spread(6.0, 10.0, arm_spread=RunSpread(0.02, 4), base_spread=RunSpread(0.02, 4))
     assert saving == pytest.approx((0.4, 1 - 0.6 * math.exp(half), 1 - 0.6 * math.exp(-half)))
     assert log_ratio_from_spread(6.0, 10.0, sd=0.0, runs=2) == pytest.approx((0.4, 0.4, 0.4))
 
@@ -381,7 +382,8 @@ def test_a_saving_of_single_runs_covers_the_truth_at_its_level() -> None:
     rng, covered, trials = np.random.default_rng(0), 0, 4000
     for _ in range(trials):
         repeats, arm, base = rng.normal(0, 0.03, 4), math.exp(rng.normal(0, 0.03)) * 0.7, math.exp(rng.normal(0, 0.03))
-        low, high = log_ratio_from_spread(arm, base, sd=float(repeats.std(ddof=1)), runs=4)[1:]
+        spread = RunSpread(float(repeats.std(ddof=1)), 3)
+        low, high = log_ratio_from_spread(arm, base, arm_spread=spread, base_spread=spread)[1:]
         covered += low <= 0.3 <= high
     assert covered / trials == pytest.approx(0.9, abs=0.015)  # 3 standard errors
 

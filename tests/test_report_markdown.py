@@ -283,7 +283,7 @@ def test_the_levels_of_the_intervals_are_stated() -> None:
 
 def test_n_is_explained_for_one_seed_and_for_several() -> None:
     text = markdown(make_result("distill"))
-    assert "n counts test documents, of serving ABBA blocks." in text
+    assert "n counts test documents, of serving blocks of four readings." in text
     rows = [make_row(arm, seed=seed) for seed in (0, 1, 2) for arm in ARMS["distill"]]
     for row in rows[4:]:
         row["serving"] = {"device_s_per_1k_units": null("serving is measured on the artifacts of seed 0")}
@@ -292,7 +292,7 @@ def test_n_is_explained_for_one_seed_and_for_several() -> None:
     text = markdown(make_result("distill", rows=rows, comparisons=[pair]))
     assert "Each figure stands once for all 3 seeds" in text
     assert "n counts the seeds" in text
-    assert "serving is read on the artifacts of seed 0, and its n counts ABBA blocks." in text
+    assert "serving is read on the artifacts of seed 0, and its n counts blocks." in text
     assert [row[5] for row in _tables(text)["Comparisons"][1:]] == ["3", "4"]
 
 

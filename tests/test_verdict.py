@@ -87,9 +87,9 @@ def test_training_needs_a_ledger_and_a_spread() -> None:
     alone = training_criterion(*hours, None, minimum=0.1, alpha=0.05)
     assert (alone.outcome, alone.value.v, alone.ci) == (OPEN, 0.4, None)
     assert "point estimate only" in (alone.why or "")
-    # sd 0.05 over 5 runs: ln 0.6 -+ t(0.95, 4) 0.05 sqrt(2) = -0.5108 -+ 2.1318 x 0.0707
+    # sd 0.05 over 5 runs, the candidate's twice that: ln 0.6 -+ t(0.95, 4) 0.05 sqrt(5) = -0.5108 -+ 2.1318 x 0.1118
     read = training_criterion(*hours, Spread(0.05, 5, "s"), minimum=0.1, alpha=0.05)
-    half = 2.1318467863 * 0.05 * math.sqrt(2)
+    half = 2.1318467863 * 0.05 * math.sqrt(5)
     assert read.ci == pytest.approx((1 - 0.6 * math.exp(half), 1 - 0.6 * math.exp(-half)))
     assert read.outcome is PASS
     missing = training_criterion(hours[0], null("no ledger: baseline"), None, minimum=0.1, alpha=0.05)

@@ -1,8 +1,8 @@
 """How good an artifact is: reloaded from disk, scored on test documents, per-document values kept.
 
 Intervals are two-sided at 95% and treat documents as the independent items, never the tokens inside one: Wilson's
-interval where a document is right or wrong, the BCa bootstrap over documents elsewhere. Perplexity's interval is the
-exponential of its exponent's.
+interval where a document is right or wrong, the BCa bootstrap over documents elsewhere. Documents of one group come
+from one source and count as one (`compare/clustered.py`). Perplexity's interval is the exponential of its exponent's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.assess.scoring import CausalScores, ClassificationScores, score_causal, score_classification
+from pipeline.compare import clustered
+from pipeline.compare.clustered import GROUP, group_codes, num_groups
 from pipeline.compare.quality import is_binary, macro_f1_interval, why_unknown
 from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
 from pipeline.config import QualityConfig, Task
@@ -111,6 +113,7 @@ def assess_quality(
         else:
             scores = score_classification(model, encoded, padding=padding, **more)
             predictions, arrays = scores.prediction, _columns(scores, CLASSIFICATION_COLUMNS)
+        arrays |= _groups(encoded)
         _check_finite(folder, model, arrays["bits" if task is Task.causal_lm else "logprob"])
         agreement = None if teacher_predictions is None else _agreement(predictions, teacher_predictions, arrays)
         if isinstance(agreement, np.ndarray):
@@ -123,8 +126,8 @@ def assess_quality(
         figures |= read_shares(task, encoded, len(chosen), len(documents))
     if isinstance(agreement, str):
         figures["teacher_agreement"] = null(agreement), None
-    num_documents = len(arrays["digest"])
-    entries = entries_of(task, figures, num_documents, items)
+    num_documents, groups = len(arrays["digest"]), num_groups(group_codes(arrays))
+    entries = entries_of(task, figures, num_documents, items, groups)
     if unquantized is not None:
         name, change, count = worst_slice(arrays, labels)
         entries["worst_slice"] = {**entry_of((measured(change), None), count, items), "slice": name}
@@ -166,7 +169,7 @@ def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int)
     figures: dict[str, Figure] = {name: (null(why), None) for name, why in scores.left_out.items()}
     for name, values in scores.scores.items():
         if is_binary(values):
-            figures[name] = _share(values)
+            figures[name] = _share(values, resamples=resamples, seed=seed)
         else:
             ones = np.ones(len(values), dtype=np.int64)
             figures[name] = _measured(*_ratio(values, ones, resamples=resamples, seed=seed))
@@ -220,6 +223,13 @@ def _check_finite(folder: Path, model: Any, readings: np.ndarray) -> None:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
+def _groups(encoded: Sequence[Encoded]) -> Arrays:
+    """Return the column of groups, where some document names one; the others are a source of their own."""
+    if all(document.group is None for document in encoded):
+        return {}
+    return {GROUP: np.array([document.group for document in encoded], dtype=object)}
+
+
 def _columns(scores: CausalScores | ClassificationScores, names: Sequence[str]) -> Arrays:
     return {name: getattr(scores, name) for name in names}
 
@@ -239,8 +249,11 @@ def _agreement(predictions: np.ndarray, teacher_predictions: Path, arrays: Array
 def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[str, Figure]:
     """Return the figures that per-document columns give, those that they lack the columns of left out."""
 
+    codes = group_codes(arrays) if "digest" in arrays else None
+    more: dict[str, Any] = {"resamples": resamples, "seed": seed, "codes": codes}
+
     def ratio(num: str, den: str) -> tuple[float, tuple[float, float] | None]:
-        return _ratio(arrays[num], arrays[den], resamples=resamples, seed=seed)
+        return _ratio(arrays[num], arrays[den], **more)
 
     figures: dict[str, Figure] = {}
     has = set(arrays).issuperset
@@ -265,15 +278,15 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
             figures["flips"] = _measured(*ratio("flips", "tokens"))
         return figures
     if has(("correct",)):
-        figures["accuracy"] = _share(arrays["correct"])
+        figures["accuracy"] = _share(arrays["correct"], **more)
     if has(("label", "prediction")):
-        figures["macro_f1"] = _macro_f1(arrays, resamples=resamples, seed=seed)
+        figures["macro_f1"] = _macro_f1(arrays, **more)
     if has(("agree",)):
-        figures["teacher_agreement"] = _share(arrays["agree"])
+        figures["teacher_agreement"] = _share(arrays["agree"], **more)
     if has(("kl",)):
         ones = np.ones(len(arrays["kl"]), dtype=np.int64)
-        figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, resamples=resamples, seed=seed))
-        figures["flips"] = _share(arrays["flips"])
+        figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, **more))
+        figures["flips"] = _share(arrays["flips"], **more)
     return figures
 
 
@@ -290,8 +303,11 @@ def read_shares(task: Task, encoded: Sequence[Encoded], num_chosen: int, num_doc
     return {key: (measured(share), None) for key, share in shares.items()}
 
 
-def _ratio(num: np.ndarray, den: np.ndarray, *, resamples: int, seed: int) -> tuple[float, tuple[float, float] | None]:
-    """Return sum(num) / sum(den) and its interval over documents."""
+def _ratio(
+    num: np.ndarray, den: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None
+) -> tuple[float, tuple[float, float] | None]:
+    """Return sum(num) / sum(den) and its interval over documents, or groups of them."""
+    num, den = clustered.summed(num, codes), clustered.summed(den, codes)
     if len(num) == 1:
         return float(num[0] / den[0]), None
     interval = bootstrap_ratio(num, den, resamples=resamples, seed=seed, level=LEVEL)
@@ -310,15 +326,21 @@ def _power_of_2(exponent: float, ci: tuple[float, float] | None) -> Figure:
     return measured(math.pow(2, exponent)), None if ci is None else (math.pow(2, low), math.pow(2, high))
 
 
-def _share(right: np.ndarray) -> Figure:
+def _share(right: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None) -> Figure:
     k, n = int(np.count_nonzero(right)), len(right)
-    return measured(k / n), wilson_interval(k, n, level=LEVEL)
+    if codes is None:
+        return measured(k / n), wilson_interval(k, n, level=LEVEL)
+    if num_groups(codes) == 1:
+        return measured(k / n), None
+    return measured(k / n), clustered.share_interval(right != 0, codes, resamples=resamples, seed=seed, level=LEVEL)
 
 
-def _macro_f1(arrays: Arrays, *, resamples: int, seed: int) -> Figure:
-    if len(arrays["label"]) == 1:
+def _macro_f1(arrays: Arrays, *, resamples: int, seed: int, codes: np.ndarray | None = None) -> Figure:
+    if len(arrays["label"]) == 1 or num_groups(codes) == 1:
         return measured(macro_f1(arrays)), None
-    interval = macro_f1_interval(arrays["label"], arrays["prediction"], resamples=resamples, seed=seed, level=LEVEL)
+    interval = macro_f1_interval(
+        arrays["label"], arrays["prediction"], resamples=resamples, seed=seed, level=LEVEL, codes=codes
+    )
     return measured(interval.estimate), (interval.low, interval.high)
 
 
@@ -331,20 +353,23 @@ def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
     return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
-def entries_of(task: Task, figures: Mapping[str, Figure], num_documents: int, items: Path) -> dict[str, dict[str, Any]]:
+def entries_of(
+    task: Task, figures: Mapping[str, Figure], num_documents: int, items: Path, groups: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Return figures as rows hold them; the primary one names the per-document values even where it is null."""
-    entries = {key: entry_of(figure, num_documents, items) for key, figure in figures.items()}
+    entries = {key: entry_of(figure, num_documents, items, groups) for key, figure in figures.items()}
     if PRIMARY[task] in entries:
         entries[PRIMARY[task]]["items"] = str(items)
     return entries
 
 
-def entry_of(figure: Figure, num_documents: int, items: Path) -> dict[str, Any]:
-    """Return a figure as rows hold it."""
+def entry_of(figure: Figure, num_documents: int, items: Path, groups: int | None = None) -> dict[str, Any]:
+    """Return a figure as rows hold it; `groups` are those that the documents form, where they form any."""
     value, ci = figure
     if value.v is None:
         return {**value.to_json(), "ci": None, "n": None, "items": None}
-    return {**value.to_json(), "ci": None if ci is None else list(ci), "n": num_documents, "items": str(items)}
+    counted = {"n": num_documents} if groups is None else {"n": num_documents, "groups": groups}
+    return {**value.to_json(), "ci": None if ci is None else list(ci), **counted, "items": str(items)}
 
 
 # -- per-document values --------------------------------------------------------------------------------------------
@@ -363,7 +388,8 @@ def read_items(path: Path) -> Arrays:
     Of a language model: `digest, bits, bytes, tokens, correct`, `end_bits, ends` (of ends of text or turns, which are
     in none of the others), `unknown_bytes` (of `bytes`) and, with a teacher, `agree` (tokens). Of a classifier:
     `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl`
-    (nats), `flips`, and `unquantized`: the bits, or whether right, of the model that it was made from.
+    (nats), `flips`, and `unquantized`: the bits, or whether right, of the model that it was made from. Where documents
+    name one, `group`: the source that a document shares with others, null for one of its own.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

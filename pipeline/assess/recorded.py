@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.assess.quality import Arrays, entries_of, figures_of
+from pipeline.compare.clustered import GROUP, group_codes, num_groups
 from pipeline.config import QualityConfig, Task
 from pipeline.errors import UserError
 from pipeline.metrics import PRIMARY
@@ -81,7 +82,8 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
         why = "a document's value is not finite" if known else "no column of this task"
         return {PRIMARY[task]: {**null(why).to_json(), "ci": None, "n": None, "items": str(path) if known else None}}
     figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
-    found = entries_of(task, figures, len(columns["digest"]), path)
+    groups = num_groups(group_codes(columns))
+    found = entries_of(task, figures, len(columns["digest"]), path, groups)
     lacking = {**null("no column that it is made of").to_json(), "ci": None, "n": None, "items": str(path)}
     return {PRIMARY[task]: lacking, **found}
 
@@ -109,6 +111,8 @@ def _columns(path: Path, task: Task, key: str) -> Arrays:
 def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
     """Return what no document can read, or None; what is not finite is for the comparison to say."""
     for name, value in row.items():
+        if name == GROUP and value is None:  # a source of its own
+            continue
         whole = isinstance(value, int) and abs(value) < 2**53 and (name == "correct" or not isinstance(value, bool))
         numeric = whole or isinstance(value, float)
         if name in NUMBERS[task] and not numeric:

@@ -5,11 +5,14 @@ A unit is a generated token (causal_lm) or an example (classification). One read
 (decode). Device-seconds per 1,000 units are those of prefill and decode together over batch x new tokens; apart,
 prefill counts per 1,000 prompt tokens and decode per 1,000 tokens decoded (new - 1 of each sequence).
 
-Two arms are compared in blocks of arm, base, base, arm: a drift that is linear over a block adds the same to both.
+Two arms are compared in blocks of arm, base, base, arm or the reverse, by a recorded seed (`compare/blocks.py`). A
+drift that is linear over a block adds the same to both, and what comes back every few readings does not always meet
+the same arm. Readings taken before the machine is steady are discarded (`_warm_until_steady`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ import numpy as np
 
 from pipeline.assess.scoring import check_vocabulary
 from pipeline.assess.server import Reading, Server, load
+from pipeline.compare.blocks import draw_design
 from pipeline.config import Decode, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
 from pipeline.ledger import gpu_usage
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
 SHORTEST_S = 0.02
 """Seconds: a reading of less repeats its batch, so that one interruption does not decide it."""
 MOST_REPEATS = 64
+STEADY = 0.01
+"""Largest change of readings, from two rounds to the next two, at which a machine counts as steady."""
+MOST_ROUNDS = 12
+"""Rounds after which reading begins, steady or not."""
 ENERGY_S = gpu_usage.SHORTEST_S + 1.0
 """Seconds of back-to-back batches that joules are read over."""
 
@@ -63,6 +71,10 @@ class ServePass:
         joules: Of the one pair whose energy was asked for, joules per unit of arm and base as `seconds` has seconds.
         why_no_joules: Why they could not be read.
         dtype: In what artifacts were served that are stored in fp32, and why (`serving_dtype.py`).
+        orders: By pair, the order of each block: `ABBA` (arm first) or `BAAB`.
+        places: By pair, of the four readings of each block: how many readings of any arm came before.
+        order_seed: What orders, and readings discarded between blocks, were drawn with.
+        warm_up: Rounds of readings that were discarded before, and whether the machine was steady then.
     """
 
     serving: dict[str, dict[str, dict[str, Any]]]
@@ -72,6 +84,10 @@ class ServePass:
     joules: tuple[np.ndarray, np.ndarray] | None = None
     why_no_joules: str | None = None
     dtype: dict[str, Any] = field(default_factory=dict)
+    orders: dict[Pair, list[str]] = field(default_factory=dict)
+    places: dict[Pair, list[list[int]]] = field(default_factory=dict)
+    order_seed: int | None = None
+    warm_up: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
@@ -85,6 +101,10 @@ class ServePass:
             "joules": joules,
             "why_no_joules": self.why_no_joules,
             "dtype": self.dtype,
+            "orders": [[*pair, order] for pair, order in self.orders.items()],
+            "places": [[*pair, places] for pair, places in self.places.items()],
+            "order_seed": self.order_seed,
+            "warm_up": self.warm_up,
         }
 
     @staticmethod
@@ -96,6 +116,9 @@ class ServePass:
             raw["serving"], seconds, raw["how"], raw.get("conditions", {}),
             None if joules is None else (np.array(joules[0]), np.array(joules[1])), raw.get("why_no_joules"),
             raw.get("dtype", {}),
+            {(arm, base): order for arm, base, order in raw.get("orders", [])},
+            {(arm, base): places for arm, base, places in raw.get("places", [])},
+            raw.get("order_seed"), raw.get("warm_up", {}),
         )  # fmt: skip
 
 
@@ -119,12 +142,13 @@ def serve_pass(
     dtype: torch.dtype | None = None,
     energy_of: Pair | None = None,
     check: Callable[[], None] = _go_on,
+    order_seed: int = 0,
 ) -> ServePass:
     """Load artifacts side by side and measure them.
 
     Args:
         artifacts: Folders by arm; an arm in no pair is read as often as one in a pair.
-        pairs: (arm, base) to be compared in ABBA blocks.
+        pairs: (arm, base) to be compared in blocks.
         task: What the models are for.
         labels: Class names.
         prompts: Encoded documents that prompts are cut from.
@@ -135,8 +159,9 @@ def serve_pass(
         clock: Books model_load and generate, and is the clock of the readings.
         sampler: Reads the devices' energy counters.
         dtype: Of artifacts that are stored in fp32; None: fp32.
-        energy_of: The pair whose energy is read in ABBA blocks.
+        energy_of: The pair whose energy is read in blocks of the same orders.
         check: Called between blocks, outside of what is timed; what it raises ends the pass.
+        order_seed: Of the blocks' orders.
 
     Raises:
         UserError: If an artifact cannot serve this load or these tokens.
@@ -151,7 +176,10 @@ def serve_pass(
     with clock.phase("generate"):
         others, start_ns = Others(), clock.now_ns()
         sampler.mark()
-        seconds, readings = measure_interleaved(servers, pairs, config=config, prompts=prompts, seed=seed, check=check)
+        read = measure_interleaved(
+            servers, pairs, config=config, prompts=prompts, seed=seed, check=check, order_seed=order_seed
+        )
+        readings = read.readings
         sampler.mark()
         window = (start_ns, clock.now_ns())
         kind = str(device).partition(":")[0]
@@ -168,9 +196,10 @@ def serve_pass(
         }
         joules: tuple[np.ndarray, np.ndarray] | str | None = None
         if energy_of is not None:
-            pair = energy_of
+            pair, order = energy_of, read.orders[energy_of]
             joules = attempted(
-                lambda: _joules(servers, pair, ids, config, sampler, clock), lambda why: unmeasured("energy", why)
+                lambda: _joules(servers, pair, ids, config, order, sampler, clock),
+                lambda why: unmeasured("energy", why),
             )
     serving = {
         arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
@@ -181,8 +210,11 @@ def serve_pass(
         arm: ", ".join(word for word in (server.dtype, readings[arm].at_load[0].how) if word)
         for arm, server in servers.items()
     }
-    read, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
-    return ServePass(serving, seconds, how, conditions, joules=read, why_no_joules=why_not)
+    kept, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
+    return ServePass(
+        serving, read.seconds, how, conditions, joules=kept, why_no_joules=why_not, orders=read.orders,
+        places=read.places, order_seed=order_seed, warm_up=read.warm_up,
+    )  # fmt: skip
 
 
 def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others, kind: str) -> dict[str, Any]:
@@ -204,13 +236,13 @@ def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others
 
 
 def _joules(
-    servers: Mapping[str, Server], pair: Pair, ids: np.ndarray, config: ServingConfig, sampler: Sampler,
-    clock: PhaseClock,
+    servers: Mapping[str, Server], pair: Pair, ids: np.ndarray, config: ServingConfig, orders: Sequence[str],
+    sampler: Sampler, clock: PhaseClock,
 ) -> tuple[np.ndarray, np.ndarray] | str:  # fmt: skip
-    """Return joules per unit of arm and base in ABBA blocks, (blocks, 2) each, or why they cannot be read."""
+    """Return joules per unit of arm and base in blocks, (blocks, 2) each, or why they cannot be read."""
     found = np.empty((2, config.blocks, 2))
-    for block in range(config.blocks):
-        for side, place in ((0, 0), (1, 0), (1, 1), (0, 1)):
+    for block, order in enumerate(orders):
+        for side, place in _places(order):
             units = _units_per_joule(servers[pair[side]], ids, config.load.new, sampler, clock)
             if units.v is None:
                 return units.why_null or "not read"
@@ -255,6 +287,25 @@ class Readings:
     growing: list[Reading] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """What blocks of readings gave.
+
+    Attributes:
+        seconds: By pair, seconds of one batch of arm and base, (blocks, 2) each, in the order they were taken.
+        readings: By arm, all its readings.
+        orders: By pair, the order of each block.
+        places: By pair, of the four readings of each block: how many readings of any arm came before.
+        warm_up: `rounds` of readings that were discarded, and whether the machine was `steady` then.
+    """
+
+    seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
+    readings: dict[str, Readings]
+    orders: dict[Pair, list[str]]
+    places: dict[Pair, list[list[int]]]
+    warm_up: dict[str, Any]
+
+
 def measure_interleaved(
     servers: Mapping[str, Served],
     pairs: Sequence[Pair],
@@ -263,38 +314,80 @@ def measure_interleaved(
     prompts: Sequence[np.ndarray],
     seed: int,
     check: Callable[[], None] = _go_on,
-) -> tuple[dict[Pair, tuple[np.ndarray, np.ndarray]], dict[str, Readings]]:
-    """Read pairs in ABBA blocks at the declared load, then all arms forth and back at the further batch sizes.
+    order_seed: int = 0,
+) -> Interleaved:
+    """Read pairs in blocks at the declared load, then all arms forth and back at the further batch sizes.
 
     The prompts of a block are the same for every arm; `check` is called between blocks and sizes.
 
-    Returns:
-        By pair, seconds of one batch of arm and base, (blocks, 2) each; by arm, all its readings.
+    Args:
+        servers: By arm.
+        pairs: (arm, base).
+        config: Load, further batch sizes, blocks.
+        prompts: Encoded documents that prompts are cut from.
+        seed: Of the prompts.
+        check: What it raises ends the pass.
+        order_seed: Of the blocks' orders (each pair has its own), and of how many readings are discarded between them.
     """
     load = config.load
     kept = {arm: Readings() for arm in servers}
     seconds = {pair: (np.empty((config.blocks, 2)), np.empty((config.blocks, 2))) for pair in pairs}
     alone = [arm for arm in servers if not any(arm in pair for pair in pairs)]
+    design = draw_design(len(pairs), config.blocks, len(alone), order_seed)
+    orders = {pair: list(each) for pair, each in zip(pairs, design.orders, strict=True)}
+    places = {pair: [list(block) for block in each] for pair, each in zip(pairs, design.places, strict=True)}
     first = draw_prompts(prompts, load.batch, load.prompt, (seed, 0))
     repeats = {arm: _warm_up(server, first, load.new) for arm, server in servers.items()}
+    warm_up = _warm_until_steady(servers, first, load.new, repeats, check)
+    spare = itertools.cycle(servers.items())
     for block in range(config.blocks):
         check()
+        for _ in range(design.gaps[block]):
+            arm, server = next(spare)
+            _serve(server, first, load.new, repeats[arm])
         ids = draw_prompts(prompts, load.batch, load.prompt, (seed, block))
 
         def read(arm: str, ids: np.ndarray = ids) -> float:
             batch = _serve(servers[arm], ids, load.new, repeats[arm])
             kept[arm].at_load.extend(batch)
-            return float(np.mean([reading.total_s for reading in batch]))
+            return _seconds(batch)
 
-        for (arm, base), (ours, theirs) in seconds.items():
-            ours[block, 0], theirs[block, 0] = read(arm), read(base)
-            theirs[block, 1], ours[block, 1] = read(base), read(arm)
+        for pair, sides in seconds.items():
+            for side, place in _places(orders[pair][block]):
+                sides[side][block, place] = read(pair[side])
         for arm in (*alone, *reversed(alone)):
             read(arm)
     for size in config.batches:
         check()
         _read_size(servers, kept, size, draw_prompts(prompts, size, load.prompt, (seed, 0)), load)
-    return seconds, kept
+    return Interleaved(seconds, kept, orders, places, warm_up)
+
+
+def _places(order: str) -> list[tuple[int, int]]:
+    """Return (side, place among its two readings) of each reading of a block: side 0 is the arm."""
+    sides = ["AB".index(letter) for letter in order]
+    return [(side, sides[:at].count(side)) for at, side in enumerate(sides)]
+
+
+def _seconds(batch: Sequence[Reading]) -> float:
+    return float(np.mean([reading.total_s for reading in batch]))
+
+
+def _warm_until_steady(
+    servers: Mapping[str, Served], ids: np.ndarray, new: int, repeats: Mapping[str, int], check: Callable[[], None]
+) -> dict[str, Any]:
+    """Read all arms in turns, keeping nothing, until they are steady or `MOST_ROUNDS` are over.
+
+    Steady: the readings of the last two rounds lie within `STEADY` of the two before, as the mean log-ratio over arms.
+    """
+    logs: list[float] = []
+    while len(logs) < MOST_ROUNDS:
+        check()
+        read = [_seconds(_serve(server, ids, new, repeats[arm])) for arm, server in servers.items()]
+        logs.append(float(np.mean(np.log(np.maximum(read, np.finfo(float).tiny)))))
+        if len(logs) >= 4 and abs(sum(logs[-2:]) - sum(logs[-4:-2])) <= 2 * STEADY:
+            return {"rounds": len(logs), "steady": True}
+    return {"rounds": len(logs), "steady": False}
 
 
 def _read_size(

@@ -8,11 +8,16 @@ margin is a share), accuracies absolutely (`arm - base`, the margin is in accura
 - `better`: the whole interval is above 0.
 - `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not decided.
 - `undecided`: anything else, fewer documents than an answer needs, or an interval of no width: resampling documents
-  on which two different models happen to agree shows no spread, which is no proof that there is none.
+  on which two different models happen to agree shows no spread, which is no proof that there is none. Macro F1 needs
+  `MIN_CLASS_ITEMS` of the rarest class besides.
+
+Documents are taken as independent unless their items name a `group`: then groups are what is resampled and counted
+(`clustered.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.compare import statistics
+from pipeline.compare import clustered, statistics
+from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
 from pipeline.values import Prov, Value, derive, null
 
@@ -30,15 +36,24 @@ Items = Mapping[str, npt.NDArray[Any]]
 PAIRED_SHARE = 0.95
 """Below this share of common documents two arms were not assessed on the same data."""
 MIN_DOCUMENTS = 20
+MIN_CLASS_ITEMS = 20
+"""Items of the rarest class below which an interval of macro F1 decides nothing, whatever the number of classes.
+
+Source: simulation through the gate (benchmarks/gate_simulation.py, `floor:`): a model that loses 15% of a class with 12
+items passes in 16% of cases; from 20 on no setting of 2, 6 or 20 classes passes in more than 6%.
+"""
+Codes = npt.NDArray[np.int64]
+"""(n,): the number of each document's group."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """Of an interval: its two-sided confidence, and how a bootstrap resamples."""
+    """Of an interval: its two-sided confidence, how a bootstrap resamples, and which documents belong together."""
 
     level: float
     resamples: int
     seed: int
+    codes: Codes | None = None
 
 
 _ItemsNeeded = Callable[[float, float], int | None]
@@ -66,15 +81,23 @@ def _continuous(estimate: float, spread: Spread, settings: _Settings) -> _Found:
 
 
 def _bits_per_byte(arm: Items, base: Items, settings: _Settings) -> _Found:
-    higher, spread = statistics.paired_ratio(arm["bits"], base["bits"], arm["bytes"])
+    higher, spread = _paired_ratio(arm["bits"], base["bits"], arm["bytes"], settings, relative=True)
     return _continuous(-higher, spread.reversed(), settings)
+
+
+def _paired_ratio(
+    arm: npt.NDArray[Any], base: npt.NDArray[Any], den: npt.NDArray[Any], settings: _Settings, *, relative: bool = False
+) -> tuple[float, Spread]:
+    """Return how two ratios of sums differ and that difference's spread, over groups where there are any."""
+    by_group = (clustered.summed(column, settings.codes) for column in (arm, base, den))
+    return statistics.paired_ratio(*by_group, relative=relative)
 
 
 def _token_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
     """Compare sum(column) / sum(tokens), absolutely."""
 
     def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
-        return _continuous(*statistics.paired_ratio(arm[column], base[column], arm["tokens"], relative=False), settings)
+        return _continuous(*_paired_ratio(arm[column], base[column], arm["tokens"], settings), settings)
 
     return compare
 
@@ -84,6 +107,8 @@ def _example_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
 
     def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
         in_arm, in_base = arm[column].astype(bool), base[column].astype(bool)
+        if settings.codes is not None:
+            return _grouped_share(in_arm, in_base, settings.codes, settings)
         b, c, n = int((in_arm & ~in_base).sum()), int((in_base & ~in_arm).sum()), len(in_arm)
 
         def needed(margin: float, assumed: float) -> int | None:
@@ -93,6 +118,23 @@ def _example_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
         return Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=settings.level)), needed
 
     return compare
+
+
+def _grouped_share(
+    in_arm: npt.NDArray[np.bool_], in_base: npt.NDArray[np.bool_], codes: Codes, settings: _Settings
+) -> _Found:
+    """Compare the shares of right items over groups. What decides is counted in groups."""
+    interval, spread, (b, c, n) = clustered.paired_share(
+        in_arm, in_base, codes, resamples=settings.resamples, seed=settings.seed, level=settings.level
+    )
+
+    def needed(margin: float, assumed: float) -> int | None:
+        linear = statistics.items_for_power(spread, margin=margin, assumed=assumed, level=settings.level)
+        discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
+        items = statistics.binary_items_for_power(discordant, margin=margin, assumed=assumed, level=settings.level)
+        return None if linear is None or items is None else max(linear, math.ceil(items * spread.n / n))
+
+    return interval, needed
 
 
 def is_binary(values: npt.ArrayLike) -> bool:
@@ -107,25 +149,65 @@ def _task_score(column: str) -> Callable[[Items, Items, _Settings], _Found]:
         if is_binary(arm[column]) and is_binary(base[column]):
             return _example_share(column)(arm, base, settings)
         ones = np.ones(len(arm[column]), dtype=np.int64)
-        return _continuous(*statistics.paired_ratio(arm[column], base[column], ones, relative=False), settings)
+        return _continuous(*_paired_ratio(arm[column], base[column], ones, settings), settings)
 
     return compare
 
 
 def _macro_f1(arm: Items, base: Items, settings: _Settings) -> _Found:
-    """Compare macro F1 over examples, with the outer ends of the bootstrap's interval and the linearised one's."""
+    """Compare macro F1 over examples or groups: the outer ends of the bootstrap's interval and the linearised one's."""
     classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
+    times, codes, rarest = None, settings.codes, rarest_class(arm, base)
+    if codes is None:  # few kinds of items: counting them is as good as listing all, and quicker
+        places = [np.searchsorted(classes, each) for each in (arm["label"], arm["prediction"], base["prediction"])]
+        shape = (len(classes),) * 3
+        kinds, times = np.unique(np.ravel_multi_index(places, shape), return_counts=True)
+        label, ours, theirs = (classes[each] for each in np.unravel_index(kinds, shape))
+        arm, base = {"label": label, "prediction": ours}, {"label": label, "prediction": theirs}
     columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)  # (n, 2 * 3 * C)
+    columns = clustered.summed(columns, codes)
 
     def difference(sums: Floats) -> Floats:
         of_arm, of_base = np.split(sums, 2, axis=-1)
         return macro_f1(of_arm) - macro_f1(of_base)
 
     bca = statistics.bootstrap_sums(
-        columns, difference, resamples=settings.resamples, seed=settings.seed, level=settings.level
+        columns, difference, resamples=settings.resamples, seed=settings.seed, level=settings.level, times=times
     )
-    linear, needed = _continuous(bca.estimate, statistics.sums_spread(columns, difference), settings)
+    spread = statistics.sums_spread(columns, difference, times=times)
+    linear, planned = _continuous(bca.estimate, spread, settings)
+
+    def needed(margin: float, assumed: float) -> int | None:
+        items = planned(margin, assumed)
+        return None if items is None or rarest[1] == 0 else max(items, _until_floor(rarest[1], spread.n))
+
     return Interval(bca.estimate, min(bca.low, linear.low), max(bca.high, linear.high)), needed
+
+
+def rarest_class(arm: Items, base: Items) -> tuple[Any, int]:
+    """Return the class with the fewest items, of those that are labelled or predicted, and how many it has."""
+    classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
+    counts = (arm["label"][:, None] == classes).sum(axis=0)
+    rarest = int(np.argmin(counts))
+    return classes[rarest].item(), int(counts[rarest])
+
+
+_SHARE_ERRORS, _COUNT_ERRORS = 0.84, 1.28
+"""Standard errors by which the rarest class is taken to be rarer, and to come out seldomer, when planning."""
+
+
+def _until_floor(rarest: int, n: int) -> int:
+    """Return how many items (or groups) hold `MIN_CLASS_ITEMS` of the rarest class in 9 cases of 10.
+
+    Args:
+        rarest: How many `n` items hold; 1 or more.
+        n: Items (or groups).
+    """
+    if rarest >= MIN_CLASS_ITEMS:
+        return n
+    share = (rarest - _SHARE_ERRORS * math.sqrt(rarest)) / n
+    root = (_COUNT_ERRORS + math.sqrt(_COUNT_ERRORS**2 + 4 * MIN_CLASS_ITEMS)) / 2  # of x - 1.28 sqrt(x) = floor
+    return math.ceil(root**2 / share)
 
 
 def _f1_columns(items: Items, classes: npt.NDArray[Any]) -> Floats:
@@ -147,9 +229,15 @@ def macro_f1(counts: Floats) -> Floats:
 
 
 def macro_f1_interval(
-    label: npt.ArrayLike, prediction: npt.ArrayLike, *, resamples: int, seed: int, level: float = LEVEL
+    label: npt.ArrayLike,
+    prediction: npt.ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
+    codes: Codes | None = None,
 ) -> Interval:
-    """Return one arm's macro F1 with its BCa interval over examples.
+    """Return one arm's macro F1 with its BCa interval over examples, or over groups.
 
     Args:
         label: (n,): true classes.
@@ -157,9 +245,11 @@ def macro_f1_interval(
         resamples: Bootstrap resamples.
         seed: Of the resampling.
         level: Two-sided confidence.
+        codes: (n,): the group of each example; None where each is a source of its own.
     """
     items = {"label": np.asarray(label), "prediction": np.asarray(prediction)}
-    columns = _f1_columns(items, np.unique(np.concatenate([items["label"], items["prediction"]])))
+    by_item = _f1_columns(items, np.unique(np.concatenate([items["label"], items["prediction"]])))
+    columns = clustered.summed(by_item, codes)
     return statistics.bootstrap_sums(columns, macro_f1, resamples=resamples, seed=seed, level=level)
 
 
@@ -209,7 +299,7 @@ def why_unknown(items: Items) -> str | None:
 
 def _methods(items: Items) -> dict[str, _Method]:
     if "responses" in items:  # of an lm-eval task: every other column is a metric
-        scores = [name for name in items if name not in ("digest", "responses")]
+        scores = [name for name in items if name not in ("digest", "responses", GROUP)]
         return {name: _Method((name,), "digest", _task_score(name)) for name in scores}
     return _CLASSIFICATION if "label" in items else _CAUSAL
 
@@ -227,6 +317,22 @@ def pair(arm_items: Items, base_items: Items) -> tuple[Items, Items]:
     """Return both arms' items of the documents they share, in the same order (by digest)."""
     _, in_arm, in_base = np.intersect1d(arm_items["digest"], base_items["digest"], return_indices=True)
     return _select(arm_items, in_arm), _select(base_items, in_base)
+
+
+def _codes(arm: Items, base: Items) -> Codes | str | None:
+    """Return the groups of paired documents, None where each is a source of its own, or why the two sides disagree.
+
+    One side's groups speak for both where the other names none.
+    """
+    ours, theirs = (clustered.group_codes(items) for items in (arm, base))
+    if GROUP in arm and GROUP in base and not _alike(ours, theirs):
+        return "the arms put the same documents into other groups"
+    return ours if GROUP in arm else theirs
+
+
+def _alike(ours: Codes | None, theirs: Codes | None) -> bool:
+    """Tell whether both are the same partition: groups are numbered as they occur."""
+    return ours is theirs if ours is None or theirs is None else np.array_equal(ours, theirs)
 
 
 def _select(items: Items, rows: npt.NDArray[Any]) -> Items:
@@ -291,19 +397,23 @@ def compare_items(
         arm_items: The arm's columns by name, each (n,). Language models: `digest`, `bits`, `bytes`, `tokens`,
             `correct` and perhaps `agree` (tokens); classifiers: `digest`, `label`, `prediction`, `correct` and
             perhaps `agree` (0/1) and `logprob`; lm-eval tasks: `digest`, `responses` (a digest of what was answered)
-            and a score by metric. Documents are paired by `digest`, whatever their order.
+            and a score by metric. Documents are paired by `digest`, whatever their order. `group`, where it is there,
+            names the source that a document shares with others.
         base_items: The base's.
         margin: Difference that still counts as equal: relative for bits per byte, absolute for the others.
-        min_documents: Fewer are always `undecided`.
+        min_documents: Fewer are always `undecided`; where documents have groups, fewer groups.
         level: Two-sided confidence; each end is a one-sided bound at (1 + level) / 2.
-        resamples: Bootstrap resamples (macro F1 alone has any).
+        resamples: Bootstrap resamples (macro F1, and shares over groups, alone have any).
         seed: Of the resampling.
 
     Returns:
-        A value with `ci` (two-sided, at `level`), `n` (documents paired), `margin`, `answer` and `items_to_decide`: the
-        documents in all on which an undecided arm would be told, 4 times in 5, not to be worse than the margin if it is
-        no worse at all, or to be worse if it is as it looks now (`_items_to_decide`); None where that is known.
-        `why_undecided` says why there is no interval. Null where the arms cannot be compared.
+        A value with `ci` (two-sided, at `level`), `n` (documents paired), `groups` (that they form; None where each is
+        a source of its own), `margin`, `answer` and `items_to_decide`: the documents in all, or groups where there are
+        any, on which an undecided arm would be told, 4 times in 5, not to be worse than the margin if it is no worse at
+        all, or to be worse if it is as it looks now (`_items_to_decide`); None where that is known.
+        `smallest_visible_damage` is the share of documents (groups) below which damage would not be in the sample.
+        `why_undecided` says why there is no interval, or why it decides nothing. Null where the arms cannot be
+        compared.
     """
     for side, items in (("arm", arm_items), ("base", base_items)):
         if why := _why_no_items(items):
@@ -315,25 +425,47 @@ def compare_items(
     why = _why_not(method, arm, base, max(len(arm_items["digest"]), len(base_items["digest"])))
     if why is None and method.divides:  # a document of one token has none to predict
         arm, base = _select(arm, arm[method.same] > 0), _select(base, base[method.same] > 0)
-    num_paired = len(arm["digest"])
-    if why is None and num_paired < 2:
-        why = f"{num_paired} document(s) have no spread"
-    if why is not None:
-        return _null(why, num_paired, margin)
-    interval, needed = method.compare(arm, base, _Settings(level, resamples, seed))
-    if interval.low == interval.high and _agree(arm, base, method.columns) and not _agree(arm, base, tuple(arm)):
+    num_paired, codes = len(arm["digest"]), _codes(arm, base)
+    if why is None and isinstance(codes, str):
+        why = codes
+    if why is not None or isinstance(codes, str):
+        return _null(why or "", num_paired, margin)
+    groups = clustered.num_groups(codes)
+    counted = num_paired if groups is None else groups
+    if counted < 2:
+        one = f"{num_paired} document(s)" if groups is None else f"{num_paired} documents of one group"
+        return _null(f"{one} have no spread", num_paired, margin)
+    interval, needed = method.compare(arm, base, _Settings(level, resamples, seed, codes))
+    more = {"groups": groups, "smallest_visible_damage": statistics.smallest_visible_damage(counted, level=level)}
+    one_model = _agree(arm, base, tuple(arm))
+    if interval.low == interval.high and _agree(arm, base, method.columns) and not one_model:
         why = f"both arms read the same on all {num_paired} documents, so that resampling them shows no spread"
-        return _without_interval(interval.estimate, num_paired, margin, why)
-    items = _items_to_decide(needed, interval, num_paired, margin)
-    return _compared(interval, num_paired, margin, min_documents, items)
+        return {**_without_interval(interval.estimate, num_paired, margin, why), **more}
+    items = _items_to_decide(needed, interval, counted, margin, min_documents)
+    read = _compared(interval, num_paired, counted, margin, min_documents, items)
+    too_few = _too_few_of_a_class(arm, base, counted) if key == "macro_f1" and not one_model else {}
+    return {**read, **more, **too_few}
 
 
-def _items_to_decide(needed: _ItemsNeeded, interval: Interval, n: int, margin: float) -> int:
+def _too_few_of_a_class(arm: Items, base: Items, counted: int) -> dict[str, Any]:
+    """Return what leaves macro F1 undecided where its rarest class has too few items, with how many would do."""
+    name, have = rarest_class(arm, base)
+    if have >= MIN_CLASS_ITEMS:
+        return {}
+    why = f"class {name}, the rarest, has {have} of the {MIN_CLASS_ITEMS} items that macro F1 needs to be decided"
+    return {"answer": "undecided", "why_undecided": why,
+            "items_to_decide": _until_floor(have, counted) if have else None}  # fmt: skip
+
+
+def _items_to_decide(needed: _ItemsNeeded, interval: Interval, n: int, margin: float, least: int) -> int:
     """Return how many items would decide an undecided comparison; 0 where its lower end is known to clear -margin.
 
     Planned for an arm that is no worse; for what the estimate says where that contradicts it: where it lies below
-    -margin, or where these items should already have been enough.
+    -margin, or where these items should already have been enough. An end that fewer items than `least` show is not
+    known: few of them look clear by chance, and so many need not be enough the next time.
     """
+    if n < least and margin > 0 and interval.estimate >= -margin:
+        return max(least, needed(margin, 0.0) or 0)
     if margin <= 0 or interval.low > -margin or interval.high < -margin:
         return 0
     if interval.estimate >= -margin and (items := needed(margin, 0.0)) is not None and items > n:
@@ -356,8 +488,11 @@ def _null(why: str, n: int, margin: float) -> dict[str, Any]:
     return {**null(why).to_json(), **more}
 
 
-def _compared(interval: Interval, n: int, margin: float, min_documents: int, items: int) -> dict[str, Any]:
-    answer = answer_of(interval.low, interval.high, margin) if n >= min_documents else "undecided"
+def _compared(
+    interval: Interval, n: int, counted: int, margin: float, min_documents: int, items: int
+) -> dict[str, Any]:
+    """Return the answer; `counted` are the documents or groups that it rests on."""
+    answer = answer_of(interval.low, interval.high, margin) if counted >= min_documents else "undecided"
     items = max(items, min_documents)
     return {
         **Value(interval.estimate, Prov.DERIVED).to_json(),
@@ -365,8 +500,13 @@ def _compared(interval: Interval, n: int, margin: float, min_documents: int, ite
         "n": n,
         "margin": margin,
         "answer": answer,
-        "items_to_decide": items if answer in ("undecided", "worse") and items > n else None,
+        "items_to_decide": items if answer in ("undecided", "worse") and items > counted else None,
     }
+
+
+def _counted(result: Mapping[str, Any]) -> int:
+    """Return what a comparison's interval rests on: groups where documents have any, else documents."""
+    return result["n"] if result.get("groups") is None else result["groups"]
 
 
 def combine_seeds(
@@ -398,7 +538,7 @@ def combine_seeds(
         return _without_interval(interval.estimate, len(per_seed), margin, why)
     interval = Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0)) if is_share else interval
     answer = answer_of(interval.low, interval.high, margin)
-    if min(result["n"] for result in per_seed) < min_documents:
+    if any(_counted(result) < min_documents or result.get("why_undecided") for result in per_seed):
         answer = "undecided"
     more = {"n": len(per_seed), "margin": margin, "answer": answer, "items_to_decide": None}
     return {**mean.to_json(), "ci": [interval.low, interval.high], **more}

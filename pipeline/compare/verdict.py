@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.compare import statistics
+from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config import PolicyConfig
 from pipeline.values import Prov, Value, derive, null
@@ -51,7 +52,10 @@ class Criterion:
         threshold: Below it the candidate is not good enough (of payback: above it).
         gating: Whether the policy asks for it.
         n: Items, documents or blocks that it rests on.
-        needed: Items in all that would decide it.
+        needed: Items in all that would decide it; groups where `groups` is given.
+        groups: Groups that the documents form; None where each is a source of its own, or it rests on no documents.
+        available: Documents (or groups) that the test split has in all; None where that is not known.
+        smallest_visible_damage: Share of documents (or groups) below which damage would not be in the sample.
         why: What speaks against the reading, or explains it.
     """
 
@@ -64,6 +68,9 @@ class Criterion:
     level: float | None = None
     n: int | None = None
     needed: int | None = None
+    groups: int | None = None
+    available: int | None = None
+    smallest_visible_damage: float | None = None
     why: str | None = None
     unit: str = "1"
 
@@ -72,7 +79,8 @@ class Criterion:
         return {
             "name": self.name, "outcome": self.outcome.value, "gating": self.gating, "value": self.value.to_json(),
             "ci": None if self.ci is None else list(self.ci), "level": self.level, "threshold": self.threshold,
-            "unit": self.unit, "n": self.n, "needed": self.needed, "why": self.why,
+            "unit": self.unit, "n": self.n, "needed": self.needed, "groups": self.groups, "available": self.available,
+            "smallest_visible_damage": self.smallest_visible_damage, "why": self.why,
         }  # fmt: skip
 
 
@@ -118,6 +126,27 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
     return reasons
 
 
+def moved(
+    policy: PolicyConfig,
+    arm: npt.ArrayLike,
+    base: npt.ArrayLike,
+    orders: Sequence[str],
+    places: Sequence[Sequence[int]] | None = None,
+) -> list[str]:
+    """Return the drift or the period that a look's readings show, where the policy has them tested.
+
+    Args:
+        policy: Its `max_disturbance`.
+        arm: (blocks, 2): the candidate's readings.
+        base: (blocks, 2): the baseline's.
+        orders: Of each block.
+        places: Of its four readings among all that were taken; None: one after the other.
+    """
+    if policy.max_disturbance is None:
+        return []
+    return [f"disturbed: {what}" for what in disturbances(arm, base, orders, places, least=policy.max_disturbance)]
+
+
 # -- quality --------------------------------------------------------------------------------------------------------
 
 
@@ -134,25 +163,30 @@ def quality_criterion(
         margin: Loss that still passes: relative for bits per byte, absolute for shares.
     """
     level = 1 - 2 * policy.alpha
+    least = policy.min_items if _is_right_or_wrong(key, arm, base) else policy.min_documents
     read = compare_items(
-        key.rpartition("/")[2], arm, base, margin=margin, min_documents=2, resamples=resamples, seed=seed, level=level
-    )
+        key.rpartition("/")[2], arm, base, margin=margin, min_documents=least, resamples=resamples, seed=seed,
+        level=level,
+    )  # fmt: skip
     value = Value.from_json(read)
-    made = Criterion(name=f"quality/{key}", outcome=Outcome.INVALID, value=value, threshold=-margin, level=level,
-                     n=read["n"])  # fmt: skip
+    made = Criterion(
+        name=f"quality/{key}", outcome=Outcome.INVALID, value=value, threshold=-margin, level=level, n=read["n"],
+        groups=read.get("groups"), smallest_visible_damage=read.get("smallest_visible_damage"),
+    )  # fmt: skip
     if value.v is None:
         return replace(made, why=value.why_null)
-    least = policy.min_items if _is_right_or_wrong(key, arm, base) else policy.min_documents
     if read["ci"] is None:
         return replace(made, outcome=Outcome.INCONCLUSIVE, why=read["why_undecided"])
     low, high = read["ci"]
-    outcome = judged(low, high, -margin)
-    why = None
-    if outcome is not Outcome.INCONCLUSIVE and read["n"] < least:
-        why = f"{read['n']} items, and the policy decides nothing on fewer than {least}"
+    outcome, why = judged(low, high, -margin), read.get("why_undecided")
+    counted, what = (read["n"], "items") if made.groups is None else (made.groups, "groups of items")
+    if counted < least:
+        few = f"{counted} {what}, and the policy decides nothing on fewer than {least}"
+        why = f"{few}; {why}" if why else few
+    if why is not None:
         outcome = Outcome.INCONCLUSIVE
     needed = None if outcome is not Outcome.INCONCLUSIVE else max(least, read["items_to_decide"] or 0)
-    return replace(made, outcome=outcome, ci=(low, high), why=why, needed=needed)
+    return replace(made, outcome=outcome, ci=(low, high), why=why, needed=needed if needed != counted else None)
 
 
 def _is_right_or_wrong(key: str, arm: Items, base: Items) -> bool:
@@ -231,12 +265,30 @@ class Spread:
 
 
 def training_criterion(
-    c_arm: Value, c_base: Value, spread: Spread | None, *, minimum: float | None, alpha: float
+    c_arm: Value,
+    c_base: Value,
+    spread: Spread | None,
+    *,
+    minimum: float | None,
+    alpha: float,
+    arm_runs: Sequence[float] = (),
+    base_runs: Sequence[float] = (),
 ) -> Criterion:
     """Read the saving of C, one run each, with the spread that repeated runs of one training have shown.
 
-    Without such runs it is a point estimate, which decides nothing. A baseline that has no ledger fails a policy that
-    asks for this saving: it cannot be shown.
+    Without such runs it is a point estimate, which decides nothing. A side whose own runs (other seeds) are recorded is
+    read with their spread where that is larger. A candidate without them is taken to vary up to twice as much as what
+    is recorded, a baseline as that (`statistics.own_spread`): self-tests repeat the champion's training. A baseline
+    that has no ledger fails a policy that asks for this saving: it cannot be shown.
+
+    Args:
+        c_arm: Device-hours of the candidate's chain.
+        c_base: Of the baseline's.
+        spread: Of repeated runs of one training on this device.
+        minimum: The least saving; None where the policy does not ask for one.
+        alpha: The policy's, one-sided.
+        arm_runs: Device-hours of the candidate's own runs, one a seed.
+        base_runs: Of the baseline's.
     """
     value = derive(lambda ours, theirs: 1 - ours / theirs, c_arm, c_base)
     if value.v is None:
@@ -248,9 +300,13 @@ def training_criterion(
         return replace(made, why="point estimate only: no repeated runs on this device are recorded "
                                  "(python -m pipeline.selftest train=...)")  # fmt: skip
     level = 1 - 2 * alpha
-    saving = statistics.log_ratio_from_spread(1 - value.v, 1.0, sd=spread.sd_log, runs=spread.runs, level=level)
+    recorded = statistics.RunSpread(spread.sd_log, spread.runs - 1)
+    of_arm, how = statistics.own_spread(recorded, arm_runs)
+    of_base, how_base = statistics.own_spread(recorded, base_runs, assumed=1.0)
+    saving = statistics.log_ratio_from_spread(1 - value.v, 1.0, arm_spread=of_arm, base_spread=of_base, level=level)
+    why = f"spread of {spread.runs} repeated runs ({spread.source}); the candidate's {how}, the baseline's {how_base}"
     return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
-                   n=spread.runs, why=f"spread of {spread.runs} repeated runs ({spread.source})")  # fmt: skip
+                   n=spread.runs, why=why)  # fmt: skip
 
 
 def payback_criterion(payback: Mapping[str, Any], *, within: float | None, alpha: float) -> Criterion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,7 @@ from pipeline.assess.quality import read_items
 from pipeline.assess.recorded import read_identity, values_digest
 from pipeline.attempt import device_name
 from pipeline.compare import savings
+from pipeline.compare.blocks import ARM_FIRST
 from pipeline.compare.quality import Items, compared_keys
 from pipeline.compare.statistics import look_alpha
 from pipeline.compare.verdict import (
@@ -26,13 +28,14 @@ from pipeline.compare.verdict import (
     disturbed,
     invalid,
     memory_criterion,
+    moved,
     payback_criterion,
     quality_criterion,
     serving_criterion,
     training_criterion,
     unread,
 )
-from pipeline.comparison import OTHER_TOKENIZER, other_tokenizers
+from pipeline.comparison import OTHER_TOKENIZER, available, other_tokenizers
 from pipeline.config import Run
 from pipeline.errors import Exit
 from pipeline.gate.checks import gating_metrics
@@ -47,6 +50,7 @@ from pipeline.values import Value, null
 if TYPE_CHECKING:
     from pipeline.assess.serving import ServePass
     from pipeline.attempt import Attempt
+    from pipeline.gate.references import Release
 
 SCHEMA = 1
 EXITS = {
@@ -116,12 +120,37 @@ def _readings(served: ServePass | None, gate: Gate) -> dict[str, Any]:
     joined: dict[str, Any] = {
         "candidate_s": [*before.get("candidate_s", []), *arm], "baseline_s": [*before.get("baseline_s", []), *base],
         "conditions": [*before.get("conditions", []), served.conditions],
+        "blocks": [*_blocks_before(before), _blocks(served)],
     }  # fmt: skip
     if served.joules is not None:
         ours, theirs = (side.tolist() for side in served.joules)
         joined |= {"candidate_j": [*before.get("candidate_j", []), *ours],
                    "baseline_j": [*before.get("baseline_j", []), *theirs]}  # fmt: skip
     return joined
+
+
+def _blocks(served: ServePass) -> dict[str, Any]:
+    """Return how a look's blocks were ordered, and what was discarded before them."""
+    pair = CANDIDATE, BASELINE
+    return {"orders": served.orders[pair], "places": served.places[pair], "seed": served.order_seed,
+            "warm_up": served.warm_up}  # fmt: skip
+
+
+def _blocks_before(before: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the blocks of the look before; one that recorded no orders read the candidate first in every block."""
+    if "blocks" in before or not before:
+        return before.get("blocks", [])
+    return [{"orders": [ARM_FIRST] * len(before["candidate_s"]), "places": None, "seed": None, "warm_up": {}}]
+
+
+def _moved(gate: Gate, readings: dict[str, Any]) -> list[str]:
+    """Return what moved the readings of any look beside candidate and baseline."""
+    found, start = list[str](), 0
+    for number, look in enumerate(readings["blocks"], start=1):
+        blocks = slice(start, start := start + len(look["orders"]))
+        sides = readings["candidate_s"][blocks], readings["baseline_s"][blocks]
+        found += [f"look {number}: {reason}" for reason in moved(gate.policy, *sides, look["orders"], look["places"])]
+    return found
 
 
 # -- quality --------------------------------------------------------------------------------------------------------
@@ -145,6 +174,8 @@ def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
             made = unread(f"quality/{key}", f"the {lacks} has no {key}", -margin)
         else:
             made = quality_criterion(key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap)
+            if not key.startswith(TASK) and not (run.candidate_items and run.baseline_items):
+                made = replace(made, available=available(attempt, grouped=made.groups is not None))
         found.append(replace(invalid(made, reasons), gating=key in asked))
     return found
 
@@ -194,7 +225,7 @@ def _same_values(run: Run) -> bool:
 def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
-    reasons = [*_disturbed(attempt, gate, readings), *_other_tokenizers(attempt, gate)]
+    reasons = [*_disturbed(attempt, gate, readings), *_moved(gate, readings), *_other_tokenizers(attempt, gate)]
     served = serving_criterion(readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha)
     figures = [(_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes")) for arm in serving]
     counted = all(peak.v is not None for peak, _ in figures)
@@ -250,7 +281,9 @@ def _other_tokenizers(attempt: Attempt, gate: Gate) -> list[str]:
 
 def _training(attempt: Attempt, gate: Gate) -> Criterion:
     policy = gate.policy
-    made = training_criterion(*_chains(gate), _spread(attempt, gate), minimum=policy.training, alpha=policy.alpha)
+    arm_runs, base_runs = (_own_runs(side) for side in (gate.candidate, gate.baseline))
+    made = training_criterion(*_chains(gate), _spread(attempt, gate), minimum=policy.training, alpha=policy.alpha,
+                              arm_runs=arm_runs, base_runs=base_runs)  # fmt: skip
     loud, unknown = _disturbed_training(gate)
     if unknown:
         made = replace(made, why="; ".join([*([made.why] if made.why else []), *unknown]))
@@ -270,6 +303,12 @@ def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
         elif load.v > limit:
             loud.append(f"others used {load.v:.0%} of the device while the {name} trained, {limit:.0%} allowed")
     return loud, unknown
+
+
+def _own_runs(side: Release | None) -> list[float]:
+    """Return device-hours of a side's training with every seed of its run, where there were several."""
+    hours = [] if side is None else side.charge.get("seeds_device_hours", [])
+    return [float(each) for each in hours if isinstance(each, int | float) and math.isfinite(each) and each > 0]
 
 
 def _chains(gate: Gate) -> tuple[Value, Value]:

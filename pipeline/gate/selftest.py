@@ -8,6 +8,7 @@ conditions, looks and criteria are those of a release check; only the least savi
 from __future__ import annotations
 
 import datetime
+import itertools
 import secrets
 import shutil
 import signal
@@ -30,7 +31,7 @@ from pipeline.compare.selftest import (
     training_floor,
     training_spread,
 )
-from pipeline.compare.verdict import Outcome, disturbed, quality_criterion
+from pipeline.compare.verdict import Outcome, disturbed, moved, quality_criterion
 from pipeline.config import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
 from pipeline.ledger.journal import Journal, heartbeat
@@ -295,16 +296,20 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
 
     def of(number: int) -> Look:
         first, second = copies if number % 2 == 0 else copies[::-1]
+        taken = itertools.count(number * run.policy.looks)
 
         def look() -> tuple[Any, Any, list[str]]:
             with test.clock.phase("generate"):
                 others, start_ns = Others(), test.clock.now_ns()
                 sampler.mark()
-                seconds, _ = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
-                                                 prompts=prompts, seed=number, check=test.check)  # fmt: skip
+                read = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
+                                           prompts=prompts, seed=number, check=test.check,
+                                           order_seed=next(taken))  # fmt: skip
                 sampler.mark()
                 conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others, test.device.type)
-            return *seconds[ARM, BASE], disturbed(run.policy, _device(test), conditions)
+            arm, base = read.seconds[ARM, BASE]
+            beside = moved(run.policy, arm, base, read.orders[ARM, BASE], read.places[ARM, BASE])
+            return arm, base, [*disturbed(run.policy, _device(test), conditions), *beside]
 
         return look
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.ledger.phases import PhaseClock
 
 SENSITIVITY_DOCUMENTS = 8  # of these, one reading a layer
-BLOCKS = 2  # ABBA blocks of serving a trial
+BLOCKS = 2  # blocks of serving a trial, one in each order
 
 
 @dataclass(slots=True)
@@ -112,8 +112,8 @@ class Bench:
         prompts = [each.input_ids for each in self.yard.validation]
         for server in servers.values():
             check_load(server, config.load, prompts)
-        seconds, _ = measure_interleaved(servers, [("trial", "plain")], config=config, prompts=prompts, seed=0)
-        ours, theirs = seconds["trial", "plain"]
+        read = measure_interleaved(servers, [("trial", "plain")], config=config, prompts=prompts, seed=0)
+        ours, theirs = read.seconds["trial", "plain"]
         ratio = float(np.exp(np.mean(np.log(ours / theirs))))
         return ratio, servers["trial"].weights_bytes / servers["plain"].weights_bytes
 

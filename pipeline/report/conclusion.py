@@ -26,6 +26,7 @@ from pipeline.report.phrases import (
     never_pays,
     payback_verb,
     quality_verb,
+    rests_on,
     serving_verb,
     signed,
     training_verb,
@@ -238,7 +239,7 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
 def _spread(result: Result, key: str, quality: Value) -> str:
     """Return the interval of a comparison and what it is over: documents, or seeds where there are several."""
     num_seeds = len(seeds(result))
-    over = f"{num_seeds} seeds" if num_seeds > 1 else f"{quality.get('n') or 'the'} test documents"
+    over = f"{num_seeds} seeds" if num_seeds > 1 else rests_on(quality)
     return f"{interval(quality, in_points=key not in RELATIVE)} over {over}"
 
 

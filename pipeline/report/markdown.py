@@ -20,7 +20,14 @@ from pipeline.report.numbers import count, duration, num_bytes, percent, points,
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.reading import reading_lines
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
-from pipeline.report.verdict import markdown_line, verdict_section
+from pipeline.report.verdict import (
+    INDEPENDENT,
+    counted_words,
+    markdown_line,
+    needed_words,
+    unseen_words,
+    verdict_section,
+)
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,
@@ -278,15 +285,24 @@ def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> li
 def _what_n_counts(result: Result) -> str:
     num_seeds = len(seeds(result))
     if num_seeds < 2:
-        return "n counts test documents, of serving ABBA blocks."
+        return f"n counts test documents, of serving blocks of four readings.{_independence(result)}"
     served = served_seed(result)
-    blocks = (
-        "" if served is None else f"; serving is read on the artifacts of seed {served}, and its n counts ABBA blocks"
-    )
+    blocks = "" if served is None else f"; serving is read on the artifacts of seed {served}, and its n counts blocks"
     return (
         f"Each figure stands once for all {num_seeds} seeds: quality and training are means over them, with "
         f"intervals over seeds, and n counts the seeds{blocks}."
     )
+
+
+def _independence(result: Result) -> str:
+    """Return what the intervals over documents assume, and which damage the documents are too few to show."""
+    read = [value for pair in result["comparisons"] for value in pair["quality"].values() if value.get("ci")]
+    if not read:
+        return ""
+    unseen = max(read, key=lambda value: value.get("smallest_visible_damage") or 0.0)
+    words = unseen_words(unseen)
+    assumed = "" if any(value.get("groups") is not None for value in read) else f" {INDEPENDENT}"
+    return assumed + (f" {words[:1].upper()}{words[1:]}." if words else "")
 
 
 def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
@@ -323,17 +339,18 @@ def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     name = key.removeprefix(TASK).replace("/", ": ") if key.startswith(TASK) else key.replace("_", " ")
     figure = [name, notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
-    more = f", about {needed} items would decide" if needed else ""
+    more = f", about {needed_words(value, needed)}" if needed else ""
     more += " whether beyond the margin" if needed and value["answer"] == "worse" else ""
     more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
-    return [*figure, str(value.get("n", "")), margin, value.get("answer", "") + more]
+    return [*figure, counted_words(value) if "n" in value else "", margin, value.get("answer", "") + more]
 
 
 def _saving_cells(value: Value | None, notes: Footnotes, absent: str, num_seeds: int) -> list[str]:
-    """Return a saving with its interval, and what that rests on: ABBA blocks, or seeds where there are several."""
+    """Return a saving with its interval, and what that rests on: blocks, or seeds where there are several."""
     form = lambda v: percent(v, sign=True)
     n = value.get("blocks", num_seeds if num_seeds > 1 else "") if value and value.get("ci") else ""
-    return [notes.show(value, form, absent), _bounds(value, form).strip(), str(n), "", ""]
+    disturbed = "; ".join(value.get("disturbed", [])) if value else ""
+    return [notes.show(value, form, absent), _bounds(value, form).strip(), str(n), "", disturbed]
 
 
 _ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised", "less_others")

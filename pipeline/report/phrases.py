@@ -88,9 +88,21 @@ def evidence(key: str, quality: Value) -> str:
     """Return what an undecided quality rests on: difference, interval, margin, and how many documents would decide."""
     ending = f", margin {amount(key, quality['margin'])}" if "margin" in quality else ""
     if needed := quality.get("items_to_decide"):
-        ending += f", {quality['n']} test documents where {count(needed)} might decide"
+        ending += f", {rests_on(quality)} where {count(needed)} might decide{_of_the_split(quality, needed)}"
     spread = quality.get("why_undecided") or interval(quality, in_points=key not in RELATIVE)
     return f"quality {signed(key, quality['v'])}, {spread}{ending}"
+
+
+def rests_on(quality: Value) -> str:
+    """Return what a quality's interval rests on: test documents, or groups of them."""
+    groups = quality.get("groups")
+    return f"{quality.get('n') or 'the'} test documents" if groups is None else f"{groups} groups of test documents"
+
+
+def _of_the_split(quality: Value, needed: int) -> str:
+    """Say where the test split has fewer documents than would decide."""
+    split = quality.get("available")
+    return f" and the split has only {count(split)}" if split is not None and needed > split else ""
 
 
 def interval(value: Value, *, in_points: bool = False) -> str:
@@ -126,6 +138,12 @@ def serving_verb(saving: Value) -> str:
     v = saving["v"]
     if straddles(saving):
         return _undecided("serving cost", saving)
+    if moved := saving.get("disturbed"):
+        return f"{_undisturbed(v, saving)} (read on a disturbed machine: {one_line('; '.join(moved))})"
+    return _undisturbed(v, saving)
+
+
+def _undisturbed(v: float, saving: Value) -> str:
     if v > 0:
         return f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)} cheaper{_basis(saving)}"
     if v == 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.metrics import DIRECTION, RELATIVE, TASK
@@ -100,7 +101,14 @@ def _quality(criterion: Verdict) -> str:
         return f"{name} unknown"
     decimals = _decimals(criterion)
     delta = _signed(criterion["value"]["v"], decimals)
-    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {_exact(criterion['threshold'])}"
+    margin = _exact(criterion["threshold"])
+    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {margin}{_unseen(criterion)}"
+
+
+def _unseen(criterion: Verdict) -> str:
+    """Return, for the verdict's line, which damage a PASS cannot have seen."""
+    words = unseen_words(criterion) if criterion["outcome"] == "PASS" else None
+    return "" if words is None else f" ({words})"
 
 
 def _decimals(criterion: Verdict) -> int:
@@ -171,10 +179,38 @@ def _because(criterion: Verdict) -> str:
     why = f": {one_line(criterion['why'])}" if criterion["why"] and criterion["outcome"] in ("INVALID", "FAIL") else ""
     if criterion["outcome"] == "INCONCLUSIVE":
         why = f" ({one_line(criterion['why'])})" if criterion["why"] else ""
-        why += f", {criterion['needed']} items would decide" if criterion["needed"] else ""
+        why += f", {needed_words(criterion)}" if criterion["needed"] else ""
     limit = _limit(criterion)
     asked = "" if limit == "-" else f" against {limit}"
     return f" at {reading}{asked}{why}" if reading != "-" else why
+
+
+def needed_words(criterion: Mapping[str, Any], needed: int | None = None) -> str:
+    """Return how many items would decide, and what that means where the test split has fewer, or has not been read.
+
+    Args:
+        criterion: A criterion, or a comparison of one quality: `n`, `groups`, `available`.
+        needed: Items that would decide; None: the criterion's own `needed`.
+    """
+    needed = criterion["needed"] if needed is None else needed
+    groups, split = criterion.get("groups"), criterion.get("available")
+    what = "items" if groups is None else "groups of items"
+    said = f"{needed} {what} would decide"
+    if split is None:
+        return said
+    if needed > split:
+        return f"{said}, and the test split has only {split}: more test data is needed"
+    read = criterion["n"] if groups is None else groups
+    return said if split <= read else f"{said}: the test split has {split}, of which {read} were read"
+
+
+def unseen_words(criterion: Mapping[str, Any]) -> str | None:
+    """Return which damage is too rare for these documents to show, or None where no sample was read."""
+    share = criterion.get("smallest_visible_damage")
+    if share is None:
+        return None
+    what = "documents" if criterion.get("groups") is None else "groups of documents"
+    return f"damage in fewer than 1 of {math.floor(1 / share)} {what} would not be seen"
 
 
 def _next(verdict: Verdict) -> list[str]:
@@ -208,6 +244,18 @@ def _is_share_of_base(name: str) -> bool:
     return name in SAVINGS or name.removeprefix("quality/") in RELATIVE
 
 
+INDEPENDENT = (
+    "Documents are taken as independent of one another. Where several come from one source (pages of a document, turns "
+    "of a user), name the field that tells which as data.group_field: intervals are too narrow otherwise."
+)
+
+
+def _assumed(criteria: Sequence[Verdict]) -> list[str]:
+    """Return the assumption that intervals over documents rest on, where no groups are known."""
+    read = [each for each in criteria if each["name"].startswith("quality/") and each["ci"] is not None]
+    return ["", INDEPENDENT] if read and all(each.get("groups") is None for each in read) else []
+
+
 def verdict_section(verdict: Verdict) -> list[str]:
     """Return the part of the report that a reviewer reads: criteria, both sides, what comes next, the last releases."""
     head = ("criterion", "outcome", "reading", "threshold", "n", "asked for", "note")
@@ -216,7 +264,7 @@ def verdict_section(verdict: Verdict) -> list[str]:
     sides = [_side(name, verdict[name]) for name in ("candidate", "baseline") if verdict[name] is not None]
     decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
     lines = [
-        *([*table, "", SENSE] if verdict["criteria"] else []),
+        *([*table, "", SENSE, *_assumed(verdict["criteria"])] if verdict["criteria"] else []),
         "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), look "
                            f"{verdict['look']} of {verdict['looks']}"),
         *(bullet(text) for text in _next(verdict)),
@@ -224,6 +272,14 @@ def verdict_section(verdict: Verdict) -> list[str]:
     ]  # fmt: skip
     history = verdict.get("history")
     return lines if not history else [*lines, "", *recent(history)]
+
+
+def counted_words(criterion: Mapping[str, Any]) -> str:
+    """Return what a reading rests on: `400`, or `4000 in 400 groups`."""
+    if criterion.get("n") is None:
+        return "-"
+    groups = criterion.get("groups")
+    return str(criterion["n"]) if groups is None else f"{criterion['n']} in {groups} groups"
 
 
 def _limit(criterion: Verdict) -> str:
@@ -237,9 +293,10 @@ def _limit(criterion: Verdict) -> str:
 
 
 def _cells(criterion: Verdict) -> list[str]:
-    note = [criterion["why"] or "", f"{criterion['needed']} would decide" if criterion["needed"] else ""]
+    note = [criterion["why"] or "", needed_words(criterion) if criterion["needed"] else "",
+            unseen_words(criterion) or ""]  # fmt: skip
     cells = [_title(criterion), criterion["outcome"], _reading(criterion), _limit(criterion),
-             "-" if criterion["n"] is None else str(criterion["n"]), "yes" if criterion["gating"] else "shown only",
+             counted_words(criterion), "yes" if criterion["gating"] else "shown only",
              "; ".join(text for text in note if text)]  # fmt: skip
     return [markdown_text(cell) for cell in cells]
 
