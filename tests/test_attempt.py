@@ -137,7 +137,7 @@ def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -
     return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
 
 
-def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
+def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]], order_seed: int = 0) -> ServePass:
     with attempt.clock.phase("generate"):
         CLOCK.pass_minutes(6)
     costs = {arm: 1.0 if arm == "teacher" else 0.6 for pair in pairs for arm in pair}
