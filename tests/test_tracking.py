@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from google.protobuf.json_format import ParseError
 from make_journal import ARMS, TRACE, end, everything, stage, start, store, write_run
 from make_result import make_row, make_unfinished, null, value
 from mlflow import MlflowClient
@@ -375,7 +376,7 @@ def test_servers_from_before_logged_models_get_tags(root: Path, monkeypatch: pyt
 def test_mlflow_skinny_has_no_sqlalchemy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SQLAlchemyError in store_errors()
     monkeypatch.setitem(sys.modules, "sqlalchemy.exc", None)
-    assert store_errors() == (MlflowException, OSError, ImportError)
+    assert store_errors() == (MlflowException, ParseError, OSError, ImportError)
 
 
 @pytest.mark.slow
