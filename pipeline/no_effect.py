@@ -1,5 +1,8 @@
 """Settings that were given and would change nothing: refused, since whoever gave them believes that they do.
 
+What says how to measure something that this recipe does not measure is said in a note instead: one line of settings
+may serve several recipes.
+
 One table says, by setting, under what it has no effect. Asked for are only settings that a user gave, on the command
 line or in a recipe of their own: what profiles set beside them is nobody's belief. What single stages cannot take is
 in their `check`.
@@ -25,7 +28,7 @@ Rule = Callable[[Run], str | None]
 
 
 def check_given(run: Run, given: Collection[str]) -> None:
-    """Refuse a setting that was given and has no effect.
+    """Refuse a setting that was given and has no effect; of those in `NOTED`, say so.
 
     Args:
         given: Settings by their full name; a group stands for the choice of one (`policy=strict`).
@@ -35,7 +38,9 @@ def check_given(run: Run, given: Collection[str]) -> None:
     """
     for key in sorted(given):
         why = why_no_effect(run, key)
-        if why is not None:
+        if why is not None and key.startswith(NOTED):
+            print(f"note: {key} has no effect {why}", flush=True)
+        elif why is not None:
             raise UserError(key, f"has no effect {why}", "leave it out")
 
 
@@ -209,6 +214,10 @@ RULES: dict[str, Rule] = {
     "allow_no_speedup": _nothing_quantized,
 }
 """By setting, or by the group of some: under what it has no effect. The most exact name counts."""
+
+
+NOTED = ("serving.", "quality.", "allow_no_speedup", "cost.teacher_shared_by", "data.vocabulary_size")
+"""How to measure, show or read what another recipe, task or model has."""
 
 
 def given_keys(settings: Collection[str]) -> set[str]:

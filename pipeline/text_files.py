@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 MAX_BYTES = 64 * 2**20  # of a file that is read whole; data files have readers of their own
+PIECE = 2**20  # bytes
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -53,10 +54,14 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""  # what the kernel makes up has no size
-        if size > limit or len(content) > limit:
+        pieces, left = list[bytes](), limit + 1 if size <= limit else 0
+        # By its size, and then piece by piece: what the kernel makes up has none, and what is asked for is allocated.
+        while left > 0 and (piece := file.read(min(left, size + 1 if not pieces else PIECE))):
+            pieces.append(piece)
+            left -= len(piece)
+        if left <= 0:
             raise NotAFile(f"is larger than {limit:,} bytes")
-    return content
+    return b"".join(pieces)
 
 
 def why_no_file(path: Path) -> str | None:

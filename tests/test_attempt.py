@@ -175,6 +175,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
     monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
     monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
+    monkeypatch.setattr(pipeline.comparison, "other_tokenizers", lambda *_: False)  # likewise
     base = tmp_path / "base"
     base.mkdir()
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(base, "model", "b" * 32, 1))

@@ -210,7 +210,7 @@ NOT_PROMOTED = {"done": False, "model": "m", "version": None, "url": None, "why"
 def gate_of(verdict: dict[str, Any] | None, folder: Path, promotion: dict[str, Any] | None = None) -> Any:
     """Return as much of an attempt as its end needs."""
     gate = SimpleNamespace(verdict=verdict, promotion=promotion, history=None)
-    return SimpleNamespace(gate=gate, folder=folder, run_id="r")
+    return SimpleNamespace(gate=gate, folder=folder, run_id="r", disagreeing=[])
 
 
 @pytest.mark.parametrize(

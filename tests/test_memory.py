@@ -277,6 +277,7 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
     monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
     monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
+    monkeypatch.setattr(pipeline.comparison, "other_tokenizers", lambda *_: False)
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))
     opened = test_attempt.open_fake
 

@@ -276,6 +276,7 @@ def test_a_folder_that_is_not_there_is_told_from_a_name_of_the_hub(
     from pipeline.config import ModelConfig
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("pipeline.hub._known", {})  # what another test of this process found
     monkeypatch.chdir(tmp_path)
     for path in ("./model", "/nowhere/model", "a/b/c", "~/no such"):
         with pytest.raises(UserError, match="is not a folder"):

@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import Run, dotted_keys
 from pipeline.errors import UserError
-from pipeline.no_effect import RULES, check_given, given_keys, recipe_keys, why_no_effect
+from pipeline.no_effect import NOTED, RULES, check_given, given_keys, recipe_keys, why_no_effect
 from pipeline.recipes import find_recipes
 
 
@@ -70,9 +70,15 @@ TAKEN = [
 
 
 @pytest.mark.parametrize(("line", "key", "why"), REFUSED)
-def test_what_has_no_effect_is_refused(line: str, key: str, why: str) -> None:
+def test_what_has_no_effect_is_refused_or_said(
+    line: str, key: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = composed(*line.split())
     assert why in (why_no_effect(run, key) or "")
+    if key.startswith(NOTED):  # how to measure what this recipe does not
+        check_given(run, {key, "tracking.team"})
+        assert f"note: {key} has no effect {why_no_effect(run, key)}\n" in capsys.readouterr().out
+        return
     with pytest.raises(UserError, match="has no effect") as refused:
         check_given(run, {key, "tracking.team"})
     assert refused.value.key == key

@@ -34,7 +34,7 @@ def growing(**changes: Any) -> TrainingConfig:
 
 def packed(config: TrainingConfig) -> PackedBatches:
     return PackedBatches(
-        random_documents(LENGTHS), sequence_length=config.sequence_length, seed=7,
+        random_documents(LENGTHS, is_text=True), sequence_length=config.sequence_length, seed=7,
         batch_size=lambda step: first_row(step, config), length_at=lambda step: sequence_length(step, config),
     )  # fmt: skip
 

@@ -182,7 +182,7 @@ def test_what_was_looked_at_is_noted_and_not_what_was_asked_for(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"prompt": "a", "completion": "b"}], "text"),
+        ([{"first": "a", "second": "b"}], "text"),
         ([{"text": "test 1"}], "a document of it is in the test split"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "holds chats"),
         ([{"text": " "}], "holds no text"),
