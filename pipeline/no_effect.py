@@ -164,10 +164,6 @@ def _not_served(run: Run) -> str | None:
     return None if served or quantized else "where no pair of arms is compared on serving or payback"
 
 
-def _writes_nothing(run: Run) -> str | None:
-    return _not_served(run) or ("for a classifier, which writes nothing" if run.task is not Task.causal_lm else None)
-
-
 def _no_teacher(run: Run) -> str | None:
     return None if any(hasattr(stage, "teacher") for stage in run.stages.values()) else "without a teacher"
 
@@ -187,7 +183,8 @@ RULES: dict[str, Rule] = {
     "model.path": _no_model,
     "model.revision": lambda run: _local(run.model.path) or _no_model(run),
     "student": _no_student,
-    "student.revision": lambda run: _no_student(run) or _local(run.student.path),
+    "student.path": lambda _: None,  # one that cannot be loaded is refused for that, wherever it is given
+    "student.revision": lambda run: _local(run.student.path),
     "student.source": _student_copied,
     "data.vocabulary_size": lambda run: _model_given(run) and f"{_model_given(run)}, whose tokenizer is used",
     "data.format": _embedded,
@@ -200,11 +197,6 @@ RULES: dict[str, Rule] = {
     "precision.loss_tolerance": _needs_precision(),
     "precision.fp8_least_width": _needs_precision(Precision.fp8_tensorwise, Precision.fp8_rowwise),
     "quality.max_bytes_per_document": lambda run: None if run.task is Task.causal_lm else "for a classifier",
-    "serving.load": _not_served,
-    "serving.load.new": _writes_nothing,
-    "serving.blocks": _not_served,
-    "serving.batches": _not_served,
-    "serving.decode": _writes_nothing,
     "serving.volume": _not_served,
     "serving.rate": _not_served,
     "policy": _no_gate,

@@ -113,7 +113,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         of_models = check_releases(run, data, folders, clock, asked)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
-        events = sound_events(read_events(folder / "journal.jsonl"), folder / "journal.jsonl")
+        events = sound_events(read_events(folder / "journal.jsonl", checked=True), folder / "journal.jsonl")
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
     with _or_nothing(folder, number, lock):
         attempt = Attempt(
@@ -240,7 +240,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
             lock.release()
             continue
         journal = folder / "journal.jsonl"
-        why = why_unusable(sound_events(read_events(journal), journal), state["attempt"])
+        why = why_unusable(sound_events(read_events(journal, checked=True), journal), state["attempt"])
         if why is None:
             return folder, state["attempt"] + 1, lock
         tell(journal, why, "that run is not gone on with")

@@ -86,6 +86,6 @@ def read_text_file(path: Path, key: str, remedy: str, *, limit: int = MAX_BYTES)
     except NotAFile as error:
         raise UserError(key, f"{path} {error}", remedy) from None
     except OSError as error:
-        raise UserError(key, f"{path} cannot be read ({error.strerror})", remedy) from None
+        raise UserError(key, f"{path}: {error.strerror}", remedy) from None
     except UnicodeDecodeError as error:
         raise UserError(key, f"{path} cannot be read: it is not UTF-8 (byte {error.start})", remedy) from None

@@ -40,9 +40,7 @@ REFUSED = [
     ("recipe=baseline", "policy", "in recipe=baseline; it is for recipe=release_check"),
     ("recipe=full", "policy.metrics.accuracy.margin", "in recipe=full"),
     ("recipe=quantize", "store.url", "in recipe=quantize"),
-    ("recipe=baseline", "serving.load.batch", "where no pair of arms is compared on serving"),
-    ("recipe=baseline", "serving.decode", "where no pair of arms is compared on serving"),
-    ("recipe=distill task=sequence_classification data=stdlib_labels", "serving.load.new", "which writes nothing"),
+    ("recipe=baseline", "serving.volume", "where no pair of arms is compared on serving"),
     ("recipe=baseline seeds=[1,2]", "seed", "beside seeds"),
     ("recipe=baseline", "allow_no_speedup", "without a quantize stage"),
     ("recipe=baseline", "cost.teacher_shared_by", "without a teacher"),
@@ -53,7 +51,8 @@ REFUSED = [
     ("recipe=baseline", "data.columns", "on the embedded data"),
 ]
 TAKEN = [
-    ("recipe=distill", "student.layers"), ("recipe=distill", "student"), ("recipe=baseline", "training.steps"),
+    ("recipe=distill", "student.layers"), ("recipe=distill", "student"),
+    ("recipe=baseline", "serving.load.new"), ("recipe=baseline", "training.steps"),
     ("recipe=baseline training.schedule=constant_then_decay", "training.decay_fraction"),
     ("recipe=distill stages.teacher.schedule=constant_then_decay", "stages.teacher.decay_fraction"),
     ("recipe=baseline training.start_batch_size=8", "training.growth_fraction"),

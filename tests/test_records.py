@@ -47,7 +47,8 @@ def test_a_line_that_was_changed_is_passed_over(tmp_path: Path) -> None:
     assert [event["attempt"] for event in read_events(path)] == [1, 2]
     assert "crc" not in (read_first(path) or {})
     path.write_text(path.read_text().replace('"attempt": 1', '"attempt": 3'))
-    assert [event["attempt"] for event in read_events(path)] == [2]
+    assert [event["attempt"] for event in read_events(path, checked=True)] == [2]
+    assert [event["attempt"] for event in read_events(path)] == [3, 2]
 
 
 @pytest.mark.parametrize(

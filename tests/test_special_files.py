@@ -47,7 +47,7 @@ def place(tmp_path: Path, kind: str) -> Path:
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path, started = place(tmp_path, kind), time.monotonic()
     for key, read in READERS.items():
-        with pytest.raises(UserError, match=r"link\.json (is a|cannot be read)") as caught:
+        with pytest.raises(UserError, match=r"link\.json(:| is a)") as caught:
             read(path)
         assert caught.value.key == key
     for digest in (lambda: file_digest(str(path)), lambda: values_digest(path)):

@@ -22,7 +22,7 @@ from pipeline import records
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.journal import read_events
 from pipeline.records import sound_events
-from pipeline.recovery import recover, why_unusable
+from pipeline.recovery import why_unusable
 
 SLOW_S = 20.0  # of processor time
 KINDS = ("keys/*.json", "assessments/*.json", "assessments/*.jsonl", "assessments/*.npy", "serving/*.json",
@@ -53,9 +53,10 @@ def make_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def go_on(root: Path) -> Any:
     """Start the same command again, as `pipeline.opening` would: go on with the run, or begin another."""
     path = root / "runs" / "run-1" / "journal.jsonl"
-    why = why_unusable(sound_events(read_events(path), path), 1)
+    why = why_unusable(sound_events(read_events(path, checked=True), path), 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fake, "recover", lambda attempt, events: recover(attempt, sound_events(events, path)))
+        read = lambda journal: sound_events(read_events(journal, checked=True), journal)
+        patch.setattr(fake, "read_events", read)
         return fake.invoke(root, *(("run-1", 2) if why is None else ("run-2", 1)), the_run())
 
 
