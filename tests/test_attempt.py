@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Generator, Mapping
@@ -416,7 +417,7 @@ def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
     attempt = invoke(root, "run-1", 1, run)
     assert [row["seed"] for row in attempt.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
     training = attempt.comparisons[0]["training"]
-    assert training["v"] == pytest.approx(1 - (50 / 12 + 52 / 12) / 2)
+    assert training["v"] == pytest.approx(1 - math.sqrt((50 / 12) * (52 / 12)))
     assert training["ci"][0] < training["v"] < training["ci"][1]
     assert attempt.comparisons[0]["quality"]["bits_per_byte"]["n"] == 2
     assert minutes(attempt.booking()[0].work_ns / NS_PER_HOUR) == pytest.approx(71 + 73)

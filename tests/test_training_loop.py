@@ -61,7 +61,7 @@ def hooks(**changes: Any) -> Hooks:
 
 
 def batches_for(config: TrainingConfig, task: Task = Task.causal_lm) -> Any:
-    documents = random_documents(LENGTHS)
+    documents = random_documents(LENGTHS, is_text=task is Task.causal_lm)
     if task is Task.causal_lm:
         return PackedBatches(documents, sequence_length=config.sequence_length, batch_size=config.batch_size, seed=7)
     return PaddedBatches(documents, batch_size=config.batch_size, seed=7, padding=Padding(0))

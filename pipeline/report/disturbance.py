@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.report.numbers import percent
-from pipeline.report.view import NOT_RECORDED, Footnotes, Result, Value, arm_rows, labels
+from pipeline.report.view import Footnotes, Result, Value, arm_rows, labels
 
 UNKNOWN = "disturbance unknown: "
 _COLUMNS = (
@@ -29,7 +29,7 @@ def disturbance_table(result: Result, notes: Footnotes) -> tuple[tuple[str, ...]
         if place < _ALWAYS or any(_known(conditions, key) for _, conditions in rows)
     ]  # fmt: skip
     body = [
-        [name, *(_cell(conditions.get(key), notes, is_pass=name == "comparison pass") for _, key in columns)]
+        [name, *(_cell(conditions.get(key), notes) for _, key in columns)]
         for name, conditions in rows
     ]
     return ("arm", *(head for head, _ in columns)), body
@@ -39,9 +39,9 @@ def _known(conditions: dict[str, Any], key: str) -> bool:
     return key in conditions and conditions[key]["v"] is not None
 
 
-def _cell(value: Value | None, notes: Footnotes, *, is_pass: bool) -> str:
-    if value is None and is_pass:  # it assesses nothing; not all is read of it
+def _cell(value: Value | None, notes: Footnotes) -> str:
+    if value is None:  # a comparison pass assesses nothing; an earlier release read nothing
         return ""
-    if value is None or value["v"] is None:
-        return "-" + notes.mark(f"{UNKNOWN}{NOT_RECORDED if value is None else value['why_null']}")
+    if value["v"] is None:
+        return "-" + notes.mark(f"{UNKNOWN}{value['why_null']}")
     return percent(value["v"])

@@ -113,7 +113,7 @@ def choose_precision(
         clock: Books all of it as `search`.
     """
     kept = read_record(folder / FILE, CHOICE, so="the precision is chosen anew")
-    if kept is not None and kept["chosen"] in Precision:
+    if kept is not None and kept["chosen"] in {each.value for each in Precision}:
         return Choice(Precision(kept["chosen"]), kept)
     with clock.phase("search"):
         able = [p for p in Precision if p not in (Precision.auto, *left_out)]
