@@ -91,7 +91,8 @@ def test_any_kind_of_file_is_read(tmp_path: Path) -> None:
 )
 def test_what_will_be_measured_is_not_learnt(tmp_path: Path, prompt: str, completion: str) -> None:
     row = {"prompt": prompt, "completion": completion}
-    splits = {"train": (Document("seen"),), "validation": (Document("other"),), "test": (Document("held out"), Document("answered", prompt="asked "))}
+    test = (Document("held out"), Document("answered", prompt="asked "))
+    splits = {"train": (Document("seen"),), "validation": (Document("other"),), "test": test}
     data = Dataset("d", "0" * 32, splits)
     fine = read_completions(written(tmp_path, [{"prompt": "", "completion": "seen"}]), DataConfig(), KEY)
     check_apart(fine, data, KEY)

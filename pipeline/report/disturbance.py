@@ -28,10 +28,7 @@ def disturbance_table(result: Result, notes: Footnotes) -> tuple[tuple[str, ...]
         (head, key) for place, (head, key) in enumerate(_COLUMNS)
         if place < _ALWAYS or any(_known(conditions, key) for _, conditions in rows)
     ]  # fmt: skip
-    body = [
-        [name, *(_cell(conditions.get(key), notes) for _, key in columns)]
-        for name, conditions in rows
-    ]
+    body = [[name, *(_cell(conditions.get(key), notes) for _, key in columns)] for name, conditions in rows]
     return ("arm", *(head for head, _ in columns)), body
 
 
