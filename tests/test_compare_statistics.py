@@ -375,7 +375,9 @@ def test_a_saving_of_single_runs_by_hand() -> None:
     half = stats.t.ppf(0.95, 4) * 0.02 * math.sqrt(2)
     saving = log_ratio_from_spread(6.0, 10.0, arm_spread=RunSpread(0.02, 4), base_spread=RunSpread(0.02, 4))
     assert saving == pytest.approx((0.4, 1 - 0.6 * math.exp(half), 1 - 0.6 * math.exp(-half)))
-    assert log_ratio_from_spread(6.0, 10.0, sd=0.0, runs=2) == pytest.approx((0.4, 0.4, 0.4))
+    assert log_ratio_from_spread(
+        6.0, 10.0, arm_spread=RunSpread(0.0, 2), base_spread=RunSpread(0.0, 2)
+    ) == pytest.approx((0.4, 0.4, 0.4))
 
 
 def test_a_saving_of_single_runs_covers_the_truth_at_its_level() -> None:

@@ -189,7 +189,9 @@ def test_a_figure_s_error_is_that_of_the_readings_it_was_made_from() -> None:
     read = figure(*abba_saving(arm, base, level=level), level=level, relative=True, blocks=8)
     ratios = np.log(arm / base).mean(axis=1)
     assert read is not None
-    assert (read.added, read.error) == (pytest.approx(-ratios.mean()), pytest.approx(ratios.std(ddof=1) / 8**0.5))
+    plain = ratios.std(ddof=1) / 8**0.5
+    assert read.added == pytest.approx(-ratios.mean())
+    assert plain <= read.error <= 1.5 * plain  # the interval is wider on the side of a tail
     assert from_added(to_added(0.3), relative=True) == pytest.approx(0.3)
     for broken in ((None, 0, 1), (0.1, float("nan"), 0.2), (0.1, 0.2, 0.0), (0.5, 0.1, 1.0)):
         assert figure(*broken, level=0.9, relative=True, blocks=4) is None
