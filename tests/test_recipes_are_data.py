@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def test_what_is_no_file_is_no_recipe(
         path.symlink_to("/nowhere" if kind == "broken link" else "/dev/zero")
     assert main(["--recipe-dir", ".", "recipe=mine"], started_ns=0, execute=lambda *_: pytest.fail("composed")) == 1
     said = capsys.readouterr().err
-    assert said.startswith("refused: recipe: mine.yaml "), said
+    assert re.match(r"refused: recipe: mine\.yaml[: ]", said), said
     assert main(["--recipe-dir", "."], started_ns=0) == 0  # the others are listed
 
 
