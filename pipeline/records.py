@@ -215,10 +215,15 @@ def read_record(path: Path, spec: Spec, *, so: str = "is ignored") -> dict[str, 
     return {name: value for name, value in record.items() if name != CHECKSUM}
 
 
-def parsed(path: Path) -> tuple[Any, str | None]:
-    """Return the JSON in a file, and why it cannot be read; None twice where there is no file."""
+def parsed(path: Path, *, any_number: bool = False) -> tuple[Any, str | None]:
+    """Return the JSON in a file, and why it cannot be read; None twice where there is no file.
+
+    Args:
+        any_number: Let NaN and infinities through, for who refuses them by their name.
+    """
+    constant = float if any_number else _no_number
     try:
-        return json.loads(read_bytes(path, limit=MAX_BYTES), parse_constant=_no_number), None
+        return json.loads(read_bytes(path, limit=MAX_BYTES), parse_constant=constant), None
     except FileNotFoundError:
         return None, None
     except NotAFile as error:

@@ -14,9 +14,9 @@ from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.errors import UserError
-from pipeline.records import ENDED, read_record
+from pipeline.records import ENDED, parsed, read_record
 from pipeline.register import model_files
-from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, facts_of, read_json
+from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, facts_of
 from pipeline.tracking import store_uri
 from pipeline.values import Value
 
@@ -136,7 +136,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
         files = model_files(folder)
     except UserError as error:
         raise UserError(key, error.problem, error.remedy) from None
-    manifest = read_json(folder / MANIFEST)
+    manifest, _ = parsed(folder / MANIFEST, any_number=True)  # a charge of NaN is refused, not passed over
     facts = {name: manifest[name] for name in KEPT if name in manifest} if isinstance(manifest, dict) else {}
     if isinstance(manifest, dict) and manifest.get("digest") != digest_given(folder)[0]:
         raise UserError(key, f"{folder} holds other bytes than its {MANIFEST} vouches for", "give it whole, as made")
