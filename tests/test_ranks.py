@@ -70,6 +70,10 @@ def test_a_life_that_outlasts_the_command_is_cut_in_proportion() -> None:
     assert merge([long, life(30, 40), life(-9, -2)], 0, 15, ["host"]) == {"other": 5, "forward": 8, "eval": 2}
 
 
+def test_a_life_of_no_length_at_the_commands_end_leaves_nobody_idle() -> None:
+    assert merge([life(0, 2, rank=0), life(10, 10, rank=1)], 0, 10, ["host"]) == merge([life(0, 2)], 0, 10, ["host"])
+
+
 LIVES = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 20), st.integers(0, 2), st.integers(1, 3)),
     max_size=7,

@@ -150,6 +150,8 @@ def _fill(lane: list[Life], start_ns: int, end_ns: int, last_ns: int) -> dict[st
 
 def _cut(life: Life, start_ns: int, end_ns: int) -> Life | None:
     """Return the part of a life inside the command's; None where there is none. Its phases keep their shares."""
+    if life.start_ns >= end_ns:  # it may be of no length, and would still be the last one to end
+        return None
     first, last = max(life.start_ns, start_ns), min(life.end_ns, end_ns)
     if (first, last) == (life.start_ns, life.end_ns):
         return life
