@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-INDEXES = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers",
-           "moe_layers")  # fmt: skip
+INDEXES = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "local_layer_ids",
+           "mlp_only_layers", "moe_layers", "ple_layer_ids")  # fmt: skip
 """Lists that name layers by number, as configurations call them."""
 LEADING = ("first_k_dense_replace", "num_dense_layers")  # how many of the first layers are of another kind
 PATTERNS = ("block_types",)  # lists that are repeated until every layer has a kind (RecurrentGemma)
-NOT_LAYERS = ("architectures", "time_step_limit", "mlp_multipliers", "ssm_multipliers", "mrope_section")
+NOT_LAYERS = ("architectures", "axial_pos_embds_dim", "axial_pos_shape", "block_repeats", "block_sizes", "languages",
+              "mlp_multipliers", "mrope_section", "pos_att_type", "ssm_multipliers", "time_step_limit",
+              "type_vocab_sizes")  # fmt: skip
+"""Lists of something else, which may be as long as a small model is deep."""
 TOLERANCE = 1e-5  # of the largest logit: a reload places weights elsewhere in memory, and sums round otherwise
 PROBE_TOKENS = 8
 TRANSIENT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")

@@ -14,6 +14,7 @@ from transformers import (
     BambaConfig,
     BartConfig,
     BertConfig,
+    DebertaV2Config,
     DeepseekV3Config,
     Exaone4Config,
     FalconH1Config,
@@ -158,6 +159,12 @@ def test_a_list_per_layer_of_any_name_is_cut_and_numbers_of_layers_are_counted_a
     assert cut_config(KINDS["deepseek"], [1, 3], "k").first_k_dense_replace == 1
     ends = Qwen2Config(**{**SAME, "eos_token_id": [2, 5, 6, 7]})
     assert cut_config(ends, [1, 3], "k").eos_token_id == [2, 5, 6, 7]
+
+
+def test_a_list_of_something_else_that_is_as_long_as_the_model_is_deep_stays_whole() -> None:
+    plain = {name: SAME[name] for name in SAME if "key_value" not in name} | {"num_hidden_layers": 2}
+    config = DebertaV2Config(**plain, pos_att_type=["p2c", "c2p"], relative_attention=True)
+    assert check_layers(config, Task.sequence_classification, [1], "student.layers").pos_att_type == ["p2c", "c2p"]
 
 
 def test_a_classifier_is_cut_with_its_head(tmp_path: Path) -> None:
