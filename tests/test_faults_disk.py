@@ -91,7 +91,7 @@ os.mkdir("full")
 os.system("mount -t tmpfs -o size=4k tmpfs full; head -c 4096 /dev/zero > full/x 2>/dev/null; true")
 sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
 """
-    args = ["recipe=quantize", *SMALL, "training.steps=4", "stages.reference.steps=4"]
+    args = ["recipe=quantize", *SMALL, "stages.reference.steps=4"]
     done = _in_a_small_disk(tmp_path / "out", code, *args, num_mib=400)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_a_wall_clock_that_jumps_changes_no_figure(tmp_path: Path) -> None:
     assert all(0 < hours(row, "work") <= total for row in result["rows"])
 
 
-CACHED = ["recipe=distill_cached", *SMALL, "training.steps=8", "stages.teacher.steps=4", "stages.student.steps=6",
+CACHED = ["recipe=distill_cached", *SMALL, "stages.teacher.steps=4", "stages.student.steps=6",
           "stages.student.insist=true", "model.shape.layers=2"]  # fmt: skip
 
 
