@@ -9,7 +9,7 @@ import pytest
 from make_assess_models import byte_tokenizer
 from test_encode import forget  # noqa: F401  (a fixture)
 from test_lm_eval_equality import byte_level, unigram, word_piece
-from transformers import ByT5Tokenizer
+from transformers import AddedToken, ByT5Tokenizer
 
 from pipeline.config import Task
 from pipeline.data import encode
@@ -43,6 +43,22 @@ def test_bytes_of_an_answer_are_those_of_its_rendering(kind: str, answer: str) -
     assert found.num_bytes == len(f"{answer}\n".encode())
     assert found.targets.any()
     assert not found.targets[0]
+
+
+@pytest.mark.parametrize("role", [None, "additional_special_tokens", "pad_token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_turn_stands_for_no_text_whatever_declares_it_special(kind: str, role: str | None) -> None:
+    """Many tokenizers mark it as special where they list their tokens, and give it no role."""
+    tokenizer, end = KINDS[kind](), "[[done]]"
+    tokenizer.add_tokens([AddedToken(end, special=True, normalized=False)])
+    if role is not None:
+        tokenizer.add_special_tokens({role: [end] if role.startswith("add") else end})
+    tokenizer.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}" + end)
+    messages = ({"role": "user", "content": "go on"}, {"role": "assistant", "content": "twice as far"})
+    found = causal(Document("", messages=messages), tokenizer)
+    assert found.num_bytes == len("twice as far\n")
+    assert found.ends is not None
+    assert found.input_ids[found.ends].tolist() == [tokenizer.convert_tokens_to_ids(end)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,6 +53,15 @@ def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next(alike, min(len(one), len(other)))
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the tokens that stand for no text: those with a role, and those added as special without one.
+
+    `all_special_ids` knows the former alone: many tokenizers mark the end of a turn in tokenizer.json only.
+    """
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 class Reader:
     """A tokenizer, asked for tokens without any that it would add, and for the characters that they stand for."""
 
@@ -60,7 +69,7 @@ class Reader:
         self._tokenizer = tokenizer
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
         self._unknown: int | None = tokenizer.unk_token_id
-        special = set(tokenizer.all_special_ids)
+        special = special_ids(tokenizer)
         if self._unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             special.discard(self._unknown)  # it stands for text
         self._special = np.array(sorted(special), dtype=np.int64)
