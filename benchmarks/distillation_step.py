@@ -57,7 +57,7 @@ from pipeline.distillation.losses import Loss, Sums
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.loop import Hooks, train
-from pipeline.training.objective import Objective, Teacher, check_body
+from pipeline.training.objective import Objective, Teacher, examine
 
 WARM_UP = 3  # steps before the clock of a block starts
 DOCUMENTS = 4096
@@ -137,7 +137,7 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
     targets = lambda ids: np.arange(len(ids)) > 0
     encoded = [Encoded(ids, targets(ids), 0, None, str(at)) for at, ids in enumerate(documents(shape))]
     batches = PackedBatches(encoded, sequence_length=shape.length, batch_size=batch, seed=0)
-    masked = [check_body(model, device) for model in (student, teacher)]
+    masked = [examine(model, device).masked for model in (student, teacher)]
     clock = PhaseClock()
     objective = Objective(
         student, Task.causal_lm, precision, device, clock, Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
@@ -326,7 +326,7 @@ def agreement(shape: Shape, device: torch.device) -> float | None:
         theirs = float(trainer.compute_loss(trainer.model, padded))
     student, teacher = shape.models(device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    masked = [check_body(model, device) for model in (student, teacher)]
+    masked = [examine(model, device).masked for model in (student, teacher)]
     objective = Objective(
         student, Task.causal_lm, precision, device, PhaseClock(),
         Teacher(teacher, precision, Loss(0.0), masked=masked[1]), masked=masked[0],

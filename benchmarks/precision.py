@@ -35,7 +35,7 @@ from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training.loop import train
-from pipeline.training.objective import Objective, check_body
+from pipeline.training.objective import Objective, examine
 from pipeline.training.precision import why_not
 from pipeline.training.precision_choice import choose_precision
 
@@ -98,7 +98,7 @@ def settings_of(shape: Shape, steps: int) -> TrainingConfig:
 def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: bool) -> Block:
     """Return blocks of this project's loop."""
     model, batches = shape.model(device), batches_of(shape)
-    objective = Objective(model, Task.causal_lm, precision, device, PhaseClock(), masked=check_body(model, device))
+    objective = Objective(model, Task.causal_lm, precision, device, PhaseClock(), masked=examine(model, device).masked)
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
     if compiled:
         model.compile()
@@ -181,7 +181,7 @@ def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any
     for seed in range(count):
         model = shape.model(device, seed)
         objective = Objective(model, Task.causal_lm, Precision.auto, device, PhaseClock(),
-                              masked=check_body(model, device))  # fmt: skip
+                              masked=examine(model, device).masked)  # fmt: skip
         config = PrecisionConfig(name=Precision.auto, fp8_least_width=shape.fp8_least_width)
         before = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,8 @@ INTRODUCTION = """# What is supported
 
 - **trained**: as a language model, and how the loss is taken from the output head. *fused*: in chunks, with the
   model's own logit scale, soft cap and bias, and without ever holding all logits. *full logits*: through the model's
-  own forward pass, which takes more memory. Every training proves the choice on amplified logits before it starts.
+  own forward pass, which takes more memory. *unpacked*: a document a row, where the model would read from one packed
+  document into the next. Every training proves the choice on amplified logits before it starts.
 - **student cut**: `student.layers`; **stacked**: `stages.NAME.stack`. Both are proven by a reload before a step.
 - **classifies**: `task=sequence_classification`, trained for a step and scored.
 - **formats**: the share of the parameters that the format takes, where it is below 90%.
@@ -73,11 +74,12 @@ def _asked(do: Callable[[], object]) -> str:
 
 def _head(model: torch.nn.Module) -> str:
     try:
-        head = examine(model, CPU).head
+        found = examine(model, CPU)
     except UserError as error:
         return f"no: {error.problem}"
-    why = getattr(head, "why", None)
-    return "fused" if why is None else f"full logits: {why}"
+    why = getattr(found.head, "why", None)
+    rows = "" if found.packs else ", unpacked"
+    return f"fused{rows}" if why is None else f"full logits{rows}: {why}"
 
 
 def _classify(architecture: Architecture) -> None:

@@ -30,9 +30,9 @@ from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import (
     Objective,
     Teacher,
-    check_body,
     check_tokenizers,
     document_mask,
+    examine,
     hidden_states,
     parameter_hash,
     shared_vocabulary,
@@ -377,14 +377,14 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> Non
 
 def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
     """A layer that sees a window only would see more with one mask for all layers; that model is told positions."""
-    assert check_body(tiny(Task.causal_lm), CPU)
+    assert examine(tiny(Task.causal_lm), CPU).masked
     shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16}  # fmt: skip
     for sliding in (None, 4):
         config = MistralConfig(**shape, sliding_window=sliding)
-        assert check_body(MistralForCausalLM(config).eval(), CPU) is (sliding is None)
+        assert examine(MistralForCausalLM(config).eval(), CPU).masked is (sliding is None)
     eager = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
-    assert check_body(eager.eval(), CPU)  # it adds its mask to the scores: truth values would be read as 0 and 1
+    assert examine(eager.eval(), CPU).masked  # it adds its mask to the scores: truth values would be read as 0 and 1
 
 
 @pytest.mark.parametrize("window", [3, 128])
@@ -397,7 +397,7 @@ def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_e
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM(config).eval()
-    assert check_body(model, CPU)
+    assert examine(model, CPU).masked
     parts = [torch.randint(3, 50, (1, length)) for length in (8, 5)]
     positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
     with torch.no_grad():

@@ -27,7 +27,7 @@ from pipeline.ledger.peaks import peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training.loop import Hooks, Progress, train
-from pipeline.training.objective import Objective, check_body
+from pipeline.training.objective import Objective, examine
 
 SLEEP_S, LOOP_SLEEP_S = 0.050, 0.200  # injected into a step
 WARM_STEPS = 2  # of a training, in which libraries set themselves up and may wait
@@ -210,7 +210,8 @@ def training(
         history=lambda step: [], checkpointed=lambda step: None, resumed=lambda step, history: None, say=print,
         should_stop=lambda: None, advance=lambda step, tokens: advance(), tracer=tracer or StepTracer(),
     )  # fmt: skip
-    objective = Noticed(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=check_body(model, device.at))
+    masked = examine(model, device.at).masked
+    objective = Noticed(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=masked)
     objective.before = before
     with TemporaryDirectory() as folder:
         return train(

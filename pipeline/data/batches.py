@@ -55,6 +55,9 @@ class PackedBatches:
     a prompt with its completion, begins in a window that has room for all of it: see `conversation_pieces` for what is
     longer than one. What such windows have left is padding. An epoch reads every window once.
 
+    With `apart`, for models that would read from one document into the next, a window holds one document, or a stretch
+    of one that is longer; the rest of it is padding.
+
     `position_ids` restart at every document and window, which is how a model tells documents apart; a label is the
     next token of the same document, or IGNORE.
 
@@ -64,12 +67,15 @@ class PackedBatches:
 
     def __init__(
         self, encoded: Sequence[Encoded], *, sequence_length: int, batch_size: int | FirstRow, seed: int,
-        length_at: Callable[[int], int] | None = None,
+        length_at: Callable[[int], int] | None = None, apart: bool = False,
     ) -> None:  # fmt: skip
         texts = [item for item in encoded if _is_text(item)]
         others = [item for item in encoded if not _is_text(item)]
         self.packing = Packing()
-        windows = [*_laid_out(texts, sequence_length), *_placed(others, sequence_length, self.packing)]
+        if apart:
+            windows = _one_a_row(encoded, sequence_length, self.packing)
+        else:
+            windows = [*_laid_out(texts, sequence_length), *_placed(others, sequence_length, self.packing)]
         windows = [window for window in windows if (window.labels != IGNORE).any()]
         self.num_rows = len(windows)
         if not self.num_rows:
@@ -129,7 +135,7 @@ class Packing:
         shortened: Conversations longer than a window, the oldest `tokens_unread` of which an answer does not see.
         answers_cut: Answers that do not fit in a window with a quarter of it for their prompt; `targets_cut` of their
             tokens are not learnt.
-        padding: Tokens of padding in all windows of conversations, of `window_tokens`.
+        padding: Tokens of padding in all windows of conversations (with `apart`, in all windows), of `window_tokens`.
     """
 
     conversations: int = 0
@@ -263,6 +269,21 @@ def _placed(conversations: Sequence[Encoded], length: int, packing: Packing) -> 
             room[best] -= size
     packing.padding, packing.window_tokens = sum(room), length * len(room)
     return [_joined(pieces, length) for pieces in begun]
+
+
+def _one_a_row(encoded: Sequence[Encoded], length: int, packing: Packing) -> list[_Window]:
+    """Return windows of one document each, or of a stretch of one, whose last token predicts what follows."""
+    pieces: list[Piece] = []
+    for item in encoded:
+        if not _is_text(item):
+            pieces += conversation_pieces(item, length, packing)
+            continue
+        labels = _next_tokens(item)
+        starts = range(0, len(item.input_ids), length)
+        pieces += [Piece(item.input_ids[at : at + length], labels[at : at + length]) for at in starts]
+    packing.padding = sum(length - len(piece.ids) for piece in pieces)
+    packing.window_tokens = length * len(pieces)
+    return [_joined([piece], length) for piece in pieces]
 
 
 def _joined(pieces: Sequence[Piece], length: int) -> _Window:

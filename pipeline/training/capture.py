@@ -48,6 +48,7 @@ from pipeline.training.objective import (
     full_logits,
     full_logits_note,
     hidden_states,
+    read_inputs,
 )
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 from pipeline.training.stage import make_batches, read_encoded
@@ -145,7 +146,8 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
         examined = examine(model, ctx.device) if task is Task.causal_lm else None
-        windows = make_batches(model, tokenizer, read_encoded(model, tokenizer, settings, ctx), settings, ctx)
+        encoded, apart = read_encoded(model, tokenizer, settings, ctx), examined is not None and not examined.packs
+        windows = make_batches(model, tokenizer, encoded, settings, ctx, apart=apart)
         flops = ModelFlops.of(model, task, backward=False)
         codec = _codec(stage, model, examined, tokenizer, ctx)
     precision = frozen(training_precision(stage, ctx.run), ctx.device)
@@ -294,7 +296,7 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
     else:
         mask = document_mask(inputs["position_ids"]) if source.examined.masked else None
         read = full_logits if isinstance(source.examined.head, Unknown) else hidden_states
-        given = read(source.model, inputs, mask).flatten(0, 1)[keep]
+        given = read(source.model, read_inputs(inputs, packs=source.examined.packs), mask).flatten(0, 1)[keep]
         chunks = list(_by_chunks(source, source.examined.head, given, chance))
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 

@@ -55,10 +55,12 @@ class Examined:
     Attributes:
         head: What makes logits of its hidden states; `Unknown`: its own forward pass, in full.
         masked: Whether packed documents are told apart by a mask; else by positions, by the model itself.
+        packs: Whether documents may be packed at all; else each has rows of its own, and the model reads tokens alone.
     """
 
     head: Transform | Unknown
     masked: bool
+    packs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Teacher:
     loss: Loss
     masked: bool = False  # whether packed documents are told apart by a mask: see `Examined`
     head: Transform | Unknown | None = None  # likewise; None: as its config says
+    packs: bool = True  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +107,10 @@ class Objective:
 
     def __init__(
         self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
-        teacher: Teacher | CachedTeacher | None = None, *, masked: bool = False,
+        teacher: Teacher | CachedTeacher | None = None, *, masked: bool = False, packs: bool = True,
         head: Transform | Unknown | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.task, self.precision, self.masked = model, task, precision, masked
+        self.model, self.task, self.precision, self.masked, self.packs = model, task, precision, masked, packs
         self.head = _head(model, task, head)
         self.device, self.clock = device, clock
         self.teacher = teacher if isinstance(teacher, Teacher) else None
@@ -195,7 +198,8 @@ class Objective:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 with self._reading(teacher.model) as theirs.projected:
                     read = mask if teacher.masked else None
-                    given = _given(teacher.model, self.teacher_head, inputs, read, every=every)
+                    theirs_in = read_inputs(inputs, packs=teacher.packs)
+                    given = _given(teacher.model, self.teacher_head, theirs_in, read, every=every)
                 theirs.states = given.hidden_states if every else ()
                 if isinstance(self.teacher_head, Unknown):
                     taught = Logits(given.logits.flatten(0, 1)[keep])
@@ -206,7 +210,8 @@ class Objective:
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
-                given = _given(self.model, self.head, inputs, mask if self.masked else None, every=every)
+                ours_in = read_inputs(inputs, packs=self.packs)
+                given = _given(self.model, self.head, ours_in, mask if self.masked else None, every=every)
             ours.states = given.hidden_states if every else ()
             more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
             if isinstance(self.head, Unknown):
@@ -285,6 +290,11 @@ class _Inside:
     projected: Sequence[Tensor] = ()
 
 
+def read_inputs(inputs: dict[str, Tensor], *, packs: bool) -> dict[str, Tensor]:
+    """Return what of a batch a model reads: where it takes no packed documents, tokens alone, as it is served."""
+    return inputs if packs else {"input_ids": inputs["input_ids"]}
+
+
 def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
     """Return the hidden states that the output head reads, (B, T, H).
 
@@ -349,24 +359,29 @@ def _added(mask: Tensor) -> Tensor:
 def examine(model: Any, device: torch.device) -> Examined:
     """Find out on a few tokens how a model's logits and packed documents are to be had; the model stays as it is.
 
+    Documents are packed where that changes nothing: where the model gives the same of tokens with positions as without,
+    and where a mask or the positions keep one document from the next. Any other model reads a document a row.
+
     Raises:
-        UserError: If its logits are not finite, if it gives others each time, or if it reads across packed documents.
+        UserError: If its logits are not finite, if it gives others each time, or if it reads later tokens.
     """
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            _check_logits(model, _document(model, 11, device))
+            document = _document(model, 11, device)
+            alone = read_inputs(document, packs=False)
+            _check_logits(model, alone)
             with nothing_is_zero(model):
-                head = prove(model, _document(model, 11, device))
-                return Examined(head, _documents_are_masked(model, head, device))
+                if _takes_positions(model, document):
+                    head = prove(model, document)
+                    masked = _documents_are_masked(model, head, device)
+                    if masked is not None:
+                        return Examined(head, masked)
+                _check_reads_back(model, alone)
+                return Examined(prove(model, alone), masked=False, packs=False)
     finally:
         model.train(training)
-
-
-def check_body(model: Any, device: torch.device) -> bool:
-    """Refuse what `examine` refuses; return whether packed documents may be told apart by a mask."""
-    return examine(model, device).masked
 
 
 def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]:
@@ -377,7 +392,7 @@ def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]
 
 def _check_logits(model: Any, document: dict[str, Tensor]) -> None:
     """Refuse a model of whose own logits nothing can be learnt."""
-    first, second = (_packed(model, full_logits, document) for _ in range(2))
+    first, second = (full_logits(model, document) for _ in range(2))
     if first.isnan().any() or first.isinf().all(-1).any():
         problem = f"{type(model).__name__} gives logits that are no numbers for ordinary tokens"
         raise UserError("model.path", problem, "check its weights: some may be NaN or infinite")
@@ -385,30 +400,35 @@ def _check_logits(model: Any, document: dict[str, Tensor]) -> None:
         raise UserError("model.path", f"{type(model).__name__} gives other logits each time", "use another model")
 
 
-def _packed(model: Any, read: Callable[..., Tensor], inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-    """Return what a model makes of tokens and positions.
-
-    Raises:
-        UserError: If it takes none.
-    """
+def _takes_positions(model: Any, document: dict[str, Tensor]) -> bool:
+    """Return whether a model gives the same logits of tokens with their positions as it does without."""
+    plain = full_logits(model, read_inputs(document, packs=False))
     try:
-        return read(model, inputs, mask)
-    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
-        said = " ".join(str(error).split())[:120] or type(error).__name__
-        problem = f"{type(model).__name__} cannot read documents by their positions ({said})"
-        raise UserError("model.path", problem, "use another model") from error
+        placed = full_logits(model, document)
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError):
+        return False
+    return near(placed, plain, tolerance(plain.dtype))
 
 
-def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.device) -> bool:
+def _check_reads_back(model: Any, document: dict[str, Tensor]) -> None:
+    """Refuse a model that reads later tokens: behind a document stands padding."""
+    ids = document["input_ids"]
+    padded = {"input_ids": torch.cat([ids, ids.flip(-1)], -1)}
+    alone, before = full_logits(model, document), full_logits(model, padded)[:, : ids.shape[1]]
+    if not near(before, alone, max(ALIKE, tolerance(alone.dtype))):
+        problem = f"{type(model).__name__} reads later tokens of a row: nothing is left to predict"
+        raise UserError("model.path", problem, "use a causal language model")
+
+
+def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.device) -> bool | None:
     """Return whether a mask tells two packed documents apart: the second then is as it is alone.
 
-    Raises:
-        UserError: If neither mask nor positions do.
+    Positions that begin anew do it otherwise: False; None where neither does.
     """
     read = full_logits if isinstance(head, Unknown) else hidden_states
     each = [_document(model, start, device) for start in (3, 11)]
     pair = {name: torch.cat([document[name] for document in each], -1) for name in each[0]}
-    alone = torch.cat([_packed(model, read, document) for document in each], 1)
+    alone = torch.cat([read(model, document) for document in each], 1)
     allowed = _unseen(model, read, each[1], alone)
 
     def by_mask() -> bool:
@@ -418,16 +438,14 @@ def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.d
         return equal == [True, False]  # it is right, and looks at the mask
 
     def by_positions() -> bool:
-        return near(_packed(model, read, pair), alone, allowed)
+        return near(read(model, pair), alone, allowed)
 
     kinds = _kinds(model.config)
     if kinds == {FULL} and by_mask():
         return True
     if by_positions():
         return False
-    if kinds == {FULL, SLIDING} and by_mask():  # one mask a kind of layer
-        return True
-    raise UserError("model.path", f"{type(model).__name__} reads across packed documents", "use another model")
+    return True if kinds == {FULL, SLIDING} and by_mask() else None  # one mask a kind of layer
 
 
 def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor], alone: Tensor) -> float:
@@ -437,7 +455,7 @@ def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor]
     """
     other = document["input_ids"].clone()
     other[:, 0] = other[:, -1]
-    changed = _packed(model, read, {**document, "input_ids": other})
+    changed = read(model, {**document, "input_ids": other})
     made = (changed - alone[:, EXAMINED:])[:, 1:].abs().max() / alone.abs().max()
     rounding = torch.finfo(alone.dtype).eps
     return max(32 * rounding, min(max(ALIKE, 4 * rounding), UNSEEN * float(made)))

@@ -18,7 +18,7 @@ from pipeline.data.padding import Padding
 from pipeline.data.prompts import PartlySampled
 from pipeline.distillation.hidden import WithProjections
 from pipeline.distillation.selfcheck import LEAST_SHARE, check_teacher
-from pipeline.errors import StageFailed
+from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
@@ -39,7 +39,7 @@ from pipeline.student import make_student, stack_layers
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.head_choice import choose_head
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
-from pipeline.training.objective import Objective, columns_of, examine, parameter_hash
+from pipeline.training.objective import Examined, Objective, Teacher, columns_of, examine, parameter_hash
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.precision_choice import Choice, choose_precision
 from pipeline.training.prefetch import Batches
@@ -94,11 +94,11 @@ def run_training(
         own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
         if teacher is not None and own is not None:
             of_teacher = examine(teacher.model, ctx.device)
-            teacher = replace(teacher, masked=of_teacher.masked, head=of_teacher.head)
+            teacher = replace(teacher, masked=of_teacher.masked, head=of_teacher.head, packs=of_teacher.packs)
         if teacher is not None:
             round_weights(teacher.model, teacher.precision)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
-        text = make_batches(model, tokenizer, encoded, settings, ctx)
+        text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
         num_rows = text.num_rows
         settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
@@ -108,12 +108,14 @@ def run_training(
             text = Numbered(text, signal.cache, settings.gradient_accumulation)
         objective = Objective(
             model, ctx.run.task, precision, ctx.device, ctx.clock, signal,
-            masked=own is not None and own.masked, head=None if own is None else own.head,
+            masked=own is not None and own.masked, packs=own is None or own.packs,
+            head=None if own is None else own.head,
         )  # fmt: skip
         batches = text
         if distill is not None:
             mix_in(distill, objective, settings, ctx)
             if distill.on_policy:
+                _check_writes(own, model, ctx)
                 assert isinstance(text, PackedBatches)
                 batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
         counted = ModelFlops.of(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
@@ -309,17 +311,37 @@ def read_encoded(
     return encode_all(documents, tokenizer, ctx.run.task, max_length=length)
 
 
+def _apart(own: Examined | None, teacher: Teacher | None) -> bool:
+    """Return whether documents need rows of their own: student and teacher read the same rows."""
+    return not all(each is None or each.packs for each in (own, teacher))
+
+
+def _check_writes(own: Examined | None, model: Any, ctx: Context) -> None:
+    """Refuse a student that cannot write in batches: prompts of several lengths are placed by their positions."""
+    if own is not None and not own.packs:
+        problem = f"{type(model).__name__} takes no positions, by which prompts of several lengths are placed"
+        raise UserError(f"stages.{ctx.stage}.on_policy", problem, "leave it out")
+
+
 def make_batches(
-    model: Any, tokenizer: Any, encoded: list[Encoded], settings: TrainingConfig, ctx: Context
+    model: Any, tokenizer: Any, encoded: list[Encoded], settings: TrainingConfig, ctx: Context, *, apart: bool = False
 ) -> PackedBatches | PaddedBatches:
-    """Return what a training with these settings reads, as a pure function of the step."""
+    """Return what a training with these settings reads, as a pure function of the step.
+
+    Args:
+        apart: Documents of a language model are not packed: each has rows of its own.
+    """
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:
         packed = PackedBatches(
             encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
-            length_at=lambda step: sequence_length(step, settings),
+            length_at=lambda step: sequence_length(step, settings), apart=apart,
         )  # fmt: skip
+        if apart:
+            share = packed.packing.padding / max(1, packed.packing.window_tokens)
+            ctx.say(f"{ctx.stage}: documents are not packed, which not all models here keep apart: each has rows of "
+                    f"its own, {share:.0%} of which is padding")  # fmt: skip
         for note in packed.packing.notes():
             ctx.say(f"{ctx.stage}: {note}")
         return packed
