@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from make_assess_models import byte_tokenizer
 from test_encode import forget  # noqa: F401  (a fixture)
 from test_lm_eval_equality import byte_level, unigram, word_piece
-from transformers import AddedToken, ByT5Tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.config import Task
 from pipeline.data import encode
@@ -159,3 +161,60 @@ def test_what_is_encoded_again_is_known_by_content() -> None:
             encode_all([Document("one", label)], byte_tokenizer(), Task.sequence_classification, max_length=9)
         assert len(calls) == 7
     assert tokenizer_content(ByT5Tokenizer()) != tokenizer_content(ByT5Tokenizer(extra_ids=3))
+
+
+def made_by_hand(model: Any, **more: Any) -> Any:
+    """A tokenizer whose model is all that knows its unknown token, as `PreTrainedTokenizerFast(...)` wraps it."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[E]", **more)
+
+
+WORDS = {"[X]": 0, "[E]": 1, "known": 2, "words": 3, "k": 4, "##nown": 5}
+BY_HAND = {
+    "words": lambda: models.WordLevel(WORDS, unk_token="[X]"),
+    "pieces": lambda: models.WordPiece(WORDS, unk_token="[X]"),
+    "pairs": lambda: models.BPE({**WORDS, **{c: 9 + at for at, c in enumerate("nowrds")}}, [], unk_token="[X]"),
+    "likely": lambda: models.Unigram([(word, -float(at)) for at, word in enumerate(WORDS)], unk_id=0),
+    "ends too": lambda: models.WordLevel({**WORDS, "[E]": 0, "[X]": 1}, unk_token="[E]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_an_unknown_token_that_only_the_model_knows_is_unknown(kind: str) -> None:
+    tokenizer = made_by_hand(BY_HAND[kind]())
+    assert tokenizer.unk_token is None
+    [found] = Reader(tokenizer).whole(["known zebra words"])
+    assert found.unknown_bytes >= 4
+    assert not Reader(tokenizer).is_lossless
+    tokenizer.chat_template = TEMPLATE.replace("\n", " [E]")
+    messages = ({"role": "user", "content": "known"}, {"role": "assistant", "content": "zebra words"})
+    said = causal(Document("", messages=messages), tokenizer)
+    assert said.unknown_bytes >= 4
+    assert said.ends.sum() == 1  # the one that the template writes
+
+
+def test_a_byte_that_a_vocabulary_lacks_is_unread() -> None:
+    whole, poor = (byte_level(eos_token="</s>") for _ in range(2))
+    state = json.loads(poor.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {word: at for word, at in state["model"]["vocab"].items() if "q" not in word}
+    state["model"]["merges"] = [pair for pair in state["model"]["merges"] if "q" not in "".join(pair)]
+    poor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    assert Reader(whole).is_lossless
+    assert not Reader(poor).is_lossless
+    [found] = Reader(poor).whole(["quite quick"])
+    assert found.unknown_bytes == 2
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "lost"),
+    [(normalizers.Replace("gone", ""), 4), (normalizers.Replace(Regex("[0-9]+"), " "), 2), (normalizers.NFC(), 0),
+     (normalizers.Sequence([normalizers.NFKC(), normalizers.Sequence([normalizers.Replace("what", "")])]), 4),
+     (normalizers.Sequence([normalizers.Lowercase(), normalizers.NFD()]), 0)],
+)  # fmt: skip
+def test_what_a_normalizer_takes_out_is_unread(normalizer: Any, lost: int) -> None:
+    tokenizer = byte_level(eos_token="</s>")
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    [found] = Reader(tokenizer).whole(["what is gone with 42"])
+    assert found.unknown_bytes == lost
+    assert Reader(tokenizer).is_lossless is (lost == 0)

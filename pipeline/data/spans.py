@@ -8,14 +8,26 @@ Shape legend: L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-PROBE = "\U0001fa7b\ue0f7\u4e2d\u05d0\u1e9e\x0b\u0e01\U00013000\u2e3b"
-"""Characters that only a tokenizer of bytes knows all of: symbols of rare scripts, a private one, a control one."""
+_LEADS = [*range(0x80, 0x800, 0x40), *range(0x800, 0x10000, 0x1000), 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]
+STRANGE = "\ue0f7\U00013000\u2e3b\U0010fffd"
+"""Characters that hardly any vocabulary holds, whose last bytes differ."""
+PROBE = (
+    STRANGE
+    + "\U0001fa7b\u4e2d\u05d0\u1e9e\x0b\u0e01"
+    + "".join(
+        chr(code) for code in [*range(0x21, 0x7F), *range(0x80, 0xC0), *(each for each in _LEADS if each != 0xD800)]
+    )
+)
+"""Characters that only a tokenizer of bytes knows all of: together they hold every byte of UTF-8."""
+KEEPING = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel")
+"""Normalizers that write characters otherwise, and leave none out."""
 LOOK_BACK = 64  # characters before a boundary in which a tokenizer without offsets is searched for a token's end
 
 Spans = Sequence[tuple[int, int]]
@@ -53,6 +65,21 @@ def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next(alike, min(len(one), len(other)))
 
 
+def _keeps_all(tokenizer: Any) -> bool:
+    """Return whether nothing is known to be taken out of texts before they are tokenized."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return normalizer is None or all(_keeps(each) for each in _steps(json.loads(normalizer.__getstate__())))
+
+
+def _steps(normalizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for each in normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]:
+        yield from _steps(each) if each["type"] == "Sequence" else [each]
+
+
+def _keeps(step: dict[str, Any]) -> bool:
+    return step["type"] in KEEPING or (step["type"] == "Replace" and bool(step["content"].strip()))
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the tokens that stand for no text: those with a role, and those added as special without one.
 
@@ -68,7 +95,9 @@ class Reader:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
-        self._unknown: int | None = tokenizer.unk_token_id
+        found = self._unknown_token()
+        self._unknown: int | None = tokenizer.unk_token_id if found is None else found
+        self._unknown_text = None if self._unknown is None else tokenizer.convert_ids_to_tokens(self._unknown)
         special = special_ids(tokenizer)
         if self._unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             special.discard(self._unknown)  # it stands for text
@@ -122,8 +151,18 @@ class Reader:
         pairs = [np.array(row, dtype=np.int64).reshape(-1, 2) for row in found["offset_mapping"]]
         return found["input_ids"], [(pair[:, 0], pair[:, 1]) for pair in pairs]
 
+    def _unknown_token(self) -> int | None:
+        """Return the token that characters become which the vocabulary lacks; None where they become bytes, or nothing.
+
+        Asked and not read: a tokenizer made by hand names it in its model, and not to whoever loads it.
+        """
+        lasts = {(ids or [-1])[-1] for ids in self.tokens(list(STRANGE))}
+        return lasts.pop() if len(lasts) == 1 and -1 not in lasts else None
+
     def _reads_bytes(self) -> bool:
-        """Whether no character is unknown or dropped: asked of characters that no vocabulary holds all of."""
+        """Whether no character is unknown or dropped: asked of all bytes, and of rare characters."""
+        if not _keeps_all(self._tokenizer):
+            return False
         ids = self._tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
         if self._unknown is not None and self._unknown in ids:
             return False
@@ -149,13 +188,20 @@ class Reader:
             targets |= hit
             if not hit.any():
                 continue
-            apart = hit & np.isin(ids, self._special)
+            apart = hit & np.isin(ids, self._special) & ~self._is_unknown(text, ids, starts, stops)
             ends |= apart
             said = utf8(text[slice(*region)])
             num_bytes += said - sum(utf8(text[starts[at] : stops[at]]) for at in np.flatnonzero(apart))
             if not self.is_lossless:
                 unknown += self._lost(text, ids, starts, stops, hit & ~apart, region)
         return Covered(ids, targets, ends, num_bytes, unknown)
+
+    def _is_unknown(self, text: str, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Return which tokens stand for text that the vocabulary lacks, bool (L,): not where it is written out."""
+        unknown = ids == (-1 if self._unknown is None else self._unknown)
+        for at in np.flatnonzero(unknown):
+            unknown[at] = text[starts[at] : stops[at]] != self._unknown_text
+        return unknown
 
     def _lost(
         self, text: str, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray, hit: np.ndarray,
@@ -165,9 +211,8 @@ class Reader:
         told = np.zeros(len(text), dtype=bool)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             told[start:stop] = True
-        for at in np.flatnonzero(hit & (ids == (-1 if self._unknown is None else self._unknown))):
-            if text[starts[at] : stops[at]] != self._tokenizer.unk_token:  # written out, it is known
-                told[starts[at] : stops[at]] = False
+        for at in np.flatnonzero(hit & self._is_unknown(text, ids, starts, stops)):
+            told[starts[at] : stops[at]] = False
         begin, end = region
         return sum(utf8(text[at]) for at in begin + np.flatnonzero(~told[begin:end]) if not text[at].isspace())
 
