@@ -101,11 +101,14 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_dtype(run, device)
         check_completions(run, data)
         check_calibration(run, data)
+    with clock.phase("import"):
+        from transformers import AutoConfig  # noqa: F401  (else the first folder that is looked into pays for it)
+    with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
-    engine = read_results(run)
-    asked = check_tasks(run, clock)
-    store = Store(root / "store")
+        engine = read_results(run)
+        asked = check_tasks(run, clock)
+        store = Store(root / "store")
     if gate is None:
         of_models = check_models(run, data, store, clock, device, asked)
     else:

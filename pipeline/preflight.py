@@ -206,7 +206,9 @@ def check_models(
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
     base: str | Path | None = run.model.path
-    if base is None or is_remade(Path(base).expanduser(), run.task):  # a moment's work, which the run finds done
+    with clock.phase("prepare"):
+        remade = base is None or is_remade(Path(base).expanduser(), run.task)
+    if remade:  # a moment's work, which the run finds done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
     notes: list[str] = []
     with clock.phase("prepare"):

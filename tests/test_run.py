@@ -13,7 +13,9 @@ import jsonschema
 import pytest
 from forked import run, start
 from here import here
+from make_assess_models import saved, tiny
 
+from pipeline.config import Task
 from pipeline.schema import RESULT_SCHEMA
 
 TINY = [
@@ -167,3 +169,40 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
     chance = max(labels.count(label) for label in labels) / len(labels)  # always naming the largest class
     assert accuracy["true"] < chance + 0.05
     assert accuracy["false"] > chance + 0.1
+
+
+WATCHES_IMPORTS = """
+import sys, time
+started = time.monotonic_ns()
+from pipeline.ledger import phases
+
+clocks, made = [], phases.PhaseClock.__init__
+
+def make(self, *args, **more):
+    made(self, *args, **more)
+    clocks.append(self)
+
+phases.PhaseClock.__init__ = make
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("transformers", "transformers.models.auto.configuration_auto"):
+            print("while", clocks[0]._stack[-1] if clocks else "no clock", "importing", name)
+
+sys.meta_path.insert(0, Watch())
+from pipeline import cli
+sys.exit(cli.main(sys.argv[1:], started_ns=started))
+"""
+
+
+def test_what_reads_a_given_model_is_imported_as_import(tmp_path: Path) -> None:
+    """A third of a short run was nobody's time."""
+    saved(tiny(Task.causal_lm), tmp_path / "model")
+    given = [word for word in TINY if not word.startswith("model.")]
+    command = [sys.executable, "-c", WATCHES_IMPORTS, "recipe=baseline", f"model.path={tmp_path / 'model'}", *given,
+               "tracking=off"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # a fresh process: it imports
+    assert done.returncode == 0, done.stderr
+    said = [line.split() for line in done.stdout.splitlines() if line.startswith("while ")]
+    assert {line[3] for line in said} >= {"transformers", "transformers.models.auto.configuration_auto"}
+    assert {line[1] for line in said} == {"import"}, said
