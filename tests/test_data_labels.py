@@ -49,6 +49,7 @@ def named(dataset: Dataset) -> dict[int, str]:
         ((0.5, 1.5, 10), ("0.5", "1.5", "10")),
         (("good", "bad", "Bad"), ("Bad", "bad", "good")),
         ((7, 10**30), ("7", str(10**30))),
+        (("1" + "0" * 5000, "7"), ("7", "1" + "0" * 5000)),  # more digits than Python makes a number of
         (("a b", "a  b"), ("a  b", "a b")),
         (("x", 1), ("1", "x")),
     ],

@@ -19,6 +19,7 @@ class Table:
     """The rows of one file.
 
     Attributes:
+        name: What the file is called in notes and refusals.
         notes: What a reader must know of how it was read.
         class_names: Names of classes by column, where the file declares them.
     """
@@ -26,6 +27,12 @@ class Table:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    name: str = ""
+
+    def columns(self) -> list[str]:
+        """Return the names of its columns, in order."""
+        kinds = dict.fromkeys(tuple(fields) for _, fields in self.rows)  # all rows have few kinds of columns
+        return list(dict.fromkeys(name for names in kinds for name in names))
 
 
 def is_missing(value: Any) -> bool:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import DataConfig, Task
-from pipeline.data.cells import Row, Table, is_missing, refuse_half_characters, value_of
+from pipeline.data.cells import Row, Table, is_missing, value_of
+from pipeline.data.columns import refuse_other_columns, spell_alike
 from pipeline.data.documents import SPLITS, Dataset, Document
+from pipeline.data.file_labels import Labels, one_label, read_labels, with_known_labels
 from pipeline.data.folders import find_files
 from pipeline.data.formats import read_table
-from pipeline.data.labels import check_classes, class_name, is_hidden, ordered, renamed, shortened
+from pipeline.data.labels import plainly, shortened, value_name
 from pipeline.data.mappings import mapping, split_names
 from pipeline.data.rows import document_of
 from pipeline.data.shapes import Shape, recognise
@@ -34,59 +36,81 @@ def load_path(config: DataConfig, task: Task, place: str, key: str = KEY) -> Dat
         UserError: Naming file and line.
     """
     path = Path(place).expanduser()
-    found = find_files(path, config.subset, split_names(config), key)
-    tables = {split: [read_table(file, key) for file in files] for split, files in found.files.items()}
-    joined = {split: _joined(parts) for split, parts in tables.items()}
-    return from_tables(path.name, joined, config, task, key=key, notes=found.notes)
+    tables, notes = _tables(path, config, key)
+    return from_tables(path.name, tables, config, task, key=key, notes=notes)
 
 
-def _joined(parts: Sequence[Table]) -> Table:
-    """Return the rows of several files; what is said of many files is said once, with their number."""
-    notes = [note for part in parts for note in part.notes]
-    if len(notes) > 4:
-        notes = [f"{notes[0]} ({len(notes)} such remarks)"]
-    names = parts[0].class_names
-    declared = {
-        name: classes for name, classes in names.items() if all(part.class_names.get(name) == classes for part in parts)
-    }
-    return Table([row for part in parts for row in part.rows], notes, declared)
+def _tables(path: Path, config: DataConfig, key: str) -> tuple[dict[str, list[Table]], list[str]]:
+    """Return the files of each split, read, and what is to be said of the choice."""
+    chosen = split_names(config)
+    found = find_files(path, config.subset, chosen, key)
+    return {split: [_read(file, path, key) for file in files] for split, files in found.files.items()}, found.notes
+
+
+def _read(file: Path, folder: Path, key: str) -> Table:
+    table = read_table(file, key)
+    table.name = str(file.relative_to(folder)) if folder in file.parents else file.name
+    return table
+
+
+def _remarks(notes: Sequence[str]) -> list[str]:
+    """Return what is said of the files of a split: of many it is said once, with their number."""
+    return [f"{notes[0]} ({len(notes)} such remarks)"] if len(notes) > 4 else list(notes)
 
 
 def from_tables(
-    name: str, tables: Mapping[str, Table], config: DataConfig, task: Task, *, key: str, notes: Sequence[str] = ()
+    name: str,
+    tables: Mapping[str, Sequence[Table]],
+    config: DataConfig,
+    task: Task,
+    *,
+    key: str,
+    notes: Sequence[str] = (),
 ) -> Dataset:
-    """Turn rows of fields, by split, into a dataset.
+    """Turn the files of each split, rows of fields, into a dataset.
 
     Raises:
         UserError: If there is no telling what they are, naming the row.
     """
-    if "train" not in tables or not tables["train"].rows:
+    if not any(table.rows for table in tables.get("train", ())):
         raise UserError(key, "the train split has no documents", "give more documents")
+    files = [table for split in SPLITS for table in tables.get(split, ())]
+    said = [
+        *notes,
+        *(note for parts in tables.values() for note in _remarks([n for part in parts for n in part.notes])),
+    ]
+    said += _remarks(spell_alike(files))
     shape = recognise(
-        [row for table in tables.values() for row in table.rows],
+        [row for parts in tables.values() for table in parts for row in table.rows],
         config.format,
         mapping(config.columns, "data.columns"),
         task,
         key,
         group=config.group_field,
     )
-    said = [*notes, *(note for table in tables.values() for note in table.notes), shape.say()]
-    rows = {split: table.rows for split, table in tables.items()}
-    labels = _Labels.none()
+    refuse_other_columns([table for table in files if table.rows], shape, key)
+    said.append(shape.say())
+    labels = Labels()
     if LABEL in shape.columns:
-        rows, more = _with_known_labels(rows, shape, tables["train"].class_names)
-        labels = _read_labels(rows, shape, tables["train"].class_names, config, key)
-        rows = {
-            split: [row for row, label in zip(rows[split], labels.by_split[split], strict=True) if label is not None]
-            for split in rows
-        }
+        tables, more = with_known_labels(tables, shape.columns[LABEL])
+        labels = read_labels(tables, shape.columns[LABEL], mapping(config.label_map, "data.label_map"), key)
         said += [*more, *labels.notes]
     told: dict[str, None] = {}
     given = {
-        split: list(_documents(part, shape, labels.kept(split), config, key, told)) for split, part in rows.items()
+        split: list(_documents(_labelled(parts, labels, split), shape, labels.kept(split), config, key, told))
+        for split, parts in tables.items()
     }
     rules = Rules(config.shared_documents, config.conflicting_labels)
-    return assemble(name, given, key=key, labels=labels.names, notes=[*said, *told], rules=rules)
+    said = list(dict.fromkeys([*said, *told]))
+    return assemble(name, given, key=key, labels=labels.names, notes=said, rules=rules)
+
+
+def _labelled(parts: Sequence[Table], labels: Labels, split: str) -> list[Row]:
+    """Return the rows of a split, without those that have no label where labels are read."""
+    rows = [row for table in parts for row in table.rows]
+    if labels.names is None:
+        return rows
+    return [row for row, label in zip(rows, labels.by_split[split], strict=True) if label is not None]
 
 
 def _documents(
@@ -105,101 +129,7 @@ def _group(row: Row, column: str) -> str | None:
     if value is None and column not in fields and "." not in column:
         there = ", ".join(fields)
         raise UserError("data.group_field", f"{where} has no field {column!r}", f"choose one of {there}")
-    return None if is_missing(value) or not str(value).strip() else str(value)
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-class _Labels:
-    """Class names, and the class index of each row; None for a row without a label."""
-
-    def __init__(
-        self, names: tuple[str, ...] | None, by_split: Mapping[str, list[int | None]], notes: Sequence[str]
-    ) -> None:
-        self.names, self.by_split, self.notes = names, by_split, notes
-
-    @classmethod
-    def none(cls) -> _Labels:
-        return cls(None, {}, ())
-
-    def kept(self, split: str) -> list[int] | None:
-        """Return the indices of the rows of a split that have one."""
-        return None if self.names is None else [label for label in self.by_split[split] if label is not None]
-
-
-def _with_known_labels(
-    rows: Mapping[str, Sequence[Row]], shape: Shape, declared: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, list[Row]], list[str]]:
-    """Leave out splits whose labels are hidden: public test splits have -1, nothing, or no column in their place."""
-    column = shape.columns[LABEL]
-    cells = {split: [value_of(fields, column) for _, fields in part] for split, part in rows.items()}
-    is_class = column not in declared and any(str(cell).strip() == "-1" for cell in cells["train"])
-    kept: dict[str, list[Row]] = {}
-    notes: list[str] = []
-    for split, part in rows.items():
-        hides = all(is_hidden(cell) and not (is_class and cell is not None) for cell in cells[split])
-        if split != "train" and part and hides:
-            notes.append(f"{split} is not read: its {len(part)} rows have no labels")
-        else:
-            kept[split] = list(part)
-    return kept, notes
-
-
-def _read_labels(
-    rows: Mapping[str, Sequence[Row]],
-    shape: Shape,
-    declared: Mapping[str, tuple[str, ...]],
-    config: DataConfig,
-    key: str,
-) -> _Labels:
-    column = shape.columns[LABEL]
-    classes = declared.get(column)
-    found: dict[str, list[str | None]] = {
-        split: [_one_label(row, column, classes, key) for row in part] for split, part in rows.items()
-    }
-    there = {name for part in found.values() for name in part if name is not None}
-    names = list(classes) if classes is not None else ordered(there)
-    goes_by = renamed(names, mapping(config.label_map, "data.label_map"))
-    labels = tuple(dict.fromkeys(goes_by[name] for name in names))
-    in_train = {goes_by[name] for name in found["train"] if name is not None}
-    if len(in_train) == 1:
-        check_classes(list(in_train), 0, key)
-    check_classes(labels, len(found["train"]), key)
-    index = {name: labels.index(goes_by[name]) for name in names}
-    notes = [
-        f"{split}: dropped {part.count(None)} documents without a label (-1)"
-        for split, part in found.items()
-        if None in part
-    ]
-    trimmed = sum(
-        isinstance(cell := value_of(fields, column), str) and cell != cell.strip()
-        for part in rows.values()
-        for _, fields in part
-    )
-    notes += [f"{trimmed} labels had blanks around them, which are no part of a class"] if trimmed else []
-    if len(labels) < len(names):
-        notes.append(f"data.label_map makes {len(labels)} classes of {len(names)} ({shortened(names)})")
-    by_split = {split: [None if name is None else index[name] for name in part] for split, part in found.items()}
-    return _Labels(labels, by_split, notes)
-
-
-def _one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) -> str | None:
-    """Return the name of a row's class; None where a file that declares its classes says that there is none."""
-    where, fields = row
-    value = value_of(fields, column)
-    if value is None and column not in fields:
-        others = ", ".join(fields)
-        remedy = f"give a label to each, or choose one of {others} with data.columns={{label: NAME}}"
-        raise UserError(key, f"{where} has no field {column!r}", remedy)
-    refuse_half_characters(where, value, key)
-    if classes is None or not isinstance(value, int) or isinstance(value, bool):
-        return class_name(where, value, key)
-    if value == -1:
-        return None
-    if not 0 <= value < len(classes):
-        raise UserError(key, f"{where} has label {value}, and {len(classes)} classes are declared", "mend that row")
-    return classes[value]
+    return None if is_missing(value) else value_name(value) or None
 
 
 def class_counts(dataset: Dataset) -> dict[str, Counter[int]]:
@@ -241,11 +171,10 @@ def read_documents(
     documents = [document_of(row, shape, key, {}) for row in table.rows]
     if labels is None or LABEL not in shape.columns:
         return documents
-    names = [
-        _one_label(row, shape.columns[LABEL], table.class_names.get(shape.columns[LABEL]), key) for row in table.rows
-    ]
+    column = shape.columns[LABEL]
+    names = [one_label(row, column, table.class_names.get(column), key) for row in table.rows]
     known = mapping(config.label_map, "data.label_map")
-    found = [known.get(name, name) if name is not None else None for name in names]
+    found = [_as_data_has_it(name, known, labels) if name is not None else None for name in names]
     for row, name in zip(table.rows, found, strict=True):
         if name is not None and name not in labels:
             raise UserError(key, f"{row[0]} has label {name!r}", f"the data has {shortened(labels)}")
@@ -253,3 +182,10 @@ def read_documents(
         replace(document, label=None if name is None else labels.index(name))
         for document, name in zip(documents, found, strict=True)
     ]
+
+
+def _as_data_has_it(name: str, label_map: Mapping[str, str], labels: Sequence[str]) -> str:
+    """Return the class that the label of another file is: as it stands, else by its value (`True` and `true`)."""
+    name = label_map.get(name, name)
+    alike = [label for label in labels if plainly(label) == plainly(name)]
+    return alike[0] if name not in labels and len(alike) == 1 else name

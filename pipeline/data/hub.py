@@ -29,7 +29,7 @@ def load_hub(config: DataConfig, task: Task) -> Dataset:
     if Path(config.hub).expanduser().exists():
         return load_path(config, task, config.hub, KEY)
     loaded, notes = pick_splits(_downloaded(config), split_names(config), KEY)
-    tables = {split: _table(split, part) for split, part in loaded.items()}
+    tables = {split: [_table(split, part)] for split, part in loaded.items()}
     return from_tables(config.hub, tables, config, task, key=KEY, notes=notes)
 
 
@@ -55,5 +55,7 @@ def _table(split: str, part: Any) -> Table:
     rows = part.with_format("arrow")[:].to_pylist()
     names = {name: tuple(feature.names) for name, feature in part.features.items() if getattr(feature, "names", None)}
     return Table(
-        [(f"{split} row {number}", without_absent(row)) for number, row in enumerate(rows, 1)], class_names=names
+        [(f"{split} row {number}", without_absent(row)) for number, row in enumerate(rows, 1)],
+        class_names=names,
+        name=split,
     )

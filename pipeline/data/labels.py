@@ -6,6 +6,7 @@ are written as JSON does, so that 1, 1.0 and "1" are one class.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -43,6 +44,28 @@ def class_name(where: str, value: Any, key: str) -> str:
     raise UserError(key, f"{where} has {shown}", "give whole numbers or names, or drop that row")
 
 
+def plainly(name: str) -> str:
+    """Return what a text is as a value: `True` is `true`, `1.0` is `1`; the text itself where it is no value.
+
+    Files without types (CSV, TSV) hold the words of the program that wrote them, and pandas writes a column of whole
+    numbers with a gap in it as `1.0`.
+    """
+    if name.lower() in ("true", "false"):
+        return name.lower()
+    if re.fullmatch(r"-?(0|[1-9]\d{0,15})\.\d{1,20}", name):
+        return class_name("", Decimal(name), "")
+    return name
+
+
+def value_name(value: Any) -> str:
+    """Return the name of any value, the same for all spellings of it: 1, 1.0, "1" and " 1.0" are one."""
+    if isinstance(value, bool | int | float | Decimal | str):
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return plainly(class_name("", value, "")) if str(value).strip() else ""
+    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, list | dict) else str(value)
+
+
 def is_hidden(value: Any) -> bool:
     """Whether a cell says that there is a label, and not which."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() in ("", "-1", "-1.0")
@@ -52,9 +75,9 @@ def ordered(names: Iterable[str]) -> list[str]:
     """Return classes in the order of their indices: numbers by value, names by alphabet."""
     names = set(names)
     if all(re.fullmatch(r"0|-?[1-9]\d*", name) for name in names):
-        return sorted(names, key=int)
+        return sorted(names, key=Decimal)
     if all(re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", name) for name in names):
-        return sorted(names, key=float)
+        return sorted(names, key=lambda name: (Decimal(name), name))  # 1 and 1.0 of one file
     return sorted(names)
 
 
