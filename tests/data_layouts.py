@@ -66,6 +66,7 @@ FORMATS: dict[str, Callable[[Rows], bytes]] = {
     ".feather": _to_buffer(feather.write_feather),
     ".arrow": _arrow_stream,
     ".txt": lambda rows: "\n".join(row["text"] for row in rows).encode(),
+    ".label": lambda rows: "".join(f"{row['label']}:finer {row['text']}\n" for row in rows).encode("latin-1"),
 }
 
 
@@ -149,6 +150,49 @@ ONE_SPLIT: dict[str, Callable[[Path, str], None]] = {
     "one file": _named(("anything at all", "train")),
     "parts": _named(*((f"part-{at}", f"train {at + 1}/12") for at in range(12))),
 }
+
+
+def _class_folders(split: str, rows: Rows, ending: str) -> Callable[[Path], None]:
+    """Return what writes each row as a file of its own, in a folder of its class."""
+
+    def made(folder: Path) -> None:
+        for at, row in enumerate(rows):
+            path = folder / split / row["label"] / f"{at}_7{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(row["text"] + "\n")
+
+    return made
+
+
+def _together(*makers: Callable[[Path], None]) -> Callable[[Path], None]:
+    def made(folder: Path) -> None:
+        for make in makers:
+            make(folder)
+
+    return made
+
+
+def _trec(folder: Path) -> None:
+    write_file(folder, "train_5500.label", TRAIN)
+    write_file(folder, "TREC_10.label", TEST)
+
+
+def _one_json(folder: Path) -> None:
+    (folder / "everything.json").write_text(json.dumps({"version": 2, "train": TRAIN, "test": TEST}))
+
+
+OWN_LAYOUTS: dict[str, Callable[[Path], None]] = {
+    "class folders, as aclImdb": _together(
+        _class_folders("train", TRAIN, ".txt"), _class_folders("test", TEST, ".txt")
+    ),
+    "class folders of files without an ending, as the 20 newsgroups": _together(
+        _class_folders("news-bydate-train", TRAIN, ""), _class_folders("news-bydate-test", TEST, "")
+    ),
+    "class folders without splits": _class_folders("", [*TRAIN, *TEST], ".txt"),
+    "TREC's question classes": _trec,
+    "splits in one JSON file": _one_json,
+}
+"""Layouts that have formats of their own, with the labels no and yes, for sequence_classification."""
 
 
 def save_to_disk(folder: Path, *, splits: bool) -> None:

@@ -166,12 +166,24 @@ def data_tables() -> list[str]:
             make(folder, ".jsonl")
             files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             lines.append(f"- {name}: {', '.join(f'`{file}`' for file in files)}")
+        lines += [*_own_layouts(Path(root))]
     lines += ["- what `datasets` saves with `save_to_disk`, one split or several", "", "## Rows", "",
               "Rows are recognised by their columns; `data.format=` forces one, `data.columns={...}` names columns.",
               "", _line(["columns", "read as", "task"]), "|---|---|---|"]  # fmt: skip
     lines += [_line([name, kind, "causal_lm"]) for name, (kind, _) in data_layouts.ROW_CELLS.items()]
     lines += [_line([name, kind, "sequence_classification"]) for name, (kind, _) in data_layouts.LABELLED_CELLS.items()]
     return lines
+
+
+def _own_layouts(root: Path) -> Iterable[str]:
+    """Yield a line for each layout that has a format of its own."""
+    for name, make in data_layouts.OWN_LAYOUTS.items():
+        folder = root / name.replace(" ", "_")
+        folder.mkdir()
+        make(folder)
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        shown = [files[0], files[-1]] if len(files) > 2 else files
+        yield f"- {name}: {' ... '.join(f'`{file}`' for file in shown)}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from data_layouts import (
     FORMATS,
     LAYOUTS,
     ONE_SPLIT,
+    OWN_LAYOUTS,
     TEST,
     TRAIN,
     VALIDATION,
@@ -75,6 +76,18 @@ def test_every_layout_of_a_folder(tmp_path: Path, layout: str, ending: str) -> N
 def test_files_that_name_no_split_are_train(tmp_path: Path, layout: str, ending: str) -> None:
     ONE_SPLIT[layout](tmp_path, ending)
     assert texts(load(tmp_path, CLASSES), "train", "validation", "test") == of(TRAIN)
+
+
+@pytest.mark.parametrize("key", ["path", "hub"])
+@pytest.mark.parametrize("layout", OWN_LAYOUTS)
+def test_every_layout_that_has_a_format_of_its_own(tmp_path: Path, layout: str, key: str) -> None:
+    OWN_LAYOUTS[layout](tmp_path)
+    (tmp_path / "README.txt").write_text("what this is")
+    dataset = load_dataset(DataConfig(**{key: str(tmp_path)}), CLASSES)
+    assert dataset.labels == ("no", "yes")
+    expected = {row["text"]: row["label"] for row in (*TRAIN, *TEST)}
+    assert {each.text: dataset.labels[each.label or 0] for part in dataset.splits.values() for each in part} == expected
+    assert layout == "class folders without splits" or texts(dataset, "test") == of(TEST)
 
 
 @pytest.mark.parametrize("key", ["path", "hub"])
@@ -291,3 +304,148 @@ def test_hub_splits_are_chosen_like_files(monkeypatch: pytest.MonkeyPatch) -> No
     assert "not read: validation_mismatched, unsupervised" in dataset.notes
     assert "test is not read: its 12 rows have no labels" in dataset.notes
     assert texts(dataset, "train", "test") == of(TRAIN)
+
+
+@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("depth", [4, 5, 9])
+def test_a_split_that_lies_deep_is_read(tmp_path: Path, depth: int, task: Task) -> None:
+    write_file(tmp_path, "train.jsonl", TRAIN)
+    write_file(tmp_path, "/".join("abcdefghi"[:depth]) + "/val.csv", VALIDATION)
+    assert texts(load(tmp_path, task), "validation") == of(VALIDATION)
+
+
+def test_data_that_is_set_aside_or_that_a_folder_does_not_name_is_named(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", "train.jsonl", TRAIN)
+    write_file(tmp_path / "a", "_temporary/0/test.jsonl", TEST)
+    assert "not read: _temporary/0/test.jsonl" in load(tmp_path / "a").notes
+    save_to_disk(tmp_path / "b", splits=False)
+    write_file(tmp_path / "b", "test.jsonl", TEST)
+    assert "not read: test.jsonl" in load(tmp_path / "b").notes
+    write_file(tmp_path / "c", "first.jsonl", TRAIN)
+    write_file(tmp_path / "c", "deep/second.jsonl", TEST)
+    (tmp_path / "c/README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: first.jsonl\n---\n")
+    assert "not read: deep/second.jsonl" in load(tmp_path / "c").notes
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.folders.MOST_FILES", 20)
+    for at in range(21):
+        (tmp_path / f"a/{at}").mkdir(parents=True)
+    with pytest.raises(UserError, match="has more than 20 files"):
+        load(tmp_path)
+
+
+# --- class folders, TREC, one JSON file -------------------------------------------------------------------------------
+
+
+def _write(folder: Path, **files: str | bytes) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def _mail(split: str, ending: str = ".txt", classes: str = "ham spam") -> dict[str, str | bytes]:
+    return {
+        f"{split}/{name}/{at}{ending}": f"{split} {name} letter {at}\n\nits second paragraph\n"
+        for name in classes.split()
+        for at in range(30)
+    }
+
+
+def test_what_is_no_document_of_a_class_is_named(tmp_path: Path) -> None:
+    _write(tmp_path, **_mail("box/train", classes="ham spam unsup"), **_mail("box/test"))
+    _write(tmp_path, **{"box/words.vocab": "a", "box/er.txt": "1", "box/train/urls_ham.txt": "http", "box/README": "x"})
+    dataset = load(tmp_path, CLASSES)
+    assert dataset.labels == ("ham", "spam")
+    assert all(f" {dataset.labels[each.label or 0]} " in each.text for each in dataset.splits["test"])
+    assert "box/test ham letter 3\n\nits second paragraph" in texts(dataset, "test")  # a file, and no paragraph of it
+    said = "not read: box/er.txt, box/train/unsup (30 files without a class), box/train/urls_ham.txt, box/words.vocab"
+    assert said in dataset.notes
+    assert "a class is a sub-folder and a document is a file, of which there are: train 60, test 60" in dataset.notes
+    grouped = load(tmp_path, CLASSES, group_field="file")
+    assert {each.group for each in grouped.splits["test"]} >= {"box/test/ham/3.txt"}
+
+
+def test_class_folders_of_a_split_are_chosen(tmp_path: Path) -> None:
+    _write(tmp_path, **_mail("train"), **_mail("dev_a"), **_mail("dev_b"))
+    with pytest.raises(UserError, match=r"validation could be dev_a or dev_b; choose with data\.splits=\{validation"):
+        load(tmp_path, CLASSES)
+    dataset = load(tmp_path, CLASSES, splits={"validation": "dev_b"})
+    assert all(text.startswith("dev_b") for text in texts(dataset, "validation"))
+    with pytest.raises(UserError, match=r"data\.splits: there is no folder 'dev_c' with classes"):
+        load(tmp_path, CLASSES, splits={"validation": "dev_c"})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rows.jsonl": "{}"},  # a file of rows: the texts beside it are not documents of classes
+        {"ham/deeper/1.txt": "a"},  # two levels
+    ],
+)
+def test_texts_in_folders_that_could_be_something_else_are_no_classes(tmp_path: Path, more: dict[str, str]) -> None:
+    with pytest.raises(UserError):
+        load(_write(tmp_path, **_mail(".", classes="ham spam"), **more), CLASSES)
+
+
+def test_class_folders_are_texts_for_a_language_model(tmp_path: Path) -> None:
+    dataset = load(_write(tmp_path, **_mail("train"), **_mail("test")))
+    assert "its second paragraph" in texts(dataset, "test", "train")
+    assert dataset.labels is None
+
+
+def test_old_texts_are_latin_1(tmp_path: Path) -> None:
+    _write(tmp_path / "a", **_mail("train", ""), **{"train/ham/old": "d\xe9j\xe0 vu".encode("latin-1")})
+    dataset = load(tmp_path / "a", CLASSES)
+    assert "d\xe9j\xe0 vu" in texts(dataset, "train", "validation", "test")
+    assert "old is no UTF-8, and is read as LATIN-1" in dataset.notes
+    (tmp_path / "b.txt").write_bytes("d\xe9j\xe0 vu".encode("latin-1"))
+    with pytest.raises(UserError, match=r"b\.txt line 1 is not UTF-8"):
+        load(tmp_path / "b.txt")
+
+
+def test_trec_has_two_classes_for_a_line_and_the_coarse_one_is_read(tmp_path: Path) -> None:
+    lines = [f"{('LOC:city', 'LOC:other', 'HUM:ind', 'ENTY:other')[n % 4]} Where is number {n} ?" for n in range(80)]
+    path = tmp_path / "train_1000.label"
+    path.write_bytes(("\n".join(lines) + "\nHUM:ind Who was Andr\xe9 ?\n").encode("latin-1"))
+    dataset = load(path, CLASSES)
+    assert dataset.labels == ("ENTY", "HUM", "LOC")
+    assert "Who was Andr\xe9 ?" in texts(dataset, "train", "validation", "test")
+    assert "rows are text with label; not read: fine_label" in dataset.notes
+    finer = load(path, CLASSES, columns={"label": "fine_label"})
+    assert finer.labels == ("ENTY:other", "HUM:ind", "LOC:city", "LOC:other")
+    assert load(path).labels is None
+    write_file(tmp_path, "TREC_10.label", TEST)
+    assert any("TREC_10.label beside train_1000.label is not read" in note for note in load(path, CLASSES).notes)
+    path.write_text("LOC:city Where ?\n1 2 3\n")
+    with pytest.raises(UserError, match=r"train_1000\.label line 2 is not CLASS:finer text"):
+        load(path, CLASSES)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_splits_in_one_json_file(tmp_path: Path, whole: bool) -> None:
+    parts = {"training": TRAIN, "dev_a": VALIDATION, "dev_b": TEST, "test": {name: [row[name] for row in TEST]
+             for name in TEST[0]}, "authors": [{"name": "a"}]}  # fmt: skip
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(parts))
+    place = tmp_path if whole else path
+    with pytest.raises(UserError, match=r"validation could be dev_a or dev_b; choose with data\.splits"):
+        load(place, CLASSES)
+    dataset = load(place, CLASSES, splits={"validation": "dev_a"})
+    given = [texts(dataset, split) for split in ("train", "validation", "test")]
+    assert given == [of(TRAIN), of(VALIDATION), of(TEST)]
+    assert {"all.json holds train, validation, test", "not read: dev_b, authors"} <= set(dataset.notes)
+    path.write_text(json.dumps({**parts, "dev_a": [], "dev_b": 0}))
+    with pytest.raises(UserError, match="the validation split has no documents"):
+        load(place, CLASSES)
+    path.write_text(json.dumps({"test": TEST, "dev": VALIDATION}))
+    with pytest.raises(UserError, match="has no train split; it has test, dev"):
+        load(place, CLASSES)
+
+
+def test_a_fault_in_one_json_file_is_named_with_its_split(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b"}]
+    (tmp_path / "all.json").write_text(json.dumps({"train": TRAIN, "validation": rows}))
+    with pytest.raises(UserError, match=r"all\.json validation row 2 has no field 'label'"):
+        load(tmp_path, CLASSES)

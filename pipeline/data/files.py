@@ -12,12 +12,13 @@ from pipeline.data.cells import Row, Table, is_missing, value_of
 from pipeline.data.columns import refuse_other_columns, spell_alike
 from pipeline.data.documents import SPLITS, Dataset, Document
 from pipeline.data.file_labels import Labels, one_label, read_labels, with_known_labels
-from pipeline.data.folders import find_files
-from pipeline.data.formats import read_table
+from pipeline.data.folders import find_class_folders, find_files, only_file
+from pipeline.data.formats import read_splits, read_table
 from pipeline.data.labels import plainly, shortened, value_name
 from pipeline.data.mappings import mapping, split_names
 from pipeline.data.rows import document_of
 from pipeline.data.shapes import Shape, recognise
+from pipeline.data.split_names import listing
 from pipeline.data.splits import Rules, assemble
 from pipeline.errors import UserError
 
@@ -36,13 +37,20 @@ def load_path(config: DataConfig, task: Task, place: str, key: str = KEY) -> Dat
         UserError: Naming file and line.
     """
     path = Path(place).expanduser()
-    tables, notes = _tables(path, config, key)
+    tables, notes = _tables(path, config, task, key)
     return from_tables(path.name, tables, config, task, key=key, notes=notes)
 
 
-def _tables(path: Path, config: DataConfig, key: str) -> tuple[dict[str, list[Table]], list[str]]:
+def _tables(path: Path, config: DataConfig, task: Task, key: str) -> tuple[dict[str, list[Table]], list[str]]:
     """Return the files of each split, read, and what is to be said of the choice."""
     chosen = split_names(config)
+    inside = None if config.subset is not None else _splits_inside(path, chosen, key)
+    if inside is not None:
+        return inside
+    if task is Task.sequence_classification:
+        classes = find_class_folders(path, config.subset, chosen, key)
+        if classes is not None:
+            return {split: [table] for split, table in classes.read(key).items()}, classes.notes
     found = find_files(path, config.subset, chosen, key)
     return {split: [_read(file, path, key) for file in files] for split, files in found.files.items()}, found.notes
 
@@ -51,6 +59,16 @@ def _read(file: Path, folder: Path, key: str) -> Table:
     table = read_table(file, key)
     table.name = str(file.relative_to(folder)) if folder in file.parents else file.name
     return table
+
+
+def _splits_inside(path: Path, chosen: Mapping[str, str], key: str) -> tuple[dict[str, list[Table]], list[str]] | None:
+    """Return the splits that one JSON file holds; None where there are more files, or another."""
+    only = only_file(path, key)
+    held = None if only is None else read_splits(only[0], chosen, key)
+    if only is None or held is None:
+        return None
+    unread = [f"not read: {listing(only[1])}"] if only[1] else []
+    return {split: [table] for split, table in held[0].items()}, [*held[1], *unread]
 
 
 def _remarks(notes: Sequence[str]) -> list[str]:

@@ -10,16 +10,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pipeline.data.cards import card_files, saved_files, subset_folder
+from pipeline.data.class_folders import ClassFolders, class_folders
 from pipeline.data.documents import SPLITS
 from pipeline.data.formats import SHOWN, kind_of, refuse_special, stem_of
 from pipeline.data.split_names import Found, listing, natural, split_word, word_or_none
+from pipeline.data.trec import TEST as TREC_TEST
 from pipeline.errors import UserError
 
-DEEP = 4  # levels of sub-folders that are looked into
-MOST_FILES = 20_000
+MOST_FILES = 200_000  # and as many sub-folders: aclImdb has 100,000 files, and a link to / has no end
 PAPERS = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|requirements|authors)([._-].*)?", re.IGNORECASE
 )
@@ -68,22 +70,69 @@ def find_files(path: Path, subset: str | None, chosen: Mapping[str, str], key: s
         return Found({"train": [path]}, _beside(path))
     card = card_files(path, subset, chosen, key)
     if card is not None:
-        return card
+        return _with_unread(card, path, key)
     if subset is not None:
         path = subset_folder(path, subset)
-    return saved_files(path, chosen, key) or _by_name(path, chosen, key)
+    saved = saved_files(path, chosen, key)
+    return _by_name(path, chosen, key) if saved is None else _with_unread(saved, path, key)
+
+
+def find_class_folders(path: Path, subset: str | None, chosen: Mapping[str, str], key: str) -> ClassFolders | None:
+    """Return the files of a folder whose sub-folders are classes; None for a file, and for a folder of another kind.
+
+    Raises:
+        UserError: If a split could be two of its sub-folders.
+    """
+    if not path.is_dir() or card_files(path, subset, chosen, key) is not None:
+        return None
+    folder = path if subset is None else subset_folder(path, subset)
+    data, others, aside = _listed(folder, key)
+    relative = [each.relative_to(folder) for each in data]
+    return class_folders(folder, relative, [Path(name) for name in (*others, *aside)], chosen, key)
+
+
+def only_file(path: Path, key: str) -> tuple[Path, list[str]] | None:
+    """Return the one data file that `path` is, or that a folder has, with what else is there; None where it has more.
+
+    Raises:
+        UserError: If a file is a link to nothing, or no regular file.
+    """
+    if not path.is_dir():
+        return path, []
+    first = list(islice((each for each in _walk(path, key) if kind_of(each)[0] and not _is_paper(each)), 2))
+    if len(first) != 1 or saved_files(path, {}, key) is not None:
+        return None
+    data, others, aside = _listed(path, key)
+    return (data[0], [*others, *aside]) if data else None
+
+
+def _with_unread(found: Found, folder: Path, key: str) -> Found:
+    """Name the data files that a folder has beside those that it names itself."""
+    used = {file.resolve() for files in found.files.values() for file in files}
+    data, _, aside = _listed(folder, key)
+    unread = [*(str(file.relative_to(folder)) for file in data if file.resolve() not in used), *aside]
+    found.notes += [f"not read: {listing(unread)}"] if unread else []
+    return found
 
 
 def _beside(path: Path) -> list[str]:
     """Return a note where a file named train has other splits beside it, which are not read."""
-    if word_or_none(stem_of(path)) != "train":
+    if _word_of(path) != "train":
         return []
     others = [
         each.name
         for each in sorted(path.parent.iterdir())
-        if each != path and kind_of(each)[0] and word_or_none(stem_of(each)) not in (None, "train")
+        if each != path and kind_of(each)[0] and _word_of(each) not in (None, "train")
     ]
     return [f"{', '.join(others)} beside {path.name} is not read: give the folder to read all splits"] if others else []
+
+
+def _word_of(path: Path) -> str | None:
+    return "test" if _is_trec_test(path) else word_or_none(stem_of(path))
+
+
+def _is_trec_test(path: Path) -> bool:
+    return kind_of(path)[0] == "trec" and stem_of(path).lower() == TREC_TEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +146,9 @@ class _File:
 
 
 def _by_name(folder: Path, chosen: Mapping[str, str], key: str) -> Found:
-    data, others = _listed(folder, key)
+    data, others, aside = _listed(folder, key)
     if not data:
-        more = f"; it has {listing(others)}" if others else ""
+        more = f"; it has {listing([*others, *aside])}" if others or aside else ""
         raise UserError(key, f"{folder} has no data file{more}", f"give files that end with {SHOWN}")
     files = [_described(path, folder, key) for path in data]
     by_split, unread = _chosen(files, chosen) if chosen else _apart(files, folder, key)
@@ -110,58 +159,68 @@ def _by_name(folder: Path, chosen: Mapping[str, str], key: str) -> Found:
         _check_family(split, members, key)
     found = Found({split: [each.path for each in by_split[split]] for split in SPLITS if split in by_split})
     found.notes += [_said(split, by_split[split]) for split in found.files if _is_worth_saying(split, by_split[split])]
-    if unread or others:
-        found.notes.append(f"not read: {listing([*unread, *others])}")
+    if unread or others or aside:
+        found.notes.append(f"not read: {listing([*unread, *others, *aside])}")
     return found
 
 
-def _listed(folder: Path, key: str) -> tuple[list[Path], list[str]]:
-    """Return the data files below a folder and the names of files of unknown kinds; what documents a set is left out.
+def _listed(folder: Path, key: str) -> tuple[list[Path], list[str], list[str]]:
+    """Return the data files below a folder, and names: of files of unknown kinds, and of data that is set aside.
+
+    What documents a set is left out. Data in a folder whose name begins with `_` is set aside, as Spark does it.
 
     Raises:
         UserError: If one is a link to nothing, or no regular file.
     """
     data: list[Path] = []
     others: list[str] = []
+    aside: list[str] = []
     for path in _walk(folder, key):
-        kind, suffix = kind_of(path)[0], path.suffix.lower()
-        if RECORDS.fullmatch(path.name) or (PAPERS.fullmatch(path.name) and kind in (None, "text")):
+        if _is_paper(path):
             continue
-        if kind is not None:
+        is_data, relative = kind_of(path)[0] is not None, path.relative_to(folder)
+        if any(part.startswith("_") for part in relative.parts[:-1]):
+            aside += [str(relative)] if is_data else []
+        elif is_data:
             refuse_special(path, key)
             data.append(path)
-        elif suffix not in SILENT and not path.name.startswith("_"):
+        elif path.suffix.lower() not in SILENT and not path.name.startswith("_"):
             if path.is_symlink():
                 refuse_special(path, key)
-            others.append(str(path.relative_to(folder)))
-    return data, others
+            others.append(str(relative))
+    return data, others, aside
+
+
+def _is_paper(path: Path) -> bool:
+    """Whether a file tells of a data set and is none of it."""
+    is_paper = PAPERS.fullmatch(path.name) and kind_of(path)[0] in (None, "text")
+    return bool(is_paper or RECORDS.fullmatch(path.name))
 
 
 def _walk(folder: Path, key: str) -> Iterator[Path]:
+    """Yield the files below a folder, however deep; a folder that links lead back to once."""
     seen: set[str] = set()
     count = 0
     for at, subfolders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
-        depth = len(Path(at).relative_to(folder).parts)
         if real in seen:  # a link to where we come from
             subfolders.clear()
             continue
         seen.add(real)
-        hidden = [name for name in subfolders if name.startswith((".", "_"))]
-        subfolders[:] = sorted(set(subfolders) - set(hidden)) if depth < DEEP else []
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            count += 1
-            if count > MOST_FILES:
-                raise UserError(key, f"{folder} has more than {MOST_FILES} files", "give the folder of one data set")
-            yield Path(at, name)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files = sorted(name for name in names if not name.startswith("."))
+        count += max(1, len(files))
+        if count > MOST_FILES:
+            raise UserError(key, f"{folder} has more than {MOST_FILES} files", "give the folder of one data set")
+        yield from (Path(at, name) for name in files)
 
 
 def _described(path: Path, folder: Path, key: str) -> _File:
     relative = path.relative_to(folder)
     stem = stem_of(path)
     split, place, bare = _own_split(stem, relative, key), relative.parent, _bare(stem)
+    if _is_trec_test(path):
+        split = "test"
     if split is None:  # the nearest sub-folder that names one; what lies in it is of one family
         for at in relative.parents:
             split = _own_split(at.name, relative, key)

@@ -13,14 +13,16 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from pipeline.data.arrow_rows import read_arrow
 from pipeline.data.cells import FILE, Row, Table
 from pipeline.data.csv_rows import read_csv
-from pipeline.data.json_rows import read_json, read_json_lines
+from pipeline.data.json_rows import read_json, read_json_lines, split_rows
+from pipeline.data.split_names import pick_splits
+from pipeline.data.trec import read_trec
 from pipeline.errors import UserError
 from pipeline.text_files import open_file, why_no_file
 
@@ -37,6 +39,7 @@ FORMATS = {
     ".feather": "arrow",
     ".ipc": "arrow",
     ".txt": "text",
+    ".label": "trec",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SHOWN = ".json .jsonl .ndjson .csv .tsv .parquet .arrow .feather .txt"
@@ -71,17 +74,21 @@ def read_table(path: Path, key: str) -> Table:
     Raises:
         UserError: If it cannot be read, naming file and line.
     """
+    table = _read(path, key)
+    table.name = path.name
+    return table
+
+
+def _read(path: Path, key: str) -> Table:
     kind, packed = kind_of(path)
     refuse_special(path, key)
     if kind is None:
         raise _unknown_ending(path, key)
     raw = _unpacked(path, packed, key)
-    if raw.startswith(LFS):
-        raise UserError(key, f"{path.name} is a Git LFS pointer, not the data", "run git lfs pull there")
     if kind in ("parquet", "arrow"):
         return read_arrow(path, raw, kind, key)
     notes: list[str] = []
-    text = _decoded(path, raw, notes, key)
+    text = _decoded(path, raw, notes, key, latin=kind == "trec")
     if not text.strip():
         raise UserError(key, f"{path} is empty", "give a file with documents")
     readers: dict[str, Callable[[Path, str, str, list[str]], list[Row]]] = {
@@ -90,8 +97,42 @@ def read_table(path: Path, key: str) -> Table:
         "csv": read_csv,
         "tsv": partial(read_csv, expected="\t"),
         "text": _text,
+        "trec": read_trec,
     }
     return Table(readers[kind](path, text, key, notes), notes)
+
+
+def read_text(path: Path, key: str, notes: list[str], *, latin: bool = False) -> str:
+    """Return the text of one file, whatever its ending.
+
+    Args:
+        latin: Whether a text that is no UTF-8 is read as Latin-1, which is said, and not refused.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    refuse_special(path, key)
+    return _decoded(path, _unpacked(path, kind_of(path)[1], key), notes, key, latin=latin)
+
+
+def read_splits(path: Path, chosen: Mapping[str, str], key: str) -> tuple[dict[str, Table], list[str]] | None:
+    """Return the tables of a JSON file that holds the rows of several splits, with notes; None for another file.
+
+    Args:
+        chosen: By split, the name that is meant (`data.splits`).
+
+    Raises:
+        UserError: If two could be one split.
+    """
+    if kind_of(path)[0] != "json":
+        return None
+    notes: list[str] = []
+    found = split_rows(path, read_text(path, key, notes), chosen.values(), key)
+    if found is None:
+        return None
+    picked, more = pick_splits(found, chosen, key)
+    notes.append(f"{path.name} holds {', '.join(picked)}")
+    return {split: Table(rows, name=f"{split} of {path.name}") for split, rows in picked.items()}, [*notes, *more]
 
 
 def refuse_special(path: Path, key: str) -> None:
@@ -127,8 +168,10 @@ def _unpacked(path: Path, packed: str, key: str) -> bytes:
             raw = file.read()
     except OSError as error:
         raise UserError(key, f"{path} cannot be read ({error.strerror})", "check the file") from None
+    if raw.startswith(LFS):
+        raise UserError(key, f"{path.name} is a Git LFS pointer, not the data", "run git lfs pull there")
     unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unzst, ".zip": _unzip}
-    if not packed or raw.startswith(LFS):
+    if not packed:
         return raw
     try:
         return unpack[packed](raw)
@@ -170,13 +213,20 @@ MARKS = (
 )
 
 
-def _decoded(path: Path, raw: bytes, notes: list[str], key: str) -> str:
-    """Return the text of a file: UTF-8, or UTF-16 and UTF-32 where a byte order mark or its zero bytes say so."""
+def _decoded(path: Path, raw: bytes, notes: list[str], key: str, *, latin: bool) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 and UTF-32 where a byte order mark or its zero bytes say so.
+
+    Args:
+        latin: Whether the file is of a kind that is older than UTF-8: then it is Latin-1 where it is no UTF-8.
+    """
     mark, encoding = next(((mark, name) for mark, name in MARKS if raw.startswith(mark)), (b"", None))
     encoding = encoding or _encoding_by_zeros(raw) or "utf-8"
     try:
         text = raw[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
+        if latin and encoding == "utf-8":
+            notes.append(f"{path.name} is no UTF-8, and is read as LATIN-1")
+            return _universal_newlines(raw.decode("latin-1"))
         line = raw[len(mark) :][: error.start].count("\n".encode(encoding)) + 1
         name = encoding.upper().removesuffix("-LE").removesuffix("-BE")
         raise UserError(key, f"{path.name} line {line} is not {name}", "save the file as UTF-8") from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.cells import Row
+from pipeline.data.split_names import word_or_none
 from pipeline.errors import UserError
 
 
@@ -88,8 +90,34 @@ def read_json(path: Path, text: str, key: str, notes: list[str]) -> list[Row]:
     return _rows_in(path, value, key)
 
 
-def _rows_in(path: Path, value: Any, key: str) -> list[Row]:
-    """Return the rows of one JSON document: an array, an object with one array of rows, or columns."""
+def split_rows(path: Path, text: str, chosen: Iterable[str], key: str) -> dict[str, list[Row]] | None:
+    """Return the rows by name of an object that holds several splits, `{"train": [...], "test": [...]}`; else None.
+
+    Args:
+        chosen: Names of splits beside those that name themselves.
+    """
+    names = {json.loads(name) for name in re.findall(r'("[^"\\\n]{1,80}")\s*:\s*[\[{]', text)}
+    if len({name for name in names if word_or_none(name) or name in chosen}) < 2:
+        return None  # it need not be parsed twice
+    try:
+        value = _loads(text)
+    except (ValueError, RecursionError):
+        return None
+    held = {name: part for name, part in value.items() if _holds_rows(part)} if isinstance(value, dict) else {}
+    if len([name for name in held if word_or_none(name) or name in chosen]) < 2:
+        return None
+    return {name: _rows_in(path, part, key, f" {name}") if part else [] for name, part in held.items()}
+
+
+def _holds_rows(part: Any) -> bool:
+    """Whether a part of an object is rows: a list of objects, which may be empty, or columns."""
+    if isinstance(part, dict):
+        return bool(part) and all(isinstance(cells, list) for cells in part.values())
+    return part == [] or _is_list_of(part, dict)
+
+
+def _rows_in(path: Path, value: Any, key: str, part: str = "") -> list[Row]:
+    """Return the rows of one JSON document, or of a part: an array, an object with one array of rows, or columns."""
     remedy = 'write an array of objects, or {"data": [...]}'
     if isinstance(value, dict):
         value = _rows_of_object(path, value, key, remedy)
@@ -97,8 +125,8 @@ def _rows_in(path: Path, value: Any, key: str) -> list[Row]:
         raise UserError(key, f"{path.name} is not an array of rows", remedy)
     for number, fields in enumerate(value, 1):
         if not isinstance(fields, dict):
-            raise UserError(key, f"{path.name} row {number} is not an object", 'write {"text": ...} for each')
-    return [(f"{path.name} row {number}", fields) for number, fields in enumerate(value, 1)]
+            raise UserError(key, f"{path.name}{part} row {number} is not an object", 'write {"text": ...} for each')
+    return [(f"{path.name}{part} row {number}", fields) for number, fields in enumerate(value, 1)]
 
 
 def _rows_of_object(path: Path, value: dict[str, Any], key: str, remedy: str) -> Any:
