@@ -116,7 +116,7 @@ def test_alpaca_has_the_published_wording(tmp_path: Path) -> None:
         (
             {"premise": "a", "hypothesis": "b"},
             LM,
-            "give task=sequence_classification, or data.columns={prompt: premise",
+            "give data.columns={prompt: premise, completion: hypothesis}",
         ),
         (
             {"instruction": "a", "output": "b", "label": 1},

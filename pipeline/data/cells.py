@@ -83,3 +83,25 @@ def value_of(fields: Mapping[str, Any], column: str | None) -> Any:
     for name in column.split("."):
         found = found.get(name) if isinstance(found, dict) else None
     return found
+
+
+def first_text(value: Any) -> str | None:
+    """Return a text, or the first of several that a cell holds; None where it holds none.
+
+    Several are a list of texts, or the answers of SQuAD: `{"text": [...], "answer_start": [...]}`, or a list of such
+    objects with one text each. An empty list is an empty text: a question that has no answer.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        texts = value.get("text")
+        return first_text(texts) if isinstance(texts, list) else None
+    if not isinstance(value, list) or any(isinstance(each, dict) and not _is_answer(each) for each in value):
+        return None
+    texts = [each["text"] if isinstance(each, dict) else each for each in value]
+    return next(iter(texts), "") if all(isinstance(each, str) for each in texts) else None
+
+
+def _is_answer(value: dict[Any, Any]) -> bool:
+    """Whether an object is one answer of SQuAD, and no message."""
+    return "text" in value and not value.keys() & {"role", "from", "type"}

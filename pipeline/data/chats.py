@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.data.cells import is_missing, refuse_half_characters
+from pipeline.data.cells import first_text, is_missing, refuse_half_characters
 from pipeline.errors import UserError
 
 ROLES = {
@@ -69,8 +69,9 @@ COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "c
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a cell holds turns, as objects or as their JSON."""
-    return bool(value) and isinstance(parsed := _parsed(value), list) and all(isinstance(turn, dict) for turn in parsed)
+    """Whether a cell holds turns, as objects or as their JSON; answers of SQuAD are none."""
+    turns = _parsed(value)
+    return bool(turns) and _is_list_of_objects(turns) and first_text(turns) is None
 
 
 def is_sharegpt(value: Any) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.data.cells import Table, value_of
-from pipeline.data.shapes import CONTEXTS, LABELS, SYSTEMS, Shape, plain_name
+from pipeline.data.row_columns import plain_name
+from pipeline.data.shapes import CONTEXTS, LABELS, SYSTEMS, Shape
 from pipeline.errors import UserError
 
 PLURAL = {"labels": "label"}  # the one column of a known name that has two

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import DataFormat
-from pipeline.data.cells import Row, is_missing, refuse_half_characters, value_of
+from pipeline.data.cells import Row, first_text, is_missing, refuse_half_characters, value_of
 from pipeline.data.chats import is_conversation, messages_of, tools_of
 from pipeline.data.documents import Document
-from pipeline.data.shapes import Shape, plain_name
+from pipeline.data.row_columns import plain_name
+from pipeline.data.shapes import Shape
 from pipeline.errors import UserError
 
 # Source: Stanford Alpaca, README, "Data Release"; a line break before the response, as its column `text` has it.
@@ -66,14 +67,24 @@ def _alpaca(row: Row, shape: Shape, key: str) -> Document:
 
 def _completion(row: Row, shape: Shape, key: str, told: dict[str, None]) -> Document:
     prompt, completion = (_present(row, shape, role, key) for role in ("prompt", "completion"))
+    completion = _first_answer(shape, completion, told)
     if is_conversation(completion) or (is_conversation(prompt) and not isinstance(prompt, str)):
         return _conversational(row, shape, prompt, completion, key, told)
-    prompt, completion = (_text(row, shape, role, key) for role in ("prompt", "completion"))
+    prompt, completion = _text(row, shape, "prompt", key), _as_text(row, shape, "completion", completion, key)
     names = [plain_name(shape.columns[role]) for role in ("prompt", "completion")]
     if names != ["prompt", "completion"] and prompt and not prompt[-1].isspace() and not completion[:1].isspace():
         prompt += "\n"
     before = [_optional(row, shape, role, key) for role in ("system", "context")]
     return Document(completion, prompt="\n\n".join([*(text for text in before if text.strip()), prompt]))
+
+
+def _first_answer(shape: Shape, completion: Any, told: dict[str, None]) -> Any:
+    """Return the first of several texts that a question is answered with (SQuAD); anything else as it is."""
+    answer = first_text(completion)
+    if answer is None or isinstance(completion, str):
+        return completion
+    told[f"{shape.columns['completion']} lists texts: the first is learnt; an empty list is a blank document"] = None
+    return answer
 
 
 def _conversational(row: Row, shape: Shape, prompt: Any, completion: Any, key: str, told: dict[str, None]) -> Document:
@@ -89,7 +100,7 @@ def _conversational(row: Row, shape: Shape, prompt: Any, completion: Any, key: s
     return Document(
         "",
         messages=(*before, *messages_of(where, said, key, told)),
-        tools=tools_of(where, fields.get("tools"), key, told),
+        tools=tools_of(where, value_of(fields, shape.columns.get("tools")), key, told),
     )
 
 
@@ -104,10 +115,13 @@ def _present(row: Row, shape: Shape, role: str, key: str) -> Any:
 
 
 def _text(row: Row, shape: Shape, role: str, key: str) -> str:
-    value, name = _present(row, shape, role, key), shape.columns[role]
+    return _as_text(row, shape, role, _present(row, shape, role, key), key)
+
+
+def _as_text(row: Row, shape: Shape, role: str, value: Any, key: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(key, f"{row[0]}: {name} is {kind}", "give text, or drop that row")
+        raise UserError(key, f"{row[0]}: {shape.columns[role]} is {kind}", "give text, or drop that row")
     refuse_half_characters(row[0], value, key)
     return value
 
