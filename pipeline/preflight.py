@@ -223,7 +223,7 @@ def check_models(
                 _refuse_quantized(config, "model.path")
             trained = all(steps > 0 for steps in _steps_from_base(run))
             notes += check_loads(str(base), run.task, labels=data.labels, key="model.path", new_head=trained)
-        _check_reads("model.path", config, tokenizer, run, data)
+        notes += _check_reads("model.path", config, tokenizer, run, data)
         notes += _check_lengths("model.path", config, run)
         check_lengths(asked, tokenizer, positions(config))
         student = _root(run, STUDENT_INIT)
@@ -286,7 +286,7 @@ def check_releases(
         for key, folder in folders.items():
             config, tokenizer = load_config(folder, key=key), load_tokenizer(folder, key=key)
             notes += check_loads(str(folder), run.task, labels=data.labels, key=key)
-            _check_reads(key, config, tokenizer, run, data)
+            notes += _check_reads(key, config, tokenizer, run, data)
             notes += _check_lengths(key, config, run)
             check_lengths(asked, tokenizer, positions(config))
     return list(dict.fromkeys(notes))
@@ -370,7 +370,7 @@ def _check_student(
         if any(_root(run, teacher) == BASE for teacher in taught):
             check_tokenizers(tokenizer, base_tokenizer)
     key = "student.path" if given is not None else "student.config" if run.student.config else "student.layers"
-    _check_reads(key, config, tokenizer, run, data)
+    notes += _check_reads(key, config, tokenizer, run, data)
     notes += _check_lengths(key, config, run)
     check_lengths(asked, tokenizer, positions(config))
     return notes
@@ -381,24 +381,29 @@ def _trains(stage: Any, run: Run) -> bool:
     return getattr(stage, "match_compute", False) or training_settings(stage, run).steps > 0
 
 
-def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> None:
+def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> list[str]:
     """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for.
 
     All chats are rendered: what a template refuses would else be found after training. Tokens are looked at of the
     first documents.
+
+    Returns:
+        What the chat template does with the conversations; of train in the words that training says it with.
     """
     from pipeline.data.encode import check_chats, encode_all
     from pipeline.models import check_tokens, example_length
 
     length = example_length(config, run.task, run.training.sequence_length)
+    said: list[str] = []
     for split, documents in data.splits.items():
         if run.task is Task.causal_lm:
-            check_chats(documents, tokenizer, split)
+            said += [f"{split} split: {note}" for note in check_chats(documents, tokenizer, split).notes()]
         read = encode_all(
             documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES, split=split
         )
         largest = max((int(row.input_ids.max()) for row in read), default=0)
         check_tokens(largest, config.get_text_config().vocab_size, key)
+    return said
 
 
 def _check_lengths(of: str, config: Any, run: Run) -> list[str]:

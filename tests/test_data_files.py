@@ -77,7 +77,9 @@ def test_fields_have_the_names_they_are_given(tmp_path: Path) -> None:
     assert load_dataset(config, Task.sequence_classification).labels == ("no", "yes")
     with pytest.raises(UserError, match=r"headline, sentence hold text: say what each is, e\.g\. data\.columns"):
         load_dataset(DataConfig(path=path), Task.causal_lm)
-    with pytest.raises(UserError, match=r"no field 'label'; choose one of verdict with data\.columns=\{text: sentence, label"):
+    with pytest.raises(
+        UserError, match=r"no field 'label'; choose one of verdict with data\.columns=\{text: sentence, label"
+    ):
         load_dataset(DataConfig(path=path, columns={"text": "sentence"}), Task.sequence_classification)
     with pytest.raises(UserError, match=r"data\.columns: there is no column 'body'; there are headline, sentence"):
         load_dataset(DataConfig(path=path, columns={"text": "body"}), Task.causal_lm)

@@ -55,6 +55,10 @@ ENDS_ONCE = (  # its end token ends the whole, not each turn
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% if loop.last %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+OF_TWO = (  # writes what is asked and answered, and nothing else
+    "{% for m in messages %}{% if m['role'] == 'user' %}[U]{{ m['content'] }}{% elif m['role'] == 'assistant' %}[A]"
+    "{{ m['content'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+)
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<s>system\nhelp</s>\n{% endif %}" + CHATML
 
 
@@ -92,6 +96,7 @@ def notes(document: Document, template: str) -> list[str]:
 
 
 THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "hm"}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
 CASES = {
     "all turns in one": (
@@ -138,6 +143,25 @@ CASES = {
             "role": "assistant", "content": "no", "train": False}),
         ["<s>user\nq</s>\n<s>assistant\nbad</s>\n<s>user\nr</s>\n<s>assistant\n{good</s>\n}"],
     ),
+    "calls that are not written": (
+        BARE, chat("u: q", CALLED, "t: 42", "a: it is 42", "u: r", {**CALLED, "content": "I look"}),
+        ["user: q\nassistant: \ntool: 42\nassistant: {it is 42\n}user: r\nassistant: {I look\n}"],
+    ),
+    "calls and thoughts that are not written, and nothing else": (
+        BARE, chat("u: q", {**CALLED, "thinking": "hm"}, "t: 42"), [],
+    ),
+    "a thought that is dropped, and nothing else": (
+        OPENS_THOUGHTS, chat("u: q", "a: <think>hm</think>", "u: r", "a: <think>so</think>two"),
+        ["[U]q[A]</s>[U]r[A]{two</s>}"],
+    ),
+    "a thought that is written, and nothing else": (
+        REASONING, chat("u: q", {**THOUGHT, "content": ""}),
+        ["<s>user\nq</s>\n<s>assistant\n{<think>hm</think></s>\n}"],
+    ),
+    "an answer of nothing": (BARE, chat("u: q", "a: "), ["user: q\nassistant: {\n}"]),
+    "results and a system that are not written": (
+        OF_TWO, chat("s: be", "u: q", CALLED, "t: 42", "a: it is 42"), ["[U]q[A]</s>[A]{it is 42</s>}"],
+    ),
     "nothing to learn": (CHATML, chat("u: q", {"role": "assistant", "content": "bad", "weight": 0}), []),
 }  # fmt: skip
 
@@ -156,12 +180,49 @@ def test_what_is_learnt_of_a_conversation(case: str) -> None:
         ("thoughts dropped", "changes 1 answers, or leaves parts of them out"),
         ("system's words in the last turn", "1 answers follow another text than the one"),
         ("nothing to learn", "1 conversations have no turn to learn"),
+        ("calls that are not written", "the chat template leaves out the tool calls of 2 turns"),
+        ("calls that are not written", "1 assistant turns of which the chat template leaves nothing are read, and not"),
+        (
+            "calls and thoughts that are not written, and nothing else",
+            "the chat template leaves out the tool calls of 1 turns, the reasoning of 1 turns",
+        ),
+        ("calls and thoughts that are not written, and nothing else", "1 conversations have no turn to learn"),
+        ("a thought that is dropped, and nothing else", "1 assistant turns of which the chat template leaves nothing"),
+        (
+            "results and a system that are not written",
+            "leaves out the tool calls of 1 turns, the text of 1 tool turns, the text of 1 system turns",
+        ),
     ],
 )
 def test_what_a_template_does_is_said(case: str, said: str) -> None:
     template, document, _ = CASES[case]
     assert any(said in note for note in notes(document, template))
     assert notes(chat("u: q", "a: one"), CHATML) == []
+
+
+@pytest.mark.parametrize("case", ["tools and calls", "thoughts of the last answer alone", "thoughts gone on with",
+                                  "a thought that is written, and nothing else", "an answer of nothing"])  # fmt: skip
+def test_what_is_written_is_not_said_to_be_left_out(case: str) -> None:
+    template, document, _ = CASES[case]
+    assert not any("leaves" in note for note in notes(document, template))
+
+
+def test_tools_that_a_template_does_not_write_are_counted_by_conversation() -> None:
+    documents = [chat("u: q", "a: one", tools=({"name": f"t{number}"},)) for number in range(3)]
+    said = encoding_notes(documents, tokenizer_of(CHATML), Task.causal_lm, max_length=0)
+    assert said == ["the chat template leaves out the tools of 3 conversations"]
+    assert encoding_notes(documents, tokenizer_of(TOOLS), Task.causal_lm, max_length=0) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_check_without_tokens_says_what_encoding_says(case: str) -> None:
+    template, document, wanted = CASES[case]
+    documents = [document, chat("u: q", "a: one")]
+    said = encoding_notes(documents, tokenizer_of(template), Task.causal_lm, max_length=0)
+    assert check_chats(documents, tokenizer_of(template), "train").notes() == said
+    if not wanted:
+        with pytest.raises(UserError, match="no conversation of test has a turn to learn in what the model's chat"):
+            check_chats([document], tokenizer_of(template), "test")
 
 
 def test_a_template_without_an_end_of_turn_is_said() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ from pipeline.data.spans import Covered, Reader, utf8
 from pipeline.errors import UserError
 from pipeline.store import key_of
 
+LEFT_OUT = {
+    "tools": "the tools of {} conversations",
+    "tool_calls": "the tool calls of {} turns",
+    "reasoning": "the reasoning of {} turns",
+    "tool": "the text of {} tool turns",
+    "system": "the text of {} system turns",
+}
+"""How a note says what a chat template leaves out (`Conversation.left_out`)."""
 CHUNK = 256  # documents whose offsets are held at a time
 
 
@@ -66,6 +74,8 @@ class Reading:
         opening_left_out: Assistant turns, before the first user's, that the template does not take.
         asked_otherwise: Answers after another text than the template asks for one with.
         changed: Answers whose content the template drops parts of, or changes.
+        emptied: Assistant turns of which the template leaves nothing.
+        left_out: By what the template leaves out (`LEFT_OUT`), of how many turns or conversations.
         unlearnt: Conversations without a turn to learn.
         chats: Conversations that are learnt; `unended` of them have no special token in any answer.
     """
@@ -81,6 +91,8 @@ class Reading:
     opening_left_out: int = 0
     asked_otherwise: int = 0
     changed: int = 0
+    emptied: int = 0
+    left_out: Counter[str] = field(default_factory=Counter[str])
     unlearnt: int = 0
     chats: int = 0
     unended: int = 0
@@ -107,6 +119,12 @@ class Reading:
                         "for an answer with")  # fmt: skip
         if self.changed:
             said.append(f"the chat template changes {self.changed} answers, or leaves parts of them out")
+        if self.left_out:
+            parts = [wording.format(self.left_out[what]) for what, wording in LEFT_OUT.items() if self.left_out[what]]
+            said.append(f"the chat template leaves out {', '.join(parts)}")
+        if self.emptied:
+            said.append(f"{self.emptied} assistant turns of which the chat template leaves nothing are read, and not "
+                        "learnt")  # fmt: skip
         if self.opening_left_out:
             said.append(f"{self.opening_left_out} assistant turns before the first user turn are left out: the chat "
                         "template does not take them")  # fmt: skip
@@ -307,21 +325,34 @@ def _rendered(
             rewritten=int(conversation.is_rewritten), unlearnt=int(not conversation.renderings),
             renderings=len(conversation.renderings) if conversation.is_rewritten else 0,
             opening_left_out=conversation.opening_left_out, asked_otherwise=conversation.asked_otherwise,
-            changed=conversation.changed,
+            changed=conversation.changed, emptied=conversation.emptied,
         )  # fmt: skip
+        reading.left_out.update(conversation.left_out)
         for rendering in conversation.renderings:
             yield number, document, rendering
 
 
-def check_chats(documents: Sequence[Document], tokenizer: Any, split: str) -> None:
+def check_chats(documents: Sequence[Document], tokenizer: Any, split: str) -> Reading:
     """Refuse what the chat template refuses, of all documents, without making tokens of them.
 
+    Returns:
+        What the template does with them, as `encode_all` will find it.
+
     Raises:
-        UserError: Naming the document.
+        UserError: Naming the document, or the split if nothing of it is learnt.
     """
-    for number, document in enumerate(documents, 1):
-        if document.messages is not None:
-            render(document, tokenizer, place_of(number, split))
+    reading = Reading(documents=len(documents))
+    special = Reader(tokenizer).special_texts()
+    ended: dict[int, bool] = {}
+    for number, _, rendering in _rendered(list(enumerate(documents, 1)), tokenizer, split, reading):
+        answers = (rendering.text[slice(*span)] for span in rendering.answers)
+        is_ended = any(token in answer for answer in answers for token in special)
+        ended[number] = ended.get(number, False) or is_ended
+    reading.add(chats=len(ended), unended=sum(not each for each in ended.values()))
+    if documents and reading.unlearnt == len(documents):
+        problem = f"no conversation of {split} has a turn to learn in what the model's chat template makes of it"
+        raise UserError("data.path", problem, "use a model whose template writes what is said, or other chats")
+    return reading
 
 
 # -- classification ---------------------------------------------------------------------------------------------------

@@ -4,11 +4,16 @@ An answer is found by rendering. The text before it is what the template opens a
 (`add_generation_prompt`), or what it puts before a marked answer; its end is where the conversation up to it ends.
 Templates that write an answer another way once the conversation goes on (those of reasoning models drop earlier
 thoughts) give each answer a rendering of its own: the conversation up to it, as it was when the answer was given.
+
+What a template leaves out is found by rendering too: the text is the same without it. An assistant's turn of which
+nothing is left (tool calls that the template does not write) is read and not learnt: only its end would be.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +22,11 @@ from pipeline.data.spans import common_length
 from pipeline.errors import UserError
 
 MARK = "zq7answer7qz"  # an answer that no template trims or changes, to find where answers stand
+
+FIELDS = {"tool_calls": ("tool_calls",), "reasoning": ("reasoning_content", "reasoning", "thinking")}
+"""What a turn has beside its content, by the fields that templates know it under."""
+READ = ("system", "tool")
+"""Roles whose text a template may leave out; of an answer see `changed`, and a user's words are always written."""
 
 Turns = list[dict[str, Any]]
 
@@ -44,6 +54,9 @@ class Conversation:
         opening_left_out: Assistant turns before the first user's that the template does not take.
         asked_otherwise: Answers that stand after another text than the template asks for an answer with.
         changed: Answers whose content the template drops parts of, or changes.
+        emptied: Assistant turns of which the template leaves nothing: they are read, and not learnt.
+        left_out: By what the template does not write, how many turns have it: `FIELDS`, a role of `READ` for its text,
+            and `tools`, once for the conversation.
     """
 
     renderings: tuple[Rendering, ...]
@@ -51,6 +64,8 @@ class Conversation:
     opening_left_out: int = 0
     asked_otherwise: int = 0
     changed: int = 0
+    emptied: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class _Refusal(Exception):
@@ -129,6 +144,22 @@ def _is_changed(turn: dict[str, Any], answer: str) -> bool:
     return isinstance(content, str) and content.strip() not in answer
 
 
+def _has(turn: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return any(turn.get(name) for name in names)
+
+
+def _with_less(turn: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what a turn has that a template may leave out, with the turn without it."""
+    found = [
+        (what, {name: value for name, value in turn.items() if name not in names})
+        for what, names in FIELDS.items()
+        if _has(turn, names)
+    ]
+    if turn.get("role") in READ and str(turn.get("content") or "").strip():
+        found.append((turn["role"], {**turn, "content": ""}))
+    return found
+
+
 class _Template:
     """A chat template with the tools that it is given."""
 
@@ -147,8 +178,16 @@ class _Template:
             self._render(turns)  # what it refuses is refused, learnt or not
             return Conversation(())
         said = {number: self._render(turns[: number + 1]) for number in learnt}
-        begins = {number: self._begin(turns, number, said[number], place) for number in learnt}
-        told: dict[str, Any] = {"asked_otherwise": sum(not is_asked for _, is_asked in begins.values()),
+        left_out = self._left_out(turns, said)
+        kept = [number for number in learnt if not self._is_emptied_call(turns, number, said[number])]
+        begins = {number: self._begin(turns, number, said[number], place) for number in kept}
+        kept = [number for number in kept if not (_is_changed(turns[number], said[number][begins[number][0] :])
+                                                  and self._is_emptied(turns, number, said[number]))]  # fmt: skip
+        emptied, learnt = len(learnt) - len(kept), kept
+        if not learnt:
+            return Conversation((), emptied=emptied, left_out=left_out)
+        told: dict[str, Any] = {"emptied": emptied, "left_out": left_out,
+                "asked_otherwise": sum(not begins[at][1] for at in learnt),
                 "changed": sum(_is_changed(turns[at], said[at][begins[at][0] :]) for at in learnt)}  # fmt: skip
         spans = [(begins[number][0], len(said[number])) for number in learnt]
         whole = said[learnt[-1]]
@@ -158,6 +197,42 @@ class _Template:
             return Conversation((Rendering(whole, tuple(spans)),), **told)
         each = tuple(Rendering(said[number], (span,)) for number, span in zip(learnt, spans, strict=True))
         return Conversation(each, is_rewritten=True, **told)
+
+    def _left_out(self, turns: Turns, said: Mapping[int, str]) -> Counter[str]:
+        """Count what stands in turns and not in the text of the first learnt turn from there on.
+
+        Args:
+            said: By learnt turn, the text up to its end.
+        """
+        found: Counter[str] = Counter()
+        last = max(said)
+        for number, turn in enumerate(turns[: last + 1]):
+            until = min(at for at in said if at >= number)
+            for what, without in _with_less(turn):
+                less = [*turns[:number], without, *turns[number + 1 : until + 1]]
+                found[what] += self._is_text_of(less, said[until])
+        if self._tools is not None:
+            found["tools"] += _Template(self._tokenizer, None)._is_text_of(turns[: last + 1], said[last])
+        return +found
+
+    def _is_emptied_call(self, turns: Turns, number: int, said: str) -> bool:
+        """Whether a turn has calls or thoughts and no content, and the template writes none of them."""
+        turn = turns[number]
+        is_blank = not str(turn.get("content") or "").strip()
+        has_more = any(_has(turn, names) for names in FIELDS.values())
+        return is_blank and has_more and self._is_emptied(turns, number, said)
+
+    def _is_emptied(self, turns: Turns, number: int, said: str) -> bool:
+        """Whether a turn that says nothing has the same text."""
+        content = turns[number].get("content")
+        nothing = {"role": "assistant", "content": "" if str(content or "").strip() else content}
+        return bool(said) and self._is_text_of([*turns[:number], nothing], said)
+
+    def _is_text_of(self, turns: Turns, text: str) -> bool:
+        try:
+            return self._render(turns) == text
+        except _Refusal:
+            return False  # what it cannot do without is no more left out
 
     def _begin(self, turns: Turns, number: int, said: str, place: str) -> tuple[int, bool]:
         """Return the character at which an answer begins, and whether the text before it is the asking one."""

@@ -104,6 +104,10 @@ class Reader:
         self._special = np.array(sorted(special), dtype=np.int64)
         self.is_lossless = self._reads_bytes()
 
+    def special_texts(self) -> list[str]:
+        """Return how the tokens that stand for no text are written."""
+        return [token for token in self._tokenizer.convert_ids_to_tokens(self._special.tolist()) if token]
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts."""
         if not texts:
