@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_assess_models import byte_tokenizer
+from make_assess_models import byte_tokenizer, tiny
 from test_encode import forget  # noqa: F401  (a fixture)
 
 from pipeline.config import Task
-from pipeline.data.documents import Document
+from pipeline.data.documents import Dataset, Document
 from pipeline.data.encode import check_chats, encode_all, encoding_notes
 from pipeline.data.renderings import render
 from pipeline.errors import UserError
+from pipeline.preflight import _check_reads
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n"
@@ -223,6 +225,19 @@ def test_a_check_without_tokens_says_what_encoding_says(case: str) -> None:
     if not wanted:
         with pytest.raises(UserError, match="no conversation of test has a turn to learn in what the model's chat"):
             check_chats([document], tokenizer_of(template), "test")
+
+
+def test_what_a_template_does_with_every_split_is_known_before_anything_is_trained() -> None:
+    train = [chat("u: q", CALLED, f"t: {number}", "a: one") for number in range(80)]  # tokens are looked at of 64
+    data = Dataset("d", "0", {"train": tuple(train), "validation": (chat("u: q", "a: one"),), "test": tuple(train[:2])})
+    run: Any = SimpleNamespace(task=Task.causal_lm, training=SimpleNamespace(sequence_length=64))
+    found = _check_reads("model.path", tiny(Task.causal_lm).config, tokenizer_of(OF_TWO), run, data)
+    lost = "the chat template leaves out the tool calls of {0} turns, the text of {0} tool turns"
+    assert [each for each in found if "leaves out" in each] == [
+        f"train split: {lost.format(80)}", f"test split: {lost.format(2)}",
+    ]  # fmt: skip
+    said = encoding_notes(train, tokenizer_of(OF_TWO), Task.causal_lm, max_length=0)
+    assert [f"train split: {each}" for each in said] == [each for each in found if each.startswith("train")]
 
 
 def test_a_template_without_an_end_of_turn_is_said() -> None:
