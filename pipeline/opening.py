@@ -6,6 +6,7 @@ A run is found again by the key of its settings: an unfinished one goes on as a 
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import secrets
 import shutil
@@ -102,7 +103,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_completions(run, data)
         check_calibration(run, data)
     with clock.phase("import"):
-        from transformers import AutoConfig  # noqa: F401  (else the first folder that is looked into pays for it)
+        importlib.import_module("transformers.models.auto")  # else the first folder that is looked into pays for it
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)

@@ -49,7 +49,8 @@ def choose_device(run: Run) -> Any:
         raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
     if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
-    if device.type == "cuda" and device.index is not None:  # else libraries would open a context on device 0
+    # torch.device("cuda") has no index, whatever its stubs say; of one that has, libraries would open device 0 too
+    if device.type == "cuda" and device.index is not None:  # pyright: ignore[reportUnnecessaryComparison]
         torch.cuda.set_device(device)
     return device
 
@@ -205,9 +206,9 @@ def check_models(
     """
     from pipeline.models import check_loads, load_config, load_tokenizer, positions
 
-    base: str | Path | None = run.model.path
+    base: str | Path = run.model.path or ""
     with clock.phase("prepare"):
-        remade = base is None or is_remade(Path(base).expanduser(), run.task)
+        remade = not base or is_remade(Path(base).expanduser(), run.task)
     if remade:  # a moment's work, which the run finds done
         base = base_artifact(run, data, (run.seeds or [run.seed])[0], store, clock).path
     notes: list[str] = []

@@ -341,7 +341,9 @@ def _as_read_by(module: Any, mask: Tensor) -> Tensor | dict[str, Tensor]:
     is_eager = module.config._attn_implementation == "eager"
     if len(kinds) < 2:
         return _added(mask) if is_eager else mask
-    masks = {kind: _within(mask, config.sliding_window) if kind == SLIDING else mask for kind in kinds}
+    masks: dict[str, Tensor] = {
+        kind: _within(mask, config.sliding_window) if kind == SLIDING else mask for kind in kinds
+    }
     return {kind: _added(each) for kind, each in masks.items()} if is_eager else masks
 
 
