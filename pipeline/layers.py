@@ -200,8 +200,10 @@ def with_layers(
     stack = _stack(model, key)
     with no_init_weights():
         made: Any = type(model)(config)
-    made.load_state_dict(renamed(model.state_dict(), stack, chosen))
+    weights = renamed(model.state_dict(), stack, chosen)
+    made.load_state_dict(weights)
     made.tie_weights()
+    _prove_same(made, weights)
     name_body(made.eval())
     ids = _probe(made)
     if (why := _why_not_run(made, ids)) is not None:
@@ -218,6 +220,18 @@ def _probe(model: Any) -> Tensor:
 
     size = model.get_input_embeddings().num_embeddings
     return (torch.arange(PROBE_TOKENS) * 7 + 3).remainder(size)[None]
+
+
+def _prove_same(made: Any, weights: dict[str, Tensor]) -> None:
+    """Compare what was made with the weights that it was to have: a tie that the source lacks would replace some.
+
+    Raises:
+        StageFailed: Naming a weight that is another.
+    """
+    for name, tensor in made.state_dict().items():
+        same = (tensor == weights[name].to(tensor.dtype)) | (tensor != tensor)  # a NaN is for others to refuse
+        if not bool(same.all()):
+            raise StageFailed(f"{type(made).__name__} of these layers has another {name} than its source")
 
 
 def _prove_reload(model: Any, ids: Tensor, scratch: Path | None) -> None:

@@ -16,7 +16,15 @@ from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
 from pipeline.hub import offline_without_network
 from pipeline.waiting import waiting_for
-from pipeline.weights import name_body, refuse_incomplete, refuse_unexpected, renew_head, share_as_written
+from pipeline.weights import (
+    differs_in_ties,
+    name_body,
+    part_ties,
+    refuse_incomplete,
+    refuse_unexpected,
+    renew_head,
+    share_as_written,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -178,6 +186,27 @@ def load_config(path: str | Path, *, revision: str | None = None, key: str = "mo
     return config
 
 
+def load_config_of_weights(path: str | Path, task: Task, *, key: str) -> PreTrainedConfig:
+    """Load a folder's configuration, as `load_config` does, that ties only what its weights have alike.
+
+    What is planned from a configuration alone would else be a plan of another model than the one that is loaded.
+    """
+    import copy
+
+    import torch
+
+    config = load_config(path, key=key)
+    folder = Path(_whole(path, key))
+    if not getattr(config, "tie_word_embeddings", False) or quantized_by(config) is not None or not folder.is_dir():
+        return config
+    with reading(key, path), torch.device("meta"):
+        twin = auto_class(task).from_config(copy.deepcopy(config))
+    with reading(key, path):
+        if differs_in_ties(folder, twin.get_expanded_tied_weights_keys(all_submodels=True)):
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
 def missing_kernel(config: Any) -> str | None:
     """Return the attention kernel that a configuration asks for and this machine lacks; None where there is none."""
     from transformers.utils.import_utils import (
@@ -292,6 +321,7 @@ def _load(
             trust_remote_code=False, output_loading_info=True, **more,
         )  # fmt: skip
     name_body(model)
+    part_ties(model)
     fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head)
     notes = [None if quantized else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path)]
     if in_part:
@@ -471,6 +501,7 @@ def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights (safetensors), config and tokenizer into `folder`, readable by whoever may read the folder."""
+    part_ties(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     share_as_written(folder)

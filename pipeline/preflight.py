@@ -231,7 +231,7 @@ def check_models(
         if student == BASE or (student is not None and run.student.path is not None):
             notes += _check_student(base, tokenizer, run, data, asked)
         _check_stacks(config, run)
-        _check_quantizable(config, run, device)
+        _check_quantizable(base, run, device)
     return list(dict.fromkeys(notes))
 
 
@@ -293,15 +293,26 @@ def check_releases(
     return list(dict.fromkeys(notes))
 
 
-def _check_quantizable(config: Any, run: Run, device: Any) -> None:
+def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
     """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
-    from pipeline.models import from_config
+    from pipeline.models import from_config, load_config, load_config_of_weights
     from pipeline.quantization.backend import why_not
     from pipeline.quantization.smoothing import check_smoothable
 
-    for name, stage in run.stages.items():
-        if not isinstance(stage, QuantizeStage) or not _is_base_shaped(stage.model, run):
-            continue
+    stages = {
+        name: stage
+        for name, stage in run.stages.items()
+        if isinstance(stage, QuantizeStage) and _is_base_shaped(stage.model, run)
+    }
+    if not stages:
+        return
+    local = Path(base).expanduser().is_dir()
+    config = (
+        load_config_of_weights(base, run.task, key="model.path")
+        if local
+        else load_config(base, revision=run.model.revision)
+    )
+    for name, stage in stages.items():
         for key, fmt in _named_formats(name, stage):
             if why_not(fmt, device) is None:
                 _check_takes(stage, config, fmt, run, device, key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,13 @@ SHOWN = 3  # names of a note
 
 
 def refuse_incomplete(
-    model: Any, info: dict[str, Any], task: Task, key: str, path: object, *, new_head: bool
-) -> str | None:
+    model: Any, info: dict[str, Any], task: Task, key: str, path: object, *, new_head: bool,
+    brought: Collection[str] = (),
+) -> str | None:  # fmt: skip
     """Refuse weights that transformers would replace by random ones; a classifier's head and pooler may be new.
+
+    Args:
+        brought: Names of the weights that an adapter brings, and that its base may lack.
 
     Returns:
         What of the head is new; None where nothing is.
@@ -35,6 +40,7 @@ def refuse_incomplete(
         UserError: Naming a weight that is not there.
     """
     gone = {str(name) for name in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    gone -= set(brought)
     body = f"{model.base_model_prefix}."
     lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
     lacking = lacking if task is Task.sequence_classification else gone
@@ -109,6 +115,53 @@ def name_body(model: Any) -> None:
     """Have `base_model` give a model's body: Llama 4's text model names it as only the multimodal model has it."""
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
+
+
+def part_ties(model: Any) -> None:
+    """Have a model's configuration say that its weights are not tied, where some that it ties are apart.
+
+    transformers loads both ends of a tie that a file holds with other values, leaves them apart, and leaves
+    `tie_word_embeddings` true: whatever is built from that configuration, or asked to tie again, is another model.
+    """
+    import torch
+
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    ends = {
+        target: (model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(source))
+        for target, source in ties.items()
+    }
+    if all(target is source for target, source in ends.values()):
+        return
+    for name, (target, source) in ends.items():
+        if target is source:  # the flag is one for all ties, and two names of one tensor cannot be saved without it
+            parent, _, own = name.rpartition(".")
+            trains = target.requires_grad
+            setattr(model.get_submodule(parent), own, torch.nn.Parameter(target.detach().clone(), trains))
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for each in () if config is None else (config, config.get_text_config()):
+            each.tie_word_embeddings = False
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = {}
+
+
+def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
+    """Whether a folder's weights hold both ends of a tie, and hold them with other values.
+
+    Args:
+        ties: The name of a weight by that of another which is to be the same.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
+        where = {str(name): weights for weights in opened for name in weights.keys()}  # noqa: SIM118 - no mapping
+        return any(
+            not torch.equal(where[target].get_tensor(target), where[source].get_tensor(source))
+            for target, source in ties.items()
+            if target in where and source in where
+        )
 
 
 def first_not_finite(model: Any) -> str | None:

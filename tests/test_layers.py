@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -175,6 +177,59 @@ def test_a_classifier_is_cut_with_its_head(tmp_path: Path) -> None:
     teacher: Any = load_model(folder, Task.sequence_classification)
     assert torch.equal(student.classifier.weight, teacher.classifier.weight)
     assert student.config.id2label == dict(enumerate(LABELS))
+
+
+def untied(folder: Path, config: PreTrainedConfig) -> Path:
+    """Save a model whose head is not its embedding, under a configuration that says it is."""
+    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    source(folder, config)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt-neo", "gemma3"])
+def test_weights_apart_under_a_configuration_that_ties_them_stay_apart(tmp_path: Path, kind: str) -> None:
+    folder = untied(tmp_path / "source", KINDS[kind])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    student, tokenizer = make_student(StudentConfig(layers=[0, 1, 2, 3]), folder, Task.causal_lm, None)
+    teacher = load_model(folder, Task.causal_lm)
+    whole = with_layers(teacher, stacked(teacher.config, 1), "stages.student.stack")
+    save_model(student, tokenizer, tmp_path / "student")
+    save_model(plain, tokenizer, tmp_path / "plain")  # as a library loaded it
+    student.tie_weights()  # as a resumed training does
+    again = [load_model(tmp_path / name, Task.causal_lm) for name in ("student", "plain")]
+    for made in (teacher, student, whole, *again):
+        assert torch.equal(logits(made), logits(plain))
+        assert made.config.get_text_config().tie_word_embeddings is False
+    assert '"tie_word_embeddings": false' in (tmp_path / "plain" / "config.json").read_text()
+
+
+def test_a_tie_of_several_is_parted_as_a_whole(tmp_path: Path) -> None:
+    """BERT's decoder has a tied bias beside its tied weight, and one flag for both."""
+    plain = {name: SAME[name] for name in SAME if "key_value" not in name}
+    folder = source(tmp_path / "source", BertConfig(**plain, is_decoder=True))
+    weights = load_file(folder / "model.safetensors")
+    weights["cls.predictions.decoder.weight"] = torch.randn(259, 32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    model = load_model(folder, Task.causal_lm)
+    assert torch.equal(logits(model), wanted)
+    save_model(model, byte_tokenizer(), tmp_path / "again")
+    assert torch.equal(logits(load_model(tmp_path / "again", Task.causal_lm)), wanted)
+
+
+def test_tied_weights_stay_tied_in_what_is_cut(tmp_path: Path) -> None:
+    folder = source(tmp_path / "source", Qwen2Config(**SAME, tie_word_embeddings=True))
+    student, _ = make_student(StudentConfig(layers=[0, 2]), folder, Task.causal_lm, None)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_what_is_cut_has_its_sources_weights_or_is_never_trained(tmp_path: Path) -> None:
+    teacher: Any = load_model(untied(tmp_path, KINDS["smollm3"]), Task.causal_lm)
+    teacher.config.tie_word_embeddings = True
+    with pytest.raises(StageFailed, match=r"of these layers has another lm_head\.weight than its source"):
+        with_layers(teacher, [0, 1], "student.layers")
 
 
 def test_a_model_that_reloads_as_another_is_never_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

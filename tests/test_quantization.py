@@ -12,6 +12,7 @@ import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -192,6 +193,19 @@ def round_trip(folder: Path, fmt: Format, *, tied: bool, dtype: torch.dtype) -> 
     assert ("lm_head" in done.quantized_layers) is head
     assert len(done.quantized_layers) == 2 * 7 + head
     assert done.rest_dtype == str(dtype).removeprefix("torch.")
+
+
+def test_a_head_apart_under_a_configuration_that_ties_it_can_be_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "check_bit_equal", lambda *_, **__: None)
+    source = small_llama(tmp_path / "source", tied=False, dtype=torch.float32)
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    done = quantize(source, tmp_path / "out", Format.nf4, Task.causal_lm, device=CPU, key=KEY, choice=Choice(head=True))
+    assert "lm_head" in done.quantized_layers
+    assert done.parameters == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

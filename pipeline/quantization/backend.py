@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.config import SIXTEEN_BITS, Format, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import check_model_folder, load_config, load_model, load_tokenizer, quantized_by, save_model
+from pipeline.models import (
+    check_model_folder,
+    load_config,
+    load_config_of_weights,
+    load_model,
+    load_tokenizer,
+    quantized_by,
+    save_model,
+)
 from pipeline.quantization import ao, bnb, sixteen
 from pipeline.quantization.layers import (
     EVERY_LAYER,
@@ -210,7 +218,7 @@ def quantize(
         import_library(fmt)
     with _phase(clock, "model_load"):
         check_model_folder(source, key)
-        config = load_config(source, key=key)
+        config = load_config_of_weights(source, task, key=key)
         plan = refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
         rest = rest_dtype(config, device, fmt)
     convert = _Conversion(fmt, task, plan, device, rest, key, clock)
