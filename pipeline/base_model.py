@@ -73,7 +73,7 @@ def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact
 
     adapter = is_adapter(folder)
     whole = base_of(folder, "model.path") if adapter else folder
-    key = key_of(what="remade", version=1, given=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
+    key = key_of(what="remade", version=2, given=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
         if record is not None:

@@ -136,3 +136,35 @@ def names_in_order(model: Any) -> tuple[str, ...]:
     """Return a model's class names as its logits come."""
     names = class_names(model.config)
     return tuple(names[index] for index in getattr(model, "class_order", range(len(names))))
+
+
+def same_in_order(ours: Any, theirs: Any, count: int) -> bool:
+    """Whether the first logits of two models are of the same classes: by name, or by number where one has no names.
+
+    A number (`2`, `LABEL_2`) is the other model's output of that number: that is how data of numbers are read.
+    """
+    names = [names_in_order(model)[:count] for model in (ours, theirs)]
+    if list(map(folded, names[0])) == list(map(folded, names[1])):
+        return True
+    total = len(names_in_order(theirs))
+    numbers = [[_number(name) for name in names_in_order(model)] for model in (ours, theirs)]
+    are_numbers = [sorted(-1 if each is None else each for each in found) == list(range(len(found)))
+                   for found in numbers]  # fmt: skip
+    if all(are_numbers):
+        return numbers[0][:count] == numbers[1][:count]
+    if not any(are_numbers) or total != len(names_in_order(ours)):
+        return False
+    unnamed = are_numbers.index(True)
+    if any(number is not None for number in numbers[1 - unnamed]):
+        return False
+    return numbers[unnamed] == list(getattr((theirs, ours)[unnamed], "class_order", range(total)))
+
+
+def _number(name: str) -> int | None:
+    found = _GENERIC.fullmatch(name) or re.fullmatch(r"(\d+)", name)
+    return None if found is None else int(found[1])
+
+
+def listed(model: Any) -> str:
+    """Return a model's class names as its logits come, as a refusal says them."""
+    return _listed(names_in_order(model))

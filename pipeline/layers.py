@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models import auto_class, text_config_of
-from pipeline.weights import name_body
+from pipeline.weights import name_body, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,6 @@ NOT_LAYERS = ("architectures", "axial_pos_embds_dim", "axial_pos_shape", "block_
               "type_vocab_sizes")  # fmt: skip
 """Lists of something else, which may be as long as a small model is deep."""
 TOLERANCE = 1e-5  # of the largest logit: a reload places weights elsewhere in memory, and sums round otherwise
-PROBE_TOKENS = 8
 TRANSIENT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
@@ -205,21 +204,13 @@ def with_layers(
     made.tie_weights()
     _prove_same(made, weights)
     name_body(made.eval())
-    ids = _probe(made)
+    ids = probe(made)
     if (why := _why_not_run(made, ids)) is not None:
         raise UserError(key, f"layers {list(chosen)} make no model that runs ({why})", "give student.path")
     _prove_reload(made, ids, scratch)
     if hasattr(model, "class_order"):
         read_in_order(made, model.class_order)  # pyright: ignore[reportArgumentType]
     return made
-
-
-def _probe(model: Any) -> Tensor:
-    """Return a few different tokens, (1, T)."""
-    import torch
-
-    size = model.get_input_embeddings().num_embeddings
-    return (torch.arange(PROBE_TOKENS) * 7 + 3).remainder(size)[None]
 
 
 def _prove_same(made: Any, weights: dict[str, Tensor]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters import CONFIG as ADAPTER
+from pipeline.adapters import PICKLED as PICKLED_ADAPTER
 from pipeline.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from pipeline.adapters import base_of, is_adapter, merge, without_adapter
+from pipeline.adapters import base_of, is_adapter, merge, shapes_in, without_adapter
 from pipeline.classes import match_classes, read_in_order, refuse_other_problem
 from pipeline.config import Task, TinyShape
 from pipeline.errors import UserError
@@ -18,6 +19,7 @@ from pipeline.hub import offline_without_network
 from pipeline.waiting import waiting_for
 from pipeline.weights import (
     differs_in_ties,
+    head_parameters,
     name_body,
     part_ties,
     refuse_incomplete,
@@ -41,6 +43,9 @@ def check_model_folder(path: Path, key: str) -> None:
     """
     if not path.is_dir():
         raise UserError(key, f"{path} is not a folder", "give a Hugging Face model folder or a Hub name")
+    if (path / ADAPTER).is_file() and not (path / ADAPTER_WEIGHTS).is_file() and (path / PICKLED_ADAPTER).exists():
+        problem = f"{path} holds pickled adapter weights ({PICKLED_ADAPTER}), which can run code"
+        raise UserError(key, problem, "convert them to safetensors, or take the adapter's files out of the folder")
     config_file = path / "config.json"
     if not config_file.is_file():
         if (path / ADAPTER).is_file():
@@ -297,8 +302,10 @@ def _load(
     import transformers
 
     config = load_config(path, revision=revision, key=key)
-    classes = None
+    adapter, classes = _adapter(path), None
+    brought = {} if adapter is None else _shapes_of_adapter(adapter, key)
     if task is Task.sequence_classification:
+        _count_as_adapter(config, brought, key, path)
         refuse_other_problem(config, key, path)
         if labels is not None:
             classes = match_classes(config, labels, new_head=new_head, key=key, path=path)
@@ -322,8 +329,11 @@ def _load(
         )  # fmt: skip
     name_body(model)
     part_ties(model)
-    fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head)
-    notes = [None if quantized else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path)]
+    fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head, brought=brought)
+    notes = [
+        _beside(path, key),
+        None if quantized else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path),
+    ]
     if in_part:
         model = _language_part(model, key, path)
         notes.append(
@@ -331,15 +341,17 @@ def _load(
         )
     if classes is not None:
         notes.append(f"{key}: {fresh} of {path} is new and random" if fresh and not classes.is_new else classes.note)
-        if classes.is_new and str(device) != "meta":
-            renew_head(model)
-        read_in_order(model, classes.order)
     if task is Task.causal_lm:
         _refuse_bidirectional(model.config, key, path)
     else:
         model.config.get_text_config().pad_token_id = load_tokenizer(path, revision=revision, key=key).pad_token_id
-    if is_adapter(_local(path)) and str(device) != "meta":
-        model = merge(model, Path(_local(path)), key)
+    if adapter is not None:
+        is_new = classes is not None and classes.is_new
+        model = merge(model, adapter, key, renewed=head_parameters(model) if is_new else ())
+    if classes is not None:  # after an adapter has brought its head
+        if classes.is_new and str(device) != "meta":
+            renew_head(model)
+        read_in_order(model, classes.order)
     if not quantized:
         model.to(device)
     if quantized_by(config) == "torchao":
@@ -347,6 +359,41 @@ def _load(
 
         leave_inference_mode(model)
     return model.eval(), [note for note in notes if note is not None]
+
+
+def _adapter(path: str | Path) -> Path | None:
+    """Return the folder of an adapter; None where `path` is none."""
+    return Path(_local(path)) if is_adapter(_local(path)) else None
+
+
+def _shapes_of_adapter(adapter: Path, key: str) -> dict[str, tuple[int, ...]]:
+    with reading(key, adapter, what="the adapter"):
+        return shapes_in(adapter)
+
+
+def _count_as_adapter(config: Any, brought: dict[str, tuple[int, ...]], key: str, path: str | Path) -> None:
+    """Have a configuration count the classes of the head that an adapter brings: its base may have none, or another."""
+    import copy
+
+    import torch
+
+    if not brought:
+        return
+    with reading(key, path), torch.device("meta"):
+        twin = auto_class(Task.sequence_classification).from_config(copy.deepcopy(config))
+    counts = {brought[name][0] for name in head_parameters(twin) if name in brought}
+    if len(counts) == 1 and counts != {config.num_labels}:
+        config.num_labels = counts.pop()
+
+
+def _beside(path: str | Path, key: str) -> str | None:
+    """Return what is to be said of an adapter's files beside whole weights; None where there are none."""
+    folder = Path(_local(path))
+    if not (folder / ADAPTER).is_file() or not (folder / "config.json").is_file():
+        return None
+    if is_adapter(folder):
+        return f"{key}: the adapter in {path} is merged into the weights that lie beside it"
+    return f"{key}: {path} holds {ADAPTER} without an adapter's weights: its own weights are taken as they are"
 
 
 def is_taken_in_part(config: Any, task: Task) -> bool:

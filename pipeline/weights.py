@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pipeline.config import Task
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # Buffers that older versions of transformers stored, and that every version computes from the configuration.
@@ -22,6 +23,8 @@ _OTHER_TASKS = (
     "AutoModelForNextSentencePrediction", "AutoModelForMultipleChoice", "AutoModelForImageTextToText",
 )  # fmt: skip
 SHOWN = 3  # names of a note
+PROBE_TOKENS = 8
+UNBOUNDED = 0x110000  # of a model without a vocabulary: characters are its tokens
 
 
 def refuse_incomplete(
@@ -115,6 +118,32 @@ def name_body(model: Any) -> None:
     """Have `base_model` give a model's body: Llama 4's text model names it as only the multimodal model has it."""
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Return how many tokens a model has embeddings for; None where it hashes them, and knows no end (CANINE)."""
+    embedding: Any = None
+    with suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None)
+    if size is None and getattr(embedding, "weight", None) is not None:  # I-BERT's own class
+        size = len(embedding.weight)
+    if size is None:
+        size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
+def probe(model: Any) -> torch.Tensor:
+    """Return a few different tokens, (1, T), the last of them the end where some model finds that."""
+    import torch
+
+    ids = (torch.arange(PROBE_TOKENS) * 7 + 3).remainder(vocabulary_of(model) or UNBOUNDED)
+    end = model.config.get_text_config().eos_token_id
+    end = end[0] if isinstance(end, list) and end else end
+    if isinstance(end, int) and 0 <= end < (vocabulary_of(model) or UNBOUNDED):
+        ids[ids == end] = (end + 1) % (vocabulary_of(model) or UNBOUNDED)
+        ids[-1] = end
+    return ids[None]
 
 
 def part_ties(model: Any) -> None:

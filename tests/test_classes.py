@@ -158,6 +158,32 @@ def test_a_student_keeps_its_teachers_order_and_may_have_fewer_classes(tmp_path:
         shared_vocabulary(big, small, TASK)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "labels", "same"),
+    [
+        (("in", "out", "left over"), ("out", "in", "Left_Over"), ("in", "out"), True),
+        (("in", "out", "other"), ("out", "in", "none"), ("in", "out"), False),
+        (("in", "out", "a"), ("out", "in", "b", "A"), ("in", "out"), True),
+        (("in", "out", "z"), ("out", "in", "b", "z"), ("in", "out"), False),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("a", "b", "c"), ("2", "0", "1"), True),  # both read by number
+        (("LABEL_0", "LABEL_1"), ("a", "b", "c"), None, False),
+        (("0", "1", "2"), ("LABEL_0", "LABEL_1", "LABEL_2"), ("1", "2", "0"), True),
+        (("0", "1", "x"), ("LABEL_0", "LABEL_1", "LABEL_2"), None, False),
+    ],
+)
+def test_a_teacher_has_the_students_classes_by_name_and_not_by_number_of_them(
+    tmp_path: Path, ours: tuple[str, ...], theirs: tuple[str, ...], labels: tuple[str, ...] | None, same: bool
+) -> None:
+    student = load_model(classifier(tmp_path / "s", ours, "albert"), TASK, labels=labels)
+    teacher = load_model(classifier(tmp_path / "t", theirs, "neox"), TASK, labels=labels)
+    if same:
+        assert shared_vocabulary(student, teacher, TASK) == len(ours)
+        return
+    said = f"has {len(ours)} classes, its teacher {len(theirs)}: .*{ours[-1]}.* against .*{theirs[-1]}"
+    with pytest.raises(UserError, match=said):
+        shared_vocabulary(student, teacher, TASK)
+
+
 @pytest.mark.parametrize("kind", ["albert", "neox"])
 def test_two_models_that_number_their_classes_otherwise_are_scored_alike(tmp_path: Path, kind: str) -> None:
     """Candidate and baseline of a gate: the same head, its rows in another order."""

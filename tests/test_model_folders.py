@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from transformers import (
     MPNetConfig,
     OPTConfig,
     PreTrainedConfig,
+    Qwen2Config,
     RobertaConfig,
     XLMConfig,
     XLNetConfig,
@@ -263,6 +265,177 @@ def test_an_adapter_without_its_base_is_refused_with_its_name(tmp_path: Path) ->
     change_json(tmp_path / "a" / "adapter_config.json", base_model_name_or_path="org/large")
     with pytest.raises(UserError, match=r"is an adapter of org/large, which is no folder here; merge it"):
         load_config(tmp_path / "a")
+
+
+def given_to_peft(folder: Path, base: Path, settings: Any, kind: Any = AutoModelForCausalLM, **more: Any) -> Any:
+    """Save an adapter with random numbers; return the logits that peft gives of it and its base."""
+    from peft import get_peft_model
+
+    torch.manual_seed(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of tied weights, which are the point
+        adapted = get_peft_model(kind.from_pretrained(base, **more), settings).eval()
+        with torch.no_grad():
+            for name, tensor in adapted.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    tensor.add_(0.1 * torch.randn(tensor.shape))
+        adapted.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return said_by(adapted)
+
+
+def said_by(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 12)[None]).logits
+
+
+TIED: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**SAME, num_key_value_heads=2, tie_word_embeddings=True),
+    "opt": OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=2,
+                     word_embed_proj_dim=32, max_position_embeddings=40, tie_word_embeddings=True),
+}  # fmt: skip
+ADAPTED: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@PEFT
+@pytest.mark.parametrize("kind", list(TIED))
+@pytest.mark.parametrize("what", list(ADAPTED))
+def test_an_adapter_of_a_tied_weight_is_merged_as_it_computes(tmp_path: Path, kind: str, what: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", TIED[kind], AutoModelForCausalLM)
+    settings = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **ADAPTED[what])
+    wanted = given_to_peft(tmp_path / "a", base, settings)
+    assert check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path") == []
+    model = load_model(tmp_path / "a", CAUSAL)
+    assert torch.allclose(said_by(model), wanted, atol=1e-5)
+    save_model(model, byte_tokenizer(), tmp_path / "again")
+    assert torch.allclose(said_by(load_model(tmp_path / "again", CAUSAL)), wanted, atol=1e-5)
+    assert not torch.allclose(said_by(load_model(base, CAUSAL)), wanted, atol=1e-2)
+
+
+@PEFT
+def test_merging_that_changes_what_is_said_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", TIED["qwen2"], AutoModelForCausalLM)
+    given_to_peft(tmp_path / "a", base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["up_proj"]))
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"cannot be merged: logits of up to \S+ change by \S+; give an adapter"):
+        load_model(tmp_path / "a", CAUSAL)
+
+
+@PEFT
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights: weights.pop(max(weights)), r"lacks \S+lora_B\.weight in its right shape \(1 of"),
+        (lambda weights: weights.update({min(weights): torch.ones(3, 32)}),
+         r"lora_A\S* .*(in its right shape|copying a param)"),
+        (lambda weights: weights.update({"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(2, 32)}),
+         r"has no place for: model\.layers\.7\.x\.lora_A\.weight \(1 in all\)"),
+        (lambda weights: weights.update({"other.weight": torch.ones(1)}), r"no place for: other\.weight"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_other_weights_is_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", TIED["opt"], AutoModelForCausalLM)
+    given_to_peft(tmp_path / "a", base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["fc1"]))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    for load in (
+        lambda: load_model(tmp_path / "a", CAUSAL),
+        lambda: check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load()
+
+
+@PEFT
+def test_an_adapter_that_is_no_change_of_weights_is_refused_by_its_kind(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", TIED["opt"], AutoModelForCausalLM)
+    given_to_peft(tmp_path / "a", base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UserError, match=r"is an adapter of kind PREFIX_TUNING, which is no change of weights"):
+        load_model(tmp_path / "a", CAUSAL)
+
+
+@PEFT
+def test_what_of_an_adapter_lies_beside_whole_weights_is_refused_or_said(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = saved(tiny(CAUSAL), tmp_path / "base")
+    adapter(tmp_path / "a", base, embedded=True)
+    said = check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
+    assert said == [f"model.path: the adapter in {tmp_path / 'a'} is merged into the weights that lie beside it"]
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"holds pickled adapter weights \(adapter_model\.bin\), which can run code"):
+        load_model(tmp_path / "a", CAUSAL)
+    weights.with_suffix(".bin").unlink()
+    (said,) = check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
+    assert "holds adapter_config.json without an adapter's weights: its own weights are taken" in said
+
+
+def headed(folder: Path, base: Path, names: tuple[str, ...]) -> torch.Tensor:
+    """Save an adapter of a body without a head, which brings the head of so many classes; return its logits."""
+    from peft import LoraConfig
+
+    settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
+    return given_to_peft(folder, base, settings, AutoModelForSequenceClassification, num_labels=len(names))
+
+
+@PEFT
+@pytest.mark.parametrize("names", [("0", "1"), ("2", "0", "1")])
+def test_a_head_that_an_adapter_brings_is_a_head(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Its base has none, and counts two classes."""
+    pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", ElectraConfig(**SAME, embedding_size=16), AutoModel)
+    wanted = headed(tmp_path / "a", base, names)
+    assert check_loads(tmp_path / "a", CLASSES, labels=names, key="model.path") == []
+    model = load_model(tmp_path / "a", CLASSES, labels=names)
+    assert torch.allclose(said_by(model), wanted[:, [int(name) for name in names]], atol=1e-5)
+    assert model.config.num_labels == len(names)
+    save_model(model, byte_tokenizer(), tmp_path / "again")
+    assert torch.allclose(said_by(load_model(tmp_path / "again", CLASSES)), wanted, atol=1e-5)
+    with pytest.raises(UserError, match=r"LABEL_1.* apart, the data has"):
+        load_model(tmp_path / "a", CLASSES, labels=tuple(f"class {name}" for name in names))
+
+
+@PEFT
+def test_a_head_that_an_adapter_brings_is_said_to_be_new_only_where_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = folder_of(tmp_path / "base", ElectraConfig(**SAME, embedding_size=16), AutoModel)
+    wanted = headed(tmp_path / "a", base, ("x", "y", "z"))
+    ask: dict[str, Any] = {"labels": ("x", "y", "z"), "new_head": True}
+    (said,) = check_loads(tmp_path / "a", CLASSES, key="model.path", **ask)
+    assert said.endswith("have no names; its outputs are taken as x, y, z, and trained on")
+    assert torch.allclose(said_by(load_model(tmp_path / "a", CLASSES, **ask)), wanted, atol=1e-5)
+    ask["labels"] = ("x", "y")  # fewer than it has
+    (said,) = check_loads(tmp_path / "a", CLASSES, key="model.path", **ask)
+    assert said.endswith("its head is made anew")
+    assert said_by(load_model(tmp_path / "a", CLASSES, **ask)).shape == (1, 2)
+
+
+@PEFT
+def test_a_head_that_an_adapter_brings_of_other_names_is_new(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    kinds = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    base = folder_of(tmp_path / "base", ElectraConfig(**SAME, embedding_size=16, **kinds),
+                     AutoModelForSequenceClassification)  # fmt: skip
+    old = headed(tmp_path / "a", base, ("a", "b"))
+    ask: dict[str, Any] = {"labels": ("x", "y"), "new_head": True}
+    (said,) = check_loads(tmp_path / "a", CLASSES, key="model.path", **ask)
+    assert said.endswith("its head is made anew")
+    assert not torch.allclose(said_by(load_model(tmp_path / "a", CLASSES, **ask)), old, atol=1e-2)
 
 
 def multimodal(kind: str) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.classes import folded, names_in_order
+from pipeline.classes import listed, names_in_order, same_in_order
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
 from pipeline.data.padding import read_by
@@ -524,9 +524,8 @@ def shared_vocabulary(
     """
     if task is Task.sequence_classification:
         own, taught = names_in_order(student), names_in_order(teacher)
-        same = len(own) == len(taught)
-        if not same and list(map(folded, own)) != [folded(name) for name in taught[: len(own)]]:
-            problem = f"has {len(own)} classes, its teacher {len(taught)}"
+        if len(own) > len(taught) or not same_in_order(student, teacher, len(own)):
+            problem = f"has {len(own)} classes, its teacher {len(taught)}: {listed(student)} against {listed(teacher)}"
             raise UserError("student", problem, "use models of the same classes")
         return len(own)
     return min(columns_of(student, _head(student, task, ours)), columns_of(teacher, _head(teacher, task, theirs)))
