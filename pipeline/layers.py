@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models import auto_class, text_config_of
-from pipeline.weights import name_body, probe
+from pipeline.weights import keep_attention, name_body, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,20 +138,44 @@ def _shell(source: PreTrainedModel, chosen: Sequence[int], key: str) -> PreTrain
     Raises:
         UserError: Naming the first weight that it has no place for, or place that it has no weight for.
     """
+    stack = _stack(source, key)
+    made, odd = _tried(source, stack, chosen, key)
+    if odd:  # ModernBERT's first layer lacks a norm, for one; ALBERT's layers are one, whatever its configuration says
+        problem = f"{list(chosen)} put a layer where its architecture wants another kind ({min(odd)})"
+        raise UserError(key, problem, _remedy(source, stack, chosen, key))
+    return made
+
+
+def _tried(source: Any, stack: str, chosen: Sequence[int], key: str) -> tuple[Any, set[str]]:
+    """Return the model that `chosen` make on the meta device, and the weights that do not fit its places.
+
+    Raises:
+        UserError: If its class makes none.
+    """
     import torch
 
-    stack = _stack(source, key)
-    with torch.device("meta"):
-        made = type(source)(cut_config(source.config, chosen, key)).eval()
+    config = cut_config(source.config, chosen, key)
+    try:
+        with torch.device("meta"):
+            made = type(source)(config).eval()
+            with torch.no_grad(), suppress(RuntimeError):  # of kernels that the meta device lacks
+                made.apply(made._init_weights)  # pyright: ignore[reportPrivateUsage] - a reload calls it, too
+    except Exception as error:  # RWKV divides by the number of its layers less one; others index what is not there
+        said = " ".join(str(error).split())[:240] or type(error).__name__
+        raise UserError(key, f"layers {list(chosen)} make no {type(source).__name__} ({said})", "give student.path, or "
+                        "other layers") from error  # fmt: skip
     weights, places = renamed(source.state_dict(), stack, chosen), made.state_dict()
     odd = {name for name in weights.keys() | places.keys()
            if name not in weights or name not in places or weights[name].shape != places[name].shape}  # fmt: skip
-    if odd:  # ModernBERT's first layer lacks a norm, for one
-        raise UserError(
-            key, f"{list(chosen)} put a layer where its architecture wants another kind ({min(odd)})",
-            "give a list that keeps layer 0 first, or student.path",
-        )  # fmt: skip
-    return made
+    return made, odd
+
+
+def _remedy(source: Any, stack: str, chosen: Sequence[int], key: str) -> str:
+    """Return what to give in place of layers that do not fit: those with layer 0 in front, where they would."""
+    with suppress(UserError):
+        if not _tried(source, stack, [0, *(at for at in chosen if at != 0)], key)[1]:
+            return "give a list that keeps layer 0 first, or student.path"
+    return "give student.path"
 
 
 def _stack(model: PreTrainedModel, key: str) -> str:
@@ -204,6 +229,7 @@ def with_layers(
     made.tie_weights()
     _prove_same(made, weights)
     name_body(made.eval())
+    keep_attention(made)
     ids = probe(made)
     if (why := _why_not_run(made, ids)) is not None:
         raise UserError(key, f"layers {list(chosen)} make no model that runs ({why})", "give student.path")

@@ -20,6 +20,7 @@ from pipeline.waiting import waiting_for
 from pipeline.weights import (
     differs_in_ties,
     head_parameters,
+    keep_attention,
     name_body,
     part_ties,
     refuse_incomplete,
@@ -328,6 +329,7 @@ def _load(
             trust_remote_code=False, output_loading_info=True, **more,
         )  # fmt: skip
     name_body(model)
+    keep_attention(model)
     part_ties(model)
     fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head, brought=brought)
     notes = [
@@ -595,4 +597,5 @@ def from_config(config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | 
         config.label2id = {name: index for index, name in enumerate(labels)}
     model = auto_class(task).from_config(config).float().eval()
     name_body(model)
+    keep_attention(model)
     return model

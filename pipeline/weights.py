@@ -193,6 +193,24 @@ def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
         )
 
 
+def keep_attention(model: Any) -> None:
+    """Have a model that changes its attention for a short text (BigBird) read the next one as it is configured.
+
+    It would keep the changed one, so that what it says of a text depended on those that it had read before.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "set_attention_type") and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            kind = module.attention_type
+
+            def restore(module: Any, _inputs: Any, kind: Any = kind) -> None:
+                if module.attention_type != kind:
+                    module.set_attention_type(kind)
+
+            module.register_forward_pre_hook(restore)
+
+
 def first_not_finite(model: Any) -> str | None:
     """Return the name of a weight that holds a NaN or an infinity; None where all are numbers."""
     import torch

@@ -31,8 +31,10 @@ from transformers import (
     Qwen2Config,
     Qwen3MoeConfig,
     RecurrentGemmaConfig,
+    RwkvConfig,
     SmolLM3Config,
     T5Config,
+    XLMConfig,
 )
 
 from pipeline.config import StudentConfig, Task
@@ -140,6 +142,28 @@ def test_layers_that_make_no_model_are_refused_before_anything_trains(
         return
     with pytest.raises(UserError, match=rf"^student\.layers: .*{said}.*; give"):
         check_layers(config, Task.causal_lm, chosen, "student.layers")
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen", "said"),
+    [
+        (RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=4, context_length=64), [0],
+         r"layers \[0\] make no RwkvForCausalLM \(.*division by zero\); give student\.path"),
+        (KINDS["deepseek"], [3, 1], r"another kind \(.*; give student\.path$"),  # nor do 0, 3, 1
+        (JambaConfig(**SAME, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+                     mamba_d_state=4, use_mamba_kernels=False), [1], r"another kind .*keeps layer 0 first, or"),
+    ],
+)  # fmt: skip
+def test_a_refusal_of_layers_gives_what_would_help(config: PreTrainedConfig, chosen: list[int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_layers(config, Task.causal_lm, chosen, "student.layers")
+
+
+def test_layers_that_are_one_whatever_the_configuration_says_are_not_cut() -> None:
+    config = XLMConfig(vocab_size=259, emb_dim=32, n_layers=3, n_heads=2, pad_index=0, num_labels=3)
+    with pytest.raises(UserError, match=r"give student\.path$") as found:
+        check_layers(config, Task.sequence_classification, [1], "student.layers")
+    assert "layer 0 first" not in str(found.value)
 
 
 @pytest.mark.parametrize("config", [

@@ -21,6 +21,7 @@ from pipeline.config import Task
 from pipeline.data.padding import Padding, pad, read_by
 from pipeline.errors import UserError
 from pipeline.models import check_tokens, positions
+from pipeline.weights import vocabulary_of
 
 if TYPE_CHECKING:
     import torch
@@ -415,17 +416,19 @@ def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> Non
         UserError: Naming the first such token and the size of the embedding.
     """
     largest = max((int(row.max()) for row in rows if len(row)), default=0)
-    check_tokens(max(largest, pad_id), int(model.get_input_embeddings().num_embeddings))
+    size = vocabulary_of(model)
+    if size is not None:
+        check_tokens(max(largest, pad_id), size)
 
 
 def _example_batches(encoded: Sequence[Scorable], batch_size: int, padding: Padding) -> Iterator[np.ndarray]:
-    """Yield the numbers of examples, longest first; of one length where a model cannot be told what is padding."""
+    """Yield the numbers of examples, longest first; of one length where padding changes what a model says."""
     lengths = np.array([len(example.input_ids) for example in encoded])
     order = np.argsort(-lengths, kind="stable")
     at = 0
     while at < len(order):
         end = min(at + batch_size, len(order))
-        if not padding.has_mask:
+        if padding.one_length:
             end = at + int((lengths[order[at:end]] == lengths[order[at]]).sum())
         yield order[at:end]
         at = end

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 SEGMENTS = "token_type_ids"
-SAME_WITHIN = 1e-2  # of the largest logit: 16 bits round to that; padding that is read moves logits by a tenth and more
+ONE_LENGTH = "reads_one_length"  # where a model keeps what was found of it
+SAME_WITHIN = 1e-4  # of the largest logit: sums of fp32 are rounded otherwise in a batch, by 1e-6 to 1e-5
+SAME_WITHIN_ROUNDED = 1e-2  # where weights or products have 16 bits or fewer
+PROBES = (3, 4, 9, 33, 150)  # tokens of the texts that padding is tried with: some models read in chunks of 64
 
 
 class Tokens(Protocol):
@@ -44,7 +47,9 @@ class Padding:
         token: The token.
         is_left: Whether it goes before the text (XLNet, decoders) and not after.
         segment: Its token type; None: the model reads no token types.
-        has_mask: Whether the model can be told what is padding. One that cannot (FNet) needs rows of one length.
+        has_mask: Whether the model can be told what is padding.
+        one_length: Whether the rows of a batch must be of one length: the model cannot be told what is padding (FNet),
+            or answers otherwise beside it all the same (Reformer hashes it, Nystromformer averages over it).
         counts_positions: Whether positions are to be given: padding on the left would shift those that a model counts.
     """
 
@@ -52,6 +57,7 @@ class Padding:
     is_left: bool = False
     segment: int | None = None
     has_mask: bool = True
+    one_length: bool = False
     counts_positions: bool = False
 
     @staticmethod
@@ -72,9 +78,19 @@ class Padding:
             has_mask="attention_mask" in reads,
             counts_positions=left and "position_ids" in reads and not _finds_positions(model),
         )
-        if left and not _changes_nothing(found, model):
-            return replace(found, is_left=False, counts_positions=False)
-        return found
+        same = found.has_mask and _changes_nothing(found, model)
+        if left and not same:
+            found = replace(found, is_left=False, counts_positions=False)
+            same = found.has_mask and _changes_nothing(found, model)
+        vars(model)[ONE_LENGTH] = not same
+        return replace(found, one_length=not same)
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know; None where there is nothing."""
+        if not self.one_length:
+            return None
+        return "what the model says of a text changes with padding beside it: texts of one length are read at a time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +102,86 @@ class _Probe:
 
 
 def _changes_nothing(padding: Padding, model: Any) -> bool:
-    """Whether a text gets the same logits, (C,), padded beside a longer one as alone."""
+    """Whether texts get the same logits, (C,), padded beside longer ones as alone.
+
+    A model that does not run on such texts has nothing to be compared, and is taken to be one that does not.
+    """
     import torch
 
-    size = model.get_input_embeddings().num_embeddings
-    short, long = (_Probe((np.arange(start, start + length) * 5 % size).astype(np.int32))
-                   for start, length in ((7, 4), (11, 9)))  # fmt: skip
+    if any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+        return False  # the longest text of a batch decides how all of it are read
+    rows = _probes(model)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        alone, beside = (
-            model(**{name: tensor.to(model.device) for name, tensor in read_by(model, pad(rows, padding)).items()})
-            for rows in ([short], [short, long])
-        )
-    model.train(was_training)
-    off, scale = (alone.logits[0] - beside.logits[0]).abs().max(), alone.logits.abs().max()
-    return bool(off <= SAME_WITHIN * scale)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            alone = torch.cat([_said(model, [row], padding) for row in rows])
+            beside = _said(model, rows, padding)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError):
+        return False
+    finally:
+        model.train(was_training)
+    return bool((alone - beside).abs().max() <= _rounding(model) * alone.abs().max())
+
+
+def _probes(model: Any) -> list[_Probe]:
+    """Return texts of several lengths, each with the end token where an encoder-decoder wants it."""
+    from pipeline.config import Task
+    from pipeline.models import ends_once, positions
+    from pipeline.weights import vocabulary_of
+
+    size, limit = vocabulary_of(model) or 256, positions(model.config) or max(PROBES)
+    end, fill = ends_once(model.config, Task.sequence_classification), model.config.get_text_config().pad_token_id
+    rows: list[_Probe] = []
+    for length in sorted({min(length, limit) for length in PROBES}):
+        ids = (np.arange(length, dtype=np.int32) * 5 + 7 * length) % size
+        ids[(ids == end) | (ids == fill)] = min(9, size - 1)
+        if end is not None:
+            ids[-1] = end
+        rows.append(_Probe(ids.astype(np.int32)))
+    return rows
+
+
+def _said(model: Any, rows: Sequence[Tokens], padding: Padding) -> torch.Tensor:
+    batch = {name: tensor.to(model.device) for name, tensor in pad(rows, padding).items()}
+    return model(**read_by(model, batch)).logits.float()
+
+
+def _rounding(model: Any) -> float:
+    """Return by how much of the largest logit a batch may round otherwise than a text alone."""
+    import torch
+
+    exact = model.dtype in (torch.float32, torch.float64) and getattr(model.config, "quantization_config", None) is None
+    if model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none"):
+        exact = False
+    return SAME_WITHIN if exact else SAME_WITHIN_ROUNDED
+
+
+def wants_one_length(model: Any) -> bool:
+    """Whether a classifier is to read texts of one length at a time; tried once, as padded on the right."""
+    if ONE_LENGTH not in vars(model):
+        token = model.config.get_text_config().pad_token_id or 0
+        padding = Padding(token, segment=0 if SEGMENTS in accepted(type(model)) else None)
+        has_mask = "attention_mask" in accepted(type(model))
+        vars(model)[ONE_LENGTH] = not (has_mask and _changes_nothing(padding, model))
+    return vars(model)[ONE_LENGTH]
+
+
+def logits_of(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a classifier's logits of a padded batch, (B, C): of each length by itself where the model wants that."""
+    import torch
+
+    lengths = batch["attention_mask"].sum(-1)
+    if bool((lengths == batch["attention_mask"].shape[1]).all()) or not wants_one_length(model):
+        return model(**read_by(model, batch)).logits
+    places, parts = list[torch.Tensor](), list[torch.Tensor]()
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        columns = batch["attention_mask"][rows[0]].nonzero().flatten()
+        some = {name: tensor[rows][:, columns] for name, tensor in read_by(model, batch).items()}
+        parts.append(model(**some).logits)
+        places.append(rows)
+    return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def token_of(model: Any, pad_id: int) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Task
 from pipeline.errors import StageFailed
 from pipeline.models import positions
+from pipeline.weights import vocabulary_of
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +75,9 @@ def take_reference(model: PreTrainedModel) -> Reference:
     """Run `model` (in memory, already saved) on the probes."""
     from pipeline.quantization.fresh_process import forward_digests, read_arithmetic
 
-    embeddings: Any = model.get_input_embeddings()
     limit, end = positions(model.config), model.config.get_text_config().eos_token_id
     room = PROBE_TOKENS if limit is None else max(1, limit - RESERVED)
-    probes = make_probes(embeddings.num_embeddings, room, end[0] if isinstance(end, list) else end)
+    probes = make_probes(vocabulary_of(model) or 256, room, end[0] if isinstance(end, list) else end)
     return Reference(probes, tuple(forward_digests(model, probes)), read_arithmetic())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import CaptureMethod, Precision, Task
 from pipeline.data.batches import IGNORE, num_tokens
-from pipeline.data.padding import read_by
+from pipeline.data.padding import logits_of
 from pipeline.distillation.cache import (
     Windows,
     file_sha256,
@@ -291,7 +291,7 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
     inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
     chance = torch.from_numpy(_uniforms(source, rows, sizes)).to(source.device)
     if source.examined is None:
-        logits = source.model(**read_by(source.model, inputs)).logits[keep].float()
+        logits = logits_of(source.model, inputs)[keep].float()
         chunks = [source.codec.of(logits, chance)]
     else:
         mask = document_mask(inputs["position_ids"]) if source.examined.masked else None

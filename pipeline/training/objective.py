@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.classes import listed, names_in_order, same_in_order
 from pipeline.config import Precision, Task
 from pipeline.data.batches import IGNORE
-from pipeline.data.padding import read_by
+from pipeline.data.padding import logits_of, read_by
 from pipeline.data.prompts import PROMPT_MASK
 from pipeline.distillation.cache import TeacherCache
 from pipeline.distillation.head import Head, Logits, Taught, head_loss, logits_loss
@@ -228,6 +228,14 @@ class Objective:
             may_read = None if mask is None else mask[:, 0]
             return self._drawn(done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape))
 
+    def _read(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return a classifier's logits (B, C), and its states where they are wanted; those are of padded batches."""
+        if self.hidden is None and self.relations is None:
+            return logits_of(model, inputs), ()
+        more = {} if self.hidden is None else {"output_hidden_states": True}
+        given = model(**read_by(model, inputs), **more)
+        return given.logits, given.hidden_states if more else ()
+
     def _reading(self, model: Any) -> AbstractContextManager[Sequence[Tensor]]:
         """Have the projections be read that relations are made of; nothing where they are not wanted."""
         if self.relations is None:
@@ -251,19 +259,16 @@ class Objective:
         self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None, loss: Loss | None
     ) -> StepLoss:
         teacher, teacher_logits, theirs = self.teacher, said, _Inside()
-        more = {} if self.hidden is None else {"output_hidden_states": True}
         if teacher is not None:
             with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
                 with self._reading(teacher.model) as theirs.projected:
-                    given = teacher.model(**read_by(teacher.model, inputs), **more)
-                theirs.states = given.hidden_states if more else ()
-                teacher_logits = given.logits[keep]
+                    teacher_logits, theirs.states = self._read(teacher.model, inputs)
+                teacher_logits = teacher_logits[keep]
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
-                given = self.model(**read_by(self.model, inputs), **more)
-            ours.states = given.hidden_states if more else ()
-            logits = given.logits[keep]
+                logits, ours.states = self._read(self.model, inputs)
+            logits = logits[keep]
             if teacher_logits is not None:  # of its classes, those of the student come first
                 teacher_logits = teacher_logits[:, : logits.shape[1]]
             mixed = loss or Loss()

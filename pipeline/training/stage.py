@@ -345,7 +345,10 @@ def make_batches(
         for note in packed.packing.notes():
             ctx.say(f"{ctx.stage}: {note}")
         return packed
-    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=Padding.of(tokenizer, model, ctx.run.task))
+    padding = Padding.of(tokenizer, model, ctx.run.task)
+    if padding.note is not None:
+        ctx.say(f"{ctx.stage}: {padding.note}")
+    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=padding)
 
 
 def _validation(
@@ -390,7 +393,7 @@ def _output(
     }  # fmt: skip
     notes: list[str] = []
     teacher_model = None if objective.teacher is None else objective.teacher.model
-    if teacher_model is not None and teacher_model.config.vocab_size != objective.model.config.vocab_size:
+    if teacher_model is not None and _vocabulary(teacher_model) != _vocabulary(objective.model):
         notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
     least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
     if distill is not None and least < LEAST_SHARE:
@@ -399,6 +402,10 @@ def _output(
         counts=counts, flops_per_step=progress.own_flops / progress.step, curve=progress.curve,
         seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _vocabulary(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def _target_tokens(progress: Progress, task: Task) -> Value:
