@@ -103,7 +103,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_completions(run, data)
         check_calibration(run, data)
     with clock.phase("import"):
-        importlib.import_module("transformers.models.auto")  # else the first folder that is looked into pays for it
+        importlib.import_module("transformers.models.auto.configuration_auto")  # else who looks into a folder pays
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
