@@ -189,7 +189,7 @@ def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, R
     check_words(settings)
     bare = next((arg for arg in settings if "=" not in arg and not arg.startswith("~")), None)
     if bare is not None:
-        raise Unparsable(bare, "cannot be parsed", "write key=value")
+        raise Unparsable(bare, "cannot be parsed", f"write recipe={bare}" if bare in recipes else "write key=value")
     inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in flags)
     if not named and not inspecting:
         keys = [arg.partition("=")[0] for arg in settings]
@@ -226,6 +226,7 @@ def _compose_and_run(
 
     from pipeline.explain import as_user_error, explain
     from pipeline.gate.checks import is_gate
+    from pipeline.left_out import names_left_out
     from pipeline.no_effect import check_given
     from pipeline.report.github import refusals_told
 
@@ -236,7 +237,7 @@ def _compose_and_run(
 
     def typed(cfg: DictConfig) -> Any:
         try:
-            run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes))
+            run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes), names_left_out(args))
         except OSError as error:
             if error.strerror is None:
                 raise
@@ -354,12 +355,15 @@ def _given(args: list[str], recipe: Recipe | None) -> set[str]:
     return given if recipe is None or is_shipped(recipe) else given | recipe_keys(read_recipe(recipe))
 
 
-def _typed(cfg: Any, given: Collection[str], explained: Callable[[Exception], UserError]) -> Any:
-    """Return a composed configuration as the `Run` that it amounts to.
+def _typed(
+    cfg: Any, given: Collection[str], explained: Callable[[Exception], UserError], left_out: Sequence[str]
+) -> Any:
+    """Return a composed configuration as the `Run` that it amounts to; say what goes with a stage that was left out.
 
     Args:
         given: The settings of the command line.
         explained: Turns what OmegaConf raises into a refusal.
+        left_out: Stages that the command line leaves out.
 
     Raises:
         UserError: Naming the setting that lacks a value, names code, or cannot work.
@@ -368,6 +372,7 @@ def _typed(cfg: Any, given: Collection[str], explained: Callable[[Exception], Us
     from omegaconf.errors import OmegaConfBaseException
 
     from pipeline.gate.checks import is_gate
+    from pipeline.left_out import leave_out
     from pipeline.report.github import refusals_told
     from pipeline.stages.settings import settle_epochs
     from pipeline.validate import validate
@@ -382,8 +387,11 @@ def _typed(cfg: Any, given: Collection[str], explained: Callable[[Exception], Us
         raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
     refuse_code_keys(settings, "settings")
     with refusals_told(is_gate(run)):
+        note = leave_out(run, left_out)
         settle_epochs(run, given)
         validate(run)
+    if note is not None:
+        print(f"note: {note}", flush=True)
     return run
 
 
