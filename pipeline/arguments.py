@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os.path
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from pipeline.errors import UserError
+from pipeline.errors import Unparsable, UserError
 from pipeline.recipes import GROUPS, names_code
 
 PATHS = (
@@ -38,7 +39,6 @@ OPEN = ("student.config", "policy.metrics")  # settings whose own keys are the u
 MAPPINGS = ("data.columns", "data.label_map", "data.splits")  # names by names; `data/mappings.py` reads them
 HYDRA = ("hydra.verbose", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 """What a command line may tell Hydra itself; the rest of it names classes, or writes settings in clear."""
-LIST = "write the brackets, quoted for the shell: '{}=[{}]'"
 _SWEEP = re.compile(r"\A(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str)\(")
 
 OTHER_NAMES = {
@@ -131,8 +131,9 @@ def _fields_of(group: str) -> frozenset[str]:
 
 @cache
 def _kinds() -> dict[str, str]:
-    """Return `text`, `list` or another kind by setting of `Run`."""
+    """Return `text`, `list of int` (of another type) or `other` by setting of `Run`; `stages.*.NAME` are of stages."""
     from pipeline.config import Run
+    from pipeline.stages.table import STAGES
 
     found: dict[str, str] = {}
 
@@ -142,19 +143,38 @@ def _kinds() -> dict[str, str]:
             value, hint = getattr(owner, item.name), str(hints[item.name])
             if is_dataclass(value):
                 walk(value, f"{prefix}{item.name}.")
-            elif "list[" in hint:
-                found[prefix + item.name] = "list"
+            elif items := re.search(r"list\[(?:\w+\.)*(\w+)\]", hint):
+                found[prefix + item.name] = f"list of {items.group(1)}"
             else:
                 is_text = re.search(r"\bstr\b", hint.partition("dict[")[0]) is not None
                 found[prefix + item.name] = "text" if is_text else "other"
 
     walk(Run(), "")
+    for stage in STAGES.values():
+        walk(stage(), "stages.*.")
     return found
 
 
-def is_list(key: str) -> bool:
-    """Tell whether a setting takes a list."""
-    return _kinds().get(key) == "list"
+def item_type(key: str) -> str | None:
+    """Return the name of the type of a list's items (`int`); None where a setting takes no list."""
+    kind = _kinds().get(re.sub(r"\Astages\.\w+\.", "stages.*.", key), "")
+    return kind.removeprefix("list of ") if kind.startswith("list of ") else None
+
+
+def as_list(key: str, items: str) -> str | None:
+    """Return the word, quoted for the shell, that gives a list of `items`; None where they are none for it."""
+    words, names = re.findall(r"[^\s,;]+", items), choices(key)
+    if item_type(key) != "str":  # text may have blanks
+        items = ",".join(words) if all(word in names if names else word.isdecimal() for word in words) else ""
+    word = f"{key}=[{items}]"
+    return shlex.quote(word if parses(word) else f"{key}=[{quoted(items)}]") if items else None
+
+
+def choices(key: str) -> list[str]:
+    """Return the names that the items of a list can have; none where they are numbers or text."""
+    from pipeline import config
+
+    return list(getattr(getattr(config, item_type(key) or "", None), "__members__", {}))
 
 
 def is_path(key: str) -> bool:
@@ -177,7 +197,7 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
     if not equals:
         return arg
     if key.startswith(tuple(f"{each}." for each in (*OPEN, *MAPPINGS))) or key in OPEN:
-        return f"++{arg}"
+        return f"++{_readable(arg)}"
     if key in MAPPINGS and value.startswith("{"):  # keys such as "0" are beyond Hydra's grammar
         return f"{key}={quoted(value)}"
     if key in (*GROUPS, "recipe"):
@@ -186,21 +206,27 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
     if is_path(key):
         return f"{key}={_place(value, arg, sweeps)}"
     is_text = _kinds().get(key) == "text"
-    if not is_text and not re.fullmatch(r"stages\.\w+\.\w+", key):
-        return arg
     has_comma = is_text and not sweeps and "," in value and value[0] not in "'\"[{"
-    return arg if _parses(arg) and not has_comma else f"{key}={quoted(value)}"
+    return f"{key}={quoted(value)}" if has_comma else _readable(arg)
+
+
+def _readable(arg: str) -> str:
+    """Return a setting whose value the grammar reads; as text where it cannot, so that its type is what is refused."""
+    key, _, value = arg.partition("=")
+    as_text = f"{key}={quoted(value)}"
+    return as_text if "${" not in value and not parses(arg) and parses(as_text) else arg
 
 
 def _place(value: str, arg: str, sweeps: bool) -> str:
-    if value in ("", "null") or (value[0] in "'\"{" and _parses(arg)):
+    if value in ("", "null") or (value[0] in "'\"{" and parses(arg)):
         return value
-    if sweeps and ("," in value or _SWEEP.match(value)) and _parses(arg):
+    if sweeps and ("," in value or _SWEEP.match(value)) and parses(arg):
         return value
     return quoted(os.path.expanduser(value) if value.startswith("~") else value)
 
 
-def _parses(arg: str) -> bool:
+def parses(arg: str) -> bool:
+    """Tell whether Hydra's grammar reads a setting."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -226,6 +252,7 @@ def check_words(settings: Sequence[str]) -> None:
     Raises:
         UserError: Naming the setting.
     """
+    _check_blanks(settings)
     for arg in settings:
         key = arg.partition("=")[0]
         bare = key.lstrip("+~")
@@ -242,4 +269,38 @@ def check_words(settings: Sequence[str]) -> None:
             raise UserError(key, "names code, and settings are data", "leave it out")
         if key.startswith("+") and not bare.startswith("stage@"):
             said = elsewhere(bare)
-            raise UserError(key, "a + adds a setting, and nothing reads added ones", said or "drop the +")
+            remedy = said or ("drop the +" if is_known(bare) else "leave it out")
+            raise UserError(key, "a + adds a setting, and nothing reads added ones", remedy)
+
+
+def is_known(key: str) -> bool:
+    """Tell whether a setting of `Run`, or of some type of stage, has this name; a group's choice counts."""
+    known = _kinds()
+    return key in (*known, *GROUPS, "recipe") or re.sub(r"\Astages\.\w+\.", "stages.*.", key) in known
+
+
+def _check_blanks(settings: Sequence[str]) -> None:
+    """Refuse blanks in a setting's name and around its `=`, where the shell keeps them and where it cuts at them.
+
+    Raises:
+        Unparsable: With the setting as it is to be written.
+    """
+    for before, arg in zip(("", *settings), settings, strict=False):
+        key, equals, value = arg.partition("=")
+        if equals and re.search(r"\s", key):
+            raise _blanks(arg, re.sub(r"\s", "", key), value)
+        if equals and not key and value and "=" not in before and before:  # KEY =VALUE
+            raise _blanks(f"{before} {arg}", before, value)
+    for arg, *after in zip(settings, settings[1:], (*settings[2:], ""), strict=False):
+        if after[0] == "=" and "=" not in arg:  # KEY = VALUE
+            raise _blanks(f"{arg} = {after[1]}", arg, after[1])
+        if arg.endswith("=") and "=" not in after[0] and not after[0].startswith("~"):  # KEY= VALUE
+            raise _blanks(f"{arg} {after[0]}", arg[:-1], after[0])
+
+
+def _blanks(given: str, key: str, value: str) -> Unparsable:
+    key, value = key.lstrip("+~"), value.strip()
+    remedy = elsewhere(key) or "write key=value, without blanks"
+    if is_known(key) and value:
+        remedy = f"remove the blanks: {shlex.quote(f'{key}={value}')}"
+    return Unparsable(given, "has blanks in its name or around its =", remedy)

@@ -16,7 +16,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from pipeline.arguments import LIST, elsewhere, is_list, quoted
+from pipeline.arguments import as_list, choices, elsewhere, item_type, parses
 from pipeline.config import REMOVED, Run, dotted_keys
 from pipeline.errors import Exit, UserError
 from pipeline.recipes import GROUPS, Recipe, config_dir, recipe_text
@@ -34,8 +34,9 @@ def explain(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> tu
         return Exit.REFUSED, str(said)
     if isinstance(error, OverrideParseException):
         given = str(error.override)
-        key, equals, value = given.partition("=")
-        remedy = f"quote it twice: {shlex.quote(key + '=' + quoted(value))}" if equals and value else "write key=value"
+        key, equals, _ = given.partition("=")
+        is_of_value = equals and parses(f"{key}=x")  # an interpolation that does not end
+        remedy = "close what it opens, or give a plain value" if is_of_value else "write key=value"
         return Exit.UNPARSABLE, str(UserError(given, "cannot be parsed", remedy))
     return Exit.REFUSED, str(as_user_error(error, args, recipes))
 
@@ -45,12 +46,19 @@ def _of_a_list(error: Exception, args: list[str]) -> UserError | None:
     pairs = [arg.lstrip("+").partition("=")[::2] for arg in args if "=" in arg and not arg.startswith("-")]
     for key, value in pairs:
         parent, _, last = key.rpartition(".")
-        items = value.strip("'\"")
-        if is_list(parent) and last.isdecimal():
-            return UserError(key, "one item of a list cannot be set", LIST.format(parent, value))
-        if is_list(key) and not value.startswith("[") and _overridden(error) in (None, key):
-            return UserError(key, f"{value!r} is no list", LIST.format(key, items))
+        if item_type(parent) and last.isdecimal():
+            return UserError(key, "one item of a list cannot be set", _listed(parent, value))
+        is_list = value.startswith("[") and parses(f"{key}={value}")
+        if item_type(key) and not is_list and _overridden(error) in (None, key):
+            return UserError(key, f"{value!r} is no list", _listed(key, value))
     return None
+
+
+def _listed(key: str, value: str) -> str:
+    word, names = as_list(key, value.strip(" '\"[]")), choices(key)
+    if word is None:
+        return f"give, in brackets, some of {', '.join(names)}" if names else "give whole numbers in brackets: [1,8]"
+    return f"write the brackets, quoted for the shell: {word}"
 
 
 def _of_a_group(args: list[str]) -> UserError | None:
@@ -72,7 +80,7 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         return _missing_choice(error, recipes)
     sweep = re.search(r"Ambiguous value for argument '([^=']+)=", str(error))
     if sweep:
-        return UserError(sweep.group(1), "has several values", "add -m to run one job for each, or quote the value")
+        return UserError(sweep.group(1), "has several values", "add -m to run one job for each")
     cause = _root(error)
     first, *details = str(cause).splitlines() or [type(cause).__name__]
     in_details = next((line.split("full_key:")[1].strip() for line in details if "full_key:" in line), "")
@@ -93,7 +101,10 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         if key in GROUPS:  # a group that a choice of was not made, or a value given for a whole one
             return UserError(key, problem, f"name a choice of {key}, or give its settings one by one")
         if key in REMOVED:
-            return UserError(key, "is no setting any more", f"give {REMOVED[key]}")
+            now = REMOVED[key].replace("NAME", given if given.isidentifier() else "NAME")
+            return UserError(key, "is no setting any more", f"give {shlex.quote(now)}")
+        if key.startswith("stages."):
+            return _no_stage(key, args, recipes) or _no_setting_of_stage(key, args, recipes)
         said = elsewhere(key)
         return UserError(key, "there is no such setting", said or did_you_mean(key, _known_keys(args, recipes)))
     if isinstance(cause, ValidationError):
@@ -103,6 +114,10 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         if key not in known and value is not None and _overridden(error) == key:
             return UserError(key, f"{value} has no settings of its own", did_you_mean(key, known))
         return _wrong_type(key, problem, given)
+    left_out = re.match(r"Could not delete from config\. '(stages\.\w+)'", str(error))
+    absent_stage = _no_stage(f"~{left_out.group(1)}", args, recipes) if left_out else None
+    if absent_stage is not None:
+        return absent_stage
     group = re.match(r"Could not override '([^'@]+)", str(error))
     if group:
         return UserError(group.group(1), problem, did_you_mean(group.group(1), _known_keys(args, recipes)))
@@ -153,13 +168,57 @@ def _known_keys(args: list[str], recipes: dict[str, Recipe]) -> list[str]:
     return [*dotted_keys(Run), *_stage_keys(args, recipes)]
 
 
+def _no_stage(key: str, args: list[str], recipes: dict[str, Recipe]) -> UserError | None:
+    """Return the refusal of a stage that a recipe does not place, or that the command line leaves out; else None."""
+    name = key.split(".")[1]
+    if not key.startswith("~") and f"~stages.{name}" in args:
+        return UserError(key, f"~stages.{name} leaves this stage out", "give one of the two")
+    for recipe in _recipes_of(args):
+        known = [stage for stage in stages_placed(recipe, args, recipes) if f"~stages.{stage}" not in args]
+        if known and name not in known:
+            close = did_you_mean(name, known)
+            meant = f"{close} " if close.startswith("did you mean") else ""
+            return UserError(key, f"recipe={recipe} has no stage {name!r}", f"{meant}its stages: {', '.join(known)}")
+    return None
+
+
+def _no_setting_of_stage(key: str, args: list[str], recipes: dict[str, Recipe]) -> UserError:
+    """Return the refusal of a setting that a stage does not have, with what it is called there."""
+    stage, name = key.rpartition(".")[::2]
+    here = re.match(r"it is training\.(\w+)=", elsewhere(f"training.{name}") or "")
+    known = _known_keys(args, recipes)
+    own = f"{stage}.{here.group(1)}" if here else ""
+    said = f"it is {own}=... here" if own in known else did_you_mean(key, known)
+    return UserError(key, "there is no such setting", said)
+
+
+def _recipes_of(args: list[str]) -> list[str]:
+    """Return the recipes that a command line names: one, or those of a multirun."""
+    named = next((arg.partition("=")[2] for arg in args if arg.startswith("recipe=")), "")
+    return [name.strip("'\" ") for name in named.split(",")]
+
+
+def stages_placed(recipe: str, args: list[str], recipes: dict[str, Recipe]) -> dict[str, str]:
+    """Return the type of each stage by name, of a recipe with those that it builds on, and of the command line."""
+    found: dict[str, str] = {}
+    seen: list[str] = []
+    ahead = [recipe]
+    while ahead:
+        name = ahead.pop()
+        if name not in recipes or name in seen:
+            continue
+        seen.append(name)
+        text = recipe_text(recipes[name])
+        found = dict(re.findall(r"/stage@stages\.(\w+):\s*(\w+)", text)) | found
+        ahead += re.findall(r"^\s*-\s*(?:/?recipe:\s*)?([\w.-]+)\s*(?:#.*)?$", text, re.MULTILINE)
+    placed = re.findall(r"^\+stage@stages\.(\w+)=(\w+)$", "\n".join(args), re.MULTILINE)
+    return found | dict(placed)
+
+
 def _stage_keys(args: list[str], recipes: dict[str, Recipe]) -> Iterator[str]:
-    """Yield `stages.NAME.SETTING` for the recipe on the command line."""
-    name = next((arg.partition("=")[2] for arg in args if arg.startswith("recipe=")), "")
-    if name not in recipes:
-        return
-    text = recipe_text(recipes[name])
-    for stage, type_name in re.findall(r"/stage@stages\.(\w+):\s*(\w+)", text):
+    """Yield `stages.NAME.SETTING` for the recipes on the command line."""
+    placed = [each for recipe in _recipes_of(args) for each in stages_placed(recipe, args, recipes).items()]
+    for stage, type_name in dict(placed).items():
         yield f"stages.{stage}"
         settings: Any = STAGES.get(type_name)
         if settings is not None:
