@@ -29,7 +29,7 @@ USAGE = """Usage: python -m pipeline.chargeback --from 2026-11-01 --to 2026-12-0
 
   --from DAY          first day (UTC)
   --to DAY            the day after the last one (UTC)
-  --by KEY            team (default), cost_center, purpose, model_name, recipe
+  --by KEY            team (default), cost_center, purpose, model (or model_name), recipe
   --csv FILE          write the lines as CSV, too
   --capacity N        devices that were there: idle capacity gets a line; DEVICE=N where there are several models
   --root FOLDER       of the runs' store (default: mlruns)
@@ -80,7 +80,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     start_s, end_s = _day("--from", given["--from"]), _day("--to", given["--to"])
     if end_s <= start_s:
         raise UserError("--to", f"{given['--to']} is not after --from", "give the day after the last one")
-    by = given.get("--by", OWNER[0])
+    by = "model_name" if given.get("--by") == "model" else given.get("--by", OWNER[0])
     if by not in OWNER:
         raise UserError("--by", f"{by!r} is nothing to group by", f"give {', '.join(OWNER)}")
     csv = given.get("--csv")

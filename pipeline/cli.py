@@ -57,14 +57,14 @@ Flags:
 Beside it (each with --help):
   python -m pipeline.meter -- COMMAND     measure any training command, in device-hours
   python -m pipeline.register             declare what a model cost that was trained before
-  python -m pipeline.chargeback           what a period's runs cost, by team, model or purpose
+  python -m pipeline.chargeback           what a period's runs cost, by team, purpose, model or another key
   python -m pipeline.history              verdicts of a model's last releases, and alarms
   python -m pipeline.selftest model=REF   a release gate against itself: false answers, noise floor
   python -m pipeline.sync                 deliver to MLflow what it has not had yet
 
 Exit codes: 0 done or PASS, 1 refused or crashed, 2 command line not parsable, 3 FAIL (a release; a quantized artifact
-that saves neither time nor memory), 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE, 7 budget spent, 75 preempted (run the
-same command again), 130 interrupted."""
+that saves neither time nor memory, or that vLLM reads as another model), 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE,
+7 budget spent, 75 preempted (run the same command again), 130 interrupted."""
 
 
 TAKE_A_VALUE = frozenset({

@@ -34,6 +34,7 @@ from pipeline.history import main
 from pipeline.ledger.journal import Journal
 from pipeline.registry import Candidate, promote, read_verdicts
 from pipeline.report.history import recent, to_csv
+from pipeline.report.verdict import verdict_section
 from pipeline.tracking import deliver
 
 # -- simulation --------------------------------------------------------------------------------------------------------
@@ -223,6 +224,22 @@ def test_answers_given_again_and_first_looks_count_once_and_other_policies_are_v
     assert [(each.run, each.again, each.ways) for each in counted] == [("other", 0, 2), ("run-2nd", 3, 2)]
     alone = count_once(again)  # the run that reached it was deleted
     assert [(each.verdict, each.again) for each in alone] == [("PASS", 3)]
+
+
+def test_what_was_invalid_counts_as_no_look(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = judged(3, verdict="INVALID", look=2, created="2026-11-09T10:00:00+00:00", run="lost")
+    assert [each.run for each in count_once([judged(3, verdict="INCONCLUSIVE"), lost])] == ["run-3"]
+    assert [each.run for each in count_once([lost])] == ["lost"]
+    spoilt = a_verdict(2, verdict="INVALID", look=2)
+    assert f"({spoilt['policy']['sha256'][:8]}), no look counted of 2" in "\n".join(verdict_section(spoilt))
+    assert "| no look counted |" in "\n".join(recent({**history_of(spoilt, None), "why": None}))
+    write_gate(root, spoilt)
+    _, out, _ = run("--root", str(root), capsys=capsys)
+    assert "no look counted" in out
+    assert "look 2" not in out
+    _, out, _ = run("--root", str(root), "--csv", capsys=capsys)
+    (row,) = csv.DictReader(io.StringIO(out, newline=""))
+    assert (row["verdict"], row["look"]) == ("INVALID", "")
 
 
 def test_a_step_is_read_under_one_policy_and_device_one_reading_a_pair() -> None:

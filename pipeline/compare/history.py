@@ -138,7 +138,8 @@ class Judged:
 def count_once(found: Sequence[Judged]) -> list[Judged]:
     """Return each answer once, the oldest first: its last look, however often it was given again.
 
-    A pair that was judged under several policies, data or devices has an answer each; `ways` says how many.
+    INVALID counts as no look: it stands only where nothing else was found out. A pair that was judged under several
+    policies, data or devices has an answer each; `ways` says how many.
     """
     groups: dict[tuple[str, ...], list[Judged]] = {}
     for each in found:
@@ -146,7 +147,7 @@ def count_once(found: Sequence[Judged]) -> list[Judged]:
     kept: list[Judged] = []
     for same in groups.values():
         own = [each for each in same if each.recorded is None] or same[:1]
-        last = max(own, key=lambda each: (each.look, each.created))
+        last = max(own, key=lambda each: (each.verdict != "INVALID", each.look, each.created))
         kept.append(replace(last, again=sum(each.recorded is not None for each in same)))
     keys: dict[tuple[str, str | None], set[str]] = {}
     for each in kept:

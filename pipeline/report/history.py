@@ -62,10 +62,15 @@ def _quality(row: Row) -> str:
 
 def _judged(row: Row) -> str:
     """Return how often: looks, answers given again, and other policies, data or devices for the same pair."""
-    said = [f"look {row['look']}"]
+    said = [look_words(row)]
     said += [f"given again {row['again']}x"] if row["again"] else []
     said += [f"pair judged {row['ways']} ways"] if row["ways"] > 1 else []
     return ", ".join(said)
+
+
+def look_words(verdict: Row) -> str:
+    """Return which look gave a verdict; an INVALID one found nothing out, so that the look is still to be taken."""
+    return "no look counted" if verdict["verdict"] == "INVALID" else f"look {verdict['look']}"
 
 
 # -- alarms ---------------------------------------------------------------------------------------------------------
@@ -151,7 +156,8 @@ def to_csv(histories: Sequence[History]) -> str:
         serving, quality = row["serving"] or {}, row["quality"] or {}
         values = (
             row["model"] or NO_MODEL, row["created"], row["run"], row["version"], row["candidate"], row["baseline"],
-            row["verdict"], row["look"], *(serving.get(name) for name in ("value", "low", "high")), row["quality_key"],
+            row["verdict"], None if row["verdict"] == "INVALID" else row["look"],
+            *(serving.get(name) for name in ("value", "low", "high")), row["quality_key"],
             *(quality.get(name) for name in ("value", "low", "high")), row["margin"], row["policy"],
             row["policy_sha256"], row["data"], row["device"], row["again"], row["ways"],
         )  # fmt: skip

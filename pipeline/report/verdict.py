@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.metrics import DIRECTION, RELATIVE, TASK
-from pipeline.report.history import recent
+from pipeline.report.history import look_words, recent
 from pipeline.report.numbers import count, duration
 from pipeline.report.text import bullet, markdown_text, one_line
 
@@ -265,8 +265,8 @@ def verdict_section(verdict: Verdict) -> list[str]:
     decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
     lines = [
         *([*table, "", SENSE, *_assumed(verdict["criteria"])] if verdict["criteria"] else []),
-        "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), look "
-                           f"{verdict['look']} of {verdict['looks']}"),
+        "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), "
+                           f"{look_words(verdict)} of {verdict['looks']}"),
         *(bullet(text) for text in _next(verdict)),
         *([bullet(DECIDED)] if decided else []),
     ]  # fmt: skip
