@@ -16,6 +16,7 @@ from pipeline.ledger.memory import MEMORY, unread
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.record import Spent, ledger
 from pipeline.stages.context import Output
+from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import BASE, training_precision
 from pipeline.values import Value, measured, null
 
@@ -52,6 +53,7 @@ def make_row(
         "arm": name, "stage": name, "type": stage.type, "seed": seed, "attempt": number,
         "status": status, "why": why, "reused": reused, "depends_on": depends_on(stage, attempt.run), "artifact": None,
         "quality": {}, "recovery": _recovery(output), "quantization": _quantization(output), "serving": {},
+        "unchanged": _unchanged(stage, output) if status == "FINISHED" else None,
         "ledger": {"identity": attempt.identity, "placement": attempt.placement} | ledger(
             spent, output.counts, devices=devices, device_kind=attempt.device.type, cost=attempt.run.cost,
             memory=memory or attempt.memory.read(attempt.device), usage=usage or attempt.usage(name, seed),
@@ -170,6 +172,13 @@ def _quantization(output: Output) -> dict[str, Any] | None:
         "layers": made["quantized_layers"],
         "share": measured(made["quantized_share"]).to_json(),
     }
+
+
+def _unchanged(stage: Any, output: Output) -> dict[str, str] | None:
+    """Return which model a quantize stage left as it is, and why; null where it made one, and of other stages."""
+    if stage.type != QuantizeStage.type or "quantization" in output.about:
+        return None
+    return {"as": stage.model, "why": output.about.get("search", {}).get("why") or "no rung holds the tolerance"}
 
 
 def _memory(made: Record) -> dict[str, Value]:

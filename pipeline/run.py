@@ -20,6 +20,7 @@ from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.report.github import refusals_told
+from pipeline.report.numbers import percents_apart
 from pipeline.rows import Record
 from pipeline.signals import is_listened_to, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
@@ -150,7 +151,8 @@ def _holds(attempt: Attempt, arm: str, stage: QuantizeStage, seed: int) -> bool:
     if loss is None:
         attempt.notes.append(f"{arm}: its loss on validation is no number")
         return False
-    attempt.notes.append(f"{arm}: loses {loss:.2%} on validation where {allowed:.2%} is allowed")
+    lost, most = percents_apart(loss, allowed)
+    attempt.notes.append(f"{arm}: loses {lost} on validation where {most} is allowed")
     return loss <= allowed
 
 

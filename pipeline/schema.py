@@ -157,6 +157,10 @@ _ROW: dict[str, Any] = {
                            "share": {"$ref": "#/$defs/value"}},
         }]},
         "serving": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
+        "unchanged": {"oneOf": [{"type": "null"}, {
+            "type": "object", "required": ["as", "why"], "additionalProperties": False,
+            "properties": {"as": {"type": "string"}, "why": {"type": "string"}},
+        }]},
     },
 }  # fmt: skip
 

@@ -195,3 +195,9 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], key: str)
     with pytest.raises(UserError) as error:
         QuantizeStage(**settings).check("stages.small", Run())
     assert error.value.key == key
+
+
+def test_what_decides_a_trial_can_be_read() -> None:
+    said = Trial(Format.nf4, (), 0.0100004, 0.0, 0.99996, 1.0).say(0.01)
+    assert said == "nf4: loses 1.00004% where 1% is allowed, takes 0.99996x the time and 1x the weights"
+    assert "loses -2.00e-05% where 0%" in Trial(Format.nf4, ("a", "b"), -2e-7, 0.0, 0.5, 0.3).say(0.0)

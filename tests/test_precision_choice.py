@@ -36,7 +36,7 @@ def test_the_fastest_that_tracks_fp32_is_chosen() -> None:
     ], ["not tf32: needs a CUDA device"], 0.005)  # fmt: skip
     assert found.precision is PURE
     assert [trial["time_ratio"] for trial in found.about["trials"]] == pytest.approx([1, 0.5, 0.4, 0.2])
-    assert "fp16 0.20x fp32's time (0.20 to 0.20), refused: its loss lies 7.14% from fp32's, above 0.50%" in str(found)
+    assert "fp16 0.20x fp32's time (0.20 to 0.20), refused: its loss lies 7.14% from fp32's, above 0.5%" in str(found)
     assert str(found).endswith("not tf32: needs a CUDA device")
 
 

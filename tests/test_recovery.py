@@ -334,6 +334,8 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
     assert loss(rungs(result)["lora"]) > 0
     check_it_is(result, None)
     assert "quantized: stays as reference is: no rung holds the tolerance" in result["environment"]["notes"]
+    kept = "No format pays: quantized stays as the reference is (no rung holds the tolerance); "
+    assert result["conclusion"].startswith(kept)
     (pair,) = result["comparisons"]
     assert pair["speedup"]["no_speedup"] is True
 

@@ -359,3 +359,43 @@ def test_hostile_names_and_reasons_stay_on_one_line() -> None:
     assert "\x1b" not in text
     assert "FAILED: line 1 line 2" in text
     assert len(text) < 500
+
+
+KEPT = {"as": "teacher", "why": "nothing holds the tolerance"}
+
+
+def test_a_model_that_stays_as_it_is_is_compared_with_nothing() -> None:
+    pairs = [make_pair("int8", "nf4", serving=make_saving(0.38), quality=make_quality(0.2, "better"))]
+    rows = [make_row("reference"), make_row("nf4"), make_row("int8", unchanged=KEPT, quantization=None)]
+    text = _with("quantize", *pairs, rows=rows)
+    assert text.startswith("No format pays: int8 stays as the teacher is (nothing holds the tolerance); int8 reaches 2")
+    assert "38%" not in text
+    assert "gainst" not in text
+
+
+def test_other_arms_are_compared_beside_a_model_that_stays_as_it_is() -> None:
+    pairs = [make_pair(arm, "reference", serving=make_saving(0.38)) for arm in ("int8", "nf4")]
+    rows = [make_row("reference"), make_row("nf4"), make_row("int8", unchanged={**KEPT, "as": "reference"})]
+    text = _with("quantize", *pairs, rows=rows)
+    assert text.startswith("No format pays: int8 stays as the reference is (nothing holds the tolerance); against")
+    assert "nf4 serves 38% cheaper" in text
+    assert "int8 serves" not in text
+
+
+def test_a_model_that_stays_as_it_is_in_one_seed_is_said_to() -> None:
+    rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ("reference", "nf4", "int8")]
+    rows[-1]["unchanged"] = {**KEPT, "as": "reference"}
+    text = _with("quantize", make_pair("int8", "reference", serving=make_saving(0.2)), rows=rows)
+    assert text.startswith("No format pays: int8 of seed 1 stays as the reference is (nothing holds the tolerance); ")
+    assert "int8 serves 20% cheaper" in text
+
+
+def test_a_rung_that_found_nothing_is_no_conclusion() -> None:
+    rows = [make_row("reference"), make_row("int8/search", type="quantize", unchanged=KEPT), make_row("int8")]
+    assert "No format pays" not in _with("quantize", rows=rows)
+
+
+def test_without_comparisons_quality_and_cost_follow() -> None:
+    rows = [make_row("reference"), make_row("int8", unchanged={**KEPT, "as": "reference"})]
+    text = _with("quantize", rows=rows)
+    assert text.startswith("No format pays: int8 stays as the reference is (nothing holds the tolerance); int8 reaches")

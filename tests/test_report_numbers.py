@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.numbers import count, duration, in_unit, num_bytes, percent, points, significant, time_unit, times
+from pipeline.report.numbers import (
+    apart,
+    count,
+    duration,
+    in_unit,
+    num_bytes,
+    percent,
+    percents_apart,
+    points,
+    significant,
+    time_unit,
+    times,
+)
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -85,3 +97,26 @@ def test_what_is_there_never_rounds_to_zero() -> None:
     assert in_unit(0.5, 60, 1) == "<0.1"
     assert [in_unit(0, 60, 1), in_unit(90, 60, 1)] == ["0.0", "1.5"]
     assert time_unit(5400) == (60.0, "min")
+
+
+@pytest.mark.parametrize(
+    ("fractions", "shown"),
+    [
+        ((-3e-7, 1e-9), ["-3.00e-05%", "1.00e-07%"]),
+        ((0.0, -0.0), ["0%", "0%"]),
+        ((0.0, 2e-5), ["0%", "0.002%"]),
+        ((0.050001, 0.05), ["5.0001%", "5%"]),
+        ((0.5, 0.05), ["50%", "5%"]),
+        ((0.0071, 0.005), ["0.71%", "0.5%"]),
+        ((float("inf"), 0.01), ["inf%", "1%"]),
+    ],
+)
+def test_a_figure_and_its_limit_can_be_told_apart(fractions: tuple[float, ...], shown: list[str]) -> None:
+    assert percents_apart(*fractions) == shown
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+def test_numbers_that_differ_read_differently_and_in_their_order(a: float, b: float) -> None:
+    ours, theirs = map(float, apart(a, b))
+    assert (ours > theirs) == (a > b)
+    assert (ours == theirs) == (a == b)

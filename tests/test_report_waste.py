@@ -8,6 +8,7 @@ import pytest
 from make_result import make_result, make_row, make_unfinished, null, value
 
 from pipeline.metrics import WASTE_CAUSES
+from pipeline.report import metered
 from pipeline.report.markdown import markdown
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.waste import REMEDIES, advice, causes, closing_lines, outside, table_body, total
@@ -127,10 +128,11 @@ def test_the_last_line_sums_the_run() -> None:
     result = _result(rows, overhead={"import": 0.1, "log": 0.2}, compare={"other": 0.05, "generate": 0.15})
     body = table_body(result)
     assert [(line[0], line[1], line[4]) for line in body] == [
-        ("student", "data_wait", "10%"), ("other", "rollback", "12%"), ("outside stages", "import", "2.5% of the run"),
-        ("comparison pass", "unattributed", "1.2% of the run"), ("the run", "all of it", "13.8%"),
+        ("student", "data_wait", "10% of its stage"), ("other", "rollback", "12% of its stage"),
+        ("outside stages", "import", "2.5% of the run"), ("comparison pass", "unattributed", "1.2% of the run"),
+        ("the run", "all of it", "13.8% of the run"),
     ]  # fmt: skip
-    assert body[-1][3:6] == ["33.0 min", "13.8%", "1.10 EUR"]
+    assert body[-1][3:6] == ["33.0 min", "13.8% of the run", "1.10 EUR"]
     rows[0]["ledger"]["cost"] = rows[1]["ledger"]["cost"] = {"amount": null("no rate declared"), "currency": None}
     assert table_body(result)[-1][5] == ""
 
@@ -158,9 +160,25 @@ def test_start_up_is_advised_on_where_a_stage_ran() -> None:
 def test_the_closing_lines_name_what_to_try_in_80_columns() -> None:
     result = _result([_row({"data_wait": 0.31, "unattributed": 0.001})])
     text = closing_table(result)
-    assert "wasted 31.1% of this run (18.7 min):" in text
-    assert "  student: data_wait 31% (18.6 min): raise batch_size" in text
+    assert "wasted 31.1% of this run (18.7 min of 60.0 min):" in text
+    assert "  student: data_wait 31% of its stage (18.6 min): raise batch_size" in text
     assert all(len(line) <= WIDTH for line in text.split("\n"))
     slow, quick = (_row({"unattributed": 0.05 * hours}, attached=hours) for hours in (1.0, 1 / 3600))
     assert ["report it" in str(causes(row)[0].advice) for row in (slow, quick)] == [True, False]  # 3 min; 50 ms
-    assert closing_lines(_result([_row({"unattributed": 0.004})])) == ["wasted 0.4% of this run (14.4 s)"]
+    assert closing_lines(_result([_row({"unattributed": 0.004})])) == ["wasted 0.4% of this run (14.4 s of 60.0 min)"]
+
+
+def test_every_share_says_what_it_is_of() -> None:
+    """The same seconds are one share of a metered command and another of the run, which has the meter's time in it."""
+    row = _row({"import": 0.4}, attached=0.5, type="metered", arm="train")
+    result = _result([row], overhead={"log": 0.3})
+    first, *causes_said = closing_lines(result)
+    assert first == "wasted 50% of this run (24.0 min of 48.0 min):"
+    assert causes_said[0].startswith("  train: import 80% of the command (24.0 min): do more per process")
+    said = metered.conclude(result)
+    assert "train took 30.0 min of device time" in said
+    assert said.endswith(", 80% wasted (the meter's own time is not in it).")
+    assert all(line[4].endswith((" of the command", " of the run")) for line in table_body(result))
+    gpu = _row({"data_wait": 0.2})
+    gpu["ledger"]["gpu_timeline"] = {"idle_launch_gap": value(0.3)}
+    assert {(cause.kind, cause.of) for cause in causes(gpu)} == {("wasted", " of its stage"), ("of traced steps", "")}

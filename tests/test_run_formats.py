@@ -70,7 +70,11 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     for figure in (pair["serving"], pair["payback"]):  # what two readings of one artifact differ by is noise
         assert (figure["v"], figure["why_null"]) == (None, "the same artifact as reference")
     assert pair["speedup"]["no_speedup"]
-    assert "not measurable here: the same artifact as reference" in result["conclusion"]
+    assert quantized["unchanged"] == {"as": "reference", "why": "nothing that holds the tolerance saves time"}
+    assert reference["unchanged"] is None
+    kept = "No format pays: quantized stays as the reference is (nothing that holds the tolerance saves time); "
+    assert result["conclusion"].startswith(f"{kept}quantized reaches ")
+    assert "gainst" not in result["conclusion"]
     phases = quantized["ledger"]["phases_ns"]
     assert phases["search"] > 0.5 * sum(ns for name, ns in phases.items() if name not in ("eval", "model_load"))
     assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]
@@ -82,6 +86,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     found = result_in(tmp_path)["rows"][-1]
     about = json.loads(Path(found["artifact"]["path"], "artifact.json").read_text())
     assert about["quantization"]["format"] == "nf4"
+    assert found["unchanged"] is None
     assert about["search"]["trials"][0]["memory_ratio"] < 1
     assert found["recovery"] == {}  # nothing was climbed
     assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]

@@ -23,6 +23,7 @@ from pipeline.compare import statistics
 from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config import PolicyConfig
+from pipeline.report.numbers import percents_apart
 from pipeline.values import Prov, Value, derive, null
 
 
@@ -117,12 +118,14 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
     if policy.hardware is not None and policy.hardware != here:
         reasons.append(f"measured on {here}, and the policy asks for {policy.hardware}")
     if throttled is not None and throttled > policy.max_throttle_share:
-        reasons.append(f"throttled {throttled:.0%} of the time, {policy.max_throttle_share:.0%} allowed")
+        share, most = percents_apart(throttled, policy.max_throttle_share)
+        reasons.append(f"throttled {share} of the time, {most} allowed")
     if limit is not None and foreign is None:
         why = conditions["foreign_load"]["why_null"]
         reasons.append(f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes without")
     elif limit is not None and foreign > limit:
-        reasons.append(f"others used {foreign:.0%} of the machine, {limit:.0%} allowed")
+        share, most = percents_apart(foreign, limit)
+        reasons.append(f"others used {share} of the machine, {most} allowed")
     return reasons
 
 

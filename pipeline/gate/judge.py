@@ -42,6 +42,7 @@ from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
 from pipeline.gate.record import Verdict
 from pipeline.metrics import PRIMARY, TASK, UNIT, primary_key
+from pipeline.report.numbers import percents_apart
 from pipeline.report.verdict import verdict_line
 from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store import plain
@@ -301,7 +302,8 @@ def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
         if load.v is None:
             unknown.append(f"disturbance unknown while the {name} trained ({load.why_null})")
         elif load.v > limit:
-            loud.append(f"others used {load.v:.0%} of the device while the {name} trained, {limit:.0%} allowed")
+            share, most = percents_apart(load.v, limit)
+            loud.append(f"others used {share} of the device while the {name} trained, {most} allowed")
     return loud, unknown
 
 

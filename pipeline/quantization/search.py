@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config import SIXTEEN_BITS, Format, Prefer
 from pipeline.errors import UserError
+from pipeline.report.numbers import apart, percents_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,13 @@ class Trial:
             "memory_ratio": self.memory_ratio,
         }
 
-    def __str__(self) -> str:
+    def say(self, tolerance: float) -> str:
+        """Return the trial in words, with what decides legible: the loss beside its limit, ratios beside 1."""
         mixed = f" but {len(self.exclude)} layers" if self.exclude else ""
-        return (f"{self.fmt.value}{mixed}: loses {self.loss:.2%}, takes {self.time_ratio:.2f}x the time and "
-                f"{self.memory_ratio:.2f}x the weights")  # fmt: skip
+        loss, most = percents_apart(self.loss, tolerance)
+        time, memory = (apart(ratio, 1.0)[0] for ratio in (self.time_ratio, self.memory_ratio))
+        return (f"{self.fmt.value}{mixed}: loses {loss} where {most} is allowed, takes {time}x the time and "
+                f"{memory}x the weights")  # fmt: skip
 
 
 def finite(number: float) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.arms import BEST_16_BIT, stage_name
+from pipeline.arms import BEST_16_BIT, is_rung, stage_name
 from pipeline.metrics import RELATIVE
 from pipeline.report.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
@@ -42,6 +42,7 @@ from pipeline.report.view import (
     device_words,
     finished_row,
     hours_of,
+    is_finished,
     primary_key,
     primary_of,
     seeds,
@@ -77,6 +78,7 @@ def conclude(result: Result) -> str:
     elif not clauses:
         primary = result["primary_arm"]
         clauses, explained = _cost_and_quality(result), {primary} if why_missing(result, primary) else set[str]()
+    clauses = [*_kept(result), *clauses]
     if found:
         clauses.append("one seed" if len(found) == 1 else f"{len(found)} seeds")
     sentences = ["; ".join(clauses), "; ".join(_missing(result, explained)), _end_of_run(result)]
@@ -88,7 +90,8 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
     clauses: list[str] = []
     explained: set[str] = set()
     preface = ""
-    for pair in sorted(result["comparisons"], key=lambda pair: pair["base"] != CONTROL_COMPUTE):
+    pairs = [pair for pair in result["comparisons"] if not _is_kept(result, pair["arm"])]
+    for pair in sorted(pairs, key=lambda pair: pair["base"] != CONTROL_COMPUTE):
         missing = {arm: why for arm in (pair["arm"], pair["base"]) if (why := why_missing(result, arm)) is not None}
         if not missing:
             said = f"against {_base_words(result, pair)}, "
@@ -100,6 +103,28 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
             explained |= set(new)
             preface = ""
     return clauses, explained
+
+
+def _kept(result: Result) -> list[str]:
+    """Return a clause for each quantize stage that left its model as it is, in one seed or in all."""
+    clauses: list[str] = []
+    for arm in dict.fromkeys(row["arm"] for row in result["rows"] if not is_rung(row["arm"])):
+        kept = [row for row in _done(result, arm) if row.get("unchanged")]
+        if kept:
+            why, source = one_line(kept[0]["unchanged"]["why"]), one_line(kept[0]["unchanged"]["as"], _NAME_LIMIT)
+            which = "" if _is_kept(result, arm) else f" of seed {_listed([str(row['seed']) for row in kept])}"
+            clauses.append(f"no format pays: {_subject(arm)}{which} stays as {_subject(source)} is ({why})")
+    return clauses
+
+
+def _is_kept(result: Result, arm: str) -> bool:
+    """Whether an arm is its source in all seeds: what it and a form of that differ by is no quantization's doing."""
+    done = _done(result, arm)
+    return bool(done) and all(row.get("unchanged") for row in done)
+
+
+def _done(result: Result, arm: str) -> list[Row]:
+    return [row for row in result["rows"] if row["arm"] == arm and is_finished(row)]
 
 
 def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
@@ -356,5 +381,5 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def _sentence(text: str) -> str:
     """End a sentence, and raise its first letter unless an arm's name begins it."""
-    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage ", "no verdict "))
+    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage ", "no verdict ", "no format "))
     return (text[:1].upper() + text[1:] if begins_with_word else text) + ("" if text.endswith(".") else ".")

@@ -34,7 +34,7 @@ def conclude(result: Result) -> str:
     if hours["wasted"]["v"] is None:
         return f"{said}; {one_line(hours['wasted']['why_null'])}, so none of it is called productive or wasted."
     shares = ", ".join(f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted"))
-    return f"{said}: {shares}."
+    return f"{said}, of which {shares} (the meter's own time is not in it)."
 
 
 def _share(hours: dict[str, Value], part: str) -> float:

@@ -59,6 +59,24 @@ def percent(fraction: float, *, sign: bool = False) -> str:
     return _signed(x, decimals, sign) + "%"
 
 
+def percents_apart(*fractions: float) -> list[str]:
+    """Return fractions as percentages with digits enough, three or more, that no two that differ read the same.
+
+    For a figure beside its limit: what is above it never reads as what is allowed, and what is there never reads 0.
+    """
+    return [f"{text}%" for text in apart(*(100 * fraction for fraction in fractions))]
+
+
+def apart(*numbers: float) -> list[str]:
+    """Return numbers with digits enough, three or more, that no two that differ read the same."""
+    shown: list[str] = []
+    for digits in range(3, 18):
+        shown = [significant(x, digits) if math.isfinite(x) else str(x) for x in numbers]
+        if len({*shown}) == len({*numbers}):
+            break
+    return [text if "e" in text else _trimmed(text) for text in shown]
+
+
 def points(fraction: float, *, sign: bool = False) -> str:
     """Return a difference of two shares in percentage points, without the word: `1.2`."""
     return _signed(100 * fraction, 1 if abs(fraction) >= 0.00995 else 2, sign)

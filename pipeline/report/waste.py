@@ -91,7 +91,7 @@ class Cause:
     device_hours: float | None
     money: float | None
     advice: str | None
-    of: str = ""  # what the share is of, where it is not the stage
+    of: str = " of its stage"  # what the share is of; kinds that say so themselves have nothing here
 
 
 def causes_can_be_told(row: Row) -> bool:
@@ -120,7 +120,9 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
     remedy = REMEDIES[name]
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
     money = None if amount is None or hours is None else amount * share
-    return Cause(name, kind, share, hours, money, text if share > 0 and _reached(name, share, hours) else None)
+    told = text if share > 0 and _reached(name, share, hours) else None
+    of = "" if kind.startswith("of ") else " of the command" if row["type"] == METERED else " of its stage"
+    return Cause(name, kind, share, hours, money, told, of)
 
 
 def _wasted(row: Row) -> list[Cause]:
@@ -201,7 +203,9 @@ def total(result: Result) -> Cause | None:
     wasted = sum(_hours(row, "wasted") for row in own)
     wasted += sum(phases.get(phase, 0) for phases in parts for phase in WASTED) / HOUR_NS
     rate = _rate(result)
-    return Cause("all of it", "wasted", wasted / spent, wasted, None if rate is None else rate * wasted, None)
+    return Cause(
+        "all of it", "wasted", wasted / spent, wasted, None if rate is None else rate * wasted, None, " of the run"
+    )
 
 
 def closing_lines(result: Result) -> list[str]:
@@ -211,7 +215,9 @@ def closing_lines(result: Result) -> list[str]:
         return []
     found = [(name, cause) for name, cause in _all_causes(result)
              if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)]  # fmt: skip
-    first = f"wasted {percent(whole.share)} of this run ({duration(3600 * (whole.device_hours or 0.0))})"
+    spent = result["run"]["device_hours"]["total"]["v"]
+    lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent))
+    first = f"wasted {percent(whole.share)} of this run ({lost} of {taken})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
     return [first + (":" if shown else ""), *(f"  {name}: {_in_words(cause)}" for name, cause in shown)]
 

@@ -197,7 +197,7 @@ class QuantizeStage:
                           _sequence_length(ctx.run))  # fmt: skip
             searcher = Searcher(bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent)
             found = searcher.run(candidates, [fmt for fmt in first if fmt not in candidates])
-        said = [f"{ctx.stage}: tried {trial}" for trial in found.trials]
+        said = [f"{ctx.stage}: tried {trial.say(self.allowed(ctx.run))}" for trial in found.trials]
         said += [f"{ctx.stage}: not tried: {reason}" for reason in (*reasons, *found.refused)]
         missed = found.missed
         about: dict[str, Any] = {"search": {

@@ -22,6 +22,7 @@ from pipeline.config import Precision, PrecisionConfig, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.records import CHOICE, read_record
+from pipeline.report.numbers import percents_apart
 from pipeline.store import write_json
 from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
@@ -83,15 +84,17 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
     others = [each for each in tried if each.precision not in RECIPES and each.apart(reference) <= tolerance]
     usual = min((each.time_ratio(reference)[0] for each in others), default=1.0)
     for each in tried:
-        apart, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
-        holds = apart <= tolerance
+        distance, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
+        holds = distance <= tolerance
         if holds and ratio < best_ratio:
             best, best_ratio = each, ratio
-        trials.append({"precision": each.precision.value, "time_ratio": ratio, "loss_apart": apart if holds else None,
+        trials.append({"precision": each.precision.value, "time_ratio": ratio,
+                       "loss_apart": distance if holds else None,
                        "ci": [low, high] if math.isfinite(high) else None, "rounds": len(each.seconds)})  # fmt: skip
         if each is not reference:
             ends = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) else ""
-            lost = "" if holds else f", refused: its loss lies {apart:.2%} from fp32's, above {tolerance:.2%}"
+            lies, limit = percents_apart(distance, tolerance)
+            lost = "" if holds else f", refused: its loss lies {lies} from fp32's, above {limit}"
             if holds and each.precision in RECIPES and ratio >= usual:
                 lost = f", refused: no faster than without float8 ({usual:.2f}x)"
             said.append(f"{each.precision.value} {ratio:.2f}x fp32's time{ends}{lost}")
