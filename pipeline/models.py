@@ -452,18 +452,18 @@ def check_loads(
     """
     if not _is_local(path):
         return []
-    wanted = _wanted_kernel(Path(_whole(path, key)))
+    wanted = _wanted_kernel(Path(_whole(path, key)), key)
     notes = [] if wanted is None else [f"{key}: {path} asks for {wanted}, which is not here: sdpa or eager attention"]
     if quantized_by(load_config(path, key=key)) is not None:
         return notes
     return notes + _load(path, task, device="meta", labels=labels, revision=None, key=key, new_head=new_head)[1]
 
 
-def _wanted_kernel(folder: Path) -> str | None:
+def _wanted_kernel(folder: Path, key: str) -> str | None:
     """Return the attention kernel that a folder's configuration asks for and this machine lacks."""
     from transformers import AutoConfig
 
-    with reading("model.path", folder):
+    with reading(key, folder):
         return missing_kernel(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.base_model import base_artifact, is_remade
 from pipeline.config import SIXTEEN_BITS, Decode, Format, Measure, Precision, Run, Rung, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
+from pipeline.heads import refuse_other_head
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import (
@@ -223,6 +225,8 @@ def check_models(
             if _is_changed(run):
                 _refuse_quantized(config, "model.path")
             trained = all(steps > 0 for steps in _steps_from_base(run))
+            if not trained:
+                refuse_other_head(config, run.task, "model.path", run.model.path)
             notes += check_loads(str(base), run.task, labels=data.labels, key="model.path", new_head=trained)
         notes += _check_reads("model.path", config, tokenizer, run, data)
         notes += _check_lengths("model.path", config, run)
@@ -286,6 +290,7 @@ def check_releases(
     with clock.phase("prepare"):
         for key, folder in folders.items():
             config, tokenizer = load_config(folder, key=key), load_tokenizer(folder, key=key)
+            refuse_other_head(config, run.task, key, folder)
             notes += check_loads(str(folder), run.task, labels=data.labels, key=key)
             notes += _check_reads(key, config, tokenizer, run, data)
             notes += _check_lengths(key, config, run)
@@ -374,6 +379,8 @@ def _check_student(
     if given is not None:
         learners = [stage for stage in run.stages.values() if getattr(stage, "model", None) == STUDENT_INIT]
         trained = all(_trains(stage, run) for stage in learners)
+        if not trained:
+            refuse_other_head(config, run.task, "student.path", given)
         notes += check_loads(given, run.task, labels=data.labels, key="student.path", new_head=trained)
         if (folder := Path(given).expanduser()).is_dir():  # it is loaded after the teacher's hours
             check_finite(folder, "student.path")
@@ -410,14 +417,26 @@ def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset)
     for split, documents in data.splits.items():
         if run.task is Task.causal_lm:
             said += [f"{split} split: {note}" for note in check_chats(documents, tokenizer, split).notes()]
-        read = encode_all(
-            documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES, split=split
-        )
+        with refused_as(key):
+            read = encode_all(
+                documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES, split=split
+            )
         largest = max((int(row.input_ids.max()) for row in read), default=0)
         size = getattr(config.get_text_config(), "vocab_size", None)  # CANINE has none: it hashes characters
         if size is not None:
             check_tokens(largest, size, key)
     return said
+
+
+@contextmanager
+def refused_as(key: str) -> Generator[None]:
+    """Have what is refused as `model.path`'s be refused by the setting that names this model."""
+    try:
+        yield
+    except UserError as error:
+        if error.key != "model.path":
+            raise
+        raise UserError(key, error.problem, error.remedy) from error
 
 
 def _check_lengths(of: str, config: Any, run: Run) -> list[str]:

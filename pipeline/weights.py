@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.errors import UserError
+from pipeline.heads import REMEDY, no_head
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,9 @@ def refuse_incomplete(
     body = f"{model.base_model_prefix}."
     lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
     lacking = lacking if task is Task.sequence_classification else gone
+    if lacking and not any(name.startswith(body) for name in lacking):
+        named = next(iter(model.config.architectures or []), None)
+        raise UserError(key, no_head(named, task, path), REMEDY[task])
     if lacking:
         first = min(lacking)
         problem = f"the weights in {path} lack {first} in its right shape ({len(lacking)} of the model's are not there)"
