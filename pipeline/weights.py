@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.errors import UserError
-from pipeline.heads import REMEDY, no_head
+from pipeline.heads import REMEDY, WRITER, no_head
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,9 @@ def refuse_incomplete(
     body = f"{model.base_model_prefix}."
     lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
     lacking = lacking if task is Task.sequence_classification else gone
-    if lacking and not any(name.startswith(body) for name in lacking):
-        named = next(iter(model.config.architectures or []), None)
+    named = next(iter(model.config.architectures or []), None)
+    has_one = named is None or named.endswith(WRITER)  # says so, and lacks it: damaged
+    if lacking and not has_one and not any(name.startswith(body) for name in lacking):
         raise UserError(key, no_head(named, task, path), REMEDY[task])
     if lacking:
         first = min(lacking)
