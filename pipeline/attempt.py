@@ -11,12 +11,12 @@ import importlib
 import shutil
 import subprocess
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.arms import file_name
+from pipeline.arms import file_name, is_rung, stage_name
 from pipeline.assess.engine import EngineResult
 from pipeline.assess.serving import ServePass
 from pipeline.assess.vllm_check import Checked, check_vllm
@@ -310,6 +310,19 @@ class Attempt:
             unable = self.why_unable(stage) if stage.optional else None
             return why_not_quantize(stage.format, self.device) if unable is None else unable.partition(": ")[2]
         return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
+
+    def may_fail(self, name: str) -> bool:
+        """Whether a format that is none for this model leaves the run going: optional, or a rung beside others."""
+        stage = self.run.stages.get(stage_name(name))
+        return isinstance(stage, QuantizeStage) and (stage.optional or is_rung(name))
+
+    def _refusing(self, name: str, stage: Any) -> AbstractContextManager[None]:
+        """Have what an optional format raises while it is assessed be a refusal too."""
+        from pipeline.quantization.backend import refusing
+
+        if not isinstance(stage, QuantizeStage) or stage.format is Format.auto or not self.may_fail(name):
+            return nullcontext()
+        return refusing("what was made", stage.format, f"stages.{name}.format")
 
     def why_unable(self, stage: QuantizeStage) -> str | None:
         """Return why this device, or the shapes of this model, cannot take a stage's format; None where they can."""
@@ -660,7 +673,11 @@ class Attempt:
         unquantized = self._unquantized(name)
         window = None
         try:
-            with self.window("assess", name, seed) as window, named(self, name, stage, "assess"):
+            with (
+                self.window("assess", name, seed) as window,
+                named(self, name, stage, "assess"),
+                self._refusing(name, stage),
+            ):
                 if recorded is not None:
                     quality = take_recorded(recorded, items, self.run.task, self.run.quality, ITEMS[name])
                 else:

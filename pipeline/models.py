@@ -114,6 +114,14 @@ COUNTED_FROM_PADDING = frozenset({
 """Architectures whose first position is that after their padding token's number: RoBERTa's 514 take 512 tokens."""
 
 
+def embedding_of(model: Any) -> Any | None:
+    """Return the embedding of a model's tokens; None where it has no such module, as CANINE, which reads letters."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def positions(config: Any) -> int | None:
     """Return how many tokens of one sequence a model can tell apart, or None where its positions know no end."""
     text = config.get_text_config()
@@ -136,7 +144,7 @@ def ends_once(config: Any, task: Task) -> int | None:
     """
     if task is not Task.sequence_classification or not getattr(config, "is_encoder_decoder", False):
         return None
-    token = config.get_text_config().eos_token_id
+    token = getattr(config.get_text_config(), "eos_token_id", None)
     return token[0] if isinstance(token, list) else token
 
 
@@ -204,6 +212,8 @@ def load_config_of_weights(path: str | Path, task: Task, *, key: str) -> PreTrai
     config = load_config(path, key=key)
     folder = Path(_whole(path, key))
     if not getattr(config, "tie_word_embeddings", False) or quantized_by(config) is not None or not folder.is_dir():
+        return config
+    if is_taken_in_part(config, task):  # its language part ties as it says
         return config
     with reading(key, path), torch.device("meta"):
         twin = auto_class(task).from_config(copy.deepcopy(config))
@@ -408,19 +418,29 @@ def is_taken_in_part(config: Any, task: Task) -> bool:
     return task is Task.causal_lm and in_part
 
 
+def language_config(config: Any, task: Task) -> Any:
+    """Return the configuration of what `load_model` makes: of a multimodal model, its language part's."""
+    return _text_part(config) if is_taken_in_part(config, task) else config
+
+
+def _text_part(whole: Any) -> Any:
+    import copy
+
+    config = copy.deepcopy(whole.get_text_config())
+    config.tie_word_embeddings = whole.tie_word_embeddings
+    return config
+
+
 def _language_part(whole: Any, key: str, path: str | Path) -> Any:
     """Return the language model that a multimodal model holds.
 
     Raises:
         UserError: If its language part is not what its text configuration says.
     """
-    import copy
-
     import torch
     from transformers.initialization import no_init_weights
 
-    config = copy.deepcopy(whole.config.get_text_config())
-    config.tie_word_embeddings = whole.config.tie_word_embeddings
+    config = _text_part(whole.config)
     head, decoder = whole.get_output_embeddings(), whole.get_decoder()
     with torch.device(head.weight.device), no_init_weights():
         model: Any = auto_class(Task.causal_lm).from_config(config, dtype=head.weight.dtype)

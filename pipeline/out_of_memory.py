@@ -30,9 +30,18 @@ def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, devi
             return f"out of {device.type} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
         return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot)}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error)):
+    if _is_host(error):
         return f"{_host_words(error)}; first: {first if device.type == 'cpu' else _fewer_documents(run)}"
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, the device's or the host's."""
+    return _is_device(error) or _is_host(error)
+
+
+def _is_host(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error))
 
 
 def _is_device(error: Exception) -> bool:

@@ -300,7 +300,7 @@ def check_releases(
 
 def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
     """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
-    from pipeline.models import from_config, load_config, load_config_of_weights
+    from pipeline.models import from_config, language_config, load_config, load_config_of_weights
     from pipeline.quantization.backend import why_not
     from pipeline.quantization.smoothing import check_smoothable
 
@@ -325,7 +325,9 @@ def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
             import torch
 
             with torch.device("meta"):
-                check_smoothable(from_config(config, run.task, None), f"stages.{name}.smoothing")
+                check_smoothable(
+                    from_config(language_config(config, run.task), run.task, None), f"stages.{name}.smoothing"
+                )
 
 
 def _check_takes(stage: QuantizeStage, config: Any, fmt: Format, run: Run, device: Any, key: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.arms import is_rung
 from pipeline.attempt import Attempt
-from pipeline.config import Run
+from pipeline.config import Format, Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.gate.checks import is_gate
 from pipeline.ledger.journal import heartbeat
@@ -21,12 +21,11 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.report.github import refusals_told
 from pipeline.report.numbers import percents_apart
-from pipeline.rows import Record
 from pipeline.signals import is_listened_to, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.recover import FormatRung, RecoveredStage, found_format, rungs, sixteen_rungs
+from pipeline.stages.recover import FormatRung, RecoveredStage, RecoverStage, found_format, rungs, sixteen_rungs
 from pipeline.stages.settings import BASE
-from pipeline.store import MODEL, Artifact, disk_full, says_full
+from pipeline.store import MODEL, DiskFull, disk_full, says_full
 
 
 def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
@@ -100,20 +99,36 @@ def _all_stages(attempt: Attempt) -> None:
         attempt.arms, attempt.items = {BASE: attempt.base(seed)} if attempt.gate is None else {}, {}
         for name, stage in attempt.run.stages.items():
             climbs = isinstance(stage, QuantizeStage) and stage.recover and attempt.why_not(stage) is None
-            _one_stage(attempt, name, _climb(attempt, name, stage, seed) if climbs else stage, seed)
+            recovered = _climb(attempt, name, stage, seed) if climbs else stage
+            if recovered is not None:
+                _one_stage(attempt, name, recovered, seed)
 
 
-def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage:
-    """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the stage comes to."""
-    made, ahead = list[str](), list(rungs(name, stage))
+def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage | None:
+    """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the stage comes to.
+
+    A rung whose format turns out not to be one for this model has its row with the reason, and the next is tried.
+
+    Returns:
+        None where an optional stage has no rung that could be made: it is skipped.
+
+    Raises:
+        UserError, StageFailed: Why the first rung could not be made, where none could.
+    """
+    made, ahead, refused = list[str](), list(rungs(name, stage)), list[Exception]()
+    not_here: dict[Format, str] = {}
     sixteen = _sixteen_bits(attempt, name, stage, seed, made)
     while ahead:
         arm, rung = ahead.pop(0)
         unable = attempt.why_unable(rung) if made and isinstance(rung, FormatRung) else None
+        unable = not_here.get(rung.into.format) if isinstance(rung, RecoverStage) else unable
         if unable is not None:
             attempt.skip(arm, rung, seed, unable)
             continue
-        _one_stage(attempt, arm, rung, seed)
+        failed = _one_stage(attempt, arm, rung, seed)
+        if failed is not None and isinstance(rung, FormatRung):
+            not_here[rung.format] = said(arm, failed)
+        refused += [] if failed is None else [failed]
         if arm not in attempt.arms:  # skipped, with its reason
             continue
         made.append(arm)
@@ -124,6 +139,11 @@ def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> Reco
         elif isinstance(rung, FormatRung):  # a search that found nothing: what came nearest is climbed from
             nearest = found_format(stage, about)
             ahead = [] if nearest is None else list(rungs(name, nearest))[1:]
+    if not made and refused:
+        if not stage.optional:
+            raise refused[0]
+        attempt.skip(name, stage, seed, said(name, refused[0]))
+        return None
     return RecoveredStage(model=stage.model, rungs=made, chosen=sixteen, last_resort=sixteen is not None)
 
 
@@ -136,10 +156,7 @@ def _sixteen_bits(attempt: Attempt, name: str, stage: QuantizeStage, seed: int, 
     if not found or not has_units(best, attempt.device):
         return None
     arm, rung = found[0]
-    try:
-        _one_stage(attempt, arm, rung, seed)
-    except UserError as error:  # this model does not run in them: its row says so, and the ladder goes on
-        attempt.notes.append(f"{arm}: {error.problem}")
+    if _one_stage(attempt, arm, rung, seed) is not None:  # its row says why, and the ladder goes on
         return None
     made.append(arm)
     return arm if _holds(attempt, arm, stage, seed) else None
@@ -156,19 +173,28 @@ def _holds(attempt: Attempt, arm: str, stage: QuantizeStage, seed: int) -> bool:
     return loss <= allowed
 
 
-def _made(attempt: Attempt, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record | None:
-    """Do a stage's work; None where an optional format turns out to be one that this model does not run in."""
+def said(arm: str, error: Exception) -> str:
+    """Return why a format is none for this model, without the setting and the stage that a refusal names."""
+    return error.problem if isinstance(error, UserError) else str(error).removeprefix(f"stage {arm}: ")
+
+
+def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> Exception | None:
+    """Bring one stage to its artifact, its assessment and its row: each reused where it was done before.
+
+    Returns:
+        Why a format that may fail (`Attempt.may_fail`) did; its row has the reason too.
+    """
     try:
-        return attempt.make(name, stage, inputs, seed, key)
-    except UserError as error:
-        if not (isinstance(stage, QuantizeStage) and stage.optional):
+        _to_its_row(attempt, name, stage, seed)
+    except (UserError, StageFailed) as error:
+        if isinstance(error, DiskFull) or not attempt.may_fail(name):
             raise
-        attempt.notes.append(f"{name}: {error.problem}")
-        return None
+        attempt.notes.append(f"{name}: {said(name, error)}")
+        return error
+    return None
 
 
-def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
-    """Bring one stage to its artifact, its assessment and its row: each reused where it was done before."""
+def _to_its_row(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     why_not = attempt.why_not(stage)
     if why_not is not None:
         attempt.skip(name, stage, seed, why_not)
@@ -179,9 +205,7 @@ def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
         raise StageFailed(f"{inputs[gone].path}, the artifact of {gone}, is gone; the same command makes it again")
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
-        made = attempt.recall(key) or _made(attempt, name, stage, inputs, seed, key)
-        if made is None:
-            return
+        made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
         if made["artifact"]["kind"] != MODEL or is_rung(name):  # a teacher cache has no quality; a rung is read as made
             attempt.keep(name, stage, made, seed)
             attempt.take(name, made, None, seed)

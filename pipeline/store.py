@@ -327,12 +327,16 @@ def bring(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def disk_full(folder: Path) -> UserError:
+class DiskFull(UserError):
+    """There is no room left: no fault of what was being written, optional as it may be."""
+
+
+def disk_full(folder: Path) -> DiskFull:
     """Return what to say of a disk that filled up: which, what is left on it, and that nothing is to be done twice."""
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free / 2**20
     remedy = f"free some room (it has {free:.0f} MiB left) and start the same command again: it goes on"
-    return UserError("tracking.root", f"the disk of {folder} is full", remedy)
+    return DiskFull("tracking.root", f"the disk of {folder} is full", remedy)
 
 
 def says_full(error: BaseException) -> bool:

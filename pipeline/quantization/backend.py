@@ -7,8 +7,8 @@ a member of `config.Format`, and a row here; to add a library: such a module, an
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import SIXTEEN_BITS, Format, Task
 from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.attempted import MEANT
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models import (
     check_model_folder,
+    is_taken_in_part,
+    language_config,
     load_config,
     load_config_of_weights,
     load_model,
@@ -91,7 +94,8 @@ LIBRARIES: dict[Format, str] = {
     Format.float8_weight_only: "torchao", Format.float8_dynamic: "torchao",
 }  # fmt: skip
 BY_LIBRARY: dict[str, Backend] = {"bitsandbytes": bnb, "torchao": ao, "torch": sixteen}
-OUT_OF_MEMORY = "DefaultCPUAllocator"  # how a CPU says it, in a plain RuntimeError
+WORDS = 120  # characters of what a library says
+SPEAKING = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of others the class is said too: KeyError: 'x'
 FUSES = ao.FUSES  # formats that take fused experts; the others leave them alone
 
 
@@ -109,10 +113,61 @@ def why_not(fmt: Format, device: torch.device) -> str | None:
     return None
 
 
-def import_library(fmt: Format) -> None:
-    """Import the library that does a format, without its chatter; it takes a second or more."""
-    backend_of(fmt).quiet()
-    import_module(LIBRARIES[fmt])
+def import_library(fmt: Format, key: str = "format") -> None:
+    """Import the library that does a format, without its chatter; it takes a second or more.
+
+    Raises:
+        UserError: If it is broken here.
+    """
+    with refusing("the library", fmt, key):
+        backend_of(fmt).quiet()
+        import_module(LIBRARIES[fmt])
+
+
+@contextmanager
+def refusing(what: str, fmt: Format, key: str) -> Generator[None]:
+    """Turn whatever a library or a model's own code raises into a refusal: `what` does not run in `fmt`.
+
+    Which of some twenty kinds it is depends on the architecture, and says nothing that a caller could act upon. What
+    is no fault of the format passes: memory, a full disk, a device that failed.
+
+    Raises:
+        UserError: Naming `key`.
+    """
+    try:
+        yield
+    except MEANT:
+        raise
+    except Exception as error:
+        if _is_of_the_machine(error):
+            raise
+        problem = f"{what} does not run in {fmt.value} by {LIBRARIES[fmt]} ({_words(error)})"
+        remedy = "use bf16, or name the layers that its code reads by itself in exclude"
+        raise UserError(key, problem, remedy if fmt not in SIXTEEN_BITS else "leave it out") from error
+
+
+def _words(error: Exception) -> str:
+    said = (str(error).strip().splitlines() or [""])[0]
+    name = type(error).__name__
+    return (said if said and isinstance(error, SPEAKING) else f"{name}: {said}" if said else name)[:WORDS]
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether an exception speaks of memory, a disk or a device, not of the model."""
+    import torch
+
+    from pipeline.out_of_memory import is_out_of_memory
+    from pipeline.store import says_full
+
+    # transformers raises OSError without a number for what is not in a folder
+    has_number = isinstance(error, OSError) and error.errno is not None
+    return has_number or says_full(error) or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def named(config: PreTrainedConfig) -> str:
+    """Return what a model calls itself in refusals: its class (`LlamaForCausalLM`), else its configuration's."""
+    classes: Any = getattr(config, "architectures", None)
+    return str(classes[0]) if isinstance(classes, list) and classes else type(config).__name__
 
 
 def formats() -> list[Format]:
@@ -215,22 +270,24 @@ def quantize(
     device = torch.device(device)
     with _phase(clock, "import"):
         backend_of(fmt).refuse_device(fmt, device=device, key=key)
-        import_library(fmt)
+        import_library(fmt, key)
     with _phase(clock, "model_load"):
         check_model_folder(source, key)
         config = load_config_of_weights(source, task, key=key)
         plan = refuse_unsupported(config, fmt, task, device=device, key=key, choice=choice)
         rest = rest_dtype(config, device, fmt)
     convert = _Conversion(fmt, task, plan, device, rest, key, clock)
-    if prepare is None:
-        made, reference = convert(source, out)
-    else:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-            _prepared(source, Path(folder), prepare, task, device=device, key=key, clock=clock)
-            made, reference = convert(Path(folder), out)
-    if prove:
-        with _phase(clock, "eval"):
-            check_bit_equal(out, task, reference, device=device)
+    with refusing(named(config), fmt, key):
+        if prepare is None and not is_taken_in_part(config, task):
+            made, reference, before = *convert(source, out), weights_bytes(source)
+        else:
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as name:
+                folder = Path(name)
+                _prepared(source, folder, prepare, task, device=device, key=key, clock=clock)
+                made, reference, before = *convert(folder, out), weights_bytes(folder)
+        if prove:
+            with _phase(clock, "eval"):
+                check_bit_equal(out, task, reference, device=device)
     return Quantized(
         fmt=fmt,
         quantized_layers=made.layers,
@@ -239,23 +296,25 @@ def quantize(
         parameters=plan.parameters,
         quantized_parameters=made.parameters,
         kept_experts=sum(layer.weights for layer in plan.keep if layer.fused),
-        bytes_before=weights_bytes(source),
+        bytes_before=before,
         bytes_after=weights_bytes(out),
         logits_sha256=reference.digests,
     )
 
 
 def _prepared(
-    source: Path, folder: Path, prepare: Callable[[PreTrainedModel], None], task: Task, *,
+    source: Path, folder: Path, prepare: Callable[[PreTrainedModel], None] | None, task: Task, *,
     device: torch.device, key: str, clock: PhaseClock | None,
 ) -> None:  # fmt: skip
-    """Write `source`, changed by `prepare`, to `folder`, in the dtype that it is stored in."""
+    """Write `source`, or the language part of it, changed by `prepare`, to `folder`, in the dtype it is stored in."""
     with _phase(clock, "model_load"):
-        dtype: Any = load_config(source, key=key).dtype
+        config = load_config(source, key=key)
         model: Any = load_model(source, task, device=device)
         tokenizer = load_tokenizer(source, key=key)
-    prepare(model)
+    if prepare is not None:
+        prepare(model)
     with _phase(clock, "checkpoint"):
+        dtype: Any = config.dtype or config.get_text_config().dtype or model.dtype
         save_model(model.to(dtype), tokenizer, folder)
 
 
@@ -272,11 +331,13 @@ def refuse_unsupported(
     method = quantized_by(config)
     if method is not None:
         raise UserError(key, f"the model is quantized already ({method})", "quantize the model it was made from")
-    if fmt in SIXTEEN_BITS:
-        return LayerPlan((), (), count_parameters(make_twin(config, task, key)))
-    plan = plan_for(fmt, config, task, key=key, choice=choice)
-    backend_of(fmt).refuse_layers(plan.quantize, fmt, device=device, key=key)
-    return plan
+    with refusing(named(config), fmt, key):
+        config = language_config(config, task)
+        if fmt in SIXTEEN_BITS:
+            return LayerPlan((), (), count_parameters(make_twin(config, task, key)))
+        plan = plan_for(fmt, config, task, key=key, choice=choice)
+        backend_of(fmt).refuse_layers(plan.quantize, fmt, device=device, key=key)
+        return plan
 
 
 def plan_for(fmt: Format, config: PreTrainedConfig, task: Task, *, key: str, choice: Choice) -> LayerPlan:
@@ -295,7 +356,8 @@ def rest_dtype(config: PreTrainedConfig, device: torch.device, fmt: Format | Non
         return sixteen.torch_dtype(fmt)
     if device.type != "cpu":
         return torch.bfloat16
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = config.dtype or config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +385,7 @@ class _Conversion:
         """Return what was made, and what the model in memory answers.
 
         Raises:
-            UserError: If fp16 cannot hold a weight, or the model's code cannot compute in the format.
+            UserError: If fp16 cannot hold a weight.
             StageFailed: If the library quantized other layers than were planned.
         """
         with _phase(self.clock, "model_load"):
@@ -337,23 +399,7 @@ class _Conversion:
         with _phase(self.clock, "checkpoint"):
             save_model(model, tokenizer, out)  # before any forward: running the model may spoil its weights (bnb.py)
         with _phase(self.clock, "eval"):
-            return made, self._run(model)
-
-    def _run(self, model: Any) -> Reference:
-        """Run the model; what its own code cannot compute in this format is refused with the library's words."""
-        import torch
-
-        try:
-            return take_reference(model)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            if OUT_OF_MEMORY in str(error):
-                raise
-            words = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            problem = f"{type(model).__name__} does not run in {self.fmt.value} by {LIBRARIES[self.fmt]} ({words})"
-            remedy = "use bf16, or name the layers that its code reads by itself in exclude"
-            raise UserError(self.key, problem, remedy if self.fmt not in SIXTEEN_BITS else "leave it out") from error
+            return made, take_reference(model)
 
     def _by_layer(self, model: Any) -> _Made:
         backend = backend_of(self.fmt)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Task
 from pipeline.errors import UserError
-from pipeline.models import from_config
+from pipeline.models import embedding_of, from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -135,8 +135,8 @@ def count_parameters(model: Any) -> int:
 
 def _head_of(model: Any) -> str | None:
     """Return the name of the output head; None where it shares its weight with the embedding or there is none."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is embedding.weight:
+    head, embedding = model.get_output_embeddings(), embedding_of(model)
+    if head is None or head.weight is getattr(embedding, "weight", None):
         return None
     return next(name for name, module in model.named_modules() if module is head)
 

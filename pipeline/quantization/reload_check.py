@@ -27,9 +27,15 @@ AUTO_CLASSES = {
     Task.sequence_classification: "AutoModelForSequenceClassification",
 }
 PROBE_TOKENS = 32
+ANY_VOCABULARY = 128  # of models that read letters: ASCII
 RESERVED = 2  # positions that RoBERTa's kin count and cannot use
 PROGRAM = Path(__file__).with_name("fresh_process.py")
+NO_MEMORY = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "out of memory")
 Probes = tuple[tuple[int, ...], ...]
+
+
+class NoReload(RuntimeError):
+    """What was saved cannot be loaded, or run, by its library: the format is none for this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +81,26 @@ def take_reference(model: PreTrainedModel) -> Reference:
     """Run `model` (in memory, already saved) on the probes."""
     from pipeline.quantization.fresh_process import forward_digests, read_arithmetic
 
-    limit, end = positions(model.config), model.config.get_text_config().eos_token_id
+    limit, end = positions(model.config), getattr(model.config.get_text_config(), "eos_token_id", None)
     room = PROBE_TOKENS if limit is None else max(1, limit - RESERVED)
-    probes = make_probes(vocabulary_of(model) or 256, room, end[0] if isinstance(end, list) else end)
-    return Reference(probes, tuple(forward_digests(model, probes)), read_arithmetic())
+    probes = make_probes(vocabulary_of(model) or ANY_VOCABULARY, room, end[0] if isinstance(end, list) else end)
+    *longer, single = probes
+    digests = forward_digests(model, longer)
+    try:
+        digests += forward_digests(model, [single])
+    except Exception:
+        if model.can_generate():  # it decodes token by token
+            raise
+        probes = tuple(longer)  # a classifier that pools (Funnel, CANINE) takes no text of one token, in any format
+    return Reference(probes, tuple(digests), read_arithmetic())
 
 
 def check_bit_equal(folder: Path, task: Task, reference: Reference, *, device: torch.device | str) -> None:
     """Load `folder` in one fresh process without this package, and compare its outputs with the reference's.
 
     Raises:
-        StageFailed: If it cannot be loaded there, or any output differs in any bit.
+        NoReload: If it cannot be loaded or run there.
+        StageFailed: If any output differs in any bit, or the process was killed or had no memory.
     """
     reloaded = _digests_of_fresh_process(folder, request_for(folder, task, reference, device=device))
     for index, (expected, found) in enumerate(zip(reference.digests, reloaded, strict=True)):
@@ -113,5 +128,7 @@ def _digests_of_fresh_process(folder: Path, request: dict[str, Any]) -> list[str
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
-        raise StageFailed(f"{folder} cannot be loaded in a fresh process: {why.strip()}")
+        problem = f"{folder} cannot be loaded in a fresh process: {why.strip()}"
+        of_the_machine = done.returncode < 0 or any(words in done.stderr for words in NO_MEMORY)
+        raise StageFailed(problem) if of_the_machine else NoReload(problem)
     return json.loads(done.stdout.splitlines()[-1])

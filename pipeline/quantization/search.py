@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import SIXTEEN_BITS, Format, Prefer
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.report.numbers import apart, percents_apart
 
 
@@ -134,13 +134,20 @@ class Searcher:
             return False
         try:
             self.trials.append(self.measure(fmt, exclude))
-        except UserError as error:
-            self.refused.append(f"{fmt.value}: {error.problem}")
+        except (UserError, StageFailed) as error:
+            self._refuse(fmt, error)
         return True
+
+    def _refuse(self, fmt: Format, error: UserError | StageFailed) -> None:
+        self.refused.append(f"{fmt.value}: {error.problem if isinstance(error, UserError) else error}")
 
     def _mix(self, fmt: Format) -> bool:
         """Leave ever more layers alone until the format holds or no longer pays; return whether the budget did."""
-        names = tuple(self.sensitive(fmt))
+        try:
+            names = tuple(self.sensitive(fmt))
+        except (UserError, StageFailed) as error:
+            self._refuse(fmt, error)
+            return True
         count = 1
         while count < len(names):
             tried = len(self.trials)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.config import SIXTEEN_BITS, Format, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.models import load_config
-from pipeline.quantization.backend import LIBRARIES, backend_of, plan_for, quantize, refuse_unsupported
+from pipeline.quantization.backend import LIBRARIES, backend_of, named, plan_for, quantize, refuse_unsupported, refusing
 from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Trial
 from pipeline.quantization.yardstick import Yardstick
@@ -58,7 +58,7 @@ class Bench:
 
     def measure(self, fmt: Format, exclude: tuple[str, ...]) -> Trial:
         """Quantize, score and serve `fmt` with the layers `exclude` left as they are."""
-        with self._quantized(fmt, exclude) as folder:
+        with self._quantized(fmt, exclude) as folder, self._refusing(fmt):
             loss, kl = self.yard.read(folder)
             time_ratio, memory_ratio = self._serve(folder)
         return Trial(fmt, exclude, loss, kl, time_ratio, memory_ratio)
@@ -70,6 +70,14 @@ class Bench:
         """
         if fmt in SIXTEEN_BITS:
             return ()
+        with self._refusing(fmt):
+            return self._ranked(fmt)
+
+    def _refusing(self, fmt: Format) -> AbstractContextManager[None]:
+        """Have what a trial's own code raises leave its format out of the search."""
+        return refusing(named(self.yard.model.config), fmt, self.key)
+
+    def _ranked(self, fmt: Format) -> Sequence[str]:
         yard = self.yard
         few = yard.validation[:SENSITIVITY_DOCUMENTS]
         with self._quantized(fmt, ()) as folder:
