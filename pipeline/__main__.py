@@ -41,13 +41,14 @@ class Output:
 
 def run(argv: list[str]) -> int:
     """Run one command line; return its exit code, also where it is stopped while it starts."""
-    from pipeline.signals import StoppedEarly, ignore_all, listen_early
+    from pipeline.signals import StoppedEarly, as_the_stop, ignore_all, listen_early
 
     listen_early()
     try:
-        from pipeline.cli import main
+        with as_the_stop():
+            from pipeline.cli import main
 
-        return main(argv, started_ns=STARTED_NS)
+            return main(argv, started_ns=STARTED_NS)
     except StoppedEarly as stop:
         print(f"stopped by {stop}; run the same command again", file=sys.stderr)
         return PREEMPTED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import time
 import traceback
@@ -23,12 +24,11 @@ from pipeline.recipes import (
     find_recipes,
     is_shipped,
     read_recipe,
-    recipe_text,
     refuse_code_keys,
 )
 from pipeline.redact import clean_output
 from pipeline.report.text import one_line
-from pipeline.signals import on_stop_signal
+from pipeline.signals import as_the_stop, heed, on_stop_signal
 
 Deliveries = list[Callable[[], str]]
 """What waits for MLflow, and says what came of it."""
@@ -114,6 +114,7 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         _tell_hydra(_asked_for(rest, recipes), choices)
         return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute or _execute)
     except UserError as error:
+        heed(error)
         code = _refuse(error, debug)
         code = Exit.UNPARSABLE if isinstance(error, Unparsable) else code
         _tell_of_gate(argv, str(error), code)
@@ -267,6 +268,7 @@ def _compose_and_run(
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, *COMPOSING) as error:
+        heed(error)
         if debug:
             traceback.print_exception(error)
         code, line = explain(error, args, recipes)
@@ -332,19 +334,26 @@ def _embedded(value: Any, *, _root_: Any) -> Any:
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
     """Return the recipes that a command line may speak of: parsing all of them takes a third of the start.
 
-    Those whose names occur in it, and in the files of those in turn; all of them where it names none plainly, for
-    Hydra's own word on that.
+    Those that it names, and those that these build on in turn; all that can be read where it names none plainly, for
+    Hydra's own word on that. What is wrong with a recipe that nobody asked for stops no other one.
     """
-    ahead = [" ".join(args)]
-    if "recipe=" not in ahead[0] or "(" in ahead[0]:  # Hydra has functions: recipe=glob(*)
-        return list(recipes.values())
+    chosen = [arg.partition("=")[2] for arg in args if arg.lstrip("+").partition("=")[0].partition("@")[0] == "recipe"]
     found: dict[str, Recipe] = {}
-    while ahead:
-        text = ahead.pop()
-        named = [recipe for name, recipe in recipes.items() if name in text and name not in found]
+    ahead = [" ".join(chosen)]
+    while ahead and "(" not in ahead[0]:  # Hydra has functions: recipe=glob(*)
+        names = {word.removesuffix(".yaml") for word in re.findall(r"[\w.-]+", ahead.pop())}
+        named = [recipe for name, recipe in recipes.items() if name in names and name not in found]
         found |= {recipe.name: recipe for recipe in named}
-        ahead += [recipe_text(recipe) for recipe in named]
-    return list((found or recipes).values())
+        ahead += [str(read_recipe(recipe).get("defaults", "")) for recipe in named]
+    return list(found.values()) or [recipe for recipe in recipes.values() if _can_be_read(recipe)]
+
+
+def _can_be_read(recipe: Recipe) -> bool:
+    try:
+        read_recipe(recipe)
+    except UserError:
+        return False
+    return True
 
 
 def _given(args: list[str], recipe: Recipe | None) -> set[str]:
@@ -415,7 +424,8 @@ def shown_command(args: list[str], recipe_dirs: Sequence[Path] = (), config_dirs
 def _guarded(call: Any, debug: bool) -> int:
     """Run one job and turn how it ended into an exit code and one line."""
     try:
-        return call()
+        with as_the_stop():
+            return call()
     except UserError as error:
         return _refuse(error, debug)
     except BudgetSpent as error:

@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from pipeline.arguments import as_list, choices, elsewhere, item_type, parses
 from pipeline.config import REMOVED, Run, dotted_keys
 from pipeline.errors import Exit, UserError
-from pipeline.recipes import GROUPS, Recipe, config_dir, recipe_text
+from pipeline.recipes import GROUPS, Recipe, config_dir, is_shipped, read_recipe, recipe_text
 from pipeline.stages.table import STAGES
 from pipeline.validate import did_you_mean
 
@@ -113,6 +113,9 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         value = next((each for each in reversed(parents) if each in known), None)
         if key not in known and value is not None and _overridden(error) == key:
             return UserError(key, f"{value} has no settings of its own", did_you_mean(key, known))
+        in_a_file = None if _overridden(error) else _of_a_recipe(args, recipes)
+        if in_a_file is not None:
+            return in_a_file
         return _wrong_type(key, problem, given)
     left_out = re.match(r"Could not delete from config\. '(stages\.\w+)'", str(error))
     absent_stage = _no_stage(f"~{left_out.group(1)}", args, recipes) if left_out else None
@@ -137,9 +140,79 @@ def _wrong_type(key: str, problem: str, given: str) -> UserError:
     if wanted and wanted.group(1) in KINDS:
         kind = KINDS[wanted.group(1)]
         return UserError(key, f"{given!r} is not {kind}", f"give {kind}")
+    if "is not a valid bool" in problem:
+        return UserError(key, f"{given!r} is not {KINDS['Boolean']}", f"give {KINDS['Boolean']}")
     if problem.endswith("is not Optional"):
         return UserError(key, "null is no value for it", f"leave {key} out, or give a value")
     return UserError(key, problem, "give a value of that type")
+
+
+def _of_a_recipe(args: list[str], recipes: dict[str, Recipe]) -> UserError | None:
+    """Return the refusal of the first setting of a recipe's file that is of another type; OmegaConf names no key.
+
+    The files are those that the command line names and those they build on, but for what ships.
+    """
+    named = list(_files_asked_for(args, recipes))
+    types = {name: kind for _, settings in named for name, kind in _stage_types(settings)}
+    for recipe, settings in named:
+        for key, value in () if is_shipped(recipe) else _leaves(settings):
+            problem = _why_not_typed(key, value, types)
+            if problem is not None:
+                refusal = _wrong_type(key, problem, str(value))
+                return UserError(key, f"{refusal.problem} (in {recipe.path})", refusal.remedy)
+    return None
+
+
+def _files_asked_for(args: list[str], recipes: dict[str, Recipe]) -> Iterator[tuple[Recipe, dict[str, Any]]]:
+    ahead = [arg.partition("=")[2] for arg in args if arg.lstrip("+").startswith("recipe=")]
+    seen: set[str] = set()
+    while ahead:
+        for name in re.findall(r"[\w.-]+", ahead.pop()):
+            if name in recipes and name not in seen:
+                seen.add(name)
+                settings = read_recipe(recipes[name])
+                ahead.append(str(settings.get("defaults", "")))
+                yield recipes[name], settings
+
+
+def _stage_types(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the stages that a recipe names, each with its settings' class."""
+    for each in settings.get("defaults") or []:
+        for group, kind in each.items() if isinstance(each, dict) else ():
+            if str(kind) in STAGES:
+                yield str(group).rpartition("@")[2], STAGES[str(kind)]
+
+
+def _leaves(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a file by their full keys, groups of settings before what they hold."""
+    ahead: list[tuple[str, Any]] = [(name, value) for name, value in settings.items() if name != "defaults"]
+    while ahead:
+        key, value = ahead.pop(0)
+        yield key, value
+        if isinstance(value, dict):
+            ahead[:0] = [(f"{key}.{name}", each) for name, each in value.items()]
+
+
+def _why_not_typed(key: str, value: Any, types: dict[str, Any]) -> str | None:
+    """Return what OmegaConf says of a value that is not of its setting's type; None of one that is, or a group."""
+    from omegaconf import OmegaConf
+
+    if isinstance(value, dict) and value:
+        return None  # its settings come one by one
+    stage = next((name for name in types if key.startswith(f"{name}.")), None)
+    schema: Any = OmegaConf.structured(Run if stage is None else types[stage])
+    held: Any = value
+    for name in reversed((key if stage is None else key.removeprefix(f"{stage}.")).split(".")):
+        held = {name: held}
+    try:
+        OmegaConf.merge(schema, OmegaConf.create(held))
+    except ValidationError as error:
+        first = (str(error).splitlines() or [""])[0]
+        first = first.replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
+        return first[:1].lower() + first[1:]
+    except OmegaConfBaseException:  # another fault than a type's, which has its own line
+        return None
+    return None
 
 
 def _root(error: BaseException) -> BaseException:

@@ -21,7 +21,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.opening import open_attempt
 from pipeline.report.github import refusals_told
 from pipeline.report.numbers import percents_apart
-from pipeline.signals import is_listened_to, on_stop_signal
+from pipeline.signals import is_listened_to, noted, on_stop_signal
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.recover import FormatRung, RecoveredStage, RecoverStage, found_format, rungs, sixteen_rungs
 from pipeline.stages.settings import BASE
@@ -57,6 +57,9 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
     with on_stop_signal(ask):  # until all is written
         try:
             with heartbeat(attempt.journal):
+                if noted() == signal.SIGINT:  # while something was imported, which took it for a failure of its own
+                    raise KeyboardInterrupt
+                attempt.stop_signal = attempt.stop_signal or noted()
                 if attempt.gate is None:
                     _all_stages(attempt)
                     compare(attempt)

@@ -15,15 +15,55 @@ class StoppedEarly(BaseException):
     """The machine is wanted back before there is a run that could stop."""
 
 
+_noted: list[int] = []  # stop signals that came while the program started
+
+
 def stop_early(number: int, _: FrameType | None) -> None:
     """Handle a stop signal that comes while the program starts."""
+    _noted.append(number)
     raise StoppedEarly(signal.Signals(number).name)
 
 
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _noted.append(number)
+    raise KeyboardInterrupt
+
+
 def listen_early() -> None:
-    """Have stop signals end the program as preempted until a run listens for them itself."""
+    """Have stop signals end the program as preempted until a run listens for them itself; Ctrl-C is noted too."""
     for number in STOP_SIGNALS:
         signal.signal(number, stop_early)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def noted() -> int | None:
+    """Return the stop signal that has come, whatever became of what it raised; None where none has."""
+    return _noted[0] if _noted else None
+
+
+@contextmanager
+def as_the_stop() -> Generator[None]:
+    """Have whatever ends the body after a stop signal be that stop.
+
+    A library that is interrupted while it is imported may raise something of its own: numpy an ImportError
+    ("initialization failed").
+
+    Raises:
+        StoppedEarly, KeyboardInterrupt: In place of any exception that comes after the signal.
+    """
+    try:
+        yield
+    except Exception as error:
+        heed(error)
+        raise
+
+
+def heed(error: Exception) -> None:
+    """Raise the stop that has come, if any, in place of an exception."""
+    number = noted()
+    if number is not None:
+        raise (KeyboardInterrupt() if number == signal.SIGINT else StoppedEarly(signal.Signals(number).name)) from error
 
 
 def ignore_all() -> None:

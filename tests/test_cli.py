@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -212,3 +213,126 @@ builtins.__import__ = stopping
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("module", "becomes"),
+    [
+        ("pipeline.cli", "raise ImportError('initialization failed')"),
+        ("omegaconf", "raise ImportError('initialization failed')"),
+        ("hydra.errors", "raise AttributeError('partially initialized module')"),
+        ("pipeline.validate", "raise SystemError('error return without exception set')"),
+    ],
+)
+@pytest.mark.faults
+def test_a_signal_that_an_import_takes_for_its_own_failure_is_that_signal(
+    tmp_path: Path, number: int, code: int, module: str, becomes: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import builtins, os, sys
+real = builtins.__import__
+def stopping(name, *args, **more):
+    if name == {module!r}:
+        builtins.__import__ = real
+        try:
+            os.kill(os.getpid(), {int(number)})
+            import time; time.sleep(60)
+        except BaseException:
+            {becomes}
+    return real(name, *args, **more)
+builtins.__import__ = stopping
+""")
+    there = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "pipeline", "recipe=baseline", "hardware.device=cuda:99"]
+    done = subprocess.run(command, env=there, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 75, "KILLED"), (signal.SIGINT, 130, "KILLED")])
+@pytest.mark.faults
+def test_a_signal_that_an_import_swallows_stops_the_run_before_its_first_stage(
+    tmp_path: Path, number: int, code: int, status: str
+) -> None:
+    """Libraries try what may not be there, and go on without it."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import builtins, os, sys
+real = builtins.__import__
+def stopping(name, *args, **more):
+    if name == "torch":
+        builtins.__import__ = real
+        try:
+            os.kill(os.getpid(), {int(number)})
+            import time; time.sleep(60)
+        except BaseException:
+            pass
+    return real(name, *args, **more)
+builtins.__import__ = stopping
+""")
+    there = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "pipeline", "recipe=baseline", "hardware.device=cpu", "tracking.mlflow=false"]
+    done = subprocess.run(command, env=there, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    (found,) = (tmp_path / "mlruns/runs").glob("*/result.json")
+    result = json.loads(found.read_text())
+    assert result["status"] == status
+    assert not any(row["status"] == "FINISHED" for row in result["rows"])
+
+
+def recipes_in(folder: Path, **texts: str) -> None:
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(f"# What for?\n{text}\n")
+
+
+BUILT = "defaults:\n  - {}\n  - _self_\n"
+
+
+@pytest.mark.parametrize("broken", ["a: [", "stages: 5\nexec: {_target_: os.system}", "compare: 3"])
+def test_a_broken_recipe_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str) -> None:
+    """Nor one whose name holds its name, whose comment names it, or that is given it as a word."""
+    recipes_in(
+        tmp_path / "own", lang=broken, language=f"# like lang\n{BUILT.format('baseline')}",
+        on_language=BUILT.format("language"), on_lang=BUILT.format("lang"),
+    )  # fmt: skip
+    (tmp_path / "own/gone.yaml").symlink_to(tmp_path / "nowhere")
+
+    def code_of(recipe: str) -> int:
+        args = ["--recipe-dir", str(tmp_path / "own"), f"recipe={recipe}", "tracking.purpose=lang"]
+        return main(args, started_ns=0, execute=lambda *_: 0)
+
+    for good in ("language", "on_language", "language.yaml"):
+        assert code_of(good) == 0, (good, capsys.readouterr())
+    capsys.readouterr()
+    for bad in ("lang", "on_lang"):
+        assert code_of(bad) == 1
+        assert "lang.yaml" in capsys.readouterr().err
+    assert code_of("langauge") == 1
+    assert "there is no 'langauge'; did you mean language" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training:\n  checkpoint_every: soon", "training.checkpoint_every: 'soon' is not a whole number"),
+        ("quality:\n  margin: wide", "quality.margin: 'wide' is not a number"),
+        ("tracking:\n  mlflow: perhaps", "tracking.mlflow: 'perhaps' is not true or false"),
+        ("serving:\n  load:\n    prompt: long", "serving.load.prompt: 'long' is not a whole number"),
+        ("stages:\n  baseline:\n    batch_size: big", "stages.baseline.batch_size: 'big' is not a whole number"),
+        ("serving:\n  batches: 3", "serving.batches: "), ("seed: [a]", "seed: "),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("built", [False, True])
+def test_a_wrong_type_in_a_recipe_names_key_and_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str, built: bool
+) -> None:
+    """Also where the file at fault is one that the named one builds on."""
+    recipes_in(tmp_path / "own", first=BUILT.format("baseline") + text, second=BUILT.format("first"))
+    name = "second" if built else "first"
+    args = ["--recipe-dir", str(tmp_path / "own"), f"recipe={name}", "training.steps=3", "data.vocabulary_size=500"]
+    assert main(args, started_ns=0, execute=lambda *_: 0) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert f"{tmp_path}/own/first.yaml" in err
