@@ -19,7 +19,7 @@ import pipeline.assess.quality
 import pipeline.quantization.backend as backend
 from pipeline.config import Format, Prefer, Task
 from pipeline.errors import StageFailed, UserError
-from pipeline.models import save_model
+from pipeline.models import load_model, save_model
 from pipeline.quantization import bnb, reload_check, sixteen
 from pipeline.quantization.backend import quantize
 from pipeline.quantization.search import Searcher, Trial
@@ -317,3 +317,49 @@ def test_a_trial_that_crashes_while_it_is_read_is_left_out(tmp_path: Path, monke
     assert done.returncode == 0, done.stderr
     (note,) = [each for each in result_in(tmp_path)["environment"]["notes"] if "not tried: fp4" in each]
     assert "IndexError: of a cache" in note
+
+
+# -- models that read more than text ----------------------------------------------------------------------------------
+
+
+def seeing(kind: str) -> Any:
+    """Return the configuration of a tiny model that reads images too."""
+    text = transformers.LlamaConfig(**SMALL, num_key_value_heads=2)
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    if kind == "idefics3":
+        return transformers.Idefics3Config(text_config=text, vision_config=sight, image_token_id=258, scale_factor=1)
+    if kind == "vipllava":
+        return transformers.VipLlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**sight),
+                                           image_token_index=258, vision_feature_layers=[-1])  # fmt: skip
+    return transformers.LlavaNextConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**sight),
+                                        image_token_index=258)  # fmt: skip
+
+
+def seeing_folder(folder: Path, kind: str) -> Path:
+    torch.manual_seed(0)
+    save_model(transformers.AutoModelForImageTextToText.from_config(seeing(kind)).float(), byte_tokenizer(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "vipllava", "llava_next"])
+def test_the_language_part_of_a_model_that_sees_is_quantized(tmp_path: Path, kind: str) -> None:
+    given = seeing_folder(tmp_path / "source", kind)
+    whole = load_model(given, Task.causal_lm)
+    for fmt in (Format.bf16, Format.int8):
+        done = quantize(given, tmp_path / fmt.value, fmt, Task.causal_lm, device=CPU, key=KEY, prove=fmt is Format.int8)
+        made = load_model(tmp_path / fmt.value, Task.causal_lm)
+        assert type(made) is type(whole)
+        assert done.parameters == sum(each.numel() for each in whole.parameters())
+        assert done.bytes_before > done.bytes_after
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_unproven")
+def test_a_run_quantizes_a_model_that_sees(tmp_path: Path) -> None:
+    given = seeing_folder(tmp_path / "source", "llava_next")
+    more = ("~stages.nf4", "compare=[{arm: int8, base: reference, on: [quality]}]", f"model.path={given}")
+    tiny_data = [each for each in TINY if not each.startswith(("model.shape", "data.vocab"))]
+    done = here(tmp_path, *RUN[:5], *more, *tiny_data, "stages.reference.steps=0")
+    assert done.returncode == 0, done.stderr
+    assert {row["arm"]: row["status"] for row in result_in(tmp_path)["rows"]}["int8"] == "FINISHED"
