@@ -28,7 +28,7 @@ from pipeline.quantization.trials import Bench
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 KEY = "stages.small.format"
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -303,7 +303,7 @@ def test_a_ladder_without_any_rung_is_refused_or_skipped(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("_unproven")
 def test_a_trial_that_crashes_while_it_is_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Bench._serve
+    plain = Bench._serve  # pyright: ignore[reportPrivateUsage]
 
     def serve(self: Bench, folder: Path) -> tuple[float, float]:
         config = json.loads((folder / "config.json").read_text())
@@ -325,13 +325,13 @@ def test_a_trial_that_crashes_while_it_is_read_is_left_out(tmp_path: Path, monke
 def seeing(kind: str) -> Any:
     """Return the configuration of a tiny model that reads images too."""
     text = transformers.LlamaConfig(**SMALL, num_key_value_heads=2)
-    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "image_size": 28, "patch_size": 14}  # fmt: skip
+    sight: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    sight |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     if kind == "idefics3":
         return transformers.Idefics3Config(text_config=text, vision_config=sight, image_token_id=258, scale_factor=1)
     if kind == "vipllava":
         return transformers.VipLlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**sight),
-                                           image_token_index=258, vision_feature_layers=[-1])  # fmt: skip
+                                           image_token_index=258)  # fmt: skip
     return transformers.LlavaNextConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**sight),
                                         image_token_index=258)  # fmt: skip
 
