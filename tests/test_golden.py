@@ -1,0 +1,60 @@
+"""Golden runs: what no clock decides stays as it was, recipe by recipe (`make_golden.py` says how they are made)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import run
+from make_golden import GIVEN, HERE, golden_run
+
+QUICK = ("baseline", "distill")
+NEAR = 2e-3  # of a figure: other processors round products otherwise, and a few steps of training pass that on
+DIGESTS = ("digest", "bytes")  # of artifacts: equal where the processor is
+
+
+def differences(found: Any, golden: Any, where: str = "") -> list[str]:
+    """Return where two results differ, each with both values."""
+    if isinstance(golden, dict) and isinstance(found, dict):
+        keys = [key for key in golden.keys() | found.keys() if key not in DIGESTS]
+        return [each for key in sorted(keys)
+                for each in differences(found.get(key), golden.get(key), f"{where}.{key}")]  # fmt: skip
+    if isinstance(golden, list) and isinstance(found, list) and len(golden) == len(found):
+        pairs = zip(found, golden, strict=True)
+        return [each for at, pair in enumerate(pairs) for each in differences(*pair, f"{where}[{at}]")]
+    numbers = all(isinstance(each, float | int) and not isinstance(each, bool) for each in (found, golden))
+    if numbers and math.isclose(found, golden, rel_tol=NEAR, abs_tol=NEAR * NEAR):
+        return []
+    return [] if found == golden else [f"{where}: {found!r}, was {golden!r}"]
+
+
+def without(result: dict[str, Any], arms: set[str]) -> dict[str, Any]:
+    """Return a result without arms that one of two processors has no units for."""
+    rows = [row for row in result["rows"] if row["arm"] not in arms]
+    pairs = [pair for pair in result["comparisons"] if not {pair["arm"], pair["base"]} & arms]
+    return {**result, "rows": rows, "comparisons": pairs}
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in GIVEN]
+)
+def test_what_no_clock_decides_is_as_it_was(recipe: str, tmp_path: Path) -> None:
+    golden = json.loads((HERE / f"{recipe}.json").read_text())
+    found = golden_run(recipe, tmp_path, run)
+    unable = {row["arm"] for each in (found, golden) for row in each["rows"] if row["status"] == "SKIPPED"}
+    assert len(unable) < len(golden["rows"])
+    assert not differences(without(found, unable), without(golden, unable))
+
+
+def test_a_figure_that_moves_is_seen() -> None:
+    golden = json.loads((HERE / "distill.json").read_text())
+    moved = json.loads((HERE / "distill.json").read_text())
+    moved["rows"][1]["quality"]["bits_per_byte"]["v"] *= 1.01
+    moved["rows"][0]["ledger"]["counts"]["tokens"]["v"] += 64
+    del moved["comparisons"][0]
+    found = differences(moved, golden)
+    assert len(found) == 3
+    assert found[0].startswith(".comparisons")
