@@ -48,7 +48,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from pipeline.config import HeadKernel, Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings import HeadKernel, Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.distillation.head import Head, Taught

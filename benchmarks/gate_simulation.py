@@ -26,13 +26,13 @@ import numpy as np
 from results import RESULTS, save_result
 from scipy import stats
 
-from pipeline.assess.server import Reading
-from pipeline.assess.serving import measure_interleaved
 from pipeline.compare import quality
 from pipeline.compare.selftest import one_trial
 from pipeline.compare.verdict import Outcome, Spread, moved, quality_criterion, training_criterion
-from pipeline.config import PolicyConfig, ServingConfig, ServingLoad
-from pipeline.values import measured
+from pipeline.config.settings import PolicyConfig, ServingConfig, ServingLoad
+from pipeline.evaluation.serving.measure import measure_interleaved
+from pipeline.evaluation.serving.server import Reading
+from pipeline.ledger.values import measured
 
 Rng = np.random.Generator
 Items = dict[str, np.ndarray]

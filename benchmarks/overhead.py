@@ -38,8 +38,8 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
-from pipeline.store import write_json
-from pipeline.sync import LOG, start_writer
+from pipeline.store.artifacts import write_json
+from pipeline.tracking.writer import LOG, start_writer
 
 STEP_S = 0.030
 METRICS = ("loss", "ce", "divergence", "learning_rate", "grad_norm")

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.compare.savings import Spend, Trained, target_metric, training_saving
 from pipeline.compare.statistics import mean_interval
-from pipeline.values import Prov, Value, null
+from pipeline.ledger.values import Prov, Value, null
 
 FULL = 1.0
 FIGURES = ("saving", "systems", "algorithmic")

@@ -28,16 +28,16 @@ from distillation_step import WARM_UP, Block, Watch, between, edge_hooks, finish
 from results import save_result
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings import Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.precision_choice import choose_precision
 from pipeline.training.loop import train
 from pipeline.training.objective import Objective, examine
 from pipeline.training.precision import why_not
-from pipeline.training.precision_choice import choose_precision
 
 REFERENCE = "trainer, bf16"
 NEAR = 1.03  # of the best fixed choice's time

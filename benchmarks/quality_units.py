@@ -108,14 +108,14 @@ def _versions() -> dict[str, str]:
 
 
 def _data_config(size: Size) -> Any:
-    from pipeline.config import DataConfig
+    from pipeline.config.settings import DataConfig
 
     return DataConfig(vocabulary_size=size.vocabulary, max_documents=size.max_documents)
 
 
 @lru_cache
 def _data(size: Size) -> Any:
-    from pipeline.config import Task
+    from pipeline.config.settings import Task
     from pipeline.data.load import load_dataset
 
     return load_dataset(_data_config(size), Task.causal_lm)
@@ -125,9 +125,9 @@ def base_model(bench: Bench, seed: int) -> Path:
     """Return the first weights of a seed with their tokenizer, on disk: the same for every system."""
     import torch
 
-    from pipeline.config import Task, TinyShape
+    from pipeline.config.settings import Task, TinyShape
     from pipeline.data.tokenizer import embedded_tokenizer
-    from pipeline.models import make_tiny, save_model
+    from pipeline.models.load import make_tiny, save_model
 
     size = bench.size
     made = hashlib.sha256(
@@ -147,9 +147,9 @@ def base_model(bench: Bench, seed: int) -> Path:
 
 
 def _encoded(size: Size, base: Path, split: str, max_bytes: int | None = None) -> list[Any]:
-    from pipeline.config import Task
+    from pipeline.config.settings import Task
     from pipeline.data.encode import encode_all
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     documents = sorted(_data(size).splits[split], key=lambda document: document.digest)
     return encode_all(
@@ -201,7 +201,7 @@ def settings_of(system: str, size: Size, steps: int) -> list[str]:
 
 def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str, Any], Path]:
     """Run one of our systems through its recipe; return what it is charged with, and its model."""
-    from pipeline.cli import main
+    from pipeline.cli.main import main
     from pipeline.ledger.journal import read_events
 
     size = bench.size
@@ -295,7 +295,7 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
     """
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-    from pipeline.config import Task
+    from pipeline.config.settings import Task
     from pipeline.ledger.flops import count_flops
 
     size, out = bench.size, root / "trainer"
@@ -340,10 +340,10 @@ def read_validation(bench: Bench, base: Path, folder: Path) -> float:
     """Return the validation bits per byte of a model on disk, in fp32: by one path for every system."""
     import torch
 
-    from pipeline.assess.scoring import validation_metric
-    from pipeline.config import Precision, Task
+    from pipeline.config.settings import Precision, Task
     from pipeline.data.padding import Padding
-    from pipeline.models import load_model, load_tokenizer
+    from pipeline.evaluation.quality.scoring import validation_metric
+    from pipeline.models.load import load_model, load_tokenizer
     from pipeline.training.precision import arithmetic
 
     device, size = torch.device(bench.device), bench.size
@@ -360,7 +360,7 @@ def prepare(bench: Bench, base: Path) -> None:
     import torch
 
     from pipeline.data import encode
-    from pipeline.opening import quiet_libraries
+    from pipeline.runs.opening import quiet_libraries
 
     encode.KEEP = 32  # a later run finds its tokens in memory, as they are charged to none
     quiet_libraries()

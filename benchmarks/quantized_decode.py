@@ -26,12 +26,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.assess.server import Server, load
-from pipeline.assess.serving import measure_interleaved
 from pipeline.compare.statistics import abba_saving
-from pipeline.config import SIXTEEN_BITS, Decode, Format, ServingConfig, ServingLoad, Task
+from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, ServingConfig, ServingLoad, Task
 from pipeline.errors import UserError
-from pipeline.models import save_model
+from pipeline.evaluation.serving.measure import measure_interleaved
+from pipeline.evaluation.serving.server import Server, load
+from pipeline.models.load import save_model
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
 
 LOADS = {"cuda": (512, 128), "cpu": (32, 16)}  # tokens in, tokens out

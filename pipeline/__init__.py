@@ -1,6 +1,6 @@
 """A model-efficiency pipeline: every stage's GPU-hours and quality measured (`python -m pipeline recipe=distill`).
 
-A program of your own that runs under `python -m pipeline.meter` names its phases and counts its tokens with `phase`
+A program of your own that runs under `python -m pipeline meter` names its phases and counts its tokens with `phase`
 and `count`; both do nothing elsewhere. They are fetched when first asked for: importing this package costs nothing.
 """
 

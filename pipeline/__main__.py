@@ -1,4 +1,4 @@
-"""`python -m pipeline recipe=NAME [key=value ...]`; alone, it lists the recipes."""
+"""`python -m pipeline recipe=NAME [key=value ...]` or `python -m pipeline COMMAND ...`; alone, it lists the recipes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ class Output:
 
 def run(argv: list[str]) -> int:
     """Run one command line; return its exit code, also where it is stopped while it starts."""
-    from pipeline.signals import StoppedEarly, as_the_stop, ignore_all, listen_early
+    from pipeline.cli.commands import COMMANDS, run_command
+
+    if argv and argv[0] in COMMANDS:
+        return run_command(argv, started_ns=STARTED_NS)
+    from pipeline.runs.signals import StoppedEarly, as_the_stop, ignore_all, listen_early
 
     listen_early()
     try:
         with as_the_stop():
-            from pipeline.cli import main
+            from pipeline.cli.main import main
 
             return main(argv, started_ns=STARTED_NS)
     except StoppedEarly as stop:

@@ -23,8 +23,9 @@ from typing import Any
 
 IMPORTS = (
     "mlflow.store.tracking.sqlalchemy_store", "transformers.models.llama.modeling_llama", "transformers.models.auto",
-    "pipeline.cli", "pipeline.run", "pipeline.assess.quality", "pipeline.training.stage", "pipeline.comparison",
-    "pipeline.student", "pipeline.gate.ending", "pipeline.assemble", "pipeline.quantization.bnb",
+    "pipeline.cli.main", "pipeline.runs.loop", "pipeline.evaluation.quality.assess",
+    "pipeline.stages.training", "pipeline.runs.comparison",
+    "pipeline.models.student", "pipeline.runs.gate_ending", "pipeline.runs.assemble", "pipeline.quantization.bnb",
     "pipeline.data.embedded", "pipeline.data.tokenizer", "hydra.utils", "rich.progress", "torch.utils.flop_counter",
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip

@@ -17,9 +17,9 @@ import transformers
 from make_assess_models import LABELS, byte_tokenizer
 
 import pipeline.quantization.backend as backend
-from pipeline.config import Format, Task
+from pipeline.config.settings import Format, Task
 from pipeline.errors import UserError
-from pipeline.models import load_model, save_model
+from pipeline.models.load import load_model, save_model
 from pipeline.quantization.fresh_process import align, forward_digests
 from pipeline.quantization.reload_check import Reference, auto_class
 from pipeline.quantization.sixteen import stored_dtype

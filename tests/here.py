@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 
 def here(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Tiny models and a hand-made tokenizer for the tests of `pipeline.assess`."""
+"""Tiny models and a hand-made tokenizer for the tests of `pipeline.evaluation`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import Task, TinyShape
+from pipeline.config.settings import Task, TinyShape
 from pipeline.data.encode import Encoded
-from pipeline.models import make_tiny, save_model
+from pipeline.models.load import make_tiny, save_model
 
 SHAPE = TinyShape(hidden_size=64, layers=2, heads=2, intermediate_size=128)
 LABELS = ("up", "down", "flat")

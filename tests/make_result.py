@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.memory import ON_DEVICE
-from pipeline.metrics import BY_KEY
+from pipeline.ledger.metrics import BY_KEY
 
 MINUTE = 1 / 60
 DIGEST = "0123456789abcdef0123456789abcdef"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.compare.verdict import Criterion, Outcome, decide
+from pipeline.ledger.values import Prov, Value, null
 from pipeline.report.verdict import verdict_line
-from pipeline.values import Prov, Value, null
 
 DERIVED = Prov.DERIVED
 

@@ -16,10 +16,10 @@ import transformers
 from format_matrix import ARCHITECTURES, CLASSES, CPU, FORMATS, Architecture, cell
 from make_assess_models import LABELS, byte_tokenizer
 
-from pipeline.config import StudentConfig, Task
+from pipeline.config.settings import StudentConfig, Task
 from pipeline.errors import UserError
-from pipeline.models import save_model
-from pipeline.student import make_student, stack_layers
+from pipeline.models.load import save_model
+from pipeline.models.student import make_student, stack_layers
 from pipeline.training.objective import examine
 
 TABLE = Path(__file__).resolve().parent.parent / "docs/supported.md"

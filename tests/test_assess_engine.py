@@ -11,10 +11,10 @@ from here import here
 from test_run import TINY, result_in
 
 import pipeline.quantization.backend
-from pipeline.assess.engine import read_result
 from pipeline.errors import UserError
-from pipeline.metrics import BY_KEY
-from pipeline.values import Prov
+from pipeline.evaluation.serving.engine import read_result
+from pipeline.ledger.metrics import BY_KEY
+from pipeline.ledger.values import Prov
 
 # The keys of `vllm bench serve --save-result`, with --metric-percentiles 95,99.
 SERVE: dict[str, Any] = {

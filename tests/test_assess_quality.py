@@ -15,8 +15,13 @@ from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.assess import quality
-from pipeline.assess.quality import (
+from pipeline.compare.quality import compare_items
+from pipeline.config.settings import QualityConfig, Task
+from pipeline.data.documents import Document
+from pipeline.data.encode import encode_all
+from pipeline.errors import StageFailed, UserError
+from pipeline.evaluation.quality import assess as quality
+from pipeline.evaluation.quality.assess import (
     assess_quality,
     choose_documents,
     macro_f1,
@@ -24,15 +29,10 @@ from pipeline.assess.quality import (
     worst_slice,
     write_items,
 )
-from pipeline.compare.quality import compare_items
-from pipeline.config import QualityConfig, Task
-from pipeline.data.documents import Document
-from pipeline.data.encode import encode_all
-from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.metrics import primary_key
 from pipeline.ledger.phases import PhaseClock
-from pipeline.metrics import primary_key
+from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report import view
-from pipeline.schema import RESULT_SCHEMA
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
 WORDS = ("mill", "grain", "stone", "river", "wheel", "miller")

@@ -17,11 +17,16 @@ from make_assess_models import byte_tokenizer, encoded, random_documents, tiny
 from sklearn.metrics import accuracy_score
 from transformers import BertConfig, BertForSequenceClassification
 
-from pipeline.assess import scoring
-from pipeline.assess.scoring import cut_windows, score_causal, score_classification, validation_metric
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.data.padding import Padding
 from pipeline.errors import UserError
+from pipeline.evaluation.quality import scoring
+from pipeline.evaluation.quality.scoring import (
+    cut_windows,
+    score_causal,
+    score_classification,
+    validation_metric,
+)
 
 LENGTHS = [2, 40, 7, 1, 33, 90, 12, 25, 3]
 
@@ -247,7 +252,7 @@ def test_what_model_and_data_cannot_do_together_is_refused(causal, classifier) -
 
 def test_importing_assessment_imports_no_heavy_library() -> None:
     code = (
-        "import sys, pipeline.assess.quality, pipeline.assess.serving\n"
+        "import sys, pipeline.evaluation.quality.assess, pipeline.evaluation.serving.measure\n"
         "print([name for name in ('torch', 'transformers', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

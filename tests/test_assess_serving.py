@@ -15,10 +15,12 @@ from fake_nvml import NOT_SUPPORTED, FakeNvml, Gpu
 from make_assess_models import LABELS, random_documents, saved, tiny
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 
-from pipeline.assess import serving
-from pipeline.assess.decoding import Fixed
-from pipeline.assess.server import Reading, Server, load, weights_bytes
-from pipeline.assess.serving import (
+from pipeline.compare.blocks import in_time
+from pipeline.config.settings import Decode, ServingConfig, ServingLoad, Task
+from pipeline.errors import UserError
+from pipeline.evaluation.serving import measure as serving
+from pipeline.evaluation.serving.decoding import Fixed
+from pipeline.evaluation.serving.measure import (
     MOST_ROUNDS,
     Readings,
     ServePass,
@@ -27,14 +29,12 @@ from pipeline.assess.serving import (
     measure_interleaved,
     serve_pass,
 )
-from pipeline.compare.blocks import in_time
-from pipeline.config import Decode, ServingConfig, ServingLoad, Task
-from pipeline.errors import UserError
+from pipeline.evaluation.serving.server import Reading, Server, load, weights_bytes
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.phases import PhaseClock
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.values import Value
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.ledger.values import Value
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
 LOAD = ServingLoad(prompt=6, new=4, batch=2)

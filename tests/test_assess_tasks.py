@@ -20,7 +20,9 @@ from here import here
 from make_assess_models import byte_tokenizer, tiny
 from test_run import TINY, result_in
 
-from pipeline.assess.tasks import (
+from pipeline.config.settings import QualityConfig, Task
+from pipeline.errors import StageFailed, UserError
+from pipeline.evaluation.quality.tasks import (
     SEED,
     Asked,
     TaskFile,
@@ -32,9 +34,7 @@ from pipeline.assess.tasks import (
     run_tasks,
     try_tasks,
 )
-from pipeline.config import QualityConfig, Task
-from pipeline.errors import StageFailed, UserError
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.schema import RESULT_SCHEMA
 
 CHOICES = {
     "task": "capitals",

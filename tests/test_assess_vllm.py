@@ -15,11 +15,11 @@ from here import here
 from make_assess_models import byte_tokenizer, saved, tiny
 from test_run import TINY, result_in
 
-from pipeline.assess import vllm_check
-from pipeline.assess.vllm_check import Checked, check_vllm, installed, why_not
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.data.documents import Document
 from pipeline.errors import Preempted
+from pipeline.evaluation.serving import vllm_check
+from pipeline.evaluation.serving.vllm_check import Checked, check_vllm, installed, why_not
 from pipeline.ledger.phases import PhaseClock
 
 FAKE = '''

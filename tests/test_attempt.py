@@ -22,29 +22,37 @@ import torch
 from fake_nvml import FakeNvml
 from make_assess_models import SHAPE, saved, tiny
 
-import pipeline.assess.quality
-import pipeline.comparison
-from pipeline import rows
-from pipeline import run as loop
-from pipeline.assess.quality import write_items
-from pipeline.assess.serving import ServePass
-from pipeline.attempt import Attempt
-from pipeline.config import Comparison, Format, Measure, OptimizerKind, Run, StudentConfig, Task, TrainingConfig
+import pipeline.evaluation.quality.assess
+import pipeline.runs.comparison
+from pipeline.config.settings import (
+    Comparison,
+    Format,
+    Measure,
+    OptimizerKind,
+    Run,
+    StudentConfig,
+    Task,
+    TrainingConfig,
+)
 from pipeline.data.documents import Dataset
+from pipeline.evaluation.quality.assess import write_items
+from pipeline.evaluation.serving.measure import ServePass
 from pipeline.ledger.booking import NS_PER_HOUR
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.nvml import Absent, Reader, open_reader
 from pipeline.ledger.phases import PhaseClock
-from pipeline.opening import _find_or_make
-from pipeline.recovery import recover
+from pipeline.ledger.values import measured
+from pipeline.runs import loop, rows
+from pipeline.runs.attempt import Attempt
+from pipeline.runs.opening import _find_or_make
+from pipeline.runs.recovery import recover
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
-from pipeline.store import Artifact, Store, write_json
+from pipeline.store.artifacts import Artifact, Store, write_json
 from pipeline.training import optimizer
-from pipeline.values import measured
 
 MINUTE_NS = 60 * 10**9
 
@@ -173,10 +181,10 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
+    monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
-    monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
-    monkeypatch.setattr(pipeline.comparison, "other_tokenizers", lambda *_: False)  # likewise
+    monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
+    monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)  # likewise
     base = tmp_path / "base"
     base.mkdir()
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(base, "model", "b" * 32, 1))
@@ -196,7 +204,7 @@ def invoke(
     CLOCK.pass_minutes(start)
     try:
         loop._all_stages(attempt)
-        pipeline.comparison.compare(attempt)
+        pipeline.runs.comparison.compare(attempt)
         CLOCK.pass_minutes(end)
     except Killed:
         pass
@@ -398,7 +406,7 @@ def test_an_assessment_that_failed_leaves_the_work_standing(root: Path, monkeypa
     run = the_run()
     run.stages["student"] = FakeStage([20], ["teacher"])
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.assess.quality, "assess_quality", out_of_memory)
+        patch.setattr(pipeline.evaluation.quality.assess, "assess_quality", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)

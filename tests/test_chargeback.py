@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from make_result import make_row, make_run, make_unfinished, null, value
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.chargeback import main
+from pipeline.cli.commands.chargeback import main
 from pipeline.ledger.charge_sources import journal_facts, stored_runs_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges
 from pipeline.ledger.converged import of_this_run, per_converged_model
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.report.chargeback import COLUMNS, TOTAL, Line, harmless, idle, lines, table, to_csv
-from pipeline.tracking import deliver, stored_runs
+from pipeline.tracking import deliver as tracking
+from pipeline.tracking.deliver import deliver, stored_runs
 
 HOUR = 3600.0
 NOV = datetime(2026, 11, 1, tzinfo=UTC).timestamp()
@@ -272,7 +272,7 @@ def test_a_recipe_under_a_meter_is_charged_once(root: Path, capsys: pytest.Captu
     """Both are real: a metered command that is a recipe, in one store."""
     folders = lambda: {path.name for path in (root / "runs").iterdir()}
     python = [sys.executable, "-m"]
-    command = [*python, "pipeline.meter", "--root", str(root), "--no-mlflow", "--team", "vision", "--", *python,
+    command = [*python, "pipeline", "meter", "--root", str(root), "--no-mlflow", "--team", "vision", "--", *python,
                "pipeline", "recipe=baseline", f"tracking.root={root}", "tracking.team=vision", *SMALLEST]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

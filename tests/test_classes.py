@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pipeline.assess.quality import assess_quality, read_items
-from pipeline.classes import match_classes, names_in_order
-from pipeline.config import QualityConfig, StudentConfig, Task
+from pipeline.config.settings import QualityConfig, StudentConfig, Task
 from pipeline.data.documents import Document
 from pipeline.errors import UserError
+from pipeline.evaluation.quality.assess import assess_quality, read_items
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model, save_model
-from pipeline.student import make_student
+from pipeline.models.classes import match_classes, names_in_order
+from pipeline.models.load import load_model, save_model
+from pipeline.models.student import make_student
 from pipeline.training.objective import shared_vocabulary
 
 TASK = Task.sequence_classification

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from here import here
 
-from pipeline.cli import main
+from pipeline.cli.main import main
+from pipeline.cli.recipes import find_recipes
 from pipeline.errors import LINE, UserError
-from pipeline.recipes import find_recipes
 
 
 def run(*args: str, cwd: str | None = None, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -201,7 +201,7 @@ def test_a_signal_while_the_program_starts_ends_it_with_a_line_and_the_right_cod
 import builtins
 real = builtins.__import__
 def stopping(name, *args, **more):
-    if name == "pipeline.cli":
+    if name == "pipeline.cli.main":
         builtins.__import__ = real
         {stops}
     return real(name, *args, **more)
@@ -219,10 +219,10 @@ builtins.__import__ = stopping
 @pytest.mark.parametrize(
     ("module", "becomes"),
     [
-        ("pipeline.cli", "raise ImportError('initialization failed')"),
+        ("pipeline.cli.main", "raise ImportError('initialization failed')"),
         ("omegaconf", "raise ImportError('initialization failed')"),
         ("hydra.errors", "raise AttributeError('partially initialized module')"),
-        ("pipeline.validate", "raise SystemError('error return without exception set')"),
+        ("pipeline.cli.validate", "raise SystemError('error return without exception set')"),
     ],
 )
 @pytest.mark.faults

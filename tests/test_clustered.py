@@ -15,8 +15,6 @@ from scipy import stats
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gate_simulation as simulated
 
-from pipeline.assess.quality import figures_of, macro_f1, read_items, write_items
-from pipeline.assess.recorded import take_recorded
 from pipeline.compare import quality
 from pipeline.compare.blocks import disturbances as found_in
 from pipeline.compare.blocks import draw_design, in_time
@@ -33,8 +31,10 @@ from pipeline.compare.statistics import (
     wilson_interval,
 )
 from pipeline.compare.verdict import Outcome, quality_criterion
-from pipeline.config import PolicyConfig, QualityConfig, Task
+from pipeline.config.settings import PolicyConfig, QualityConfig, Task
 from pipeline.errors import UserError
+from pipeline.evaluation.quality.assess import figures_of, macro_f1, read_items, write_items
+from pipeline.evaluation.quality.recorded import take_recorded
 from pipeline.report.verdict import needed_words, unseen_words
 
 POLICY = PolicyConfig(min_items=50, min_documents=50)

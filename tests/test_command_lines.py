@@ -11,9 +11,9 @@ from here import here
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
-from pipeline.arguments import OTHER_NAMES, PATHS, check_words, elsewhere, for_hydra, is_path
-from pipeline.cli import main
-from pipeline.config import Run, dotted_keys
+from pipeline.cli.arguments import OTHER_NAMES, PATHS, check_words, elsewhere, for_hydra, is_path
+from pipeline.cli.main import main
+from pipeline.config.settings import Run, dotted_keys
 from pipeline.errors import UserError
 
 ODD_NAMES = [

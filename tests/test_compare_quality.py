@@ -24,8 +24,8 @@ from pipeline.compare.statistics import (
     paired_ratio_interval,
     tango_interval,
 )
-from pipeline.metrics import QUALITY_KEYS
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.metrics import QUALITY_KEYS
+from pipeline.ledger.schema import RESULT_SCHEMA
 
 Arrays = dict[str, np.ndarray]
 

@@ -30,8 +30,8 @@ from pipeline.compare.savings import (
     training_saving,
 )
 from pipeline.compare.statistics import abba_saving
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.values import Prov, Value, estimated, measured, null
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.ledger.values import Prov, Value, estimated, measured, null
 
 SPENDS = {
     spend.arm: spend

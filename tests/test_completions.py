@@ -10,8 +10,8 @@ import pytest
 from make_assess_models import byte_tokenizer
 from test_distill_cached import TINY, result_in
 
-from pipeline.cli import main
-from pipeline.config import DataConfig
+from pipeline.cli.main import main
+from pipeline.config.settings import DataConfig
 from pipeline.data.completions import check_apart, encode_completions, read_completions
 from pipeline.data.documents import Dataset, Document
 from pipeline.errors import UserError
@@ -105,7 +105,7 @@ def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known
 ) -> None:
     """No teacher is loaded beside it; what the completions cost is unknown, so no training saving is claimed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.training.stage.load_teacher", None)
+    monkeypatch.setattr("pipeline.stages.training.load_teacher", None)
     rows = [
         {"prompt": f"number {at} is ", "completion": f"followed by {at + 1}, and so on it goes"} for at in range(40)
     ]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from make_result import make_row, value
 
-from pipeline.cli import main
-from pipeline.config import CostConfig, CostKind
+from pipeline.cli.main import main
+from pipeline.cli.validate import check_owner
+from pipeline.config.settings import CostConfig, CostKind
 from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost, facility_energy, money, priced
-from pipeline.validate import check_owner
-from pipeline.values import declared, estimated, measured, null
+from pipeline.ledger.values import declared, estimated, measured, null
 
 SAID: dict[str, Any] = {"currency": "EUR", "source": "contract 7", "date": "2026-11-23"}
 RENTED = CostConfig(kind=CostKind.rented, per_device_hour=2.5, **SAID)
@@ -123,7 +123,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Compose and validate a command; return the run that would have been executed."""
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("pipeline.cli._execute", lambda run, *_: seen.append(run) or 0)
+    monkeypatch.setattr("pipeline.cli.main._execute", lambda run, *_: seen.append(run) or 0)
 
     def run(*args: str) -> Any:
         code = main(["recipe=baseline", *args], started_ns=0)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError

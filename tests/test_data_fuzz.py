@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_layouts import COMPRESSIONS, FORMATS, LABELLED_CELLS, ROW_CELLS, numbered
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_layouts import write_file
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.files import read_documents
 from pipeline.data.load import load_dataset

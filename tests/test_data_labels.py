@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Conflicting, DataConfig, Task
+from pipeline.config.settings import Conflicting, DataConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError

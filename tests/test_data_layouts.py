@@ -22,7 +22,7 @@ from data_layouts import (
     write_file,
 )
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_layouts import CALL, LABELLED_CELLS, ROW_CELLS, numbered
 
-from pipeline.config import DataConfig, DataFormat, Task
+from pipeline.config.settings import DataConfig, DataFormat, Task
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from here import here
 
-from pipeline.config import DataConfig, Shared, Task
+from pipeline.config.settings import DataConfig, Shared, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.embedded import load_stdlib_labels
 from pipeline.data.load import load_dataset

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.config import DataConfig, Shared, Task
+from pipeline.config.settings import DataConfig, Shared, Task
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
 

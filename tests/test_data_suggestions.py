@@ -12,7 +12,7 @@ import pytest
 from data_layouts import numbered
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pipeline.config import DataConfig, DataFormat, Task
+from pipeline.config.settings import DataConfig, DataFormat, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError

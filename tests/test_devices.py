@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import rows
-from pipeline.assess.decoding import Fixed
-from pipeline.attempt import Attempt
-from pipeline.config import Comparison, Run
+from pipeline.config.settings import Comparison, Run
+from pipeline.evaluation.serving.decoding import Fixed
 from pipeline.ledger import gpu_phases
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
-from pipeline.opening import without_baseline
 from pipeline.report import waste
+from pipeline.runs import rows
+from pipeline.runs.attempt import Attempt
+from pipeline.runs.opening import without_baseline
 from pipeline.stages.recover import RecoverStage
 from pipeline.stages.settings import TrainingOverrides
 from pipeline.stages.table import STAGES

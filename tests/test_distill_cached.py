@@ -15,8 +15,10 @@ import torch
 from make_journal import store, write_run
 from make_result import ARMS, DEPENDS, make_pair, make_quality, make_result, make_row, null, value
 
-from pipeline.cli import main
-from pipeline.config import (
+from pipeline.cli.main import main
+from pipeline.cli.recipes import find_recipes
+from pipeline.cli.validate import validate
+from pipeline.config.settings import (
     CaptureMethod,
     Comparison,
     DataConfig,
@@ -32,19 +34,17 @@ from pipeline.data.encode import encode_all
 from pipeline.data.load import load_dataset
 from pipeline.distillation.cache import TeacherCache, shard_name
 from pipeline.errors import UserError
-from pipeline.models import load_model, load_tokenizer
-from pipeline.out_of_memory import explain
-from pipeline.recipes import find_recipes
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.models.load import load_model, load_tokenizer
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown
 from pipeline.report.tables import closing_table
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.runs.out_of_memory import explain
+from pipeline.stages import capturing as capture_module
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
-from pipeline.tracking import deliver
-from pipeline.training import capture as capture_module
-from pipeline.validate import validate
+from pipeline.tracking.deliver import deliver
 
 TINY = [
     "recipe=distill_cached", "tracking.mlflow=false", "stages.teacher.steps=2", "training.steps=4",
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     cwd = tmp_path_factory.mktemp("cached")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr("pipeline.training.stage.load_teacher", None)
+        patch.setattr("pipeline.stages.training.load_teacher", None)
         assert main(TINY, started_ns=0) == 0
     return cwd, result_in(cwd)
 

@@ -13,16 +13,16 @@ from fake_nvml import NO_DRIVER, FakeNvml, Gpu
 from here import here
 from quiet import Quiet
 
-from pipeline.assess.serving import machine_conditions
 from pipeline.compare.savings import Reading, Spend, Tolerance, Trained, training_saving
+from pipeline.evaluation.serving.measure import machine_conditions
 from pipeline.gate.judge import _disturbed_training
 from pipeline.gate.references import _why_no_charge
 from pipeline.ledger import others
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.others import Others
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.values import Value, measured, null
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.ledger.values import Value, measured, null
 
 CORES = Tolerance(0.1, "the cores", is_shared=True)
 

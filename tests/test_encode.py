@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from make_assess_models import byte_tokenizer
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.data import encode
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all

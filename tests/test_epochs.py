@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from test_distill_cached import TINY
 
-from pipeline.cli import main
-from pipeline.config import Run, TrainingConfig
+from pipeline.cli.main import main
+from pipeline.config.settings import Run, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.settings import settle_epochs, steps_of, training_settings

@@ -13,7 +13,7 @@ import pytest
 from forked import Forked, run, start
 from here import here
 
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.schema import RESULT_SCHEMA
 
 pytestmark = pytest.mark.faults
 
@@ -93,7 +93,7 @@ def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
 
 DIES = """
 import os, signal, sys, time
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.ledger.journal import Journal
 
 write, seen = Journal.write, []

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 FULL_AT_THE_END = """
 import json, os, sys, time
 from pathlib import Path
-from pipeline import assemble, cli
+from pipeline.runs import assemble
+from pipeline.cli import main as cli
 
 real, filler = assemble.build_result, Path("filler")
 
@@ -85,7 +86,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_that_was_made(tmp_path: Pa
 def test_a_full_temporary_folder_is_no_reason_to_fail(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from pipeline import cli
+from pipeline.cli import main as cli
 os.environ["TMPDIR"] = os.getcwd() + "/full"
 os.mkdir("full")
 os.system("mount -t tmpfs -o size=4k tmpfs full; head -c 4096 /dev/zero > full/x 2>/dev/null; true")
@@ -99,7 +100,7 @@ sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
 
 JUMPS = """
 import sys, time
-from pipeline import cli
+from pipeline.cli import main as cli
 
 real, begun = time.time, time.time()
 jumps = (0, 86_400, -86_400, -10 * 365 * 86_400, 0)

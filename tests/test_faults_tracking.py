@@ -23,7 +23,7 @@ from forked import run, start
 from make_journal import store, write_run
 from mlflow import MlflowClient
 
-from pipeline.sync import main
+from pipeline.cli.commands.sync import main
 
 pytestmark = pytest.mark.faults
 

@@ -14,15 +14,15 @@ from make_assess_models import tiny
 from test_training_loop import CPU, batches_for, run, same, settings, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.config import Precision, PrecisionConfig, Task, TinyShape
+from pipeline.config.settings import Precision, PrecisionConfig, Task, TinyShape
 from pipeline.errors import Preempted, UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.stages.precision_choice import Tried, choose_precision, decide
 from pipeline.training import float8
 from pipeline.training.float8 import float8_layers, wide_layers
 from pipeline.training.loop import train
 from pipeline.training.objective import Objective
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, why_not
-from pipeline.training.precision_choice import Tried, choose_precision, decide
 
 pytest.importorskip("torchao")
 KINDS = list(float8.RECIPES)
@@ -172,7 +172,7 @@ def test_float8_is_refused_by_name_where_it_loses() -> None:
 
 
 def test_a_probe_tries_it_where_the_device_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.training import precision_choice
+    from pipeline.stages import precision_choice
 
     monkeypatch.setattr(precision_choice, "why_not", lambda *_: None)  # as if this were a GPU
     monkeypatch.setattr(precision_choice, "ROUNDS", 2)

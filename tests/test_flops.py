@@ -18,11 +18,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.padding import Padding
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
-from pipeline.training.step_flops import StepFlops
+from pipeline.stages.step_flops import StepFlops
 
 
 def llama_forward(length: int, vocabulary: int) -> int:

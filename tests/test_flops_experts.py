@@ -13,10 +13,10 @@ from here import here
 from make_assess_models import byte_tokenizer, saved
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.ledger import flops
 from pipeline.ledger.flops import active_parameters, count_flops, expert_shares, six_n, suspicion
-from pipeline.training.step_flops import ModelFlops, doubt
+from pipeline.stages.step_flops import ModelFlops, doubt
 
 V, H, M, E, K, L, T = 128, 64, 32, 8, 2, 2, 16  # vocabulary, width, of an expert, experts, of a token, layers, tokens
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": L, "hidden_size": H, "vocab_size": V}

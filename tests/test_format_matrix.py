@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from format_matrix import ARCHITECTURES, CPU, FORMATS, cell
 
-from pipeline.config import SIXTEEN_BITS, Format
+from pipeline.config.settings import SIXTEEN_BITS, Format
 from pipeline.quantization.backend import FUSES
 from pipeline.quantization.reload_check import check_bit_equal
 

@@ -11,11 +11,19 @@ import torch
 from make_assess_models import byte_tokenizer, saved
 from test_assess_quality import causal_documents, labelled_documents, trained
 
-from pipeline.config import Format, Prefer, QualityConfig, Run, ServingConfig, ServingLoad, Task
+from pipeline.config.settings import (
+    Format,
+    Prefer,
+    QualityConfig,
+    Run,
+    ServingConfig,
+    ServingLoad,
+    Task,
+)
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats
 from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Found, Searcher, Trial

@@ -21,13 +21,13 @@ from quiet import read_truly
 from safetensors.torch import load_file, save_file
 from test_run import TINY
 
-from pipeline import assemble, opening
-from pipeline.assess import serving
 from pipeline.errors import UserError
+from pipeline.evaluation.serving import measure as serving
 from pipeline.gate.record import as_recorded, checksum, recall, record
-from pipeline.store import Store
-from pipeline.tracking import deliver
-from pipeline.values import measured, null
+from pipeline.ledger.values import measured, null
+from pipeline.runs import assemble, opening
+from pipeline.store.artifacts import Store
+from pipeline.tracking.deliver import deliver
 
 GATE = [
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
@@ -37,8 +37,8 @@ GATE = [
 MLFLOW = "tracking.mlflow=true"
 CRASHES = """
 import sys, time
-from pipeline import cli
-from pipeline.assess import serving
+from pipeline.cli import main as cli
+from pipeline.evaluation.serving import measure as serving
 
 def crash(*_, **__):
     raise ZeroDivisionError("no time at all")

@@ -16,8 +16,7 @@ import pytest
 import torch
 from make_assess_models import saved, tiny
 
-from pipeline.assess.server import load
-from pipeline.config import (
+from pipeline.config.settings import (
     SIXTEEN_BITS,
     Decode,
     Divergence,
@@ -31,14 +30,15 @@ from pipeline.config import (
 )
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
+from pipeline.evaluation.serving.server import load
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
 from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats, quantize
 from pipeline.quantization.backend import why_not as why_not_quantize
-from pipeline.schema import RESULT_SCHEMA
 from pipeline.training.loop import Hooks, train
 from pipeline.training.objective import Objective
 from pipeline.training.precision import why_not

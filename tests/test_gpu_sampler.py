@@ -14,7 +14,7 @@ from pipeline.ledger import gpu_sampler
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage
 from pipeline.ledger.nvml import Absent, open_reader
-from pipeline.values import Prov
+from pipeline.ledger.values import Prov
 
 
 def _sampler(nvml: FakeNvml) -> Sampler:

@@ -24,7 +24,7 @@ from pipeline.ledger.gpu_timeline import (
     step_window,
     summary,
 )
-from pipeline.values import Prov
+from pipeline.ledger.values import Prov
 
 NCCL = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 GEMM = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64"

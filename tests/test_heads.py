@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.errors import UserError
-from pipeline.heads import refuse_other_head
-from pipeline.models import check_loads, load_config, save_model
+from pipeline.models.heads import refuse_other_head
+from pipeline.models.load import check_loads, load_config, save_model
 
 QUICK = ("policy=smoke", "tracking.mlflow=false", "data.max_documents=40", "quality.max_documents=8")
 SMALL = {"vocab_size": 300, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -11,19 +11,19 @@ from make_assess_models import tiny
 from test_distill_cached import TINY, result_in
 from test_training_loop import CPU, batches_for, run, settings
 
-from pipeline.cli import main
-from pipeline.config import Precision, Run, Task, TinyShape
+from pipeline.cli.main import main
+from pipeline.config.settings import Precision, Run, Task, TinyShape
 from pipeline.data.batches import IGNORE
 from pipeline.distillation.hidden import HiddenSignal, WithProjections, layer_pairs
 from pipeline.distillation.losses import Loss
-from pipeline.distillation.selfcheck import gradient_share
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.models.load import load_model
+from pipeline.models.student import choose_layers
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
-from pipeline.student import choose_layers
 from pipeline.training.objective import Objective, Teacher, document_mask
+from pipeline.training.selfcheck import gradient_share
 
 WIDE = TinyShape(hidden_size=128, layers=4, heads=2, intermediate_size=128)
 KEY = "stages.student.layer_map"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from make_result import make_run
 
+from pipeline.cli.commands.history import main
 from pipeline.compare.history import (
     Judged,
     between_variance,
@@ -30,12 +31,11 @@ from pipeline.compare.history import (
 from pipeline.compare.statistics import abba_saving, look_alpha
 from pipeline.gate.history import as_json, history_of, of_verdict
 from pipeline.gate.record import as_recorded, checksum
-from pipeline.history import main
 from pipeline.ledger.journal import Journal
-from pipeline.registry import Candidate, promote, read_verdicts
 from pipeline.report.history import recent, to_csv
 from pipeline.report.verdict import verdict_section
-from pipeline.tracking import deliver
+from pipeline.tracking.deliver import deliver
+from pipeline.tracking.registry import Candidate, promote, read_verdicts
 
 # -- simulation --------------------------------------------------------------------------------------------------------
 

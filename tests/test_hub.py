@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from pipeline import hub
+from pipeline.store import hub
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 from make_result import make_result
 
-from pipeline.json_schema import why_not
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.json_schema import why_not
+from pipeline.ledger.schema import RESULT_SCHEMA
 
 ODD: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"v": None}, 10**6, "measured"]
 

@@ -22,7 +22,7 @@ from test_gpu_timeline import kernel, launch, x
 from pipeline.ledger.gpu_phases import device_phases
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
-from pipeline.values import declared, null
+from pipeline.ledger.values import declared, null
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 claims: Any = importlib.import_module("known_load.claims")

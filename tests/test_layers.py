@@ -37,11 +37,11 @@ from transformers import (
     XLMConfig,
 )
 
-from pipeline.config import StudentConfig, Task
+from pipeline.config.settings import StudentConfig, Task
 from pipeline.errors import StageFailed, UserError
-from pipeline.layers import check_layers, cut_config, layer_count, with_layers
-from pipeline.models import load_model, save_model
-from pipeline.student import make_student, stacked, student_config
+from pipeline.models.layers import check_layers, cut_config, layer_count, with_layers
+from pipeline.models.load import load_model, save_model
+from pipeline.models.student import make_student, stacked, student_config
 
 SAME: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
                         "num_key_value_heads": 2, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.recipes import find_recipes, recipe_text
+from pipeline.cli.main import main
+from pipeline.cli.recipes import find_recipes, recipe_text
 
 STAGES = [
     (name, stage)

@@ -14,11 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.assess.scoring import cut_windows, score_causal
-from pipeline.config import Task, TinyShape
+from pipeline.config.settings import Task, TinyShape
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
-from pipeline.models import make_tiny
+from pipeline.evaluation.quality.scoring import cut_windows, score_causal
+from pipeline.models.load import make_tiny
 
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 SHAPE = TinyShape(hidden_size=64, layers=1, heads=2, intermediate_size=64)

@@ -17,22 +17,22 @@ import pytest
 import torch
 from here import here
 
-import pipeline.assess.quality
-import pipeline.assess.serving
-import pipeline.assess.vllm_check
-import pipeline.comparison
-import pipeline.training.stage
-import pipeline.training.teaching
+import pipeline.evaluation.quality.assess
+import pipeline.evaluation.serving.measure
+import pipeline.evaluation.serving.vllm_check
+import pipeline.runs.comparison
+import pipeline.stages.teaching
+import pipeline.stages.training
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger import flops, memory, others
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_phases import GpuPhases
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.memory import MemoryMeter
+from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.report.markdown import markdown
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.store import digest_folder
+from pipeline.store.artifacts import digest_folder
 
 TINY = ["recipe=distill", "stages.teacher.steps=2", "training.steps=2", "training.batch_size=4",
         "training.sequence_length=48", "data.max_documents=24", "quality.max_documents=20", "quality.bootstrap=200",
@@ -91,21 +91,22 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
                  "accounts cannot be read (Boom: broken on purpose)"),
     "memory": (lambda patch: patch.setattr(memory, "_status_bytes", boom),
                "the process's memory could not be measured"),
-    "peak": (lambda patch: patch.setattr("pipeline.rows.peak", boom), "the peak rate could not be measured"),
+    "peak": (lambda patch: patch.setattr("pipeline.runs.rows.peak", boom), "the peak rate could not be measured"),
     "sampler": (lambda patch: patch.setattr(Sampler, "_tick", boom), ""),
-    "placement": (lambda patch: patch.setattr("pipeline.opening.placement", boom),
+    "placement": (lambda patch: patch.setattr("pipeline.runs.opening.placement", boom),
                   "the placement could not be measured"),
-    "grant": (lambda patch: patch.setattr("pipeline.opening.grant", boom), "the scheduler's grant could not be"),
-    "environment": (lambda patch: patch.setattr("pipeline.assemble.version", boom), ""),
-    "commit": (lambda patch: patch.setattr("pipeline.assemble.subprocess", SimpleNamespace(run=boom)), ""),
-    "gradient": (lambda patch: patch.setattr(pipeline.training.teaching, "gradient_share", boom),
+    "grant": (lambda patch: patch.setattr("pipeline.runs.opening.grant", boom), "the scheduler's grant could not be"),
+    "environment": (lambda patch: patch.setattr("pipeline.runs.assemble.version", boom), ""),
+    "commit": (lambda patch: patch.setattr("pipeline.runs.assemble.subprocess", SimpleNamespace(run=boom)), ""),
+    "gradient": (lambda patch: patch.setattr(pipeline.stages.teaching, "gradient_share", boom),
                  "the teacher's gradient could not be measured"),
-    "vllm": (lambda patch: [patch.setattr("pipeline.attempt.vllm_why_not", lambda *_: None),
-                            patch.setattr("pipeline.attempt.check_vllm", boom)],
+    "vllm": (lambda patch: [patch.setattr("pipeline.runs.attempt.vllm_why_not", lambda *_: None),
+                            patch.setattr("pipeline.runs.attempt.check_vllm", boom)],
              "vLLM: failed (agreement with vLLM could not be measured"),
-    "vllm_question": (lambda patch: patch.setattr("pipeline.attempt.vllm_why_not", boom), "vLLM could not be measured"),
-    "energy": (lambda patch: patch.setattr(pipeline.assess.serving, "_units_per_joule", boom), ""),
-    "charge": (lambda patch: patch.setattr("pipeline.comparison.charge", boom), "what models cost could not be"),
+    "vllm_question": (lambda patch: patch.setattr("pipeline.runs.attempt.vllm_why_not", boom),
+                      "vLLM could not be measured"),
+    "energy": (lambda patch: patch.setattr(pipeline.evaluation.serving.measure, "_units_per_joule", boom), ""),
+    "charge": (lambda patch: patch.setattr("pipeline.runs.comparison.charge", boom), "what models cost could not be"),
 }  # fmt: skip
 """By measurement: what breaks its innermost call, and what the report then says."""
 
@@ -179,7 +180,7 @@ def test_where_not_even_six_n_is_known_the_control_says_why_it_has_no_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flops, "_twin", boom)
-    monkeypatch.setattr("pipeline.training.step_flops.six_n", boom)
+    monkeypatch.setattr("pipeline.stages.step_flops.six_n", boom)
     done = here(tmp_path, *TINY)
     assert done.returncode == 1
     assert "student has no FLOPs to match: the model cannot be counted (Boom: broken on purpose)" in done.stderr
@@ -188,7 +189,7 @@ def test_where_not_even_six_n_is_known_the_control_says_why_it_has_no_steps(
 
 
 def test_validation_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.training.stage, "validation_metric", boom)
+    monkeypatch.setattr(pipeline.stages.training, "validation_metric", boom)
     code, result, report = run(tmp_path)
     assert code == 0
     assert "validation after step 2 could not be measured (Boom: broken on purpose)" in report.replace("\\", "")
@@ -199,7 +200,7 @@ def test_validation_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pyt
 def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.assess.serving, "measure_interleaved", boom)
+    monkeypatch.setattr(pipeline.evaluation.serving.measure, "measure_interleaved", boom)
     code, result, report = run(tmp_path)
     assert code == 0
     why = "serving could not be measured (Boom: broken on purpose)"
@@ -212,7 +213,7 @@ def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
 def test_quality_that_fails_loses_nothing_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An assessment is no mere measurement: the run fails, and the same command goes on from the trained model."""
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.assess.quality, "score_causal", boom)
+        patch.setattr(pipeline.evaluation.quality.assess, "score_causal", boom)
         assert here(tmp_path, *TINY).returncode == 1
     (folder,) = (tmp_path / "mlruns/runs").iterdir()
     first = json.loads((folder / "result.json").read_text())
@@ -233,7 +234,7 @@ def test_a_writer_that_cannot_be_started_is_said(
     def fail(*_: Any) -> Any:
         raise error("no process")
 
-    monkeypatch.setattr("pipeline.opening.start_writer", fail)
+    monkeypatch.setattr("pipeline.runs.opening.start_writer", fail)
     done = here(tmp_path, "recipe=baseline", *PLAIN)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
@@ -287,8 +288,8 @@ def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
 
 
 def test_lm_eval_that_fails_after_training_leaves_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.assess import tasks
-    from pipeline.config import QualityConfig
+    from pipeline.config.settings import QualityConfig
+    from pipeline.evaluation.quality import tasks
 
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps({"q": f"{n} plus one is", "a": f" {n + 1}"}) + "\n" for n in range(6)))
@@ -300,7 +301,7 @@ def test_lm_eval_that_fails_after_training_leaves_nulls(tmp_path: Path, monkeypa
     config = QualityConfig(tasks=[str(file)])
     assert tasks.asked_metrics(config) == [("sums", "acc")]
     monkeypatch.setattr(tasks, "run_tasks", boom)
-    found = pipeline.assess.quality._no_tasks(config, tmp_path / "items.jsonl", "Boom: broken on purpose")
+    found = pipeline.evaluation.quality.assess._no_tasks(config, tmp_path / "items.jsonl", "Boom: broken on purpose")
     assert found["task/sums/acc"]["why_null"] == "lm-eval's tasks could not be measured (Boom: broken on purpose)"
     pytest.importorskip("lm_eval")
     done = here(tmp_path, "recipe=baseline", *PLAIN, "tracking.mlflow=false", f"quality.tasks=[{file}]")

@@ -14,22 +14,22 @@ import torch
 from make_result import make_result, make_row, value
 from test_attempt import FakeStage, fake_assessment, fake_serving, invoke, minutes, of_run, the_run
 
-import pipeline.assess.quality
-import pipeline.comparison
-from pipeline.attempt import Attempt
-from pipeline.cli import main
-from pipeline.config import Precision, Run
+import pipeline.evaluation.quality.assess
+import pipeline.runs.comparison
+from pipeline.cli.main import main
+from pipeline.config.settings import Precision, Run
 from pipeline.errors import StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
-from pipeline.out_of_memory import explain
+from pipeline.ledger.values import Prov, measured
 from pipeline.report.markdown import markdown
+from pipeline.runs.attempt import Attempt
+from pipeline.runs.out_of_memory import explain
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
-from pipeline.store import Artifact
-from pipeline.values import Prov, measured
+from pipeline.store.artifacts import Artifact
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ def test_assessment_and_serving_in_smaller_parts(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_host_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.out_of_memory.host_now", lambda: memory.host_now(proc(tmp_path / "proc")))
+    monkeypatch.setattr("pipeline.runs.out_of_memory.host_now", lambda: memory.host_now(proc(tmp_path / "proc")))
     torchs = RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."
     )
@@ -274,10 +274,10 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
 ) -> None:
     """The student runs out 6 min in, 4 after its checkpoint was made; the same command goes on from that checkpoint."""
     FakeCuda(monkeypatch)
-    monkeypatch.setattr(pipeline.assess.quality, "assess_quality", fake_assessment)
+    monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
-    monkeypatch.setattr(pipeline.comparison, "serve", fake_serving)
-    monkeypatch.setattr(pipeline.comparison, "other_tokenizers", lambda *_: False)
+    monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
+    monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))
     opened = test_attempt.open_fake
 
@@ -316,7 +316,7 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
 def test_from_the_command_line_it_is_one_line_and_exit_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pipeline.training.stage as stage
+    import pipeline.stages.training as stage
 
     def no_room(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes.")

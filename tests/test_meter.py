@@ -17,12 +17,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from mlflow import MlflowClient
 
+from pipeline.cli.commands.meter import HELP, main
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.ranks import IDLE, apportion, merge, read_lives
-from pipeline.meter import HELP, main
-from pipeline.metering.recovery import recover
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.tracking import deliver
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.runs.metering.recovery import recover
+from pipeline.tracking.deliver import deliver
 
 PROGRAMS = Path(__file__).parent / "programs"
 PYTHON = sys.executable
@@ -37,7 +37,7 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(root: Path, *args: str | Path, options: tuple[str, ...] = ("--no-mlflow",)) -> subprocess.Popen[str]:
-    command = [PYTHON, "-m", "pipeline.meter", "--root", str(root), *options, "--", *map(str, args)]
+    command = [PYTHON, "-m", "pipeline", "meter", "--root", str(root), *options, "--", *map(str, args)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
@@ -154,7 +154,7 @@ def test_a_program_that_says_nothing_is_not_called_waste(tmp_path: Path) -> None
 
 
 def test_a_meter_inside_a_meter_says_where_it_stands(tmp_path: Path) -> None:
-    inner = ("-m", "pipeline.meter", "--name", "inner", "--root", str(tmp_path / "inner"), "--no-mlflow", "--")
+    inner = ("-m", "pipeline", "meter", "--name", "inner", "--root", str(tmp_path / "inner"), "--no-mlflow", "--")
     program = "import time, pipeline\nwith pipeline.phase('eval'): time.sleep(0.05)\npipeline.count(tokens=1)"
     code, _, err = run(tmp_path / "outer", PYTHON, *inner, PYTHON, "-c", program)
     assert code == 0, err
@@ -259,7 +259,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
     program = "import time\ntry:\n  print('ready', flush=True)\n  while True: time.sleep(0.05)\n"
     program += "except KeyboardInterrupt:\n  print('caught-it')\n  time.sleep(0.3)\n  print('went-on')\n"
     program += "  raise SystemExit(3)"
-    metered = [PYTHON, "-m", "pipeline.meter", "--root", str(tmp_path), "--no-mlflow", "--", PYTHON, "-c", program]
+    metered = [PYTHON, "-m", "pipeline", "meter", "--root", str(tmp_path), "--no-mlflow", "--", PYTHON, "-c", program]
     terminal = f"import pty, os, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({metered!r})))"
     process = subprocess.Popen([PYTHON, "-c", terminal], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -276,7 +276,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
 
 def test_nohup_holds_for_the_command_too(tmp_path: Path) -> None:
     program = "import signal; print(signal.getsignal(signal.SIGHUP))"
-    ignored = f"trap '' HUP; exec {PYTHON} -m pipeline.meter --root {tmp_path} --no-mlflow -- {PYTHON} -c '{program}'"
+    ignored = f"trap '' HUP; exec {PYTHON} -m pipeline meter --root {tmp_path} --no-mlflow -- {PYTHON} -c '{program}'"
     done = subprocess.run(["sh", "-c", ignored], capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr  # SIG_IGN
 
@@ -345,7 +345,7 @@ def test_the_next_meter_ends_what_a_killed_one_left_elsewhere_too(tmp_path: Path
 
 PRICED = ["--rate", "2", "--rate-source", "list", "--rate-date", "2026-11-23", "--currency", "EUR"]
 REFUSED: list[tuple[list[str], int, str]] = [
-    ([], 2, "command: is missing; write it after --: python -m pipeline.meter -- python train.py"),
+    ([], 2, "command: is missing; write it after --: python -m pipeline meter -- python train.py"),
     (["python", "train.py"], 2, "python: is no option of the meter; write -- before the command; --help lists the"),
     (["--name"], 2, "--name: has no value; write --name VALUE"),
     (["--name", "a b", "--", "true"], 1, "--name: 'a b' is no name; use letters, digits, and _ . + - in between"),

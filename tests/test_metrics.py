@@ -5,7 +5,7 @@ from __future__ import annotations
 from make_result import make_row, value
 
 from pipeline.ledger.gpu_usage import FIGURES
-from pipeline.metrics import BY_KEY, CATALOGUE, row_summary
+from pipeline.ledger.metrics import BY_KEY, CATALOGUE, row_summary
 
 ELSEWHERE = {"energy_j": "compute/energy_j", "memory_used_peak_bytes": "compute/nvml_peak_bytes",
              "busy": "compute/busy_gpu_hours", "sm_active": "compute/sm_active_gpu_hours",

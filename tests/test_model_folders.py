@@ -41,18 +41,26 @@ from transformers import (
     XLNetConfig,
 )
 
-from pipeline import models
-from pipeline.base_model import base_artifact, is_remade
-from pipeline.config import ModelConfig, Run, StudentConfig, Task
+from pipeline.config.settings import ModelConfig, Run, StudentConfig, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
-from pipeline.layers import layer_count
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import check_loads, example_length, load_config, load_model, load_tokenizer, positions, save_model
-from pipeline.store import Store
-from pipeline.student import make_student
+from pipeline.models import load as models
+from pipeline.models.layers import layer_count
+from pipeline.models.load import (
+    check_loads,
+    example_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    positions,
+    save_model,
+)
+from pipeline.models.student import make_student
+from pipeline.models.weights import check_finite, refuse_not_finite
+from pipeline.runs.base_model import base_artifact, is_remade
+from pipeline.store.artifacts import Store
 from pipeline.training.objective import examine
-from pipeline.weights import check_finite, refuse_not_finite
 
 CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm
 SAME: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,

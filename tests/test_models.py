@@ -24,10 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.config import StudentConfig, Task, TinyShape
+from pipeline.config.settings import StudentConfig, Task, TinyShape
 from pipeline.errors import UserError
-from pipeline.models import load_model, load_tokenizer, make_tiny, save_model
-from pipeline.student import choose_layers, make_student
+from pipeline.models.load import load_model, load_tokenizer, make_tiny, save_model
+from pipeline.models.student import choose_layers, make_student
 
 SHAPE = TinyShape(hidden_size=64, layers=6, heads=2, intermediate_size=64)
 
@@ -272,11 +272,11 @@ def test_a_folder_that_is_not_there_is_told_from_a_name_of_the_hub(
 ) -> None:
     import huggingface_hub.constants
 
-    from pipeline.base_model import _given
-    from pipeline.config import ModelConfig
+    from pipeline.config.settings import ModelConfig
+    from pipeline.runs.base_model import _given
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("pipeline.hub._known", {})  # what another test of this process found
+    monkeypatch.setattr("pipeline.store.hub._known", {})  # what another test of this process found
     monkeypatch.chdir(tmp_path)
     for path in ("./model", "/nowhere/model", "a/b/c", "~/no such"):
         with pytest.raises(UserError, match="is not a folder"):

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.config import Run, dotted_keys
+from pipeline.cli.main import main
+from pipeline.cli.no_effect import NOTED, RULES, check_given, given_keys, recipe_keys, why_no_effect
+from pipeline.cli.recipes import find_recipes
+from pipeline.config.settings import Run, dotted_keys
 from pipeline.errors import UserError
-from pipeline.no_effect import NOTED, RULES, check_given, given_keys, recipe_keys, why_no_effect
-from pipeline.recipes import find_recipes
 
 
 @cache

@@ -12,7 +12,15 @@ import pytest
 from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
 
 from pipeline.ledger.gpm import ACTIVITY
-from pipeline.ledger.nvml import COUNTERS, FIELDS, NvmlReader, Reading, full_uuid, open_reader, reader_for
+from pipeline.ledger.nvml import (
+    COUNTERS,
+    FIELDS,
+    NvmlReader,
+    Reading,
+    full_uuid,
+    open_reader,
+    reader_for,
+)
 
 
 def _open(nvml: FakeNvml, *uuids: str) -> Any:

@@ -14,8 +14,8 @@ from test_training_loop import CPU, run, settings
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.cli import main
-from pipeline.config import Divergence, Precision, Run, Task
+from pipeline.cli.main import main
+from pipeline.config.settings import Divergence, Precision, Run, Task
 from pipeline.data.batches import IGNORE, PackedBatches, num_tokens
 from pipeline.data.encode import Encoded
 from pipeline.data.prompts import PROMPT_MASK, PartlySampled, Prompts
@@ -25,9 +25,9 @@ from pipeline.errors import UserError
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.distill import DistillStage
+from pipeline.stages.step_flops import StepFlops
 from pipeline.stages.train import TrainStage
 from pipeline.training.objective import Objective, Teacher
-from pipeline.training.step_flops import StepFlops
 
 END = 2
 DISTIL = [arg.replace("distill_cached", "distill") for arg in TINY]

@@ -10,7 +10,7 @@ import torch
 from make_assess_models import tiny
 from test_training_loop import CPU, run, same, settings, weights
 
-from pipeline.config import OptimizerKind, Precision, Run, Task, TinyShape, TrainingConfig
+from pipeline.config.settings import OptimizerKind, Precision, Run, Task, TinyShape, TrainingConfig
 from pipeline.errors import Preempted, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.distill import DistillStage

@@ -15,11 +15,11 @@ from here import here
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from test_run import TINY, result_in
 
-import pipeline.assess.quality
 import pipeline.quantization.backend as backend
-from pipeline.config import Format, Prefer, Task
+from pipeline.config.settings import Format, Prefer, Task
 from pipeline.errors import StageFailed, UserError
-from pipeline.models import load_model, save_model
+from pipeline.evaluation.quality import assess
+from pipeline.models.load import load_model, save_model
 from pipeline.quantization import bnb, reload_check, sixteen
 from pipeline.quantization.backend import quantize
 from pipeline.quantization.search import Searcher, Trial
@@ -215,8 +215,8 @@ FAULTS = {
     "saving": (backend, "save_model", AttributeError("no dtype"), "does not run in nf4 by bitsandbytes (AttributeErro"),
     "proving": (backend, "check_bit_equal", StageFailed("is not the model"), "is not the model"),
     "memory": (backend, "take_reference", MemoryError(), "out of host memory"),
-    "assessing": (pipeline.assess.quality, "score_causal", IndexError("out of range"), "IndexError: out of range"),
-    "numbers": (pipeline.assess.quality, "score_causal", StageFailed("outputs are not finite"), "outputs are not fini"),
+    "assessing": (assess, "score_causal", IndexError("out of range"), "IndexError: out of range"),
+    "numbers": (assess, "score_causal", StageFailed("outputs are not finite"), "outputs are not fini"),
 }
 
 

@@ -14,7 +14,7 @@ from quiet import Quiet
 from pipeline.ledger import others
 from pipeline.ledger.disturbance import Disturbance, mean, of_host
 from pipeline.ledger.others import Accounts, Load, load_between, stolen, taken, throttled
-from pipeline.values import measured, null
+from pipeline.ledger.values import measured, null
 
 
 @pytest.fixture(autouse=True)

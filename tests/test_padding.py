@@ -32,17 +32,17 @@ from transformers import (
     XLNetConfig,
 )
 
-from pipeline.assess.scoring import score_classification
-from pipeline.config import Precision, Task
+from pipeline.config.settings import Precision, Task
 from pipeline.data.batches import PaddedBatches
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding, logits_of, read_by
 from pipeline.distillation.losses import Loss
+from pipeline.evaluation.quality.scoring import score_classification
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model, save_model
+from pipeline.models.load import load_model, save_model
+from pipeline.models.weights import keep_attention
 from pipeline.training.objective import Objective, Teacher
-from pipeline.weights import keep_attention
 
 TASK = Task.sequence_classification
 CPU = torch.device("cpu")

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import rows
-from pipeline.cli import main
-from pipeline.config import CostConfig, Precision, Run, check_ranges
+from pipeline.cli.main import main
+from pipeline.config.settings import CostConfig, Precision, Run, check_ranges
 from pipeline.errors import UserError
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.peaks import PEAKS, device_name, peak
 from pipeline.ledger.record import Spent, ledger
+from pipeline.ledger.values import Prov, Value, declared, estimated, null
+from pipeline.runs import rows
 from pipeline.stages.context import Output
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
-from pipeline.values import Prov, Value, declared, estimated, null
 
 PRECISIONS = {"fp32", "tf32", "bf16", "fp16", "fp8", "int8"}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.phases import PhaseClock, difference
-from pipeline.metrics import PHASES
 
 
 class Clock:

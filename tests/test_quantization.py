@@ -22,9 +22,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.config import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings import SIXTEEN_BITS, Format, Task
 from pipeline.errors import StageFailed, UserError
-from pipeline.models import load_model, save_model
+from pipeline.models.load import load_model, save_model
 from pipeline.quantization import ao, backend, bnb
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
 from pipeline.quantization.layers import Choice, abbreviate

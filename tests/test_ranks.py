@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ledger.ranks import IDLE, NOT_COUNTED, Life, apportion, counts, lanes, merge, read_lives, restarts
+from pipeline.ledger.ranks import (
+    IDLE,
+    NOT_COUNTED,
+    Life,
+    apportion,
+    counts,
+    lanes,
+    merge,
+    read_lives,
+    restarts,
+)
 
 S = 10**9
 

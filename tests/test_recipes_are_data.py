@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.arguments import check_words
-from pipeline.cli import main
+from pipeline.cli.arguments import check_words
+from pipeline.cli.main import main
+from pipeline.cli.recipes import (
+    GROUPS,
+    MAX_BYTES,
+    Recipe,
+    config_dir,
+    find_recipes,
+    names_code,
+    read_recipe,
+)
 from pipeline.errors import UserError
-from pipeline.recipes import GROUPS, MAX_BYTES, Recipe, config_dir, find_recipes, names_code, read_recipe
 
 PLAIN = "# Is it data?\ndefaults:\n  - /stage@stages.only: train\nprimary_arm: only\n"
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_result import make_empty_ledger, make_ledger, null, value
 
-from pipeline.config import CostConfig
+from pipeline.config.settings import CostConfig
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
+from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.reconcile import problems
 from pipeline.ledger.record import Spent, ledger
-from pipeline.metrics import PHASES
 
 
 def _closed() -> dict[str, Any]:
@@ -100,6 +100,6 @@ def test_what_the_ledger_writes_always_closes(phases: dict[str, int], lost_ns: i
 
 
 def _nothing() -> Any:
-    from pipeline.values import null as no
+    from pipeline.ledger.values import null as no
 
     return no("not read")

@@ -18,8 +18,8 @@ from test_run import result_in
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeline.quantization.backend
-from pipeline.config import SIXTEEN_BITS, Format, Task
-from pipeline.models import load_model
+from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.models.load import load_model
 from pipeline.quantization import fake, sixteen
 from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, why_not
 from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quantize
@@ -419,7 +419,7 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(climb: Cli
         return Preempted if len(asked) == 8 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.attempt.Attempt._should_stop", stop_at_8)
+        patch.setattr("pipeline.runs.attempt.Attempt._should_stop", stop_at_8)
         assert other.run(*settings).returncode == 75
     result = other(*settings)
     rows = [row for row in result["rows"] if row["arm"] == "quantized/lora"]

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Run, StudentConfig
-from pipeline.redact import REDACTED, has_login, redact_override, redact_settings, redact_value, without_login
-from pipeline.store import plain
+from pipeline.config.redaction import (
+    REDACTED,
+    has_login,
+    redact_override,
+    redact_settings,
+    redact_value,
+    without_login,
+)
+from pipeline.config.settings import Run, StudentConfig
+from pipeline.store.artifacts import plain
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrSt"  # no real one
 

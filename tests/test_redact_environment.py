@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pipeline.redact import REDACTED, names_secret, redact, redact_json
+from pipeline.config.redaction import REDACTED, names_secret, redact, redact_json
 
 SECRET = [
     "PGPASSWORD",

@@ -18,10 +18,17 @@ import pytest
 from here import here
 from test_faults import SMALL
 
-from pipeline.config import Run
+from pipeline.config.redaction import (
+    REDACTED,
+    Clean,
+    clean_output,
+    names_secret,
+    redact,
+    redact_json,
+)
+from pipeline.config.settings import Run
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.redact import REDACTED, Clean, clean_output, names_secret, redact, redact_json
-from pipeline.store import read_json, write_json, write_text
+from pipeline.store.artifacts import read_json, write_json, write_text
 
 JWT = ".".join(
     base64.urlsafe_b64encode(part).decode().rstrip("=") for part in (b'{"alg":"HS256"}', b'{"sub":"1234"}', b"x" * 32)
@@ -98,8 +105,8 @@ def test_words_digests_and_identifiers_stay() -> None:
 
 
 def test_names_of_this_project_name_no_secret() -> None:
-    from pipeline import metrics
-    from pipeline.schema import RESULT_SCHEMA
+    from pipeline.ledger import metrics
+    from pipeline.ledger.schema import RESULT_SCHEMA
 
     def keys(schema: Any) -> set[str]:
         if isinstance(schema, dict):
@@ -193,7 +200,7 @@ def secret(number: int) -> str:
 
 def test_no_planted_secret_is_found_anywhere(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings, environment, paths, exceptions; then files, terminal, MLflow's store."""
-    from pipeline.tracking import deliver
+    from pipeline.tracking.deliver import deliver
 
     settings = text_settings()
     assert set(settings) > FREE
@@ -215,7 +222,7 @@ def test_no_planted_secret_is_found_anywhere(root: Path, monkeypatch: pytest.Mon
     planted = [f"{key}={secret(number)}" for number, key in enumerate(settings) if key in FREE]
     run = ["recipe=baseline", *small, "training.steps=2", f"tracking.root={root}", f"data.path={data / 'd.jsonl'}",
            *planted[1:], "model.name=planted-in-the-environment", "tracking.mlflow=true"]  # fmt: skip
-    monkeypatch.setattr("pipeline.opening.start_writer", lambda _: None)
+    monkeypatch.setattr("pipeline.runs.opening.start_writer", lambda _: None)
     done = here(root, *run)
     assert done.returncode == 0, done.stderr
     said += done.stdout + done.stderr
@@ -225,7 +232,7 @@ def test_no_planted_secret_is_found_anywhere(root: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.training.loop.train", fails, raising=False)
-        patch.setattr("pipeline.attempt.Attempt._work", fails)
+        patch.setattr("pipeline.runs.attempt.Attempt._work", fails)
         done = here(root, *run, "seed=1", "--debug")
     assert done.returncode == 1
     assert "RuntimeError: cannot reach" in done.stderr

@@ -16,13 +16,13 @@ import torch
 from make_assess_models import saved, tiny
 from transformers import BertConfig, BertForMaskedLM
 
-from pipeline import store
-from pipeline.cli import main
-from pipeline.config import Task
+from pipeline.cli.main import main
+from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.ledger.journal import Journal
-from pipeline.models import check_loads, load_model, load_tokenizer, save_model
-from pipeline.opening import quiet_libraries
+from pipeline.models.load import check_loads, load_model, load_tokenizer, save_model
+from pipeline.runs.opening import quiet_libraries
+from pipeline.store import artifacts as store
 
 Refuse = Callable[..., str]
 LINES = [{"text": f"document {number} of a small set, long enough to be one"} for number in range(80)]

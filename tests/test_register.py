@@ -17,17 +17,17 @@ from make_assess_models import saved, tiny
 from make_result import make_result, make_row, make_unfinished, null
 from mlflow import MlflowClient
 
+from pipeline.cli.commands.register import find_run, main, read_charge, register
 from pipeline.compare.savings import all_in, c_opt, c_total
-from pipeline.comparison import spends_of
-from pipeline.config import ModelConfig, Run, StudentConfig, Task
+from pipeline.config.settings import ModelConfig, Run, StudentConfig, Task
 from pipeline.ledger.peaks import device_name
-from pipeline.past_cost import past_spend
-from pipeline.register import find_run, main, read_charge, register
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.runs.comparison import spends_of
+from pipeline.runs.past_cost import past_spend
 from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.stages.table import STAGES
-from pipeline.store import digest_folder, write_json
-from pipeline.tracking import deliver
+from pipeline.store.artifacts import digest_folder, write_json
+from pipeline.tracking.deliver import deliver
 
 CPU = SimpleNamespace(type="cpu")
 HERE = device_name(CPU)
@@ -51,7 +51,7 @@ def trained(model: Path, tmp_path: Path) -> Path:
 
 def metered(root: Path, *command: str | Path) -> Path:
     subprocess.run(
-        [sys.executable, "-m", "pipeline.meter", "--name", "sft", "--root", str(root), "--no-mlflow", "--",
+        [sys.executable, "-m", "pipeline", "meter", "--name", "sft", "--root", str(root), "--no-mlflow", "--",
          *map(str, command)], check=False, capture_output=True,
     )  # fmt: skip
     return sorted((root / "runs").iterdir())[-1]
@@ -259,7 +259,7 @@ def test_a_model_is_charged_to_one_run_only(
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
-        ([], 1, "path: is missing; python -m pipeline.register path=MODEL ledger=RUN"),
+        ([], 1, "path: is missing; python -m pipeline register path=MODEL ledger=RUN"),
         (["path=x"], 1, "ledger: is missing"),
         (["x"], 2, "x: cannot be parsed; write key=value"),
         (["path="], 1, "path: is empty; give path=, ledger=, name=, root="),

@@ -25,11 +25,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
-from pipeline import registry
 from pipeline.errors import UserError
 from pipeline.gate.record import checksum
 from pipeline.ledger.journal import Journal
-from pipeline.registry import (
+from pipeline.tracking import registry
+from pipeline.tracking.deliver import deliver
+from pipeline.tracking.registry import (
     HOLDER,
     LOCK,
     Candidate,
@@ -40,7 +41,6 @@ from pipeline.registry import (
     run_artifact,
     tag_version,
 )
-from pipeline.tracking import deliver
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 
@@ -292,8 +292,8 @@ LOST_S = 6.0  # seconds after which a gate of these tests takes a lock for dead 
 
 GATE = """
 import sys, time
-from pipeline import registry
-from pipeline.registry import Candidate, NotPromoted, promote
+from pipeline.tracking import registry
+from pipeline.tracking.registry import Candidate, NotPromoted, promote
 uri, digest = sys.argv[1], sys.argv[2] * 32
 registry.LOST_S, registry.POLL_S = float(sys.argv[3]), 0.02
 if sys.argv[4:]:

@@ -24,15 +24,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.cli import main
-from pipeline.config import Precision, Run, Task
+from pipeline.cli.main import main
+from pipeline.config.settings import Precision, Run, Task
 from pipeline.data.batches import IGNORE
 from pipeline.distillation import relations
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.relations import RelationSignal, relation_divergence, relation_signal
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.models.load import load_model
 from pipeline.stages.distill import DistillStage
 from pipeline.training.objective import Objective, Teacher, document_mask
 

@@ -19,10 +19,10 @@ from fsspec.implementations.local import LocalFileOpener
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from pipeline import remote
 from pipeline.errors import UserError
-from pipeline.remote import download, unsafe, upload
-from pipeline.store import MANIFEST, Artifact, Store, digest_folder, key_of
+from pipeline.store import remote
+from pipeline.store.artifacts import MANIFEST, Artifact, Store, digest_folder, key_of
+from pipeline.store.remote import download, unsafe, upload
 
 FILES = {"config.json": "{}", "sub/model.safetensors": "abc" * 1000}
 FACTS = {"arm": "student", "run_id": "r", "ledger": {"work_device_hours": 1.5}, "assessed": {"accuracy": [0.5, None]}}
@@ -451,8 +451,8 @@ def test_files_are_copied_in_pieces(here: Store, there: Store, tmp_path: Path, m
 UPLOAD = """
 import sys
 from pathlib import Path
-from pipeline import remote
-from pipeline.store import Store
+from pipeline.store import remote
+from pipeline.store.artifacts import Store
 at = {"manifest": "write_facts", "file": "write"}[sys.argv[3]]
 real = getattr(remote._Place, at)
 def hang(self, *args):

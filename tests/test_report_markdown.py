@@ -21,10 +21,10 @@ from make_result import (
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from pipeline.metrics import BY_KEY
+from pipeline.ledger.metrics import BY_KEY
+from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
-from pipeline.schema import RESULT_SCHEMA
 
 HOSTILE = ["a|b", "two\nlines", "\x1b[31mred\x1b[0m", "# head", "`tick`", "<b>x</b>", "[l](http://u)", "x" * 400]
 

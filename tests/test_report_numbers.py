@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.numbers import (
+from pipeline.ledger.numbers import (
     apart,
     count,
     duration,

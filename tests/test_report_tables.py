@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 from make_result import ARMS, make_pair, make_quality, make_result, make_row, make_saving, make_unfinished, null, value
 
+from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report.money import money_lines
 from pipeline.report.tables import closing_table
 from pipeline.report.text import columns
 from pipeline.report.view import labels
-from pipeline.schema import RESULT_SCHEMA
 
 
 def _cells(result: dict[str, Any]) -> dict[str, list[str]]:

@@ -15,8 +15,8 @@ from forked import run, start
 from here import here
 from make_assess_models import saved, tiny
 
-from pipeline.config import Task
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.config.settings import Task
+from pipeline.ledger.schema import RESULT_SCHEMA
 
 TINY = [
     *("training.steps=4", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40"),
@@ -87,7 +87,8 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
     assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
     assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {result["environment"]["data_digest"]}
-    again = subprocess.run([sys.executable, "-m", "pipeline.sync", str(cwd / "mlruns")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pipeline", "sync", str(cwd / "mlruns")]
+    again = subprocess.run(command, capture_output=True, text=True)
     assert "0 events delivered" in again.stdout, again.stderr
 
 
@@ -190,7 +191,7 @@ class Watch:
             print("while", clocks[0]._stack[-1] if clocks else "no clock", "importing", name)
 
 sys.meta_path.insert(0, Watch())
-from pipeline import cli
+from pipeline.cli import main as cli
 sys.exit(cli.main(sys.argv[1:], started_ns=started))
 """
 

@@ -11,20 +11,20 @@ import torch
 from make_assess_models import saved, tiny
 from test_training_loop import CPU, LENGTHS, random_documents, run, settings
 
-from pipeline.config import Divergence, Precision, Run, Task, TrainingConfig
+from pipeline.config.settings import Divergence, Precision, Run, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.models.load import load_model
+from pipeline.models.student import stack_layers
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.distill import DistillStage
+from pipeline.stages.teaching import loss_at
 from pipeline.stages.train import TrainStage
-from pipeline.student import stack_layers
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.schedule import first_row, ramp, sequence_length
-from pipeline.training.teaching import loss_at
 
 
 def growing(**changes: Any) -> TrainingConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 from scipy import stats
 from test_run import TINY
 
-from pipeline.assess.serving import Interleaved
+from pipeline.cli.commands.selftest import main
 from pipeline.compare.selftest import (
     Look,
     Trial,
@@ -28,11 +29,11 @@ from pipeline.compare.selftest import (
     training_spread,
 )
 from pipeline.compare.verdict import Outcome, training_criterion
-from pipeline.gate import selftest as gate_selftest
-from pipeline.registry import find_spread
+from pipeline.evaluation.serving.measure import Interleaved
+from pipeline.ledger.values import measured
 from pipeline.report.selftest import lines, markdown
-from pipeline.selftest import main
-from pipeline.values import measured
+from pipeline.runs import selftest as gate_selftest
+from pipeline.tracking.registry import find_spread
 
 FEW, MANY = 400, 20_000
 ALPHA, BLOCKS = 0.05, 4
@@ -213,7 +214,7 @@ def test_a_self_test_on_a_cpu_reaches_mlflow_and_feeds_the_training_criterion(
 
     monkeypatch.setattr(gate_selftest, "_run", pretend)
     before = sorted(path.name for path in (place / "mlruns").iterdir())
-    assert main(["model=latest", "n=3", *SMALL, f"train={' '.join(TRAIN)}", "repeats=3"]) == 0
+    assert main(["model=latest", "n=3", *SMALL, f"train={' '.join(TRAIN)}", "repeats=3"], time.monotonic_ns()) == 0
     assert sorted(path.name for path in (place / "mlruns").iterdir() if path.name != "artifacts") == sorted(
         {*before, ".mlflow.lock"} - {"artifacts"}
     )  # the repeats' folders are gone
@@ -255,9 +256,9 @@ def test_a_self_test_without_training_or_mlflow_can_be_stopped_by_its_budget(
 ) -> None:
     monkeypatch.chdir(place)
     args = ["model=latest", *SMALL, "tracking=off", "root=mlruns"]
-    assert main([*args, "n=1"]) == 0
+    assert main([*args, "n=1"], time.monotonic_ns()) == 0
     assert "training: not repeated" in capsys.readouterr().out
-    assert main([*args, "n=1", "budget.device_hours=1e-9"]) == 7
+    assert main([*args, "n=1", "budget.device_hours=1e-9"], time.monotonic_ns()) == 7
     newest = max((place / "mlruns/runs").glob("*-selftest-*"), key=lambda path: path.stat().st_mtime_ns)
     events = [json.loads(line) for line in (newest / "journal.jsonl").read_text().splitlines()]
     assert (events[-1]["e"], events[-1]["status"]) == ("run_end", "FAILED")
@@ -268,7 +269,7 @@ def test_a_gate_that_answers_falsely_ends_with_3_and_a_disturbed_one_with_5(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The arm, whichever copy it is, is read 5% too fast: a harness that favours one side."""
-    from pipeline.assess import serving
+    from pipeline.evaluation.serving import measure as serving
 
     monkeypatch.chdir(place)
     rng = np.random.default_rng(0)
@@ -280,9 +281,9 @@ def test_a_gate_that_answers_falsely_ends_with_3_and_a_disturbed_one_with_5(
 
     monkeypatch.setattr(serving, "measure_interleaved", favours_the_arm)
     args = ["model=latest", "n=5", *SMALL, "tracking=off"]
-    assert main(args) == 3
+    assert main(args, time.monotonic_ns()) == 3
     assert "FALSE ANSWERS: " in capsys.readouterr().out
-    assert main([*args, "policy.hardware=H200"]) == 5
+    assert main([*args, "policy.hardware=H200"], time.monotonic_ns()) == 5
     said = capsys.readouterr().out
     assert "NOTHING JUDGED: " in said
     assert "the policy asks for H200" in said
@@ -290,7 +291,7 @@ def test_a_gate_that_answers_falsely_ends_with_3_and_a_disturbed_one_with_5(
 
 @pytest.mark.slow
 def test_a_self_test_as_a_user_runs_it(place: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.selftest", "model=latest", "n=20", *SMALL, f"train={' '.join(TRAIN)}",
+    command = [sys.executable, "-m", "pipeline", "selftest", "model=latest", "n=20", *SMALL, f"train={' '.join(TRAIN)}",
                "repeats=3", "tracking=off"]  # fmt: skip
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -347,7 +348,7 @@ def test_refusals_are_one_line_and_make_nothing(
     said: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert main(args) == code
+    assert main(args, time.monotonic_ns()) == code
     line = capsys.readouterr().err
     assert line.startswith(f"refused: {said}")
     assert line.count("\n") == 1
@@ -359,7 +360,7 @@ def test_a_model_that_is_not_there_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reference: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([f"model={reference}", "policy=smoke", "tracking=off"]) == 1
+    assert main([f"model={reference}", "policy=smoke", "tracking=off"], time.monotonic_ns()) == 1
     line = capsys.readouterr().err
     assert line.startswith("refused: model: ")
     assert line.count("\n") == 1
@@ -370,7 +371,7 @@ def test_a_training_that_fails_is_told_and_what_it_took_is_kept(
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(gate_selftest, "_run", lambda *_: (1, "warning\nfailed: loss is not\x1b finite\n"))
-    assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"]) == 1
+    assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"], time.monotonic_ns()) == 1
     assert "train: repeat 1 of 5 ended with exit code 1 (failed: loss is not" in capsys.readouterr().err
     assert not list((place / "mlruns").glob("selftest-*"))
 
@@ -384,7 +385,7 @@ def test_a_stopped_self_test_takes_its_training_with_it(
     training.chmod(0o755)
     monkeypatch.chdir(place)
     monkeypatch.setattr(gate_selftest, "sys", type("", (), {"executable": str(training), "stderr": sys.stderr}))
-    assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"]) == 75
+    assert main(["model=latest", "n=1", *SMALL, "tracking=off", f"train={' '.join(TRAIN)}"], time.monotonic_ns()) == 75
     assert capsys.readouterr().err == "stopped (SIGTERM): a self-test has no checkpoints; run it again\n"
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
     assert not list((place / "mlruns").glob("selftest-*"))

@@ -20,16 +20,24 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 import pipeline.quantization.backend
-from pipeline.assess import serving_dtype
-from pipeline.assess.serving_dtype import choose_dtype, drift_of
-from pipeline.config import Comparison, Format, Run, ServingConfig, ServingDtype, ServingLoad, Task
+from pipeline.cli.validate import validate
+from pipeline.config.settings import (
+    Comparison,
+    Format,
+    Run,
+    ServingConfig,
+    ServingDtype,
+    ServingLoad,
+    Task,
+)
 from pipeline.errors import UserError
+from pipeline.evaluation.serving import dtype as serving_dtype
+from pipeline.evaluation.serving.dtype import choose_dtype, drift_of
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model, save_model
+from pipeline.models.load import load_model, save_model
 from pipeline.quantization import sixteen
 from pipeline.report.conclusion import conclude
 from pipeline.stages.train import TrainStage
-from pipeline.validate import validate
 
 CPU = torch.device("cpu")
 PROMPTS = [np.random.default_rng(seed).integers(3, 259, 40) for seed in range(10)]
@@ -76,7 +84,7 @@ def test_the_fastest_is_chosen_where_it_is_surely_faster(
         seconds = (ratio if self.dtype == "bfloat16" else 1.0) * (1 + 0.05 * noise.standard_normal())
         return serving_dtype_reading(seconds, len(ids) * new)
 
-    monkeypatch.setattr("pipeline.assess.server.Server.once", once)
+    monkeypatch.setattr("pipeline.evaluation.serving.server.Server.once", once)
     choice = choose(ServingDtype.auto, folders)
     assert choice.name == served
     assert choice.trials["bf16"][0] == pytest.approx(ratio, rel=0.2)
@@ -87,7 +95,7 @@ def test_the_fastest_is_chosen_where_it_is_surely_faster(
 
 
 def serving_dtype_reading(seconds: float, count: int) -> Any:
-    from pipeline.assess.server import Reading
+    from pipeline.evaluation.serving.server import Reading
 
     return Reading(seconds, 0.0, count, None)
 
@@ -289,8 +297,8 @@ def test_a_part_that_is_quantized_is_said_to_be_a_part() -> None:
 
 def test_a_later_look_is_served_as_the_look_before_and_else_is_no_look() -> None:
     """Both looks' readings are read together: bf16 and fp32 are never pooled."""
-    from pipeline.comparison import _asked_dtype
     from pipeline.gate.judge import _disturbed
+    from pipeline.runs.comparison import _asked_dtype
 
     def looks(before: str | None, now: str) -> Any:
         gate = SimpleNamespace(earlier=None if before is None else {"dtype": {"asked": "auto", "served": before}})

@@ -14,9 +14,9 @@ from format_matrix import ARCHITECTURES
 from make_assess_models import byte_tokenizer, saved, tiny
 from safetensors.torch import load_file
 
-from pipeline.config import SIXTEEN_BITS, Format, Prefer, Run, Task
+from pipeline.config.settings import SIXTEEN_BITS, Format, Prefer, Run, Task
 from pipeline.errors import UserError
-from pipeline.models import load_config, load_model, save_model
+from pipeline.models.load import load_config, load_model, save_model
 from pipeline.quantization import backend, sixteen
 from pipeline.quantization.backend import quantize, why_not
 from pipeline.quantization.search import Searcher, Trial
@@ -133,7 +133,7 @@ def test_a_gpu_says_what_it_has(native: bool, fmt: Format, said: str | None, mon
 def test_the_product_is_timed_on_a_cpu_that_is_made_older() -> None:
     """oneDNN told to use AVX2 alone: what a CPU of 2015 would say; the units of this one are not seen."""
     code = (
-        "import torch; from pipeline.config import Format; from pipeline.quantization import sixteen; "
+        "import torch; from pipeline.config.settings import Format; from pipeline.quantization import sixteen; "
         "print(sixteen.product_ratio(Format.bf16, 'cpu'), sixteen.has_units(Format.bf16, torch.device('cpu')))"
     )
     done = subprocess.run(

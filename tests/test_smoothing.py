@@ -20,11 +20,11 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.documents import Dataset, Document
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import save_model
+from pipeline.models.load import save_model
 from pipeline.quantization import smoothing
 from pipeline.quantization.backend import quantize
 from pipeline.quantization.calibration import calibration_documents
@@ -105,7 +105,7 @@ def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_
     """bitsandbytes keeps outliers in 16 bits by itself; torchao's scale per token has to cover them."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config import Format
+    from pipeline.config.settings import Format
 
     model = outlying()
     save_model(model, byte_tokenizer(), tmp_path / "source")

@@ -13,7 +13,7 @@ from test_lm_eval_equality import byte_level, unigram, word_piece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.data import encode
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all, tokenizer_content

@@ -16,9 +16,18 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from pipeline import store as store_module
 from pipeline.errors import Preempted, UserError
-from pipeline.store import MANIFEST, Artifact, Store, check_room, digest_folder, key_of, read_json, write_json
+from pipeline.store import artifacts as store_module
+from pipeline.store.artifacts import (
+    MANIFEST,
+    Artifact,
+    Store,
+    check_room,
+    digest_folder,
+    key_of,
+    read_json,
+    write_json,
+)
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -95,7 +104,7 @@ def test_keys_follow_content_and_not_order_or_process(tmp_path: Path) -> None:
     assert key_of(a=1, b=[1, 2]) == key_of(b=(1, 2), a=1)
     assert key_of(a=1) != key_of(a=1.5)
     assert key_of(a=None) != key_of(a="None")
-    code = "from pipeline.store import key_of; print(key_of(a=1, b={'y': 2, 'x': 'é'}))"
+    code = "from pipeline.store.artifacts import key_of; print(key_of(a=1, b={'y': 2, 'x': 'é'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == key_of(b={"x": "é", "y": 2}, a=1)
 
@@ -103,7 +112,7 @@ def test_keys_follow_content_and_not_order_or_process(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.store import Store
+from pipeline.store.artifacts import Store
 with Store(Path(sys.argv[1])).lock("k"):
     print("held", flush=True)
     time.sleep(1)
@@ -236,7 +245,7 @@ def test_room_is_checked_before_writing(tmp_path: Path) -> None:
 COMMIT = """
 import sys
 from pathlib import Path
-from pipeline import store as module
+from pipeline.store import artifacts as module
 place = module.Store._place
 def hang(*args):
     if sys.argv[2] == "before":

@@ -18,13 +18,13 @@ import pytest
 from here import here
 from test_faults import SMALL, hours, results
 
-from pipeline.attempt import Attempt
-from pipeline.config import Run
+from pipeline.config.settings import Run
 from pipeline.errors import Exit
-from pipeline.gate import ending
-from pipeline.gate.ending import exit_code
 from pipeline.ledger.journal import Journal
-from pipeline.store import Store, check_room, disk_full, write_json
+from pipeline.runs import gate_ending as ending
+from pipeline.runs.attempt import Attempt
+from pipeline.runs.gate_ending import exit_code
+from pipeline.store.artifacts import Store, check_room, disk_full, write_json
 
 BASELINE = ["recipe=baseline", *SMALL, "training.steps=6"]
 
@@ -121,7 +121,7 @@ def test_what_a_disk_lacks_is_said_in_numbers(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline.store import write_json
+from pipeline.store.artifacts import write_json
 os.fsync = lambda _: os.kill(os.getpid(), 9)
 write_json(Path(sys.argv[1]), {"a": 1})
 """

@@ -1,4 +1,4 @@
-"""The writer beside a run, and `python -m pipeline.sync`: real processes, servers that do not answer, refusals."""
+"""The writer beside a run, and `python -m pipeline sync`: real processes, servers that do not answer, refusals."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from make_result import make_row
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline import sync
+from pipeline.cli.commands.sync import main
 from pipeline.ledger.journal import Journal
-from pipeline.sync import LOG, main, undelivered
-from pipeline.tracking import deliver
+from pipeline.tracking import writer as background
+from pipeline.tracking.deliver import deliver
+from pipeline.tracking.writer import LOG, undelivered
 
 PARENT = """
 import sys, time
 from pathlib import Path
 from filelock import FileLock
-from pipeline.sync import start_writer
+from pipeline.tracking.writer import start_writer
 folder = Path(sys.argv[1])
 lock = FileLock(folder / ".lock")
 lock.acquire()
@@ -117,8 +118,8 @@ def test_mlflow_is_imported_at_the_lowest_priority_by_a_thread_that_holds_no_loc
     def record() -> None:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
-    monkeypatch.setattr("pipeline.tracking.import_mlflow", record)
-    thread = threading.Thread(target=sync._import_at_lowest_priority)
+    monkeypatch.setattr("pipeline.tracking.deliver.import_mlflow", record)
+    thread = threading.Thread(target=background._import_at_lowest_priority)
     thread.start()
     thread.join()
     assert seen == [19]
@@ -140,7 +141,7 @@ def test_a_run_that_ends_does_not_wait_for_an_import_at_the_lowest_priority(tmp_
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/mlflow.py").write_text(SLOW_IMPORT)
     there = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "pipeline.sync", "--follow", str(folder), str(os.getpid())]
+    command = [sys.executable, "-m", "pipeline", "sync", "--follow", str(folder), str(os.getpid())]
     writer = subprocess.Popen(command, env=there, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _, said = writer.communicate("", timeout=60)  # standard input is closed: the run has ended
     assert set(said.splitlines()) == {"anew"}
@@ -151,7 +152,7 @@ def test_a_run_that_ends_does_not_wait_for_an_import_at_the_lowest_priority(tmp_
 STAND_INS = {
     "import sys; sys.stdin.read()": None,
     "import sys; sys.exit('chatter\\nMLflow cannot be reached (why)')": "MLflow cannot be reached (why); `python -m",
-    "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline.sync",
+    "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline sync",
     "import time; time.sleep(60)": "MLflow has not taken all of this run within 1 s; its writer goes on, and",
 }
 
@@ -162,7 +163,7 @@ def test_the_run_waits_for_its_writer_a_bounded_time_and_says_what_came_of_it(
 ) -> None:
     folder = tmp_path / "runs" / "run-1"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(sync, "DELIVERY_S", 1.0)
+    monkeypatch.setattr(background, "DELIVERY_S", 1.0)
     with (folder / LOG).open("wb") as log:
         writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=log)
     said, wanted = undelivered(writer, folder), STAND_INS[code]
@@ -180,13 +181,13 @@ def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
 
     writer: Any = Interrupted()
     said = undelivered(writer, tmp_path / "runs/run-1")
-    again = f"`python -m pipeline.sync {tmp_path}` delivers the rest"
+    again = f"`python -m pipeline sync {tmp_path}` delivers the rest"
     assert said == f"not waiting for MLflow; its writer goes on, and {again}"
 
 
 def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, f"run-{number}") for number in range(3)]
-    commands = [[sys.executable, "-m", "pipeline.sync", str(folder)] for folder in [*folders, folders[0]]]
+    commands = [[sys.executable, "-m", "pipeline", "sync", str(folder)] for folder in [*folders, folders[0]]]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
     assert not [line for lines in said for line in lines if not line.startswith("waiting for ")]
@@ -222,7 +223,7 @@ def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) ->
     port = free.getsockname()[1]
     free.close()
     folder = write_run(root)
-    command = [sys.executable, "-m", "pipeline.sync", str(folder)]
+    command = [sys.executable, "-m", "pipeline", "sync", str(folder)]
     there = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -237,7 +238,7 @@ def test_a_server_that_never_answers_is_given_up_in_bounded_time(root: Path, sil
     folder = write_run(root)
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     there = {**os.environ, "MLFLOW_TRACKING_URI": silent_server, **quick}
-    command = [sys.executable, "-m", "pipeline.sync", "--follow", str(folder), str(os.getpid())]
+    command = [sys.executable, "-m", "pipeline", "sync", "--follow", str(folder), str(os.getpid())]
     done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "MLflow cannot be reached" in done.stderr
@@ -274,4 +275,4 @@ def test_a_run_whose_folder_is_gone_says_so_in_a_line(tmp_path: Path) -> None:
     writer = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said = undelivered(writer, tmp_path / "runs/run-1")
     assert said is not None
-    assert said.startswith("the writer to MLflow crashed; `python -m pipeline.sync ")
+    assert said.startswith("the writer to MLflow crashed; `python -m pipeline sync ")

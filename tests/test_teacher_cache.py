@@ -15,7 +15,14 @@ import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer, random_documents, saved, tiny
 
-from pipeline.config import CaptureMethod, Precision, PrecisionConfig, Run, Task, TrainingConfig
+from pipeline.config.settings import (
+    CaptureMethod,
+    Precision,
+    PrecisionConfig,
+    Run,
+    Task,
+    TrainingConfig,
+)
 from pipeline.data.batches import PackedBatches, PaddedBatches, num_tokens
 from pipeline.data.padding import Padding
 from pipeline.distillation.cache import (
@@ -32,15 +39,15 @@ from pipeline.distillation.losses import Loss, Sparse
 from pipeline.distillation.sparse import TOKEN_BYTES
 from pipeline.errors import Preempted, UserError
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import load_model
+from pipeline.models.load import load_model
+from pipeline.stages import capturing as capture_module
 from pipeline.stages.capture import CaptureStage
+from pipeline.stages.capturing import expected
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
-from pipeline.store import Artifact, digest_folder, read_json
-from pipeline.training import capture as capture_module
-from pipeline.training.capture import expected
+from pipeline.stages.teaching import Numbered, open_cache
+from pipeline.store.artifacts import Artifact, digest_folder, read_json
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
-from pipeline.training.teaching import Numbered, open_cache
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 6
@@ -52,7 +59,7 @@ KEY = "stages.student.cache"
 def documents(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Encoded documents stand for the train split, whatever tokenizer encodes them."""
     given = random_documents(LENGTHS)
-    monkeypatch.setattr("pipeline.training.stage.encode_all", lambda *_, **__: given)
+    monkeypatch.setattr("pipeline.stages.training.encode_all", lambda *_, **__: given)
     return given
 
 

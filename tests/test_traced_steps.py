@@ -19,22 +19,22 @@ from make_result import make_row
 from test_gpu_timeline import copy, kernel, launch, step, x
 from test_training_loop import batches_for, hooks, settings
 
-from pipeline.config import CostConfig, LedgerConfig, Precision, PrecisionConfig, Run, Task
+from pipeline.config.settings import CostConfig, LedgerConfig, Precision, PrecisionConfig, Run, Task
 from pipeline.errors import Preempted
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_timeline import FIGURES, NOT_TRACED, by_device, parse, read_trace
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.memory import MEMORY
+from pipeline.ledger.metrics import TRACED_SHARES, row_summary
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.ledger.record import Spent, gpu_timeline, ledger
+from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.traced_steps import StepTracer, sampled_steps, shrink, step_tracer
-from pipeline.metrics import TRACED_SHARES, row_summary
-from pipeline.schema import RESULT_SCHEMA
+from pipeline.ledger.values import null
 from pipeline.stages.context import Output
 from pipeline.training import loop
 from pipeline.training.loop import Progress, Reading, train
 from pipeline.training.objective import Objective, StepLoss
-from pipeline.values import null
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU_TRACE = {
@@ -381,7 +381,7 @@ def test_a_trace_that_failed_is_a_problem_of_the_meter_and_no_invalid_row(tmp_pa
 
 
 def test_what_is_looked_at_is_in_no_run_key() -> None:
-    from pipeline.opening import UNKEYED
+    from pipeline.runs.opening import UNKEYED
 
     assert isinstance(Run().ledger, LedgerConfig)
     assert "ledger" in UNKEYED

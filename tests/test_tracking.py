@@ -23,11 +23,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, INTERNAL_ERROR
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline.cli.commands.sync import main
+from pipeline.config.redaction import REDACTED
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.metrics import CATALOGUE
-from pipeline.redact import REDACTED
-from pipeline.sync import main
-from pipeline.tracking import declared_uri, deliver, store_errors, ui_command
+from pipeline.ledger.metrics import CATALOGUE
+from pipeline.tracking.deliver import declared_uri, deliver, store_errors, ui_command
 
 
 def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:

@@ -18,11 +18,10 @@ import transformers
 from make_assess_models import random_documents, tiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from pipeline.config import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
+from pipeline.config.settings import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches, num_tokens
 from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
-from pipeline.distillation.selfcheck import check_teacher, gradient_share
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.training import checkpoint
@@ -39,6 +38,7 @@ from pipeline.training.objective import (
 )
 from pipeline.training.precision import arithmetic, round_weights, why_not
 from pipeline.training.schedule import factor, is_constant
+from pipeline.training.selfcheck import check_teacher, gradient_share
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 3
@@ -255,7 +255,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import namedtuple
 
-    from pipeline import store
+    from pipeline.store import artifacts as store
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(10, 9, 5))

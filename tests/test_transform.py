@@ -12,17 +12,17 @@ from make_heads import louder, made
 from test_losses import definition
 from torch import Tensor, nn
 
-from pipeline.config import Divergence, HeadKernel, Precision, Task
+from pipeline.config.settings import Divergence, HeadKernel, Precision, Task
 from pipeline.data.batches import IGNORE
 from pipeline.distillation import transform as transform_module
 from pipeline.distillation.kernels import kernel_of
 from pipeline.distillation.losses import Loss, Sparse
-from pipeline.distillation.selfcheck import gradient_share
 from pipeline.distillation.transform import Transform, Unknown, nothing_is_zero, prove
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.training import objective as objective_module
 from pipeline.training.objective import Objective, Teacher, examine
+from pipeline.training.selfcheck import gradient_share
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 9)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline import chargeback, cli, history, meter, register, selftest
-from pipeline.arguments import is_known
+from pipeline.cli import main as cli
+from pipeline.cli.arguments import is_known
+from pipeline.cli.commands import COMMANDS, chargeback, history, meter, register, run_command, selftest
+from pipeline.cli.recipes import config_dir
 from pipeline.compare.history import ALPHA, LEAST_EARLIER
-from pipeline.config import Precision, Task
+from pipeline.config.settings import Precision, Task
 from pipeline.errors import Exit, UserError
-from pipeline.gate.selftest import Options
 from pipeline.ledger.charges import OWNER
-from pipeline.metering import options
-from pipeline.recipes import config_dir
+from pipeline.runs.metering import options
+from pipeline.runs.selftest import Options
 
 
 def named(text: str) -> set[str]:
@@ -105,6 +105,7 @@ def test_what_a_self_test_and_a_registration_take_is_named() -> None:
 
 
 def test_help_prints_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    mains: list[Any] = [chargeback.main, history.main, selftest.main, register.main]
-    assert [main(["--help"]) for main in mains] == [Exit.DONE] * 4
-    assert capsys.readouterr().out.count("Usage: python -m pipeline.") == 4
+    names = ("chargeback", "history", "selftest", "register", "sync", "meter")
+    assert set(names) == set(COMMANDS)
+    assert [run_command([name, "--help"], started_ns=0) for name in names] == [Exit.DONE] * 6
+    assert capsys.readouterr().out.count("Usage: python -m pipeline ") == 6

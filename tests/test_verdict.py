@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from test_gate_simulation import documents
 
-from pipeline.assess.quality import read_items
-from pipeline.assess.recorded import take_recorded
 from pipeline.compare.statistics import look_alpha
 from pipeline.compare.verdict import (
     Criterion,
@@ -29,8 +27,10 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
-from pipeline.config import PolicyConfig, QualityConfig, Task
-from pipeline.values import Prov, Value, measured, null
+from pipeline.config.settings import PolicyConfig, QualityConfig, Task
+from pipeline.evaluation.quality.assess import read_items
+from pipeline.evaluation.quality.recorded import take_recorded
+from pipeline.ledger.values import Prov, Value, measured, null
 
 PASS, FAIL, OPEN, INVALID = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.INVALID
 DERIVED = Prov.DERIVED

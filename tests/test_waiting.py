@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from pipeline import waiting
-from pipeline.waiting import locked, waiting_for
+from pipeline.store import waiting
+from pipeline.store.waiting import locked, waiting_for
 
 
 def test_a_long_wait_says_for_what_and_how_long(
@@ -63,15 +63,15 @@ def test_a_slow_hub_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch, capsys:
     from transformers import AutoConfig
 
     from pipeline.errors import UserError
-    from pipeline.models import load_config
+    from pipeline.models.load import load_config
 
     def slow(*_: object, **__: object) -> None:
         time.sleep(waiting.AFTER_S + 0.3)
         raise OSError("no route to host")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", slow)
-    monkeypatch.setattr("pipeline.hub._why_unreachable", lambda _: None)
-    monkeypatch.setattr("pipeline.hub._known", {})
+    monkeypatch.setattr("pipeline.store.hub._why_unreachable", lambda _: None)
+    monkeypatch.setattr("pipeline.store.hub._known", {})
     with pytest.raises(UserError, match="no route to host"):
         load_config("somebody/some-model")
     assert capsys.readouterr().err.startswith("waiting for the Hugging Face Hub to give somebody/some-model (2 s")

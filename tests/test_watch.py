@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from fake_nvml import NO_DRIVER, NOT_SUPPORTED, FakeNvml, Gpu, NVMLError
 
-from pipeline.config import CostConfig
+from pipeline.config.settings import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.ranks import Life
-from pipeline.metering.presence import CONTEXT_BYTES, Presence, visible
-from pipeline.metering.row import Facts, make_row
-from pipeline.metering.watch import Used, Watch, as_reported, cpu_host, over_devices
+from pipeline.ledger.values import measured, null
 from pipeline.report.metered import _form
-from pipeline.store import plain
-from pipeline.values import measured, null
+from pipeline.runs.metering.presence import CONTEXT_BYTES, Presence, visible
+from pipeline.runs.metering.row import Facts, make_row
+from pipeline.runs.metering.watch import Used, Watch, as_reported, cpu_host, over_devices
+from pipeline.store.artifacts import plain
 
 S = 10**9
 

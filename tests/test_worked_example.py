@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compare.savings import Spend, Trained, all_in, c_opt, c_total, payback, serving_saving, training_saving
+from pipeline.compare.savings import (
+    Spend,
+    Trained,
+    all_in,
+    c_opt,
+    c_total,
+    payback,
+    serving_saving,
+    training_saving,
+)
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
-from pipeline.values import measured
+from pipeline.ledger.values import measured
 
 MINUTE_NS = 60_000_000_000
 DEPENDS = {"teacher": (), "student": ("teacher",), "control_compute": (), "control_steps": ()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.ledger.gpu_timeline import SHARES
-from pipeline.values import Value
+from pipeline.ledger.values import Value
 
 Readings = dict[str, Any]
 CLASSES = tuple(f"{name}_ns" for name in SHARES)  # of a step's time

@@ -10,7 +10,7 @@ from known_load.claims import Readings
 from known_load.device import Device, Plan
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import peak
 

@@ -19,7 +19,7 @@ from known_load.loads import llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings import Precision, PrecisionConfig, Task, TrainingConfig
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.gpu_phases import device_phases
 from pipeline.ledger.gpu_timeline import COPIES, read_trace

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
-from pipeline.values import Prov, Value, derive, null
+from pipeline.ledger.values import Prov, Value, derive, null
 
 Items = Mapping[str, npt.NDArray[Any]]
 """What assessment keeps of each document: `digest` and, in the same order, the columns that a figure needs."""

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from scipy import special
 
 from pipeline.compare import statistics
-from pipeline.values import Prov, Value, derive, estimated, null
+from pipeline.ledger.values import Prov, Value, derive, estimated, null
 
 SECONDS_PER_HOUR = 3600
 ONE_RUN = "point estimate only: one run each"

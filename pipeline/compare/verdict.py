@@ -22,9 +22,9 @@ import numpy.typing as npt
 from pipeline.compare import statistics
 from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
-from pipeline.config import PolicyConfig
-from pipeline.report.numbers import percents_apart
-from pipeline.values import Prov, Value, derive, null
+from pipeline.config.settings import PolicyConfig
+from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.values import Prov, Value, derive, null
 
 
 class Outcome(StrEnum):
@@ -301,7 +301,7 @@ def training_criterion(
                      gating=minimum is not None)  # fmt: skip
     if spread is None:
         return replace(made, why="point estimate only: no repeated runs on this device are recorded "
-                                 "(python -m pipeline.selftest train=...)")  # fmt: skip
+                                 "(python -m pipeline selftest train=...)")  # fmt: skip
     level = 1 - 2 * alpha
     recorded = statistics.RunSpread(spread.sd_log, spread.runs - 1)
     of_arm, how = statistics.own_spread(recorded, arm_runs)

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.cells import Row, Table, refuse_half_characters, value_of
-from pipeline.data.labels import UNLABELLED, check_classes, class_name, is_hidden, ordered, plainly, renamed, shortened
+from pipeline.data.labels import (
+    UNLABELLED,
+    check_classes,
+    class_name,
+    is_hidden,
+    ordered,
+    plainly,
+    renamed,
+    shortened,
+)
 from pipeline.errors import UserError
 
 CODE = re.compile(r"-?(0|[1-9]\d{0,30})")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.cells import Row, Table, is_missing, value_of
 from pipeline.data.columns import refuse_other_columns, spell_alike
 from pipeline.data.documents import SPLITS, Dataset, Document

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from pipeline.config.text_files import open_file, why_no_file
 from pipeline.data.arrow_rows import read_arrow
 from pipeline.data.cells import FILE, Row, Table
 from pipeline.data.csv_rows import read_csv
@@ -24,7 +25,6 @@ from pipeline.data.json_rows import read_json, read_json_lines, split_rows
 from pipeline.data.split_names import pick_splits
 from pipeline.data.trec import read_trec
 from pipeline.errors import UserError
-from pipeline.text_files import open_file, why_no_file
 
 FORMATS = {
     ".jsonl": "jsonl",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.arrow_rows import without_absent
 from pipeline.data.cells import Table
 from pipeline.data.documents import Dataset
@@ -13,8 +13,8 @@ from pipeline.data.files import from_tables, load_path
 from pipeline.data.mappings import split_names
 from pipeline.data.split_names import pick_splits
 from pipeline.errors import UserError
-from pipeline.hub import offline_without_network
-from pipeline.waiting import waiting_for
+from pipeline.store.hub import offline_without_network
+from pipeline.store.waiting import waiting_for
 
 KEY = "data.hub"
 

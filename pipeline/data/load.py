@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from pipeline.config import DataConfig, Task
+from pipeline.config.settings import DataConfig, Task
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.files import class_counts
 from pipeline.data.labels import class_notes
@@ -62,7 +62,7 @@ def _shuffled_labels(dataset: Dataset) -> Dataset:
 
 
 def _with(dataset: Dataset, splits: dict[str, tuple[Document, ...]], note: str) -> Dataset:
-    from pipeline.store import key_of
+    from pipeline.store.artifacts import key_of
 
     digest = key_of(source=dataset.digest, change=note)
     return dataclasses.replace(dataset, splits=splits, digest=digest, notes=(*dataset.notes, note))

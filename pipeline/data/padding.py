@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +126,9 @@ def _changes_nothing(padding: Padding, model: Any) -> bool:
 
 def _probes(model: Any) -> list[_Probe]:
     """Return texts of several lengths, each with the end token where an encoder-decoder wants it."""
-    from pipeline.config import Task
-    from pipeline.models import ends_once, positions
-    from pipeline.weights import vocabulary_of
+    from pipeline.config.settings import Task
+    from pipeline.models.load import ends_once, positions
+    from pipeline.models.weights import vocabulary_of
 
     size, limit = vocabulary_of(model) or 256, positions(model.config) or max(PROBES)
     end, fill = ends_once(model.config, Task.sequence_classification), model.config.get_text_config().pad_token_id

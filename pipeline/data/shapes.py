@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import DataFormat, Task
+from pipeline.config.settings import DataFormat, Task
 from pipeline.data.cells import FILE, Row, value_of
 from pipeline.data.chats import is_conversation, is_sharegpt
 from pipeline.data.csv_rows import is_data

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.config import DataFormat, Task
+from pipeline.config.settings import DataFormat, Task
 from pipeline.data.cells import first_text, value_of
 from pipeline.data.chats import is_conversation, messages_of
 from pipeline.data.labels import check_classes, class_name

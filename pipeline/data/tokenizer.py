@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.documents import Document
-from pipeline.store import key_of
+from pipeline.store.artifacts import key_of
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 SAMPLE_CHARACTERS = 3_000_000

@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline.distillation.losses import Sparse
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.errors import UserError
-from pipeline.store import key_of, read_json, sync_path, write_json
+from pipeline.store.artifacts import key_of, read_json, sync_path, write_json
 
 FORMAT = 1  # of manifest and shards; raise it when an older cache cannot be read
 MANIFEST = "manifest.json"

@@ -51,7 +51,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config import Divergence
+from pipeline.config.settings import Divergence
 from pipeline.distillation.transform import PLAIN, Transform
 
 BLOCK_BYTES = 2 * 2**20  # of one fp32 block of rows: a handful of such blocks stay in a core's cache

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.layers import layer_count, layer_stacks
+from pipeline.models.layers import layer_count, layer_stacks
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}

@@ -6,9 +6,9 @@ import math
 import os.path
 from pathlib import Path
 
-from pipeline.config import Direction, MetricRule, PolicyConfig, Run, Task
+from pipeline.config.settings import Direction, MetricRule, PolicyConfig, Run, Task
 from pipeline.errors import UserError
-from pipeline.metrics import BY_KEY, DIRECTION, QUALITY_KEYS, TASK
+from pipeline.ledger.metrics import BY_KEY, DIRECTION, QUALITY_KEYS, TASK
 from pipeline.stages.release import BASELINE, CANDIDATE, ReleaseStage
 
 OF_TASK = {

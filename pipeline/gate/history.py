@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.compare.history import Figure, Finding, Judged, count_once, figure, findings
 from pipeline.errors import UserError
-from pipeline.metrics import RELATIVE
+from pipeline.ledger.metrics import RELATIVE
 
 LAST = 10
 
@@ -36,7 +36,7 @@ def history_of(
     elif uri is None:
         why = "this run keeps out of MLflow"
     else:
-        from pipeline.registry import read_verdicts
+        from pipeline.tracking.registry import read_verdicts
 
         try:
             found = read_verdicts(uri, model=own.model)

@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.arms import stage_name
-from pipeline.assess.quality import read_items
-from pipeline.assess.recorded import read_identity, values_digest
-from pipeline.attempt import device_name
 from pipeline.compare import savings
 from pipeline.compare.blocks import ARM_FIRST
 from pipeline.compare.quality import Items, compared_keys
@@ -35,23 +31,27 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
-from pipeline.comparison import OTHER_TOKENIZER, available, other_tokenizers
-from pipeline.config import Run
+from pipeline.config.arms import stage_name
+from pipeline.config.settings import Run
 from pipeline.errors import Exit
+from pipeline.evaluation.quality.assess import read_items
+from pipeline.evaluation.quality.recorded import read_identity, values_digest
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
 from pipeline.gate.record import Verdict
-from pipeline.metrics import PRIMARY, TASK, UNIT, primary_key
-from pipeline.report.numbers import percents_apart
+from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
+from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.values import Value, null
 from pipeline.report.verdict import verdict_line
+from pipeline.runs.attempt import device_name
+from pipeline.runs.comparison import OTHER_TOKENIZER, available, other_tokenizers
 from pipeline.stages.release import BASELINE, CANDIDATE
-from pipeline.store import plain
-from pipeline.values import Value, null
+from pipeline.store.artifacts import plain
 
 if TYPE_CHECKING:
-    from pipeline.assess.serving import ServePass
-    from pipeline.attempt import Attempt
+    from pipeline.evaluation.serving.measure import ServePass
     from pipeline.gate.references import Release
+    from pipeline.runs.attempt import Attempt
 
 SCHEMA = 1
 EXITS = {
@@ -333,7 +333,7 @@ def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
     device = gate.candidate.charge.get("device")
     if device is None or not attempt.run.tracking.mlflow:
         return None
-    from pipeline.registry import find_spread
+    from pipeline.tracking.registry import find_spread
 
     return find_spread(gate.places.tracking, device["name"], device["count"])
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.compare.verdict import Outcome
-from pipeline.config import Decode, PolicyConfig, Run
+from pipeline.config.settings import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.record import Verdict, recall
 from pipeline.gate.references import Places, Release, resolve
 from pipeline.stages.release import BASELINE, CANDIDATE
-from pipeline.store import Store, key_of, plain
+from pipeline.store.artifacts import Store, key_of, plain
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, d
     )  # fmt: skip
     found = [recall(gate.places.store, gate.key)]
     if run.tracking.mlflow:
-        from pipeline.registry import find_verdict
+        from pipeline.tracking.registry import find_verdict
 
         found.append(find_verdict(gate.places.tracking, gate.key))
     known = [each for each in found if each is not None]
@@ -148,7 +148,7 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, d
 
 def _identity(items: Path) -> list[Any]:
     """Return what values of another evaluation are known by: their documents, in any order, and their note."""
-    from pipeline.assess.recorded import IDENTITY, read_identity, values_digest
+    from pipeline.evaluation.quality.recorded import IDENTITY, read_identity, values_digest
 
     note = read_identity(items) or {}
     return [values_digest(items), *(note.get(name) for name in (*IDENTITY, "artifact"))]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.store import Artifact, Store, read_json
+from pipeline.store.artifacts import Artifact, Store, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli.commands.register import model_files
 from pipeline.compare.savings import Spend
 from pipeline.errors import UserError
-from pipeline.records import ENDED, parsed, read_record
-from pipeline.register import model_files
-from pipeline.store import MANIFEST, Artifact, Store, bring, digest_given, facts_of
-from pipeline.tracking import store_uri
-from pipeline.values import Value
+from pipeline.ledger.records import ENDED, parsed, read_record
+from pipeline.ledger.values import Value
+from pipeline.store.artifacts import MANIFEST, Artifact, Store, bring, digest_given, facts_of
+from pipeline.tracking.deliver import store_uri
 
 FORMS = "give a folder, a run's id, latest, models:/NAME/3 or models:/NAME@champion"
 KEPT = ("ledger", "charge", "assessed", "arm", "run_id", "recipe", "quantization", "name")
@@ -186,7 +186,7 @@ def _is_share(raw: Any) -> bool:
 
 
 def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
-    """Return what an artifact cost: as it was registered, or as the run that made it noted (`past_cost.py`).
+    """Return what an artifact cost: as it was registered, or as the run that made it noted (`runs/past_cost.py`).
 
     Raises:
         UserError: If nothing can have cost that: artifact.json is in no digest.
@@ -216,14 +216,14 @@ def _by_number(name: str, reference: str, key: str, places: Places) -> Release:
     """Return an artifact by its digest, or the primary artifact of an MLflow run."""
     if (places.store.root / "artifacts" / name).is_dir():
         return _release(reference, key, _fetch(name, key, places))
-    from pipeline.registry import run_artifact
+    from pipeline.tracking.registry import run_artifact
 
     path, digest, _ = run_artifact(places.tracking, name, key=key)
     return _release(reference, key, _fetch(digest, key, places, path=str(path)))
 
 
 def _registered(reference: str, key: str, places: Places) -> Release | None:
-    from pipeline.registry import resolve_version
+    from pipeline.tracking.registry import resolve_version
 
     parts = _MODEL.fullmatch(reference)
     if parts is None:
@@ -242,7 +242,7 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
     Raises:
         UserError: If none of them has it, or other bytes lie there.
     """
-    from pipeline.remote import download
+    from pipeline.store.remote import download
 
     if not _HEX.fullmatch(digest):
         raise UserError(key, f"{digest!r} is no digest", "register the artifact anew")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.ledger.charges import OWNER, Charge, Outside, RunFacts
-from pipeline.metrics import FALLBACK, WASTED, row_summary
+from pipeline.ledger.metrics import FALLBACK, WASTED, row_summary
 
 HOUR_NS = 3600 * 10**9
 SO_FAR_HOURS, SO_FAR_UNTIL = "so_far.device_hours", "so_far.until_ms"

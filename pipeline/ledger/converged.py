@@ -17,9 +17,9 @@ from typing import Any
 from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.journal import read_events, read_first
-from pipeline.metrics import DIRECTION
-from pipeline.records import STARTED, sound_events, why_damaged
-from pipeline.values import Value, estimated, measured, null
+from pipeline.ledger.metrics import DIRECTION
+from pipeline.ledger.records import STARTED, sound_events, why_damaged
+from pipeline.ledger.values import Value, estimated, measured, null
 
 NO_TARGET = "no quality declared: cost.converged_at"
 _WITHOUT_RATE = "{:.6g} device-hours have no rate"

@@ -19,9 +19,9 @@ from dataclasses import asdict
 from datetime import date
 from typing import Any
 
-from pipeline.config import CostConfig, CostKind
+from pipeline.config.settings import CostConfig, CostKind
 from pipeline.errors import UserError
-from pipeline.values import Prov, Value, declared, derive, estimated, null
+from pipeline.ledger.values import Prov, Value, declared, derive, estimated, null
 
 JOULES_PER_KWH = 3.6e6
 NO_RATE = "no rate declared"

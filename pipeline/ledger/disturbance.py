@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pipeline.ledger.others import Load, stolen, taken, throttled
-from pipeline.values import Value, derive, null
+from pipeline.ledger.values import Value, derive, null
 
 MUCH = 0.1
 """Share that others may take before times are no longer compared; `ledger.max_foreign_load` and a policy's default."""

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.ledger.attempted import attempted
 
 if TYPE_CHECKING:

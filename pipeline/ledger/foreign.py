@@ -1,6 +1,6 @@
 """What a metered program says of itself: `pipeline.phase("backward")`, `pipeline.count(tokens=...)`.
 
-Under `python -m pipeline.meter` each process that says something is a *rank*: it keeps one small file in the run's
+Under `python -m pipeline meter` each process that says something is a *rank*: it keeps one small file in the run's
 folder, which a thread of its own rewrites every few seconds and which holds its life (monotonic start and end), the
 self time of every phase, and its counts. A killed process loses at most `FLUSH_S`. Elsewhere both do nothing.
 
@@ -23,9 +23,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.nvml import full_uuid
 from pipeline.ledger.phases import PhaseClock
-from pipeline.metrics import PHASES
 
 ENV = "PIPELINE_METER"
 """Names the folder of the run that meters this process."""
@@ -39,7 +39,7 @@ def phase(name: str) -> AbstractContextManager[None]:
     """Book what happens inside to a phase of the metered program; does nothing where nothing is metered.
 
     Args:
-        name: One of `pipeline.metrics.PHASES`: data_wait, h2d, forward, backward, optimizer, checkpoint, eval, ...
+        name: One of `pipeline.ledger.metrics.PHASES`: data_wait, h2d, forward, backward, optimizer, eval, ...
 
     Raises:
         ValueError: If it is none of them, metered or not.
@@ -158,7 +158,7 @@ class Reporter:
         if not self._warned:
             self._warned = True
             with suppress(OSError):  # nothing here may end the program, warnings turned into errors neither
-                os.write(2, f"warning: pipeline.meter: {text}\n".encode())
+                os.write(2, f"warning: pipeline meter: {text}\n".encode())
 
 
 class _Phase(AbstractContextManager[None]):

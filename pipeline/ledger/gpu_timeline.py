@@ -46,7 +46,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.values import Value, estimated, measured, null
+from pipeline.ledger.values import Value, estimated, measured, null
 
 NO_GPU = "a CPU run uses no GPU"
 NOT_TRACED = "no step was traced"

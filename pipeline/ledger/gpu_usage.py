@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.ledger.gpu_intervals import LOWERING, SHARES, Interval, largest, least, mean, total
-from pipeline.values import Value, estimated, measured, null
+from pipeline.ledger.values import Value, estimated, measured, null
 
 SHORTEST_S = 5.0  # energy of a shorter window: the counter's steps are too coarse
 LAGGING_S = 10.0  # power that is the mean of the last second is not held against the counter in a shorter window

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.redact import redact_json
+from pipeline.config.redaction import redact_json
 
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}\s*\Z')
 HEARTBEAT_S = 5.0  # what SIGKILL can lose at most

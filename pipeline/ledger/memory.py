@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.values import Value, derive, measured, null
+from pipeline.ledger.values import Value, derive, measured, null
 
 ON_DEVICE = ("peak_allocated_bytes", "peak_reserved_bytes", "fragmentation", "alloc_retries", "ooms", "headroom_bytes",
              "total_bytes", "nvml_peak_bytes")  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.attempted import attempted
-from pipeline.values import Value, measured, null
+from pipeline.ledger.values import Value, measured, null
 
 SHORTEST_S = 0.5
 """Seconds; processor times of a shorter window are counted too coarsely (in ticks of 10 ms)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.attempted import attempted
-from pipeline.values import Value, declared, null
+from pipeline.ledger.values import Value, declared, null
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from pipeline.metrics import PHASES
+from pipeline.ledger.metrics import PHASES
 
 
 class PhaseClock:

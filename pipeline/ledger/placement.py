@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.values import Value, declared, null
+from pipeline.ledger.values import Value, declared, null
 
 NOTHING_KNOWN: dict[str, Any] = {
     "uuids": [], "device_names": [], "driver": None, "mig": None, "exclusive": "unknown", "power_limit_w": None,

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.foreign import RANKS
+from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.phases import total
-from pipeline.metrics import PHASES
-from pipeline.records import LIFE, read_record
-from pipeline.values import Value, declared, measured, null
+from pipeline.ledger.records import LIFE, read_record
+from pipeline.ledger.values import Value, declared, measured, null
 
 IDLE = "idle_rank"
 """In a timeline, beside the phases: the time of ranks that ended before the last one."""

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import CostConfig
+from pipeline.config.settings import CostConfig
 from pipeline.ledger.cost import money
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_timeline import NOT_TRACED
 from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.ledger.placement import Grant, allocated_hours
 from pipeline.ledger.reconcile import problems
-from pipeline.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
-from pipeline.values import Value, derive, measured, null
+from pipeline.ledger.values import Value, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
 COUNTS = ("steps", "steps_lost", "examples", "tokens", "target_tokens", "model_flops", "achieved_tflops",

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import CostConfig
+from pipeline.config.settings import CostConfig
 from pipeline.ledger.charge_sources import Event, journal_facts
 from pipeline.ledger.charges import Charge, charges
 from pipeline.ledger.cost import NO_RATE
-from pipeline.values import Value, estimated, null
+from pipeline.ledger.values import Value, estimated, null
 
 HELD = "hours that the scheduler held"
 ATTACHED = "attached hours, a lower bound of what was held"

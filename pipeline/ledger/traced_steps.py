@@ -23,9 +23,18 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
 from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.ledger.gpu_timeline import FIGURES, NO_GPU, NOT_TRACED, Classes, by_device, parse, read_trace, summary
+from pipeline.ledger.gpu_timeline import (
+    FIGURES,
+    NO_GPU,
+    NOT_TRACED,
+    Classes,
+    by_device,
+    parse,
+    read_trace,
+    summary,
+)
 from pipeline.ledger.phases import PhaseClock
-from pipeline.values import null
+from pipeline.ledger.values import null
 
 WARM_UP = 10  # steps that are not sampled: compiling, allocator and autotuning settle in them
 LIMIT_BYTES = 4 * 2**20  # of a compressed trace; some 100,000 events

@@ -23,9 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Format, Task
+from pipeline.config.settings import Format, Task
 from pipeline.errors import UserError
-from pipeline.models import load_config
+from pipeline.models.load import load_config
 from pipeline.quantization.layers import Layer, plan_layers
 from pipeline.quantization.reload_check import auto_class
 

@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings import SIXTEEN_BITS, Format, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import MEANT
 from pipeline.ledger.phases import PhaseClock
-from pipeline.models import (
+from pipeline.models.load import (
     check_model_folder,
     is_taken_in_part,
     language_config,
@@ -156,8 +156,8 @@ def _is_of_the_machine(error: Exception) -> bool:
     """Whether an exception speaks of memory, a disk or a device, not of the model."""
     import torch
 
-    from pipeline.out_of_memory import is_out_of_memory
-    from pipeline.store import says_full
+    from pipeline.runs.out_of_memory import is_out_of_memory
+    from pipeline.store.artifacts import says_full
 
     # transformers raises OSError without a number for what is not in a folder
     has_number = isinstance(error, OSError) and error.errno is not None

@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.errors import UserError
-from pipeline.models import embedding_of, from_config
+from pipeline.models.load import embedding_of, from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Task
+from pipeline.config.settings import Task
 from pipeline.errors import StageFailed
-from pipeline.models import positions
-from pipeline.weights import vocabulary_of
+from pipeline.models.load import positions
+from pipeline.models.weights import vocabulary_of
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import SIXTEEN_BITS, Format, Prefer
+from pipeline.config.settings import SIXTEEN_BITS, Format, Prefer
 from pipeline.errors import StageFailed, UserError
-from pipeline.report.numbers import apart, percents_apart
+from pipeline.ledger.numbers import apart, percents_apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings import SIXTEEN_BITS, Format, Task
 from pipeline.errors import UserError
-from pipeline.models import auto_class, load_config, quantized_by
+from pipeline.models.load import auto_class, load_config, quantized_by
 from pipeline.quantization.layers import Layer
 
 if TYPE_CHECKING:

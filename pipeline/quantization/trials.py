@@ -13,13 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.assess.server import load
-from pipeline.assess.serving import check_load, measure_interleaved
-from pipeline.config import SIXTEEN_BITS, Format, Run, Task
+from pipeline.config.settings import SIXTEEN_BITS, Format, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
-from pipeline.models import load_config
-from pipeline.quantization.backend import LIBRARIES, backend_of, named, plan_for, quantize, refuse_unsupported, refusing
+from pipeline.evaluation.serving.measure import check_load, measure_interleaved
+from pipeline.evaluation.serving.server import load
+from pipeline.models.load import load_config
+from pipeline.quantization.backend import (
+    LIBRARIES,
+    backend_of,
+    named,
+    plan_for,
+    quantize,
+    refuse_unsupported,
+    refusing,
+)
 from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Trial
 from pipeline.quantization.yardstick import Yardstick

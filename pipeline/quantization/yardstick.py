@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.assess.scoring import score_causal, score_classification
-from pipeline.config import Run, Task
+from pipeline.config.settings import Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
-from pipeline.models import example_length, load_model, load_tokenizer
+from pipeline.evaluation.quality.scoring import score_causal, score_classification
+from pipeline.models.load import example_length, load_model, load_tokenizer
 from pipeline.quantization.sixteen import stored_dtype
 
 if TYPE_CHECKING:

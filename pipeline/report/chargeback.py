@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipeline.ledger.charges import OUTSIDE, Charge, told_waste_h
 from pipeline.ledger.cost import JOULES_PER_KWH
-from pipeline.report.numbers import percent
+from pipeline.ledger.numbers import percent
 from pipeline.report.text import one_line, pad, shorten
 
 TOTAL, IDLE = "total", "idle capacity"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.arms import BEST_16_BIT, is_rung, stage_name
-from pipeline.metrics import RELATIVE
-from pipeline.report.numbers import count, duration, percent, significant
+from pipeline.config.arms import BEST_16_BIT, is_rung, stage_name
+from pipeline.ledger.metrics import RELATIVE
+from pipeline.ledger.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
     ARM_INTERVAL,
     QUALITY_WORDS,

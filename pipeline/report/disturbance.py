@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.numbers import percent
+from pipeline.ledger.numbers import percent
 from pipeline.report.view import Footnotes, Result, Value, arm_rows, labels
 
 UNKNOWN = "disturbance unknown: "

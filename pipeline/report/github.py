@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.redaction import redact
 from pipeline.errors import UserError, exit_of
-from pipeline.redact import redact
 from pipeline.report.text import markdown_text
 from pipeline.report.verdict import end_code, shown_line, trouble
 
@@ -48,7 +48,7 @@ def tell_refusal(why: str, exit_code: int, environ: Mapping[str, str] = os.envir
 
 @contextmanager
 def refusals_told(is_gate: bool) -> Generator[None]:
-    """Tell of what ends a gate here; one that has its folder tells of its end itself (`gate/ending.py`)."""
+    """Tell of what ends a gate here; one that has its folder tells of its end itself (`runs/gate_ending.py`)."""
     try:
         yield
     except Exception as error:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.metrics import RELATIVE
+from pipeline.ledger.metrics import RELATIVE
 from pipeline.report.chargeback import harmless
 from pipeline.report.text import markdown_text, one_line, pad
 

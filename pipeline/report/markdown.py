@@ -6,17 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from pipeline.assess.engine import FIGURES as ENGINE_FIGURES
-from pipeline.assess.engine import LOAD as ENGINE_LOAD
 from pipeline.compare import statistics
+from pipeline.evaluation.serving.engine import FIGURES as ENGINE_FIGURES
+from pipeline.evaluation.serving.engine import LOAD as ENGINE_LOAD
 from pipeline.ledger.attempted import UNMEASURED
-from pipeline.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
+from pipeline.ledger.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
+from pipeline.ledger.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
 from pipeline.report.disturbance import disturbance_table
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
-from pipeline.report.numbers import count, duration, num_bytes, percent, points, significant
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.reading import reading_lines
 from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.ledger.converged import NO_TARGET
-from pipeline.report.numbers import count, duration, significant
+from pipeline.ledger.numbers import count, duration, significant
 from pipeline.report.text import one_line
 from pipeline.report.view import Result, Row
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.assess import quality as assessed
 from pipeline.compare import statistics
-from pipeline.metrics import RELATIVE
-from pipeline.report.numbers import count, percent, points, times
+from pipeline.evaluation.quality import assess as assessed
+from pipeline.ledger.metrics import RELATIVE
+from pipeline.ledger.numbers import count, percent, points, times
 from pipeline.report.text import one_line
 from pipeline.report.view import Value, straddles
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.numbers import percent, significant
+from pipeline.ledger.numbers import percent, significant
 
 
 def reading_lines(result: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.compare.selftest import POWER, TEST_ALPHA
-from pipeline.report.numbers import percent
+from pipeline.ledger.numbers import percent
 from pipeline.report.text import bullet, one_line
 
 Result = Mapping[str, Any]

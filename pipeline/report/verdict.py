@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.metrics import DIRECTION, RELATIVE, TASK
+from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
+from pipeline.ledger.numbers import count, duration
 from pipeline.report.history import look_words, recent
-from pipeline.report.numbers import count, duration
 from pipeline.report.text import bullet, markdown_text, one_line
 
 Verdict = Mapping[str, Any]

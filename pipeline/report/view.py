@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.arms import is_rung
-from pipeline.config import Task
-from pipeline.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
-from pipeline.metrics import primary_key as deciding_key
-from pipeline.report.numbers import in_unit, significant, time_unit
+from pipeline.config.arms import is_rung
+from pipeline.config.settings import Task
+from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
+from pipeline.ledger.metrics import primary_key as deciding_key
+from pipeline.ledger.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK, one_line
 from pipeline.stages.settings import BASE
 
 Result = dict[str, Any]
-"""A dict that validates against `pipeline.schema.RESULT_SCHEMA`."""
+"""A dict that validates against `pipeline.ledger.schema.RESULT_SCHEMA`."""
 Row = dict[str, Any]
 Value = dict[str, Any]
 Pair = dict[str, Any]

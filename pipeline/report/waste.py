@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.metrics import WASTE_CAUSES, WASTED
-from pipeline.report.numbers import duration, percent, significant
+from pipeline.ledger.metrics import WASTE_CAUSES, WASTED
+from pipeline.ledger.numbers import duration, percent, significant
 from pipeline.report.text import NO_BREAK, one_line
 from pipeline.report.view import Result, Row, labels
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import CaptureMethod, Precision, Run, positive
+from pipeline.config.settings import CaptureMethod, Precision, Run, positive
 from pipeline.errors import UserError
 from pipeline.stages.settings import TrainingOverrides, training_settings
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 # ruff: noqa: UP045
 
@@ -77,7 +77,7 @@ class CaptureStage:
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Capture and leave the cache in `ctx.out`."""
-        from pipeline.training.capture import run_capture
+        from pipeline.stages.capturing import run_capture
 
         return run_capture(self, inputs, ctx)
 

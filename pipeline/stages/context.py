@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.values import Value
+from pipeline.ledger.values import Value
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.config import Run
+    from pipeline.config.settings import Run
     from pipeline.data.documents import Dataset
     from pipeline.ledger.phases import PhaseClock
 

@@ -16,14 +16,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config import Divergence, HeadKernel, Precision, Run, Task, at_least_0, fraction, positive
+from pipeline.config.settings import (
+    Divergence,
+    HeadKernel,
+    Precision,
+    Run,
+    Task,
+    at_least_0,
+    fraction,
+    positive,
+)
 from pipeline.errors import UserError
 from pipeline.stages.capture import CaptureStage, capture_temperature
-from pipeline.stages.settings import STUDENT_INIT, TrainingOverrides, check_training, reads_model, training_settings
+from pipeline.stages.settings import (
+    STUDENT_INIT,
+    TrainingOverrides,
+    check_training,
+    reads_model,
+    training_settings,
+)
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 # ruff: noqa: UP045
 
@@ -187,6 +202,6 @@ class DistillStage(TrainingOverrides):
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Distil and leave the student in `ctx.out`."""
-        from pipeline.training.stage import run_training
+        from pipeline.stages.training import run_training
 
         return run_training(self, self, inputs, ctx)

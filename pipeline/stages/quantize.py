@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.arms import stage_name
-from pipeline.config import (
+from pipeline.config.arms import stage_name
+from pipeline.config.settings import (
     SIXTEEN_BITS,
     Format,
     LoraSettings,
@@ -35,13 +35,13 @@ from pipeline.config import (
 )
 from pipeline.errors import UserError
 from pipeline.stages.settings import BASE
-from pipeline.store import MANIFEST
+from pipeline.store.artifacts import MANIFEST
 
 if TYPE_CHECKING:
     from pipeline.data.documents import Document
     from pipeline.quantization.layers import Choice
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 # ruff: noqa: UP045
 
@@ -241,7 +241,7 @@ class QuantizeStage:
         import torch
 
         from pipeline.data.encode import encode_all
-        from pipeline.models import example_length, load_config, load_tokenizer
+        from pipeline.models.load import example_length, load_config, load_tokenizer
         from pipeline.quantization.smoothing import smooth
 
         with ctx.clock.phase("prepare"):

@@ -16,15 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.arms import stage_name
-from pipeline.config import SIXTEEN_BITS, Format, LoraSettings, QatSettings, Run, Rung
+from pipeline.config.arms import stage_name
+from pipeline.config.settings import SIXTEEN_BITS, Format, LoraSettings, QatSettings, Run, Rung
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage, copy_model, read_with
-from pipeline.store import MANIFEST, read_json
+from pipeline.store.artifacts import MANIFEST, read_json
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 # ruff: noqa: UP045
 
@@ -73,7 +73,7 @@ class RecoverStage(DistillStage):
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train, quantize, leave the model in `ctx.out`, and read it."""
-        from pipeline.training.recover import run_recovery
+        from pipeline.stages.recovering import run_recovery
 
         return read_output(run_recovery(self, inputs, ctx), inputs[self.model], ctx)
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.config import Run
+from pipeline.config.settings import Run
 from pipeline.errors import UserError
 from pipeline.stages.settings import TrainingOverrides
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 CANDIDATE, BASELINE = "candidate", "baseline"
 
@@ -50,9 +50,9 @@ class ReleaseStage:
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Leave the artifact's files in `ctx.out`, as hard links where the disk allows."""
         from pipeline.ledger.record import COUNTS
+        from pipeline.ledger.values import null
         from pipeline.stages.context import Output
-        from pipeline.store import MANIFEST, bring
-        from pipeline.values import null
+        from pipeline.store.artifacts import MANIFEST, bring
 
         source = ctx.released
         assert source is not None, "a run with a release stage resolves its references first"

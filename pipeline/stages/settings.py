@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar, Optional
 
-from pipeline.arms import BEST_16_BIT
-from pipeline.config import (
+from pipeline.config.arms import BEST_16_BIT
+from pipeline.config.settings import (
     OptimizerKind,
     Precision,
     Run,

@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.config import Run
+from pipeline.config.settings import Run
 from pipeline.errors import UserError
-from pipeline.stages.settings import TrainingOverrides, check_training, reads_model, training_settings
+from pipeline.stages.settings import (
+    TrainingOverrides,
+    check_training,
+    reads_model,
+    training_settings,
+)
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
-    from pipeline.store import Artifact
+    from pipeline.store.artifacts import Artifact
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +56,6 @@ class TrainStage(TrainingOverrides):
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train and leave the model in `ctx.out`."""
-        from pipeline.training.stage import run_training
+        from pipeline.stages.training import run_training
 
         return run_training(self, None, inputs, ctx)

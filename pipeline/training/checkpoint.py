@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.store import check_room, read_json, sync_path, write_json
+from pipeline.store.artifacts import check_room, read_json, sync_path, write_json
 from pipeline.training.optimizer import load_state, state_tensors
 
 KEEP = 2

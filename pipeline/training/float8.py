@@ -3,7 +3,7 @@
 Inputs, weights and gradients are cast to 8 bits with a scale for the whole tensor (`tensorwise`) or for each row
 (`rowwise`: steadier, slower); what is stored and stepped stays as it was. Casting costs a pass over each of them, so
 that only wide layers gain: heads and narrow layers are left alone. Without torch.compile the casts are not fused.
-Source: torchao.float8, its README (speedups by width on H100) and `config.py` (recipes).
+Source: torchao.float8, its README (speedups by width on H100) and `config/settings.py` (recipes).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Precision
+from pipeline.config.settings import Precision
 from pipeline.errors import UserError
 
 RECIPES = {Precision.fp8_tensorwise: "tensorwise", Precision.fp8_rowwise: "rowwise"}

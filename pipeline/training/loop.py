@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Precision, PrecisionConfig, TrainingConfig
+from pipeline.config.settings import Precision, PrecisionConfig, TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -359,7 +359,7 @@ def _unread(step: int, why: str, hooks: Hooks) -> None:
 def _save(
     folder: Path, model: Any, optimizer: Any, scaler: Any, progress: Progress, clock: PhaseClock, hooks: Hooks
 ) -> None:
-    from pipeline.store import plain
+    from pipeline.store.artifacts import plain
 
     def extra() -> dict[str, Any]:
         return {"progress": plain(progress), "scaler": scaler.state_dict(), "history": hooks.history(progress.step)}

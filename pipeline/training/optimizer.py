@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import OptimizerKind, Precision, TrainingConfig
+from pipeline.config.settings import OptimizerKind, Precision, TrainingConfig
 
 BETAS = (0.9, 0.95)
 IMPORTED = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Precision
+from pipeline.config.settings import Precision
 from pipeline.training.float8 import RECIPES, why_not_float8
 
 AUTOCAST = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config import Schedule, TrainingConfig
+from pipeline.config.settings import Schedule, TrainingConfig
 
 
 def learning_rate(step: int, settings: TrainingConfig) -> float:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.mutate import command_line
-from pipeline.cli import main
-from pipeline.config import Run, dotted_keys
-from pipeline.recipes import GROUPS, find_recipes
+from pipeline.cli.main import main
+from pipeline.cli.recipes import GROUPS, find_recipes
+from pipeline.config.settings import Run, dotted_keys
 from pipeline.stages.table import STAGES
 
 SLOW_S = 20.0  # of processor time

@@ -18,21 +18,22 @@ from make_assess_models import tiny
 from make_result import make_result
 
 from fuzz.mutate import damage, restore
-from pipeline import records, register
-from pipeline.assess import recorded
-from pipeline.assess.engine import read_result
-from pipeline.assess.tasks import _load_yaml
-from pipeline.config import QualityConfig, Run, Task
+from pipeline.cli.commands import register
+from pipeline.cli.recipes import Recipe, config_dir, read_recipe
+from pipeline.config.settings import QualityConfig, Run, Task
 from pipeline.errors import UserError
+from pipeline.evaluation.quality import recorded
+from pipeline.evaluation.quality.tasks import _load_yaml
+from pipeline.evaluation.serving.engine import read_result
 from pipeline.gate import record as gate_record
 from pipeline.gate.references import Places, _of_run
+from pipeline.ledger import records
 from pipeline.ledger.ranks import read_lives
-from pipeline.opening import _check_budget, _find_or_make, _unfinished
-from pipeline.past_cost import past_spend
-from pipeline.recipes import Recipe, config_dir, read_recipe
-from pipeline.records import CHOICE, SHARD, read_record
-from pipeline.store import Store, digest_folder, facts_of, write_json
-from pipeline.sync import _delivered, waiting
+from pipeline.ledger.records import CHOICE, SHARD, read_record
+from pipeline.runs.opening import _check_budget, _find_or_make, _unfinished
+from pipeline.runs.past_cost import past_spend
+from pipeline.store.artifacts import Store, digest_folder, facts_of, write_json
+from pipeline.tracking.writer import _delivered, waiting
 from pipeline.training.checkpoint import load, newest, save
 
 SLOW_S = 20.0  # of processor time

@@ -18,11 +18,11 @@ import pytest
 import test_attempt as fake
 
 from fuzz.mutate import damage, restore
-from pipeline import records
+from pipeline.ledger import records
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.journal import read_events
-from pipeline.records import sound_events
-from pipeline.recovery import why_unusable
+from pipeline.ledger.records import sound_events
+from pipeline.runs.recovery import why_unusable
 
 SLOW_S = 20.0  # of processor time
 KINDS = ("keys/*.json", "assessments/*.json", "assessments/*.jsonl", "assessments/*.npy", "serving/*.json",
@@ -51,7 +51,7 @@ def make_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def go_on(root: Path) -> Any:
-    """Start the same command again, as `pipeline.opening` would: go on with the run, or begin another."""
+    """Start the same command again, as `pipeline.runs.opening` would: go on with the run, or begin another."""
     path = root / "runs" / "run-1" / "journal.jsonl"
     why = why_unusable(sound_events(read_events(path, checked=True), path), 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def try_worlds(root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatc
     Raises:
         AssertionError: Where anything came of it but a run that is whole and whose hours add up.
     """
-    monkeypatch.setattr("pipeline.comparison.other_tokenizers", lambda *_: False)  # no models there
+    monkeypatch.setattr("pipeline.runs.comparison.other_tokenizers", lambda *_: False)  # no models there
     rng, sound, work = random.Random(seed), root / "sound", root / "work"
     sound.mkdir(parents=True)
     make_world(sound, monkeypatch)

@@ -1,0 +1,1 @@
+"""Command lines: argv -> Hydra -> a typed `Run` -> exit code. Nothing outside knows Hydra."""

@@ -1,0 +1,133 @@
+"""`python -m pipeline history [--model NAME]`: the verdicts of the last releases, from the MLflow store, with alarms.
+
+A verdict that was given again counts once; a pair that was judged under several policies, data or devices has a line
+each, which says so. What an alarm means: `compare/history.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.redaction import clean_output
+from pipeline.errors import Exit, Unparsable, UserError
+from pipeline.report.text import one_line
+
+USAGE = """Usage: python -m pipeline history [options]
+
+  --model NAME        of the registry (default: all, by model)
+  --last N            releases to list of each (default: 10); alarms read all there are
+  --csv               write CSV instead of a table
+  --fail-on-alarm     end with exit code 3 where an alarm stands
+  --root FOLDER       of the runs' store (default: mlruns)
+  --uri URI           of the store itself; else MLFLOW_TRACKING_URI
+
+Step: the newest release reads below where the earlier ones (three or more, same policy and device) would have another
+one; one-sided alpha 5% for serving and for the primary quality each. Creep: what champions lost one after another since
+the best of them lies beyond the margin, and is no chance at 5%."""
+OPTIONS, FLAGS = ("--model", "--last", "--root", "--uri"), ("--csv", "--fail-on-alarm")
+MOST = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line says."""
+
+    uri: str
+    model: str | None = None
+    last: int = 10
+    csv: bool = False
+    fail_on_alarm: bool = False
+
+
+@clean_output()
+def main(argv: list[str], _started_ns: int = 0) -> int:
+    """Print the history; return 0, 1 where it was refused, 2 where the command line cannot be read, 3 on an alarm."""
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(USAGE)
+        return Exit.DONE
+    try:
+        settings = read_settings(argv)
+        histories = read_histories(settings)
+    except UserError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return Exit.UNPARSABLE if isinstance(error, Unparsable) else Exit.REFUSED
+    return _show(settings, histories)
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Return what a command line amounts to.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    from pipeline.tracking.deliver import store_uri
+
+    given: dict[str, str] = {}
+    pending = iter(argv)
+    for arg in pending:
+        name, equals, value = arg.partition("=")
+        if name not in (*OPTIONS, *FLAGS):
+            raise Unparsable(one_line(arg, 80), "is no option of history", "--help lists them")
+        if name in FLAGS and equals:
+            raise Unparsable(name, "takes no value", f"write {name} alone")
+        found = "" if name in FLAGS else value if equals else next(pending, None)
+        if found is None:
+            raise Unparsable(name, "has no value", f"write {name} VALUE")
+        given[name] = found
+    last = given.get("--last", "10")
+    if not (last.isascii() and last.isdecimal() and 1 <= int(last[:9]) <= MOST):
+        raise UserError("--last", f"{one_line(last, 40)!r} is no number of releases", f"give 1 to {MOST}")
+    if "--root" in given and not Path(given["--root"]).expanduser().is_dir():
+        raise UserError("--root", f"there is no folder {one_line(given['--root'], 200)}", "name the one with mlflow.db")
+    root = Path(given.get("--root", "mlruns")).expanduser()
+    typed = f"sqlite:///{root.resolve() / 'mlflow.db'}" if "--root" in given else None
+    return Settings(
+        uri=given.get("--uri") or typed or store_uri(root, None), model=given.get("--model"), last=int(last),
+        csv="--csv" in given, fail_on_alarm="--fail-on-alarm" in given,
+    )  # fmt: skip
+
+
+def read_histories(settings: Settings) -> list[dict[str, Any]]:
+    """Return a history per model, by name; the models come last that are none.
+
+    Raises:
+        UserError: If there is no store, it does not answer, or it holds no verdict on the model that was named.
+    """
+    from pipeline.compare.history import Judged, count_once
+    from pipeline.gate.history import as_json
+    from pipeline.tracking.registry import is_empty, read_verdicts
+
+    key = "--uri" if settings.uri.partition(":")[0] != "sqlite" else "--root"
+    if is_empty(settings.uri):
+        raise UserError(key, "there is no MLflow store", "name the folder that holds mlflow.db")
+    groups: dict[str | None, list[Judged]] = {}
+    for each in read_verdicts(settings.uri, model=settings.model):
+        groups.setdefault(each.model, []).append(each)
+    if settings.model is not None and not groups:
+        raise UserError("--model", f"no verdict names {one_line(settings.model, 80)!r}", "see the list without --model")
+    return [{"model": name, **as_json(count_once(groups[name]), settings.last), "why": None}
+            for name in sorted(groups, key=lambda name: (name is None, name or ""))]  # fmt: skip
+
+
+def _show(settings: Settings, histories: Sequence[dict[str, Any]]) -> int:
+    from pipeline.report.history import NO_MODEL, alarms, remarks, table, to_csv
+
+    found = [each for history in histories for each in alarms(history)]
+    if settings.csv:
+        sys.stdout.write(to_csv(histories))
+    elif not histories:
+        print("no gate has judged a release here")
+    else:
+        for history in histories:
+            shown, total = len(history["releases"]), history["of"]
+            print(f"{one_line(history['model'] or NO_MODEL, 100)}: {shown} of {total} releases, the newest last\n")
+            print(
+                "\n".join([*table(history), "", *(f"- {each}" for each in [*alarms(history), *remarks(history)]), ""])
+            )
+    if settings.csv and found:
+        print("\n".join(found), file=sys.stderr)
+    return Exit.FAIL if found and settings.fail_on_alarm else Exit.DONE

@@ -1,0 +1,229 @@
+"""What a composed run is refused for before any device is touched: ranges, names, references, files."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pipeline.config.arms import BEST_16_BIT
+from pipeline.config.redaction import has_login
+from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
+from pipeline.config.text_files import why_no_file
+from pipeline.data.mappings import mapping, split_names
+from pipeline.errors import UserError
+from pipeline.evaluation.quality.tasks import check_tasks
+from pipeline.evaluation.serving.engine import read_results
+from pipeline.gate.checks import check_gate
+from pipeline.ledger.cost import check_cost
+from pipeline.models.load import check_local
+from pipeline.stages.capture import CaptureStage
+from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.settings import BASE, RESERVED
+from pipeline.stages.table import STAGES, Stage
+
+OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean X?` for the closest known word, else the known words, or where many are listed."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known: {', '.join(known)}" if len(known) <= 20 else "--cfg job lists them all"
+
+
+def validate(run: Run) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        UserError: One line: the key, what is wrong with it, what would be right.
+    """
+    check_ranges(run)
+    _check_stages(run)
+    _check_arms(run)
+    _check_sources(run)
+    _check_rest(run)
+
+
+def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:
+    """Refuse a run that nobody owns where an owner is required, by the setting or by PIPELINE_REQUIRE_OWNER.
+
+    Args:
+        owner: Who pays, by the names in `OWNER`; others are not looked at.
+
+    Raises:
+        UserError: Naming all that is missing.
+    """
+    if not required and os.environ.get("PIPELINE_REQUIRE_OWNER", "") in ("", "0", "false"):
+        return
+    missing = [f"tracking.{name}" for name in OWNER if not (owner.get(name) or "").strip()]
+    if missing:
+        raise UserError(", ".join(missing), "not given, and every run needs an owner here", f"give {missing[0]}=...")
+
+
+def _check_stages(run: Run) -> None:
+    if not run.stages:
+        raise UserError("stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]")
+    earlier: list[str] = [BASE]
+    for name, stage in run.stages.items():
+        key = f"stages.{name}"
+        if not isinstance(stage, tuple(STAGES.values())):
+            raise UserError(key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name) or name in RESERVED:
+            raise UserError(key, "is no name for a stage", f"use letters, digits and _, not {' or '.join(RESERVED)}")
+        check_ranges(stage, f"{key}.")
+        stage.check(key, run)
+        _check_references(stage, key, run, earlier)
+        earlier.append(name)
+
+
+def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:
+    """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes later."""
+    wanted = {arm: _setting_that_reads(stage, arm) for arm in stage.reads(run)}
+    for arm, setting in wanted.items():
+        if setting != "cache" and isinstance(run.stages.get(arm), CaptureStage):
+            full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
+            raise UserError(full_key, f"{arm!r} makes a teacher cache, not a model", "name a stage that makes a model")
+    like = getattr(stage, "like", None)
+    if like is not None and not isinstance(stage, CaptureStage):  # a capture comes before what it captures for
+        wanted[like] = "like"
+    for arm, setting in wanted.items():
+        if arm in earlier:
+            continue
+        problem = f"{arm!r} comes later in the recipe" if arm in run.stages else f"there is no stage {arm!r}"
+        full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
+        raise UserError(full_key, problem, did_you_mean(arm, earlier))
+
+
+def _setting_that_reads(stage: Stage, arm: str) -> str:
+    for name in ("model", "teacher", "cache"):
+        if getattr(stage, name, None) == arm:
+            return name
+    return "student.source"
+
+
+def _check_arms(run: Run) -> None:
+    arms = [name for name, stage in run.stages.items() if not isinstance(stage, CaptureStage)]
+    if run.primary_arm not in arms:
+        raise UserError("primary_arm", f"there is no stage {run.primary_arm!r}", did_you_mean(run.primary_arm, arms))
+    for index, pair in enumerate(run.compare):
+        for side in ("arm", "base"):
+            arm = getattr(pair, side)
+            if side == "base" and arm == BEST_16_BIT:
+                _check_quantized(index, pair.arm, run)
+            elif arm not in arms:
+                raise UserError(f"compare[{index}].{side}", f"there is no stage {arm!r}", did_you_mean(arm, arms))
+        if pair.arm == pair.base:
+            raise UserError(f"compare[{index}]", f"{pair.arm!r} is compared with itself", "name two arms")
+
+
+def _check_quantized(index: int, arm: str, run: Run) -> None:
+    """Refuse to read anything but a quantized model against 16-bit forms of its source."""
+    if not isinstance(run.stages.get(arm), QuantizeStage):
+        problem = f"{BEST_16_BIT} is for what a quantize stage makes, and {arm!r} is none"
+        raise UserError(f"compare[{index}].base", problem, "name an arm")
+
+
+def _check_sources(run: Run) -> None:
+    places = {
+        "data.path": run.data.path, "data.hub": run.data.hub, "model.path": run.model.path,
+        "student.path": run.student.path, "tracking.root": run.tracking.root,
+    }  # fmt: skip
+    for key, place in places.items():
+        if place is not None and not place.strip():
+            raise UserError(key, "is empty", f"give a place, or leave {key} out")
+    if run.data.path is not None and not Path(run.data.path).expanduser().exists():
+        raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
+    _check_regular(run)
+    if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
+        raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
+    if run.data.path is not None and run.data.hub is not None:
+        raise UserError("data.hub", "does not go with data.path", "give one of the two")
+    beside = {"data.subset": (run.data.subset, "data.path or data.hub", run.data.path or run.data.hub),
+              "model.revision": (run.model.revision, "model.path", run.model.path)}  # fmt: skip
+    for key, (given, needs, place) in beside.items():
+        if given is not None and place is None:
+            raise UserError(key, f"has no effect without {needs}", f"give {needs}, or leave {key} out")
+    named = {"path": run.student.path is not None, "config": bool(run.student.config),
+             "layers": run.student.layers != StudentConfig().layers}  # fmt: skip
+    if sum(named.values()) > 1:
+        both = [f"student.{name}" for name, is_named in named.items() if is_named]
+        raise UserError(both[1], f"does not go with {both[0]}", "give one of the two")
+    for key, path in (("model.path", run.model.path), ("student.path", run.student.path)):
+        if path is not None:
+            check_local(path, key)
+    embedded = run.data.path is None and run.data.hub is None
+    _check_data(run.data, embedded=embedded)
+    if embedded and (run.data.name == "stdlib_labels") != (run.task is Task.sequence_classification):
+        right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
+        raise UserError("task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}")
+
+
+def _check_regular(run: Run) -> None:
+    """Refuse a place that nobody can read to its end: a pipe, a device.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    named = [("data.path", run.data.path)]
+    for name, stage in run.stages.items():
+        named += [(f"stages.{name}.{file}", getattr(stage, file, None)) for file in ("completions", "calibration")]
+    for key, given in named:
+        place = None if given is None else Path(given).expanduser()
+        if place is not None and place.exists() and not (place.is_dir() and key == "data.path"):
+            why = why_no_file(place)
+            if why is not None:
+                raise UserError(key, f"{given} {why}", "give a file")
+
+
+def _check_data(data: DataConfig, *, embedded: bool) -> None:
+    """Read the settings of names by names, and refuse what says how to read files where none are read."""
+    data.splits, data.columns, data.label_map = (
+        mapping(getattr(data, name), f"data.{name}") for name in ("splits", "columns", "label_map")
+    )
+    split_names(data)
+    default = DataConfig()
+    for name in ("splits", "format", "columns", "label_map", "group_field"):
+        if embedded and getattr(data, name) != getattr(default, name):
+            raise UserError(
+                f"data.{name}", "has no effect on the embedded data", f"give data.path, or leave data.{name} out"
+            )
+
+
+def _check_stride(run: Run) -> None:
+    """Refuse a stride that would leave tokens out, or that nothing is read with."""
+    stride, length = run.quality.stride, run.quality.sequence_length or run.training.sequence_length
+    if stride is None:
+        return
+    if run.task is not Task.causal_lm:
+        raise UserError("quality.stride", f"has no effect with task={run.task.value}", "leave it out")
+    if stride > length:
+        problem = f"{stride} is longer than a window of {length} tokens"
+        raise UserError("quality.stride", problem, f"give at most {length}, or raise quality.sequence_length")
+
+
+def _check_rest(run: Run) -> None:
+    check_gate(run)
+    _check_stride(run)
+    check_tasks(run.quality, run.task)
+    if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
+        raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
+    if run.seeds is not None and max(run.seeds) > MAX_SEED:
+        raise UserError("seeds", f"{max(run.seeds)} is out of range", f"give numbers of at most {MAX_SEED}")
+    if run.tracking.uri is not None and has_login(run.tracking.uri):
+        raise UserError(
+            "tracking.uri", "holds a login, which would land in files that others read",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        )  # fmt: skip
+    check_cost(run.cost)
+    check_owner({name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
+        raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
+    if any(batch < 1 for batch in run.serving.batches):
+        raise UserError("serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]")
+    read_results(run)

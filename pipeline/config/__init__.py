@@ -1,0 +1,1 @@
+"""Every setting, by group; what must not reach a file."""

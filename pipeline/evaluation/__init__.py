@@ -1,0 +1,1 @@
+"""What an artifact on disk is worth: its quality, and what it costs to serve."""

@@ -1,0 +1,1 @@
+"""How good an artifact is: documents of the test split, tasks of lm-eval."""

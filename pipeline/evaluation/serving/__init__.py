@@ -1,0 +1,1 @@
+"""What an artifact costs to run at the declared load."""

@@ -1,0 +1,207 @@
+"""Ways to write token after token: a key-value cache that grows, or one of fixed size, compiled and captured.
+
+A cache that grows asks for memory and starts every kernel from the host at each token. A cache of fixed size has the
+same addresses at every step, so that a step can be captured once as a CUDA graph and replayed: the host drops out.
+Whether a model can do so is tried, and what it then predicts is held against the growing cache before it is believed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config.settings import Decode
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_ALIKE = 0.99
+"""Cosine of the logits of a step with those from a growing cache; arithmetic alone leaves far more alike."""
+
+
+class Decoder(Protocol):
+    """Writes for one batch at a time.
+
+    Attributes:
+        how: As results name it.
+        held_bytes: Device memory it keeps between batches.
+        peak_bytes: Device memory it took at most while it was made.
+    """
+
+    how: str
+    held_bytes: int
+    peak_bytes: int
+
+    def reset(self) -> None:
+        """Forget the batch before."""
+
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Return the first new tokens (B, 1) of `prompt` (B, T)."""
+        ...
+
+    def step(self) -> torch.Tensor:
+        """Return the next tokens (B, 1)."""
+        ...
+
+
+class Growing:
+    """A key-value cache that grows by a token a step.
+
+    Args:
+        forward: Of the model.
+        given: Passed to every call of it.
+        why: Why no other way was taken; empty where none was asked for.
+    """
+
+    held_bytes = peak_bytes = 0
+
+    def __init__(self, forward: Any, given: dict[str, Any], why: str = "") -> None:
+        self._forward, self._given = forward, given
+        self.how = f"dynamic cache ({why})" if why else "dynamic cache"
+        self._cache: Any = None
+        self._token: Any = None
+        self.logits: Any = None
+
+    def reset(self) -> None:
+        self._cache = None
+
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        return self._feed(prompt)
+
+    def step(self) -> torch.Tensor:
+        return self._feed(self._token)
+
+    def _feed(self, ids: torch.Tensor) -> torch.Tensor:
+        out = self._forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given)
+        self._cache, self.logits = out.past_key_values, out.logits[:, -1]
+        self._token = self.logits.argmax(-1, keepdim=True)
+        return self._token
+
+
+class Fixed:
+    """A key-value cache of fixed size; its step captured as a CUDA graph by `capture`.
+
+    The tokens of a step are written where the next one reads them.
+
+    Args:
+        model: In evaluation mode.
+        prompt: Token ids (B, T) of the shape to be served.
+        size: Tokens that the cache holds.
+        compiled: Compile the steps after the prompt.
+    """
+
+    held_bytes = peak_bytes = 0
+
+    def __init__(
+        self, model: Any, given: dict[str, Any], prompt: torch.Tensor, size: int, *, compiled: bool = False
+    ) -> None:
+        import torch
+        from transformers import StaticCache
+
+        self._model, self._given = model, given
+        self._step_forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self.how = "static cache, compiled" if compiled else "static cache"
+        self._cache = StaticCache(config=model.config, max_cache_len=size)
+        self._token = torch.zeros(len(prompt), 1, dtype=torch.int64, device=prompt.device)
+        self._graph: Any = None
+        self.logits: Any = None
+
+    def reset(self) -> None:
+        self._cache.reset()
+
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        self._feed(self._model.forward, prompt)
+        return self._token
+
+    def step(self) -> torch.Tensor:
+        if self._graph is None:
+            self._feed(self._step_forward, self._token)
+        else:
+            self._graph.replay()
+        return self._token
+
+    def capture(self) -> None:
+        """Capture a step. What is not allowed in a capture (waiting for the device, say) raises."""
+        import torch
+
+        with torch.cuda.device(self._token.device):  # streams and captures are of the current device
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # first calls choose kernels and ask for workspaces
+                for _ in range(2):
+                    self.reset()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(beside)
+            self.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step()
+        self._graph = graph
+        self.how += ", CUDA graph"
+
+    def _feed(self, forward: Any, ids: torch.Tensor) -> None:
+        out = forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given)
+        self.logits = out.logits[:, -1]
+        self._token.copy_(self.logits.argmax(-1, keepdim=True))
+
+
+def chosen(decode: Decode, device_type: str) -> Decode:
+    """Return what `auto` stands for on a kind of device; anything else as it is."""
+    if decode is not Decode.auto:
+        return decode
+    return Decode.graph if device_type == "cuda" else Decode.dynamic
+
+
+def make_decoder(model: Any, decode: Decode, given: dict[str, Any], prompt: torch.Tensor, new: int) -> Decoder:
+    """Return the decoder asked for, or one with a growing cache that says why it is not that.
+
+    Args:
+        model: In evaluation mode, on the prompt's device.
+        given: Passed to every call of its forward.
+        prompt: Token ids (B, T) of the kind to be served.
+        new: Tokens to be generated for each.
+    """
+    on_cuda = prompt.device.type == "cuda"
+    decode = chosen(decode, prompt.device.type)
+    if decode is Decode.dynamic or new == 1:
+        return Growing(model.forward, given)
+    if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own mark of models with a static cache
+        return Growing(model.forward, given, f"{type(model).__name__} has no static cache")
+    try:
+        return _fixed(model, given, prompt, new, compiled=decode is Decode.compile,
+                      captured=on_cuda and decode is not Decode.static)  # fmt: skip
+    except Exception as error:  # noqa: BLE001 -- kernels refuse capture and compilation in their own ways
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Growing(model.forward, given, f"not {decode.value}: {first[:120]}")
+
+
+def _fixed(
+    model: Any, given: dict[str, Any], prompt: torch.Tensor, new: int, *, compiled: bool, captured: bool
+) -> Fixed:
+    import torch
+
+    counted = prompt.device.type != "cpu"
+    before = _start_peak(prompt.device) if counted else 0
+    decoder = Fixed(model, given, prompt, prompt.shape[1] + new, compiled=compiled)
+    decoder.prefill(prompt)  # makes room for the keys and values
+    if captured:
+        decoder.capture()
+    decoder.reset()
+    decoder.prefill(prompt)
+    decoder.step()
+    if counted:
+        decoder.peak_bytes = torch.accelerator.max_memory_allocated(prompt.device) - before
+        decoder.held_bytes = torch.accelerator.memory_allocated(prompt.device) - before
+    growing = Growing(model.forward, given)
+    growing.prefill(prompt)
+    growing.step()
+    alike = torch.nn.functional.cosine_similarity(decoder.logits.float(), growing.logits.float(), dim=-1).min().item()
+    if not alike >= LEAST_ALIKE:
+        raise RuntimeError(f"its predictions are not those of a growing cache (cosine {alike:.3f})")
+    return decoder
+
+
+def _start_peak(device: torch.device) -> int:
+    import torch
+
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)

@@ -1,0 +1,61 @@
+"""Whether a model folder has a head for the task, told by the class that its config.json names.
+
+A head that nothing trains has to be there: a released classifier read as a language model, or a body without a head,
+would else be refused for whatever of it comes up first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import Task
+from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter
+
+CLASSIFIER = ("ForSequenceClassification",)
+WRITER = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # says the next token
+OTHER = "For"  # of any other task: ForMaskedLM, ForTokenClassification
+REMEDY = {
+    Task.causal_lm: "give a causal language model",
+    Task.sequence_classification: "give a fine-tuned classifier",
+}
+
+
+def refuse_other_head(config: Any, task: Task, key: str, path: str | Path) -> None:
+    """Refuse a model whose head is for another task, or that has none, where no step trains one.
+
+    An adapter passes: its config.json, where it has one, is its base's.
+
+    Raises:
+        UserError: Naming `key`, and the task that the model is for.
+    """
+    named = next(iter(getattr(config, "architectures", None) or []), None)
+    if named is None or is_adapter(str(Path(path).expanduser())):
+        return
+    if named.endswith(CLASSIFIER):
+        if task is not Task.sequence_classification:
+            raise UserError(key, f"{path} is a classifier ({named})", "give task=sequence_classification")
+    elif named.endswith(WRITER):
+        if task is not Task.causal_lm:
+            raise UserError(key, f"{path} is a language model ({named})", "give task=causal_lm")
+    elif task is Task.sequence_classification or not _writes_without_naming_it(config):
+        raise UserError(key, no_head(named, task, path), REMEDY[task])
+
+
+def no_head(named: str | None, task: Task, path: object) -> str:
+    """Say that a folder has no head for a task, and what its config.json says it is instead."""
+    said = "" if named is None else f": its config.json names {named}"
+    what = f"{said}, a body without a head" if named is not None and OTHER not in named else said
+    return f"{path} has no head for task={task.value}{what}"
+
+
+def _writes_without_naming_it(config: Any) -> bool:
+    """Whether a body is a language model all the same: its head is its embedding, which it has."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False)) and not _is_encoder(config)
+
+
+def _is_encoder(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)

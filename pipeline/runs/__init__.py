@@ -1,0 +1,1 @@
+"""The loop that everyone reads first, and what it is made of."""

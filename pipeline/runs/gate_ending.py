@@ -1,0 +1,163 @@
+"""A gate's end: the verdict recorded, the champion moved where it passed and that was asked for, all of it written.
+
+The order matters: a verdict is on disk before anything moves, so that a crash in between leaves the old champion.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.compare.verdict import Outcome
+from pipeline.config.redaction import redact_json
+from pipeline.errors import Exit, exit_of
+from pipeline.gate.opening import Gate, model_name
+from pipeline.gate.record import FILE, Verdict, as_recorded, checksum, recall, record
+from pipeline.report.github import tell_github
+from pipeline.report.junit import junit
+from pipeline.report.text import one_line
+from pipeline.store.artifacts import write_json, write_text
+
+if TYPE_CHECKING:
+    from pipeline.runs.attempt import Attempt
+
+JUNIT = "junit.xml"
+TAGS = ("verdict", "line", "key", "look", "run_id")
+
+
+def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
+    """Come to a verdict, by measuring where none stands; record it, and move the champion where that was asked for.
+
+    Args:
+        measure: Makes the two arms, and compares them.
+    """
+    from pipeline.gate.judge import judge
+
+    with attempt.hold(f"gate-{gate.key or attempt.run_id}", "gate"):
+        newest = recall(gate.places.store, gate.key) if gate.key else None
+        if newest is not None and (gate.earlier is None or newest["look"] > gate.earlier["look"]):
+            gate.earlier = newest  # another process was quicker
+        stands = gate.recorded
+        if stands is not None:
+            verdict: Verdict = {**stands, "recorded": stands["run_id"], "run_id": attempt.run_id}
+            attempt.notes.append(f"the verdict of run {stands['run_id']} stands: look {stands['look']} of "
+                                 f"{stands['looks']} decided, or none is left")  # fmt: skip
+        else:
+            if gate.baseline is not None or attempt.run.bootstrap:
+                measure()
+            with attempt.clock.phase("log"):  # asks MLflow what self-tests recorded
+                verdict = redact_json(judge(attempt, gate))  # before its checksum is taken
+            if gate.key and verdict["verdict"] != Outcome.INVALID:  # nothing was found out about the candidate
+                record(gate.places.store, gate.key, verdict)
+    gate.verdict = verdict
+    attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
+    note_history(attempt, gate)
+    becomes_first = gate.baseline is None and attempt.run.bootstrap
+    if becomes_first or (verdict["verdict"] == Outcome.PASS and attempt.run.promote):
+        _promote(attempt, gate, verdict)
+    elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
+        from pipeline.tracking.registry import resolve_version, tag_version
+
+        side = gate.candidate
+        version = resolve_version(gate.places.tracking, str(side.model), version=side.version)
+        if version is not None:
+            tag_version(gate.places.tracking, version, _tags(verdict))
+
+
+def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
+    """Have other machines reach the candidate, then make it the champion if the champion is still the baseline."""
+    from pipeline.tracking.registry import Candidate, NotPromoted, promote
+
+    name = model_name(gate, attempt.run)
+    url = gate.candidate.url
+    if attempt.disagreeing:  # who serves it would serve another model than the one that was judged
+        why = f"vLLM reads another model from the folder of {', '.join(attempt.disagreeing)}"
+        gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": why}
+        print(f"not promoted: {why}", file=sys.stderr)
+        return
+    if gate.places.url is not None and url is None:
+        from pipeline.store.remote import upload
+
+        with attempt.clock.phase("log"):
+            url = upload(gate.candidate.artifact, gate.places.url)
+    expected = None if gate.baseline is None else gate.baseline.version
+    try:
+        with attempt.clock.phase("log"):
+            artifact = gate.candidate.artifact
+            candidate = Candidate(artifact.digest, url or "", str(artifact.path))
+            made = promote(gate.places.tracking, name, candidate, expected, _tags(verdict))
+        gate.promotion = {"done": True, "model": name, "version": made.version, "url": url, "why": None}
+        print(f"{name} version {made.version} is champion", flush=True)
+    except NotPromoted as error:
+        gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": str(error)}
+        print(f"not promoted: {error}", file=sys.stderr)
+
+
+def note_history(attempt: Attempt, gate: Gate) -> None:
+    """Set the verdict among those before it; it does not depend on them."""
+    from pipeline.gate.history import history_of
+
+    if gate.verdict is not None:
+        uri = gate.places.tracking if attempt.run.tracking.mlflow else None
+        with attempt.clock.phase("log"):
+            named = model_name(gate, attempt.run) if attempt.run.promote or attempt.run.bootstrap else None
+            gate.history = history_of(gate.verdict, uri, model=named)
+
+
+def exit_code(gate: Gate, disagreeing: Sequence[str]) -> int:
+    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked.
+
+    Args:
+        disagreeing: Arms that vLLM reads as another model: a PASS of one is a fail, whatever was asked for.
+    """
+    assert gate.verdict is not None
+    lost = gate.promotion is not None and not gate.promotion["done"]
+    if not lost and disagreeing and gate.verdict["exit_code"] == Exit.DONE:
+        return Exit.FAIL
+    return Exit.REFUSED if lost else gate.verdict["exit_code"]
+
+
+def _tags(verdict: Verdict) -> dict[str, str]:
+    return {f"gate.{name}": str(verdict[name]) for name in TAGS}
+
+
+def shown_verdict(written: Verdict | None) -> Verdict | None:
+    """Return the verdict as result.json holds it; None where there is none."""
+    if written is None or written["verdict"] is None:
+        return None
+    return {name: value for name, value in written.items() if name not in ("readings", "sha256")}
+
+
+def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
+    """Return what verdict.json holds, whatever the end was; None where the run is no gate.
+
+    Called while the exception that ended the run is on its way, where one did: it says more than `crashed`.
+    """
+    gate, error = attempt.gate, sys.exception()
+    if gate is None:
+        return None
+    if status != "FINISHED" and why == "crashed" and error is not None:
+        why = one_line(f"{type(error).__name__}: {error}")
+    if gate.verdict is None:
+        return {
+            "schema": 1, "line": one_line(f"no verdict: the run ended {status}: {why}"), "verdict": None,
+            "exit_code": int(exit_of(error)), "why": why, "criteria": [], "run_id": attempt.run_id,
+        }  # fmt: skip
+    ended_well = status == "FINISHED"  # it may have been killed while the champion was moved
+    code = exit_code(gate, attempt.disagreeing) if ended_well else exit_of(error)
+    return {
+        **gate.verdict, "sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion,
+        "history": gate.history, "end": {"exit_code": int(code), "why": why},
+    }  # fmt: skip
+
+
+def write_outputs(attempt: Attempt, written: Verdict | None) -> list[str]:
+    """Write what a gate leaves beside the report (`ended` says what); return the files' names."""
+    if written is None:
+        return []
+    write_json(attempt.folder / FILE, written)
+    write_text(attempt.folder / JUNIT, junit(written))
+    report = attempt.folder / "report.md"
+    tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
+    return [FILE, JUNIT]

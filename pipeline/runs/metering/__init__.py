@@ -1,0 +1,1 @@
+"""A run around any command: `python -m pipeline meter -- COMMAND`."""

@@ -1,0 +1,68 @@
+"""Training that makes up for what quantizing lost: a distillation from the unquantized model into its quantized self.
+
+What is trained, its adapters or all its weights, computes as it will once quantized (`quantization/fake.py`); it is
+saved unrounded and then quantized as every artifact is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.settings import Rung
+from pipeline.models.load import load_config, load_model, load_tokenizer, save_model
+from pipeline.quantization.backend import plan_for, rest_dtype
+from pipeline.quantization.fake import Adapters, fake_quantize
+from pipeline.stages.context import Context, Output
+from pipeline.stages.quantize import setting
+from pipeline.stages.training import Start, run_training
+
+if TYPE_CHECKING:
+    from pipeline.stages.recover import RecoverStage
+    from pipeline.store.artifacts import Artifact
+
+
+def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+    """Train as `stage` says and leave the quantized model in `ctx.out`."""
+    into = stage.into
+    with tempfile.TemporaryDirectory(dir=ctx.out.parent, prefix="recover.") as folder:
+        source = _smoothed(stage, inputs[stage.model].path, Path(folder) / "smoothed", ctx)
+        trained = Path(folder) / "trained"
+
+        def start() -> Start:
+            model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
+            plan = plan_for(into.format, model.config, ctx.run.task, key=setting(ctx, "format"), choice=into.choice())
+            linear = [layer for layer in plan.quantize if not layer.fused]  # fused experts are rounded afterwards alone
+            dtype = rest_dtype(load_config(source), ctx.device)
+            adapters = Adapters(stage.rank, stage.alpha) if stage.rung is Rung.lora else None
+            undo = fake_quantize(model, linear, into.format, dtype, adapters)
+
+            def save(faked: Any) -> None:
+                undo()
+                _save(faked, source, trained, ctx)
+
+            return model, load_tokenizer(source), save
+
+        made = run_training(stage, stage, inputs, ctx, start=start)
+        done = into.convert(trained, ctx, smoothed=False)
+    return replace(made, notes=(*made.notes, *done.notes), about={**made.about, **done.about})
+
+
+def _smoothed(stage: RecoverStage, source: Path, folder: Path, ctx: Context) -> Path:
+    """Return where the model lies that is quantized: the source, or a smoothed one in `folder`."""
+    if stage.into.smoothing is None:
+        return source
+    model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
+    stage.into.smooth(model, source, ctx)
+    _save(model, source, folder, ctx)
+    return folder
+
+
+def _save(model: Any, source: Path, folder: Path, ctx: Context) -> None:
+    """Save an unquantized model in the dtype that its source is stored in."""
+    dtype: Any = load_config(source).dtype
+    with ctx.clock.phase("checkpoint"):
+        save_model(model.to(dtype), load_tokenizer(source), folder)

@@ -1,0 +1,442 @@
+"""What `train` and `distill` share: build model, batches and objective, run the loop, save the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config.settings import Precision, Task, TrainingConfig
+from pipeline.data.batches import PackedBatches, PaddedBatches
+from pipeline.data.completions import read_completions
+from pipeline.data.encode import Encoded, encode_all, encoding_notes
+from pipeline.data.padding import Padding
+from pipeline.data.prompts import PartlySampled
+from pipeline.distillation.hidden import WithProjections
+from pipeline.errors import StageFailed, UserError
+from pipeline.evaluation.quality.scoring import check_vocabulary, validation_metric
+from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.gpu_phases import GpuPhases, device_phases
+from pipeline.ledger.metrics import PRIMARY
+from pipeline.ledger.traced_steps import StepTracer, step_tracer
+from pipeline.ledger.values import Value, derive, estimated, measured, null
+from pipeline.models.load import (
+    example_length,
+    load_model,
+    load_tokenizer,
+    quantized_by,
+    save_model,
+)
+from pipeline.models.student import make_student, stack_layers
+from pipeline.models.weights import refuse_not_finite
+from pipeline.stages.context import Context, Output
+from pipeline.stages.distill import DistillStage
+from pipeline.stages.head_choice import choose_head
+from pipeline.stages.precision_choice import Choice, choose_precision
+from pipeline.stages.quantize import copy_model
+from pipeline.stages.settings import (
+    BASE,
+    STUDENT_INIT,
+    steps_of,
+    student_source,
+    training_precision,
+    training_settings,
+)
+from pipeline.stages.step_flops import ModelFlops, StepFlops, doubt
+from pipeline.stages.teaching import (
+    Numbered,
+    have_written,
+    load_teacher,
+    mix_in,
+    open_cache,
+    teachers_share,
+)
+from pipeline.training.activations import checkpoint_activations
+from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
+from pipeline.training.objective import (
+    Examined,
+    Objective,
+    Teacher,
+    columns_of,
+    examine,
+    parameter_hash,
+)
+from pipeline.training.precision import arithmetic, round_weights
+from pipeline.training.prefetch import Batches
+from pipeline.training.schedule import first_row, sequence_length
+from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
+
+if TYPE_CHECKING:
+    from pipeline.stages.train import TrainStage
+    from pipeline.store.artifacts import Artifact
+
+Start = tuple[Any, Any, Callable[[Any], None]]
+"""A model on the device, its tokenizer, and what saves the model once it is trained."""
+NO_TEACHER = "no distillation in this stage"
+VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
+VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
+
+
+def run_training(
+    stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context, *,
+    start: Callable[[], Start] | None = None,
+) -> Output:  # fmt: skip
+    """Train (or distil) as `stage` says and save the model into `ctx.out`.
+
+    Args:
+        start: What to begin with in place of what `stage.model` names.
+    """
+    if distill is not None and distill.completions is not None:  # taught by texts: no distribution to follow
+        distill = None
+    settings = planned_settings(stage, ctx)
+    torch.manual_seed(ctx.seed)
+    with ctx.clock.phase("model_load"):
+        model, tokenizer, save = _start(stage, inputs, settings, ctx) if start is None else start()
+        if settings.activation_checkpointing:
+            where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
+            checkpoint_activations(model, f"{where}.activation_checkpointing")
+        refuse_not_finite(model, *_start_of(stage, ctx))
+    if settings.steps == 0:
+        with ctx.clock.phase("checkpoint"):
+            if quantized_by(model.config) is not None:  # not every library can write what it reads
+                copy_model(inputs[stage.model].path, ctx.out)
+            else:
+                save(model)
+        return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
+    teacher = None
+    if distill is not None and distill.cache is None:
+        teacher = load_teacher(distill, inputs, tokenizer, ctx)
+    precision = training_precision(stage, ctx.run)
+    with ctx.clock.phase("prepare"):
+        own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
+        if teacher is not None and own is not None:
+            of_teacher = examine(teacher.model, ctx.device)
+            teacher = replace(teacher, masked=of_teacher.masked, head=of_teacher.head, packs=of_teacher.packs)
+        if teacher is not None:
+            round_weights(teacher.model, teacher.precision)
+        encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
+        text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
+        num_rows = text.num_rows
+        settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
+        signal = teacher
+        if distill is not None and distill.cache is not None:
+            outputs = model.config.num_labels if own is None else columns_of(model, own.head)
+            signal = open_cache(distill, distill.cache, inputs, text, outputs, tokenizer, settings, ctx)
+            text = Numbered(text, signal.cache, settings.gradient_accumulation)
+        objective = Objective(
+            model, ctx.run.task, precision, ctx.device, ctx.clock, signal,
+            masked=own is not None and own.masked, packs=own is None or own.packs,
+            head=None if own is None else own.head,
+        )  # fmt: skip
+        batches = text
+        if distill is not None:
+            mix_in(distill, objective, settings, ctx)
+            if distill.on_policy:
+                _check_writes(own, model, ctx)
+                assert isinstance(text, PackedBatches)
+                batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
+        counted = ModelFlops.of(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
+        flops = StepFlops.counted(objective, counted)
+        active = counted.active_share(model)
+        said = [doubt(counted, model, ctx.run.task, settings.sequence_length), counted.said(model)]
+        if own is not None:
+            rows = settings.batch_size // settings.gradient_accumulation
+            said += objective.full_logits(rows * settings.sequence_length)
+        frozen = None if teacher is None else parameter_hash(teacher.model)
+    trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
+    choice = None
+    if precision is Precision.auto:
+        choice = _chosen(stage, trained, objective, batches, settings, ctx)
+        precision = objective.precision = choice.precision
+    validate = _validation(model, tokenizer, settings, precision, ctx)
+    if teacher is not None and distill is not None and not distill.insist:
+        with ctx.clock.phase("eval"):
+            theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
+            check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
+    head = None
+    if distill is not None:
+        head = choose_head(f"stages.{ctx.stage}.head", distill.head, objective, text, settings)
+    if settings.compile:
+        with ctx.clock.phase("compile"):
+            model.compile()
+    with (
+        ctx.progress(f"{ctx.stage}", settings.steps) as advance,
+        device_phases(ctx.clock, ctx.device) as phases,
+        _tracer(settings, ctx) as tracer,
+    ):
+        hooks = Hooks(
+            validate=validate, flops=flops, points=ctx.points,
+            history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
+            advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
+        )  # fmt: skip
+        progress = train(
+            trained, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
+            clock=ctx.clock, hooks=hooks,
+        )  # fmt: skip
+        timeline = _timeline(phases, tracer, ctx)
+    share = null(NO_TEACHER)
+    if distill is not None:  # no hard label is learnt where all is sampled
+        read = lambda: 1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
+        share = attempted(lambda: measured(read()), lambda why: null(unmeasured("the teacher's gradient", why)))
+    with ctx.clock.phase("checkpoint"):
+        if teacher is not None and parameter_hash(teacher.model) != frozen:
+            raise StageFailed("the teacher's parameters changed while the student trained")
+        save(model)
+    output = _output(progress, objective, distill, share, flops, active)
+    if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
+        output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
+    output = flops.told(output, progress.flops)
+    about = {} if choice is None else {"precision": choice.about}
+    said = (*said, choice, head, _epochs_said(settings, num_rows, ctx))
+    notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
+    return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+
+
+def _start_of(stage: TrainStage | DistillStage, ctx: Context) -> tuple[str, str]:
+    """Return the setting that names what a stage starts from, and what it is, as refusals say it."""
+    if stage.model == STUDENT_INIT and ctx.run.student.path is not None:
+        return "student.path", ctx.run.student.path
+    return (
+        ("model.path", ctx.run.model.path or BASE)
+        if stage.model == BASE
+        else (f"stages.{ctx.stage}.model", stage.model)
+    )
+
+
+def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str | None:
+    """Return how often train is read, where steps follow from epochs or do not come to one."""
+    what = f"{num_rows} {'windows' if ctx.run.task is Task.causal_lm else 'examples'} of train"
+    if settings.epochs is not None:
+        return f"{settings.epochs:g} epochs of {what} are {settings.steps} steps"
+    read = first_row(settings.steps, settings)
+    own = ctx.run.data.path is not None or ctx.run.data.hub is not None
+    if not own or read >= num_rows:
+        return None
+    return f"{settings.steps} steps read {read} of {what}; training.epochs=1 reads each once"
+
+
+def _start(
+    stage: TrainStage | DistillStage, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
+) -> Start:
+    """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
+    model: Any
+    model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
+    if stage.stack is not None:
+        model = stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent)
+    if quantized_by(model.config) is None:
+        model = model.to(ctx.device)
+    return model, tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
+
+
+def _chosen(
+    stage: TrainStage | DistillStage, model: Any, objective: Objective, batches: Batches, settings: TrainingConfig,
+    ctx: Context,
+) -> Choice:  # fmt: skip
+    """Return the precision found by trial: that of the stage named by `like`, so that like is compared with like."""
+    matched = {} if ctx.matched is None else ctx.matched.about.get("precision", {})
+    if stage.precision is None and matched:
+        return Choice(Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]})
+    left_out = [] if objective.hidden is None and objective.relations is None else [Precision.bf16_pure]
+    return choose_precision(
+        model, objective, batches, settings, ctx.run.precision, left_out=left_out, folder=ctx.checkpoints,
+        clock=ctx.clock,
+    )  # fmt: skip
+
+
+def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:
+    return step_tracer(
+        ctx.traces, ctx.device, total=settings.steps, count=ctx.run.ledger.traced_steps,
+        eval_every=steps_between_evaluations(settings),
+    )  # fmt: skip
+
+
+def _advancing(advance: Callable[[int, int], None], phases: GpuPhases | None) -> Callable[[int, int], None]:
+    """Return what to do after each step: show it, and book the device time that has become known."""
+
+    def advanced(step: int, tokens: int) -> None:
+        advance(step, tokens)
+        if phases is not None:
+            phases.resolve()
+
+    return advanced
+
+
+def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dict[str, Any]:
+    """Return what the device did, as `Output.gpu_timeline` has it; the steps are over, so it may be waited for."""
+    phases_s: dict[str, float] = {}
+    if phases is not None:
+        with ctx.clock.phase("optimizer"):  # what the last step still does
+            phases.finish(lambda: torch.cuda.synchronize(ctx.device))
+        phases_s = phases.phases_s()
+    with ctx.clock.phase("log"):
+        found = tracer.result()
+    if phases is not None and phases.why_none is not None:
+        found["notes"].append(f"device time by phase is not known: {phases.why_none}")
+    return {**found, "phases_s": phases_s}
+
+
+def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
+    """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs would have bought.
+
+    Raises:
+        StageFailed: If the FLOPs of the matched stage are neither counted nor estimated.
+    """
+    settings = training_settings(stage, ctx.run)
+    if not getattr(stage, "match_compute", False):
+        return settings
+    flops = ctx.matched_flops
+    per_step = None if ctx.matched is None else ctx.matched.flops_per_step
+    if flops is None or per_step is None:
+        raise StageFailed(f"{stage.like} has no FLOPs to match: {_why_no_flops(ctx)}")
+    settings.steps, settings.epochs = max(1, int(flops // per_step)), None
+    why = _why_no_flops(ctx)
+    if why is not None:
+        ctx.say(f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb (6N, estimated), "
+                f"as they cannot be counted: {why}")  # fmt: skip
+    return settings
+
+
+def _why_no_flops(ctx: Context) -> str | None:
+    """Return why the matched stage's FLOPs are not counted, or None."""
+    if ctx.matched is None:
+        return "it did not run"
+    return ctx.matched.counts["model_flops"].why_null
+
+
+def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, new_head: bool) -> tuple[Any, Any]:
+    """Return the model and tokenizer that `name` stands for (an arm, or the student's initial weights)."""
+    run, labels = ctx.run, ctx.data.labels
+    if name != STUDENT_INIT:
+        path = inputs[name].path
+        return load_model(path, run.task, labels=labels, new_head=new_head), load_tokenizer(path)
+    source = inputs[student_source(run)].path if run.student.path is None else ctx.out
+    return make_student(run.student, source, run.task, labels, new_head=new_head, scratch=ctx.out.parent)
+
+
+def read_encoded(
+    model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+) -> list[Encoded]:
+    """Return the encoded train split, or the completions of a file in its place; what is not read of them is said."""
+    if completions is None:
+        documents = ctx.data.splits["train"]
+    else:
+        given = read_completions(completions, ctx.run.data, f"stages.{ctx.stage}.completions")
+        documents = [each.document for each in given]
+    length = example_length(model.config, ctx.run.task, settings.sequence_length)
+    for note in encoding_notes(documents, tokenizer, ctx.run.task, max_length=length):
+        ctx.say(f"train split: {note}" if completions is None else f"{ctx.stage}: completions: {note}")
+    return encode_all(documents, tokenizer, ctx.run.task, max_length=length)
+
+
+def _apart(own: Examined | None, teacher: Teacher | None) -> bool:
+    """Return whether documents need rows of their own: student and teacher read the same rows."""
+    return not all(each is None or each.packs for each in (own, teacher))
+
+
+def _check_writes(own: Examined | None, model: Any, ctx: Context) -> None:
+    """Refuse a student that cannot write in batches: prompts of several lengths are placed by their positions."""
+    if own is not None and not own.packs:
+        problem = f"{type(model).__name__} takes no positions, by which prompts of several lengths are placed"
+        raise UserError(f"stages.{ctx.stage}.on_policy", problem, "leave it out")
+
+
+def make_batches(
+    model: Any, tokenizer: Any, encoded: list[Encoded], settings: TrainingConfig, ctx: Context, *, apart: bool = False
+) -> PackedBatches | PaddedBatches:
+    """Return what a training with these settings reads, as a pure function of the step.
+
+    Args:
+        apart: Documents of a language model are not packed: each has rows of its own.
+    """
+    check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
+    rows = partial(first_row, settings=settings)
+    if ctx.run.task is Task.causal_lm:
+        packed = PackedBatches(
+            encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
+            length_at=lambda step: sequence_length(step, settings), apart=apart,
+        )  # fmt: skip
+        if apart:
+            share = packed.packing.padding / max(1, packed.packing.window_tokens)
+            ctx.say(f"{ctx.stage}: documents are not packed, which not all models here keep apart: each has rows of "
+                    f"its own, {share:.0%} of which is padding")  # fmt: skip
+        for note in packed.packing.notes():
+            ctx.say(f"{ctx.stage}: {note}")
+        return packed
+    padding = Padding.of(tokenizer, model, ctx.run.task)
+    if padding.note is not None:
+        ctx.say(f"{ctx.stage}: {padding.note}")
+    return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=padding)
+
+
+def _validation(
+    model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
+) -> Callable[[], float]:
+    documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
+    count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
+    encoded = encode_all(
+        documents[:count], tokenizer, ctx.run.task,
+        max_length=example_length(model.config, ctx.run.task, settings.sequence_length), max_bytes=VALIDATION_BYTES,
+    )  # fmt: skip
+
+    padding = Padding.of(tokenizer, model, ctx.run.task)
+
+    def validate() -> float:
+        with arithmetic(precision, ctx.device):
+            return validation_metric(
+                model, encoded, ctx.run.task, sequence_length=settings.sequence_length,
+                batch_size=settings.batch_size, device=ctx.device, padding=padding,
+            )  # fmt: skip
+
+    return validate
+
+
+def _no_counts() -> dict[str, Value]:
+    nothing = {"steps": measured(0), "tokens": measured(0), "target_tokens": measured(0), "examples": measured(0),
+               "model_flops": estimated(0), "steps_lost": measured(0)}  # fmt: skip
+    return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
+
+
+def _output(
+    progress: Progress, objective: Objective, distill: DistillStage | None, gradient: Value, flops: StepFlops,
+    active: Value,
+) -> Output:  # fmt: skip
+    shares = {"distillation_share": _share(progress, distill),
+              "distillation_gradient_share": gradient}  # fmt: skip
+    counts = {
+        "steps": measured(progress.step), "tokens": measured(progress.tokens),
+        "target_tokens": _target_tokens(progress, objective.task),
+        "examples": measured(progress.examples), "model_flops": flops.total(progress.flops), "steps_lost": measured(0),
+        "active_parameter_share": active, **shares,
+    }  # fmt: skip
+    notes: list[str] = []
+    teacher_model = None if objective.teacher is None else objective.teacher.model
+    if teacher_model is not None and _vocabulary(teacher_model) != _vocabulary(objective.model):
+        notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
+    least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
+    if distill is not None and least < LEAST_SHARE:
+        notes.append(f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower ce_weight")
+    return Output(
+        counts=counts, flops_per_step=progress.own_flops / progress.step, curve=progress.curve,
+        seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _vocabulary(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def _target_tokens(progress: Progress, task: Task) -> Value:
+    """Return how many tokens were learnt; a classifier learns labels."""
+    return measured(progress.target_tokens) if task is Task.causal_lm else null("labels are learnt, not tokens")
+
+
+def _share(progress: Progress, distill: DistillStage | None) -> Value:
+    """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
+    if distill is None:
+        return null(NO_TEACHER)
+    if progress.taught + progress.hard == 0:
+        return null("the loss is zero")
+    return derive(lambda part, rest: part / (part + rest), measured(progress.taught), measured(progress.hard))

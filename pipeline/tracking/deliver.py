@@ -1,0 +1,616 @@
+"""From a run's journal to MLflow; it needs no more than mlflow-skinny. Beside it `registry.py` alone imports mlflow.
+
+Delivery is idempotent: runs are found again by tag before they are made, and metrics carry the journal's times, so
+that delivering twice changes nothing. Nothing here runs inside the training process's step loop.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.arms import file_name, is_rung, stage_name
+from pipeline.config.redaction import redact_value, without_login
+from pipeline.ledger.charge_sources import (
+    PARTS,
+    RUN_TAG,
+    SO_FAR_HOURS,
+    SO_FAR_UNTIL,
+    has_ended,
+    open_hours,
+    outside_waste,
+    spans,
+    stage_device,
+    stage_owner,
+)
+from pipeline.ledger.charges import OWNER
+from pipeline.ledger.journal import read_first, read_new
+from pipeline.ledger.metrics import BY_KEY, row_summary
+from pipeline.ledger.records import DELIVERED, read_record, tell
+from pipeline.report.text import one_line
+from pipeline.report.waste import advice
+from pipeline.store.artifacts import MODEL, write_json
+from pipeline.store.waiting import locked, waiting_for
+
+MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
+MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
+STATE = "mlflow.json"  # in a run's folder: how far it was delivered
+SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
+State = dict[str, Any]
+"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`,
+`spans` of its attempts, whether it has `ended`, and when what it took so far was `noted`."""
+
+
+def store_uri(root: Path, declared: str | None) -> str:
+    """Return the tracking URI: MLFLOW_TRACKING_URI, else the declared one, else SQLite under `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or declared or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def declared_uri(setting: str | None) -> str | None:
+    """Return the URI to note down for later deliveries; a login in it comes from the environment then."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or setting
+    return None if uri is None else without_login(uri)
+
+
+def ui_command(root: Path, declared: str | None = None) -> str:
+    """Return the command that opens the MLflow UI on this store."""
+    uri = without_login(store_uri(root, declared))
+    return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def deliver(run_dir: Path, *, look_again: bool = False) -> int:
+    """Deliver what MLflow has not had of a run; return the number of events delivered.
+
+    Args:
+        run_dir: The run's folder, with its journal.
+        look_again: Ask the store for a run that was delivered whole, too, and fill a store that has lost it.
+
+    Raises:
+        mlflow.exceptions.MlflowException: If the store cannot be reached, or refuses.
+    """
+    journal = run_dir / "journal.jsonl"
+    # A run's writer and `pipeline sync` may meet here.
+    with locked(run_dir / ".mlflow.lock", f"another process that delivers {run_dir.name}"), ExitStack() as stack:
+        start = read_first(journal)
+        if start is None or start["e"] != "run_start":
+            return 0
+        known = read_record(run_dir / STATE, DELIVERED, so="all of the run is delivered again")
+        state: State = {**_nothing_yet(), **(known or {})}
+        events, offset = read_new(journal, state["offset"])
+        dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
+        if dead:  # a run writes its end before it lets go, and another may have taken it up: look again
+            more, offset = read_new(journal, offset)
+            events += more
+            dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
+        last = _last(events, state)
+        if not events and not (dead and not state["dead"]) and not look_again:
+            return 0
+        root = run_dir.parent.parent
+        uri = store_uri(root, start["tracking_uri"])
+        # Processes that open a fresh store race its migrations.
+        stack.enter_context(locked(root / ".mlflow.lock", f"another process that writes to the store of {root}"))
+        with waiting_for(f"MLflow at {without_login(uri)} to answer"):
+            client, experiment = _open(root, uri, start)
+        if not uri.startswith("sqlite"):
+            stack.close()  # a server orders its writers itself
+        if state["parent"] is not None:
+            stage = _lifecycle(client, state["parent"])
+            if stage == "deleted" and not events:
+                return 0  # what was thrown away in the UI stays away
+            if stage != "active":  # a store deleted or changed since: it gets all of the run
+                state = _nothing_yet()
+                events, offset = read_new(journal, 0)
+        stack.enter_context(waiting_for(f"MLflow at {without_login(uri)} to take {run_dir.name}"))
+        delivery = _Delivery(client, experiment, run_dir, start, state)
+        delivery.events(events)
+        if dead:
+            delivery.end_open_runs("KILLED", last["t"])
+        delivery.note_so_far(events, last, dead=dead)
+        write_json(run_dir / STATE, {**delivery.state, "offset": offset, "last": last, "dead": dead})
+        return len(events)
+
+
+def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
+    return {name: events[-1][name] for name in ("e", "t")} if events else state["last"]
+
+
+def _nothing_yet() -> State:
+    return {"offset": 0, "last": None, "dead": False, "parent": None, "children": {}, "arms": {}, "spans": [],
+            "ended": False, "noted": None}  # fmt: skip
+
+
+def _is_free(lock: Path) -> bool:
+    """Tell whether no process holds the lock of a run."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def _open(root: Path, uri: str, start: dict[str, Any]) -> tuple[Any, str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return client, os.environ["MLFLOW_EXPERIMENT_ID"]
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or start["experiment"]
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return client, found.experiment_id
+    where = (root / "artifacts").resolve().as_uri() if uri.startswith("sqlite") else None
+    return client, client.create_experiment(name, artifact_location=where)
+
+
+def _lifecycle(client: Any, run: str) -> str | None:
+    """Return `active`, `deleted`, or None where the store does not know the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """One delivery of a run's events. `state` is kept between deliveries."""
+
+    client: Any
+    experiment: str
+    run_dir: Path
+    start: dict[str, Any]
+    state: State
+    parent: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = self.start["run_id"]
+        self.parent = self.state["parent"] or self._run(name, {RUN_TAG: name}, self.start["t"])
+        self.state["parent"] = self.parent
+
+    def events(self, events: list[dict[str, Any]]) -> None:
+        """Deliver events: curves first, since a row ends its child."""
+        for event in events:
+            if event["e"] == "stage_start":
+                self._child(event)
+        for group in _points(events):
+            self._curve(self._child(group[0]), group)
+        handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
+                    "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons,
+                    "verdict": self._verdict, "selftest": self._selftest, "run_end": self._run_end}  # fmt: skip
+        for event in events:
+            if event["e"] in handlers:
+                with self._whatever_its_shape(event):
+                    handlers[event["e"]](event)
+
+    @contextmanager
+    def _whatever_its_shape(self, event: dict[str, Any]) -> Generator[None]:
+        """Have a damaged line of the journal, which is said, keep no other from being delivered."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            problem = f"a line {event['e']!r}: {type(error).__name__}: {error}"
+            tell(self.run_dir / "journal.jsonl", one_line(problem, 200), "that line is not delivered")
+
+    def end_open_runs(self, status: str, at: float) -> None:
+        """Give parent and children that still count as running their end."""
+        for run in (*self.state["children"].values(), self.parent):
+            if self.client.get_run(run).info.status == "RUNNING":
+                self.client.set_terminated(run, status=status, end_time=int(at * 1000))
+
+    def note_so_far(self, events: list[dict[str, Any]], last: dict[str, Any], *, dead: bool) -> None:
+        """Note what a run took until its last sign of life, for whoever adds up hours before it has ended, or after
+        it was killed and never taken up again."""
+        from mlflow.entities import RunTag
+
+        self.state["spans"] = spans(events, self.state["spans"])
+        self.state["ended"] = has_ended(events, before=self.state["ended"])
+        wanted = dead or any(event["e"] in ("run_start", "row") for event in events)
+        wanted = wanted or last["t"] - (self.state["noted"] or 0.0) >= SO_FAR_S
+        if self.state["ended"] or not self.state["spans"] or not wanted:
+            return
+        tags = {SO_FAR_HOURS: repr(open_hours(self.state["spans"])), SO_FAR_UNTIL: str(int(last["t"] * 1000))}
+        self.client.log_batch(self.parent, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.state["noted"] = last["t"]
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def _run(self, name: str, tags: dict[str, str], at: float) -> str:
+        """Return the MLflow run with this tag, made if there is none."""
+        found = self._find(tags[RUN_TAG])
+        if found is not None:
+            return found
+        all_tags = {**tags, "mlflow.runName": name}
+        return self.client.create_run(self.experiment, start_time=int(at * 1000), tags=all_tags).info.run_id
+
+    def _find(self, tag: str) -> str | None:
+        found = self.client.search_runs([self.experiment], f"tags.`{RUN_TAG}` = '{tag}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _child(self, event: dict[str, Any]) -> str:
+        name = _child_name(event)
+        if name not in self.state["children"]:
+            tags = {RUN_TAG: f"{self.start['run_id']}/{name}", "mlflow.parentRunId": self.parent,
+                    **_owner(self.start)}  # fmt: skip
+            self.state["children"][name] = self._run(name, tags, event["t"])
+        return self.state["children"][name]
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def _run_start(self, event: dict[str, Any]) -> None:
+        self.client.update_run(self.parent, status="RUNNING")
+        if event["attempt"] == 1:  # parameters cannot change, and the next attempt's are the same
+            self._settings(self.parent, event["params"])
+            self._datasets(event["datasets"])
+        self._tags(
+            self.parent,
+            {**event.get("environment", {}), **event["tags"], **_owner(event), "question": event["question"]},
+        )
+
+    def _devices(self, event: dict[str, Any]) -> None:
+        """Say what a metered command runs on while no row does."""
+        self._tags(self.parent, {"device": event["used"]["name"]})
+
+    def _stage_start(self, event: dict[str, Any]) -> None:
+        self._settings(self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]})
+
+    def _row(self, event: dict[str, Any]) -> None:
+        """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its status."""
+        row = event["row"]
+        child, figures = self._child({**row, "t": event["t"]}), row_summary(row)
+        self._values(child, figures, event["t"])
+        tags = {name: row[name] for name in ("type", "status", "why", "reused")}
+        tags |= {"device": stage_device(row), "cost.currency": row["ledger"]["cost"]["currency"]}
+        tags |= {} if row["reused"] else stage_owner(row)
+        if row["reused"]:
+            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
+        tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
+        kind = None if row["artifact"] is None else row["artifact"]["kind"]
+        if kind is not None:
+            tags |= {f"{kind}.path": row["artifact"]["path"], f"{kind}.digest": row["artifact"]["digest"]}
+        self._tags(child, tags)
+        if kind == MODEL:
+            self._model(child, row)
+        status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
+        self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
+        core = {key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core}
+        finished = row["status"] == "FINISHED" and not is_rung(row["arm"])
+        self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
+            "seed": row["seed"], "finished": finished, "core": core,
+        }  # fmt: skip
+
+    def _serving(self, event: dict[str, Any]) -> None:
+        for row in event["rows"]:
+            values = {f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY}
+            self._values(self._child({**row, "t": event["t"]}), values, event["t"])
+
+    def _comparisons(self, event: dict[str, Any]) -> None:
+        self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
+        judged = [pair for pair in event["comparisons"] if pair["speedup"]]
+        useless = list(dict.fromkeys(pair["arm"] for pair in judged if pair["speedup"]["no_speedup"]))
+        self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
+
+    def _verdict(self, event: dict[str, Any]) -> None:
+        """Tag the run with a gate's verdict, and log what each criterion read."""
+        verdict = event["verdict"]
+        sides = {f"{side}.digest": (verdict[side] or {}).get("digest") for side in ("candidate", "baseline")}
+        model = (verdict["baseline"] or {}).get("model") or verdict["candidate"]["model"]
+        tags = {**{name: verdict[name] for name in ("verdict", "line", "key", "look", "created")}, **sides,
+                "sha256": event["sha256"], "model": model, "policy": verdict["policy"]["name"],
+                "policy.sha256": verdict["policy"]["sha256"], "recorded": verdict.get("recorded")}  # fmt: skip
+        self._tags(self.parent, {f"gate.{name}": value for name, value in tags.items()})
+        self._values(self.parent, dict(_criteria(verdict)), event["t"])
+
+    def _selftest(self, event: dict[str, Any]) -> None:
+        """Tag the run with what a self-test was made of and on, and log what it came to (`runs/selftest.py`)."""
+        self._tags(self.parent, {f"selftest.{name}": value for name, value in event["tags"].items()})
+        self._values(self.parent, {f"selftest/{name}": value for name, value in event["values"].items()}, event["t"])
+
+    def _run_end(self, event: dict[str, Any]) -> None:
+        """End the parent: core keys of the primary arm, run totals, report, true status."""
+        hours = event["run"]["device_hours"]
+        values = {"compute/run_device_hours": hours["total"], "compute/run_spent_device_hours": event["run"]["spent"],
+                  "compute/run_reused_device_hours": event["run"]["reused"], **_outside(event["run"])}  # fmt: skip
+        core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
+        self._values(self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"])
+        description = event["description"][:MAX_DESCRIPTION]
+        self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
+        passed = [*([] if event["why"] else ["why"]), SO_FAR_HOURS, SO_FAR_UNTIL]  # of an earlier attempt
+        for name in set(passed) & set(self.client.get_run(self.parent).data.tags):
+            self.client.delete_tag(self.parent, name)
+        self.client.set_tag(self.parent, "mlflow.note.content", description)
+        for name in event["files"]:
+            if (self.run_dir / name).is_file():
+                folder = Path(name).parent
+                below = None if folder == Path() else str(folder)
+                self.client.log_artifact(self.parent, str(self.run_dir / name), below)
+        self.client.set_terminated(self.parent, status=event["status"], end_time=int(event["t"] * 1000))
+        self.end_open_runs("FAILED" if event["status"] == "FAILED" else "KILLED", event["t"])
+
+    # -- what runs hold -----------------------------------------------------------------------------------------
+
+    def _curve(self, run: str, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(f"train/{name}", value, int(event["t"] * 1000), event["step"])
+            for event in events
+            for name, value in event["values"].items()
+            if value is not None
+        ]
+        for first in range(0, len(metrics), MAX_BATCH):
+            self.client.log_batch(run, metrics=metrics[first : first + MAX_BATCH])
+
+    def _settings(self, run: str, settings: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(_name(key), redact_value(key, str(value))[:MAX_PARAM]) for key, value in settings.items()]
+        for first in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(run, params=params[first : first + MAX_PARAMS])
+
+    def _tags(self, run: str, tags: dict[str, Any]) -> None:
+        for key, value in tags.items():
+            if value:
+                self.client.set_tag(run, _name(key), redact_value(key, str(value))[:MAX_TAG])
+
+    def _datasets(self, datasets: list[dict[str, Any]]) -> None:
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(item["name"][:MAX_NAME], item["digest"][:MAX_DIGEST], "local",
+                        json.dumps({"uri": item["name"]}),
+                        profile=json.dumps({"num_documents": item["num_documents"]})),
+                tags=[InputTag("mlflow.data.context", item["split"])],
+            )
+            for item in datasets
+        ]  # fmt: skip
+        self.client.log_inputs(self.parent, datasets=inputs)
+
+    def _model(self, run: str, row: dict[str, Any]) -> None:
+        """Show the artifact among MLflow's models, as an output of its run; the files stay where they are.
+
+        A reused artifact is the model of the run that made it, and not shown twice.
+        """
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.exceptions import MlflowException
+
+        path, digest = row["artifact"]["path"], row["artifact"]["digest"]
+        try:
+            known = self.client.search_logged_models([self.experiment], filter_string=f"tags.digest = '{digest}'")
+            own = (model for model in known if row["reused"] or model.source_run_id == run)
+            model = next(own, None)
+            if model is None:
+                name = f"{file_name(row['arm'])}-{digest[:8]}"
+                model = self.client.create_logged_model(
+                    self.experiment, name=name, source_run_id=run, model_type=row["type"],
+                    tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},
+                )  # fmt: skip
+            self.client.finalize_logged_model(model.model_id, "READY")
+            outputs = self.client.get_run(run).outputs
+            if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+                self.client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+        except (MlflowException, NotImplementedError) as error:
+            if not _is_unknown(error):
+                raise
+            self.client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
+
+    def _values(self, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
+        """Log summary figures: once, without a step; a figure that is null is absent, and its tag says why."""
+        from mlflow.entities import Metric, RunTag
+
+        had = self.client.get_run(run).data
+        metrics = [
+            Metric(key, value["v"], int(at * 1000), 0)
+            for key, value in values.items()
+            if value["v"] is not None and had.metrics.get(key) != value["v"]
+        ]
+        nulls = {f"null.{key}": value["why_null"] for key, value in values.items() if value["v"] is None}
+        tags = [RunTag(_name(key), why[:MAX_TAG]) for key, why in nulls.items()]
+        for first in range(0, max(len(metrics), len(tags)), MAX_TAGS):
+            part = slice(first, first + MAX_TAGS)
+            self.client.log_batch(run, metrics=metrics[part], tags=tags[part])
+        for metric in metrics:
+            if f"null.{metric.key}" in had.tags:  # an earlier attempt did not have it
+                self.client.delete_tag(run, f"null.{metric.key}")
+
+
+def _child_name(event: dict[str, Any]) -> str:
+    """Return a child's name: the arm, with what tells it from the arm's other children."""
+    attempt = f" attempt {event['attempt']}" if event["attempt"] > 1 else ""
+    name = f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
+    elsewhere = event.get("reused") and event.get("artifact") is None  # what led to this run's own row
+    return f"{name} of {event['reused']}" if elsewhere else name
+
+
+def _doubts(record: dict[str, Any]) -> dict[str, str]:
+    """Return what speaks against a row's figures, or explains them."""
+    conditions: dict[str, Any] = record.get("conditions", {})
+    return {
+        "throttled_by": ", ".join(conditions.get("throttle_reasons", [])),
+        "truncated": "True" if conditions.get("truncated") else "",
+        "meter_problems": "; ".join(record["meter_problems"]),
+        "meter_valid": "" if record["meter_valid"] else "False",
+    }
+
+
+def _owner(start: dict[str, Any]) -> dict[str, str]:
+    """Return whose a run is, for its tags and those of its children."""
+    named = {**start["tags"], "model_name": start["params"].get("model.name"), "recipe": start["recipe"]}
+    return {name: str(named[name])[:MAX_TAG] for name in OWNER if named.get(name)}
+
+
+def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a run took outside of stages, what of it was waste, and the cost of its model if that is known."""
+    found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
+    found |= {f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS}
+    if "cost" in run:  # a run of an older release has none
+        found["cost/run_amount"] = run["cost"]["amount"]
+    for name in ("foreign_load", "throttle_share"):
+        if name in run.get("compare_conditions", {}):
+            found[f"compute/run_compare_{name}"] = run["compare_conditions"][name]
+    converged = run.get("per_converged_model")
+    if converged is not None:
+        found["compute/per_converged_model_device_hours"] = converged["device_hours"]
+        found["cost/per_converged_model"] = converged["amount"]
+    return found
+
+
+def _name(key: str) -> str:
+    """Return a key with the characters that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_NAME]
+
+
+def _is_unknown(error: Exception) -> bool:
+    """Tell whether a server from before logged models does not know what it was asked for."""
+    return isinstance(error, NotImplementedError) or getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
+
+
+def _points(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Group curve points by the child they belong to."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["e"] == "points":
+            groups.setdefault(_child_name(event), []).append(event)
+    yield from groups.values()
+
+
+def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Return an arm's core figures: hours of all its attempts, quality of the finished one; the mean over seeds."""
+    seeds: dict[int, dict[str, float | None]] = {}
+    for attempt in (attempt for attempt in attempts if attempt["finished"]):
+        seeds[attempt["seed"]] = dict(attempt["core"])
+    for seed, core in seeds.items():
+        for key in (key for key in core if key.startswith("compute/")):
+            core[key] = sum(attempt["core"].get(key) or 0.0 for attempt in attempts if attempt["seed"] == seed)
+    columns = {key: [core.get(key) for core in seeds.values()] for key in next(iter(seeds.values()), {})}
+    return {
+        key: sum(have) / len(have)
+        for key, column in columns.items()
+        if len(have := [value for value in column if value is not None]) == len(column)
+    }
+
+
+def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what criteria read, with the ends of their intervals; what is INVALID has none that means anything."""
+    for each in verdict["criteria"]:
+        yield f"gate/{each['name']}", each["value"]
+        ends = () if each["outcome"] == "INVALID" else each["ci"] or ()
+        for end, bound in zip(("low", "high"), ends, strict=False):
+            yield f"gate/{each['name']}_{end}", {"v": bound}
+
+
+def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for pair in comparisons:
+        prefix = f"savings/{pair['arm']}_vs_{pair['base']}"
+        for name in ("training", "serving", "payback"):
+            if pair[name] is not None:
+                yield f"{prefix}/{name}", pair[name]
+        if pair["speedup"] is not None:
+            yield f"{prefix}/memory", pair["speedup"]["memory"]
+        for key, value in pair["quality"].items():
+            yield f"{prefix}/{key}", value
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """Return what a store raises that is down, refuses, or whose driver is not installed (PostgreSQL's, MySQL's)."""
+    from google.protobuf.json_format import ParseError
+    from mlflow.exceptions import MlflowException
+
+    try:
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:  # mlflow-skinny has servers only
+        return (MlflowException, ParseError, OSError, ImportError)
+    return (MlflowException, ParseError, SQLAlchemyError, OSError, ImportError)
+
+
+def is_down(error: Exception) -> bool:
+    """Tell a store that cannot be reached from one that answers and refuses."""
+    from google.protobuf.json_format import ParseError
+
+    if isinstance(error, ParseError):  # it is up, and answers nonsense
+        return False
+    return getattr(error, "error_code", "INTERNAL_ERROR") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+
+
+def import_mlflow() -> None:
+    """Import all that a delivery needs; mlflow-skinny has no SQL store, and then no SQLite store is written to."""
+    from importlib import import_module
+
+    quiet()
+    for name in ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"):
+        with suppress(ImportError):
+            import_module(name)
+
+
+def quiet() -> None:
+    """Keep MLflow from blocking for minutes on a dead server, and from chattering."""
+    import logging
+
+    defaults = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+                "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+                "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # fmt: skip
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the pipeline's runs that a period touches, each with all its stage attempts, and how many others it had.
+
+    Runs that were deleted in the UI are among them: spent is spent. Each stands there once.
+
+    Args:
+        uri: Of the store.
+        start_ms: UTC, milliseconds since 1970; runs that ended before are left out.
+        end_ms: Runs that began then or later are left out.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    began = f"attributes.start_time < {end_ms}"
+    found = [*_search(client, f"{began} AND attributes.end_time >= {start_ms}"),
+             *_search(client, f"{began} AND attributes.status = 'RUNNING'")]  # fmt: skip
+    own = [run for run in found if RUN_TAG in run["tags"]]
+    num_others = len(found) - len(own)
+    for run in [run for run in own if "/" not in run["tags"][RUN_TAG] and run["start_ms"] < start_ms]:
+        own += _search(client, f"tags.`{RUN_TAG}` LIKE '{run['tags'][RUN_TAG]}/%'")
+    own.sort(key=lambda run: run["active"])  # of a run that was deleted and delivered anew, the latter
+    return list({run["tags"][RUN_TAG]: run for run in own}.values()), num_others
+
+
+def _search(client: Any, query: str) -> Iterator[dict[str, Any]]:
+    """Yield runs of all experiments, page by page."""
+    from mlflow.entities import ViewType
+
+    experiments = [item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)]
+    for first in range(0, len(experiments), MAX_PARAMS):
+        part = experiments[first : first + MAX_PARAMS]
+        for run in pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
+            info, data = run.info, run.data
+            yield {"status": info.status, "start_ms": info.start_time, "end_ms": info.end_time,
+                   "active": info.lifecycle_stage == "active", "metrics": dict(data.metrics),
+                   "params": dict(data.params), "tags": dict(data.tags)}  # fmt: skip
+
+
+def pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:
+    """Yield what one of the client's searches finds, page by page."""
+    token = None
+    while True:
+        page = search(*args, max_results=MAX_BATCH, page_token=token, **more)
+        yield from page
+        token = page.token
+        if not token:
+            return

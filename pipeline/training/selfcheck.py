@@ -1,0 +1,79 @@
+"""Does the teacher teach? Asked before a student trains, and answered with a figure afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.errors import StageFailed
+from pipeline.ledger.metrics import DIRECTION
+
+if TYPE_CHECKING:
+    from pipeline.training.objective import Objective, StepLoss
+
+LEAST_SHARE = 0.01  # of loss or gradient; below it a run with a teacher is one without
+
+
+def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
+    """Refuse a teacher that is no better than its student before a step: there is nothing to learn from it.
+
+    Args:
+        key: Of the stage, as the user would type it (`stages.student`).
+        metric: What both were read on: `bits_per_byte` or `accuracy`.
+        theirs: The teacher's reading.
+        start: The student's, before its first step.
+
+    Raises:
+        StageFailed: If so, or if the teacher gives no number.
+    """
+    better = theirs < start if DIRECTION[metric] < 0 else theirs > start
+    if not better:
+        said = f"the teacher's {theirs:.4g} {metric} on validation is no better than the student's {start:.4g}"
+        raise StageFailed(f"{said} before a step; train the teacher longer, or {key}.insist=true")
+
+
+def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
+    """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
+
+    With g_ce the gradient of the weighted hard labels and g_d that of all else (divergence, hidden states, relations),
+    |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there are lost.
+    """
+    loss = objective.loss
+    assert loss is not None
+
+    def norm(ce_weight: float, part: Callable[[StepLoss], torch.Tensor]) -> float:
+        objective.loss = replace(loss, ce_weight=ce_weight)
+        objective.model.zero_grad(set_to_none=True)
+        value = part(objective(batch))
+        if value.requires_grad:
+            value.backward()
+        return _norm(objective.model)
+
+    try:
+        taught = norm(0.0, lambda done: _taught(done, 1 - loss.ce_weight))
+        hard = norm(1.0, lambda done: _alone(done) * loss.ce_weight)
+    finally:
+        objective.loss = loss
+        objective.model.zero_grad(set_to_none=True)
+    return taught / (taught + hard) if taught + hard else 0.0
+
+
+def _alone(done: StepLoss) -> torch.Tensor:
+    """Return the loss without the parts that the teacher's inside has in it."""
+    return done.loss - sum(done.drawn.values())
+
+
+def _taught(done: StepLoss, weight: float) -> torch.Tensor:
+    """Return the teacher's part of a loss without labels; a divergence without weight, infinite or not, has none."""
+    drawn = sum(done.drawn.values(), torch.zeros_like(done.loss))
+    return _alone(done) * weight + drawn if weight else drawn
+
+
+def _norm(model: Any) -> float:
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    if not gradients:
+        return 0.0
+    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
