@@ -30,6 +30,8 @@ MEMORY = (*ON_DEVICE, "host_peak_rss_bytes")
 RESET_PEAK = "5\n"  # what clear_refs takes to set the high-water mark back
 UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|B|KiB|MiB|GiB|TiB)")
+_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_HOST_WORDS = "DefaultCPUAllocator"  # how errors begin that torch raises as plain RuntimeError
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name for it, and its older one
 
 
@@ -180,6 +182,20 @@ def read_pressure(error: BaseException, device: Any) -> Pressure:
         reserved=stats["reserved_bytes.all.current"], free=free, total=total,
         expandable="expandable_segments:true" in settings.lower(),
     )  # fmt: skip
+
+
+def is_of_host(error: BaseException) -> bool:
+    """Return whether an error says that the host's memory ran out."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error))
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Return whether an error says that the device's memory ran out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_WORDS)
+    )
 
 
 def asked_bytes(error: BaseException) -> int | None:

@@ -156,12 +156,18 @@ def _is_of_the_machine(error: Exception) -> bool:
     """Whether an exception speaks of memory, a disk or a device, not of the model."""
     import torch
 
-    from pipeline.runs.out_of_memory import is_out_of_memory
+    from pipeline.ledger.memory import is_of_device, is_of_host
     from pipeline.store.artifacts import says_full
 
     # transformers raises OSError without a number for what is not in a folder
     has_number = isinstance(error, OSError) and error.errno is not None
-    return has_number or says_full(error) or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+    return (
+        has_number
+        or says_full(error)
+        or is_of_host(error)
+        or is_of_device(error)
+        or isinstance(error, torch.AcceleratorError)
+    )
 
 
 def named(config: PreTrainedConfig) -> str:

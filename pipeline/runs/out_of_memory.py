@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import Precision, Run
-from pipeline.ledger.memory import Pressure, asked_bytes, host_now, read_pressure, write_snapshot
+from pipeline.ledger.memory import (
+    Pressure,
+    asked_bytes,
+    host_now,
+    is_of_device,
+    is_of_host,
+    read_pressure,
+    write_snapshot,
+)
 from pipeline.ledger.numbers import num_bytes
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.settings import training_precision, training_settings
 
 ELSEWHERE_SHARE = 0.1  # of the device in other hands; below it is what CUDA itself takes
-_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-_HOST_WORDS = "DefaultCPUAllocator"
 
 
 def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, device: Any, snapshot: Path) -> str | None:
@@ -25,31 +31,14 @@ def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, devi
         snapshot: Where the allocator's map goes, if it was the device's memory.
     """
     first = _smaller(run, arm, stage, kind)
-    if _is_device(error):
+    if is_of_device(error):
         if device.type != "cuda":
             return f"out of {device.type} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
         return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot)}"
-    if _is_host(error):
+    if is_of_host(error):
         return f"{_host_words(error)}; first: {first if device.type == 'cpu' else _fewer_documents(run)}"
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, the device's or the host's."""
-    return _is_device(error) or _is_host(error)
-
-
-def _is_host(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error))
-
-
-def _is_device(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_WORDS)
-    )
 
 
 def _wanted(asked: int | None) -> str:
