@@ -1,16 +1,18 @@
-"""The distillation head (output projection and forward KL, forward and backward) beside what others ship.
+"""The distillation head (output projection and forward KL, forward and backward) beside what others
+ship.
 
-    python benchmarks/distillation_head.py [--device cuda] [--shapes 8192,128256,2048,4096 ...] [--rounds 20] [--save]
+    python benchmarks/distillation_head.py [--device cuda] [--shapes 8192,128256,2048,4096 ...]
+    [--rounds 20] [--save]
 
-Arms, all on the same weights, hidden states and seed, interleaved in one process: `ours`; `trl` (its fused
-ChunkedDivergenceFunction); `liger` (LigerFusedLinearJSDLoss, beta 0; compiled on CUDA, as it is shipped); `eager` (both
-logits in full, log-softmax and kl_div by autograd, as trainers without a fused head do); on CUDA also `ours, torch`
-(the head without its Triton kernel). `products` are the four matrix products that the method needs and nothing else:
-the ceiling.
+Arms, all on the same weights, hidden states and seed, interleaved in one process: `ours`; `trl`
+(its fused ChunkedDivergenceFunction); `liger` (LigerFusedLinearJSDLoss, beta 0; compiled on CUDA,
+as it is shipped); `eager` (both logits in full, log-softmax and kl_div by autograd, as trainers
+without a fused head do); on CUDA also `ours, torch` (the head without its Triton kernel).
+`products` are the four matrix products that the method needs and nothing else: the ceiling.
 
-Per arm: median time with the ratio to ours (over rounds), share of the ceiling's rate, peak
-memory beyond inputs and gradients, and the error of loss and gradients against float64 on a small part. On a CPU
-memory is the growth of resident memory in a process of its own.
+Per arm: median time with the ratio to ours (over rounds), share of the ceiling's rate, peak memory
+    beyond inputs and gradients, and the error of loss and gradients against float64 on a small
+    part. On a CPU memory is the growth of resident memory in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,14 +38,19 @@ from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, terms_in_place
 from pipeline.ledger.memory import MemoryMeter
 
-SHAPES = {"cuda": ((8192, 128256, 2048, 4096), (65536, 50257, 768, 1024)), "cpu": ((1024, 50257, 256, 384),)}
+SHAPES = {
+    "cuda": ((8192, 128256, 2048, 4096), (65536, 50257, 768, 1024)),
+    "cpu": ((1024, 50257, 256, 384),),
+}
 CHECKED = 64  # tokens of the comparison with float64
 Arm = Callable[["Inputs"], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Hidden states (N, H) and heads (V, H) of both models, and labels (N,), which forward KL does not look at."""
+    """Hidden states (N, H) and heads (V, H) of both models, and labels (N,), which forward KL does
+    not look at.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -57,25 +64,36 @@ class Inputs:
         draw = torch.Generator().manual_seed(0)
         there = lambda *size: torch.randn(*size, generator=draw).to(device, dtype)
         return Inputs(
-            there(tokens, width).requires_grad_(), (there(vocabulary, width) / width**0.5).requires_grad_(),
-            there(tokens, teacher_width), there(vocabulary, teacher_width) / teacher_width**0.5,
+            there(tokens, width).requires_grad_(),
+            (there(vocabulary, width) / width**0.5).requires_grad_(),
+            there(tokens, teacher_width),
+            there(vocabulary, teacher_width) / teacher_width**0.5,
             torch.randint(vocabulary, (tokens,), generator=draw).to(device),
-        )  # fmt: skip
+        )
 
     def part(self, tokens: int, dtype: torch.dtype) -> Inputs:
         """Return the first tokens in another dtype, as leaves of their own."""
         h, w = (x.detach().to(dtype) for x in (self.hidden[:tokens], self.weight))
         return Inputs(
-            h.requires_grad_(), w.requires_grad_(), self.teacher_hidden[:tokens].to(dtype),
-            self.teacher_weight.to(dtype), self.labels[:tokens],
-        )  # fmt: skip
+            h.requires_grad_(),
+            w.requires_grad_(),
+            self.teacher_hidden[:tokens].to(dtype),
+            self.teacher_weight.to(dtype),
+            self.labels[:tokens],
+        )
 
 
 def ours(x: Inputs, **more: Any) -> Tensor:
     """Return the mean forward KL by this project's head."""
     taught = Taught(x.teacher_hidden, Head(x.teacher_weight, None), x.teacher_hidden.dtype)
     value, _ = head_loss(
-        x.hidden, Head(x.weight, None), x.labels, loss=Loss(0.0), dtype=x.hidden.dtype, taught=taught, **more
+        x.hidden,
+        Head(x.weight, None),
+        x.labels,
+        loss=Loss(0.0),
+        dtype=x.hidden.dtype,
+        taught=taught,
+        **more,
     )
     return value
 
@@ -89,8 +107,10 @@ def eager(x: Inputs) -> Tensor:
 
 def exact(x: Inputs) -> Tensor:
     """Return it in the arithmetic of its inputs, for float64."""
-    log_q, log_p = (F.log_softmax(F.linear(*each), -1) for each in (
-        (x.hidden, x.weight), (x.teacher_hidden, x.teacher_weight)))  # fmt: skip
+    log_q, log_p = (
+        F.log_softmax(F.linear(*each), -1)
+        for each in ((x.hidden, x.weight), (x.teacher_hidden, x.teacher_weight))
+    )
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -109,7 +129,9 @@ def arms_of(device: torch.device) -> dict[str, Arm]:
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
         liger = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=device.type == "cuda")
-        arms["liger"] = lambda x: liger(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+        arms["liger"] = lambda x: liger(
+            x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels
+        )
     return {**arms, "eager": eager}
 
 
@@ -125,7 +147,9 @@ def products(x: Inputs, rows: int = 2048) -> None:
 
 
 def flops(x: Inputs) -> float:
-    """Return the FLOPs of those products: 6 H_student + 2 H_teacher a token and vocabulary entry."""
+    """Return the FLOPs of those products: 6 H_student + 2 H_teacher a token and vocabulary
+    entry.
+    """
     per_entry = 6 * x.hidden.shape[1] + 2 * x.teacher_hidden.shape[1]
     return float(per_entry) * x.hidden.shape[0] * x.weight.shape[0]
 
@@ -153,7 +177,10 @@ def errors(arm: Arm, x: Inputs) -> dict[str, float]:
     value.backward()
     reference.backward()
     found = {"loss": abs(value.item() - reference.item()) / reference.item()}
-    for name, ours_, theirs in (("hidden", part.hidden, wanted.hidden), ("weight", part.weight, wanted.weight)):
+    for name, ours_, theirs in (
+        ("hidden", part.hidden, wanted.hidden),
+        ("weight", part.weight, wanted.weight),
+    ):
         assert ours_.grad is not None
         assert theirs.grad is not None
         found[name] = ((ours_.grad.double() - theirs.grad).norm() / theirs.grad.norm()).item()
@@ -173,7 +200,8 @@ def peak_bytes(arm: Arm, x: Inputs) -> int:
     once(arm, x.part(8, x.hidden.dtype))  # libraries start their threads and take their buffers
     meter = MemoryMeter()
     meter.start(x.hidden.device)
-    before = meter.read(x.hidden.device)["host_peak_rss_bytes"].v  # set back just now: what is resident
+    # set back just now: what is resident
+    before = meter.read(x.hidden.device)["host_peak_rss_bytes"].v
     once(arm, x)
     after = meter.read(x.hidden.device)["host_peak_rss_bytes"].v
     assert before is not None, "this kernel tells no peak of a process"
@@ -183,18 +211,37 @@ def peak_bytes(arm: Arm, x: Inputs) -> int:
 
 def peak_elsewhere(name: str, shape: tuple[int, ...]) -> int:
     """Return `peak_bytes` from a process of its own: resident memory only ever grows."""
-    command = [sys.executable, __file__, "--device", "cpu", "--peak-of", name, "--shapes", ",".join(map(str, shape))]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        "cpu",
+        "--peak-of",
+        name,
+        "--shapes",
+        ",".join(map(str, shape)),
+    ]
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def ratio(theirs: list[float], mine: list[float]) -> dict[str, float]:
-    """Return how many times as long as ours they take: median over rounds, with its 95% order-statistic interval."""
+    """Return how many times as long as ours they take: median over rounds, with its 95%
+    order-statistic interval.
+    """
     ratios = [other / own for other, own in zip(theirs, mine, strict=True)]
     interval = stats.quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
-    return {"ratio": statistics.median(ratios), "low": float(interval.low), "high": float(interval.high)}
+    return {
+        "ratio": statistics.median(ratios),
+        "low": float(interval.low),
+        "high": float(interval.high),
+    }
 
 
-def measure(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
     """Return the figures of all arms at one shape."""
     x, arms = Inputs.make(shape, device, dtype), arms_of(device)
     for arm in arms.values():
@@ -202,36 +249,56 @@ def measure(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, ro
     times: dict[str, list[float]] = {name: [] for name in (*arms, "products")}
     for number in range(rounds):
         for name in sorted(times, reverse=bool(number % 2)):
-            call = (lambda: products(x)) if name == "products" else (lambda name=name: once(arms[name], x))
+            call = (
+                (lambda: products(x))
+                if name == "products"
+                else (lambda name=name: once(arms[name], x))
+            )
             times[name].append(seconds(call, device))
     x.hidden.grad = x.weight.grad = None
     ceiling = flops(x) / statistics.median(times["products"])
-    found: dict[str, Any] = {"products": {"median_s": statistics.median(times["products"]), "tflops": ceiling / 1e12}}
+    found: dict[str, Any] = {
+        "products": {"median_s": statistics.median(times["products"]), "tflops": ceiling / 1e12}
+    }
     for name, arm in arms.items():
         median = statistics.median(times[name])
         found[name] = {
-            "median_s": median, "share_of_ceiling": flops(x) / median / ceiling,
+            "median_s": median,
+            "share_of_ceiling": flops(x) / median / ceiling,
             "times_ours": ratio(times[name], times["ours"]) if name != "ours" else None,
-            "peak_bytes": peak_bytes(arm, x) if device.type == "cuda" else peak_elsewhere(name, shape),
-            "error": errors(arm, x), "all_s": times[name],
-        }  # fmt: skip
+            "peak_bytes": (
+                peak_bytes(arm, x) if device.type == "cuda" else peak_elsewhere(name, shape)
+            ),
+            "error": errors(arm, x),
+            "all_s": times[name],
+        }
     return found
 
 
 def table(shape: tuple[int, ...], found: dict[str, Any]) -> str:
     """Return the figures in lines."""
     lines = [
-        f"tokens, vocabulary, student and teacher width: {shape}; "
-        f"products alone {found['products']['tflops']:.2f} TFLOP/s",
-        f"{'arm':12} {'median':>10} {'times ours':>24} {'of ceiling':>10} {'peak':>10} {'weight error':>12}",
+        (
+            f"tokens, vocabulary, student and teacher width: {shape}; "
+            f"products alone {found['products']['tflops']:.2f} TFLOP/s"
+        ),
+        (
+            f"{'arm':12} {'median':>10} {'times ours':>24} {'of ceiling':>10} {'peak':>10}"
+            f" {'weight error':>12}"
+        ),
     ]
     for name, each in found.items():
         if name != "products":
             times = each["times_ours"]
-            said = "" if times is None else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+            said = (
+                ""
+                if times is None
+                else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+            )
             lines.append(
-                f"{name:12} {1e3 * each['median_s']:8.1f}ms {said:>24} {each['share_of_ceiling']:10.0%} "
-                f"{each['peak_bytes'] / 2**20:7.0f}MiB {each['error']['weight']:12.1e}"
+                f"{name:12} {1e3 * each['median_s']:8.1f}ms {said:>24}"
+                f" {each['share_of_ceiling']:10.0%} {each['peak_bytes'] / 2**20:7.0f}MiB"
+                f" {each['error']['weight']:12.1e}"
             )
     return "\n".join(lines)
 
@@ -259,8 +326,11 @@ def main() -> None:
         texts.append(table(shape, found))
         print(texts[-1], flush=True)
     if args.save:
-        save_result("distillation_head", {"dtype": str(dtype), "rounds": args.rounds, "shapes": figures},
-                    "\n\n".join([*texts, json.dumps(figures)]))  # fmt: skip
+        save_result(
+            "distillation_head",
+            {"dtype": str(dtype), "rounds": args.rounds, "shapes": figures},
+            "\n\n".join([*texts, json.dumps(figures)]),
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Whole steps of distillation beside a peer's trainer: tokens a second, memory, and that both compute the same loss.
+"""Whole steps of distillation beside a peer's trainer: tokens a second, memory, and that both
+compute the same loss.
 
-    python benchmarks/distillation_step.py [--device cuda] [--shapes gpt2 llama1b] [--rounds 5] [--steps 8] [--save]
+    python benchmarks/distillation_step.py [--device cuda] [--shapes gpt2 llama1b] [--rounds 5]
+    [--steps 8] [--save]
 
-Documents of many lengths, the same for all; forward KL alone; AdamW; counted are tokens of documents, padding is not.
-Arms, in blocks of steps that take turns in one process, each with the batch size (of those that fit) at which it was
-the fastest:
+Documents of many lengths, the same for all; forward KL alone; AdamW; counted are tokens of
+documents, padding is not. Arms, in blocks of steps that take turns in one process, each with the
+batch size (of those that fit) at which it was the fastest:
 
 - `ours`: this project's loop, packed windows, its head (compiled on CUDA);
-- `ours, eager head`, `ours, liger head`: the same loop, with logits in full, and with LigerFusedLinearJSDLoss;
-- `trl`: GKDTrainer(lmbda=0, beta=0) with the settings it ships with (activations are recomputed) and its default batch;
+- `ours, eager head`, `ours, liger head`: the same loop, with logits in full, and with
+  LigerFusedLinearJSDLoss;
+- `trl`: GKDTrainer(lmbda=0, beta=0) with the settings it ships with (activations are recomputed)
+  and its default batch;
 - `trl, tuned`: without recomputing, examples of like length together, at its best batch.
 
-Per arm: median over rounds, with the ratio to ours round by round and its interval; peak memory beyond models,
-gradients and optimizer state on CUDA, the growth of resident memory of a process of its own on a CPU.
+Per arm: median over rounds, with the ratio to ours round by round and its interval; peak memory
+    beyond models, gradients and optimizer state on CUDA, the growth of resident memory of a process
+    of its own on a CPU.
 """
 
 from __future__ import annotations
@@ -91,35 +96,59 @@ def _gpt2(layers: int, width: int) -> GPT2Config:
     return GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, use_cache=False, **none)
 
 
-def _llama(layers: int, width: int, wide: int, vocabulary: int, heads: int, groups: int) -> LlamaConfig:
+def _llama(
+    layers: int, width: int, wide: int, vocabulary: int, heads: int, groups: int
+) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True, use_cache=False,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=True,
+        use_cache=False,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
 
 
 LLAMA_1B = _llama(16, 2048, 8192, 128256, 32, 8)
 SHAPES = {
     "gpt2": Shape(_gpt2(12, 768), _gpt2(24, 1024), 1024, (8, 16, 32, 64)),  # GPT-2 medium to GPT-2
     "llama1b": Shape(LLAMA_1B, LLAMA_1B, 1024, (4, 8, 16, 32)),
-    "small": Shape(_llama(2, 256, 512, 8192, 4, 4), _llama(4, 256, 512, 8192, 4, 4), 128, (4, 8, 16)),
-    "gpt2_vocabulary": Shape(_llama(2, 128, 256, 50257, 2, 2), _llama(4, 192, 384, 50257, 3, 3), 128, (4, 8)),
+    "small": Shape(
+        _llama(2, 256, 512, 8192, 4, 4), _llama(4, 256, 512, 8192, 4, 4), 128, (4, 8, 16)
+    ),
+    "gpt2_vocabulary": Shape(
+        _llama(2, 128, 256, 50257, 2, 2), _llama(4, 192, 384, 50257, 3, 3), 128, (4, 8)
+    ),
 }
 DEFAULTS = {"cuda": ("gpt2", "llama1b"), "cpu": ("small", "gpt2_vocabulary")}
 
 
 def documents(shape: Shape) -> list[np.ndarray]:
-    """Return token ids of documents, log-normal in length: half are shorter than a third of the longest."""
+    """Return token ids of documents, log-normal in length: half are shorter than a third of the
+    longest.
+    """
     draw = np.random.default_rng(0)
-    lengths = np.clip(draw.lognormal(np.log(shape.length / 3), 0.8, DOCUMENTS).astype(int), 8, shape.length)
-    return [draw.integers(3, shape.student.vocab_size, length).astype(np.int32) for length in lengths]
+    lengths = np.clip(
+        draw.lognormal(np.log(shape.length / 3), 0.8, DOCUMENTS).astype(int), 8, shape.length
+    )
+    return [
+        draw.integers(3, shape.student.vocab_size, length).astype(np.int32) for length in lengths
+    ]
 
 
 def eager_head(
-    hidden: Tensor, head: Head, labels: Tensor, *, dtype: torch.dtype, vocabulary: int | None = None,
-    taught: Any = None, loss: Loss | None = None,
-) -> tuple[Tensor, Sums]:  # fmt: skip
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    dtype: torch.dtype,
+    vocabulary: int | None = None,
+    taught: Any = None,
+    loss: Loss | None = None,
+) -> tuple[Tensor, Sums]:
     """Return the mean forward KL from logits in full, as trainers without a fused head do."""
     assert isinstance(taught, Taught)
     log_q = F.log_softmax(F.linear(hidden, head.weight).float(), -1)
@@ -130,19 +159,28 @@ def eager_head(
     return value, Sums(zero, value.detach() * len(labels))
 
 
-def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled: bool = False) -> Block:
+def ours(
+    shape: Shape, device: torch.device, batch: int, head: Any, *, compiled: bool = False
+) -> Block:
     """Return blocks of this project's loop."""
     student, teacher = shape.models(device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
     targets = lambda ids: np.arange(len(ids)) > 0
-    encoded = [Encoded(ids, targets(ids), 0, None, str(at)) for at, ids in enumerate(documents(shape))]
+    encoded = [
+        Encoded(ids, targets(ids), 0, None, str(at)) for at, ids in enumerate(documents(shape))
+    ]
     batches = PackedBatches(encoded, sequence_length=shape.length, batch_size=batch, seed=0)
     masked = [examine(model, device).masked for model in (student, teacher)]
     clock = PhaseClock()
     objective = Objective(
-        student, Task.causal_lm, precision, device, clock, Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
+        student,
+        Task.causal_lm,
+        precision,
+        device,
+        clock,
+        Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
         masked=masked[0],
-    )  # fmt: skip
+    )
     objective.head_loss = head
     if compiled:
         student.compile()
@@ -152,14 +190,23 @@ def ours(shape: Shape, device: torch.device, batch: int, head: Any, *, compiled:
         edges: list[tuple[float, int]] = []
 
         settings = TrainingConfig(
-            steps=WARM_UP + steps, batch_size=batch, sequence_length=shape.length, eval_every=WARM_UP + steps,
+            steps=WARM_UP + steps,
+            batch_size=batch,
+            sequence_length=shape.length,
+            eval_every=WARM_UP + steps,
             checkpoint_seconds=1e9,
-        )  # fmt: skip
+        )
         with tempfile.TemporaryDirectory() as folder:
             train(
-                student, batches, objective, settings=settings, precision=PrecisionConfig(name=precision),
-                folder=Path(folder), clock=clock, hooks=edge_hooks(edges, steps, device),
-            )  # fmt: skip
+                student,
+                batches,
+                objective,
+                settings=settings,
+                precision=PrecisionConfig(name=precision),
+                folder=Path(folder),
+                clock=clock,
+                hooks=edge_hooks(edges, steps, device),
+            )
         return between(edges)
 
     return block
@@ -191,18 +238,39 @@ def make_trl(shape: Shape, device: torch.device, batch: int | None, **settings: 
     rows = [{"input_ids": ids.tolist(), "length": len(ids)} for ids in documents(shape)]
     more = {} if batch is None else {"per_device_train_batch_size": batch}
     config = GKDConfig(
-        output_dir=tempfile.mkdtemp(), lmbda=0.0, beta=0.0, temperature=1.0, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, max_steps=1, bf16=device.type == "cuda",
-        use_cpu=device.type == "cpu", dataloader_num_workers=0, max_length=shape.length, **more, **settings,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=0,
+        max_length=shape.length,
+        **more,
+        **settings,
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>")),
-        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template="{{ messages }}",
-    )  # fmt: skip
+        tokenizer_object=Tokenizer(
+            WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>")
+        ),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template="{{ messages }}",
+    )
     return GKDTrainer(
-        model=student, teacher_model=teacher, args=config, data_collator=Padding(),
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-    )  # fmt: skip
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        data_collator=Padding(),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
 
 
 class Padding:
@@ -242,7 +310,9 @@ class Watch(TrainerCallback):
 
 
 def edge_hooks(edges: list[tuple[float, int]], steps: int, device: torch.device) -> Hooks:
-    """Return hooks of a training that does nothing but step, and note time and tokens at the edges of its block."""
+    """Return hooks of a training that does nothing but step, and note time and tokens at the edges
+    of its block.
+    """
 
     def advance(step: int, tokens: int) -> None:
         if step in (WARM_UP, WARM_UP + steps):
@@ -251,9 +321,16 @@ def edge_hooks(edges: list[tuple[float, int]], steps: int, device: torch.device)
 
     nothing: Callable[..., None] = lambda *_: None
     return Hooks(
-        validate=lambda: 0.0, flops=lambda _: (0.0, 0.0), points=nothing, history=lambda _: [], checkpointed=nothing,
-        resumed=nothing, say=nothing, should_stop=lambda: None, advance=advance,
-    )  # fmt: skip
+        validate=lambda: 0.0,
+        flops=lambda _: (0.0, 0.0),
+        points=nothing,
+        history=lambda _: [],
+        checkpointed=nothing,
+        resumed=nothing,
+        say=nothing,
+        should_stop=lambda: None,
+        advance=advance,
+    )
 
 
 def finish(device: torch.device) -> None:
@@ -269,7 +346,9 @@ def between(edges: list[tuple[float, int]]) -> tuple[float, int]:
 
 
 def arms_of(shape: Shape, device: torch.device) -> dict[str, list[Callable[[], Block]]]:
-    """Return by arm how to make its blocks, one for each batch size to try; what is not installed is left out."""
+    """Return by arm how to make its blocks, one for each batch size to try; what is not installed
+    is left out.
+    """
     compiled = device.type == "cuda"
     kernel = HeadKernel.triton if compiled else HeadKernel.torch
     heads: dict[str, Any] = {"ours": kernel_of(kernel), "ours, eager head": eager_head}
@@ -285,7 +364,9 @@ def arms_of(shape: Shape, device: torch.device) -> dict[str, list[Callable[[], B
     if find_spec("trl") is not None:
         arms["trl"] = [lambda: of_trl(shape, device, None)]
         grouped = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
-        arms["trl, tuned"] = [lambda batch=batch: of_trl(shape, device, batch, **grouped) for batch in shape.batches]
+        arms["trl, tuned"] = [
+            lambda batch=batch: of_trl(shape, device, batch, **grouped) for batch in shape.batches
+        ]
     return arms
 
 
@@ -316,26 +397,38 @@ def free() -> None:
 
 
 def agreement(shape: Shape, device: torch.device) -> float | None:
-    """Return how far, relatively, our loss lies from that of TRL's trainer on the same documents; None without it."""
+    """Return how far, relatively, our loss lies from that of TRL's trainer on the same documents;
+    None without it.
+    """
     if find_spec("trl") is None:
         return None
     trainer = make_trl(shape, device, 4, gradient_checkpointing=False)
     rows = [{"input_ids": ids.tolist()} for ids in documents(shape)[:4]]
     padded = {name: tensor.to(device) for name, tensor in Padding()(rows).items()}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+    ):
         theirs = float(trainer.compute_loss(trainer.model, padded))
     student, teacher = shape.models(device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
     masked = [examine(model, device).masked for model in (student, teacher)]
     objective = Objective(
-        student, Task.causal_lm, precision, device, PhaseClock(),
-        Teacher(teacher, precision, Loss(0.0), masked=masked[1]), masked=masked[0],
-    )  # fmt: skip
+        student,
+        Task.causal_lm,
+        precision,
+        device,
+        PhaseClock(),
+        Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
+        masked=masked[0],
+    )
     total = count = 0.0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        done = objective({"input_ids": ids, "labels": labels, "position_ids": torch.arange(ids.shape[1])[None]})
+        done = objective(
+            {"input_ids": ids, "labels": labels, "position_ids": torch.arange(ids.shape[1])[None]}
+        )
         total, count = total + float(done.parts.divergence), count + done.count
     return abs(total / count - theirs) / theirs
 
@@ -360,8 +453,21 @@ def peak_bytes(block: Block, device: torch.device) -> int:
 
 def peak_elsewhere(shape: str, arm: str, place: int) -> int:
     """Return `peak_bytes` from a process of its own: resident memory only ever grows."""
-    command = [sys.executable, __file__, "--device", "cpu", "--shapes", shape, "--peak-of", arm, "--place", str(place)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        "cpu",
+        "--shapes",
+        shape,
+        "--peak-of",
+        arm,
+        "--place",
+        str(place),
+    ]
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def measure(name: str, device: torch.device, rounds: int, steps: int) -> dict[str, Any]:
@@ -375,13 +481,17 @@ def measure(name: str, device: torch.device, rounds: int, steps: int) -> dict[st
         blocks = {arm: make() for arm, (make, _) in chosen.items()}
     for number in range(rounds):
         for arm in sorted(chosen, reverse=bool(number % 2)):
-            # Two pairs of models at a time are more than a GPU need hold: there each block has its own.
+            # Two pairs of models at a time are more than a GPU need hold: there each block has its
+            # own.
             block = blocks.get(arm) or chosen[arm][0]()
             taken, tokens = block(steps)
             rates[arm].append(tokens / taken)
             if number == 0:
-                peaks[arm] = peak_bytes(block, device) if device.type == "cuda" else peak_elsewhere(
-                    name, arm, chosen[arm][1])  # fmt: skip
+                peaks[arm] = (
+                    peak_bytes(block, device)
+                    if device.type == "cuda"
+                    else peak_elsewhere(name, arm, chosen[arm][1])
+                )
             del block
             free()
     pace = {arm: [1 / each for each in found] for arm, found in rates.items()}
@@ -389,13 +499,15 @@ def measure(name: str, device: torch.device, rounds: int, steps: int) -> dict[st
         "agreement": agreement(shape, device),
         "arms": {
             arm: {
-                "tokens_per_s": statistics.median(found), "all_tokens_per_s": found, "peak_bytes": peaks[arm],
+                "tokens_per_s": statistics.median(found),
+                "all_tokens_per_s": found,
+                "peak_bytes": peaks[arm],
                 "batch": None if arm == "trl" else shape.batches[chosen[arm][1]],
                 "times_ours": None if arm == "ours" else ratio(pace[arm], pace["ours"]),
             }
             for arm, found in rates.items()
         },
-    }  # fmt: skip
+    }
 
 
 def table(name: str, found: dict[str, Any]) -> str:
@@ -407,10 +519,15 @@ def table(name: str, found: dict[str, Any]) -> str:
     ]
     for arm, each in found["arms"].items():
         times = each["times_ours"]
-        said = "" if times is None else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+        said = (
+            ""
+            if times is None
+            else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+        )
         batch = "its own" if each["batch"] is None else each["batch"]
         lines.append(
-            f"{arm:18} {each['tokens_per_s']:12,.0f} {said:>24} {batch:>7} {each['peak_bytes'] / 2**20:7.0f}MiB"
+            f"{arm:18} {each['tokens_per_s']:12,.0f} {said:>24} {batch:>7}"
+            f" {each['peak_bytes'] / 2**20:7.0f}MiB"
         )
     return "\n".join(lines)
 

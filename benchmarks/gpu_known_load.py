@@ -1,10 +1,13 @@
-"""Known load on a GPU: what the ledger reads of work whose FLOPs, joules, idle time and width are known beforehand.
+"""Known load on a GPU: what the ledger reads of work whose FLOPs, joules, idle time and width are
+known beforehand.
 
-    python benchmarks/gpu_known_load.py [--repeats 3] [--only flops energy spin delays loop loop_timeline]
+    python benchmarks/gpu_known_load.py [--repeats 3] [--only flops energy spin delays loop
+    loop_timeline]
 
-Each check has a bound that was written down before the first run (known_load/claims.py) and holds where every
-repetition lies within it; what could not be measured has not held. All readings are those of the pipeline's own meter:
-sampler, step tracer, FLOP count, peaks, training loop. Sections, about four minutes together:
+Each check has a bound that was written down before the first run (known_load/claims.py) and holds
+where every repetition lies within it; what could not be measured has not held. All readings are
+those of the pipeline's own meter: sampler, step tracer, FLOP count, peaks, training loop. Sections,
+about four minutes together:
 
     flops          a matmul's FLOPs, a small transformer's against torch's counter and by hand, MFU
     energy         joules of N and 2N matmuls above context-idle; counter against integrated power at three loads
@@ -13,7 +16,8 @@ sampler, step tracer, FLOP count, peaks, training loop. Sections, about four min
     loop           where the training loop waits for the device
     loop_timeline  the same loop traced, with a sleep injected; device time by phase; MFU
 
-`--device cpu --tiny` tries the script without a GPU, on a board and a clock that tests make up, and saves nothing.
+`--device cpu --tiny` tries the script without a GPU, on a board and a clock that tests make up, and
+saves nothing.
 """
 
 from __future__ import annotations
@@ -39,20 +43,28 @@ from results import save_result
 PROBLEMS = (RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError, ImportError)
 """What a section is known to end with on a machine that cannot do it."""
 SECTIONS: dict[str, Callable[[Device, Plan], Readings]] = {
-    "flops": measure_flops, "energy": measure_energy, "spin": measure_spin, "delays": measure_delays,
-    "loop": measure_loop, "loop_timeline": measure_loop_timeline,
-}  # fmt: skip
+    "flops": measure_flops,
+    "energy": measure_energy,
+    "spin": measure_spin,
+    "delays": measure_delays,
+    "loop": measure_loop,
+    "loop_timeline": measure_loop_timeline,
+}
 
 
 def measure(device: Device, plan: Plan, sections: Iterable[str]) -> tuple[Readings, list[str]]:
-    """Return the readings of sections, and what went wrong; a section that breaks is a failure, not the end."""
+    """Return the readings of sections, and what went wrong; a section that breaks is a failure, not
+    the end.
+    """
     readings, log = Readings(), list[str]()
     for name in sections:
         start = time.monotonic()
         try:
             readings[name] = SECTIONS[name](device, plan)
         except PROBLEMS as error:
-            readings[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            readings[name] = {
+                "failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            }
             log.append(traceback.format_exc())
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return readings, log
@@ -66,7 +78,9 @@ def simulated() -> Any:
 
 def main() -> int:
     """Measure, judge, print and save; exit 1 where a check does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -82,11 +96,19 @@ def main() -> int:
     placement = device.sampler.reader.placement()
     device.close()
     outcomes = judge(readings)
-    table = [f"{'':<5}{'check':<66}{'bound':<16}measured: mean [least, most]", *map(str, outcomes), *remarks(readings)]
+    table = [
+        f"{'':<5}{'check':<66}{'bound':<16}measured: mean [least, most]",
+        *map(str, outcomes),
+        *remarks(readings),
+    ]
     print("\n".join([*log, *table]), flush=True)
     if args.device == "cuda":
-        figures = {"checks": [each.to_json() for each in outcomes], "plan": asdict(plan), "placement": placement,
-                   "readings": readings}  # fmt: skip
+        figures = {
+            "checks": [each.to_json() for each in outcomes],
+            "plan": asdict(plan),
+            "placement": placement,
+            "readings": readings,
+        }
         raw = [json.dumps(asdict(each), default=dict) for each in device.readings]
         save_result("gpu_known_load", figures, "\n".join([*table, *log, *raw]))
     return int(any(each.state == "FAIL" for each in outcomes))

@@ -2,15 +2,17 @@
 
     python benchmarks/overhead.py [--rounds 4] [--steps 100] [--only off ours ...]
 
-Claim: with metering and tracking on, a step takes at most 0.1 ms more of the main thread's processor time (steps of
-30 ms, 5 metrics a step, SQLite). Arms: `off` (the bare loop); `ours` (phases, journal, sign of life, device sampler,
-background writer to MLflow); `mlflow_sync` and `mlflow_async` (`log_metrics` every step); `codecarbon` (its tracker
-around the loop, nothing else; left out where it is not installed).
+Claim: with metering and tracking on, a step takes at most 0.1 ms more of the main thread's
+    processor time (steps of 30 ms, 5 metrics a step, SQLite). Arms: `off` (the bare loop); `ours`
+    (phases, journal, sign of life, device sampler, background writer to MLflow); `mlflow_sync` and
+    `mlflow_async` (`log_metrics` every step); `codecarbon` (its tracker around the loop, nothing
+    else; left out where it is not installed).
 
-Every round runs all arms in one order and then in the opposite one, so that drift meets all alike. Two kinds of steps:
-`waiting` (the main thread sleeps 30 ms, as it does while a GPU computes: what is left is the cost of metering) and
-`computing` (one thread multiplies matrices for about 30 ms: the wall-clock ratio on a host that is busy itself).
-Intervals are t intervals over the rounds' paired readings.
+Every round runs all arms in one order and then in the opposite one, so that drift meets all alike.
+Two kinds of steps: `waiting` (the main thread sleeps 30 ms, as it does while a GPU computes: what
+is left is the cost of metering) and `computing` (one thread multiplies matrices for about 30 ms:
+the wall-clock ratio on a host that is busy itself). Intervals are t intervals over the rounds'
+paired readings.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from pipeline.tracking.writer import LOG, start_writer
 
 STEP_S = 0.030
 METRICS = ("loss", "ce", "divergence", "learning_rate", "grad_norm")
-PARTS = ("h2d", "teacher", "forward", "backward", "optimizer")  # of a step; the work is done in `forward`
+# of a step; the work is done in `forward`
+PARTS = ("h2d", "teacher", "forward", "backward", "optimizer")
 GATE_MS = 0.1
 Log = Callable[[int, dict[str, float]], None]
 Work = Callable[[], None]
@@ -63,9 +66,23 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
     clock, journal = PhaseClock(), Journal(run / "journal.jsonl")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_json(run / "run.json", {"status": "RUNNING"})
-    journal.write("run_start", run_id=run.name, attempt=1, recipe="overhead", question="", experiment="overhead",
-                  tracking_uri=None, params={}, tags={}, environment={}, datasets=[], started_ns=0)  # fmt: skip
-    journal.write("stage_start", arm="a", stage="a", type="train", seed=0, attempt=1, params={}, depends_on=[])
+    journal.write(
+        "run_start",
+        run_id=run.name,
+        attempt=1,
+        recipe="overhead",
+        question="",
+        experiment="overhead",
+        tracking_uri=None,
+        params={},
+        tags={},
+        environment={},
+        datasets=[],
+        started_ns=0,
+    )
+    journal.write(
+        "stage_start", arm="a", stage="a", type="train", seed=0, attempt=1, params={}, depends_on=[]
+    )
     writer, sampler = start_writer(run), Sampler(reader_for(device))
     sampler.start()
 
@@ -76,11 +93,24 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
     with heartbeat(journal):
         yield clock.phase, log
     sampler.stop()
-    hours = {part: {"v": 0.0} for part in ("total", "work", "assess", "retry", "compare", "overhead")}
+    hours = {
+        part: {"v": 0.0} for part in ("total", "work", "assess", "retry", "compare", "overhead")
+    }
     phases_ns: dict[str, Any] = {"overhead": {}, "compare": {}}
-    journal.write("run_end", status="FINISHED", why=None, primary_arm="a", files=[], description="",
-                  run={"device_hours": hours, "phases_device_ns": phases_ns, "spent": {"v": 0.0},
-                       "reused": {"v": 0.0}})  # fmt: skip
+    journal.write(
+        "run_end",
+        status="FINISHED",
+        why=None,
+        primary_arm="a",
+        files=[],
+        description="",
+        run={
+            "device_hours": hours,
+            "phases_device_ns": phases_ns,
+            "spent": {"v": 0.0},
+            "reused": {"v": 0.0},
+        },
+    )
     journal.close()
     assert writer.stdin is not None
     writer.stdin.close()
@@ -100,7 +130,11 @@ def mlflow_arm(*, synchronous: bool) -> Callable[[Path], Any]:
         with mlflow.start_run():
             yield (
                 (lambda name: nullcontext()),
-                (lambda step, values: mlflow.log_metrics(values, step=step, synchronous=synchronous) and None),
+                (
+                    lambda step, values: (
+                        mlflow.log_metrics(values, step=step, synchronous=synchronous) and None
+                    )
+                ),
             )
             mlflow.flush_async_logging()
 
@@ -112,16 +146,21 @@ def codecarbon(folder: Path) -> Generator[tuple[Any, Log]]:
     """Measure with CodeCarbon's tracker at its defaults; it logs no metrics."""
     from codecarbon import OfflineEmissionsTracker
 
-    tracker = OfflineEmissionsTracker(country_iso_code="USA", save_to_file=False, log_level="critical")
+    tracker = OfflineEmissionsTracker(
+        country_iso_code="USA", save_to_file=False, log_level="critical"
+    )
     tracker.start()
     yield (lambda name: nullcontext()), (lambda step, values: None)
     tracker.stop()
 
 
 ARMS: dict[str, Callable[[Path], Any]] = {
-    "off": off, "ours": ours, "mlflow_sync": mlflow_arm(synchronous=True),
-    "mlflow_async": mlflow_arm(synchronous=False), "codecarbon": codecarbon,
-}  # fmt: skip
+    "off": off,
+    "ours": ours,
+    "mlflow_sync": mlflow_arm(synchronous=True),
+    "mlflow_async": mlflow_arm(synchronous=False),
+    "codecarbon": codecarbon,
+}
 
 
 def computing() -> Work:
@@ -141,7 +180,9 @@ def computing() -> Work:
 
 
 def block(arm: Callable[[Path], Any], folder: Path, work: Work, steps: int) -> dict[str, float]:
-    """Run one block of steps; return seconds a step of wall clock and of the main thread's processor time."""
+    """Run one block of steps; return seconds a step of wall clock and of the main thread's
+    processor time.
+    """
     with arm(folder) as (phase, log):
         wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
         for step in range(steps):
@@ -163,7 +204,9 @@ def interval(values: list[float]) -> list[float]:
     return [mean, mean - half, mean + half]
 
 
-def measure(arms: list[str], work: Work, rounds: int, steps: int, folder: Path) -> dict[str, list[dict[str, float]]]:
+def measure(
+    arms: list[str], work: Work, rounds: int, steps: int, folder: Path
+) -> dict[str, list[dict[str, float]]]:
     """Return the readings of every arm, two a round, in the order they were taken."""
     readings: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(rounds):
@@ -173,22 +216,29 @@ def measure(arms: list[str], work: Work, rounds: int, steps: int, folder: Path) 
 
 
 def compare(readings: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Return, per arm, what it adds to `off`: processor time in ms a step, wall clock as a share."""
+    """Return, per arm, what it adds to `off`: processor time in ms a step, wall clock as a
+    share.
+    """
     base = readings["off"]
     return {
         name: {
-            "main_cpu_ms_added": interval([1e3 * (a["main_cpu_s"] - b["main_cpu_s"])
-                                           for a, b in zip(own, base, strict=True)]),
-            "wall_added": interval([a["wall_s"] / b["wall_s"] - 1 for a, b in zip(own, base, strict=True)]),
+            "main_cpu_ms_added": interval(
+                [1e3 * (a["main_cpu_s"] - b["main_cpu_s"]) for a, b in zip(own, base, strict=True)]
+            ),
+            "wall_added": interval(
+                [a["wall_s"] / b["wall_s"] - 1 for a, b in zip(own, base, strict=True)]
+            ),
             "n": len(own),
         }
         for name, own in readings.items()
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
     """Measure, print and save; exit 1 where the claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
@@ -196,9 +246,15 @@ def main() -> int:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ["MLFLOW_LOGGING_LEVEL"] = "ERROR"
-    arms = [name for name in args.only if name != "codecarbon" or importlib.util.find_spec("codecarbon")]
+    arms = [
+        name for name in args.only if name != "codecarbon" or importlib.util.find_spec("codecarbon")
+    ]
     kinds: dict[str, Work] = {"waiting": lambda: time.sleep(STEP_S), "computing": computing()}
-    figures: dict[str, Any] = {"step_s": STEP_S, "metrics_a_step": len(METRICS), "steps_a_block": args.steps}
+    figures: dict[str, Any] = {
+        "step_s": STEP_S,
+        "metrics_a_step": len(METRICS),
+        "steps_a_block": args.steps,
+    }
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         for kind, work in kinds.items():
@@ -207,8 +263,11 @@ def main() -> int:
             figures[kind] = {"added": compare(readings), "readings": readings}
             for arm, added in figures[kind]["added"].items():
                 cpu, wall = added["main_cpu_ms_added"], [100 * x for x in added["wall_added"]]
-                lines.append(f"{kind:<10}{arm:<14} main thread {cpu[0]:+.3f} ms a step [{cpu[1]:+.3f}, {cpu[2]:+.3f}]"
-                             f"   wall {wall[0]:+.2f}% [{wall[1]:+.2f}, {wall[2]:+.2f}]   n={added['n']}")  # fmt: skip
+                lines.append(
+                    f"{kind:<10}{arm:<14} main thread {cpu[0]:+.3f} ms a step [{cpu[1]:+.3f},"
+                    f" {cpu[2]:+.3f}]   wall {wall[0]:+.2f}% [{wall[1]:+.2f}, {wall[2]:+.2f}]  "
+                    f" n={added['n']}"
+                )
                 print(lines[-1], flush=True)
     if not args.no_save:
         save_result("overhead", figures, "\n".join([*lines, json.dumps(figures)]))

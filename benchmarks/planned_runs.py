@@ -1,9 +1,11 @@
-"""What a system takes to a given loss, read on a ladder of runs that are each planned to their length. Arithmetic only.
+"""What a system takes to a given loss, read on a ladder of runs that are each planned to their
+length. Arithmetic only.
 
-A learning rate that falls to the end makes no point on a curve stand for a run of that length, so every point here is
-a run of its own (MEASUREMENT, "Training savings"). Q is the base's loss at its full length, worsened by the margin. By
-one rule for every system, the base included, a system is charged at the first of two consecutive runs at Q; the
-longest has none after it and stands by itself. That the base is charged by the same rule is what keeps the margin from
+A learning rate that falls to the end makes no point on a curve stand for a run of that length, so
+every point here is a run of its own (MEASUREMENT, "Training savings"). Q is the base's loss at its
+full length, worsened by the margin. By one rule for every system, the base included, a system is
+charged at the first of two consecutive runs at Q; the longest has none after it and stands by
+itself. That the base is charged by the same rule is what keeps the margin from
 being given to one side: a system against itself saves exactly nothing.
 """
 
@@ -53,7 +55,8 @@ def target(base: Runs, margin: float) -> float:
 
 
 def first_held(runs: Runs, ladder: Sequence[float], q: float) -> Planned | None:
-    """Return the first of two consecutive runs at Q, or the longest if that alone is; None if it is not.
+    """Return the first of two consecutive runs at Q, or the longest if that alone is; None if it is
+    not.
 
     Args:
         ladder: All fractions, rising.
@@ -65,7 +68,8 @@ def first_held(runs: Runs, ladder: Sequence[float], q: float) -> Planned | None:
 
 
 def settled(runs: Runs, ladder: Sequence[float], q: float) -> bool:
-    """Tell whether shorter runs need not be tried: the two shortest so far, next to one another, are short of Q.
+    """Tell whether shorter runs need not be tried: the two shortest so far, next to one another,
+    are short of Q.
 
     Runs are made from the longest down.
     """
@@ -74,11 +78,14 @@ def settled(runs: Runs, ladder: Sequence[float], q: float) -> bool:
     return len(shortest) == 2 and all(runs[fraction].metric > q for fraction in shortest)
 
 
-def compare(arm: str, runs: Runs, base: str, base_runs: Runs, ladder: Sequence[float], margin: float) -> dict[str, Any]:
+def compare(
+    arm: str, runs: Runs, base: str, base_runs: Runs, ladder: Sequence[float], margin: float
+) -> dict[str, Any]:
     """Return what `arm` saves of what `base` takes to Q, for one seed, as `training_saving` has it.
 
-    Beside it: Q, and for both sides the run that was compared (`at`). Where the arm was at Q on the shortest run of the
-    ladder already it may need less than that, and `at_least` is true; where both were, the saving is null.
+    Beside it: Q, and for both sides the run that was compared (`at`). Where the arm was at Q on the
+        shortest run of the ladder already it may need less than that, and `at_least` is true; where
+        both were, the saving is null.
     """
     q = target(base_runs, margin)
     of_base = first_held(base_runs, ladder, q)
@@ -88,12 +95,20 @@ def compare(arm: str, runs: Runs, base: str, base_runs: Runs, ladder: Sequence[f
     of_arm = of_arm or runs[FULL]
     spends = {name: _spend(name, each) for name, each in ((arm, of_arm), (base, of_base))}
     found = training_saving(
-        Trained(arm=arm, final=of_arm.metric), Trained(arm=base, final=base_runs[FULL].metric), spends,
-        margin=margin, lower_is_better=True,
-    )  # fmt: skip
-    rule = f"first of two consecutive planned runs at Q = {q:.4g}, {base}'s {base_runs[FULL].metric:.4g} and the margin"
-    at = {name: {"fraction": each.fraction, "tokens": each.tokens, "metric": each.metric}
-          for name, each in (("arm", of_arm), ("base", of_base))}  # fmt: skip
+        Trained(arm=arm, final=of_arm.metric),
+        Trained(arm=base, final=base_runs[FULL].metric),
+        spends,
+        margin=margin,
+        lower_is_better=True,
+    )
+    rule = (
+        f"first of two consecutive planned runs at Q = {q:.4g}, {base}'s"
+        f" {base_runs[FULL].metric:.4g} and the margin"
+    )
+    at = {
+        name: {"fraction": each.fraction, "tokens": each.tokens, "metric": each.metric}
+        for name, each in (("arm", of_arm), ("base", of_base))
+    }
     if all(at_shortest):  # neither's cost is known from below
         hidden = null(f"both hold Q = {q:.4g} on the shortest run there is").to_json()
         found |= {**hidden, **dict.fromkeys(("systems", "algorithmic", "bound"), hidden)}
@@ -105,10 +120,12 @@ def _spend(name: str, run: Planned) -> Spend:
 
 
 def over_seeds(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return saving, systems and algorithmic over seeds: 1 - exp(mean ln(arm/base)), with t intervals at 90%.
+    """Return saving, systems and algorithmic over seeds: 1 - exp(mean ln(arm/base)), with t
+    intervals at 90%.
 
-    Means of logarithms keep (1 - systems)(1 - algorithmic) = 1 - saving. A figure that is null for one seed is null,
-    and `bound` is what the saving would stay below: the censored seeds' bounds with the others' savings.
+    Means of logarithms keep (1 - systems)(1 - algorithmic) = 1 - saving. A figure that is null for
+    one seed is null, and `bound` is what the saving would stay below: the censored seeds' bounds
+    with the others' savings.
     """
     reasons = [each["why_null"] for each in per_seed if each["v"] is None]
     if reasons:
@@ -118,9 +135,17 @@ def over_seeds(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         bound = _mean(known) if None not in known else {**null(why).to_json(), "ci": None}
     else:
         parts = [[each["v"], each["systems"]["v"], each["algorithmic"]["v"]] for each in per_seed]
-        figures = {name: _mean(values) for name, values in zip(FIGURES, zip(*parts, strict=True), strict=True)}
+        figures = {
+            name: _mean(values)
+            for name, values in zip(FIGURES, zip(*parts, strict=True), strict=True)
+        }
         bound = {**null("not censored").to_json(), "ci": None}
-    return {**figures, "bound": bound, "n": len(per_seed), "at_least": any(each["at_least"] for each in per_seed)}
+    return {
+        **figures,
+        "bound": bound,
+        "n": len(per_seed),
+        "at_least": any(each["at_least"] for each in per_seed),
+    }
 
 
 def _mean(savings: Sequence[float]) -> dict[str, Any]:
@@ -128,4 +153,7 @@ def _mean(savings: Sequence[float]) -> dict[str, Any]:
     if len(logs) == 1:
         return {**Value(savings[0], Prov.DERIVED).to_json(), "ci": None}
     mean, low, high = mean_interval(logs)
-    return {**Value(-math.expm1(mean), Prov.DERIVED).to_json(), "ci": [-math.expm1(high), -math.expm1(low)]}
+    return {
+        **Value(-math.expm1(mean), Prov.DERIVED).to_json(),
+        "ci": [-math.expm1(high), -math.expm1(low)],
+    }

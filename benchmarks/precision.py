@@ -1,12 +1,16 @@
-"""Training one model in every precision, beside transformers' Trainer, and what `precision=auto` would choose.
+"""Training one model in every precision, beside transformers' Trainer, and what `precision=auto`
+would choose.
 
-    python benchmarks/precision.py [--device cuda] [--shapes 124m 1.3b] [--rounds 5] [--steps 8] [--probes 10] [--save]
+    python benchmarks/precision.py [--device cuda] [--shapes 124m 1.3b] [--rounds 5] [--steps 8]
+    [--probes 10] [--save]
 
-Llama-shaped models on full windows of random tokens, the same for all; AdamW; blocks of steps take turns in one
-process. Arms: this project's loop in each precision that the device can (compiled on CUDA); transformers' Trainer in
-fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled and under bf16's autocast. Per arm: tokens a second,
-the time with its ratio to `trainer, bf16` round by round and its interval, and MFU where the device's peak is known.
-Each probe starts from other weights; told is how often its choice is within 3% of the best fixed one.
+Llama-shaped models on full windows of random tokens, the same for all; AdamW; blocks of steps take
+turns in one
+process. Arms: this project's loop in each precision that the device can (compiled on CUDA);
+    transformers' Trainer in fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled and
+    under bf16's autocast. Per arm: tokens a second, the time with its ratio to `trainer, bf16`
+    round by round and its interval, and MFU where the device's peak is known. Each probe starts
+    from other weights; told is how often its choice is within 3% of the best fixed one.
 """
 
 from __future__ import annotations
@@ -61,15 +65,23 @@ class Shape:
     def documents(self) -> np.ndarray:
         """Return windows of random tokens, (N, T)."""
         draw = np.random.default_rng(0)
-        return draw.integers(0, self.config.vocab_size, (16 * self.batch, self.length)).astype(np.int64)
+        return draw.integers(0, self.config.vocab_size, (16 * self.batch, self.length)).astype(
+            np.int64
+        )
 
 
 def _llama(layers: int, width: int, wide: int, vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, tie_word_embeddings=True, use_cache=False,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        tie_word_embeddings=True,
+        use_cache=False,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
 
 
 SHAPES = {
@@ -83,22 +95,31 @@ DEFAULTS = {"cuda": ("124m", "1.3b"), "cpu": ("small",)}
 def batches_of(shape: Shape) -> PackedBatches:
     """Return this project's batches of the documents, one window each."""
     targets = np.arange(shape.length) > 0
-    encoded = [Encoded(ids.astype(np.int32), targets, 0, None, str(at)) for at, ids in enumerate(shape.documents())]
+    encoded = [
+        Encoded(ids.astype(np.int32), targets, 0, None, str(at))
+        for at, ids in enumerate(shape.documents())
+    ]
     return PackedBatches(encoded, sequence_length=shape.length, batch_size=shape.batch, seed=0)
 
 
 def settings_of(shape: Shape, steps: int) -> TrainingConfig:
     """Return settings that do nothing but step."""
     return TrainingConfig(
-        steps=steps, batch_size=shape.batch, sequence_length=shape.length, eval_every=steps, checkpoint_seconds=1e9,
+        steps=steps,
+        batch_size=shape.batch,
+        sequence_length=shape.length,
+        eval_every=steps,
+        checkpoint_seconds=1e9,
         learning_rate=1e-4,
-    )  # fmt: skip
+    )
 
 
 def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: bool) -> Block:
     """Return blocks of this project's loop."""
     model, batches = shape.model(device), batches_of(shape)
-    objective = Objective(model, Task.causal_lm, precision, device, PhaseClock(), masked=examine(model, device).masked)
+    objective = Objective(
+        model, Task.causal_lm, precision, device, PhaseClock(), masked=examine(model, device).masked
+    )
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
     if compiled:
         model.compile()
@@ -108,9 +129,15 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
 
         with tempfile.TemporaryDirectory() as folder:
             train(
-                model, batches, objective, settings=settings_of(shape, WARM_UP + steps), precision=config,
-                folder=Path(folder), clock=objective.clock, hooks=edge_hooks(edges, steps, device),
-            )  # fmt: skip
+                model,
+                batches,
+                objective,
+                settings=settings_of(shape, WARM_UP + steps),
+                precision=config,
+                folder=Path(folder),
+                clock=objective.clock,
+                hooks=edge_hooks(edges, steps, device),
+            )
         return between(edges)
 
     return block
@@ -122,9 +149,16 @@ def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
 
     rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in shape.documents()]
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape.batch, bf16=bf16, report_to="none",
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, max_steps=1, use_cpu=device.type == "cpu",
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=shape.batch,
+        bf16=bf16,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=1,
+        use_cpu=device.type == "cpu",
+    )
     trainer = Trainer(model=shape.model(device), args=args, train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
 
@@ -140,7 +174,9 @@ def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
 
 
 def plain_loop(shape: Shape, device: torch.device) -> Block:
-    """Return blocks of the shortest loop there is: compiled, bf16 autocast, fused AdamW, its data on the device."""
+    """Return blocks of the shortest loop there is: compiled, bf16 autocast, fused AdamW, its data
+    on the device.
+    """
     model = shape.model(device)
     forward = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -167,11 +203,16 @@ def plain_loop(shape: Shape, device: torch.device) -> Block:
 def arms_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], Block]]:
     """Return by arm how to make its blocks."""
     cuda = device.type == "cuda"
-    able = [each for each in Precision if each is not Precision.auto and why_not(each, device) is None]
+    able = [
+        each for each in Precision if each is not Precision.auto and why_not(each, device) is None
+    ]
     arms: dict[str, Callable[[], Block]] = {
         f"ours, {each.value}": partial(ours, shape, device, each, compiled=cuda) for each in able
     }
-    arms |= {f"trainer, {name}": partial(of_trainer, shape, device, bf16=name == "bf16") for name in ("fp32", "bf16")}
+    arms |= {
+        f"trainer, {name}": partial(of_trainer, shape, device, bf16=name == "bf16")
+        for name in ("fp32", "bf16")
+    }
     return arms | ({"plain loop, bf16": partial(plain_loop, shape, device)} if cuda else {})
 
 
@@ -180,21 +221,35 @@ def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any
     found: list[dict[str, Any]] = []
     for seed in range(count):
         model = shape.model(device, seed)
-        objective = Objective(model, Task.causal_lm, Precision.auto, device, PhaseClock(),
-                              masked=examine(model, device).masked)  # fmt: skip
+        objective = Objective(
+            model,
+            Task.causal_lm,
+            Precision.auto,
+            device,
+            PhaseClock(),
+            masked=examine(model, device).masked,
+        )
         config = PrecisionConfig(name=Precision.auto, fp8_least_width=shape.fp8_least_width)
         before = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             choice = choose_precision(
-                model, objective, batches_of(shape), settings_of(shape, 1000), config, left_out=[],
-                folder=Path(folder), clock=objective.clock,
-            )  # fmt: skip
+                model,
+                objective,
+                batches_of(shape),
+                settings_of(shape, 1000),
+                config,
+                left_out=[],
+                folder=Path(folder),
+                clock=objective.clock,
+            )
         found.append({"seed": seed, "seconds": time.perf_counter() - before, **choice.about})
         free()
     return found
 
 
-def measure(name: str, device: torch.device, rounds: int, steps: int, num_probes: int) -> dict[str, Any]:
+def measure(
+    name: str, device: torch.device, rounds: int, steps: int, num_probes: int
+) -> dict[str, Any]:
     """Return the figures of all arms at one shape."""
     shape = SHAPES[name]
     arms = arms_of(shape, device)
@@ -210,17 +265,28 @@ def measure(name: str, device: torch.device, rounds: int, steps: int, num_probes
     flops = count_flops(shape.model(torch.device("cpu")), Task.causal_lm, backward=True)
     per_token = flops.batch(1, shape.length, shape.length - 1) / shape.length
     chosen = probes(shape, device, num_probes)
-    eager = _fixed_eager(shape, device, rounds, steps) if device.type == "cuda" and num_probes else seconds
+    eager = (
+        _fixed_eager(shape, device, rounds, steps)
+        if device.type == "cuda" and num_probes
+        else seconds
+    )
     return {
-        "arms": {arm: _figures(arm, each, seconds[REFERENCE], per_token, device) for arm, each in seconds.items()},
+        "arms": {
+            arm: _figures(arm, each, seconds[REFERENCE], per_token, device)
+            for arm, each in seconds.items()
+        },
         "probes": chosen,
         "near_the_best": sum(_is_near(each["chosen"], eager) for each in chosen),
     }
 
 
-def _fixed_eager(shape: Shape, device: torch.device, rounds: int, steps: int) -> dict[str, list[float]]:
+def _fixed_eager(
+    shape: Shape, device: torch.device, rounds: int, steps: int
+) -> dict[str, list[float]]:
     """Return seconds a token of every precision without compiling, which is what a probe tries."""
-    able = [each for each in Precision if each is not Precision.auto and why_not(each, device) is None]
+    able = [
+        each for each in Precision if each is not Precision.auto and why_not(each, device) is None
+    ]
     seconds: dict[str, list[float]] = {f"ours, {each.value}": [] for each in able}
     for _ in range(rounds):
         for each in able:
@@ -231,7 +297,9 @@ def _fixed_eager(shape: Shape, device: torch.device, rounds: int, steps: int) ->
 
 
 def _is_near(chosen: str, seconds: dict[str, list[float]]) -> bool:
-    medians = {arm: statistics.median(each) for arm, each in seconds.items() if arm.startswith("ours, ")}
+    medians = {
+        arm: statistics.median(each) for arm, each in seconds.items() if arm.startswith("ours, ")
+    }
     return medians[f"ours, {chosen}"] <= NEAR * min(medians.values())
 
 
@@ -242,10 +310,11 @@ def _figures(
     arithmetic = arm.partition(", ")[2].partition("_")[0]
     top = peak(device_name(device), arithmetic).v
     return {
-        "tokens_per_s": statistics.median(rates), "all_tokens_per_s": rates,
+        "tokens_per_s": statistics.median(rates),
+        "all_tokens_per_s": rates,
         "times_reference": None if arm == REFERENCE else ratio(seconds, reference),
         "mfu": None if top is None else statistics.median(rates) * per_token / (top * 1e12),
-    }  # fmt: skip
+    }
 
 
 def table(name: str, found: dict[str, Any]) -> str:
@@ -253,13 +322,23 @@ def table(name: str, found: dict[str, Any]) -> str:
     lines = [f"{name}:", f"{'arm':22} {'tokens/s':>12} {'time, times ' + REFERENCE:>30} {'MFU':>7}"]
     for arm, each in found["arms"].items():
         times, mfu = each["times_reference"], each["mfu"]
-        shown = "" if times is None else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
-        lines.append(f"{arm:22} {each['tokens_per_s']:12,.0f} {shown:>30} {'' if mfu is None else f'{mfu:.1%}':>7}")
+        shown = (
+            ""
+            if times is None
+            else f"{times['ratio']:.2f} [{times['low']:.2f}, {times['high']:.2f}]"
+        )
+        lines.append(
+            f"{arm:22} {each['tokens_per_s']:12,.0f} {shown:>30}"
+            f" {'' if mfu is None else f'{mfu:.1%}':>7}"
+        )
     chosen = [each["chosen"] for each in found["probes"]]
     taken = [each["seconds"] for each in found["probes"]]
     if chosen:
         near = f"{found['near_the_best']} of {len(chosen)} within 3% of the best"
-        lines.append(f"precision=auto chose {', '.join(chosen)}: {near}; a probe took {statistics.median(taken):.1f} s")
+        lines.append(
+            f"precision=auto chose {', '.join(chosen)}: {near}; a probe took"
+            f" {statistics.median(taken):.1f} s"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
-"""One run of `hours_to_quality.py`: a system planned to a length, what it is charged with, and its loss.
+"""One run of `hours_to_quality.py`: a system planned to a length, what it is charged with, and its
+loss.
 
-Nothing here chooses what is run or says what it means: a result stays valid as long as this file, the recipes beside it
-and `pipeline/` are what they were.
+Nothing here chooses what is run or says what it means: a result stays valid as long as this file,
+the recipes beside it and `pipeline/` are what they were.
 
     python benchmarks/quality_units.py JSON     one unit in a process of its own, as `result_of` starts it
 """
@@ -82,12 +83,23 @@ class Bench:
 
     def folder(self, unit: Unit) -> Path:
         """Return where a unit's result lies: by all that it depends on."""
-        size = {name: value for name, value in asdict(self.size).items() if name not in ("rungs", "recipe")}
-        about = {"unit": asdict(unit), "size": size, "device": _device_name(self.device), **_versions()}
-        return self.work / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        size = {
+            name: value
+            for name, value in asdict(self.size).items()
+            if name not in ("rungs", "recipe")
+        }
+        about = {
+            "unit": asdict(unit),
+            "size": size,
+            "device": _device_name(self.device),
+            **_versions(),
+        }
+        return (
+            self.work / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+        )
 
 
-# -- what a unit depends on -----------------------------------------------------------------------------------------
+# -- what a unit depends on -----------------------------------------------------------------------
 
 
 def _device_name(device: str) -> str:
@@ -101,10 +113,21 @@ def _device_name(device: str) -> str:
 @lru_cache
 def _versions() -> dict[str, str]:
     """Return the digest of all code that a figure comes from, and the libraries."""
-    files = sorted([*HERE.parent.glob("pipeline/**/*.py"), *HERE.parent.glob("configs/**/*.yaml"), *RECIPES.iterdir(),
-                    HERE / "quality_units.py"])  # fmt: skip
-    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
-    return {"source": digest, **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    files = sorted(
+        [
+            *HERE.parent.glob("pipeline/**/*.py"),
+            *HERE.parent.glob("configs/**/*.yaml"),
+            *RECIPES.iterdir(),
+            HERE / "quality_units.py",
+        ]
+    )
+    digest = hashlib.sha256(
+        b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    ).hexdigest()
+    return {
+        "source": digest,
+        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
 
 
 def _data_config(size: Size) -> Any:
@@ -122,7 +145,9 @@ def _data(size: Size) -> Any:
 
 
 def base_model(bench: Bench, seed: int) -> Path:
-    """Return the first weights of a seed with their tokenizer, on disk: the same for every system."""
+    """Return the first weights of a seed with their tokenizer, on disk: the same for every
+    system.
+    """
     import torch
 
     from pipeline.config.settings import Task, TinyShape
@@ -131,17 +156,28 @@ def base_model(bench: Bench, seed: int) -> Path:
 
     size = bench.size
     made = hashlib.sha256(
-        repr((size.width, size.layers, size.wide, size.vocabulary, seed, _data(size).digest)).encode()
+        repr(
+            (size.width, size.layers, size.wide, size.vocabulary, seed, _data(size).digest)
+        ).encode()
     )
     folder = bench.work / "base" / made.hexdigest()[:20]
     if folder.is_dir():
         return folder
-    tokenizer = embedded_tokenizer(_data(size).splits["train"], size.vocabulary, bench.work / "tokenizers")
-    shape = TinyShape(hidden_size=size.width, layers=size.layers, heads=size.width // 64, intermediate_size=size.wide)
+    tokenizer = embedded_tokenizer(
+        _data(size).splits["train"], size.vocabulary, bench.work / "tokenizers"
+    )
+    shape = TinyShape(
+        hidden_size=size.width,
+        layers=size.layers,
+        heads=size.width // 64,
+        intermediate_size=size.wide,
+    )
     torch.manual_seed(seed)
     temporary = folder.with_suffix(".new")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(make_tiny(shape, len(tokenizer), Task.causal_lm, None, tokenizer), tokenizer, temporary)
+    save_model(
+        make_tiny(shape, len(tokenizer), Task.causal_lm, None, tokenizer), tokenizer, temporary
+    )
     temporary.rename(folder)
     return folder
 
@@ -153,12 +189,15 @@ def _encoded(size: Size, base: Path, split: str, max_bytes: int | None = None) -
 
     documents = sorted(_data(size).splits[split], key=lambda document: document.digest)
     return encode_all(
-        documents if max_bytes else _data(size).splits[split], load_tokenizer(base), Task.causal_lm,
-        max_length=size.length, max_bytes=max_bytes,
-    )  # fmt: skip
+        documents if max_bytes else _data(size).splits[split],
+        load_tokenizer(base),
+        Task.causal_lm,
+        max_length=size.length,
+        max_bytes=max_bytes,
+    )
 
 
-# -- ours -----------------------------------------------------------------------------------------------------------
+# -- ours -----------------------------------------------------------------------------------------
 
 
 def parts_of(system: str) -> list[str]:
@@ -171,16 +210,25 @@ def parts_of(system: str) -> list[str]:
     unknown = [part for part in parts if part not in PARTS]
     if name != "ours" or unknown:
         raise ValueError(
-            f"{system}: give trainer, trainer_rate, or ours with parts ({', '.join(PARTS)}) put to it by +"
+            f"{system}: give trainer, trainer_rate, or ours with parts ({', '.join(PARTS)}) put to"
+            " it by +"
         )
-    for one, two in (("auto", "pure"), ("auto", "fp32"), ("pure", "fp32"), ("stack", "taught"), ("short", "taught")):
+    for one, two in (
+        ("auto", "pure"),
+        ("auto", "fp32"),
+        ("pure", "fp32"),
+        ("stack", "taught"),
+        ("short", "taught"),
+    ):
         if one in parts and two in parts:
             raise ValueError(f"{system}: {one} and {two} exclude one another")
     return parts
 
 
 def settings_of(system: str, size: Size, steps: int) -> list[str]:
-    """Return recipe and overrides of one of our systems, planned to `steps`; the shallow model's are among them."""
+    """Return recipe and overrides of one of our systems, planned to `steps`; the shallow model's
+    are among them.
+    """
     parts = parts_of(system)
     precision = next((PRECISIONS[part] for part in parts if part in PRECISIONS), "bf16")
     shallow = max(1, round(SHALLOW * steps))
@@ -195,7 +243,12 @@ def settings_of(system: str, size: Size, steps: int) -> list[str]:
             f"stages.trained.steps={steps - shallow}",
         ]
     if "taught" in parts:
-        return ["recipe=taught", *settings, f"stages.shallow.steps={shallow}", f"stages.trained.steps={steps}"]
+        return [
+            "recipe=taught",
+            *settings,
+            f"stages.shallow.steps={shallow}",
+            f"stages.trained.steps={steps}",
+        ]
     return ["recipe=plain", *settings, f"stages.trained.steps={steps}"]
 
 
@@ -206,12 +259,22 @@ def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str
 
     size = bench.size
     settings = [
-        *settings_of(unit.system, size, unit.steps), f"model.path={base}", f"data.vocabulary_size={size.vocabulary}",
-        f"training.batch_size={size.batch}", f"training.sequence_length={size.length}", f"seed={unit.seed}",
-        f"training.compile={str(size.compile).lower()}", "training.eval_every=1000000", "training.eval_documents=1",
-        "quality.max_documents=2", "quality.max_bytes_per_document=256", "quality.bootstrap=200",
-        f"hardware.device={bench.device}", "tracking=off", f"tracking.root={root / 'mlruns'}",
-    ]  # fmt: skip
+        *settings_of(unit.system, size, unit.steps),
+        f"model.path={base}",
+        f"data.vocabulary_size={size.vocabulary}",
+        f"training.batch_size={size.batch}",
+        f"training.sequence_length={size.length}",
+        f"seed={unit.seed}",
+        f"training.compile={str(size.compile).lower()}",
+        "training.eval_every=1000000",
+        "training.eval_documents=1",
+        "quality.max_documents=2",
+        "quality.max_bytes_per_document=256",
+        "quality.bootstrap=200",
+        f"hardware.device={bench.device}",
+        "tracking=off",
+        f"tracking.root={root / 'mlruns'}",
+    ]
     settings += [] if size.max_documents is None else [f"data.max_documents={size.max_documents}"]
     settings += [] if size.threads is None else [f"hardware.num_threads={size.threads}"]
     printed = io.StringIO()
@@ -220,26 +283,38 @@ def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str
     if code:
         raise SystemExit(f"{unit}: ended with {code}\n{printed.getvalue()[-4000:]}")
     result = json.loads((root / "mlruns/latest/result.json").read_text())
-    took = charged(result["rows"], read_events(root / "mlruns/runs" / result["run_id"] / "journal.jsonl"))
-    artifact = next(row["artifact"] for row in reversed(result["rows"]) if row["arm"] == "trained" and row["artifact"])
+    took = charged(
+        result["rows"], read_events(root / "mlruns/runs" / result["run_id"] / "journal.jsonl")
+    )
+    artifact = next(
+        row["artifact"]
+        for row in reversed(result["rows"])
+        if row["arm"] == "trained" and row["artifact"]
+    )
     about = json.loads((Path(artifact["path"]) / "artifact.json").read_text())
     took |= {
         # what a teacher read is charged, but the length of the run is that of the model
-        "tokens": sum(stage["tokens"] for name, stage in took["stages"].items()
-                      if name == "trained" or (name == "shallow" and "stack" in unit.system)),
+        "tokens": sum(
+            stage["tokens"]
+            for name, stage in took["stages"].items()
+            if name == "trained" or (name == "shallow" and "stack" in unit.system)
+        ),
         "precision": about.get("precision", {}).get("chosen"),
-    }  # fmt: skip
+    }
     return took, Path(artifact["path"])
 
 
-# -- what a run is charged with ----------------------------------------------------------------------------------------
+# -- what a run is charged with -------------------------------------------------------------------
 
 
-def charged(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def charged(
+    rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return what a recipe's rows took, stage by stage and in all: what its model is charged with.
 
-    Every stage that the rows name counts, reused ones at what they once took. Evaluation stands apart: the assessment,
-    and what training read on validation (a compiled model compiles for it anew).
+    Every stage that the rows name counts, reused ones at what they once took. Evaluation stands
+    apart: the assessment, and what training read on validation (a compiled model compiles for it
+    anew).
 
     Args:
         events: Of the run's journal; its windows say what part of the work was evaluation.
@@ -251,7 +326,8 @@ def charged(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any
         stage = stages.setdefault(row["arm"], nothing)
         for name, part in (("work_h", "work"), ("retry_h", "retry"), ("evaluation_h", "assess")):
             stage[name] += hours[part]["v"] or 0.0
-        if row["artifact"] is not None:  # an attempt that led nowhere counted what another one counts again
+        # an attempt that led nowhere counted what another one counts again
+        if row["artifact"] is not None:
             stage["flops"], stage["tokens"] = counts["model_flops"]["v"], counts["tokens"]["v"]
     phases_ns: dict[str, int] = {}
     for event in work_windows(events):
@@ -262,27 +338,39 @@ def charged(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any
             phases_ns[name] = phases_ns.get(name, 0) + spent_ns
     names = ("work_h", "retry_h", "evaluation_h", "flops")
     whole = {name: math.fsum(stage[name] for stage in stages.values()) for name in names}
-    return {**whole, "stages": stages, "phases_s": {name: each / 1e9 for name, each in phases_ns.items()}}
+    return {
+        **whole,
+        "stages": stages,
+        "phases_s": {name: each / 1e9 for name, each in phases_ns.items()},
+    }
 
 
 def work_windows(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the windows in which stages worked, of those that were not lost."""
     windows = [event for event in events if event["e"] == "window"]
-    return [event for event in windows if event["window"]["kind"] == "work" and event["window"]["kept_ns"] > 0]
+    return [
+        event
+        for event in windows
+        if event["window"]["kind"] == "work" and event["window"]["kept_ns"] > 0
+    ]
 
 
-# -- transformers' Trainer --------------------------------------------------------------------------------------------
+# -- transformers' Trainer ------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
 def _rows_for_trainer(size: Size, base: Path) -> Any:
-    """Return the very windows that our loop reads, as a user has them after tokenizing and grouping."""
+    """Return the very windows that our loop reads, as a user has them after tokenizing and
+    grouping.
+    """
     import numpy as np
     from datasets import Dataset
 
     from pipeline.data.batches import PackedBatches
 
-    packed = PackedBatches(_encoded(size, base, "train"), sequence_length=size.length, batch_size=size.batch, seed=0)
+    packed = PackedBatches(
+        _encoded(size, base, "train"), sequence_length=size.length, batch_size=size.batch, seed=0
+    )
     ids = packed.read(np.arange(packed.num_rows))["input_ids"].numpy()
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
@@ -290,10 +378,17 @@ def _rows_for_trainer(size: Size, base: Path) -> Any:
 def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str, Any], Path]:
     """Run transformers' Trainer in bf16 as it ships; return what it is charged with, and its model.
 
-    What would only cost it time is off: its checkpoints, its log and its progress bar. Windows that do not fill a batch
-    at the end of an epoch are left out, so that it reads as many tokens as the others.
+    What would only cost it time is off: its checkpoints, its log and its progress bar. Windows that
+        do not fill a batch at the end of an epoch are left out, so that it reads as many tokens as
+        the others.
     """
-    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        AutoModelForCausalLM,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
     from pipeline.config.settings import Task
     from pipeline.ledger.flops import count_flops
@@ -306,10 +401,20 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
     set_seed(unit.seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     args = TrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=size.batch, bf16=True, max_steps=unit.steps, seed=unit.seed,
-        use_cpu=bench.device == "cpu", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        dataloader_drop_last=True, dataloader_pin_memory=bench.device != "cpu", **more,
-    )  # fmt: skip
+        output_dir=str(out),
+        per_device_train_batch_size=size.batch,
+        bf16=True,
+        max_steps=unit.steps,
+        seed=unit.seed,
+        use_cpu=bench.device == "cpu",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=bench.device != "cpu",
+        **more,
+    )
     trainer = Trainer(model=model, args=args, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -320,13 +425,19 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
     tokens = size.batch * size.length  # a step's, each of them predicted
     flops = count_flops(model, Task.causal_lm, backward=True).batch(size.batch, size.length, tokens)
     took = {
-        "work_h": work_h, "retry_h": 0.0, "evaluation_h": 0.0, "flops": unit.steps * flops,
-        "tokens": unit.steps * tokens, "stages": {}, "phases_s": {}, "precision": "bf16",
-    }  # fmt: skip
+        "work_h": work_h,
+        "retry_h": 0.0,
+        "evaluation_h": 0.0,
+        "flops": unit.steps * flops,
+        "tokens": unit.steps * tokens,
+        "stages": {},
+        "phases_s": {},
+        "precision": "bf16",
+    }
     return took, out
 
 
-# -- one unit ---------------------------------------------------------------------------------------------------------
+# -- one unit -------------------------------------------------------------------------------------
 
 
 def _synchronise(device: str) -> None:
@@ -337,7 +448,9 @@ def _synchronise(device: str) -> None:
 
 
 def read_validation(bench: Bench, base: Path, folder: Path) -> float:
-    """Return the validation bits per byte of a model on disk, in fp32: by one path for every system."""
+    """Return the validation bits per byte of a model on disk, in fp32: by one path for every
+    system.
+    """
     import torch
 
     from pipeline.config.settings import Precision, Task
@@ -350,9 +463,14 @@ def read_validation(bench: Bench, base: Path, folder: Path) -> float:
     model = load_model(folder, Task.causal_lm, device=device)
     with arithmetic(Precision.fp32, device):
         return validation_metric(
-            model, _encoded(size, base, "validation", size.eval_bytes), Task.causal_lm, sequence_length=size.length,
-            batch_size=16, device=device, padding=Padding.of(load_tokenizer(base), model, Task.causal_lm),
-        )  # fmt: skip
+            model,
+            _encoded(size, base, "validation", size.eval_bytes),
+            Task.causal_lm,
+            sequence_length=size.length,
+            batch_size=16,
+            device=device,
+            padding=Padding.of(load_tokenizer(base), model, Task.causal_lm),
+        )
 
 
 def prepare(bench: Bench, base: Path) -> None:
@@ -372,7 +490,9 @@ def prepare(bench: Bench, base: Path) -> None:
 
 
 def measure(bench: Bench, unit: Unit) -> dict[str, Any]:
-    """Run a unit in this process, or go on with it; leave its result on disk, whole or not at all."""
+    """Run a unit in this process, or go on with it; leave its result on disk, whole or not at
+    all.
+    """
     folder = bench.folder(unit)
     base = base_model(bench, unit.seed)
     prepare(bench, base)
@@ -385,10 +505,15 @@ def measure(bench: Bench, unit: Unit) -> dict[str, Any]:
     before = time.monotonic_ns()
     metric = read_validation(bench, base, model)
     found = {
-        **asdict(unit), **took, "metric": metric,
+        **asdict(unit),
+        **took,
+        "metric": metric,
         "evaluation_h": took["evaluation_h"] + (time.monotonic_ns() - before) / HOUR_NS,
-        "wall_s": wall_s, "cpu_s": busy_s, "load": os.getloadavg()[0], "commit": _commit(),
-    }  # fmt: skip
+        "wall_s": wall_s,
+        "cpu_s": busy_s,
+        "load": os.getloadavg()[0],
+        "commit": _commit(),
+    }
     write_whole(folder.with_suffix(".json"), found)
     shutil.rmtree(root)
     return found
@@ -405,24 +530,36 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 
 def result_of(bench: Bench, unit: Unit) -> dict[str, Any]:
     """Return what a unit took: from disk where it is finished, else by running it.
 
-    Where the size compiles, in a process of its own with empty caches of kernels: what compiling costs a user is
-    charged every time.
+    Where the size compiles, in a process of its own with empty caches of kernels: what compiling
+    costs a user is charged every time.
     """
     path = bench.folder(unit).with_suffix(".json")
     if not path.is_file():
         if bench.size.compile:
-            caches = {name: str(bench.folder(unit).with_suffix(".part") / name.lower())
-                      for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}  # fmt: skip
-            given = json.dumps({"unit": asdict(unit), "size": asdict(bench.size), "device": bench.device,
-                                "work": str(bench.work)})  # fmt: skip
-            subprocess.run([sys.executable, __file__, given], check=True, env={**os.environ, **caches})
+            caches = {
+                name: str(bench.folder(unit).with_suffix(".part") / name.lower())
+                for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+            }
+            given = json.dumps(
+                {
+                    "unit": asdict(unit),
+                    "size": asdict(bench.size),
+                    "device": bench.device,
+                    "work": str(bench.work),
+                }
+            )
+            subprocess.run(
+                [sys.executable, __file__, given], check=True, env={**os.environ, **caches}
+            )
         else:
             measure(bench, unit)
     return json.loads(path.read_text())

@@ -1,14 +1,17 @@
-"""Does a quantized format decode faster than 16 bits here? Every format beside fp32 and the best 16 bits, by batch.
+"""Does a quantized format decode faster than 16 bits here? Every format beside fp32 and the best 16
+bits, by batch.
 
-    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32] [--blocks 8]
+    python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32]
+    [--blocks 8]
         [--decode graph] [--save]
 
-Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and served by its own server:
-prompts first, then token by token from a key-value cache (one that grows, or of fixed size and captured: `--decode`,
-by default a captured one on CUDA). bf16 and fp16 come first. Each format is read against the model in fp32, and
-against the 16-bit form that was the fastest of those here at the same batch size, in interleaved blocks. Reported are
-tokens a second, the time over each of the two with its 90% interval over blocks, the bytes of weights, and how each was
-served. A format that cannot run here is named with the reason.
+Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and
+served by its own server: prompts first, then token by token from a key-value cache (one that grows,
+or of fixed size and captured: `--decode`, by default a captured one on CUDA). bf16 and fp16 come
+first. Each format is read against the model in fp32, and against the 16-bit form that was the
+fastest of those here at the same batch size, in interleaved blocks. Reported are tokens a second,
+the time over each of the two with its 90% interval over blocks, the bytes of weights, and how each
+was served. A format that cannot run here is named with the reason.
 """
 
 from __future__ import annotations
@@ -37,11 +40,19 @@ from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
 LOADS = {"cuda": (512, 128), "cpu": (32, 16)}  # tokens in, tokens out
 
 
-def _llama(layers: int, width: int, wide: int, vocabulary: int, heads: int, groups: int) -> LlamaConfig:
+def _llama(
+    layers: int, width: int, wide: int, vocabulary: int, heads: int, groups: int
+) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
 
 
 SHAPES = {
@@ -58,7 +69,8 @@ def source(config: LlamaConfig, folder: Path, device: torch.device) -> Path:
     with device:
         model = LlamaForCausalLM(config)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")), pad_token="<pad>"
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")),
+        pad_token="<pad>",
     )
     save_model(model, tokenizer, folder)
     return folder
@@ -67,10 +79,16 @@ def source(config: LlamaConfig, folder: Path, device: torch.device) -> Path:
 PLAIN = "fp32"
 
 
-def read(servers: dict[str, Server], pair: tuple[str, str], batch: int, blocks: int, device: torch.device) -> Any:
-    """Return the time of the first of a pair over the second's at one batch size, and how both were served."""
+def read(
+    servers: dict[str, Server], pair: tuple[str, str], batch: int, blocks: int, device: torch.device
+) -> Any:
+    """Return the time of the first of a pair over the second's at one batch size, and how both were
+    served.
+    """
     prompt, new = LOADS[device.type]
-    config = ServingConfig(load=ServingLoad(prompt=prompt, new=new, batch=batch), batches=[], blocks=blocks)
+    config = ServingConfig(
+        load=ServingLoad(prompt=prompt, new=new, batch=batch), batches=[], blocks=blocks
+    )
     draw = np.random.default_rng(0)
     prompts = [draw.integers(2, servers[pair[0]].model.config.vocab_size, 4096)]
     read = measure_interleaved(servers, [pair], config=config, prompts=prompts, seed=0)
@@ -85,14 +103,25 @@ def read(servers: dict[str, Server], pair: tuple[str, str], batch: int, blocks: 
     }
 
 
-def measure(name: str, device: torch.device, batches: list[int], blocks: int, decode: Decode) -> dict[str, Any]:
-    """Return the figures of every format at one shape: over fp32, and over the best 16-bit form of each batch size."""
+def measure(
+    name: str, device: torch.device, batches: list[int], blocks: int, decode: Decode
+) -> dict[str, Any]:
+    """Return the figures of every format at one shape: over fp32, and over the best 16-bit form of
+    each batch size.
+    """
     found: dict[str, Any] = {"formats": {}, "best_16_bit": {}, "not_here": {}}
     with tempfile.TemporaryDirectory() as root:
         plain = source(SHAPES[name], Path(root, "source"), device)
 
         def served(folder: Path) -> Server:
-            return load(folder, Task.causal_lm, device, labels=None, now_ns=time.perf_counter_ns, decode=decode)
+            return load(
+                folder,
+                Task.causal_lm,
+                device,
+                labels=None,
+                now_ns=time.perf_counter_ns,
+                decode=decode,
+            )
 
         fp32, halves = served(plain), dict[str, Server]()
         for fmt in formats():
@@ -105,7 +134,10 @@ def measure(name: str, device: torch.device, batches: list[int], blocks: int, de
             each: dict[str, Any] = {
                 "library": LIBRARIES[Format(fmt)],
                 "weights_ratio": servers[fmt.value].weights_bytes / fp32.weights_bytes,
-                "batches": {size: read(servers, (fmt.value, PLAIN), size, blocks, device) for size in batches},
+                "batches": {
+                    size: read(servers, (fmt.value, PLAIN), size, blocks, device)
+                    for size in batches
+                },
             }
             if fmt in SIXTEEN_BITS:
                 halves[fmt.value] = servers[fmt.value]
@@ -114,7 +146,11 @@ def measure(name: str, device: torch.device, batches: list[int], blocks: int, de
                 found["best_16_bit"] = best
                 each["over_16_bit"] = {
                     size: read(
-                        {**servers, best[size]: halves[best[size]]}, (fmt.value, best[size]), size, blocks, device
+                        {**servers, best[size]: halves[best[size]]},
+                        (fmt.value, best[size]),
+                        size,
+                        blocks,
+                        device,
                     )
                     for size in batches
                 }
@@ -143,7 +179,9 @@ def fastest(figures: dict[str, Any], halves: dict[str, Server], size: int) -> st
 
 def table(name: str, found: dict[str, Any], batches: list[int]) -> str:
     """Return the figures in lines: the ratios over fp32, then those over the best 16-bit form."""
-    head = f"{'format':20} {'weights':>8} " + " ".join(f"{f'batch {batch}':>20}" for batch in batches)
+    head = f"{'format':20} {'weights':>8} " + " ".join(
+        f"{f'batch {batch}':>20}" for batch in batches
+    )
     lines = [f"{name}: time over fp32's [90% interval]", head]
     for fmt, each in found["formats"].items():
         lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + _cells(each["batches"]))
@@ -154,19 +192,30 @@ def table(name: str, found: dict[str, Any], batches: list[int]) -> str:
             size: 1.0 / found["formats"][fmt]["batches"][size]["time_ratio"]
             for size, fmt in found["best_16_bit"].items()
         }
-        lines.append(f"{PLAIN:20} {1.0:8.2f} " + " ".join(f"{plain[size]:>20.2f}" for size in batches))
+        lines.append(
+            f"{PLAIN:20} {1.0:8.2f} " + " ".join(f"{plain[size]:>20.2f}" for size in batches)
+        )
         for fmt, each in found["formats"].items():
             if "over_16_bit" in each:
-                lines.append(f"{fmt:20} {each['weights_ratio']:8.2f} " + _cells(each["over_16_bit"]))
+                lines.append(
+                    f"{fmt:20} {each['weights_ratio']:8.2f} " + _cells(each["over_16_bit"])
+                )
     ways = {
-        (arm, way) for r in found["formats"].values() for b in r["batches"].values() for arm, way in b["how"].items()
+        (arm, way)
+        for r in found["formats"].values()
+        for b in r["batches"].values()
+        for arm, way in b["how"].items()
     }
     lines += [f"{arm}: served with {way}" for arm, way in sorted(ways)]
-    return "\n".join([*lines, *(f"{fmt}: not here: {why}" for fmt, why in found["not_here"].items())])
+    return "\n".join(
+        [*lines, *(f"{fmt}: not here: {why}" for fmt, why in found["not_here"].items())]
+    )
 
 
 def _cells(by_batch: dict[int, Any]) -> str:
-    cells = [f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in by_batch.values()]
+    cells = [
+        f"{r['time_ratio']:.2f} [{r['ci'][0]:.2f}, {r['ci'][1]:.2f}]" for r in by_batch.values()
+    ]
     return " ".join(f"{cell:>20}" for cell in cells)
 
 

@@ -1,10 +1,12 @@
 """The shipped recipes at a size that fills a GPU; fails where GPU-hours or energy are null.
 
-    python benchmarks/recipes_gpu.py [--recipes mixed_precision distill quantize] [--steps 300] [--root DIR]
+    python benchmarks/recipes_gpu.py [--recipes mixed_precision distill quantize] [--steps 300]
+    [--root DIR]
 
-Each recipe runs as a user runs it (`model=h200_124m training=gpu serving=gpu`). What is saved is what result.json
-says: per arm GPU-hours, energy, quality, serving; the comparisons; the conclusion. `--device cpu --tiny` tries the
-script itself without a GPU and saves nothing.
+Each recipe runs as a user runs it (`model=h200_124m training=gpu serving=gpu`). What is saved is
+what result.json
+says: per arm GPU-hours, energy, quality, serving; the comparisons; the conclusion. `--device cpu
+    --tiny` tries the script itself without a GPU and saves nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +23,32 @@ from results import save_result
 
 GPU = ["model=h200_124m", "training=gpu", "serving=gpu", "quality=full", "hardware=cuda"]
 TINY = [
-    "training.steps=4", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40",
-    "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2",
-    "quality.max_documents=24", "quality.bootstrap=200", "serving.blocks=2", "serving.load.new=4",
+    "training.steps=4",
+    "training.batch_size=4",
+    "training.sequence_length=64",
+    "data.max_documents=40",
+    "model.shape.hidden_size=64",
+    "model.shape.heads=1",
+    "model.shape.intermediate_size=128",
+    "model.shape.layers=2",
+    "quality.max_documents=24",
+    "quality.bootstrap=200",
+    "serving.blocks=2",
+    "serving.load.new=4",
     "serving.batches=[1]",
-]  # fmt: skip
+]
 
 
 def run_recipe(recipe: str, root: Path, settings: list[str]) -> tuple[dict[str, Any], str]:
     """Run one recipe; return its result and what it printed."""
-    command = [sys.executable, "-m", "pipeline", f"recipe={recipe}", f"tracking.root={root}", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        f"recipe={recipe}",
+        f"tracking.root={root}",
+        *settings,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = f"$ python {' '.join(command[1:])}\n{done.stdout}{done.stderr}"
     print(log, flush=True)
@@ -44,15 +62,22 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     kept = ("v", "ci", "n", "why_null")
     rows = [
         {
-            "arm": row["arm"], "status": row["status"], "why": row["why"],
-            "gpu_hours": row["ledger"]["gpu_hours"]["attached"], "device_hours": row["ledger"]["device_hours"],
-            "energy_j": row["ledger"]["energy_j"], "counts": row["ledger"]["counts"],
-            "memory": row["ledger"]["memory"], "phases_ns": row["ledger"]["phases_ns"],
-            "quality": {key: {name: value[name] for name in kept} for key, value in row["quality"].items()},
+            "arm": row["arm"],
+            "status": row["status"],
+            "why": row["why"],
+            "gpu_hours": row["ledger"]["gpu_hours"]["attached"],
+            "device_hours": row["ledger"]["device_hours"],
+            "energy_j": row["ledger"]["energy_j"],
+            "counts": row["ledger"]["counts"],
+            "memory": row["ledger"]["memory"],
+            "phases_ns": row["ledger"]["phases_ns"],
+            "quality": {
+                key: {name: value[name] for name in kept} for key, value in row["quality"].items()
+            },
             "serving": row["serving"],
         }
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     return {
         "conclusion": result["conclusion"],
         "run": result["run"],
@@ -69,7 +94,9 @@ def problems(result: dict[str, Any]) -> list[str]:
             continue
         ledger = row["ledger"]
         if ledger["gpu_hours"]["attached"]["v"] is None:
-            found.append(f"{row['arm']}: GPU-hours null: {ledger['gpu_hours']['attached']['why_null']}")
+            found.append(
+                f"{row['arm']}: GPU-hours null: {ledger['gpu_hours']['attached']['why_null']}"
+            )
         if ledger["energy_j"]["v"] is None:
             found.append(f"{row['arm']}: energy null: {ledger['energy_j']['why_null']}")
         other = ledger["phases_ns"].get("other", 0) / sum(ledger["phases_ns"].values())
@@ -80,14 +107,18 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run, check and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipes", nargs="+", default=["mixed_precision", "distill", "quantize"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--root", type=Path, default=None)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    settings = [f"hardware={args.device}", *TINY] if args.tiny else [*GPU, f"training.steps={args.steps}"]
+    settings = (
+        [f"hardware={args.device}", *TINY] if args.tiny else [*GPU, f"training.steps={args.steps}"]
+    )
     root = args.root or Path(tempfile.mkdtemp())
     figures, logs, missing = {}, [], []
     for recipe in args.recipes:

@@ -1,4 +1,6 @@
-"""Where benchmarks leave what they measured: JSON and raw log, with all that the figures depend on."""
+"""Where benchmarks leave what they measured: JSON and raw log, with all that the figures depend
+on.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,15 @@ def save_result(script: str, figures: dict[str, Any], log: str) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", device["short"].lower()).strip("-")
     path = RESULTS / f"{script}-{name}-{date}.json"
     RESULTS.mkdir(exist_ok=True)
-    content = {"script": script, "date": date, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **_source(script),
-               "device": device, "libraries": _libraries(), "figures": figures}  # fmt: skip
+    content = {
+        "script": script,
+        "date": date,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **_source(script),
+        "device": device,
+        "libraries": _libraries(),
+        "figures": figures,
+    }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".log").write_text(log.rstrip() + "\n", encoding="utf-8")
     print(f"saved {path}")
@@ -38,27 +47,43 @@ def describe_device() -> dict[str, Any]:
     query = "name,uuid,driver_version,power.limit"
     try:
         done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        rows = [dict(zip(query.split(","), line.split(", "), strict=True)) for line in done.stdout.splitlines()]
+        rows = [
+            dict(zip(query.split(","), line.split(", "), strict=True))
+            for line in done.stdout.splitlines()
+        ]
     except (FileNotFoundError, subprocess.CalledProcessError):
         rows = []
     cores = os.cpu_count()
     if rows:
         return {"short": rows[0]["name"], "gpus": rows, "cores": cores}
-    return {"short": f"cpu-{cores}", "name": _processor(), "machine": platform.machine(), "cores": cores}
+    return {
+        "short": f"cpu-{cores}",
+        "name": _processor(),
+        "machine": platform.machine(),
+        "cores": cores,
+    }
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _source(script: str) -> dict[str, Any]:
     """Return the commit, whether the tree differs from it, and the digest of the script."""
     here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=False)
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(here), *args], capture_output=True, text=True, check=False
+    )
     return {
         "commit": git("rev-parse", "HEAD").stdout.strip() or None,
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),

@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py [--rounds 10]
 
-Claim: `--help`, `--cfg job` and a refusal take at most 0.8 s and at most twice a bare Hydra application. Commands are
-run in turns (one round: each once), so that a machine's drift meets all alike; medians and ratios of one run are shown.
+Claim: `--help`, `--cfg job` and a refusal take at most 0.8 s and at most twice a bare Hydra
+    application. Commands are run in turns (one round: each once), so that a machine's drift meets
+    all alike; medians and ratios of one run are shown.
 """
 
 from __future__ import annotations
@@ -73,9 +74,15 @@ def main() -> None:
                 readings[what].append(seconds(arguments, folder))
     medians = {what: statistics.median(values) for what, values in readings.items()}
     bare = medians["bare Hydra, --cfg job"]
-    lines = [f"{what:<24} median {median:.3f} s   {median / bare:.2f}x bare Hydra" for what, median in medians.items()]
+    lines = [
+        f"{what:<24} median {median:.3f} s   {median / bare:.2f}x bare Hydra"
+        for what, median in medians.items()
+    ]
     print("\n".join(lines))
-    worst = {what: {"median_s": median, "ratio": median / bare, "n": rounds} for what, median in medians.items()}
+    worst = {
+        what: {"median_s": median, "ratio": median / bare, "n": rounds}
+        for what, median in medians.items()
+    }
     save_result("startup", {"commands": worst}, "\n".join(lines))
 
 

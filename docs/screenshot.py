@@ -2,8 +2,9 @@
 
     python docs/screenshot.py [--root mlruns] [--out docs/mlflow-comparison.png]
 
-Starts `mlflow ui` on a free loopback port over the store of `--root`, opens MLflow's comparison of the stages of the
-newest run in a headless Chromium, and ends both. Needs `pip install selenium`, Chromium and its driver.
+Starts `mlflow ui` on a free loopback port over the store of `--root`, opens MLflow's comparison of
+the stages of the newest run in a headless Chromium, and ends both. Needs `pip install selenium`,
+Chromium and its driver.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ def comparison_url(root: Path, server: str) -> str:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (parent,) = client.search_runs(experiments, f"tags.`pipeline.run` = '{run_id}'")
     children = client.search_runs(
-        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", order_by=["start_time ASC"]
+        [parent.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
+        order_by=["start_time ASC"],
     )
-    runs, experiment = json.dumps([child.info.run_id for child in children]), parent.info.experiment_id
+    runs, experiment = (
+        json.dumps([child.info.run_id for child in children]),
+        parent.info.experiment_id,
+    )
     query = urllib.parse.urlencode({"runs": runs, "experiments": json.dumps([experiment])})
     return f"{server}/#/compare-runs?{query}"
 
@@ -65,16 +71,29 @@ def wait_for(server: str, seconds: float = 60) -> None:
 def take(url: str, out: Path) -> None:
     """Open `url`, leave only names and metrics of the comparison open, and save what is seen."""
     options = webdriver.ChromeOptions()
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "hide-scrollbars",
-                 f"window-size={SIZE}"):  # fmt: skip
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "hide-scrollbars",
+        f"window-size={SIZE}",
+    ):
         options.add_argument(f"--{flag}")
     browser = webdriver.Chrome(options=options)
     try:
         browser.get(url)
         wait = WebDriverWait(browser, 60)
         wait.until(lambda b: "compute/device_hours" in b.page_source)
-        for close in browser.find_elements(By.XPATH, "//*[text()='MLflow Assistant']/following::button"):
-            if "close" in (close.get_attribute("innerHTML") + str(close.get_attribute("aria-label"))).lower():
+        for close in browser.find_elements(
+            By.XPATH, "//*[text()='MLflow Assistant']/following::button"
+        ):
+            if (
+                "close"
+                in (
+                    close.get_attribute("innerHTML") + str(close.get_attribute("aria-label"))
+                ).lower()
+            ):
                 close.click()
                 break
         for title in ("Visualizations", "Parameters", "Artifacts", "Tags"):
@@ -90,7 +109,9 @@ def take(url: str, out: Path) -> None:
 
 def main() -> None:
     """Take the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=Path("mlruns"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "mlflow-comparison.png")
     args = parser.parse_args()

@@ -1,12 +1,15 @@
-"""A model-efficiency pipeline: every stage's GPU-hours and quality measured (`python -m pipeline recipe=distill`).
+"""A model-efficiency pipeline: every stage's GPU-hours and quality measured (`python -m pipeline
+recipe=distill`).
 
-A program of your own that runs under `python -m pipeline meter` names its phases and counts its tokens with `phase`
-and `count`; both do nothing elsewhere. They are fetched when first asked for: importing this package costs nothing.
+A program of your own that runs under `python -m pipeline meter` names its phases and counts its
+tokens with `phase` and `count`; both do nothing elsewhere. They are fetched when first asked for:
+importing this package costs nothing.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # not from typing, which takes longer to import than all the rest of this file
+# not from typing, which takes longer to import than all the rest of this file
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pipeline.ledger.foreign import count, phase
 

@@ -1,4 +1,6 @@
-"""`python -m pipeline recipe=NAME [key=value ...]` or `python -m pipeline COMMAND ...`; alone, it lists the recipes."""
+"""`python -m pipeline recipe=NAME [key=value ...]` or `python -m pipeline COMMAND ...`; alone, it
+lists the recipes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,16 @@ import sys
 import time
 from typing import Any, NoReturn, TextIO
 
-STARTED_NS = time.monotonic_ns()  # before any import that costs something: start-up is part of the bill
-PREEMPTED, INTERRUPTED = 75, 130  # as in `errors.Exit`, which is not imported yet when they are needed
+# before any import that costs something: start-up is part of the bill
+STARTED_NS = time.monotonic_ns()
+# as in `errors.Exit`, which is not imported yet when they are needed
+PREEMPTED, INTERRUPTED = 75, 130
 
 
 class Output:
-    """An output whose reader may leave: hours of training do not end because `| head` has seen enough."""
+    """An output whose reader may leave: hours of training do not end because `| head` has seen
+    enough.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -64,7 +70,9 @@ def run(argv: list[str]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with `code`, without taking down every imported module: with torch that takes two seconds."""
+    """End the process with `code`, without taking down every imported module: with torch that takes
+    two seconds.
+    """
     import atexit
 
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]

@@ -16,7 +16,9 @@ class Exit(IntEnum):
     REFUSED = 1
     UNPARSABLE = 2
     FAIL = (
-        3  # a release fails its policy, or an artifact saves nothing or reads differently in vLLM; all of it is there
+        # a release fails its policy, or an artifact saves nothing or reads differently in vLLM; all
+        # of it is there
+        3
     )
     INCONCLUSIVE = 4
     INVALID = 5
@@ -30,7 +32,8 @@ class UserError(ValueError):
     """Something the user can mend: printed as one line, never as a traceback.
 
     Args:
-        key: The setting or file at fault, as the user would type it (`training.steps`, `data.path`).
+        key: The setting or file at fault, as the user would type it (`training.steps`,
+            `data.path`).
         problem: What is wrong with it.
         remedy: What would be right.
     """
@@ -48,18 +51,28 @@ class Unparsable(UserError):
 
 
 class StageFailed(RuntimeError):
-    """A stage that started and could not finish (divergence, an artifact that does not survive a reload)."""
+    """A stage that started and could not finish (divergence, an artifact that does not survive a
+    reload).
+    """
 
 
 class Preempted(Exception):
-    """The scheduler asked for the machine back; a checkpoint is on disk and the same command goes on from it."""
+    """The scheduler asked for the machine back; a checkpoint is on disk and the same command goes
+    on from it.
+    """
 
 
 class BudgetSpent(Exception):
-    """`budget.device_hours` is used up; a checkpoint is on disk, and requeueing would only spend more."""
+    """`budget.device_hours` is used up; a checkpoint is on disk, and requeueing would only spend
+    more.
+    """
 
 
 def exit_of(error: BaseException | None) -> Exit:
     """Return what a run ends with that an exception ended."""
-    known = {Preempted: Exit.PREEMPTED, BudgetSpent: Exit.BUDGET_SPENT, KeyboardInterrupt: Exit.INTERRUPTED}
+    known = {
+        Preempted: Exit.PREEMPTED,
+        BudgetSpent: Exit.BUDGET_SPENT,
+        KeyboardInterrupt: Exit.INTERRUPTED,
+    }
     return next((code for kind, code in known.items() if isinstance(error, kind)), Exit.REFUSED)

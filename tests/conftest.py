@@ -1,5 +1,6 @@
-"""What several files share: a store of MLflow that costs no migrations, no MLflow of the user's, a server of
-S3, long files first."""
+"""What several files share: a store of MLflow that costs no migrations, no MLflow of the user's, a
+server of S3, long files first.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +14,35 @@ from pathlib import Path
 import pytest
 from quiet import quiet
 
-if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its interpreter runs kernels on the CPU
+# before anything imports Triton: its interpreter runs kernels on the CPU
+if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A shell has what it starts in the background ignore these, and programs inherit that: tests that send them would hang.
+# A shell has what it starts in the background ignore these, and programs inherit that: tests that
+# send them would hang.
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 LONGEST = (
-    "test_gate", "test_run", "test_faults", "test_quantization", "test_run_formats", "test_sync", "test_meter",
-    "test_selftest", "test_recovery", "test_wheel", "test_assess_vllm",
-)  # fmt: skip
+    "test_gate",
+    "test_run",
+    "test_faults",
+    "test_quantization",
+    "test_run_formats",
+    "test_sync",
+    "test_meter",
+    "test_selftest",
+    "test_recovery",
+    "test_wheel",
+    "test_assess_vllm",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the files that take longest begin first, so that no worker is left alone with one at the end."""
+    """Have the files that take longest begin first, so that no worker is left alone with one at the
+    end.
+    """
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
@@ -41,7 +57,9 @@ def no_mlflow_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_machine() -> None:
-    """Have every test read an idle machine: others work on this one. `test_others.py` reads the true accounts."""
+    """Have every test read an idle machine: others work on this one. `test_others.py` reads the
+    true accounts.
+    """
     quiet()
 
 
@@ -80,8 +98,12 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import boto3
     from s3fs import S3FileSystem
 
-    for name, value in {"ENDPOINT_URL": s3_server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "hunter2",
-                        "DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+    for name, value in {
+        "ENDPOINT_URL": s3_server,
+        "ACCESS_KEY_ID": "key",
+        "SECRET_ACCESS_KEY": "hunter2",
+        "DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     bucket = f"models-{uuid.uuid4().hex}"
     boto3.client("s3").create_bucket(Bucket=bucket)

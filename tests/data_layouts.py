@@ -1,6 +1,8 @@
-"""Folders of data made on the spot: every format, compression and layout that is read (docs/data.md).
+"""Folders of data made on the spot: every format, compression and layout that is read
+(docs/data.md).
 
-`write_file` writes rows as one file; `LAYOUTS` makes a folder of a layout; `CELLS` and `ROW_CELLS` are all that is
+`write_file` writes rows as one file; `LAYOUTS` makes a folder of a layout; `CELLS` and `ROW_CELLS`
+are all that is
 supported: `(what, make, expect)`, for tests and for the table in the docs.
 """
 
@@ -23,7 +25,9 @@ import pyarrow.parquet as pq
 
 Rows = Sequence[dict[str, Any]]
 
-TRAIN = [{"text": f"a document of train, number {n}", "label": ("no", "yes")[n % 2]} for n in range(60)]
+TRAIN = [
+    {"text": f"a document of train, number {n}", "label": ("no", "yes")[n % 2]} for n in range(60)
+]
 TEST = [{"text": f"something tested, at {n}", "label": ("no", "yes")[n % 2]} for n in range(12)]
 VALIDATION = [{"text": f"validated: {n} of them", "label": ("no", "yes")[n % 2]} for n in range(10)]
 
@@ -66,7 +70,11 @@ FORMATS: dict[str, Callable[[Rows], bytes]] = {
     ".feather": _to_buffer(feather.write_feather),
     ".arrow": _arrow_stream,
     ".txt": lambda rows: "\n".join(row["text"] for row in rows).encode(),
-    ".label": lambda rows: "".join(f"{row['label']}:finer {row['text']}\n" for row in rows).encode("latin-1"),
+    ".label": (
+        lambda rows: "".join(f"{row['label']}:finer {row['text']}\n" for row in rows).encode(
+            "latin-1"
+        )
+    ),
 }
 
 
@@ -95,7 +103,9 @@ def write_file(folder: Path, name: str, rows: Rows) -> Path:
     """Write rows as the file `name`, whose endings say how."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    packed = next((ending for ending in COMPRESSIONS if ending and name.lower().endswith(ending)), "")
+    packed = next(
+        (ending for ending in COMPRESSIONS if ending and name.lower().endswith(ending)), ""
+    )
     bare = name.lower().removesuffix(packed)
     raw = next(make for ending, make in FORMATS.items() if bare.endswith(ending))(rows)
     path.write_bytes(COMPRESSIONS[packed](raw))
@@ -119,7 +129,9 @@ def _named(*names: tuple[str, str]) -> Callable[[Path, str], None]:
 
 
 def _card(folder: Path, ending: str) -> None:
-    _named(("files/a", "train"), ("files/b-1", "test 1/2"), ("files/b-2", "test 2/2"))(folder, ending)
+    _named(("files/a", "train"), ("files/b-1", "test 1/2"), ("files/b-2", "test 2/2"))(
+        folder, ending
+    )
     (folder / "README.md").write_text(
         "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
         f"    path: files/a{ending}\n  - split: test\n    path: files/b-*{ending}\n---\n# Card\n"
@@ -127,7 +139,9 @@ def _card(folder: Path, ending: str) -> None:
 
 
 def _shards(folder: Path, ending: str) -> None:
-    _named(*((f"train-0000{at - 1}-of-00003", f"train {at}/3") for at in (1, 2, 3)), ("test", "test"))(folder, ending)
+    _named(
+        *((f"train-0000{at - 1}-of-00003", f"train {at}/3") for at in (1, 2, 3)), ("test", "test")
+    )(folder, ending)
 
 
 LAYOUTS: dict[str, Callable[[Path, str], None]] = {
@@ -135,7 +149,9 @@ LAYOUTS: dict[str, Callable[[Path, str], None]] = {
     "other names": _named(("training", "train"), ("Testing", "test"), ("DEV", "validation")),
     "valid": _named(("Train", "train"), ("TEST", "test"), ("valid", "validation")),
     "eval": _named(("train", "train"), ("test", "test"), ("eval", "validation")),
-    "word of a name": _named(("sst-train", "train"), ("sst-test", "test"), ("sst-val", "validation")),
+    "word of a name": _named(
+        ("sst-train", "train"), ("sst-test", "test"), ("sst-val", "validation")
+    ),
     "Hub shards": _shards,
     "numbered": _named(("train_1", "train 1/2"), ("train_2", "train 2/2"), ("test", "test")),
     "sub-folders": _named(("train/x", "train"), ("test/y", "test")),
@@ -178,7 +194,9 @@ def _trec(folder: Path) -> None:
 
 
 def _one_json(folder: Path) -> None:
-    (folder / "everything.json").write_text(json.dumps({"version": 2, "train": TRAIN, "test": TEST}))
+    (folder / "everything.json").write_text(
+        json.dumps({"version": 2, "train": TRAIN, "test": TEST})
+    )
 
 
 OWN_LAYOUTS: dict[str, Callable[[Path], None]] = {
@@ -192,7 +210,8 @@ OWN_LAYOUTS: dict[str, Callable[[Path], None]] = {
     "TREC's question classes": _trec,
     "splits in one JSON file": _one_json,
 }
-"""Layouts that have formats of their own, with the labels no and yes, for sequence_classification."""
+"""Layouts that have formats of their own, with the labels no and yes, for sequence_classification.
+"""
 
 
 def save_to_disk(folder: Path, *, splits: bool) -> None:
@@ -201,16 +220,23 @@ def save_to_disk(folder: Path, *, splits: bool) -> None:
 
     train = datasets.Dataset.from_list(TRAIN)
     if splits:
-        datasets.DatasetDict(train=train, test=datasets.Dataset.from_list(TEST)).save_to_disk(folder)
+        datasets.DatasetDict(train=train, test=datasets.Dataset.from_list(TEST)).save_to_disk(
+            folder
+        )
     else:
         train.save_to_disk(folder)
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def _chat(**more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "q {n}"}, {"role": "assistant", "content": "a {n}", **more}]}
+    return {
+        "messages": [
+            {"role": "user", "content": "q {n}"},
+            {"role": "assistant", "content": "a {n}", **more},
+        ]
+    }
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -225,11 +251,20 @@ ROW_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "input, output": ("prompt completion", {"input": "p {n}", "output": "c {n}"}),
     "prompt, completion of messages": (
         "prompt completion",
-        {"prompt": [{"role": "user", "content": "p {n}"}], "completion": [{"role": "assistant", "content": "c"}]},
+        {
+            "prompt": [{"role": "user", "content": "p {n}"}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        },
     ),
-    "instruction, input, output": ("alpaca", {"instruction": "do {n}", "input": "in", "output": "out {n}"}),
+    "instruction, input, output": (
+        "alpaca",
+        {"instruction": "do {n}", "input": "in", "output": "out {n}"},
+    ),
     "instruction, output": ("alpaca", {"instruction": "do {n}", "output": "out {n}"}),
-    "instruction, context, response": ("alpaca", {"instruction": "do {n}", "context": "", "response": "out {n}"}),
+    "instruction, context, response": (
+        "alpaca",
+        {"instruction": "do {n}", "context": "", "response": "out {n}"},
+    ),
     "conversations of from, value": (
         "sharegpt",
         {"conversations": [{"from": "human", "value": "q {n}"}, {"from": "gpt", "value": "a"}]},
@@ -272,7 +307,10 @@ LABELLED_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "sentence, label": ("text with label", {"sentence": "t {n}", "label": None}),
     "idx, review, sentiment": ("text with label", {"idx": 0, "review": "t {n}", "sentiment": None}),
     **{
-        ", ".join(pair): ("text pair with label", {pair[0]: "t {n}", pair[1]: "u {n}", "label": None})
+        ", ".join(pair): (
+            "text pair with label",
+            {pair[0]: "t {n}", pair[1]: "u {n}", "label": None},
+        )
         for pair in (
             ("premise", "hypothesis"),
             ("sentence1", "sentence2"),
@@ -289,7 +327,9 @@ LABELLED_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def numbered(row: Any, n: int, label: Any = None) -> Any:
-    """Return a row of `ROW_CELLS` or `LABELLED_CELLS` with its number, and its label in place of null."""
+    """Return a row of `ROW_CELLS` or `LABELLED_CELLS` with its number, and its label in place of
+    null.
+    """
     if isinstance(row, dict):
         return {
             name: label if value is None and name in ("label", "sentiment") else numbered(value, n)

@@ -1,4 +1,5 @@
-"""A stand-in for the pynvml module, scripted: what a GPU does, and every way in which it may refuse to tell.
+"""A stand-in for the pynvml module, scripted: what a GPU does, and every way in which it may refuse
+to tell.
 
 `test_nvml.py` checks its names and signatures against the real module.
 """
@@ -10,8 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 WORDS = {
-    3: "Not Supported", 4: "Insufficient Permissions", 6: "Not Found", 9: "Driver Not Loaded", 12: "Library Not Found",
-}  # fmt: skip
+    3: "Not Supported",
+    4: "Insufficient Permissions",
+    6: "Not Found",
+    9: "Driver Not Loaded",
+    12: "Library Not Found",
+}
 
 
 class NVMLError(Exception):
@@ -43,11 +48,17 @@ class Gpu:
     virtual: int = 0
     gpm: bool = True
     frozen: bool = False  # the counters stand still
-    metrics: dict[str, float] = field(default_factory=lambda: {
-        "NVML_GPM_METRIC_SM_UTIL": 40.0, "NVML_GPM_METRIC_ANY_TENSOR_UTIL": 25.0, "NVML_GPM_METRIC_DRAM_BW_UTIL": 10.0,
-        "NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC": 1.0, "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC": 2.0,
-        "NVML_GPM_METRIC_PCIE_TX_PER_SEC": 3.0, "NVML_GPM_METRIC_PCIE_RX_PER_SEC": 4.0,
-    })  # fmt: skip
+    metrics: dict[str, float] = field(
+        default_factory=lambda: {
+            "NVML_GPM_METRIC_SM_UTIL": 40.0,
+            "NVML_GPM_METRIC_ANY_TENSOR_UTIL": 25.0,
+            "NVML_GPM_METRIC_DRAM_BW_UTIL": 10.0,
+            "NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC": 1.0,
+            "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC": 2.0,
+            "NVML_GPM_METRIC_PCIE_TX_PER_SEC": 3.0,
+            "NVML_GPM_METRIC_PCIE_RX_PER_SEC": 4.0,
+        }
+    )
     refuses: dict[str, int] = field(default_factory=dict)  # by function: the error code
 
 
@@ -57,11 +68,19 @@ class FakeNvml:
     NVMLError = NVMLError
     NVML_SUCCESS = 0
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-    NVML_DEVICE_MIG_ENABLE, NVML_GPU_VIRTUALIZATION_MODE_VGPU, NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 1, 2, 3
+    (
+        NVML_DEVICE_MIG_ENABLE,
+        NVML_GPU_VIRTUALIZATION_MODE_VGPU,
+        NVML_COMPUTEMODE_EXCLUSIVE_PROCESS,
+    ) = (1, 2, 3)
     NVML_GPM_METRICS_GET_VERSION = 1
     NVML_FI_DEV_POWER_INSTANT, NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE = 186, 0, 1
     nvmlMemory_v2 = 33554472
-    NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = 2, 5, 10
+    NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = (
+        2,
+        5,
+        10,
+    )
     NVML_GPM_METRIC_PCIE_TX_PER_SEC, NVML_GPM_METRIC_PCIE_RX_PER_SEC = 20, 21
     NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC, NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC = 60, 61
 
@@ -118,13 +137,18 @@ class FakeNvml:
         self.scopes += [scope for _, scope in fieldIds]
         code = handle.refuses.get("field", 0)
         watts = self._ask(handle, "power").power_w
-        return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=int(watts * 1000))) for _ in fieldIds]
+        return [
+            SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=int(watts * 1000)))
+            for _ in fieldIds
+        ]
 
     def nvmlDeviceGetMemoryInfo(self, handle: Gpu, version: int | None = None) -> Any:
         """As the driver: version 1 counts what it reserves for itself."""
         if version is not None and "memory v2" in handle.refuses:
             raise NVMLError(handle.refuses["memory v2"])
-        return SimpleNamespace(used=self._ask(handle, "memory").memory + (0 if version else self.reserved))
+        return SimpleNamespace(
+            used=self._ask(handle, "memory").memory + (0 if version else self.reserved)
+        )
 
     def nvmlDeviceGetClockInfo(self, handle: Gpu, type: int) -> int:
         return self._ask(handle, "clock").clock
@@ -190,7 +214,9 @@ class FakeNvml:
         return SimpleNamespace(version=0, numMetrics=0, sample1=None, sample2=None, metrics=metrics)
 
     def nvmlGpmMetricsGet(self, metricsGet: Any) -> Any:
-        assert metricsGet.sample2.at_ns - metricsGet.sample1.at_ns >= 100_000_000, "samples too close"
+        assert metricsGet.sample2.at_ns - metricsGet.sample1.at_ns >= 100_000_000, (
+            "samples too close"
+        )
         names = {getattr(self, name): name for name in metricsGet.sample2.gpu.metrics}
         for metric in metricsGet.metrics[: metricsGet.numMetrics]:
             name = names.get(metric.metricId)

@@ -1,8 +1,11 @@
-"""Commands in processes of their own that begin where imports have ended: a second, where a fresh one takes seven.
+"""Commands in processes of their own that begin where imports have ended: a second, where a fresh
+one takes seven.
 
-A server that has imported what a run imports, and done nothing else, forks a child for every command. The child is as
-fresh as any: its own pid, signals, outputs, folder and environment; only the time of imports is not in its ledger.
-What is about imports, or about the interpreter's start, starts a process from scratch instead.
+A server that has imported what a run imports, and done nothing else, forks a child for every
+command. The child is as
+fresh as any: its own pid, signals, outputs, folder and environment; only the time of imports is not
+    in its ledger. What is about imports, or about the interpreter's start, starts a process from
+    scratch instead.
 """
 
 from __future__ import annotations
@@ -22,13 +25,25 @@ from pathlib import Path
 from typing import Any
 
 IMPORTS = (
-    "mlflow.store.tracking.sqlalchemy_store", "transformers.models.llama.modeling_llama", "transformers.models.auto",
-    "pipeline.cli.main", "pipeline.runs.loop", "pipeline.evaluation.quality.assess",
-    "pipeline.stages.training", "pipeline.runs.comparison",
-    "pipeline.models.student", "pipeline.runs.gate_ending", "pipeline.runs.assemble", "pipeline.quantization.bnb",
-    "pipeline.data.embedded", "pipeline.data.tokenizer", "hydra.utils", "rich.progress", "torch.utils.flop_counter",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto",
+    "pipeline.cli.main",
+    "pipeline.runs.loop",
+    "pipeline.evaluation.quality.assess",
+    "pipeline.stages.training",
+    "pipeline.runs.comparison",
+    "pipeline.models.student",
+    "pipeline.runs.gate_ending",
+    "pipeline.runs.assemble",
+    "pipeline.quantization.bnb",
+    "pipeline.data.embedded",
+    "pipeline.data.tokenizer",
+    "hydra.utils",
+    "rich.progress",
+    "torch.utils.flop_counter",
     "transformers.models.auto.tokenization_auto",
-)  # fmt: skip
+)
 MAX_REQUEST = 2**20  # bytes
 
 
@@ -40,7 +55,11 @@ class Forked:
         read, write = os.pipe()
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         request = {"cwd": str(cwd), "args": args, "code": code, "env": dict(os.environ)}
-        socket.send_fds(_server(), [json.dumps(request).encode()], [theirs.fileno(), write, self._errors.fileno()])
+        socket.send_fds(
+            _server(),
+            [json.dumps(request).encode()],
+            [theirs.fileno(), write, self._errors.fileno()],
+        )
         theirs.close()
         os.close(write)
         self._status = ours.makefile("rb")
@@ -69,7 +88,9 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Return what it wrote to stdout (beyond what was read of it) and stderr, once it has ended."""
+        """Return what it wrote to stdout (beyond what was read of it) and stderr, once it has
+        ended.
+        """
         told: list[str] = []
         reader = threading.Thread(target=lambda: told.append(self.stdout.read()), daemon=True)
         reader.start()
@@ -84,11 +105,15 @@ class Forked:
 
 
 def start(cwd: Path, *args: str, code: str | None = None) -> Forked:
-    """Start `python -m pipeline ARGS`, or `python -c CODE ARGS`, in a folder and with the environment of now."""
+    """Start `python -m pipeline ARGS`, or `python -c CODE ARGS`, in a folder and with the
+    environment of now.
+    """
     return Forked(cwd, list(args), code)
 
 
-def run(cwd: Path, *args: str, code: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    cwd: Path, *args: str, code: str | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Return how the command ended."""
     process = start(cwd, *args, code=code)
     try:
@@ -103,8 +128,12 @@ def run(cwd: Path, *args: str, code: str | None = None, timeout: float = 300) ->
 def _server() -> socket.socket:
     """Return the line to the server of this process, which ends when this process does."""
     ours, theirs = socket.socketpair()
-    server = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    server = subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
     theirs.close()
 
     def end() -> None:
@@ -115,11 +144,13 @@ def _server() -> socket.socket:
     return ours
 
 
-# -- in the server ----------------------------------------------------------------------------------------------------
+# -- in the server --------------------------------------------------------------------------------
 
 
 def _serve(line: socket.socket) -> dict[str, Any]:
-    """Fork a watcher for every request, and have that fork the command; return in the command, with its request."""
+    """Fork a watcher for every request, and have that fork the command; return in the command, with
+    its request.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for watchers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     while True:

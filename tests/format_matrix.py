@@ -1,8 +1,10 @@
-"""What each format does to each architecture: the function behind a cell of the table of what is supported.
+"""What each format does to each architecture: the function behind a cell of the table of what is
+supported.
 
-`cell(architecture, fmt, folder)` quantizes a tiny model of an architecture and loads it again in this process, as what
-assesses and serves it does. It returns a `Cell`: the share of the parameters that is in the format, or the reason for a
-no, which is what a run prints. The widths are multiples of 64, so that no kernel's shape decides.
+`cell(architecture, fmt, folder)` quantizes a tiny model of an architecture and loads it again in
+this process, as what assesses and serves it does. It returns a `Cell`: the share of the parameters
+that is in the format, or the reason for a no, which is what a run prints. The widths are multiples
+of 64, so that no kernel's shape decides.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ WIDE = {
 }
 HEADS = {"num_key_value_heads": 2, "head_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2}
-CLASSES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: n for n, name in enumerate(LABELS)}}
+CLASSES = {
+    "id2label": dict(enumerate(LABELS)),
+    "label2id": {name: n for n, name in enumerate(LABELS)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +109,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Phi-3": _language("Phi3Config", num_key_value_heads=2),
     "GPT-2": Architecture("GPT2Config", GPT2),
     "GPT-Neo": _language(
-        "GPTNeoConfig", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8
+        "GPTNeoConfig",
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
     ),
     "GPT-NeoX": _language("GPTNeoXConfig"),
     "OPT": _language("OPTConfig", ffn_dim=128, word_embed_proj_dim=64),
     "Falcon": _language("FalconConfig", new_decoder_architecture=False, multi_query=True),
     "Mamba": Architecture(
         "MambaConfig",
-        {"vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0},
+        {
+            "vocab_size": 259,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "pad_token_id": 0,
+        },
     ),
-    "Qwen3-MoE": _language("Qwen3MoeConfig", **HEADS, **EXPERTS, num_experts=4, moe_intermediate_size=64),
+    "Qwen3-MoE": _language(
+        "Qwen3MoeConfig", **HEADS, **EXPERTS, num_experts=4, moe_intermediate_size=64
+    ),
     "Mixtral": _language("MixtralConfig", **HEADS, **EXPERTS, num_local_experts=4),
     "OLMoE": _language("OlmoeConfig", num_key_value_heads=2, **EXPERTS, num_experts=4),
     "DeepSeek-V3": _language(
@@ -160,7 +177,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ModernBERT": _classes("ModernBertConfig", cls_token_id=1, sep_token_id=2),
     "XLNet": Architecture(
         "XLNetConfig",
-        {"vocab_size": 259, "d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 128, "pad_token_id": 0, **CLASSES},
+        {
+            "vocab_size": 259,
+            "d_model": 64,
+            "n_layer": 2,
+            "n_head": 2,
+            "d_inner": 128,
+            "pad_token_id": 0,
+            **CLASSES,
+        },
         Task.sequence_classification,
     ),
     "BART": Architecture("BartConfig", BART | CLASSES, Task.sequence_classification),
@@ -201,10 +226,21 @@ class Cell:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"no: {self.why}" if self.share is None else "yes" if self.share > 0.9 else f"yes, {self.share:.0%}"
+        return (
+            f"no: {self.why}"
+            if self.share is None
+            else "yes"
+            if self.share > 0.9
+            else f"yes, {self.share:.0%}"
+        )
 
 
-def cell(name: str, fmt: Format, folder: Path, reload: Callable[[Path, Any, Reference], None] | None = None) -> Cell:
+def cell(
+    name: str,
+    fmt: Format,
+    folder: Path,
+    reload: Callable[[Path, Any, Reference], None] | None = None,
+) -> Cell:
     """Quantize a tiny model of an architecture, load it again, and compare to the bit.
 
     Args:
@@ -222,7 +258,9 @@ def cell(name: str, fmt: Format, folder: Path, reload: Callable[[Path, Any, Refe
     check = backend.check_bit_equal
     backend.check_bit_equal = lambda out, task, reference, *, device: proven.append(reference)  # pyright: ignore
     try:
-        made = backend.quantize(source, folder / fmt.value, fmt, architecture.task, device=CPU, key=KEY)
+        made = backend.quantize(
+            source, folder / fmt.value, fmt, architecture.task, device=CPU, key=KEY
+        )
     except UserError as error:
         return Cell(None, error.problem)
     finally:
@@ -245,4 +283,9 @@ if __name__ == "__main__":  # the table, in Markdown
     print("| | " + " | ".join(fmt.value for fmt in FORMATS) + " |\n|---" * (len(FORMATS) + 1) + "|")
     for each in ARCHITECTURES:
         with tempfile.TemporaryDirectory() as root:
-            print(f"| {each} | " + " | ".join(str(cell(each, fmt, Path(root))) for fmt in FORMATS) + " |", flush=True)
+            print(
+                f"| {each} | "
+                + " | ".join(str(cell(each, fmt, Path(root))) for fmt in FORMATS)
+                + " |",
+                flush=True,
+            )

@@ -1,4 +1,6 @@
-"""Run a command line in this process: a second, where a process of its own imports torch for four."""
+"""Run a command line in this process: a second, where a process of its own imports torch for
+four.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     python tests/make_golden.py          # writes tests/golden/RECIPE.json anew
 
-`test_golden.py` makes the same runs and compares. A change that means to leave figures alone leaves these files alone.
+`test_golden.py` makes the same runs and compares. A change that means to leave figures alone leaves
+these files alone.
 """
 
 from __future__ import annotations
@@ -18,12 +19,30 @@ from typing import Any
 HERE = Path(__file__).parent / "golden"
 DATA = HERE / "data.jsonl"
 COMMON = [
-    f"data.path={DATA}", "tracking=off", "hardware.num_threads=1",
-    *("training.steps=4", "training.batch_size=4", "training.sequence_length=64", "data.vocabulary_size=300"),
-    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
+    f"data.path={DATA}",
+    "tracking=off",
+    "hardware.num_threads=1",
+    *(
+        "training.steps=4",
+        "training.batch_size=4",
+        "training.sequence_length=64",
+        "data.vocabulary_size=300",
+    ),
+    *(
+        "model.shape.hidden_size=64",
+        "model.shape.heads=1",
+        "model.shape.intermediate_size=128",
+        "model.shape.layers=2",
+    ),
     *("quality.bootstrap=200", "quality.max_bytes_per_document=400"),
-    *("serving.blocks=2", "serving.load.new=2", "serving.load.prompt=8", "serving.batches=[1]", "serving.dtype=fp32"),
-]  # fmt: skip
+    *(
+        "serving.blocks=2",
+        "serving.load.new=2",
+        "serving.load.prompt=8",
+        "serving.batches=[1]",
+        "serving.dtype=fp32",
+    ),
+]
 TEACHER = "stages.teacher.steps=6"
 GIVEN: dict[str, list[str]] = {
     "baseline": [],
@@ -34,19 +53,40 @@ GIVEN: dict[str, list[str]] = {
     "distill_signals": [TEACHER, "training.steps=8"],
     "full": [TEACHER],
     "quantize": [],
-    "quantize_recover": ["stages.reference.steps=60", "stages.reference.learning_rate=0.005",
-                         "stages.quantized.format=fp4", "stages.quantized.recover=[lora,qat]",
-                         "stages.quantized.tolerance=0", "stages.quantized.lora.steps=2",
-                         "stages.quantized.qat.steps=2"],
-    "quantize_search": ["stages.quantized.candidates=[int8_weight_only,nf4]", "stages.quantized.prefer=memory",
-                        "stages.quantized.tolerance=0.5"],
-    "schedules": ["stages.plain.steps=8", "stages.shallow.steps=4", "stages.stacked.steps=4",
-                  "stages.short_first.start_sequence_length=16", "stages.small_batches_first.start_batch_size=2"],
-    "release_check": ["policy=smoke", "policy.load.new=2", "policy.load.prompt=8", "policy.load.batch=2",
-                      "policy.blocks=2"],
-}  # fmt: skip
+    "quantize_recover": [
+        "stages.reference.steps=60",
+        "stages.reference.learning_rate=0.005",
+        "stages.quantized.format=fp4",
+        "stages.quantized.recover=[lora,qat]",
+        "stages.quantized.tolerance=0",
+        "stages.quantized.lora.steps=2",
+        "stages.quantized.qat.steps=2",
+    ],
+    "quantize_search": [
+        "stages.quantized.candidates=[int8_weight_only,nf4]",
+        "stages.quantized.prefer=memory",
+        "stages.quantized.tolerance=0.5",
+    ],
+    "schedules": [
+        "stages.plain.steps=8",
+        "stages.shallow.steps=4",
+        "stages.stacked.steps=4",
+        "stages.short_first.start_sequence_length=16",
+        "stages.small_batches_first.start_batch_size=2",
+    ],
+    "release_check": [
+        "policy=smoke",
+        "policy.load.new=2",
+        "policy.load.prompt=8",
+        "policy.load.batch=2",
+        "policy.blocks=2",
+    ],
+}
 """Settings by recipe, beside those of all."""
-WITHOUT = {"release_check": ("serving.", "training.", "model.", "data.vocabulary"), "schedules": ("training.steps",)}
+WITHOUT = {
+    "release_check": ("serving.", "training.", "model.", "data.vocabulary"),
+    "schedules": ("training.steps",),
+}
 """Settings of all that are not a recipe's."""
 TIMES = re.compile(
     r"(^|_)(s|ns|j|h|hours|tflops)$|_s_|_per_(s$|1k|joule|converged)|speedup|wall|phases|device_hours|gpu_hours|energy|memory$|conditions|cost|timeline"
@@ -66,10 +106,19 @@ def timeless(result: Any) -> Any:
 
 
 def kept(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what is compared of a result: its rows, pairs and conclusion, the numbers of the last left out."""
-    found = timeless({key: result[key] for key in ("recipe", "status", "primary_arm", "rows", "comparisons")})
+    """Return what is compared of a result: its rows, pairs and conclusion, the numbers of the last
+    left out.
+    """
+    found = timeless(
+        {key: result[key] for key in ("recipe", "status", "primary_arm", "rows", "comparisons")}
+    )
     found["comparisons"] = [
-        {**pair, "training": {"answered": (result["comparisons"][at].get("training") or {}).get("v") is not None}}
+        {
+            **pair,
+            "training": {
+                "answered": (result["comparisons"][at].get("training") or {}).get("v") is not None
+            },
+        }
         for at, pair in enumerate(found["comparisons"])
     ]
     return found

@@ -1,4 +1,6 @@
-"""Tiny language models of many architectures with random weights, their heads as their classes make them."""
+"""Tiny language models of many architectures with random weights, their heads as their classes make
+them.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,13 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere": ("Cohere", "CohereConfig", {**COMMON, "logit_scale": 0.25}),
     "cohere2": ("Cohere2", "Cohere2Config", {**COMMON, "head_dim": 16, "logit_scale": 0.5}),
     "granite": ("Granite", "GraniteConfig", {**COMMON, "logits_scaling": 4.0}),  # it divides
-    "granitemoe": ("GraniteMoe", "GraniteMoeConfig", {**COMMON, "logits_scaling": 2.0, "num_local_experts": 4}),
-    "hyperclovax": ("HyperCLOVAX", "HyperCLOVAXConfig", {**COMMON, "logits_scaling": 3.0}),  # it multiplies
+    "granitemoe": (
+        "GraniteMoe",
+        "GraniteMoeConfig",
+        {**COMMON, "logits_scaling": 2.0, "num_local_experts": 4},
+    ),
+    # it multiplies
+    "hyperclovax": ("HyperCLOVAX", "HyperCLOVAXConfig", {**COMMON, "logits_scaling": 3.0}),
     "minicpm3": ("MiniCPM3", "MiniCPM3Config", {**COMMON, **LATENT}),  # it divides hidden states
     "opt": ("OPT", "OPTConfig", {**COMMON, **NARROWER}),  # it goes around its base model
     "falcon": ("Falcon", "FalconConfig", {**COMMON, "new_decoder_architecture": True}),
@@ -51,9 +58,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mpt": (
         "Mpt",
         "MptConfig",
-        {"vocab_size": 99, "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "logit_scale": 0.5},
+        {
+            "vocab_size": 99,
+            "d_model": 32,
+            "n_heads": 2,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "logit_scale": 0.5,
+        },
     ),  # it ignores its scale
-    "modernbert": ("ModernBertDecoder", "ModernBertDecoderConfig", COMMON),  # more layers after its body
+    # more layers after its body
+    "modernbert": ("ModernBertDecoder", "ModernBertDecoderConfig", COMMON),
     "bert": ("BertLMHeadModel", "BertConfig", ENCODER),
     "falcon_h1": (
         "FalconH1",
@@ -76,8 +91,16 @@ def made(name: str, *, seed: int = 0, **more: Any) -> Any:
     """Return a model of an architecture in evaluation mode, its dropout off."""
     prefix, config_class, settings = ARCHITECTURES[name]
     config = getattr(transformers, config_class)(**{**settings, **more})
-    for setting in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
-                    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):  # fmt: skip
+    for setting in (
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout",
+    ):
         if isinstance(getattr(config, setting, None), float):
             setattr(config, setting, 0.0)
     config._experts_implementation = "eager"  # the one that float64 has
@@ -87,7 +110,9 @@ def made(name: str, *, seed: int = 0, **more: Any) -> Any:
 
 
 def louder(model: Any, factor: float = 12.0) -> Any:
-    """Return the model with an output layer so large that a soft cap is felt, and a bias where it has one."""
+    """Return the model with an output layer so large that a soft cap is felt, and a bias where it
+    has one.
+    """
     layer = model.get_output_embeddings()
     with torch.no_grad():
         layer.weight.mul_(factor)

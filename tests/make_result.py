@@ -1,4 +1,5 @@
-"""Small valid results (schema 1) for tests: hours from the worked example of the measurement rules, in minutes.
+"""Small valid results (schema 1) for tests: hours from the worked example of the measurement rules,
+in minutes.
 
 `make_result("distill")` gives a whole dict; `make_row`, `make_pair`, `value` and `null` its parts.
 """
@@ -21,11 +22,18 @@ ARMS = {
     "full": ("baseline", "teacher", "student", "student_int8"),
 }
 PRIMARY = {
-    "baseline": "baseline", "distill": "student", "quantize": "int8", "mixed_precision": "bf16", "full": "student_int8"
-}  # fmt: skip
+    "baseline": "baseline",
+    "distill": "student",
+    "quantize": "int8",
+    "mixed_precision": "bf16",
+    "full": "student_int8",
+}
 DEPENDS = {
-    "student": ["teacher"], "int8": ["reference"], "nf4": ["reference"], "student_int8": ["teacher", "student"]
-}  # fmt: skip
+    "student": ["teacher"],
+    "int8": ["reference"],
+    "nf4": ["reference"],
+    "student_int8": ["teacher", "student"],
+}
 WORK_MIN = {"teacher": 30, "student": 20, "control_steps": 9, "control_compute": 12}
 """Minutes of work of the worked example; other arms take 10."""
 BITS = {"teacher": 2.204, "student": 2.272, "control_steps": 2.319, "control_compute": 2.067}
@@ -42,8 +50,12 @@ def null(why: str, **more: Any) -> dict[str, Any]:
     return {"v": None, "prov": "unavailable", "why_null": why, **more}
 
 
-def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, gpu: bool = False) -> dict[str, Any]:
-    """Return a ledger whose attached time is work + assess + retry, 80% of it productive and 5% wasted."""
+def make_ledger(
+    work_min: float, assess_min: float, *, retry_min: float = 0.0, gpu: bool = False
+) -> dict[str, Any]:
+    """Return a ledger whose attached time is work + assess + retry, 80% of it productive and 5%
+    wasted.
+    """
     attached = (work_min + assess_min + retry_min) * MINUTE
     classes = {"productive": 0.8 * attached, "support": 0.15 * attached, "wasted": 0.05 * attached}
     hours = {
@@ -54,38 +66,63 @@ def make_ledger(work_min: float, assess_min: float, *, retry_min: float = 0.0, g
     }
     no_gpu, unread = "no GPU in this run", null("no such counter in this run")
     no_memory = null("no device memory on a CPU run")
-    gpu_hours = {name: value(v) if gpu else null(no_gpu) for name, v in (("attached", attached), *classes.items())}
+    gpu_hours = {
+        name: value(v) if gpu else null(no_gpu)
+        for name, v in (("attached", attached), *classes.items())
+    }
     ns = lambda share: round(share * attached * 3600e9)
     return {
         "identity": {"team": "vision"},
         "placement": {"node": "n1"},
-        "conditions": {**dict.fromkeys((name for name in FIGURES if name != "energy_j"), unread),
-                       "meter_overhead": value(0.001), "throttle_reasons": [], "problems": [], "truncated": False},
+        "conditions": {
+            **dict.fromkeys((name for name in FIGURES if name != "energy_j"), unread),
+            "meter_overhead": value(0.001),
+            "throttle_reasons": [],
+            "problems": [],
+            "truncated": False,
+        },
         "wall_s": value(attached * 3600),
-        "phases_ns": {"forward": ns(0.45), "backward": ns(0.35), "eval": ns(0.15), "data_wait": ns(0.05)},
+        "phases_ns": {
+            "forward": ns(0.45),
+            "backward": ns(0.35),
+            "eval": ns(0.15),
+            "data_wait": ns(0.05),
+        },
         "device_hours": {
             **{name: value(v) for name, v in {**hours, **classes}.items()},
             "wasted_by": {"data_wait": value(classes["wasted"])},
         },
-        "gpu_hours": {**gpu_hours, **dict.fromkeys(("allocated", "busy", "sm_active", "tensor_active"), unread)},
+        "gpu_hours": {
+            **gpu_hours,
+            **dict.fromkeys(("allocated", "busy", "sm_active", "tensor_active"), unread),
+        },
         "energy_j": null("no energy counter on this device"),
         "counts": {
-            "steps": value(200), "steps_lost": value(0), "examples": value(3200), "tokens": value(409_600),
+            "steps": value(200),
+            "steps_lost": value(0),
+            "examples": value(3200),
+            "tokens": value(409_600),
             "target_tokens": value(400_000),
-            "model_flops": value(1e13), "achieved_tflops": value(0.05),
-            "peak_tflops": null("no peak rate known"), "mfu": null("no peak rate known"),
-            "goodput": value(0.8), "distillation_share": null("not a distillation"),
+            "model_flops": value(1e13),
+            "achieved_tflops": value(0.05),
+            "peak_tflops": null("no peak rate known"),
+            "mfu": null("no peak rate known"),
+            "goodput": value(0.8),
+            "distillation_share": null("not a distillation"),
             "distillation_gradient_share": null("not a distillation"),
         },
         "memory": {
             **dict.fromkeys(ON_DEVICE, no_memory),
             "host_peak_rss_bytes": value(900_000_000),
         },
-        "cost": {"amount": null("no rate declared: cost.per_device_hour"), "currency": None,
-                 "facility_energy_j": null("no PUE declared")},
+        "cost": {
+            "amount": null("no rate declared: cost.per_device_hour"),
+            "currency": None,
+            "facility_energy_j": null("no PUE declared"),
+        },
         "meter_valid": True,
         "meter_problems": [],
-    }  # fmt: skip
+    }
 
 
 def make_empty_ledger(why: str) -> dict[str, Any]:
@@ -95,22 +132,42 @@ def make_empty_ledger(why: str) -> dict[str, Any]:
         full[group] = {name: null(why) for name in full[group] if name != "wasted_by"}
     full["device_hours"]["wasted_by"] = {}
     return {
-        **full, "wall_s": null(why), "phases_ns": {}, "energy_j": null(why),
+        **full,
+        "wall_s": null(why),
+        "phases_ns": {},
+        "energy_j": null(why),
         "cost": {"amount": null(why), "currency": None, "facility_energy_j": null(why)},
-    }  # fmt: skip
+    }
 
 
-def make_row(arm: str, *, key: str = "bits_per_byte", gpu: bool = False, **changes: Any) -> dict[str, Any]:
+def make_row(
+    arm: str, *, key: str = "bits_per_byte", gpu: bool = False, **changes: Any
+) -> dict[str, Any]:
     """Return the row of a finished stage; `changes` replace its members."""
     level = BITS.get(arm, 2.2) if BY_KEY[f"quality/{key}"].direction < 0 else 0.8
     row: dict[str, Any] = {
-        "arm": arm, "stage": arm, "type": _TYPES.get(arm, "train"), "seed": 0, "attempt": 1, "status": "FINISHED",
-        "why": None, "reused": None, "depends_on": DEPENDS.get(arm, []),
-        "artifact": {"path": f"/runs/store/{DIGEST}", "kind": "model", "digest": DIGEST, "bytes": 4_000_000},
+        "arm": arm,
+        "stage": arm,
+        "type": _TYPES.get(arm, "train"),
+        "seed": 0,
+        "attempt": 1,
+        "status": "FINISHED",
+        "why": None,
+        "reused": None,
+        "depends_on": DEPENDS.get(arm, []),
+        "artifact": {
+            "path": f"/runs/store/{DIGEST}",
+            "kind": "model",
+            "digest": DIGEST,
+            "bytes": 4_000_000,
+        },
         "ledger": make_ledger(WORK_MIN.get(arm, 10), 2, gpu=gpu),
-        "quality": {key: value(level, ci=[level - 0.02, level + 0.02], n=520, items="items/test.parquet")},
-        "recovery": {}, "serving": {"device_s_per_1k_units": value(0.6 if arm == "student" else 1.0)},
-    }  # fmt: skip
+        "quality": {
+            key: value(level, ci=[level - 0.02, level + 0.02], n=520, items="items/test.parquet")
+        },
+        "recovery": {},
+        "serving": {"device_s_per_1k_units": value(0.6 if arm == "student" else 1.0)},
+    }
     return {**row, **changes}
 
 
@@ -128,7 +185,9 @@ def make_unfinished(arm: str, status: str, why: str, **changes: Any) -> dict[str
     }
 
 
-def make_quality(v: float, answer: str, *, key: str = "bits_per_byte", half: float = 0.004) -> dict[str, Any]:
+def make_quality(
+    v: float, answer: str, *, key: str = "bits_per_byte", half: float = 0.004
+) -> dict[str, Any]:
     """Return a comparison's quality: an oriented difference with its interval and answer."""
     return {key: value(v, "derived", ci=[v - half, v + half], margin=0.01, answer=answer, n=520)}
 
@@ -139,8 +198,16 @@ def make_saving(v: float, half: float | None = 0.02) -> dict[str, Any]:
 
 
 def make_pair(arm: str, base: str, **measures: Any) -> dict[str, Any]:
-    """Return a comparison that is read on what `measures` names: quality, training, serving, payback."""
-    empty: dict[str, Any] = {"speedup": None, "quality": {}, "training": None, "serving": None, "payback": None}
+    """Return a comparison that is read on what `measures` names: quality, training, serving,
+    payback.
+    """
+    empty: dict[str, Any] = {
+        "speedup": None,
+        "quality": {},
+        "training": None,
+        "serving": None,
+        "payback": None,
+    }
     return {"arm": arm, "base": base, "on": list(measures), **empty, **measures}
 
 
@@ -148,37 +215,65 @@ def make_pairs(recipe: str) -> list[dict[str, Any]]:
     """Return the comparisons of a shipped recipe, decided in one way or another."""
     never = null("never: not cheaper", unit="token")
     after = value(3_000_000, "derived", unit="token")
-    better, worse, equal = make_quality(0.02, "better"), make_quality(-0.1, "worse"), make_quality(0.001, "equal")
+    better, worse, equal = (
+        make_quality(0.02, "better"),
+        make_quality(-0.1, "worse"),
+        make_quality(0.001, "equal"),
+    )
     return {
         "baseline": [],
         "distill": [
-            make_pair("student", "control_compute", quality=worse, training=null("censored: 200 steps", ci=None)),
+            make_pair(
+                "student",
+                "control_compute",
+                quality=worse,
+                training=null("censored: 200 steps", ci=None),
+            ),
             make_pair("student", "control_steps", quality=better),
             make_pair("student", "teacher", quality=worse, serving=make_saving(0.4), payback=after),
         ],
         "quantize": [
-            make_pair("int8", "reference", quality=equal, serving=make_saving(-0.12), payback=never),
+            make_pair(
+                "int8", "reference", quality=equal, serving=make_saving(-0.12), payback=never
+            ),
             make_pair("nf4", "reference", quality=worse, serving=make_saving(0.3), payback=after),
         ],
         "mixed_precision": [
-            make_pair(arm, "fp32", quality=equal, training=make_saving(0.41)) for arm in ("bf16", "tf32", "fp16")
+            make_pair(arm, "fp32", quality=equal, training=make_saving(0.41))
+            for arm in ("bf16", "tf32", "fp16")
         ],
         "full": [
             make_pair("teacher", "baseline", quality=equal, training=make_saving(0.41)),
-            make_pair("student", "baseline", quality=worse, training=null("censored: 200 steps", ci=None),
-                      serving=make_saving(0.7), payback=after),
-            make_pair("student_int8", "baseline", quality=worse, serving=make_saving(-2.4), payback=never),
+            make_pair(
+                "student",
+                "baseline",
+                quality=worse,
+                training=null("censored: 200 steps", ci=None),
+                serving=make_saving(0.7),
+                payback=after,
+            ),
+            make_pair(
+                "student_int8", "baseline", quality=worse, serving=make_saving(-2.4), payback=never
+            ),
         ],
-    }[recipe]  # fmt: skip
+    }[recipe]
 
 
-def make_run(rows: list[dict[str, Any]], *, compare_min: float = 6, overhead_min: float = 3) -> dict[str, Any]:
-    """Return the run's sums: work, assess and retry of the rows not reused, and what stands apart."""
+def make_run(
+    rows: list[dict[str, Any]], *, compare_min: float = 6, overhead_min: float = 3
+) -> dict[str, Any]:
+    """Return the run's sums: work, assess and retry of the rows not reused, and what stands
+    apart.
+    """
     hours: dict[str, float] = {"compare": compare_min * MINUTE, "overhead": overhead_min * MINUTE}
     for name in ("work", "assess", "retry"):
-        hours[name] = sum(row["ledger"]["device_hours"][name]["v"] or 0.0 for row in rows if not row["reused"])
+        hours[name] = sum(
+            row["ledger"]["device_hours"][name]["v"] or 0.0 for row in rows if not row["reused"]
+        )
     total = sum(hours.values())
-    reused = sum(row["ledger"]["device_hours"]["attached"]["v"] or 0.0 for row in rows if row["reused"])
+    reused = sum(
+        row["ledger"]["device_hours"]["attached"]["v"] or 0.0 for row in rows if row["reused"]
+    )
     return {
         "attempts": 1,
         "device_hours": {**{name: value(v) for name, v in hours.items()}, "total": value(total)},
@@ -189,21 +284,42 @@ def make_run(rows: list[dict[str, Any]], *, compare_min: float = 6, overhead_min
         "spent": value(total),
         "reused": value(reused),
         "per_converged_model": {
-            **dict.fromkeys(("device_hours", "amount"), null("no quality declared: cost.converged_at")),
-            "currency": None, "run": None,
+            **dict.fromkeys(
+                ("device_hours", "amount"), null("no quality declared: cost.converged_at")
+            ),
+            "currency": None,
+            "run": None,
         },
-    }  # fmt: skip
+    }
 
 
 def make_result(recipe: str = "distill", *, gpu: bool = False, **changes: Any) -> dict[str, Any]:
-    """Return a valid result of a shipped recipe; `changes` replace its members (`rows`, `comparisons`, ...)."""
+    """Return a valid result of a shipped recipe; `changes` replace its members (`rows`,
+    `comparisons`, ...).
+    """
     rows = changes.get("rows", [make_row(arm, gpu=gpu) for arm in ARMS[recipe]])
     result: dict[str, Any] = {
-        "schema": 1, "run_id": "4f1c0a", "recipe": recipe, "question": "is it worth it?", "status": "FINISHED",
-        "why": None, "primary_arm": PRIMARY[recipe], "conclusion": "",
-        "device": {"kind": "cuda", "name": "NVIDIA H200", "count": 1} if gpu
-        else {"kind": "cpu", "name": "x86_64", "count": 1},
-        "environment": {"python": "3.11.9", "torch": "2.13.0", "command": f"python -m pipeline recipe={recipe}"},
-        "run": make_run(rows), "rows": rows, "comparisons": make_pairs(recipe), "verdict": None,
-    }  # fmt: skip
+        "schema": 1,
+        "run_id": "4f1c0a",
+        "recipe": recipe,
+        "question": "is it worth it?",
+        "status": "FINISHED",
+        "why": None,
+        "primary_arm": PRIMARY[recipe],
+        "conclusion": "",
+        "device": (
+            {"kind": "cuda", "name": "NVIDIA H200", "count": 1}
+            if gpu
+            else {"kind": "cpu", "name": "x86_64", "count": 1}
+        ),
+        "environment": {
+            "python": "3.11.9",
+            "torch": "2.13.0",
+            "command": f"python -m pipeline recipe={recipe}",
+        },
+        "run": make_run(rows),
+        "rows": rows,
+        "comparisons": make_pairs(recipe),
+        "verdict": None,
+    }
     return {**result, **changes}

@@ -1,4 +1,6 @@
-"""The kernel's accounts as an idle machine has them: tests that assert savings run on machines that others use, too."""
+"""The kernel's accounts as an idle machine has them: tests that assert savings run on machines that
+others use, too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ ENV = "PIPELINE_TEST_TRUE_ACCOUNTS"
 
 
 class Quiet:
-    """Accounts in which this run is alone, or shares the cores with others that take a share of them.
+    """Accounts in which this run is alone, or shares the cores with others that take a share of
+    them.
 
     Args:
         taken: What others take, in [0, 1].
@@ -28,8 +31,13 @@ class Quiet:
 
     def __call__(self) -> Accounts:
         now_s = time.monotonic()
-        return Accounts(at_s=now_s, busy_s=now_s * self.cores * self.taken, own_s=0.0, cores=self.cores,
-                        steal_s=now_s * self.cores * self.steal)  # fmt: skip
+        return Accounts(
+            at_s=now_s,
+            busy_s=now_s * self.cores * self.taken,
+            own_s=0.0,
+            cores=self.cores,
+            steal_s=now_s * self.cores * self.steal,
+        )
 
 
 def quiet() -> None:

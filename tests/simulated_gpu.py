@@ -1,4 +1,5 @@
-"""A GPU made up for the tests of known load: virtual time, a board that draws power, traces as a profiler exports them.
+"""A GPU made up for the tests of known load: virtual time, a board that draws power, traces as a
+profiler exports them.
 
 Its faults break one reading each. What it is asked for is `gpu_known_load.Device`.
 """
@@ -42,14 +43,19 @@ class _Board(FakeNvml):
     def nvmlDeviceGetFieldValues(self, handle: Gpu, fieldIds: list[tuple[int, int]]) -> Any:
         """Tells the power of now, as a driver with this field does; `integral_scale` breaks it."""
         watts = handle.power_w * self.integral_scale
-        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=int(watts * 1000))) for _ in fieldIds]
+        return [
+            SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=int(watts * 1000)))
+            for _ in fieldIds
+        ]
 
     def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
         moments = [each for each in self._past if each[0] <= self.now_ns - 10**9] or self._past[:1]
         if not moments:
             return int(handle.power_w * 1000)
         then_ns, joules = moments[-1]
-        return int((self._joules - joules) / ((self.now_ns - then_ns) / 1e9) * 1000 * self.integral_scale)
+        return int(
+            (self._joules - joules) / ((self.now_ns - then_ns) / 1e9) * 1000 * self.integral_scale
+        )
 
 
 class _Profiler:
@@ -82,7 +88,8 @@ class Simulated:
 
     Args:
         integral_scale: Of power readings; 1 agrees with the counter.
-        fade: Watts that a second of full load adds to its power: twice the work is then more than twice the energy.
+        fade: Watts that a second of full load adds to its power: twice the work is then more than
+            twice the energy.
         spin_busy, spin_sm: Percent that the board states while one thread spins.
         threads: Of the spinning kernel.
         spin_share: Of the time asked for that it spins.
@@ -93,9 +100,17 @@ class Simulated:
     name, at, size = "NVIDIA H200", torch.device("cpu"), 8192
 
     def __init__(
-        self, *, integral_scale: float = 1.0, fade: float = 0.0, spin_busy: int = 100, spin_sm: float = 0.76,
-        threads: int = 1, spin_share: float = 1.0, copy_late_s: float = 0.0, hides: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        integral_scale: float = 1.0,
+        fade: float = 0.0,
+        spin_busy: int = 100,
+        spin_sm: float = 0.76,
+        threads: int = 1,
+        spin_share: float = 1.0,
+        copy_late_s: float = 0.0,
+        hides: bool = True,
+    ) -> None:
         self._fade, self._busy, self._sm, self._threads = fade, spin_busy, spin_sm, threads
         self._spin_share, self._late_s, self._hides = spin_share, copy_late_s, hides
         self.nvml = _Board()
@@ -130,9 +145,15 @@ class Simulated:
             second = self.nvml.now_ns // 10**9
             end_ns = min(edge_ns, self.nvml.now_ns + 10**8, (second + 1) * 10**9)
             spins = self._work_w == SPIN_W
-            gpu.power_w = IDLE_W if not works else self._work_w + (0 if spins else self._fade * self._loaded_s)
+            gpu.power_w = (
+                IDLE_W
+                if not works
+                else self._work_w + (0 if spins else self._fade * self._loaded_s)
+            )
             gpu.busy = 0 if not works else self._busy if spins else 100
-            gpu.metrics["NVML_GPM_METRIC_SM_UTIL"] = 0.0 if not works else self._sm if spins else 99.0
+            gpu.metrics["NVML_GPM_METRIC_SM_UTIL"] = (
+                0.0 if not works else self._sm if spins else 99.0
+            )
             self._loaded_s = self._loaded_s + (end_ns - self.nvml.now_ns) / 1e9 if works else 0.0
             self.nvml.pass_time((end_ns - self.nvml.now_ns) / 1e9)
             if self.nvml.now_ns // 10**9 > second:
@@ -149,13 +170,32 @@ class Simulated:
         start_ns = max(self.nvml.now_ns + round(CALL_S * 1e9), 0 if aside else self._free_ns)
         end_ns = start_ns + round(seconds * 1e9)
         self._free_ns = max(self._free_ns, end_ns)
-        self._event("cuda_runtime", "cudaLaunchKernel", self.nvml.now_ns, self.nvml.now_ns + 1000, self._calls, 100)
+        self._event(
+            "cuda_runtime",
+            "cudaLaunchKernel",
+            self.nvml.now_ns,
+            self.nvml.now_ns + 1000,
+            self._calls,
+            100,
+        )
         self._event(cat, name, start_ns, end_ns, self._calls, 0)
 
-    def _event(self, cat: str, name: str, start_ns: int, end_ns: int, correlation: int, pid: int) -> None:
+    def _event(
+        self, cat: str, name: str, start_ns: int, end_ns: int, correlation: int, pid: int
+    ) -> None:
         args = {"correlation": correlation, **({"device": 0, "stream": 7} if pid == 0 else {})}
-        self.events.append({"ph": "X", "cat": cat, "name": name, "ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3,
-                            "pid": pid, "tid": 1, "args": args})  # fmt: skip
+        self.events.append(
+            {
+                "ph": "X",
+                "cat": cat,
+                "name": name,
+                "ts": start_ns / 1e3,
+                "dur": (end_ns - start_ns) / 1e3,
+                "pid": pid,
+                "tid": 1,
+                "args": args,
+            }
+        )
 
     def matmuls(self, count: int) -> None:
         self._work_w = FULL_W
@@ -190,6 +230,8 @@ class Simulated:
         self._event("user_annotation", name, start_ns, self.nvml.now_ns, 0, 100)
 
     def tracer(self, folder: Path) -> StepTracer:
-        tracer = _Tracer(folder, torch.device("cuda"), (2,), make_profiler=lambda device: _Profiler(self))
+        tracer = _Tracer(
+            folder, torch.device("cuda"), (2,), make_profiler=lambda device: _Profiler(self)
+        )
         tracer.gpu = self
         return tracer

@@ -1,7 +1,9 @@
-"""The table of what is supported, `docs/supported.md`: every cell is what this code does with a tiny model or a file.
+"""The table of what is supported, `docs/supported.md`: every cell is what this code does with a
+tiny model or a file.
 
-`python tests/support.py > docs/supported.md` writes it anew; `test_support.py` runs its cells again and compares.
-A cell is yes, a word on how, or no with the number of its reason, which is what a run prints when it refuses.
+`python tests/support.py > docs/supported.md` writes it anew; `test_support.py` runs its cells again
+and compares. A cell is yes, a word on how, or no with the number of its reason, which is what a run
+prints when it refuses.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def answers(name: str, folder: Path) -> dict[str, str]:
     return {
         "trained": _head(model) if architecture.task is Task.causal_lm else "",
         "student cut": _asked(
-            lambda: make_student(StudentConfig(layers=[1]), source, architecture.task, _labels(model))
+            lambda: make_student(
+                StudentConfig(layers=[1]), source, architecture.task, _labels(model)
+            )
         ),
         "stacked": _asked(lambda: stack_layers(model, 2, "stages.NAME.stack")),
         "classifies": _asked(lambda: _classify(architecture)),
@@ -89,9 +93,13 @@ def _classify(architecture: Architecture) -> None:
     try:
         model = transformers.AutoModelForSequenceClassification.from_config(config).float()
     except ValueError as error:
-        raise UserError("task", "transformers has no classifier of this architecture", "use another") from error
+        raise UserError(
+            "task", "transformers has no classifier of this architecture", "use another"
+        ) from error
     tokenizer = byte_tokenizer()
-    batch = tokenizer(["a b</s>", "c d e f</s>"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    batch = tokenizer(
+        ["a b</s>", "c d e f</s>"], padding=True, return_tensors="pt", return_token_type_ids=False
+    )
     before = model.train()(**batch, labels=torch.tensor([0, 1])).loss
     before.backward()
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
@@ -123,7 +131,11 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
     """Return the cells of the table of models, by architecture and column, reasons in full."""
     lines = text.splitlines()
     reasons = dict(line.split(". ", 1) for line in lines if line.partition(". ")[0].isdecimal())
-    rows = [[each.strip() for each in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [
+        [each.strip() for each in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
     header = rows[0]
     found: dict[str, dict[str, str]] = {}
     for row in rows[2:]:
@@ -148,30 +160,60 @@ def models_table() -> list[str]:
         with tempfile.TemporaryDirectory() as root:
             cells = answers(name, Path(root)) | formats(name, Path(root))
         lines.append(_line([name, *(reasons.short(cells[column]) for column in columns)]))
-    return [*lines, "", "Reasons, as a run prints them:", "",
-            *(f"{number}. {why}" for number, why in enumerate(reasons.known, 1))]  # fmt: skip
+    return [
+        *lines,
+        "",
+        "Reasons, as a run prints them:",
+        "",
+        *(f"{number}. {why}" for number, why in enumerate(reasons.known, 1)),
+    ]
 
 
 def data_tables() -> list[str]:
     """Return the section on data; `test_data_layouts.py` and `test_data_rows.py` load each cell."""
     packed = [name or "plain" for name in data_layouts.COMPRESSIONS]
-    lines = ["## Data files", "", "`data.path` is a file or a folder; endings in any letter case.", "",
-             _line(["ending", *packed]), "|---" * (len(packed) + 1) + "|",
-             *(_line([ending, *["yes"] * len(packed)]) for ending in data_layouts.FORMATS), "",
-             "Folders, each read in every format:", ""]  # fmt: skip
+    lines = [
+        "## Data files",
+        "",
+        "`data.path` is a file or a folder; endings in any letter case.",
+        "",
+        _line(["ending", *packed]),
+        "|---" * (len(packed) + 1) + "|",
+        *(_line([ending, *["yes"] * len(packed)]) for ending in data_layouts.FORMATS),
+        "",
+        "Folders, each read in every format:",
+        "",
+    ]
     with tempfile.TemporaryDirectory() as root:
         for name, make in {**data_layouts.LAYOUTS, **data_layouts.ONE_SPLIT}.items():
             folder = Path(root) / name.replace(" ", "_")
             folder.mkdir()
             make(folder, ".jsonl")
-            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            files = sorted(
+                path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+            )
             lines.append(f"- {name}: {', '.join(f'`{file}`' for file in files)}")
         lines += [*_own_layouts(Path(root))]
-    lines += ["- what `datasets` saves with `save_to_disk`, one split or several", "", "## Rows", "",
-              "Rows are recognised by their columns; `data.format=` forces one, `data.columns={...}` names columns.",
-              "", _line(["columns", "read as", "task"]), "|---|---|---|"]  # fmt: skip
-    lines += [_line([name, kind, "causal_lm"]) for name, (kind, _) in data_layouts.ROW_CELLS.items()]
-    lines += [_line([name, kind, "sequence_classification"]) for name, (kind, _) in data_layouts.LABELLED_CELLS.items()]
+    lines += [
+        "- what `datasets` saves with `save_to_disk`, one split or several",
+        "",
+        "## Rows",
+        "",
+        (
+            "Rows are recognised by their columns; `data.format=` forces one, `data.columns={...}`"
+            " names columns."
+        ),
+        "",
+        _line(["columns", "read as", "task"]),
+        "|---|---|---|",
+    ]
+    lines += [
+        _line([name, kind, "causal_lm"]) for name, (kind, _) in data_layouts.ROW_CELLS.items()
+    ]
+    lines += [
+        _line([name, kind, "sequence_classification"])
+        for name, (kind, _) in data_layouts.LABELLED_CELLS.items()
+    ]
     return lines
 
 
@@ -181,7 +223,9 @@ def _own_layouts(root: Path) -> Iterable[str]:
         folder = root / name.replace(" ", "_")
         folder.mkdir()
         make(folder)
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = sorted(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
         shown = [files[0], files[-1]] if len(files) > 2 else files
         yield f"- {name}: {' ... '.join(f'`{file}`' for file in shown)}"
 

@@ -1,4 +1,6 @@
-"""Activation checkpointing changes memory alone: losses, gradients, FLOPs and what is saved stay as they are."""
+"""Activation checkpointing changes memory alone: losses, gradients, FLOPs and what is saved stay as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ from pipeline.training.objective import Objective
 SETTING = "training.activation_checkpointing"
 
 
-def gradients(objective: Objective, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor], int]:
-    """Return loss, gradients, and how many tensors of activations the step kept for its backward pass."""
+def gradients(
+    objective: Objective, batch: dict[str, torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Return loss, gradients, and how many tensors of activations the step kept for its backward
+    pass.
+    """
     kept: set[int] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,7 +48,11 @@ def gradients(objective: Objective, batch: dict[str, torch.Tensor]) -> tuple[flo
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective(batch).loss
     loss.backward()
-    found = {name: each.grad for name, each in objective.model.named_parameters() if each.grad is not None}
+    found = {
+        name: each.grad
+        for name, each in objective.model.named_parameters()
+        if each.grad is not None
+    }
     return loss.item(), found, len(kept)
 
 
@@ -61,7 +71,9 @@ def signalled(task: Task) -> Objective:
 def plain(kind: str, precision: Precision = Precision.fp32) -> Objective:
     torch.manual_seed(0)
     if kind == "dropout":
-        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+        )
         assert model.config.resid_pdrop > 0
     else:
         model = tiny(Task[kind])
@@ -100,7 +112,9 @@ def test_training_and_saving_are_the_same(tmp_path: Path) -> None:
         run(model, settings(), tmp_path / name)
     for name, weight in weights(without).items():
         assert torch.equal(weight, with_it.state_dict()[name]), name
-    folders = [saved(model, tmp_path / f"saved-{name}") for name, model in (("a", without), ("b", with_it))]
+    folders = [
+        saved(model, tmp_path / f"saved-{name}") for name, model in (("a", without), ("b", with_it))
+    ]
     assert (folders[0] / "config.json").read_bytes() == (folders[1] / "config.json").read_bytes()
     assert not computes_again(load_model(folders[1], Task.causal_lm))
 
@@ -126,7 +140,9 @@ def test_a_student_writes_the_same() -> None:
 def test_a_model_that_cannot_is_refused_by_name() -> None:
     model = tiny(Task.causal_lm)
     model.supports_gradient_checkpointing = False
-    with pytest.raises(UserError, match=rf"^{SETTING}: LlamaForCausalLM cannot compute its layers again; set it to"):
+    with pytest.raises(
+        UserError, match=rf"^{SETTING}: LlamaForCausalLM cannot compute its layers again; set it to"
+    ):
         checkpoint_activations(model, SETTING)
 
 
@@ -134,7 +150,9 @@ def test_a_model_that_cannot_is_refused_by_name() -> None:
 def test_a_recipe_asks_for_it_by_the_setting_that_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    """The model is one that cannot: what refuses it is what the recipe reached, before the first step."""
+    """The model is one that cannot: what refuses it is what the recipe reached, before the first
+    step.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     tiny_run = [arg for arg in TINY if not arg.startswith(("recipe", "stages"))]

@@ -1,4 +1,6 @@
-"""Files as `vllm bench` writes them, read as declared figures; and a run that shows them beside what it measured."""
+"""Files as `vllm bench` writes them, read as declared figures; and a run that shows them beside
+what it measured.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,47 @@ from pipeline.ledger.values import Prov
 
 # The keys of `vllm bench serve --save-result`, with --metric-percentiles 95,99.
 SERVE: dict[str, Any] = {
-    "date": "20261120-101500", "backend": "vllm", "label": None, "model_id": "exports/int8", "tokenizer_id": "x",
-    "num_prompts": 200, "request_rate": "inf", "burstiness": 1.0, "max_concurrency": 8, "duration": 20.0,
-    "completed": 200, "failed": 0, "total_input_tokens": 102400, "total_output_tokens": 25600,
-    "request_throughput": 10.0, "request_goodput": None, "output_throughput": 1280.0,
-    "total_token_throughput": 6400.0, "mean_ttft_ms": 41.0, "median_ttft_ms": 40.0, "std_ttft_ms": 3.0,
-    "p95_ttft_ms": 50.0, "p99_ttft_ms": 60.0, "mean_tpot_ms": 5.5, "median_tpot_ms": 5.0, "std_tpot_ms": 0.1,
-    "p95_tpot_ms": 6.0, "p99_tpot_ms": 7.0,
-}  # fmt: skip
+    "date": "20261120-101500",
+    "backend": "vllm",
+    "label": None,
+    "model_id": "exports/int8",
+    "tokenizer_id": "x",
+    "num_prompts": 200,
+    "request_rate": "inf",
+    "burstiness": 1.0,
+    "max_concurrency": 8,
+    "duration": 20.0,
+    "completed": 200,
+    "failed": 0,
+    "total_input_tokens": 102400,
+    "total_output_tokens": 25600,
+    "request_throughput": 10.0,
+    "request_goodput": None,
+    "output_throughput": 1280.0,
+    "total_token_throughput": 6400.0,
+    "mean_ttft_ms": 41.0,
+    "median_ttft_ms": 40.0,
+    "std_ttft_ms": 3.0,
+    "p95_ttft_ms": 50.0,
+    "p99_ttft_ms": 60.0,
+    "mean_tpot_ms": 5.5,
+    "median_tpot_ms": 5.0,
+    "std_tpot_ms": 0.1,
+    "p95_tpot_ms": 6.0,
+    "p99_tpot_ms": 7.0,
+}
 THROUGHPUT = {
-    "elapsed_time": 4.0, "num_requests": 100, "total_num_tokens": 64000, "requests_per_second": 25.0,
+    "elapsed_time": 4.0,
+    "num_requests": 100,
+    "total_num_tokens": 64000,
+    "requests_per_second": 25.0,
     "tokens_per_second": 16000.0,
-}  # fmt: skip
-LATENCY = {"avg_latency": 0.51, "latencies": [0.5, 0.52], "percentiles": {"10": 0.5, "50": 0.5, "99": 0.52}}
+}
+LATENCY = {
+    "avg_latency": 0.51,
+    "latencies": [0.5, 0.52],
+    "percentiles": {"10": 0.5, "50": 0.5, "99": 0.52},
+}
 
 
 def written(path: Path, content: Any) -> Path:
@@ -41,17 +71,32 @@ def written(path: Path, content: Any) -> Path:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (SERVE, {
-            "output_tokens_per_s": 1280.0, "tokens_per_s": 6400.0, "requests_per_s": 10.0, "ttft_p50_s": 0.040,
-            "ttft_p95_s": 0.050, "ttft_p99_s": 0.060, "tpot_p50_s": 0.005, "tpot_p95_s": 0.006, "tpot_p99_s": 0.007,
-            "requests": 200, "tokens_in": 102400, "tokens_out": 25600, "max_concurrency": 8,
-        }),
+        (
+            SERVE,
+            {
+                "output_tokens_per_s": 1280.0,
+                "tokens_per_s": 6400.0,
+                "requests_per_s": 10.0,
+                "ttft_p50_s": 0.040,
+                "ttft_p95_s": 0.050,
+                "ttft_p99_s": 0.060,
+                "tpot_p50_s": 0.005,
+                "tpot_p95_s": 0.006,
+                "tpot_p99_s": 0.007,
+                "requests": 200,
+                "tokens_in": 102400,
+                "tokens_out": 25600,
+                "max_concurrency": 8,
+            },
+        ),
         ({**SERVE, "request_rate": 4.0}, {"request_rate": 4.0, "ttft_p50_s": 0.040}),
         (THROUGHPUT, {"tokens_per_s": 16000.0, "requests_per_s": 25.0, "requests": 100}),
         (LATENCY, {"batch_p50_s": 0.5, "batch_p99_s": 0.52}),
     ],
-)  # fmt: skip
-def test_what_the_engine_says_is_declared_in_our_units(tmp_path: Path, content: Any, expected: dict) -> None:
+)
+def test_what_the_engine_says_is_declared_in_our_units(
+    tmp_path: Path, content: Any, expected: dict
+) -> None:
     figures = read_result(written(tmp_path / "bench.json", content), "serving.results").figures
     assert {value.prov for value in figures.values()} == {Prov.DECLARED}
     assert {f"serving/{name}" for name in figures} <= set(BY_KEY)
@@ -64,11 +109,20 @@ def test_what_the_engine_says_is_declared_in_our_units(tmp_path: Path, content: 
     ("content", "problem"),
     [
         ("{", "is no JSON"),
-        (json.dumps(SERVE) + "\n" + json.dumps(SERVE), "holds several results; give one with a single result"),
+        (
+            json.dumps(SERVE) + "\n" + json.dumps(SERVE),
+            "holds several results; give one with a single result",
+        ),
         ([1], "holds no result of `vllm bench`"),
-        ({"median_ttft_ms": None, "output_throughput": "fast", "request_throughput": True}, "holds no result"),
+        (
+            {"median_ttft_ms": None, "output_throughput": "fast", "request_throughput": True},
+            "holds no result",
+        ),
         ({**SERVE, "completed": 0}, "no request was completed"),
-        ({**SERVE, "output_throughput": -9}, "output_tokens_per_s is negative; run the benchmark again"),
+        (
+            {**SERVE, "output_throughput": -9},
+            "output_tokens_per_s is negative; run the benchmark again",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: Any, problem: str) -> None:
@@ -79,9 +133,14 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, problem: str) -> 
 
 
 def test_requests_that_failed_are_told(tmp_path: Path) -> None:
-    found = read_result(written(tmp_path / "bench.json", {**SERVE, "failed": 997}), "serving.results")
+    found = read_result(
+        written(tmp_path / "bench.json", {**SERVE, "failed": 997}), "serving.results"
+    )
     assert found.source.endswith(", 997 requests failed")
-    assert "requests failed" not in read_result(written(tmp_path / "bench.json", {**SERVE, "failed": 0}), "x").source
+    assert (
+        "requests failed"
+        not in read_result(written(tmp_path / "bench.json", {**SERVE, "failed": 0}), "x").source
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +163,10 @@ def test_a_run_is_refused_before_any_work(tmp_path: Path, setting: str, problem:
 def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)  # has its tests
+    # has its tests
+    monkeypatch.setattr(
+        pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None
+    )
     written(tmp_path / "bench.json", SERVE)
     settings = (
         *(
@@ -123,7 +185,11 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     assert done.returncode == 0, done.stderr
     result, report = result_in(tmp_path), (tmp_path / "mlruns/latest/report.md").read_text()
     rows = {row["arm"]: row["serving"] for row in result["rows"]}
-    assert rows["int8"]["engine_output_tokens_per_s"] == {"v": 1280.0, "prov": "declared", "why_null": None}
+    assert rows["int8"]["engine_output_tokens_per_s"] == {
+        "v": 1280.0,
+        "prov": "declared",
+        "why_null": None,
+    }
     assert not any(name.startswith("engine_") for name in rows["reference"])
     assert rows["reference"]["dynamic_cache_device_s_per_1k_units"]["v"] > 0
     assert rows["reference"]["units_per_joule"]["why_null"] == "a CPU run uses no GPU"
@@ -131,9 +197,13 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     assert how == "float32, quantized weights, static cache against float32, static cache"
     assert "## Serving, declared" in report
     assert f"int8 against reference: {how}" in report
-    assert "serving of int8 by an engine is as bench.json, model_id exports/int8, date 20261120-101500 says" in report
+    assert (
+        "serving of int8 by an engine is as bench.json, model_id exports/int8, date 20261120-101500"
+        " says" in report
+    )
     before = {arm: serving["device_s_per_1k_units"] for arm, serving in rows.items()}
-    again = here(tmp_path, *settings, "serving.results=bench.json")  # of the primary arm; nothing is measured anew
+    # of the primary arm; nothing is measured anew
+    again = here(tmp_path, *settings, "serving.results=bench.json")
     assert again.returncode == 0, again.stderr
     rows = {row["arm"]: row["serving"] for row in result_in(tmp_path)["rows"]}
     assert rows["int8"]["engine_requests"]["v"] == 200

@@ -43,19 +43,30 @@ def classifier():
 
 def score(model, documents, *, sequence_length=128, batch_size=4):
     return score_causal(
-        model, documents, sequence_length=sequence_length, batch_size=batch_size, device="cpu", pad_id=0
+        model,
+        documents,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        device="cpu",
+        pad_id=0,
     )
 
 
 def classify(model, examples, *, batch_size=4):
     padding = Padding.of(byte_tokenizer(), model, Task.sequence_classification)
-    return score_classification(model, examples, batch_size=batch_size, device="cpu", padding=padding)
+    return score_classification(
+        model, examples, batch_size=batch_size, device="cpu", padding=padding
+    )
 
 
 def float64_logprobs(model, ids: np.ndarray) -> torch.Tensor:
     """Log-probabilities (L, V) of the whole row, model and softmax in float64."""
     with torch.no_grad():
-        logits = copy.deepcopy(model).double()(input_ids=torch.tensor(ids.astype(np.int64))[None]).logits[0]
+        logits = (
+            copy.deepcopy(model)
+            .double()(input_ids=torch.tensor(ids.astype(np.int64))[None])
+            .logits[0]
+        )
     return logits - logits.exp().sum(-1, keepdim=True).log()
 
 
@@ -66,11 +77,15 @@ def test_bits_tokens_and_predictions_are_those_of_a_plain_float64_computation(ca
     for row, document in enumerate(documents):
         logprobs = float64_logprobs(causal, document.input_ids)
         places = [place for place in range(1, len(document.input_ids)) if document.targets[place]]
-        bits = -sum(float(logprobs[place - 1, document.input_ids[place]]) for place in places) / math.log(2)
+        bits = -sum(
+            float(logprobs[place - 1, document.input_ids[place]]) for place in places
+        ) / math.log(2)
         top = [int(logprobs[place - 1].argmax()) for place in places]
         assert scores.bits[row] == pytest.approx(bits, rel=1e-5, abs=1e-9)
         assert scores.tokens[row] == len(places)
-        assert scores.correct[row] == sum(t == document.input_ids[p] for t, p in zip(top, places, strict=True))
+        assert scores.correct[row] == sum(
+            t == document.input_ids[p] for t, p in zip(top, places, strict=True)
+        )
         assert scores.bytes[row] == document.num_bytes
         first += top
     assert scores.predictions.dtype == np.int32
@@ -88,7 +103,8 @@ def test_a_long_document_is_read_in_windows_that_share_one_token(causal) -> None
         bits -= float(logprobs[-1, document.input_ids[place]]) / math.log(2)
     scores = score(causal, [document], sequence_length=length)
     assert scores.bits[0] == pytest.approx(bits, rel=1e-5)
-    assert abs(scores.bits[0] - score(causal, [document]).bits[0]) > 1e-3  # more context is another score
+    # more context is another score
+    assert abs(scores.bits[0] - score(causal, [document]).bits[0]) > 1e-3
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,13 +115,18 @@ def test_windows_predict_every_target_exactly_once(data, length: int, has_end: b
     documents = [encoded(list(range(1, len(mask) + 2)), targets=[False, *mask]) for mask in masks]
     if has_end:
         ends = [np.arange(len(each.input_ids)) == len(each.input_ids) - 1 for each in documents]
-        documents = [replace(each, ends=end & each.targets) for each, end in zip(documents, ends, strict=True)]
+        documents = [
+            replace(each, ends=end & each.targets)
+            for each, end in zip(documents, ends, strict=True)
+        ]
     windows = cut_windows(documents, length, stride)
     predicted = [token for window in windows for token in window.ids[1:][window.scored].tolist()]
     assert predicted == [token for d in documents for token in d.input_ids[d.targets].tolist()]
     assert all(window.scored.any() for window in windows)
     assert all(2 <= len(window.ids) == len(window.scored) + 1 <= length + 1 for window in windows)
-    assert [place for window in windows for place in window.places.tolist()] == list(range(len(predicted)))
+    assert [place for window in windows for place in window.places.tolist()] == list(
+        range(len(predicted))
+    )
     # Every token but a document's first few has at least the context that the stride leaves.
     for window in windows:
         context = 1 + int(np.flatnonzero(window.scored)[0])
@@ -120,8 +141,12 @@ def test_renderings_of_one_conversation_are_one_document(causal) -> None:
     assert both.digest.tolist() == [one.digest, other.digest]
     for name in ("bits", "bytes", "tokens", "correct"):
         values = [getattr(each, name)[0] for each in apart]
-        assert getattr(both, name).tolist() == pytest.approx([values[0] + values[1], values[2]], rel=1e-5)
-    assert both.predictions.tolist() == [token for each in apart for token in each.predictions.tolist()]
+        assert getattr(both, name).tolist() == pytest.approx(
+            [values[0] + values[1], values[2]], rel=1e-5
+        )
+    assert both.predictions.tolist() == [
+        token for each in apart for token in each.predictions.tolist()
+    ]
 
 
 def test_ends_stand_apart(causal) -> None:
@@ -137,10 +162,14 @@ def test_ends_stand_apart(causal) -> None:
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 128), (3, 128), (64, 128), (5, 16)])
 def test_batching_and_padding_do_not_change_scores(causal, batch_size: int, length: int) -> None:
     documents = random_documents(LENGTHS)
-    alone = [score(causal, [document], sequence_length=length, batch_size=1) for document in documents]
+    alone = [
+        score(causal, [document], sequence_length=length, batch_size=1) for document in documents
+    ]
     together = score(causal, documents, sequence_length=length, batch_size=batch_size)
     np.testing.assert_allclose(together.bits, [one.bits[0] for one in alone], rtol=1e-5)
-    np.testing.assert_array_equal(together.predictions, np.concatenate([one.predictions for one in alone]))
+    np.testing.assert_array_equal(
+        together.predictions, np.concatenate([one.predictions for one in alone])
+    )
 
 
 def test_logits_are_cut_to_the_limit_without_changing_scores(causal, monkeypatch) -> None:
@@ -148,9 +177,13 @@ def test_logits_are_cut_to_the_limit_without_changing_scores(causal, monkeypatch
     whole, shapes = score(causal, documents, batch_size=64), []
     monkeypatch.setattr(scoring, "LOGIT_BYTES", 4 * 259 * 45)  # 45 positions
     original = torch.Tensor.log_softmax
-    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: shapes.append(x.shape) or original(x, dim))
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda x, dim: shapes.append(x.shape) or original(x, dim)
+    )
     calls = []
-    handle = causal.register_forward_pre_hook(lambda _, __, kw: calls.append(kw["input_ids"].shape), with_kwargs=True)
+    handle = causal.register_forward_pre_hook(
+        lambda _, __, kw: calls.append(kw["input_ids"].shape), with_kwargs=True
+    )
     cut = score(causal, documents, batch_size=64)
     handle.remove()
     assert max(rows for rows, _ in shapes) == 45
@@ -163,7 +196,9 @@ def test_every_module_gets_its_training_mode_back(causal) -> None:
     model = copy.deepcopy(causal).train()
     model.model.norm.eval()
     seen = []
-    model.register_forward_pre_hook(lambda module, _: seen.append((module.training, torch.is_inference_mode_enabled())))
+    model.register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_inference_mode_enabled()))
+    )
     score(model, random_documents([10]))
     assert seen == [(False, True)]
     assert model.training
@@ -197,9 +232,15 @@ def test_classification_is_that_of_one_example_at_a_time(classifier) -> None:
 def test_an_encoder_does_not_see_padding() -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, num_labels=3, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=3,
+        initializer_range=0.5,
+    )
     model, examples = BertForSequenceClassification(config).eval(), random_documents([12, 3, 40])
     alone = [classify(model, [example]).logprob[0] for example in examples]
     np.testing.assert_allclose(classify(model, examples).logprob, alone, rtol=1e-5)
@@ -209,7 +250,9 @@ def test_a_classifier_without_a_padding_token_gets_the_tokenizers(classifier) ->
     model = copy.deepcopy(classifier)
     model.config.pad_token_id = None
     examples = random_documents([12, 3, 40])
-    np.testing.assert_allclose(classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5)
+    np.testing.assert_allclose(
+        classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5
+    )
     assert model.config.pad_token_id == 0
 
 
@@ -217,7 +260,9 @@ def test_a_classifier_is_padded_with_its_own_token(classifier) -> None:
     model = copy.deepcopy(classifier)
     model.config.pad_token_id = 2
     examples = random_documents([12, 3, 40])
-    np.testing.assert_allclose(classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5)
+    np.testing.assert_allclose(
+        classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5
+    )
 
 
 def test_validation_metric_is_bits_per_byte_or_accuracy(causal, classifier) -> None:
@@ -225,7 +270,9 @@ def test_validation_metric_is_bits_per_byte_or_accuracy(causal, classifier) -> N
     scores, classes = score(causal, documents, sequence_length=16), classify(classifier, documents)
     more = {"sequence_length": 16, "batch_size": 4, "device": "cpu", "padding": Padding(0)}
     bits_per_byte = validation_metric(causal, documents, Task.causal_lm, **more)
-    assert bits_per_byte == pytest.approx(scores.bits.sum() / sum(document.num_bytes for document in documents))
+    assert bits_per_byte == pytest.approx(
+        scores.bits.sum() / sum(document.num_bytes for document in documents)
+    )
     accuracy = validation_metric(classifier, documents, Task.sequence_classification, **more)
     assert accuracy == pytest.approx(
         np.mean([p == d.label for p, d in zip(classes.prediction, documents, strict=True)])
@@ -236,7 +283,9 @@ def test_what_model_and_data_cannot_do_together_is_refused(causal, classifier) -
     with pytest.raises(UserError, match=r"model\.path: .*token 259 .*ends at 258"):
         score(causal, [encoded([1, 259, 5])])
     with pytest.raises(UserError, match="token 300"):
-        score_causal(causal, [encoded([1, 5])], sequence_length=8, batch_size=1, device="cpu", pad_id=300)
+        score_causal(
+            causal, [encoded([1, 5])], sequence_length=8, batch_size=1, device="cpu", pad_id=300
+        )
     with pytest.raises(UserError, match=r"model\.path: it tells 3 classes apart .*class 3"):
         classify(classifier, [encoded([1, 5], label=3)])
     limited = copy.deepcopy(causal)

@@ -66,19 +66,28 @@ CITIES = ["Rome", "Oslo", "Lima", "Cairo", "Paris", "Quito", "Bern", "Dhaka"]
 
 
 def questions(number: int = 24) -> list[dict[str, Any]]:
-    """Return questions whose choices differ in length, so that acc_norm is another figure than acc."""
+    """Return questions whose choices differ in length, so that acc_norm is another figure than
+    acc.
+    """
     return [
-        {"question": f"what lies at {place}?", "answer": place % 3,
-         "choices": [CITIES[(place + k * k) % 8] * (1 + (place + k) % 3) for k in range(3)]}
+        {
+            "question": f"what lies at {place}?",
+            "answer": place % 3,
+            "choices": [CITIES[(place + k * k) % 8] * (1 + (place + k) % 3) for k in range(3)],
+        }
         for place in range(number)
-    ]  # fmt: skip
+    ]
 
 
-def write(folder: Path, settings: dict[str, Any], rows: list[Any] | None = None, **changed: Any) -> str:
+def write(
+    folder: Path, settings: dict[str, Any], rows: list[Any] | None = None, **changed: Any
+) -> str:
     """Write a task file, and its data where there are `rows`; return its path."""
     settings = {**settings, **changed}
     if rows is not None:
-        (folder / f"{settings['task']}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (folder / f"{settings['task']}.jsonl").write_text(
+            "".join(f"{json.dumps(row)}\n" for row in rows)
+        )
     path = folder / f"{settings['task']}.yaml"
     path.write_text(yaml.safe_dump(settings))
     return str(path)
@@ -88,7 +97,7 @@ def config_of(*paths: str) -> QualityConfig:
     return QualityConfig(tasks=list(paths), batch_size=4, bootstrap=200)
 
 
-# -- reading and refusing ---------------------------------------------------------------------------------------------
+# -- reading and refusing -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,10 @@ def test_what_is_no_task_file_is_refused(text: bytes | None, said: str, tmp_path
         ({"dataset_path": "cais/mmlu"}, "dataset_path: cais/mmlu, which is not on this machine"),
         ({"dataset_path": None}, "dataset_path: None"),
         ({"dataset_kwargs": {}}, "names no data_files"),
-        ({"dataset_kwargs": {"data_files": {"test": "https://example.org/x.json"}}}, "there is no data file https"),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "https://example.org/x.json"}}},
+            "there is no data file https",
+        ),
         ({"dataset_kwargs": {"data_files": {"test": 3}}}, "data_files: 3 names no files"),
         ({"unsafe_code": True}, "runs what the model writes"),
         ({"use_prompt": "promptsource:x"}, "takes its prompt from elsewhere"),
@@ -137,7 +149,9 @@ def test_what_is_not_here_or_runs_code_is_refused_without_lm_eval(
         read_tasks(config_of(write(tmp_path, CHOICES, questions(), **changed)))
 
 
-def test_names_stand_once_and_only_language_models_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_stand_once_and_only_language_models_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, CHOICES, questions())
     check_tasks(config_of(path), Task.causal_lm)
     with pytest.raises(UserError, match="two files are named task: capitals"):
@@ -145,7 +159,9 @@ def test_names_stand_once_and_only_language_models_are_asked(tmp_path: Path, mon
     with pytest.raises(UserError, match="not for sequence_classification"):
         check_tasks(config_of(path), Task.sequence_classification)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs lm-eval.*pip install 'model-efficiency-pipeline\[eval\]'"):
+    with pytest.raises(
+        UserError, match=r"needs lm-eval.*pip install 'model-efficiency-pipeline\[eval\]'"
+    ):
         check_tasks(config_of(path), Task.causal_lm)
     check_tasks(QualityConfig(), Task.sequence_classification)  # nothing is asked for
 
@@ -159,10 +175,15 @@ def test_a_digest_follows_settings_and_data_and_not_where_they_lie(tmp_path: Pat
         return read_tasks(config_of(write(*args, **changed)))[0]
 
     first = read(near, CHOICES, questions(), metadata={1: "a", "b": 2})
-    assert first.settings["dataset_kwargs"]["data_files"] == {"test": [str(near / "capitals.jsonl")]}
+    assert first.settings["dataset_kwargs"]["data_files"] == {
+        "test": [str(near / "capitals.jsonl")]
+    }
     assert read(there, CHOICES, questions(), metadata={"b": 2, 1: "a"}).digest == first.digest
     assert read(there, CHOICES, questions(23), metadata={1: "a", "b": 2}).digest != first.digest
-    assert read(near, CHOICES, metadata={1: "a", "b": 2}, doc_to_text="{{question}}").digest != first.digest
+    assert (
+        read(near, CHOICES, metadata={1: "a", "b": 2}, doc_to_text="{{question}}").digest
+        != first.digest
+    )
 
 
 def test_an_include_is_merged_under_the_file_and_counts_in_its_digest(tmp_path: Path) -> None:
@@ -170,7 +191,11 @@ def test_an_include_is_merged_under_the_file_and_counts_in_its_digest(tmp_path: 
     (tmp_path / "below.yaml").write_text(yaml.safe_dump({**CHOICES, "task": "other"}))
     (tmp_path / "mine.yaml").write_text("include: below.yaml\ntask: capitals\n")
     merged = read_tasks(config_of(str(tmp_path / "mine.yaml")))[0]
-    assert (merged.name, merged.digest, merged.settings) == ("capitals", whole.digest, whole.settings)
+    assert (merged.name, merged.digest, merged.settings) == (
+        "capitals",
+        whole.digest,
+        whole.settings,
+    )
     (tmp_path / "below.yaml").write_text(yaml.safe_dump({**CHOICES, "num_fewshot": 1}))
     assert read_tasks(config_of(str(tmp_path / "mine.yaml")))[0].digest != whole.digest
 
@@ -181,7 +206,7 @@ def test_an_assessment_without_tasks_keeps_its_key(tmp_path: Path) -> None:
     assert identity(config_of(path))["tasks"] == [read_tasks(config_of(path))[0].digest]
 
 
-# -- tried before anything is trained ---------------------------------------------------------------------------------
+# -- tried before anything is trained -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +218,10 @@ def test_an_assessment_without_tasks_keeps_its_key(tmp_path: Path) -> None:
         ({"output_type": "sings"}, "Got invalid output_type"),
         ({"num_fewshot": 99, "fewshot_split": "test"}, "lm-eval cannot run task capitals"),
         ({"metric_list": [{"metric": "script.py"}]}, "lm-eval has no metric 'script.py'"),
-        ({"filter_list": [{"name": "x", "filter": [{"function": "custom", "filter_fn": "f"}]}]}, "not callable"),
+        (
+            {"filter_list": [{"name": "x", "filter": [{"function": "custom", "filter_fn": "f"}]}]},
+            "not callable",
+        ),
         ({"doc_to_target": "{{answer + 7}}"}, "lm-eval cannot run task capitals"),
     ],
 )
@@ -225,12 +253,16 @@ def test_what_would_be_cut_is_refused_at_the_token_that_is_too_many(tmp_path: Pa
         check_lengths(scored, byte_tokenizer(), 8)
 
 
-# -- beside lm-eval itself --------------------------------------------------------------------------------------------
+# -- beside lm-eval itself ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, QualityConfig, dict[str, Any], Any]:
-    """A tiny model, two tasks, what this project makes of them and what lm-eval's own entry point does."""
+def asked(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Any, QualityConfig, dict[str, Any], Any]:
+    """A tiny model, two tasks, what this project makes of them and what lm-eval's own entry point
+    does.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -239,7 +271,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, QualityConfig,
     model, tokenizer = tiny(Task.causal_lm).eval(), byte_tokenizer()
     texts = [f"document {place}" for place in range(21)]
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
-    written = [model.generate(row, max_new_tokens=3, do_sample=False)[0, row.shape[1] :] for row in ids]
+    written = [
+        model.generate(row, max_new_tokens=3, do_sample=False)[0, row.shape[1] :] for row in ids
+    ]
     answers = [tokenizer.decode(each, skip_special_tokens=True) for each in written]
     rows = [
         {"text": text, "answer": answer if place % 3 else "something else"}
@@ -249,10 +283,17 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, QualityConfig,
     config = config_of(write(folder, CHOICES, questions(), **shots), write(folder, WRITES, rows))
     ours = {scores.name: scores for scores in run_tasks(model, tokenizer, config)}
     theirs = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=4, softmax_dtype="float32"),
-        tasks=[each.settings for each in read_tasks(config)], task_manager=TaskManager(include_defaults=False),
+        HFLM(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=4,
+            softmax_dtype="float32",
+        ),
+        tasks=[each.settings for each in read_tasks(config)],
+        task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
-    )  # fmt: skip
+    )
     return model, config, ours, theirs
 
 
@@ -265,8 +306,12 @@ def test_figures_are_lm_evals_own(asked: Any) -> None:
         assert values.mean() == pytest.approx(found["capitals"][f"{metric},none"], abs=1e-12)
     assert found["capitals"]["acc,none"] != found["capitals"]["acc_norm,none"]
     assert set(wrote) == {"exact_match.whole", "exact_match.upper_case"}
-    assert wrote["exact_match.whole"].mean() == pytest.approx(found["echo"]["exact_match,whole"], abs=1e-12)
-    assert wrote["exact_match.upper_case"].mean() == pytest.approx(found["echo"]["exact_match,upper case"], abs=1e-12)
+    assert wrote["exact_match.whole"].mean() == pytest.approx(
+        found["echo"]["exact_match,whole"], abs=1e-12
+    )
+    assert wrote["exact_match.upper_case"].mean() == pytest.approx(
+        found["echo"]["exact_match,upper case"], abs=1e-12
+    )
     assert wrote["exact_match.whole"].mean() == pytest.approx(14 / 21)
 
 
@@ -274,7 +319,9 @@ def test_documents_stand_in_the_order_and_with_the_answers_of_lm_eval(asked: Any
     _, _, ours, theirs = asked
     samples = sorted(theirs["samples"]["capitals"], key=lambda sample: sample["doc_id"])
     assert ours["capitals"].scores["acc"].tolist() == [sample["acc"] for sample in samples]
-    assert [digest.split("-")[0] for digest in ours["capitals"].digest] == [str(place) for place in range(24)]
+    assert [digest.split("-")[0] for digest in ours["capitals"].digest] == [
+        str(place) for place in range(24)
+    ]
     assert len(set(ours["capitals"].digest)) == 24
     again = _scores("capitals", theirs)
     assert again.responses.tolist() == ours["capitals"].responses.tolist()
@@ -290,7 +337,10 @@ def test_a_metric_that_is_no_mean_of_scores_is_left_out_with_its_reason(asked: A
     why = "lower is better, or lm-eval does not say that higher is"
     found = _scores("capitals", lower)
     assert (found.scores, found.left_out["acc"], found.left_out["acc_norm"]) == ({}, why, why)
-    medians = {**theirs, "results": {"capitals": {"acc,none": 0.123, "acc_stderr,none": "N/A", "alias": "capitals"}}}
+    medians = {
+        **theirs,
+        "results": {"capitals": {"acc,none": 0.123, "acc_stderr,none": "N/A", "alias": "capitals"}},
+    }
     found = _scores("capitals", medians)
     assert found.left_out == {"acc": "lm-eval's figure is not the mean of the documents' scores"}
 
@@ -302,13 +352,17 @@ def test_arms_that_were_asked_otherwise_share_no_document(asked: Any, tmp_path: 
     assert not set(other.digest) & set(ours["capitals"].digest)
 
 
-def test_a_model_without_finite_likelihoods_fails_and_a_long_prompt_is_refused(asked: Any, tmp_path: Path) -> None:
+def test_a_model_without_finite_likelihoods_fails_and_a_long_prompt_is_refused(
+    asked: Any, tmp_path: Path
+) -> None:
     import copy
 
     model, config, _, _ = asked
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(StageFailed, match="task capitals: an answer to document 0 has no finite likelihood"):
+    with pytest.raises(
+        StageFailed, match="task capitals: an answer to document 0 has no finite likelihood"
+    ):
         run_tasks(broken, byte_tokenizer(), config_of(config.tasks[0]))
     short = copy.deepcopy(model)
     short.config.max_position_embeddings = 12
@@ -328,14 +382,25 @@ def test_nothing_of_the_process_is_changed_and_no_network_is_touched(
 
     model, config, _, _ = asked
     sampled = {"until": ["\n\n"], "max_gen_toks": 3, "do_sample": True, "temperature": 1.0}
-    path = write(tmp_path, WRITES, [{"text": f"no {place}", "answer": "x"} for place in range(6)],
-                 generation_kwargs=sampled)  # fmt: skip
+    path = write(
+        tmp_path,
+        WRITES,
+        [{"text": f"no {place}", "answer": "x"} for place in range(6)],
+        generation_kwargs=sampled,
+    )
 
     def state() -> tuple[Any, ...]:
         _, keys, *rest = np.random.get_state()
         offline = (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
-        return (random.getstate(), keys.tolist(), rest, torch.get_rng_state().tolist(), dict(os.environ), offline,
-                lm_eval.utils.env)  # fmt: skip
+        return (
+            random.getstate(),
+            keys.tolist(),
+            rest,
+            torch.get_rng_state().tolist(),
+            dict(os.environ),
+            offline,
+            lm_eval.utils.env,
+        )
 
     def refuse(*args: Any) -> None:
         raise AssertionError(f"the network was asked for {args}")
@@ -352,7 +417,7 @@ def test_nothing_of_the_process_is_changed_and_no_network_is_touched(
     assert not [name for name in os.listdir(tmp_path) if name not in ("echo.yaml", "echo.jsonl")]
 
 
-# -- in a run ---------------------------------------------------------------------------------------------------------
+# -- in a run -------------------------------------------------------------------------------------
 
 RECIPE = """# Does a longer training answer better?
 defaults:
@@ -375,11 +440,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict
     (cwd / "own").mkdir()
     (cwd / "own/longer.yaml").write_text(RECIPE)
     write(cwd, CHOICES, questions())
-    texts = [f"document {place}: {CITIES[place % 8]} lies beside {CITIES[place * 5 % 7]}" for place in range(300)]
+    texts = [
+        f"document {place}: {CITIES[place % 8]} lies beside {CITIES[place * 5 % 7]}"
+        for place in range(300)
+    ]
     (cwd / "texts.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
-    settings = [each for each in TINY if not each.startswith("training.steps")]  # the recipe's stages have their own
-    command = ["--recipe-dir", str(cwd / "own"), "recipe=longer", *settings, "data.path=texts.jsonl",
-               "quality.tasks=[capitals.yaml]", "tracking.mlflow=false"]  # fmt: skip
+    # the recipe's stages have their own
+    settings = [each for each in TINY if not each.startswith("training.steps")]
+    command = [
+        "--recipe-dir",
+        str(cwd / "own"),
+        "recipe=longer",
+        *settings,
+        "data.path=texts.jsonl",
+        "quality.tasks=[capitals.yaml]",
+        "tracking.mlflow=false",
+    ]
     done = here(cwd, *command)
     assert done.returncode == 0, done.stderr
     return cwd, command, result_in(cwd)
@@ -389,20 +465,29 @@ def test_a_run_has_the_tasks_figures_with_intervals_and_documents(ran: Any) -> N
     _, _, result = ran
     jsonschema.validate(result, RESULT_SCHEMA)
     for row in result["rows"]:
-        assert {"task/capitals/acc", "task/capitals/acc_norm", "bits_per_byte"} <= set(row["quality"])
+        assert {"task/capitals/acc", "task/capitals/acc_norm", "bits_per_byte"} <= set(
+            row["quality"]
+        )
         figure = row["quality"]["task/capitals/acc"]
         kept = [json.loads(line) for line in Path(figure["items"]).read_text().splitlines()]
         assert figure["n"] == len(kept) == 24
         assert figure["v"] == pytest.approx(sum(each["acc"] for each in kept) / 24)
         assert figure["ci"][0] < figure["v"] < figure["ci"][1]
         assert row["quality"]["task/capitals/mcc"]["why_null"].startswith("lm-eval keeps no score")
-        assert sum(row["ledger"]["phases_ns"].values()) == pytest.approx(row["ledger"]["wall_s"]["v"] * 1e9, abs=1)
+        assert sum(row["ledger"]["phases_ns"].values()) == pytest.approx(
+            row["ledger"]["wall_s"]["v"] * 1e9, abs=1
+        )
     (pair,) = result["comparisons"]
     ours, theirs = (
-        {each["digest"]: each["acc"] for each in map(json.loads, Path(row["quality"]["task/capitals/acc"]["items"])
-                                                     .read_text().splitlines())}
+        {
+            each["digest"]: each["acc"]
+            for each in map(
+                json.loads,
+                Path(row["quality"]["task/capitals/acc"]["items"]).read_text().splitlines(),
+            )
+        }
         for row in reversed(result["rows"])
-    )  # fmt: skip
+    )
     compared = pair["quality"]["task/capitals/acc"]
     assert compared["v"] == pytest.approx(sum(ours[name] - theirs[name] for name in ours) / 24)
     assert (compared["n"], compared["margin"]) == (24, 0.01)
@@ -442,7 +527,9 @@ def test_the_same_again_is_reused_and_another_task_is_assessed_without_training(
     items = Path(assessed[0]["quality"]["task/capitals/acc"]["items"])
     items.write_text(items.read_text().replace('"acc": 0', '"acc": 1', 1))
     assert here(cwd, *command).returncode == 0  # what was tampered with is assessed anew
-    mended = [row for row in result_in(cwd)["rows"] if row["arm"] == "short" and row["reused"] is None]
+    mended = [
+        row for row in result_in(cwd)["rows"] if row["arm"] == "short" and row["reused"] is None
+    ]
     assert [row["quality"]["task/capitals/acc"]["v"] for row in mended] == [
         assessed[0]["quality"]["task/capitals/acc"]["v"]
     ]
@@ -452,17 +539,34 @@ def test_the_same_again_is_reused_and_another_task_is_assessed_without_training(
     ("more", "said"),
     [
         (["quality.tasks=[gone.yaml]"], "refused: quality.tasks: gone.yaml does not exist"),
-        (["quality.tasks=[capitals.yaml]", "task=sequence_classification"], "not for sequence_classification"),
-        (["quality.tasks=[long.yaml]"], "takes up to 2304 tokens, written ones included, and the model reads 2048"),
+        (
+            ["quality.tasks=[capitals.yaml]", "task=sequence_classification"],
+            "not for sequence_classification",
+        ),
+        (
+            ["quality.tasks=[long.yaml]"],
+            "takes up to 2304 tokens, written ones included, and the model reads 2048",
+        ),
     ],
 )
-def test_a_run_is_refused_before_anything_is_written(more: list[str], said: str, tmp_path: Path) -> None:
+def test_a_run_is_refused_before_anything_is_written(
+    more: list[str], said: str, tmp_path: Path
+) -> None:
     write(tmp_path, CHOICES, questions())
-    write(tmp_path, WRITES, [{"text": "a b c", "answer": "x"}] * 2, task="long",
-          dataset_kwargs={"data_files": {"test": "long.jsonl"}},
-          generation_kwargs={"until": ["\n\n"], "max_gen_toks": 2299})  # fmt: skip
-    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps({'text': f'text {place}'})}\n" for place in range(90)))
-    done = here(tmp_path, "recipe=baseline", *TINY, "data.path=texts.jsonl", "tracking.mlflow=false", *more)
+    write(
+        tmp_path,
+        WRITES,
+        [{"text": "a b c", "answer": "x"}] * 2,
+        task="long",
+        dataset_kwargs={"data_files": {"test": "long.jsonl"}},
+        generation_kwargs={"until": ["\n\n"], "max_gen_toks": 2299},
+    )
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(f"{json.dumps({'text': f'text {place}'})}\n" for place in range(90))
+    )
+    done = here(
+        tmp_path, "recipe=baseline", *TINY, "data.path=texts.jsonl", "tracking.mlflow=false", *more
+    )
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

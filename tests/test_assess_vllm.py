@@ -1,4 +1,6 @@
-"""vLLM beside this project's own scoring. No vLLM is installed here: what stands in for it scores with transformers."""
+"""vLLM beside this project's own scoring. No vLLM is installed here: what stands in for it scores
+with transformers.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.0+cpu\n")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    )
     return folder
 
 
@@ -88,8 +92,15 @@ def artifact(tmp_path: Path) -> Path:
 
 def ask(folder: Path, clock: PhaseClock | None = None, **more: Any) -> Checked:
     documents = [Document(text=f"document {place} says {'more ' * place}") for place in range(12)]
-    return check_vllm(folder, documents=documents, task=Task.causal_lm, sequence_length=48,
-                      device=torch.device("cpu"), clock=clock or PhaseClock(), **more)  # fmt: skip
+    return check_vllm(
+        folder,
+        documents=documents,
+        task=Task.causal_lm,
+        sequence_length=48,
+        device=torch.device("cpu"),
+        clock=clock or PhaseClock(),
+        **more,
+    )
 
 
 def test_where_it_is_not_installed_the_check_says_so(artifact: Path) -> None:
@@ -102,15 +113,26 @@ def test_where_it_is_not_installed_the_check_says_so(artifact: Path) -> None:
 def test_its_mean_is_set_beside_our_own_on_the_same_tokens(artifact: Path, fake: Path) -> None:
     clock = PhaseClock()
     checked = ask(artifact, clock)
-    assert (checked.outcome, checked.agrees, checked.documents, checked.version) == ("ran", True, 8, "0.99.0+cpu")
+    assert (checked.outcome, checked.agrees, checked.documents, checked.version) == (
+        "ran",
+        True,
+        8,
+        "0.99.0+cpu",
+    )
     assert checked.vllm is not None
     assert checked.here is not None
     assert 0 < abs(checked.vllm - checked.here) < 0.01  # bf16, and not the same code
     model, ids = tiny(Task.causal_lm).eval().requires_grad_(False), []
-    for text in sorted((Document(text=f"document {at} says {'more ' * at}") for at in range(12)),
-                       key=lambda document: document.digest)[:8]:  # fmt: skip
-        ids.append(torch.tensor([[1, *byte_tokenizer()(text.text)["input_ids"], 2][:48]]))  # begins, ends
-    by_hand = [model(input_ids=row).logits[0, :-1].log_softmax(-1).gather(-1, row[0, 1:, None]) for row in ids]
+    for text in sorted(
+        (Document(text=f"document {at} says {'more ' * at}") for at in range(12)),
+        key=lambda document: document.digest,
+    )[:8]:
+        # begins, ends
+        ids.append(torch.tensor([[1, *byte_tokenizer()(text.text)["input_ids"], 2][:48]]))
+    by_hand = [
+        model(input_ids=row).logits[0, :-1].log_softmax(-1).gather(-1, row[0, 1:, None])
+        for row in ids
+    ]
     assert checked.tokens == sum(len(each) for each in by_hand)
     assert checked.here == pytest.approx(torch.cat(by_hand).mean().item(), abs=1e-4)
     assert checked.say().startswith("vLLM: ran (0.99.0+cpu: -")
@@ -168,7 +190,13 @@ def test_what_hangs_is_ended_with_all_that_it_started(
     ("version", "task", "device", "quantized", "said"),
     [
         (None, "causal_lm", "cuda", None, "vLLM is not installed"),
-        ("0.11.0", "sequence_classification", "cuda", None, "on language models, not on sequence_classification"),
+        (
+            "0.11.0",
+            "sequence_classification",
+            "cuda",
+            None,
+            "on language models, not on sequence_classification",
+        ),
         ("0.11.0", "causal_lm", "cpu", None, "vLLM 0.11.0 needs CUDA, and this run is on cpu"),
         ("0.11.0+cpu", "causal_lm", "cpu", "bitsandbytes", "vLLM takes bitsandbytes on CUDA alone"),
         ("0.11.0+cpu", "causal_lm", "cpu", None, None),
@@ -177,9 +205,14 @@ def test_what_hangs_is_ended_with_all_that_it_started(
     ],
 )
 def test_where_it_is_worth_trying(
-    version: str | None, task: str, device: str, quantized: str | None, said: str | None, artifact: Path,
+    version: str | None,
+    task: str,
+    device: str,
+    quantized: str | None,
+    said: str | None,
+    artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     config = json.loads((artifact / "config.json").read_text())
     if quantized is not None:
         config["quantization_config"] = {"quant_method": quantized, "load_in_8bit": True}
@@ -189,7 +222,9 @@ def test_where_it_is_worth_trying(
     assert (found is None) if said is None else said in str(found)
 
 
-def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     device: Any = SimpleNamespace(type="cuda", index=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     assert vllm_check._visible(device) == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
@@ -201,13 +236,15 @@ def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(monkeypatch: pyt
     assert vllm_check._room(torch.device("cpu")) == vllm_check._visible(torch.device("cpu")) == {}
 
 
-# -- in a run ----------------------------------------------------------------------------------------------------------
+# -- in a run -------------------------------------------------------------------------------------
 
 
 def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"text": f"document {place} of a small set, long enough to be one"} for place in range(120)]
+    rows = [
+        {"text": f"document {place} of a small set, long enough to be one"} for place in range(120)
+    ]
     (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     command = ["recipe=baseline", *TINY, "data.path=texts.jsonl", "tracking.mlflow=false"]
     assert here(tmp_path, *command).returncode == 0
@@ -218,7 +255,8 @@ def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     assert done.returncode == 0, done.stderr
     result, manifest = result_in(tmp_path), checked_in(tmp_path)
     line = (
-        f"baseline: vLLM: ran ({manifest['version']}: {manifest['vllm']:.4f} nats a token, {manifest['here']:.4f} here"
+        f"baseline: vLLM: ran ({manifest['version']}: {manifest['vllm']:.4f} nats a token,"
+        f" {manifest['here']:.4f} here"
     )
     assert line in done.stdout
     assert line in " ".join(result["environment"]["notes"])
@@ -231,11 +269,15 @@ def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     assert result_in(tmp_path)["run"]["device_hours"]["assess"]["v"] == 0
 
     monkeypatch.setenv("FAKE_VLLM", "disagree")
-    (fake / "vllm-0.99.0+cpu.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.1+cpu\n")
+    (fake / "vllm-0.99.0+cpu.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.1+cpu\n"
+    )
     for _ in range(2):  # made, and found again
         done = here(tmp_path, *every)
         assert done.returncode == 3, done.stderr
-        assert "vLLM disagrees: baseline: it reads another model from the same folder" in done.stderr
+        assert (
+            "vLLM disagrees: baseline: it reads another model from the same folder" in done.stderr
+        )
         assert "vLLM: ran (0.99.1+cpu: DISAGREES: " in done.stdout
         assert "DISAGREES" in (tmp_path / "mlruns/latest/report.md").read_text()
     assert checked_in(tmp_path)["agrees"] is False

@@ -1,4 +1,6 @@
-"""The worked example through the machinery that runs a recipe: stages that only let an injected clock pass."""
+"""The worked example through the machinery that runs a recipe: stages that only let an injected
+clock pass.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ WORSE: dict[str, float] = {}  # factor on the bits of an arm's test documents
 
 @dataclass
 class FakeStage:
-    """Takes its minutes; on attempts that do not end well, step n is saved after the n-th of `checkpoints`."""
+    """Takes its minutes; on attempts that do not end well, step n is saved after the n-th of
+    `checkpoints`.
+    """
 
     minutes: list[float]  # by attempt that reaches it
     needs: list[str] = field(default_factory=list)
@@ -96,17 +100,30 @@ class FakeStage:
         return self.needs
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
-        tries = int((ctx.checkpoints.parent / f"{ctx.stage}.tries").read_text()) if self._tried(ctx) else 0
+        tries = (
+            int((ctx.checkpoints.parent / f"{ctx.stage}.tries").read_text())
+            if self._tried(ctx)
+            else 0
+        )
         (ctx.checkpoints.parent / f"{ctx.stage}.tries").write_text(str(tries + 1))
         minutes, end = self.minutes[tries], (self.ends or ["ok"] * 9)[tries]
         step = self.resumes[tries] if self.resumes else 0
-        ctx.resumed(step, json.loads((ctx.checkpoints.parent / f"{ctx.stage}.{step}").read_text()) if step else [])
+        ctx.resumed(
+            step,
+            (
+                json.loads((ctx.checkpoints.parent / f"{ctx.stage}.{step}").read_text())
+                if step
+                else []
+            ),
+        )
         with ctx.clock.phase("forward"):
             past = 0.0
             for at in [at for at in self.checkpoints if end != "ok" and at < minutes]:
                 CLOCK.pass_minutes(at - past)
                 past, step = at, step + 1
-                (ctx.checkpoints.parent / f"{ctx.stage}.{step}").write_text(json.dumps(ctx.history(step)))
+                (ctx.checkpoints.parent / f"{ctx.stage}.{step}").write_text(
+                    json.dumps(ctx.history(step))
+                )
                 ctx.checkpointed(step)
             CLOCK.pass_minutes(minutes - past)
             ctx.points(step + 3, {})
@@ -119,7 +136,16 @@ class FakeStage:
         (ctx.out / "model.txt").write_text(ctx.stage)
         return Output(
             counts={"steps_lost": measured(0)},
-            curve=[{"step": 1, "tokens": 1, "metric": 2.0, "seconds": 0.0, "eval_seconds": 0.0, "constant": 0}],
+            curve=[
+                {
+                    "step": 1,
+                    "tokens": 1,
+                    "metric": 2.0,
+                    "seconds": 0.0,
+                    "eval_seconds": 0.0,
+                    "constant": 0,
+                }
+            ],
         )
 
     def _tried(self, ctx: Context) -> bool:
@@ -139,8 +165,13 @@ def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -
     with clock.phase("eval"):
         CLOCK.pass_minutes(2)
     worse = WORSE.get((folder / "model.txt").read_text(), 1.0)
-    arrays = {"digest": np.array(["a", "b"]), "bits": worse * np.array([2.0, 4.0]), "bytes": np.array([1, 2]),
-              "tokens": np.array([1, 2]), "correct": np.array([0, 1])}  # fmt: skip
+    arrays = {
+        "digest": np.array(["a", "b"]),
+        "bits": worse * np.array([2.0, 4.0]),
+        "bytes": np.array([1, 2]),
+        "tokens": np.array([1, 2]),
+        "correct": np.array([0, 1]),
+    }
     write_items(items, arrays)
     np.save(items.with_suffix(".predictions.npy"), np.zeros(2))
     return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
@@ -150,10 +181,15 @@ def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]], order_seed: int
     with attempt.clock.phase("generate"):
         CLOCK.pass_minutes(6)
     costs = {arm: 1.0 if arm == "teacher" else 0.6 for pair in pairs for arm in pair}
-    blocks = np.ones((4, 2)) * np.array([[1.0], [1.01], [1 / 1.01], [1.0]])  # no drift in the mean log-ratio
+    # no drift in the mean log-ratio
+    blocks = np.ones((4, 2)) * np.array([[1.0], [1.01], [1 / 1.01], [1.0]])
     return ServePass(
-        serving={arm: {"device_s_per_1k_units": measured(cost).to_json()} for arm, cost in costs.items()},
-        seconds={(arm, base): (costs[arm] * blocks, costs[base] * np.ones((4, 2))) for arm, base in pairs},
+        serving={
+            arm: {"device_s_per_1k_units": measured(cost).to_json()} for arm, cost in costs.items()
+        },
+        seconds={
+            (arm, base): (costs[arm] * blocks, costs[base] * np.ones((4, 2))) for arm, base in pairs
+        },
         how=dict.fromkeys(costs, "float32"),
     )
 
@@ -168,13 +204,24 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
     events = read_events(folder / "journal.jsonl")
     device = torch.device("cpu")
     attempt = Attempt(
-        run=run, run_id=run_id, number=number, folder=folder, store=Store(root / "store"),
-        journal=Journal(folder / "journal.jsonl", now_ns=CLOCK), clock=PhaseClock(CLOCK), device=device,
-        data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None), command="",
-        started_ns=CLOCK.ns, sampler=Sampler(no_gpu(), now_ns=CLOCK), lock=None,
+        run=run,
+        run_id=run_id,
+        number=number,
+        folder=folder,
+        store=Store(root / "store"),
+        journal=Journal(folder / "journal.jsonl", now_ns=CLOCK),
+        clock=PhaseClock(CLOCK),
+        device=device,
+        data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None),
+        command="",
+        started_ns=CLOCK.ns,
+        sampler=Sampler(no_gpu(), now_ns=CLOCK),
+        lock=None,
         devices=devices,
-    )  # fmt: skip
-    attempt.journal.write("run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number, devices=devices)
+    )
+    attempt.journal.write(
+        "run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number, devices=devices
+    )
     recover(attempt, events)
     return attempt
 
@@ -182,7 +229,8 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
-    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
+    # no model there
+    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)
     monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
     monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)  # likewise
     base = tmp_path / "base"
@@ -192,13 +240,23 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def the_run() -> Run:
-    pairs = [("control_compute", [Measure.quality, Measure.training]), ("teacher", [Measure.serving, Measure.payback])]
+    pairs = [
+        ("control_compute", [Measure.quality, Measure.training]),
+        ("teacher", [Measure.serving, Measure.payback]),
+    ]
     compare = [Comparison(arm="student", base=base, on=on) for base, on in pairs]
     return Run(recipe="distill", stages=stages(), compare=compare, primary_arm="student")
 
 
 def invoke(
-    root: Path, run_id: str, number: int, run: Run, *, start: float = 1, end: float = 1, devices: int = 1
+    root: Path,
+    run_id: str,
+    number: int,
+    run: Run,
+    *,
+    start: float = 1,
+    end: float = 1,
+    devices: int = 1,
 ) -> Attempt:
     attempt = open_fake(root, run_id, number, run, devices)
     CLOCK.pass_minutes(start)
@@ -213,7 +271,9 @@ def invoke(
 
 @contextmanager
 def deadly(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """Inside, a killed process writes nothing after its death; its last heartbeat is at that moment."""
+    """Inside, a killed process writes nothing after its death; its last heartbeat is at that
+    moment.
+    """
 
     def mute_after_death(journal: Journal, event: str, **fields: Any) -> None:
         if event == "window" and sys.exc_info()[0] is Killed:
@@ -230,7 +290,9 @@ def deadly(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 
 
 def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at that moment."""
+    """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at
+    that moment.
+    """
     with deadly(monkeypatch):
         invoke(root, "run-1", 1, the_run())
     CLOCK.pass_minutes(600)  # nobody was attached meanwhile
@@ -246,7 +308,10 @@ def of_run(attempt: Attempt) -> dict[str, float]:
     booked, overhead_ns = attempt.booking()
     assert sum(overhead_ns.values()) == booked.overhead_ns
     assert sum(attempt.compare_ns.values()) == booked.compare_ns
-    parts = {name: getattr(booked, f"{name}_ns") for name in ("work", "assess", "retry", "compare", "overhead")}
+    parts = {
+        name: getattr(booked, f"{name}_ns")
+        for name in ("work", "assess", "retry", "compare", "overhead")
+    }
     assert sum(parts.values()) == booked.attached_ns
     return {name: ns / MINUTE_NS for name, ns in parts.items()}
 
@@ -265,8 +330,12 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
 
 
-def test_the_start_up_of_a_killed_attempt_keeps_its_phases(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two minutes of preparing before the first stage, three after the teacher's; the kill comes in the student."""
+def test_the_start_up_of_a_killed_attempt_keeps_its_phases(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two minutes of preparing before the first stage, three after the teacher's; the kill comes in
+    the student.
+    """
     run = the_run()
     with deadly(monkeypatch):
         first = open_fake(root, "run-1", 1, run)
@@ -300,7 +369,9 @@ class Board(FakeNvml):
         return super().nvmlGpmSampleGet(device, gpmSample)
 
 
-def test_rows_have_the_joules_of_their_own_windows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_have_the_joules_of_their_own_windows(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of a killed attempt are gone with the process that read them, and said to be."""
     reader = lambda: open_reader(["GPU-1"], nvml=Board(), now_ns=CLOCK)
     monkeypatch.setattr(sys.modules[__name__], "no_gpu", reader)
@@ -308,12 +379,20 @@ def test_rows_have_the_joules_of_their_own_windows(root: Path, monkeypatch: pyte
     found = {(row["arm"], row["attempt"]): row["ledger"] for row in attempt.rows}
     joules = {key: record["energy_j"]["v"] for key, record in found.items()}
     assert joules.pop(("student", 1)) is None
-    minutes_of = {"teacher": 30 + 2, "student": 16 + 2, "control_compute": 12 + 2, "control_steps": 9 + 2}
+    minutes_of = {
+        "teacher": 30 + 2,
+        "student": 16 + 2,
+        "control_compute": 12 + 2,
+        "control_steps": 9 + 2,
+    }
     for (arm, _), value in joules.items():
         assert value == pytest.approx(200 * 60 * minutes_of[arm])
     killed = found["student", 1]
     assert killed["energy_j"]["why_null"] == "the process that read it is gone"
-    assert (killed["conditions"]["truncated"], found["student", 2]["conditions"]["truncated"]) == (True, False)
+    assert (killed["conditions"]["truncated"], found["student", 2]["conditions"]["truncated"]) == (
+        True,
+        False,
+    )
     assert found["student", 2]["conditions"]["sm_active"]["v"] == pytest.approx(0.4)
 
 
@@ -326,18 +405,25 @@ def test_wall_clock_jumps_change_nothing(root: Path, monkeypatch: pytest.MonkeyP
     assert json.dumps([row["ledger"] for row in attempt.rows]).count("1000000000.0") == 0
 
 
-def test_rows_are_the_windows_of_their_attempts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_the_windows_of_their_attempts(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = killed_then_done(root, monkeypatch)
     rows = {(row["arm"], row["attempt"]): row for row in attempt.rows}
     killed, done = rows["student", 1], rows["student", 2]
     hours = killed["ledger"]["device_hours"]
     assert killed["status"] == "KILLED"
-    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx([4, 0, 2])
+    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx(
+        [4, 0, 2]
+    )
     assert minutes(hours["wasted_by"]["rollback"]["v"]) == pytest.approx(2)
     assert killed["ledger"]["phases_ns"] == {"forward": 4 * MINUTE_NS}
     hours = done["ledger"]["device_hours"]
-    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx([16, 2, 0])
-    assert rows["teacher", 1]["status"] == "FINISHED"  # made by attempt 1 of this very run: not reused
+    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx(
+        [16, 2, 0]
+    )
+    # made by attempt 1 of this very run: not reused
+    assert rows["teacher", 1]["status"] == "FINISHED"
     assert rows["teacher", 1]["reused"] is None
     for part in ("work", "assess", "retry"):
         total = sum(row["ledger"]["device_hours"][part]["v"] for row in attempt.rows)
@@ -362,9 +448,14 @@ def test_another_assessment_trains_nothing_again(root: Path) -> None:
     second = invoke(root, "run-2", 1, run)
     assert of_run(second) == {"work": 0, "assess": 8, "retry": 0, "compare": 0, "overhead": 2}
     assert minutes(second.reused_h) == pytest.approx(71 + 6)
-    assert [(row["reused"], row["artifact"] is None) for row in second.rows] == 4 * [("run-1", True), (None, False)]
+    assert [(row["reused"], row["artifact"] is None) for row in second.rows] == 4 * [
+        ("run-1", True),
+        (None, False),
+    ]
     for part in ("work", "assess", "retry"):  # what this run spent stands on its own rows
-        own = sum(row["ledger"]["device_hours"][part]["v"] for row in second.rows if row["reused"] is None)
+        own = sum(
+            row["ledger"]["device_hours"][part]["v"] for row in second.rows if row["reused"] is None
+        )
         assert minutes(own) == pytest.approx(of_run(second)[part])
     assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     run.serving.load.batch += 1
@@ -392,13 +483,18 @@ def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:
         invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 7, "compare": 6, "overhead": 3}
-    assert [(row["arm"], row["status"]) for row in attempt.rows][:2] == [("student", "FAILED"), ("teacher", "FINISHED")]
+    assert [(row["arm"], row["status"]) for row in attempt.rows][:2] == [
+        ("student", "FAILED"),
+        ("teacher", "FINISHED"),
+    ]
     training = attempt.comparisons[0]["training"]
     assert minutes(training["c_arm"]["v"]) == pytest.approx(50)
     assert minutes(training["all_in_arm"]["v"]) == pytest.approx(57)
 
 
-def test_an_assessment_that_failed_leaves_the_work_standing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_assessment_that_failed_leaves_the_work_standing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def out_of_memory(*_: Any, **__: Any) -> None:
         CLOCK.pass_minutes(3)
         raise RuntimeError("out of memory")
@@ -419,8 +515,12 @@ def test_an_assessment_that_failed_leaves_the_work_standing(root: Path, monkeypa
 
 def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
     run = the_run()
-    run.stages = {"teacher": FakeStage([30, 30]), "student": FakeStage([20, 22], ["teacher"]),
-                  "control_compute": FakeStage([12, 12]), "control_steps": FakeStage([9, 9])}  # fmt: skip
+    run.stages = {
+        "teacher": FakeStage([30, 30]),
+        "student": FakeStage([20, 22], ["teacher"]),
+        "control_compute": FakeStage([12, 12]),
+        "control_steps": FakeStage([9, 9]),
+    }
     run.seeds = [3, 5]
     attempt = invoke(root, "run-1", 1, run)
     assert [row["seed"] for row in attempt.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
@@ -437,11 +537,17 @@ def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.Monkey
     attempt = killed_then_done(root, monkeypatch)
     again = open_fake(root, "run-1", 3, the_run())
     assert again.windows == attempt.windows
-    assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(again.rows)
+    assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(
+        again.rows
+    )
 
 
-def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed on 4 devices, done on 2: what 4 had made is not taken for what 2 would have, and nothing is lost."""
+def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed on 4 devices, done on 2: what 4 had made is not taken for what 2 would have, and
+    nothing is lost.
+    """
     run = the_run()
     run.stages["teacher"], run.stages["student"] = (
         FakeStage([30, 30]),
@@ -454,19 +560,24 @@ def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(root: Path, mon
     assert of_row(attempt, "student", 2)[:2] == ("FINISHED", [2 * 16, 2 * 2, 0])
     assert of_row(attempt, "teacher", 2)[:2] == ("FINISHED", [2 * 30, 2 * 2, 0])
     booked = of_run(attempt)
-    assert sum(booked.values()) == pytest.approx(4 * (1 + 30 + 2 + 6) + 2 * (1 + 32 + 18 + 14 + 11 + 6 + 1))
+    assert sum(booked.values()) == pytest.approx(
+        4 * (1 + 30 + 2 + 6) + 2 * (1 + 32 + 18 + 14 + 11 + 6 + 1)
+    )
     rows = sum(minutes(row["ledger"]["device_hours"]["attached"]["v"]) for row in attempt.rows)
     assert rows == pytest.approx(booked["work"] + booked["assess"] + booked["retry"])
 
 
-def test_an_arm_that_is_worse_on_test_saved_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_is_worse_on_test_saved_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Validation, a sample, called them equal; the test split does not."""
     run = the_run()
     run.stages["student"] = FakeStage([20], ["teacher"])
     monkeypatch.setitem(WORSE, "student", 1.02)
     training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
     assert (
-        training["why_null"] == "censored: student is worse than control_compute by 0.02 on the test split, margin 0.01"
+        training["why_null"]
+        == "censored: student is worse than control_compute by 0.02 on the test split, margin 0.01"
     )
     assert training["algorithmic"]["v"] is None
     assert training["bound"]["v"] == pytest.approx(1 - 50 / 12)
@@ -475,10 +586,16 @@ def test_an_arm_that_is_worse_on_test_saved_nothing(root: Path, monkeypatch: pyt
     assert within["v"] == pytest.approx(1 - 50 / 12)
 
 
-def test_a_damaged_checkpoint_rolls_back_what_it_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved after 4 and 9 minutes, killed after 11; the second one cannot be read, then the machine dies again."""
+def test_a_damaged_checkpoint_rolls_back_what_it_held(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after 4 and 9 minutes, killed after 11; the second one cannot be read, then the machine
+    dies again.
+    """
     run = the_run()
-    run.stages["student"] = FakeStage([11, 3, 16], ["teacher"], [4, 9], [0, 1, 1], ["killed", "failed", "ok"])
+    run.stages["student"] = FakeStage(
+        [11, 3, 16], ["teacher"], [4, 9], [0, 1, 1], ["killed", "failed", "ok"]
+    )
     with deadly(monkeypatch):
         first = invoke(root, "run-1", 1, run)
     assert of_row(open_fake(root, "run-1", 9, run), "student", 1) == ("KILLED", [9, 0, 2], 3)
@@ -489,7 +606,13 @@ def test_a_damaged_checkpoint_rolls_back_what_it_held(root: Path, monkeypatch: p
     assert of_row(third, "student", 2) == ("FAILED", [0, 0, 3], 3)
     assert of_row(third, "student", 3) == ("FINISHED", [16, 2, 0], 0)
     assert first.run_id == third.run_id
-    assert of_run(third) | {"overhead": 0} == {"work": 71, "assess": 8, "retry": 10, "compare": 6, "overhead": 0}
+    assert of_run(third) | {"overhead": 0} == {
+        "work": 71,
+        "assess": 8,
+        "retry": 10,
+        "compare": 6,
+        "overhead": 0,
+    }
     assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     again = open_fake(root, "run-1", 4, run)
     assert again.windows == third.windows
@@ -527,7 +650,9 @@ def test_what_is_reused_is_priced_at_todays_rate(root: Path) -> None:
     assert teacher["ledger"]["cost"]["amount"]["v"] == pytest.approx(3.0 * 32 / 60)
 
 
-def test_going_on_from_another_runs_checkpoint_is_charged_with_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_on_from_another_runs_checkpoint_is_charged_with_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = the_run()
     with deadly(monkeypatch):
         invoke(root, "run-1", 1, run)
@@ -536,13 +661,16 @@ def test_going_on_from_another_runs_checkpoint_is_charged_with_it(root: Path, mo
     assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     assert of_run(second) == {"work": 37, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
     assert minutes(second.reused_h) == pytest.approx(30 + 4)
-    rows = [(row["arm"], row["reused"], row["status"]) for row in second.rows if row["arm"] == "student"]
+    rows = [
+        (row["arm"], row["reused"], row["status"]) for row in second.rows if row["arm"] == "student"
+    ]
     assert rows == [("student", "run-1", "KILLED"), ("student", None, "FINISHED")]
     third = invoke(root, "run-3", 1, run)
     assert minutes(third.reused_h) == pytest.approx(30 + 4 + 37 + 8 + 6)
     assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     run.quality.bootstrap -= 1
-    first = invoke(root, "run-1", 2, run)  # finds its student made by run-2, from its own checkpoint
+    # finds its student made by run-2, from its own checkpoint
+    first = invoke(root, "run-1", 2, run)
     assert minutes(first.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
     assert minutes(first.reused_h) == pytest.approx(37 + 6)
     assert of_run(first)["work"] == 34
@@ -565,7 +693,9 @@ def test_a_store_that_was_moved_is_reused_whole(root: Path) -> None:
     assert of_run(second) == {"work": 0, "assess": 0, "retry": 0, "compare": 0, "overhead": 2}
     finished = second.rows[0]
     places = [finished["artifact"]["path"], finished["quality"]["bits_per_byte"]["items"]]
-    assert all(Path(place).is_relative_to(root / "there") and Path(place).exists() for place in places)
+    assert all(
+        Path(place).is_relative_to(root / "there") and Path(place).exists() for place in places
+    )
 
 
 def test_what_is_assessed_again_in_a_later_attempt_was_still_paid_for(
@@ -625,12 +755,20 @@ def test_a_run_that_ends_while_its_lock_is_waited_for_is_not_gone_on_with(
 
 
 @pytest.mark.parametrize("change", [{"layers": 2}, {"layers": [1, 3]}, {"source": "teacher"}])
-def test_another_spelling_of_the_same_student_has_the_same_key(tmp_path: Path, change: dict[str, Any]) -> None:
-    assert student_keys(tmp_path, StudentConfig(**change)) == student_keys(tmp_path, StudentConfig())
+def test_another_spelling_of_the_same_student_has_the_same_key(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    assert student_keys(tmp_path, StudentConfig(**change)) == student_keys(
+        tmp_path, StudentConfig()
+    )
 
 
-@pytest.mark.parametrize("change", [{"layers": 1}, {"layers": [0, 1]}, {"config": {"num_hidden_layers": 2}}])
-def test_another_student_retrains_what_starts_from_it_and_no_teacher(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"layers": 1}, {"layers": [0, 1]}, {"config": {"num_hidden_layers": 2}}]
+)
+def test_another_student_retrains_what_starts_from_it_and_no_teacher(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     teacher, student = student_keys(tmp_path, StudentConfig())
     same, other = student_keys(tmp_path, StudentConfig(**change))
     assert (same, other != student) == (teacher, True)
@@ -649,13 +787,15 @@ def student_keys(root: Path, student: StudentConfig) -> tuple[str, str]:
     if not source.is_dir():
         saved(tiny(Task.causal_lm, shape=dataclasses.replace(SHAPE, layers=4)), source)
     placed = {"teacher": TrainStage(), "student": DistillStage()}
-    attempt = open_fake(root, "run", 1, Run(recipe="distill", stages=placed, primary_arm="student", student=student))
+    attempt = open_fake(
+        root, "run", 1, Run(recipe="distill", stages=placed, primary_arm="student", student=student)
+    )
     made = Artifact(source, "model", "b" * 32, 1)
     teacher = attempt.stage_key("teacher", placed["teacher"], {"base": made}, 0)
     return teacher, attempt.stage_key("student", placed["student"], {"teacher": made}, 0)
 
 
-# -- what all arms share ---------------------------------------------------------------------------------------------
+# -- what all arms share --------------------------------------------------------------------------
 
 
 def test_libraries_of_formats_and_optimizers_are_imported_before_the_first_arm_is_at_work(
@@ -672,12 +812,15 @@ def test_libraries_of_formats_and_optimizers_are_imported_before_the_first_arm_i
     Attempt._warm_libraries(attempt, QuantizeStage(format=Format.nf4), None)
     Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig())
     assert (imported, "library_of_moments" in sys.modules) == ([Format.nf4], False)
-    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao))
+    Attempt._warm_libraries(
+        attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao)
+    )
     assert "library_of_moments" in sys.modules
     assert set(clock.mark()[1]) - {"other"} == {"import"}
 
 
 def test_a_failure_without_words_is_not_called_an_interruption() -> None:
     assert [rows._unsaid(error) for error in (NotImplementedError(), KeyboardInterrupt())] == [
-        "NotImplementedError", "interrupted",
-    ]  # fmt: skip
+        "NotImplementedError",
+        "interrupted",
+    ]

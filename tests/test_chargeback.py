@@ -1,4 +1,6 @@
-"""Who spent what, from real MLflow stores that journals were delivered to; every sum worked by hand."""
+"""Who spent what, from real MLflow stores that journals were delivered to; every sum worked by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +38,42 @@ DAY = 86400.0
 NOON = NOV + DAY / 2
 PERIOD = ("--from", "2026-11-01", "--to", "2026-12-01")
 SMALLEST = [
-    *("training.steps=1", "training.batch_size=4", "training.sequence_length=32", "data.max_documents=20"),
-    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64", "model.shape.layers=1"),
+    *(
+        "training.steps=1",
+        "training.batch_size=4",
+        "training.sequence_length=32",
+        "data.max_documents=20",
+    ),
+    *(
+        "model.shape.hidden_size=64",
+        "model.shape.heads=1",
+        "model.shape.intermediate_size=64",
+        "model.shape.layers=1",
+    ),
     *("quality.max_documents=4", "quality.bootstrap=200", "serving.blocks=2", "serving.load.new=1"),
     *("serving.batches=[1]", "hardware.num_threads=1", "tracking.mlflow=false"),
 ]
 
 
-def a_row(arm: str = "student", *, owner: dict[str, str] | None = None, rate: float | None = None,
-          currency: str = "EUR", device: str = "NVIDIA H200", gpu: bool = True,
-          **changes: Any) -> dict[str, Any]:  # fmt: skip
-    """Return a row of 22 minutes (the student's) that says whose it is, where it ran and what it cost."""
+def a_row(
+    arm: str = "student",
+    *,
+    owner: dict[str, str] | None = None,
+    rate: float | None = None,
+    currency: str = "EUR",
+    device: str = "NVIDIA H200",
+    gpu: bool = True,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Return a row of 22 minutes (the student's) that says whose it is, where it ran and what it
+    cost.
+    """
     row = make_row(arm, gpu=gpu, **changes)
     record = row["ledger"]
-    record["identity"], record["placement"] = owner or {"team": "vision"}, {"device_names": [device]}
+    record["identity"], record["placement"] = (
+        owner or {"team": "vision"},
+        {"device_names": [device]},
+    )
     if rate is not None and record["device_hours"]["attached"]["v"] is not None:
         amount = rate * record["device_hours"]["attached"]["v"]
         record["cost"] = {"amount": value(amount, "estimated"), "currency": currency}
@@ -57,29 +81,69 @@ def a_row(arm: str = "student", *, owner: dict[str, str] | None = None, rate: fl
 
 
 def write_run(
-    root: Path, run_id: str, rows: list[dict[str, Any]], *, at: float = NOON, team: str | None = "vision",
-    model: str = "m1", rate: float | None = None, currency: str = "EUR", ended: bool = True, status: str = "FINISHED",
-    device: str = "NVIDIA H200", alive_h: float = 2.0, devices: int = 1, converged_at: float | None = None,
-    alive: bool = False, tags: dict[str, str] | None = None, minutes: tuple[float, float] = (6, 3),
-) -> Path:  # fmt: skip
-    """Write and deliver a run: a row a minute up to `at`, where it ends; else its last sign of life is then."""
+    root: Path,
+    run_id: str,
+    rows: list[dict[str, Any]],
+    *,
+    at: float = NOON,
+    team: str | None = "vision",
+    model: str = "m1",
+    rate: float | None = None,
+    currency: str = "EUR",
+    ended: bool = True,
+    status: str = "FINISHED",
+    device: str = "NVIDIA H200",
+    alive_h: float = 2.0,
+    devices: int = 1,
+    converged_at: float | None = None,
+    alive: bool = False,
+    tags: dict[str, str] | None = None,
+    minutes: tuple[float, float] = (6, 3),
+) -> Path:
+    """Write and deliver a run: a row a minute up to `at`, where it ends; else its last sign of life
+    is then.
+    """
     folder = root / "runs" / run_id
     folder.mkdir(parents=True)
     journal = Journal(folder / "journal.jsonl")
     began = at - 60.0 * (len(rows) + 1)
     journal.write(
-        "run_start", run_id=run_id, started_ns=0, attempt=1, devices=devices, recipe="distill", question="?",
-        experiment="distill", tracking_uri=None, tags={**({"team": team} if team else {}), **(tags or {})},
-        environment={"device": device}, datasets=[], t=began, mono_ns=0,
-        params={"model.name": model, "cost.per_device_hour": rate, "cost.currency": None if rate is None else currency,
-                "cost.converged_at": converged_at},
-    )  # fmt: skip
+        "run_start",
+        run_id=run_id,
+        started_ns=0,
+        attempt=1,
+        devices=devices,
+        recipe="distill",
+        question="?",
+        experiment="distill",
+        tracking_uri=None,
+        tags={**({"team": team} if team else {}), **(tags or {})},
+        environment={"device": device},
+        datasets=[],
+        t=began,
+        mono_ns=0,
+        params={
+            "model.name": model,
+            "cost.per_device_hour": rate,
+            "cost.currency": None if rate is None else currency,
+            "cost.converged_at": converged_at,
+        },
+    )
     for index, row in enumerate(rows, 1):
         journal.write("row", row=row, t=began + 60.0 * index, mono_ns=index)
     if ended:
         run = make_run(rows, compare_min=minutes[0], overhead_min=minutes[1])
-        journal.write("run_end", status=status, why=None, primary_arm="student", run=run, description="", files=[],
-                      t=at, mono_ns=len(rows) + 1)  # fmt: skip
+        journal.write(
+            "run_end",
+            status=status,
+            why=None,
+            primary_arm="student",
+            run=run,
+            description="",
+            files=[],
+            t=at,
+            mono_ns=len(rows) + 1,
+        )
     else:
         journal.write("heartbeat", t=at, mono_ns=round(alive_h * 3600e9))
     journal.close()
@@ -100,24 +164,36 @@ def hours(rows: list[dict[str, str]], group: str, column: str = "device_hours") 
     return math.fsum(float(row[column]) for row in rows if row["group"] == group)
 
 
-# -- what is counted ---------------------------------------------------------------------------------------------------
+# -- what is counted ------------------------------------------------------------------------------
 
 
 def test_the_lines_of_a_run_add_up_to_all_it_was_attached(root: Path) -> None:
-    """Student 22 min and teacher 32 min, comparison 6, overhead 3: 63 min, as result.json and MLflow's parent say."""
+    """Student 22 min and teacher 32 min, comparison 6, overhead 3: 63 min, as result.json and
+    MLflow's parent say.
+    """
     rows = [a_row("teacher"), a_row("student")]
     write_run(root, "run-1", rows)
     assert make_run(rows)["device_hours"]["total"]["v"] == pytest.approx(63 / 60)
     (stored,) = stored_runs_facts(stored_runs(f"sqlite:///{root / 'mlflow.db'}", 0, round(2e12))[0])
     assert {charge.what: round(charge.device_h * 60, 6) for charge in charges(stored)} == {
-        "teacher": 32, "student": 22, "overhead": 3, "compare": 6,
-    }  # fmt: skip
-    parent = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_runs(["1"], "tags.`pipeline.run` = 'run-1'")[0]
+        "teacher": 32,
+        "student": 22,
+        "overhead": 3,
+        "compare": 6,
+    }
+    parent = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_runs(
+        ["1"], "tags.`pipeline.run` = 'run-1'"
+    )[0]
     total = parent.data.metrics["compute/run_device_hours"]
     assert math.fsum(charge.device_h for charge in charges(stored)) == total
-    (group, whole) = report(root)
+    group, whole = report(root)
     assert [group["kind"], whole["kind"]] == ["group", "total"]
-    assert (group["group"], group["device"], group["currency"], group["runs"]) == ("vision", "NVIDIA H200", "", "1")
+    assert (group["group"], group["device"], group["currency"], group["runs"]) == (
+        "vision",
+        "NVIDIA H200",
+        "",
+        "1",
+    )
     assert float(group["device_hours"]) == float(whole["device_hours"]) == total
     assert float(group["gpu_hours"]) == pytest.approx(63 / 60)
     # 5% of the stages' 54 min, and the overhead, which is all import
@@ -139,27 +215,60 @@ def test_what_mlflow_has_not_had_is_said(root: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_comparison_pass_that_was_taken_over_is_reused_too() -> None:
-    stage = Charge(run="r", what="student", owner={}, device="H200", ended_s=1.0, device_h=0.0, reused_h=2.0)
-    facts = RunFacts(run="r", owner={}, device="H200", ended_s=2.0, total_h=0.5, stages=(stage,),
-                     outside_h={"overhead": 0.5}, rate=3.0, currency="EUR", reused_h=2.25)  # fmt: skip
-    found = {charge.what: (charge.device_h, charge.reused_h, charge.reused_amount) for charge in charges(facts)}
-    assert found == {"student": (0.0, 2.0, None), "overhead": (0.5, 0.0, None), "reused comparison": (0.0, 0.25, 0.75)}
+    stage = Charge(
+        run="r", what="student", owner={}, device="H200", ended_s=1.0, device_h=0.0, reused_h=2.0
+    )
+    facts = RunFacts(
+        run="r",
+        owner={},
+        device="H200",
+        ended_s=2.0,
+        total_h=0.5,
+        stages=(stage,),
+        outside_h={"overhead": 0.5},
+        rate=3.0,
+        currency="EUR",
+        reused_h=2.25,
+    )
+    found = {
+        charge.what: (charge.device_h, charge.reused_h, charge.reused_amount)
+        for charge in charges(facts)
+    }
+    assert found == {
+        "student": (0.0, 2.0, None),
+        "overhead": (0.5, 0.0, None),
+        "reused comparison": (0.0, 0.25, 0.75),
+    }
 
 
 def test_a_reused_stage_is_not_counted_twice(root: Path) -> None:
     write_run(root, "run-1", [a_row(rate=3.0)], rate=3.0)
-    write_run(root, "run-2", [a_row(rate=3.0, reused="run-1")], rate=3.0, team="speech", minutes=(0, 3), at=NOON + DAY)
+    write_run(
+        root,
+        "run-2",
+        [a_row(rate=3.0, reused="run-1")],
+        rate=3.0,
+        team="speech",
+        minutes=(0, 3),
+        at=NOON + DAY,
+    )
     found = report(root)
     assert hours(found, "vision") == pytest.approx((22 + 9) / 60)
     assert hours(found, "speech") == pytest.approx(3 / 60)
     assert hours(found, "speech", "reused_device_hours") == pytest.approx(22 / 60)
     assert hours(found, "speech", "amount") == pytest.approx(3.0 * 3 / 60)
     assert hours(found, TOTAL, "amount") == pytest.approx(3.0 * (22 + 9 + 3) / 60)
-    children = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_runs(["1"], "tags.reused = 'run-1'")
+    children = MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_runs(
+        ["1"], "tags.reused = 'run-1'"
+    )
     metrics = children[0].data.metrics
-    assert (metrics["compute/spent_device_hours"], metrics["compute/device_hours"]) == (0.0, pytest.approx(22 / 60))
+    assert (metrics["compute/spent_device_hours"], metrics["compute/device_hours"]) == (
+        0.0,
+        pytest.approx(22 / 60),
+    )
     assert metrics["compute/reused_device_hours"] == pytest.approx(22 / 60)
-    assert children[0].data.tags["team"] == "speech"  # whose run it is; the hours' owner is the original's
+    # whose run it is; the hours' owner is the original's
+    assert children[0].data.tags["team"] == "speech"
 
 
 def test_failed_and_killed_attempts_are_charged(root: Path) -> None:
@@ -174,7 +283,7 @@ def test_failed_and_killed_attempts_are_charged(root: Path) -> None:
         rows.append(row)
     rows.append(make_unfinished("control_steps", "SKIPPED", "no such device"))
     write_run(root, "run-1", rows, status="FAILED", minutes=(0, 3))
-    (group, _) = report(root)
+    group, _ = report(root)
     assert float(group["device_hours"]) == pytest.approx(33 / 60)
     assert float(group["wasted_device_hours"]) == pytest.approx(33 / 60)
     assert float(group["waste_share"]) == pytest.approx(1.0)
@@ -182,9 +291,11 @@ def test_failed_and_killed_attempts_are_charged(root: Path) -> None:
 
 @pytest.mark.parametrize("alive", [False, True])
 def test_a_run_without_an_end_counts_up_to_its_last_sign_of_life(root: Path, alive: bool) -> None:
-    """Two devices for 2 hours; a stage of 22 device-minutes had ended; nobody knows what the rest was."""
+    """Two devices for 2 hours; a stage of 22 device-minutes had ended; nobody knows what the rest
+    was.
+    """
     write_run(root, "run-1", [a_row()], ended=False, devices=2, alive=alive)
-    (group, _) = report(root)
+    group, _ = report(root)
     assert float(group["device_hours"]) == pytest.approx(4.0)
     assert float(group["gpu_hours"]) == pytest.approx(4.0)
     assert float(group["waste_unknown_device_hours"]) == pytest.approx(4.0 - 22 / 60)
@@ -199,8 +310,17 @@ def test_a_run_that_was_killed_and_goes_on_is_counted_by_its_end(root: Path) -> 
     again = {name: item for name, item in start.items() if name != "e"}
     journal.write("run_start", **{**again, "attempt": 2, "t": NOON + HOUR, "mono_ns": 0})
     run = make_run([a_row()], overhead_min=60)
-    journal.write("run_end", status="FINISHED", why=None, primary_arm="student", run=run, description="", files=[],
-                  t=NOON + 2 * HOUR, mono_ns=5)  # fmt: skip
+    journal.write(
+        "run_end",
+        status="FINISHED",
+        why=None,
+        primary_arm="student",
+        run=run,
+        description="",
+        files=[],
+        t=NOON + 2 * HOUR,
+        mono_ns=5,
+    )
     deliver(folder)
     assert hours(report(root), "vision") == pytest.approx((22 + 6 + 60) / 60)
 
@@ -219,7 +339,9 @@ def test_a_living_run_is_noted_once_a_minute_and_with_every_row(root: Path) -> N
 
 
 def test_a_meter_that_was_killed_is_charged_on_the_devices_it_saw(root: Path) -> None:
-    """It has no row yet: device model and count are what it noted down when the command appeared on them."""
+    """It has no row yet: device model and count are what it noted down when the command appeared on
+    them.
+    """
     folder = write_run(root, "killed", [], ended=False, device="", alive=True)
     journal = Journal(folder / "journal.jsonl")
     used = {"kind": "cuda", "name": "NVIDIA H200", "ids": ["GPU-1", "GPU-2"]}
@@ -230,7 +352,9 @@ def test_a_meter_that_was_killed_is_charged_on_the_devices_it_saw(root: Path) ->
     assert (group["device"], float(group["device_hours"])) == ("NVIDIA H200", pytest.approx(4))
 
 
-def test_runs_inside_a_metered_run_are_its_own_seconds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_inside_a_metered_run_are_its_own_seconds(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_run(root, "outer", [a_row()], minutes=(0, 3))
     write_run(root, "inner", [a_row()], tags={"nested_in": "outer"})
     write_run(root, "lone", [a_row()], tags={"nested_in": "of another store"}, minutes=(0, 0))
@@ -242,17 +366,23 @@ def silent_row(**more: Any) -> dict[str, Any]:
     """Return the row of a metered program that reports no phases."""
     row = a_row("baseline", **more)
     unknown = null("the program reports no phases")
-    row["ledger"]["device_hours"] |= dict.fromkeys(("productive", "support", "wasted"), unknown) | {"wasted_by": {}}
+    row["ledger"]["device_hours"] |= dict.fromkeys(("productive", "support", "wasted"), unknown) | {
+        "wasted_by": {}
+    }
     return row
 
 
-def test_what_tells_no_waste_has_none_rather_than_zero(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_tells_no_waste_has_none_rather_than_zero(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The meter's own seconds, which do tell, do not speak for the program's."""
     write_run(root, "silent", [silent_row()], minutes=(0, 3))
-    (group, total) = report(root)
+    group, total = report(root)
     for line in (group, total):
         assert (line["wasted_device_hours"], line["waste_share"]) == ("", "")
-        assert float(line["waste_unknown_device_hours"]) == pytest.approx(float(line["device_hours"]))
+        assert float(line["waste_unknown_device_hours"]) == pytest.approx(
+            float(line["device_hours"])
+        )
     assert "do not tell waste" in capsys.readouterr().out
 
 
@@ -262,30 +392,66 @@ def test_a_metered_program_s_waste_is_what_the_runs_inside_it_tell(root: Path) -
     write_run(root, "inner", [inner], tags={"nested_in": "outer"}, minutes=(0, 0))
     inner_h, outer_h = (row["ledger"]["device_hours"]["attached"]["v"] for row in (inner, outer))
     wasted_h = inner["ledger"]["device_hours"]["wasted"]["v"]
-    (group, _) = report(root)
+    group, _ = report(root)
     assert float(group["wasted_device_hours"]) == pytest.approx(wasted_h)
     assert float(group["waste_unknown_device_hours"]) == pytest.approx(outer_h - inner_h)
     assert float(group["waste_share"]) == pytest.approx(wasted_h / inner_h)
 
 
-def test_a_recipe_under_a_meter_is_charged_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_under_a_meter_is_charged_once(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both are real: a metered command that is a recipe, in one store."""
     folders = lambda: {path.name for path in (root / "runs").iterdir()}
     python = [sys.executable, "-m"]
-    command = [*python, "pipeline", "meter", "--root", str(root), "--no-mlflow", "--team", "vision", "--", *python,
-               "pipeline", "recipe=baseline", f"tracking.root={root}", "tracking.team=vision", *SMALLEST]  # fmt: skip
+    command = [
+        *python,
+        "pipeline",
+        "meter",
+        "--root",
+        str(root),
+        "--no-mlflow",
+        "--team",
+        "vision",
+        "--",
+        *python,
+        "pipeline",
+        "recipe=baseline",
+        f"tracking.root={root}",
+        "tracking.team=vision",
+        *SMALLEST,
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (outer,), (inner,) = ([name for name in folders() if word in name] for word in ("-meter-", "-baseline-"))
+    (outer,), (inner,) = (
+        [name for name in folders() if word in name] for word in ("-meter-", "-baseline-")
+    )
     assert read_events(root / "runs" / inner / "journal.jsonl")[0]["tags"]["nested_in"] == outer
     for name in (outer, inner):
         deliver(root / "runs" / name)
-    runs = {name: json.loads((root / "runs" / name / "result.json").read_text())["run"] for name in (outer, inner)}
+    runs = {
+        name: json.loads((root / "runs" / name / "result.json").read_text())["run"]
+        for name in (outer, inner)
+    }
     totals = {name: run["device_hours"]["total"]["v"] for name, run in runs.items()}
     assert 0 < totals[inner] < totals[outer]
     now = time.time()
     days = [str(datetime.fromtimestamp(now + shift * DAY, UTC).date()) for shift in (0, 1)]
-    assert main(["--from", days[0], "--to", days[1], "--root", str(root), "--csv", str(root / "out.csv")]) == 0
+    assert (
+        main(
+            [
+                "--from",
+                days[0],
+                "--to",
+                days[1],
+                "--root",
+                str(root),
+                "--csv",
+                str(root / "out.csv"),
+            ]
+        )
+        == 0
+    )
     with (root / "out.csv").open(encoding="utf-8", newline="") as opened:
         assert hours(list(csv.DictReader(opened)), "vision") == pytest.approx(totals[outer])
     assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
@@ -298,11 +464,22 @@ def test_what_was_deleted_in_the_ui_is_spent_all_the_same_and_once(root: Path) -
         client.delete_run(run.info.run_id)
     assert hours(report(root), "vision") == pytest.approx(31 / 60)
     journal = Journal(folder / "journal.jsonl")  # goes on, and so is delivered anew
-    start = {name: item for name, item in read_events(folder / "journal.jsonl")[0].items() if name != "e"}
+    start = {
+        name: item for name, item in read_events(folder / "journal.jsonl")[0].items() if name != "e"
+    }
     journal.write("run_start", **{**start, "attempt": 2})
     run = make_run([a_row()], overhead_min=60)
-    journal.write("run_end", status="FINISHED", why=None, primary_arm="student", run=run, description="", files=[],
-                  t=NOON, mono_ns=5)  # fmt: skip
+    journal.write(
+        "run_end",
+        status="FINISHED",
+        why=None,
+        primary_arm="student",
+        run=run,
+        description="",
+        files=[],
+        t=NOON,
+        mono_ns=5,
+    )
     deliver(folder)
     assert len(client.search_runs(["1"])) == 2
     assert hours(report(root), "vision") == pytest.approx(88 / 60)
@@ -310,9 +487,16 @@ def test_what_was_deleted_in_the_ui_is_spent_all_the_same_and_once(root: Path) -
 
 HOURS = st.floats(0, 100)
 STAGE = st.builds(
-    Charge, run=st.just("r"), what=st.just("s"), owner=st.just({}), device=st.just("H200"), ended_s=st.just(0.0),
-    device_h=HOURS, gpu_h=st.one_of(st.none(), HOURS), allocated_gpu_h=st.one_of(st.none(), HOURS),
-)  # fmt: skip
+    Charge,
+    run=st.just("r"),
+    what=st.just("s"),
+    owner=st.just({}),
+    device=st.just("H200"),
+    ended_s=st.just(0.0),
+    device_h=HOURS,
+    gpu_h=st.one_of(st.none(), HOURS),
+    allocated_gpu_h=st.one_of(st.none(), HOURS),
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -321,14 +505,25 @@ STAGE = st.builds(
     HOURS,
     st.one_of(st.just({}), st.fixed_dictionaries({"overhead": HOURS, "compare": HOURS})),
 )
-def test_charges_add_up_to_the_run_whatever_its_parts_say(stages: list[Charge], rest_h: float, outside: Any) -> None:
+def test_charges_add_up_to_the_run_whatever_its_parts_say(
+    stages: list[Charge], rest_h: float, outside: Any
+) -> None:
     total_h = math.fsum([*(stage.device_h for stage in stages), rest_h])
-    run = RunFacts(run="r", owner={}, device=None, ended_s=0.0, total_h=total_h, stages=tuple(stages),
-                   outside_h=outside)  # fmt: skip
+    run = RunFacts(
+        run="r",
+        owner={},
+        device=None,
+        ended_s=0.0,
+        total_h=total_h,
+        stages=tuple(stages),
+        outside_h=outside,
+    )
     assert math.fsum(charge.device_h for charge in charges(run)) == pytest.approx(total_h)
 
 
-def test_runs_of_other_programs_are_left_out_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_other_programs_are_left_out_and_said(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     run = client.create_run("0", start_time=round(NOON * 1000))
     client.set_terminated(run.info.run_id, end_time=round(NOON * 1000) + 5)
@@ -347,12 +542,13 @@ def test_a_large_store_is_read_page_by_page(root: Path, monkeypatch: pytest.Monk
     assert hours(before, "vision") == pytest.approx(3 * 54 / 60)
 
 
-# -- periods -----------------------------------------------------------------------------------------------------------
+# -- periods --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
 @pytest.mark.parametrize(
-    ("at", "counted"), [(NOV - 0.001, 0), (NOV, 1), (NOV + 30 * DAY - 0.001, 1), (NOV + 30 * DAY, 0)]
+    ("at", "counted"),
+    [(NOV - 0.001, 0), (NOV, 1), (NOV + 30 * DAY - 0.001, 1), (NOV + 30 * DAY, 0)],
 )
 def test_days_are_utc_and_the_last_one_is_not_in_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, zone: str, at: float, counted: int
@@ -369,7 +565,9 @@ def test_days_are_utc_and_the_last_one_is_not_in_it(
 
 
 def test_a_run_over_the_edge_is_charged_where_each_part_ended(root: Path) -> None:
-    """The teacher's row is at 23:59 in October; the student's and the rest are November's. No hour gets lost."""
+    """The teacher's row is at 23:59 in October; the student's and the rest are November's. No hour
+    gets lost.
+    """
     write_run(root, "run-1", [a_row("teacher"), a_row()], at=NOV + 60.0)
     file = root / "out.csv"
     october = main(["--from=2026-10-01", "--to=2026-11-01", f"--root={root}", f"--csv={file}"])
@@ -380,22 +578,39 @@ def test_a_run_over_the_edge_is_charged_where_each_part_ended(root: Path) -> Non
     assert hours(report(root), "vision") == pytest.approx((22 + 9) / 60)
 
 
-# -- groups, money, capacity -------------------------------------------------------------------------------------------
+# -- groups, money, capacity ----------------------------------------------------------------------
 
 
 def test_currencies_and_device_models_are_never_added(root: Path) -> None:
     write_run(root, "a", [a_row(rate=3.0)], rate=3.0, minutes=(0, 0))
-    write_run(root, "b", [a_row(rate=2.0, currency="USD")], rate=2.0, currency="USD", minutes=(0, 0))
+    write_run(
+        root, "b", [a_row(rate=2.0, currency="USD")], rate=2.0, currency="USD", minutes=(0, 0)
+    )
     write_run(root, "c", [a_row(device="NVIDIA A100")], device="NVIDIA A100", minutes=(0, 0))
-    write_run(root, "d", [a_row(rate=3.0, owner={"cost_center": "4711"})], team=None, rate=3.0, minutes=(0, 0))
+    write_run(
+        root,
+        "d",
+        [a_row(rate=3.0, owner={"cost_center": "4711"})],
+        team=None,
+        rate=3.0,
+        minutes=(0, 0),
+    )
     found = report(root)
-    told = {(row["group"], row["device"], row["currency"]): row["amount"] and round(float(row["amount"]), 3)
-            for row in found}  # fmt: skip
+    told = {
+        (row["group"], row["device"], row["currency"]): (
+            row["amount"] and round(float(row["amount"]), 3)
+        )
+        for row in found
+    }
     assert told == {
-        ("(no team)", "NVIDIA H200", "EUR"): 1.1, ("vision", "NVIDIA A100", ""): "",
-        ("vision", "NVIDIA H200", "EUR"): 1.1, ("vision", "NVIDIA H200", "USD"): 0.733,
-        (TOTAL, "NVIDIA A100", ""): "", (TOTAL, "NVIDIA H200", "EUR"): 2.2, (TOTAL, "NVIDIA H200", "USD"): 0.733,
-    }  # fmt: skip
+        ("(no team)", "NVIDIA H200", "EUR"): 1.1,
+        ("vision", "NVIDIA A100", ""): "",
+        ("vision", "NVIDIA H200", "EUR"): 1.1,
+        ("vision", "NVIDIA H200", "USD"): 0.733,
+        (TOTAL, "NVIDIA A100", ""): "",
+        (TOTAL, "NVIDIA H200", "EUR"): 2.2,
+        (TOTAL, "NVIDIA H200", "USD"): 0.733,
+    }
     assert len(found) == 7
     by_center = report(root, "--by", "cost_center")
     assert {row["group"] for row in by_center} == {"4711", "(no cost_center)", "total"}
@@ -408,7 +623,7 @@ def test_overhead_is_held_and_paid_as_its_stages_were(root: Path) -> None:
     row["ledger"]["cost"] = {"amount": value(2.5 * 4 * 22 / 60, "declared"), "currency": "EUR"}
     row["ledger"]["energy_j"] = value(7.2e6)
     write_run(root, "run-1", [row], rate=2.5, minutes=(0, 3))
-    (group, _) = report(root)
+    group, _ = report(root)
     assert float(group["allocated_gpu_hours"]) == pytest.approx(4 * 25 / 60)
     assert float(group["amount"]) == pytest.approx(2.5 * 4 * 25 / 60)
     assert float(group["energy_kwh"]) == 2.0
@@ -421,13 +636,21 @@ def test_idle_capacity_is_a_line_of_its_own(root: Path, capsys: pytest.CaptureFi
     assert found[-1]["group"] == "idle capacity"
     assert float(found[-1]["device_hours"]) == pytest.approx(2 * 30 * 24 - 10)
     assert hours(found, TOTAL) == pytest.approx(10)  # idle is in no total
-    assert hours(report(root, "--capacity", "2", now=NOV + DAY), "idle capacity") == pytest.approx(2 * 24 - 10)
+    assert hours(report(root, "--capacity", "2", now=NOV + DAY), "idle capacity") == pytest.approx(
+        2 * 24 - 10
+    )
     capsys.readouterr()
-    assert [row["kind"] for row in report(root, "--capacity", "1", now=NOV + HOUR)] == ["group", "total"]
+    assert [row["kind"] for row in report(root, "--capacity", "1", now=NOV + HOUR)] == [
+        "group",
+        "total",
+    ]
     assert "more was used than was declared" in capsys.readouterr().out
     write_run(root, "run-2", [a_row(device="NVIDIA A100")], device="NVIDIA A100")
     assert main([*PERIOD, "--root", str(root), "--capacity", "2"]) == 1
-    assert capsys.readouterr().err == "refused: --capacity: there are 2 device models; write 'NVIDIA A100=2'\n"
+    assert (
+        capsys.readouterr().err
+        == "refused: --capacity: there are 2 device models; write 'NVIDIA A100=2'\n"
+    )
     found = report(root, "--capacity", "NVIDIA A100=2")
     assert hours(found, "idle capacity") == pytest.approx(2 * 30 * 24 - 31 / 60)
 
@@ -442,20 +665,28 @@ def test_the_table_says_what_is_not_known(root: Path, capsys: pytest.CaptureFixt
     assert all(len(line) < 140 for line in said.splitlines())
 
 
-# -- lines and CSV -----------------------------------------------------------------------------------------------------
+# -- lines and CSV --------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 AMOUNT = st.one_of(st.none(), st.floats(0, 1e6))
 CHARGES = st.lists(
     st.builds(
-        Charge, run=st.sampled_from("abc"), what=st.just("s"),
+        Charge,
+        run=st.sampled_from("abc"),
+        what=st.just("s"),
         owner=st.fixed_dictionaries({"team": st.one_of(st.none(), TEXT)}),
-        device=st.sampled_from([None, "H200", "A100"]), ended_s=st.just(0.0), device_h=st.floats(1e-3, 1e6),
-        gpu_h=AMOUNT, reused_h=st.floats(0, 10), energy_j=AMOUNT, wasted_h=AMOUNT, amount=AMOUNT,
+        device=st.sampled_from([None, "H200", "A100"]),
+        ended_s=st.just(0.0),
+        device_h=st.floats(1e-3, 1e6),
+        gpu_h=AMOUNT,
+        reused_h=st.floats(0, 10),
+        energy_j=AMOUNT,
+        wasted_h=AMOUNT,
+        amount=AMOUNT,
         currency=st.sampled_from([None, "EUR", "USD"]),
     ),
     max_size=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -468,7 +699,9 @@ def test_lines_add_up_to_the_totals_and_these_to_the_charges(spent: list[Charge]
         ]
         scale = 3.6e6 if name == "energy_kwh" else 1.0
         wanted = [
-            v / scale for charge in spent if (v := getattr(charge, "energy_j" if scale > 1 else name)) is not None
+            v / scale
+            for charge in spent
+            if (v := getattr(charge, "energy_j" if scale > 1 else name)) is not None
         ]
         assert math.fsum(known("group")) == pytest.approx(math.fsum(wanted))
         assert math.fsum(known(TOTAL)) == pytest.approx(math.fsum(wanted))
@@ -495,11 +728,22 @@ def test_csv_can_be_read_back_and_holds_no_formula(spent: list[Charge]) -> None:
 @pytest.mark.parametrize(
     ("text", "cell"),
     [
-        ("=HYPERLINK(1)", "'=HYPERLINK(1)"), ("+1", "'+1"), ("-1", "'-1"), ("@SUM(A1)", "'@SUM(A1)"), ("\t=1", "'\t=1"),
-        ("\r=1", "'\r=1"), ("  =1", "'  =1"), ("\uff1d1", "'\uff1d1"), ("\x00=1", "'=1"), ("\u200b=1", "'=1"),
-        ("vision", "vision"), ('a "b", c', 'a "b", c'), ("a=b", "a=b"), ("", ""),
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t=1"),
+        ("\r=1", "'\r=1"),
+        ("  =1", "'  =1"),
+        ("\uff1d1", "'\uff1d1"),
+        ("\x00=1", "'=1"),
+        ("\u200b=1", "'=1"),
+        ("vision", "vision"),
+        ('a "b", c', 'a "b", c'),
+        ("a=b", "a=b"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_no_cell_is_a_formula(text: str, cell: str) -> None:
     assert harmless(text) == cell
     line = Line(kind="group", group=text, device="H200", currency="EUR")
@@ -510,14 +754,16 @@ def test_a_negative_number_stays_one_and_idle_is_never_negative() -> None:
     line = Line(kind="group", group="a", device="H200", currency="EUR", device_h=1.0, amount=-2.5)
     assert ",-2.5," in to_csv([line])
     assert to_csv([line]).endswith("\r\n")
-    total = Line(kind=TOTAL, group=TOTAL, device="H200", currency="", device_h=5.0, allocated_gpu_h=20.0)
+    total = Line(
+        kind=TOTAL, group=TOTAL, device="H200", currency="", device_h=5.0, allocated_gpu_h=20.0
+    )
     assert idle([total], "H200", 1, 10.0)[0] is None  # held for longer than it was there
     held, _ = idle([total], "H200", 3, 10.0)
     assert held is not None
     assert held.device_h == 10.0
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -555,7 +801,9 @@ def test_refusals_are_one_line_and_make_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "holds no MLflow store"), (b"no database" * 99, "cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "holds no MLflow store"), (b"no database" * 99, "cannot be read")]
+)
 def test_a_file_that_is_no_store_stays_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
 ) -> None:
@@ -592,24 +840,46 @@ def test_a_store_whose_driver_is_not_installed_is_one_line(
     assert (err.count("\n"), "s3cr3t" in err) == (1, False)
 
 
-# -- cost per converged model ------------------------------------------------------------------------------------------
+# -- cost per converged model ---------------------------------------------------------------------
 
 
 def good(bits: float, **changes: Any) -> dict[str, Any]:
     return a_row(quality={"bits_per_byte": value(bits, ci=None, n=1, items=None)}, **changes)
 
 
-def test_a_converged_model_cost_all_that_came_before(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trial 1 (22 + 9 min) is not good enough. Trial 2 fails (33 min). Trial 3: start-up 3 and teacher 32 before the
-    student (22) gets there; its comparison pass (6), a later stage and all of trial 4 come too late.
-    31 + 33 + 57 = 121 min. Another model's run does not count."""
+def test_a_converged_model_cost_all_that_came_before(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trial 1 (22 + 9 min) is not good enough. Trial 2 fails (33 min). Trial 3: start-up 3 and
+    teacher 32 before the student (22) gets there; its comparison pass (6), a later stage and all of
+    trial 4 come too late. 31 + 33 + 57 = 121 min. Another model's run does not count.
+    """
     lost = a_row("teacher", status="FAILED", artifact=None, quality={}, rate=2.0)
     folder = write_run(root, "r1", [good(2.4, rate=2.0)], at=NOON, converged_at=2.2, rate=2.0)
-    write_run(root, "r2", [lost], at=NOON + HOUR, rate=2.0, minutes=(0, 1), converged_at=2.2, status="FAILED")
-    facts = lambda: [journal_facts(read_events(path)) for path in sorted(root.glob("runs/*/journal.jsonl"))]
+    write_run(
+        root,
+        "r2",
+        [lost],
+        at=NOON + HOUR,
+        rate=2.0,
+        minutes=(0, 1),
+        converged_at=2.2,
+        status="FAILED",
+    )
+    facts = lambda: [
+        journal_facts(read_events(path)) for path in sorted(root.glob("runs/*/journal.jsonl"))
+    ]
     early = per_converged_model(facts(), 2.2)
-    assert early.device_hours.why_null == early.amount.why_null == "not reached yet: best bits_per_byte 2.4 of 2.2"
-    rows = [good(2.5, arm="teacher", rate=2.0), good(2.2, rate=2.0), a_row("control_steps", rate=2.0)]
+    assert (
+        early.device_hours.why_null
+        == early.amount.why_null
+        == "not reached yet: best bits_per_byte 2.4 of 2.2"
+    )
+    rows = [
+        good(2.5, arm="teacher", rate=2.0),
+        good(2.2, rate=2.0),
+        a_row("control_steps", rate=2.0),
+    ]
     folder = write_run(root, "r3", rows, at=NOON + 2 * HOUR, rate=2.0, converged_at=2.2)
     write_run(root, "r4", [good(2.0, rate=2.0)], at=NOON + 3 * HOUR, rate=2.0, converged_at=2.2)
     write_run(root, "x", [good(2.0, rate=2.0)], at=NOON - HOUR, rate=2.0, model="m2")
@@ -623,9 +893,13 @@ def test_a_converged_model_cost_all_that_came_before(root: Path, capsys: pytest.
     assert again.device_hours.v == pytest.approx(told.device_hours.v)
     assert again.amount.v == pytest.approx(told.amount.v)
     ended = read_events(folder / "journal.jsonl")[-1]["run"]
-    assert of_this_run(folder, ended, 2.2, "m1").device_hours.v == pytest.approx(told.device_hours.v)
+    assert of_this_run(folder, ended, 2.2, "m1").device_hours.v == pytest.approx(
+        told.device_hours.v
+    )
     assert (
-        of_this_run(folder, ended, None, "m1").to_json()["device_hours"]["why_null"].startswith("no quality declared")
+        of_this_run(folder, ended, None, "m1")
+        .to_json()["device_hours"]["why_null"]
+        .startswith("no quality declared")
     )
     capsys.readouterr()
     report(root, "--by", "model_name")
@@ -637,10 +911,14 @@ def test_a_converged_model_cost_all_that_came_before(root: Path, capsys: pytest.
 def test_a_model_made_under_a_meter_converged_there_and_cost_the_meter_s_hours(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The meter's 12 + 9 min hold those of the run inside, which has the artifact; 22 + 9 came before."""
+    """The meter's 12 + 9 min hold those of the run inside, which has the artifact; 22 + 9 came
+    before.
+    """
     write_run(root, "r0", [good(2.4)], at=NOON, converged_at=2.2)
     write_run(root, "outer", [a_row("sft", quality={}, artifact=None)], at=NOON + 2 * HOUR)
-    folder = write_run(root, "inner", [good(2.1)], at=NOON + HOUR, converged_at=2.2, tags={"nested_in": "outer"})
+    folder = write_run(
+        root, "inner", [good(2.1)], at=NOON + HOUR, converged_at=2.2, tags={"nested_in": "outer"}
+    )
     taken = pytest.approx((31 + 12 + 9) / 60)
     ended = read_events(folder / "journal.jsonl")[-1]["run"]
     told = of_this_run(folder, ended, 2.2, "m1")
@@ -653,11 +931,29 @@ def test_a_model_made_under_a_meter_converged_there_and_cost_the_meter_s_hours(
 def test_what_was_taken_over_from_another_model_is_not_free() -> None:
     owner = {"model_name": "m1"}
     taken = Charge(
-        run="r1", what="student", owner=owner, device="H200", ended_s=1.0, device_h=0.0, reused_h=5.0,
-        reused_from="r0", quality=("accuracy", 0.9), amount=0.0, reused_amount=10.0, currency="EUR",
-    )  # fmt: skip
-    run = RunFacts(run="r1", owner=owner, device="H200", ended_s=2.0, total_h=0.5, stages=(taken,), rate=2.0,
-                   currency="EUR")  # fmt: skip
+        run="r1",
+        what="student",
+        owner=owner,
+        device="H200",
+        ended_s=1.0,
+        device_h=0.0,
+        reused_h=5.0,
+        reused_from="r0",
+        quality=("accuracy", 0.9),
+        amount=0.0,
+        reused_amount=10.0,
+        currency="EUR",
+    )
+    run = RunFacts(
+        run="r1",
+        owner=owner,
+        device="H200",
+        ended_s=2.0,
+        total_h=0.5,
+        stages=(taken,),
+        rate=2.0,
+        currency="EUR",
+    )
     told = per_converged_model([run], 0.9)
     assert (told.device_hours.v, told.amount.v) == (5.5, 11.0)
     made = Charge(run="r0", what="student", owner=owner, device="H200", ended_s=0.5, device_h=5.0)
@@ -668,12 +964,32 @@ def test_what_was_taken_over_from_another_model_is_not_free() -> None:
 
 
 def test_money_of_two_currencies_makes_no_cost_of_a_model() -> None:
-    paid = [Charge(run=f"r{n}", what="s", owner={}, device="H200", ended_s=n, device_h=1.0, amount=1.0,
-                   currency=currency, quality=("accuracy", 0.5 + n / 10))
-            for n, currency in enumerate(("EUR", "USD"))]  # fmt: skip
-    runs = [RunFacts(run=c.run, owner={}, device="H200", ended_s=9.0, total_h=1.0, stages=(c,)) for c in paid]
+    paid = [
+        Charge(
+            run=f"r{n}",
+            what="s",
+            owner={},
+            device="H200",
+            ended_s=n,
+            device_h=1.0,
+            amount=1.0,
+            currency=currency,
+            quality=("accuracy", 0.5 + n / 10),
+        )
+        for n, currency in enumerate(("EUR", "USD"))
+    ]
+    runs = [
+        RunFacts(run=c.run, owner={}, device="H200", ended_s=9.0, total_h=1.0, stages=(c,))
+        for c in paid
+    ]
     told = per_converged_model(runs, 0.6)
     assert told.device_hours.v == 2.0
     assert told.amount.why_null == "paid in EUR and USD, which do not add up"
-    assert per_converged_model(runs, 0.7).device_hours.why_null == "not reached yet: best accuracy 0.6 of 0.7"
-    assert per_converged_model([], 0.7).device_hours.why_null == "not reached yet: no artifact was assessed"
+    assert (
+        per_converged_model(runs, 0.7).device_hours.why_null
+        == "not reached yet: best accuracy 0.6 of 0.7"
+    )
+    assert (
+        per_converged_model([], 0.7).device_hours.why_null
+        == "not reached yet: no artifact was assessed"
+    )

@@ -1,4 +1,6 @@
-"""Command lines as people type them: places with any name, other trainers' words, lists, numbers beyond any machine."""
+"""Command lines as people type them: places with any name, other trainers' words, lists, numbers
+beyond any machine.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ ODD_NAMES = [
 
 
 @pytest.fixture
-def compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def compose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Compose a command line; return its runs, or the line that refused it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pipeline"])
@@ -96,16 +100,36 @@ def test_a_place_has_the_name_that_was_typed(name: str, sweeps: bool) -> None:
 def test_places_are_composed_as_typed(compose: Any, tmp_path: Path) -> None:
     for name in ("a b [1],(x)={y}.jsonl", "modèle 训练 'q'.jsonl"):
         (tmp_path / name).touch()
-        (run,) = compose("recipe=baseline", f"data.path={name}", f"tracking.root={name}/x", "model.name=two words, x?")
-        assert (run.data.path, run.tracking.root, run.model.name) == (name, f"{name}/x", "two words, x?")
+        (run,) = compose(
+            "recipe=baseline",
+            f"data.path={name}",
+            f"tracking.root={name}/x",
+            "model.name=two words, x?",
+        )
+        assert (run.data.path, run.tracking.root, run.model.name) == (
+            name,
+            f"{name}/x",
+            "two words, x?",
+        )
 
 
 def test_every_setting_that_is_a_place_is_one() -> None:
     known = set(dotted_keys(Run))
     assert {key for key in PATHS if not key.startswith("hydra.")} <= known
-    assert all(map(is_path, ("stages.student.completions", "stages.int8.calibration", "serving.results.student")))
+    assert all(
+        map(
+            is_path,
+            ("stages.student.completions", "stages.int8.calibration", "serving.results.student"),
+        )
+    )
     assert not any(map(is_path, ("stages.student.steps", "model.name", "quality.tasks")))
-    for key in ("model.path", "tracking.root", "store.url", "candidate_items", "stages.x.completions"):
+    for key in (
+        "model.path",
+        "tracking.root",
+        "store.url",
+        "candidate_items",
+        "stages.x.completions",
+    ):
         assert for_hydra([f"{key}=a b"], sweeps=False) == [f"{key}='a b'"]
     assert for_hydra(["data.path=null", "data.path=", "data.path='x'"], sweeps=False) == [
         "data.path=null",
@@ -122,16 +146,25 @@ def test_home_is_home(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_text_is_text_where_the_grammar_cannot_read_it(compose: Any) -> None:
-    (run,) = compose("recipe=baseline", "tracking.purpose=what is it? (new, [1])", 'tracking.team=a, "b"')
+    (run,) = compose(
+        "recipe=baseline", "tracking.purpose=what is it? (new, [1])", 'tracking.team=a, "b"'
+    )
     assert (run.tracking.purpose, run.tracking.team) == ("what is it? (new, [1])", 'a, "b"')
 
 
 def test_commas_still_sweep(compose: Any) -> None:
     runs = compose("-m", "recipe=baseline", "seed=0,1", "tracking.root=a,b")
-    assert [(run.seed, run.tracking.root) for run in runs] == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+    assert [(run.seed, run.tracking.root) for run in runs] == [
+        (0, "a"),
+        (0, "b"),
+        (1, "a"),
+        (1, "b"),
+    ]
 
 
-def test_a_shell_that_speaks_ascii_can_name_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_that_speaks_ascii_can_name_any_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What such a shell hands over has lone surrogates for bytes."""
     path = tmp_path / "modèle.jsonl"
     path.touch()
@@ -141,7 +174,15 @@ def test_a_shell_that_speaks_ascii_can_name_any_file(tmp_path: Path, monkeypatch
     done.stderr.encode()
 
 
-GROUPS = ["precision=16", "precision=true", "model=null", "training=5", "policy=-1", "recipe=2026", "recipe=1e5"]
+GROUPS = [
+    "precision=16",
+    "precision=true",
+    "model=null",
+    "training=5",
+    "policy=-1",
+    "recipe=2026",
+    "recipe=1e5",
+]
 
 
 @pytest.mark.parametrize("arg", GROUPS)
@@ -269,7 +310,9 @@ def test_what_leads_nowhere_is_one_line(compose: Any, text: str) -> None:
     assert "crashed" not in line
 
 
-@pytest.mark.parametrize("arg", ["model.path.x=3", "seed.x=1", "training.steps.0=1", "tracking.team.a.b=1"])
+@pytest.mark.parametrize(
+    "arg", ["model.path.x=3", "seed.x=1", "training.steps.0=1", "tracking.team.a.b=1"]
+)
 def test_a_setting_below_a_value_is_no_setting(compose: Any, arg: str) -> None:
     assert "has no settings of its own" in compose("recipe=baseline", arg)
 

@@ -1,4 +1,6 @@
-"""Saved completions as a teacher: what is predicted of them, what is refused, and a student trained on them."""
+"""Saved completions as a teacher: what is predicted of them, what is refused, and a student trained
+on them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ DISTIL = [arg.replace("distill_cached", "distill") for arg in TINY]
 
 def written(folder: Path, rows: list[Any], name: str = "said.jsonl") -> str:
     path = folder / name
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
     return str(path)
 
 
@@ -41,13 +45,17 @@ def test_only_what_was_completed_is_predicted(tmp_path: Path) -> None:
     [found] = encoded(tmp_path, [{"prompt": "two + two = ", "completion": "four"}])
     text = "two + two = four"
     assert found.input_ids.tolist() == [1, *byte_tokenizer()(text)["input_ids"], 2]
-    assert found.targets.tolist() == [False] * (1 + len("two + two = ")) + [True] * (len("four") + 1)
+    assert found.targets.tolist() == [False] * (1 + len("two + two = ")) + [True] * (
+        len("four") + 1
+    )
     assert found.num_bytes == len("four")
 
 
 def test_without_a_prompt_all_is_predicted_and_chats_follow_the_template(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "four"}]
-    plain, turns = encoded(tmp_path, [{"prompt": "", "completion": "abc"}, {"messages": chat}], template=CHATML)
+    plain, turns = encoded(
+        tmp_path, [{"prompt": "", "completion": "abc"}, {"messages": chat}], template=CHATML
+    )
     assert plain.targets.tolist() == [False, True, True, True, True]
     assert byte_tokenizer().decode(turns.input_ids[turns.targets]) == "four\n"
 
@@ -71,7 +79,9 @@ def test_a_damaged_file_names_its_line(tmp_path: Path, rows: list[Any], said: st
 
 
 def test_any_kind_of_file_is_read(tmp_path: Path) -> None:
-    [found] = read_completions(written(tmp_path, ["prompt,completion", "a,b"], "said.csv"), DataConfig(), KEY)
+    [found] = read_completions(
+        written(tmp_path, ["prompt,completion", "a,b"], "said.csv"), DataConfig(), KEY
+    )
     assert (found.prompt, found.completion, found.document) == ("a", "b", Document("b", prompt="a"))
     with pytest.raises(UserError, match=r"said.xml has an unknown ending"):
         read_completions(written(tmp_path, ["a,b"], "said.xml"), DataConfig(), KEY)
@@ -94,7 +104,9 @@ def test_what_will_be_measured_is_not_learnt(tmp_path: Path, prompt: str, comple
     test = (Document("held out"), Document("answered", prompt="asked "))
     splits = {"train": (Document("seen"),), "validation": (Document("other"),), "test": test}
     data = Dataset("d", "0" * 32, splits)
-    fine = read_completions(written(tmp_path, [{"prompt": "", "completion": "seen"}]), DataConfig(), KEY)
+    fine = read_completions(
+        written(tmp_path, [{"prompt": "", "completion": "seen"}]), DataConfig(), KEY
+    )
     check_apart(fine, data, KEY)
     with pytest.raises(UserError, match="completion 1 holds a document of test"):
         check_apart(read_completions(written(tmp_path, [row]), DataConfig(), KEY), data, KEY)
@@ -103,19 +115,25 @@ def test_what_will_be_measured_is_not_learnt(tmp_path: Path, prompt: str, comple
 def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No teacher is loaded beside it; what the completions cost is unknown, so no training saving is claimed."""
+    """No teacher is loaded beside it; what the completions cost is unknown, so no training saving
+    is claimed.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.stages.training.load_teacher", None)
     rows = [
-        {"prompt": f"number {at} is ", "completion": f"followed by {at + 1}, and so on it goes"} for at in range(40)
+        {"prompt": f"number {at} is ", "completion": f"followed by {at + 1}, and so on it goes"}
+        for at in range(40)
     ]
     file = written(tmp_path, rows)
-    assert main([*DISTIL, f"stages.student.completions={file}"], started_ns=0) == 0, capsys.readouterr().err
+    assert main([*DISTIL, f"stages.student.completions={file}"], started_ns=0) == 0, (
+        capsys.readouterr().err
+    )
     result = result_in(tmp_path)
     student = next(row for row in result["rows"] if row["arm"] == "student")
     counts = student["ledger"]["counts"]
     assert counts["distillation_share"]["v"] is None
-    assert 0 < counts["target_tokens"]["v"] < counts["tokens"]["v"] < 4 * 4 * 64  # prompts are read, padding is neither
+    # prompts are read, padding is neither
+    assert 0 < counts["target_tokens"]["v"] < counts["tokens"]["v"] < 4 * 4 * 64
     assert "teacher" not in student["ledger"]["phases_ns"]
     training = next(pair["training"] for pair in result["comparisons"] if pair["training"])
     assert training["v"] is None
@@ -137,12 +155,19 @@ def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known
     ],
 )
 def test_settings_that_contradict_completions_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    setting: tuple[str, ...], said: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: tuple[str, ...],
+    said: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, [{"prompt": "a", "completion": "b"}])
-    given = [*DISTIL, *([] if "completions" in setting[0] else [f"stages.student.completions={file}"]), *setting]
+    given = [
+        *DISTIL,
+        *([] if "completions" in setting[0] else [f"stages.student.completions={file}"]),
+        *setting,
+    ]
     assert main(given, started_ns=0) == 1
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("mlruns/runs/*"))

@@ -18,13 +18,17 @@ from pipeline.ledger.values import declared, estimated, measured, null
 
 SAID: dict[str, Any] = {"currency": "EUR", "source": "contract 7", "date": "2026-11-23"}
 RENTED = CostConfig(kind=CostKind.rented, per_device_hour=2.5, **SAID)
-OWNED = CostConfig(kind=CostKind.owned, per_device_hour=1.0, energy_price_per_kwh=0.3, pue=1.5, **SAID)
+OWNED = CostConfig(
+    kind=CostKind.owned, per_device_hour=1.0, energy_price_per_kwh=0.3, pue=1.5, **SAID
+)
 KWH = 3.6e6
 
 
 def test_without_a_rate_there_is_no_money() -> None:
-    nothing = {name: null(why).to_json() for name, why in
-               (("amount", "no rate declared"), ("facility_energy_j", "no PUE declared"))}  # fmt: skip
+    nothing = {
+        name: null(why).to_json()
+        for name, why in (("amount", "no rate declared"), ("facility_energy_j", "no PUE declared"))
+    }
     assert money(3.0, CostConfig()) == {**nothing, "currency": None}
 
 
@@ -43,7 +47,10 @@ def test_without_a_scheduler_attached_hours_are_a_lower_bound() -> None:
 
 def test_neither_energy_nor_pue_is_added_to_a_rented_rate() -> None:
     with_pue = CostConfig(kind=CostKind.rented, per_device_hour=2.5, pue=1.5, **SAID)
-    assert money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(9 * KWH))["amount"]["v"] == 5.0
+    assert (
+        money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(9 * KWH))["amount"]["v"]
+        == 5.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,9 @@ def test_neither_energy_nor_pue_is_added_to_a_rented_rate() -> None:
         (null("no counter"), 4.0, "estimated"),  # what is known of it, and so a lower bound
     ],
 )
-def test_owned_devices_may_pay_for_what_their_facility_draws(energy_j: Any, amount: float, prov: str) -> None:
+def test_owned_devices_may_pay_for_what_their_facility_draws(
+    energy_j: Any, amount: float, prov: str
+) -> None:
     found = money(4.0, OWNED, allocated=declared(4.0), energy_j=energy_j)["amount"]
     assert found["v"] == pytest.approx(amount)
     assert found["prov"] == prov
@@ -73,16 +82,26 @@ def test_what_the_facility_drew_stands_beside_the_money() -> None:
     assert found["facility_energy_j"] == {"v": 3 * KWH, "prov": "declared", "why_null": None}
     assert found["amount"]["v"] == 5.0
     assert money(2.0, with_pue)["facility_energy_j"]["why_null"] == "not read"
-    assert money(2.0, CostConfig(), energy_j=measured(KWH))["facility_energy_j"]["why_null"] == "no PUE declared"
+    assert (
+        money(2.0, CostConfig(), energy_j=measured(KWH))["facility_energy_j"]["why_null"]
+        == "no PUE declared"
+    )
 
 
 def test_a_ledger_is_priced_again_with_what_it_knows() -> None:
     record = make_row("student", gpu=True)["ledger"]
-    record["device_hours"]["attached"], record["gpu_hours"]["allocated"] = value(2.0), value(16.0, "declared")
+    record["device_hours"]["attached"], record["gpu_hours"]["allocated"] = (
+        value(2.0),
+        value(16.0, "declared"),
+    )
     assert priced(record, RENTED)["cost"]["amount"]["v"] == 40.0
     record["device_hours"]["attached"] = null("skipped").to_json()
     skipped = null("skipped").to_json()
-    assert priced(record, RENTED)["cost"] == {"amount": skipped, "currency": None, "facility_energy_j": skipped}
+    assert priced(record, RENTED)["cost"] == {
+        "amount": skipped,
+        "currency": None,
+        "facility_energy_j": skipped,
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,11 +114,20 @@ def test_a_ledger_is_priced_again_with_what_it_knows() -> None:
         ({"date": "20261123"}, "cost.date: '20261123' is no date"),
         ({"currency": None}, "cost.currency: a rate without its currency"),
         ({"currency": "euro"}, "cost.currency: 'euro' is none"),
-        ({"per_device_hour": None}, "cost.per_device_hour: is missing; say what a device-hour asks for"),
-        ({"per_device_hour": None, "kind": None}, "cost.per_device_hour: is missing; give the rate, or leave"),
+        (
+            {"per_device_hour": None},
+            "cost.per_device_hour: is missing; say what a device-hour asks for",
+        ),
+        (
+            {"per_device_hour": None, "kind": None},
+            "cost.per_device_hour: is missing; give the rate, or leave",
+        ),
         ({"per_device_hour": float("inf")}, "cost.per_device_hour: inf is out of range"),
         ({"energy_price_per_kwh": 0.3}, "cost.energy_price_per_kwh: is for owned devices"),
-        ({"energy_price_per_kwh": 0.3, "kind": None}, "cost.energy_price_per_kwh: is for owned devices"),
+        (
+            {"energy_price_per_kwh": 0.3, "kind": None},
+            "cost.energy_price_per_kwh: is for owned devices",
+        ),
         ({"energy_price_per_kwh": 0.3, "kind": CostKind.owned}, "cost.pue: is not declared"),
     ],
 )
@@ -111,11 +139,17 @@ def test_a_price_nobody_can_vouch_for_is_refused(changes: dict[str, Any], said: 
 
 
 def test_whole_declarations_are_taken() -> None:
-    for cost in (CostConfig(), RENTED, OWNED, CostConfig(per_device_hour=2.5, **SAID), CostConfig(pue=1.2)):
+    for cost in (
+        CostConfig(),
+        RENTED,
+        OWNED,
+        CostConfig(per_device_hour=2.5, **SAID),
+        CostConfig(pue=1.2),
+    ):
         check_cost(cost)
 
 
-# -- from the command line ---------------------------------------------------------------------------------------------
+# -- from the command line ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,11 +171,15 @@ def test_a_date_stays_text_wherever_it_is_written(composed: Any, tmp_path: Path)
     assert composed(*line, "cost.date=2026-11-23").cost.date == "2026-11-23"
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
-        "# mine?\ndefaults:\n  - /stage@stages.only: train\n  - override /cost: owned\nprimary_arm: only\n"
-        "cost:\n  per_device_hour: 2\n  currency: EUR\n  source: list\n  date: 2026-11-23\n"
+        "# mine?\ndefaults:\n  - /stage@stages.only: train\n  - override /cost: owned\nprimary_arm:"
+        " only\ncost:\n  per_device_hour: 2\n  currency: EUR\n  source: list\n  date: 2026-11-23\n"
     )
     run = composed("--recipe-dir", str(tmp_path), "recipe=mine")
-    assert (run.cost.date, run.cost.kind, run.cost.per_device_hour) == ("2026-11-23", CostKind.owned, 2.0)
+    assert (run.cost.date, run.cost.kind, run.cost.per_device_hour) == (
+        "2026-11-23",
+        CostKind.owned,
+        2.0,
+    )
 
 
 def test_no_group_ships_a_rate_a_currency_or_a_pue(composed: Any) -> None:
@@ -151,7 +189,10 @@ def test_no_group_ships_a_rate_a_currency_or_a_pue(composed: Any) -> None:
     assert cost == CostConfig()
     assert (cost.per_device_hour, cost.currency, cost.pue, cost.energy_price_per_kwh) == (None,) * 4
     for path in config.glob("*.yaml"):
-        assert "per_device_hour: null" in path.read_text() or "per_device_hour:" not in path.read_text()
+        assert (
+            "per_device_hour: null" in path.read_text()
+            or "per_device_hour:" not in path.read_text()
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,18 +201,26 @@ def test_no_group_ships_a_rate_a_currency_or_a_pue(composed: Any) -> None:
         (["cost=rented"], "cost.per_device_hour: is missing"),
         (["cost.pue=0.9"], "cost.pue: 0.9 is out of range; give a number of at least 1"),
         (["cost=borrowed"], "borrowed"),
-        (["tracking.require_owner=true"], "tracking.team, tracking.cost_center, tracking.purpose: not given"),
-        (["tracking.require_owner=true", "tracking.team=v", "tracking.purpose=p"], "tracking.cost_center: not given"),
+        (
+            ["tracking.require_owner=true"],
+            "tracking.team, tracking.cost_center, tracking.purpose: not given",
+        ),
+        (
+            ["tracking.require_owner=true", "tracking.team=v", "tracking.purpose=p"],
+            "tracking.cost_center: not given",
+        ),
     ],
 )
-def test_refusals_are_one_line(composed: Any, capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+def test_refusals_are_one_line(
+    composed: Any, capsys: pytest.CaptureFixture[str], args: list[str], said: str
+) -> None:
     assert composed(*args) is None
     line = capsys.readouterr().err.strip()
     assert said in line
     assert len(line.splitlines()) == 1
 
 
-# -- owners ------------------------------------------------------------------------------------------------------------
+# -- owners ---------------------------------------------------------------------------------------
 
 
 def test_an_owner_can_be_required_of_a_run_or_of_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +233,9 @@ def test_an_owner_can_be_required_of_a_run_or_of_all_runs(monkeypatch: pytest.Mo
             check_owner({**owner, missing: " "}, required=True)
     monkeypatch.setenv("PIPELINE_REQUIRE_OWNER", "1")
     check_owner(owner, required=False)
-    with pytest.raises(UserError, match=r"tracking\.team, tracking\.cost_center, tracking\.purpose"):
+    with pytest.raises(
+        UserError, match=r"tracking\.team, tracking\.cost_center, tracking\.purpose"
+    ):
         check_owner({}, required=False)
     monkeypatch.setenv("PIPELINE_REQUIRE_OWNER", "0")
     check_owner({}, required=False)

@@ -18,7 +18,8 @@ def labelled() -> Dataset:
 
 def test_every_class_has_its_share_in_every_split(labelled: Dataset) -> None:
     assert labelled.labels is not None
-    for split, least in (("train", 0.4), ("validation", 0.8), ("test", 0.6)):  # one package has one very long file
+    # one package has one very long file
+    for split, least in (("train", 0.4), ("validation", 0.8), ("test", 0.6)):
         counts = Counter(document.label for document in labelled.splits[split])
         assert set(counts) == set(range(len(labelled.labels)))
         assert min(counts.values()) >= least * max(counts.values())
@@ -29,7 +30,10 @@ def test_pieces_of_one_file_stay_in_one_split(monkeypatch: pytest.MonkeyPatch) -
     from pathlib import Path
 
     files = [
-        (Path(f"p{package}/f{file}.py"), "\n".join(f"p{package} f{file} l{line}" for line in range(40 * (file + 1))))
+        (
+            Path(f"p{package}/f{file}.py"),
+            "\n".join(f"p{package} f{file} l{line}" for line in range(40 * (file + 1))),
+        )
         for package in range(6)
         for file in range(12)
     ]
@@ -44,7 +48,9 @@ def test_pieces_of_one_file_stay_in_one_split(monkeypatch: pytest.MonkeyPatch) -
     assert len(where) > 40
 
 
-def test_the_same_interpreter_gives_the_same_digest(labelled: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_interpreter_gives_the_same_digest(
+    labelled: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert load_stdlib_labels().digest == labelled.digest
     monkeypatch.setattr(embedded, "_version", lambda: "9.9.9")
     assert load_stdlib_labels().digest != labelled.digest

@@ -1,4 +1,6 @@
-"""What single files hold: encodings, separators, headers, kinds of JSON; each fault is named with its line."""
+"""What single files hold: encodings, separators, headers, kinds of JSON; each fault is named with
+its line.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def refused(path: Path, content: bytes | str, task: Task = LM) -> str:
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv", ".json"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-8"]
+)
 def test_encodings_are_told_by_marks_and_zeros(tmp_path: Path, ending: str, encoding: str) -> None:
     whole = {
         ".txt": "\n".join(LINES),
@@ -76,8 +80,12 @@ def test_a_nul_now_and_then_stays_and_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
-@pytest.mark.parametrize(("separator", "word"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")])
-def test_separators_are_told_by_the_first_rows(tmp_path: Path, name: str, separator: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("separator", "word"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")]
+)
+def test_separators_are_told_by_the_first_rows(
+    tmp_path: Path, name: str, separator: str, word: str
+) -> None:
     """Texts with other separators in them, quoted as a spreadsheet does."""
     rows = [f'"one, two; three | four {n}"{separator}{n % 2}' for n in range(60)]
     dataset = load(tmp_path / name, "\n".join([f"text{separator}label", *rows]), CLASSES)
@@ -90,7 +98,9 @@ def test_excel_may_say_what_separates(tmp_path: Path) -> None:
     rows = [f"one, two {n};{n % 2}" for n in range(60)]
     dataset = load(tmp_path / "a.csv", "\n".join(["sep=;", "text;label", *rows]), CLASSES)
     assert texts(dataset) == {f"one, two {n}" for n in range(60)}
-    assert "a.csv line 4 has another number of columns" in refused(tmp_path / "a.csv", "sep=;\na;b\n1;2\n3\n")
+    assert "a.csv line 4 has another number of columns" in refused(
+        tmp_path / "a.csv", "sep=;\na;b\n1;2\n3\n"
+    )
     assert "is empty" in refused(tmp_path / "a.csv", "sep=;\n\n")
 
 
@@ -101,7 +111,9 @@ def test_one_column_stays_one_column(tmp_path: Path) -> None:
 
 def test_quotes_in_tabs_without_quoting_are_text(tmp_path: Path) -> None:
     """As GLUE's files are written; read with quoting, lines would be swallowed."""
-    rows = [f'"he said {n}\t{n % 2}' if n % 7 == 0 else f'she said "{n}"\t{n % 2}' for n in range(60)]
+    rows = [
+        f'"he said {n}\t{n % 2}' if n % 7 == 0 else f'she said "{n}"\t{n % 2}' for n in range(60)
+    ]
     dataset = load(tmp_path / "a.tsv", "\n".join(["text\tlabel", *rows]), CLASSES)
     assert texts(dataset) == {row.split("\t")[0] for row in rows}
     assert "a.tsv: quotes are part of the text" in dataset.notes
@@ -122,15 +134,35 @@ def test_an_index_without_a_name_is_no_text(tmp_path: Path) -> None:
     [
         ("a.csv", "text,label,text\na,1,b\n", "a.csv has two columns named 'text'"),
         ("a.csv", "text, text \na,b\n", "a.csv has two columns named 'text'"),
-        ("a.csv", "I really liked this one,1\nI did not,0\n", "reads like a row of data; add a first line"),
+        (
+            "a.csv",
+            "I really liked this one,1\nI did not,0\n",
+            "reads like a row of data; add a first line",
+        ),
         ("a.csv", "fine,1\nbad,0\n", "reads like a row of data"),
-        ("a.tsv", "#1 String\t#2 String\na b\tc d\n", 'data.columns={prompt: "#1 String", completion: "#2 String"}'),
+        (
+            "a.tsv",
+            "#1 String\t#2 String\na b\tc d\n",
+            'data.columns={prompt: "#1 String", completion: "#2 String"}',
+        ),
         ("a.tsv", "Nothing to see in this film at all\nA second row\n", "reads like a row of data"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2: the key 'text' stands twice in one object"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+            "line 2: the key 'text' stands twice in one object",
+        ),
         ("a.jsonl", '{"text": "a", "m": {"x": 1, "x": 2}}\n', "line 1: the key 'x' stands twice"),
-        ("a.json", '[{"text": "a"},\n {"text": "b",\n "text": "c"}]', "a.json line 3: the key 'text' stands twice"),
+        (
+            "a.json",
+            '[{"text": "a"},\n {"text": "b",\n "text": "c"}]',
+            "a.json line 3: the key 'text' stands twice",
+        ),
         ("a.json", '[{"text": "a"},\n {"text": "b"]', "a.json line 2 is not JSON"),
-        ("a.json", '{"a": [{"text": "a"}], "b": [{"text": "b"}]}', "has rows under 'a' and under 'b'"),
+        (
+            "a.json",
+            '{"a": [{"text": "a"}], "b": [{"text": "b"}]}',
+            "has rows under 'a' and under 'b'",
+        ),
         ("a.json", '{"version": 1}', "a.json has no array of rows"),
         ("a.json", "[1, 2]", "a.json row 1 is not an object"),
         ("a.json", '"text"', "a.json is not an array of rows"),
@@ -139,7 +171,9 @@ def test_an_index_without_a_name_is_no_text(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n[2]\n", "a.jsonl line 1 is not an object"),
     ],
 )
-def test_faults_are_named_with_their_line(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_faults_are_named_with_their_line(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
     assert said in refused(tmp_path / name, content)
 
 
@@ -156,7 +190,11 @@ ROWS = [{"text": line} for line in LINES]
         ("a.json", "\n".join(map(json.dumps, ROWS)), "a.json has a JSON object on each line"),
         ("a.jsonl", json.dumps(ROWS), "a.jsonl is one JSON document, not a line each"),
         ("a.jsonl", json.dumps(ROWS, indent=2), "a.jsonl is one JSON document, not a line each"),
-        ("a.ndjson", json.dumps({"data": ROWS}, indent=2), "a.ndjson is one JSON document, not a line each"),
+        (
+            "a.ndjson",
+            json.dumps({"data": ROWS}, indent=2),
+            "a.ndjson is one JSON document, not a line each",
+        ),
     ],
 )
 def test_kinds_of_json(tmp_path: Path, name: str, content: str, said: str | None) -> None:

@@ -40,7 +40,10 @@ PIECES = (
     b" ",
     b"9" * 50,
 )
-ROWS = [[numbered(row, n, n % 3) for n in range(8)] for _, row in (*ROW_CELLS.values(), *LABELLED_CELLS.values())]
+ROWS = [
+    [numbered(row, n, n % 3) for n in range(8)]
+    for _, row in (*ROW_CELLS.values(), *LABELLED_CELLS.values())
+]
 
 FLAT = [rows for rows in ROWS if all(isinstance(value, str | int) for value in rows[0].values())]
 """Rows that every format can hold."""
@@ -49,7 +52,11 @@ FLAT = [rows for rows in ROWS if all(isinstance(value, str | int) for value in r
 def damaged(raw: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 5)):
         at, length = rng.randrange(len(raw) + 1), rng.randint(0, 12)
-        raw = raw[:at] + rng.choice((rng.choice(PIECES), b"", bytes([rng.randrange(256)]))) + raw[at + length :]
+        raw = (
+            raw[:at]
+            + rng.choice((rng.choice(PIECES), b"", bytes([rng.randrange(256)])))
+            + raw[at + length :]
+        )
     return raw[: rng.randrange(len(raw))] if raw and rng.random() < 0.05 else raw
 
 

@@ -1,4 +1,6 @@
-"""Files of one data set that spell labels, columns and groups each in its own way are joined by what they mean."""
+"""Files of one data set that spell labels, columns and groups each in its own way are joined by
+what they mean.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,26 @@ def load(folder: Path, task: Task = CLASSES, **more: Any) -> Dataset:
     return load_dataset(DataConfig(path=str(folder), **more), task)
 
 
-def declared(path: Path, labels: Sequence[Any], names: Sequence[str], column: str = "label") -> None:
-    """Write documents whose text ends in the class that is meant, their codes, and what these stand for."""
+def declared(
+    path: Path, labels: Sequence[Any], names: Sequence[str], column: str = "label"
+) -> None:
+    """Write documents whose text ends in the class that is meant, their codes, and what these stand
+    for.
+    """
     path.parent.mkdir(exist_ok=True)
-    rows = [{"text": f"{path.stem} {n} {label}", column: list(names).index(label)} for n, label in enumerate(labels)]
+    rows = [
+        {"text": f"{path.stem} {n} {label}", column: list(names).index(label)}
+        for n, label in enumerate(labels)
+    ]
     feature = {column: {"names": list(names), "_type": "ClassLabel"}}
     meta = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
     write = pq.write_table if path.suffix == ".parquet" else feather.write_feather
     write(pa.Table.from_pylist(rows).replace_schema_metadata(meta), path)
 
 
-def plain(path: Path, labels: Sequence[Any], meant: Sequence[Any] | None = None, column: str = "label") -> None:
+def plain(
+    path: Path, labels: Sequence[Any], meant: Sequence[Any] | None = None, column: str = "label"
+) -> None:
     """Write documents with labels as they are; what they mean stands at the end of the text."""
     rows = [
         {"text": f"{path.stem} {n} {name}", column: label}
@@ -72,7 +83,9 @@ def test_codes_mean_what_their_own_file_declares(tmp_path: Path, split: str, end
 def test_shards_that_declare_other_orders_are_joined_by_name(tmp_path: Path) -> None:
     declared(tmp_path / "train-00000-of-00003.parquet", COLOURS * 20, COLOURS)
     declared(tmp_path / "train-00001-of-00003.parquet", COLOURS * 20, COLOURS[::-1])
-    declared(tmp_path / "train-00002-of-00003.parquet", ["grey", "red"] * 20, ["grey", "red", "never"])
+    declared(
+        tmp_path / "train-00002-of-00003.parquet", ["grey", "red"] * 20, ["grey", "red", "never"]
+    )
     dataset = load(tmp_path)
     assert dataset.labels == (*COLOURS, "grey", "never")
     assert right(dataset)
@@ -80,8 +93,13 @@ def test_shards_that_declare_other_orders_are_joined_by_name(tmp_path: Path) -> 
 
 def test_splits_of_the_hub_have_each_their_own_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
     def part(split: str, names: list[str]) -> Any:
-        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-        rows = [{"text": f"{split} {n} {COLOURS[n % 3]}", "label": names.index(COLOURS[n % 3])} for n in range(60)]
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        rows = [
+            {"text": f"{split} {n} {COLOURS[n % 3]}", "label": names.index(COLOURS[n % 3])}
+            for n in range(60)
+        ]
         return datasets.Dataset.from_list(rows, features=features)
 
     loaded = datasets.DatasetDict(train=part("train", COLOURS), test=part("test", sorted(COLOURS)))
@@ -89,9 +107,13 @@ def test_splits_of_the_hub_have_each_their_own_declaration(monkeypatch: pytest.M
     assert right(load_dataset(DataConfig(hub="org/name"), CLASSES))
 
 
-@pytest.mark.parametrize("test_codes", [[0, 1, 2], ["0", "1", "2"], [0.0, 1.0, 2.0], ["0.0", "1.0", "2.0"], COLOURS])
+@pytest.mark.parametrize(
+    "test_codes", [[0, 1, 2], ["0", "1", "2"], [0.0, 1.0, 2.0], ["0.0", "1.0", "2.0"], COLOURS]
+)
 @pytest.mark.parametrize("name", ["test.jsonl", "test.csv"])
-def test_codes_or_names_of_a_file_without_a_declaration(tmp_path: Path, name: str, test_codes: list[Any]) -> None:
+def test_codes_or_names_of_a_file_without_a_declaration(
+    tmp_path: Path, name: str, test_codes: list[Any]
+) -> None:
     declared(tmp_path / "train.feather", COLOURS * 20, COLOURS)
     plain(tmp_path / name, test_codes * 4, COLOURS * 4)
     dataset = load(tmp_path)
@@ -121,8 +143,16 @@ def test_a_file_with_single_codes_of_minus_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "labels", "said"),
     [
-        (COLOURS, ["red", "mauve"], "test.csv line 3 has label 'mauve', and train.parquet declares red, green, blue"),
-        (COLOURS, [0, 3], "test.csv line 3 has label '3', and train.parquet declares red, green, blue"),
+        (
+            COLOURS,
+            ["red", "mauve"],
+            "test.csv line 3 has label 'mauve', and train.parquet declares red, green, blue",
+        ),
+        (
+            COLOURS,
+            [0, 3],
+            "test.csv line 3 has label '3', and train.parquet declares red, green, blue",
+        ),
         (COLOURS, [0, -2], "test.csv line 3 has label '-2', and train.parquet declares"),
         (COLOURS, [0.5, 1], "test.csv line 2 has label '0.5', and train.parquet declares"),
         (COLOURS, ["red", "1"], "test.csv line 3 has label '1', and train.parquet declares"),
@@ -130,7 +160,9 @@ def test_a_file_with_single_codes_of_minus_one(tmp_path: Path) -> None:
         (["1", "2", "3"], [1, 2], "test.csv line 2: '1' could be that class or the code of '2'"),
     ],
 )
-def test_labels_that_cannot_be_joined_are_refused(tmp_path: Path, names: list[str], labels: Any, said: str) -> None:
+def test_labels_that_cannot_be_joined_are_refused(
+    tmp_path: Path, names: list[str], labels: Any, said: str
+) -> None:
     declared(tmp_path / "train.parquet", names * 20, names)
     text = "".join(f"a {n},{label}\n" for n, label in enumerate(labels))
     (tmp_path / "test.csv").write_text(f"text,label\n{text}")
@@ -144,7 +176,10 @@ def test_codes_that_two_files_declare_differently_are_refused(tmp_path: Path) ->
     declared(tmp_path / "train.parquet", COLOURS * 20, COLOURS)
     declared(tmp_path / "validation.parquet", COLOURS * 4, COLOURS[::-1])
     plain(tmp_path / "test.csv", [0, 2])
-    said = r"test\.csv has codes, which train\.parquet declares as red, green, blue and validation\.parquet as blue"
+    said = (
+        r"test\.csv has codes, which train\.parquet declares as red, green, blue and"
+        r" validation\.parquet as blue"
+    )
     with pytest.raises(UserError, match=said):
         load(tmp_path)
     plain(tmp_path / "test.csv", [1] * 4, ["green"] * 4)  # which both declare alike
@@ -177,8 +212,13 @@ def test_a_value_is_one_class_however_its_file_spells_it(
     assert dataset.labels == names
     for each in dataset.splits["test"]:
         value = each.text.split()[-1]
-        assert names[each.label or 0].lower() == value.lower() or float(names[each.label or 0]) == float(value)
-    assert any(note.startswith("a label is one class however its file spells it: ") for note in dataset.notes)
+        assert names[each.label or 0].lower() == value.lower() or float(
+            names[each.label or 0]
+        ) == float(value)
+    assert any(
+        note.startswith("a label is one class however its file spells it: ")
+        for note in dataset.notes
+    )
 
 
 def test_text_that_one_file_spells_in_two_ways_is_two_classes(tmp_path: Path) -> None:
@@ -189,9 +229,13 @@ def test_text_that_one_file_spells_in_two_ways_is_two_classes(tmp_path: Path) ->
     assert right(dataset)
 
 
-@pytest.mark.parametrize(("train", "test"), [("Label", "label"), ("labels", "label"), ("label", "LABELS")])
+@pytest.mark.parametrize(
+    ("train", "test"), [("Label", "label"), ("labels", "label"), ("label", "LABELS")]
+)
 @pytest.mark.parametrize("declares", [False, True])
-def test_a_label_column_of_another_spelling_is_the_label(tmp_path: Path, train: str, test: str, declares: bool) -> None:
+def test_a_label_column_of_another_spelling_is_the_label(
+    tmp_path: Path, train: str, test: str, declares: bool
+) -> None:
     if declares:
         declared(tmp_path / "train.parquet", COLOURS * 20, COLOURS, train)
         declared(tmp_path / "test.parquet", COLOURS * 4, COLOURS[::-1], test)
@@ -207,7 +251,12 @@ def test_a_label_column_of_another_spelling_is_the_label(tmp_path: Path, train: 
 @pytest.mark.parametrize(
     ("task", "train", "test", "said"),
     [
-        (CLASSES, {"label": "{n}"}, {"sentiment": "{n}"}, "has the label in 'label', and test.jsonl in 'sentiment'"),
+        (
+            CLASSES,
+            {"label": "{n}"},
+            {"sentiment": "{n}"},
+            "has the label in 'label', and test.jsonl in 'sentiment'",
+        ),
         (CLASSES, {"stars": "{n}"}, {"rating": "{n}"}, "the label could be stars or rating"),
         (
             LM,
@@ -228,7 +277,10 @@ def test_a_part_in_another_column_is_refused_and_not_taken_for_absent(
 ) -> None:
     for split, row in (("train", train), ("test", test)):
         more = {"text": f"{split} text"} if task is CLASSES else {}
-        rows = [{**more, **{name: cell.replace("{n}", str(n % 2)) for name, cell in row.items()}} for n in range(40)]
+        rows = [
+            {**more, **{name: cell.replace("{n}", str(n % 2)) for name, cell in row.items()}}
+            for n in range(40)
+        ]
         write_file(tmp_path, f"{split}.jsonl", rows)
     with pytest.raises(UserError) as refused:
         load(tmp_path, task)
@@ -237,7 +289,9 @@ def test_a_part_in_another_column_is_refused_and_not_taken_for_absent(
 
 def test_a_column_that_some_rows_lack_is_read_where_it_is_spelt_otherwise(tmp_path: Path) -> None:
     for split, name in (("train", "Input"), ("test", "input")):
-        rows = [{"instruction": "do", "output": f"{split} {n}", name: f"with {n}"} for n in range(40)]
+        rows = [
+            {"instruction": "do", "output": f"{split} {n}", name: f"with {n}"} for n in range(40)
+        ]
         write_file(tmp_path, f"{split}.jsonl", rows)
     assert all("with" in (each.prompt or "") for each in load(tmp_path, LM).splits["test"])
 
@@ -251,18 +305,26 @@ def test_a_column_that_some_rows_lack_is_read_where_it_is_spelt_otherwise(tmp_pa
         ("test.jsonl", [" 7", "11 "]),
     ],
 )
-def test_groups_are_one_however_their_file_spells_them(tmp_path: Path, name: str, shown: list[Any]) -> None:
-    write_file(tmp_path, "train.jsonl", [{"text": f"piece {n}", "book": n % 20} for n in range(200)])
+def test_groups_are_one_however_their_file_spells_them(
+    tmp_path: Path, name: str, shown: list[Any]
+) -> None:
+    write_file(
+        tmp_path, "train.jsonl", [{"text": f"piece {n}", "book": n % 20} for n in range(200)]
+    )
     write_file(tmp_path, name, [{"text": f"other {n}", "book": shown[n % 2]} for n in range(6)])
     dataset = load(tmp_path, LM, group_field="book")
     assert "train: dropped 20 documents of 2 groups that stand in test too" in dataset.notes
 
 
-@pytest.mark.parametrize(("one", "other"), [("\u00fc", "u\u0308"), (True, "True"), ([1, 2], [1, 2])])
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u00fc", "u\u0308"), (True, "True"), ([1, 2], [1, 2])]
+)
 def test_groups_of_any_value(tmp_path: Path, one: Any, other: Any) -> None:
     rows = [{"text": f"piece {n}", "who": f"x {n}"} for n in range(60)]
     write_file(tmp_path, "train.jsonl", [*rows, {"text": "shared", "who": one}])
-    write_file(tmp_path, "test.jsonl", [{"text": "tested", "who": other}, {"text": "own", "who": " "}])
+    write_file(
+        tmp_path, "test.jsonl", [{"text": "tested", "who": other}, {"text": "own", "who": " "}]
+    )
     dataset = load(tmp_path, LM, group_field="who")
     assert "train: dropped 1 documents of 1 groups that stand in test too" in dataset.notes
     assert dataset.splits["test"][1].group is None

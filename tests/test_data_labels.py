@@ -1,4 +1,6 @@
-"""Any set of distinct values is a set of classes; what is none is refused by line, and the report shows them."""
+"""Any set of distinct values is a set of classes; what is none is refused by line, and the report
+shows them.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +51,24 @@ def named(dataset: Dataset) -> dict[int, str]:
         ((0.5, 1.5, 10), ("0.5", "1.5", "10")),
         (("good", "bad", "Bad"), ("Bad", "bad", "good")),
         ((7, 10**30), ("7", str(10**30))),
-        (("1" + "0" * 5000, "7"), ("7", "1" + "0" * 5000)),  # more digits than Python makes a number of
+        # more digits than Python makes a number of
+        (("1" + "0" * 5000, "7"), ("7", "1" + "0" * 5000)),
         (("a b", "a  b"), ("a  b", "a b")),
         (("x", 1), ("1", "x")),
     ],
 )
-def test_any_distinct_values_are_classes(tmp_path: Path, values: tuple[Any, ...], names: tuple[str, ...]) -> None:
+def test_any_distinct_values_are_classes(
+    tmp_path: Path, values: tuple[Any, ...], names: tuple[str, ...]
+) -> None:
     dataset = load(tmp_path, [values[n % len(values)] for n in range(120)])
     assert dataset.labels == names
     for n, name in named(dataset).items():
         value = values[n % len(values)]
         assert name == {True: "true", False: "false"}.get(value, str(value)) or float(name) == value
     assert any(
-        note.startswith(f"classes by index, with documents of train/validation/test: 0: {names[0]} (")
+        note.startswith(
+            f"classes by index, with documents of train/validation/test: 0: {names[0]} ("
+        )
         for note in dataset.notes
     )
 
@@ -76,7 +83,10 @@ def test_labels_are_trimmed_and_that_is_said(tmp_path: Path) -> None:
     ("labels", "said"),
     [
         ([n / 7 for n in range(90)], "labels take 90 values such as"),
-        ([str(n / 7) for n in range(90)], "a quantity, and no classes; choose another column with data.columns"),
+        (
+            [str(n / 7) for n in range(90)],
+            "a quantity, and no classes; choose another column with data.columns",
+        ),
         (list(range(90)), "90 documents of train have 90 different labels"),
         (["a", "b", None], "a.jsonl line 3 has no label"),
         (["a", "b", float("nan")], "a.jsonl line 3 has label nan"),
@@ -92,7 +102,8 @@ def test_what_is_no_class_is_refused(tmp_path: Path, labels: list[Any], said: st
 
 
 @pytest.mark.parametrize(
-    "given", [{"neg": "negative", "0": "bad"}, '{neg: negative, "0": bad}', {"neg": "negative", 0: "bad"}]
+    "given",
+    [{"neg": "negative", "0": "bad"}, '{neg: negative, "0": bad}', {"neg": "negative", 0: "bad"}],
 )
 def test_classes_can_be_renamed_and_keep_their_order(tmp_path: Path, given: Any) -> None:
     dataset = load(tmp_path, ["0", "neg", "zz"] * 40, label_map=given)
@@ -100,13 +111,17 @@ def test_classes_can_be_renamed_and_keep_their_order(tmp_path: Path, given: Any)
     merged = load(tmp_path, ["0", "neg", "zz"] * 40, label_map={"0": "neg"})
     assert merged.labels == ("neg", "zz")
     assert "data.label_map makes 2 classes of 3 (0, neg, zz)" in merged.notes
-    with pytest.raises(UserError, match=r"data\.label_map: there is no label 'pos'; known: 0, neg, zz"):
+    with pytest.raises(
+        UserError, match=r"data\.label_map: there is no label 'pos'; known: 0, neg, zz"
+    ):
         load(tmp_path, ["0", "neg", "zz"] * 40, label_map={"pos": "x"})
     assert merged.digest != dataset.digest != load(tmp_path, ["0", "neg", "zz"] * 40).digest
 
 
 def test_classes_that_a_file_declares_keep_their_numbers_and_names(tmp_path: Path) -> None:
-    """As `datasets` writes them to Parquet; sorted by name they would change places, and -1 is no class."""
+    """As `datasets` writes them to Parquet; sorted by name they would change places, and -1 is no
+    class.
+    """
     feature = {"label": {"names": ["up", "down", "never"], "_type": "ClassLabel"}}
     meta = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
     rows = [{"text": f"text {n}", "label": (1, 0, -1)[n % 3]} for n in range(90)]
@@ -119,10 +134,13 @@ def test_classes_that_a_file_declares_keep_their_numbers_and_names(tmp_path: Pat
 
 
 @pytest.mark.parametrize("hidden", [-1, "-1", None, "absent"])
-def test_a_test_split_without_labels_is_said_and_another_is_cut(tmp_path: Path, hidden: Any) -> None:
+def test_a_test_split_without_labels_is_said_and_another_is_cut(
+    tmp_path: Path, hidden: Any
+) -> None:
     rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(90)]
     tested = [
-        {"text": f"other {n}"} if hidden == "absent" else {"text": f"other {n}", "label": hidden} for n in range(9)
+        {"text": f"other {n}"} if hidden == "absent" else {"text": f"other {n}", "label": hidden}
+        for n in range(9)
     ]
     for name, part in (("train", rows), ("test", tested)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -144,7 +162,8 @@ def test_the_cut_is_stratified_and_train_keeps_every_class(tmp_path: Path) -> No
     dataset = load(tmp_path, labels)
     assert dataset.labels is not None
     counts = {
-        split: [sum(each.label == at for each in part) for at in range(4)] for split, part in dataset.splits.items()
+        split: [sum(each.label == at for each in part) for at in range(4)]
+        for split, part in dataset.splits.items()
     }
     assert counts["validation"] == counts["test"] == [40, 0, 9, 0]  # often, once, seldom, twice
     assert counts["train"] == [720, 1, 162, 2]
@@ -154,7 +173,8 @@ def test_a_document_more_moves_few(tmp_path: Path) -> None:
     labels = ["abc"[n % 3] for n in range(900)]
     before, after = load(tmp_path, labels), load(tmp_path, [*labels, "a"])
     where = [
-        {each.text: split for split, part in dataset.splits.items() for each in part} for dataset in (before, after)
+        {each.text: split for split, part in dataset.splits.items() for each in part}
+        for dataset in (before, after)
     ]
     assert sum(where[0][text] != where[1][text] for text in where[0]) <= 4
     assert load(tmp_path, labels).digest == before.digest
@@ -176,7 +196,10 @@ def test_a_text_with_two_labels_is_counted_and_a_rule_decides(tmp_path: Path) ->
 
     kept, notes = texts()
     assert len(kept) == 90
-    assert any("dropped 2 documents: 1 texts have two labels, such as 'Torn text' (a and b)" in note for note in notes)
+    assert any(
+        "dropped 2 documents: 1 texts have two labels, such as 'Torn text' (a and b)" in note
+        for note in notes
+    )
     kept, notes = texts(conflicting_labels=Conflicting.keep_first)
     assert "Torn text" in kept
     assert "torn  text" not in kept

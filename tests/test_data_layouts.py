@@ -1,4 +1,6 @@
-"""Every format, compression and layout of a folder; every file is used or named, and two readings are refused."""
+"""Every format, compression and layout of a folder; every file is used or named, and two readings
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def of(rows: Any) -> set[str]:
 @pytest.mark.parametrize("packed", COMPRESSIONS)
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("upper", [False, True])
-def test_every_format_compressed_or_not_in_any_case(tmp_path: Path, ending: str, packed: str, upper: bool) -> None:
+def test_every_format_compressed_or_not_in_any_case(
+    tmp_path: Path, ending: str, packed: str, upper: bool
+) -> None:
     name = f"my data [1]{ending}{packed}"
     path = write_file(tmp_path, name.upper() if upper else name, TRAIN)
     task = LM if ending == ".txt" else CLASSES
@@ -60,7 +64,14 @@ def test_every_format_compressed_or_not_in_any_case(tmp_path: Path, ending: str,
 @pytest.mark.parametrize("ending", [".jsonl", ".CSV", ".parquet", ".json.gz"])
 def test_every_layout_of_a_folder(tmp_path: Path, layout: str, ending: str) -> None:
     LAYOUTS[layout](tmp_path, ending)
-    for name in ("README", "LICENSE", ".gitattributes", "dataset_infos.json", ".cache/x.jsonl", "_SUCCESS"):
+    for name in (
+        "README",
+        "LICENSE",
+        ".gitattributes",
+        "dataset_infos.json",
+        ".cache/x.jsonl",
+        "_SUCCESS",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     dataset = load(tmp_path, CLASSES)
@@ -86,7 +97,11 @@ def test_every_layout_that_has_a_format_of_its_own(tmp_path: Path, layout: str, 
     dataset = load_dataset(DataConfig(**{key: str(tmp_path)}), CLASSES)
     assert dataset.labels == ("no", "yes")
     expected = {row["text"]: row["label"] for row in (*TRAIN, *TEST)}
-    assert {each.text: dataset.labels[each.label or 0] for part in dataset.splits.values() for each in part} == expected
+    assert {
+        each.text: dataset.labels[each.label or 0]
+        for part in dataset.splits.values()
+        for each in part
+    } == expected
     assert layout == "class folders without splits" or texts(dataset, "test") == of(TEST)
 
 
@@ -105,7 +120,11 @@ def test_formats_may_be_mixed_over_splits(tmp_path: Path) -> None:
     write_file(tmp_path, "val.tsv", VALIDATION)
     write_file(tmp_path, "test.json", TEST)
     dataset = load(tmp_path, CLASSES)
-    assert [texts(dataset, split) for split in ("train", "validation", "test")] == [of(TRAIN), of(VALIDATION), of(TEST)]
+    assert [texts(dataset, split) for split in ("train", "validation", "test")] == [
+        of(TRAIN),
+        of(VALIDATION),
+        of(TEST),
+    ]
 
 
 def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
@@ -113,7 +132,9 @@ def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
         write_file(tmp_path, f"train_{at}.jsonl", TRAIN[5 * at : 5 * at + 5])
     write_file(tmp_path, "test.jsonl", TEST)
     write_file(tmp_path, "validation.jsonl", VALIDATION)
-    assert [document.text for document in load(tmp_path).splits["train"]] == [row["text"] for row in TRAIN]
+    assert [document.text for document in load(tmp_path).splits["train"]] == [
+        row["text"] for row in TRAIN
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,15 +143,26 @@ def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
         (["test.jsonl", "test.csv"], "test could be test.csv or test.jsonl"),
         (["test.jsonl", "test.jsonl.gz"], "test could be test.jsonl or test.jsonl.gz"),
         (["val.jsonl", "dev.jsonl"], "validation could be dev.jsonl or val.jsonl"),
-        (["validation_matched.jsonl", "validation_mismatched.jsonl"], "validation could be validation_matched.jsonl"),
+        (
+            ["validation_matched.jsonl", "validation_mismatched.jsonl"],
+            "validation could be validation_matched.jsonl",
+        ),
         (["test.jsonl", "test/part-0.jsonl"], "test could be test.jsonl or test/part-0.jsonl"),
         (["data/train.jsonl"], "train could be data/train.jsonl or train.jsonl"),
         (["train_1.jsonl"], "train could be train.jsonl or train_1.jsonl"),
-        (["test-00000-of-00002.jsonl"], "test-00000-of-00002.jsonl is one of 2 shards, and 1 are there"),
-        (["traintest.jsonl", "train-test.jsonl"], "the name of train-test.jsonl speaks of test and of train"),
+        (
+            ["test-00000-of-00002.jsonl"],
+            "test-00000-of-00002.jsonl is one of 2 shards, and 1 are there",
+        ),
+        (
+            ["traintest.jsonl", "train-test.jsonl"],
+            "the name of train-test.jsonl speaks of test and of train",
+        ),
     ],
 )
-def test_two_readings_are_refused_and_both_named(tmp_path: Path, names: list[str], said: str) -> None:
+def test_two_readings_are_refused_and_both_named(
+    tmp_path: Path, names: list[str], said: str
+) -> None:
     for name in ("train.jsonl", *names):
         write_file(tmp_path, name, TEST)
     with pytest.raises(UserError) as refused:
@@ -146,11 +178,17 @@ def test_splits_can_be_chosen_by_name(tmp_path: Path) -> None:
         dataset = load(tmp_path, splits={"validation": name})
         assert texts(dataset, "validation") == of(VALIDATION)
         assert "not read: validation_mismatched.jsonl" in dataset.notes
-    mixed = load(tmp_path, splits={"validation": "*_matched.jsonl", "test": "validation_mismatched"})
+    mixed = load(
+        tmp_path, splits={"validation": "*_matched.jsonl", "test": "validation_mismatched"}
+    )
     assert texts(mixed, "test") == of(TEST)
-    with pytest.raises(UserError, match=r"data\.splits: there is no file 'dev' for validation; known: train\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"data\.splits: there is no file 'dev' for validation; known: train\.jsonl"
+    ):
         load(tmp_path, splits={"validation": "dev"})
-    with pytest.raises(UserError, match=r"data\.splits: there is no split 'valid'; known: train, validation, test"):
+    with pytest.raises(
+        UserError, match=r"data\.splits: there is no split 'valid'; known: train, validation, test"
+    ):
         load(tmp_path, splits={"valid": "dev"})
 
 
@@ -174,12 +212,18 @@ def test_a_copy_beside_a_split_is_named_and_one_in_its_place_is_refused(tmp_path
     assert "not read: test.xlsx, train.jsonl.bak" in load(tmp_path).notes
 
 
-def test_files_of_which_none_names_a_split_are_refused_unless_they_are_texts(tmp_path: Path) -> None:
+def test_files_of_which_none_names_a_split_are_refused_unless_they_are_texts(
+    tmp_path: Path,
+) -> None:
     write_file(tmp_path / "rows", "raw.jsonl", TRAIN)
     write_file(tmp_path / "rows", "clean.jsonl", TEST)
-    with pytest.raises(UserError, match=r"clean\.jsonl and raw\.jsonl, and neither names a split; choose with"):
+    with pytest.raises(
+        UserError, match=r"clean\.jsonl and raw\.jsonl, and neither names a split; choose with"
+    ):
         load(tmp_path / "rows")
-    assert texts(load(tmp_path / "rows", splits={"train": "raw"}), "train", "validation", "test") == of(TRAIN)
+    assert texts(
+        load(tmp_path / "rows", splits={"train": "raw"}), "train", "validation", "test"
+    ) == of(TRAIN)
     for at in range(30):
         write_file(tmp_path / "books", f"book of {at}.txt", TRAIN[2 * at : 2 * at + 2])
     dataset = load(tmp_path / "books", group_field="file")
@@ -215,14 +259,26 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-        ("train.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (
+            "train.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer",
+        ),
+        (
+            "train.jsonl.gz",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer",
+        ),
         ("train.jsonl.gz", b"not gzip", "train.jsonl.gz cannot be unpacked"),
         ("train.jsonl.zst", b"not zstd", "train.jsonl.zst cannot be unpacked"),
         ("train.jsonl.xz", b"not xz", "train.jsonl.xz cannot be unpacked"),
         ("train.jsonl.bz2", b"not bz2", "train.jsonl.bz2 cannot be unpacked"),
         ("train.jsonl.zip", b"not zip", "train.jsonl.zip cannot be unpacked"),
-        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "train.jsonl.gz cannot be unpacked"),
+        (
+            "train.jsonl.gz",
+            gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9],
+            "train.jsonl.gz cannot be unpacked",
+        ),
         ("train.pkl", b"", "train.pkl may hold a program"),
         ("train.tar.gz", b"", "train.tar.gz is an archive"),
         ("train.xlsx", b"", "train.xlsx is a spreadsheet"),
@@ -232,7 +288,9 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path, 
         ("train.parquet", b"", "is empty"),
     ],
 )
-def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_files_that_cannot_be_read_are_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:
         load(tmp_path / name)
@@ -243,7 +301,11 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("card", "subset", "said"),
     [
-        ("- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n", None, "has a, b"),
+        (
+            "- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n",
+            None,
+            "has a, b",
+        ),
         ("- config_name: a\n  data_files: a.jsonl\n", "c", "there is no 'c'; known: a"),
         ("- config_name: a\n  data_files: ../a.jsonl\n", None, "outside of the folder"),
         ("- config_name: a\n  data_files: gone-*.jsonl\n", None, "has no such file"),
@@ -261,7 +323,9 @@ def test_a_hub_card_that_leaves_a_choice_or_leads_nowhere(
 def test_a_subset_is_a_configuration_of_the_card_or_a_folder(tmp_path: Path) -> None:
     write_file(tmp_path, "one/train.jsonl", TRAIN)
     write_file(tmp_path, "two/train.jsonl", TEST)
-    with pytest.raises(UserError, match=r"train could be one/train\.jsonl or two/train\.jsonl; .*data\.subset=one"):
+    with pytest.raises(
+        UserError, match=r"train could be one/train\.jsonl or two/train\.jsonl; .*data\.subset=one"
+    ):
         load(tmp_path)
     assert texts(load(tmp_path, subset="one"), "train", "validation", "test") == of(TRAIN)
     (tmp_path / "README.md").write_text(
@@ -276,7 +340,9 @@ def test_saved_folders_name_files_inside_them_alone(tmp_path: Path) -> None:
     save_to_disk(tmp_path / "a", splits=False)
     state = json.loads((tmp_path / "a/state.json").read_text())
     for name in ("../secret.arrow", "/etc/passwd", 3):
-        (tmp_path / "a/state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+        (tmp_path / "a/state.json").write_text(
+            json.dumps({**state, "_data_files": [{"filename": name}]})
+        )
         with pytest.raises(UserError, match="names no data files"):
             load(tmp_path / "a")
 
@@ -295,11 +361,18 @@ def test_hub_splits_are_chosen_like_files(monkeypatch: pytest.MonkeyPatch) -> No
         "test_matched": hidden,
         "unsupervised": hidden,
     }
-    loaded = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
+    loaded = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
-    with pytest.raises(UserError, match=r"data\.hub: validation could be validation_matched or validation_mismatched"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.hub: validation could be validation_matched or validation_mismatched",
+    ):
         load_dataset(DataConfig(hub="org/name"), CLASSES)
-    dataset = load_dataset(DataConfig(hub="org/name", splits={"validation": "validation_matched"}), CLASSES)
+    dataset = load_dataset(
+        DataConfig(hub="org/name", splits={"validation": "validation_matched"}), CLASSES
+    )
     assert texts(dataset, "validation") == of(VALIDATION)
     assert "not read: validation_mismatched, unsupervised" in dataset.notes
     assert "test is not read: its 12 rows have no labels" in dataset.notes
@@ -323,11 +396,15 @@ def test_data_that_is_set_aside_or_that_a_folder_does_not_name_is_named(tmp_path
     assert "not read: test.jsonl" in load(tmp_path / "b").notes
     write_file(tmp_path / "c", "first.jsonl", TRAIN)
     write_file(tmp_path / "c", "deep/second.jsonl", TEST)
-    (tmp_path / "c/README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: first.jsonl\n---\n")
+    (tmp_path / "c/README.md").write_text(
+        "---\nconfigs:\n- config_name: x\n  data_files: first.jsonl\n---\n"
+    )
     assert "not read: deep/second.jsonl" in load(tmp_path / "c").notes
 
 
-def test_a_folder_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_too_many_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.data.folders.MOST_FILES", 20)
     for at in range(21):
         (tmp_path / f"a/{at}").mkdir(parents=True)
@@ -335,7 +412,7 @@ def test_a_folder_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pyte
         load(tmp_path)
 
 
-# --- class folders, TREC, one JSON file -------------------------------------------------------------------------------
+# --- class folders, TREC, one JSON file ----------------------------------------------------------
 
 
 def _write(folder: Path, **files: str | bytes) -> Path:
@@ -355,21 +432,41 @@ def _mail(split: str, ending: str = ".txt", classes: str = "ham spam") -> dict[s
 
 def test_what_is_no_document_of_a_class_is_named(tmp_path: Path) -> None:
     _write(tmp_path, **_mail("box/train", classes="ham spam unsup"), **_mail("box/test"))
-    _write(tmp_path, **{"box/words.vocab": "a", "box/er.txt": "1", "box/train/urls_ham.txt": "http", "box/README": "x"})
+    _write(
+        tmp_path,
+        **{
+            "box/words.vocab": "a",
+            "box/er.txt": "1",
+            "box/train/urls_ham.txt": "http",
+            "box/README": "x",
+        },
+    )
     dataset = load(tmp_path, CLASSES)
     assert dataset.labels == ("ham", "spam")
-    assert all(f" {dataset.labels[each.label or 0]} " in each.text for each in dataset.splits["test"])
-    assert "box/test ham letter 3\n\nits second paragraph" in texts(dataset, "test")  # a file, and no paragraph of it
-    said = "not read: box/er.txt, box/train/unsup (30 files without a class), box/train/urls_ham.txt, box/words.vocab"
+    assert all(
+        f" {dataset.labels[each.label or 0]} " in each.text for each in dataset.splits["test"]
+    )
+    # a file, and no paragraph of it
+    assert "box/test ham letter 3\n\nits second paragraph" in texts(dataset, "test")
+    said = (
+        "not read: box/er.txt, box/train/unsup (30 files without a class), box/train/urls_ham.txt,"
+        " box/words.vocab"
+    )
     assert said in dataset.notes
-    assert "a class is a sub-folder and a document is a file, of which there are: train 60, test 60" in dataset.notes
+    assert (
+        "a class is a sub-folder and a document is a file, of which there are: train 60, test 60"
+        in dataset.notes
+    )
     grouped = load(tmp_path, CLASSES, group_field="file")
     assert {each.group for each in grouped.splits["test"]} >= {"box/test/ham/3.txt"}
 
 
 def test_class_folders_of_a_split_are_chosen(tmp_path: Path) -> None:
     _write(tmp_path, **_mail("train"), **_mail("dev_a"), **_mail("dev_b"))
-    with pytest.raises(UserError, match=r"validation could be dev_a or dev_b; choose with data\.splits=\{validation"):
+    with pytest.raises(
+        UserError,
+        match=r"validation could be dev_a or dev_b; choose with data\.splits=\{validation",
+    ):
         load(tmp_path, CLASSES)
     dataset = load(tmp_path, CLASSES, splits={"validation": "dev_b"})
     assert all(text.startswith("dev_b") for text in texts(dataset, "validation"))
@@ -384,7 +481,9 @@ def test_class_folders_of_a_split_are_chosen(tmp_path: Path) -> None:
         {"ham/deeper/1.txt": "a"},  # two levels
     ],
 )
-def test_texts_in_folders_that_could_be_something_else_are_no_classes(tmp_path: Path, more: dict[str, str]) -> None:
+def test_texts_in_folders_that_could_be_something_else_are_no_classes(
+    tmp_path: Path, more: dict[str, str]
+) -> None:
     with pytest.raises(UserError):
         load(_write(tmp_path, **_mail(".", classes="ham spam"), **more), CLASSES)
 
@@ -396,7 +495,9 @@ def test_class_folders_are_texts_for_a_language_model(tmp_path: Path) -> None:
 
 
 def test_old_texts_are_latin_1(tmp_path: Path) -> None:
-    _write(tmp_path / "a", **_mail("train", ""), **{"train/ham/old": "d\xe9j\xe0 vu".encode("latin-1")})
+    _write(
+        tmp_path / "a", **_mail("train", ""), **{"train/ham/old": "d\xe9j\xe0 vu".encode("latin-1")}
+    )
     dataset = load(tmp_path / "a", CLASSES)
     assert "d\xe9j\xe0 vu" in texts(dataset, "train", "validation", "test")
     assert "old is no UTF-8, and is read as LATIN-1" in dataset.notes
@@ -406,7 +507,10 @@ def test_old_texts_are_latin_1(tmp_path: Path) -> None:
 
 
 def test_trec_has_two_classes_for_a_line_and_the_coarse_one_is_read(tmp_path: Path) -> None:
-    lines = [f"{('LOC:city', 'LOC:other', 'HUM:ind', 'ENTY:other')[n % 4]} Where is number {n} ?" for n in range(80)]
+    lines = [
+        f"{('LOC:city', 'LOC:other', 'HUM:ind', 'ENTY:other')[n % 4]} Where is number {n} ?"
+        for n in range(80)
+    ]
     path = tmp_path / "train_1000.label"
     path.write_bytes(("\n".join(lines) + "\nHUM:ind Who was Andr\xe9 ?\n").encode("latin-1"))
     dataset = load(path, CLASSES)
@@ -417,7 +521,10 @@ def test_trec_has_two_classes_for_a_line_and_the_coarse_one_is_read(tmp_path: Pa
     assert finer.labels == ("ENTY:other", "HUM:ind", "LOC:city", "LOC:other")
     assert load(path).labels is None
     write_file(tmp_path, "TREC_10.label", TEST)
-    assert any("TREC_10.label beside train_1000.label is not read" in note for note in load(path, CLASSES).notes)
+    assert any(
+        "TREC_10.label beside train_1000.label is not read" in note
+        for note in load(path, CLASSES).notes
+    )
     path.write_text("LOC:city Where ?\n1 2 3\n")
     with pytest.raises(UserError, match=r"train_1000\.label line 2 is not CLASS:finer text"):
         load(path, CLASSES)
@@ -425,17 +532,26 @@ def test_trec_has_two_classes_for_a_line_and_the_coarse_one_is_read(tmp_path: Pa
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_splits_in_one_json_file(tmp_path: Path, whole: bool) -> None:
-    parts = {"training": TRAIN, "dev_a": VALIDATION, "dev_b": TEST, "test": {name: [row[name] for row in TEST]
-             for name in TEST[0]}, "authors": [{"name": "a"}]}  # fmt: skip
+    parts = {
+        "training": TRAIN,
+        "dev_a": VALIDATION,
+        "dev_b": TEST,
+        "test": {name: [row[name] for row in TEST] for name in TEST[0]},
+        "authors": [{"name": "a"}],
+    }
     path = tmp_path / "all.json"
     path.write_text(json.dumps(parts))
     place = tmp_path if whole else path
-    with pytest.raises(UserError, match=r"validation could be dev_a or dev_b; choose with data\.splits"):
+    with pytest.raises(
+        UserError, match=r"validation could be dev_a or dev_b; choose with data\.splits"
+    ):
         load(place, CLASSES)
     dataset = load(place, CLASSES, splits={"validation": "dev_a"})
     given = [texts(dataset, split) for split in ("train", "validation", "test")]
     assert given == [of(TRAIN), of(VALIDATION), of(TEST)]
-    assert {"all.json holds train, validation, test", "not read: dev_b, authors"} <= set(dataset.notes)
+    assert {"all.json holds train, validation, test", "not read: dev_b, authors"} <= set(
+        dataset.notes
+    )
     path.write_text(json.dumps({**parts, "dev_a": [], "dev_b": 0}))
     with pytest.raises(UserError, match="the validation split has no documents"):
         load(place, CLASSES)

@@ -26,7 +26,8 @@ def test_missing_splits_are_cut_by_content_and_stay_when_documents_are_added(tmp
     rows = [{"text": f"document {index}"} for index in range(300)]
     small = load_dataset(DataConfig(path=jsonl(tmp_path / "a.jsonl", rows[:200])), Task.causal_lm)
     large = load_dataset(
-        DataConfig(path=jsonl(tmp_path / "b.jsonl", [*rows[::-1], rows[0], {"text": " "}])), Task.causal_lm
+        DataConfig(path=jsonl(tmp_path / "b.jsonl", [*rows[::-1], rows[0], {"text": " "}])),
+        Task.causal_lm,
     )
     assert sum(len(part) for part in large.splits.values()) == 300
     assert digests(small, "test")
@@ -51,7 +52,11 @@ def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -
         ('{"text": "a"}\n{"text": \n', LM, "line 2 is not JSON"),
         ('{"text": "a"}\n[1]\n', LM, "line 2 is not an object"),
         ('{"txt": "a b"}\n', LM, "split has no documents"),
-        ('{"title": "a b", "body": "c d"}\n', LM, "no field 'text', and title, body are no shape that is known"),
+        (
+            '{"title": "a b", "body": "c d"}\n',
+            LM,
+            "no field 'text', and title, body are no shape that is known",
+        ),
         ('{"text": "a"}\n{"txt": "a"}\n', LM, "line 2 has no field 'text', unlike the first row"),
         ('{"text": 3}\n', LM, "text is int"),
         ('{"text": "a"}\n', CLASSES, "no field 'label'"),
@@ -63,7 +68,11 @@ def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -
         ('{"messages": "x"}\n', LM, "line 1: messages are not a list of role and content"),
         ('{"text": "a"}\n', LM, "split has no documents"),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', LM, "line 2 has half a character (\\ud83d)"),
-        ('{"messages": [{"role": "assistant", "content": "\\udc00"}]}\n', LM, "line 1 has half a character"),
+        (
+            '{"messages": [{"role": "assistant", "content": "\\udc00"}]}\n',
+            LM,
+            "line 1 has half a character",
+        ),
         ("[" * 100_000, LM, "line 1 is not JSON (maximum recursion depth"),
         ('{"text": "a", "n": ' + "1" * 5000 + "}", LM, "line 1 is not JSON (Exceeds the limit"),
         ('{"text": "a", "label": true}\n', CLASSES, "all documents have label 'true'"),
@@ -71,7 +80,7 @@ def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -
         ('{"text": "a", "label": "x"}\n', CLASSES, "all documents have label 'x'"),
         ('{"text": "a", "label": {"x": 1}}\n', CLASSES, "line 1 has 1 labels"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
@@ -81,18 +90,27 @@ def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None
 
 
 @pytest.mark.parametrize(("train", "test"), [((0, 1), 2), (("no", "yes"), "zz")])
-def test_a_label_that_only_the_test_split_has_is_said_and_its_documents_are_scored(tmp_path, train, test) -> None:
+def test_a_label_that_only_the_test_split_has_is_said_and_its_documents_are_scored(
+    tmp_path, train, test
+) -> None:
     jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": train[i % 2]} for i in range(60)])
-    jsonl(tmp_path / "test.jsonl", [{"text": "new", "label": train[0]}, {"text": "newer", "label": test}])
+    jsonl(
+        tmp_path / "test.jsonl",
+        [{"text": "new", "label": train[0]}, {"text": "newer", "label": test}],
+    )
     dataset = load_dataset(DataConfig(path=str(tmp_path)), Task.sequence_classification)
     assert dataset.labels == (*map(str, train), str(test))
     assert [document.label for document in dataset.splits["test"]] == [0, 2]
-    assert any(note.startswith(f"class {test} has no document in train; 1 of test are of it") for note in dataset.notes)
+    assert any(
+        note.startswith(f"class {test} has no document in train; 1 of test are of it")
+        for note in dataset.notes
+    )
 
 
 def test_a_chat_in_which_the_assistant_says_nothing_is_blank(tmp_path) -> None:
     turns = [
-        ({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": ("a", " ")[i % 2]}) for i in range(120)
+        ({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": ("a", " ")[i % 2]})
+        for i in range(120)
     ]
     rows = [{"messages": list(pair)} for pair in turns]
     dataset = load_dataset(DataConfig(path=jsonl(tmp_path / "a.jsonl", rows)), Task.causal_lm)
@@ -128,4 +146,6 @@ def test_the_embedded_data_is_real_and_its_splits_share_nothing() -> None:
         assert min(map(len, parts)) >= 40
         assert sum(map(len, parts)) == len(set.union(*parts))
     assert dataset.labels is not None
-    assert {document.label for document in dataset.splits["test"]} == set(range(len(dataset.labels)))
+    assert {document.label for document in dataset.splits["test"]} == set(
+        range(len(dataset.labels))
+    )

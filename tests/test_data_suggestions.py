@@ -19,49 +19,95 @@ from pipeline.errors import UserError
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 ASKED = {"role": "user", "content": "ask {n}"}
-SAID, WORSE = {"role": "assistant", "content": "say {n}"}, {"role": "assistant", "content": "bad {n}"}
+SAID, WORSE = (
+    {"role": "assistant", "content": "say {n}"},
+    {"role": "assistant", "content": "bad {n}"},
+)
 SQUAD = {"id": "i{n}", "title": "a b", "context": "the sky {n}", "question": "which one {n}?"}
 
 ROWS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "a preference of messages": ({"chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]}, "{messages: chosen}"),
-    "a preference, the worse one first": ({"rejected": [ASKED, WORSE], "chosen": [ASKED, SAID]}, "{messages: chosen}"),
+    "a preference of messages": (
+        {"chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]},
+        "{messages: chosen}",
+    ),
+    "a preference, the worse one first": (
+        {"rejected": [ASKED, WORSE], "chosen": [ASKED, SAID]},
+        "{messages: chosen}",
+    ),
     "a preference with its prompt in it": (
-        {"prompt": "ask {n}", "chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]}, "{messages: chosen}"),
+        {"prompt": "ask {n}", "chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]},
+        "{messages: chosen}",
+    ),
     "a preference with its prompt beside it": (
-        {"prompt": [ASKED], "chosen": [SAID], "rejected": [WORSE]}, "{prompt: prompt, completion: chosen}"),
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": [WORSE]},
+        "{prompt: prompt, completion: chosen}",
+    ),
     "a preference of answers": (
-        {"prompt": "ask {n}", "chosen": [SAID], "rejected": [WORSE]}, "{prompt: prompt, completion: chosen}"),
+        {"prompt": "ask {n}", "chosen": [SAID], "rejected": [WORSE]},
+        "{prompt: prompt, completion: chosen}",
+    ),
     "a preference of texts": (
-        {"prompt": "ask {n}", "chosen": "say {n}", "rejected": "bad {n}"}, "{prompt: prompt, completion: chosen}"),
-    "a preference of whole texts": ({"chosen": "Q: {n}? A: yes", "rejected": "Q: {n}? A: no"}, "{text: chosen}"),
+        {"prompt": "ask {n}", "chosen": "say {n}", "rejected": "bad {n}"},
+        "{prompt: prompt, completion: chosen}",
+    ),
+    "a preference of whole texts": (
+        {"chosen": "Q: {n}? A: yes", "rejected": "Q: {n}? A: no"},
+        "{text: chosen}",
+    ),
     "messages inside": ({"id": 1, "sample": {"turns": [ASKED, SAID]}}, "{messages: sample.turns}"),
     "messages as JSON": ({"log": json.dumps([ASKED, SAID])}, "{messages: log}"),
-    "ShareGPT": ({"log": [{"from": "human", "value": "q {n}"}, {"from": "gpt", "value": "a"}]}, "{messages: log}"),
+    "ShareGPT": (
+        {"log": [{"from": "human", "value": "q {n}"}, {"from": "gpt", "value": "a"}]},
+        "{messages: log}",
+    ),
     "a text inside": ({"meta": {"body": "some words {n}", "url": "u{n}"}}, "{text: meta.body}"),
     "a text far inside": ({"a": {"b": {"c": "some words {n}", "d": 5}}, "n": 4}, "{text: a.b.c}"),
     "a text inside text": ({"text": {"body": "some words {n}", "size": 3}}, "{text: text.body}"),
-    "a prompt inside": ({"prompt": {"value": "ask me {n}"}, "completion": "say it {n}"},
-                        "{prompt: prompt.value, completion: completion}"),
-    "two texts inside": ({"doc": {"headline": "h h {n}", "body": "b b {n}"}},
-                         "{prompt: doc.headline, completion: doc.body}"),
-    "names that need quotes": ({"the head: line": "h h {n}", "K\u00f6rper": "b b {n}"},
-                               '{prompt: "the head: line", completion: "K\u00f6rper"}'),
-    "names that are values": ({"null": "h h {n}", "7": "b b {n}"}, '{prompt: "null", completion: "7"}'),
+    "a prompt inside": (
+        {"prompt": {"value": "ask me {n}"}, "completion": "say it {n}"},
+        "{prompt: prompt.value, completion: completion}",
+    ),
+    "two texts inside": (
+        {"doc": {"headline": "h h {n}", "body": "b b {n}"}},
+        "{prompt: doc.headline, completion: doc.body}",
+    ),
+    "names that need quotes": (
+        {"the head: line": "h h {n}", "K\u00f6rper": "b b {n}"},
+        '{prompt: "the head: line", completion: "K\u00f6rper"}',
+    ),
+    "names that are values": (
+        {"null": "h h {n}", "7": "b b {n}"},
+        '{prompt: "null", completion: "7"}',
+    ),
     "names with quotes and blanks": ({'a "b" ': "h h {n}", "1.50": "b b {n}"}, None),
-    "an answer of another name": ({**SQUAD, "gold_answer": "it is {n}"}, "{prompt: question, completion: gold_answer}"),
-    "answers of another name": ({**SQUAD, "gold_answers": ["it is {n}", "that"]},
-                                "{prompt: question, completion: gold_answers}"),
+    "an answer of another name": (
+        {**SQUAD, "gold_answer": "it is {n}"},
+        "{prompt: question, completion: gold_answer}",
+    ),
+    "answers of another name": (
+        {**SQUAD, "gold_answers": ["it is {n}", "that"]},
+        "{prompt: question, completion: gold_answers}",
+    ),
     "a question with its context alone": (
         {"id": "{n}", "context": "the sky {n}", "question": "which {n} is it?"},
-        "{prompt: question, completion: context}"),
-    "a pair": ({"premise": "it rains {n}", "hypothesis": "it is wet {n}"}, "{prompt: premise, completion: hypothesis}"),
+        "{prompt: question, completion: context}",
+    ),
+    "a pair": (
+        {"premise": "it rains {n}", "hypothesis": "it is wet {n}"},
+        "{prompt: premise, completion: hypothesis}",
+    ),
     "about a text alone": ({"name": "no text {n}", "size": 4}, "{text: name}"),
     "no text": ({"n": 1, "m": [1, 2], "o": {"p": 3}}, None),
     "a row for a header": ({"I loved it so very much": "a b {n}", "1": 3}, None),
     "a text and a prompt": ({"text": "t t {n}", "question": "q q {n}", "answer": "a a {n}"}, None),
-    "two conversations": ({"messages": [ASKED, SAID], "chat": [ASKED, SAID]}, "{messages: messages}"),
-}  # fmt: skip
-"""A row with `{n}` for its number, and what is to be suggested of it for causal_lm where only one thing is right."""
+    "two conversations": (
+        {"messages": [ASKED, SAID], "chat": [ASKED, SAID]},
+        "{messages: messages}",
+    ),
+}
+"""A row with `{n}` for its number, and what is to be suggested of it for causal_lm where only one
+thing is right.
+"""
 
 
 CELLS: list[dict[str, Any]] = [{}, {"label": 1}, {"stars": 1, "topic": "b"}, {"kind": "x"}]
@@ -118,7 +164,9 @@ def test_what_is_suggested_is_accepted(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "cell"), list(product(ROWS, CELLS)))
-def test_what_is_suggested_to_classify_is_accepted(tmp_path: Path, what: str, cell: dict[str, Any]) -> None:
+def test_what_is_suggested_to_classify_is_accepted(
+    tmp_path: Path, what: str, cell: dict[str, Any]
+) -> None:
     rows = rows_of({**ROWS[what][0], **cell})
     for n, row in enumerate(rows):
         row |= {name: f"{value}{n % 3}" for name, value in cell.items()}
@@ -127,16 +175,33 @@ def test_what_is_suggested_to_classify_is_accepted(tmp_path: Path, what: str, ce
 
 @pytest.mark.parametrize("shape", [shape for shape in DataFormat if shape is not DataFormat.auto])
 @pytest.mark.parametrize("what", ROWS)
-def test_what_is_suggested_for_a_shape_is_accepted(tmp_path: Path, what: str, shape: DataFormat) -> None:
+def test_what_is_suggested_for_a_shape_is_accepted(
+    tmp_path: Path, what: str, shape: DataFormat
+) -> None:
     follow(tmp_path, rows_of(ROWS[what][0]), LM, format=shape)
 
 
-@pytest.mark.parametrize("given", [{"prompt": "head"}, {"completion": "meta.body"}, {"text_pair": "head"},
-                                   {"instruction": "head", "completion": "meta.body"}, {"output": "head"},
-                                   {"label": "size"}, {"text": "head"}, {"messages": "head"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": "head"},
+        {"completion": "meta.body"},
+        {"text_pair": "head"},
+        {"instruction": "head", "completion": "meta.body"},
+        {"output": "head"},
+        {"label": "size"},
+        {"text": "head"},
+        {"messages": "head"},
+    ],
+)
 @pytest.mark.parametrize("task", Task)
-def test_what_is_suggested_beside_a_mapping_keeps_it(tmp_path: Path, task: Task, given: dict[str, str]) -> None:
-    rows = [{**row, "size": n % 3} for n, row in enumerate(rows_of({"head": "h h {n}", "meta": {"body": "b b {n}"}}))]
+def test_what_is_suggested_beside_a_mapping_keeps_it(
+    tmp_path: Path, task: Task, given: dict[str, str]
+) -> None:
+    rows = [
+        {**row, "size": n % 3}
+        for n, row in enumerate(rows_of({"head": "h h {n}", "meta": {"body": "b b {n}"}}))
+    ]
     follow(tmp_path, rows, task, columns=given)
 
 
@@ -148,22 +213,39 @@ def test_a_column_that_lacks_text_in_a_late_row_is_not_suggested(tmp_path: Path)
 
 
 def test_a_label_that_names_every_row_is_not_suggested(tmp_path: Path) -> None:
-    rows = [{"text": f"t t {n}", "code": f"c{n}", "same": 1, "size": n % 4, "none": None} for n in range(60)]
+    rows = [
+        {"text": f"t t {n}", "code": f"c{n}", "same": 1, "size": n % 4, "none": None}
+        for n in range(60)
+    ]
     assert "choose one of size with data.columns={label: NAME}" in refusal(tmp_path, rows, CLASSES)
 
 
 @pytest.mark.parametrize(
     ("row", "columns", "prompt"),
     [
-        ({"query": "q {n}", "passage": "p {n}"}, {"prompt": "query", "completion": "passage"}, "q {n}\n"),
-        ({"context": "c {n}", "fact": "f {n}"}, {"prompt": "context", "completion": "fact"}, "c {n}\n"),
-        ({"ask": "q {n}", "document": {"x": "p {n}", "y": "z"}}, {"prompt": "ask", "completion": "document.x"},
-         "q {n}\n"),
+        (
+            {"query": "q {n}", "passage": "p {n}"},
+            {"prompt": "query", "completion": "passage"},
+            "q {n}\n",
+        ),
+        (
+            {"context": "c {n}", "fact": "f {n}"},
+            {"prompt": "context", "completion": "fact"},
+            "c {n}\n",
+        ),
+        (
+            {"ask": "q {n}", "document": {"x": "p {n}", "y": "z"}},
+            {"prompt": "ask", "completion": "document.x"},
+            "q {n}\n",
+        ),
         ({"do": "d {n}", "system": "s {n}"}, {"prompt": "do", "completion": "system"}, "d {n}\n"),
-        ({"context": "c {n}", "system": "s {n}", "out": "o {n}"}, {"prompt": "system", "completion": "out"},
-         "c {n}\n\ns {n}\n"),
+        (
+            {"context": "c {n}", "system": "s {n}", "out": "o {n}"},
+            {"prompt": "system", "completion": "out"},
+            "c {n}\n\ns {n}\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mapped_column_is_read_as_nothing_else(
     tmp_path: Path, row: dict[str, Any], columns: dict[str, str], prompt: str
 ) -> None:
@@ -172,14 +254,20 @@ def test_a_mapped_column_is_read_as_nothing_else(
     assert prompts == {prompt.replace("{n}", str(n)) for n in range(40)}
 
 
-def test_a_mapped_input_of_alpaca_and_a_mapped_label_are_read_as_nothing_else(tmp_path: Path) -> None:
+def test_a_mapped_input_of_alpaca_and_a_mapped_label_are_read_as_nothing_else(
+    tmp_path: Path,
+) -> None:
     rows = rows_of({"instruction": "do {n}", "input": "in {n}"})
     dataset = load(tmp_path, rows, LM, columns={"output": "input"})
-    assert all("### Input" not in str(each.prompt) for part in dataset.splits.values() for each in part)
+    assert all(
+        "### Input" not in str(each.prompt) for part in dataset.splits.values() for each in part
+    )
     rows = [{"label": f"about {n}", "text": ("a", "b")[n % 2]} for n in range(40)]
     dataset = load(tmp_path, rows, CLASSES, columns={"text": "label", "label": "text"})
     assert dataset.labels == ("a", "b")
-    said = refusal(tmp_path, [{"label": f"about {n}"} for n in range(40)], CLASSES, columns={"text": "label"})
+    said = refusal(
+        tmp_path, [{"label": f"about {n}"} for n in range(40)], CLASSES, columns={"text": "label"}
+    )
     assert "has no field 'label'" in said
 
 
@@ -191,24 +279,35 @@ SQUAD_ANSWERS = [
 
 
 @pytest.mark.parametrize("answers", SQUAD_ANSWERS)
-def test_the_first_answer_of_a_question_is_learnt_after_its_context(tmp_path: Path, answers: Any) -> None:
+def test_the_first_answer_of_a_question_is_learnt_after_its_context(
+    tmp_path: Path, answers: Any
+) -> None:
     rows = rows_of({**SQUAD, "answers": answers})
-    rows.append({**rows[0], "question": "nobody knows?", "answers": type(answers)()} if isinstance(answers, list)
-                else {**rows[0], "question": "nobody knows?", "answers": {"text": [], "answer_start": []}})  # fmt: skip
+    rows.append(
+        {**rows[0], "question": "nobody knows?", "answers": type(answers)()}
+        if isinstance(answers, list)
+        else {**rows[0], "question": "nobody knows?", "answers": {"text": [], "answer_start": []}}
+    )
     dataset = load(tmp_path, rows, LM)
     found = {(each.prompt, each.text) for part in dataset.splits.values() for each in part}
     assert found == {(f"the sky {n}\n\nwhich one {n}?\n", f"it is {n}") for n in range(40)}
-    assert "rows are prompt completion (prompt: question, completion: answers; with context); not read: id, title" in (
-        dataset.notes
+    assert (
+        "rows are prompt completion (prompt: question, completion: answers; with context); not"
+        " read: id, title" in (dataset.notes)
     )
-    assert "answers lists texts: the first is learnt; an empty list is a blank document" in dataset.notes
+    assert (
+        "answers lists texts: the first is learnt; an empty list is a blank document"
+        in dataset.notes
+    )
     assert "train: dropped 1 blank documents" in dataset.notes
 
 
 def test_a_list_of_texts_can_be_reached_into(tmp_path: Path) -> None:
     rows = rows_of({**SQUAD, "replies": {"text": ["it is {n}"], "n": 1}})
     dataset = load(tmp_path, rows, LM, columns={"prompt": "question", "completion": "replies.text"})
-    assert {each.text for part in dataset.splits.values() for each in part} == {f"it is {n}" for n in range(40)}
+    assert {each.text for part in dataset.splits.values() for each in part} == {
+        f"it is {n}" for n in range(40)
+    }
     assert any(note.endswith("not read: id, title, replies.n") for note in dataset.notes)
 
 
@@ -216,17 +315,30 @@ def test_a_list_of_texts_can_be_reached_into(tmp_path: Path) -> None:
     ("row", "more", "unread"),
     [
         ({"meta": {"body": "b {n}"}}, {"columns": {"text": "meta.body"}}, ""),
-        ({"meta": {"body": "b {n}", "url": "u", "by": {"name": "x", "age": 3}}}, {"columns": {"text": "meta.body"}},
-         "; not read: meta.url, meta.by.name, meta.by.age"),
-        ({"text": "t {n}", "from": {"book": "{n}", "page": 4}, "id": 1}, {"group_field": "from.book"},
-         "; not read: from.page, id"),
-        ({"text": "t {n}", "meta.body": "b {n}", "meta": {"body": "c"}}, {"columns": {"text": "meta.body"}},
-         "; not read: text, meta"),
-        ({"prompt": [ASKED], "completion": [SAID], "tools": [], "context": "c"}, {}, "; not read: context"),
+        (
+            {"meta": {"body": "b {n}", "url": "u", "by": {"name": "x", "age": 3}}},
+            {"columns": {"text": "meta.body"}},
+            "; not read: meta.url, meta.by.name, meta.by.age",
+        ),
+        (
+            {"text": "t {n}", "from": {"book": "{n}", "page": 4}, "id": 1},
+            {"group_field": "from.book"},
+            "; not read: from.page, id",
+        ),
+        (
+            {"text": "t {n}", "meta.body": "b {n}", "meta": {"body": "c"}},
+            {"columns": {"text": "meta.body"}},
+            "; not read: text, meta",
+        ),
+        (
+            {"prompt": [ASKED], "completion": [SAID], "tools": [], "context": "c"},
+            {},
+            "; not read: context",
+        ),
         ({"prompt": "p {n}", "completion": "c", "tools": []}, {}, "; not read: tools"),
         ({"text": "t {n}", "be": "b"}, {"columns": {"system": "be"}}, "; not read: be"),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_to_be_unread_is_what_is_not_read(
     tmp_path: Path, row: dict[str, Any], more: dict[str, Any], unread: str
 ) -> None:
@@ -235,7 +347,11 @@ def test_what_is_said_to_be_unread_is_what_is_not_read(
     assert said.partition("; not read")[2] == unread.partition("; not read")[2]
 
 
-def test_tools_beside_a_prompt_of_messages_are_read_under_the_name_they_have(tmp_path: Path) -> None:
+def test_tools_beside_a_prompt_of_messages_are_read_under_the_name_they_have(
+    tmp_path: Path,
+) -> None:
     tool = {"type": "function", "function": {"name": "look"}}
-    dataset = load(tmp_path, rows_of({"prompt": [ASKED], "completion": [SAID], "functions": [tool]}), LM)
+    dataset = load(
+        tmp_path, rows_of({"prompt": [ASKED], "completion": [SAID], "functions": [tool]}), LM
+    )
     assert {len(each.tools or ()) for part in dataset.splits.values() for each in part} == {1}

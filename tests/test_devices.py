@@ -1,4 +1,6 @@
-"""The device that a run was given is the one that is read, whichever is the thread's current one; and its name."""
+"""The device that a run was given is the one that is read, whichever is the thread's current one;
+and its name.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(device or now.current))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device=None: Stream(device or now.current)
+    )
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(device or now.current))
     return now
 
@@ -85,18 +89,22 @@ def test_phases_are_timed_in_the_runs_own_stream(cuda: SimpleNamespace) -> None:
 
 def test_a_loss_on_its_way_is_waited_for_in_its_own_stream(
     cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     plain = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: plain(tensor))
     parts = SimpleNamespace(ce=torch.tensor(2.0), divergence=torch.tensor(3.0))
-    done: Any = SimpleNamespace(loss=torch.tensor(1.0), parts=parts, drawn={}, count=4, ce_weight=1.0)
+    done: Any = SimpleNamespace(
+        loss=torch.tensor(1.0), parts=parts, drawn={}, count=4, ce_weight=1.0
+    )
     reading = loop._on_its_way(0, done, SECOND)
     assert reading.event.stream.device == SECOND
 
 
 def test_the_generator_of_the_models_device_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": asked.append(device) or torch.zeros(1))
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device="cuda": asked.append(device) or torch.zeros(1)
+    )
     model = SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(device=SECOND)})
     assert set(checkpoint._generator_states(checkpoint._device_of(model))) == {"cpu", "device"}
     assert asked == [SECOND]
@@ -104,7 +112,9 @@ def test_the_generator_of_the_models_device_is_kept(monkeypatch: pytest.MonkeyPa
     assert set(checkpoint._generator_states(checkpoint._device_of(on_cpu))) == {"cpu"}
 
 
-def test_a_step_is_captured_on_the_models_device(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_captured_on_the_models_device(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     @contextmanager
@@ -124,30 +134,39 @@ def test_a_step_is_captured_on_the_models_device(cuda: SimpleNamespace, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu", "hpu"])
-def test_an_accelerator_is_not_named_after_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_is_not_named_after_the_cpu(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu = device_name(SimpleNamespace(type="cpu"))
-    monkeypatch.setattr(torch, "xpu", SimpleNamespace(get_device_name=lambda _: "Intel Data Center GPU Max 1550"))
+    monkeypatch.setattr(
+        torch, "xpu", SimpleNamespace(get_device_name=lambda _: "Intel Data Center GPU Max 1550")
+    )
     named = device_name(SimpleNamespace(type=kind))
     assert named != cpu
     assert named.startswith("Intel Data" if kind == "xpu" else f"{kind} of ")
 
 
-# -- what counts as training -------------------------------------------------------------------------------------------
+# -- what counts as training ----------------------------------------------------------------------
 
 
 def test_what_trains_has_a_goodput_and_nothing_else_has() -> None:
     """A release takes a model over: its goodput is no measured zero."""
     kinds = {stage.type: stage for stage in STAGES.values()} | {RecoverStage.type: RecoverStage}
-    assert {kind for kind, stage in kinds.items() if issubclass(stage, TrainingOverrides)} == set(rows.TRAINING)
+    assert {kind for kind, stage in kinds.items() if issubclass(stage, TrainingOverrides)} == set(
+        rows.TRAINING
+    )
     assert "release" in kinds
     assert set(rows.TRAINING) < set(waste._WITH_STEPS)
 
 
-# -- settings and phases -----------------------------------------------------------------------------------------------
+# -- settings and phases --------------------------------------------------------------------------
 
 
 def test_a_gate_without_a_champion_leaves_its_settings_alone() -> None:
-    run = Run(stages={"candidate": 1, "baseline": 2}, compare=[Comparison(arm="candidate", base="baseline")])  # pyright: ignore
+    run = Run(
+        stages={"candidate": 1, "baseline": 2},
+        compare=[Comparison(arm="candidate", base="baseline")],
+    )  # pyright: ignore
     left = without_baseline(run)
     assert (set(left.stages), left.compare) == ({"candidate"}, [])
     assert (set(run.stages), len(run.compare)) == ({"candidate", "baseline"}, 1)

@@ -1,4 +1,6 @@
-"""recipe=distill_cached at toy size: rows, FLOPs, reuse, resume, MLflow, the report, and what is refused beforehand."""
+"""recipe=distill_cached at toy size: rows, FLOPs, reuse, resume, MLflow, the report, and what is
+refused beforehand.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,31 @@ from pipeline.stages.train import TrainStage
 from pipeline.tracking.deliver import deliver
 
 TINY = [
-    "recipe=distill_cached", "tracking.mlflow=false", "stages.teacher.steps=2", "training.steps=4",
-    *("training.batch_size=4", "training.sequence_length=64", "data.max_documents=30", "training.eval_documents=4"),
-    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
+    "recipe=distill_cached",
+    "tracking.mlflow=false",
+    "stages.teacher.steps=2",
+    "training.steps=4",
+    *(
+        "training.batch_size=4",
+        "training.sequence_length=64",
+        "data.max_documents=30",
+        "training.eval_documents=4",
+    ),
+    *(
+        "model.shape.hidden_size=64",
+        "model.shape.heads=1",
+        "model.shape.intermediate_size=128",
+        "model.shape.layers=2",
+    ),
     *("quality.max_documents=20", "quality.bootstrap=200", "quality.max_bytes_per_document=400"),
-    *("serving.blocks=2", "serving.load.new=2", "serving.load.prompt=8", "serving.load.batch=1", "serving.batches=[]"),
-]  # fmt: skip
+    *(
+        "serving.blocks=2",
+        "serving.load.new=2",
+        "serving.load.prompt=8",
+        "serving.load.batch=1",
+        "serving.batches=[]",
+    ),
+]
 ARMS_OF_RUN = ["teacher", "capture", "student", "control_steps", "control_compute"]
 
 
@@ -73,12 +94,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return cwd, result_in(cwd)
 
 
-def test_a_capture_has_a_row_of_its_own_and_no_quality(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_capture_has_a_row_of_its_own_and_no_quality(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
     _, result = trained
     rows = {row["arm"]: row for row in result["rows"]}
     assert list(rows) == ARMS_OF_RUN
     row, ledger = rows["capture"], rows["capture"]["ledger"]
-    assert (row["status"], row["type"], row["artifact"]["kind"]) == ("FINISHED", "capture", "teacher_cache")
+    assert (row["status"], row["type"], row["artifact"]["kind"]) == (
+        "FINISHED",
+        "capture",
+        "teacher_cache",
+    )
     assert (row["quality"], row["serving"], row["depends_on"]) == ({}, {}, ["teacher"])
     assert ledger["phases_ns"]["capture"] > 0
     assert ledger["device_hours"]["work"]["v"] > ledger["device_hours"]["assess"]["v"] == 0
@@ -108,7 +135,9 @@ def test_the_student_is_charged_with_the_capture_and_the_control_is_given_its_fl
     assert 0 <= flops["student"] + flops["capture"] - flops["control_compute"] < per_step
     training = result["comparisons"][0]["training"]
     work = {arm: ledger["device_hours"]["work"]["v"] for arm, ledger in rows.items()}
-    assert training["c_arm"]["v"] == pytest.approx(work["teacher"] + work["capture"] + work["student"])
+    assert training["c_arm"]["v"] == pytest.approx(
+        work["teacher"] + work["capture"] + work["student"]
+    )
 
 
 def test_the_same_command_again_reuses_the_capture_and_a_damaged_cache_is_captured_anew(
@@ -122,8 +151,12 @@ def test_the_same_command_again_reuses_the_capture_and_a_damaged_cache_is_captur
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
     assert second["run"]["device_hours"]["work"]["v"] == 0
     spent = {part: value["v"] for part, value in first["run"]["device_hours"].items()}
-    assert second["run"]["reused"]["v"] == pytest.approx(spent["work"] + spent["assess"] + spent["compare"])
-    was, now = (next(row for row in result["rows"] if row["arm"] == "capture") for result in (first, second))
+    assert second["run"]["reused"]["v"] == pytest.approx(
+        spent["work"] + spent["assess"] + spent["compare"]
+    )
+    was, now = (
+        next(row for row in result["rows"] if row["arm"] == "capture") for result in (first, second)
+    )
     assert now["artifact"] == was["artifact"]
     shard = Path(was["artifact"]["path"], shard_name(0))
     content = bytearray(shard.read_bytes())
@@ -156,7 +189,11 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
     assert "stopped after 2 of 4 shards" in capsys.readouterr().err
     check = TeacherCache.check
     with monkeypatch.context() as patch:  # and the student, as soon as it has opened the cache
-        patch.setattr(TeacherCache, "check", lambda *args: (check(*args), os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(
+            TeacherCache,
+            "check",
+            lambda *args: (check(*args), os.kill(os.getpid(), signal.SIGTERM)),
+        )
         assert main(TINY, started_ns=0) == 75
     assert "capture: goes on after step 2" in capsys.readouterr().out
     assert main(TINY, started_ns=0) == 0
@@ -175,13 +212,20 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
 def last_validation(cwd: Path, row: dict[str, Any]) -> float:
     """Return the last validation reading of the training that made a row's artifact."""
     records = (json.loads(path.read_text()) for path in cwd.glob("mlruns/store/keys/*.json"))
-    made = next(r for r in records if "output" in r and r["artifact"]["digest"] == row["artifact"]["digest"])
+    made = next(
+        r for r in records if "output" in r and r["artifact"]["digest"] == row["artifact"]["digest"]
+    )
     return made["output"]["curve"][-1]["metric"]
 
 
 def dense_kl(student: Path, teacher: Path) -> float:
-    """Return the mean forward KL over 8 batches of validation windows, nats a token, from all of both distributions."""
-    tokenizer, models = load_tokenizer(teacher), [load_model(path, Task.causal_lm) for path in (teacher, student)]
+    """Return the mean forward KL over 8 batches of validation windows, nats a token, from all of
+    both distributions.
+    """
+    tokenizer, models = (
+        load_tokenizer(teacher),
+        [load_model(path, Task.causal_lm) for path in (teacher, student)],
+    )
     documents = load_dataset(DataConfig(), Task.causal_lm).splits["validation"]
     encoded = encode_all(documents, tokenizer, Task.causal_lm, max_length=128)
     batches = PackedBatches(encoded, sequence_length=128, batch_size=16, seed=0)
@@ -190,8 +234,13 @@ def dense_kl(student: Path, teacher: Path) -> float:
         for step in range(8):
             batch = batches.batch(step)
             keep = batch.pop("labels") != -100
-            log_p, log_q = (model(**batch, use_cache=False).logits[keep].log_softmax(-1) for model in models)
-            total, count = total + (log_p.exp() * (log_p - log_q)).sum().item(), count + int(keep.sum())
+            log_p, log_q = (
+                model(**batch, use_cache=False).logits[keep].log_softmax(-1) for model in models
+            )
+            total, count = (
+                total + (log_p.exp() * (log_p - log_q)).sum().item(),
+                count + int(keep.sum()),
+            )
     return total / count
 
 
@@ -199,7 +248,9 @@ def dense_kl(student: Path, teacher: Path) -> float:
 def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation and test metric and the dense divergence from the teacher: means of two seeds, within 1%."""
+    """Validation and test metric and the dense divergence from the teacher: means of two seeds,
+    within 1%.
+    """
     monkeypatch.chdir(tmp_path)
     found: dict[str, list[float]] = {}
     for recipe in ("distill", "distill_cached"):
@@ -215,14 +266,16 @@ def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
     assert found["distill_cached"] == pytest.approx(found["distill"], rel=0.01)
 
 
-# -- refused before any device is touched ---------------------------------------------------------------------------
+# -- refused before any device is touched ---------------------------------------------------------
 
 
 def make_run(**student: Any) -> Run:
     stages = {
-        "teacher": TrainStage(), "capture": CaptureStage(), "student": DistillStage(cache="capture", **student),
+        "teacher": TrainStage(),
+        "capture": CaptureStage(),
+        "student": DistillStage(cache="capture", **student),
         "control": TrainStage(model="student_init", like="student", match_compute=True),
-    }  # fmt: skip
+    }
     return Run(stages=stages, primary_arm="student", precision=PrecisionConfig(name=Precision.fp32))
 
 
@@ -237,28 +290,69 @@ def changed(stage: str, **changes: Any) -> Callable[[Run], None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (changed("student", divergence=Divergence.jsd), "stages.student.divergence: jsd needs the teacher's whole"),
-        (changed("student", cache="teacher"), "stages.student.cache: 'teacher' is no capture stage; name one of"),
-        (changed("student", temperature=2.0, cache="nobody"), "stages.student.cache: 'nobody' is no capture stage"),
-        (changed("capture", temperature=2.0), "stages.student.temperature: 1 is not the temperature of capture (2)"),
-        (changed("capture", teacher="base"), "stages.student.cache: capture captures base, not teacher"),
-        (changed("student", teacher_precision=Precision.fp32), "has no effect with a cache; set stages.capture"),
-        (changed("capture", draws=80), "stages.capture.draws: 80 is out of range; give a number of at most 64"),
-        (changed("capture", draws=11), "stages.capture.draws: 11 is out of range; give a number of at least 12"),
+        (
+            changed("student", divergence=Divergence.jsd),
+            "stages.student.divergence: jsd needs the teacher's whole",
+        ),
+        (
+            changed("student", cache="teacher"),
+            "stages.student.cache: 'teacher' is no capture stage; name one of",
+        ),
+        (
+            changed("student", temperature=2.0, cache="nobody"),
+            "stages.student.cache: 'nobody' is no capture stage",
+        ),
+        (
+            changed("capture", temperature=2.0),
+            "stages.student.temperature: 1 is not the temperature of capture (2)",
+        ),
+        (
+            changed("capture", teacher="base"),
+            "stages.student.cache: capture captures base, not teacher",
+        ),
+        (
+            changed("student", teacher_precision=Precision.fp32),
+            "has no effect with a cache; set stages.capture",
+        ),
+        (
+            changed("capture", draws=80),
+            "stages.capture.draws: 80 is out of range; give a number of at most 64",
+        ),
+        (
+            changed("capture", draws=11),
+            "stages.capture.draws: 11 is out of range; give a number of at least 12",
+        ),
         (changed("capture", k=5), "stages.capture.k: has no effect with method: sample"),
-        (changed("capture", draws=20, method=CaptureMethod.top_k), "stages.capture.draws: has no effect with method"),
-        (changed("capture", like="control"), "stages.capture.like: control has no steps of its own to capture for"),
-        (changed("capture", like="nobody"), "'nobody' is no stage that trains; name one of teacher, student, control"),
-        (changed("student", model="capture"), "stages.student.model: 'capture' makes a teacher cache, not a model"),
-        (changed("control", model="capture"), "stages.control.model: 'capture' makes a teacher cache, not a model"),
+        (
+            changed("capture", draws=20, method=CaptureMethod.top_k),
+            "stages.capture.draws: has no effect with method",
+        ),
+        (
+            changed("capture", like="control"),
+            "stages.capture.like: control has no steps of its own to capture for",
+        ),
+        (
+            changed("capture", like="nobody"),
+            "'nobody' is no stage that trains; name one of teacher, student, control",
+        ),
+        (
+            changed("student", model="capture"),
+            "stages.student.model: 'capture' makes a teacher cache, not a model",
+        ),
+        (
+            changed("control", model="capture"),
+            "stages.control.model: 'capture' makes a teacher cache, not a model",
+        ),
         (changed("", primary_arm="capture"), "primary_arm: there is no stage 'capture'"),
         (
             changed("", compare=[Comparison(arm="student", base="capture", on=[Measure.quality])]),
             "compare[0].base: there is no stage 'capture'",
         ),
     ],
-)  # fmt: skip
-def test_what_a_cache_cannot_do_is_refused_by_name(change: Callable[[Run], None], said: str) -> None:
+)
+def test_what_a_cache_cannot_do_is_refused_by_name(
+    change: Callable[[Run], None], said: str
+) -> None:
     run = make_run()
     validate(run)
     change(run)
@@ -275,24 +369,39 @@ def test_the_student_s_temperature_is_the_capture_s() -> None:
 
 def test_a_teacher_that_does_not_fit_is_given_smaller_batches() -> None:
     run = make_run()
-    said = explain(MemoryError("no room"), run, "capture", run.stages["capture"], "work", device=torch.device("cpu"),
-                   snapshot=Path("unused"))  # fmt: skip
+    said = explain(
+        MemoryError("no room"),
+        run,
+        "capture",
+        run.stages["capture"],
+        "work",
+        device=torch.device("cpu"),
+        snapshot=Path("unused"),
+    )
     assert said is not None
-    assert "first: training.gradient_accumulation=2 (now 1; the same batch in smaller parts)" in said
+    assert (
+        "first: training.gradient_accumulation=2 (now 1; the same batch in smaller parts)" in said
+    )
 
 
 def test_the_recipe_is_listed_with_its_question() -> None:
     recipe = find_recipes([])["distill_cached"]
-    assert recipe.question == "Is a distilled student worth it when its teacher is captured once and read from disk?"
+    assert (
+        recipe.question
+        == "Is a distilled student worth it when its teacher is captured once and read from disk?"
+    )
 
 
-# -- reports and MLflow ---------------------------------------------------------------------------------------------
+# -- reports and MLflow ---------------------------------------------------------------------------
 
 
 def cache_row() -> dict[str, Any]:
     row = make_row("capture", type="capture", depends_on=["teacher"], quality={}, serving={})
     row["artifact"]["kind"] = "teacher_cache"
-    row["ledger"]["counts"] |= {"tokens": null("this stage trains nothing"), "model_flops": value(6e12)}
+    row["ledger"]["counts"] |= {
+        "tokens": null("this stage trains nothing"),
+        "model_flops": value(6e12),
+    }
     return row
 
 
@@ -308,11 +417,15 @@ def cached_result() -> dict[str, Any]:
 def test_the_report_says_why_a_cache_has_no_figures_and_counts_its_flops_for_the_student() -> None:
     result = cached_result()
     jsonschema.validate(result, RESULT_SCHEMA)
-    assert conclude(result).startswith("Given the same FLOPs without a teacher (control_compute), the same model")
+    assert conclude(result).startswith(
+        "Given the same FLOPs without a teacher (control_compute), the same model"
+    )
     result["rows"][2]["depends_on"] = ["teacher"]
     assert conclude(result).startswith("Given 1.6x the FLOPs without a teacher")
     for text in (closing_table(cached_result()), markdown(cached_result())):
-        assert "a teacher cache is no model: it has no quality and serves nothing" in " ".join(text.split())
+        assert "a teacher cache is no model: it has no quality and serves nothing" in " ".join(
+            text.split()
+        )
         assert "not recorded" not in text
 
 

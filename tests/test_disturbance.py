@@ -27,14 +27,21 @@ from pipeline.ledger.values import Value, measured, null
 CORES = Tolerance(0.1, "the cores", is_shared=True)
 
 
-def saving(student: Value | None, control: Value | None, tolerance: Tolerance = CORES, **more: Any) -> dict[str, Any]:
-    """The trial of the findings: 4.3 min against 2.9 min for equal FLOPs, the student's half disturbed."""
+def saving(
+    student: Value | None, control: Value | None, tolerance: Tolerance = CORES, **more: Any
+) -> dict[str, Any]:
+    """The trial of the findings: 4.3 min against 2.9 min for equal FLOPs, the student's half
+    disturbed.
+    """
     spends = {
         "teacher": Spend(arm="teacher", existing=True, flops=0.0),
         "student": Spend(arm="student", work_h=4.3 / 60, flops=1e12, foreign_load=student, **more),
         "control": Spend(arm="control", work_h=2.9 / 60, flops=1e12 / 0.997, foreign_load=control),
     }
-    trained = [Trained(arm=arm, final=1.0, curve=(Reading(100, 1.0, 0.01),)) for arm in ("student", "control")]
+    trained = [
+        Trained(arm=arm, final=1.0, curve=(Reading(100, 1.0, 0.01),))
+        for arm in ("student", "control")
+    ]
     return training_saving(*trained, spends, margin=0.01, lower_is_better=True, tolerance=tolerance)
 
 
@@ -42,26 +49,45 @@ def test_a_disturbed_saving_of_time_is_null_and_the_flops_part_stays() -> None:
     found = saving(measured(0.48), measured(0.02))
     assert found["why_null"] == "others used 48% of the cores while student trained"
     assert {name: found[name]["v"] for name in ("systems", "new_spend_saving", "bound")} == {
-        "systems": None, "new_spend_saving": None, "bound": None}  # fmt: skip
+        "systems": None,
+        "new_spend_saving": None,
+        "bound": None,
+    }
     assert found["algorithmic"]["v"] == pytest.approx(0.003, abs=1e-4)
     less = 1 - (4.3 * 0.52) / (2.9 * 0.98)
     assert found["less_others"] == {"v": pytest.approx(less), "prov": "estimated", "why_null": None}
     assert found["c_arm"]["v"] == pytest.approx(4.3 / 60)  # what was spent was spent
 
 
-@pytest.mark.parametrize(("student", "control", "named"), [
-    (0.48, 0.3, "others used 48% of the cores while student trained; "
-                "others used 30% of the cores while control trained"),
-    (0.0, 0.11, "others used 11% of the cores while control trained"), (0.1, 0.1, None), (0.0, 0.0, None),
-])  # fmt: skip
-def test_either_side_disturbs_and_the_limit_itself_does_not(student: float, control: float, named: str | None) -> None:
+@pytest.mark.parametrize(
+    ("student", "control", "named"),
+    [
+        (
+            0.48,
+            0.3,
+            (
+                "others used 48% of the cores while student trained; "
+                "others used 30% of the cores while control trained"
+            ),
+        ),
+        (0.0, 0.11, "others used 11% of the cores while control trained"),
+        (0.1, 0.1, None),
+        (0.0, 0.0, None),
+    ],
+)
+def test_either_side_disturbs_and_the_limit_itself_does_not(
+    student: float, control: float, named: str | None
+) -> None:
     assert saving(measured(student), measured(control))["why_null"] == named
 
 
 def test_what_is_unknown_is_shown_and_said() -> None:
     found = saving(null("window shorter than 0.5 s"), None)
     assert found["v"] is not None
-    assert "disturbance unknown: student (window shorter than 0.5 s), control (not recorded)" in found["rule"]
+    assert (
+        "disturbance unknown: student (window shorter than 0.5 s), control (not recorded)"
+        in found["rule"]
+    )
     assert found["less_others"]["why_null"] == "window shorter than 0.5 s"
 
 
@@ -72,7 +98,10 @@ def test_nobody_looks_without_a_limit() -> None:
 
 
 def test_a_teacher_in_both_chains_disturbs_nothing_where_it_cancels() -> None:
-    assert saving(measured(0.0), measured(0.0), depends_on=("teacher",))["why_null"] == "existing model: teacher"
+    assert (
+        saving(measured(0.0), measured(0.0), depends_on=("teacher",))["why_null"]
+        == "existing model: teacher"
+    )
 
 
 def test_on_a_gpu_nothing_is_taken_off() -> None:
@@ -81,14 +110,20 @@ def test_on_a_gpu_nothing_is_taken_off() -> None:
     assert found["less_others"]["v"] is None
 
 
-# -- conditions of a serving pass --------------------------------------------------------------------------------------
+# -- conditions of a serving pass -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", [
-    Absent("no counters of AMD devices are read yet"), open_reader(["GPU-1"], nvml=FakeNvml(init=NO_DRIVER)),
-    open_reader(["MIG-9"], nvml=FakeNvml()),
-])  # fmt: skip
-def test_a_gpu_without_a_reader_never_takes_the_cpus_load(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "reader",
+    [
+        Absent("no counters of AMD devices are read yet"),
+        open_reader(["GPU-1"], nvml=FakeNvml(init=NO_DRIVER)),
+        open_reader(["MIG-9"], nvml=FakeNvml()),
+    ],
+)
+def test_a_gpu_without_a_reader_never_takes_the_cpus_load(
+    reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(others, "accounts", Quiet(taken=0.0))
     found = machine_conditions(Sampler(reader), (0, 10), Others(), "cuda")
     assert found["foreign_load"]["v"] is None
@@ -116,13 +151,27 @@ def test_a_cpus_load_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["throttle_share"]["v"] is None
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------
+# -- whole runs -----------------------------------------------------------------------------------
 
-TINY = ["stages.teacher.steps=2", "training.steps=3", "training.batch_size=4", "training.sequence_length=48",
-        "data.max_documents=30", "quality.max_documents=20", "quality.bootstrap=200", "quality.margin=1",
-        "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64", "model.shape.layers=2",
-        "serving.blocks=2", "serving.load.new=3", "serving.load.prompt=16", "serving.batches=[1]",
-        "stages.student.insist=true"]  # fmt: skip
+TINY = [
+    "stages.teacher.steps=2",
+    "training.steps=3",
+    "training.batch_size=4",
+    "training.sequence_length=48",
+    "data.max_documents=30",
+    "quality.max_documents=20",
+    "quality.bootstrap=200",
+    "quality.margin=1",
+    "model.shape.hidden_size=64",
+    "model.shape.heads=1",
+    "model.shape.intermediate_size=64",
+    "model.shape.layers=2",
+    "serving.blocks=2",
+    "serving.load.new=3",
+    "serving.load.prompt=16",
+    "serving.batches=[1]",
+    "stages.student.insist=true",
+]
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -141,14 +190,22 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     busy = result_of(root)
     for row in busy["rows"]:
         conditions = row["ledger"]["conditions"]
-        for name in ("foreign_load", "work_foreign_load", "assess_foreign_load", "host_foreign_load"):
+        for name in (
+            "foreign_load",
+            "work_foreign_load",
+            "assess_foreign_load",
+            "host_foreign_load",
+        ):
             assert conditions[name]["v"] == pytest.approx(0.48), (row["arm"], name)
     against = {pair["base"]: pair for pair in busy["comparisons"]}
     training = against["control_compute"]["training"]
     assert "others used 48% of the cores while student trained" in training["why_null"]
     assert training["algorithmic"]["v"] is not None
     assert training["less_others"]["prov"] == "estimated"
-    said = "others used 48% of the cores while serving was measured; the same command measures it again"
+    said = (
+        "others used 48% of the cores while serving was measured; the same command measures it"
+        " again"
+    )
     assert against["teacher"]["serving"]["why_null"] == said
     assert against["teacher"]["payback"]["v"] is None
     assert busy["run"]["compare_conditions"]["foreign_load"]["v"] == pytest.approx(0.48)
@@ -163,9 +220,17 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     against = {pair["base"]: pair for pair in again["comparisons"]}
     assert against["teacher"]["serving"]["v"] is not None
     assert again["run"]["device_hours"]["compare"]["v"] > 0
-    assert "48%" in against["control_compute"]["training"]["why_null"]  # the windows were what they were
-    assert here(root, "recipe=distill", *TINY, "tracking.mlflow=false", "ledger.max_foreign_load=null").returncode == 0
-    shown = {pair["base"]: pair for pair in result_of(root)["comparisons"]}["control_compute"]["training"]
+    # the windows were what they were
+    assert "48%" in against["control_compute"]["training"]["why_null"]
+    assert (
+        here(
+            root, "recipe=distill", *TINY, "tracking.mlflow=false", "ledger.max_foreign_load=null"
+        ).returncode
+        == 0
+    )
+    shown = {pair["base"]: pair for pair in result_of(root)["comparisons"]}["control_compute"][
+        "training"
+    ]
     assert shown["why_null"] is None
 
 
@@ -175,17 +240,27 @@ def _in_mlflow(root: Path, run_id: str) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlruns/mlflow.db'}")
     experiment = client.get_experiment_by_name("distill")
     assert experiment is not None
-    runs = {run.info.run_name: run.data.metrics for run in client.search_runs([experiment.experiment_id])}
+    runs = {
+        run.info.run_name: run.data.metrics
+        for run in client.search_runs([experiment.experiment_id])
+    }
     assert runs["student"]["compute/work_foreign_load"] == pytest.approx(0.48)
     assert runs[run_id]["compute/run_compare_foreign_load"] == pytest.approx(0.48)
 
 
-# -- a gate ------------------------------------------------------------------------------------------------------------
+# -- a gate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("load", [{"v": 2.0, "prov": "measured", "why_null": None}, {"v": 0.1}, 0.3, None])
+@pytest.mark.parametrize(
+    "load", [{"v": 2.0, "prov": "measured", "why_null": None}, {"v": 0.1}, 0.3, None]
+)
 def test_a_charge_whose_load_is_no_share_is_not_believed(load: Any) -> None:
-    charge = {"work_device_hours": 1.0, "retry_device_hours": 0.0, "model_flops": 1.0, "foreign_load": load}
+    charge = {
+        "work_device_hours": 1.0,
+        "retry_device_hours": 0.0,
+        "model_flops": 1.0,
+        "foreign_load": load,
+    }
     assert _why_no_charge(charge) == "foreign_load is no share"
     assert _why_no_charge({**charge, "foreign_load": measured(0.2).to_json()}) is None
 

@@ -1,4 +1,6 @@
-"""Interruptions of the real command: signals, kills, a spent budget, two processes at once; nothing lost or doubled."""
+"""Interruptions of the real command: signals, kills, a spent budget, two processes at once; nothing
+lost or doubled.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,24 @@ from pipeline.ledger.schema import RESULT_SCHEMA
 pytestmark = pytest.mark.faults
 
 SMALL = [
-    *("training.batch_size=4", "training.sequence_length=64", "data.max_documents=40", "hardware.num_threads=1"),
-    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
-    *("quality.max_documents=24", "quality.bootstrap=200", "training.eval_documents=8", "tracking.mlflow=false"),
+    *(
+        "training.batch_size=4",
+        "training.sequence_length=64",
+        "data.max_documents=40",
+        "hardware.num_threads=1",
+    ),
+    *(
+        "model.shape.hidden_size=64",
+        "model.shape.heads=1",
+        "model.shape.intermediate_size=128",
+        "model.shape.layers=2",
+    ),
+    *(
+        "quality.max_documents=24",
+        "quality.bootstrap=200",
+        "training.eval_documents=8",
+        "tracking.mlflow=false",
+    ),
 ]
 LONG = [*SMALL, "training.steps=100000", "training.checkpoint_every=5"]
 
@@ -60,7 +77,8 @@ def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> No
     (row,) = result["rows"]
     assert (result["status"], row["status"]) == ("KILLED", "KILLED")
     assert hours(row, "attached") > 0
-    assert not list(tmp_path.glob("mlruns/store/artifacts/*"))[1:]  # the untrained base, nothing half-made
+    # the untrained base, nothing half-made
+    assert not list(tmp_path.glob("mlruns/store/artifacts/*"))[1:]
 
 
 def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
@@ -109,7 +127,9 @@ cli.main(sys.argv[1:], started_ns=time.monotonic_ns())
 """
 
 
-def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(
+    tmp_path: Path,
+) -> None:
     args = ["recipe=baseline", *SMALL, "training.steps=30", "training.checkpoint_every=5"]
     for _ in range(2):
         assert run(tmp_path, *args, code=DIES).returncode == -signal.SIGKILL
@@ -143,7 +163,8 @@ def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None
     assert done.returncode == 7
     assert "budget.device_hours: 1e-07 is spent" in done.stderr
     (before,) = results(tmp_path)
-    done = here(tmp_path, *args, "budget.device_hours=0.0000001")  # said before anything more is spent
+    # said before anything more is spent
+    done = here(tmp_path, *args, "budget.device_hours=0.0000001")
     assert (done.returncode, results(tmp_path)) == (7, [before])
     again = here(tmp_path, *args, "budget.device_hours=1")
     assert again.returncode == 0, again.stderr
@@ -155,7 +176,9 @@ def test_a_spent_budget_exits_7_and_a_larger_one_goes_on(tmp_path: Path) -> None
 def test_the_same_command_of_another_owner_is_a_run_of_its_own(tmp_path: Path) -> None:
     """What the first owner spent on starting up is not the second one's."""
     args = ["recipe=baseline", *SMALL, "training.steps=20"]
-    assert here(tmp_path, *args, "tracking.team=red", "budget.device_hours=0.0000001").returncode == 7
+    assert (
+        here(tmp_path, *args, "tracking.team=red", "budget.device_hours=0.0000001").returncode == 7
+    )
     (before,) = results(tmp_path)
     done = here(tmp_path, *args, "tracking.team=blue")
     assert done.returncode == 0, done.stderr
@@ -166,11 +189,19 @@ def test_the_same_command_of_another_owner_is_a_run_of_its_own(tmp_path: Path) -
 
 
 def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=40", "precision=fp32",
-               "training.learning_rate=1e9,-1,1e-3")  # fmt: skip
+    done = run(
+        tmp_path,
+        "-m",
+        "recipe=baseline",
+        *SMALL,
+        "training.steps=40",
+        "precision=fp32",
+        "training.learning_rate=1e9,-1,1e-3",
+    )
     assert done.returncode == 1
     assert "lower training.learning_rate" in done.stderr
-    assert "training.learning_rate: -1.0 is out of range" in done.stderr  # refused, and the others run
+    # refused, and the others run
+    assert "training.learning_rate: -1.0 is out of range" in done.stderr
     assert sorted(result["status"] for result in results(tmp_path)) == ["FAILED", "FINISHED"]
     assert "Traceback" not in done.stderr
     overhead = [result["run"]["device_hours"]["total"]["v"] for result in results(tmp_path)]
@@ -178,9 +209,12 @@ def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_ends_the_whole_multirun(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_the_whole_multirun(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """The scheduler, or Ctrl-C, wants the machine back, not the next job of the sweep."""
     process = start(tmp_path, "recipe=baseline", "-m", *LONG, "seed=0,1")
     wait_for_checkpoint(tmp_path, process)
@@ -193,7 +227,9 @@ def test_a_signal_ends_the_whole_multirun(tmp_path: Path, number: signal.Signals
 
 
 def test_a_signal_between_the_jobs_of_a_multirun_ends_it_too(tmp_path: Path) -> None:
-    process = start(tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2", "seed=0,1,2,3,4,5,6,7")
+    process = start(
+        tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2", "seed=0,1,2,3,4,5,6,7"
+    )
     while "#1 : " not in (line := process.stdout.readline()):  # Hydra begins the second job
         assert process.poll() is None, line
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,6 @@
-"""Full disks, damaged files and jumping clocks: the command says what is wrong, and the same one goes on."""
+"""Full disks, damaged files and jumping clocks: the command says what is wrong, and the same one
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,12 @@ print("codes", json.dumps(codes))
 """
 
 
-def _in_a_small_disk(out: Path, code: str, *args: str, num_mib: int) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a file system of its own of this size; what it leaves is copied to `out`."""
+def _in_a_small_disk(
+    out: Path, code: str, *args: str, num_mib: int
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a file system of its own of this size; what it leaves is copied to
+    `out`.
+    """
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here")
     disk = out.parent / "disk"
@@ -63,9 +69,24 @@ def _in_a_small_disk(out: Path, code: str, *args: str, num_mib: int) -> subproce
         f'mount -t tmpfs -o size={num_mib}m tmpfs "$1" || exit 99; cd "$1"; out=$2; shift 2; '
         '"$@"; code=$?; cp -r . "$out"; exit $code'
     )
-    command = ["unshare", "-rm", "sh", "-c", inner, "sh", str(disk), str(out), sys.executable, "-c", code, *args]
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        inner,
+        "sh",
+        str(disk),
+        str(out),
+        sys.executable,
+        "-c",
+        code,
+        *args,
+    ]
     there = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=there, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=there, timeout=600, check=False
+    )
     if done.returncode == 99 or "unshare failed" in done.stderr:
         pytest.skip("no file system can be mounted here")
     return done
@@ -77,7 +98,10 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_that_was_made(tmp_path: Pa
     assert "Traceback" not in done.stderr, done.stderr
     (codes,) = [line for line in done.stdout.splitlines() if line.startswith("codes")]
     assert codes == "codes [1, 0]", done.stderr
-    assert len([line for line in done.stderr.splitlines() if "disk" in line or "No space" in line]) == 1
+    assert (
+        len([line for line in done.stderr.splitlines() if "disk" in line or "No space" in line])
+        == 1
+    )
     (result,) = results(tmp_path / "out")
     assert result["status"] == "FINISHED"
     assert sum(hours(row, "work") for row in result["rows"]) > 0
@@ -116,7 +140,9 @@ sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
 
 def test_a_wall_clock_that_jumps_changes_no_figure(tmp_path: Path) -> None:
     before = time.monotonic()
-    done = run(tmp_path, "recipe=baseline", *SMALL, "training.steps=40", "tracking.mlflow=true", code=JUMPS)
+    done = run(
+        tmp_path, "recipe=baseline", *SMALL, "training.steps=40", "tracking.mlflow=true", code=JUMPS
+    )
     elapsed_h = (time.monotonic() - before) / 3600
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -126,16 +152,29 @@ def test_a_wall_clock_that_jumps_changes_no_figure(tmp_path: Path) -> None:
     assert all(0 < hours(row, "work") <= total for row in result["rows"])
 
 
-CACHED = ["recipe=distill_cached", *SMALL, "stages.teacher.steps=4", "stages.student.steps=6",
-          "stages.student.insist=true", "model.shape.layers=2"]  # fmt: skip
+CACHED = [
+    "recipe=distill_cached",
+    *SMALL,
+    "stages.teacher.steps=4",
+    "stages.student.steps=6",
+    "stages.student.insist=true",
+    "model.shape.layers=2",
+]
 
 
 def test_a_damaged_teacher_cache_is_made_again_and_said(tmp_path: Path) -> None:
     done = here(tmp_path, *CACHED)
     assert done.returncode == 0, done.stderr
     (first,) = results(tmp_path)
-    (cache,) = [row["artifact"] for row in first["rows"] if (row["artifact"] or {}).get("kind") == "teacher_cache"]
-    shard = max(Path(cache["path"]).rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    (cache,) = [
+        row["artifact"]
+        for row in first["rows"]
+        if (row["artifact"] or {}).get("kind") == "teacher_cache"
+    ]
+    shard = max(
+        Path(cache["path"]).rglob("*"),
+        key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
     shard.chmod(0o644)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -144,12 +183,16 @@ def test_a_damaged_teacher_cache_is_made_again_and_said(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "damaged" in again.stdout + again.stderr
     second = results(tmp_path)[-1]
-    (made,) = [row for row in second["rows"] if (row["artifact"] or {}).get("kind") == "teacher_cache"]
+    (made,) = [
+        row for row in second["rows"] if (row["artifact"] or {}).get("kind") == "teacher_cache"
+    ]
     assert made["reused"] is None
     assert made["artifact"]["digest"] == cache["digest"]
 
 
-@pytest.mark.parametrize("content", [b"", b"SQLite format 3\0" + b"\xff" * 5000, b"no database", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"SQLite format 3\0" + b"\xff" * 5000, b"no database", b"{}"]
+)
 def test_a_damaged_store_of_mlflow_ends_no_run(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mlruns").mkdir()
     (tmp_path / "mlruns/mlflow.db").write_bytes(content)
@@ -171,7 +214,11 @@ def test_a_damaged_result_stops_no_later_command(tmp_path: Path, damage: str) ->
     if damage == "a folder":
         path.mkdir()
     elif damage != "gone":
-        path.write_text({"empty": "", "torn": content[: len(content) // 2], "a list": "[1]", "null": "null"}[damage])
+        path.write_text(
+            {"empty": "", "torn": content[: len(content) // 2], "a list": "[1]", "null": "null"}[
+                damage
+            ]
+        )
     again = here(tmp_path, *args)
     assert again.returncode == 0, again.stderr
     assert "Traceback" not in again.stderr
@@ -181,7 +228,9 @@ def test_a_damaged_result_stops_no_later_command(tmp_path: Path, damage: str) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_kill_while_torch_compiles_is_gone_on_with(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_kill_while_torch_compiles_is_gone_on_with(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a compiler on a CPU")
     args = ["recipe=baseline", *SMALL, "training.steps=6", "training.compile=true"]

@@ -1,4 +1,6 @@
-"""MLflow servers that answer wrongly: nothing is lost, nothing crashes, and what is wrong is said in a line."""
+"""MLflow servers that answer wrongly: nothing is lost, nothing crashes, and what is wrong is said
+in a line.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 def _say(status: int, body: bytes, kind: str = "application/json", **headers: str) -> Answer:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
@@ -55,7 +61,9 @@ def _cut_off(request: BaseHTTPRequestHandler) -> None:
 
 WRONG: dict[str, Answer] = {
     "500": _say(500, b"Internal Server Error", "text/plain"),
-    "500 in JSON": _say(500, b'{"error_code": "INTERNAL_ERROR", "message": "the database is on fire"}'),
+    "500 in JSON": _say(
+        500, b'{"error_code": "INTERNAL_ERROR", "message": "the database is on fire"}'
+    ),
     "503": _say(503, b"<html>upstream</html>", "text/html"),
     "429": _say(429, b"slow down", "text/plain", Retry_After="1"),
     "401": _say(401, b"", "text/plain", WWW_Authenticate='Basic realm="mlflow"'),
@@ -67,7 +75,9 @@ WRONG: dict[str, Answer] = {
     "null": _say(200, b"null"),
     "an empty object": _say(200, b"{}"),
     "another shape": _say(200, b'{"experiment": 7, "run": "x", "experiments": {"a": 1}}'),
-    "unknown enum": _say(200, b'{"experiment": {"experiment_id": "1", "lifecycle_stage": "eaten"}, "run": {}}'),
+    "unknown enum": _say(
+        200, b'{"experiment": {"experiment_id": "1", "lifecycle_stage": "eaten"}, "run": {}}'
+    ),
     "a redirect to itself": _say(302, b"", Location="/api/2.0/mlflow/experiments/get-by-name"),
     "hangs up": _hang_up,
     "cut off": _cut_off,
@@ -110,7 +120,9 @@ def test_a_server_that_answers_wrongly_is_a_line_and_the_rest_comes_later(
     with server(WRONG[kind]) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert main([str(folder)]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("waiting for ")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("waiting for ")
+    ]
     assert len(lines) == 1
     assert lines[0].startswith("run-1: MLflow ")
     assert lines[0].endswith("; the journal keeps everything")
@@ -128,10 +140,19 @@ def _is_json(text: str) -> bool:
 
 
 SMALL = (
-    "recipe=baseline", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40",
-    "hardware.num_threads=1", "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128",
-    "model.shape.layers=2", "quality.max_documents=24", "quality.bootstrap=200", "training.eval_documents=8",
-)  # fmt: skip
+    "recipe=baseline",
+    "training.batch_size=4",
+    "training.sequence_length=64",
+    "data.max_documents=40",
+    "hardware.num_threads=1",
+    "model.shape.hidden_size=64",
+    "model.shape.heads=1",
+    "model.shape.intermediate_size=128",
+    "model.shape.layers=2",
+    "quality.max_documents=24",
+    "quality.bootstrap=200",
+    "training.eval_documents=8",
+)
 
 
 @pytest.mark.slow
@@ -150,7 +171,8 @@ def test_a_run_ends_well_whatever_the_server_answers(
     database = f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     assert main([str(tmp_path / "mlruns")]) == 0
-    assert [run.info.status for run in _runs(database)] == ["FINISHED"] * 2  # the recipe and its one stage
+    # the recipe and its one stage
+    assert [run.info.status for run in _runs(database)] == ["FINISHED"] * 2
 
 
 def _runs(uri: str) -> list[Any]:
@@ -165,21 +187,38 @@ class RealServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.uri, self.database = f"http://127.0.0.1:{port}", f"sqlite:///{folder / 'server.db'}"
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-                         "--workers", "1", "--backend-store-uri", self.database,
-                         "--default-artifact-root", str(folder / "artifacts")]  # fmt: skip
+        self._command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            self.database,
+            "--default-artifact-root",
+            str(folder / "artifacts"),
+        ]
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
         self._process = subprocess.Popen(
-            self._command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self._command,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         wait_until(self._answers)
 
     def kill(self) -> None:
         if self._process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # its workers with it; the group is its own
+                # its workers with it; the group is its own
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def _answers(self) -> bool:
@@ -223,7 +262,9 @@ def _forward(uri: str, delay_s: float) -> Answer:
 
 
 @pytest.mark.slow
-def test_a_slow_server_slows_no_training(tmp_path: Path, real: RealServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_server_slows_no_training(
+    tmp_path: Path, real: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with server(_forward(real.uri, 1.0)) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         done = run(tmp_path, *SMALL, "training.steps=20")

@@ -1,4 +1,5 @@
-"""Training in float8, its products emulated: it tracks fp32, leaves plain models, resumes to the bit, or is refused.
+"""Training in float8, its products emulated: it tracks fp32, leaves plain models, resumes to the
+bit, or is refused.
 
 The kernels themselves need a GPU of compute capability 8.9.
 """
@@ -47,8 +48,16 @@ def trained(given: Any, folder: Path, precision: Precision, **more: Any) -> list
     points = lambda step, values: losses.append(values["loss"]) if "loss" in values else None
     objective = Objective(given, Task.causal_lm, precision, CPU, PhaseClock())
     config = settings(steps=more.pop("steps", 6), learning_rate=3e-3)
-    train(given, batches_for(config), objective, settings=config, precision=CONFIG, folder=folder, clock=PhaseClock(),
-          hooks=hooks(points=points, **more))  # fmt: skip
+    train(
+        given,
+        batches_for(config),
+        objective,
+        settings=config,
+        precision=CONFIG,
+        folder=folder,
+        clock=PhaseClock(),
+        hooks=hooks(points=points, **more),
+    )
     return losses
 
 
@@ -60,7 +69,9 @@ def test_it_tracks_fp32_and_is_not_bf16(tmp_path: Path, kind: Precision) -> None
     assert losses[kind] == pytest.approx(losses[Precision.fp32], rel=0.01)
     assert losses[kind] != losses[Precision.bf16]
     name = "model.layers.0.mlp.up_proj.weight"
-    moved, reference = ((ends[each].state_dict()[name] - start[name]).flatten() for each in (kind, Precision.fp32))
+    moved, reference = (
+        (ends[each].state_dict()[name] - start[name]).flatten() for each in (kind, Precision.fp32)
+    )
     assert float(torch.nn.functional.cosine_similarity(moved, reference, dim=0)) > 0.9
 
 
@@ -74,7 +85,11 @@ def test_products_are_those_of_rounded_factors(kind: Precision) -> None:
     largest = torch.finfo(torch.float8_e4m3fn).max
 
     def rounded(factor: torch.Tensor, weight: bool) -> torch.Tensor:
-        size = factor.abs().amax() if kind is Precision.fp8_tensorwise else factor.abs().amax(-1, keepdim=True)
+        size = (
+            factor.abs().amax()
+            if kind is Precision.fp8_tensorwise
+            else factor.abs().amax(-1, keepdim=True)
+        )
         scale = largest / size
         if kind is Precision.fp8_rowwise:  # torchao rounds these scales to powers of two
             scale = torch.exp2(torch.floor(torch.log2(scale)))
@@ -91,8 +106,14 @@ def test_products_are_those_of_rounded_factors(kind: Precision) -> None:
 def test_what_is_left_is_a_plain_model(tmp_path: Path, kind: Precision) -> None:
     given, said = model(), list[str]()
     trained(given, tmp_path, kind, say=said.append)
-    assert {type(layer) for _, layer in given.named_modules() if "proj" in type(layer).__name__.lower()} == set()
-    assert all(type(layer) is torch.nn.Linear for name, layer in given.named_modules() if name.endswith("_proj"))
+    assert {
+        type(layer) for _, layer in given.named_modules() if "proj" in type(layer).__name__.lower()
+    } == set()
+    assert all(
+        type(layer) is torch.nn.Linear
+        for name, layer in given.named_modules()
+        if name.endswith("_proj")
+    )
     assert said == [f"{kind.value}: 14 layers, 0 linear ones of the body left alone"]
     given.save_pretrained(tmp_path / "model")
     from transformers import AutoModelForCausalLM
@@ -109,16 +130,24 @@ def test_a_resumed_training_is_bit_equal(tmp_path: Path) -> None:
     cut = model()
     with pytest.raises(Preempted):
         trained(cut, tmp_path / "cut", Precision.fp8_tensorwise, should_stop=lambda: next(asked))
-    assert all(type(layer) is torch.nn.Linear for name, layer in cut.named_modules() if name.endswith("_proj"))
+    assert all(
+        type(layer) is torch.nn.Linear
+        for name, layer in cut.named_modules()
+        if name.endswith("_proj")
+    )
     resumed = model(seed=99)
     trained(resumed, tmp_path / "cut", Precision.fp8_tensorwise)
     same(weights(whole), weights(resumed))
 
 
 def test_narrow_and_odd_layers_are_left_alone() -> None:
-    assert wide_layers(model(), 128) == ([], [name for name, _ in model().base_model.named_modules()
-                                              if name.endswith("_proj")])  # fmt: skip
-    wide, narrow = wide_layers(tiny(Task.causal_lm, shape=TinyShape(hidden_size=128, layers=1, heads=2)), 128)
+    assert wide_layers(model(), 128) == (
+        [],
+        [name for name, _ in model().base_model.named_modules() if name.endswith("_proj")],
+    )
+    wide, narrow = wide_layers(
+        tiny(Task.causal_lm, shape=TinyShape(hidden_size=128, layers=1, heads=2)), 128
+    )
     assert "layers.0.mlp.up_proj" in wide
     odd = model()
     odd.base_model.layers[0].mlp.up_proj = torch.nn.Linear(64, 72)
@@ -130,14 +159,18 @@ def test_narrow_and_odd_layers_are_left_alone() -> None:
 def test_a_model_without_wide_layers_is_refused() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=1, n_head=2))
     with (
-        pytest.raises(UserError, match="precision: fp8_rowwise: no linear layer has both widths in multiples of 16"),
+        pytest.raises(
+            UserError,
+            match="precision: fp8_rowwise: no linear layer has both widths in multiples of 16",
+        ),
         float8_layers(gpt2, Precision.fp8_rowwise, least_width=64, say=lambda text: None),
     ):
         pass
 
 
 @pytest.mark.parametrize(
-    ("capability", "refused"), [((8, 0), set(KINDS)), ((8, 9), {Precision.fp8_rowwise}), ((9, 0), set())]
+    ("capability", "refused"),
+    [((8, 0), set(KINDS)), ((8, 9), {Precision.fp8_rowwise}), ((9, 0), set())],
 )
 def test_devices_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: set[Precision]
@@ -146,7 +179,9 @@ def test_devices_are_refused_by_name(
     assert {kind for kind in KINDS if why_not(kind, torch.device("cuda"))} == refused
     assert "needs a CUDA device, this is cpu" in (why_not(KINDS[0], CPU) or "")
     monkeypatch.setattr(float8, "find_spec", lambda name: None)
-    assert "needs torchao, which is not installed" in (why_not(KINDS[0], torch.device("cuda")) or "")
+    assert "needs torchao, which is not installed" in (
+        why_not(KINDS[0], torch.device("cuda")) or ""
+    )
 
 
 def test_all_but_wide_layers_is_bf16() -> None:
@@ -156,22 +191,33 @@ def test_all_but_wide_layers_is_bf16() -> None:
     assert frozen(Precision.fp8_rowwise, CPU) is Precision.bf16
 
 
-# -- among others, by trial -------------------------------------------------------------------------------------------
+# -- among others, by trial -----------------------------------------------------------------------
 
 
 def test_float8_is_refused_by_name_where_it_loses() -> None:
-    found = decide([
-        Tried(Precision.fp32, [1.0, 1.0], [4.0]), Tried(Precision.bf16, [0.5, 0.5], [4.0]),
-        Tried(Precision.fp8_tensorwise, [0.6, 0.6], [4.0]), Tried(Precision.fp8_rowwise, [0.4, 0.4], [4.0]),
-    ], [], 0.005)  # fmt: skip
-    assert found.precision is Precision.fp8_rowwise
-    assert "fp8_tensorwise 0.60x fp32's time (0.60 to 0.60), refused: no faster than without float8 (0.50x)" in str(
-        found
+    found = decide(
+        [
+            Tried(Precision.fp32, [1.0, 1.0], [4.0]),
+            Tried(Precision.bf16, [0.5, 0.5], [4.0]),
+            Tried(Precision.fp8_tensorwise, [0.6, 0.6], [4.0]),
+            Tried(Precision.fp8_rowwise, [0.4, 0.4], [4.0]),
+        ],
+        [],
+        0.005,
     )
-    assert "fp8_rowwise 0.40x fp32's time (0.40 to 0.40)" in str(found).replace(", refused: no faster", "")
+    assert found.precision is Precision.fp8_rowwise
+    assert (
+        "fp8_tensorwise 0.60x fp32's time (0.60 to 0.60), refused: no faster than without float8"
+        " (0.50x)" in str(found)
+    )
+    assert "fp8_rowwise 0.40x fp32's time (0.40 to 0.40)" in str(found).replace(
+        ", refused: no faster", ""
+    )
 
 
-def test_a_probe_tries_it_where_the_device_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_tries_it_where_the_device_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.stages import precision_choice
 
     monkeypatch.setattr(precision_choice, "why_not", lambda *_: None)  # as if this were a GPU
@@ -180,12 +226,31 @@ def test_a_probe_tries_it_where_the_device_can(tmp_path: Path, monkeypatch: pyte
     before = weights(given)
     objective = Objective(given, Task.causal_lm, Precision.auto, CPU, PhaseClock())
     left_out = [Precision.fp16, Precision.tf32]
-    found = choose_precision(given, objective, batches_for(settings()), settings(), CONFIG, left_out=left_out,
-                             folder=tmp_path, clock=PhaseClock())  # fmt: skip
+    found = choose_precision(
+        given,
+        objective,
+        batches_for(settings()),
+        settings(),
+        CONFIG,
+        left_out=left_out,
+        folder=tmp_path,
+        clock=PhaseClock(),
+    )
     tried = {trial["precision"]: trial for trial in found.about["trials"]}
     assert set(tried) == {"fp32", "bf16", "bf16_pure", "fp8_tensorwise", "fp8_rowwise"}
     same(before, weights(given))
-    narrow = choose_precision(given, objective, batches_for(settings()), settings(), PrecisionConfig(),
-                              left_out=left_out, folder=tmp_path / "other", clock=PhaseClock())  # fmt: skip
-    assert "not fp8_rowwise: no linear layer is 1024 wide (precision.fp8_least_width)" in narrow.about["not_tried"]
+    narrow = choose_precision(
+        given,
+        objective,
+        batches_for(settings()),
+        settings(),
+        PrecisionConfig(),
+        left_out=left_out,
+        folder=tmp_path / "other",
+        clock=PhaseClock(),
+    )
+    assert (
+        "not fp8_rowwise: no linear layer is 1024 wide (precision.fp8_least_width)"
+        in narrow.about["not_tried"]
+    )
     run(given, settings(steps=1), tmp_path / "still trains")

@@ -29,7 +29,8 @@ def llama_forward(length: int, vocabulary: int) -> int:
     """Multiply-adds of a Llama of `SHAPE` by hand, times two."""
     hidden, wide = SHAPE.hidden_size, SHAPE.intermediate_size
     linear = SHAPE.layers * (4 * hidden * hidden + 3 * hidden * wide) + hidden * vocabulary
-    attention = SHAPE.layers * 2 * hidden * length  # scores and their use, per token, full attention
+    # scores and their use, per token, full attention
+    attention = SHAPE.layers * 2 * hidden * length
     return 2 * length * (linear + attention)
 
 
@@ -37,14 +38,16 @@ def llama_forward(length: int, vocabulary: int) -> int:
 def test_a_llama_by_hand(length: int) -> None:
     model = tiny(Task.causal_lm)
     forward = count_flops(model.config, Task.causal_lm, backward=False)(length)
-    rotary = 2 * length * (SHAPE.hidden_size // SHAPE.heads // 2)  # angles: positions x inverse frequencies
+    # angles: positions x inverse frequencies
+    rotary = 2 * length * (SHAPE.hidden_size // SHAPE.heads // 2)
     assert forward - llama_forward(length, 259) in (0, rotary)
     both = count_flops(model.config, Task.causal_lm, backward=True)(length)
     assert both == pytest.approx(3 * forward, rel=1e-3)  # the backward pass is twice the forward
 
 
-# -- what is trained decides the backward pass ----------------------------------------------------------------------
-H, M, L, V, T, K, R = 64, 96, 4, 128, 20, 7, 4  # width, mlp, layers, vocabulary, tokens, predicted, rank of an adapter
+# -- what is trained decides the backward pass ----------------------------------------------------
+# width, mlp, layers, vocabulary, tokens, predicted, rank of an adapter
+H, M, L, V, T, K, R = 64, 96, 4, 128, 20, 7, 4
 PROJECTION = 2 * T * H * H  # q, k, v or o of a layer
 MLP = 3 * 2 * T * H * M
 ATTENTION = 2 * 2 * T * T * H  # scores, and their use
@@ -54,7 +57,9 @@ FORWARD = L * LAYER + HEAD
 
 
 class ByHand(int):
-    """FLOPs by hand; transformers releases that multiply positions with frequencies as matrices count those too."""
+    """FLOPs by hand; transformers releases that multiply positions with frequencies as matrices
+    count those too.
+    """
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, float)
@@ -66,25 +71,41 @@ class ByHand(int):
 def llama() -> Any:
     """Return a small Llama whose head is not tied."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=M, num_hidden_layers=L, num_attention_heads=2,
-        tie_word_embeddings=False,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=H,
+            intermediate_size=M,
+            num_hidden_layers=L,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def gpt2() -> Any:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def bert() -> Any:
-    return BertForSequenceClassification(BertConfig(
-        vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, intermediate_size=M,
-    ))  # fmt: skip
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=V,
+            hidden_size=H,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=M,
+        )
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
-def test_it_is_what_torchs_counter_sees_of_the_real_model(make: Callable[[], Any], backward: bool) -> None:
+def test_it_is_what_torchs_counter_sees_of_the_real_model(
+    make: Callable[[], Any], backward: bool
+) -> None:
     model = make().eval()
     model.set_attn_implementation("eager")
     task = Task.sequence_classification if make is bert else Task.causal_lm
@@ -124,10 +145,14 @@ def test_lower_half_frozen() -> None:
 
 
 def test_frozen_embeddings_save_nothing_but_with_the_first_norm_they_do() -> None:
-    """The first norm's gain needs the gradient of what q, k and v read; frozen too, those three products go."""
+    """The first norm's gain needs the gradient of what q, k and v read; frozen too, those three
+    products go.
+    """
     model = freeze(llama(), lambda name: "embed_tokens" not in name)
     assert counted(model) == counted(llama())
-    model = freeze(llama(), lambda name: "embed_tokens" not in name and "layers.0.input_layernorm" not in name)
+    model = freeze(
+        llama(), lambda name: "embed_tokens" not in name and "layers.0.input_layernorm" not in name
+    )
     assert counted(model) == counted(llama()) - 3 * PROJECTION
 
 
@@ -158,8 +183,10 @@ def test_lora_counts_its_own_products_and_no_gradient_of_frozen_weights() -> Non
     for layer in model.model.layers:
         layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
     adapter = 2 * T * R * H  # one of the two products
-    upper = LAYER + ATTENTION + 2 * 2 * adapter  # activations' gradients; attention differentiates both its factors
-    # the first layer reads what nobody trains: no gradient through q, k and v, nor of keys, nor of values
+    # activations' gradients; attention differentiates both its factors
+    upper = LAYER + ATTENTION + 2 * 2 * adapter
+    # the first layer reads what nobody trains: no gradient through q, k and v, nor of keys, nor of
+    # values
     lowest = PROJECTION + MLP + ATTENTION + 2 * adapter + adapter
     assert counted(model) == ByHand(FORWARD + L * 2 * adapter + HEAD + (L - 1) * upper + lowest)
 
@@ -173,7 +200,10 @@ def test_a_model_counts_as_a_fresh_one_of_its_configuration() -> None:
 
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = freeze(llama(), lambda name: "embed" not in name)
-    before = {name: (p.device.type, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    before = {
+        name: (p.device.type, p.requires_grad, p.detach().clone())
+        for name, p in model.named_parameters()
+    }
     attention, training = model.config._attn_implementation, model.training
     counted(model)
     assert (model.config._attn_implementation, model.training) == (attention, training)
@@ -186,7 +216,10 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 
 def test_recomputed_activations_are_not_counted() -> None:
     model = llama().train()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable()  # renamed by later releases of transformers
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert counted(model) == counted(llama())
@@ -197,11 +230,13 @@ def test_a_quantized_layer_counts_as_a_plain_one() -> None:
     model = freeze(llama(), lambda name: name.startswith("lm_head"))
     for layer in model.model.layers:
         layer.mlp.up_proj = packed(H, M, bias=False)
-        layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(H * M // 2, 1, dtype=torch.uint8), False)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(
+            torch.zeros(H * M // 2, 1, dtype=torch.uint8), False
+        )
     assert counted(model) == ByHand(FORWARD + HEAD)
 
 
-# -- batches ---------------------------------------------------------------------------------------------------------
+# -- batches --------------------------------------------------------------------------------------
 
 
 def test_packed_windows_are_full_and_the_head_reads_their_targets() -> None:
@@ -213,25 +248,38 @@ def test_packed_windows_are_full_and_the_head_reads_their_targets() -> None:
     assert (length, targets < rows * T) == (T, True)  # a document's last token predicts nothing
     own = count_flops(llama(), Task.causal_lm, backward=True)
     by_hand = rows * 3 * L * LAYER + 3 * targets * 2 * H * V
-    assert StepFlops(own)(batch)[0] == pytest.approx(by_hand, rel=1e-4)  # within the positions' frequencies
+    # within the positions' frequencies
+    assert StepFlops(own)(batch)[0] == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_a_live_teachers_forward_counts_and_a_cached_ones_does_not() -> None:
-    batch = PackedBatches([encoded(list(range(3, 90)))], sequence_length=T, batch_size=2, seed=0).batch(0)
+    batch = PackedBatches(
+        [encoded(list(range(3, 90)))], sequence_length=T, batch_size=2, seed=0
+    ).batch(0)
     own = count_flops(llama(), Task.causal_lm, backward=True)
     teacher = count_flops(freeze(llama(), lambda _: False), Task.causal_lm, backward=False)
     targets = int((batch["labels"] >= 0).sum())
     forward = 2 * L * LAYER + targets * 2 * H * V
-    assert StepFlops(own, teacher)(batch) == (StepFlops(own)(batch)[0], pytest.approx(forward, rel=1e-3))
+    assert StepFlops(own, teacher)(batch) == (
+        StepFlops(own)(batch)[0],
+        pytest.approx(forward, rel=1e-3),
+    )
 
 
 def test_padding_is_computed_and_is_no_token() -> None:
-    """An encoder, by hand: the longest example sets the shape of all, the head reads one position of each."""
+    """An encoder, by hand: the longest example sets the shape of all, the head reads one position
+    of each.
+    """
     rows = [encoded(list(range(3, 3 + length)), label=1) for length in (8, 40, 23)]
     batch = PaddedBatches(rows, batch_size=3, seed=0, padding=Padding(0)).batch(0)
     assert (tuple(batch["input_ids"].shape), int(batch["attention_mask"].sum())) == ((3, 40), 71)
     config = BertConfig(
-        vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        num_labels=3,
     )
     own = count_flops(config, Task.sequence_classification, backward=True)
     layer = 2 * 40 * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 64 * 40**2
@@ -240,22 +288,34 @@ def test_padding_is_computed_and_is_no_token() -> None:
 
 def test_micro_batches_sum_to_their_batch() -> None:
     """Gradient accumulation cuts a batch into parts and changes no FLOP."""
-    batch = PackedBatches([encoded(list(range(3, 200)))], sequence_length=T, batch_size=4, seed=0).batch(0)
+    batch = PackedBatches(
+        [encoded(list(range(3, 200)))], sequence_length=T, batch_size=4, seed=0
+    ).batch(0)
     own = count_flops(llama(), Task.causal_lm, backward=True)
     parts = [{name: tensor.chunk(2)[part] for name, tensor in batch.items()} for part in (0, 1)]
-    assert sum(StepFlops(own)(part)[0] for part in parts) == pytest.approx(StepFlops(own)(batch)[0], rel=1e-12)
+    assert sum(StepFlops(own)(part)[0] for part in parts) == pytest.approx(
+        StepFlops(own)(batch)[0], rel=1e-12
+    )
 
 
-# -- the rule of thumb -----------------------------------------------------------------------------------------------
+# -- the rule of thumb ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "layers", "length"), [(256, 4, 128), (512, 8, 1024), (1024, 2, 4096)])
+@pytest.mark.parametrize(
+    ("width", "layers", "length"), [(256, 4, 128), (512, 8, 1024), (1024, 2, 4096)]
+)
 def test_a_count_lies_between_six_n_and_its_attention(width: int, layers: int, length: int) -> None:
-    """6N leaves attention out: 12 x layers x width x T a token. For normal shapes T is at most 4 widths: factor 5/3."""
+    """6N leaves attention out: 12 x layers x width x T a token. For normal shapes T is at most 4
+    widths: factor 5/3.
+    """
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     per_token = count_flops(model, Task.causal_lm, backward=True)(length) / length
@@ -278,12 +338,19 @@ def test_a_count_that_misses_operations_is_suspected() -> None:
     assert suspicion(whole, model, Task.causal_lm, T) is None
     missed = FlopsPerSequence(0.0, 0.4 * six_n(model), 0.0)
     said = suspicion(missed, model, Task.causal_lm, T)
-    assert said == "model_flops may be too low: 40% of 6N; an operation of this model is not counted"
+    assert (
+        said == "model_flops may be too low: 40% of 6N; an operation of this model is not counted"
+    )
 
 
 def test_an_encoder_by_hand_reads_one_token_for_its_classes() -> None:
     config = BertConfig(
-        vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        num_labels=3,
     )
     length = 40
     body = 2 * length * (2 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 2 * 64 * length)

@@ -1,4 +1,6 @@
-"""FLOPs of mixtures of experts by hand, of models that look at values, and of those that cannot be counted."""
+"""FLOPs of mixtures of experts by hand, of models that look at values, and of those that cannot be
+counted.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from pipeline.ledger import flops
 from pipeline.ledger.flops import active_parameters, count_flops, expert_shares, six_n, suspicion
 from pipeline.stages.step_flops import ModelFlops, doubt
 
-V, H, M, E, K, L, T = 128, 64, 32, 8, 2, 2, 16  # vocabulary, width, of an expert, experts, of a token, layers, tokens
+# vocabulary, width, of an expert, experts, of a token, layers, tokens
+V, H, M, E, K, L, T = 128, 64, 32, 8, 2, 2, 16
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": L, "hidden_size": H, "vocab_size": V}
 
 
@@ -30,27 +33,98 @@ FULL = 4 * H * H  # q, k, v, o with as many heads of keys as of queries
 FEW = 3 * H * H  # two heads of queries of 32, one of keys and values
 EXPERTS = K * 3 * H * M + H * E  # gate, up and down of those visited; the router
 MIXTURES: dict[str, tuple[Any, int]] = {
-    "qwen3_moe": (config("Qwen3MoeConfig", num_key_value_heads=1, head_dim=32, moe_intermediate_size=M, num_experts=E,
-                         num_experts_per_tok=K), L * (FEW + EXPERTS)),
-    "mixtral": (config("MixtralConfig", num_key_value_heads=1, intermediate_size=M, num_local_experts=E,
-                       num_experts_per_tok=K), L * (FEW + EXPERTS)),
-    "olmoe": (config("OlmoeConfig", num_key_value_heads=2, intermediate_size=M, num_experts=E, num_experts_per_tok=K,
-                     eos_token_id=1), L * (FULL + EXPERTS)),
-    "gpt_oss": (config("GptOssConfig", num_key_value_heads=1, head_dim=32, intermediate_size=M, num_local_experts=E,
-                       num_experts_per_tok=K, layer_types=["sliding_attention", "full_attention"]),
-                L * (FEW + EXPERTS)),
-    "granite_moe": (config("GraniteMoeConfig", num_key_value_heads=2, intermediate_size=M, num_local_experts=E,
-                           num_experts_per_tok=K), L * (FULL + EXPERTS)),
-    "glm4_moe": (config("Glm4MoeConfig", num_key_value_heads=2, head_dim=32, intermediate_size=96,
-                        moe_intermediate_size=M, n_routed_experts=E, num_experts_per_tok=K, n_group=2, topk_group=1,
-                        first_k_dense_replace=1, n_shared_experts=1),
-                 L * FULL + 3 * H * 96 + EXPERTS + 3 * H * M),  # a dense layer; the other with an expert for all tokens
-    "deepseek_v3": (config("DeepseekV3Config", num_key_value_heads=2, intermediate_size=96, moe_intermediate_size=M,
-                           n_routed_experts=E, num_experts_per_tok=K, n_group=2, topk_group=1, first_k_dense_replace=1,
-                           n_shared_experts=1, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=16,
-                           qk_nope_head_dim=16, v_head_dim=16),
-                    L * (H * 64 + H * 32 + 16 * 64 + 32 * H) + 3 * H * 96 + EXPERTS + 3 * H * M),
-}  # fmt: skip
+    "qwen3_moe": (
+        config(
+            "Qwen3MoeConfig",
+            num_key_value_heads=1,
+            head_dim=32,
+            moe_intermediate_size=M,
+            num_experts=E,
+            num_experts_per_tok=K,
+        ),
+        L * (FEW + EXPERTS),
+    ),
+    "mixtral": (
+        config(
+            "MixtralConfig",
+            num_key_value_heads=1,
+            intermediate_size=M,
+            num_local_experts=E,
+            num_experts_per_tok=K,
+        ),
+        L * (FEW + EXPERTS),
+    ),
+    "olmoe": (
+        config(
+            "OlmoeConfig",
+            num_key_value_heads=2,
+            intermediate_size=M,
+            num_experts=E,
+            num_experts_per_tok=K,
+            eos_token_id=1,
+        ),
+        L * (FULL + EXPERTS),
+    ),
+    "gpt_oss": (
+        config(
+            "GptOssConfig",
+            num_key_value_heads=1,
+            head_dim=32,
+            intermediate_size=M,
+            num_local_experts=E,
+            num_experts_per_tok=K,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        L * (FEW + EXPERTS),
+    ),
+    "granite_moe": (
+        config(
+            "GraniteMoeConfig",
+            num_key_value_heads=2,
+            intermediate_size=M,
+            num_local_experts=E,
+            num_experts_per_tok=K,
+        ),
+        L * (FULL + EXPERTS),
+    ),
+    "glm4_moe": (
+        config(
+            "Glm4MoeConfig",
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=96,
+            moe_intermediate_size=M,
+            n_routed_experts=E,
+            num_experts_per_tok=K,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            n_shared_experts=1,
+        ),
+        # a dense layer; the other with an expert for all tokens
+        L * FULL + 3 * H * 96 + EXPERTS + 3 * H * M,
+    ),
+    "deepseek_v3": (
+        config(
+            "DeepseekV3Config",
+            num_key_value_heads=2,
+            intermediate_size=96,
+            moe_intermediate_size=M,
+            n_routed_experts=E,
+            num_experts_per_tok=K,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            n_shared_experts=1,
+            kv_lora_rank=16,
+            q_lora_rank=None,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
+        L * (H * 64 + H * 32 + 16 * 64 + 32 * H) + 3 * H * 96 + EXPERTS + 3 * H * M,
+    ),
+}
 """By name: a configuration, and its weights that multiply a token, without the output head."""
 
 
@@ -66,12 +140,18 @@ def test_a_mixture_counts_the_experts_that_a_token_visits(name: str) -> None:
     shares = expert_shares(model, Task.causal_lm)
     assert set(shares.values()) == {K / E}
     assert six_n(model, shares) == 6 * (weights + H * V)
-    heads = 2 if name != "deepseek_v3" else 1  # of 32, scores and their use; MLA: 32 in scores, 16 in their use
+    # of 32, scores and their use; MLA: 32 in scores, 16 in their use
+    heads = 2 if name != "deepseek_v3" else 1
     attention = 2 * T * L * 2 * 32 * 2 if heads == 2 else 2 * T * L * 2 * (32 + 16)
     by_hand = 3 * T * (2 * (weights + H * V) + attention)
     whole = count_flops(model, Task.causal_lm, backward=True)(T)
     assert whole == pytest.approx(by_hand, rel=0.005)  # products of positions with frequencies
-    assert suspicion(count_flops(model, Task.causal_lm, backward=True), model, Task.causal_lm, T, shares) is None
+    assert (
+        suspicion(
+            count_flops(model, Task.causal_lm, backward=True), model, Task.causal_lm, T, shares
+        )
+        is None
+    )
 
 
 def test_parameters_in_use_are_told_from_all() -> None:
@@ -82,8 +162,18 @@ def test_parameters_in_use_are_told_from_all() -> None:
 
 
 def test_as_many_experts_as_there_are_is_a_dense_model() -> None:
-    dense, sparse = (made(config("MixtralConfig", intermediate_size=M, num_local_experts=4, num_key_value_heads=2,
-                                 num_experts_per_tok=k)) for k in (4, 1))  # fmt: skip
+    dense, sparse = (
+        made(
+            config(
+                "MixtralConfig",
+                intermediate_size=M,
+                num_local_experts=4,
+                num_key_value_heads=2,
+                num_experts_per_tok=k,
+            )
+        )
+        for k in (4, 1)
+    )
     counts = [count_flops(each, Task.causal_lm, backward=False)(T) for each in (dense, sparse)]
     assert counts[0] - counts[1] == 2 * T * L * 3 * (3 * H * M)  # three experts of four
 
@@ -95,19 +185,43 @@ def test_experts_are_left_as_they_were() -> None:
     assert model.config._experts_implementation == before
 
 
-SEEING: dict[str, tuple[Any, Task]] = {  # these look at masks or positions where the twin has no values
+# these look at masks or positions where the twin has no values
+SEEING: dict[str, tuple[Any, Task]] = {
     "deberta_v2": (config("DebertaV2Config", intermediate_size=M), Task.sequence_classification),
     "deberta": (config("DebertaConfig", intermediate_size=M), Task.sequence_classification),
-    "xlnet": (transformers.XLNetConfig(vocab_size=V, d_model=H, n_layer=L, n_head=2, d_inner=M),
-              Task.sequence_classification),
-    "dynamic": (config("LlamaConfig", intermediate_size=M, max_position_embeddings=64,
-                       rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), Task.causal_lm),
-    "longrope": (config("Phi3Config", intermediate_size=M, rope_parameters={
-        "rope_type": "longrope", "long_factor": [1.0] * 16, "short_factor": [1.0] * 16, "rope_theta": 1e4,
-        "original_max_position_embeddings": 64}), Task.causal_lm),
-    "bloom": (transformers.BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=2), Task.causal_lm),
+    "xlnet": (
+        transformers.XLNetConfig(vocab_size=V, d_model=H, n_layer=L, n_head=2, d_inner=M),
+        Task.sequence_classification,
+    ),
+    "dynamic": (
+        config(
+            "LlamaConfig",
+            intermediate_size=M,
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        Task.causal_lm,
+    ),
+    "longrope": (
+        config(
+            "Phi3Config",
+            intermediate_size=M,
+            rope_parameters={
+                "rope_type": "longrope",
+                "long_factor": [1.0] * 16,
+                "short_factor": [1.0] * 16,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        Task.causal_lm,
+    ),
+    "bloom": (
+        transformers.BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=2),
+        Task.causal_lm,
+    ),
     "opt": (config("OPTConfig", ffn_dim=M, word_embed_proj_dim=H), Task.causal_lm),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -122,20 +236,41 @@ def test_models_that_look_at_values_are_counted(name: str) -> None:
 def test_dynamic_positions_count_as_plain_ones() -> None:
     plain = config("LlamaConfig", intermediate_size=M, max_position_embeddings=64)
     dynamic = SEEING["dynamic"][0]
-    counts = [count_flops(made(each), Task.causal_lm, backward=True)(T) for each in (plain, dynamic)]
+    counts = [
+        count_flops(made(each), Task.causal_lm, backward=True)(T) for each in (plain, dynamic)
+    ]
     assert counts[0] == counts[1]
 
 
-UNCOUNTABLE = [  # an encoder-decoder that looks for the end token, and experts in a loop over tokens
-    (transformers.BartConfig(
-        vocab_size=V, d_model=H, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=M, decoder_ffn_dim=M,
-    ), Task.sequence_classification),
-    (transformers.JetMoeConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=M, num_hidden_layers=1, num_key_value_heads=2, kv_channels=32,
-        num_local_experts=4, num_experts_per_tok=2,
-    ), Task.causal_lm),
-]  # fmt: skip
+# an encoder-decoder that looks for the end token, and experts in a loop over tokens
+UNCOUNTABLE = [
+    (
+        transformers.BartConfig(
+            vocab_size=V,
+            d_model=H,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=M,
+            decoder_ffn_dim=M,
+        ),
+        Task.sequence_classification,
+    ),
+    (
+        transformers.JetMoeConfig(
+            vocab_size=V,
+            hidden_size=H,
+            intermediate_size=M,
+            num_hidden_layers=1,
+            num_key_value_heads=2,
+            kv_channels=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        Task.causal_lm,
+    ),
+]
 
 
 @pytest.mark.parametrize(("given", "task"), UNCOUNTABLE)
@@ -151,7 +286,9 @@ def test_what_cannot_be_counted_has_a_reason_and_an_estimate(given: Any, task: T
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError, AttributeError, RecursionError])
-def test_no_kind_of_failure_gets_out(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_no_kind_of_failure_gets_out(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error("no such luck")
 
@@ -164,34 +301,65 @@ def test_no_kind_of_failure_gets_out(monkeypatch: pytest.MonkeyPatch, error: typ
     assert found.active_share(model).v is None
 
 
-# -- trained and distilled ---------------------------------------------------------------------------------------------
+# -- trained and distilled ------------------------------------------------------------------------
 
-TINY = ["training.steps=3", "training.batch_size=4", "training.sequence_length=48", "data.max_documents=30",
-        "quality.max_documents=20", "quality.bootstrap=200", "serving.blocks=2", "serving.load.new=3",
-        "serving.load.prompt=16", "serving.batches=[1]", "tracking.mlflow=false", "allow_no_speedup=true"]  # fmt: skip
+TINY = [
+    "training.steps=3",
+    "training.batch_size=4",
+    "training.sequence_length=48",
+    "data.max_documents=30",
+    "quality.max_documents=20",
+    "quality.bootstrap=200",
+    "serving.blocks=2",
+    "serving.load.new=3",
+    "serving.load.prompt=16",
+    "serving.batches=[1]",
+    "tracking.mlflow=false",
+    "allow_no_speedup=true",
+]
 BYTES = {"vocab_size": len(byte_tokenizer()), "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.mark.parametrize("name", ["Qwen3MoeConfig", "MixtralConfig"])
 def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, name: str) -> None:
-    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 32, "num_experts_per_tok": K}
-    own = {"moe_intermediate_size": M, "num_experts": E} if name == "Qwen3MoeConfig" else {
-        "intermediate_size": M, "num_local_experts": E}  # fmt: skip
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_experts_per_tok": K,
+    }
+    own = (
+        {"moe_intermediate_size": M, "num_experts": E}
+        if name == "Qwen3MoeConfig"
+        else {"intermediate_size": M, "num_local_experts": E}
+    )
     torch.manual_seed(0)
     given = config(name, **{**BYTES, **sizes, **own})
     source = saved(AutoModelForCausalLM.from_config(given), tmp_path / "source")
-    done = here(tmp_path, "recipe=distill", f"model.path={source}", "stages.teacher.steps=3",
-                "stages.student.insist=true", *TINY)  # fmt: skip
+    done = here(
+        tmp_path,
+        "recipe=distill",
+        f"model.path={source}",
+        "stages.teacher.steps=3",
+        "stages.student.insist=true",
+        *TINY,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "mlruns/latest/result.json").read_text())
     rows = {row["arm"]: row["ledger"]["counts"] for row in result["rows"]}
     student = rows["student"]
     assert student["model_flops"]["v"] > 0
-    expected = active_parameters(half := AutoModelForCausalLM.from_config(_half(given)),
-                                 expert_shares(half, Task.causal_lm))  # fmt: skip
+    expected = active_parameters(
+        half := AutoModelForCausalLM.from_config(_half(given)), expert_shares(half, Task.causal_lm)
+    )
     assert student["active_parameter_share"]["v"] == pytest.approx(expected[0] / expected[1])
     said = [note for note in result["environment"]["notes"] if "mixture of experts" in note]
-    assert {note.partition(":")[0] for note in said} == {"teacher", "student", "control_steps", "control_compute"}
+    assert {note.partition(":")[0] for note in said} == {
+        "teacher",
+        "student",
+        "control_steps",
+        "control_compute",
+    }
     report = (tmp_path / "mlruns/latest/report.md").read_text()
     assert "mixture of experts: a token uses" in report
     flops_ = {arm: counts["model_flops"]["v"] for arm, counts in rows.items()}

@@ -1,4 +1,6 @@
-"""What a metered program says: phases on an injected clock, forks, threads, and nothing at all where unmetered."""
+"""What a metered program says: phases on an injected clock, forks, threads, and nothing at all
+where unmetered.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_an_error_inside_a_phase_closes_it(folder: Path) -> None:
     assert written(folder)["phases_ns"] == {"backward": 3, "other": 4}
 
 
-def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_gone_ends_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     reporter = Reporter(tmp_path / "gone", now_ns=Clock())
     reporter.flush()
     reporter.flush()
@@ -134,7 +138,9 @@ def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path, capfd: pytest.Captur
         ({"steps": "3"}, TypeError, "steps must be a plain number, not str"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(given: dict[str, Any], error: type[Exception], said: str) -> None:
+def test_what_cannot_be_counted_is_refused(
+    given: dict[str, Any], error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
         pipeline.count(**given)
 
@@ -159,13 +165,21 @@ def test_unmetered_it_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    code = "import sys; known = set(sys.modules); import pipeline; print(sorted(set(sys.modules) - known))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=PROGRAMS.parents[1])
+    code = (
+        "import sys; known = set(sys.modules); import pipeline; print(sorted(set(sys.modules) -"
+        " known))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=PROGRAMS.parents[1]
+    )
     assert done.stdout.strip() == "['__future__', 'pipeline']"
     code = (
-        "import sys, pipeline; pipeline.phase('eval'); print(any(m in sys.modules for m in ('torch', 'numpy', 'yaml')))"
+        "import sys, pipeline; pipeline.phase('eval'); print(any(m in sys.modules for m in"
+        " ('torch', 'numpy', 'yaml')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROGRAMS.parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROGRAMS.parents[1]
+    )
     assert done.stdout.strip() == "False"
     with pytest.raises(AttributeError, match="no attribute 'phases'"):
         _ = pipeline.phases  # type: ignore[attr-defined]
@@ -173,15 +187,18 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 def test_forks_and_data_loader_workers_are_no_ranks(folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "workers.py")], env={**os.environ, foreign.ENV: str(folder), "RANK": "3"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, str(PROGRAMS / "workers.py")],
+        env={**os.environ, foreign.ENV: str(folder), "RANK": "3"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = written(folder)  # one file
     assert (found["rank"], found["counts"], found["ended"]) == (3, {"examples": 9}, True)
     assert set(found["phases_ns"]) == {"data_wait", "other"}
     assert sum(found["phases_ns"].values()) == found["end_ns"] - found["start_ns"]
-    assert found["end_ns"] - int(done.stdout) < 0.4e9  # the rank's own end, not that of a process it forked
+    # the rank's own end, not that of a process it forked
+    assert found["end_ns"] - int(done.stdout) < 0.4e9
 
 
 FORK = """
@@ -206,7 +223,10 @@ print(os.wait()[1])
 
 def test_a_fork_in_the_middle_of_a_flush_does_not_hang(folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORK], env={**os.environ, foreign.ENV: str(folder)}, capture_output=True, text=True,
+        [sys.executable, "-c", FORK],
+        env={**os.environ, foreign.ENV: str(folder)},
+        capture_output=True,
+        text=True,
         timeout=20,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

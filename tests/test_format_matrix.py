@@ -1,6 +1,8 @@
-"""Every architecture in every format of this machine: yes, with the share of its parameters, or no with the reason.
+"""Every architecture in every format of this machine: yes, with the share of its parameters, or no
+with the reason.
 
-By default each architecture meets one format of each library; `-m slow` has all, and a process of its own for some.
+By default each architecture meets one format of each library; `-m slow` has all, and a process of
+its own for some.
 """
 
 from __future__ import annotations
@@ -27,13 +29,26 @@ REFUSED = {
     ("DeepSeek-V3", Format.int8): "does not run in int8",
     ("XLNet", Format.bf16): "does not run in bf16",
 }
-ALIKE = ("Mistral", "Qwen3", "Gemma2", "GPT-NeoX", "OLMoE", "ELECTRA", "RoBERTa", "DistilBERT", "Llama classifier")
-"""Architectures that differ from another one of the table in nothing that a format looks at: with `-m slow`."""
+ALIKE = (
+    "Mistral",
+    "Qwen3",
+    "Gemma2",
+    "GPT-NeoX",
+    "OLMoE",
+    "ELECTRA",
+    "RoBERTa",
+    "DistilBERT",
+    "Llama classifier",
+)
+"""Architectures that differ from another one of the table in nothing that a format looks at: with
+`-m slow`.
+"""
 WITHOUT_EXPERTS = 0.25  # what linear layers alone are, at most, of these tiny mixtures
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in ARCHITECTURES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in ARCHITECTURES],
 )
 def test_an_architecture_is_quantized_or_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     for fmt in (each for each in ONE_EACH if each in FORMATS):
@@ -48,7 +63,10 @@ def test_an_architecture_is_quantized_or_refused_with_its_reason(name: str, tmp_
         elif name in (*MIXTURES, "GPT-OSS"):
             takes = fmt in FUSES and name in MIXTURES
             expected = MIXTURES[name] if takes else WITHOUT_EXPERTS
-            assert (found.share > expected - 0.01) if takes else (found.share < expected), (fmt, found)
+            assert (found.share > expected - 0.01) if takes else (found.share < expected), (
+                fmt,
+                found,
+            )
         else:
             assert found.share > 0.3, (fmt, found)
 
@@ -62,7 +80,9 @@ def test_every_format_is_quantized_or_refused(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "fmt"), [("Mixtral", Format.int8_weight_only)])
-def test_fused_experts_are_the_same_in_a_fresh_process(name: str, fmt: Format, tmp_path: Path) -> None:
+def test_fused_experts_are_the_same_in_a_fresh_process(
+    name: str, fmt: Format, tmp_path: Path
+) -> None:
     """A program without this package loads it; config.json tells it to compute expert by expert."""
     assert cell(
         name,

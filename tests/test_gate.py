@@ -1,4 +1,6 @@
-"""The release gate as CI calls it: one real run per exit code, its record, its looks, and what it refuses."""
+"""The release gate as CI calls it: one real run per exit code, its record, its looks, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ from pipeline.tracking.deliver import deliver
 
 GATE = [
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
-    *("quality.bootstrap=1000", "policy.load.new=4", "policy.load.batch=4", "training.sequence_length=64"),
+    *(
+        "quality.bootstrap=1000",
+        "policy.load.new=4",
+        "policy.load.batch=4",
+        "training.sequence_length=64",
+    ),
     "policy.blocks=8",  # a test machine is a noisy one
 ]
 MLFLOW = "tracking.mlflow=true"
@@ -50,7 +57,9 @@ sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
 
 def said(cwd: Path) -> dict[str, Any]:
     """Return the newest verdict.json."""
-    newest = max((cwd / "mlruns/runs").glob("*-release_check-*"), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(
+        (cwd / "mlruns/runs").glob("*-release_check-*"), key=lambda path: path.stat().st_mtime_ns
+    )
     return json.loads((newest / "verdict.json").read_text())
 
 
@@ -60,12 +69,24 @@ def by_name(verdict: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """Return a folder with a distillation in it, and artifact digests: teacher, student, and a damaged student."""
+    """Return a folder with a distillation in it, and artifact digests: teacher, student, and a
+    damaged student.
+    """
     cwd = tmp_path_factory.mktemp("gate")
-    settings = [each for each in TINY if not each.startswith("serving.")]  # quality alone is compared
-    done = here(cwd, "recipe=distill", *settings, "model.shape.layers=6", "student.layers=1", "stages.teacher.steps=4",
-                "~stages.control_steps", "~stages.control_compute", "tracking.mlflow=false",
-                "compare=[{arm: student, base: teacher, on: [quality]}]")  # fmt: skip
+    # quality alone is compared
+    settings = [each for each in TINY if not each.startswith("serving.")]
+    done = here(
+        cwd,
+        "recipe=distill",
+        *settings,
+        "model.shape.layers=6",
+        "student.layers=1",
+        "stages.teacher.steps=4",
+        "~stages.control_steps",
+        "~stages.control_compute",
+        "tracking.mlflow=false",
+        "compare=[{arm: student, base: teacher, on: [quality]}]",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((cwd / "mlruns/latest/result.json").read_text())
     paths = {row["arm"]: Path(row["artifact"]["path"]) for row in result["rows"]}
@@ -75,14 +96,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     weights = load_file(damaged / "model.safetensors")
     torch.manual_seed(0)
     name = "model.embed_tokens.weight"  # the output head as well: sure of itself, and wrong
-    save_file({**weights, name: 3 * torch.randn_like(weights[name])},
-              damaged / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {**weights, name: 3 * torch.randn_like(weights[name])},
+        damaged / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return cwd, {**{arm: str(path) for arm, path in paths.items()}, "damaged": str(damaged)}
 
 
 @pytest.fixture
-def project(made: tuple[Path, dict[str, str]], tmp_path: Path, empty_store: Path) -> tuple[Path, dict[str, str]]:
-    """Return a folder to run gates in, with an MLflow that has had nothing, and the artifacts: as on a CI runner."""
+def project(
+    made: tuple[Path, dict[str, str]], tmp_path: Path, empty_store: Path
+) -> tuple[Path, dict[str, str]]:
+    """Return a folder to run gates in, with an MLflow that has had nothing, and the artifacts: as
+    on a CI runner.
+    """
     (tmp_path / "mlruns").mkdir()
     shutil.copy(empty_store, tmp_path / "mlruns/mlflow.db")
     return tmp_path, made[1]
@@ -90,7 +118,9 @@ def project(made: tuple[Path, dict[str, str]], tmp_path: Path, empty_store: Path
 
 @pytest.fixture(autouse=True)
 def _delivered_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deliver what gates of this process left, when they end: a writer of their own costs seconds (`test_sync.py`)."""
+    """Deliver what gates of this process left, when they end: a writer of their own costs seconds
+    (`test_sync.py`).
+    """
 
     def deliver_all(_: object, folder: Path, **__: Any) -> None:
         while deliver(folder):
@@ -102,16 +132,24 @@ def _delivered_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gate(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.CompletedProcess[str]:
     """Run a release check in this process, without MLflow where `more` does not ask for it."""
-    return here(cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", "tracking.mlflow=false", *more)
+    return here(
+        cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", "tracking.mlflow=false", *more
+    )
 
 
-def as_in_ci(cwd: Path, candidate: str, baseline: str, *more: str) -> subprocess.CompletedProcess[str]:
+def as_in_ci(
+    cwd: Path, candidate: str, baseline: str, *more: str
+) -> subprocess.CompletedProcess[str]:
     """Run a release check as CI does: a process of its own, delivered to MLflow."""
-    return forked.run(cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", *more, timeout=500)
+    return forked.run(
+        cwd, *GATE, f"candidate={candidate}", f"baseline={baseline}", *more, timeout=500
+    )
 
 
 def check_left(cwd: Path, outcome: str) -> dict[str, Any]:
-    """Compare what a release check left in its folder and in MLflow with how it ended; return its verdict."""
+    """Compare what a release check left in its folder and in MLflow with how it ended; return its
+    verdict.
+    """
     verdict = said(cwd)
     folder = cwd / "mlruns/runs" / verdict["run_id"]
     assert verdict["verdict"] == outcome
@@ -135,15 +173,18 @@ def test_a_student_that_saves_and_keeps_quality_passes_and_its_verdict_is_record
     assert verdict["line"].startswith("PASS  -")
     assert verdict["line"] in done.stdout
     assert {name: each["outcome"] for name, each in read.items() if each["gating"]} == {
-        "quality/bits_per_byte": "PASS", "serving": "PASS",
-    }  # fmt: skip
+        "quality/bits_per_byte": "PASS",
+        "serving": "PASS",
+    }
     assert read["training"]["value"]["v"] is not None, "both artifacts carry what their chains took"
     assert read["memory"]["value"]["v"] > 0.3
     assert read["payback"]["unit"] == "token"
     assert verdict["sha256"] == checksum(as_recorded(verdict))
     readings = verdict["readings"]
     again = gate(cwd, paths["student"], paths["teacher"], MLFLOW)
-    assert (again.returncode, again.stderr) == (0, ""), "the recorded verdict is fetched without a progress bar"
+    assert (again.returncode, again.stderr) == (0, ""), (
+        "the recorded verdict is fetched without a progress bar"
+    )
     assert said(cwd)["recorded"] == verdict["run_id"]
     assert said(cwd)["readings"] == readings, "nothing was measured anew"
     for folder in ("store", "runs"):  # a runner whose mlruns holds nothing but what MLflow tells
@@ -169,8 +210,11 @@ def test_a_damaged_student_fails(project) -> None:
     verdict = check_left(cwd, "FAIL")
     assert by_name(verdict)["quality/bits_per_byte"]["outcome"] == "FAIL"
     assert by_name(verdict)["training"]["value"]["why_null"] == "no ledger: candidate"
-    asked = gate(cwd, paths["student"], paths["damaged"], "tracking.mlflow=false", "policy.training=0.1")
-    assert by_name(said(cwd))["training"]["outcome"] == "FAIL", asked.stderr  # a baseline without a ledger
+    asked = gate(
+        cwd, paths["student"], paths["damaged"], "tracking.mlflow=false", "policy.training=0.1"
+    )
+    # a baseline without a ledger
+    assert by_name(said(cwd))["training"]["outcome"] == "FAIL", asked.stderr
 
 
 def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> None:
@@ -183,15 +227,30 @@ def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> Non
     assert again.returncode == 4
     first = said(cwd)
     assert first["recorded"], "no further look would give it more documents"
-    same = ("quality.bootstrap=900", "quality.batch_size=5", "policy.name=another", "serving.decode=dynamic",
-            "policy.metrics.accuracy.margin=0.2")  # fmt: skip
+    same = (
+        "quality.bootstrap=900",
+        "quality.batch_size=5",
+        "policy.name=another",
+        "serving.decode=dynamic",
+        "policy.metrics.accuracy.margin=0.2",
+    )
     alike = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", *same)
     assert alike.returncode == 4, alike.stderr
-    assert said(cwd)["recorded"] == first["recorded"], "what decides nothing is no way to further looks"
-    other = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=300", "quality.max_documents=23")
+    assert said(cwd)["recorded"] == first["recorded"], (
+        "what decides nothing is no way to further looks"
+    )
+    other = gate(
+        cwd,
+        paths["student"],
+        paths["teacher"],
+        "policy.min_documents=300",
+        "quality.max_documents=23",
+    )
     assert other.returncode == 4, other.stderr
     assert "recorded" not in said(cwd)
-    assert said(cwd)["readings"] == first["readings"], "another policy judges what was read, and reads nothing anew"
+    assert said(cwd)["readings"] == first["readings"], (
+        "another policy judges what was read, and reads nothing anew"
+    )
 
 
 def test_a_gate_that_is_stopped_while_it_serves_ends_with_75_and_no_verdict(
@@ -221,32 +280,61 @@ def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(projec
     for _ in range(3):
         done = gate(cwd, *same)
         verdict = said(cwd)
-        looks.append((verdict["look"], len(verdict["readings"]["candidate_s"]), verdict.get("recorded") is not None))
+        looks.append(
+            (
+                verdict["look"],
+                len(verdict["readings"]["candidate_s"]),
+                verdict.get("recorded") is not None,
+            )
+        )
         assert done.returncode == verdict["exit_code"]
-        if verdict["verdict"] != "INCONCLUSIVE":  # an A/A that happens to be told apart: alpha of the time
+        # an A/A that happens to be told apart: alpha of the time
+        if verdict["verdict"] != "INCONCLUSIVE":
             pytest.skip(f"decided at look {verdict['look']}: {verdict['line']}")
     assert looks == [(1, 8, False), (2, 16, False), (2, 16, True)]
 
 
 @pytest.mark.faults
-def test_a_disturbed_machine_and_other_hardware_are_invalid(project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_machine_and_other_hardware_are_invalid(
+    project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the kernel's true accounts, with a true program beside it."""
     read_truly(monkeypatch)
     cwd, paths = project
-    code = "import time; end = time.monotonic() + 580\nwhile time.monotonic() < end: sum(range(10**6))"
+    code = (
+        "import time; end = time.monotonic() + 580\nwhile time.monotonic() < end: sum(range(10**6))"
+    )
     # an orphan: no child of this process, so that its work is somebody else's
     command = f"{sys.executable} -c '{code}' >/dev/null 2>&1 & echo $!"
-    busy = int(subprocess.run(["sh", "-c", command], cwd=cwd, check=True, stdout=subprocess.PIPE).stdout)
+    busy = int(
+        subprocess.run(["sh", "-c", command], cwd=cwd, check=True, stdout=subprocess.PIPE).stdout
+    )
     try:
-        done = as_in_ci(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.02",
-                        "policy.load.new=16", "policy.load.batch=8", "policy.blocks=2")  # fmt: skip
+        done = as_in_ci(
+            cwd,
+            paths["student"],
+            paths["teacher"],
+            "policy.max_foreign_load=0.02",
+            "policy.load.new=16",
+            "policy.load.batch=8",
+            "policy.blocks=2",
+        )
     finally:
         os.kill(busy, signal.SIGKILL)
     assert done.returncode == 5, done.stderr
     assert "others used" in by_name(check_left(cwd, "INVALID"))["serving"]["why"]
-    monkeypatch.setattr("pipeline.ledger.others.SHORTEST_S", 3600.0)  # how long a window takes is the machine's matter
-    short = gate(cwd, paths["student"], paths["teacher"], "policy.max_foreign_load=0.9", "policy.load.new=2",
-                 "policy.load.batch=1", "policy.load.prompt=8", "policy.blocks=2")  # fmt: skip
+    # how long a window takes is the machine's matter
+    monkeypatch.setattr("pipeline.ledger.others.SHORTEST_S", 3600.0)
+    short = gate(
+        cwd,
+        paths["student"],
+        paths["teacher"],
+        "policy.max_foreign_load=0.9",
+        "policy.load.new=2",
+        "policy.load.batch=1",
+        "policy.load.prompt=8",
+        "policy.blocks=2",
+    )
     assert short.returncode == 5, short.stderr
     assert "unknown (window shorter than 3600 s)" in by_name(said(cwd))["serving"]["why"]
     elsewhere = gate(cwd, paths["student"], paths["teacher"], "policy.hardware=NVIDIA H200")
@@ -255,7 +343,9 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(project, monkeypatch
     assert said(cwd)["look"] == 1, "INVALID is no look"
 
 
-def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(project, s3: str) -> None:
+def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(
+    project, s3: str
+) -> None:
     from mlflow import MlflowClient
 
     cwd, paths = project
@@ -272,7 +362,8 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     assert version.tags["artifact.digest"] == Path(paths["teacher"]).name
     shutil.rmtree(cwd / "mlruns/store")
     shutil.rmtree(cwd / "mlruns/runs")
-    client.set_model_version_tag("student", "1", "artifact.path", "/nowhere")  # from another machine
+    # from another machine
+    client.set_model_version_tag("student", "1", "artifact.path", "/nowhere")
     arms = (f"candidate={paths['student']}", f"baseline={champion}", "promote=true", url)
     crashed = forked.run(cwd, *GATE, *arms, code=CRASHES)
     assert crashed.returncode == 1
@@ -305,16 +396,18 @@ def test_of_two_gates_that_promote_at_once_one_moves_the_champion(project, s3: s
     ended = [process.communicate(timeout=900) for process in both]
     codes = sorted(process.returncode or 0 for process in both)
     assert codes[0] == 0, ended
-    assert codes[1] in (0, 1), ended  # the later one finds itself champion, or another champion than it measured
+    # the later one finds itself champion, or another champion than it measured
+    assert codes[1] in (0, 1), ended
     assert not [err for _, err in ended if "Traceback" in err]
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
     version = client.get_model_version_by_alias("student", "champion")
     assert version.tags["artifact.digest"] == Path(paths["student"]).name
     assert len(client.search_model_versions("name = 'student'")) == 2
-    assert not client.search_registered_models(filter_string="name = 'student.promotion'")  # the lock is let go
+    # the lock is let go
+    assert not client.search_registered_models(filter_string="name = 'student.promotion'")
 
 
-# -- refusals and hostile input -------------------------------------------------------------------------------------
+# -- refusals and hostile input -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,20 +420,37 @@ def test_of_two_gates_that_promote_at_once_one_moves_the_champion(project, s3: s
         (("candidate=x", r"baseline='a\u0007b'"), "there is no"),
         (("candidate=x", f"baseline={'a' * 300}"), "cannot be read (File name too long)"),
         (("candidate=x", f"baseline={'a' * 5000}"), "is no reference"),
-        (("candidate=x", "baseline=x", "candidate_items='\x1b[31mx'"), "candidate_items: x does not exist"),
+        (
+            ("candidate=x", "baseline=x", "candidate_items='\x1b[31mx'"),
+            "candidate_items: x does not exist",
+        ),
         (("candidate=x", "baseline=x", "candidate_items=" + "x" * 300), "does not exist"),
         (("candidate=x", "baseline=00000000000000000000000000000000"), "has no run 0000"),
-        (("candidate=x", "baseline=x", "policy.metrics={acuracy: {margin: 0.1}}"), "there is no such metric"),
+        (
+            ("candidate=x", "baseline=x", "policy.metrics={acuracy: {margin: 0.1}}"),
+            "there is no such metric",
+        ),
         (("candidate=x", "baseline=x", "policy.metrics.accuracy.direction=lower"), "say higher"),
-        (("candidate=x", "baseline=x", "policy.metrics.accuracy.margin=nan"), "policy.metrics.accuracy.margin"),
-        (("candidate=x", "baseline=x", "policy.serving=null", "~policy.metrics.bits_per_byte"), "asks for nothing"),
+        (
+            ("candidate=x", "baseline=x", "policy.metrics.accuracy.margin=nan"),
+            "policy.metrics.accuracy.margin",
+        ),
+        (
+            ("candidate=x", "baseline=x", "policy.serving=null", "~policy.metrics.bits_per_byte"),
+            "asks for nothing",
+        ),
         (("candidate=x", "baseline=x", "serving.load.prompt=9"), "the policy's"),
-        (("candidate=x", "baseline=x", "candidate_items=nowhere"), "candidate_items: nowhere does not exist"),
+        (
+            ("candidate=x", "baseline=x", "candidate_items=nowhere"),
+            "candidate_items: nowhere does not exist",
+        ),
         (("candidate=x", "baseline=x", "seeds=[0,1]"), "seeds: has no effect here"),
         (("candidate=x$y é", "baseline=x$y é"), "baseline: there is no x$y é"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_in_one_line(tmp_path: Path, settings: tuple[str, ...], problem: str) -> None:
+def test_what_cannot_be_judged_is_refused_in_one_line(
+    tmp_path: Path, settings: tuple[str, ...], problem: str
+) -> None:
     done = here(tmp_path, *GATE, *settings)
     assert "\x1b" not in done.stderr
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1), done.stderr
@@ -363,29 +473,39 @@ def test_other_bytes_than_vouched_for_are_refused(project, tmp_path: Path) -> No
     assert "holds other bytes than its artifact.json vouches for" in done.stderr
 
 
-def test_after_a_disturbed_machine_the_same_command_measures_anew(project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_disturbed_machine_the_same_command_measures_anew(
+    project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cwd, paths = project
     arms = (paths["student"], paths["teacher"])
     busy = {"throttle_share": null("a CPU").to_json(), "foreign_load": measured(0.5).to_json()}
     monkeypatch.setattr(serving, "machine_conditions", lambda *_: busy)
     assert gate(cwd, *arms, "policy.max_foreign_load=0.1").returncode == 5
     readings = said(cwd)["readings"]["candidate_s"]
-    monkeypatch.setattr(serving, "machine_conditions", lambda *_: {**busy, "foreign_load": measured(0.0).to_json()})
+    monkeypatch.setattr(
+        serving, "machine_conditions", lambda *_: {**busy, "foreign_load": measured(0.0).to_json()}
+    )
     assert gate(cwd, *arms, "policy.max_foreign_load=0.9").returncode == 0
-    assert said(cwd)["readings"]["candidate_s"] == readings, "another policy takes it for a measurement"
+    assert said(cwd)["readings"]["candidate_s"] == readings, (
+        "another policy takes it for a measurement"
+    )
     assert gate(cwd, *arms, "policy.max_foreign_load=0.4").returncode == 0
     assert said(cwd)["readings"]["candidate_s"] != readings
 
 
 @pytest.mark.parametrize("hours", [-5.0, "lots", float("nan"), True])
-def test_a_charge_that_nothing_can_have_cost_is_refused(project, tmp_path: Path, hours: Any) -> None:
+def test_a_charge_that_nothing_can_have_cost_is_refused(
+    project, tmp_path: Path, hours: Any
+) -> None:
     cwd, paths = project
     cheap = tmp_path / "cheap"
     shutil.copytree(paths["student"], cheap)
     manifest = json.loads((cheap / "artifact.json").read_text())
     manifest["charge"]["work_device_hours"] = hours
     (cheap / "artifact.json").write_text(json.dumps(manifest))
-    done = gate(cwd, str(cheap), paths["teacher"], "policy.payback_units=1000000", "tracking.mlflow=false")
+    done = gate(
+        cwd, str(cheap), paths["teacher"], "policy.payback_units=1000000", "tracking.mlflow=false"
+    )
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "has a charge that nothing can have cost: work_device_hours is" in done.stderr
 
@@ -394,7 +514,10 @@ def test_only_a_registered_version_can_be_replaced_as_champion(project) -> None:
     cwd, paths = project
     done = gate(cwd, paths["student"], paths["teacher"], "promote=true")
     assert done.returncode == 1
-    assert "is no registered version, and a PASS replaces the champion that it was compared with" in done.stderr
+    assert (
+        "is no registered version, and a PASS replaces the champion that it was compared with"
+        in done.stderr
+    )
 
 
 def test_a_verdict_edited_by_hand_is_refused(project) -> None:
@@ -411,7 +534,9 @@ def test_a_verdict_edited_by_hand_is_refused(project) -> None:
         note.write_text(cut)
         done = gate(cwd, *arms)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
-        assert f"{note} is not what was recorded" in done.stderr, "a look that cannot be read is not forgotten"
+        assert f"{note} is not what was recorded" in done.stderr, (
+            "a look that cannot be read is not forgotten"
+        )
 
 
 def test_a_verdict_on_another_comparison_is_refused(project) -> None:
@@ -424,7 +549,7 @@ def test_a_verdict_on_another_comparison_is_refused(project) -> None:
         recall(store, "b" * 32)
 
 
-# -- values that another evaluation recorded ------------------------------------------------------------------------
+# -- values that another evaluation recorded ------------------------------------------------------
 
 
 def recorded(path: Path, rows: list[dict[str, Any]], **facts: str) -> Path:
@@ -435,8 +560,16 @@ def recorded(path: Path, rows: list[dict[str, Any]], **facts: str) -> Path:
 
 
 def rows(bits: float, n: int = 30) -> list[dict[str, Any]]:
-    return [{"digest": f"{i:032x}", "bits": bits * (100 + i) * (1 + 0.01 * (i % 7)), "bytes": 100 + i, "tokens": 50,
-             "correct": 20 + i % 5} for i in range(n)]  # fmt: skip
+    return [
+        {
+            "digest": f"{i:032x}",
+            "bits": bits * (100 + i) * (1 + 0.01 * (i % 7)),
+            "bytes": 100 + i,
+            "tokens": 50,
+            "correct": 20 + i % 5,
+        }
+        for i in range(n)
+    ]
 
 
 NAN = [{**row, "bits": float("nan")} if i == 3 else row for i, row in enumerate(rows(2.0))]
@@ -449,28 +582,68 @@ NAN = [{**row, "bits": float("nan")} if i == 3 else row for i, row in enumerate(
         ((rows(2.0), {"evaluation": "e2"}), (rows(2.0), {}), 5, "other evaluation settings"),
         ((rows(2.0), {"artifact": "f" * 32}), (rows(2.0), {}), 5, "values are of artifact"),
         ((NAN, {}), (rows(2.0), {}), 5, "no finite reading of 1 of 30 documents"),
-        ((rows(2.0), {}), ([{k: v for k, v in row.items() if k != "bits"} for row in rows(2.0)], {}), 5, "bits"),
+        (
+            (rows(2.0), {}),
+            ([{k: v for k, v in row.items() if k != "bits"} for row in rows(2.0)], {}),
+            5,
+            "bits",
+        ),
         ((rows(2.0)[:20], {}), (rows(2.0), {}), 5, "only 20 of 30 documents"),
-        ((rows(2.0), {}), (rows(2.0), {}), 5, "both sides have the same values, and no note says whose they are"),
+        (
+            (rows(2.0), {}),
+            (rows(2.0), {}),
+            5,
+            "both sides have the same values, and no note says whose they are",
+        ),
         ((rows(2.1)[::-1], {}), (rows(2.0), {}), 0, None),
         ((rows(3.0), {}), (rows(2.0), {}), 3, None),
         (([], {}), (rows(2.0), {}), 1, "holds no documents"),
         ((rows(-2.0), {}), (rows(2.0), {}), 1, "line 1: bits is below 0"),
-        (([{**row, "bits": True} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "line 1: bits is no number"),
-        (([{**row, "bits": 10**400} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "line 1: bits is no number"),
-        (([{**row, "correct": 51} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "more tokens are correct"),
-        (([{**row, "more": [1]} for row in rows(2.0)], {}), (rows(2.0), {}), 1, "neither a number nor a text"),
+        (
+            ([{**row, "bits": True} for row in rows(2.0)], {}),
+            (rows(2.0), {}),
+            1,
+            "line 1: bits is no number",
+        ),
+        (
+            ([{**row, "bits": 10**400} for row in rows(2.0)], {}),
+            (rows(2.0), {}),
+            1,
+            "line 1: bits is no number",
+        ),
+        (
+            ([{**row, "correct": 51} for row in rows(2.0)], {}),
+            (rows(2.0), {}),
+            1,
+            "more tokens are correct",
+        ),
+        (
+            ([{**row, "more": [1]} for row in rows(2.0)], {}),
+            (rows(2.0), {}),
+            1,
+            "neither a number nor a text",
+        ),
     ],
 )
 def test_recorded_values_are_compared_only_where_they_can_be(
     project, candidate: Any, baseline: Any, code: int, why: str | None
 ) -> None:
     cwd, paths = project
-    files = [recorded(cwd / f"{name}.jsonl", values, **facts)
-             for name, (values, facts) in (("candidate", candidate), ("baseline", baseline))]  # fmt: skip
+    files = [
+        recorded(cwd / f"{name}.jsonl", values, **facts)
+        for name, (values, facts) in (("candidate", candidate), ("baseline", baseline))
+    ]
     run = as_in_ci if "other data" in (why or "") else gate
-    done = run(cwd, paths["student"], paths["teacher"], f"candidate_items={files[0]}", f"baseline_items={files[1]}",
-               "policy.serving=null", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+    done = run(
+        cwd,
+        paths["student"],
+        paths["teacher"],
+        f"candidate_items={files[0]}",
+        f"baseline_items={files[1]}",
+        "policy.serving=null",
+        "policy.blocks=2",
+        "tracking.mlflow=false",
+    )
     assert done.returncode == code, done.stdout + done.stderr
     verdict = said(cwd)
     if why is not None:
@@ -480,9 +653,19 @@ def test_recorded_values_are_compared_only_where_they_can_be(
 
 def test_the_same_values_with_another_note_are_another_comparison(project) -> None:
     cwd, paths = project
-    files = [recorded(cwd / f"{name}.jsonl", rows(bits)) for name, bits in (("candidate", 2.01), ("baseline", 2.0))]
-    arms = (paths["student"], paths["teacher"], f"candidate_items={files[0]}", f"baseline_items={files[1]}",
-            "policy.serving=null", "policy.blocks=2", "tracking.mlflow=false")  # fmt: skip
+    files = [
+        recorded(cwd / f"{name}.jsonl", rows(bits))
+        for name, bits in (("candidate", 2.01), ("baseline", 2.0))
+    ]
+    arms = (
+        paths["student"],
+        paths["teacher"],
+        f"candidate_items={files[0]}",
+        f"baseline_items={files[1]}",
+        "policy.serving=null",
+        "policy.blocks=2",
+        "tracking.mlflow=false",
+    )
     assert gate(cwd, *arms).returncode == 0
     recorded(files[0], [dict(reversed(row.items())) for row in rows(2.01)[::-1]])
     assert gate(cwd, *arms).returncode == 0

@@ -1,4 +1,6 @@
-"""What a gate leaves for reviewers and CI: line, section of the report, JUnit, GitHub, and the snippets that run it."""
+"""What a gate leaves for reviewers and CI: line, section of the report, JUnit, GitHub, and the
+snippets that run it.
+"""
 
 from __future__ import annotations
 
@@ -37,33 +39,62 @@ from pipeline.report.verdict import markdown_line, verdict_line, verdict_section
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 
 ROOT = Path(__file__).parent.parent
-CRASHED: dict[str, Any] = {"schema": 1, "line": "no verdict: the run ended FAILED: boom", "verdict": None,
-                           "exit_code": 1, "why": "boom", "criteria": [], "run_id": "r"}  # fmt: skip
-NOT_COMPARED = replace(accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b")
+CRASHED: dict[str, Any] = {
+    "schema": 1,
+    "line": "no verdict: the run ended FAILED: boom",
+    "verdict": None,
+    "exit_code": 1,
+    "why": "boom",
+    "criteria": [],
+    "run_id": "r",
+}
+NOT_COMPARED = replace(
+    accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b"
+)
 FEW = accuracy(-0.004, (-0.03, 0.02), outcome=Outcome.INCONCLUSIVE, needed=4000)
 DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)
 
 
-# -- the line -------------------------------------------------------------------------------------------------------
+# -- the line -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("verdict", "line"),
     [
-        (make_verdict(),
-         "PASS  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs margin -1.0  "
-         "pays back after 2.1 M tokens  policy strict"),
-        (make_verdict(kind="cpu", policy="smoke").copy(),
-         "PASS  -38.2% device-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs margin -1.0  "
-         "pays back after 2.1 M tokens  policy smoke"),
-        (make_verdict(DEARER, accuracy(0.00001, (-0.00002, 0.00004)), payback(None)),
-         "FAIL  +10.0% GPU-s/1k tokens [+5.0, +15.0]  accuracy 0.0 pt [0.0, 0.0] vs margin -1.0  never pays back  "
-         "by serving  policy strict"),
-        (make_verdict(serving(), NOT_COMPARED),
-         "INVALID  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy unknown  by quality/accuracy  policy strict"),
-        (no_baseline(), "NO_BASELINE  there is no champion; bootstrap=true makes it the first  policy strict"),
+        (
+            make_verdict(),
+            (
+                "PASS  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs"
+                " margin -1.0  pays back after 2.1 M tokens  policy strict"
+            ),
+        ),
+        (
+            make_verdict(kind="cpu", policy="smoke").copy(),
+            (
+                "PASS  -38.2% device-s/1k tokens [-41.0, -35.1]  accuracy -0.3 pt [-0.8, +0.2] vs"
+                " margin -1.0  pays back after 2.1 M tokens  policy smoke"
+            ),
+        ),
+        (
+            make_verdict(DEARER, accuracy(0.00001, (-0.00002, 0.00004)), payback(None)),
+            (
+                "FAIL  +10.0% GPU-s/1k tokens [+5.0, +15.0]  accuracy 0.0 pt [0.0, 0.0] vs margin"
+                " -1.0  never pays back  by serving  policy strict"
+            ),
+        ),
+        (
+            make_verdict(serving(), NOT_COMPARED),
+            (
+                "INVALID  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy unknown  by"
+                " quality/accuracy  policy strict"
+            ),
+        ),
+        (
+            no_baseline(),
+            "NO_BASELINE  there is no champion; bootstrap=true makes it the first  policy strict",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_line_says_it_all(verdict: dict[str, Any], line: str) -> None:
     assert verdict_line(verdict) == line
 
@@ -77,7 +108,9 @@ def test_the_line_says_it_all(verdict: dict[str, Any], line: str) -> None:
     ],
 )
 def test_rounding_contradicts_no_verdict(low: float, outcome: Outcome, shown: str) -> None:
-    assert shown in verdict_line(make_verdict(serving(), accuracy(-0.002, (low, 0.004), outcome=outcome)))
+    assert shown in verdict_line(
+        make_verdict(serving(), accuracy(-0.002, (low, 0.004), outcome=outcome))
+    )
 
 
 def in_line(verdict: dict[str, Any]) -> tuple[float, float, float]:
@@ -88,7 +121,9 @@ def in_line(verdict: dict[str, Any]) -> tuple[float, float, float]:
     return low, high, margin
 
 
-@pytest.mark.parametrize(("margin", "shown"), [(0.0025, -0.25), (0.0005, -0.05), (0.01, -1.0), (0.1, -10.0)])
+@pytest.mark.parametrize(
+    ("margin", "shown"), [(0.0025, -0.25), (0.0005, -0.05), (0.01, -1.0), (0.1, -10.0)]
+)
 def test_a_margin_is_shown_as_the_policy_states_it(margin: float, shown: float) -> None:
     verdict = make_verdict(serving(), accuracy(0.0, (0.96 * -margin, 0.002), threshold=-margin))
     low, _, limit = in_line(verdict)
@@ -98,7 +133,9 @@ def test_a_margin_is_shown_as_the_policy_states_it(margin: float, shown: float) 
 
 @examples(max_examples=300, deadline=None)
 @given(st.floats(1e-4, 0.2), st.floats(-1e-3, 1e-3), st.floats(0, 1e-3))
-def test_what_the_line_shows_is_what_was_decided(margin: float, beyond: float, width: float) -> None:
+def test_what_the_line_shows_is_what_was_decided(
+    margin: float, beyond: float, width: float
+) -> None:
     margin = round(margin, 6)
     low = -margin + beyond
     verdict = make_verdict(serving(), accuracy(low, (low, low + width), threshold=-margin))
@@ -112,19 +149,24 @@ def test_what_the_line_shows_is_what_was_decided(margin: float, beyond: float, w
 @given(st.floats(-0.5, 0.5), st.floats(0, 0.2), st.floats(0, 0.2))
 def test_no_line_has_a_zero_with_a_sign(delta: float, below: float, above: float) -> None:
     line = verdict_line(
-        make_verdict(serving(delta, (delta - below, delta + above)), accuracy(delta, (delta - below, delta)))
+        make_verdict(
+            serving(delta, (delta - below, delta + above)), accuracy(delta, (delta - below, delta))
+        )
     )
     assert "-0.0 " not in line
     assert "-0.0%" not in line
     assert "+0.0%" not in line
 
 
-# -- the section and the conclusion ---------------------------------------------------------------------------------
+# -- the section and the conclusion ---------------------------------------------------------------
 
 
 def test_the_section_shows_every_criterion_and_both_sides() -> None:
     text = "\n".join(verdict_section(make_verdict(serving(), FEW, payback())))
-    few = "| accuracy | INCONCLUSIVE | -0.4 pt \\[-3.0, +2.0\\] | -1.0 pt | 2000 | yes | 4000 items would decide |"
+    few = (
+        "| accuracy | INCONCLUSIVE | -0.4 pt \\[-3.0, +2.0\\] | -1.0 pt | 2000 | yes | 4000 items"
+        " would decide |"
+    )
     assert few in text
     assert "| payback | PASS | 2.1 M tokens | - | - | shown only |  |" in text
     assert "candidate: new, artifact " + "b" * 32 + ", took 90.0 min of device time" in text
@@ -139,7 +181,10 @@ def test_the_section_shows_every_criterion_and_both_sides() -> None:
             make_verdict(serving(0.04, (-0.1, 0.2), outcome=Outcome.INCONCLUSIVE), accuracy()),
             "Look 1 of 2: the same command again measures as many blocks more.",
         ),
-        (make_verdict(serving(), NOT_COMPARED), "other data: a, b. Mend that and run the same command again"),
+        (
+            make_verdict(serving(), NOT_COMPARED),
+            "other data: a, b. Mend that and run the same command again",
+        ),
         (make_verdict(recorded="run-1"), "This is the verdict of run run-1, given again"),
         (no_baseline(), "Nothing was compared: there is no champion"),
     ],
@@ -173,7 +218,8 @@ def test_the_report_begins_with_the_line_as_it_is_and_links_nowhere() -> None:
     result = make_result("baseline", verdict=shown_verdict(written(verdict)))
     assert markdown(result).splitlines()[0] == verdict["line"]
     assert conclude(result).startswith(
-        "Serving passes at +38.2% [+35.1, +41.0] against +5.0%; accuracy passes at -0.3 pt [-0.8, +0.2] against -1.0"
+        "Serving passes at +38.2% [+35.1, +41.0] against +5.0%; accuracy passes at -0.3 pt [-0.8,"
+        " +0.2] against -1.0"
     )
     for name in ("[1, 2](http://x)", "[x](http://x)", "[1, 2][3]"):
         shown = MarkdownIt("commonmark").render(markdown_line(make_verdict(policy=name)))
@@ -185,29 +231,46 @@ def test_a_report_says_what_came_between_a_verdict_and_its_end() -> None:
     told = shown_verdict(written(make_verdict()))
     assert told is not None
     lost = {**told, "promotion": NOT_PROMOTED}
-    assert "Not promoted: the champion is another by now." in conclude(make_result("baseline", verdict=lost))
+    assert "Not promoted: the champion is another by now." in conclude(
+        make_result("baseline", verdict=lost)
+    )
     broken = make_result("baseline", verdict=told, status="FAILED", why="disk full")
     assert conclude(broken).endswith("The run ended FAILED: disk full.")
     rows = [make_row(arm, type="release") for arm in ("baseline", "candidate")]
     crashed = make_result("baseline", rows=rows, status="FAILED", why="boom")
     assert conclude(crashed) == "No verdict was come to. The run ended FAILED: boom."
-    assert "no ledger" in "\n".join(verdict_section({**told, "baseline": {**told["baseline"], "charge": {}}}))
+    assert "no ledger" in "\n".join(
+        verdict_section({**told, "baseline": {**told["baseline"], "charge": {}}})
+    )
 
 
-# -- schema, JUnit --------------------------------------------------------------------------------------------------
+# -- schema, JUnit --------------------------------------------------------------------------------
 
 
 def written(verdict: dict[str, Any]) -> dict[str, Any]:
     if verdict["verdict"] is None:
         return verdict
-    return {**verdict, "sha256": "f" * 64, "promotion": None, "history": None,
-            "end": {"exit_code": verdict["exit_code"], "why": None}}  # fmt: skip
+    return {
+        **verdict,
+        "sha256": "f" * 64,
+        "promotion": None,
+        "history": None,
+        "end": {"exit_code": verdict["exit_code"], "why": None},
+    }
 
 
-NOT_PROMOTED = {"done": False, "model": "m", "version": None, "url": None, "why": "the champion is another by now"}
+NOT_PROMOTED = {
+    "done": False,
+    "model": "m",
+    "version": None,
+    "url": None,
+    "why": "the champion is another by now",
+}
 
 
-def gate_of(verdict: dict[str, Any] | None, folder: Path, promotion: dict[str, Any] | None = None) -> Any:
+def gate_of(
+    verdict: dict[str, Any] | None, folder: Path, promotion: dict[str, Any] | None = None
+) -> Any:
     """Return as much of an attempt as its end needs."""
     gate = SimpleNamespace(verdict=verdict, promotion=promotion, history=None)
     return SimpleNamespace(gate=gate, folder=folder, run_id="r", disagreeing=[])
@@ -241,7 +304,9 @@ def test_an_end_by_an_exception_says_so_with_its_exit_code(
     assert suite.errors == 1
 
 
-def test_a_pass_that_was_not_promoted_fails_the_job_and_stays_what_was_recorded(tmp_path: Path) -> None:
+def test_a_pass_that_was_not_promoted_fails_the_job_and_stays_what_was_recorded(
+    tmp_path: Path,
+) -> None:
     verdict = make_verdict()
     made = ended(gate_of(verdict, tmp_path, NOT_PROMOTED), "FINISHED", None)
     assert made is not None
@@ -254,7 +319,9 @@ def test_a_pass_that_was_not_promoted_fails_the_job_and_stays_what_was_recorded(
     assert [case.name for case in suite if case.result] == ["end of the run"]
 
 
-def test_files_are_written_beside_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_beside_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
     (tmp_path / "report.md").write_text("PASS\n")
@@ -267,9 +334,13 @@ def test_files_are_written_beside_the_report(tmp_path: Path, monkeypatch: pytest
 
 
 ALL = [
-    make_verdict(), make_verdict(DEARER, accuracy()), make_verdict(serving(), FEW),
-    make_verdict(serving(), NOT_COMPARED), no_baseline(), CRASHED,
-]  # fmt: skip
+    make_verdict(),
+    make_verdict(DEARER, accuracy()),
+    make_verdict(serving(), FEW),
+    make_verdict(serving(), NOT_COMPARED),
+    no_baseline(),
+    CRASHED,
+]
 
 
 @pytest.mark.parametrize("verdict", ALL, ids=lambda verdict: str(verdict["verdict"]))
@@ -291,7 +362,9 @@ def test_every_end_has_its_form(verdict: dict[str, Any]) -> None:
         (make_verdict(replace(DEARER, gating=False), accuracy()), [(Skipped, None), None]),
     ],
 )
-def test_a_junit_reader_reads_a_case_per_criterion(tmp_path: Path, verdict: dict[str, Any], kinds: list[Any]) -> None:
+def test_a_junit_reader_reads_a_case_per_criterion(
+    tmp_path: Path, verdict: dict[str, Any], kinds: list[Any]
+) -> None:
     file = tmp_path / "junit.xml"
     file.write_text(junit(verdict), encoding="utf-8")
     (suite,) = JUnitXml.fromfile(str(file))
@@ -300,15 +373,22 @@ def test_a_junit_reader_reads_a_case_per_criterion(tmp_path: Path, verdict: dict
     assert found == kinds
     assert (suite.tests, suite.failures, suite.errors, suite.skipped) == tuple(
         [len(kinds)]
-        + [sum(kind is not None and kind[0] is which for kind in kinds) for which in (Failure, Error, Skipped)]
+        + [
+            sum(kind is not None and kind[0] is which for kind in kinds)
+            for which in (Failure, Error, Skipped)
+        ]
     )
-    assert [each.name for each in cases] == [each["name"] for each in verdict["criteria"]] or len(cases) == 1
+    assert [each.name for each in cases] == [each["name"] for each in verdict["criteria"]] or len(
+        cases
+    ) == 1
 
 
-# -- GitHub and GitLab ----------------------------------------------------------------------------------------------
+# -- GitHub and GitLab ----------------------------------------------------------------------------
 
 
-def test_github_gets_summary_outputs_and_one_annotation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_github_gets_summary_outputs_and_one_annotation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     environ = {
         "GITHUB_ACTIONS": "true",
         "GITHUB_STEP_SUMMARY": str(tmp_path / "s"),
@@ -333,7 +413,9 @@ def test_github_gets_summary_outputs_and_one_annotation(tmp_path: Path, capsys: 
 
 
 def test_no_delimiter_of_an_output_can_be_known_before() -> None:
-    marks = re.findall(r"<<(.*)", "".join(outputs(make_verdict(), {"report": "/a\nb"}) for _ in range(2)))
+    marks = re.findall(
+        r"<<(.*)", "".join(outputs(make_verdict(), {"report": "/a\nb"}) for _ in range(2))
+    )
     assert len(set(marks)) == len(marks)
     assert all(len(mark) > 32 for mark in marks)
 
@@ -368,28 +450,60 @@ def test_the_github_action_passes_inputs_as_they_are_and_the_exit_code_on(tmp_pa
     action = yaml.safe_load((ROOT / ".github/actions/release-check/action.yml").read_text())
     (step,) = action["runs"]["steps"]
     given = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
-    given |= {"candidate": 'x"; touch hacked; "', "baseline": "models:/m@champion", "python": str(stub(tmp_path)),
-              "overrides": "tracking.team=a b\r\n# seen elsewhere\n\nstore.url=s3://c/d\n"}  # fmt: skip
-    env = {name: given[value.removeprefix("${{ inputs.").removesuffix(" }}")] for name, value in step["env"].items()}
-    done = subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path,
-                          env={**os.environ, **env, "SEEN": str(tmp_path / "seen")}, check=False)  # fmt: skip
+    given |= {
+        "candidate": 'x"; touch hacked; "',
+        "baseline": "models:/m@champion",
+        "python": str(stub(tmp_path)),
+        "overrides": "tracking.team=a b\r\n# seen elsewhere\n\nstore.url=s3://c/d\n",
+    }
+    env = {
+        name: given[value.removeprefix("${{ inputs.").removesuffix(" }}")]
+        for name, value in step["env"].items()
+    }
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        cwd=tmp_path,
+        env={**os.environ, **env, "SEEN": str(tmp_path / "seen")},
+        check=False,
+    )
     assert done.returncode == 4
     assert not (tmp_path / "hacked").exists()
     assert (tmp_path / "seen").read_text().splitlines() == [
-        "-m", "pipeline", "recipe=release_check", 'candidate=x"; touch hacked; "', "baseline=models:/m@champion",
-        "policy=strict", "promote=false", "bootstrap=false", "tracking.team=a b", "store.url=s3://c/d",
-    ]  # fmt: skip
+        "-m",
+        "pipeline",
+        "recipe=release_check",
+        'candidate=x"; touch hacked; "',
+        "baseline=models:/m@champion",
+        "policy=strict",
+        "promote=false",
+        "bootstrap=false",
+        "tracking.team=a b",
+        "store.url=s3://c/d",
+    ]
     known = outputs(make_verdict(), {"report": "/r"})
-    assert {line.partition("<<")[0] for line in known.splitlines() if "<<" in line} == set(action["outputs"])
-    assert all(each["value"] == f"${{{{ steps.gate.outputs.{name} }}}}" for name, each in action["outputs"].items())
+    assert {line.partition("<<")[0] for line in known.splitlines() if "<<" in line} == set(
+        action["outputs"]
+    )
+    assert all(
+        each["value"] == f"${{{{ steps.gate.outputs.{name} }}}}"
+        for name, each in action["outputs"].items()
+    )
 
 
 def test_the_gitlab_job_runs_the_gate_and_keeps_what_it_left(tmp_path: Path) -> None:
     job = yaml.safe_load((ROOT / "ci/release-check.gitlab-ci.yml").read_text())[".release_check"]
     stub(tmp_path)
-    env = {**os.environ, **job["variables"], "CANDIDATE": "x y", "BASELINE": "models:/m@champion",
-           "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}  # fmt: skip
-    done = subprocess.run(["bash", "-e", "-c", "\n".join(job["script"])], cwd=tmp_path, env=env, check=False)
+    env = {
+        **os.environ,
+        **job["variables"],
+        "CANDIDATE": "x y",
+        "BASELINE": "models:/m@champion",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SEEN": str(tmp_path / "seen"),
+    }
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(job["script"])], cwd=tmp_path, env=env, check=False
+    )
     assert done.returncode == 4
     assert "candidate=x y" in (tmp_path / "seen").read_text().splitlines()
     old, run = (tmp_path / f"mlruns/runs/20261128-release_check-{number}" for number in (9, 1))
@@ -399,20 +513,26 @@ def test_the_gitlab_job_runs_the_gate_and_keeps_what_it_left(tmp_path: Path) -> 
             (folder / name).write_text(folder.name)
     for name in job["artifacts"]["paths"]:  # of a cached mlruns/
         os.utime(old / name, (1, 1))
-    subprocess.run(["bash", "-e", "-c", "\n".join(job["after_script"])], cwd=tmp_path, env=env, check=True)
+    subprocess.run(
+        ["bash", "-e", "-c", "\n".join(job["after_script"])], cwd=tmp_path, env=env, check=True
+    )
     assert {(tmp_path / name).read_text() for name in job["artifacts"]["paths"]} == {run.name}
     assert "allow_failure" not in job, "what nobody has decided is not released"
     assert job["artifacts"]["reports"]["junit"] == "junit.xml"
 
 
-# -- refusals before there is a folder ------------------------------------------------------------------------------
+# -- refusals before there is a folder ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "code", "said"),
     [
         (("candidate=nowhere", "baseline=nowhere", "policy=smoke"), 1, "there is no nowhere"),
-        (("candidate=x", "baseline=x", "policy=smoke", "seeds=[0,1]"), 1, "a release is one artifact"),
+        (
+            ("candidate=x", "baseline=x", "policy=smoke", "seeds=[0,1]"),
+            1,
+            "a release is one artifact",
+        ),
         (("candidate=x", "baseline=x", "policy=smok"), 1, "policy"),
         (("candidate=x", "baseline=x", "bare"), 2, "cannot be parsed"),
     ],

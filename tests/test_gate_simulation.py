@@ -1,8 +1,10 @@
-"""The promises of a release gate's statistics, by simulation: 2,000 comparisons each (`-m slow`), a few by default.
+"""The promises of a release gate's statistics, by simulation: 2,000 comparisons each (`-m slow`), a
+few by default.
 
-An arm whose true quality lies exactly at the margin passes at most 6% of the time, whatever shape the damage has; two
-equal arms differ no oftener than alpha; an arm that is no worse passes at least 80% at the number of items that the
-planner named from a pilot. Everything here calls the shipped functions, one comparison at a time.
+An arm whose true quality lies exactly at the margin passes at most 6% of the time, whatever shape
+the damage has; two equal arms differ no oftener than alpha; an arm that is no worse passes at least
+80% at the number of items that the planner named from a pilot. Everything here calls the shipped
+functions, one comparison at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from pipeline.compare.statistics import (
 MARGIN = 0.01
 Floats = np.ndarray
 
-# Relative difference of a document's bits, with mean 0 when weighted by size; z is the log size in standard deviations.
+# Relative difference of a document's bits, with mean 0 when weighted by size; z is the log size in
+# standard deviations.
 Shape = Callable[[np.random.Generator, Floats, float], Floats]
 SHAPES: dict[str, Shape] = {
     "normal": lambda rng, z, _: 0.05 * rng.standard_normal(z.shape),
@@ -36,20 +39,31 @@ SHAPES: dict[str, Shape] = {
     "gain in a tail": lambda rng, z, _: -0.05 * (rng.standard_exponential(z.shape) - 1),
     "log-normal": lambda rng, z, _: 0.023 * (rng.lognormal(0, 1, z.shape) - math.exp(0.5)),
     "heavy tails": lambda rng, z, _: 0.03 * rng.standard_t(3, z.shape),
-    "worse the longer": lambda rng, z, sigma: 0.03 * (z - sigma) + 0.03 * rng.standard_normal(z.shape),
-    "better the longer": lambda rng, z, sigma: -0.03 * (z - sigma) + 0.03 * rng.standard_normal(z.shape),
+    "worse the longer": (
+        lambda rng, z, sigma: 0.03 * (z - sigma) + 0.03 * rng.standard_normal(z.shape)
+    ),
+    "better the longer": (
+        lambda rng, z, sigma: -0.03 * (z - sigma) + 0.03 * rng.standard_normal(z.shape)
+    ),
     "5% damaged": lambda rng, z, _: (
-        (0.01 * rng.standard_normal(z.shape) + (rng.random(z.shape) < 0.05) * 0.2 * rng.standard_exponential(z.shape))
+        (
+            0.01 * rng.standard_normal(z.shape)
+            + (rng.random(z.shape) < 0.05) * 0.2 * rng.standard_exponential(z.shape)
+        )
         - 0.01
     ),
-    "averaging out": lambda rng, z, sigma: 0.05 * rng.standard_normal(z.shape) * np.exp(-sigma * z / 2),
+    "averaging out": (
+        lambda rng, z, sigma: 0.05 * rng.standard_normal(z.shape) * np.exp(-sigma * z / 2)
+    ),
 }
 
 
 def documents(
     rng: np.random.Generator, shape: str, n: int, sigma: float, difference: float
 ) -> tuple[Floats, Floats, Floats]:
-    """Return bits of the arm, bits of the base, bytes: log-normal sizes; the arm takes `difference` more in truth."""
+    """Return bits of the arm, bits of the base, bytes: log-normal sizes; the arm takes `difference`
+    more in truth.
+    """
     z = rng.standard_normal(n)
     size = np.exp(6 + sigma * z)
     base = size * np.maximum(rng.normal(2.3, 0.3, n), 0.5)
@@ -57,7 +71,12 @@ def documents(
 
 
 def _oriented(
-    rng: np.random.Generator, shape: str, n: int, sigma: float, difference: float, level: float = 0.9
+    rng: np.random.Generator,
+    shape: str,
+    n: int,
+    sigma: float,
+    difference: float,
+    level: float = 0.9,
 ) -> Interval:
     higher, spread = paired_ratio(*documents(rng, shape, n, sigma, difference))
     return skewed_t_interval(-higher, spread.reversed(), level=level)
@@ -65,11 +84,16 @@ def _oriented(
 
 def _passes_at_margin(shape: str, n: int, sigma: float, trials: int, level: float = 0.9) -> float:
     rng = np.random.default_rng(n)
-    return float(np.mean([_oriented(rng, shape, n, sigma, MARGIN, level).low > -MARGIN for _ in range(trials)]))
+    return float(
+        np.mean(
+            [_oriented(rng, shape, n, sigma, MARGIN, level).low > -MARGIN for _ in range(trials)]
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "sigma"), [("normal", 0.5), ("damage to a tail", 1.0), ("worse the longer", 1.0), ("5% damaged", 1.0)]
+    ("shape", "sigma"),
+    [("normal", 0.5), ("damage to a tail", 1.0), ("worse the longer", 1.0), ("5% damaged", 1.0)],
 )
 def test_an_arm_at_the_margin_seldom_passes(shape: str, sigma: float) -> None:
     assert _passes_at_margin(shape, 400, sigma, 600) <= 0.06 + 2 * math.sqrt(0.05 * 0.95 / 600)
@@ -105,7 +129,9 @@ def test_equal_arms_look_better_or_worse_at_most_5_percent_each(shape: str, sigm
 
 
 def _passes_as_planned(shape: str, sigma: float, pilot: int, trials: int) -> float:
-    """Return how often an arm that is no worse passes on a new sample of the size that its pilot named."""
+    """Return how often an arm that is no worse passes on a new sample of the size that its pilot
+    named.
+    """
     rng, passed = np.random.default_rng(11), 0
     for _ in range(trials):
         _, spread = paired_ratio(*documents(rng, shape, pilot, sigma, 0.0))
@@ -124,21 +150,31 @@ def test_the_planned_documents_usually_decide(shape: str) -> None:
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "5% damaged"])
 def test_the_planned_documents_decide_4_times_in_5(shape: str, sigma: float) -> None:
-    """From a pilot of 400. What grows with the length of very unequal documents is planned a little short."""
-    assert _passes_as_planned(shape, sigma, 400, 2000) >= (0.75 if (shape, sigma) == ("worse the longer", 1.0) else 0.8)
+    """From a pilot of 400. What grows with the length of very unequal documents is planned a little
+    short.
+    """
+    assert _passes_as_planned(shape, sigma, 400, 2000) >= (
+        0.75 if (shape, sigma) == ("worse the longer", 1.0) else 0.8
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
-@pytest.mark.parametrize("shape", ["normal", "gain in a tail", "better the longer", "averaging out"])
-def test_a_pilot_of_100_documents_without_a_harmful_tail_plans_as_well(shape: str, sigma: float) -> None:
+@pytest.mark.parametrize(
+    "shape", ["normal", "gain in a tail", "better the longer", "averaging out"]
+)
+def test_a_pilot_of_100_documents_without_a_harmful_tail_plans_as_well(
+    shape: str, sigma: float
+) -> None:
     assert _passes_as_planned(shape, sigma, 100, 2000) >= 0.8
 
 
-# -- right or wrong -------------------------------------------------------------------------------------------------
+# -- right or wrong -------------------------------------------------------------------------------
 
 
-def _table(rng: np.random.Generator, n: int, discordant: float, difference: float) -> tuple[int, int]:
+def _table(
+    rng: np.random.Generator, n: int, discordant: float, difference: float
+) -> tuple[int, int]:
     only_arm, only_base = (discordant + difference) / 2, (discordant - difference) / 2
     b, c, _ = rng.multinomial(n, [only_arm, only_base, 1 - discordant])
     return int(b), int(c)
@@ -160,23 +196,29 @@ def test_a_classifier_at_the_margin_passes_at_most_6_percent(discordant: float, 
 def test_the_planned_items_decide_4_times_in_5(discordant: float, pilot: int) -> None:
     rng, passed = np.random.default_rng(pilot), 0
     for _ in range(2000):
-        n = binary_items_for_power(discordant_rate(*_table(rng, pilot, discordant, 0.0), pilot), margin=MARGIN)
+        n = binary_items_for_power(
+            discordant_rate(*_table(rng, pilot, discordant, 0.0), pilot), margin=MARGIN
+        )
         assert n is not None
         passed += _passes(*_table(rng, n, discordant, 0.0), n)
     assert passed / 2000 >= 0.8
 
 
-# -- from items to the answer ---------------------------------------------------------------------------------------
+# -- from items to the answer ---------------------------------------------------------------------
 
 
 def test_an_undecided_comparison_names_documents_that_decide() -> None:
-    """Through `compare_items`: where 60 documents are undecided, as many as it names pass an equal arm, mostly."""
+    """Through `compare_items`: where 60 documents are undecided, as many as it names pass an equal
+    arm, mostly.
+    """
     rng, named, passed = np.random.default_rng(3), 0, 0
 
     def compare(n: int) -> dict[str, Any]:
         arm, base, size = documents(rng, "normal", n, 0.5, 0.0)
         digest = np.arange(n)
-        arm_items, base_items = ({"digest": digest, "bits": bits, "bytes": size} for bits in (arm, base))
+        arm_items, base_items = (
+            {"digest": digest, "bits": bits, "bytes": size} for bits in (arm, base)
+        )
         return compare_items("bits_per_byte", arm_items, base_items, margin=MARGIN)
 
     for _ in range(60):
@@ -191,22 +233,33 @@ def test_an_undecided_comparison_names_documents_that_decide() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.02, 0.2])
 def test_macro_f1_at_the_margin_passes_at_most_6_percent(wrong: float) -> None:
-    """Three unequal classes; the arm errs more often by what costs it the margin: the truth is read on 4 M examples."""
+    """Three unequal classes; the arm errs more often by what costs it the margin: the truth is read
+    on 4 M examples.
+    """
     rng, margin = np.random.default_rng(1), 0.02
     share = np.array([0.6, 0.3, 0.1])
 
     def items(n: int, more: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        label, hard = rng.choice(3, n, p=share), rng.random(n)  # what one gets wrong the other mostly gets wrong too
+        # what one gets wrong the other mostly gets wrong too
+        label, hard = rng.choice(3, n, p=share), rng.random(n)
         other = (label + rng.integers(1, 3, n)) % 3
-        both = (np.where(hard < rate + (rng.random(n) < 0.01), other, label) for rate in (wrong + more, wrong))
+        both = (
+            np.where(hard < rate + (rng.random(n) < 0.01), other, label)
+            for rate in (wrong + more, wrong)
+        )
         digest = np.arange(n)
-        return tuple({"digest": digest, "label": label, "prediction": p, "correct": p == label} for p in both)  # type: ignore[return-value]
+        return tuple(
+            {"digest": digest, "label": label, "prediction": p, "correct": p == label} for p in both
+        )  # type: ignore[return-value]
 
     few, many = (_true_loss(items, more) for more in (0.0, 0.05))
     more = 0.05 * (margin - few) / (many - few)
     truth = _true_loss(items, more)
     passed = [
-        compare_items("macro_f1", *items(400, more), margin=truth, resamples=500, seed=trial)["ci"][0] > -truth
+        compare_items("macro_f1", *items(400, more), margin=truth, resamples=500, seed=trial)["ci"][
+            0
+        ]
+        > -truth
         for trial in range(2000)
     ]
     assert np.mean(passed) <= 0.06
@@ -217,5 +270,9 @@ def _true_loss(items: Callable[[int, float], Any], more: float) -> float:
     for one in items(4_000_000, more):
         hits = [np.sum((one["label"] == k) & (one["prediction"] == k)) for k in range(3)]
         both = [np.sum(one["label"] == k) + np.sum(one["prediction"] == k) for k in range(3)]
-        counts.append(macro_f1(np.array([*hits, *(np.array(both) / 2), *(np.array(both) / 2)], dtype=np.float64)))
+        counts.append(
+            macro_f1(
+                np.array([*hits, *(np.array(both) / 2), *(np.array(both) / 2)], dtype=np.float64)
+            )
+        )
     return float(counts[1] - counts[0])

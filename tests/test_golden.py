@@ -1,4 +1,6 @@
-"""Golden runs: what no clock decides stays as it was, recipe by recipe (`make_golden.py` says how they are made)."""
+"""Golden runs: what no clock decides stays as it was, recipe by recipe (`make_golden.py` says how
+they are made).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from forked import run
 from make_golden import GIVEN, HERE, golden_run
 
 QUICK = ("baseline", "distill")
-NEAR = 2e-3  # of a figure: other processors round products otherwise, and a few steps of training pass that on
+# of a figure: other processors round products otherwise, and a few steps of training pass that on
+NEAR = 2e-3
 DIGESTS = ("digest", "bytes")  # of artifacts: equal where the processor is
 
 
@@ -20,12 +23,19 @@ def differences(found: Any, golden: Any, where: str = "") -> list[str]:
     """Return where two results differ, each with both values."""
     if isinstance(golden, dict) and isinstance(found, dict):
         keys = [key for key in golden.keys() | found.keys() if key not in DIGESTS]
-        return [each for key in sorted(keys)
-                for each in differences(found.get(key), golden.get(key), f"{where}.{key}")]  # fmt: skip
+        return [
+            each
+            for key in sorted(keys)
+            for each in differences(found.get(key), golden.get(key), f"{where}.{key}")
+        ]
     if isinstance(golden, list) and isinstance(found, list) and len(golden) == len(found):
         pairs = zip(found, golden, strict=True)
-        return [each for at, pair in enumerate(pairs) for each in differences(*pair, f"{where}[{at}]")]
-    numbers = all(isinstance(each, float | int) and not isinstance(each, bool) for each in (found, golden))
+        return [
+            each for at, pair in enumerate(pairs) for each in differences(*pair, f"{where}[{at}]")
+        ]
+    numbers = all(
+        isinstance(each, float | int) and not isinstance(each, bool) for each in (found, golden)
+    )
     if numbers and math.isclose(found, golden, rel_tol=NEAR, abs_tol=NEAR * NEAR):
         return []
     return [] if found == golden else [f"{where}: {found!r}, was {golden!r}"]
@@ -39,12 +49,15 @@ def without(result: dict[str, Any], arms: set[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in GIVEN]
+    "recipe",
+    [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in GIVEN],
 )
 def test_what_no_clock_decides_is_as_it_was(recipe: str, tmp_path: Path) -> None:
     golden = json.loads((HERE / f"{recipe}.json").read_text())
     found = golden_run(recipe, tmp_path, run)
-    unable = {row["arm"] for each in (found, golden) for row in each["rows"] if row["status"] == "SKIPPED"}
+    unable = {
+        row["arm"] for each in (found, golden) for row in each["rows"] if row["status"] == "SKIPPED"
+    }
     assert len(unable) < len(golden["rows"])
     assert not differences(without(found, unable), without(golden, unable))
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show: precisions, hours, energy, memory and formats on the device. Run with `pytest -m gpu`."""
+"""What only a GPU can show: precisions, hours, energy, memory and formats on the device. Run with
+`pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -47,25 +49,42 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))  # the CPU tries the tests themselves
 SMALL = [
-    *("training.batch_size=8", "training.sequence_length=128", "data.max_documents=200", "training.steps=30"),
-    *("quality.max_documents=60", "quality.bootstrap=500", "tracking.mlflow=false", f"hardware.device={DEVICE.type}"),
+    *(
+        "training.batch_size=8",
+        "training.sequence_length=128",
+        "data.max_documents=200",
+        "training.steps=30",
+    ),
+    *(
+        "quality.max_documents=60",
+        "quality.bootstrap=500",
+        "tracking.mlflow=false",
+        f"hardware.device={DEVICE.type}",
+    ),
     *("serving.blocks=4", "serving.load.new=8", "serving.batches=[1]"),
 ]
-WIDE = TinyShape(hidden_size=128, layers=2, heads=2, intermediate_size=256)  # as int4 and fp8 need it
+# as int4 and fp8 need it
+WIDE = TinyShape(hidden_size=128, layers=2, heads=2, intermediate_size=256)
 QUANTIZED = ["task=sequence_classification", "data=stdlib_labels"]
 
 
 def result_of(cwd: Path, *args: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pipeline", *args, *SMALL]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((cwd / "mlruns/latest/result.json").read_text())
     jsonschema.validate(result, RESULT_SCHEMA)
     return result
 
 
-@pytest.mark.parametrize(("recipe", "more"), [("distill", []), ("mixed_precision", []), ("quantize", QUANTIZED)])
-def test_recipes_count_gpu_hours_and_device_memory(tmp_path: Path, recipe: str, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("distill", []), ("mixed_precision", []), ("quantize", QUANTIZED)]
+)
+def test_recipes_count_gpu_hours_and_device_memory(
+    tmp_path: Path, recipe: str, more: list[str]
+) -> None:
     result = result_of(tmp_path, f"recipe={recipe}", *more)
     assert result["device"]["kind"] == "cuda"
     assert result["device"]["name"] == torch.cuda.get_device_name(DEVICE)
@@ -83,13 +102,18 @@ def test_recipes_count_gpu_hours_and_device_memory(tmp_path: Path, recipe: str, 
 def every_precision() -> list[Any]:
     """Each with AdamW, and bf16 with each kind of moments."""
     adamw, *eight_bit = OptimizerKind
-    named = [pytest.param(each, adamw, id=each.value) for each in Precision if each is not Precision.auto]
+    named = [
+        pytest.param(each, adamw, id=each.value) for each in Precision if each is not Precision.auto
+    ]
     return [*named, *(pytest.param(Precision.bf16, kind, id=kind.value) for kind in eight_bit)]
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torchao compiles its step
+# torchao compiles its step
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.parametrize(("precision", "optimizer"), every_precision())
-def test_every_precision_learns(tmp_path: Path, precision: Precision, optimizer: OptimizerKind) -> None:
+def test_every_precision_learns(
+    tmp_path: Path, precision: Precision, optimizer: OptimizerKind
+) -> None:
     if why_not(precision, DEVICE) is not None:
         pytest.skip(why_not(precision, DEVICE) or "")
     model, clock = tiny(Task.causal_lm, shape=WIDE).to(DEVICE), PhaseClock()
@@ -102,16 +126,27 @@ def test_every_precision_learns(tmp_path: Path, precision: Precision, optimizer:
             return {"input_ids": rows, "position_ids": position, "labels": rows.roll(-1, 1)}
 
     given = Hooks(
-        validate=lambda: 0.0, flops=lambda _: (0.0, 0.0),
+        validate=lambda: 0.0,
+        flops=lambda _: (0.0, 0.0),
         points=lambda _, values: losses.append(values.get("loss", -1.0)),
-        history=lambda _: [], checkpointed=lambda _: None, resumed=lambda *_: None, should_stop=lambda: None,
-        advance=lambda *_: None, say=lambda _: None,
-    )  # fmt: skip
+        history=lambda _: [],
+        checkpointed=lambda _: None,
+        resumed=lambda *_: None,
+        should_stop=lambda: None,
+        advance=lambda *_: None,
+        say=lambda _: None,
+    )
     settings = TrainingConfig(steps=40, learning_rate=3e-3, eval_every=40, optimizer=optimizer)
     train(
-        model, Always(), Objective(model, Task.causal_lm, precision, DEVICE, clock), settings=settings,
-        precision=PrecisionConfig(name=precision, fp8_least_width=128), folder=tmp_path, clock=clock, hooks=given,
-    )  # fmt: skip
+        model,
+        Always(),
+        Objective(model, Task.causal_lm, precision, DEVICE, clock),
+        settings=settings,
+        precision=PrecisionConfig(name=precision, fp8_least_width=128),
+        folder=tmp_path,
+        clock=clock,
+        hooks=given,
+    )
     read = [loss for loss in losses if loss >= 0]
     assert len(read) == 40  # none of the late readings is lost
     assert read[-1] < 0.7 * read[0]
@@ -124,22 +159,33 @@ def test_every_format_is_the_same_to_the_bit_after_a_reload(tmp_path: Path, fmt:
     if why_not_quantize(fmt, DEVICE) is not None:
         pytest.skip(why_not_quantize(fmt, DEVICE) or "")
     source = saved(tiny(Task.causal_lm, shape=WIDE), tmp_path / "source")
-    done = quantize(source, tmp_path / "out", fmt, Task.causal_lm, device=DEVICE, key="stages.small.format")
+    done = quantize(
+        source, tmp_path / "out", fmt, Task.causal_lm, device=DEVICE, key="stages.small.format"
+    )
     assert len(done.quantized_layers) == (0 if fmt in SIXTEEN_BITS else 14)
     ids = torch.arange(3, 35, device=DEVICE)[None]
     with torch.no_grad():
         ours, theirs = (
-            load_model(tmp_path / name, Task.causal_lm, device=DEVICE)(input_ids=ids).logits.float().log_softmax(-1)
+            load_model(tmp_path / name, Task.causal_lm, device=DEVICE)(input_ids=ids)
+            .logits.float()
+            .log_softmax(-1)
             for name in ("out", "source")
         )
-    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) < 0.1  # 4 bits: 0.05 on random weights
+    # 4 bits: 0.05 on random weights
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) < 0.1
 
 
 def test_a_precision_is_found_by_trial(tmp_path: Path) -> None:
-    result = result_of(tmp_path, "recipe=baseline", "precision=auto", "precision.fp8_least_width=128")
+    result = result_of(
+        tmp_path, "recipe=baseline", "precision=auto", "precision.fp8_least_width=128"
+    )
     (row,) = result["rows"]
     about = json.loads(Path(row["artifact"]["path"], "artifact.json").read_text())["precision"]
-    able = {each.value for each in Precision if each is not Precision.auto and why_not(each, DEVICE) is None}
+    able = {
+        each.value
+        for each in Precision
+        if each is not Precision.auto and why_not(each, DEVICE) is None
+    }
     assert {trial["precision"] for trial in about["trials"]} == able
     assert row["ledger"]["phases_ns"]["search"] > 0
     assert row["ledger"]["counts"]["mfu"]["v"] is not None or DEVICE.type == "cpu"
@@ -153,9 +199,13 @@ def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
     labels = torch.randint(1000, (300,))
     ours = hidden.to(DEVICE).requires_grad_()
     loss, _ = head_loss(
-        ours, Head(weight.to(DEVICE), None), labels.to(DEVICE), dtype=dtype, loss=Loss(0.3, temperature=2.0),
+        ours,
+        Head(weight.to(DEVICE), None),
+        labels.to(DEVICE),
+        dtype=dtype,
+        loss=Loss(0.3, temperature=2.0),
         taught=Taught(teacher.to(DEVICE), Head(other.to(DEVICE), None), dtype),
-    )  # fmt: skip
+    )
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     log_q = (exact @ weight.double().T).log_softmax(-1)
@@ -164,7 +214,9 @@ def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
     kl = 4 * (log_p2.exp() * (log_p2 - log_q2)).sum(-1).mean()
     expected = 0.3 * torch.nn.functional.nll_loss(log_q, labels) + 0.7 * kl
     expected.backward()
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    )
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=tolerance["rtol"], atol=0)
     assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double().cpu(), exact.grad, **tolerance)
@@ -172,8 +224,12 @@ def test_the_head_equals_float64_on_the_device(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", list(Divergence))
-def test_the_compiled_kernel_equals_the_definition(divergence: Divergence, dtype: torch.dtype) -> None:
-    kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+def test_the_compiled_kernel_equals_the_definition(
+    divergence: Divergence, dtype: torch.dtype
+) -> None:
+    kernel = pytest.importorskip(
+        "pipeline.distillation.triton_terms", reason="Triton is not installed"
+    )
     if DEVICE.type != "cuda":
         pytest.skip("interpreted on a CPU, as test_triton_terms.py does")
     torch.manual_seed(0)
@@ -184,13 +240,17 @@ def test_the_compiled_kernel_equals_the_definition(divergence: Divergence, dtype
     sums = kernel.terms_in_place(got, teacher, labels, loss, 9_999)
     assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-4)
     assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
-    torch.testing.assert_close(got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperature: float) -> None:
-    kernel = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+    kernel = pytest.importorskip(
+        "pipeline.distillation.triton_terms", reason="Triton is not installed"
+    )
     if DEVICE.type != "cuda":
         pytest.skip("interpreted on a CPU, as test_triton_terms.py does")
     torch.manual_seed(0)
@@ -204,7 +264,9 @@ def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperat
     sums = kernel.sparse_terms_in_place(got, teacher, labels, loss, 9_999)
     assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-4)
     assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
-    torch.testing.assert_close(got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6
+    )
 
 
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
@@ -214,15 +276,29 @@ def test_a_compiled_model_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decode", [Decode.graph, Decode.compile])
 @pytest.mark.parametrize("fmt", [None, *formats()])
-def test_a_captured_step_writes_what_a_growing_cache_writes(tmp_path: Path, fmt: Format | None, decode: Decode) -> None:
-    """The unquantized model is captured; a format that cannot be says why, and is served all the same."""
+def test_a_captured_step_writes_what_a_growing_cache_writes(
+    tmp_path: Path, fmt: Format | None, decode: Decode
+) -> None:
+    """The unquantized model is captured; a format that cannot be says why, and is served all the
+    same.
+    """
     folder = saved(tiny(Task.causal_lm), tmp_path / "plain")
     if fmt is not None:
         if why := why_not_quantize(fmt, DEVICE):
             pytest.skip(why)
-        quantize(folder, tmp_path / "quantized", fmt, Task.causal_lm, device=DEVICE, key="format", prove=False)
+        quantize(
+            folder,
+            tmp_path / "quantized",
+            fmt,
+            Task.causal_lm,
+            device=DEVICE,
+            key="format",
+            prove=False,
+        )
         folder = tmp_path / "quantized"
-    server = load(folder, Task.causal_lm, DEVICE, labels=None, now_ns=time.monotonic_ns, dtype=torch.float32)
+    server = load(
+        folder, Task.causal_lm, DEVICE, labels=None, now_ns=time.monotonic_ns, dtype=torch.float32
+    )
     prompt = np.random.default_rng(0).integers(0, 300, (3, 16))
 
     def written(way: Decode) -> tuple[torch.Tensor, str]:

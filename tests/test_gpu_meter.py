@@ -1,4 +1,5 @@
-"""What the ledger says of a GPU under known load, small; benchmarks/gpu_known_load.py repeats it and says how exactly.
+"""What the ledger says of a GPU under known load, small; benchmarks/gpu_known_load.py repeats it
+and says how exactly.
 
 Run with `pytest -m gpu`. `TEST_DEVICE=cpu` tries the tests themselves, on a GPU that is made up.
 """
@@ -23,9 +24,18 @@ steps: Any = importlib.import_module("known_load.steps")
 
 pytestmark = pytest.mark.gpu
 PLAN = device.Plan(
-    repeats=1, warm_s=1.0, lead_s=1.5, window_s=5.2, once_s=3.1, rest_s=0.5, settle_s=8.0, spin_s=3.0, steps=16,
-    rows=4, length=64,
-)  # fmt: skip
+    repeats=1,
+    warm_s=1.0,
+    lead_s=1.5,
+    window_s=5.2,
+    once_s=3.1,
+    rest_s=0.5,
+    settle_s=8.0,
+    spin_s=3.0,
+    steps=16,
+    rows=4,
+    length=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,9 @@ def test_flops_are_exact_and_mfu_is_a_share(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(("load", "duty"), [("half", 0.5), ("full", 1.0)])
-def test_counter_and_integrated_power_agree_under_load(gpu: Any, each_s: float, load: str, duty: float) -> None:
+def test_counter_and_integrated_power_agree_under_load(
+    gpu: Any, each_s: float, load: str, duty: float
+) -> None:
     holds("energy", {load: loads.steady(gpu, PLAN, duty, each_s)}, only=f"integrated power, {load}")
 
 
@@ -72,7 +84,9 @@ def test_counter_and_integrated_power_agree_at_idle(idle: list[dict[str, Any]]) 
     holds("energy", {"idle": idle}, only="integrated power, idle")
 
 
-def test_twice_the_work_is_twice_the_energy_above_idle(gpu: Any, each_s: float, idle: list[dict[str, Any]]) -> None:
+def test_twice_the_work_is_twice_the_energy_above_idle(
+    gpu: Any, each_s: float, idle: list[dict[str, Any]]
+) -> None:
     holds("energy", {"idle": idle, "doubling": loads.doubling(gpu, PLAN, each_s)}, only="2N / N")
 
 
@@ -103,7 +117,9 @@ def test_a_recipe_has_a_timeline_its_traces_and_activity(tmp_path: Path) -> None
         pytest.skip("a CPU has no timeline of a GPU, and says so")
     assert 0 < timeline["busy"]["v"] <= 1
     assert timeline["traced_steps"]["v"] == 2
-    assert sum(timeline[name.removesuffix("_ns")]["v"] for name in claims.CLASSES) == pytest.approx(1)
+    assert sum(timeline[name.removesuffix("_ns")]["v"] for name in claims.CLASSES) == pytest.approx(
+        1
+    )
     kept = {path.name for path in tmp_path.glob("mlruns/runs/*/traces/*/*.json.gz")}
     assert len(timeline["traces"]) == 2
     assert {Path(name).name for name in timeline["traces"]} == kept

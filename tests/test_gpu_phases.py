@@ -1,4 +1,6 @@
-"""Device time by phase, on a device that runs behind its host: what the host measures is not what the device does."""
+"""Device time by phase, on a device that runs behind its host: what the host measures is not what
+the device does.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Device:
 
 
 class Event:
-    """Passed by the device when it is done with what was launched before; read too early it fails, as CUDA's does."""
+    """Passed by the device when it is done with what was launched before; read too early it fails,
+    as CUDA's does.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -57,7 +61,12 @@ class Event:
 
 
 def steps(
-    device: Device, clock: PhaseClock, count: int, after: Callable[[], None], *, backward_ms: float = 70.0
+    device: Device,
+    clock: PhaseClock,
+    count: int,
+    after: Callable[[], None],
+    *,
+    backward_ms: float = 70.0,
 ) -> None:
     """A loop that asks for 160 ms of work in 3 ms, and waits for the step before the last."""
     done: list[float] = []
@@ -90,12 +99,15 @@ def test_the_host_says_one_millisecond_and_the_device_eighty() -> None:
     assert (host["forward"], host["backward"]) == (1_000_000, 500_000)
     found = phases.phases_s()
     assert {name: found[name] for name in ("forward", "backward", "optimizer")} == pytest.approx(
-        {"forward": 0.081, "backward": 0.070, "optimizer": 0.010}  # the device waits 1 ms for its first launch
+        # the device waits 1 ms for its first launch
+        {"forward": 0.081, "backward": 0.070, "optimizer": 0.010}
     )
 
 
 def test_in_a_row_the_hosts_waiting_hides_what_the_device_does() -> None:
-    """On the host nearly all the time is `backward`, where it waits; on the device it is where the work is."""
+    """On the host nearly all the time is `backward`, where it waits; on the device it is where the
+    work is.
+    """
     device = Device()
     clock = PhaseClock(device.now_ns)
     with device_phases(clock, CPU, device.event) as phases:
@@ -158,7 +170,11 @@ def test_on_a_cpu_nothing_is_recorded() -> None:
 def test_the_clock_is_observed_only_inside_also_when_something_fails() -> None:
     device = Device()
     clock = PhaseClock(device.now_ns)
-    with pytest.raises(ZeroDivisionError), device_phases(clock, CPU, device.event), clock.phase("forward"):
+    with (
+        pytest.raises(ZeroDivisionError),
+        device_phases(clock, CPU, device.event),
+        clock.phase("forward"),
+    ):
         raise ZeroDivisionError
     assert clock.observer is None
     made = device.made
@@ -168,13 +184,20 @@ def test_the_clock_is_observed_only_inside_also_when_something_fails() -> None:
 
 
 spans = st.lists(
-    st.tuples(st.sampled_from(["forward", "backward", "teacher", "log"]), st.integers(0, 50), st.integers(0, 50),
-              st.booleans()), max_size=20,
-)  # fmt: skip
+    st.tuples(
+        st.sampled_from(["forward", "backward", "teacher", "log"]),
+        st.integers(0, 50),
+        st.integers(0, 50),
+        st.booleans(),
+    ),
+    max_size=20,
+)
 
 
 @given(spans)
-def test_device_time_closes_and_host_time_is_untouched(drawn: list[tuple[str, int, int, bool]]) -> None:
+def test_device_time_closes_and_host_time_is_untouched(
+    drawn: list[tuple[str, int, int, bool]],
+) -> None:
     """Device time sums to the time from the first edge to the last, however phases nest."""
     device = Device()
     clock = PhaseClock(device.now_ns)
@@ -190,7 +213,9 @@ def test_device_time_closes_and_host_time_is_untouched(drawn: list[tuple[str, in
             phases.resolve()
         phases.finish(device.synchronise)
     last = device.free_ms if drawn else 0.0
-    assert sum(phases.phases_s().values()) == pytest.approx(max(last, device.host_ms if drawn else 0) / 1e3)
+    assert sum(phases.phases_s().values()) == pytest.approx(
+        max(last, device.host_ms if drawn else 0) / 1e3
+    )
     host = difference(clock.read_ns(), before)
     assert sum(host.values()) == device.now_ns()
 

@@ -1,4 +1,6 @@
-"""From readings to figures of a window, on an injected clock: joules, shares, and a reason wherever there is none."""
+"""From readings to figures of a window, on an injected clock: joules, shares, and a reason wherever
+there is none.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from pipeline.ledger.values import Prov
 
 
 def _sampler(nvml: FakeNvml) -> Sampler:
-    sampler = Sampler(open_reader([gpu.uuid for gpu in nvml.gpus], nvml=nvml, now_ns=nvml.clock), now_ns=nvml.clock)
+    sampler = Sampler(
+        open_reader([gpu.uuid for gpu in nvml.gpus], nvml=nvml, now_ns=nvml.clock),
+        now_ns=nvml.clock,
+    )
     sampler.mark()
     return sampler
 
@@ -40,7 +45,9 @@ def _window(nvml: FakeNvml, seconds: int = 10) -> Usage:
 
 
 def test_power_that_is_a_mean_is_held_against_the_counter_in_long_windows_only() -> None:
-    """A mean of the last second lags behind: in short windows it differs from the counter for no fault of either."""
+    """A mean of the last second lags behind: in short windows it differs from the counter for no
+    fault of either.
+    """
     lagging = lambda: Gpu(refuses={"field": NOT_SUPPORTED})
     for seconds, suspect in ((6, False), (12, True)):
         nvml = FakeNvml(lagging())
@@ -64,11 +71,20 @@ def test_a_window_by_hand() -> None:
     assert (usage.energy_j.v, usage.energy_j.prov) == (2000.0, Prov.MEASURED)
     assert (usage.energy_integral_j.v, usage.energy_integral_j.prov) == (2000.0, Prov.ESTIMATED)
     assert usage.power_w_mean.v == 200.0
-    shares = [getattr(usage, name).v for name in ("busy", "sm_active", "tensor_active", "dram_active")]
+    shares = [
+        getattr(usage, name).v for name in ("busy", "sm_active", "tensor_active", "dram_active")
+    ]
     assert shares == pytest.approx([0.9, 0.4, 0.25, 0.1])
-    assert (usage.nvlink_bytes_per_s.v, usage.pcie_bytes_per_s.v) == pytest.approx((3 * 2**20, 7 * 2**20))
-    assert (usage.temperature_c_max.v, usage.sm_clock_mhz_mean.v, usage.memory_used_peak_bytes.v) == (50, 1700, 10_000)
-    assert (usage.throttle_share.v, usage.power_cap_share.v) == (0.0, 1.0)  # a board at its limit is not disturbed
+    assert (usage.nvlink_bytes_per_s.v, usage.pcie_bytes_per_s.v) == pytest.approx(
+        (3 * 2**20, 7 * 2**20)
+    )
+    assert (
+        usage.temperature_c_max.v,
+        usage.sm_clock_mhz_mean.v,
+        usage.memory_used_peak_bytes.v,
+    ) == (50, 1700, 10_000)
+    # a board at its limit is not disturbed
+    assert (usage.throttle_share.v, usage.power_cap_share.v) == (0.0, 1.0)
     assert usage.throttle_reasons == ("power cap",)
     assert (usage.foreign_load.v, usage.problems) == (0.0, ())
 
@@ -102,12 +118,15 @@ def test_windows_apart_are_read_together_without_what_lies_between() -> None:
     nvml.gpus[0].power_w = 400.0
     second = _run(nvml, sampler, 3)
     usage = sampler.usage(first, second)
-    assert (usage.energy_j.v, usage.power_w_mean.v) == (1800.0, 300.0)  # 6 s in all, though neither has 5
+    # 6 s in all, though neither has 5
+    assert (usage.energy_j.v, usage.power_w_mean.v) == (1800.0, 300.0)
     assert sampler.usage(first).energy_j.why_null == "window shorter than 5 s"
 
 
 def test_devices_add_their_energy_and_average_their_shares() -> None:
-    usage = _window(FakeNvml(Gpu("GPU-1", power_w=100.0, busy=100), Gpu("GPU-2", power_w=300.0, busy=50)))
+    usage = _window(
+        FakeNvml(Gpu("GPU-1", power_w=100.0, busy=100), Gpu("GPU-2", power_w=300.0, busy=50))
+    )
     assert usage.energy_j.v == 4000.0
     assert usage.busy.v == pytest.approx(0.75)
     assert usage.power_w_mean.v == 400.0
@@ -153,7 +172,10 @@ def test_counter_and_power_that_disagree_are_suspect(factor: float, suspect: boo
     sampler.mark()
     problems = sampler.usage((start_ns, nvml.now_ns)).problems
     assert bool(problems) == suspect
-    assert all(problem.startswith("energy suspect: counter and integrated power differ by") for problem in problems)
+    assert all(
+        problem.startswith("energy suspect: counter and integrated power differ by")
+        for problem in problems
+    )
 
 
 def test_permission_lost_half_way_leaves_no_share_of_the_whole() -> None:
@@ -175,7 +197,9 @@ def test_a_window_that_was_hardly_read_has_no_figures() -> None:
     sampler.tick()
     nvml.pass_time(8)  # and the reader hangs
     usage = sampler.usage((start_ns, nvml.now_ns))
-    assert {getattr(usage, name).why_null for name in FIGURES} == {"GPU-1 was read in 20% of the window only"}
+    assert {getattr(usage, name).why_null for name in FIGURES} == {
+        "GPU-1 was read in 20% of the window only"
+    }
 
 
 def test_nothing_to_read_is_nothing_with_the_reason() -> None:
@@ -192,7 +216,13 @@ def test_usage_reads_back_what_it_wrote() -> None:
     assert Usage.from_json(usage.to_json()) == usage
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1000), st.integers(0, 100)), min_size=2, max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.floats(0, 1000), st.integers(0, 100)),
+        min_size=2,
+        max_size=8,
+    )
+)
 def test_every_joule_of_a_run_is_in_one_window(windows: list[tuple[int, float, int]]) -> None:
     nvml = FakeNvml()
     sampler = _sampler(nvml)
@@ -202,9 +232,13 @@ def test_every_joule_of_a_run_is_in_one_window(windows: list[tuple[int, float, i
         edges = _run(nvml, sampler, seconds)
         usage = sampler.usage(edges)
         assert usage.busy.v == pytest.approx(busy / 100)
-        inside = [each for each in sampler._intervals["GPU-1"] if edges[0] <= each.middle_ns <= edges[1]]
+        inside = [
+            each for each in sampler._intervals["GPU-1"] if edges[0] <= each.middle_ns <= edges[1]
+        ]
         joules += sum(each.counter_j or 0.0 for each in inside if each.elapsed_ns)
-    assert joules == pytest.approx((nvml.gpus[0].energy_mj - first_mj) / 1000, abs=0.01 * len(windows))
+    assert joules == pytest.approx(
+        (nvml.gpus[0].energy_mj - first_mj) / 1000, abs=0.01 * len(windows)
+    )
 
 
 def test_a_run_of_days_keeps_few_intervals_and_all_joules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +252,8 @@ def test_a_run_of_days_keeps_few_intervals_and_all_joules(monkeypatch: pytest.Mo
     assert len(sampler._intervals["GPU-1"]) <= 100
     assert usage.energy_j.v == pytest.approx(400.0 * 3000)
     assert usage.busy.v == pytest.approx(0.5)
-    assert sampler.usage(first).energy_j.v == pytest.approx(200.0 * 50)  # edges are never merged away
+    # edges are never merged away
+    assert sampler.usage(first).energy_j.v == pytest.approx(200.0 * 50)
 
 
 def test_the_background_reads_and_ends() -> None:

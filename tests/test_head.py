@@ -25,8 +25,11 @@ def reference(h, w, b, labels, th, tw, tb, loss, vocabulary):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("tile", [1, 7 * 4 * 77, 10**9])  # one row, a few rows with a remainder, all at once
-def test_loss_and_gradients_equal_float64_autograd(monkeypatch, temperature, ce_weight, teacher, tile) -> None:
+# one row, a few rows with a remainder, all at once
+@pytest.mark.parametrize("tile", [1, 7 * 4 * 77, 10**9])
+def test_loss_and_gradients_equal_float64_autograd(
+    monkeypatch, temperature, ce_weight, teacher, tile
+) -> None:
     monkeypatch.setitem(head_module.TILE_BYTES, "cpu", tile)
     torch.manual_seed(0)
     n, v, shared = 17, 37, 33
@@ -40,7 +43,9 @@ def test_loss_and_gradients_equal_float64_autograd(monkeypatch, temperature, ce_
 
     ours = [x.float().requires_grad_() for x in (h, w, b)]
     taught = Taught(th.float(), Head(tw.float(), None), torch.float32) if teacher else None
-    value, sums = head_loss(ours[0], Head(ours[1], ours[2]), labels, vocabulary=shared, loss=loss, taught=taught)
+    value, sums = head_loss(
+        ours[0], Head(ours[1], ours[2]), labels, vocabulary=shared, loss=loss, taught=taught
+    )
     got = torch.autograd.grad(value * 3, ours)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (sums.divergence.item() > 0) == teacher
@@ -53,21 +58,32 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch, divergence: Divergence) -> N
     """Every gradient against finite differences, in float64 throughout, over several chunks."""
     monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 2 * 2 * 8 * 11)
     torch.manual_seed(1)
-    h, w, b, th, tw = (torch.randn(s, dtype=torch.float64) for s in ((5, 4), (11, 4), (11,), (5, 6), (11, 6)))
+    h, w, b, th, tw = (
+        torch.randn(s, dtype=torch.float64) for s in ((5, 4), (11, 4), (11,), (5, 6), (11, 6))
+    )
     labels = torch.randint(0, 11, (5,))
 
     def mean_loss(*leaves: Tensor) -> Tensor:
         taught = Taught(th, Head(tw, None), torch.float64)
         loss = Loss(0.3, divergence, 1.5, 0.4)
-        return head_loss(leaves[0], Head(leaves[1], leaves[2]), labels, loss=loss, dtype=torch.float64, taught=taught)[
-            0
-        ]
+        return head_loss(
+            leaves[0],
+            Head(leaves[1], leaves[2]),
+            labels,
+            loss=loss,
+            dtype=torch.float64,
+            taught=taught,
+        )[0]
 
     assert torch.autograd.gradcheck(mean_loss, [leaf.requires_grad_() for leaf in (h, w, b)])
 
 
-def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 tiles, 64 chunks: what each adds is kept in fp32, so that the sum is as good as one product in fp32."""
+def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bf16 tiles, 64 chunks: what each adds is kept in fp32, so that the sum is as good as one
+    product in fp32.
+    """
     torch.manual_seed(2)
     h, w, labels = torch.randn(64, 16), torch.randn(50, 16) / 4, torch.randint(0, 50, (64,))
     found: list[Tensor] = []
@@ -88,21 +104,27 @@ def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(monkeypatch: p
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "hidden"])
-def test_what_is_frozen_gets_no_gradient_and_none_is_held(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+def test_what_is_frozen_gets_no_gradient_and_none_is_held(
+    monkeypatch: pytest.MonkeyPatch, frozen: str
+) -> None:
     torch.manual_seed(4)
     leaves = {"hidden": torch.randn(6, 8), "weight": torch.randn(20, 8), "bias": torch.randn(20)}
     for name, leaf in leaves.items():
         leaf.requires_grad_(name != frozen)
     made: list[Tensor] = []
     add = head_module._add_product
-    monkeypatch.setattr(head_module, "_add_product", lambda total, *rest: (made.append(total), add(total, *rest)))
+    monkeypatch.setattr(
+        head_module, "_add_product", lambda total, *rest: (made.append(total), add(total, *rest))
+    )
     head = Head(leaves["weight"], leaves["bias"])
     value, _ = head_loss(leaves["hidden"], head, torch.arange(6))
     held = [None if each is None else each.shape for each in value.grad_fn.saved_tensors]  # type: ignore[union-attr]
     assert held == [None if name == frozen else leaf.shape for name, leaf in leaves.items()]
     assert bool(made) == (frozen != "weight")
     value.backward()
-    plain = {name: leaf.detach().clone().requires_grad_(name != frozen) for name, leaf in leaves.items()}
+    plain = {
+        name: leaf.detach().clone().requires_grad_(name != frozen) for name, leaf in leaves.items()
+    }
     F.cross_entropy(F.linear(*plain.values()), torch.arange(6)).backward()
     for name, leaf in leaves.items():
         assert (leaf.grad is None) == (name == frozen)
@@ -111,7 +133,9 @@ def test_what_is_frozen_gets_no_gradient_and_none_is_held(monkeypatch: pytest.Mo
 
 
 def test_a_loss_that_is_only_read_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_add_product", lambda *_: pytest.fail("nobody will ask for this gradient"))
+    monkeypatch.setattr(
+        head_module, "_add_product", lambda *_: pytest.fail("nobody will ask for this gradient")
+    )
     h, w = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     with torch.no_grad():
         value, _ = head_loss(h, Head(w, None), torch.arange(6))
@@ -119,7 +143,9 @@ def test_a_loss_that_is_only_read_makes_no_gradients(monkeypatch: pytest.MonkeyP
 
 
 def test_a_gradient_is_rounded_to_16_bits_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fp32 has of it is multiplied and rounded a few rows at a time: no second matrix in 32 bits."""
+    """What fp32 has of it is multiplied and rounded a few rows at a time: no second matrix in 32
+    bits.
+    """
     monkeypatch.setattr(head_module, "WEIGHT_TILE_BYTES", 3 * 4 * 8)
     h, w = torch.randn(9, 8).bfloat16(), torch.randn(20, 8).bfloat16().requires_grad_()
     value, _ = head_loss(h, Head(w, None), torch.arange(9), dtype=torch.bfloat16)
@@ -150,7 +176,9 @@ def test_it_equals_trls_fused_head() -> None:
         per_token.mean().backward()
         loss = Loss(0.0, Divergence(divergence), 1.0, beta or 0.5)
         taught = Taught(th, Head(tw, None), torch.float32)
-        value, _ = head_loss(ours[0], Head(ours[1], None), torch.zeros(9, dtype=torch.long), loss=loss, taught=taught)
+        value, _ = head_loss(
+            ours[0], Head(ours[1], None), torch.zeros(9, dtype=torch.long), loss=loss, taught=taught
+        )
         value.backward()
         assert value.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
         for mine, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,6 @@
-"""Hidden states drawn to a teacher's: the definition by float64 autograd, positions, layer maps, resuming, refusals."""
+"""Hidden states drawn to a teacher's: the definition by float64 autograd, positions, layer maps,
+resuming, refusals.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,15 @@ KEY = "stages.student.layer_map"
 DISTIL = [arg.replace("distill_cached", "distill") for arg in TINY]
 
 
-def objective_for(task: Task, *, weight: float = 0.7, ce_weight: float = 0.3, double: bool = False,
-                  masked: bool = False, pairs: Any = None) -> Objective:  # fmt: skip
+def objective_for(
+    task: Task,
+    *,
+    weight: float = 0.7,
+    ce_weight: float = 0.3,
+    double: bool = False,
+    masked: bool = False,
+    pairs: Any = None,
+) -> Objective:
     model, teacher = tiny(task), tiny(task, seed=1, shape=WIDE).eval()
     torch.manual_seed(5)
     signal = HiddenSignal(pairs or layer_pairs(None, 2, 4, KEY), (64, 128), weight)
@@ -55,12 +64,17 @@ def definition(objective: Objective, batch: dict[str, torch.Tensor]) -> torch.Te
         for each in (objective.model, objective.teacher.model)
     )
     parts = []
-    for (student, teacher), projection in zip(objective.hidden.pairs, objective.hidden.projections, strict=True):
+    for (student, teacher), projection in zip(
+        objective.hidden.pairs, objective.hidden.projections, strict=True
+    ):
         apart = (projection(ours[student + 1]) - theirs[teacher + 1].detach()).pow(2).mean(-1)
         if objective.task is Task.causal_lm:
             parts.append(apart[batch["labels"] != IGNORE].mean())
         else:
-            rows = [row[mask == 1].mean() for row, mask in zip(apart, batch["attention_mask"], strict=True)]
+            rows = [
+                row[mask == 1].mean()
+                for row, mask in zip(apart, batch["attention_mask"], strict=True)
+            ]
             parts.append(torch.stack(rows).mean())
     return torch.stack(parts).mean()
 
@@ -91,7 +105,10 @@ def test_loss_and_gradients_are_the_definition(task: Task) -> None:
 def test_padding_and_other_documents_change_nothing() -> None:
     task = Task.sequence_classification
     objective, batch = objective_for(task), batches_for(settings(), task).batch(0)
-    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 99)}
+    other = {
+        **batch,
+        "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 99),
+    }
     assert not torch.equal(other["input_ids"], batch["input_ids"])
     objective.model.config.pad_token_id = None if objective.model.config.pad_token_id is None else 0
     ours, theirs = objective(batch).drawn["hidden"], objective(other).drawn["hidden"]
@@ -101,7 +118,9 @@ def test_padding_and_other_documents_change_nothing() -> None:
 def test_micro_batches_add_up_to_their_batch() -> None:
     objective, batch = objective_for(Task.causal_lm), batches_for(settings()).batch(0)
     whole = objective(batch)
-    parts = [objective({name: tensor.chunk(2)[at] for name, tensor in batch.items()}) for at in (0, 1)]
+    parts = [
+        objective({name: tensor.chunk(2)[at] for name, tensor in batch.items()}) for at in (0, 1)
+    ]
     summed = sum(part.drawn["hidden"].item() * part.count for part in parts)
     assert summed / whole.count == pytest.approx(whole.drawn["hidden"].item(), rel=1e-5)
 
@@ -129,7 +148,9 @@ def test_layer_maps_that_are_named() -> None:
     assert layer_pairs("last", 2, 4, KEY) == [(1, 3)]
     assert layer_pairs([0, 2], 2, 4, KEY) == [(0, 0), (1, 2)]
     for spec in ([0], [0, 4], "first", [0, 1.5], [True, 1], 3):
-        with pytest.raises(UserError, match=r"stages.student.layer_map: .* maps no 2 layers onto 4"):
+        with pytest.raises(
+            UserError, match=r"stages.student.layer_map: .* maps no 2 layers onto 4"
+        ):
             layer_pairs(spec, 2, 4, KEY)
 
 
@@ -162,7 +183,10 @@ def test_projections_train_with_the_student_and_resume_to_the_bit(tmp_path: Path
         both = WithProjections(objective.model, objective.hidden)
         before = [each.detach().clone() for each in objective.hidden.parameters()]
         run(both, settings(checkpoint_every=2), folder, objective=objective, **hooks)
-        assert not any(torch.equal(old, new) for old, new in zip(before, objective.hidden.parameters(), strict=True))
+        assert not any(
+            torch.equal(old, new)
+            for old, new in zip(before, objective.hidden.parameters(), strict=True)
+        )
         return both
 
     whole = trained(tmp_path / "whole")
@@ -170,12 +194,19 @@ def test_projections_train_with_the_student_and_resume_to_the_bit(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", should_stop=lambda: next(stops))
     resumed = trained(tmp_path / "cut")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("more", [(), ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60")])
+@pytest.mark.parametrize(
+    "more", [(), ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60")]
+)
 def test_a_recipe_draws_them_and_ships_the_student_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     wanted = [
@@ -190,7 +221,9 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
     model = load_model(student["artifact"]["path"], task)
     assert not [name for name in model.state_dict() if "projection" in name]
     curve = [
-        event for event in (tmp_path / "mlruns/latest/journal.jsonl").read_text().splitlines() if '"hidden"' in event
+        event
+        for event in (tmp_path / "mlruns/latest/journal.jsonl").read_text().splitlines()
+        if '"hidden"' in event
     ]
     assert curve
 
@@ -199,8 +232,14 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
     ("stage", "said"),
     [
         ({"layer_map": "last"}, "layer_map: has no effect without hidden_weight"),
-        ({"hidden_weight": 1.0, "cache": "capture"}, "hidden_weight: needs what a teacher computes inside"),
-        ({"hidden_weight": 1.0, "completions": __file__}, "hidden_weight: needs what a teacher computes inside"),
+        (
+            {"hidden_weight": 1.0, "cache": "capture"},
+            "hidden_weight: needs what a teacher computes inside",
+        ),
+        (
+            {"hidden_weight": 1.0, "completions": __file__},
+            "hidden_weight: needs what a teacher computes inside",
+        ),
     ],
 )
 def test_settings_that_contradict_are_refused(stage: dict[str, Any], said: str) -> None:

@@ -1,4 +1,6 @@
-"""What benchmarks/hours_to_quality.py says, by hand: crossing rule, split, charging; and one small run of it."""
+"""What benchmarks/hours_to_quality.py says, by hand: crossing rule, split, charging; and one small
+run of it.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,20 @@ LADDER = (0.25, 0.5, 0.75, 1.0)
 
 
 def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> dict[float, Planned]:
-    """Return planned runs whose hours and FLOPs go with their length; None is one that was not run."""
+    """Return planned runs whose hours and FLOPs go with their length; None is one that was not
+    run.
+    """
     return {
-        fraction: Planned(fraction=fraction, tokens=round(1000 * fraction), metric=metric, work_h=hours * fraction,
-                          flops=flops * fraction)
-        for fraction, metric in zip(LADDER, metrics, strict=True) if metric is not None
-    }  # fmt: skip
+        fraction: Planned(
+            fraction=fraction,
+            tokens=round(1000 * fraction),
+            metric=metric,
+            work_h=hours * fraction,
+            flops=flops * fraction,
+        )
+        for fraction, metric in zip(LADDER, metrics, strict=True)
+        if metric is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -35,7 +45,8 @@ def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> d
         ((3.0, 2.5, 2.0, 1.9), 0.75),
         ((3.0, 2.0, 2.5, 1.9), 1.0),  # one alone may be luck
         ((2.0, 2.0, 2.5, 1.9), 0.25),  # two in a row are taken, whatever comes later
-        ((3.0, 2.5, 2.1, 2.0), 1.0),  # none comes after the longest: it stands by itself, at Q exactly
+        # none comes after the longest: it stands by itself, at Q exactly
+        ((3.0, 2.5, 2.1, 2.0), 1.0),
         ((3.0, 2.5, 2.1, 2.01), None),
         ((None, None, 2.0, 1.9), 0.75),  # what was not run is short
         ((2.0, None, 2.0, 1.9), 0.75),  # and so parts what lies beside it
@@ -56,7 +67,9 @@ def test_shorter_runs_are_tried_until_two_in_a_row_are_short() -> None:
 
 
 def test_a_saving_and_its_split_worked_by_hand() -> None:
-    """Base 2.0 at 4 h and 8e12 FLOPs; Q = 2.02. The arm holds it from half of the length: 1.5 h and 2e12 FLOPs."""
+    """Base 2.0 at 4 h and 8e12 FLOPs; Q = 2.02. The arm holds it from half of the length: 1.5 h and
+    2e12 FLOPs.
+    """
     base = ladder(3.0, 2.5, 2.1, 2.0)
     arm = ladder(3.0, 2.02, 2.0, 1.9, hours=3.0, flops=4e12)
     assert target(base, 0.01) == pytest.approx(2.02)
@@ -65,13 +78,18 @@ def test_a_saving_and_its_split_worked_by_hand() -> None:
     assert found["at"]["base"]["fraction"] == 1.0
     assert found["v"] == pytest.approx(1 - 1.5 / 4)
     assert found["algorithmic"]["v"] == pytest.approx(1 - 2e12 / 8e12)
-    assert found["systems"]["v"] == pytest.approx(1 - (1.5 / 2e12) / (4 / 8e12))  # negative: dearer a FLOP
-    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(1 - found["v"])
+    # negative: dearer a FLOP
+    assert found["systems"]["v"] == pytest.approx(1 - (1.5 / 2e12) / (4 / 8e12))
+    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(
+        1 - found["v"]
+    )
     assert not found["at_least"]
 
 
 def test_the_margin_is_given_to_the_base_as_well() -> None:
-    """The base itself is within 1% at three quarters of its length: a system against itself saves nothing."""
+    """The base itself is within 1% at three quarters of its length: a system against itself saves
+    nothing.
+    """
     runs = ladder(3.0, 2.5, 2.01, 2.0)
     found = compare("arm", runs, "base", runs, LADDER, 0.01)
     assert found["at"]["base"]["fraction"] == found["at"]["arm"]["fraction"] == 0.75
@@ -89,14 +107,18 @@ def test_a_target_never_reached_is_null_with_its_bound() -> None:
 
 
 def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
-    found = compare("arm", ladder(1.9, 1.9, 1.9, 1.9), "base", ladder(3.0, 2.5, 2.1, 2.0), LADDER, 0.01)
+    found = compare(
+        "arm", ladder(1.9, 1.9, 1.9, 1.9), "base", ladder(3.0, 2.5, 2.1, 2.0), LADDER, 0.01
+    )
     assert found["at_least"]
     assert found["v"] == pytest.approx(0.75)
 
 
 def test_nothing_is_said_where_both_hold_the_target_on_the_shortest_run() -> None:
     """A base that hardly learns is within the margin of its end from the start."""
-    found = compare("arm", ladder(1.9, 1.8, 1.7, 1.6), "base", ladder(2.01, 2.01, 2.01, 2.0), LADDER, 0.01)
+    found = compare(
+        "arm", ladder(1.9, 1.8, 1.7, 1.6), "base", ladder(2.01, 2.01, 2.01, 2.0), LADDER, 0.01
+    )
     assert found["v"] is None
     assert found["why_null"] == "both hold Q = 2.02 on the shortest run there is"
     assert found["bound"]["v"] is None
@@ -104,19 +126,30 @@ def test_nothing_is_said_where_both_hold_the_target_on_the_shortest_run() -> Non
     assert over_seeds([found, found])["bound"]["v"] is None
 
 
-def one(saving: float | None, systems: float | None = None, bound: float | None = None) -> dict[str, Any]:
+def one(
+    saving: float | None, systems: float | None = None, bound: float | None = None
+) -> dict[str, Any]:
     algorithmic = None if saving is None or systems is None else 1 - (1 - saving) / (1 - systems)
-    return {"v": saving, "why_null": "censored: short" if saving is None else None, "systems": {"v": systems},
-            "algorithmic": {"v": algorithmic}, "bound": {"v": bound}, "at_least": False}  # fmt: skip
+    return {
+        "v": saving,
+        "why_null": "censored: short" if saving is None else None,
+        "systems": {"v": systems},
+        "algorithmic": {"v": algorithmic},
+        "bound": {"v": bound},
+        "at_least": False,
+    }
 
 
 def test_seeds_are_combined_by_the_mean_of_logarithms() -> None:
     found = over_seeds([one(0.5, 0.2), one(0.75, 0.5), one(0.0, -0.25)])
     logs = [math.log(0.5), math.log(0.25), math.log(1.0)]
-    assert found["saving"]["v"] == pytest.approx(1 - math.exp(sum(logs) / 3))  # 1 - (1/8)^(1/3) = 0.5
+    # 1 - (1/8)^(1/3) = 0.5
+    assert found["saving"]["v"] == pytest.approx(1 - math.exp(sum(logs) / 3))
     deviation = math.sqrt(sum((each - sum(logs) / 3) ** 2 for each in logs) / 2)
     half = 2.919986 * deviation / math.sqrt(3)  # Student's t, 2 degrees of freedom, 95%
-    assert found["saving"]["ci"] == pytest.approx([1 - 0.5 * math.exp(half), 1 - 0.5 * math.exp(-half)], rel=1e-5)
+    assert found["saving"]["ci"] == pytest.approx(
+        [1 - 0.5 * math.exp(half), 1 - 0.5 * math.exp(-half)], rel=1e-5
+    )
     assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(0.5)
     assert found["n"] == 3
 
@@ -128,37 +161,64 @@ def test_one_censored_seed_censors_all() -> None:
     assert found["bound"]["v"] == pytest.approx(1 - math.sqrt(0.5 * 0.875))
 
 
-def row(arm: str, work: float, *, retry: float = 0.0, assess: float | None = 0.5, made: bool = True) -> dict[str, Any]:
+def row(
+    arm: str, work: float, *, retry: float = 0.0, assess: float | None = 0.5, made: bool = True
+) -> dict[str, Any]:
     hours = {"work": {"v": work}, "retry": {"v": retry}, "assess": {"v": assess}}
     counts = {"model_flops": {"v": 100 * work}, "tokens": {"v": int(10 * work)}}
-    return {"arm": arm, "artifact": {} if made else None, "ledger": {"device_hours": hours, "counts": counts}}
+    return {
+        "arm": arm,
+        "artifact": {} if made else None,
+        "ledger": {"device_hours": hours, "counts": counts},
+    }
 
 
 def window(arm: str, kind: str, *, evaluation_h: float, kept: bool = True) -> dict[str, Any]:
     phases = {"eval": int(evaluation_h * 3600e9), "forward": int(3600e9)}
-    return {"e": "window", "arm": arm, "window": {"kind": kind, "kept_ns": int(kept)}, "phases_ns": phases}
+    return {
+        "e": "window",
+        "arm": arm,
+        "window": {"kind": kind, "kept_ns": int(kept)},
+        "phases_ns": phases,
+    }
 
 
 def test_a_run_is_charged_with_every_stage_and_attempt_and_not_with_evaluation() -> None:
-    """A shallow model (2 h) and a teacher cache (1 h) are charged; a broken attempt's hours count, its FLOPs do not."""
-    rows = [row("shallow", 2.0), row("capture", 1.0, assess=None), row("trained", 1.5, retry=0.25, made=False),
-            row("trained", 4.0)]  # fmt: skip
+    """A shallow model (2 h) and a teacher cache (1 h) are charged; a broken attempt's hours count,
+    its FLOPs do not.
+    """
+    rows = [
+        row("shallow", 2.0),
+        row("capture", 1.0, assess=None),
+        row("trained", 1.5, retry=0.25, made=False),
+        row("trained", 4.0),
+    ]
     events = [
-        {"e": "open"}, window("shallow", "work", evaluation_h=0.25), window("shallow", "assess", evaluation_h=0.5),
-        window("trained", "work", evaluation_h=7, kept=False), window("trained", "work", evaluation_h=0.125),
-    ]  # fmt: skip
+        {"e": "open"},
+        window("shallow", "work", evaluation_h=0.25),
+        window("shallow", "assess", evaluation_h=0.5),
+        window("trained", "work", evaluation_h=7, kept=False),
+        window("trained", "work", evaluation_h=0.125),
+    ]
     found = charged(rows, events)
     assert found["work_h"] == 2.0 + 1.0 + 1.5 + 4.0 - 0.25 - 0.125
     assert found["retry_h"] == 0.25
     assert found["evaluation_h"] == 1.5 + 0.25 + 0.125
     assert found["flops"] == 200 + 100 + 400
-    assert found["stages"]["trained"] == {"work_h": 5.375, "retry_h": 0.25, "evaluation_h": 1.125, "flops": 400,
-                                          "tokens": 40}  # fmt: skip
+    assert found["stages"]["trained"] == {
+        "work_h": 5.375,
+        "retry_h": 0.25,
+        "evaluation_h": 1.125,
+        "flops": 400,
+        "tokens": 40,
+    }
     assert found["phases_s"] == {"eval": 0.375 * 3600, "forward": 2 * 3600}
 
 
 def test_a_stacked_run_takes_the_steps_of_a_plain_one_and_a_teacher_is_extra() -> None:
-    steps = lambda settings: [int(each.partition("steps=")[2]) for each in settings if "steps=" in each]
+    steps = lambda settings: [
+        int(each.partition("steps=")[2]) for each in settings if "steps=" in each
+    ]
     size = SIZES["cpu"]
     assert steps(settings_of("ours", size, 120)) == [120]
     assert steps(settings_of("ours+stack", size, 120)) == [42, 78]
@@ -172,10 +232,13 @@ def test_hours_without_others_are_the_share_of_the_processor_that_a_run_had() ->
     found = {"work_h": 2.0, "wall_s": 50.0, "cpu_s": 20.0, "metric": 3.0}
     assert script.undisturbed(found, 1) == {**found, "work_h": pytest.approx(0.8)}
     assert script.undisturbed(found, 2)["work_h"] == pytest.approx(0.4)
-    assert script.undisturbed({**found, "cpu_s": 60.0}, 1)["work_h"] == 2.0  # helpers' threads are no more than all
+    # helpers' threads are no more than all
+    assert script.undisturbed({**found, "cpu_s": 60.0}, 1)["work_h"] == 2.0
 
 
-@pytest.mark.parametrize("system", ["ours+none", "theirs", "ours+auto+pure", "ours+stack+taught", "ours+short+taught"])
+@pytest.mark.parametrize(
+    "system", ["ours+none", "theirs", "ours+auto+pure", "ours+stack+taught", "ours+short+taught"]
+)
 def test_systems_that_are_none_are_refused(system: str) -> None:
     with pytest.raises(ValueError, match=r"give trainer|exclude"):
         parts_of(system)
@@ -185,7 +248,8 @@ def test_sizes_and_variants_are_whole() -> None:
     for size in SIZES.values():
         assert size.rungs[-1] == 1
         assert list(size.rungs) == sorted(size.rungs)
-        assert all((size.steps * rung).is_integer() for rung in size.rungs)  # as many tokens as it says
+        # as many tokens as it says
+        assert all((size.steps * rung).is_integer() for rung in size.rungs)
         parts_of(size.recipe)
     h200 = SIZES["h200"]
     assert h200.steps * h200.batch * h200.length == pytest.approx(60e6, rel=0.001)
@@ -193,9 +257,22 @@ def test_sizes_and_variants_are_whole() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # of transformers' Trainer
-def test_a_small_run_ends_and_does_not_repeat_what_is_finished(tmp_path: Path, monkeypatch, capsys) -> None:
-    args = ["--size", "check", "--seeds", "0", "--systems", "trainer", "ours+stack", "--rungs", "1",
-            "--work", str(tmp_path)]  # fmt: skip
+def test_a_small_run_ends_and_does_not_repeat_what_is_finished(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    args = [
+        "--size",
+        "check",
+        "--seeds",
+        "0",
+        "--systems",
+        "trainer",
+        "ours+stack",
+        "--rungs",
+        "1",
+        "--work",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(script, "warm_up", lambda *_: None)
     script.main(args)
     first = capsys.readouterr().out

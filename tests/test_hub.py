@@ -1,4 +1,6 @@
-"""A Hub that cannot be reached: said within seconds, with the cause; a proxy is trusted to know the way."""
+"""A Hub that cannot be reached: said within seconds, with the cause; a proxy is trusted to know the
+way.
+"""
 
 from __future__ import annotations
 

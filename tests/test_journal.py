@@ -25,7 +25,8 @@ def kinds(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "torn", ['{"e": "row", "to', '{"e": "row", "v": "\u00e9'.encode()[:-1].decode("latin-1"), "\0\0\0"]
+    "torn",
+    ['{"e": "row", "to', '{"e": "row", "v": "\u00e9'.encode()[:-1].decode("latin-1"), "\0\0\0"],
 )
 def test_a_line_torn_by_a_kill_takes_no_other_with_it(path: Path, torn: str) -> None:
     journal = Journal(path)
@@ -44,7 +45,8 @@ def test_a_line_torn_by_a_full_disk_takes_no_other_with_it(path: Path) -> None:
     journal = Journal(path)
     journal.write("run_start")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))  # the kernel refuses what is beyond
+    # the kernel refuses what is beyond
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
     try:
         with pytest.raises(OSError, match="too large"):
             journal.write("row", row="x" * 100)
@@ -58,13 +60,20 @@ def test_a_line_torn_by_a_full_disk_takes_no_other_with_it(path: Path) -> None:
 
 def test_numbers_that_json_lacks_are_null_at_any_depth(path: Path) -> None:
     journal = Journal(path)
-    journal.write("points", values={"loss": float("nan"), "more": [float("inf"), (1.5, -float("inf"))]})
+    journal.write(
+        "points", values={"loss": float("nan"), "more": [float("inf"), (1.5, -float("inf"))]}
+    )
     journal.close()
     (line,) = path.read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail)["values"] == {"loss": None, "more": [None, [1.5, None]]}
+    assert json.loads(line, parse_constant=pytest.fail)["values"] == {
+        "loss": None,
+        "more": [None, [1.5, None]],
+    }
 
 
-@pytest.mark.parametrize("odd", ["a\u2028b", "a\u0085b", "a\x0cb", "a\nb", "a\r\nb", "\U0001f600 é"])
+@pytest.mark.parametrize(
+    "odd", ["a\u2028b", "a\u0085b", "a\x0cb", "a\nb", "a\r\nb", "\U0001f600 é"]
+)
 def test_values_may_hold_any_line_end(path: Path, odd: str) -> None:
     journal = Journal(path)
     journal.write("run_start", question=odd)
@@ -90,7 +99,9 @@ def test_a_reader_goes_on_where_it_was_and_waits_for_whole_lines(path: Path) -> 
 
 def test_threads_do_not_write_into_each_others_lines(path: Path) -> None:
     journal = Journal(path)
-    write = lambda name: [journal.write("points", name=name, values=list(range(300))) for _ in range(100)]
+    write = lambda name: [
+        journal.write("points", name=name, values=list(range(300))) for _ in range(100)
+    ]
     threads = [threading.Thread(target=write, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
@@ -108,7 +119,9 @@ def test_events_carry_the_injected_clock(path: Path) -> None:
     assert [event["mono_ns"] for event in read_events(path)] == [5, 7]
 
 
-def test_signs_of_life_go_on_until_the_end_and_no_longer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_of_life_go_on_until_the_end_and_no_longer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.ledger.journal.HEARTBEAT_S", 0.01)
     journal = Journal(path)
     with heartbeat(journal):
@@ -121,7 +134,9 @@ def test_signs_of_life_go_on_until_the_end_and_no_longer(path: Path, monkeypatch
     assert kinds(path).count("heartbeat") == count
 
 
-def test_signs_of_life_go_on_after_a_disk_was_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_of_life_go_on_after_a_disk_was_full(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.ledger.journal.HEARTBEAT_S", 0.01)
     journal, write, tries = Journal(path), os.write, []
 
@@ -144,7 +159,11 @@ def test_the_last_line_is_the_latest_whoever_waited(path: Path) -> None:
     journal, threads = Journal(path), list[threading.Thread]()
     with journal._lock:
         for number in range(8):
-            threads.append(threading.Thread(target=journal.write, args=("heartbeat",), kwargs={"number": number}))
+            threads.append(
+                threading.Thread(
+                    target=journal.write, args=("heartbeat",), kwargs={"number": number}
+                )
+            )
             threads[-1].start()
         released = time.monotonic_ns()
     for thread in threads:

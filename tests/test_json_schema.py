@@ -1,4 +1,6 @@
-"""Our part of JSON Schema against the library `jsonschema`, on results that are right and on mutated ones."""
+"""Our part of JSON Schema against the library `jsonschema`, on results that are right and on
+mutated ones.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ ODD: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"v": None}, 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the place of every value below one."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [at, *(place for key, item in items for place in places(item, (*at, key)))]
 
 
@@ -52,7 +60,10 @@ def test_it_answers_as_the_library_does(seed: int) -> None:
     for _ in range(60):
         record = mutated(make_result(), rng)
         ours = why_not(record, RESULT_SCHEMA)
-        assert (ours is None) == validator.is_valid(record), (ours, next(validator.iter_errors(record), None))
+        assert (ours is None) == validator.is_valid(record), (
+            ours,
+            next(validator.iter_errors(record), None),
+        )
         answers.append(ours is None)
     assert 0 < sum(answers) < 60
 
@@ -60,4 +71,7 @@ def test_it_answers_as_the_library_does(seed: int) -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 2**63, -(2**70)])
 def test_numbers_that_no_clock_counts_to_are_none(number: float) -> None:
     assert why_not(number, {"type": "number"}) == "it is no number"
-    assert why_not({"a": [0, number]}, {"properties": {"a": {"items": {"type": "number"}}}}) == "a[1] is no number"
+    assert (
+        why_not({"a": [0, number]}, {"properties": {"a": {"items": {"type": "number"}}}})
+        == "a[1] is no number"
+    )

@@ -1,4 +1,6 @@
-"""Kernels of the distillation head: one contract for ours and Liger's, and the probe between them."""
+"""Kernels of the distillation head: one contract for ours and Liger's, and the probe between
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,30 +33,42 @@ N, V, H, H_T = 23, 37, 12, 20
 def inputs(vocabulary: int = V) -> tuple[Tensor, Head, Tensor, Taught]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, H), torch.randn(V, H) / H**0.5
-    taught = Taught(torch.randn(N, H_T), Head(torch.randn(vocabulary, H_T) / H_T**0.5, None), torch.float32)
+    taught = Taught(
+        torch.randn(N, H_T), Head(torch.randn(vocabulary, H_T) / H_T**0.5, None), torch.float32
+    )
     return hidden, Head(weight, None), torch.randint(V, (N,)), taught
 
 
 @needs_liger
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("divergence", [Divergence.forward_kl, Divergence.reverse_kl, Divergence.jsd])
-def test_liger_computes_the_same_loss(divergence: Divergence, temperature: float, ce_weight: float) -> None:
+@pytest.mark.parametrize(
+    "divergence", [Divergence.forward_kl, Divergence.reverse_kl, Divergence.jsd]
+)
+def test_liger_computes_the_same_loss(
+    divergence: Divergence, temperature: float, ce_weight: float
+) -> None:
     """Value, both sums and both gradients, against float64 autograd over the definition."""
     hidden, head, labels, taught = inputs()
     loss = Loss(ce_weight, divergence, temperature, 0.3)
     leaves = [each.clone().requires_grad_() for each in (hidden, head.weight)]
     value, sums = liger_head_loss(
-        leaves[0], Head(leaves[1], None), labels, loss=loss, dtype=torch.float32, vocabulary=V, taught=taught
+        leaves[0],
+        Head(leaves[1], None),
+        labels,
+        loss=loss,
+        dtype=torch.float32,
+        vocabulary=V,
+        taught=taught,
     )
     wide = [each.double().requires_grad_() for each in (hidden, head.weight)]
     expected = reference(
         *wide, None, labels, taught.hidden.double(), taught.head.weight.double(), None, loss, V
-    )  # fmt: skip
+    )
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(
         torch.autograd.grad(value, leaves), torch.autograd.grad(expected, wide), strict=True
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6)
     _, ours = head_loss(hidden, head, labels, loss=loss, taught=taught)
     assert sums.ce.item() == pytest.approx(ours.ce.item(), rel=1e-4)
@@ -65,7 +79,9 @@ def test_liger_computes_the_same_loss(divergence: Divergence, temperature: float
 def test_liger_is_not_given_padded_vocabularies() -> None:
     hidden, head, labels, taught = inputs(vocabulary=V + 3)
     with pytest.raises(ValueError, match="vocabularies of 37 and 40"):
-        liger_head_loss(hidden, head, labels, loss=Loss(0.5), dtype=torch.float32, vocabulary=V, taught=taught)
+        liger_head_loss(
+            hidden, head, labels, loss=Loss(0.5), dtype=torch.float32, vocabulary=V, taught=taught
+        )
 
 
 def slow(*args: Any, **more: Any) -> tuple[Tensor, Sums]:
@@ -93,7 +109,9 @@ def test_the_fastest_kernel_that_is_right_is_taken() -> None:
     assert "off by" in str(found[HeadKernel.liger].why_not)
     assert in_words(chosen, found).startswith("head: triton (")
     assert "liger off by 1.0e-02, 0.0001 allowed" in in_words(chosen, found)
-    chosen, found = fastest({HeadKernel.torch: slow, HeadKernel.liger: refusing}, hidden, head, labels, **more)
+    chosen, found = fastest(
+        {HeadKernel.torch: slow, HeadKernel.liger: refusing}, hidden, head, labels, **more
+    )
     assert (chosen, found[HeadKernel.liger].why_not) == (HeadKernel.torch, "not these shapes")
 
 
@@ -101,7 +119,9 @@ def test_a_kernel_that_gives_nan_is_not_taken() -> None:
     hidden, head, labels, taught = inputs()
     broken = lambda *args, **more: (head_loss(*args, **more)[0] * float("nan"), None)
     more = {"loss": Loss(0.3), "dtype": torch.float32, "vocabulary": V, "taught": taught}
-    chosen, found = fastest({HeadKernel.torch: slow, HeadKernel.triton: broken}, hidden, head, labels, **more)
+    chosen, found = fastest(
+        {HeadKernel.torch: slow, HeadKernel.triton: broken}, hidden, head, labels, **more
+    )
     assert chosen is HeadKernel.torch
     assert "off by inf" in str(found[HeadKernel.triton].why_not)
 
@@ -109,7 +129,12 @@ def test_a_kernel_that_gives_nan_is_not_taken() -> None:
 def objective_for(**teacher: Any) -> Objective:
     model, taught = tiny(Task.causal_lm), tiny(Task.causal_lm, seed=1).eval()
     return Objective(
-        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), Teacher(taught, Precision.fp32, Loss(0.3, **teacher))
+        model,
+        Task.causal_lm,
+        Precision.fp32,
+        CPU,
+        PhaseClock(),
+        Teacher(taught, Precision.fp32, Loss(0.3, **teacher)),
     )
 
 
@@ -117,20 +142,29 @@ def objective_for(**teacher: Any) -> Objective:
 def test_the_probe_reads_a_real_micro_batch_and_changes_nothing() -> None:
     objective, config = objective_for(), settings(gradient_accumulation=2)
     batches = batches_for(config)
-    before, state = torch.random.get_rng_state(), [p.detach().clone() for p in objective.model.parameters()]
+    before, state = (
+        torch.random.get_rng_state(),
+        [p.detach().clone() for p in objective.model.parameters()],
+    )
     expected = objective(batches.batch(0)).loss.item()
     with objective.clock.phase("other"):
         said = probe_heads(objective, batches, config)
-    assert {"torch", "liger"} <= set(said.replace(":", " ").replace("(", " ").replace(";", " ").split())
+    assert {"torch", "liger"} <= set(
+        said.replace(":", " ").replace("(", " ").replace(";", " ").split()
+    )
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(old, new) for old, new in zip(state, objective.model.parameters(), strict=True))
+    assert all(
+        torch.equal(old, new) for old, new in zip(state, objective.model.parameters(), strict=True)
+    )
     assert objective(batches.batch(0)).loss.item() == pytest.approx(expected, rel=1e-5)
     assert objective.clock.read_ns()["search"] > 0
 
 
 def test_a_cpu_needs_no_probe_and_a_named_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batches = objective_for(), batches_for(settings())
-    assert choose_head("stages.student.head", HeadKernel.auto, objective, batches, settings()) is None
+    assert (
+        choose_head("stages.student.head", HeadKernel.auto, objective, batches, settings()) is None
+    )
     assert objective.head_loss is head_loss
     used: list[str] = []
 
@@ -139,7 +173,9 @@ def test_a_cpu_needs_no_probe_and_a_named_kernel_is_used(monkeypatch: pytest.Mon
         return head_loss(*args, **more)
 
     monkeypatch.setattr(kernels, "liger_head_loss", noting)
-    assert choose_head("stages.student.head", HeadKernel.liger, objective, batches, settings()) is None
+    assert (
+        choose_head("stages.student.head", HeadKernel.liger, objective, batches, settings()) is None
+    )
     objective(batches.batch(0))
     assert used == ["liger"]
 
@@ -149,23 +185,39 @@ def test_liger_is_refused_where_vocabularies_differ(monkeypatch: pytest.MonkeyPa
     assert objective.teacher is not None
     objective.teacher.model.resize_token_embeddings(objective.model.config.vocab_size + 8)
     with pytest.raises(UserError, match=r"stages.student.head: Liger takes one vocabulary"):
-        choose_head("stages.student.head", HeadKernel.liger, objective, batches_for(settings()), settings())
+        choose_head(
+            "stages.student.head", HeadKernel.liger, objective, batches_for(settings()), settings()
+        )
 
 
 @needs_liger
-@pytest.mark.parametrize(("student", "teacher"), [("gemma3", "llama"), ("llama", "cohere2"), ("bert", "llama")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("gemma3", "llama"), ("llama", "cohere2"), ("bert", "llama")]
+)
 def test_liger_is_refused_where_logits_are_more_than_a_product(student: str, teacher: str) -> None:
-    """By name in the settings; and `auto` leaves it out, with that reason, where a head is known."""
+    """By name in the settings; and `auto` leaves it out, with that reason, where a head is
+    known.
+    """
     models = made(student), made(teacher, seed=1)
     examined = [examine(each, CPU) for each in models]
     taught = Teacher(models[1], Precision.fp32, Loss(0.3), examined[1].masked, examined[1].head)
     objective = Objective(
-        models[0], Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught,
-        masked=examined[0].masked, head=examined[0].head,
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"stages.s.head: Liger computes .* plain product") as refusal:
+        models[0],
+        Task.causal_lm,
+        Precision.fp32,
+        CPU,
+        PhaseClock(),
+        taught,
+        masked=examined[0].masked,
+        head=examined[0].head,
+    )
+    with pytest.raises(
+        UserError, match=r"stages.s.head: Liger computes .* plain product"
+    ) as refusal:
         choose_head("stages.s.head", HeadKernel.liger, objective, None, settings())
-    assert {"gemma3": "soft cap 20", "llama": "scale 0.5", "bert": "Bert"}[student] in str(refusal.value)
+    assert {"gemma3": "soft cap 20", "llama": "scale 0.5", "bert": "Bert"}[student] in str(
+        refusal.value
+    )
     if student != "bert":
         hidden, labels = torch.randn(5, 32), torch.arange(5)
         heads = [Head.of(each, known.head) for each, known in zip(models, examined, strict=True)]
@@ -180,7 +232,9 @@ def test_liger_is_refused_where_logits_are_more_than_a_product(student: str, tea
 def test_a_kernel_has_no_effect_where_logits_are_held_in_full() -> None:
     model = made("bert")
     own = examine(model, CPU)
-    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head)
+    objective = Objective(
+        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
+    )
     said = choose_head("stages.s.head", HeadKernel.torch, objective, None, settings())
     assert said == "head=torch has no effect: logits are held in full"
     assert choose_head("stages.s.head", HeadKernel.auto, objective, None, settings()) is None
@@ -200,4 +254,6 @@ def test_a_named_kernel_reads_a_cached_teacher_too() -> None:
     said = Sparse(torch.arange(3).repeat(6, 1), p / p.sum(-1, keepdim=True), torch.rand(6))
     more: dict[str, Any] = {"taught": said, "loss": Loss(0.4)}
     expected, _ = head_loss(hidden, head, labels, **more)
-    assert kernel_of(HeadKernel.torch)(hidden, head, labels, **more)[0].item() == pytest.approx(expected.item())
+    assert kernel_of(HeadKernel.torch)(hidden, head, labels, **more)[0].item() == pytest.approx(
+        expected.item()
+    )

@@ -1,4 +1,6 @@
-"""Models of fewer or more layers: what is trained is what is reloaded, for architectures whose layers differ."""
+"""Models of fewer or more layers: what is trained is what is reloaded, for architectures whose
+layers differ.
+"""
 
 from __future__ import annotations
 
@@ -43,29 +45,77 @@ from pipeline.models.layers import check_layers, cut_config, layer_count, with_l
 from pipeline.models.load import load_model, save_model
 from pipeline.models.student import make_student, stacked, student_config
 
-SAME: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
-                        "num_key_value_heads": 2, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1,
-                        "eos_token_id": 2, "max_position_embeddings": 64}  # fmt: skip
+SAME: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
 KINDS: dict[str, PreTrainedConfig] = {
     "smollm3": SmolLM3Config(**SAME),
-    "gemma3": Gemma3TextConfig(**SAME, head_dim=16, sliding_window=4,
-                               layer_types=["sliding_attention", "full_attention"] * 2),
-    "gpt-neo": GPTNeoConfig(vocab_size=259, hidden_size=32, num_layers=4, num_heads=2, window_size=4,
-                            attention_types=[[["global", "local"], 2]], max_position_embeddings=64),
+    "gemma3": Gemma3TextConfig(
+        **SAME,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "gpt-neo": GPTNeoConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=2,
+        window_size=4,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=64,
+    ),
     "qwen2": Qwen2Config(**SAME, use_sliding_window=True, max_window_layers=2, sliding_window=4),
-    "llama4": Llama4TextConfig(**SAME, head_dim=16, num_local_experts=2, intermediate_size_mlp=32,
-                               interleave_moe_layer_step=2),
-    "qwen3-moe": Qwen3MoeConfig(**SAME, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-                                mlp_only_layers=[1]),
+    "llama4": Llama4TextConfig(
+        **SAME,
+        head_dim=16,
+        num_local_experts=2,
+        intermediate_size_mlp=32,
+        interleave_moe_layer_step=2,
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SAME,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        mlp_only_layers=[1],
+    ),
     "exaone4": Exaone4Config(**SAME, sliding_window=4, sliding_window_pattern=2),
-    "gpt-oss": GptOssConfig(**SAME, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4),
-    "recurrent-gemma": RecurrentGemmaConfig(**{**SAME, "num_key_value_heads": 1}, lru_width=32,
-                                            attention_window_size=8, block_types=["recurrent", "attention"]),
-    "deepseek": DeepseekV3Config(**SAME, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
-                                 n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
-                                 qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2),
+    "gpt-oss": GptOssConfig(
+        **SAME, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4
+    ),
+    "recurrent-gemma": RecurrentGemmaConfig(
+        **{**SAME, "num_key_value_heads": 1},
+        lru_width=32,
+        attention_window_size=8,
+        block_types=["recurrent", "attention"],
+    ),
+    "deepseek": DeepseekV3Config(
+        **SAME,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    ),
     "lfm2": Lfm2Config(**SAME, full_attn_idxs=[1, 3]),
-}  # fmt: skip
+}
 
 
 def source(folder: Path, config: PreTrainedConfig, task: Task = Task.causal_lm) -> Path:
@@ -82,7 +132,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_is_cut_reloads_as_it_trains_and_keeps_what_its_layers_are(tmp_path: Path, kind: str) -> None:
+def test_what_is_cut_reloads_as_it_trains_and_keeps_what_its_layers_are(
+    tmp_path: Path, kind: str
+) -> None:
     folder = source(tmp_path / "source", KINDS[kind])
     student_config(StudentConfig(layers=[1, 3]), folder, Task.causal_lm)  # what preflight asks
     student, tokenizer = make_student(StudentConfig(layers=[1, 3]), folder, Task.causal_lm, None)
@@ -107,8 +159,14 @@ def test_what_is_cut_computes_what_the_live_layers_did(tmp_path: Path, kind: str
         ids = torch.arange(3, 40)[None]
         theirs = teacher(input_ids=ids, output_hidden_states=True).hidden_states[2]
         seen: list[torch.Tensor] = []
-        last = next(module for name, module in student.named_modules() if name.endswith((".layers.1", ".h.1")))
-        last.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        last = next(
+            module
+            for name, module in student.named_modules()
+            if name.endswith((".layers.1", ".h.1"))
+        )
+        last.register_forward_hook(
+            lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
         student(input_ids=ids)
     assert torch.allclose(seen[0], theirs, atol=1e-5)
 
@@ -119,26 +177,46 @@ def test_what_is_stacked_reloads_as_it_trains(tmp_path: Path, kind: str) -> None
     grown = with_layers(model, stacked(model.config, 2), "stages.student.stack")
     assert layer_count(grown.config) == 8
     save_model(grown, byte_tokenizer(), tmp_path / "grown")
-    assert torch.allclose(logits(load_model(tmp_path / "grown", Task.causal_lm)), logits(grown), atol=1e-5)
+    assert torch.allclose(
+        logits(load_model(tmp_path / "grown", Task.causal_lm)), logits(grown), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "chosen", "said"),
     [
-        (JambaConfig(**SAME, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
-                     mamba_d_state=4, use_mamba_kernels=False), [1, 3], "wants another kind"),
+        (
+            JambaConfig(
+                **SAME,
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                expert_layer_period=2,
+                num_experts=2,
+                mamba_d_state=4,
+                use_mamba_kernels=False,
+            ),
+            [1, 3],
+            "wants another kind",
+        ),
         (KINDS["deepseek"], [3, 1], "wants another kind"),
         (KINDS["lfm2"], [0, 2], "make no model that runs"),
-        (BambaConfig(**SAME, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8), [0, 2],
-         "make no model that runs"),
+        (
+            BambaConfig(
+                **SAME, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8
+            ),
+            [0, 2],
+            "make no model that runs",
+        ),
         (FalconH1Config(**SAME, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8), [0, 2], None),
     ],
-)  # fmt: skip
+)
 def test_layers_that_make_no_model_are_refused_before_anything_trains(
     config: PreTrainedConfig, chosen: list[int], said: str | None
 ) -> None:
     if said is None:
-        assert layer_count(check_layers(config, Task.causal_lm, chosen, "student.layers")) == len(chosen)
+        assert layer_count(check_layers(config, Task.causal_lm, chosen, "student.layers")) == len(
+            chosen
+        )
         return
     with pytest.raises(UserError, match=rf"^student\.layers: .*{said}.*; give"):
         check_layers(config, Task.causal_lm, chosen, "student.layers")
@@ -147,14 +225,30 @@ def test_layers_that_make_no_model_are_refused_before_anything_trains(
 @pytest.mark.parametrize(
     ("config", "chosen", "said"),
     [
-        (RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=4, context_length=64), [0],
-         r"layers \[0\] make no RwkvForCausalLM \(.*division by zero\); give student\.path"),
+        (
+            RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=4, context_length=64),
+            [0],
+            r"layers \[0\] make no RwkvForCausalLM \(.*division by zero\); give student\.path",
+        ),
         (KINDS["deepseek"], [3, 1], r"another kind \(.*; give student\.path$"),  # nor do 0, 3, 1
-        (JambaConfig(**SAME, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
-                     mamba_d_state=4, use_mamba_kernels=False), [1], r"another kind .*keeps layer 0 first, or"),
+        (
+            JambaConfig(
+                **SAME,
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                expert_layer_period=2,
+                num_experts=2,
+                mamba_d_state=4,
+                use_mamba_kernels=False,
+            ),
+            [1],
+            r"another kind .*keeps layer 0 first, or",
+        ),
     ],
-)  # fmt: skip
-def test_a_refusal_of_layers_gives_what_would_help(config: PreTrainedConfig, chosen: list[int], said: str) -> None:
+)
+def test_a_refusal_of_layers_gives_what_would_help(
+    config: PreTrainedConfig, chosen: list[int], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         check_layers(config, Task.causal_lm, chosen, "student.layers")
 
@@ -166,19 +260,35 @@ def test_layers_that_are_one_whatever_the_configuration_says_are_not_cut() -> No
     assert "layer 0 first" not in str(found.value)
 
 
-@pytest.mark.parametrize("config", [
-    BartConfig(vocab_size=259, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-               decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_labels=3),
-    T5Config(vocab_size=259, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, num_labels=3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        BartConfig(
+            vocab_size=259,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_labels=3,
+        ),
+        T5Config(
+            vocab_size=259, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, num_labels=3
+        ),
+    ],
+)
 def test_two_stacks_are_refused(config: PreTrainedConfig) -> None:
     with pytest.raises(UserError, match=r"student\.layers: .* has an encoder and a decoder"):
         check_layers(config, Task.sequence_classification, [1], "student.layers")
 
 
 def test_a_list_per_layer_of_any_name_is_cut_and_numbers_of_layers_are_counted_anew() -> None:
-    wide = LongformerConfig(**{name: SAME[name] for name in SAME if "key_value" not in name},
-                            attention_window=[2, 4, 6, 8])  # fmt: skip
+    wide = LongformerConfig(
+        **{name: SAME[name] for name in SAME if "key_value" not in name},
+        attention_window=[2, 4, 6, 8],
+    )
     assert cut_config(wide, [3, 0], "k").attention_window == [8, 2]
     assert cut_config(KINDS["qwen3-moe"], [0, 1], "k").mlp_only_layers == [1]
     assert cut_config(KINDS["qwen3-moe"], [1, 2, 3], "k").mlp_only_layers == [0]
@@ -188,16 +298,25 @@ def test_a_list_per_layer_of_any_name_is_cut_and_numbers_of_layers_are_counted_a
 
 
 def test_a_list_of_something_else_that_is_as_long_as_the_model_is_deep_stays_whole() -> None:
-    plain = {name: SAME[name] for name in SAME if "key_value" not in name} | {"num_hidden_layers": 2}
+    plain = {name: SAME[name] for name in SAME if "key_value" not in name} | {
+        "num_hidden_layers": 2
+    }
     config = DebertaV2Config(**plain, pos_att_type=["p2c", "c2p"], relative_attention=True)
-    assert check_layers(config, Task.sequence_classification, [1], "student.layers").pos_att_type == ["p2c", "c2p"]
+    assert check_layers(
+        config, Task.sequence_classification, [1], "student.layers"
+    ).pos_att_type == ["p2c", "c2p"]
 
 
 def test_a_classifier_is_cut_with_its_head(tmp_path: Path) -> None:
-    config = BertConfig(**{name: SAME[name] for name in SAME if "key_value" not in name}, num_labels=3,
-                        id2label=dict(enumerate(LABELS)))  # fmt: skip
+    config = BertConfig(
+        **{name: SAME[name] for name in SAME if "key_value" not in name},
+        num_labels=3,
+        id2label=dict(enumerate(LABELS)),
+    )
     folder = source(tmp_path, config, Task.sequence_classification)
-    student, _ = make_student(StudentConfig(layers=2), folder, Task.sequence_classification, LABELS[::-1])
+    student, _ = make_student(
+        StudentConfig(layers=2), folder, Task.sequence_classification, LABELS[::-1]
+    )
     teacher: Any = load_model(folder, Task.sequence_classification)
     assert torch.equal(student.classifier.weight, teacher.classifier.weight)
     assert student.config.id2label == dict(enumerate(LABELS))
@@ -213,10 +332,14 @@ def untied(folder: Path, config: PreTrainedConfig) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt-neo", "gemma3"])
-def test_weights_apart_under_a_configuration_that_ties_them_stay_apart(tmp_path: Path, kind: str) -> None:
+def test_weights_apart_under_a_configuration_that_ties_them_stay_apart(
+    tmp_path: Path, kind: str
+) -> None:
     folder = untied(tmp_path / "source", KINDS[kind])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    student, tokenizer = make_student(StudentConfig(layers=[0, 1, 2, 3]), folder, Task.causal_lm, None)
+    student, tokenizer = make_student(
+        StudentConfig(layers=[0, 1, 2, 3]), folder, Task.causal_lm, None
+    )
     teacher = load_model(folder, Task.causal_lm)
     whole = with_layers(teacher, stacked(teacher.config, 1), "stages.student.stack")
     save_model(student, tokenizer, tmp_path / "student")
@@ -252,11 +375,15 @@ def test_tied_weights_stay_tied_in_what_is_cut(tmp_path: Path) -> None:
 def test_what_is_cut_has_its_sources_weights_or_is_never_trained(tmp_path: Path) -> None:
     teacher: Any = load_model(untied(tmp_path, KINDS["smollm3"]), Task.causal_lm)
     teacher.config.tie_word_embeddings = True
-    with pytest.raises(StageFailed, match=r"of these layers has another lm_head\.weight than its source"):
+    with pytest.raises(
+        StageFailed, match=r"of these layers has another lm_head\.weight than its source"
+    ):
         with_layers(teacher, [0, 1], "student.layers")
 
 
-def test_a_model_that_reloads_as_another_is_never_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reloads_as_another_is_never_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = source(tmp_path, KINDS["smollm3"])
     model = load_model(folder, Task.causal_lm)
     save = type(model).save_pretrained
@@ -266,5 +393,7 @@ def test_a_model_that_reloads_as_another_is_never_trained(tmp_path: Path, monkey
         save(self, where, **more)
 
     monkeypatch.setattr(type(model), "save_pretrained", spoilt)
-    with pytest.raises(StageFailed, match="of these layers reloads as another model: logits differ by"):
+    with pytest.raises(
+        StageFailed, match="of these layers reloads as another model: logits differ by"
+    ):
         with_layers(model, [1, 3], "student.layers")

@@ -1,4 +1,6 @@
-"""`~stages.NAME` on a command line: what goes with a stage, what is refused, and that what is advised then works."""
+"""`~stages.NAME` on a command line: what goes with a stage, what is refused, and that what is
+advised then works.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,14 @@ def compose(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.mark.parametrize(("recipe", "stage"), STAGES)
-def test_each_stage_goes_or_the_refusal_says_what_else_to_give(compose: Any, recipe: str, stage: str) -> None:
-    line = (f"recipe={recipe}", f"~stages.{stage}", *(("candidate=a", "baseline=b") if "release" in recipe else ()))
+def test_each_stage_goes_or_the_refusal_says_what_else_to_give(
+    compose: Any, recipe: str, stage: str
+) -> None:
+    line = (
+        f"recipe={recipe}",
+        f"~stages.{stage}",
+        *(("candidate=a", "baseline=b") if "release" in recipe else ()),
+    )
     run, said = compose(*line)
     if run is None and "give as well" not in said:
         assert recipe in ("release_check", "baseline")
@@ -53,11 +61,21 @@ def test_each_stage_goes_or_the_refusal_says_what_else_to_give(compose: Any, rec
     ("line", "said", "left"),
     [
         ("recipe=distill ~stages.control_steps", "student against control_steps", 2),
-        ("recipe=full ~stages.student_bf16", "student_bf16 against baseline, student_bf16 against student", 5),
-        ("recipe=quantize ~stages.bf16 ~stages.fp16", "bf16 against reference, fp16 against reference", 4),
+        (
+            "recipe=full ~stages.student_bf16",
+            "student_bf16 against baseline, student_bf16 against student",
+            5,
+        ),
+        (
+            "recipe=quantize ~stages.bf16 ~stages.fp16",
+            "bf16 against reference, fp16 against reference",
+            4,
+        ),
     ],
 )
-def test_comparisons_go_with_their_stage_and_no_others(compose: Any, line: str, said: str, left: int) -> None:
+def test_comparisons_go_with_their_stage_and_no_others(
+    compose: Any, line: str, said: str, left: int
+) -> None:
     run, told = compose(*line.split())
     assert told.endswith(f"; with it go the comparisons {said}\n")
     assert len(run.compare) == left
@@ -68,18 +86,27 @@ def test_comparisons_go_with_their_stage_and_no_others(compose: Any, line: str, 
     [
         (
             "recipe=schedules ~stages.stacked",
-            "primary_arm is stacked; give as well: primary_arm=plain (or short_first, small_batches_first, shallow)",
+            (
+                "primary_arm is stacked; give as well: primary_arm=plain (or short_first,"
+                " small_batches_first, shallow)"
+            ),
         ),
         (
             "recipe=full ~stages.student",
-            "stages.student_bf16.model is student, stages.student_int8.model is student; give as well: "
-            "~stages.student_bf16 ~stages.student_int8 primary_arm=baseline (or teacher), or instead: "
-            "stages.student_bf16.model=base stages.student_int8.model=base",
+            (
+                "stages.student_bf16.model is student, stages.student_int8.model is student; give"
+                " as well: ~stages.student_bf16 ~stages.student_int8 primary_arm=baseline (or"
+                " teacher), or instead: stages.student_bf16.model=base"
+                " stages.student_int8.model=base"
+            ),
         ),
         ("recipe=schedules ~stages.shallow student.source=shallow", "student.source is shallow"),
         ("recipe=distill_cached ~stages.capture", "or instead: stages.student.cache=null"),
         ("recipe=baseline ~stages.baseline", "no stage is left that makes a model; keep one"),
-        ("recipe=release_check candidate=a baseline=b ~stages.baseline", "compares candidate and baseline; keep both"),
+        (
+            "recipe=release_check candidate=a baseline=b ~stages.baseline",
+            "compares candidate and baseline; keep both",
+        ),
     ],
 )
 def test_what_cannot_go_alone_is_refused_once(compose: Any, line: str, said: str) -> None:

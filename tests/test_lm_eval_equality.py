@@ -1,4 +1,6 @@
-"""Bits per byte against lm-evaluation-harness's own, on real text, by tokenizers of several kinds."""
+"""Bits per byte against lm-evaluation-harness's own, on real text, by tokenizers of several
+kinds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.settings import Task, TinyShape
@@ -25,24 +35,37 @@ SHAPE = TinyShape(hidden_size=64, layers=1, heads=2, intermediate_size=64)
 
 
 def texts() -> list[str]:
-    """Return real texts of many lengths: source code and prose of the standard library, and other scripts."""
+    """Return real texts of many lengths: source code and prose of the standard library, and other
+    scripts.
+    """
     prose = [(inspect.getdoc(each) or "")[:400] for each in (json, textwrap.wrap, Path)]
     code = [inspect.getsource(textwrap.dedent)[:700]]
-    others = ["שלום עולם, זה מבחן.", "مرحبا بالعالم", "日本語のテキスト。", "🦜🧪 emoji\r\n\ttabs  and   blanks ", "a"]
+    others = [
+        "שלום עולם, זה מבחן.",
+        "مرحبا بالعالم",
+        "日本語のテキスト。",
+        "🦜🧪 emoji\r\n\ttabs  and   blanks ",
+        "a",
+    ]
     return [text for text in (*prose, *code, *others) if text.strip()]
 
 
 def _wrapped(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
 
 
 def byte_level(**special: str) -> Any:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's: offsets leave blanks out
+    # as GPT-2's: offsets leave blanks out
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=sorted(special.values()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=sorted(special.values())
+    )
     backend.train_from_iterator(texts(), trainer)
     return _wrapped(backend, **special)
 
@@ -51,7 +74,9 @@ def word_piece(**special: str) -> Any:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", *sorted(special.values())])
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[UNK]", *sorted(special.values())]
+    )
     backend.train_from_iterator(texts(), trainer)
     return _wrapped(backend, unk_token="[UNK]", **special)
 
@@ -61,7 +86,10 @@ def unigram(**special: str) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<unk>", *sorted(special.values())], unk_token="<unk>", show_progress=False
+        vocab_size=300,
+        special_tokens=["<unk>", *sorted(special.values())],
+        unk_token="<unk>",
+        show_progress=False,
     )
     backend.train_from_iterator(texts(), trainer)
     tokenizer = _wrapped(backend, unk_token="<unk>", **special)
@@ -95,9 +123,18 @@ def rolling(model: Any, tokenizer: Any, documents: list[str], max_length: int) -
     from lm_eval.api.instance import Instance
 
     # A tokenizer's own begin token would be predicted after the prefix, which is the same token.
-    engine = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=2, device="cpu",
-                  add_bos_token=False)  # fmt: skip
-    requests = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(documents)]
+    engine = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        batch_size=2,
+        device="cpu",
+        add_bos_token=False,
+    )
+    requests = [
+        Instance("loglikelihood_rolling", {}, (text,), number)
+        for number, text in enumerate(documents)
+    ]
     return [-nats / np.log(2) for nats in engine.loglikelihood_rolling(requests, disable_tqdm=True)]
 
 
@@ -105,12 +142,16 @@ def rolling(model: Any, tokenizer: Any, documents: list[str], max_length: int) -
 def test_bits_per_byte_of_raw_text_are_those_of_lm_eval(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     model, documents = model_for(tokenizer), texts()
-    encoded = encode_all([Document(text) for text in documents], tokenizer, Task.causal_lm, max_length=0)
+    encoded = encode_all(
+        [Document(text) for text in documents], tokenizer, Task.causal_lm, max_length=0
+    )
     lengths = [len(each.input_ids) for each in encoded]
     whole = [lengths[0] - 1, lengths[0] - 2]  # a text that ends with a window, and one token before
     for max_length in (17, *whole):
         theirs = rolling(model, tokenizer, documents, max_length)
-        scores = score_causal(model, encoded, sequence_length=max_length, batch_size=3, device="cpu", pad_id=0)
+        scores = score_causal(
+            model, encoded, sequence_length=max_length, batch_size=3, device="cpu", pad_id=0
+        )
         np.testing.assert_allclose(scores.bits, theirs, rtol=1e-6)
         size = sum(len(text.encode()) for text in documents)
         assert scores.bits.sum() / scores.bytes.sum() == pytest.approx(sum(theirs) / size, rel=1e-6)
@@ -128,10 +169,20 @@ def test_a_stride_gives_the_context_that_lm_eval_calls_context_len(stride: int) 
     for text in texts()[-6:]:
         [document] = encode_all([Document(text)], tokenizer, Task.causal_lm, max_length=0)
         inner = document.input_ids[1:-1].tolist()
-        theirs = list(get_rolling_token_windows(inner, tokenizer.bos_token_id, length, length - stride + 1))
+        theirs = list(
+            get_rolling_token_windows(inner, tokenizer.bos_token_id, length, length - stride + 1)
+        )
         ours = cut_windows([document], length, stride)
-        ours = [each for each in ours if not (each.scored.sum() == 1 and each.ids[-1] == tokenizer.eos_token_id)]
+        ours = [
+            each
+            for each in ours
+            if not (each.scored.sum() == 1 and each.ids[-1] == tokenizer.eos_token_id)
+        ]
         for window, (context, predicted) in zip(ours, theirs, strict=True):
-            text_only = predicted if window.ids[-1] != tokenizer.eos_token_id else [*predicted, tokenizer.eos_token_id]
+            text_only = (
+                predicted
+                if window.ids[-1] != tokenizer.eos_token_id
+                else [*predicted, tokenizer.eos_token_id]
+            )
             assert window.ids[1:][window.scored].tolist() == text_only
             assert window.ids[: len(context)].tolist() == context

@@ -1,4 +1,6 @@
-"""The losses against float64 autograd over their definitions, peers' functions, and cases worked by hand."""
+"""The losses against float64 autograd over their definitions, peers' functions, and cases worked by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ from pipeline.distillation.losses import Loss, Sums, terms, terms_in_place
 
 CASES = [
     Loss(weight, divergence, temperature, mixture)
-    for divergence, weight, temperature in itertools.product(Divergence, (0.0, 0.3, 1.0), (1.0, 2.5))
-    for mixture in ((0.1, 0.7) if divergence not in (Divergence.forward_kl, Divergence.reverse_kl) else (0.5,))
+    for divergence, weight, temperature in itertools.product(
+        Divergence, (0.0, 0.3, 1.0), (1.0, 2.5)
+    )
+    for mixture in (
+        (0.1, 0.7) if divergence not in (Divergence.forward_kl, Divergence.reverse_kl) else (0.5,)
+    )
 ]
 
 
@@ -29,12 +35,17 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 def definition(z: Tensor, t: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     """Return the summed loss, by the words of the module's head."""
-    q, p, share = F.softmax(z / loss.temperature, -1), F.softmax(t / loss.temperature, -1), loss.mixture
+    q, p, share = (
+        F.softmax(z / loss.temperature, -1),
+        F.softmax(t / loss.temperature, -1),
+        loss.mixture,
+    )
     value = {
         Divergence.forward_kl: lambda: kl(p, q),
         Divergence.reverse_kl: lambda: kl(q, p),
         Divergence.jsd: lambda: (
-            share * kl(p, share * p + (1 - share) * q) + (1 - share) * kl(q, share * p + (1 - share) * q)
+            share * kl(p, share * p + (1 - share) * q)
+            + (1 - share) * kl(q, share * p + (1 - share) * q)
         ),
         Divergence.skewed_kl: lambda: kl(p, share * p + (1 - share) * q),
         Divergence.skewed_reverse_kl: lambda: kl(q, share * q + (1 - share) * p),
@@ -43,7 +54,9 @@ def definition(z: Tensor, t: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     return loss.ce_weight * hard + (1 - loss.ce_weight) * loss.temperature**2 * value
 
 
-def batch(rows: int = 7, columns: int = 33, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def batch(
+    rows: int = 7, columns: int = 33, *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(rows * columns)
     logits = (3 * torch.randn(rows, columns, dtype=torch.float64).to(dtype) for _ in range(2))
     return (*logits, torch.randint(0, columns, (rows,)))
@@ -74,7 +87,9 @@ def test_fp32_is_as_near_as_fp32_can_be(loss: Loss) -> None:
 def test_a_tile_becomes_its_gradient_block_by_block(
     monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
 ) -> None:
-    """Padding of either vocabulary takes no part: it gets no gradient, and what it holds changes nothing."""
+    """Padding of either vocabulary takes no part: it gets no gradient, and what it holds changes
+    nothing.
+    """
     monkeypatch.setattr(losses, "BLOCK_BYTES", rows * 4 * 29)
     z, t, labels = batch(11, 33, dtype=dtype)
     labels %= 29
@@ -113,7 +128,9 @@ def test_cases_worked_by_hand() -> None:
     by_hand = {
         Divergence.forward_kl: 0.75 * ln(1.5) + 0.25 * ln(0.5),
         Divergence.reverse_kl: 0.5 * ln(2 / 3) + 0.5 * ln(2),
-        Divergence.jsd: (0.75 * ln(6 / 5) + 0.25 * ln(2 / 3)) / 2 + (0.5 * ln(4 / 5) + 0.5 * ln(4 / 3)) / 2,
+        Divergence.jsd: (
+            (0.75 * ln(6 / 5) + 0.25 * ln(2 / 3)) / 2 + (0.5 * ln(4 / 5) + 0.5 * ln(4 / 3)) / 2
+        ),
         Divergence.skewed_kl: 0.75 * ln(6 / 5) + 0.25 * ln(2 / 3),
         Divergence.skewed_reverse_kl: 0.5 * ln(4 / 5) + 0.5 * ln(4 / 3),
     }
@@ -150,20 +167,30 @@ def test_logits_of_any_size_are_finite_and_nan_is_not_hidden(divergence: Diverge
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("divergence", "beta"), [("forward_kl", 0.0), ("jsd", 0.3), ("reverse_kl", 1.0)])
+@pytest.mark.parametrize(
+    ("divergence", "beta"), [("forward_kl", 0.0), ("jsd", 0.3), ("reverse_kl", 1.0)]
+)
 def test_it_equals_trl_and_liger_but_for_the_factor_of_temperature(
     divergence: str, beta: float, temperature: float
 ) -> None:
-    """Neither multiplies by T^2, so a temperature makes their gradients smaller. In TRL beta is the teacher's share."""
+    """Neither multiplies by T^2, so a temperature makes their gradients smaller. In TRL beta is the
+    teacher's share.
+    """
     gkd = pytest.importorskip("trl.experimental.gkd", reason="TRL is not installed").GKDTrainer
-    liger = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss", reason="Liger is not installed")
+    liger = pytest.importorskip(
+        "liger_kernel.chunked_loss.jsd_loss", reason="Liger is not installed"
+    )
     z, t, labels = batch(6, 40, dtype=torch.float32)
     loss = Loss(0.0, Divergence(divergence), temperature, beta or 0.5)
     sums, _ = terms(z, t, labels, loss)
     ours = sums.divergence.item() / temperature**2
-    theirs = gkd.generalized_jsd_loss(z[None], t[None], beta=beta, temperature=temperature, reduction="sum")
+    theirs = gkd.generalized_jsd_loss(
+        z[None], t[None], beta=beta, temperature=temperature, reduction="sum"
+    )
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
-    value = liger.LigerFusedLinearJSDFunction.distillation_loss_fn(z / temperature, t / temperature, beta=beta)
+    value = liger.LigerFusedLinearJSDFunction.distillation_loss_fn(
+        z / temperature, t / temperature, beta=beta
+    )
     assert ours == pytest.approx(value.item(), rel=1e-4)
 
 
@@ -171,7 +198,9 @@ SPANS = [(span, temperature) for span in (1e2, 1e3, 1e4) for temperature in (1.0
 
 
 def far_apart(span: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits over a span, with a few tokens at the top of each row that are near to each other."""
+    """Return logits over a span, with a few tokens at the top of each row that are near to each
+    other.
+    """
     draw = torch.Generator().manual_seed(int(span / temperature))
     rows, columns = 12, 40
 
@@ -188,7 +217,9 @@ def far_apart(span: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact(z: Tensor, t: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Return the sum of the divergence and the gradient of the weighted loss, by float64 autograd in log space."""
+    """Return the sum of the divergence and the gradient of the weighted loss, by float64 autograd
+    in log space.
+    """
     z = z.clone().requires_grad_()
     log_q, log_p = F.log_softmax(z / loss.temperature, -1), F.log_softmax(t / loss.temperature, -1)
     a = loss.mixture
@@ -197,7 +228,9 @@ def exact(z: Tensor, t: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Ten
     value = {
         Divergence.forward_kl: lambda: kl(log_p, log_q),
         Divergence.reverse_kl: lambda: kl(log_q, log_p),
-        Divergence.jsd: lambda: a * kl(log_p, mix(log_p, log_q)) + (1 - a) * kl(log_q, mix(log_p, log_q)),
+        Divergence.jsd: (
+            lambda: a * kl(log_p, mix(log_p, log_q)) + (1 - a) * kl(log_q, mix(log_p, log_q))
+        ),
         Divergence.skewed_kl: lambda: kl(log_p, mix(log_p, log_q)),
         Divergence.skewed_reverse_kl: lambda: kl(log_q, mix(log_q, log_p)),
     }[loss.divergence]() * loss.temperature**2
@@ -220,14 +253,22 @@ def check_far_apart(run: Any, divergence: Divergence, span: float, temperature: 
 
 @pytest.mark.parametrize(("span", "temperature"), SPANS)
 @pytest.mark.parametrize("divergence", list(Divergence))
-def test_logits_far_apart_are_right(divergence: Divergence, span: float, temperature: float) -> None:
-    """Mixtures in log space: neither model's probabilities may underflow the other's share in them."""
+def test_logits_far_apart_are_right(
+    divergence: Divergence, span: float, temperature: float
+) -> None:
+    """Mixtures in log space: neither model's probabilities may underflow the other's share in
+    them.
+    """
     check_far_apart(terms_in_place, divergence, span, temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-@pytest.mark.parametrize("divergence", [Divergence.jsd, Divergence.skewed_kl, Divergence.skewed_reverse_kl])
-def test_ordinary_logits_over_a_large_vocabulary_are_finite(divergence: Divergence, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "divergence", [Divergence.jsd, Divergence.skewed_kl, Divergence.skewed_reverse_kl]
+)
+def test_ordinary_logits_over_a_large_vocabulary_are_finite(
+    divergence: Divergence, temperature: float
+) -> None:
     torch.manual_seed(0)
     z, t = (5 * torch.randn(2, 152_064) for _ in range(2))
     labels, loss = torch.tensor([0, 1]), Loss(0.0, divergence, temperature)
@@ -239,7 +280,9 @@ def test_ordinary_logits_over_a_large_vocabulary_are_finite(divergence: Divergen
 
 @pytest.mark.parametrize("divergence", list(Divergence))
 def test_an_infinite_part_without_weight_has_no_part_in_the_loss(divergence: Divergence) -> None:
-    """Labels alone (weight 1) beside a teacher that rules out what the student allows, and the other way round."""
+    """Labels alone (weight 1) beside a teacher that rules out what the student allows, and the
+    other way round.
+    """
     z, t, labels = batch(5, 9, dtype=torch.float32)
     t[:, 3:] = -torch.inf
     loss = Loss(1.0, divergence)

@@ -1,6 +1,8 @@
-"""A measurement never kills the work: each is broken on purpose, by exceptions nobody foresaw, while a small run ends.
+"""A measurement never kills the work: each is broken on purpose, by exceptions nobody foresaw,
+while a small run ends.
 
-The model is there and whole, the exit code is 0, and result and report say what could not be measured and why.
+The model is there and whole, the exit code is 0, and result and report say what could not be
+measured and why.
 """
 
 from __future__ import annotations
@@ -34,11 +36,27 @@ from pipeline.ledger.traced_steps import StepTracer
 from pipeline.report.markdown import markdown
 from pipeline.store.artifacts import digest_folder
 
-TINY = ["recipe=distill", "stages.teacher.steps=2", "training.steps=2", "training.batch_size=4",
-        "training.sequence_length=48", "data.max_documents=24", "quality.max_documents=20", "quality.bootstrap=200",
-        "model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64", "model.shape.layers=2",
-        "serving.blocks=2", "serving.load.new=2", "serving.load.prompt=8", "serving.batches=[1]",
-        "stages.student.insist=true", "tracking.mlflow=false", "serving.check_vllm=every"]  # fmt: skip
+TINY = [
+    "recipe=distill",
+    "stages.teacher.steps=2",
+    "training.steps=2",
+    "training.batch_size=4",
+    "training.sequence_length=48",
+    "data.max_documents=24",
+    "quality.max_documents=20",
+    "quality.bootstrap=200",
+    "model.shape.hidden_size=64",
+    "model.shape.heads=1",
+    "model.shape.intermediate_size=64",
+    "model.shape.layers=2",
+    "serving.blocks=2",
+    "serving.load.new=2",
+    "serving.load.prompt=8",
+    "serving.batches=[1]",
+    "stages.student.insist=true",
+    "tracking.mlflow=false",
+    "serving.check_vllm=every",
+]
 
 PLAIN = TINY[2:-3]  # of a recipe without a student
 
@@ -57,13 +75,19 @@ def run(folder: Path, *more: str) -> tuple[int, dict[str, Any], str]:
     result = json.loads((latest / "result.json").read_text()) if latest.exists() else {}
     if result:
         jsonschema.validate(result, RESULT_SCHEMA)
-    return done.returncode, result, (latest / "report.md").read_text() if latest.exists() else done.stderr
+    return (
+        done.returncode,
+        result,
+        (latest / "report.md").read_text() if latest.exists() else done.stderr,
+    )
 
 
-# -- the one helper ----------------------------------------------------------------------------------------------------
+# -- the one helper -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError, RecursionError, MemoryError, OSError, Boom])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, ZeroDivisionError, RecursionError, MemoryError, OSError, Boom]
+)
 def test_any_failure_of_a_measurement_is_a_reason(error: type[Exception]) -> None:
     def fail() -> str:
         raise error("first line\nand a stack")
@@ -72,9 +96,17 @@ def test_any_failure_of_a_measurement_is_a_reason(error: type[Exception]) -> Non
     assert attempted(lambda: "read", lambda why: why) == "read"
 
 
-@pytest.mark.parametrize("error", [
-    UserError("k", "p", "r"), StageFailed("s"), Preempted("p"), BudgetSpent("b"), KeyboardInterrupt(), SystemExit(1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("k", "p", "r"),
+        StageFailed("s"),
+        Preempted("p"),
+        BudgetSpent("b"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+    ],
+)
 def test_what_is_meant_to_end_a_run_ends_it(error: BaseException) -> None:
     def fail() -> None:
         raise error
@@ -83,31 +115,63 @@ def test_what_is_meant_to_end_a_run_ends_it(error: BaseException) -> None:
         attempted(fail, lambda _: None)
 
 
-# -- all at once, and each alone ---------------------------------------------------------------------------------------
+# -- all at once, and each alone ------------------------------------------------------------------
 
 BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "flops": (lambda patch: patch.setattr(flops, "_twin", boom), "cannot be counted (Boom: broken on purpose)"),
-    "accounts": (lambda patch: patch.setattr(others, "accounts", boom),
-                 "accounts cannot be read (Boom: broken on purpose)"),
-    "memory": (lambda patch: patch.setattr(memory, "_status_bytes", boom),
-               "the process's memory could not be measured"),
-    "peak": (lambda patch: patch.setattr("pipeline.runs.rows.peak", boom), "the peak rate could not be measured"),
+    "flops": (
+        lambda patch: patch.setattr(flops, "_twin", boom),
+        "cannot be counted (Boom: broken on purpose)",
+    ),
+    "accounts": (
+        lambda patch: patch.setattr(others, "accounts", boom),
+        "accounts cannot be read (Boom: broken on purpose)",
+    ),
+    "memory": (
+        lambda patch: patch.setattr(memory, "_status_bytes", boom),
+        "the process's memory could not be measured",
+    ),
+    "peak": (
+        lambda patch: patch.setattr("pipeline.runs.rows.peak", boom),
+        "the peak rate could not be measured",
+    ),
     "sampler": (lambda patch: patch.setattr(Sampler, "_tick", boom), ""),
-    "placement": (lambda patch: patch.setattr("pipeline.runs.opening.placement", boom),
-                  "the placement could not be measured"),
-    "grant": (lambda patch: patch.setattr("pipeline.runs.opening.grant", boom), "the scheduler's grant could not be"),
+    "placement": (
+        lambda patch: patch.setattr("pipeline.runs.opening.placement", boom),
+        "the placement could not be measured",
+    ),
+    "grant": (
+        lambda patch: patch.setattr("pipeline.runs.opening.grant", boom),
+        "the scheduler's grant could not be",
+    ),
     "environment": (lambda patch: patch.setattr("pipeline.runs.assemble.version", boom), ""),
-    "commit": (lambda patch: patch.setattr("pipeline.runs.assemble.subprocess", SimpleNamespace(run=boom)), ""),
-    "gradient": (lambda patch: patch.setattr(pipeline.stages.teaching, "gradient_share", boom),
-                 "the teacher's gradient could not be measured"),
-    "vllm": (lambda patch: [patch.setattr("pipeline.runs.attempt.vllm_why_not", lambda *_: None),
-                            patch.setattr("pipeline.runs.attempt.check_vllm", boom)],
-             "vLLM: failed (agreement with vLLM could not be measured"),
-    "vllm_question": (lambda patch: patch.setattr("pipeline.runs.attempt.vllm_why_not", boom),
-                      "vLLM could not be measured"),
-    "energy": (lambda patch: patch.setattr(pipeline.evaluation.serving.measure, "_units_per_joule", boom), ""),
-    "charge": (lambda patch: patch.setattr("pipeline.runs.comparison.charge", boom), "what models cost could not be"),
-}  # fmt: skip
+    "commit": (
+        lambda patch: patch.setattr("pipeline.runs.assemble.subprocess", SimpleNamespace(run=boom)),
+        "",
+    ),
+    "gradient": (
+        lambda patch: patch.setattr(pipeline.stages.teaching, "gradient_share", boom),
+        "the teacher's gradient could not be measured",
+    ),
+    "vllm": (
+        lambda patch: [
+            patch.setattr("pipeline.runs.attempt.vllm_why_not", lambda *_: None),
+            patch.setattr("pipeline.runs.attempt.check_vllm", boom),
+        ],
+        "vLLM: failed (agreement with vLLM could not be measured",
+    ),
+    "vllm_question": (
+        lambda patch: patch.setattr("pipeline.runs.attempt.vllm_why_not", boom),
+        "vLLM could not be measured",
+    ),
+    "energy": (
+        lambda patch: patch.setattr(pipeline.evaluation.serving.measure, "_units_per_joule", boom),
+        "",
+    ),
+    "charge": (
+        lambda patch: patch.setattr("pipeline.runs.comparison.charge", boom),
+        "what models cost could not be",
+    ),
+}
 """By measurement: what breaks its innermost call, and what the report then says."""
 
 
@@ -135,10 +199,12 @@ def test_a_run_whose_measurements_all_fail_ends_well_and_its_models_are_whole(
         assert row["ledger"]["device_hours"]["attached"]["v"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name, (_, said) in BREAKS.items() if said and name != "vllm_question"])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, said) in BREAKS.items() if said and name != "vllm_question"]
+)
 def test_result_and_report_say_what_was_not_measured(
     broken: tuple[int, dict[str, Any], str, str], name: str
-) -> None:  # fmt: skip
+) -> None:
     _, result, report, _ = broken
     said = BREAKS[name][1]
     assert said in json.dumps(result, ensure_ascii=False), name
@@ -167,13 +233,14 @@ def test_a_control_goes_by_six_n_where_nothing_is_counted_and_says_so(
     steps = {row["arm"]: row["ledger"]["counts"]["steps"]["v"] for row in result["rows"]}
     assert steps["control_compute"] >= steps["student"]  # the teacher's forward is matched, too
     said = (
-        f"control_compute: {steps['control_compute']} steps match student's FLOPs by the rule of thumb (6N, estimated)"
+        f"control_compute: {steps['control_compute']} steps match student's FLOPs by the rule of"
+        " thumb (6N, estimated)"
     )
     assert any(note.startswith(said) for note in result["environment"]["notes"])
     assert "by the rule of thumb (6N, estimated)" in report
 
 
-# -- what decides more than a figure -----------------------------------------------------------------------------------
+# -- what decides more than a figure --------------------------------------------------------------
 
 
 def test_where_not_even_six_n_is_known_the_control_says_why_it_has_no_steps(
@@ -183,17 +250,27 @@ def test_where_not_even_six_n_is_known_the_control_says_why_it_has_no_steps(
     monkeypatch.setattr("pipeline.stages.step_flops.six_n", boom)
     done = here(tmp_path, *TINY)
     assert done.returncode == 1
-    assert "student has no FLOPs to match: the model cannot be counted (Boom: broken on purpose)" in done.stderr
+    assert (
+        "student has no FLOPs to match: the model cannot be counted (Boom: broken on purpose)"
+        in done.stderr
+    )
     made = list((tmp_path / "mlruns/store/keys").glob("*.json"))
     assert len(made) >= 2  # teacher and student are kept
 
 
-def test_validation_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline.stages.training, "validation_metric", boom)
     code, result, report = run(tmp_path)
     assert code == 0
-    assert "validation after step 2 could not be measured (Boom: broken on purpose)" in report.replace("\\", "")
-    training = next(pair for pair in result["comparisons"] if pair["base"] == "control_compute")["training"]
+    assert (
+        "validation after step 2 could not be measured (Boom: broken on purpose)"
+        in report.replace("\\", "")
+    )
+    training = next(pair for pair in result["comparisons"] if pair["base"] == "control_compute")[
+        "training"
+    ]
     assert training["why_null"] == "student has no validation reading"
 
 
@@ -210,8 +287,12 @@ def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
     assert why in report.replace("\\", "")
 
 
-def test_quality_that_fails_loses_nothing_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An assessment is no mere measurement: the run fails, and the same command goes on from the trained model."""
+def test_quality_that_fails_loses_nothing_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An assessment is no mere measurement: the run fails, and the same command goes on from the
+    trained model.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.evaluation.quality.assess, "score_causal", boom)
         assert here(tmp_path, *TINY).returncode == 1
@@ -222,7 +303,9 @@ def test_quality_that_fails_loses_nothing_that_was_trained(tmp_path: Path, monke
     trained = list((tmp_path / "mlruns/store/artifacts").iterdir())
     code, result, _ = run(tmp_path)
     assert (code, result["run_id"], result["run"]["attempts"]) == (0, folder.name, 2)
-    teacher = next(row for row in result["rows"] if row["arm"] == "teacher" and row["status"] == "FINISHED")
+    teacher = next(
+        row for row in result["rows"] if row["arm"] == "teacher" and row["status"] == "FINISHED"
+    )
     assert Path(teacher["artifact"]["path"]) in trained
     assert teacher["ledger"]["device_hours"]["work"]["v"] == 0  # not trained again
 
@@ -238,10 +321,12 @@ def test_a_writer_that_cannot_be_started_is_said(
     done = here(tmp_path, "recipe=baseline", *PLAIN)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
-    assert f"what MLflow is to be told could not be measured ({error.__name__}: no process)" in report
+    assert (
+        f"what MLflow is to be told could not be measured ({error.__name__}: no process)" in report
+    )
 
 
-# -- on a device -------------------------------------------------------------------------------------------------------
+# -- on a device ----------------------------------------------------------------------------------
 
 
 def test_a_devices_memory_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +334,11 @@ def test_a_devices_memory_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", boom)
     meter.start(device)
     why = unmeasured("the device's memory", "Boom: broken on purpose")
-    assert {value.why_null for name, value in meter.read(device).items() if name == "peak_allocated_bytes"} == {why}
+    assert {
+        value.why_null
+        for name, value in meter.read(device).items()
+        if name == "peak_allocated_bytes"
+    } == {why}
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "reset_accumulated_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", boom)
@@ -263,7 +352,10 @@ def test_device_events_that_fail_are_a_reason() -> None:
         phases.edge("forward")
         phases.edge("backward")
         phases.resolve()
-        assert phases.why_none == "device time by phase could not be measured (Boom: broken on purpose)"
+        assert (
+            phases.why_none
+            == "device time by phase could not be measured (Boom: broken on purpose)"
+        )
         phases.edge("optimizer")
         assert phases.phases_s() == {}
 
@@ -272,7 +364,9 @@ def test_device_events_that_fail_are_a_reason() -> None:
 def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
     from pipeline.ledger.phases import PhaseClock
 
-    profiler: Any = SimpleNamespace(start=lambda: None, stop=lambda: None, export_chrome_trace=lambda _: None)
+    profiler: Any = SimpleNamespace(
+        start=lambda: None, stop=lambda: None, export_chrome_trace=lambda _: None
+    )
     setattr(profiler, what, boom)
     tracer = StepTracer(tmp_path, torch.device("cuda"), (2,), make_profiler=lambda _: profiler)
     clock = PhaseClock()
@@ -284,27 +378,39 @@ def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
     assert found["shares"]["busy"]["v"] is None
 
 
-# -- lm-eval -----------------------------------------------------------------------------------------------------------
+# -- lm-eval --------------------------------------------------------------------------------------
 
 
-def test_lm_eval_that_fails_after_training_leaves_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_that_fails_after_training_leaves_nulls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.config.settings import QualityConfig
     from pipeline.evaluation.quality import tasks
 
     data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps({"q": f"{n} plus one is", "a": f" {n + 1}"}) + "\n" for n in range(6)))
+    data.write_text(
+        "".join(json.dumps({"q": f"{n} plus one is", "a": f" {n + 1}"}) + "\n" for n in range(6))
+    )
     file = tmp_path / "sums.yaml"
     file.write_text(
-        "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}\ntest_split: test\n"
-        "output_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\nmetric_list: [{metric: acc}]\n"
+        "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test:"
+        " questions.jsonl}}\ntest_split: test\noutput_type: loglikelihood\ndoc_to_text:"
+        " '{{q}}'\ndoc_to_target: '{{a}}'\nmetric_list: [{metric: acc}]\n"
     )
     config = QualityConfig(tasks=[str(file)])
     assert tasks.asked_metrics(config) == [("sums", "acc")]
     monkeypatch.setattr(tasks, "run_tasks", boom)
-    found = pipeline.evaluation.quality.assess._no_tasks(config, tmp_path / "items.jsonl", "Boom: broken on purpose")
-    assert found["task/sums/acc"]["why_null"] == "lm-eval's tasks could not be measured (Boom: broken on purpose)"
+    found = pipeline.evaluation.quality.assess._no_tasks(
+        config, tmp_path / "items.jsonl", "Boom: broken on purpose"
+    )
+    assert (
+        found["task/sums/acc"]["why_null"]
+        == "lm-eval's tasks could not be measured (Boom: broken on purpose)"
+    )
     pytest.importorskip("lm_eval")
-    done = here(tmp_path, "recipe=baseline", *PLAIN, "tracking.mlflow=false", f"quality.tasks=[{file}]")
+    done = here(
+        tmp_path, "recipe=baseline", *PLAIN, "tracking.mlflow=false", f"quality.tasks=[{file}]"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "mlruns/latest/result.json").read_text())
     (row,) = result["rows"]
@@ -312,8 +418,11 @@ def test_lm_eval_that_fails_after_training_leaves_nulls(tmp_path: Path, monkeypa
     assert row["quality"]["bits_per_byte"]["v"] > 0
     assert "lm-eval's tasks could not be measured" in markdown(result).replace("\\", "")
     monkeypatch.undo()
-    again = here(tmp_path, "recipe=baseline", *PLAIN, "tracking.mlflow=false", f"quality.tasks=[{file}]")
+    again = here(
+        tmp_path, "recipe=baseline", *PLAIN, "tracking.mlflow=false", f"quality.tasks=[{file}]"
+    )
     assert again.returncode == 0, again.stderr
     found = json.loads((tmp_path / "mlruns/latest/result.json").read_text())["rows"]
-    assert any(row["quality"].get("task/sums/acc", {}).get("v") is not None for row in found)  # a failure is not kept
+    # a failure is not kept
+    assert any(row["quality"].get("task/sums/acc", {}).get("v") is not None for row in found)
     shutil.rmtree(tmp_path / "mlruns")

@@ -1,4 +1,6 @@
-"""Memory: a fake allocator, the kernel's high-water mark, and the one line that says what to change."""
+"""Memory: a fake allocator, the kernel's high-water mark, and the one line that says what to
+change.
+"""
 
 from __future__ import annotations
 
@@ -39,23 +41,34 @@ GB = 10**9
 class FakeCuda:
     """What torch.cuda says of a device of 80 GB; `events` are the calls that change something."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int | None = 1 * GB, **stats: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, free: int | None = 1 * GB, **stats: int
+    ) -> None:
         self.events: list[str] = []
         self.stats = {
-            "allocated_bytes.all.peak": 60 * GB, "reserved_bytes.all.peak": 75 * GB,
-            "allocated_bytes.all.current": 60 * GB, "reserved_bytes.all.current": 75 * GB,
-            "num_alloc_retries": 3, "num_ooms": 1, **stats,
-        }  # fmt: skip
+            "allocated_bytes.all.peak": 60 * GB,
+            "reserved_bytes.all.peak": 75 * GB,
+            "allocated_bytes.all.current": 60 * GB,
+            "reserved_bytes.all.current": 75 * GB,
+            "num_alloc_retries": 3,
+            "num_ooms": 1,
+            **stats,
+        }
         self.free = free
         monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: self.stats)
         monkeypatch.setattr(torch.cuda, "mem_get_info", self.mem_get_info)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB)
+        )
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
         for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda _, name=name: self.events.append(name))
         blocks = [{"address": 1, "size": 512, "state": "inactive"}]
-        snapshot = {"segments": [{"segment_pool_id": (0, 0), "blocks": blocks}], "device_traces": [[]]}
+        snapshot = {
+            "segments": [{"segment_pool_id": (0, 0), "blocks": blocks}],
+            "device_traces": [[]],
+        }
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             monkeypatch.delenv(name, raising=False)
@@ -69,12 +82,14 @@ class FakeCuda:
 def proc(folder: Path, *, peak_kb: int = 4096, now_kb: int = 2048) -> Path:
     (folder / "self").mkdir(parents=True, exist_ok=True)
     (folder / "self" / "clear_refs").touch()
-    (folder / "self" / "status").write_text(f"Name:\tpython\nVmHWM:\t{peak_kb} kB\nVmRSS:\t{now_kb} kB\n")
+    (folder / "self" / "status").write_text(
+        f"Name:\tpython\nVmHWM:\t{peak_kb} kB\nVmRSS:\t{now_kb} kB\n"
+    )
     (folder / "meminfo").write_text("MemTotal:  16000 kB\nMemAvailable:  1000 kB\n")
     return folder
 
 
-# -- the ledger's group ----------------------------------------------------------------------------------------------
+# -- the ledger's group ---------------------------------------------------------------------------
 
 
 def test_a_devices_memory_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,15 +99,26 @@ def test_a_devices_memory_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (tmp_path / "self" / "clear_refs").read_text() == "5\n"
     found = meter.read(GPU, nvml_peak=measured(77 * GB))
     assert {name: value.v for name, value in found.items()} == {
-        "peak_allocated_bytes": 60 * GB, "peak_reserved_bytes": 75 * GB, "fragmentation": pytest.approx(0.2),
-        "alloc_retries": 3, "ooms": 1, "headroom_bytes": 5 * GB, "total_bytes": 80 * GB, "nvml_peak_bytes": 77 * GB,
+        "peak_allocated_bytes": 60 * GB,
+        "peak_reserved_bytes": 75 * GB,
+        "fragmentation": pytest.approx(0.2),
+        "alloc_retries": 3,
+        "ooms": 1,
+        "headroom_bytes": 5 * GB,
+        "total_bytes": 80 * GB,
+        "nvml_peak_bytes": 77 * GB,
         "host_peak_rss_bytes": 4096 * 1024,
-    }  # fmt: skip
+    }
     assert tuple(found) == MEMORY
-    assert {name for name, value in found.items() if value.prov is Prov.DERIVED} == {"fragmentation", "headroom_bytes"}
+    assert {name for name, value in found.items() if value.prov is Prov.DERIVED} == {
+        "fragmentation",
+        "headroom_bytes",
+    }
 
 
-def test_no_reading_is_null_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_reading_is_null_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cuda, meter = FakeCuda(monkeypatch), MemoryMeter(proc(tmp_path) / "self")
     meter.start(GPU)
     assert meter.read(GPU)["nvml_peak_bytes"].why_null == "NVML's memory was not sampled"
@@ -140,14 +166,18 @@ def test_what_was_held_before_a_stage_is_not_its_peak() -> None:
     assert start + 100_000_000 <= peak <= held - 100_000_000
 
 
-# -- one line, with what to change -----------------------------------------------------------------------------------
+# -- one line, with what to change ----------------------------------------------------------------
 
 
 def oom(asked: str = "4.00 GiB") -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {asked}. GPU 0 has a total capacity of ...")
+    return torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {asked}. GPU 0 has a total capacity of ..."
+    )
 
 
-def said(error: Exception, stage: Any, kind: str, folder: Path, device: Any = GPU, run: Run | None = None) -> str:
+def said(
+    error: Exception, stage: Any, kind: str, folder: Path, device: Any = GPU, run: Run | None = None
+) -> str:
     run = run or Run(stages={"student": stage})
     line = explain(error, run, "student", stage, kind, device=device, snapshot=folder / "oom.json")
     assert line is not None
@@ -159,18 +189,26 @@ def test_the_size_asked_for_is_read_from_the_message() -> None:
     assert asked_bytes(oom("4.00 GiB")) == 4 * 2**30
     assert asked_bytes(oom("512 bytes")) == 512
     assert (
-        asked_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."))
+        asked_bytes(
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."
+            )
+        )
         == 8000
     )
     assert asked_bytes(RuntimeError("no figure here")) is None
 
 
-def test_the_line_says_what_was_asked_and_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_line_says_what_was_asked_and_what_was_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     FakeCuda(monkeypatch, **{"allocated_bytes.all.current": 74 * GB})
-    assert said(oom(), TrainStage(), "work", tmp_path) == (
-        "out of GPU memory: 4.29 GB asked for, 1 GB free of 80 GB; torch holds 75 GB, 74 GB of it in tensors, "
-        "other processes and CUDA itself 4 GB; first: training.gradient_accumulation=2 (now 1; the same batch in "
-        f"smaller parts); memory map: {tmp_path / 'oom.json'}"
+    assert (
+        said(oom(), TrainStage(), "work", tmp_path)
+        == "out of GPU memory: 4.29 GB asked for, 1 GB free of 80 GB; torch holds 75 GB, 74 GB of"
+        " it in tensors, other processes and CUDA itself 4 GB; first:"
+        " training.gradient_accumulation=2 (now 1; the same batch in smaller parts); memory"
+        f" map: {tmp_path / 'oom.json'}"
     )
     kept = json.loads((tmp_path / "oom.json").read_text())
     assert kept["history_recorded"] is False
@@ -180,11 +218,15 @@ def test_the_line_says_what_was_asked_and_what_was_there(monkeypatch: pytest.Mon
 def test_fragments_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     FakeCuda(monkeypatch)  # 15 GB are held in pieces, and 4.29 GB did not fit
     advice = (
-        "first: PYTORCH_ALLOC_CONF=expandable_segments:True in the environment (15 GB are held in pieces too small)"
+        "first: PYTORCH_ALLOC_CONF=expandable_segments:True in the environment (15 GB are held in"
+        " pieces too small)"
     )
     assert advice in said(oom(), TrainStage(), "work", tmp_path)
-    assert "expandable" not in said(oom("20.00 GiB"), TrainStage(), "work", tmp_path)  # more than all pieces together
-    assert "expandable" not in said(torch.OutOfMemoryError("CUDA error: out of memory"), TrainStage(), "work", tmp_path)
+    # more than all pieces together
+    assert "expandable" not in said(oom("20.00 GiB"), TrainStage(), "work", tmp_path)
+    assert "expandable" not in said(
+        torch.OutOfMemoryError("CUDA error: out of memory"), TrainStage(), "work", tmp_path
+    )
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     assert "first: training.gradient_accumulation=2" in said(oom(), TrainStage(), "work", tmp_path)
 
@@ -194,10 +236,15 @@ def test_other_processes_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     FakeCuda(monkeypatch, **held)
     line = said(oom(), TrainStage(), "work", tmp_path)
     assert "other processes and CUDA itself 39 GB" in line
-    assert "first: end what else runs on this device, or take another one (hardware.device); then training" in line
+    assert (
+        "first: end what else runs on this device, or take another one (hardware.device); then"
+        " training" in line
+    )
 
 
-def test_a_device_that_answers_nothing_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_that_answers_nothing_any_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     FakeCuda(monkeypatch, free=None, **{"allocated_bytes.all.current": 75 * GB})
 
     def refuse() -> None:
@@ -205,7 +252,10 @@ def test_a_device_that_answers_nothing_any_more(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", refuse)
     line = said(oom(), TrainStage(), "work", tmp_path)
-    assert "4.29 GB asked for, what is free is unknown; torch holds 75 GB, 75 GB of it in tensors; first: train" in line
+    assert (
+        "4.29 GB asked for, what is free is unknown; torch holds 75 GB, 75 GB of it in tensors;"
+        " first: train" in line
+    )
     assert "no memory map was written (CUDA error: an illegal" in line
     assert not list(tmp_path.iterdir())
 
@@ -216,9 +266,15 @@ def test_a_device_that_answers_nothing_any_more(monkeypatch: pytest.MonkeyPatch,
         (TrainStage(), "training.gradient_accumulation=2 (now 1;"),
         (TrainStage(gradient_accumulation=2), "stages.student.gradient_accumulation=4 (now 2;"),
         (DistillStage(like="other"), "stages.other.gradient_accumulation=8 (now 4;"),
-        (TrainStage(batch_size=9, gradient_accumulation=3), "stages.student.gradient_accumulation=9 (now 3;"),
+        (
+            TrainStage(batch_size=9, gradient_accumulation=3),
+            "stages.student.gradient_accumulation=9 (now 3;",
+        ),
         (TrainStage(batch_size=1), "training.sequence_length=64 (now 128);"),
-        (TrainStage(batch_size=1, sequence_length=512), "stages.student.sequence_length=256 (now 512);"),
+        (
+            TrainStage(batch_size=1, sequence_length=512),
+            "stages.student.sequence_length=256 (now 512);",
+        ),
         (
             TrainStage(batch_size=1, precision=Precision.fp32),
             "training.sequence_length=64 (now 128), or precision=bf16;",
@@ -226,13 +282,17 @@ def test_a_device_that_answers_nothing_any_more(monkeypatch: pytest.MonkeyPatch,
         (QuantizeStage(), "a device with more memory (this stage has no setting that needs less);"),
     ],
 )
-def test_training_in_smaller_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: Any, advice: str) -> None:
+def test_training_in_smaller_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: Any, advice: str
+) -> None:
     FakeCuda(monkeypatch, **{"allocated_bytes.all.current": 75 * GB})
     run = Run(stages={"student": stage, "other": TrainStage(gradient_accumulation=4)})
     assert f"first: {advice}" in said(oom(), stage, "work", tmp_path, run=run)
 
 
-def test_assessment_and_serving_in_smaller_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_assessment_and_serving_in_smaller_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     FakeCuda(monkeypatch, **{"allocated_bytes.all.current": 75 * GB})
     run = Run()
     line = lambda kind: said(oom(), None, kind, tmp_path, run=run)
@@ -245,37 +305,54 @@ def test_assessment_and_serving_in_smaller_parts(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_host_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.runs.out_of_memory.host_now", lambda: memory.host_now(proc(tmp_path / "proc")))
+    monkeypatch.setattr(
+        "pipeline.runs.out_of_memory.host_now", lambda: memory.host_now(proc(tmp_path / "proc"))
+    )
     torchs = RuntimeError(
-        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000"
+        " bytes."
     )
-    assert said(torchs, TrainStage(), "work", tmp_path, CPU) == (
-        "out of host memory: 8 kB asked for, this process holds 2.1 MB, the machine has 1.02 MB left; "
-        "first: training.gradient_accumulation=2 (now 1; the same batch in smaller parts)"
+    assert (
+        said(torchs, TrainStage(), "work", tmp_path, CPU)
+        == "out of host memory: 8 kB asked for, this process holds 2.1 MB, the machine has 1.02 MB"
+        " left; first: training.gradient_accumulation=2 (now 1; the same batch in smaller parts)"
     )
-    line = said(MemoryError(), TrainStage(), "work", tmp_path, GPU)  # the device's settings would not help
+    # the device's settings would not help
+    line = said(MemoryError(), TrainStage(), "work", tmp_path, GPU)
     assert line.startswith("out of host memory: an allocation failed, this process holds 2.1 MB")
     assert line.endswith("first: data.max_documents=10000")
 
 
 def test_another_error_is_not_explained(tmp_path: Path) -> None:
-    for error in (RuntimeError("out of memory"), ValueError("x"), RuntimeError("CUDA error: misaligned address")):
-        assert explain(error, Run(), "a", TrainStage(), "work", device=GPU, snapshot=tmp_path / "x") is None
+    for error in (
+        RuntimeError("out of memory"),
+        ValueError("x"),
+        RuntimeError("CUDA error: misaligned address"),
+    ):
+        assert (
+            explain(error, Run(), "a", TrainStage(), "work", device=GPU, snapshot=tmp_path / "x")
+            is None
+        )
     xpu: Any = SimpleNamespace(type="xpu")
-    assert said(oom(), TrainStage(), "work", tmp_path, xpu).startswith("out of xpu memory: 4.29 GB asked for; first: ")
+    assert said(oom(), TrainStage(), "work", tmp_path, xpu).startswith(
+        "out of xpu memory: 4.29 GB asked for; first: "
+    )
     assert not list(tmp_path.iterdir())
 
 
-# -- inside a run ----------------------------------------------------------------------------------------------------
+# -- inside a run ---------------------------------------------------------------------------------
 
 
 def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student runs out 6 min in, 4 after its checkpoint was made; the same command goes on from that checkpoint."""
+    """The student runs out 6 min in, 4 after its checkpoint was made; the same command goes on from
+    that checkpoint.
+    """
     FakeCuda(monkeypatch)
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
-    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)  # no model there
+    # no model there
+    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)
     monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
     monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))
@@ -300,7 +377,9 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     with pytest.raises(StageFailed) as caught:
         invoke(root, "run-1", 1, run)
     line = str(caught.value)
-    assert line.startswith("stage student: out of GPU memory: 4.29 GB asked for, 1 GB free of 80 GB; torch holds 75 GB")
+    assert line.startswith(
+        "stage student: out of GPU memory: 4.29 GB asked for, 1 GB free of 80 GB; torch holds 75 GB"
+    )
     (snapshot,) = root.rglob("oom-*.json")
     assert line.endswith(f"memory map: {snapshot}")
     assert snapshot.name == "oom-student-1.json"
@@ -319,16 +398,25 @@ def test_from_the_command_line_it_is_one_line_and_exit_1(
     import pipeline.stages.training as stage
 
     def no_room(*_: Any, **__: Any) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes.")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "train", no_room)
-    documents = [json.dumps({"text": f"document {number}, long enough to be one"}) for number in range(80)]
+    documents = [
+        json.dumps({"text": f"document {number}, long enough to be one"}) for number in range(80)
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(documents))
-    code = main(["recipe=baseline", "tracking.mlflow=false", "training.steps=2", "data.path=d.jsonl"], started_ns=0)
+    code = main(
+        ["recipe=baseline", "tracking.mlflow=false", "training.steps=2", "data.path=d.jsonl"],
+        started_ns=0,
+    )
     line = capsys.readouterr().err.strip()
     assert (code, len(line.splitlines())) == (1, 1)
-    assert line.startswith("failed: stage baseline: out of host memory: 8 kB asked for, this process holds ")
+    assert line.startswith(
+        "failed: stage baseline: out of host memory: 8 kB asked for, this process holds "
+    )
     assert "; first: training.gradient_accumulation=2 (now 1;" in line
     (result,) = tmp_path.glob("mlruns/runs/*/result.json")
     (row,) = json.loads(result.read_text())["rows"]
@@ -339,7 +427,10 @@ def test_from_the_command_line_it_is_one_line_and_exit_1(
 def test_the_report_shows_device_memory_where_it_was_measured() -> None:
     rows = [make_row("baseline")]
     assert "device memory" not in markdown(make_result("baseline", rows=rows))
-    rows[0]["ledger"]["memory"] |= {"peak_reserved_bytes": value(75 * GB), "headroom_bytes": value(5 * GB)}
+    rows[0]["ledger"]["memory"] |= {
+        "peak_reserved_bytes": value(75 * GB),
+        "headroom_bytes": value(5 * GB),
+    }
     report = markdown(make_result("baseline", rows=rows))
     assert "| device memory | left of it |" in report
     assert "| 75 GB | 5 GB |" in report.replace("\N{NO-BREAK SPACE}", " ")

@@ -1,4 +1,6 @@
-"""Model folders as people bring them: more in them, less in them, damaged, or made for other programs."""
+"""Model folders as people bring them: more in them, less in them, damaged, or made for other
+programs.
+"""
 
 from __future__ import annotations
 
@@ -63,15 +65,24 @@ from pipeline.store.artifacts import Store
 from pipeline.training.objective import examine
 
 CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm
-SAME: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
-                        "num_hidden_layers": 2, "max_position_embeddings": 40, "pad_token_id": 1}  # fmt: skip
+SAME: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+}
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
     change(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"}
+    )
 
 
 def change_json(file: Path, **more: Any) -> None:
@@ -84,7 +95,7 @@ def folder_of(folder: Path, config: PreTrainedConfig, auto: Any) -> Path:
     return folder
 
 
-# -- weights that the class does not know -----------------------------------------------------------------------------
+# -- weights that the class does not know ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,12 +103,34 @@ def folder_of(folder: Path, config: PreTrainedConfig, auto: Any) -> Path:
     [
         (GPTNeoXConfig(**SAME), "embed_out.bias", (259,)),
         (GPTNeoXConfig(**SAME), "gpt_neox.layers.2.attention.dense.weight", (32, 32)),
-        (OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=1,
-                   word_embed_proj_dim=32, max_position_embeddings=40), "lm_head.bias", (259,)),
-        (OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=1,
-                   word_embed_proj_dim=32, max_position_embeddings=40), "adapter.scale", (1,)),
+        (
+            OPTConfig(
+                vocab_size=259,
+                hidden_size=32,
+                ffn_dim=32,
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                word_embed_proj_dim=32,
+                max_position_embeddings=40,
+            ),
+            "lm_head.bias",
+            (259,),
+        ),
+        (
+            OPTConfig(
+                vocab_size=259,
+                hidden_size=32,
+                ffn_dim=32,
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                word_embed_proj_dim=32,
+                max_position_embeddings=40,
+            ),
+            "adapter.scale",
+            (1,),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_weight_that_a_language_model_has_no_place_for_is_refused(
     tmp_path: Path, config: PreTrainedConfig, extra: str, shape: tuple[int, ...]
 ) -> None:
@@ -108,20 +141,31 @@ def test_a_weight_that_a_language_model_has_no_place_for_is_refused(
         lambda: load_model(folder, CAUSAL),
         lambda: check_loads(folder, CAUSAL, labels=None, key="model.path"),
     ):
-        with pytest.raises(UserError, match=rf"has no place for: .*{extra.rpartition('.')[2]} \(1 in all\)"):
+        with pytest.raises(
+            UserError, match=rf"has no place for: .*{extra.rpartition('.')[2]} \(1 in all\)"
+        ):
             load()
 
 
 def test_harmless_extras_are_taken_and_heads_of_other_tasks_are_said(tmp_path: Path) -> None:
     neox = folder_of(tmp_path / "n", GPTNeoXConfig(**SAME), AutoModelForCausalLM)
-    change_weights(neox, lambda weights: weights.update({
-        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
-        "gpt_neox.layers.0.attention.masked_bias": torch.ones(1), "score.weight": torch.ones(2, 32),
-    }))  # fmt: skip
+    change_weights(
+        neox,
+        lambda weights: weights.update(
+            {
+                "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
+                "gpt_neox.layers.0.attention.masked_bias": torch.ones(1),
+                "score.weight": torch.ones(2, 32),
+            }
+        ),
+    )
     notes = check_loads(neox, CAUSAL, labels=None, key="model.path")
     assert notes == ["model.path: weights of other tasks are left out: score.weight"]
-    for name, config in (("e", ElectraConfig(**SAME)), ("d", DistilBertConfig(vocab_size=259, dim=32, n_layers=2,
-                         n_heads=2, hidden_dim=32)), ("r", RobertaConfig(**SAME))):  # fmt: skip
+    for name, config in (
+        ("e", ElectraConfig(**SAME)),
+        ("d", DistilBertConfig(vocab_size=259, dim=32, n_layers=2, n_heads=2, hidden_dim=32)),
+        ("r", RobertaConfig(**SAME)),
+    ):
         folder = folder_of(tmp_path / name, config, AutoModelForMaskedLM)
         notes = check_loads(folder, CLASSES, labels=LABELS, key="model.path", new_head=True)
         assert any("weights of other tasks are left out" in note for note in notes), (name, notes)
@@ -146,23 +190,29 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
     check_finite(folder, "student.path")
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(folder, lambda weights: weights[name].view(-1)[3:4].fill_(value))
-    with pytest.raises(UserError, match=rf"student\.path: .*{name} holds values that are not finite"):
+    with pytest.raises(
+        UserError, match=rf"student\.path: .*{name} holds values that are not finite"
+    ):
         check_finite(folder, "student.path")
     with pytest.raises(UserError, match=rf"model\.path: .*{name} holds values that are not finite"):
         refuse_not_finite(load_model(folder, CAUSAL), "model.path", folder)
 
 
-# -- positions --------------------------------------------------------------------------------------------------------
+# -- positions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "usable"),
     [
-        (RobertaConfig(**SAME), 38), (CamembertConfig(**SAME), 38), (MPNetConfig(**SAME), 38),
-        (RobertaConfig(**{**SAME, "pad_token_id": 5}), 34), (BertConfig(**SAME), 40), (ElectraConfig(**SAME), 40),
+        (RobertaConfig(**SAME), 38),
+        (CamembertConfig(**SAME), 38),
+        (MPNetConfig(**SAME), 38),
+        (RobertaConfig(**{**SAME, "pad_token_id": 5}), 34),
+        (BertConfig(**SAME), 40),
+        (ElectraConfig(**SAME), 40),
         (LongformerConfig(**SAME, attention_window=[4, 4]), 38),
     ],
-)  # fmt: skip
+)
 def test_as_many_tokens_as_a_model_has_positions_for_are_read_and_no_more(
     config: PreTrainedConfig, usable: int
 ) -> None:
@@ -178,11 +228,15 @@ def test_as_many_tokens_as_a_model_has_positions_for_are_read_and_no_more(
 
 
 def test_every_architecture_that_counts_from_its_padding_is_known() -> None:
-    """Read in the sources of the installed transformers: a new one of RoBERTa's kin fails here, not at 513 tokens."""
+    """Read in the sources of the installed transformers: a new one of RoBERTa's kin fails here, not
+    at 513 tokens.
+    """
     import importlib
     import inspect
 
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN,
+    )
 
     found = set()
     for kind in KNOWN:
@@ -190,7 +244,9 @@ def test_every_architecture_that_counts_from_its_padding_is_known() -> None:
         module = config.__module__ if isinstance(config, type) else None
         name = kind.replace("-", "_") if module is None else module.split(".")[-2]
         try:
-            source = inspect.getsource(importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
+            source = inspect.getsource(
+                importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+            )
         except ModuleNotFoundError:
             continue
         if "create_position_ids_from_input_ids" in source:
@@ -198,12 +254,15 @@ def test_every_architecture_that_counts_from_its_padding_is_known() -> None:
     assert found - {"clap", "kosmos-2"} <= models.COUNTED_FROM_PADDING | {"data2vec-text"}
 
 
-# -- other programs' folders ------------------------------------------------------------------------------------------
+# -- other programs' folders ----------------------------------------------------------------------
 
 
 def test_an_architecture_that_transformers_has_needs_no_code_of_its_own(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m", GPTNeoXConfig(**SAME), AutoModelForCausalLM)
-    change_json(folder / "config.json", auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "x.X"})
+    change_json(
+        folder / "config.json",
+        auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "x.X"},
+    )
     model = load_model(folder, CAUSAL)
     save_model(model, load_tokenizer(folder), tmp_path / "again")
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
@@ -219,7 +278,10 @@ def test_attention_that_is_not_here_gives_way_and_is_said(tmp_path: Path, name: 
     model = load_model(folder, CAUSAL)
     assert model.config._attn_implementation in ("sdpa", "eager")
     notes = check_loads(folder, CAUSAL, labels=None, key="model.path")
-    assert notes == [f"model.path: {folder} asks for flash_attention_2, which is not here: sdpa or eager attention"]
+    assert notes == [
+        f"model.path: {folder} asks for flash_attention_2, which is not here: sdpa or eager"
+        " attention"
+    ]
 
 
 def test_what_is_saved_may_be_read_by_those_who_may_read_the_rest(tmp_path: Path) -> None:
@@ -235,7 +297,9 @@ def adapter(folder: Path, base: Path, *, embedded: bool) -> torch.Tensor:
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    )
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     if embedded:
         shutil.copytree(base, folder)
@@ -244,7 +308,8 @@ def adapter(folder: Path, base: Path, *, embedded: bool) -> torch.Tensor:
         return adapted.eval()(input_ids=torch.arange(3, 12)[None]).logits
 
 
-PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # asked for by peft
+# asked for by peft
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 @PEFT
@@ -254,14 +319,21 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, *, embedded: bool) -
     base = saved(tiny(CAUSAL), tmp_path / "base")
     wanted = adapter(tmp_path / "a", base, embedded=embedded)
     check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
-    run = Run(recipe="baseline", model=ModelConfig(path=str(tmp_path / "a")), stages={}, primary_arm="model")
+    run = Run(
+        recipe="baseline",
+        model=ModelConfig(path=str(tmp_path / "a")),
+        stages={},
+        primary_arm="model",
+    )
     data = Dataset("d", "0" * 32, {"train": (), "validation": (), "test": ()})
     whole = base_artifact(run, data, 0, Store(tmp_path / "store"), PhaseClock())
     assert not list(whole.path.glob("adapter_*"))
     for folder in (tmp_path / "a", whole.path):
         model = load_model(folder, CAUSAL)
         with torch.no_grad():
-            assert torch.allclose(model(input_ids=torch.arange(3, 12)[None]).logits, wanted, atol=1e-5)
+            assert torch.allclose(
+                model(input_ids=torch.arange(3, 12)[None]).logits, wanted, atol=1e-5
+            )
         save_model(model, load_tokenizer(folder), tmp_path / "again")
         assert not list((tmp_path / "again").glob("adapter_*"))
 
@@ -271,11 +343,15 @@ def test_an_adapter_without_its_base_is_refused_with_its_name(tmp_path: Path) ->
     pytest.importorskip("peft")
     adapter(tmp_path / "a", saved(tiny(CAUSAL), tmp_path / "base"), embedded=False)
     change_json(tmp_path / "a" / "adapter_config.json", base_model_name_or_path="org/large")
-    with pytest.raises(UserError, match=r"is an adapter of org/large, which is no folder here; merge it"):
+    with pytest.raises(
+        UserError, match=r"is an adapter of org/large, which is no folder here; merge it"
+    ):
         load_config(tmp_path / "a")
 
 
-def given_to_peft(folder: Path, base: Path, settings: Any, kind: Any = AutoModelForCausalLM, **more: Any) -> Any:
+def given_to_peft(
+    folder: Path, base: Path, settings: Any, kind: Any = AutoModelForCausalLM, **more: Any
+) -> Any:
     """Save an adapter with random numbers; return the logits that peft gives of it and its base."""
     from peft import get_peft_model
 
@@ -299,9 +375,17 @@ def said_by(model: Any) -> torch.Tensor:
 
 TIED: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SAME, num_key_value_heads=2, tie_word_embeddings=True),
-    "opt": OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=32, num_attention_heads=2, num_hidden_layers=2,
-                     word_embed_proj_dim=32, max_position_embeddings=40, tie_word_embeddings=True),
-}  # fmt: skip
+    "opt": OPTConfig(
+        vocab_size=259,
+        hidden_size=32,
+        ffn_dim=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        word_embed_proj_dim=32,
+        max_position_embeddings=40,
+        tie_word_embeddings=True,
+    ),
+}
 ADAPTED: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "q_proj"]},
     "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
@@ -314,7 +398,9 @@ ADAPTED: dict[str, dict[str, Any]] = {
 @PEFT
 @pytest.mark.parametrize("kind", list(TIED))
 @pytest.mark.parametrize("what", list(ADAPTED))
-def test_an_adapter_of_a_tied_weight_is_merged_as_it_computes(tmp_path: Path, kind: str, what: str) -> None:
+def test_an_adapter_of_a_tied_weight_is_merged_as_it_computes(
+    tmp_path: Path, kind: str, what: str
+) -> None:
     peft = pytest.importorskip("peft")
     base = folder_of(tmp_path / "base", TIED[kind], AutoModelForCausalLM)
     settings = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **ADAPTED[what])
@@ -328,12 +414,20 @@ def test_an_adapter_of_a_tied_weight_is_merged_as_it_computes(tmp_path: Path, ki
 
 
 @PEFT
-def test_merging_that_changes_what_is_said_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_that_changes_what_is_said_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     base = folder_of(tmp_path / "base", TIED["qwen2"], AutoModelForCausalLM)
-    given_to_peft(tmp_path / "a", base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["up_proj"]))
+    given_to_peft(
+        tmp_path / "a",
+        base,
+        peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["up_proj"]),
+    )
     monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda *_, **__: None)
-    with pytest.raises(UserError, match=r"cannot be merged: logits of up to \S+ change by \S+; give an adapter"):
+    with pytest.raises(
+        UserError, match=r"cannot be merged: logits of up to \S+ change by \S+; give an adapter"
+    ):
         load_model(tmp_path / "a", CAUSAL)
 
 
@@ -341,20 +435,34 @@ def test_merging_that_changes_what_is_said_is_refused(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda weights: weights.pop(max(weights)), r"lacks \S+lora_B\.weight in its right shape \(1 of"),
-        (lambda weights: weights.update({min(weights): torch.ones(3, 32)}),
-         r"lora_A\S* .*(in its right shape|copying a param)"),
-        (lambda weights: weights.update({"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(2, 32)}),
-         r"has no place for: model\.layers\.7\.x\.lora_A\.weight \(1 in all\)"),
-        (lambda weights: weights.update({"other.weight": torch.ones(1)}), r"no place for: other\.weight"),
+        (
+            lambda weights: weights.pop(max(weights)),
+            r"lacks \S+lora_B\.weight in its right shape \(1 of",
+        ),
+        (
+            lambda weights: weights.update({min(weights): torch.ones(3, 32)}),
+            r"lora_A\S* .*(in its right shape|copying a param)",
+        ),
+        (
+            lambda weights: weights.update(
+                {"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(2, 32)}
+            ),
+            r"has no place for: model\.layers\.7\.x\.lora_A\.weight \(1 in all\)",
+        ),
+        (
+            lambda weights: weights.update({"other.weight": torch.ones(1)}),
+            r"no place for: other\.weight",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_of_other_weights_is_refused_by_name(
     tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
 ) -> None:
     peft = pytest.importorskip("peft")
     base = folder_of(tmp_path / "base", TIED["opt"], AutoModelForCausalLM)
-    given_to_peft(tmp_path / "a", base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["fc1"]))
+    given_to_peft(
+        tmp_path / "a", base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["fc1"])
+    )
     file = tmp_path / "a" / "adapter_model.safetensors"
     weights = load_file(file)
     change(weights)
@@ -371,8 +479,12 @@ def test_an_adapter_of_other_weights_is_refused_by_name(
 def test_an_adapter_that_is_no_change_of_weights_is_refused_by_its_kind(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = folder_of(tmp_path / "base", TIED["opt"], AutoModelForCausalLM)
-    given_to_peft(tmp_path / "a", base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(UserError, match=r"is an adapter of kind PREFIX_TUNING, which is no change of weights"):
+    given_to_peft(
+        tmp_path / "a", base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(
+        UserError, match=r"is an adapter of kind PREFIX_TUNING, which is no change of weights"
+    ):
         load_model(tmp_path / "a", CAUSAL)
 
 
@@ -382,23 +494,33 @@ def test_what_of_an_adapter_lies_beside_whole_weights_is_refused_or_said(tmp_pat
     base = saved(tiny(CAUSAL), tmp_path / "base")
     adapter(tmp_path / "a", base, embedded=True)
     said = check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
-    assert said == [f"model.path: the adapter in {tmp_path / 'a'} is merged into the weights that lie beside it"]
+    assert said == [
+        f"model.path: the adapter in {tmp_path / 'a'} is merged into the weights that lie beside it"
+    ]
     weights = tmp_path / "a" / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(UserError, match=r"holds pickled adapter weights \(adapter_model\.bin\), which can run code"):
+    with pytest.raises(
+        UserError, match=r"holds pickled adapter weights \(adapter_model\.bin\), which can run code"
+    ):
         load_model(tmp_path / "a", CAUSAL)
     weights.with_suffix(".bin").unlink()
     (said,) = check_loads(tmp_path / "a", CAUSAL, labels=None, key="model.path")
-    assert "holds adapter_config.json without an adapter's weights: its own weights are taken" in said
+    assert (
+        "holds adapter_config.json without an adapter's weights: its own weights are taken" in said
+    )
 
 
 def headed(folder: Path, base: Path, names: tuple[str, ...]) -> torch.Tensor:
-    """Save an adapter of a body without a head, which brings the head of so many classes; return its logits."""
+    """Save an adapter of a body without a head, which brings the head of so many classes; return
+    its logits.
+    """
     from peft import LoraConfig
 
     settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
-    return given_to_peft(folder, base, settings, AutoModelForSequenceClassification, num_labels=len(names))
+    return given_to_peft(
+        folder, base, settings, AutoModelForSequenceClassification, num_labels=len(names)
+    )
 
 
 @PEFT
@@ -437,8 +559,11 @@ def test_a_head_that_an_adapter_brings_is_said_to_be_new_only_where_it_is(tmp_pa
 def test_a_head_that_an_adapter_brings_of_other_names_is_new(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     kinds = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
-    base = folder_of(tmp_path / "base", ElectraConfig(**SAME, embedding_size=16, **kinds),
-                     AutoModelForSequenceClassification)  # fmt: skip
+    base = folder_of(
+        tmp_path / "base",
+        ElectraConfig(**SAME, embedding_size=16, **kinds),
+        AutoModelForSequenceClassification,
+    )
     old = headed(tmp_path / "a", base, ("a", "b"))
     ask: dict[str, Any] = {"labels": ("x", "y"), "new_head": True}
     (said,) = check_loads(tmp_path / "a", CLASSES, key="model.path", **ask)
@@ -449,29 +574,58 @@ def test_a_head_that_an_adapter_brings_of_other_names_is_new(tmp_path: Path) -> 
 def multimodal(kind: str) -> PreTrainedConfig:
     """Return the configuration of a tiny model that reads images too."""
     text = {**SAME, "num_key_value_heads": 2, "pad_token_id": 0}
-    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "image_size": 28, "patch_size": 14}  # fmt: skip
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     if kind == "llava":
         return LlavaConfig(
-            text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**sight), image_token_index=258
+            text_config=LlamaConfig(**text),
+            vision_config=CLIPVisionConfig(**sight),
+            image_token_index=258,
         )
     if kind == "mistral3":
-        return Mistral3Config(text_config=MistralConfig(**text, head_dim=16).to_dict(), image_token_index=258,
-                              vision_config={**sight, "model_type": "pixtral", "head_dim": 16})  # fmt: skip
+        return Mistral3Config(
+            text_config=MistralConfig(**text, head_dim=16).to_dict(),
+            image_token_index=258,
+            vision_config={**sight, "model_type": "pixtral", "head_dim": 16},
+        )
     if kind == "gemma3":
-        return Gemma3Config(text_config={**text, "head_dim": 16}, vision_config=sight, mm_tokens_per_image=4,
-                            image_token_index=258, boi_token_index=257, eoi_token_index=256)  # fmt: skip
+        return Gemma3Config(
+            text_config={**text, "head_dim": 16},
+            vision_config=sight,
+            mm_tokens_per_image=4,
+            image_token_index=258,
+            boi_token_index=257,
+            eoi_token_index=256,
+        )
     if kind == "llama4":
         wide = {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
-        return Llama4Config(text_config={**text, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 32},
-                            vision_config={**sight, **wide})  # fmt: skip
+        return Llama4Config(
+            text_config={
+                **text,
+                "head_dim": 16,
+                "num_local_experts": 2,
+                "intermediate_size_mlp": 32,
+            },
+            vision_config={**sight, **wide},
+        )
     raise ValueError(kind)
 
 
 @pytest.mark.parametrize("kind", ["llava", "mistral3", "gemma3", "llama4"])
-def test_the_language_of_a_multimodal_model_is_taken_cut_and_saved(tmp_path: Path, kind: str) -> None:
+def test_the_language_of_a_multimodal_model_is_taken_cut_and_saved(
+    tmp_path: Path, kind: str
+) -> None:
     folder = folder_of(tmp_path / "m", multimodal(kind), AutoModelForImageTextToText)
-    whole, ids = AutoModelForImageTextToText.from_pretrained(folder).eval(), torch.arange(3, 20)[None]
+    whole, ids = (
+        AutoModelForImageTextToText.from_pretrained(folder).eval(),
+        torch.arange(3, 20)[None],
+    )
     model = load_model(folder, CAUSAL)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-5)
@@ -484,17 +638,30 @@ def test_the_language_of_a_multimodal_model_is_taken_cut_and_saved(tmp_path: Pat
     assert is_remade(folder, CAUSAL) == (kind in ("llava", "mistral3"))
 
 
-@pytest.mark.parametrize(("config", "said"), [
-    (XLNetConfig(vocab_size=259, d_model=32, n_layer=1, n_head=2, d_inner=32), "sees the tokens that it is to predict"),
-    (XLMConfig(vocab_size=259, emb_dim=32, n_layers=1, n_heads=2), "sees the tokens that it is to predict"),
-])  # fmt: skip
-def test_models_that_read_what_they_predict_are_refused(tmp_path: Path, config: PreTrainedConfig, said: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            XLNetConfig(vocab_size=259, d_model=32, n_layer=1, n_head=2, d_inner=32),
+            "sees the tokens that it is to predict",
+        ),
+        (
+            XLMConfig(vocab_size=259, emb_dim=32, n_layers=1, n_heads=2),
+            "sees the tokens that it is to predict",
+        ),
+    ],
+)
+def test_models_that_read_what_they_predict_are_refused(
+    tmp_path: Path, config: PreTrainedConfig, said: str
+) -> None:
     folder = folder_of(tmp_path, config, AutoModelForCausalLM)
     with pytest.raises(UserError, match=said):
         load_model(folder, CAUSAL)
 
 
-def test_weights_that_another_program_quantized_are_refused_by_what_is_missing(tmp_path: Path) -> None:
+def test_weights_that_another_program_quantized_are_refused_by_what_is_missing(
+    tmp_path: Path,
+) -> None:
     folder = saved(tiny(CAUSAL), tmp_path)
     for method in ("gptq", "awq"):
         stored = {"quant_method": method, "bits": 4, "group_size": 64}
@@ -504,7 +671,7 @@ def test_weights_that_another_program_quantized_are_refused_by_what_is_missing(t
             load_model(folder, CAUSAL)
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ---------------------------------------------------------------------------------------
 
 DAMAGE: list[Any] = [
     None,
@@ -526,8 +693,18 @@ DAMAGE: list[Any] = [
 ]
 
 
-ADDED = ("layer_types", "rope_parameters", "quantization_config", "num_labels", "id2label", "text_config", "head_dim",
-         "dtype", "extra_special_tokens", "model_type")  # fmt: skip
+ADDED = (
+    "layer_types",
+    "rope_parameters",
+    "quantization_config",
+    "num_labels",
+    "id2label",
+    "text_config",
+    "head_dim",
+    "dtype",
+    "extra_special_tokens",
+    "model_type",
+)
 
 
 def damaged(content: Any, rng: random.Random) -> Any:
@@ -540,7 +717,11 @@ def damaged(content: Any, rng: random.Random) -> Any:
     if act < 0.2:
         del result[place]
     elif act < 0.7:
-        result[place] = damaged(content[place], rng) if isinstance(content[place], dict | list) else rng.choice(DAMAGE)
+        result[place] = (
+            damaged(content[place], rng)
+            if isinstance(content[place], dict | list)
+            else rng.choice(DAMAGE)
+        )
     elif act < 0.85:
         result[place] = {"a": content[place]} if rng.random() < 0.5 else [content[place]] * 2
     elif isinstance(result, dict):
@@ -551,12 +732,18 @@ def damaged(content: Any, rng: random.Random) -> Any:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sound")
-    return {"llama": saved(tiny(CAUSAL), root / "llama"),
-            "neox": folder_of(root / "neox", GPTNeoXConfig(**SAME), AutoModelForCausalLM)}  # fmt: skip
+    return {
+        "llama": saved(tiny(CAUSAL), root / "llama"),
+        "neox": folder_of(root / "neox", GPTNeoXConfig(**SAME), AutoModelForCausalLM),
+    }
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_damaged_files_are_one_line_or_another_model(tmp_path: Path, sound: dict[str, Path], file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_damaged_files_are_one_line_or_another_model(
+    tmp_path: Path, sound: dict[str, Path], file: str
+) -> None:
     """Nothing but a refusal may come out of it, whatever transformers raises."""
     import shutil
 
@@ -566,7 +753,11 @@ def test_damaged_files_are_one_line_or_another_model(tmp_path: Path, sound: dict
         kind = rng.choice(sorted(sound))
         folder = tmp_path / str(trial)
         shutil.copytree(sound[kind], folder)
-        content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {"pad_token": "<pad>"}
+        content = (
+            json.loads((folder / file).read_text())
+            if (folder / file).is_file()
+            else {"pad_token": "<pad>"}
+        )
         text = json.dumps(damaged(content, rng))
         (folder / file).write_text(text[: rng.randrange(len(text))] if rng.random() < 0.1 else text)
         said = refusal(folder)

@@ -34,8 +34,15 @@ SHAPE = TinyShape(hidden_size=64, layers=6, heads=2, intermediate_size=64)
 
 def bert(folder: Path, num_labels: int = 2) -> Path:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=259, hidden_size=64, num_hidden_layers=4, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=64, num_labels=num_labels)  # fmt: skip
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=num_labels,
+    )
     save_model(BertForSequenceClassification(config), byte_tokenizer(), folder)
     return folder
 
@@ -47,9 +54,15 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("spec", "total", "kept"),
-    [("every_2", 6, [1, 3, 5]), ("every_3", 7, [2, 5]), (3, 12, [3, 7, 11]), (1, 5, [4]), (4, 4, [0, 1, 2, 3]),
-     ([0, 3], 4, [0, 3])],
-)  # fmt: skip
+    [
+        ("every_2", 6, [1, 3, 5]),
+        ("every_3", 7, [2, 5]),
+        (3, 12, [3, 7, 11]),
+        (1, 5, [4]),
+        (4, 4, [0, 1, 2, 3]),
+        ([0, 3], 4, [0, 3]),
+    ],
+)
 def test_which_layers_are_kept(spec: Any, total: int, kept: list[int]) -> None:
     assert choose_layers(spec, total) == kept
 
@@ -60,11 +73,20 @@ def test_layers_that_are_not_there_are_refused(spec: Any) -> None:
         choose_layers(spec, 6)
 
 
-@pytest.mark.parametrize(("make", "task", "stack"), [
-    (lambda folder: saved(tiny(Task.causal_lm, shape=SHAPE), folder), Task.causal_lm, "model.layers"),
-    (lambda folder: bert(folder, 3), Task.sequence_classification, "bert.encoder.layer"),
-])  # fmt: skip
-def test_a_student_of_layers_has_its_teachers_weights(tmp_path: Path, make: Any, task: Task, stack: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "task", "stack"),
+    [
+        (
+            lambda folder: saved(tiny(Task.causal_lm, shape=SHAPE), folder),
+            Task.causal_lm,
+            "model.layers",
+        ),
+        (lambda folder: bert(folder, 3), Task.sequence_classification, "bert.encoder.layer"),
+    ],
+)
+def test_a_student_of_layers_has_its_teachers_weights(
+    tmp_path: Path, make: Any, task: Task, stack: str
+) -> None:
     source = make(tmp_path / "teacher")
     labels = LABELS if task is Task.sequence_classification else None
     teacher = load_model(source, task, labels=labels, new_head=True)
@@ -74,7 +96,9 @@ def test_a_student_of_layers_has_its_teachers_weights(tmp_path: Path, make: Any,
     for index, layer in enumerate(ours):
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor, theirs[2 * index + 1].state_dict()[name])
-    rest = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(stack)}
+    rest = {
+        name: tensor for name, tensor in student.state_dict().items() if not name.startswith(stack)
+    }
     assert rest
     assert all(torch.equal(tensor, teacher.state_dict()[name]) for name, tensor in rest.items())
     save_model(student, tokenizer, tmp_path / "student")
@@ -98,7 +122,9 @@ def test_a_student_by_configuration_is_random_and_checked(tmp_path: Path) -> Non
     student, _ = make_student(given, source, Task.causal_lm, None)
     assert len(student.model.layers) == 1
     assert student.model.layers[0].mlp.up_proj.weight.shape[0] == 64
-    with pytest.raises(UserError, match=r"student\.config\.num_layerz: LlamaConfig has no such key"):
+    with pytest.raises(
+        UserError, match=r"student\.config\.num_layerz: LlamaConfig has no such key"
+    ):
         make_student(StudentConfig(config={"num_layerz": 1}), source, Task.causal_lm, None)
 
 
@@ -113,8 +139,13 @@ def test_a_student_by_path_brings_its_own_tokenizer(tmp_path: Path) -> None:
 def test_a_head_that_would_stay_random_is_refused(tmp_path: Path) -> None:
     folder, task = bert(tmp_path / "model", num_labels=3), Task.sequence_classification
     load_model(folder, task, labels=("0", "1", "2"))
-    change_weights(folder, lambda weights: {name: t for name, t in weights.items() if "classifier" not in name})
-    with pytest.raises(UserError, match="no classification head for these classes, and 0 steps would leave it random"):
+    change_weights(
+        folder, lambda weights: {name: t for name, t in weights.items() if "classifier" not in name}
+    )
+    with pytest.raises(
+        UserError,
+        match="no classification head for these classes, and 0 steps would leave it random",
+    ):
         load_model(folder, task, labels=("0", "1", "2"))
 
 
@@ -124,7 +155,9 @@ def test_a_head_of_another_size_is_made_anew_and_the_body_kept(tmp_path: Path) -
     assert model.config.id2label == dict(enumerate(LABELS))
     assert model.classifier.weight.shape == (3, 64)
     before: Any = load_model(source, Task.sequence_classification)
-    assert torch.equal(model.bert.embeddings.word_embeddings.weight, before.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        model.bert.embeddings.word_embeddings.weight, before.bert.embeddings.word_embeddings.weight
+    )
 
 
 def test_tied_weights_stay_one_after_saving(tmp_path: Path) -> None:
@@ -149,7 +182,13 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
 def test_a_model_for_another_task_is_refused_in_one_line(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=32)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        image_size=32,
+    )
     ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.path: .* cannot be loaded") as error:
         load_model(tmp_path, Task.causal_lm)
@@ -158,9 +197,12 @@ def test_a_model_for_another_task_is_refused_in_one_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("shape", "said"),
-    [(TinyShape(hidden_size=100), "100 is not a multiple of 64"), (TinyShape(hidden_size=192, heads=5), "5 heads"),
-     (TinyShape(intermediate_size=65), "65 is not a multiple of 64")],
-)  # fmt: skip
+    [
+        (TinyShape(hidden_size=100), "100 is not a multiple of 64"),
+        (TinyShape(hidden_size=192, heads=5), "5 heads"),
+        (TinyShape(intermediate_size=65), "65 is not a multiple of 64"),
+    ],
+)
 def test_a_shape_that_kernels_cannot_take_is_refused(shape: TinyShape, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make_tiny(shape, 259, Task.causal_lm, None, byte_tokenizer())
@@ -168,7 +210,11 @@ def test_a_shape_that_kernels_cannot_take_is_refused(shape: TinyShape, said: str
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     file = folder / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in change(load_file(file)).items()},
+        file,
+        {"format": "pt"},
+    )
 
 
 @pytest.mark.parametrize("task", list(Task))
@@ -180,7 +226,9 @@ def change_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, An
         ("model.embed_tokens.weight", "narrow"),
     ],
 )
-def test_weights_that_would_be_random_are_refused(tmp_path: Path, task: Task, name: str, how: str) -> None:
+def test_weights_that_would_be_random_are_refused(
+    tmp_path: Path, task: Task, name: str, how: str
+) -> None:
     folder = saved(tiny(task), tmp_path)
 
     def change(weights: dict[str, Any]) -> dict[str, Any]:
@@ -188,14 +236,22 @@ def test_weights_that_would_be_random_are_refused(tmp_path: Path, task: Task, na
         return weights if how == "absent" else {**weights, name: tensor[:, :8]}
 
     change_weights(folder, change)
-    with pytest.raises(UserError, match=rf"model\.path: the weights in .* lack {name} in its right shape \(1 of"):
+    with pytest.raises(
+        UserError, match=rf"model\.path: the weights in .* lack {name} in its right shape \(1 of"
+    ):
         load_model(folder, task, labels=LABELS if task is Task.sequence_classification else None)
 
 
 def test_a_language_model_needs_its_head_and_a_classifier_may_get_a_new_one(tmp_path: Path) -> None:
     """An encoder saved without a head is what most fine-tuning starts from."""
-    config = BertConfig(vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     save_model(BertModel(config, add_pooling_layer=False), byte_tokenizer(), tmp_path / "b")
     model = load_model(tmp_path / "b", Task.sequence_classification, labels=LABELS, new_head=True)
     assert logits(model).shape == (1, 3)
@@ -203,7 +259,9 @@ def test_a_language_model_needs_its_head_and_a_classifier_may_get_a_new_one(tmp_
     untied.config.tie_word_embeddings = False
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     folder = saved(untied, tmp_path / "l")
-    change_weights(folder, lambda weights: {name: t for name, t in weights.items() if name != "lm_head.weight"})
+    change_weights(
+        folder, lambda weights: {name: t for name, t in weights.items() if name != "lm_head.weight"}
+    )
     with pytest.raises(UserError, match=r"lack lm_head\.weight"):
         load_model(folder, Task.causal_lm)
 
@@ -225,11 +283,16 @@ def test_a_truncated_weights_file_is_refused(tmp_path: Path, cut: int) -> None:
         (lambda config: {}, "Should have a `model_type` key"),
         (lambda config: {**config, "model_type": "of-tomorrow"}, "model type `of-tomorrow`"),
         (lambda config: {**config, "hidden_size": "wide"}, "expected int, got str"),
-        (lambda config: {**config, "num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+        (
+            lambda config: {**config, "num_attention_heads": 7},
+            "not a multiple of the number of attention heads",
+        ),
         (lambda config: {**config, "hidden_act": "sigh"}, "sigh"),
     ],
 )
-def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+def test_a_configuration_that_makes_no_model_is_refused(
+    tmp_path: Path, change: Any, said: str
+) -> None:
     folder = saved(tiny(Task.causal_lm), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(change(config)))
@@ -240,11 +303,21 @@ def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, change: 
 
 
 def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
-    """Trained as one, it would read the answer: BERT's logits at a place depend on the tokens after it."""
-    config = BertConfig(vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    """Trained as one, it would read the answer: BERT's logits at a place depend on the tokens after
+    it.
+    """
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     save_model(BertForMaskedLM(config), byte_tokenizer(), tmp_path)
-    with pytest.raises(UserError, match=r"is an encoder \(bert\), which sees the tokens that it is to predict"):
+    with pytest.raises(
+        UserError, match=r"is an encoder \(bert\), which sees the tokens that it is to predict"
+    ):
         load_model(tmp_path, Task.causal_lm)
     edited = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**edited, "is_decoder": True}))
@@ -256,14 +329,20 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
 def test_a_tokenizer_that_is_damaged_gone_or_wants_code_is_refused(tmp_path: Path) -> None:
     folder = saved(tiny(Task.causal_lm), tmp_path)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"its tokenizer in .* cannot be loaded .*put its tokenizer files beside"):
+    with pytest.raises(
+        UserError, match=r"its tokenizer in .* cannot be loaded .*put its tokenizer files beside"
+    ):
         load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"its tokenizer in .* cannot be loaded .*put its tokenizer files beside"):
+    with pytest.raises(
+        UserError, match=r"its tokenizer in .* cannot be loaded .*put its tokenizer files beside"
+    ):
         load_tokenizer(folder)
     wants = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(wants))
-    with pytest.raises(UserError, match="wants to run code of its own; use a model that transformers has"):
+    with pytest.raises(
+        UserError, match="wants to run code of its own; use a model that transformers has"
+    ):
         load_tokenizer(folder)
 
 
@@ -281,7 +360,10 @@ def test_a_folder_that_is_not_there_is_told_from_a_name_of_the_hub(
     for path in ("./model", "/nowhere/model", "a/b/c", "~/no such"):
         with pytest.raises(UserError, match="is not a folder"):
             load_model(path, Task.causal_lm)
-    said = r"there is no folder org/name here, and the Hub did not give a model of that name \(.*; check the name"
+    said = (
+        r"there is no folder org/name here, and the Hub did not give a model of that name \(.*;"
+        r" check the name"
+    )
     for load in (
         lambda: load_model("org/name", Task.causal_lm),
         lambda: load_tokenizer("org/name"),
@@ -295,11 +377,23 @@ def test_a_folder_that_is_not_there_is_told_from_a_name_of_the_hub(
 
 
 def test_a_classifier_pads_with_its_tokenizers_token(tmp_path: Path) -> None:
-    """GPT-2 names no padding and reads the last token before it: padded rows must equal rows alone."""
+    """GPT-2 names no padding and reads the last token before it: padded rows must equal rows
+    alone.
+    """
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=259,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     save_model(GPT2LMHeadModel(config), byte_tokenizer(), tmp_path / "source")
-    by_layers, _ = make_student(StudentConfig(), tmp_path / "source", Task.sequence_classification, LABELS)
+    by_layers, _ = make_student(
+        StudentConfig(), tmp_path / "source", Task.sequence_classification, LABELS
+    )
     given = StudentConfig(config={"n_layer": 1})
     by_config, _ = make_student(given, tmp_path / "source", Task.sequence_classification, LABELS)
     for model in (by_layers, by_config):
@@ -312,8 +406,16 @@ def test_a_classifier_pads_with_its_tokenizers_token(tmp_path: Path) -> None:
 
 
 def qwen(folder: Path) -> Path:
-    config = Qwen2Config(vocab_size=259, hidden_size=64, num_hidden_layers=4, num_attention_heads=2,
-                         num_key_value_heads=2, intermediate_size=64, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     save_model(Qwen2ForCausalLM(config), byte_tokenizer(), folder)
     return folder
 
@@ -324,7 +426,9 @@ def test_a_kind_per_layer_follows_the_number_of_layers(tmp_path: Path) -> None:
         student, tokenizer = make_student(given, source, Task.causal_lm, None)
         assert len(student.config.layer_types) == 2
         save_model(student, tokenizer, tmp_path / "s")
-        assert torch.equal(logits(load_model(tmp_path / "s", Task.causal_lm)), logits(student.eval()))
+        assert torch.equal(
+            logits(load_model(tmp_path / "s", Task.causal_lm)), logits(student.eval())
+        )
 
 
 @pytest.mark.parametrize(
@@ -334,12 +438,15 @@ def test_a_kind_per_layer_follows_the_number_of_layers(tmp_path: Path) -> None:
         ({"num_hidden_layers": 1.5}, "expected int, got float"),
         ({"hidden_size": "wide"}, "expected int, got str"),
         ({"num_attention_heads": 7}, "not a multiple"),
-        ({"num_attention_heads": 1}, "makes no LlamaConfig that runs"),  # fewer than key-value heads
+        # fewer than key-value heads
+        ({"num_attention_heads": 1}, "makes no LlamaConfig that runs"),
         ({"num_attention_heads": 0}, "makes no LlamaConfig that runs"),
         ({"hidden_act": "sigh"}, r"makes no LlamaConfig that runs \('sigh'\)"),
     ],
 )
-def test_a_student_that_could_not_run_is_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+def test_a_student_that_could_not_run_is_refused(
+    tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
     source = saved(tiny(Task.causal_lm), tmp_path)
     with pytest.raises(UserError, match=said) as refused:
         make_student(StudentConfig(config=config), source, Task.causal_lm, None)
@@ -347,13 +454,26 @@ def test_a_student_that_could_not_run_is_refused(tmp_path: Path, config: dict[st
 
 
 def test_layers_that_would_not_load_again_are_refused(tmp_path: Path) -> None:
-    """ModernBERT's first layer has one norm less than the others, so only layer 0 can stand first."""
-    config = ModernBertConfig(vocab_size=259, hidden_size=64, num_hidden_layers=4, num_attention_heads=2,
-                              intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-                              sep_token_id=2)  # fmt: skip
+    """ModernBERT's first layer has one norm less than the others, so only layer 0 can stand
+    first.
+    """
+    config = ModernBertConfig(
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
     save_model(ModernBertForMaskedLM(config), byte_tokenizer(), tmp_path)
     task = Task.sequence_classification
-    with pytest.raises(UserError, match=r"student\.layers: \[1, 3\] put a layer .* keeps layer 0 first"):
+    with pytest.raises(
+        UserError, match=r"student\.layers: \[1, 3\] put a layer .* keeps layer 0 first"
+    ):
         make_student(StudentConfig(), tmp_path, task, LABELS)
     student, _ = make_student(StudentConfig(layers=[0, 3]), tmp_path, task, LABELS)
     assert student.config.num_hidden_layers == 2

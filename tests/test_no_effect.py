@@ -31,9 +31,17 @@ REFUSED = [
     ("recipe=baseline", "student", "without a stage that starts from the student"),
     ("recipe=baseline", "training.decay_fraction", "with schedule cosine"),
     ("recipe=distill", "stages.student.decay_fraction", "with schedule cosine"),
-    ("recipe=baseline", "training.growth_fraction", "without start_batch_size or start_sequence_length"),
+    (
+        "recipe=baseline",
+        "training.growth_fraction",
+        "without start_batch_size or start_sequence_length",
+    ),
     ("recipe=distill", "stages.teacher.growth_fraction", "without start_batch_size"),
-    ("recipe=baseline training.checkpoint_every=5", "training.checkpoint_seconds", "beside checkpoint_every"),
+    (
+        "recipe=baseline training.checkpoint_every=5",
+        "training.checkpoint_seconds",
+        "beside checkpoint_every",
+    ),
     ("recipe=baseline", "precision.loss_scale", "unless a stage trains in fp16 or auto"),
     ("recipe=baseline", "precision.loss_tolerance", "unless a stage trains in auto"),
     ("recipe=distill", "precision.fp8_least_width", "unless a stage trains in fp8_tensorwise"),
@@ -47,25 +55,38 @@ REFUSED = [
     ("recipe=release_check", "training.steps", "where no stage trains"),
     ("recipe=release_check", "model.shape.layers", "in a release check"),
     ("recipe=release_check", "precision", "where no stage trains"),
-    ("recipe=distill", "stages.student.ramp_fraction", "without start_temperature or start_ce_weight"),
+    (
+        "recipe=distill",
+        "stages.student.ramp_fraction",
+        "without start_temperature or start_ce_weight",
+    ),
     ("recipe=baseline", "data.columns", "on the embedded data"),
 ]
 TAKEN = [
-    ("recipe=distill", "student.layers"), ("recipe=distill", "student"),
-    ("recipe=baseline", "serving.load.new"), ("recipe=baseline", "training.steps"),
+    ("recipe=distill", "student.layers"),
+    ("recipe=distill", "student"),
+    ("recipe=baseline", "serving.load.new"),
+    ("recipe=baseline", "training.steps"),
     ("recipe=baseline training.schedule=constant_then_decay", "training.decay_fraction"),
     ("recipe=distill stages.teacher.schedule=constant_then_decay", "stages.teacher.decay_fraction"),
     ("recipe=baseline training.start_batch_size=8", "training.growth_fraction"),
-    ("recipe=mixed_precision", "precision.loss_scale"), ("recipe=baseline precision=fp16", "precision.loss_scale"),
+    ("recipe=mixed_precision", "precision.loss_scale"),
+    ("recipe=baseline precision=fp16", "precision.loss_scale"),
     ("recipe=baseline precision=auto", "precision.loss_tolerance"),
     ("recipe=baseline precision=fp8_rowwise", "precision.fp8_least_width"),
-    ("recipe=release_check", "policy.alpha"), ("recipe=release_check", "store.url"),
-    ("recipe=release_check", "training.sequence_length"), ("recipe=distill", "serving.load.new"),
-    ("recipe=quantize_search", "serving.load.prompt"), ("recipe=quantize", "allow_no_speedup"),
-    ("recipe=distill", "cost.teacher_shared_by"), ("recipe=baseline", "model.shape.layers"),
+    ("recipe=release_check", "policy.alpha"),
+    ("recipe=release_check", "store.url"),
+    ("recipe=release_check", "training.sequence_length"),
+    ("recipe=distill", "serving.load.new"),
+    ("recipe=quantize_search", "serving.load.prompt"),
+    ("recipe=quantize", "allow_no_speedup"),
+    ("recipe=distill", "cost.teacher_shared_by"),
+    ("recipe=baseline", "model.shape.layers"),
     ("recipe=distill stages.student.start_temperature=2", "stages.student.ramp_fraction"),
-    ("recipe=baseline", "seed"), ("recipe=baseline", "tracking.team"), ("recipe=quantize_recover", "training.steps"),
-]  # fmt: skip
+    ("recipe=baseline", "seed"),
+    ("recipe=baseline", "tracking.team"),
+    ("recipe=quantize_recover", "training.steps"),
+]
 
 
 @pytest.mark.parametrize(("line", "key", "why"), REFUSED)
@@ -116,21 +137,35 @@ def stage_keys(run: Any, name: str) -> Iterator[str]:
 def test_only_what_was_given_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the command line, or in a recipe of one's own; what ships sets more than a run may need."""
+    """On the command line, or in a recipe of one's own; what ships sets more than a run may
+    need.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pipeline"])
-    text = "# Q\ndefaults: [/stage@stages.only: train]\nprimary_arm: only\ntraining: {{steps: 5{}}}\n"
+    text = (
+        "# Q\ndefaults: [/stage@stages.only: train]\nprimary_arm: only\ntraining: {{steps: 5{}}}\n"
+    )
     for more, code in (
         ("", 0),
         (", decay_fraction: 0.3", 1),
         (", decay_fraction: 0.3, schedule: constant_then_decay", 0),
     ):
         (tmp_path / "mine.yaml").write_text(text.format(more))
-        assert main(["--recipe-dir", ".", "recipe=mine"], started_ns=0, execute=lambda *_: 0) == code
-    assert "training.decay_fraction: has no effect with schedule cosine; leave it out" in capsys.readouterr().err
+        assert (
+            main(["--recipe-dir", ".", "recipe=mine"], started_ns=0, execute=lambda *_: 0) == code
+        )
+    assert (
+        "training.decay_fraction: has no effect with schedule cosine; leave it out"
+        in capsys.readouterr().err
+    )
     args = ["-m", "recipe=baseline", "precision=fp16,fp32", "precision.loss_scale=1024"]
     taken: list[str] = []
-    assert main(args, started_ns=0, execute=lambda run, *_: taken.append(run.precision.name.value) or 0) == 1
+    assert (
+        main(
+            args, started_ns=0, execute=lambda run, *_: taken.append(run.precision.name.value) or 0
+        )
+        == 1
+    )
     assert taken == ["fp16"]
 
 

@@ -40,12 +40,18 @@ def test_the_stand_in_has_the_real_modules_names_and_signatures() -> None:
             real = getattr(pynvml, name)
             if name.startswith("nvml") and callable(member):
                 ours = [p for p in inspect.signature(member).parameters if p != "self"]
-                needed = [p.name for p in inspect.signature(real).parameters.values() if p.default is p.empty]
+                needed = [
+                    p.name
+                    for p in inspect.signature(real).parameters.values()
+                    if p.default is p.empty
+                ]
                 assert len(needed) <= len(ours) <= len(inspect.signature(real).parameters), name
             elif isinstance(member, int):
                 assert member == real, name
     request = pynvml.c_nvmlGpmMetricsGet_t()
-    assert {"version", "numMetrics", "sample1", "sample2", "metrics"} <= {name for name, _ in request._fields_}
+    assert {"version", "numMetrics", "sample1", "sample2", "metrics"} <= {
+        name for name, _ in request._fields_
+    }
     assert {"metricId", "nvmlReturn", "value"} <= {name for name, _ in request.metrics[0]._fields_}
     assert {"isSupportedDevice"} <= {name for name, _ in pynvml.c_nvmlGpmSupport_t._fields_}
 
@@ -55,9 +61,15 @@ def test_a_reading_is_in_the_units_it_says() -> None:
     reading = _second(nvml, _open(nvml))
     assert reading.missing == {}
     assert (reading.energy_mj, reading.power_w, reading.busy) == (5_200_000, 200.0, 0.9)
-    assert (reading.memory_used_bytes, reading.sm_clock_mhz, reading.temperature_c) == (10_000, 1700, 50)
+    assert (reading.memory_used_bytes, reading.sm_clock_mhz, reading.temperature_c) == (
+        10_000,
+        1700,
+        50,
+    )
     assert (reading.throttle, reading.foreign_processes) == (4, 2)
-    assert (reading.sm_active, reading.tensor_active, reading.dram_active) == pytest.approx((0.4, 0.25, 0.1))
+    assert (reading.sm_active, reading.tensor_active, reading.dram_active) == pytest.approx(
+        (0.4, 0.25, 0.1)
+    )
     assert (reading.nvlink_bytes_per_s, reading.pcie_bytes_per_s) == (3 * 2**20, 7 * 2**20)
 
 
@@ -89,9 +101,16 @@ def test_a_missing_library_and_other_devices_say_why(monkeypatch: pytest.MonkeyP
     assert reader_for(SimpleNamespace(type="xpu")).why == "no counters of xpu devices are read yet"
 
 
-QUESTIONS = {"energy": "energy_mj", "power": "power_w", "utilization": "busy", "memory": "memory_used_bytes",
-             "clock": "sm_clock_mhz", "temperature": "temperature_c", "throttle": "throttle",
-             "processes": "foreign_processes"}  # fmt: skip
+QUESTIONS = {
+    "energy": "energy_mj",
+    "power": "power_w",
+    "utilization": "busy",
+    "memory": "memory_used_bytes",
+    "clock": "sm_clock_mhz",
+    "temperature": "temperature_c",
+    "throttle": "throttle",
+    "processes": "foreign_processes",
+}
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -106,7 +125,14 @@ def test_what_one_call_refuses_is_missing_alone(question: str) -> None:
 
 def test_every_field_is_a_figure_or_has_a_reason() -> None:
     everything = dict.fromkeys([*QUESTIONS, "gpm"], NO_PERMISSION)
-    for gpu in (Gpu(), Gpu(refuses=everything), Gpu(mig=1), Gpu(virtual=2), Gpu(gpm=False), Gpu(processes=0)):
+    for gpu in (
+        Gpu(),
+        Gpu(refuses=everything),
+        Gpu(mig=1),
+        Gpu(virtual=2),
+        Gpu(gpm=False),
+        Gpu(processes=0),
+    ):
         nvml = FakeNvml(gpu)
         reading = _second(nvml, _open(nvml))
         for name in FIELDS:
@@ -132,14 +158,22 @@ def test_a_slice_has_its_own_activity_and_its_boards_counters_are_not_its_own() 
     nvml = FakeNvml(Gpu("MIG-1"))
     reading = _second(nvml, _open(nvml, "MIG-1"))
     for name in ("energy_mj", "power_w", "busy", "foreign_processes"):
-        assert (getattr(reading, name), reading.missing[name]) == (None, "MIG: the counter is the whole board's")
+        assert (getattr(reading, name), reading.missing[name]) == (
+            None,
+            "MIG: the counter is the whole board's",
+        )
     assert reading.sm_active == pytest.approx(0.4)
     assert nvml.by_slice == [7, 7]  # samples of the slice, not of its board
     lost = FakeNvml(Gpu("MIG-1", refuses={"parent": NOT_SUPPORTED}))
-    assert _second(lost, _open(lost, "MIG-1")).missing["sm_active"] == "MIG: the counter is the whole board's"
+    assert (
+        _second(lost, _open(lost, "MIG-1")).missing["sm_active"]
+        == "MIG: the counter is the whole board's"
+    )
 
 
-def test_a_slice_is_found_by_the_name_that_torch_has_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_is_found_by_the_name_that_torch_has_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Torch tells a slice's UUID without a prefix: `GPU-` before it names nothing."""
     nvml = FakeNvml(Gpu("MIG-1-2"))
     assert _open(nvml, "GPU-1-2").uuids == ("MIG-1-2",)
@@ -187,12 +221,24 @@ def test_older_forms_of_questions_are_asked_where_the_newer_are_not_known() -> N
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ZeroDivisionError, AttributeError, OSError])
-@pytest.mark.parametrize("name", [
-    "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo",
-    "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMigMode", "nvmlDeviceGetName", "nvmlGpmQueryDeviceSupport",
-    "nvmlGpmSampleAlloc", "nvmlGpmMetricsGet", "nvmlDeviceGetHandleByUUID", "nvmlInit", "nvmlShutdown",
-    "nvmlSystemGetDriverVersion",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nvmlDeviceGetTotalEnergyConsumption",
+        "nvmlDeviceGetUtilizationRates",
+        "nvmlDeviceGetClockInfo",
+        "nvmlDeviceGetComputeRunningProcesses",
+        "nvmlDeviceGetMigMode",
+        "nvmlDeviceGetName",
+        "nvmlGpmQueryDeviceSupport",
+        "nvmlGpmSampleAlloc",
+        "nvmlGpmMetricsGet",
+        "nvmlDeviceGetHandleByUUID",
+        "nvmlInit",
+        "nvmlShutdown",
+        "nvmlSystemGetDriverVersion",
+    ],
+)
 def test_no_failure_of_the_library_gets_out(name: str, error: type[Exception]) -> None:
     nvml = FakeNvml()
 
@@ -208,7 +254,11 @@ def test_no_failure_of_the_library_gets_out(name: str, error: type[Exception]) -
     reader.placement()
     reader.close()
     assert any("unforeseen" in why for why in reading.missing.values()) or name in (
-        "nvmlDeviceGetMigMode", "nvmlDeviceGetName", "nvmlShutdown", "nvmlSystemGetDriverVersion")  # fmt: skip
+        "nvmlDeviceGetMigMode",
+        "nvmlDeviceGetName",
+        "nvmlShutdown",
+        "nvmlSystemGetDriverVersion",
+    )
 
 
 def test_a_container_that_hides_processes_knows_no_foreign_load() -> None:
@@ -219,7 +269,11 @@ def test_a_container_that_hides_processes_knows_no_foreign_load() -> None:
 
 def test_activity_needs_hopper_and_two_samples() -> None:
     old = FakeNvml(Gpu(gpm=False))
-    assert _second(old, _open(old)).missing["sm_active"].startswith("GPM: this device has no such counters")
+    assert (
+        _second(old, _open(old))
+        .missing["sm_active"]
+        .startswith("GPM: this device has no such counters")
+    )
     new = FakeNvml()
     assert _open(new).read()[0].missing["sm_active"] == "GPM: no sample before this one"
 
@@ -243,7 +297,9 @@ def test_permission_lost_mid_run_stays_lost_and_no_sample_leaks() -> None:
     for _ in range(3):
         nvml.pass_time(1)
         reading = reader.read()[0]
-        assert [reading.missing[name] for name in ACTIVITY] == ["GPM: Insufficient Permissions"] * len(ACTIVITY)
+        assert [reading.missing[name] for name in ACTIVITY] == [
+            "GPM: Insufficient Permissions"
+        ] * len(ACTIVITY)
         assert reading.energy_mj is not None
     reader.close()
     assert nvml.samples == 0

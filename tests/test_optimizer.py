@@ -1,4 +1,6 @@
-"""Moments in 8 bits and master weights: against torch's AdamW and fp32, resumed to the bit, and refused by name."""
+"""Moments in 8 bits and master weights: against torch's AdamW and fp32, resumed to the bit, and
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ from pipeline.training.optimizer import MasterWeights, make_optimizer, set_rate,
 
 BITSANDBYTES, TORCHAO = OptimizerKind.adamw_8bit_bitsandbytes, OptimizerKind.adamw_8bit_torchao
 # torchao compiles its step: half a minute
-COMPILED = (pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"))
+COMPILED = (
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
+)
 KINDS = [BITSANDBYTES, pytest.param(TORCHAO, marks=COMPILED)]
-WIDE = TinyShape(hidden_size=128, layers=2, heads=2, intermediate_size=256)  # matrices above 4,096 elements
+# matrices above 4,096 elements
+WIDE = TinyShape(hidden_size=128, layers=2, heads=2, intermediate_size=256)
 
 
 def model(seed: int = 0) -> Any:
@@ -34,11 +40,13 @@ def bf16_pure(given: Any) -> Objective:
     return Objective(given, Task.causal_lm, Precision.bf16_pure, CPU, PhaseClock())
 
 
-# -- moments in 8 bits ------------------------------------------------------------------------------------------------
+# -- moments in 8 bits ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_bit_moments_follow_adamw_and_take_a_quarter(tmp_path: Path, kind: OptimizerKind) -> None:
+def test_eight_bit_moments_follow_adamw_and_take_a_quarter(
+    tmp_path: Path, kind: OptimizerKind
+) -> None:
     """Ten steps end far closer to AdamW's weights than the start is, and the loss falls alike."""
     ends: dict[OptimizerKind, Any] = {}
     losses: dict[OptimizerKind, list[float]] = {}
@@ -46,8 +54,14 @@ def test_eight_bit_moments_follow_adamw_and_take_a_quarter(tmp_path: Path, kind:
     for each in (OptimizerKind.adamw, kind):
         ends[each], said = model(), losses.setdefault(each, [])
         config = settings(steps=10, optimizer=each, learning_rate=3e-3)
-        run(ends[each], config, tmp_path / each.value,
-            points=lambda _, values, said=said: said.append(values["loss"]) if "loss" in values else None)  # fmt: skip
+        run(
+            ends[each],
+            config,
+            tmp_path / each.value,
+            points=lambda _, values, said=said: (
+                said.append(values["loss"]) if "loss" in values else None
+            ),
+        )
     apart = moved = 0.0
     for name, tensor in weights(ends[kind]).items():
         apart += float((tensor - ends[OptimizerKind.adamw].state_dict()[name]).square().sum())
@@ -65,7 +79,8 @@ def test_the_state_in_8_bits_is_a_quarter_of_adamws(kind: OptimizerKind) -> None
         optimizer = make_optimizer(list(given.parameters()), settings(optimizer=each), CPU)
         given(torch.ones(1, 512)).sum().backward()
         optimizer.step()
-        tensors = {t.data_ptr(): t for t in state_tensors(optimizer).values()}  # levels are shared by all tensors
+        # levels are shared by all tensors
+        tensors = {t.data_ptr(): t for t in state_tensors(optimizer).values()}
         sizes[each] = sum(tensor.nbytes for tensor in tensors.values())
     assert 0.24 < sizes[kind] / sizes[OptimizerKind.adamw] < 0.28
 
@@ -93,7 +108,7 @@ def test_the_rate_is_set_where_it_is_a_number_and_where_it_is_a_tensor() -> None
     assert kept.item() == 0.25
 
 
-# -- master weights ---------------------------------------------------------------------------------------------------
+# -- master weights -------------------------------------------------------------------------------
 
 
 def test_the_model_is_in_bf16_while_it_trains_and_in_fp32_afterwards(tmp_path: Path) -> None:
@@ -107,11 +122,15 @@ def test_the_model_is_in_bf16_while_it_trains_and_in_fp32_afterwards(tmp_path: P
     assert {tensor.dtype for tensor in given.state_dict().values()} == {torch.float32}
     assert given.lm_head.weight is given.model.embed_tokens.weight  # tied weights stay so
     rounded = {name: tensor.bfloat16().float() for name, tensor in given.state_dict().items()}
-    assert any(not torch.equal(tensor, rounded[name]) for name, tensor in given.state_dict().items())
+    assert any(
+        not torch.equal(tensor, rounded[name]) for name, tensor in given.state_dict().items()
+    )
 
 
 def test_pure_bf16_trains_as_fp32_does_and_bf16_alone_would_not(tmp_path: Path) -> None:
-    """Rates so small that a bf16 weight never moves: with master weights it goes where fp32's goes."""
+    """Rates so small that a bf16 weight never moves: with master weights it goes where fp32's
+    goes.
+    """
     config = settings(steps=6, learning_rate=1e-5, weight_decay=0.0)
     start, fp32, pure = weights(model()), model(), model()
     run(fp32, config, tmp_path / "fp32")
@@ -122,7 +141,8 @@ def test_pure_bf16_trains_as_fp32_does_and_bf16_alone_would_not(tmp_path: Path) 
     assert float(torch.nn.functional.cosine_similarity(step.flatten(), own.flatten(), dim=0)) > 0.9
     alone = start[name].bfloat16()
     assert (
-        torch.equal(alone + step.bfloat16(), alone) or float(((alone + step.bfloat16()) != alone).float().mean()) < 0.2
+        torch.equal(alone + step.bfloat16(), alone)
+        or float(((alone + step.bfloat16()) != alone).float().mean()) < 0.2
     )
 
 
@@ -131,7 +151,13 @@ def test_a_resumed_pure_bf16_training_is_bit_equal(tmp_path: Path) -> None:
     run(whole, settings(), tmp_path / "whole", objective=bf16_pure(whole))
     asked, cut = iter([None] * 2 + [Preempted] * 9), model()
     with pytest.raises(Preempted):
-        run(cut, settings(), tmp_path / "cut", objective=bf16_pure(cut), should_stop=lambda: next(asked))
+        run(
+            cut,
+            settings(),
+            tmp_path / "cut",
+            objective=bf16_pure(cut),
+            should_stop=lambda: next(asked),
+        )
     resumed = model(seed=99)
     run(resumed, settings(), tmp_path / "cut", objective=bf16_pure(resumed))
     same(weights(whole), weights(resumed))
@@ -149,7 +175,7 @@ def test_micro_batches_add_up_in_fp32() -> None:
     assert given.weight.grad is None
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 def refused(stage: Any, monkeypatch: pytest.MonkeyPatch | None = None, **training: Any) -> str:
@@ -160,13 +186,19 @@ def refused(stage: Any, monkeypatch: pytest.MonkeyPatch | None = None, **trainin
     return str(error.value)
 
 
-def test_8_bits_over_several_devices_and_without_their_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bits_over_several_devices_and_without_their_library_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = refused(TrainStage(), optimizer=BITSANDBYTES)
-    assert said.startswith("stages.student.optimizer: the moments of adamw_8bit_bitsandbytes cannot be sharded")
+    assert said.startswith(
+        "stages.student.optimizer: the moments of adamw_8bit_bitsandbytes cannot be sharded"
+    )
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr("pipeline.stages.settings.find_spec", lambda name: None)
-    assert "adamw_8bit_torchao needs torchao, which is not installed" in refused(TrainStage(), optimizer=TORCHAO)
+    assert "adamw_8bit_torchao needs torchao, which is not installed" in refused(
+        TrainStage(), optimizer=TORCHAO
+    )
 
 
 @pytest.mark.parametrize("name", ["hidden_weight", "relation_weight"])

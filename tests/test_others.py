@@ -1,4 +1,6 @@
-"""What others took of the processors: arithmetic on accounts by hand, and the kernel's own, read."""
+"""What others took of the processors: arithmetic on accounts by hand, and the kernel's own,
+read.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ def true_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "SHORTEST_S", 0.5)
 
 
-def at(seconds: float, *, busy: float, own: float, steal: float = 0.0, cores: int = 2, **more: float) -> Accounts:
+def at(
+    seconds: float, *, busy: float, own: float, steal: float = 0.0, cores: int = 2, **more: float
+) -> Accounts:
     return Accounts(at_s=seconds, busy_s=busy, own_s=own, steal_s=steal, cores=cores, **more)
 
 
 def test_what_others_took_is_all_less_our_own() -> None:
-    """Ten seconds of two cores: we worked 10.4 s, all together 20 s, 2 s of which a hypervisor took."""
+    """Ten seconds of two cores: we worked 10.4 s, all together 20 s, 2 s of which a hypervisor
+    took.
+    """
     load = load_between(at(100, busy=50, own=7), at(110, busy=70, own=17.4, steal=2.0))
     assert (load.taken, load.steal) == (pytest.approx(0.48), pytest.approx(0.1))
     assert taken([load]).v == pytest.approx(0.48)
@@ -36,10 +42,17 @@ def test_what_others_took_is_all_less_our_own() -> None:
     assert throttled([load]).why_null == "no quota of a control group limits this run's processors"
 
 
-@pytest.mark.parametrize(("cores", "quota", "others_cores", "share"), [
-    (2, None, 1.0, 0.5), (64, 2.0, 50.0, 0.0), (64, 2.0, 63.0, 0.5), (64, 2.0, 64.0, 1.0), (4, 8.0, 1.0, 0.25),
-    (2, 0.5, 1.75, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cores", "quota", "others_cores", "share"),
+    [
+        (2, None, 1.0, 0.5),
+        (64, 2.0, 50.0, 0.0),
+        (64, 2.0, 63.0, 0.5),
+        (64, 2.0, 64.0, 1.0),
+        (4, 8.0, 1.0, 0.25),
+        (2, 0.5, 1.75, 0.5),
+    ],
+)
 def test_others_take_from_us_what_they_leave_too_little_of(
     cores: int, quota: float | None, others_cores: float, share: float
 ) -> None:
@@ -49,7 +62,10 @@ def test_others_take_from_us_what_they_leave_too_little_of(
 
 
 def test_windows_add_up_by_their_length() -> None:
-    loads = [Load(elapsed_s=9.0, taken=0.0, steal=0.0), Load(elapsed_s=1.0, taken=1.0, steal=0.5, throttled=0.5)]
+    loads = [
+        Load(elapsed_s=9.0, taken=0.0, steal=0.0),
+        Load(elapsed_s=1.0, taken=1.0, steal=0.5, throttled=0.5),
+    ]
     assert taken(loads).v == pytest.approx(0.1)
     assert throttled(loads).v == pytest.approx(0.05)
 
@@ -60,7 +76,8 @@ def test_what_cannot_be_known_is_null_with_its_reason() -> None:
     assert taken([Load(elapsed_s=9.0, taken=0.1), Load(why="gone")]).why_null == "gone"
     assert load_between("no /proc", at(1, busy=1, own=1)).why == "no /proc"
     assert load_between(at(1, busy=1, own=1), "no /proc").why == "no /proc"
-    frozen = load_between(at(0, busy=0, own=0), at(10, busy=0, own=9))  # a sandbox whose /proc/stat stands still
+    # a sandbox whose /proc/stat stands still
+    frozen = load_between(at(0, busy=0, own=0), at(10, busy=0, own=9))
     assert frozen.why == "the kernel's accounts show less work than this run's own processes did"
     rounding = load_between(at(0, busy=0, own=0), at(10, busy=9.9, own=10))
     assert (rounding.why, rounding.taken) == (None, 0.0)
@@ -69,7 +86,7 @@ def test_what_cannot_be_known_is_null_with_its_reason() -> None:
 @pytest.mark.parametrize("error", [OSError, RuntimeError, ZeroDivisionError, KeyError])
 def test_accounts_that_cannot_be_read_are_a_reason(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:  # fmt: skip
+) -> None:
     def fail() -> Accounts:
         raise error("no")
 
@@ -87,8 +104,11 @@ def test_a_child_in_a_session_of_its_own_is_ours_and_so_is_one_that_has_ended() 
     """The writer to MLflow is such a child; what it works is never taken for others'."""
     tree = others._Tree()
     before = tree.worked_s()
-    child = subprocess.Popen([sys.executable, "-c", BURN.format(0.3) + "\ninput()"], start_new_session=True,
-                             stdin=subprocess.PIPE)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", BURN.format(0.3) + "\ninput()"],
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+    )
     try:
         deadline = time.monotonic() + 30
         while (alive := tree.worked_s() - before) < 0.3 and time.monotonic() < deadline:
@@ -100,7 +120,9 @@ def test_a_child_in_a_session_of_its_own_is_ours_and_so_is_one_that_has_ended() 
 
 
 def test_an_orphan_that_was_seen_is_still_ours() -> None:
-    grandchild = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BURN.format(0.5)!r}])\n"
+    grandchild = (
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BURN.format(0.5)!r}])\n"
+    )
     parent = subprocess.Popen([sys.executable, "-c", grandchild + "input()"], stdin=subprocess.PIPE)
     tree = others._Tree()
     tree.worked_s()
@@ -162,21 +184,29 @@ def test_a_quota_is_read_in_both_versions_of_control_groups(tmp_path: Path) -> N
     assert others._quota(root / "nowhere", tmp_path / "nothing") == (None, 0, 0)
 
 
-# -- of a row ----------------------------------------------------------------------------------------------------------
+# -- of a row -------------------------------------------------------------------------------------
 
 
 def test_work_and_assessment_stand_apart() -> None:
     work, assess = [Load(elapsed_s=30.0, taken=0.4, steal=0.1)], [Load(elapsed_s=10.0, taken=0.0)]
     found = of_host(work, assess)
     assert (found.foreign_load.v, found.work_foreign_load.v, found.assess_foreign_load.v) == (
-        pytest.approx(0.3), 0.4, 0.0)  # fmt: skip
+        pytest.approx(0.3),
+        0.4,
+        0.0,
+    )
     assert found.host_foreign_load == found.foreign_load
     assert Disturbance.from_json(found.to_json()) == found
     older = {name: value for name, value in found.to_json().items() if name == "foreign_load"}
-    assert Disturbance.from_json(older).work_foreign_load.why_null == "not recorded by the release that measured it"
+    assert (
+        Disturbance.from_json(older).work_foreign_load.why_null
+        == "not recorded by the release that measured it"
+    )
 
 
 def test_the_mean_over_attempts_is_by_their_hours() -> None:
-    assert mean([(measured(0.2), 3.0), (measured(1.0), 1.0), (null("no work"), 0.0)]).v == pytest.approx(0.4)
+    assert mean(
+        [(measured(0.2), 3.0), (measured(1.0), 1.0), (null("no work"), 0.0)]
+    ).v == pytest.approx(0.4)
     assert mean([(measured(0.2), 3.0), (null("killed"), 1.0)]).why_null == "killed"
     assert mean([]).why_null == "no time was measured"

@@ -1,4 +1,6 @@
-"""Peak rates by exact device name, and MFU by hand: an unknown device, and quantizing, have none."""
+"""Peak rates by exact device name, and MFU by hand: an unknown device, and quantizing, have
+none.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,20 @@ def test_rates_are_dense_and_belong_to_one_board(name: str, precision: str, tflo
 
 
 def test_an_unknown_device_has_no_peak_and_is_nobodys_sibling() -> None:
-    for name in ("NVIDIA H100", "NVIDIA H20", "nvidia h200", "NVIDIA H200 MIG 1g.18gb", "NVIDIA A10G", ""):
+    for name in (
+        "NVIDIA H100",
+        "NVIDIA H20",
+        "nvidia h200",
+        "NVIDIA H200 MIG 1g.18gb",
+        "NVIDIA A10G",
+        "",
+    ):
         found = peak(name, "bf16")
         assert found.v is None
-        assert found.why_null == (f"no peak rate known for {name} at bf16; hardware.peak_tflops.bf16 declares it")
+        assert (
+            found.why_null
+            == f"no peak rate known for {name} at bf16; hardware.peak_tflops.bf16 declares it"
+        )
 
 
 def test_an_arithmetic_the_device_lacks_has_no_peak() -> None:
@@ -61,7 +73,9 @@ def test_what_the_user_states_comes_first() -> None:
 
 
 def test_every_entry_has_its_source_and_no_rate_with_sparsity() -> None:
-    """On tensor cores halving the width doubles the rate: one sparse figure among dense ones would break the row."""
+    """On tensor cores halving the width doubles the rate: one sparse figure among dense ones would
+    break the row.
+    """
     for name, known in PEAKS.items():
         rates = known.tflops
         assert known.source.startswith("NVIDIA "), name
@@ -73,7 +87,9 @@ def test_every_entry_has_its_source_and_no_rate_with_sparsity() -> None:
         if "fp8" in rates:
             assert rates["fp8"] / rates["fp16"] == pytest.approx(2, rel=0.03), name
         if "int8" in rates:  # GeForce boards halve the rate of sums in fp32, not of those in int32
-            assert rates["int8"] / rates["fp16"] == pytest.approx(4 if "GeForce" in name else 2, rel=0.03), name
+            assert rates["int8"] / rates["fp16"] == pytest.approx(
+                4 if "GeForce" in name else 2, rel=0.03
+            ), name
 
 
 def test_names_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +98,25 @@ def test_names_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_name(torch.device("cpu")).rpartition(" x")[2].isdigit()
 
 
-# -- MFU -------------------------------------------------------------------------------------------------------------
+# -- MFU ------------------------------------------------------------------------------------------
 
 
-def counts(flops: Value, most: Value, *, seconds: float | None = 4.0, devices: int = 2) -> dict[str, Any]:
+def counts(
+    flops: Value, most: Value, *, seconds: float | None = 4.0, devices: int = 2
+) -> dict[str, Any]:
     return ledger(
-        Spent(), {"model_flops": flops}, devices=devices, device_kind="cuda", cost=CostConfig(), memory={},
-        disturbance=undisturbed("-"), usage=unread("none"), is_training=True, seconds_in_steps=seconds, peak=most,
-    )["counts"]  # fmt: skip
+        Spent(),
+        {"model_flops": flops},
+        devices=devices,
+        device_kind="cuda",
+        cost=CostConfig(),
+        memory={},
+        disturbance=undisturbed("-"),
+        usage=unread("none"),
+        is_training=True,
+        seconds_in_steps=seconds,
+        peak=most,
+    )["counts"]
 
 
 def test_mfu_by_hand() -> None:
@@ -103,12 +130,19 @@ def test_mfu_by_hand() -> None:
 def test_without_a_peak_the_rate_stands_alone() -> None:
     found = counts(estimated(4e15), null("no peak rate known for X at bf16"))
     assert found["achieved_tflops"]["v"] == 500.0
-    assert found["mfu"]["why_null"] == found["peak_tflops"]["why_null"] == "no peak rate known for X at bf16"
+    assert (
+        found["mfu"]["why_null"]
+        == found["peak_tflops"]["why_null"]
+        == "no peak rate known for X at bf16"
+    )
 
 
 def test_more_than_the_peak_is_no_share() -> None:
     found = counts(estimated(4e15), declared(400.0))
-    assert found["mfu"]["why_null"] == "500 TFLOP/s achieved is more than the peak of 400: one of them is wrong"
+    assert (
+        found["mfu"]["why_null"]
+        == "500 TFLOP/s achieved is more than the peak of 400: one of them is wrong"
+    )
 
 
 def test_a_stage_that_did_not_finish_has_no_mfu() -> None:
@@ -118,22 +152,36 @@ def test_a_stage_that_did_not_finish_has_no_mfu() -> None:
 
 def test_the_peak_is_that_of_the_stages_own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    run = Run(stages={"a": TrainStage(), "b": TrainStage(precision=Precision.tf32), "c": TrainStage(like="b")})
+    run = Run(
+        stages={
+            "a": TrainStage(),
+            "b": TrainStage(precision=Precision.tf32),
+            "c": TrainStage(like="b"),
+        }
+    )
     attempt: Any = SimpleNamespace(run=run, device=torch.device("cuda"))
     found = {name: rows._peak(attempt, stage, Output()) for name, stage in run.stages.items()}
     assert {name: value.v for name, value in found.items()} == {"a": 989.5, "b": 494.5, "c": 494.5}
     assert {value.prov for value in found.values()} == {Prov.DECLARED}
     run.hardware.peak_tflops.tf32 = 450.0
-    assert [rows._peak(attempt, stage, Output()).v for stage in run.stages.values()] == [989.5, 450.0, 450.0]
+    assert [rows._peak(attempt, stage, Output()).v for stage in run.stages.values()] == [
+        989.5,
+        450.0,
+        450.0,
+    ]
     assert rows._peak(attempt, QuantizeStage(), Output()).why_null == "this stage trains nothing"
 
 
-def test_the_peak_of_a_precision_found_by_trial_is_that_of_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_a_precision_found_by_trial_is_that_of_what_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     attempt: Any = SimpleNamespace(run=Run(), device=torch.device("cuda"))
     stage = TrainStage(precision=Precision.auto)
-    found = [rows._peak(attempt, stage, Output(about={"precision": {"chosen": name}})).v
-             for name in ("fp32", "tf32", "bf16_pure")]  # fmt: skip
+    found = [
+        rows._peak(attempt, stage, Output(about={"precision": {"chosen": name}})).v
+        for name in ("fp32", "tf32", "bf16_pure")
+    ]
     assert found == [PEAKS["NVIDIA H200"].tflops["fp32"], 494.5, 989.5]
     assert rows._peak(attempt, stage, Output()).why_null == "no precision was chosen yet"
 

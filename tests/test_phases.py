@@ -24,7 +24,9 @@ class Clock:
 
 trees = st.recursive(
     st.tuples(st.sampled_from(PHASES), st.integers(0, 10**9), st.booleans(), st.just([])),
-    lambda child: st.tuples(st.sampled_from(PHASES), st.integers(0, 10**9), st.booleans(), st.lists(child, max_size=4)),
+    lambda child: st.tuples(
+        st.sampled_from(PHASES), st.integers(0, 10**9), st.booleans(), st.lists(child, max_size=4)
+    ),
     max_leaves=12,
 )
 

@@ -1,4 +1,6 @@
-"""precision=auto: who is chosen, that it changes nothing else, that it is booked, and that it is not done twice."""
+"""precision=auto: who is chosen, that it changes nothing else, that it is booked, and that it is
+not done twice.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,28 @@ def tried(precision: Precision, seconds: list[float], losses: list[float]) -> Tr
     return Tried(precision, seconds, losses)
 
 
-# -- who is chosen ----------------------------------------------------------------------------------------------------
+# -- who is chosen --------------------------------------------------------------------------------
 
 
 def test_the_fastest_that_tracks_fp32_is_chosen() -> None:
-    found = decide([
-        tried(FP32, [1.0, 1.1, 0.9], [4.0, 3.0]), tried(BF16, [0.5, 0.55, 0.45], [4.001, 3.001]),
-        tried(PURE, [0.4, 0.44, 0.36], [4.01, 3.01]), tried(FP16, [0.2, 0.22, 0.18], [4.0, 3.5]),
-    ], ["not tf32: needs a CUDA device"], 0.005)  # fmt: skip
+    found = decide(
+        [
+            tried(FP32, [1.0, 1.1, 0.9], [4.0, 3.0]),
+            tried(BF16, [0.5, 0.55, 0.45], [4.001, 3.001]),
+            tried(PURE, [0.4, 0.44, 0.36], [4.01, 3.01]),
+            tried(FP16, [0.2, 0.22, 0.18], [4.0, 3.5]),
+        ],
+        ["not tf32: needs a CUDA device"],
+        0.005,
+    )
     assert found.precision is PURE
-    assert [trial["time_ratio"] for trial in found.about["trials"]] == pytest.approx([1, 0.5, 0.4, 0.2])
-    assert "fp16 0.20x fp32's time (0.20 to 0.20), refused: its loss lies 7.14% from fp32's, above 0.5%" in str(found)
+    assert [trial["time_ratio"] for trial in found.about["trials"]] == pytest.approx(
+        [1, 0.5, 0.4, 0.2]
+    )
+    assert (
+        "fp16 0.20x fp32's time (0.20 to 0.20), refused: its loss lies 7.14% from fp32's, above"
+        " 0.5%" in str(found)
+    )
     assert str(found).endswith("not tf32: needs a CUDA device")
 
 
@@ -51,8 +64,15 @@ def test_fp32_stays_where_nothing_is_faster_or_none_tracks_it() -> None:
 
 def test_float8_is_measured_against_what_else_would_do() -> None:
     """A bf16 that strays is no reason to call the float8 that was chosen too slow."""
-    found = decide([tried(FP32, [1.0, 1.0], [4.0]), tried(BF16, [0.5, 0.5], [5.0]),
-                    tried(Precision.fp8_rowwise, [0.7, 0.7], [4.0])], [], 0.005)  # fmt: skip
+    found = decide(
+        [
+            tried(FP32, [1.0, 1.0], [4.0]),
+            tried(BF16, [0.5, 0.5], [5.0]),
+            tried(Precision.fp8_rowwise, [0.7, 0.7], [4.0]),
+        ],
+        [],
+        0.005,
+    )
     assert found.precision is Precision.fp8_rowwise
     assert str(found).endswith("fp8_rowwise 0.70x fp32's time (0.70 to 0.70)")
 
@@ -67,27 +87,39 @@ def test_the_interval_is_the_t_interval_of_log_ratios() -> None:
     assert ratio == pytest.approx((math.exp(sum(logs) / 3), math.exp(low), math.exp(high)))
 
 
-# -- a real probe -----------------------------------------------------------------------------------------------------
+# -- a real probe ---------------------------------------------------------------------------------
 
 
 def probe(model: Any, folder: Path, clock: PhaseClock, **more: Any) -> precision_choice.Choice:
     objective = Objective(model, Task.causal_lm, Precision.auto, CPU, clock)
     given: dict[str, Any] = {"left_out": [], **more}
     choice = choose_precision(
-        model, objective, batches_for(settings()), settings(), PrecisionConfig(), folder=folder, clock=clock, **given
+        model,
+        objective,
+        batches_for(settings()),
+        settings(),
+        PrecisionConfig(),
+        folder=folder,
+        clock=clock,
+        **given,
     )
     assert objective.precision is Precision.auto
     assert objective.clock is clock
     return choice
 
 
-def test_a_probe_leaves_weights_generators_and_books_as_they_were_but_for_the_search(tmp_path: Path) -> None:
+def test_a_probe_leaves_weights_generators_and_books_as_they_were_but_for_the_search(
+    tmp_path: Path,
+) -> None:
     model, clock = tiny(Task.causal_lm), PhaseClock()
     before, state = weights(model), torch.get_rng_state()
     choice = probe(model, tmp_path, clock)
     same(before, weights(model))
     assert torch.equal(state, torch.get_rng_state())
-    assert all(parameter.grad is None and parameter.dtype is torch.float32 for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.dtype is torch.float32
+        for parameter in model.parameters()
+    )
     booked = {name for name, ns in clock.mark()[1].items() if ns and name != "other"}
     assert booked == {"search"}
     assert {trial["precision"] for trial in choice.about["trials"]} == {"fp32", "bf16", "bf16_pure"}
@@ -101,14 +133,25 @@ def test_a_training_that_chose_is_one_that_was_told(tmp_path: Path) -> None:
     chosen, told = tiny(Task.causal_lm), tiny(Task.causal_lm)
     torch.manual_seed(5)
     precision = probe(chosen, tmp_path / "probe", PhaseClock()).precision
-    run(chosen, settings(), tmp_path / "chosen",
-        objective=Objective(chosen, Task.causal_lm, precision, CPU, PhaseClock()))  # fmt: skip
+    run(
+        chosen,
+        settings(),
+        tmp_path / "chosen",
+        objective=Objective(chosen, Task.causal_lm, precision, CPU, PhaseClock()),
+    )
     torch.manual_seed(5)
-    run(told, settings(), tmp_path / "told", objective=Objective(told, Task.causal_lm, precision, CPU, PhaseClock()))
+    run(
+        told,
+        settings(),
+        tmp_path / "told",
+        objective=Objective(told, Task.causal_lm, precision, CPU, PhaseClock()),
+    )
     same(weights(told), weights(chosen))
 
 
-def test_what_an_attempt_chose_the_next_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_attempt_chose_the_next_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = probe(tiny(Task.causal_lm), tmp_path, PhaseClock())
     monkeypatch.setattr(precision_choice, "_try_all", lambda *_: pytest.fail("probed again"))
     again = probe(tiny(Task.causal_lm), tmp_path, PhaseClock())
@@ -122,7 +165,9 @@ def test_a_probe_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert {trial["ci"] for trial in choice.about["trials"]} == {None}
 
 
-def test_a_precision_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_that_does_not_fit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,4 +1,6 @@
-"""Batches made ahead: the same ones in the same order, made while others are used, and no thread left behind."""
+"""Batches made ahead: the same ones in the same order, made while others are used, and no thread
+left behind.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ S = 10**9
 
 def life(start_ns: int, end_ns: int, *, phases: dict[str, int] | None = None, **more: Any) -> Life:
     whole = {"forward": end_ns - start_ns}
-    return Life(start_ns=start_ns, end_ns=end_ns, phases_ns=whole if phases is None else phases, **more)
+    return Life(
+        start_ns=start_ns, end_ns=end_ns, phases_ns=whole if phases is None else phases, **more
+    )
 
 
 def test_two_ranks_of_a_cpu_host_share_it() -> None:
@@ -38,8 +40,12 @@ def test_two_ranks_of_a_cpu_host_share_it() -> None:
         life(4 * S, 6 * S, rank=1, phases={"comm_wait": 2 * S}),
     ]
     assert merge(lives, 0, 10 * S, ["host"]) == {
-        "forward": 2 * S, "backward": S, "comm_wait": S, IDLE: S, "other": (2 + 2) * S // 2 + (4 + 2) * S // 2
-    }  # fmt: skip
+        "forward": 2 * S,
+        "backward": S,
+        "comm_wait": S,
+        IDLE: S,
+        "other": (2 + 2) * S // 2 + (4 + 2) * S // 2,
+    }
 
 
 def test_ranks_of_gpus_have_one_each() -> None:
@@ -77,28 +83,48 @@ def test_programs_at_the_same_time_under_one_rank_have_lanes_of_their_own() -> N
 
 def test_a_life_that_outlasts_the_command_is_cut_in_proportion() -> None:
     long = life(5, 25, phases={"forward": 16, "eval": 4})
-    assert merge([long, life(30, 40), life(-9, -2)], 0, 15, ["host"]) == {"other": 5, "forward": 8, "eval": 2}
+    assert merge([long, life(30, 40), life(-9, -2)], 0, 15, ["host"]) == {
+        "other": 5,
+        "forward": 8,
+        "eval": 2,
+    }
 
 
 def test_a_life_of_no_length_at_the_commands_end_leaves_nobody_idle() -> None:
-    assert merge([life(0, 2, rank=0), life(10, 10, rank=1)], 0, 10, ["host"]) == merge([life(0, 2)], 0, 10, ["host"])
+    assert merge([life(0, 2, rank=0), life(10, 10, rank=1)], 0, 10, ["host"]) == merge(
+        [life(0, 2)], 0, 10, ["host"]
+    )
 
 
 LIVES = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 20), st.integers(0, 2), st.integers(1, 3)),
+    st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 40),
+        st.integers(0, 20),
+        st.integers(0, 2),
+        st.integers(1, 3),
+    ),
     max_size=7,
 )
 
 
 @given(LIVES, st.integers(1, 60), st.integers(1, 3))
-def test_every_tick_of_every_device_stands_once(raw: list[tuple[int, ...]], end: int, num_devices: int) -> None:
+def test_every_tick_of_every_device_stands_once(
+    raw: list[tuple[int, ...]], end: int, num_devices: int
+) -> None:
     """Against a simulation that walks through the ticks one by one."""
     devices = [f"GPU-{index}" for index in range(num_devices)]
     lives = [
-        life(start, start + length, rank=rank, device=f"GPU-{gpu % num_devices}", world_size=4,
-             phases={"forward": length // part, "eval": length - length // part})
+        life(
+            start,
+            start + length,
+            rank=rank,
+            device=f"GPU-{gpu % num_devices}",
+            world_size=4,
+            phases={"forward": length // part, "eval": length - length // part},
+        )
         for rank, start, length, gpu, part in raw
-    ]  # fmt: skip
+    ]
     merged = merge(lives, 0, end, devices)
     assert sum(merged.values()) == end * num_devices
     assert min(merged.values()) > 0
@@ -117,17 +143,26 @@ def test_every_tick_of_every_device_stands_once(raw: list[tuple[int, ...]], end:
                 exact[what] = exact.get(what, Fraction(0)) + Fraction(1, len(own))
         if not own:
             exact["other"] = exact.get("other", Fraction(0)) + end
-    booked = {"life": merged.get("forward", 0) + merged.get("eval", 0)} | {n: merged.get(n, 0) for n in (IDLE, "other")}
+    booked = {"life": merged.get("forward", 0) + merged.get("eval", 0)} | {
+        n: merged.get(n, 0) for n in (IDLE, "other")
+    }
     for what, ticks in booked.items():
-        assert abs(ticks - exact.get(what, 0)) <= 2 * num_devices  # whole nanoseconds: two parts, one rounding each
+        # whole nanoseconds: two parts, one rounding each
+        assert abs(ticks - exact.get(what, 0)) <= 2 * num_devices
 
 
-@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**15), min_size=1), st.integers(0, 10**16))
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**15), min_size=1),
+    st.integers(0, 10**16),
+)
 def test_apportioning_is_exact_and_fair(parts: dict[str, int], whole: int) -> None:
     found = apportion(parts, whole)
     assert sum(found.values()) == whole
     if have := sum(parts.values()):
-        assert all(abs(found.get(name, 0) - Fraction(part * whole, have)) < 1 for name, part in parts.items())
+        assert all(
+            abs(found.get(name, 0) - Fraction(part * whole, have)) < 1
+            for name, part in parts.items()
+        )
 
 
 def test_counts_are_summed_over_ranks_and_steps_are_those_of_one() -> None:
@@ -138,30 +173,58 @@ def test_counts_are_summed_over_ranks_and_steps_are_those_of_one() -> None:
     ]
     found = counts(lives)
     assert {name: value.v for name, value in found.items()} == {
-        "tokens": 25, "steps": 5, "model_flops": 7.5, "examples": None
-    }  # fmt: skip
+        "tokens": 25,
+        "steps": 5,
+        "model_flops": 7.5,
+        "examples": None,
+    }
     assert found["examples"].why_null == NOT_COUNTED
     assert found["model_flops"].prov == "declared"
 
 
 def _raw(**changes: Any) -> dict[str, Any]:
-    return {"host": "n1", "rank": None, "local_rank": None, "world_size": None, "device": None, "device_name": None,
-            "start_ns": 5, "end_ns": 9, "phases_ns": {"forward": 4}, "counts": {}, "ended": True,
-            **changes}  # fmt: skip
+    return {
+        "host": "n1",
+        "rank": None,
+        "local_rank": None,
+        "world_size": None,
+        "device": None,
+        "device_name": None,
+        "start_ns": 5,
+        "end_ns": 9,
+        "phases_ns": {"forward": 4},
+        "counts": {},
+        "ended": True,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (_raw(), None),
-        (_raw(host="n2"), "1 ranks reported from other hosts, or torn; they are left out: meter each node"),
-        (_raw(phases_ns={"forward": 3}), "1 ranks' phases do not sum to their life; they are left out"),
-        (_raw(phases_ns={"thinking": 4}), "1 ranks' phases do not sum to their life; they are left out"),
-        (_raw(ended=False), "1 ranks ended without a last word: up to 2 s of each are booked as other"),
+        (
+            _raw(host="n2"),
+            "1 ranks reported from other hosts, or torn; they are left out: meter each node",
+        ),
+        (
+            _raw(phases_ns={"forward": 3}),
+            "1 ranks' phases do not sum to their life; they are left out",
+        ),
+        (
+            _raw(phases_ns={"thinking": 4}),
+            "1 ranks' phases do not sum to their life; they are left out",
+        ),
+        (
+            _raw(ended=False),
+            "1 ranks ended without a last word: up to 2 s of each are booked as other",
+        ),
         ("{", "1 ranks reported from other hosts, or torn; they are left out: meter each node"),
     ],
 )
-def test_what_ranks_left_is_read_with_its_flaws_said(tmp_path: Path, content: Any, said: str | None) -> None:
+def test_what_ranks_left_is_read_with_its_flaws_said(
+    tmp_path: Path, content: Any, said: str | None
+) -> None:
     (tmp_path / "ranks").mkdir()
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "ranks" / "n1-7-5.json").write_text(text)

@@ -1,4 +1,6 @@
-"""Recipes are data: no key, tag, alias or interpolation of a file runs code, reads the environment or eats memory."""
+"""Recipes are data: no key, tag, alias or interpolation of a file runs code, reads the environment
+or eats memory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ PLAIN = "# Is it data?\ndefaults:\n  - /stage@stages.only: train\nprimary_arm: o
 
 
 @pytest.fixture
-def compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def compose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Compose a recipe of this text; return its run, or the line that refused it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pipeline"])
@@ -60,7 +64,9 @@ hydra:
 
 
 @pytest.mark.parametrize("flags", [(), ("-m",), ("--multirun", "seed=0,1"), ("--cfg", "job")])
-def test_a_callback_in_a_recipe_is_refused_and_not_run(compose: Any, tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_a_callback_in_a_recipe_is_refused_and_not_run(
+    compose: Any, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     marker = tmp_path / "ran"
     line = compose(PLAIN + EXPLOIT.format(marker=marker), *flags)
     assert line.startswith("recipe: ")
@@ -122,14 +128,23 @@ def test_what_names_code_is_refused_at_any_depth(tmp_path: Path, settings: str) 
     ],
 )
 def test_defaults_choose_from_what_ships_alone(tmp_path: Path, choice: str) -> None:
-    line = refused(tmp_path, f"# Q\ndefaults:\n  - /stage@stages.only: train\n  - {choice}\nprimary_arm: only\n")
+    line = refused(
+        tmp_path,
+        f"# Q\ndefaults:\n  - /stage@stages.only: train\n  - {choice}\nprimary_arm: only\n",
+    )
     assert "mine.yaml: defaults" in line, line
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("${oc.env:HOME}", "wants the environment variable HOME, and a recipe reads none; pass it on the command line"),
+        (
+            "${oc.env:HOME}",
+            (
+                "wants the environment variable HOME, and a recipe reads none; pass it on the"
+                " command line"
+            ),
+        ),
         ("a/${oc.env:SECRET,none}/b", "wants the environment variable SECRET"),
         ("${env:USER}", "wants the environment variable USER"),
         ("${oc.decode:'[1]'}", "computes a value"),
@@ -143,12 +158,18 @@ def test_defaults_choose_from_what_ships_alone(tmp_path: Path, choice: str) -> N
         ("fine ${model.name} and ${oc.env:HOME}", "wants the environment variable HOME"),
     ],
 )
-@pytest.mark.parametrize("where", ['tracking: {{team: "{}"}}', 'student: {{config: {{a: [["{}"]]}}}}'])
-def test_a_file_reads_nothing_but_other_settings(tmp_path: Path, value: str, said: str, where: str) -> None:
+@pytest.mark.parametrize(
+    "where", ['tracking: {{team: "{}"}}', 'student: {{config: {{a: [["{}"]]}}}}']
+)
+def test_a_file_reads_nothing_but_other_settings(
+    tmp_path: Path, value: str, said: str, where: str
+) -> None:
     assert said in refused(tmp_path, f"{PLAIN}{where.format(value)}\n")
 
 
-def test_what_a_command_line_reads_is_the_users_own(compose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_command_line_reads_is_the_users_own(
+    compose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_TEAM", "red")
     assert compose(PLAIN, "tracking.team=${oc.env:MY_TEAM}").tracking.team == "red"
     line = compose(PLAIN, "tracking.team=${oc.env:NO_SUCH_THING}")
@@ -164,7 +185,10 @@ def test_a_recipe_may_refer_to_its_own_settings(compose: Any) -> None:
     "text",
     [
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
-        + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)),
+        + "".join(
+            f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n"
+            for n in range(9)
+        ),
         "a: &a [*a]\n",
         "a: &a {b: {c: *a}}\n",
         "a: " + "[" * 5000 + "]" * 5000 + "\n",
@@ -199,7 +223,9 @@ def test_no_file_is_met_with_a_traceback(tmp_path: Path, text: str) -> None:
     assert "mine.yaml" in refused(tmp_path, text)
 
 
-@pytest.mark.parametrize("settings", ["stages: 5", "training: 5", "training: {steps: {a: 1}}", "defaults: [{a: 5}]"])
+@pytest.mark.parametrize(
+    "settings", ["stages: 5", "training: 5", "training: {steps: {a: 1}}", "defaults: [{a: 5}]"]
+)
 def test_settings_of_another_kind_are_one_line(compose: Any, settings: str) -> None:
     assert compose(f"# Q\nprimary_arm: x\n{settings}\n")
 
@@ -216,7 +242,14 @@ def test_what_is_no_file_is_no_recipe(
         path.mkdir()
     else:
         path.symlink_to("/nowhere" if kind == "broken link" else "/dev/zero")
-    assert main(["--recipe-dir", ".", "recipe=mine"], started_ns=0, execute=lambda *_: pytest.fail("composed")) == 1
+    assert (
+        main(
+            ["--recipe-dir", ".", "recipe=mine"],
+            started_ns=0,
+            execute=lambda *_: pytest.fail("composed"),
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert re.match(r"refused: recipe: mine\.yaml[: ]", said), said
     assert main(["--recipe-dir", "."], started_ns=0) == 0  # the others are listed
@@ -229,10 +262,12 @@ def test_every_recipe_that_ships_is_data() -> None:
 
 def test_names_of_code_are_told_from_names_of_settings() -> None:
     assert all(map(names_code, ("_target_", "a._partial_", "_x_", "hydra", "auto_map")))
-    assert not any(map(names_code, ("_self_", "steps", "_", "__", "target", "pad_token_id", "a.b", 5)))
+    assert not any(
+        map(names_code, ("_self_", "steps", "_", "__", "target", "pad_token_id", "a.b", 5))
+    )
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
+# -- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,9 +299,13 @@ def test_a_command_line_names_no_code_either(arg: str) -> None:
         check_words([arg])
 
 
-@pytest.mark.parametrize("arg", ["student.config={a: [{_target_: os.system}]}", "serving.results={auto_map: x}"])
+@pytest.mark.parametrize(
+    "arg", ["student.config={a: [{_target_: os.system}]}", "serving.results={auto_map: x}"]
+)
 @pytest.mark.parametrize("flags", [(), ("-m",)])
-def test_values_of_a_command_line_name_no_code(compose: Any, arg: str, flags: tuple[str, ...]) -> None:
+def test_values_of_a_command_line_name_no_code(
+    compose: Any, arg: str, flags: tuple[str, ...]
+) -> None:
     assert "names code, and settings are data" in compose(PLAIN, *flags, arg)
 
 
@@ -275,8 +314,12 @@ def test_what_hydra_may_be_told(compose: Any) -> None:
     assert compose(PLAIN, *told).recipe == "mine"
 
 
-@pytest.mark.parametrize("flag", ["--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"])
-def test_flags_that_bring_other_settings_are_refused(compose: Any, flag: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flag", ["--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"]
+)
+def test_flags_that_bring_other_settings_are_refused(
+    compose: Any, flag: str, tmp_path: Path
+) -> None:
     assert f"{flag}: is not for use here" in compose(PLAIN, flag, str(tmp_path))
 
 

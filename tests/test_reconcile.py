@@ -42,14 +42,20 @@ def _phase(ns: int) -> Callable[[dict[str, Any]], None]:
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (_add("device_hours/work", 1 / 3600), "work + assess + retry is not attached: +1 s"),
-    (_add("device_hours/support", -2 / 3600), "productive + support + wasted is not attached: -2 s"),
+    (
+        _add("device_hours/support", -2 / 3600),
+        "productive + support + wasted is not attached: -2 s",
+    ),
     (_phase(10**9), "phases do not close: +1 s"),
     (_nested(tensor_active=0.3, sm_active=0.2), "tensor_active is more than sm_active: 360 s"),
     (_nested(sm_active=0.3, busy=0.2), "sm_active is more than busy: 360 s"),
     (_nested(busy=1.0), "busy is more than attached"),
     (_nested(allocated=0.1), "attached is more than allocated"),
     (_nested(tensor_active=0.3, busy=0.2), "tensor_active is more than busy"),
-    (lambda record: record["device_hours"].update(wasted_by={"rollback": value(0.0)}), "its causes is not wasted"),
+    (
+        lambda record: record["device_hours"].update(wasted_by={"rollback": value(0.0)}),
+        "its causes is not wasted",
+    ),
     (lambda record: record.update(energy_j=value(-1.0)), "energy_j is negative"),
 ]
 
@@ -81,18 +87,29 @@ def test_nulls_contradict_nothing() -> None:
 
 
 @given(
-    st.dictionaries(st.sampled_from(PHASES), st.integers(0, 10**15), max_size=6), st.integers(0, 10**15),
-    st.floats(0, 1), st.integers(1, 64),
-)  # fmt: skip
-def test_what_the_ledger_writes_always_closes(phases: dict[str, int], lost_ns: int, part: float, devices: int) -> None:
+    st.dictionaries(st.sampled_from(PHASES), st.integers(0, 10**15), max_size=6),
+    st.integers(0, 10**15),
+    st.floats(0, 1),
+    st.integers(1, 64),
+)
+def test_what_the_ledger_writes_always_closes(
+    phases: dict[str, int], lost_ns: int, part: float, devices: int
+) -> None:
     kept_ns = sum(phases.values())
     work_ns = int(kept_ns * part)
     record = ledger(
-        Spent(work_ns, kept_ns - work_ns, lost_ns, "rollback", phases), {}, devices=devices, device_kind="cuda",
-        cost=CostConfig(), memory={}, disturbance=undisturbed("-"),
-        usage=unread("not read"), is_training=True, seconds_in_steps=None,
+        Spent(work_ns, kept_ns - work_ns, lost_ns, "rollback", phases),
+        {},
+        devices=devices,
+        device_kind="cuda",
+        cost=CostConfig(),
+        memory={},
+        disturbance=undisturbed("-"),
+        usage=unread("not read"),
+        is_training=True,
+        seconds_in_steps=None,
         peak=_nothing(),
-    )  # fmt: skip
+    )
     assert record["meter_valid"], record["meter_problems"]
     broken = copy.deepcopy(record)
     broken["phases_ns"]["other"] = broken["phases_ns"].get("other", 0) + 10**9

@@ -1,4 +1,6 @@
-"""Recovery: fake quantization against the libraries' own layers, and the ladder as a user climbs it."""
+"""Recovery: fake quantization against the libraries' own layers, and the ladder as a user climbs
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,22 @@ from pipeline.training.checkpoint import TrainedPart, kept_of
 
 CPU = torch.device("cpu")
 FORMATS = [
-    fmt for fmt in pipeline.quantization.backend.formats() if why_not(fmt, CPU) is None and fmt not in SIXTEEN_BITS
+    fmt
+    for fmt in pipeline.quantization.backend.formats()
+    if why_not(fmt, CPU) is None and fmt not in SIXTEEN_BITS
 ]
 IDS = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def units(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Have no units for 16 bits, so that a ladder is the same on every machine; a test may ask for them."""
+    """Have no units for 16 bits, so that a ladder is the same on every machine; a test may ask for
+    them.
+    """
     ratio = [2.0]
-    monkeypatch.setattr(sixteen, "product_ratio", lambda fmt, _: ratio[0] if fmt is Format.bf16 else 80.0)
+    monkeypatch.setattr(
+        sixteen, "product_ratio", lambda fmt, _: ratio[0] if fmt is Format.bf16 else 80.0
+    )
 
     def take(bf16: float) -> None:
         ratio[0] = bf16
@@ -62,15 +70,21 @@ def faked(model: Any, fmt: Format, adapters: Adapters | None = None) -> Any:
 def gpt2() -> GPT2LMHeadModel:
     """GPT-2 keeps its weights the other way round: (in, out)."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=2)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=259, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    ).eval()
 
 
-# -- fake quantization ------------------------------------------------------------------------------------------------
+# -- fake quantization ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_weights_are_rounded_as_the_library_stores_them(fmt: Format, source: Path, tmp_path: Path) -> None:
-    """Bit by bit, against what peft reads from the layers of a model that was quantized and loaded."""
+def test_weights_are_rounded_as_the_library_stores_them(
+    fmt: Format, source: Path, tmp_path: Path
+) -> None:
+    """Bit by bit, against what peft reads from the layers of a model that was quantized and
+    loaded.
+    """
     from peft.utils.integrations import dequantize_module_weight
 
     quantize(source, tmp_path, fmt, Task.causal_lm, device="cpu", key="format", prove=False)
@@ -80,13 +94,19 @@ def test_weights_are_rounded_as_the_library_stores_them(fmt: Format, source: Pat
     for name, module in stored.named_modules():
         if backend_of(fmt).is_quantized(module):
             weight: Any = module.weight
-            theirs = weight.dequantize() if LIBRARIES[fmt] == "torchao" else dequantize_module_weight(module)
+            theirs = (
+                weight.dequantize()
+                if LIBRARIES[fmt] == "torchao"
+                else dequantize_module_weight(module)
+            )
             assert torch.equal(model.get_submodule(name).weight, theirs.float()), name
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt in ACTIVATIONS])
 def test_inputs_are_rounded_as_the_kernel_does(fmt: Format, source: Path, tmp_path: Path) -> None:
-    """A layer of the faked model gives what that of the quantized one gives; with its weights alone it would not."""
+    """A layer of the faked model gives what that of the quantized one gives; with its weights alone
+    it would not.
+    """
     quantize(source, tmp_path, fmt, Task.causal_lm, device="cpu", key="format", prove=False)
     model: Any = load_model(source, Task.causal_lm)
     faked(model, fmt)
@@ -101,8 +121,12 @@ def test_inputs_are_rounded_as_the_kernel_does(fmt: Format, source: Path, tmp_pa
 
 
 @pytest.mark.parametrize("rounds", [True, False])
-def test_int8_rounds_inputs_where_the_library_does(rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked of the library on each device: a build that multiplies rounded weights with inputs as they are is one."""
+def test_int8_rounds_inputs_where_the_library_does(
+    rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of the library on each device: a build that multiplies rounded weights with inputs as
+    they are is one.
+    """
     from bitsandbytes.nn.modules import Linear8bitLt
 
     if not rounds:
@@ -123,8 +147,12 @@ def test_int8_rounds_inputs_where_the_library_does(rounds: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize("adapters", [None, Adapters(rank=4, alpha=8.0)])
-def test_gradients_are_those_at_the_rounded_weights(adapters: Adapters | None, source: Path) -> None:
-    """In float64, against autograd of a plain model that has the rounded weights; adapters by the chain rule."""
+def test_gradients_are_those_at_the_rounded_weights(
+    adapters: Adapters | None, source: Path
+) -> None:
+    """In float64, against autograd of a plain model that has the rounded weights; adapters by the
+    chain rule.
+    """
     model: Any = load_model(source, Task.causal_lm)
     faked(model, Format.nf4, adapters)
     layer = model.model.layers[0].mlp.up_proj
@@ -144,12 +172,18 @@ def test_gradients_are_those_at_the_rounded_weights(adapters: Adapters | None, s
         return
     torch.testing.assert_close(own[0].up.grad, 2.0 * true @ own[0].down.T, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(own[0].down.grad, 2.0 * own[0].up.T @ true, rtol=1e-5, atol=1e-9)
-    assert [name for name, p in model.named_parameters() if p.requires_grad and "parametrizations" not in name] == []
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and "parametrizations" not in name
+    ] == []
 
 
 @pytest.mark.parametrize("adapters", [None, Adapters(rank=2, alpha=4.0)])
 @pytest.mark.parametrize("make", [lambda: tiny(Task.causal_lm), gpt2])
-def test_undone_it_leaves_a_plain_model_with_what_was_trained(make: Any, adapters: Adapters | None) -> None:
+def test_undone_it_leaves_a_plain_model_with_what_was_trained(
+    make: Any, adapters: Adapters | None
+) -> None:
     model, before = make(), make().state_dict()
     undo = faked(model, Format.nf4, adapters)
     name, module = next((n, m) for n, m in model.named_modules() if hasattr(m, "parametrizations"))
@@ -182,11 +216,15 @@ def test_a_checkpoint_of_a_partly_frozen_model_holds_what_is_trained() -> None:
         if parameter.requires_grad:
             parameter.data += 1
     part.load_state_dict(state, strict=False)
-    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in state.items())
+    assert all(
+        torch.equal(dict(model.named_parameters())[name], value) for name, value in state.items()
+    )
 
 
 def test_weights_that_lie_askew_are_moved_and_stay_what_they_are() -> None:
-    """A product with one token rounds by where its weight begins, and a mapped file has tensors anywhere."""
+    """A product with one token rounds by where its weight begins, and a mapped file has tensors
+    anywhere.
+    """
     model = tiny(Task.causal_lm)
     want = {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in model.parameters():
@@ -198,11 +236,13 @@ def test_weights_that_lie_askew_are_moved_and_stay_what_they_are() -> None:
     assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
 
 
-# -- the ladder -------------------------------------------------------------------------------------------------------
+# -- the ladder -----------------------------------------------------------------------------------
 
 
 class Climber:
-    """Runs `recipe=quantize_recover` on one model in one store: what was made once is found again."""
+    """Runs `recipe=quantize_recover` on one model in one store: what was made once is found
+    again.
+    """
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder, self.source = folder, source
@@ -211,13 +251,25 @@ class Climber:
 
     def run(self, *settings: str) -> subprocess.CompletedProcess[str]:
         return here(
-            self.folder, "recipe=quantize_recover", "~stages.bf16", f"model.path={self.source}",
+            self.folder,
+            "recipe=quantize_recover",
+            "~stages.bf16",
+            f"model.path={self.source}",
             "data.path=texts.jsonl",
-            "tracking.mlflow=false", "stages.reference.steps=0", "stages.quantized.format=fp4",
-            "training.sequence_length=64", "training.batch_size=8", "training.steps=30", "quality.bootstrap=200",
-            "serving.blocks=2", "serving.load.prompt=8", "serving.load.new=4", "serving.batches=[1]",
-            "hardware.device=cpu", *settings,
-        )  # fmt: skip
+            "tracking.mlflow=false",
+            "stages.reference.steps=0",
+            "stages.quantized.format=fp4",
+            "training.sequence_length=64",
+            "training.batch_size=8",
+            "training.steps=30",
+            "quality.bootstrap=200",
+            "serving.blocks=2",
+            "serving.load.prompt=8",
+            "serving.load.new=4",
+            "serving.batches=[1]",
+            "hardware.device=cpu",
+            *settings,
+        )
 
     def __call__(self, *settings: str) -> dict[str, Any]:
         done = self.run(*settings)
@@ -227,7 +279,8 @@ class Climber:
 
 @pytest.fixture(scope="module")
 def climb(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Climber]:
-    with pytest.MonkeyPatch.context() as patch:  # the proof of the reload has tests of its own, and takes seconds
+    # the proof of the reload has tests of its own, and takes seconds
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)
         yield Climber(tmp_path_factory.mktemp("climb"), source)
 
@@ -243,7 +296,8 @@ def loss(row: dict[str, Any]) -> float:
 def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
     """Return a tolerance that one rung misses and another holds, from what both lose here.
 
-    What a tiny model loses depends on the processor that trained it; which rung loses less must not.
+    What a tiny model loses depends on the processor that trained it; which rung loses less must
+    not.
     """
     lost = rungs(climb(*settings, "stages.quantized.tolerance=0"))
     found = loss(lost[worse]), loss(lost[better])
@@ -252,7 +306,9 @@ def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
 
 
 def check_it_is(result: dict[str, Any], name: str | None, skipped: Sequence[str] = ()) -> None:
-    """Check that the stage is what the rung made (None: its source), that it alone is assessed, and who is charged."""
+    """Check that the stage is what the rung made (None: its source), that it alone is assessed, and
+    who is charged.
+    """
     rows = {row["arm"]: row for row in result["rows"]}
     own = rows["quantized"]
     taken = rows["reference"] if name is None else rows[f"quantized/{name}"]
@@ -291,19 +347,27 @@ def test_a_better_format_wins(climb: Climber) -> None:
     assert list(found) == names[: names.index(winner) + 1]
     check_it_is(result, winner)
     notes = result["environment"]["notes"]
-    assert f"quantized/fp4: loses {lost['fp4']:.2%} on validation where {tolerance:.2%} is allowed" in notes
+    assert (
+        f"quantized/fp4: loses {lost['fp4']:.2%} on validation where {tolerance:.2%} is allowed"
+        in notes
+    )
     said = [*first["environment"]["notes"], *notes]  # once, by the run that took it over
     assert f"quantized: is quantized/{winner}" in said
     report = (climb.folder / "mlruns/latest/report.md").read_text()
     assert f"| quantized/{winner} |" in report[report.index("What recovery brought") :]
 
 
-LORA = ("stages.quantized.recover=[lora]", "stages.quantized.lora.learning_rate=0.003",
-        "training.divergence_factor=50")  # fmt: skip
+LORA = (
+    "stages.quantized.recover=[lora]",
+    "stages.quantized.lora.learning_rate=0.003",
+    "training.divergence_factor=50",
+)
 
 
 def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
-    """What is read is the artifact: quantized, plain, without a trace of adapters; the charge has its FLOPs."""
+    """What is read is the artifact: quantized, plain, without a trace of adapters; the charge has
+    its FLOPs.
+    """
     tolerance = between(climb, "fp4", "lora", *LORA)
     result = climb(*LORA, f"stages.quantized.tolerance={tolerance}")
     found = rungs(result)
@@ -313,7 +377,9 @@ def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
     counts = found["lora"]["ledger"]["counts"]
     assert (counts["steps"]["v"], found["lora"]["type"]) == (30, "recover")
     assert counts["model_flops"]["v"] > 0
-    assert found["lora"]["artifact"]["bytes"] == pytest.approx(found["fp4"]["artifact"]["bytes"], rel=0.01)
+    assert found["lora"]["artifact"]["bytes"] == pytest.approx(
+        found["fp4"]["artifact"]["bytes"], rel=0.01
+    )
     artifact = json.loads(Path(found["lora"]["artifact"]["path"], "artifact.json").read_text())
     assert artifact["quantization"]["format"] == "fp4"
     assert artifact["recovery"]["loss"] == loss(found["lora"])
@@ -330,10 +396,17 @@ def test_training_all_weights_wins(climb: Climber) -> None:
 
 
 def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
-    result = climb("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=1", "stages.quantized.tolerance=0")
+    result = climb(
+        "stages.quantized.recover=[lora]",
+        "stages.quantized.lora.steps=1",
+        "stages.quantized.tolerance=0",
+    )
     assert loss(rungs(result)["lora"]) > 0
     check_it_is(result, None)
-    assert "quantized: stays as reference is: no rung holds the tolerance" in result["environment"]["notes"]
+    assert (
+        "quantized: stays as reference is: no rung holds the tolerance"
+        in result["environment"]["notes"]
+    )
     kept = "No format pays: quantized stays as the reference is (no rung holds the tolerance); "
     assert result["conclusion"].startswith(kept)
     (pair,) = result["comparisons"]
@@ -341,9 +414,15 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
 
 
 def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units: Any) -> None:
-    """Where the device has units: read first, taken where no other rung holds, and the row says what is in them."""
+    """Where the device has units: read first, taken where no other rung holds, and the row says
+    what is in them.
+    """
     units(0.5)
-    tolerance = ("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=1", "stages.quantized.tolerance=0.02")
+    tolerance = (
+        "stages.quantized.recover=[lora]",
+        "stages.quantized.lora.steps=1",
+        "stages.quantized.tolerance=0.02",
+    )
     result = climb(*tolerance)
     found = rungs(result)
     assert list(found) == ["bf16", "fp4", "lora"]
@@ -361,13 +440,19 @@ def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units:
     assert said in result["environment"]["notes"]
 
 
-def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(climb: Climber) -> None:
+def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(
+    climb: Climber,
+) -> None:
     """Before anything is trained; and so is one that is inherited."""
     for rung in ("lora", "qat"):
-        done = climb.run(f"stages.quantized.recover=[{rung}]", f"stages.quantized.{rung}.precision=tf32")
+        done = climb.run(
+            f"stages.quantized.recover=[{rung}]", f"stages.quantized.{rung}.precision=tf32"
+        )
         assert done.returncode == 1
         assert f"stages.quantized.{rung}.precision: tf32 needs a CUDA device" in done.stderr
-    done = climb.run("stages.quantized.recover=[lora]", "precision=fp16", "stages.reference.precision=fp32")
+    done = climb.run(
+        "stages.quantized.recover=[lora]", "precision=fp16", "stages.reference.precision=fp32"
+    )
     assert done.returncode == 1
     assert "precision: fp16 with loss scaling needs a CUDA device" in done.stderr
     result = climb(
@@ -383,12 +468,19 @@ def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(cli
 def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(
     climb: Climber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Bench.measure  # a mixture of a tiny model's layers may well lose nothing: here all lose it all
-    monkeypatch.setattr(Bench, "measure", lambda self, *given: replace(measure(self, *given), loss=1.0))
-    result = climb("stages.quantized.format=auto", "stages.quantized.candidates=[fp4]",
-                   "stages.quantized.recover=[qat]", "stages.quantized.prefer=memory",
-                   "stages.quantized.qat.learning_rate=0.001",
-                   "stages.quantized.tolerance=1e-6")  # fmt: skip
+    # a mixture of a tiny model's layers may well lose nothing: here all lose it all
+    measure = Bench.measure
+    monkeypatch.setattr(
+        Bench, "measure", lambda self, *given: replace(measure(self, *given), loss=1.0)
+    )
+    result = climb(
+        "stages.quantized.format=auto",
+        "stages.quantized.candidates=[fp4]",
+        "stages.quantized.recover=[qat]",
+        "stages.quantized.prefer=memory",
+        "stages.quantized.qat.learning_rate=0.001",
+        "stages.quantized.tolerance=1e-6",
+    )
     found = rungs(result)
     assert list(found) == ["search", "qat"]
     assert found["search"]["recovery"] == {}
@@ -397,17 +489,29 @@ def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(
 
 
 def test_a_search_that_finds_a_format_is_not_climbed_from(climb: Climber) -> None:
-    result = climb("stages.quantized.format=auto", "stages.quantized.candidates=[fp4]",
-                   "stages.quantized.recover=[qat]", "stages.quantized.prefer=memory",
-                   "stages.quantized.tolerance=1")  # fmt: skip
+    result = climb(
+        "stages.quantized.format=auto",
+        "stages.quantized.candidates=[fp4]",
+        "stages.quantized.recover=[qat]",
+        "stages.quantized.prefer=memory",
+        "stages.quantized.tolerance=1",
+    )
     assert list(rungs(result)) == ["search"]
     check_it_is(result, "search")
 
 
-def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(climb: Climber, tmp_path: Path) -> None:
-    """Stopped in the middle of its adapters, the same command goes on and comes to the same weights."""
-    settings = ("stages.quantized.recover=[lora]", "stages.quantized.lora.steps=20", "stages.quantized.tolerance=0",
-                "training.checkpoint_every=5")  # fmt: skip
+def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
+    climb: Climber, tmp_path: Path
+) -> None:
+    """Stopped in the middle of its adapters, the same command goes on and comes to the same
+    weights.
+    """
+    settings = (
+        "stages.quantized.recover=[lora]",
+        "stages.quantized.lora.steps=20",
+        "stages.quantized.tolerance=0",
+        "training.checkpoint_every=5",
+    )
     whole = rungs(climb(*settings))["lora"]["artifact"]["digest"]
     other = Climber(tmp_path, climb.source)
     asked: list[int] = []
@@ -431,19 +535,39 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(climb: Cli
     ("settings", "said"),
     [
         (["stages.quantized.recover=[qat,qat]"], "stages.quantized.recover: names a rung twice"),
-        (["stages.quantized.recover=[qat]", "stages.quantized.lora.rank=8"],
-         "stages.quantized.lora: has no effect without lora in recover"),
-        (["stages.quantized.recover=[qat]", "precision=bf16_pure"], "stages.quantized.qat.precision: bf16_pure is not"),
-        (["stages.quantized.recover=[lora]", "training.steps=0"], "stages.quantized.lora.steps: training.steps is 0"),
-        (["stages.quantized.recover=[lora]", "stages.quantized.lora.rank=0"], "stages.quantized.lora.rank: 0 is out"),
-        (["stages.quantized.recover=[format]", "stages.quantized.format=auto"],
-         "stages.quantized.recover: with format: auto the search is that rung"),
-        (["stages.quantized.recover=[]", "stages.quantized.tolerance=0.1"],
-         "stages.quantized.tolerance: has no effect with format: fp4 and nothing to recover with"),
+        (
+            ["stages.quantized.recover=[qat]", "stages.quantized.lora.rank=8"],
+            "stages.quantized.lora: has no effect without lora in recover",
+        ),
+        (
+            ["stages.quantized.recover=[qat]", "precision=bf16_pure"],
+            "stages.quantized.qat.precision: bf16_pure is not",
+        ),
+        (
+            ["stages.quantized.recover=[lora]", "training.steps=0"],
+            "stages.quantized.lora.steps: training.steps is 0",
+        ),
+        (
+            ["stages.quantized.recover=[lora]", "stages.quantized.lora.rank=0"],
+            "stages.quantized.lora.rank: 0 is out",
+        ),
+        (
+            ["stages.quantized.recover=[format]", "stages.quantized.format=auto"],
+            "stages.quantized.recover: with format: auto the search is that rung",
+        ),
+        (
+            ["stages.quantized.recover=[]", "stages.quantized.tolerance=0.1"],
+            (
+                "stages.quantized.tolerance: has no effect with format: fp4 and nothing to recover"
+                " with"
+            ),
+        ),
         (["stages.quantized.recover=[lora,more]"], "stages.quantized.recover"),
     ],
-)  # fmt: skip
-def test_settings_that_contradict_each_other_are_refused(climb: Climber, settings: list[str], said: str) -> None:
+)
+def test_settings_that_contradict_each_other_are_refused(
+    climb: Climber, settings: list[str], said: str
+) -> None:
     done = climb.run(*settings)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("refused")]

@@ -1,4 +1,6 @@
-"""Secrets: marked by name, by shape and inside other values; never in what a run or Hydra leaves on disk."""
+"""Secrets: marked by name, by shape and inside other values; never in what a run or Hydra leaves on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrSt"  # no real one
         ("tracking.uri", "https://host/x?token=abc&y=1", f"https://host/x?token={REDACTED}&y=1"),
         ("purpose", f"with {TOKEN}, quickly", f"with {REDACTED}, quickly"),
         ("purpose", "ghp_" + "a" * 36, REDACTED),
-        ("student.config", "{api_key: abc, hidden_size: 64}", f"{{api_key: {REDACTED}, hidden_size: 64}}"),
+        (
+            "student.config",
+            "{api_key: abc, hidden_size: 64}",
+            f"{{api_key: {REDACTED}, hidden_size: 64}}",
+        ),
         ("student.config", "{'hub_token': 'abc'}", f"{{'hub_token': {REDACTED}}}"),
     ],
 )
@@ -47,11 +53,15 @@ def test_secrets_are_marked(key: str, value: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("training.max_tokens", "5"), ("data.tokenizer", "byte"), ("model.path", "org/name"),
-        ("data.path", "/data/a@b/train.jsonl"), ("tracking.uri", "sqlite:////tmp/mlflow.db"),
-        ("question", "what is the key to it: tokens?"), ("data.path", "hf_home/train.jsonl"),
+        ("training.max_tokens", "5"),
+        ("data.tokenizer", "byte"),
+        ("model.path", "org/name"),
+        ("data.path", "/data/a@b/train.jsonl"),
+        ("tracking.uri", "sqlite:////tmp/mlflow.db"),
+        ("question", "what is the key to it: tokens?"),
+        ("data.path", "hf_home/train.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_secret_stays(key: str, value: str) -> None:
     assert redact_value(key, value) == value
     assert redact_override(f"{key}={value}") == f"{key}={value}"
@@ -63,10 +73,18 @@ def test_arguments_without_a_value_stay_unless_they_are_tokens() -> None:
 
 
 def test_settings_are_marked_at_any_depth_and_keep_their_types() -> None:
-    settings = {"a": {"secret": 5, "steps": 5, "list": [TOKEN, 1]}, "token": None, "compile": True, "x": 0.5}
+    settings = {
+        "a": {"secret": 5, "steps": 5, "list": [TOKEN, 1]},
+        "token": None,
+        "compile": True,
+        "x": 0.5,
+    }
     assert redact_settings(settings) == {
-        "a": {"secret": REDACTED, "steps": 5, "list": [REDACTED, 1]}, "token": None, "compile": True, "x": 0.5
-    }  # fmt: skip
+        "a": {"secret": REDACTED, "steps": 5, "list": [REDACTED, 1]},
+        "token": None,
+        "compile": True,
+        "x": 0.5,
+    }
 
 
 def test_the_settings_of_a_run_hold_nothing_that_is_taken_for_a_secret() -> None:
@@ -84,15 +102,27 @@ def test_logins_in_urls() -> None:
 
 
 def test_hydra_leaves_no_secret_of_a_multirun_on_disk(tmp_path: Path) -> None:
-    """Its own multirun.yaml holds the command line in clear; refused jobs are enough to have it written."""
+    """Its own multirun.yaml holds the command line in clear; refused jobs are enough to have it
+    written.
+    """
     secrets = [f"tracking.purpose={TOKEN}", "student.config={api_key: hunter2}"]
-    command = [sys.executable, "-m", "pipeline", "-m", "recipe=baseline", "training.steps=-1,-2", *secrets]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "-m",
+        "recipe=baseline",
+        "training.steps=-1,-2",
+        *secrets,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("is out of range") == 2, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
-    assert [path for path in files if TOKEN in path.read_text() or "hunter2" in path.read_text()] == []
+    assert [
+        path for path in files if TOKEN in path.read_text() or "hunter2" in path.read_text()
+    ] == []
 
 
 def test_long_words_are_read_in_passing() -> None:

@@ -1,4 +1,6 @@
-"""Secrets that the environment holds, whatever its variables are called, and what may not be taken for one."""
+"""Secrets that the environment holds, whatever its variables are called, and what may not be taken
+for one.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ NO_SECRET = [
 
 
 @pytest.mark.parametrize("name", SECRET)
-def test_a_variable_is_known_by_its_parts_and_its_ending(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_known_by_its_parts_and_its_ending(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     value = secrets.token_urlsafe(12)
     monkeypatch.setenv(name, value)
     assert redact(f"the server said: {value}!") == f"the server said: {REDACTED}!"
@@ -102,13 +106,17 @@ def test_other_variables_are_text(name: str, monkeypatch: pytest.MonkeyPatch) ->
         "quality",
     ],
 )
-def test_words_numbers_and_paths_do_not_shred_a_text(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_numbers_and_paths_do_not_shred_a_text(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ANY_SECRET", value)
     text = f"an {value} is here, and {value}s"
     assert redact(text) == text
 
 
-def test_a_short_word_is_marked_where_it_is_one_and_left_inside_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_word_is_marked_where_it_is_one_and_left_inside_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SOME_PASS", "marble")
     assert redact("marble, marbles, 'marble'") == f"{REDACTED}, marbles, '{REDACTED}'"
 
@@ -121,7 +129,12 @@ def test_a_secret_that_begins_like_a_path_is_one(monkeypatch: pytest.MonkeyPatch
 def test_a_secret_is_found_as_json_and_urls_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
     value = 'pä"ss\\wö/rd$7'
     monkeypatch.setenv("THEIR_PASS", value)
-    for form in (value, json.dumps(value), json.dumps(value, ensure_ascii=False), quote(value, safe="")):
+    for form in (
+        value,
+        json.dumps(value),
+        json.dumps(value, ensure_ascii=False),
+        quote(value, safe=""),
+    ):
         assert "rd$7" not in redact(f"a {form} b")
         assert "rd%247" not in redact(f"a {form} b")
 
@@ -135,7 +148,9 @@ def test_a_secret_is_found_as_json_and_urls_write_it(monkeypatch: pytest.MonkeyP
         ("ODBC", "Driver=x;Uid=me;Pwd=s3rv3r!;Database=d", "s3rv3r!"),
     ],
 )
-def test_what_a_login_holds_is_known_alone(name: str, value: str, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_login_holds_is_known_alone(
+    name: str, value: str, hidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert hidden not in redact(f"cannot log in with {hidden}")
     assert hidden not in redact(f"{name}={value}")
@@ -226,8 +241,15 @@ def test_all_that_a_secret_name_holds_is_marked_and_counts_stay() -> None:
 
 
 def test_names_of_settings() -> None:
-    assert all(map(names_secret, ("pass", "db.pass", "userPass", "PGPASSWORD", "smtp_passwd", "GH_PAT")))
-    assert not any(map(names_secret, ("pass_rate", "first_pass", "passes", "monkey", "sort_key", "XDG_SESSION_KEY")))
+    assert all(
+        map(names_secret, ("pass", "db.pass", "userPass", "PGPASSWORD", "smtp_passwd", "GH_PAT"))
+    )
+    assert not any(
+        map(
+            names_secret,
+            ("pass_rate", "first_pass", "passes", "monkey", "sort_key", "XDG_SESSION_KEY"),
+        )
+    )
 
 
 def test_a_large_environment_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:

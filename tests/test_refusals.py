@@ -1,4 +1,6 @@
-"""Bad input: one line with key, problem and remedy, exit 1, no traceback, nothing left half-written."""
+"""Bad input: one line with key, problem and remedy, exit 1, no traceback, nothing left
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,24 @@ from pipeline.runs.opening import quiet_libraries
 from pipeline.store import artifacts as store
 
 Refuse = Callable[..., str]
-LINES = [{"text": f"document {number} of a small set, long enough to be one"} for number in range(80)]
+LINES = [
+    {"text": f"document {number} of a small set, long enough to be one"} for number in range(80)
+]
 CLASSIFY = ("task=sequence_classification",)
 
 
 @pytest.fixture
-def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+def refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refuse:
     """Run a command that must be refused; return its line. No run may have been opened."""
     monkeypatch.chdir(tmp_path)
     quiet_libraries()  # what a test saves is nothing that a refusal says
 
     def run(*args: str, recipe: str = "baseline") -> str:
-        code = main([f"recipe={recipe}", "tracking.mlflow=false", "training.steps=1", *args], started_ns=0)
+        code = main(
+            [f"recipe={recipe}", "tracking.mlflow=false", "training.steps=1", *args], started_ns=0
+        )
         said = capsys.readouterr().err.strip()
         assert code == 1, said
         assert len(said.splitlines()) == 1, said
@@ -48,11 +56,13 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def jsonl(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(f"{json.dumps(row) if not isinstance(row, str) else row}\n" for row in rows))
+    path.write_text(
+        "".join(f"{json.dumps(row) if not isinstance(row, str) else row}\n" for row in rows)
+    )
     return f"data.path={path}"
 
 
-# -- data -----------------------------------------------------------------------------------------------------------
+# -- data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,9 @@ def jsonl(path: Path, rows: list[Any]) -> str:
         ([{"messages": [{"role": "user"}]}], (), "line 1"),
     ],
 )
-def test_malformed_data_names_its_line(refuse: Refuse, tmp_path: Path, rows: list[Any], more: tuple[str], said: str):
+def test_malformed_data_names_its_line(
+    refuse: Refuse, tmp_path: Path, rows: list[Any], more: tuple[str], said: str
+):
     line = refuse(jsonl(tmp_path / "d.jsonl", rows), *more)
     assert line.startswith("data")
     assert said in line
@@ -93,7 +105,9 @@ def test_a_document_in_two_splits_is_refused(refuse: Refuse, tmp_path: Path) -> 
         ("d.csv", b"a,b\n1,2\n", "text"),
     ],
 )
-def test_files_that_cannot_be_read_are_refused(refuse: Refuse, tmp_path: Path, name: str, content: bytes, said: str):
+def test_files_that_cannot_be_read_are_refused(
+    refuse: Refuse, tmp_path: Path, name: str, content: bytes, said: str
+):
     (tmp_path / name).write_bytes(content)
     assert said.lower() in refuse(f"data.path={tmp_path / name}").lower()
 
@@ -105,7 +119,7 @@ def test_what_is_not_there_is_refused(refuse: Refuse, tmp_path: Path) -> None:
     assert "model.path" in refuse("model.path=/nowhere/model")
 
 
-# -- models ---------------------------------------------------------------------------------------------------------
+# -- models ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -122,20 +136,27 @@ def test_a_folder_without_weights_is_refused(refuse: Refuse, folder: Path) -> No
     assert "has no config.json" in refuse(f"model.path={folder}")
 
 
-def test_pickled_weights_are_refused_and_not_run(refuse: Refuse, folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_and_not_run(
+    refuse: Refuse, folder: Path, tmp_path: Path
+) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
             return (Path.touch, (tmp_path / "ran",))
 
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    assert "pickled weights (pytorch_model.bin), which can run code; convert to safetensors" in refuse(
-        f"model.path={folder}"
+    assert (
+        "pickled weights (pytorch_model.bin), which can run code; convert to safetensors"
+        in refuse(f"model.path={folder}")
     )
     assert not (tmp_path / "ran").exists()
 
 
-EVIL = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+EVIL = {
+    "AutoConfig": "evil.Evil",
+    "AutoModelForCausalLM": "evil.Evil",
+    "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+}
 
 
 def wants_code(folder: Path, trace: Path, **more: Any) -> None:
@@ -154,7 +175,9 @@ def test_remote_code_is_refused_and_not_run(refuse: Refuse, folder: Path, tmp_pa
 
 
 def test_code_beside_a_model_that_transformers_has_is_not_run(folder: Path, tmp_path: Path) -> None:
-    """Phi-3's layout: the architecture is known, so that its folder's own code is not needed, and never read."""
+    """Phi-3's layout: the architecture is known, so that its folder's own code is not needed, and
+    never read.
+    """
     wants_code(folder, tmp_path / "ran")
     model = load_model(folder, Task.causal_lm)
     assert type(model).__module__.startswith("transformers.models.")
@@ -174,14 +197,16 @@ def test_a_broken_config_is_refused(refuse: Refuse, folder: Path) -> None:
     assert "is not valid JSON" in refuse(f"model.path={folder}")
 
 
-# -- device, disk, tracking -----------------------------------------------------------------------------------------
+# -- device, disk, tracking -----------------------------------------------------------------------
 
 
 def test_more_devices_than_there_are_is_refused(refuse: Refuse) -> None:
     assert refuse("hardware.devices=64").startswith("hardware.devices: 64 asked for")
     assert "hardware.device: 'gpu' is no device" in refuse("hardware.device=gpu")
     if not torch.cuda.is_available():
-        assert "hardware.device: there is no cuda here; give auto or cpu" in refuse("hardware.device=cuda")
+        assert "hardware.device: there is no cuda here; give auto or cpu" in refuse(
+            "hardware.device=cuda"
+        )
         assert "fp16 with loss scaling needs a CUDA device" in refuse_precision(refuse, "fp16")
         assert "tf32 needs a CUDA device" in refuse_precision(refuse, "tf32")
 
@@ -211,7 +236,7 @@ def test_a_login_in_a_tracking_uri_is_refused(refuse: Refuse) -> None:
     assert "hunter2" not in line
 
 
-# -- recipes --------------------------------------------------------------------------------------------------------
+# -- recipes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,14 +245,27 @@ def test_a_login_in_a_tracking_uri_is_refused(refuse: Refuse) -> None:
         ("# Q?\ndefaults: [\n", "mine.yaml"),
         ("# Q?\ndefaults:\n  - /stage@stages.a: nothing\nprimary_arm: a\n", "nothing"),
         ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: b\n", "primary_arm"),
-        ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\nstages: {a: {stepz: 1}}\n", "stepz"),
-        ("# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\ncompare: [{arm: a, base: z, on: [quality]}]\n",
-         "'z'"),
+        (
+            (
+                "# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\nstages: {a: {stepz:"
+                " 1}}\n"
+            ),
+            "stepz",
+        ),
+        (
+            (
+                "# Q?\ndefaults:\n  - /stage@stages.a: train\nprimary_arm: a\ncompare: [{arm: a,"
+                " base: z, on: [quality]}]\n"
+            ),
+            "'z'",
+        ),
         ("# Q?\ndefaults:\n  - /stage@stages.base: train\nprimary_arm: base\n", "base"),
         ("primary_arm: a\n", "stages: the recipe places none"),
     ],
-)  # fmt: skip
-def test_a_recipe_of_ones_own_that_is_wrong_is_refused(refuse: Refuse, tmp_path: Path, text: str, said: str) -> None:
+)
+def test_a_recipe_of_ones_own_that_is_wrong_is_refused(
+    refuse: Refuse, tmp_path: Path, text: str, said: str
+) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own/mine.yaml").write_text(text)
     assert said in refuse("--recipe-dir", str(tmp_path / "own"), recipe="mine")
@@ -237,9 +275,14 @@ def test_a_recipe_folder_that_is_not_there_is_refused(refuse: Refuse, tmp_path: 
     assert "--recipe-dir" in refuse("--recipe-dir", str(tmp_path / "nowhere"))
 
 
-def test_debug_shows_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_debug_shows_where_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["recipe=baseline", "data.path=/nowhere", "--debug"], started_ns=time.monotonic_ns()) == 1
+    assert (
+        main(["recipe=baseline", "data.path=/nowhere", "--debug"], started_ns=time.monotonic_ns())
+        == 1
+    )
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -249,11 +292,20 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     """A rate that explodes: exit 1, hours kept, nothing in the store."""
     monkeypatch.chdir(tmp_path)
     small = [
-        *("training.steps=40", "training.batch_size=2", "training.sequence_length=32", "data.max_documents=20"),
-        *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=64",
-          "model.shape.layers=1"),
+        *(
+            "training.steps=40",
+            "training.batch_size=2",
+            "training.sequence_length=32",
+            "data.max_documents=20",
+        ),
+        *(
+            "model.shape.hidden_size=64",
+            "model.shape.heads=1",
+            "model.shape.intermediate_size=64",
+            "model.shape.layers=1",
+        ),
         *("training.learning_rate=1e9", "precision=fp32", "tracking.mlflow=false"),
-    ]  # fmt: skip
+    ]
     assert main(["recipe=baseline", *small], started_ns=time.monotonic_ns()) == 1
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -269,7 +321,7 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     assert shutil.rmtree(tmp_path / "mlruns") is None
 
 
-# -- what would otherwise be met after the teacher is trained -------------------------------------------------------
+# -- what would otherwise be met after the teacher is trained -------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,38 +329,69 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     [
         ("student.config={foo:1}", "student.config.foo: LlamaConfig has no such key"),
         ("student.config={vocab_size:10}", "student.config: the tokenizer gives token"),
-        ("student.config={model_type:gpt2}", "student.config.model_type: a student is of its source's architecture"),
+        (
+            "student.config={model_type:gpt2}",
+            "student.config.model_type: a student is of its source's architecture",
+        ),
         ("training.learning_rate=inf", "training.learning_rate: inf is no number to work with"),
         ("serving.volume=inf", "serving.volume: inf is no number to work with"),
-        ("student.config={num_hidden_layers:0}", "student.config.num_hidden_layers: 0 is no number of layers"),
-        ("serving.load.prompt=4096", "serving.load.prompt: 4112 tokens in one sequence, and the model has 2048"),
-        ("stages.student.mixture=0.3", "stages.student.mixture: forward_kl mixes nothing; drop it, or use jsd"),
-        ("stages.student.head=triton", "stages.student.head: the Triton kernel needs a CUDA device"),
+        (
+            "student.config={num_hidden_layers:0}",
+            "student.config.num_hidden_layers: 0 is no number of layers",
+        ),
+        (
+            "serving.load.prompt=4096",
+            "serving.load.prompt: 4112 tokens in one sequence, and the model has 2048",
+        ),
+        (
+            "stages.student.mixture=0.3",
+            "stages.student.mixture: forward_kl mixes nothing; drop it, or use jsd",
+        ),
+        (
+            "stages.student.head=triton",
+            "stages.student.head: the Triton kernel needs a CUDA device",
+        ),
         ("quality.sequence_length=4096", "quality.sequence_length: 4096 tokens in one sequence"),
-        ("stages.teacher.sequence_length=4096", "stages.teacher.sequence_length: 4096 tokens in one sequence"),
+        (
+            "stages.teacher.sequence_length=4096",
+            "stages.teacher.sequence_length: 4096 tokens in one sequence",
+        ),
     ],
 )
-def test_what_fits_no_model_is_refused_before_a_teacher_is_trained(refuse: Refuse, setting: str, said: str) -> None:
+def test_what_fits_no_model_is_refused_before_a_teacher_is_trained(
+    refuse: Refuse, setting: str, said: str
+) -> None:
     assert said in refuse("data.max_documents=40", setting, recipe="distill")
 
 
-def test_a_student_with_fewer_embeddings_than_tokens_is_refused(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_student_with_fewer_embeddings_than_tokens_is_refused(
+    refuse: Refuse, tmp_path: Path
+) -> None:
     model = tiny(Task.causal_lm)
     model.resize_token_embeddings(100)
     student = saved(model, tmp_path / "student")
-    line = refuse(f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'base')}", f"student.path={student}",
-                  "data.max_documents=40", recipe="distill")  # fmt: skip
+    line = refuse(
+        f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'base')}",
+        f"student.path={student}",
+        "data.max_documents=40",
+        recipe="distill",
+    )
     assert line.startswith("student.path: the tokenizer gives token")
     assert "the model's embedding ends at 99" in line
 
 
 @pytest.mark.parametrize("key", ["model.path", "student.path"])
 @pytest.mark.parametrize("recipe", ["distill", "quantize_search"])
-def test_a_model_that_is_quantized_already_is_refused(refuse: Refuse, tmp_path: Path, key: str, recipe: str) -> None:
+def test_a_model_that_is_quantized_already_is_refused(
+    refuse: Refuse, tmp_path: Path, key: str, recipe: str
+) -> None:
     folder = saved(tiny(Task.causal_lm), tmp_path / "model")
     reconfigured(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     line = refuse(f"{key}={folder}", "data.max_documents=40", recipe=recipe)
-    assert line == f"{key}: the model is quantized already (bitsandbytes); give the model it was made from"
+    assert (
+        line
+        == f"{key}: the model is quantized already (bitsandbytes); give the model it was made from"
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,12 +402,16 @@ def test_a_model_that_is_quantized_already_is_refused(refuse: Refuse, tmp_path: 
         (("data.hub=a/b", "data.path=."), "data.hub: does not go with data.path"),
     ],
 )
-def test_what_would_be_ignored_is_refused(refuse: Refuse, settings: tuple[str, ...], said: str) -> None:
+def test_what_would_be_ignored_is_refused(
+    refuse: Refuse, settings: tuple[str, ...], said: str
+) -> None:
     assert said in refuse(*settings)
 
 
 def test_a_student_of_another_family_is_refused(refuse: Refuse, tmp_path: Path) -> None:
-    line = refuse(f"student.path={saved(tiny(Task.causal_lm), tmp_path / 'student')}", recipe="distill")
+    line = refuse(
+        f"student.path={saved(tiny(Task.causal_lm), tmp_path / 'student')}", recipe="distill"
+    )
     assert line.startswith("student.path: its tokenizer differs from the teacher's")
 
 
@@ -336,15 +423,29 @@ def test_a_model_without_a_tokenizer_is_refused(refuse: Refuse, tmp_path: Path) 
 
 
 def test_chats_for_a_model_without_a_template_are_refused(refuse: Refuse, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-    data = jsonl(tmp_path / "d.jsonl", [{"messages": [{**turns[0], "content": f"{n}?"}, turns[1]]} for n in range(80)])
-    assert "no chat template" in refuse(data, f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'model')}")
+    turns = [
+        {"role": "user", "content": "a question"},
+        {"role": "assistant", "content": "an answer"},
+    ]
+    data = jsonl(
+        tmp_path / "d.jsonl",
+        [{"messages": [{**turns[0], "content": f"{n}?"}, turns[1]]} for n in range(80)],
+    )
+    assert "no chat template" in refuse(
+        data, f"model.path={saved(tiny(Task.causal_lm), tmp_path / 'model')}"
+    )
 
 
 DAMAGED = {
     "truncated": ("cannot be loaded", lambda folder: cut(folder / "model.safetensors")),
-    "of another shape": ("in its right shape", lambda folder: reconfigured(folder, hidden_size=128)),
-    "of fewer layers": ("in its right shape", lambda folder: reconfigured(folder, num_hidden_layers=3)),
+    "of another shape": (
+        "in its right shape",
+        lambda folder: reconfigured(folder, hidden_size=128),
+    ),
+    "of fewer layers": (
+        "in its right shape",
+        lambda folder: reconfigured(folder, num_hidden_layers=3),
+    ),
 }
 
 
@@ -371,9 +472,15 @@ def test_damaged_weights_are_refused_before_anything_is_written(
     assert said in line
 
 
-def test_an_encoder_is_refused_as_language_model_before_anything_is_written(refuse: Refuse, tmp_path: Path) -> None:
+def test_an_encoder_is_refused_as_language_model_before_anything_is_written(
+    refuse: Refuse, tmp_path: Path
+) -> None:
     config = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     encoder = saved(BertForMaskedLM(config), tmp_path / "encoder")
     assert "is an encoder (bert)" in refuse(f"model.path={encoder}", "data.max_documents=40")

@@ -51,23 +51,40 @@ def trained(model: Path, tmp_path: Path) -> Path:
 
 def metered(root: Path, *command: str | Path) -> Path:
     subprocess.run(
-        [sys.executable, "-m", "pipeline", "meter", "--name", "sft", "--root", str(root), "--no-mlflow", "--",
-         *map(str, command)], check=False, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pipeline",
+            "meter",
+            "--name",
+            "sft",
+            "--root",
+            str(root),
+            "--no-mlflow",
+            "--",
+            *map(str, command),
+        ],
+        check=False,
+        capture_output=True,
+    )
     return sorted((root / "runs").iterdir())[-1]
 
 
 def a_run(
     root: Path, name: str = "20250101-000000-distill-0000", made: Path | None = None, **changes: Any
-) -> Path:  # fmt: skip
-    """A recipe's run that made the model `made`: teacher 30 min, student 20 min of work and a failed attempt of 6."""
+) -> Path:
+    """A recipe's run that made the model `made`: teacher 30 min, student 20 min of work and a
+    failed attempt of 6.
+    """
     folder = root / "runs" / name
     failed = make_unfinished("student", "FAILED", "diverged", ledger=_lost(6))
     rows = [make_row("teacher"), failed, make_row("student", attempt=2), make_row("control_steps")]
     if made is not None:
         rows[2]["artifact"]["digest"] = digest_folder(made)[0]
     device = {"kind": "cpu", "name": HERE, "count": 1}
-    write_json(folder / "result.json", make_result(rows=rows, run_id=name, device=device, **changes))
+    write_json(
+        folder / "result.json", make_result(rows=rows, run_id=name, device=device, **changes)
+    )
     return folder
 
 
@@ -99,7 +116,11 @@ def test_a_metered_command_s_model_is_charged_with_its_hours(
     assert {"model.safetensors", "config.json", "tokenizer.json", "artifact.json"} <= names
     assert not {"training_args.bin", "checkpoint-10"} & names
     assert (folder / "model.safetensors").stat().st_ino == (out / "model.safetensors").stat().st_ino
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and "locks" not in path.parts}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in root.rglob("*")
+        if path.is_file() and "locks" not in path.parts
+    }
     assert main([f"path={out}", f"ledger={run_dir}", f"root={root}"]) == 0  # again: nothing changes
     assert {path: path.stat().st_mtime_ns for path in before} == before
     deliver(run_dir)
@@ -115,14 +136,19 @@ def _attempt(model: str | None, student: str | None = None, device: Any = CPU) -
     run = Run(model=ModelConfig(path=model), student=StudentConfig(path=student))
     run.stages = {"teacher": STAGES["train"](), "student": STAGES["distill"]()}
     run.stages["student"].teacher, run.stages["student"].model = "teacher", STUDENT_INIT
-    return SimpleNamespace(run=run, device=device, gate=None, rows=[make_row("teacher"), make_row("student")])
+    return SimpleNamespace(
+        run=run, device=device, gate=None, rows=[make_row("teacher"), make_row("student")]
+    )
 
 
-def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path, trained: Path, model: Path) -> None:
+def test_a_registered_model_is_in_every_chain_that_starts_from_it(
+    tmp_path: Path, trained: Path, model: Path
+) -> None:
     artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     spends = spends_of(_attempt(str(artifact.path)), 0)
     base_h, retry_h, teacher_h, student_h = 50 / 60, 6 / 60, 30 / 60, 20 / 60
-    assert spends[BASE].work_h == pytest.approx(base_h)  # teacher and student of that run, not its control
+    # teacher and student of that run, not its control
+    assert spends[BASE].work_h == pytest.approx(base_h)
     assert c_total("teacher", spends).v == pytest.approx(base_h + teacher_h)
     assert all_in("teacher", spends).v == pytest.approx(base_h + retry_h + teacher_h)
     assert c_opt("student", "teacher", spends).v == pytest.approx(student_h)  # shared: it cancels
@@ -134,7 +160,9 @@ def test_a_registered_model_is_in_every_chain_that_starts_from_it(tmp_path: Path
     assert spends_of(_attempt(None), 0)[BASE].work_h == 0.0
 
 
-def test_hours_of_another_device_are_never_added(tmp_path: Path, trained: Path, model: Path) -> None:
+def test_hours_of_another_device_are_never_added(
+    tmp_path: Path, trained: Path, model: Path
+) -> None:
     artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     spend = past_spend(BASE, str(artifact.path), "NVIDIA H200")
     why = f"registered hours are of {HERE}, not of NVIDIA H200"
@@ -142,14 +170,19 @@ def test_hours_of_another_device_are_never_added(tmp_path: Path, trained: Path, 
     assert c_total(BASE, {BASE: spend}).why_null == f"{why}: base"
 
 
-def test_a_model_changed_since_is_not_the_registered_one(tmp_path: Path, trained: Path, model: Path) -> None:
+def test_a_model_changed_since_is_not_the_registered_one(
+    tmp_path: Path, trained: Path, model: Path
+) -> None:
     artifact, _ = register(trained, a_run(tmp_path, made=model), tmp_path)
     mine = tmp_path / "mine"
     shutil.copytree(artifact.path, mine)
     assert past_spend(BASE, str(mine), HERE).work_h > 0  # a copy of all of it takes its cost along
     (mine / "config.json").write_text((mine / "config.json").read_text() + "\n")
     spend = past_spend(BASE, str(mine), HERE)
-    assert (spend.existing, spend.unknown) == (True, "existing model, changed since it was registered")
+    assert (spend.existing, spend.unknown) == (
+        True,
+        "existing model, changed since it was registered",
+    )
 
 
 def test_reasons_of_two_unknown_models_stand_beside_each_other() -> None:
@@ -162,14 +195,19 @@ def test_reasons_of_two_unknown_models_stand_beside_each_other() -> None:
 
 
 def test_a_run_is_found_by_id_folder_or_as_the_latest(tmp_path: Path) -> None:
-    old, new = a_run(tmp_path, "20250101-000000-distill-0000"), a_run(tmp_path, "20250102-000000-distill-0000")
+    old, new = (
+        a_run(tmp_path, "20250101-000000-distill-0000"),
+        a_run(tmp_path, "20250102-000000-distill-0000"),
+    )
     a_run(tmp_path, "20250103-000000-distill-0000", status="FAILED", why="diverged")
     assert find_run(tmp_path, "latest") == new
     assert find_run(tmp_path, old.name) == find_run(tmp_path, str(old)) == old
     charge = read_charge(old)
     assert {(row["arm"], row["status"]) for row in charge.rows} == {
-        ("teacher", "FINISHED"), ("student", "FAILED"), ("student", "FINISHED")
-    }  # fmt: skip
+        ("teacher", "FINISHED"),
+        ("student", "FAILED"),
+        ("student", "FINISHED"),
+    }
 
 
 def test_a_figure_that_a_row_lacks_is_not_made_up(tmp_path: Path) -> None:
@@ -181,7 +219,7 @@ def test_a_figure_that_a_row_lacks_is_not_made_up(tmp_path: Path) -> None:
     assert (known["model_flops"], known["energy_j"], known["tokens"]) == (None, None, 409_600)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 
 def _without(*names: str) -> Any:
@@ -199,15 +237,29 @@ def _truncate(folder: Path) -> None:
 
 
 def _index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}})
+    )
 
 
 MODELS: list[tuple[Any, str]] = [
     (_without("*"), "path: {} has no config.json"),
     (_without("*.safetensors"), "path: {} has no weights (*.safetensors)"),
-    (_pickle, "path: {} holds pickled weights (pytorch_model.bin), which can run code; convert to safetensors"),
+    (
+        _pickle,
+        (
+            "path: {} holds pickled weights (pytorch_model.bin), which can run code; convert to"
+            " safetensors"
+        ),
+    ),
     (_truncate, "path: {}/model.safetensors is no whole safetensors file"),
-    (_index, "path: {} lacks model-2-of-2.safetensors, which model.safetensors.index.json names; copy the whole"),
+    (
+        _index,
+        (
+            "path: {} lacks model-2-of-2.safetensors, which model.safetensors.index.json names;"
+            " copy the whole"
+        ),
+    ),
     (_without("tokenizer*", "special*"), "path: its tokenizer in {} cannot be loaded"),
 ]
 
@@ -249,10 +301,16 @@ def test_a_name_that_was_given_stays(trained: Path, model: Path, tmp_path: Path)
 def test_a_model_is_charged_to_one_run_only(
     trained: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, new = a_run(tmp_path, made=model), a_run(tmp_path, "20250102-000000-distill-0000", made=model)
+    old, new = (
+        a_run(tmp_path, made=model),
+        a_run(tmp_path, "20250102-000000-distill-0000", made=model),
+    )
     artifact, _ = register(trained, old, tmp_path)
     assert main([f"path={trained}", f"ledger={new}", f"root={tmp_path}"]) == 1
-    said = f"ledger: this model is registered with run {old.name}; name that run, or remove {artifact.path} first"
+    said = (
+        f"ledger: this model is registered with run {old.name}; name that run, or remove"
+        f" {artifact.path} first"
+    )
     assert capsys.readouterr().err == f"refused: {said}\n"
 
 
@@ -263,16 +321,32 @@ def test_a_model_is_charged_to_one_run_only(
         (["path=x"], 1, "ledger: is missing"),
         (["x"], 2, "x: cannot be parsed; write key=value"),
         (["path="], 1, "path: is empty; give path=, ledger=, name=, root="),
-        (["path=x", "ledger=y", "name=a\x1b[31m"], 1, "name: 'a\\x1b[31m' has characters that nobody sees; use"),
+        (
+            ["path=x", "ledger=y", "name=a\x1b[31m"],
+            1,
+            "name: 'a\\x1b[31m' has characters that nobody sees; use",
+        ),
         (["model=x"], 1, "model: is no setting of register; give path="),
-        (["path=x", "ledger=no-run"], 1, "ledger: no-run is no run under mlruns/runs that has ended; give a run's id"),
-        (["path=x", "ledger=latest"], 1, "ledger: no run under mlruns/runs has finished; name one by its id or folder"),
+        (
+            ["path=x", "ledger=no-run"],
+            1,
+            "ledger: no-run is no run under mlruns/runs that has ended; give a run's id",
+        ),
+        (
+            ["path=x", "ledger=latest"],
+            1,
+            "ledger: no run under mlruns/runs has finished; name one by its id or folder",
+        ),
     ],
 )
 def test_refusals(
-    argv: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(argv) == code
     err = capsys.readouterr().err
@@ -280,8 +354,13 @@ def test_refusals(
     assert err.count("\n") == 1
 
 
-def test_a_command_that_failed_made_no_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_failed_made_no_model(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = metered(tmp_path, "false")
     assert main([f"path={trained}", f"ledger={run_dir.name}", f"root={tmp_path}"]) == 1
-    said = f"ledger: {run_dir.name} ended FAILED without sft: exit code 1; name the run that made the model"
+    said = (
+        f"ledger: {run_dir.name} ended FAILED without sft: exit code 1; name the run that made the"
+        " model"
+    )
     assert capsys.readouterr().err == f"refused: {said}\n"

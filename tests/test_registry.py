@@ -1,4 +1,6 @@
-"""Versions and the alias `champion`, in real SQLite stores and a real server: one gate promotes, whoever dies."""
+"""Versions and the alias `champion`, in real SQLite stores and a real server: one gate promotes,
+whoever dies.
+"""
 
 from __future__ import annotations
 
@@ -84,10 +86,21 @@ def test_the_first_champion_and_the_next(uri: str) -> None:
     assert (first.name, first.version, first.digest, first.path) == ("m", "1", A, f"/here/{A}")
     assert first.url == f"s3://bucket/{A}"  # a login comes from the environment
     assert first.tags["verdict"] == "NO_BASELINE"
-    second = promote(uri, "m", candidate(B), "1", {"verdict": "PASS", "savings/training": 0.5, "none": None, "e": ""})
+    second = promote(
+        uri,
+        "m",
+        candidate(B),
+        "1",
+        {"verdict": "PASS", "savings/training": 0.5, "none": None, "e": ""},
+    )
     assert champion(uri) == second
-    assert second.tags == {"artifact.digest": B, "artifact.url": f"s3://bucket/{B}", "artifact.path": f"/here/{B}",
-                           "verdict": "PASS", "savings/training": "0.5"}  # fmt: skip
+    assert second.tags == {
+        "artifact.digest": B,
+        "artifact.url": f"s3://bucket/{B}",
+        "artifact.path": f"/here/{B}",
+        "verdict": "PASS",
+        "savings/training": "0.5",
+    }
     assert resolve_version(uri, "m", version="1") == first == resolve_version(uri, "m", version=1)
     assert models(uri) == ["m"]  # the lock is gone
 
@@ -95,17 +108,23 @@ def test_the_first_champion_and_the_next(uri: str) -> None:
 @pytest.mark.parametrize("expected", [None, "2", "7"])
 def test_a_champion_that_changed_meanwhile_stays(uri: str, expected: str | None) -> None:
     promote(uri, "m", candidate(A), None, {})
-    said = f"the champion of m is version 1 by now, and the verdict is about {'version ' * bool(expected)}"
+    said = (
+        "the champion of m is version 1 by now, and the verdict is about"
+        f" {'version ' * bool(expected)}"
+    )
     with pytest.raises(NotPromoted, match=said) as lost:
         promote(uri, "m", candidate(B), expected, {})
     assert lost.value.reason == str(lost.value)
     assert champion(uri) == resolve_version(uri, "m", version=1)
-    assert len(MlflowClient(uri, uri).search_model_versions("name = 'm'")) == 1  # what lost is not registered
+    # what lost is not registered
+    assert len(MlflowClient(uri, uri).search_model_versions("name = 'm'")) == 1
     assert models(uri) == ["m"]
 
 
 def test_a_champion_that_is_gone_is_another(uri: str) -> None:
-    with pytest.raises(NotPromoted, match="is no version by now, and the verdict is about version 1"):
+    with pytest.raises(
+        NotPromoted, match="is no version by now, and the verdict is about version 1"
+    ):
         promote(uri, "m", candidate(A), "1", {})
     assert models(uri) == []
 
@@ -113,7 +132,9 @@ def test_a_champion_that_is_gone_is_another(uri: str) -> None:
 def test_the_same_artifact_is_one_version(uri: str) -> None:
     promote(uri, "m", candidate(A), None, {"verdict": "PASS"})
     promote(uri, "m", candidate(B), "1", {})
-    again = promote(uri, "m", Candidate(A, "s3://other/x", "/there"), "2", {"verdict": "PASS again"})
+    again = promote(
+        uri, "m", Candidate(A, "s3://other/x", "/there"), "2", {"verdict": "PASS again"}
+    )
     assert (again.version, again.url, again.path) == ("1", "s3://other/x", "/there")
     assert again.tags["verdict"] == "PASS again"
     assert champion(uri) == again
@@ -121,13 +142,22 @@ def test_the_same_artifact_is_one_version(uri: str) -> None:
 
 
 def test_tags_hold_no_secrets_and_fit(uri: str) -> None:
-    version = promote(uri, "m", candidate(A), None, {"api_key": "hunter2", "odd*key": "https://me:hunter2@host"})
+    version = promote(
+        uri, "m", candidate(A), None, {"api_key": "hunter2", "odd*key": "https://me:hunter2@host"}
+    )
     assert "hunter2" not in json.dumps(version.tags)
     assert "odd_key" in version.tags
-    tag_version(uri, version, {"verdict": "FAIL", "long": "x " * 4500, "verdict.why": "a\nb", "nothing": None})
+    tag_version(
+        uri,
+        version,
+        {"verdict": "FAIL", "long": "x " * 4500, "verdict.why": "a\nb", "nothing": None},
+    )
     found = champion(uri)
     assert found is not None
-    assert {name: len(found.tags[name]) for name in ("verdict", "long")} == {"verdict": 4, "long": 5000}
+    assert {name: len(found.tags[name]) for name in ("verdict", "long")} == {
+        "verdict": 4,
+        "long": 5000,
+    }
     assert found.tags["verdict.why"] == "a\nb"
     assert "nothing" not in found.tags
     with pytest.raises(UserError, match=r"^tracking\.uri: MLflow at .* refuses"):
@@ -212,7 +242,9 @@ def test_a_late_comer_does_not_take_the_new_holder_s_lock_for_the_dead_one_s(uri
     assert client.get_registered_model(f"m{LOCK}").tags[HOLDER] == new
 
 
-def test_who_holds_the_lock_is_waited_for_and_not_for_ever(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_holds_the_lock_is_waited_for_and_not_for_ever(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "PATIENCE_S", 0.2)
     monkeypatch.setattr(registry, "POLL_S", 0.05)
     client = hold(uri)
@@ -231,7 +263,9 @@ def test_who_waits_learns_at_once_that_another_has_won(uri: str) -> None:
         promote(uri, "m", candidate(B), None, {})
 
 
-def test_a_lock_that_goes_while_mlflow_says_that_it_exists_is_free(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_goes_while_mlflow_says_that_it_exists_is_free(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Creating what exists makes MLflow look at it, and its holder may let go in between."""
     client, holder = hold(uri), f"m{LOCK}"
     real = SqlAlchemyStore.get_registered_model
@@ -248,7 +282,9 @@ def test_a_lock_that_goes_while_mlflow_says_that_it_exists_is_free(uri: str, mon
 
 
 @pytest.mark.parametrize("what", ["late", "taken over", "gone"])
-def test_who_lost_the_lock_sets_no_alias(uri: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_who_lost_the_lock_sets_no_alias(
+    uri: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     promote(uri, "m", candidate(A), None, {})
     real, client = registry._register, MlflowClient(uri, uri)
 
@@ -269,10 +305,13 @@ def test_who_lost_the_lock_sets_no_alias(uri: str, monkeypatch: pytest.MonkeyPat
     assert found is not None
     assert found.version == "1"
     locks = [name for name in models(uri) if LOCK in name]
-    assert locks == ([] if what == "gone" else [f"m{LOCK}"])  # another's, or one that may be another's by now
+    # another's, or one that may be another's by now
+    assert locks == ([] if what == "gone" else [f"m{LOCK}"])
 
 
-def test_a_human_who_moves_the_alias_meanwhile_is_heeded(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_human_who_moves_the_alias_meanwhile_is_heeded(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     promote(uri, "m", candidate(A), None, {})
     promote(uri, "m", candidate(B), "1", {})
     real = registry._register
@@ -283,7 +322,9 @@ def test_a_human_who_moves_the_alias_meanwhile_is_heeded(uri: str, monkeypatch: 
         return number
 
     monkeypatch.setattr(registry, "_register", meanwhile)
-    with pytest.raises(NotPromoted, match="is version 1 by now, and the verdict is about version 2"):
+    with pytest.raises(
+        NotPromoted, match="is version 1 by now, and the verdict is about version 2"
+    ):
         promote(uri, "m", candidate(C), "2", {})
     assert models(uri) == ["m"]
 
@@ -329,7 +370,10 @@ def hear(process: subprocess.Popen[str]) -> str:
 
 def race(uri: str, letters: str, prefix: str) -> None:
     """Let gates promote at once: ten models without a champion, and two that a gate died over."""
-    names, dead = [f"{prefix}{number}" for number in range(10)], [f"{prefix}dead{number}" for number in range(2)]
+    names, dead = (
+        [f"{prefix}{number}" for number in range(10)],
+        [f"{prefix}dead{number}" for number in range(2)],
+    )
     client = MlflowClient(uri, uri)
     for name in dead:
         client.create_registered_model(f"{name}{LOCK}", {HOLDER: "d" * 32})
@@ -352,7 +396,9 @@ def race(uri: str, letters: str, prefix: str) -> None:
             each.kill()
             each.communicate()
     left = {name for name in models(uri) if name.startswith(prefix)}
-    assert {*names, *dead} <= left <= {*names, *dead, *(f"{name}{LOCK}.{'d' * 32}" for name in dead)}
+    assert (
+        {*names, *dead} <= left <= {*names, *dead, *(f"{name}{LOCK}.{'d' * 32}" for name in dead)}
+    )
 
 
 def test_of_two_gates_at_once_exactly_one_promotes(uri: str) -> None:
@@ -389,7 +435,9 @@ def test_none_is_said_only_where_there_is_none(uri: str, store: Path) -> None:
     client = MlflowClient(uri, uri)
     client.create_registered_model("m")
     assert champion(uri) is None
-    with pytest.raises(UserError, match=r"^baseline: m has no version 3; see its versions in MLflow at sqlite"):
+    with pytest.raises(
+        UserError, match=r"^baseline: m has no version 3; see its versions in MLflow at sqlite"
+    ):
         resolve_version(uri, "m", version=3, key="baseline")
     client.create_model_version("m", "s3://b/x")
     client.set_registered_model_alias("m", "champion", "1")
@@ -405,8 +453,24 @@ def test_none_is_said_only_where_there_is_none(uri: str, store: Path) -> None:
     assert not (store / "fresh.db").exists()  # reading makes no store
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:1", "", " ", "..", "a\nb", "a\x1b[2J", "it's", 'a"b', "x" * 201, "m%",
-                                  "m.promotion", f"m.promotion.{A}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b",
+        "a:1",
+        "",
+        " ",
+        "..",
+        "a\nb",
+        "a\x1b[2J",
+        "it's",
+        'a"b',
+        "x" * 201,
+        "m%",
+        "m.promotion",
+        f"m.promotion.{A}",
+    ],
+)
 def test_names_that_mlflow_or_the_lock_cannot_take_are_refused(uri: str, name: str) -> None:
     for ask in (lambda: champion(uri, name), lambda: promote(uri, name, candidate(), None, {})):
         with pytest.raises(UserError, match=r"^candidate: ") as refused:
@@ -435,15 +499,21 @@ def test_stores_that_are_none_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "garbage.db").write_text("no database")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    refused = {f"http://me:hunter2@127.0.0.1:{port}": "cannot be reached (NewConnectionError(",
-               f"postgresql://me:hunter2@127.0.0.1:{port}/x": "cannot be reached (",
-               "file:///tmp/mlruns": "refuses (The filesystem tracking backend", "foo://x": "refuses (",
-               f"sqlite:///{tmp_path}/garbage.db": "garbage.db is no SQLite database",
-               f"sqlite:///{tmp_path}": "is no SQLite database",
-               f"sqlite:///{tmp_path}/no/such.db": f"there is no folder {tmp_path}/no"}  # fmt: skip
+    refused = {
+        f"http://me:hunter2@127.0.0.1:{port}": "cannot be reached (NewConnectionError(",
+        f"postgresql://me:hunter2@127.0.0.1:{port}/x": "cannot be reached (",
+        "file:///tmp/mlruns": "refuses (The filesystem tracking backend",
+        "foo://x": "refuses (",
+        f"sqlite:///{tmp_path}/garbage.db": "garbage.db is no SQLite database",
+        f"sqlite:///{tmp_path}": "is no SQLite database",
+        f"sqlite:///{tmp_path}/no/such.db": f"there is no folder {tmp_path}/no",
+    }
     for uri, said in refused.items():
         started = time.monotonic()
-        for ask in (lambda uri=uri: champion(uri), lambda uri=uri: promote(uri, "m", candidate(), None, {})):
+        for ask in (
+            lambda uri=uri: champion(uri),
+            lambda uri=uri: promote(uri, "m", candidate(), None, {}),
+        ):
             with pytest.raises(UserError) as error:
                 ask()
             assert str(error.value).startswith("tracking.uri: ")
@@ -456,7 +526,10 @@ def test_a_store_that_another_process_opens_for_too_long_is_said(
     uri: str, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "OPENING_S", 0.1)
-    with FileLock(store / ".mlflow.lock"), pytest.raises(UserError, match=r"has held .*/\.mlflow\.lock for 0 s"):
+    with (
+        FileLock(store / ".mlflow.lock"),
+        pytest.raises(UserError, match=r"has held .*/\.mlflow\.lock for 0 s"),
+    ):
         champion(uri)
 
 
@@ -497,19 +570,33 @@ def other_server() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("status", "body"),
-    [(404, b"<html>not here</html>"), (404, b'{"detail": "Not Found"}'), (404, b'{"error_code": 404}'), (200, b""),
-     (200, b"{}"), (200, b"<html>log in</html>"), (200, b'{"registered_model": {"name": "another"}}'), (401, b"no"),
-     (200, b"x" * 2**20), (500, b"x" * 2**20),
-     (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'), (503, b"busy"), (200, b"OK")],
-)  # fmt: skip
+    [
+        (404, b"<html>not here</html>"),
+        (404, b'{"detail": "Not Found"}'),
+        (404, b'{"error_code": 404}'),
+        (200, b""),
+        (200, b"{}"),
+        (200, b"<html>log in</html>"),
+        (200, b'{"registered_model": {"name": "another"}}'),
+        (401, b"no"),
+        (200, b"x" * 2**20),
+        (500, b"x" * 2**20),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'),
+        (503, b"busy"),
+        (200, b"OK"),
+    ],
+)
 def test_whatever_else_answers_is_never_taken_for_a_store_without_a_champion(
     other_server: str, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes
 ) -> None:
     monkeypatch.setattr(Other, "status", status)
     monkeypatch.setattr(Other, "body", body)
-    for ask in (lambda: champion(other_server), lambda: resolve_version(other_server, "m", version=1),
-                lambda: run_artifact(other_server, A), lambda: promote(other_server, "m", candidate(), None, {})
-                ):  # fmt: skip
+    for ask in (
+        lambda: champion(other_server),
+        lambda: resolve_version(other_server, "m", version=1),
+        lambda: run_artifact(other_server, A),
+        lambda: promote(other_server, "m", candidate(), None, {}),
+    ):
         with pytest.raises(UserError, match=rf"^tracking\.uri: MLflow at {other_server} "):
             ask()
 
@@ -539,7 +626,11 @@ def test_a_run_stands_for_its_primary_arm_s_model_and_a_stage_for_its_own(root: 
     for arm in ("teacher", "student"):
         (child,) = client.search_runs([experiment], f"tags.`pipeline.run` = 'run-1/{arm}'")
         artifact = make_row(arm)["artifact"]
-        assert run_artifact(at(root), child.info.run_id) == (Path(artifact["path"]), artifact["digest"], "run-1")
+        assert run_artifact(at(root), child.info.run_id) == (
+            Path(artifact["path"]),
+            artifact["digest"],
+            "run-1",
+        )
 
 
 def test_of_seeds_and_attempts_the_first_seed_s_last_finished_one_counts(root: Path) -> None:
@@ -552,7 +643,13 @@ def test_of_seeds_and_attempts_the_first_seed_s_last_finished_one_counts(root: P
     folder.mkdir(parents=True)
     journal = Journal(folder / "journal.jsonl")
     start(journal, "run-1")
-    rows = [row(1, 1, "1"), row(0, 1, "2", "KILLED"), row(0, 2, "3"), make_row("teacher"), make_row("student/lora")]
+    rows = [
+        row(1, 1, "1"),
+        row(0, 1, "2", "KILLED"),
+        row(0, 2, "3"),
+        make_row("teacher"),
+        make_row("student/lora"),
+    ]
     for each in rows:
         journal.write("row", row=each)
     end(journal, rows)
@@ -566,7 +663,9 @@ def test_of_seeds_and_attempts_the_first_seed_s_last_finished_one_counts(root: P
 
 def test_runs_that_stand_for_no_model_are_refused(root: Path) -> None:
     unended = delivered(root, "run-2", run_id="run-2", ended=False)
-    with pytest.raises(UserError, match=rf"^candidate: MLflow's run {unended} \(run-2\) made no model"):
+    with pytest.raises(
+        UserError, match=rf"^candidate: MLflow's run {unended} \(run-2\) made no model"
+    ):
         run_artifact(at(root), unended)
     client = MlflowClient(at(root))
     foreign = client.create_run(client.create_experiment("theirs")).info.run_id
@@ -597,8 +696,12 @@ def test_a_verdict_that_mlflow_holds_is_believed_only_as_it_was_recorded_and_for
     verdict = {"run_id": "r", "key": "k", "look": 1, "verdict": "FAIL"}
     client = MlflowClient(at(root))
     sums = {"gate.key": tagged, "gate.verdict": "FAIL", "gate.sha256": checksum(verdict)}
-    run = client.create_run(client.create_experiment("release_check", str(root / "kept")), tags=sums)
-    written = {name: value for name, value in {**verdict, **(edit or {})}.items() if value is not None}
+    run = client.create_run(
+        client.create_experiment("release_check", str(root / "kept")), tags=sums
+    )
+    written = {
+        name: value for name, value in {**verdict, **(edit or {})}.items() if value is not None
+    }
     client.log_text(run.info.run_id, "[]" if edit is None else json.dumps(written), "verdict.json")
     client.set_terminated(run.info.run_id)
     if (edit, tagged) == ({}, "k"):
@@ -615,9 +718,22 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
     (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "2",
-               "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-               "--artifacts-destination", str(folder / "a")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "2",
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "a"),
+    ]
     nothing = subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=nothing, stderr=nothing, start_new_session=True)
     try:
@@ -643,7 +759,9 @@ def _until_it_answers(url: str) -> None:
 @pytest.mark.slow
 def test_a_server_does_as_a_file_does(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert champion(server) is None
-    first = promote(server, "m", Candidate(A, f"/folder/{A}", f"/here/{A}", C), None, {"verdict": "NO_BASELINE"})
+    first = promote(
+        server, "m", Candidate(A, f"/folder/{A}", f"/here/{A}", C), None, {"verdict": "NO_BASELINE"}
+    )
     assert (first.url, first.run_id) == (f"/folder/{A}", C)
     assert champion(server) == first
     with pytest.raises(NotPromoted):

@@ -73,10 +73,16 @@ def test_the_word_that_is_advised_is_accepted(compose: Any, words: list[str]) ->
         ("training.steps=[7", "training.steps: '[7' is not a whole number; give a whole number"),
         ("training.learning_rate=2e-4%", "'2e-4%' is not a number; give a number"),
         ("training.max_grad_norm=1 }", "'1 }' is not a number; give a number"),
-        ("training.steps=3,4", "training.steps: has several values; add -m to run one job for each"),
+        (
+            "training.steps=3,4",
+            "training.steps: has several values; add -m to run one job for each",
+        ),
         ("training.steps=${seed", "cannot be parsed; close what it opens, or give a plain value"),
         ("seeds=x", "'x' is no list; give whole numbers in brackets: [1,8]"),
-        ("stages.baseline.precisions = fp32", "has blanks in its name or around its =; write key=value, without"),
+        (
+            "stages.baseline.precisions = fp32",
+            "has blanks in its name or around its =; write key=value, without",
+        ),
         ("weight_decay = 0.1", "it is training.weight_decay=... here"),
         ("+nothing=1", "a + adds a setting, and nothing reads added ones; leave it out"),
         ("data.label_field=kind", "is no setting any more; give 'data.columns={label: kind}'"),
@@ -100,13 +106,22 @@ def test_no_word_is_advised_that_would_be_refused(compose: Any, word: str, said:
             "recipe=schedules stages.student.lr=3",
             "has no stage 'student'; its stages: plain, short_first, small_batches",
         ),
-        ("recipe=quantize stages.int4.format=nf4", "has no stage 'int4'; did you mean int8? its stages: reference,"),
-        ("recipe=distill stages.teachr=5", "recipe=distill has no stage 'teachr'; did you mean teacher? its stages: "),
+        (
+            "recipe=quantize stages.int4.format=nf4",
+            "has no stage 'int4'; did you mean int8? its stages: reference,",
+        ),
+        (
+            "recipe=distill stages.teachr=5",
+            "recipe=distill has no stage 'teachr'; did you mean teacher? its stages: ",
+        ),
         (
             "recipe=distill ~stages.teachr",
             "~stages.teachr: recipe=distill has no stage 'teachr'; did you mean teacher?",
         ),
-        ("-m recipe=distill,full stages.control_steps.steps=5", "recipe=full has no stage 'control_steps'; "),
+        (
+            "-m recipe=distill,full stages.control_steps.steps=5",
+            "recipe=full has no stage 'control_steps'; ",
+        ),
         (
             "recipe=distill ~stages.control_steps stages.control_steps.steps=4",
             "~stages.control_steps leaves this stage",
@@ -126,6 +141,8 @@ def test_a_stage_that_a_recipe_does_not_place_is_said_to_be_absent(
 
 
 def test_stages_of_recipes_that_build_on_others_are_known(compose: Any, tmp_path: Any) -> None:
-    (tmp_path / "mine.yaml").write_text("# Mine?\ndefaults:\n  - distill\n  - /stage@stages.more: train\n  - _self_\n")
+    (tmp_path / "mine.yaml").write_text(
+        "# Mine?\ndefaults:\n  - distill\n  - /stage@stages.more: train\n  - _self_\n"
+    )
     line = compose("--recipe-dir", str(tmp_path), "recipe=mine", "stages.nobody.steps=3")
     assert "its stages: teacher, student, control_steps, control_compute, more" in line

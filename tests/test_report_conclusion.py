@@ -29,8 +29,12 @@ def _with(recipe: str, *pairs: dict[str, Any], **changes: Any) -> str:
     return conclude(make_result(recipe, comparisons=list(pairs), **changes))
 
 
-def _distill(compute: dict[str, Any], steps: dict[str, Any], serving: dict[str, Any], payback: dict[str, Any]) -> str:
-    teacher = make_pair("student", "teacher", quality=make_quality(-0.1, "worse"), serving=serving, payback=payback)
+def _distill(
+    compute: dict[str, Any], steps: dict[str, Any], serving: dict[str, Any], payback: dict[str, Any]
+) -> str:
+    teacher = make_pair(
+        "student", "teacher", quality=make_quality(-0.1, "worse"), serving=serving, payback=payback
+    )
     return _with(
         "distill",
         make_pair("student", "control_steps", quality=steps),
@@ -40,24 +44,33 @@ def _distill(compute: dict[str, Any], steps: dict[str, Any], serving: dict[str, 
 
 
 def test_distill_that_lost_to_its_compute_control() -> None:
-    # The control's bits are 1 / 1.1 of the student's: 9.1% fewer; serving at 1 - 0.706 = 0.294 of the cost is 3.4x.
+    # The control's bits are 1 / 1.1 of the student's: 9.1% fewer; serving at 1 - 0.706 = 0.294 of
+    # the cost is 3.4x.
     text = _distill(
-        make_quality(-0.1, "worse"), make_quality(0.021, "better"), make_saving(0.706), value(1.2e6, unit="token")
+        make_quality(-0.1, "worse"),
+        make_quality(0.021, "better"),
+        make_saving(0.706),
+        value(1.2e6, unit="token"),
     )
-    assert text == (
-        "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1% fewer bits per byte "
-        "than the distilled student (the student's -10%, 90% interval -10.4% to -9.6% over 520 test documents); the "
-        "student's training saving: not measurable here: censored: not reached in 200 steps; at equal tokens "
-        "(control_steps) distillation adds 2.1% (fewer bits per byte, 90% interval +1.7% to +2.5% over 520 test "
-        "documents); against its teacher, the student needs 10% more bits per byte, serves 3.4x cheaper and has paid "
-        "for itself after 1.2 M tokens; one seed."
+    assert (
+        text
+        == "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1%"
+        " fewer bits per byte than the distilled student (the student's -10%, 90% interval"
+        " -10.4% to -9.6% over 520 test documents); the student's training saving: not"
+        " measurable here: censored: not reached in 200 steps; at equal tokens (control_steps)"
+        " distillation adds 2.1% (fewer bits per byte, 90% interval +1.7% to +2.5% over 520 test"
+        " documents); against its teacher, the student needs 10% more bits per byte, serves 3.4x"
+        " cheaper and has paid for itself after 1.2 M tokens; one seed."
     )
 
 
 def test_distill_that_won_against_its_compute_control() -> None:
-    text = _distill(make_quality(0.05, "better"), make_quality(-0.03, "worse"), make_saving(-0.12), NEVER)
+    text = _distill(
+        make_quality(0.05, "better"), make_quality(-0.03, "worse"), make_saving(-0.12), NEVER
+    )
     assert text.startswith(
-        "Given the same FLOPs without a teacher (control_compute), the same model needs 5.3% more bits"
+        "Given the same FLOPs without a teacher (control_compute), the same model needs 5.3% more"
+        " bits"
     )
     assert "distillation costs 3% (more bits per byte, 90% interval -3.4% to -2.6% over" in text
     assert "costs 12% more to serve and never pays back (not cheaper)" in text
@@ -70,7 +83,8 @@ def test_distill_undecided_gives_its_intervals() -> None:
     text = _distill(undecided, undecided, make_saving(0.005, half=0.025), value(9e7, unit="token"))
     interval = "quality -0.4%, 90% interval -1.8% to +1%, margin 1%)"
     assert text.startswith(
-        "Given the same FLOPs without a teacher (control_compute), whether the same model does better"
+        "Given the same FLOPs without a teacher (control_compute), whether the same model does"
+        " better"
     )
     assert text.count(interval) == 2
     assert f"better than the distilled student is undecided (the student's {interval}" in text
@@ -90,23 +104,33 @@ def test_what_too_few_documents_leave_undecided_says_how_many_might_decide() -> 
 
 def test_the_margin_of_a_share_is_in_points() -> None:
     (undecided,) = make_quality(0.067, "undecided", key="accuracy", half=0.2).values()
-    assert evidence("accuracy", undecided) == "quality +6.7 points, 90% interval -13.3 to +26.7 points, margin 1 point"
+    assert (
+        evidence("accuracy", undecided)
+        == "quality +6.7 points, 90% interval -13.3 to +26.7 points, margin 1 point"
+    )
 
 
 def test_distill_within_the_margin_of_its_controls() -> None:
     equal = make_quality(0.002, "equal")
     text = _distill(equal, equal, make_saving(0.1), value(0, unit="token"))
     expected = (
-        "the same model does as well as the distilled student, within the margin of 1% (the student's quality +0.2%)"
+        "the same model does as well as the distilled student, within the margin of 1% (the"
+        " student's quality +0.2%)"
     )
     assert expected in text
-    assert "at equal tokens (control_steps) distillation changes nothing beyond the margin of 1%" in text
+    assert (
+        "at equal tokens (control_steps) distillation changes nothing beyond the margin of 1%"
+        in text
+    )
     assert "serves 10% cheaper and pays back from the first token" in text
 
 
 @pytest.mark.parametrize("side", ["control_compute", "student", "control_steps"])
 def test_a_missing_arm_is_named_once_with_its_reason(side: str) -> None:
-    rows = [make_row(arm) if arm != side else make_unfinished(arm, "FAILED", "diverged") for arm in ARMS["distill"]]
+    rows = [
+        make_row(arm) if arm != side else make_unfinished(arm, "FAILED", "diverged")
+        for arm in ARMS["distill"]
+    ]
     text = conclude(make_result("distill", rows=rows))
     assert text.count(f"{side} FAILED: diverged") == 1
     assert "not measurable here" in text
@@ -117,7 +141,8 @@ def test_a_missing_arm_is_named_once_with_its_reason(side: str) -> None:
 def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
     rows = [make_row(arm) for arm in ARMS["distill"]]
     rows[2]["ledger"]["counts"]["tokens"] = value(204_800)  # control_steps: half of the student's
-    rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)  # control_compute: 0.8 of the student's
+    # control_compute: 0.8 of the student's
+    rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)
     text = conclude(make_result("distill", rows=rows))
     assert text.startswith("Given 0.80x the FLOPs without a teacher")
     assert "at 0.50x the tokens (control_steps)" in text
@@ -126,20 +151,54 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
 @pytest.mark.parametrize(
     ("quality", "serving", "payback", "expected"),
     [
-        (make_quality(0.002, "equal"), make_saving(0.3), value(3e6, unit="token"),
-         "keeps the quality within the margin of 1% (+0.2%), serves 30% cheaper and has paid for itself after 3 M "
-         "tokens"),
-        (make_quality(-0.05, "worse"), make_saving(-0.12), NEVER,
-         "needs 5% more bits per byte, costs 12% more to serve and never pays back (not cheaper)"),
-        (make_quality(0.05, "better"), make_saving(-2.4), NEVER,
-         "reaches 5% fewer bits per byte, costs 3.4x as much to serve and never pays back (not cheaper)"),
-        (make_quality(0.001, "undecided", half=0.02), make_saving(-0.01, half=0.03), NEVER,
-         "is undecided in quality (quality +0.1%, 90% interval -1.9% to +2.1%, margin 1%), is undecided in serving "
-         "cost (saving -1%, 90% interval -4% to +2%) and would not pay back if the point estimate of its saving held"),
-        (make_quality(0.002, "equal"), make_saving(0.0, None), value(3e6, unit="example"),
-         "serves at the same cost (point estimate, no interval) and has paid for itself after 3 M examples"),
+        (
+            make_quality(0.002, "equal"),
+            make_saving(0.3),
+            value(3e6, unit="token"),
+            (
+                "keeps the quality within the margin of 1% (+0.2%), serves 30% cheaper and has paid"
+                " for itself after 3 M tokens"
+            ),
+        ),
+        (
+            make_quality(-0.05, "worse"),
+            make_saving(-0.12),
+            NEVER,
+            (
+                "needs 5% more bits per byte, costs 12% more to serve and never pays back (not"
+                " cheaper)"
+            ),
+        ),
+        (
+            make_quality(0.05, "better"),
+            make_saving(-2.4),
+            NEVER,
+            (
+                "reaches 5% fewer bits per byte, costs 3.4x as much to serve and never pays back"
+                " (not cheaper)"
+            ),
+        ),
+        (
+            make_quality(0.001, "undecided", half=0.02),
+            make_saving(-0.01, half=0.03),
+            NEVER,
+            (
+                "is undecided in quality (quality +0.1%, 90% interval -1.9% to +2.1%, margin 1%),"
+                " is undecided in serving cost (saving -1%, 90% interval -4% to +2%) and would not"
+                " pay back if the point estimate of its saving held"
+            ),
+        ),
+        (
+            make_quality(0.002, "equal"),
+            make_saving(0.0, None),
+            value(3e6, unit="example"),
+            (
+                "serves at the same cost (point estimate, no interval) and has paid for itself"
+                " after 3 M examples"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_quantize_in_every_sign(
     quality: dict[str, Any], serving: dict[str, Any], payback: dict[str, Any], expected: str
 ) -> None:
@@ -150,10 +209,12 @@ def test_quantize_in_every_sign(
 
 
 def test_a_training_cost_says_which_other_stages_it_holds() -> None:
-    text = _with("distill", make_pair("student", "control_compute", training=make_saving(-2.4, None)))
+    text = _with(
+        "distill", make_pair("student", "control_compute", training=make_saving(-2.4, None))
+    )
     assert (
-        "3.4x as many device-hours to be as good on validation (within the margin), teacher included (point estimate"
-        in text
+        "3.4x as many device-hours to be as good on validation (within the margin), teacher"
+        " included (point estimate" in text
     )
     text = _with("full", make_pair("student_int8", "baseline", training=make_saving(0.0, 0.05)))
     assert "is undecided in training cost, teacher and student included (saving" in text
@@ -164,18 +225,36 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
 @pytest.mark.parametrize(
     ("training", "expected"),
     [
-        (make_saving(0.41), "is as good on validation (within the margin) for 41% fewer device-hours;"),
+        (
+            make_saving(0.41),
+            "is as good on validation (within the margin) for 41% fewer device-hours;",
+        ),
         (make_saving(0.41, None), "for 41% fewer device-hours (point estimate, no interval)"),
-        (make_saving(-0.12), "costs 12% more device-hours to be as good on validation (within the margin)"),
-        (make_saving(-2.4), "costs 3.4x as many device-hours to be as good on validation (within the margin)"),
+        (
+            make_saving(-0.12),
+            "costs 12% more device-hours to be as good on validation (within the margin)",
+        ),
+        (
+            make_saving(-2.4),
+            "costs 3.4x as many device-hours to be as good on validation (within the margin)",
+        ),
         (make_saving(0.0, None), "for the same device-hours"),
-        (make_saving(0.01, 0.05), "is undecided in training cost (saving +1%, 90% interval -4% to +6%)"),
-        (CENSORED, "bf16's training saving: not measurable here: censored: not reached in 200 steps"),
+        (
+            make_saving(0.01, 0.05),
+            "is undecided in training cost (saving +1%, 90% interval -4% to +6%)",
+        ),
+        (
+            CENSORED,
+            "bf16's training saving: not measurable here: censored: not reached in 200 steps",
+        ),
         (None, "bf16's training saving: not measurable here: not recorded"),
     ],
 )
 def test_mixed_precision_in_every_sign(training: dict[str, Any] | None, expected: str) -> None:
-    text = _with("mixed_precision", make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"), training=training))
+    text = _with(
+        "mixed_precision",
+        make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"), training=training),
+    )
     assert text.startswith("Against fp32, bf16 keeps the quality within the margin of 1%")
     assert expected in text
 
@@ -188,7 +267,9 @@ def test_skipped_precisions_are_named_with_their_reason() -> None:
         make_unfinished("fp16", "KILLED", "preempted"),
     ]
     text = conclude(make_result("mixed_precision", rows=rows))
-    assert "tf32 against fp32: not measurable here: tf32 was skipped: no TF32 on this device" in text
+    assert (
+        "tf32 against fp32: not measurable here: tf32 was skipped: no TF32 on this device" in text
+    )
     assert "fp16 was killed: preempted" in text
     assert "tf32 trains" not in text
 
@@ -196,7 +277,9 @@ def test_skipped_precisions_are_named_with_their_reason() -> None:
 def test_a_skipped_stage_that_no_comparison_speaks_of_is_named() -> None:
     rows = [make_row("fp32"), make_row("bf16"), make_unfinished("fp16", "SKIPPED", "no scaler")]
     pair = make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"))
-    assert _with("mixed_precision", pair, rows=rows).endswith("one seed. fp16 was skipped: no scaler.")
+    assert _with("mixed_precision", pair, rows=rows).endswith(
+        "one seed. fp16 was skipped: no scaler."
+    )
 
 
 def test_full_says_each_arm_against_the_baseline_once() -> None:
@@ -216,26 +299,39 @@ def test_every_clause_has_its_base_where_the_one_before_did_not_name_it() -> Non
     unmeasured = make_pair("int8", "reference", serving=null("no counter", ci=None))
     nf4 = make_pair("nf4", "reference", serving=make_saving(0.3))
     assert "; against the reference, nf4 serves 30% cheaper" in _with("quantize", unmeasured, nf4)
-    rows = [make_row("fp32"), make_row("bf16"), make_row("tf32"), make_unfinished("fp16", "FAILED", "diverged")]
+    rows = [
+        make_row("fp32"),
+        make_row("bf16"),
+        make_row("tf32"),
+        make_unfinished("fp16", "FAILED", "diverged"),
+    ]
     pairs = [make_pair(arm, "fp32", training=make_saving(0.4)) for arm in ("bf16", "fp16", "tf32")]
     assert "diverged; against fp32, tf32 is as good" in _with("mixed_precision", *pairs, rows=rows)
 
 
 def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
-    assert _with("quantize", make_pair("int8", "reference")).startswith("int8 reaches 2.200 bits per byte")
-    text = _with("quantize", rows=[make_row("reference"), make_unfinished("int8", "FAILED", "no kernel")])
+    assert _with("quantize", make_pair("int8", "reference")).startswith(
+        "int8 reaches 2.200 bits per byte"
+    )
+    text = _with(
+        "quantize", rows=[make_row("reference"), make_unfinished("int8", "FAILED", "no kernel")]
+    )
     assert text == "int8: not measurable here: it FAILED: no kernel; one seed."
 
 
 def test_baseline_states_cost_and_quality() -> None:
-    assert conclude(make_result("baseline")) == (
-        "The baseline reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test split; it took 12.0 min of "
-        "device time on 1 CPU host and 410 k tokens of training; one seed."
+    assert (
+        conclude(make_result("baseline"))
+        == "The baseline reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test"
+        " split; it took 12.0 min of device time on 1 CPU host and 410 k tokens of training; one"
+        " seed."
     )
 
 
 def test_baseline_with_nulls_gives_their_reasons() -> None:
-    row = make_row("baseline", quality={"accuracy": null("no test split", ci=None, n=None, items=None)})
+    row = make_row(
+        "baseline", quality={"accuracy": null("no test split", ci=None, n=None, items=None)}
+    )
     row["ledger"]["device_hours"]["attached"] = null("the clock stopped")
     text = conclude(make_result("baseline", rows=[row]))
     assert "has no accuracy: not measurable here: no test split" in text
@@ -245,7 +341,8 @@ def test_baseline_with_nulls_gives_their_reasons() -> None:
 def test_a_reused_baseline_is_not_free() -> None:
     text = conclude(make_result("baseline", rows=[make_row("baseline", reused="abc123")]))
     assert (
-        "it took 12.0 min of device time on 1 CPU host and 410 k tokens of training in run abc123, now reused" in text
+        "it took 12.0 min of device time on 1 CPU host and 410 k tokens of training in run abc123,"
+        " now reused" in text
     )
 
 
@@ -261,8 +358,13 @@ def test_accuracy_is_compared_in_points() -> None:
 
 
 def test_distillation_of_a_classifier_adds_points() -> None:
-    pair = make_pair("student", "control_steps", quality=make_quality(0.015, "better", key="accuracy"))
-    assert "distillation adds 1.5 points (accuracy, 90% interval +1.1 to +1.9 points over 520" in _with("distill", pair)
+    pair = make_pair(
+        "student", "control_steps", quality=make_quality(0.015, "better", key="accuracy")
+    )
+    assert (
+        "distillation adds 1.5 points (accuracy, 90% interval +1.1 to +1.9 points over 520"
+        in _with("distill", pair)
+    )
 
 
 def test_what_distillation_added_is_said_over_seeds_where_there_are_several() -> None:
@@ -289,7 +391,9 @@ def test_an_answer_that_is_not_stated_follows_from_the_interval() -> None:
     pair = make_pair("int8", "reference", quality=quality)
     assert "reaches 2% fewer" in _with("quantize", pair)
     quality["bits_per_byte"]["ci"] = [-0.01, 0.05]
-    assert "is undecided in quality (quality +2%, 90% interval -1% to +5%)" in _with("quantize", pair)
+    assert "is undecided in quality (quality +2%, 90% interval -1% to +5%)" in _with(
+        "quantize", pair
+    )
     quality["bits_per_byte"]["ci"] = None
     assert "is undecided in quality (quality +2%, no interval)" in _with("quantize", pair)
 
@@ -297,10 +401,14 @@ def test_an_answer_that_is_not_stated_follows_from_the_interval() -> None:
 def test_an_existing_model_leaves_the_saving_of_new_spending() -> None:
     training = null("existing model", ci=None, new_spend_saving=value(0.4, "derived"))
     text = _with("full", make_pair("student", "baseline", training=training))
-    assert text.startswith("student against baseline: training saving: not measurable here: existing model")
+    assert text.startswith(
+        "student against baseline: training saving: not measurable here: existing model"
+    )
     assert "(counting new spending alone it saves 40%)" in text
     training["new_spend_saving"] = value(-0.4, "derived")
-    assert "it costs 40% more)" in _with("full", make_pair("student", "baseline", training=training))
+    assert "it costs 40% more)" in _with(
+        "full", make_pair("student", "baseline", training=training)
+    )
 
 
 def test_seeds_are_counted_once() -> None:
@@ -312,11 +420,19 @@ def test_seeds_are_counted_once() -> None:
 
 def test_a_seed_that_failed_is_named_beside_the_one_that_did_not() -> None:
     rows = [make_row("baseline"), make_unfinished("baseline", "FAILED", "diverged", seed=1)]
-    assert conclude(make_result("baseline", rows=rows)).endswith("one seed. baseline of seed 1 FAILED: diverged.")
+    assert conclude(make_result("baseline", rows=rows)).endswith(
+        "one seed. baseline of seed 1 FAILED: diverged."
+    )
 
 
 def test_a_retried_stage_is_not_called_missing_and_its_cost_is_all_it_took() -> None:
-    failed = {**make_row("baseline"), "status": "FAILED", "why": "diverged", "artifact": None, "quality": {}}
+    failed = {
+        **make_row("baseline"),
+        "status": "FAILED",
+        "why": "diverged",
+        "artifact": None,
+        "quality": {},
+    }
     text = conclude(make_result("baseline", rows=[failed, make_row("baseline", attempt=2)]))
     assert "diverged" not in text
     alone = conclude(make_result("baseline", rows=[make_row("baseline")]))
@@ -335,10 +451,14 @@ def test_nothing_is_claimed_where_nothing_finished(recipe: str) -> None:
 
 def test_a_reason_that_ended_the_run_is_said_once() -> None:
     rows = [make_unfinished("baseline", "FAILED", "data.path: no such file")]
-    text = conclude(make_result("baseline", rows=rows, status="FAILED", why="data.path: no such file"))
+    text = conclude(
+        make_result("baseline", rows=rows, status="FAILED", why="data.path: no such file")
+    )
     assert text.endswith("baseline FAILED: data.path: no such file. The run ended FAILED.")
     text = conclude(make_result("baseline", rows=rows, status="FAILED", why="disk full"))
-    assert text.endswith("baseline FAILED: data.path: no such file. The run ended FAILED: disk full.")
+    assert text.endswith(
+        "baseline FAILED: data.path: no such file. The run ended FAILED: disk full."
+    )
 
 
 def test_a_run_that_ended_early_says_so() -> None:
@@ -348,7 +468,9 @@ def test_a_run_that_ended_early_says_so() -> None:
 
 def test_a_comparison_with_the_given_model_needs_no_row_of_it() -> None:
     pair = make_pair("reference", "base", quality=make_quality(0.05, "better"))
-    assert _with("quantize", pair).startswith("Against base, the reference reaches 5% fewer bits per byte")
+    assert _with("quantize", pair).startswith(
+        "Against base, the reference reaches 5% fewer bits per byte"
+    )
 
 
 def test_hostile_names_and_reasons_stay_on_one_line() -> None:
@@ -365,19 +487,33 @@ KEPT = {"as": "teacher", "why": "nothing holds the tolerance"}
 
 
 def test_a_model_that_stays_as_it_is_is_compared_with_nothing() -> None:
-    pairs = [make_pair("int8", "nf4", serving=make_saving(0.38), quality=make_quality(0.2, "better"))]
-    rows = [make_row("reference"), make_row("nf4"), make_row("int8", unchanged=KEPT, quantization=None)]
+    pairs = [
+        make_pair("int8", "nf4", serving=make_saving(0.38), quality=make_quality(0.2, "better"))
+    ]
+    rows = [
+        make_row("reference"),
+        make_row("nf4"),
+        make_row("int8", unchanged=KEPT, quantization=None),
+    ]
     text = _with("quantize", *pairs, rows=rows)
-    assert text.startswith("No format pays: int8 stays as the teacher is (nothing holds the tolerance); int8 reaches 2")
+    assert text.startswith(
+        "No format pays: int8 stays as the teacher is (nothing holds the tolerance); int8 reaches 2"
+    )
     assert "38%" not in text
     assert "gainst" not in text
 
 
 def test_other_arms_are_compared_beside_a_model_that_stays_as_it_is() -> None:
     pairs = [make_pair(arm, "reference", serving=make_saving(0.38)) for arm in ("int8", "nf4")]
-    rows = [make_row("reference"), make_row("nf4"), make_row("int8", unchanged={**KEPT, "as": "reference"})]
+    rows = [
+        make_row("reference"),
+        make_row("nf4"),
+        make_row("int8", unchanged={**KEPT, "as": "reference"}),
+    ]
     text = _with("quantize", *pairs, rows=rows)
-    assert text.startswith("No format pays: int8 stays as the reference is (nothing holds the tolerance); against")
+    assert text.startswith(
+        "No format pays: int8 stays as the reference is (nothing holds the tolerance); against"
+    )
     assert "nf4 serves 38% cheaper" in text
     assert "int8 serves" not in text
 
@@ -386,16 +522,24 @@ def test_a_model_that_stays_as_it_is_in_one_seed_is_said_to() -> None:
     rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ("reference", "nf4", "int8")]
     rows[-1]["unchanged"] = {**KEPT, "as": "reference"}
     text = _with("quantize", make_pair("int8", "reference", serving=make_saving(0.2)), rows=rows)
-    assert text.startswith("No format pays: int8 of seed 1 stays as the reference is (nothing holds the tolerance); ")
+    assert text.startswith(
+        "No format pays: int8 of seed 1 stays as the reference is (nothing holds the tolerance); "
+    )
     assert "int8 serves 20% cheaper" in text
 
 
 def test_a_rung_that_found_nothing_is_no_conclusion() -> None:
-    rows = [make_row("reference"), make_row("int8/search", type="quantize", unchanged=KEPT), make_row("int8")]
+    rows = [
+        make_row("reference"),
+        make_row("int8/search", type="quantize", unchanged=KEPT),
+        make_row("int8"),
+    ]
     assert "No format pays" not in _with("quantize", rows=rows)
 
 
 def test_without_comparisons_quality_and_cost_follow() -> None:
     rows = [make_row("reference"), make_row("int8", unchanged={**KEPT, "as": "reference"})]
     text = _with("quantize", rows=rows)
-    assert text.startswith("No format pays: int8 stays as the reference is (nothing holds the tolerance); int8 reaches")
+    assert text.startswith(
+        "No format pays: int8 stays as the reference is (nothing holds the tolerance); int8 reaches"
+    )

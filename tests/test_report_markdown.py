@@ -26,7 +26,16 @@ from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 
-HOSTILE = ["a|b", "two\nlines", "\x1b[31mred\x1b[0m", "# head", "`tick`", "<b>x</b>", "[l](http://u)", "x" * 400]
+HOSTILE = [
+    "a|b",
+    "two\nlines",
+    "\x1b[31mred\x1b[0m",
+    "# head",
+    "`tick`",
+    "<b>x</b>",
+    "[l](http://u)",
+    "x" * 400,
+]
 
 
 def _parse(text: str) -> list[Token]:
@@ -57,7 +66,11 @@ def _tables(text: str) -> dict[str, list[list[str]]]:
 
 def _headings(text: str) -> list[str]:
     tokens = _parse(text)
-    return [_text(tokens[number + 1]) for number, token in enumerate(tokens) if token.type == "heading_open"]
+    return [
+        _text(tokens[number + 1])
+        for number, token in enumerate(tokens)
+        if token.type == "heading_open"
+    ]
 
 
 @pytest.mark.parametrize("recipe", list(ARMS))
@@ -65,16 +78,27 @@ def test_question_and_conclusion_come_first(recipe: str) -> None:
     result = make_result(recipe)
     text = markdown(result)
     paragraphs = [_text(token) for token in _parse(text) if token.type == "inline"]
-    assert paragraphs[:3] == [f"{recipe}: FINISHED", "Question. is it worth it?", f"Conclusion. {conclude(result)}"]
+    assert paragraphs[:3] == [
+        f"{recipe}: FINISHED",
+        "Question. is it worth it?",
+        f"Conclusion. {conclude(result)}",
+    ]
 
 
 def test_sections_come_in_a_reviewers_order() -> None:
     rows = [make_row("teacher", reused="abc123"), *(make_row(arm) for arm in ARMS["distill"][1:])]
     assert _headings(markdown(make_result(rows=rows)))[1:] == [
-        "Arms", "Comparisons", "Where the time went", "Waste by cause",
-        "What else used the machine", "Notes", "Why a figure is missing",
-        "Device and environment", "What the figures mean", "How to reproduce",
-    ]  # fmt: skip
+        "Arms",
+        "Comparisons",
+        "Where the time went",
+        "Waste by cause",
+        "What else used the machine",
+        "Notes",
+        "Why a figure is missing",
+        "Device and environment",
+        "What the figures mean",
+        "How to reproduce",
+    ]
 
 
 def test_arms_carry_figures_and_intervals() -> None:
@@ -94,20 +118,37 @@ def test_comparisons_carry_interval_n_margin_and_answer() -> None:
     assert table[1] == [*compute, "training saving", "-[1]", "", "", "", ""]
     assert table[2] == [*steps, "bits per byte", "+2%", "[+1.6%, +2.4%]", "520", "1%", "better"]
     assert table[4] == ["student", "teacher", "serving saving", "+40%", "[+38%, +42%]", "4", "", ""]
-    assert table[5] == ["student", "teacher", "payback", "3 M tokens", "", "", "", "P(net > 0) = 93%"]
+    assert table[5] == [
+        "student",
+        "teacher",
+        "payback",
+        "3 M tokens",
+        "",
+        "",
+        "",
+        "P(net > 0) = 93%",
+    ]
 
 
 def test_a_training_saving_shows_what_it_is_made_of() -> None:
-    more = {"systems": value(0.3), "algorithmic": null("FLOPs unknown"), "c_arm": value(0.5), "c_opt": value(0.25)}
+    more = {
+        "systems": value(0.3),
+        "algorithmic": null("FLOPs unknown"),
+        "c_arm": value(0.5),
+        "c_opt": value(0.25),
+    }
     pair = make_pair("bf16", "fp32", training={**make_saving(0.41), **more})
     result = make_result("mixed_precision", comparisons=[pair])
     jsonschema.validate(result, RESULT_SCHEMA)
     text = markdown(result)
     figures = {row[2]: row[3] for row in _tables(text)["Comparisons"][1:]}
     assert figures == {
-        "training saving": "+41%", "training: systems part": "+30%", "training: algorithmic part": "-[1]",
-        "training: C(arm)": "30.0 min", "training: C_opt": "15.0 min",
-    }  # fmt: skip
+        "training saving": "+41%",
+        "training: systems part": "+30%",
+        "training: algorithmic part": "-[1]",
+        "training: C(arm)": "30.0 min",
+        "training: C_opt": "15.0 min",
+    }
     assert "FLOPs unknown" in text
 
 
@@ -134,35 +175,57 @@ def test_every_null_has_its_reason() -> None:
     pairs = [make_pair(arm, "fp32", quality={}, training=None) for arm in ("bf16", "tf32", "fp16")]
     result = make_result("mixed_precision", rows=rows, comparisons=pairs)
     text = markdown(result)
-    marks = {mark for table in _tables(text).values() for row in table for cell in row
-             for mark in re.findall(r"-(\[\d+\])", cell)}  # fmt: skip
+    marks = {
+        mark
+        for table in _tables(text).values()
+        for row in table
+        for cell in row
+        for mark in re.findall(r"-(\[\d+\])", cell)
+    }
     items = [_text(token) for token in _parse(text) if token.type == "inline"]
     reasons = dict(item.split(" ", 1) for item in items if re.match(r"\[\d+\] ", item))
     assert marks == set(reasons)
-    assert {"diverged", "no TF32 here", "tf32 was skipped: no TF32 here", "fp16 did not run"} < set(reasons.values())
-    read_on = {(row[0], row[2]): reasons[row[3].removeprefix("-")] for row in _tables(text)["Comparisons"][1:]}
+    assert {"diverged", "no TF32 here", "tf32 was skipped: no TF32 here", "fp16 did not run"} < set(
+        reasons.values()
+    )
+    read_on = {
+        (row[0], row[2]): reasons[row[3].removeprefix("-")]
+        for row in _tables(text)["Comparisons"][1:]
+    }
     assert read_on["fp16", "training saving"] == read_on["fp16", "quality"] == "fp16 did not run"
     assert len(read_on) == 6
 
 
 def test_notes_name_what_a_reader_must_know() -> None:
-    rows = [make_row("fp32", reused="abc123"), make_unfinished("bf16", "SKIPPED", "no bf16"), make_row("tf32")]
+    rows = [
+        make_row("fp32", reused="abc123"),
+        make_unfinished("bf16", "SKIPPED", "no bf16"),
+        make_row("tf32"),
+    ]
     rows[2]["ledger"] |= {"meter_valid": False, "meter_problems": ["phases miss 3 s"]}
     environment = {"notes": ["smoke: 20 documents"]}
-    result = make_result("mixed_precision", rows=rows, environment=environment, status="FAILED", why="disk full")
+    result = make_result(
+        "mixed_precision", rows=rows, environment=environment, status="FAILED", why="disk full"
+    )
     result["run"]["attempts"] = 3
     text = markdown(result)
     for note in (
-        "FAILED: disk full", "fp32 reused from run abc123: spent 0 here", "bf16 was skipped: no bf16",
-        "tf32: the meter says phases miss 3 s", "tf32: its figures do not reconcile", "the run took 3 attempts",
+        "FAILED: disk full",
+        "fp32 reused from run abc123: spent 0 here",
+        "bf16 was skipped: no bf16",
+        "tf32: the meter says phases miss 3 s",
+        "tf32: its figures do not reconcile",
+        "the run took 3 attempts",
         "smoke: 20 documents",
-    ):  # fmt: skip
+    ):
         assert f"- {note}" in text
     assert "- a note" in markdown(make_result(environment={"notes": "a note"}))
 
 
 def test_a_reused_row_spends_nothing() -> None:
-    table = _tables(markdown(make_result("baseline", rows=[make_row("baseline", reused="abc123")])))["Arms"]
+    table = _tables(
+        markdown(make_result("baseline", rows=[make_row("baseline", reused="abc123")]))
+    )["Arms"]
     assert table[1][1:3] == ["reused", "spent 0, reused 12.0 min"]
 
 
@@ -170,9 +233,15 @@ def test_every_figure_shown_is_defined() -> None:
     text = markdown(make_result("distill"))
     definitions = text.split("## What the figures mean")[1]
     for key in (
-        "compute/device_hours", "compute/tokens", "quality/bits_per_byte", "serving/device_s_per_1k_units",
-        "savings/training", "savings/serving", "savings/payback_units", "compute/wasted_device_hours",
-    ):  # fmt: skip
+        "compute/device_hours",
+        "compute/tokens",
+        "quality/bits_per_byte",
+        "serving/device_s_per_1k_units",
+        "savings/training",
+        "savings/serving",
+        "savings/payback_units",
+        "compute/wasted_device_hours",
+    ):
         assert f"- `{key}` (" in definitions
         assert BY_KEY[key].meaning in definitions
     assert "compute/gpu_hours" not in definitions
@@ -182,8 +251,11 @@ def test_every_figure_shown_is_defined() -> None:
 def test_energy_money_and_weights_are_shown_where_there_are_any() -> None:
     row, other = make_row("baseline"), make_row("other")
     row["ledger"]["energy_j"] = value(12_300)
-    row["ledger"]["cost"] = {"amount": value(1.5, "declared"), "currency": "USD",
-                             "facility_energy_j": value(14_760, "declared")}  # fmt: skip
+    row["ledger"]["cost"] = {
+        "amount": value(1.5, "declared"),
+        "currency": "USD",
+        "facility_energy_j": value(14_760, "declared"),
+    }
     row["serving"]["weights_bytes"] = value(4_200_000)
     text = markdown(make_result("baseline", rows=[row, other]))
     head, first, second = _tables(text)["Arms"]
@@ -196,12 +268,22 @@ def test_energy_money_and_weights_are_shown_where_there_are_any() -> None:
 def test_what_traced_steps_show_has_a_section_of_its_own() -> None:
     result = make_result("baseline", gpu=True)
     assert "traced steps" not in markdown(result)
-    shares = {"busy": 0.8, "compute": 0.7, "comm_exposed": 0.0, "copy_exposed": 0.1, "idle_host_wait": 0.15,
-              "idle_launch_gap": 0.05, "idle_other": 0.0}  # fmt: skip
+    shares = {
+        "busy": 0.8,
+        "compute": 0.7,
+        "comm_exposed": 0.0,
+        "copy_exposed": 0.1,
+        "idle_host_wait": 0.15,
+        "idle_launch_gap": 0.05,
+        "idle_other": 0.0,
+    }
     result["rows"][0]["ledger"]["gpu_timeline"] = {
-        **{name: value(share) for name, share in shares.items()}, "traced_steps": value(3), "phases_s": {},
-        "traces": ["step-000011.json.gz"], "notes": [],
-    }  # fmt: skip
+        **{name: value(share) for name, share in shares.items()},
+        "traced_steps": value(3),
+        "phases_s": {},
+        "traces": ["step-000011.json.gz"],
+        "notes": [],
+    }
     text = markdown(result)
     assert "| baseline | 3 | 80% | 70% | 0% | 10% | 15% | 5% | 0% |" in text
     assert "compute/traced_idle_host_wait_share" in text
@@ -209,12 +291,23 @@ def test_what_traced_steps_show_has_a_section_of_its_own() -> None:
 
 def test_what_the_model_took_until_it_converged_stands_below_the_arms() -> None:
     result = make_result("baseline")
-    told = {"device_hours": value(2.0), "amount": value(4.03, "estimated"), "currency": "EUR", "run": "r3"}
+    told = {
+        "device_hours": value(2.0),
+        "amount": value(4.03, "estimated"),
+        "currency": "EUR",
+        "run": "r3",
+    }
     result["run"]["per_converged_model"] = told
     text = markdown(result)
     assert "Until its model converged: 2.00 h of device time, 4.03 EUR; reached in run r3." in text
-    assert "`compute/per_converged_model_device_hours` (device-h): all runs under one model.name" in text
-    result["run"]["per_converged_model"] = {**told, "device_hours": null("no quality declared: cost.converged_at")}
+    assert (
+        "`compute/per_converged_model_device_hours` (device-h): all runs under one model.name"
+        in text
+    )
+    result["run"]["per_converged_model"] = {
+        **told,
+        "device_hours": null("no quality declared: cost.converged_at"),
+    }
     assert "converged" not in markdown(result)
 
 
@@ -228,11 +321,16 @@ def test_the_command_is_shown_as_it_was() -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_break_no_table(name: str) -> None:
     rows = [make_row("fp32"), make_row(name), make_unfinished(f"{name}2", "FAILED", name)]
-    pairs = [make_pair(name, "fp32", quality=make_quality(0.02, "better"), training=null(name, ci=None))]
+    pairs = [
+        make_pair(name, "fp32", quality=make_quality(0.02, "better"), training=null(name, ci=None))
+    ]
     result = make_result("mixed_precision", rows=rows, comparisons=pairs) | {
-        "question": name, "recipe": name, "run_id": name, "device": {"kind": "cuda", "name": name, "count": 1},
+        "question": name,
+        "recipe": name,
+        "run_id": name,
+        "device": {"kind": "cuda", "name": name, "count": 1},
         "environment": {"torch": name, f"{name}2": name, "notes": [name]},
-    }  # fmt: skip
+    }
     text = markdown(result)
     tables = _tables(text)
     assert [len(table) for table in tables.values()] == [4, 3, 3, 5, 4, 4]
@@ -247,7 +345,9 @@ def test_hostile_names_break_no_table(name: str) -> None:
 def test_two_seeds_are_two_rows_each() -> None:
     rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ARMS["quantize"]]
     tables = _tables(markdown(make_result("quantize", rows=rows)))
-    assert [row[0] for row in tables["Arms"][1:]] == [f"{arm} s{seed}" for seed in (0, 1) for arm in ARMS["quantize"]]
+    assert [row[0] for row in tables["Arms"][1:]] == [
+        f"{arm} s{seed}" for seed in (0, 1) for arm in ARMS["quantize"]
+    ]
 
 
 def test_a_run_without_any_finished_row_still_reports() -> None:
@@ -264,12 +364,21 @@ def test_a_stage_that_failed_before_anything_was_measured_is_named_with_its_reas
     """A row of zeros: the stage's window had not opened when its data was refused."""
     row = make_unfinished("teacher", "FAILED", "data.path: holds chats")
     row["ledger"] |= {"device_hours": make_ledger(0, 0)["device_hours"], "wall_s": value(0)}
-    result = make_result("distill", rows=[row], comparisons=[], status="FAILED", why="data.path: holds chats")
+    result = make_result(
+        "distill", rows=[row], comparisons=[], status="FAILED", why="data.path: holds chats"
+    )
     jsonschema.validate(result, RESULT_SCHEMA)
     text = markdown(result)
     tables = _tables(text)
     assert tables["Arms"][1][:3] == ["teacher", "FAILED", "0 s"]
-    assert tables["Where the time went"][1] == ["teacher", "0%", "0%", "0%", "nothing", "no phase recorded"]
+    assert tables["Where the time went"][1] == [
+        "teacher",
+        "0%",
+        "0%",
+        "0%",
+        "nothing",
+        "no phase recorded",
+    ]
     assert "teacher FAILED: data.path: holds chats. The run ended FAILED." in text
 
 
@@ -286,7 +395,9 @@ def test_n_is_explained_for_one_seed_and_for_several() -> None:
     assert "n counts test documents, of serving blocks of four readings." in text
     rows = [make_row(arm, seed=seed) for seed in (0, 1, 2) for arm in ARMS["distill"]]
     for row in rows[4:]:
-        row["serving"] = {"device_s_per_1k_units": null("serving is measured on the artifacts of seed 0")}
+        row["serving"] = {
+            "device_s_per_1k_units": null("serving is measured on the artifacts of seed 0")
+        }
     pair = make_pair("student", "teacher", training=make_saving(0.1), serving=make_saving(0.4))
     pair["serving"]["blocks"] = 4
     text = markdown(make_result("distill", rows=rows, comparisons=[pair]))
@@ -300,13 +411,20 @@ def test_serving_is_shown_at_every_batch_where_it_was_read() -> None:
     assert "Serving" not in _headings(markdown(make_result("distill")))
     rows = [make_row("reference"), make_row("int8"), make_row("nf4")]
     rows[0]["serving"] |= {
-        "prefill_device_s_per_1k_tokens": value(0.1), "decode_device_s_per_1k_tokens": value(0.9), "p50_s": value(0.2),
-        "p95_s": value(0.25), "peak_bytes": null("a CPU has no device memory to count"), "weights_bytes": value(4e6),
-        "batch_32_device_s_per_1k_units": value(0.25), "batch_1_device_s_per_1k_units": value(4.0),
+        "prefill_device_s_per_1k_tokens": value(0.1),
+        "decode_device_s_per_1k_tokens": value(0.9),
+        "p50_s": value(0.2),
+        "p95_s": value(0.25),
+        "peak_bytes": null("a CPU has no device memory to count"),
+        "weights_bytes": value(4e6),
+        "batch_32_device_s_per_1k_units": value(0.25),
+        "batch_1_device_s_per_1k_units": value(4.0),
         "batch_8_device_s_per_1k_units": value(1.0),
-    }  # fmt: skip
+    }
     rows[1]["serving"] |= {"batch_8_device_s_per_1k_units": value(0.5)}
-    rows[2]["serving"] = {"device_s_per_1k_units": null("the recipe does not compare this arm on serving")}
+    rows[2]["serving"] = {
+        "device_s_per_1k_units": null("the recipe does not compare this arm on serving")
+    }
     result = make_result("quantize", rows=rows)
     jsonschema.validate(result, RESULT_SCHEMA)
     text = markdown(result)
@@ -314,11 +432,24 @@ def test_serving_is_shown_at_every_batch_where_it_was_read() -> None:
     mark = next(cell for cell in table[2] if cell.startswith("-"))
     assert table == [
         ["arm", "prefill", "decode", "p50", "p95", "batch 1", "batch 8", "batch 32"],
-        ["reference", "0.100", "0.900", "0.200 s", "0.250 s", "4.00 (250)", "1.00 (1 k)", "0.250 (4 k)"],
+        [
+            "reference",
+            "0.100",
+            "0.900",
+            "0.200 s",
+            "0.250 s",
+            "4.00 (250)",
+            "1.00 (1 k)",
+            "0.250 (4 k)",
+        ],
         ["int8", *[mark] * 5, "0.500 (2 k)", mark],
     ]
     assert "device-seconds per 1,000 tokens (tokens per device-second in brackets)" in text
-    for key in ("serving/prefill_device_s_per_1k_tokens", "serving/decode_device_s_per_1k_tokens", "serving/p95_s"):
+    for key in (
+        "serving/prefill_device_s_per_1k_tokens",
+        "serving/decode_device_s_per_1k_tokens",
+        "serving/p95_s",
+    ):
         assert f"- `{key}` (" in text
 
 

@@ -26,9 +26,19 @@ _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (0.42, "0.420 s"), (93, "93.0 s"), (119, "119 s"), (120, "2.00 min"), (744, "12.4 min"),
-     (7200, "2.00 h"), (5400, "90.0 min"), (4.4e6, "1222 h"), (0.00012, "0.000120 s")],
-)  # fmt: skip
+    [
+        (0, "0 s"),
+        (0.42, "0.420 s"),
+        (93, "93.0 s"),
+        (119, "119 s"),
+        (120, "2.00 min"),
+        (744, "12.4 min"),
+        (7200, "2.00 h"),
+        (5400, "90.0 min"),
+        (4.4e6, "1222 h"),
+        (0.00012, "0.000120 s"),
+    ],
+)
 def test_a_duration_takes_the_unit_that_suits_it(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -41,9 +51,21 @@ def test_a_duration_reads_back_within_its_last_digit(seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("n", "text"),
-    [(0, "0"), (950, "950"), (999.9, "1 k"), (1000, "1 k"), (35_700, "35.7 k"), (999_950, "1 M"), (1.2e6, "1.2 M"),
-     (3e6, "3 M"), (409_600, "410 k"), (5e13, "50 T"), (7e15, "7000 T"), (0.5, "0.5")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.9, "1 k"),
+        (1000, "1 k"),
+        (35_700, "35.7 k"),
+        (999_950, "1 M"),
+        (1.2e6, "1.2 M"),
+        (3e6, "3 M"),
+        (409_600, "410 k"),
+        (5e13, "50 T"),
+        (7e15, "7000 T"),
+        (0.5, "0.5"),
+    ],
+)
 def test_counts_take_an_si_prefix(n: float, text: str) -> None:
     assert count(n) == text
 
@@ -61,9 +83,21 @@ def test_bytes_take_decimal_prefixes() -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "text"),
-    [(0.41, "41%"), (0.021, "2.1%"), (0.0004, "0.04%"), (0.104, "10.4%"), (2.4, "240%"), (0.0, "0%"), (-0.12, "-12%"),
-     (-1e-7, "0%"), (0.9996, "99.96%"), (1.0, "100%"), (0.1, "10%"), (0.2, "20%")],
-)  # fmt: skip
+    [
+        (0.41, "41%"),
+        (0.021, "2.1%"),
+        (0.0004, "0.04%"),
+        (0.104, "10.4%"),
+        (2.4, "240%"),
+        (0.0, "0%"),
+        (-0.12, "-12%"),
+        (-1e-7, "0%"),
+        (0.9996, "99.96%"),
+        (1.0, "100%"),
+        (0.1, "10%"),
+        (0.2, "20%"),
+    ],
+)
 def test_percentages(fraction: float, text: str) -> None:
     assert percent(fraction) == text
 
@@ -111,7 +145,9 @@ def test_what_is_there_never_rounds_to_zero() -> None:
         ((float("inf"), 0.01), ["inf%", "1%"]),
     ],
 )
-def test_a_figure_and_its_limit_can_be_told_apart(fractions: tuple[float, ...], shown: list[str]) -> None:
+def test_a_figure_and_its_limit_can_be_told_apart(
+    fractions: tuple[float, ...], shown: list[str]
+) -> None:
     assert percents_apart(*fractions) == shown
 
 

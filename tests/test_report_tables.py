@@ -7,7 +7,17 @@ from typing import Any
 
 import jsonschema
 import pytest
-from make_result import ARMS, make_pair, make_quality, make_result, make_row, make_saving, make_unfinished, null, value
+from make_result import (
+    ARMS,
+    make_pair,
+    make_quality,
+    make_result,
+    make_row,
+    make_saving,
+    make_unfinished,
+    null,
+    value,
+)
 
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report.money import money_lines
@@ -30,7 +40,9 @@ def _no_wider_than_80(text: str) -> bool:
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("recipe", list(ARMS))
-def test_the_builder_makes_valid_results_and_the_table_shows_every_arm(recipe: str, gpu: bool) -> None:
+def test_the_builder_makes_valid_results_and_the_table_shows_every_arm(
+    recipe: str, gpu: bool
+) -> None:
     result = make_result(recipe, gpu=gpu)
     jsonschema.validate(result, RESULT_SCHEMA)
     assert list(_cells(result)) == list(ARMS[recipe])
@@ -39,7 +51,9 @@ def test_the_builder_makes_valid_results_and_the_table_shows_every_arm(recipe: s
 
 def test_unfinished_rows_of_the_builder_are_valid() -> None:
     for status in ("SKIPPED", "FAILED", "KILLED"):
-        jsonschema.validate(make_result(rows=[make_unfinished("teacher", status, "why")]), RESULT_SCHEMA)
+        jsonschema.validate(
+            make_result(rows=[make_unfinished("teacher", status, "why")]), RESULT_SCHEMA
+        )
 
 
 def test_the_worked_example_adds_up() -> None:
@@ -69,8 +83,7 @@ def test_heads_name_unit_and_direction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "words"),
-    [(False, "device-hours (1 CPU host)"), (True, "GPU-hours (1 x NVIDIA H200)")],
+    ("gpu", "words"), [(False, "device-hours (1 CPU host)"), (True, "GPU-hours (1 x NVIDIA H200)")]
 )
 def test_hours_are_called_gpu_hours_on_gpus_only(gpu: bool, words: str) -> None:
     text = closing_table(make_result("baseline", gpu=gpu))
@@ -101,15 +114,25 @@ def test_work_of_another_run_stands_with_the_row_that_assessed_it() -> None:
     rows = [row for arm in arms for row in (make_row(arm, **work), make_row(arm))]
     result = make_result("distill", rows=rows)
     table, below = closing_table(result).split("device-hours (1 CPU host)")
-    assert re.findall(r"^(teacher|control\S*) +(\S+) ", table, re.MULTILINE) == [(arm, "assessed") for arm in arms]
+    assert re.findall(r"^(teacher|control\S*) +(\S+) ", table, re.MULTILINE) == [
+        (arm, "assessed") for arm in arms
+    ]
     assert re.search(r"reused: teacher [\d.]+ min \(run abc123\), control_compute", below)
-    assert labels(rows) == ["teacher earlier", "teacher", "control_compute earlier", "control_compute"]
+    assert labels(rows) == [
+        "teacher earlier",
+        "teacher",
+        "control_compute earlier",
+        "control_compute",
+    ]
 
 
 def test_an_arm_that_went_on_from_another_runs_checkpoint_is_this_runs_own() -> None:
     begun = make_unfinished("teacher", "KILLED", "up to its checkpoint of step 30", reused="abc123")
     table = closing_table(make_result("distill", rows=[begun, make_row("teacher", attempt=2)]))
-    assert re.findall(r"^teacher.*? (done|assessed|KILLED|killed|reused) ", table, re.MULTILINE)[-1] == "done"
+    assert (
+        re.findall(r"^teacher.*? (done|assessed|KILLED|killed|reused) ", table, re.MULTILINE)[-1]
+        == "done"
+    )
     assert "assessed" not in table
 
 
@@ -132,7 +155,11 @@ def test_every_null_has_its_reason_below_and_each_reason_once() -> None:
 def test_status_words() -> None:
     rows = [
         make_unfinished(arm, status, "why")
-        for arm, status in (("teacher", "SKIPPED"), ("student", "FAILED"), ("control_steps", "KILLED"))
+        for arm, status in (
+            ("teacher", "SKIPPED"),
+            ("student", "FAILED"),
+            ("control_steps", "KILLED"),
+        )
     ]
     cells = _cells(make_result("distill", rows=rows))
     assert [cells[arm][0] for arm in cells] == ["skipped[1]", "FAILED[1]", "KILLED[1]"]
@@ -143,12 +170,15 @@ def test_savings_name_their_base_and_mark_what_is_not_decided() -> None:
         make_pair("bf16", "fp32", training=make_saving(0.41)),
         make_pair("tf32", "fp32", training=make_saving(0.01, 0.05)),
         make_pair("fp16", "bf16", training=make_saving(-0.12)),
-        make_pair("bf16", "fp16", training=make_saving(0.9)),  # a second base: the first comparison stands
+        # a second base: the first comparison stands
+        make_pair("bf16", "fp16", training=make_saving(0.9)),
     ]
     result = make_result("mixed_precision", comparisons=pairs)
     cells = _cells(result)
     assert [cells[arm][-1] for arm in ("bf16", "tf32", "fp16")] == ["+41%", "+1%?", "-12%"]
-    assert "train: bf16, tf32 against fp32; train: fp16 against bf16" in " ".join(closing_table(result).split())
+    assert "train: bf16, tf32 against fp32; train: fp16 against bf16" in " ".join(
+        closing_table(result).split()
+    )
 
 
 def test_a_recipe_without_savings_has_no_such_columns() -> None:
@@ -170,7 +200,9 @@ def test_two_seeds_are_two_rows_and_the_saving_stands_once() -> None:
 def test_what_a_saving_of_several_seeds_speaks_of_is_said() -> None:
     rows = [make_row(arm, seed=seed) for seed in (2, 0, 1) for arm in ARMS["distill"]]
     for row in rows:
-        row["serving"] = row["serving"] if row["seed"] == 2 else {"device_s_per_1k_units": null("of seed 2")}
+        row["serving"] = (
+            row["serving"] if row["seed"] == 2 else {"device_s_per_1k_units": null("of seed 2")}
+        )
     said = "train is the mean of 3 seeds, serve is seed 2's, each is shown once per arm"
     assert said in " ".join(closing_table(make_result("distill", rows=rows)).split())
     assert "seeds" not in closing_table(make_result("distill"))
@@ -180,7 +212,9 @@ def test_what_a_saving_of_several_seeds_speaks_of_is_said() -> None:
 
 
 def test_the_level_of_the_intervals_is_stated() -> None:
-    assert "? its 90% interval holds both signs" in " ".join(closing_table(make_result("distill")).split())
+    assert "? its 90% interval holds both signs" in " ".join(
+        closing_table(make_result("distill")).split()
+    )
 
 
 def test_attempts_are_told_apart() -> None:
@@ -189,10 +223,15 @@ def test_attempts_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a|b", "two\nlines", "x" * 300, "\x1b[31mred\x1b[0m", "模型" * 40, "a_very_long_name" * 3]
+    "name",
+    ["a|b", "two\nlines", "x" * 300, "\x1b[31mred\x1b[0m", "模型" * 40, "a_very_long_name" * 3],
 )
 def test_hostile_names_keep_the_width(name: str) -> None:
-    rows = [make_row("fp32"), make_row(name), make_unfinished(f"{name}2", "FAILED", f"{name} {name}")]
+    rows = [
+        make_row("fp32"),
+        make_row(name),
+        make_unfinished(f"{name}2", "FAILED", f"{name} {name}"),
+    ]
     pairs = [make_pair(name, "fp32", training=make_saving(-3.4, 9), serving=make_saving(0.9996))]
     text = closing_table(make_result("mixed_precision", rows=rows, comparisons=pairs))
     assert _no_wider_than_80(text)
@@ -206,7 +245,10 @@ def test_the_widest_figures_still_fit() -> None:
         row = make_unfinished(f"stage_number_{number}_of_many", "SKIPPED", f"reason {number}")
         row["ledger"]["device_hours"]["attached"] = null(f"time {number}")
         rows.append(row)
-    pairs = [make_pair(row["arm"], "base", training=make_saving(-12.34, 99), serving=None) for row in rows]
+    pairs = [
+        make_pair(row["arm"], "base", training=make_saving(-12.34, 99), serving=None)
+        for row in rows
+    ]
     text = closing_table(make_result("mixed_precision", rows=rows, comparisons=pairs))
     assert _no_wider_than_80(text)
     assert len({line.split()[0] for line in text.splitlines() if "skipped[" in line}) == 12
@@ -215,17 +257,30 @@ def test_the_widest_figures_still_fit() -> None:
 def test_a_run_that_measured_no_stage_still_closes() -> None:
     text = closing_table(make_result("distill", rows=[], status="FAILED", why="no data"))
     assert "(no stage was measured)" in text
-    assert "run total 9.00 min = work 0.00 + assess 0.00 + retry 0.00 + compare 6.00" in " ".join(text.split())
+    assert "run total 9.00 min = work 0.00 + assess 0.00 + retry 0.00 + compare 6.00" in " ".join(
+        text.split()
+    )
     assert "saved" not in text
 
 
 def test_money_of_the_run_stands_below_the_table() -> None:
-    result = make_result("distill", rows=[make_row("teacher"), make_row("student"), make_row("old", reused="r0")])
-    for row, amount, joules in zip(result["rows"], (1.5, 2.53, 9.0), (12_000, 2_760, 9e9), strict=True):
-        row["ledger"]["cost"] = {"amount": value(amount, "estimated"), "currency": "EUR",
-                                 "facility_energy_j": value(joules, "declared")}  # fmt: skip
-    told = {"device_hours": null("not reached yet: best accuracy 0.6 of 0.7"), "amount": null("-"),
-            "currency": None, "run": None}  # fmt: skip
+    result = make_result(
+        "distill", rows=[make_row("teacher"), make_row("student"), make_row("old", reused="r0")]
+    )
+    for row, amount, joules in zip(
+        result["rows"], (1.5, 2.53, 9.0), (12_000, 2_760, 9e9), strict=True
+    ):
+        row["ledger"]["cost"] = {
+            "amount": value(amount, "estimated"),
+            "currency": "EUR",
+            "facility_energy_j": value(joules, "declared"),
+        }
+    told = {
+        "device_hours": null("not reached yet: best accuracy 0.6 of 0.7"),
+        "amount": null("-"),
+        "currency": None,
+        "run": None,
+    }
     result["run"]["per_converged_model"] = told
     assert money_lines(result) == [
         "cost of the stages made here 4.03 EUR",
@@ -235,17 +290,32 @@ def test_money_of_the_run_stands_below_the_table() -> None:
     text = closing_table(result)
     assert all(line in text.splitlines() for line in money_lines(result))
     told |= {"device_hours": value(2.0), "amount": null("1 device-hours have no rate"), "run": "r3"}
-    took = "until its model converged: 2.00 h of device time, cost unknown (1 device-hours have no rate)"
+    took = (
+        "until its model converged: 2.00 h of device time, cost unknown (1 device-hours have no"
+        " rate)"
+    )
     assert money_lines(result)[-1] == f"{took}; reached in run r3"
     rate = {"per_device_hour": 2.5, "kind": "rented", "source": "price list", "date": "2026-11-01"}
-    cost = {"amount": value(4.5, "estimated"), "currency": "EUR", "rate": rate, "basis": "attached hours"}
+    cost = {
+        "amount": value(4.5, "estimated"),
+        "currency": "EUR",
+        "rate": rate,
+        "basis": "attached hours",
+    }
     result["run"]["cost"] = cost
-    said = "cost of this run 4.50 EUR: 2.50 EUR per device-hour (rented, price list, 2026-11-01) x attached hours"
+    said = (
+        "cost of this run 4.50 EUR: 2.50 EUR per device-hour (rented, price list, 2026-11-01) x"
+        " attached hours"
+    )
     assert money_lines(result)[0] == said
     cost["amount"] = null("0.5 device-hours were charged at no rate")
-    assert "cost of this run - (0.5 device-hours were charged at no rate): 2.50 EUR" in money_lines(result)[0]
+    assert (
+        "cost of this run - (0.5 device-hours were charged at no rate): 2.50 EUR"
+        in money_lines(result)[0]
+    )
     result["rows"][0]["ledger"]["cost"]["amount"] = null("no rate declared")
-    assert not any("cost of the stages" in line for line in money_lines(result))  # a part is not shown as the whole
+    # a part is not shown as the whole
+    assert not any("cost of the stages" in line for line in money_lines(result))
 
 
 def test_where_nobody_declared_anything_there_is_no_word_of_money() -> None:

@@ -19,8 +19,18 @@ from pipeline.config.settings import Task
 from pipeline.ledger.schema import RESULT_SCHEMA
 
 TINY = [
-    *("training.steps=4", "training.batch_size=4", "training.sequence_length=64", "data.max_documents=40"),
-    *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128", "model.shape.layers=2"),
+    *(
+        "training.steps=4",
+        "training.batch_size=4",
+        "training.sequence_length=64",
+        "data.max_documents=40",
+    ),
+    *(
+        "model.shape.hidden_size=64",
+        "model.shape.heads=1",
+        "model.shape.intermediate_size=128",
+        "model.shape.layers=2",
+    ),
     *("quality.max_documents=24", "quality.bootstrap=200"),
     *("serving.blocks=2", "serving.load.new=4", "serving.batches=[1]"),
 ]
@@ -42,14 +52,27 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str
 
 def test_all_arms_are_made_and_the_ledger_closes(distilled) -> None:
     _, result, printed = distilled
-    assert [row["arm"] for row in result["rows"]] == ["teacher", "student", "control_steps", "control_compute"]
+    assert [row["arm"] for row in result["rows"]] == [
+        "teacher",
+        "student",
+        "control_steps",
+        "control_compute",
+    ]
     for row in result["rows"]:
         ledger = row["ledger"]
-        hours = {name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"}
+        hours = {
+            name: value["v"]
+            for name, value in ledger["device_hours"].items()
+            if name != "wasted_by"
+        }
         assert row["status"] == "FINISHED"
         assert ledger["meter_valid"], ledger["meter_problems"]
-        assert sum(ledger["phases_ns"].values()) == pytest.approx(ledger["wall_s"]["v"] * 1e9, abs=1)
-        assert hours["attached"] == pytest.approx(hours["productive"] + hours["support"] + hours["wasted"])
+        assert sum(ledger["phases_ns"].values()) == pytest.approx(
+            ledger["wall_s"]["v"] * 1e9, abs=1
+        )
+        assert hours["attached"] == pytest.approx(
+            hours["productive"] + hours["support"] + hours["wasted"]
+        )
         assert hours["attached"] == pytest.approx(hours["work"] + hours["assess"] + hours["retry"])
         assert ledger["gpu_hours"]["attached"]["why_null"] == "a CPU run uses no GPU"
         assert Path(row["artifact"]["path"], "model.safetensors").is_file()
@@ -83,41 +106,63 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     student = next(row for row in result["rows"] if row["arm"] == "student")
     for each in (parent, runs["student"]):
         assert each.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["v"]
-        assert each.data.metrics["compute/device_hours"] == student["ledger"]["device_hours"]["attached"]["v"]
+        assert (
+            each.data.metrics["compute/device_hours"]
+            == student["ledger"]["device_hours"]["attached"]["v"]
+        )
     assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
     assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
-    assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {result["environment"]["data_digest"]}
+    assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {
+        result["environment"]["data_digest"]
+    }
     command = [sys.executable, "-m", "pipeline", "sync", str(cwd / "mlruns")]
     again = subprocess.run(command, capture_output=True, text=True)
     assert "0 events delivered" in again.stdout, again.stderr
 
 
-def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declared_quality(distilled) -> None:
+def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declared_quality(
+    distilled,
+) -> None:
     from mlflow import MlflowClient
 
     cwd, result, printed = distilled
-    told, teacher = result["run"]["per_converged_model"], result["rows"][0]["ledger"]["device_hours"]["attached"]["v"]
-    until_then = result["run"]["device_hours"]["overhead"]["v"] + teacher  # any model has fewer than 100 bits a byte
+    told, teacher = (
+        result["run"]["per_converged_model"],
+        result["rows"][0]["ledger"]["device_hours"]["attached"]["v"],
+    )
+    # any model has fewer than 100 bits a byte
+    until_then = result["run"]["device_hours"]["overhead"]["v"] + teacher
     assert told["device_hours"]["v"] == pytest.approx(until_then)
     assert (told["run"], told["amount"]["v"]) == (result["run_id"], None)
     assert "until its model converged: " in printed
     assert "Until its model converged: " in (cwd / "mlruns/latest/report.md").read_text()
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
     experiment = client.get_experiment_by_name("distill")
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.run` = '{result['run_id']}'")
+    (run,) = client.search_runs(
+        [experiment.experiment_id], f"tags.`pipeline.run` = '{result['run_id']}'"
+    )
     assert run.data.metrics["compute/per_converged_model_device_hours"] == told["device_hours"]["v"]
     assert run.data.tags["null.cost/per_converged_model"] == told["amount"]["why_null"]
 
 
-def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(distilled) -> None:
+def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(
+    distilled,
+) -> None:
     cwd, first, _ = distilled
-    assert here(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false").returncode == 0
+    assert (
+        here(
+            cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false"
+        ).returncode
+        == 0
+    )
     second = result_in(cwd)
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
     assert second["run"]["device_hours"]["work"]["v"] == 0
     spent = {part: value["v"] for part, value in first["run"]["device_hours"].items()}
-    assert second["run"]["reused"]["v"] == pytest.approx(spent["work"] + spent["assess"] + spent["compare"])
+    assert second["run"]["reused"]["v"] == pytest.approx(
+        spent["work"] + spent["assess"] + spent["compare"]
+    )
     assert second["comparisons"] == first["comparisons"]
     assert (
         here(
@@ -133,9 +178,11 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     )
     third = {row["arm"]: row["reused"] for row in result_in(cwd)["rows"]}
     assert third == {
-        "teacher": first["run_id"], "student": None, "control_steps": first["run_id"],
+        "teacher": first["run_id"],
+        "student": None,
+        "control_steps": first["run_id"],
         "control_compute": first["run_id"],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.faults
@@ -143,7 +190,9 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     args = [*TINY, "training.steps=200", "training.checkpoint_every=5", "tracking.mlflow=false"]
     process = start(tmp_path, "recipe=baseline", *args)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("mlruns/store/checkpoints/*/step-*")) and time.monotonic() < deadline:
+    while (
+        not list(tmp_path.glob("mlruns/store/checkpoints/*/step-*")) and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
@@ -157,9 +206,16 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
 
 
 def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: Path) -> None:
-    args = [*TINY, "data=stdlib_labels", "training.steps=150", "training.learning_rate=3e-3",
-            "training.batch_size=16", "data.max_documents=600",
-            "quality.max_documents=400", "tracking.mlflow=false"]  # fmt: skip
+    args = [
+        *TINY,
+        "data=stdlib_labels",
+        "training.steps=150",
+        "training.learning_rate=3e-3",
+        "training.batch_size=16",
+        "data.max_documents=600",
+        "quality.max_documents=400",
+        "tracking.mlflow=false",
+    ]
     accuracy = {}
     for shuffled in ("false", "true"):
         done = here(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
@@ -167,7 +223,8 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
         quality = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]
         accuracy[shuffled] = quality["v"]
     labels = [json.loads(line)["label"] for line in Path(quality["items"]).read_text().splitlines()]
-    chance = max(labels.count(label) for label in labels) / len(labels)  # always naming the largest class
+    # always naming the largest class
+    chance = max(labels.count(label) for label in labels) / len(labels)
     assert accuracy["true"] < chance + 0.05
     assert accuracy["false"] > chance + 0.1
 
@@ -200,10 +257,21 @@ def test_what_reads_a_given_model_is_imported_as_import(tmp_path: Path) -> None:
     """A third of a short run was nobody's time."""
     saved(tiny(Task.causal_lm), tmp_path / "model")
     given = [word for word in TINY if not word.startswith("model.")]
-    command = [sys.executable, "-c", WATCHES_IMPORTS, "recipe=baseline", f"model.path={tmp_path / 'model'}", *given,
-               "tracking=off"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # a fresh process: it imports
+    command = [
+        sys.executable,
+        "-c",
+        WATCHES_IMPORTS,
+        "recipe=baseline",
+        f"model.path={tmp_path / 'model'}",
+        *given,
+        "tracking=off",
+    ]
+    # a fresh process: it imports
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line.split() for line in done.stdout.splitlines() if line.startswith("while ")]
-    assert {line[3] for line in said} >= {"transformers", "transformers.models.auto.configuration_auto"}
+    assert {line[3] for line in said} >= {
+        "transformers",
+        "transformers.models.auto.configuration_auto",
+    }
     assert {line[1] for line in said} == {"import"}, said

@@ -1,4 +1,6 @@
-"""Formats and precisions as a user asks for them: what pays is kept and charged, what does not is said."""
+"""Formats and precisions as a user asks for them: what pays is kept and charged, what does not is
+said.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,30 @@ import pipeline.quantization.backend
 @pytest.fixture(autouse=True)
 def _no_reloads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the proof of the reload, which starts processes and has tests of its own."""
-    monkeypatch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)
+    monkeypatch.setattr(
+        pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None
+    )
 
 
 def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_path: Path) -> None:
-    """One small matrix of all in int8: reported in full, and the exit code says so, unless it is asked to be silent.
+    """One small matrix of all in int8: reported in full, and the exit code says so, unless it is
+    asked to be silent.
 
     The same command again finds all done and ends alike.
     """
     settings = (
-        "recipe=quantize", "~stages.nf4", "~stages.bf16", "~stages.fp16",
+        "recipe=quantize",
+        "~stages.nf4",
+        "~stages.bf16",
+        "~stages.fp16",
         "compare=[{arm: int8, base: reference, on: [quality, serving]}]",
-        "stages.int8.include=[model.layers.0.self_attn.k_proj]", *TINY,
-    )  # fmt: skip
+        "stages.int8.include=[model.layers.0.self_attn.k_proj]",
+        *TINY,
+    )
     for allow, code in (("false", 3), ("true", 0)):
-        done = here(tmp_path, *settings, f"allow_no_speedup={allow}", f"tracking.mlflow={allow == 'false'}")
+        done = here(
+            tmp_path, *settings, f"allow_no_speedup={allow}", f"tracking.mlflow={allow == 'false'}"
+        )
         assert done.returncode == code, done.stderr
         assert ("no_speedup: int8: neither time nor memory is saved" in done.stderr) is (code == 3)
         assert "neither time nor memory is saved)" in " ".join(done.stdout.split())
@@ -51,15 +62,28 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
     told = artifact["checked"]["vllm"]
     assert (told["outcome"], told["why"]) == ("not run here", "vLLM is not installed")
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns/mlflow.db'}")
-    (parent,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = [
+        run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags
+    ]
     assert (parent.data.tags["no_speedup"], parent.info.status) == ("int8", "FINISHED")
 
 
-def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp_path: Path) -> None:
-    """On a CPU NF4 is smaller and slower: sought for time the model stays as it is, and the trial was work."""
-    settings = ("recipe=quantize_search", "~stages.bf16", "stages.quantized.candidates=[nf4]", "tracking.mlflow=false",
-                "data.vocabulary_size=300",  # embeddings stay in fp32: a large one would cost more than 16 bits do
-                "stages.quantized.tolerance=1", *TINY)  # fmt: skip
+def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
+    tmp_path: Path,
+) -> None:
+    """On a CPU NF4 is smaller and slower: sought for time the model stays as it is, and the trial
+    was work.
+    """
+    settings = (
+        "recipe=quantize_search",
+        "~stages.bf16",
+        "stages.quantized.candidates=[nf4]",
+        "tracking.mlflow=false",
+        # embeddings stay in fp32: a large one would cost more than 16 bits do
+        "data.vocabulary_size=300",
+        "stages.quantized.tolerance=1",
+        *TINY,
+    )
     done = here(tmp_path, *settings)
     assert done.returncode == 0, done.stderr
     result = result_in(tmp_path)
@@ -67,16 +91,25 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
     assert quantized["artifact"]["digest"] == reference["artifact"]["digest"]
     assert quantized["quality"]["flips"]["v"] == 0
     (pair,) = result["comparisons"]
-    for figure in (pair["serving"], pair["payback"]):  # what two readings of one artifact differ by is noise
+    # what two readings of one artifact differ by is noise
+    for figure in (pair["serving"], pair["payback"]):
         assert (figure["v"], figure["why_null"]) == (None, "the same artifact as reference")
     assert pair["speedup"]["no_speedup"]
-    assert quantized["unchanged"] == {"as": "reference", "why": "nothing that holds the tolerance saves time"}
+    assert quantized["unchanged"] == {
+        "as": "reference",
+        "why": "nothing that holds the tolerance saves time",
+    }
     assert reference["unchanged"] is None
-    kept = "No format pays: quantized stays as the reference is (nothing that holds the tolerance saves time); "
+    kept = (
+        "No format pays: quantized stays as the reference is (nothing that holds the tolerance"
+        " saves time); "
+    )
     assert result["conclusion"].startswith(f"{kept}quantized reaches ")
     assert "gainst" not in result["conclusion"]
     phases = quantized["ledger"]["phases_ns"]
-    assert phases["search"] > 0.5 * sum(ns for name, ns in phases.items() if name not in ("eval", "model_load"))
+    assert phases["search"] > 0.5 * sum(
+        ns for name, ns in phases.items() if name not in ("eval", "model_load")
+    )
     assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]
     notes = " ".join(result["environment"]["notes"])
     assert "quantized: tried nf4: loses" in notes
@@ -93,8 +126,17 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(tmp
 
 
 def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> None:
-    """Student and control of the same settings train in one precision; the trials are the student's work."""
-    done = here(tmp_path, "recipe=distill", "precision=auto", "stages.teacher.steps=4", "tracking.mlflow=false", *TINY)
+    """Student and control of the same settings train in one precision; the trials are the student's
+    work.
+    """
+    done = here(
+        tmp_path,
+        "recipe=distill",
+        "precision=auto",
+        "stages.teacher.steps=4",
+        "tracking.mlflow=false",
+        *TINY,
+    )
     assert done.returncode == 0, done.stderr
     result = result_in(tmp_path)
     rows = {row["arm"]: row for row in result["rows"]}
@@ -105,7 +147,11 @@ def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> 
         arm: json.loads(Path(row["artifact"]["path"], "artifact.json").read_text())["precision"]
         for arm, row in rows.items()
     }
-    assert about["control_steps"]["chosen"] == about["control_compute"]["chosen"] == about["student"]["chosen"]
+    assert (
+        about["control_steps"]["chosen"]
+        == about["control_compute"]["chosen"]
+        == about["student"]["chosen"]
+    )
     notes = " ".join(result["environment"]["notes"])
     assert f"student: precision {about['student']['chosen']}: bf16 " in notes
     assert f"control_steps: precision {about['student']['chosen']}: as student has it" in notes

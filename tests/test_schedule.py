@@ -1,4 +1,6 @@
-"""Progressive schedules: growing batches and windows, stacked layers, ramps of the loss; by brute force and by hand."""
+"""Progressive schedules: growing batches and windows, stacked layers, ramps of the loss; by brute
+force and by hand.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,23 @@ def growing(**changes: Any) -> TrainingConfig:
 
 def packed(config: TrainingConfig) -> PackedBatches:
     return PackedBatches(
-        random_documents(LENGTHS, is_text=True), sequence_length=config.sequence_length, seed=7,
-        batch_size=lambda step: first_row(step, config), length_at=lambda step: sequence_length(step, config),
-    )  # fmt: skip
+        random_documents(LENGTHS, is_text=True),
+        sequence_length=config.sequence_length,
+        seed=7,
+        batch_size=lambda step: first_row(step, config),
+        length_at=lambda step: sequence_length(step, config),
+    )
 
 
-# -- sizes ----------------------------------------------------------------------------------------------------------
+# -- sizes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.33, 0.5, 1.0])
 @pytest.mark.parametrize("start", [1, 2, 4, 8])
 @pytest.mark.parametrize("steps", [1, 3, 20, 101])
-def test_batches_double_up_to_their_size_and_no_row_is_left_out(steps: int, start: int, fraction: float) -> None:
+def test_batches_double_up_to_their_size_and_no_row_is_left_out(
+    steps: int, start: int, fraction: float
+) -> None:
     config = growing(steps=steps, start_batch_size=start, growth_fraction=fraction)
     sizes = [first_row(step + 1, config) - first_row(step, config) for step in range(steps + 5)]
     assert first_row(0, config) == 0
@@ -60,7 +67,9 @@ def test_batches_double_up_to_their_size_and_no_row_is_left_out(steps: int, star
 def test_sizes_by_hand() -> None:
     """20 steps, half of them growing: 10 steps in two parts for 2 and 4, then 8."""
     config = growing(start_batch_size=2, start_sequence_length=4)
-    assert [first_row(step + 1, config) - first_row(step, config) for step in range(12)] == [2] * 5 + [4] * 5 + [8] * 2
+    assert [first_row(step + 1, config) - first_row(step, config) for step in range(12)] == [
+        2
+    ] * 5 + [4] * 5 + [8] * 2
     assert [sequence_length(step, config) for step in range(12)] == [4] * 5 + [8] * 5 + [16] * 2
     assert first_row(12, config) == 2 * 5 + 4 * 5 + 8 * 2
     constant = growing()
@@ -83,28 +92,41 @@ def test_shorter_windows_hold_the_same_tokens_and_see_nothing_before_them() -> N
     assert short["input_ids"].shape == (8 * 4, 4)
     assert torch.equal(short["input_ids"].reshape(8, 16), whole["input_ids"])
     assert torch.equal(short["labels"].reshape(8, 16), whole["labels"])
-    for row, (ids, positions) in enumerate(zip(short["input_ids"], short["position_ids"], strict=True)):
+    for row, (ids, positions) in enumerate(
+        zip(short["input_ids"], short["position_ids"], strict=True)
+    ):
         before = whole["position_ids"].reshape(-1, 4)[row]
         begins = [at for at in range(4) if at == 0 or before[at] == 0]
-        assert positions.tolist() == [at - max(start for start in begins if start <= at) for at in range(len(ids))]
-    assert torch.equal(packed(config).batch(15)["position_ids"], packed(growing()).batch(15)["position_ids"])
+        assert positions.tolist() == [
+            at - max(start for start in begins if start <= at) for at in range(len(ids))
+        ]
+    assert torch.equal(
+        packed(config).batch(15)["position_ids"], packed(growing()).batch(15)["position_ids"]
+    )
 
 
 def test_growing_batches_of_examples_pad_to_their_own_longest() -> None:
     config = growing(start_batch_size=4)
     batches = PaddedBatches(
-        random_documents(LENGTHS), batch_size=lambda step: first_row(step, config), seed=7, padding=Padding(0)
+        random_documents(LENGTHS),
+        batch_size=lambda step: first_row(step, config),
+        seed=7,
+        padding=Padding(0),
     )
     assert [len(batches.batch(step)["labels"]) for step in (0, 9, 10)] == [4, 4, 8]
 
 
-# -- training -------------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 def test_a_training_that_grows_counts_what_it_read_and_resumes_to_the_bit(tmp_path: Path) -> None:
-    config = growing(steps=6, batch_size=4, start_batch_size=1, start_sequence_length=8, checkpoint_every=2)
+    config = growing(
+        steps=6, batch_size=4, start_batch_size=1, start_sequence_length=8, checkpoint_every=2
+    )
     whole = trained(config, tmp_path / "whole")
-    assert whole[1].tokens == 16 * sum(first_row(step + 1, config) - first_row(step, config) for step in range(6))
+    assert whole[1].tokens == 16 * sum(
+        first_row(step + 1, config) - first_row(step, config) for step in range(6)
+    )
     stops = iter([None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         trained(config, tmp_path / "cut", should_stop=lambda: next(stops))
@@ -127,7 +149,9 @@ def test_ramps_are_linear_and_then_stay() -> None:
 
 
 def test_the_loss_changes_with_the_step() -> None:
-    """At a step of its ramp the objective minimises what a constant one with those settings would."""
+    """At a step of its ramp the objective minimises what a constant one with those settings
+    would.
+    """
     stage = DistillStage(temperature=1.0, start_temperature=3.0, ce_weight=0.2, start_ce_weight=1.0)
     config = growing()
     assert loss_at(stage, config, 5) == Loss(pytest.approx(0.6), Divergence.forward_kl, 2.0)
@@ -144,11 +168,13 @@ def test_the_loss_changes_with_the_step() -> None:
         return objective(batch).loss.item()
 
     for step in (0, 5, 10):
-        assert value(Loss(0.2), step) == pytest.approx(value(loss_at(stage, config, step)), rel=1e-6)
+        assert value(Loss(0.2), step) == pytest.approx(
+            value(loss_at(stage, config, step)), rel=1e-6
+        )
     assert value(Loss(0.2), 0) != pytest.approx(value(Loss(0.2), 10), rel=1e-3)
 
 
-# -- depth ----------------------------------------------------------------------------------------------------------
+# -- depth ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", list(Task))
@@ -163,8 +189,11 @@ def test_a_stacked_model_is_its_layers_on_top_of_one_another(task: Task, tmp_pat
         if number is not None:
             parts[number] = str(int(parts[number]) % have)
         assert torch.equal(tensor, before[".".join(parts)])
-    pointers = {tensor.data_ptr() for name, tensor in source.named_parameters() if ".layers." in name}
-    assert len(pointers) == sum(".layers." in name for name, _ in source.named_parameters())  # copies, not the same
+    pointers = {
+        tensor.data_ptr() for name, tensor in source.named_parameters() if ".layers." in name
+    }
+    # copies, not the same
+    assert len(pointers) == sum(".layers." in name for name, _ in source.named_parameters())
     loaded = load_model(saved(source, tmp_path / "stacked"), task)
     ids = torch.arange(3, 9)[None]
     source.eval()
@@ -178,40 +207,79 @@ def test_a_stacked_model_is_its_layers_on_top_of_one_another(task: Task, tmp_pat
 
 def test_a_model_of_two_kinds_of_layers_is_no_stack() -> None:
     model = tiny(Task.causal_lm)
-    model.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(model.config.num_hidden_layers))
-    with pytest.raises(UserError, match=r"stages.student.stack: LlamaForCausalLM has 2 stacks of 2 layers"):
+    model.more = torch.nn.ModuleList(
+        torch.nn.Identity() for _ in range(model.config.num_hidden_layers)
+    )
+    with pytest.raises(
+        UserError, match=r"stages.student.stack: LlamaForCausalLM has 2 stacks of 2 layers"
+    ):
         stack_layers(model, 2, "stages.student.stack")
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 def refused(task: Task = Task.causal_lm, **student: Any) -> str:
-    stages: dict[str, Any] = {"teacher": TrainStage(), "capture": CaptureStage(teacher="teacher", like="student")}
+    stages: dict[str, Any] = {
+        "teacher": TrainStage(),
+        "capture": CaptureStage(teacher="teacher", like="student"),
+    }
     stages["student"] = stage = DistillStage(**student)
     with pytest.raises(UserError) as error:
-        stage.check("stages.student", Run(recipe="distill", task=task, stages=stages, primary_arm="student"))
+        stage.check(
+            "stages.student", Run(recipe="distill", task=task, stages=stages, primary_arm="student")
+        )
     return str(error.value)
 
 
 @pytest.mark.parametrize(
     ("task", "student", "said"),
     [
-        (Task.causal_lm, {"batch_size": 12, "start_batch_size": 5}, "start_batch_size: 5 doubled again and again"),
-        (Task.causal_lm, {"batch_size": 4, "start_batch_size": 8}, "8 doubled again and again does not become"),
-        (Task.causal_lm, {"sequence_length": 96, "start_sequence_length": 36}, "start_sequence_length: 36 doubled"),
+        (
+            Task.causal_lm,
+            {"batch_size": 12, "start_batch_size": 5},
+            "start_batch_size: 5 doubled again and again",
+        ),
+        (
+            Task.causal_lm,
+            {"batch_size": 4, "start_batch_size": 8},
+            "8 doubled again and again does not become",
+        ),
+        (
+            Task.causal_lm,
+            {"sequence_length": 96, "start_sequence_length": 36},
+            "start_sequence_length: 36 doubled",
+        ),
         (
             Task.causal_lm,
             {"batch_size": 8, "start_batch_size": 2, "gradient_accumulation": 4},
             "start_batch_size: gradient_accumulation 4 does not divide it",
         ),
-        (Task.sequence_classification, {"start_sequence_length": 64}, "start_sequence_length: has no effect"),
-        (Task.causal_lm, {"cache": "capture", "start_batch_size": 4}, "start_batch_size: a cache holds what"),
-        (Task.causal_lm, {"cache": "capture", "start_sequence_length": 32}, "start_sequence_length: a cache holds"),
-        (Task.causal_lm, {"cache": "capture", "start_temperature": 2.0}, "start_temperature: a cache has one"),
+        (
+            Task.sequence_classification,
+            {"start_sequence_length": 64},
+            "start_sequence_length: has no effect",
+        ),
+        (
+            Task.causal_lm,
+            {"cache": "capture", "start_batch_size": 4},
+            "start_batch_size: a cache holds what",
+        ),
+        (
+            Task.causal_lm,
+            {"cache": "capture", "start_sequence_length": 32},
+            "start_sequence_length: a cache holds",
+        ),
+        (
+            Task.causal_lm,
+            {"cache": "capture", "start_temperature": 2.0},
+            "start_temperature: a cache has one",
+        ),
     ],
 )
-def test_schedules_that_cannot_be_are_refused(task: Task, student: dict[str, Any], said: str) -> None:
+def test_schedules_that_cannot_be_are_refused(
+    task: Task, student: dict[str, Any], said: str
+) -> None:
     assert said in refused(task, **student)
 
 

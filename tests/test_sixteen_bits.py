@@ -1,4 +1,6 @@
-"""Sixteen bits as a format: what is written, what stays in fp32, what a device cannot do, and who is refused."""
+"""Sixteen bits as a format: what is written, what stays in fp32, what a device cannot do, and who
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -45,23 +47,33 @@ def source(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("fmt", SIXTEEN_BITS)
-@pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "T5"])  # a tied head, transposed weights, modules kept in fp32
+# a tied head, transposed weights, modules kept in fp32
+@pytest.mark.parametrize("name", ["Qwen2", "GPT-2", "T5"])
 def test_every_weight_is_torchs_own_rounding_of_the_source(
     name: str, fmt: Format, tmp_path: Path, units: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit against `tensor.to`; transformers keeps T5's `wo` in fp32 in fp16, and in bf16 does not."""
+    """Bit by bit against `tensor.to`; transformers keeps T5's `wo` in fp32 in fp16, and in bf16
+    does not.
+    """
     units(0.5, 0.5)
     monkeypatch.setattr(backend, "check_bit_equal", lambda *_, **__: None)
     given, task = source(name, tmp_path / "source"), ARCHITECTURES[name].task
     done = quantize(given, tmp_path / "out", fmt, task, device=CPU, key=KEY)
-    before, after = (load_file(folder / "model.safetensors") for folder in (given, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (given, tmp_path / "out")
+    )
     assert set(before) == set(after)
     kept = {key for key, tensor in after.items() if tensor.dtype is torch.float32}
-    assert kept == {key for key in before if name == "T5" and fmt is Format.fp16 and key.endswith(".wo.weight")}
+    assert kept == {
+        key for key in before if name == "T5" and fmt is Format.fp16 and key.endswith(".wo.weight")
+    }
     for key, tensor in after.items():
         assert torch.equal(tensor, before[key].to(tensor.dtype)), key
     numbers = sum(tensor.numel() for tensor in before.values())
-    assert (done.parameters, done.quantized_parameters) == (numbers, numbers - sum(before[key].numel() for key in kept))
+    assert (done.parameters, done.quantized_parameters) == (
+        numbers,
+        numbers - sum(before[key].numel() for key in kept),
+    )
     assert set(done.kept_layers) == kept
     assert load_config(tmp_path / "out").dtype is DTYPES[fmt]
 
@@ -75,7 +87,9 @@ def test_it_is_loaded_as_it_is_to_be_assessed_and_in_fp32_to_be_trained(
     assert sixteen.stored_dtype(given, CPU) is torch.float32
     assert sixteen.stored_dtype(tmp_path / "out", CPU) is torch.bfloat16
     assert sixteen.stored_said(tmp_path / "out", CPU) is None
-    as_it_is = load_model(tmp_path / "out", Task.causal_lm, dtype=sixteen.stored_dtype(tmp_path / "out", CPU))
+    as_it_is = load_model(
+        tmp_path / "out", Task.causal_lm, dtype=sixteen.stored_dtype(tmp_path / "out", CPU)
+    )
     to_train = load_model(tmp_path / "out", Task.causal_lm)
     for (name, own), master in zip(as_it_is.named_parameters(), to_train.parameters(), strict=True):
         assert (own.dtype, master.dtype) == (torch.bfloat16, torch.float32), name
@@ -90,13 +104,15 @@ def test_it_is_loaded_as_it_is_to_be_assessed_and_in_fp32_to_be_trained(
 def test_a_fresh_process_proves_it(tmp_path: Path, units: Any) -> None:
     """What `quantize` itself does, for a classifier that keeps no weight in 32 bits."""
     given = source("BERT", tmp_path / "source")
-    done = quantize(given, tmp_path / "out", Format.bf16, Task.sequence_classification, device=CPU, key=KEY)
+    done = quantize(
+        given, tmp_path / "out", Format.bf16, Task.sequence_classification, device=CPU, key=KEY
+    )
     assert len(done.logits_sha256) == 3
     assert (done.share, done.bytes_after < 0.51 * done.bytes_before) == (1.0, True)
     assert done.say() == "100.0% of the parameters in bf16"
 
 
-# -- what a device cannot do -----------------------------------------------------------------------------------------
+# -- what a device cannot do ----------------------------------------------------------------------
 
 
 def test_a_device_without_units_is_told_by_a_product(units: Any) -> None:
@@ -109,32 +125,45 @@ def test_a_device_without_units_is_told_by_a_product(units: Any) -> None:
     assert sixteen.best_first(CPU) == [Format.bf16, Format.fp16]
     units(2.5, 0.7)
     assert why_not(Format.bf16, CPU) is None
-    assert "this cpu has no units for bf16 (a product takes 2.5 times fp32's time)" in sixteen.units_said(
-        Format.bf16, CPU
+    assert (
+        "this cpu has no units for bf16 (a product takes 2.5 times fp32's time)"
+        in sixteen.units_said(Format.bf16, CPU)
     )
     assert sixteen.best_first(CPU) == [Format.fp16, Format.bf16]
     units(float("inf"))
     assert "cannot be computed on this cpu" in (why_not(Format.bf16, CPU) or "")
     with pytest.raises(UserError) as error:
         sixteen.refuse_device(Format.bf16, device=CPU, key=KEY)
-    assert (error.value.key, error.value.remedy) == (KEY, "use a format of 8 bits, or a device with such units")
+    assert (error.value.key, error.value.remedy) == (
+        KEY,
+        "use a format of 8 bits, or a device with such units",
+    )
 
 
 @pytest.mark.parametrize(
     ("native", "fmt", "said"),
-    [(True, Format.bf16, None), (False, Format.bf16, "Some GPU has no units for bf16"), (False, Format.fp16, None)],
+    [
+        (True, Format.bf16, None),
+        (False, Format.bf16, "Some GPU has no units for bf16"),
+        (False, Format.fp16, None),
+    ],
 )
-def test_a_gpu_says_what_it_has(native: bool, fmt: Format, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_says_what_it_has(
+    native: bool, fmt: Format, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     assert why_not(fmt, torch.device("cuda")) == said
 
 
 def test_the_product_is_timed_on_a_cpu_that_is_made_older() -> None:
-    """oneDNN told to use AVX2 alone: what a CPU of 2015 would say; the units of this one are not seen."""
+    """oneDNN told to use AVX2 alone: what a CPU of 2015 would say; the units of this one are not
+    seen.
+    """
     code = (
-        "import torch; from pipeline.config.settings import Format; from pipeline.quantization import sixteen; "
-        "print(sixteen.product_ratio(Format.bf16, 'cpu'), sixteen.has_units(Format.bf16, torch.device('cpu')))"
+        "import torch; from pipeline.config.settings import Format; from pipeline.quantization"
+        " import sixteen; print(sixteen.product_ratio(Format.bf16, 'cpu'),"
+        " sixteen.has_units(Format.bf16, torch.device('cpu')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -147,7 +176,7 @@ def test_the_product_is_timed_on_a_cpu_that_is_made_older() -> None:
     assert (float(ratio) > 2, has) == (True, "False")
 
 
-# -- what a model cannot do ------------------------------------------------------------------------------------------
+# -- what a model cannot do -----------------------------------------------------------------------
 
 
 def test_a_weight_beyond_fp16_is_refused_by_name(tmp_path: Path, units: Any) -> None:
@@ -156,16 +185,27 @@ def test_a_weight_beyond_fp16_is_refused_by_name(tmp_path: Path, units: Any) -> 
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
     given = saved(model, tmp_path / "source")
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds a weight that fp16 has no number for"):
+    with pytest.raises(
+        UserError,
+        match=r"layers\.1\.mlp\.up_proj\.weight holds a weight that fp16 has no number for",
+    ):
         quantize(given, tmp_path / "out", Format.fp16, Task.causal_lm, device=CPU, key=KEY)
     assert not (tmp_path / "out").exists()
-    quantize(given, tmp_path / "bf16", Format.bf16, Task.causal_lm, device=CPU, key=KEY, prove=False)
+    quantize(
+        given, tmp_path / "bf16", Format.bf16, Task.causal_lm, device=CPU, key=KEY, prove=False
+    )
 
 
-def test_a_model_whose_code_does_not_run_in_it_is_refused_with_the_reason(tmp_path: Path, units: Any) -> None:
+def test_a_model_whose_code_does_not_run_in_it_is_refused_with_the_reason(
+    tmp_path: Path, units: Any
+) -> None:
     given = source("XLNet", tmp_path / "source")
-    with pytest.raises(UserError, match="XLNetForSequenceClassification does not run in bf16 by torch"):
-        quantize(given, tmp_path / "out", Format.bf16, Task.sequence_classification, device=CPU, key=KEY)
+    with pytest.raises(
+        UserError, match="XLNetForSequenceClassification does not run in bf16 by torch"
+    ):
+        quantize(
+            given, tmp_path / "out", Format.bf16, Task.sequence_classification, device=CPU, key=KEY
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,10 +224,12 @@ def test_settings_of_single_layers_are_refused(settings: dict[str, Any], key: st
     assert error.value.key == f"stages.small.{key}"
 
 
-# -- what others are read against ------------------------------------------------------------------------------------
+# -- what others are read against -----------------------------------------------------------------
 
 
-def search(known: dict[Format, tuple[float, float, float]], candidates: list[Format], **more: Any) -> Any:
+def search(
+    known: dict[Format, tuple[float, float, float]], candidates: list[Format], **more: Any
+) -> Any:
     """Search among made-up trials: by format, the loss, the time and the weights over fp32's."""
     given = {"prefer": Prefer.time, "beside": [], **more}
 
@@ -204,13 +246,20 @@ def search(known: dict[Format, tuple[float, float, float]], candidates: list[For
 
 def test_a_format_that_beats_fp32_and_not_the_16_bits_does_not_pay() -> None:
     """int8 takes half of fp32's time, bf16 a third: today's search would have kept int8."""
-    known = {Format.bf16: (0.0, 0.33, 0.5), Format.int8: (0.0, 0.5, 0.3), Format.nf4: (0.0, 0.2, 0.2)}
+    known = {
+        Format.bf16: (0.0, 0.33, 0.5),
+        Format.int8: (0.0, 0.5, 0.3),
+        Format.nf4: (0.0, 0.2, 0.2),
+    }
     assert search(known, [Format.bf16, Format.int8]).best.fmt is Format.bf16
     assert search(known, [Format.int8], beside=[Format.bf16]).best is None
     said = search(known, [Format.int8], beside=[Format.bf16]).why
     assert said == "nothing that holds the tolerance saves time over bf16, the best 16-bit form"
     assert search(known, [Format.int8, Format.nf4], beside=[Format.bf16]).best.fmt is Format.nf4
-    assert search(known, [Format.int8], beside=[Format.bf16], prefer=Prefer.memory).best.fmt is Format.int8
+    assert (
+        search(known, [Format.int8], beside=[Format.bf16], prefer=Prefer.memory).best.fmt
+        is Format.int8
+    )
 
 
 def test_16_bits_that_lose_too_much_or_do_not_run_are_nothing_to_read_against() -> None:

@@ -1,4 +1,6 @@
-"""Smoothing activations: the scale by hand, the same answers, what quantizing gains, and what is refused."""
+"""Smoothing activations: the scale by hand, the same answers, what quantizing gains, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,22 @@ KEY = "stages.small.smoothing"
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+    ).eval()
 
 
 def opt() -> Any:
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=259, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=64, word_embed_proj_dim=64)  # fmt: skip
+    config = OPTConfig(
+        vocab_size=259,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    )
     return OPTForCausalLM(config).eval()
 
 
@@ -102,7 +113,9 @@ def outlying() -> Any:
 
 
 def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_path: Path) -> None:
-    """bitsandbytes keeps outliers in 16 bits by itself; torchao's scale per token has to cover them."""
+    """bitsandbytes keeps outliers in 16 bits by itself; torchao's scale per token has to cover
+    them.
+    """
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.settings import Format
@@ -112,10 +125,19 @@ def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_
     ids = batches(seed=9)[0]
     apart: dict[str, float] = {}
     for name, prepare in {
-        "plain": None, "smooth": lambda given: smooth(given, batches(), strength=0.5, key=KEY),
-    }.items():  # fmt: skip
+        "plain": None,
+        "smooth": lambda given: smooth(given, batches(), strength=0.5, key=KEY),
+    }.items():
         out = tmp_path / name
-        quantize(tmp_path / "source", out, Format.int8_dynamic, Task.causal_lm, device="cpu", key=KEY, prepare=prepare)
+        quantize(
+            tmp_path / "source",
+            out,
+            Format.int8_dynamic,
+            Task.causal_lm,
+            device="cpu",
+            key=KEY,
+            prepare=prepare,
+        )
         with torch.no_grad():
             got = AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits.log_softmax(-1)
             true = model(input_ids=ids).logits.log_softmax(-1)
@@ -126,9 +148,15 @@ def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_
 
 def test_a_model_whose_norms_are_read_by_others_too_is_refused() -> None:
     config = BertConfig(
-        vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+        vocab_size=259,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=128,
     )
-    with pytest.raises(UserError, match="BertForSequenceClassification has no layers known to read a norm"):
+    with pytest.raises(
+        UserError, match="BertForSequenceClassification has no layers known to read a norm"
+    ):
         smooth(BertForSequenceClassification(config), batches(), strength=0.5, key=KEY)
 
 
@@ -139,7 +167,7 @@ def test_smoothing_that_changes_the_model_fails(monkeypatch: pytest.MonkeyPatch)
         smooth(MODELS["llama"](), batches(), strength=0.5, key=KEY)
 
 
-# -- what it looks at -------------------------------------------------------------------------------------------------
+# -- what it looks at -----------------------------------------------------------------------------
 
 
 def dataset() -> Dataset:
@@ -152,8 +180,13 @@ def run() -> Any:
 
 
 def read(path: Path | None, count: int = 32) -> list[str]:
-    stage = QuantizeStage(smoothing=0.5, calibration=None if path is None else str(path), calibration_documents=count)
-    return [document.text for document in calibration_documents(stage, run(), dataset(), "stages.small.calibration")]
+    stage = QuantizeStage(
+        smoothing=0.5, calibration=None if path is None else str(path), calibration_documents=count
+    )
+    return [
+        document.text
+        for document in calibration_documents(stage, run(), dataset(), "stages.small.calibration")
+    ]
 
 
 def test_by_default_the_first_of_train_are_looked_at() -> None:
@@ -174,9 +207,11 @@ def test_what_was_looked_at_is_noted_and_not_what_was_asked_for(tmp_path: Path) 
     ctx: Any = SimpleNamespace(run=run(), data=dataset(), stage="small", clock=PhaseClock())
     noted = stage._calibrated(ctx)["calibration"]
     assert noted == {
-        "smoothing": 0.5, "source": str(file), "documents": 2,
+        "smoothing": 0.5,
+        "source": str(file),
+        "documents": 2,
         "digest": hashlib.sha256(file.read_bytes()).hexdigest()[:32],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -184,12 +219,24 @@ def test_what_was_looked_at_is_noted_and_not_what_was_asked_for(tmp_path: Path) 
     [
         ([{"first": "a", "second": "b"}], "text"),
         ([{"text": "test 1"}], "a document of it is in the test split"),
-        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "holds chats"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "b"},
+                    ]
+                }
+            ],
+            "holds chats",
+        ),
         ([{"text": " "}], "holds no text"),
         (None, "is not a file"),
     ],
 )
-def test_calibration_that_does_not_fit_is_refused(tmp_path: Path, rows: list[Any] | None, said: str) -> None:
+def test_calibration_that_does_not_fit_is_refused(
+    tmp_path: Path, rows: list[Any] | None, said: str
+) -> None:
     file = tmp_path / "own.jsonl"
     if rows is not None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,6 @@
-"""Tokens and bytes by tokenizers of many kinds: trimmed offsets, no offsets, unknown and dropped characters, pairs."""
+"""Tokens and bytes by tokenizers of many kinds: trimmed offsets, no offsets, unknown and dropped
+characters, pairs.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from pipeline.data.spans import Reader
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
 KINDS = {
-    "byte-level": lambda: byte_level(eos_token="</s>"), "Unigram": lambda: unigram(bos_token="<s>", eos_token="</s>"),
+    "byte-level": lambda: byte_level(eos_token="</s>"),
+    "Unigram": lambda: unigram(bos_token="<s>", eos_token="</s>"),
     "slow": ByT5Tokenizer,
-}  # fmt: skip
+}
 
 
 def tokenizer_of(kind: str) -> Any:
@@ -49,14 +52,19 @@ def test_bytes_of_an_answer_are_those_of_its_rendering(kind: str, answer: str) -
 
 @pytest.mark.parametrize("role", [None, "additional_special_tokens", "pad_token"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_end_of_a_turn_stands_for_no_text_whatever_declares_it_special(kind: str, role: str | None) -> None:
+def test_the_end_of_a_turn_stands_for_no_text_whatever_declares_it_special(
+    kind: str, role: str | None
+) -> None:
     """Many tokenizers mark it as special where they list their tokens, and give it no role."""
     tokenizer, end = KINDS[kind](), "[[done]]"
     tokenizer.add_tokens([AddedToken(end, special=True, normalized=False)])
     if role is not None:
         tokenizer.add_special_tokens({role: [end] if role.startswith("add") else end})
     tokenizer.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}" + end)
-    messages = ({"role": "user", "content": "go on"}, {"role": "assistant", "content": "twice as far"})
+    messages = (
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "twice as far"},
+    )
     found = causal(Document("", messages=messages), tokenizer)
     assert found.num_bytes == len("twice as far\n")
     assert found.ends is not None
@@ -103,7 +111,8 @@ def test_characters_that_a_tokenizer_drops_are_unknown_and_white_space_is_not() 
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))  # without an unknown token: drops the rest
+    # without an unknown token: drops the rest
+    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     found = causal(Document("ab  a \u05d0 b"), tokenizer)
@@ -122,11 +131,19 @@ def test_pairs_are_read_with_their_parts_and_the_longer_one_is_cut() -> None:
 
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
     )
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    documents = [Document("premise", 1, pair="so"), Document("alone", 0), Document("a" * 20, 0, pair="b" * 6)]
-    pair, alone, long = encode_all(documents, tokenizer, Task.sequence_classification, max_length=16)
+    documents = [
+        Document("premise", 1, pair="so"),
+        Document("alone", 0),
+        Document("a" * 20, 0, pair="b" * 6),
+    ]
+    pair, alone, long = encode_all(
+        documents, tokenizer, Task.sequence_classification, max_length=16
+    )
     assert tokenizer.decode(pair.input_ids) == "<s>premise</s>so</s>"
     assert pair.token_type_ids.tolist() == [0] * 9 + [1] * 3
     assert (alone.token_type_ids, alone.label, alone.unread_tokens) == (None, 0, 0)
@@ -137,12 +154,17 @@ def test_pairs_are_read_with_their_parts_and_the_longer_one_is_cut() -> None:
 
 
 def test_a_pair_is_nothing_for_a_language_model() -> None:
-    with pytest.raises(Exception, match=r"document 1 of test is a pair of texts, which task=causal_lm does not read"):
+    with pytest.raises(
+        Exception,
+        match=r"document 1 of test is a pair of texts, which task=causal_lm does not read",
+    ):
         causal(Document("a", pair="b"), byte_tokenizer(), split="test")
 
 
 def test_what_is_encoded_again_is_known_by_content() -> None:
-    """A slow tokenizer too: another object of the same content is the same, another content is not."""
+    """A slow tokenizer too: another object of the same content is the same, another content is
+    not.
+    """
     calls: list[int] = []
     original = encode._encode
     documents = [Document("one")]
@@ -156,15 +178,27 @@ def test_what_is_encoded_again_is_known_by_content() -> None:
             causal(document, ByT5Tokenizer())
             assert len(calls) == count
         for pair in ("x", "y"):
-            encode_all([Document("one", 0, pair=pair)], byte_tokenizer(), Task.sequence_classification, max_length=9)
+            encode_all(
+                [Document("one", 0, pair=pair)],
+                byte_tokenizer(),
+                Task.sequence_classification,
+                max_length=9,
+            )
         for label in (1, 2):
-            encode_all([Document("one", label)], byte_tokenizer(), Task.sequence_classification, max_length=9)
+            encode_all(
+                [Document("one", label)],
+                byte_tokenizer(),
+                Task.sequence_classification,
+                max_length=9,
+            )
         assert len(calls) == 7
     assert tokenizer_content(ByT5Tokenizer()) != tokenizer_content(ByT5Tokenizer(extra_ids=3))
 
 
 def made_by_hand(model: Any, **more: Any) -> Any:
-    """A tokenizer whose model is all that knows its unknown token, as `PreTrainedTokenizerFast(...)` wraps it."""
+    """A tokenizer whose model is all that knows its unknown token, as
+    `PreTrainedTokenizerFast(...)` wraps it.
+    """
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[E]", **more)
@@ -174,10 +208,14 @@ WORDS = {"[X]": 0, "[E]": 1, "known": 2, "words": 3, "k": 4, "##nown": 5}
 BY_HAND = {
     "words": lambda: models.WordLevel(WORDS, unk_token="[X]"),
     "pieces": lambda: models.WordPiece(WORDS, unk_token="[X]"),
-    "pairs": lambda: models.BPE({**WORDS, **{c: 9 + at for at, c in enumerate("nowrds")}}, [], unk_token="[X]"),
-    "likely": lambda: models.Unigram([(word, -float(at)) for at, word in enumerate(WORDS)], unk_id=0),
+    "pairs": lambda: models.BPE(
+        {**WORDS, **{c: 9 + at for at, c in enumerate("nowrds")}}, [], unk_token="[X]"
+    ),
+    "likely": lambda: models.Unigram(
+        [(word, -float(at)) for at, word in enumerate(WORDS)], unk_id=0
+    ),
     "ends too": lambda: models.WordLevel({**WORDS, "[E]": 0, "[X]": 1}, unk_token="[E]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
@@ -188,7 +226,10 @@ def test_an_unknown_token_that_only_the_model_knows_is_unknown(kind: str) -> Non
     assert found.unknown_bytes >= 4
     assert not Reader(tokenizer).is_lossless
     tokenizer.chat_template = TEMPLATE.replace("\n", " [E]")
-    messages = ({"role": "user", "content": "known"}, {"role": "assistant", "content": "zebra words"})
+    messages = (
+        {"role": "user", "content": "known"},
+        {"role": "assistant", "content": "zebra words"},
+    )
     said = causal(Document("", messages=messages), tokenizer)
     assert said.unknown_bytes >= 4
     assert said.ends.sum() == 1  # the one that the template writes
@@ -197,9 +238,15 @@ def test_an_unknown_token_that_only_the_model_knows_is_unknown(kind: str) -> Non
 def test_a_byte_that_a_vocabulary_lacks_is_unread() -> None:
     whole, poor = (byte_level(eos_token="</s>") for _ in range(2))
     state = json.loads(poor.backend_tokenizer.to_str())
-    state["model"]["vocab"] = {word: at for word, at in state["model"]["vocab"].items() if "q" not in word}
-    state["model"]["merges"] = [pair for pair in state["model"]["merges"] if "q" not in "".join(pair)]
-    poor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    state["model"]["vocab"] = {
+        word: at for word, at in state["model"]["vocab"].items() if "q" not in word
+    }
+    state["model"]["merges"] = [
+        pair for pair in state["model"]["merges"] if "q" not in "".join(pair)
+    ]
+    poor = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>"
+    )
     assert Reader(whole).is_lossless
     assert not Reader(poor).is_lossless
     [found] = Reader(poor).whole(["quite quick"])
@@ -208,10 +255,19 @@ def test_a_byte_that_a_vocabulary_lacks_is_unread() -> None:
 
 @pytest.mark.parametrize(
     ("normalizer", "lost"),
-    [(normalizers.Replace("gone", ""), 4), (normalizers.Replace(Regex("[0-9]+"), " "), 2), (normalizers.NFC(), 0),
-     (normalizers.Sequence([normalizers.NFKC(), normalizers.Sequence([normalizers.Replace("what", "")])]), 4),
-     (normalizers.Sequence([normalizers.Lowercase(), normalizers.NFD()]), 0)],
-)  # fmt: skip
+    [
+        (normalizers.Replace("gone", ""), 4),
+        (normalizers.Replace(Regex("[0-9]+"), " "), 2),
+        (normalizers.NFC(), 0),
+        (
+            normalizers.Sequence(
+                [normalizers.NFKC(), normalizers.Sequence([normalizers.Replace("what", "")])]
+            ),
+            4,
+        ),
+        (normalizers.Sequence([normalizers.Lowercase(), normalizers.NFD()]), 0),
+    ],
+)
 def test_what_a_normalizer_takes_out_is_unread(normalizer: Any, lost: int) -> None:
     tokenizer = byte_level(eos_token="</s>")
     tokenizer.backend_tokenizer.normalizer = normalizer

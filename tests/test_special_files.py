@@ -1,4 +1,6 @@
-"""What a user names as a file and is none: a pipe, a device, a folder, something without end. One line, at once."""
+"""What a user names as a file and is none: a pipe, a device, a folder, something without end. One
+line, at once.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def test_what_grows_while_it_is_read_ends_at_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe", b"[" * 100_000, b"{", b"", b"1e999", b"[1, NaN]", b'{"a": 1' + b"0" * 5000]
+    "content",
+    [b"\xff\xfe", b"[" * 100_000, b"{", b"", b"1e999", b"[1, NaN]", b'{"a": 1' + b"0" * 5000],
 )
 def test_what_is_no_record_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.json"

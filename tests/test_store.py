@@ -1,4 +1,6 @@
-"""Artifacts: whole or not there, addressed by content, made once however many processes want them."""
+"""Artifacts: whole or not there, addressed by content, made once however many processes want
+them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,11 @@ def test_the_digest_is_of_names_and_contents_only(tmp_path: Path) -> None:
     assert one[1] == 5
     write(tmp_path / "two", {MANIFEST: "anything"})
     assert one == digest_folder(tmp_path / "two")
-    for other in ({**FILES, "config.json": "{ }"}, {"config.json": "{}", "weights.bin": "abc"}, {**FILES, "x": ""}):
+    for other in (
+        {**FILES, "config.json": "{ }"},
+        {"config.json": "{}", "weights.bin": "abc"},
+        {**FILES, "x": ""},
+    ):
         assert digest_folder(write(tmp_path / key_of(other=other), other))[0] != one[0]
 
 
@@ -56,7 +62,13 @@ def test_a_committed_artifact_lies_at_its_digest_with_its_manifest(tmp_path: Pat
         artifact = store.commit(write(out, FILES), "model", {"arm": "a"})
     assert artifact.path == (tmp_path / "artifacts" / artifact.digest).resolve()
     manifest = json.loads((artifact.path / MANIFEST).read_text())
-    assert manifest == {"schema": 1, "kind": "model", "digest": artifact.digest, "bytes": 5, "arm": "a"}
+    assert manifest == {
+        "schema": 1,
+        "kind": "model",
+        "digest": artifact.digest,
+        "bytes": 5,
+        "arm": "a",
+    }
     assert not list((tmp_path / "tmp").iterdir())
     with store.scratch() as out:  # the same content again
         assert store.commit(write(out, FILES), "model", {"arm": "b"}) == artifact
@@ -122,7 +134,9 @@ with Store(Path(sys.argv[1])).lock("k"):
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     with store.lock("another key"):
@@ -142,14 +156,18 @@ def committed(store: Store, key: str = "k") -> Artifact:
 def test_an_artifact_is_whole_while_something_is_noted_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file half-written among its own would change its digest: another process would make it again."""
+    """A file half-written among its own would change its digest: another process would make it
+    again.
+    """
     store = Store(tmp_path)
     artifact = committed(store)
     seen: list[bool] = []
 
     def looking(path: Path, content: dict[str, str]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda _: seen.append(Store(tmp_path).recall("keys", "k") is not None))
+            patch.setattr(
+                os, "fsync", lambda _: seen.append(Store(tmp_path).recall("keys", "k") is not None)
+            )
             write_json(path, content)
 
     monkeypatch.setattr(store_module, "write_json", looking)
@@ -177,7 +195,9 @@ def test_two_notes_about_an_artifact_at_once_are_both_kept(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", [MANIFEST, "sub/weights.bin"])
 @pytest.mark.parametrize("content", [None, "", '{"digest": "of another"}'])
-def test_a_damaged_artifact_is_made_again_in_its_place(tmp_path: Path, name: str, content: str | None) -> None:
+def test_a_damaged_artifact_is_made_again_in_its_place(
+    tmp_path: Path, name: str, content: str | None
+) -> None:
     store = Store(tmp_path)
     artifact = committed(store)
     if content is None:
@@ -191,7 +211,9 @@ def test_a_damaged_artifact_is_made_again_in_its_place(tmp_path: Path, name: str
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_a_store_that_was_moved_still_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_was_moved_still_has_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     artifact = committed(Store(Path("here")))
     assert artifact.path.is_absolute()
@@ -199,7 +221,10 @@ def test_a_store_that_was_moved_still_has_what_it_had(tmp_path: Path, monkeypatc
     record = Store(Path("there")).recall("keys", "k")
     assert record is not None
     found = Artifact.from_json(record["artifact"])
-    assert (found.digest, found.path) == (artifact.digest, tmp_path / "there/artifacts" / artifact.digest)
+    assert (found.digest, found.path) == (
+        artifact.digest,
+        tmp_path / "there/artifacts" / artifact.digest,
+    )
     assert (found.path / "config.json").is_file()
     shutil.rmtree(found.path)
     assert Store(Path("there")).recall("keys", "k") is None
@@ -210,7 +235,9 @@ def test_a_store_that_was_moved_still_has_what_it_had(tmp_path: Path, monkeypatc
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ],
 )
 def test_a_disk_that_fills_up_is_said_and_nothing_is_left(tmp_path: Path, error: Exception) -> None:
@@ -238,7 +265,9 @@ def test_a_commit_that_cannot_be_renamed_says_so(tmp_path: Path) -> None:
 
 def test_room_is_checked_before_writing(tmp_path: Path) -> None:
     check_room(tmp_path, 1, "tracking.root")
-    with pytest.raises(UserError, match=r"tracking\.root: .* MiB free, this needs 1073741824 MiB; free some room"):
+    with pytest.raises(
+        UserError, match=r"tracking\.root: .* MiB free, this needs 1073741824 MiB; free some room"
+    ):
         check_room(tmp_path, 2**50, "tracking.root")
 
 
@@ -265,8 +294,12 @@ with store.scratch() as out:
 
 
 def start(root: Path, where: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", COMMIT, str(root), where], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMIT, str(root), where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -285,7 +318,9 @@ def test_a_process_killed_around_its_commit_leaves_a_whole_artifact_or_none(
     process.communicate()
     left = list((tmp_path / "artifacts").iterdir())
     assert len(left) == artifacts
-    assert all(digest_folder(folder)[0] == folder.name and read_json(folder / MANIFEST) for folder in left)
+    assert all(
+        digest_folder(folder)[0] == folder.name and read_json(folder / MANIFEST) for folder in left
+    )
     assert held.recall("keys", "k") is None
     store = Store(tmp_path)
     assert not list((tmp_path / "tmp").iterdir())  # what the killed process was writing is gone
@@ -303,7 +338,9 @@ def test_two_processes_may_commit_the_same_content_at_once(tmp_path: Path) -> No
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_another_process_that_mends_the_artifact_first_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_that_mends_the_artifact_first_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path)
     artifact = committed(store)
     (artifact.path / "config.json").write_text("damaged")
@@ -322,7 +359,9 @@ def test_another_process_that_mends_the_artifact_first_is_fine(tmp_path: Path, m
     assert whole(artifact.path, artifact.digest)
 
 
-def test_a_key_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_another_process_holds_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who waits is asked every second, and may give up; the key is free afterwards."""
     monkeypatch.setattr(store_module, "WAIT_S", 0.01)
     asked: list[int] = []

@@ -1,4 +1,6 @@
-"""The store under a run's feet: removed, full, damaged, and littered by kills; what was trained is not lost."""
+"""The store under a run's feet: removed, full, damaged, and littered by kills; what was trained is
+not lost.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,12 @@ def test_a_damaged_artifact_that_is_made_again_is_said(tmp_path: Path) -> None:
     (path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 255]))
     done = here(tmp_path, *BASELINE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{path} is damaged (its bytes are not those of its digest) and is made again") == 1
+    assert (
+        done.stdout.count(
+            f"{path} is damaged (its bytes are not those of its digest) and is made again"
+        )
+        == 1
+    )
     assert [row["reused"] for row in results(tmp_path)[-1]["rows"]] == [None]
 
 
@@ -113,8 +120,12 @@ def test_a_disk_that_fills_up_in_training_ends_the_run_failed_in_one_line(
 
 def test_what_a_disk_lacks_is_said_in_numbers(tmp_path: Path) -> None:
     line = str(disk_full(tmp_path / "not" / "there"))
-    assert line.startswith(f"tracking.root: the disk of {tmp_path}/not/there is full; free some room (it has ")
-    with pytest.raises(ValueError, match="this needs 1073741824 MiB; free some room; the same command then goes on"):
+    assert line.startswith(
+        f"tracking.root: the disk of {tmp_path}/not/there is full; free some room (it has "
+    )
+    with pytest.raises(
+        ValueError, match="this needs 1073741824 MiB; free some room; the same command then goes on"
+    ):
         check_room(tmp_path, 2**50, "tracking.root")
 
 
@@ -127,9 +138,13 @@ write_json(Path(sys.argv[1]), {"a": 1})
 """
 
 
-def test_what_a_kill_left_half_written_is_swept_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_what_a_kill_left_half_written_is_swept_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
     store = Store(tmp_path)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "keys" / "k.json")], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "keys" / "k.json")], check=False
+    )
     assert done.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "keys").glob(".k.json.*")
     held = tmp_path / "assessments" / ".x.json.0123456789abcdef0123456789abcdef"
@@ -164,7 +179,7 @@ def test_a_folder_where_a_record_belongs_makes_way_and_is_kept(tmp_path: Path) -
     assert (moved / "somebody's").exists()
 
 
-# -- a release that vLLM reads as another model ---------------------------------------------------------------------
+# -- a release that vLLM reads as another model ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,18 +201,29 @@ def test_a_pass_that_vllm_reads_as_another_model_is_no_success(
     assert exit_code(gate, disagrees) == ends
 
 
-def test_what_vllm_reads_as_another_model_is_not_promoted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_vllm_reads_as_another_model_is_not_promoted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     candidate = SimpleNamespace(url=None, model="m", version="1")
     gate: Any = SimpleNamespace(candidate=candidate, baseline=None, promotion=None)
-    attempt: Any = SimpleNamespace(disagreeing=["candidate"], run=Run(candidate="x", baseline="models:/m@champion"))
+    attempt: Any = SimpleNamespace(
+        disagreeing=["candidate"], run=Run(candidate="x", baseline="models:/m@champion")
+    )
     ending._promote(attempt, gate, {})
     assert gate.promotion["done"] is False
-    assert "not promoted: vLLM reads another model from the folder of candidate" in capsys.readouterr().err
+    assert (
+        "not promoted: vLLM reads another model from the folder of candidate"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "bitsandbytes"}}])
-def test_a_quantized_candidate_is_checked_as_a_quantized_arm_is(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_quantized_candidate_is_checked_as_a_quantized_arm_is(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     write_json(tmp_path / "config.json", config)
     release = SimpleNamespace(artifact=SimpleNamespace(path=tmp_path))
-    attempt: Any = SimpleNamespace(gate=SimpleNamespace(releases=lambda: {"candidate": release}), run=Run())
+    attempt: Any = SimpleNamespace(
+        gate=SimpleNamespace(releases=lambda: {"candidate": release}), run=Run()
+    )
     assert Attempt._is_quantized(attempt, "candidate") is bool(config)

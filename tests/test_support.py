@@ -9,7 +9,8 @@ from format_matrix import ARCHITECTURES
 from support import ANSWERS, TABLE, answers, data_tables, formats, read_table
 
 pytest.importorskip("bitsandbytes")
-BY_DEFAULT = ("Gemma2", "GPT-Neo", "DeepSeek-V3", "ModernBERT")  # each takes seconds; `-m slow` runs all
+# each takes seconds; `-m slow` runs all
+BY_DEFAULT = ("Gemma2", "GPT-Neo", "DeepSeek-V3", "ModernBERT")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,11 @@ def test_every_architecture_stands_in_the_table(told: dict[str, dict[str, str]])
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+    "name",
+    [
+        name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
 )
 def test_what_the_table_says_of_an_architecture_is_so(
     name: str, told: dict[str, dict[str, str]], tmp_path: Path

@@ -1,4 +1,6 @@
-"""The writer beside a run, and `python -m pipeline sync`: real processes, servers that do not answer, refusals."""
+"""The writer beside a run, and `python -m pipeline sync`: real processes, servers that do not
+answer, refusals.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ print(writer.wait(), flush=True)
 
 def _run_with_a_writer(folder: Path) -> tuple[subprocess.Popen[str], int]:
     command = [sys.executable, "-c", PARENT, str(folder)]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert run.stdout is not None
     return run, int(run.stdout.readline())
 
@@ -73,9 +77,11 @@ def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
     assert store(root)[1]["run-1"].info.status == "RUNNING"
     assert os.getsid(writer) != os.getsid(run.pid)  # a terminal's Ctrl-C does not reach it
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.getpriority(os.PRIO_PROCESS, writer) == ours  # what holds locks is as quick as who waits for them
+    # what holds locks is as quick as who waits for them
+    assert os.getpriority(os.PRIO_PROCESS, writer) == ours
     weight = Path(f"/proc/{writer}/autogroup")
-    assert not weight.exists() or weight.read_text().split()[-1] == "0"  # sessions are weighed before processes
+    # sessions are weighed before processes
+    assert not weight.exists() or weight.read_text().split()[-1] == "0"
     held = {os.readlink(link) for link in Path(f"/proc/{writer}/fd").iterdir()}
     assert str(folder / ".lock") not in held
     assert os.readlink(f"/proc/{writer}/fd/1") == os.devnull
@@ -104,12 +110,19 @@ def test_the_writer_ends_with_the_run_and_delivers_what_others_left(root: Path) 
     assert said == ("0\n", "")
     _, runs = store(root)
     assert {name: run.info.status for name, run in runs.items() if name.startswith("run-")} == {
-        "run-1": "FINISHED", "run-2": "KILLED"
-    }  # fmt: skip
-    assert not [line for line in (folder / LOG).read_text().splitlines() if not line.startswith("waiting for ")]
+        "run-1": "FINISHED",
+        "run-2": "KILLED",
+    }
+    assert not [
+        line
+        for line in (folder / LOG).read_text().splitlines()
+        if not line.startswith("waiting for ")
+    ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities are counted by thread on Linux alone")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="priorities are counted by thread on Linux alone"
+)
 def test_mlflow_is_imported_at_the_lowest_priority_by_a_thread_that_holds_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,9 +153,14 @@ def test_a_run_that_ends_does_not_wait_for_an_import_at_the_lowest_priority(tmp_
     folder = write_run(tmp_path, ended=True)
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/mlflow.py").write_text(SLOW_IMPORT)
-    there = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    there = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, "-m", "pipeline", "sync", "--follow", str(folder), str(os.getpid())]
-    writer = subprocess.Popen(command, env=there, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        command, env=there, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     _, said = writer.communicate("", timeout=60)  # standard input is closed: the run has ended
     assert set(said.splitlines()) == {"anew"}
     assert writer.returncode == 5
@@ -151,9 +169,13 @@ def test_a_run_that_ends_does_not_wait_for_an_import_at_the_lowest_priority(tmp_
 
 STAND_INS = {
     "import sys; sys.stdin.read()": None,
-    "import sys; sys.exit('chatter\\nMLflow cannot be reached (why)')": "MLflow cannot be reached (why); `python -m",
+    "import sys; sys.exit('chatter\\nMLflow cannot be reached (why)')": (
+        "MLflow cannot be reached (why); `python -m"
+    ),
     "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline sync",
-    "import time; time.sleep(60)": "MLflow has not taken all of this run within 1 s; its writer goes on, and",
+    "import time; time.sleep(60)": (
+        "MLflow has not taken all of this run within 1 s; its writer goes on, and"
+    ),
 }
 
 
@@ -187,8 +209,12 @@ def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
 
 def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, f"run-{number}") for number in range(3)]
-    commands = [[sys.executable, "-m", "pipeline", "sync", str(folder)] for folder in [*folders, folders[0]]]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [
+        [sys.executable, "-m", "pipeline", "sync", str(folder)] for folder in [*folders, folders[0]]
+    ]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
     assert not [line for lines in said for line in lines if not line.startswith("waiting for ")]
     _, runs = store(tmp_path)
@@ -224,7 +250,11 @@ def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) ->
     free.close()
     folder = write_run(root)
     command = [sys.executable, "-m", "pipeline", "sync", str(folder)]
-    there = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    there = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
     done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "MLflow cannot be reached" in done.stderr
@@ -234,7 +264,9 @@ def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) ->
     assert store(root)[1]["run-1"].info.status == "FINISHED"
 
 
-def test_a_server_that_never_answers_is_given_up_in_bounded_time(root: Path, silent_server: str) -> None:
+def test_a_server_that_never_answers_is_given_up_in_bounded_time(
+    root: Path, silent_server: str
+) -> None:
     folder = write_run(root)
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     there = {**os.environ, "MLFLOW_TRACKING_URI": silent_server, **quick}
@@ -258,7 +290,9 @@ def test_a_run_that_the_store_refuses_does_not_keep_others_from_it(
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
     write_run(root, "run-0")
     journal = root / "runs/run-1/journal.jsonl"
-    journal.write_text(journal.read_text().replace('"experiment": "distill"', '"experiment": "gone"'))
+    journal.write_text(
+        journal.read_text().replace('"experiment": "distill"', '"experiment": "gone"')
+    )
     write_run(root, "run-2")
     assert main([str(root)]) == 1
     assert {name for name in store(root)[1] if name.startswith("run-")} == {"run-0", "run-2"}

@@ -1,4 +1,6 @@
-"""The teacher cache: captured in shards, resumed to the bit, and refused, each with a line of its own, when it lies."""
+"""The teacher cache: captured in shards, resumed to the bit, and refused, each with a line of its
+own, when it lies.
+"""
 
 from __future__ import annotations
 
@@ -74,10 +76,14 @@ def artifact(folder: Path) -> Artifact:
     return Artifact(folder, "model", digest, size)
 
 
-def make_run(task: Task = Task.causal_lm, training: dict[str, Any] | None = None, **capture: Any) -> Run:
+def make_run(
+    task: Task = Task.causal_lm, training: dict[str, Any] | None = None, **capture: Any
+) -> Run:
     stages = {"capture": CaptureStage(**capture), "student": DistillStage(cache="capture")}
     config = TrainingConfig(**{**SETTINGS, **(training or {})})
-    return Run(task=task, training=config, stages=stages, precision=PrecisionConfig(name=Precision.fp32))
+    return Run(
+        task=task, training=config, stages=stages, precision=PrecisionConfig(name=Precision.fp32)
+    )
 
 
 def history_at(step: int) -> list[dict[str, Any]]:
@@ -95,13 +101,25 @@ def context(root: Path, run: Run, stage: str = "capture", **changes: Any) -> Con
 
     labels = LABELS if run.task is Task.sequence_classification else None
     given: dict[str, Any] = {
-        "run": run, "stage": stage, "seed": 0, "device": CPU, "clock": PhaseClock(), "out": out,
+        "run": run,
+        "stage": stage,
+        "seed": 0,
+        "device": CPU,
+        "clock": PhaseClock(),
+        "out": out,
         "data": SimpleNamespace(digest="d" * 32, labels=labels, splits={"train": []}),
-        "checkpoints": root / "checkpoints", "matched": None, "matched_flops": None,
-        "points": lambda *_: None, "history": history_at, "checkpointed": lambda step: None,
-        "resumed": lambda step, history: None, "should_stop": lambda: None, "progress": progress,
-        "say": lambda text: None, **changes,
-    }  # fmt: skip
+        "checkpoints": root / "checkpoints",
+        "matched": None,
+        "matched_flops": None,
+        "points": lambda *_: None,
+        "history": history_at,
+        "checkpointed": lambda step: None,
+        "resumed": lambda step, history: None,
+        "should_stop": lambda: None,
+        "progress": progress,
+        "say": lambda text: None,
+        **changes,
+    }
     return Context(**given)
 
 
@@ -111,7 +129,10 @@ def capture(root: Path, run: Run, teacher: Artifact, **changes: Any) -> Output:
 
 def windows_of(documents: list[Any], run: Run, seed: int = 0) -> PackedBatches:
     return PackedBatches(
-        documents, sequence_length=run.training.sequence_length, batch_size=run.training.batch_size, seed=seed
+        documents,
+        sequence_length=run.training.sequence_length,
+        batch_size=run.training.batch_size,
+        seed=seed,
     )
 
 
@@ -122,18 +143,22 @@ def made(tmp_path: Path, documents: list[Any], teachers: dict[Task, Artifact]) -
     return tmp_path / "out", run
 
 
-def open_checked(folder: Path, run: Run, documents: list[Any], teacher: Artifact, **changes: Any) -> TeacherCache:
+def open_checked(
+    folder: Path, run: Run, documents: list[Any], teacher: Artifact, **changes: Any
+) -> TeacherCache:
     """Open a cache as the student's stage does."""
     ctx = context(folder.parent, run, "student")
     windows = windows_of(documents, run)
-    wanted = expected(run.stages["capture"], windows, changes.pop("tokenizer", byte_tokenizer()), teacher, ctx)
+    wanted = expected(
+        run.stages["capture"], windows, changes.pop("tokenizer", byte_tokenizer()), teacher, ctx
+    )
     cache = TeacherCache(folder, KEY)
     rows = needed(windows, run.training.steps, run.training.batch_size)
     cache.check({**wanted, **changes}, windows, rows)
     return cache
 
 
-# -- what it holds --------------------------------------------------------------------------------------------------
+# -- what it holds --------------------------------------------------------------------------------
 
 
 def test_it_holds_what_the_teacher_says_on_the_windows_that_the_student_reads(
@@ -141,13 +166,18 @@ def test_it_holds_what_the_teacher_says_on_the_windows_that_the_student_reads(
 ) -> None:
     folder, run = made
     cache = open_checked(folder, run, documents, teachers[Task.causal_lm])
-    windows, teacher = windows_of(documents, run), load_model(teachers[Task.causal_lm].path, Task.causal_lm)
+    windows, teacher = (
+        windows_of(documents, run),
+        load_model(teachers[Task.causal_lm].path, Task.causal_lm),
+    )
     rows = [row for step in range(5) for row in windows.rows(step)]
     assert cache.manifest["windows"] == len(set(rows)) < windows.num_rows
     batch = windows.read(np.array(rows[:4]))
     with torch.no_grad():
         keep = batch["labels"] != -100
-        logits = teacher(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False).logits[keep]
+        logits = teacher(
+            **{name: x for name, x in batch.items() if name != "labels"}, use_cache=False
+        ).logits[keep]
     said = cache.target(rows[:4])
     assert isinstance(said, Sparse)
     p = torch.softmax(logits, -1)
@@ -168,13 +198,16 @@ def test_top_k_holds_the_largest_and_the_rest(
     run.stages["student"].temperature = 2.0
     capture(tmp_path, run, teachers[Task.causal_lm])
     cache = open_checked(tmp_path / "out", run, documents, teachers[Task.causal_lm])
-    windows, teacher = windows_of(documents, run), load_model(teachers[Task.causal_lm].path, Task.causal_lm)
+    windows, teacher = (
+        windows_of(documents, run),
+        load_model(teachers[Task.causal_lm].path, Task.causal_lm),
+    )
     rows = windows.rows(0)
     batch = windows.read(rows)
     with torch.no_grad():
-        logits = teacher(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False).logits[
-            batch["labels"] != -100
-        ]
+        logits = teacher(
+            **{name: x for name, x in batch.items() if name != "labels"}, use_cache=False
+        ).logits[batch["labels"] != -100]
     said, top = cache.target(rows.tolist()), torch.softmax(logits / 2, -1).topk(5)
     assert isinstance(said, Sparse)
     assert said.residual is not None
@@ -183,7 +216,10 @@ def test_top_k_holds_the_largest_and_the_rest(
 
 
 def test_the_head_of_the_teacher_never_sees_more_than_a_chunk(
-    tmp_path: Path, documents: list[Any], teachers: dict[Task, Artifact], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    documents: list[Any],
+    teachers: dict[Task, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three tokens a chunk."""
     run = make_run(draws=12)
@@ -191,17 +227,23 @@ def test_the_head_of_the_teacher_never_sees_more_than_a_chunk(
     monkeypatch.setitem(capture_module.TILE_BYTES, "cpu", 3 * capture_module.LOGIT_BYTES * 259)
     seen: list[int] = []
     products = Head.products
-    monkeypatch.setattr(Head, "products", lambda head, h: (seen.append(len(h)), products(head, h))[1])
+    monkeypatch.setattr(
+        Head, "products", lambda head, h: (seen.append(len(h)), products(head, h))[1]
+    )
     capture(tmp_path / "chunks", run, teachers[Task.causal_lm])
     assert max(seen) == 3
-    one, other = (TeacherCache(tmp_path / name / "out", KEY).manifest for name in ("whole", "chunks"))
+    one, other = (
+        TeacherCache(tmp_path / name / "out", KEY).manifest for name in ("whole", "chunks")
+    )
     assert one["tokens"] == other["tokens"]
 
 
 def test_the_step_it_gives_is_the_live_teachers_on_average(
     tmp_path: Path, documents: list[Any], teachers: dict[Task, Artifact]
 ) -> None:
-    """The sampled loss and gradient of a batch, over 8 seeds of draws, against the live teacher's."""
+    """The sampled loss and gradient of a batch, over 8 seeds of draws, against the live
+    teacher's.
+    """
     student, live = tiny(Task.causal_lm), load_model(teachers[Task.causal_lm].path, Task.causal_lm)
     loss, clock = Loss(0.3), PhaseClock()
     run = make_run(draws=12, training={"steps": 100})  # all windows
@@ -212,7 +254,9 @@ def test_the_step_it_gives_is_the_live_teachers_on_average(
         student.zero_grad()
         done = Objective(student, Task.causal_lm, Precision.fp32, CPU, clock, teacher)(batch)
         done.loss.backward()
-        return done.loss.item(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        return done.loss.item(), torch.cat(
+            [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+        )
 
     value, gradient = step(Teacher(live, Precision.fp32, loss), windows.batch(0))
     values, gradients = [], []
@@ -240,7 +284,11 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     padded = PaddedBatches(documents, batch_size=4, seed=0, padding=Padding(0))
     cache = TeacherCache(tmp_path / "out", KEY)
     wanted = expected(
-        run.stages["capture"], padded, byte_tokenizer(), teachers[task], context(tmp_path, run, "student")
+        run.stages["capture"],
+        padded,
+        byte_tokenizer(),
+        teachers[task],
+        context(tmp_path, run, "student"),
     )
     cache.check(wanted, padded, needed(padded, 5, 4))
     student, live = tiny(task), load_model(teachers[task].path, task, labels=LABELS)
@@ -248,9 +296,9 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     for step in range(5):
         cached = Objective(student, task, Precision.fp32, CPU, clock, CachedTeacher(cache, loss))
         ours = cached(Numbered(padded, cache).batch(step))
-        theirs = Objective(student, task, Precision.fp32, CPU, clock, Teacher(live, Precision.fp32, loss))(
-            padded.batch(step)
-        )
+        theirs = Objective(
+            student, task, Precision.fp32, CPU, clock, Teacher(live, Precision.fp32, loss)
+        )(padded.batch(step))
         assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-4)
 
 
@@ -267,7 +315,9 @@ def test_what_is_read_ahead_is_handed_over_once_and_read_only_then(
     cache.check({}, padded, needed(padded, 5, 4))
     rows, reads = padded.rows(0).tolist(), []
     parts = TeacherCache._parts
-    monkeypatch.setattr(TeacherCache, "_parts", lambda self, some: reads.append(list(some)) or parts(self, some))
+    monkeypatch.setattr(
+        TeacherCache, "_parts", lambda self, some: reads.append(list(some)) or parts(self, some)
+    )
     plain = cache.target(rows)
     windows = Numbered(padded, cache, num_micro=2).batch(0)["windows"]
     assert reads == [rows, rows[:2], rows[2:]]
@@ -278,7 +328,7 @@ def test_what_is_read_ahead_is_handed_over_once_and_read_only_then(
     assert len(reads) == 4
 
 
-# -- going on -------------------------------------------------------------------------------------------------------
+# -- going on -------------------------------------------------------------------------------------
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -314,9 +364,13 @@ def test_a_stopped_capture_goes_on_from_what_verifies_and_ends_with_the_same_byt
     (parts / "checkpoints" / f".{shard_name(3)}.torn").write_bytes(b"half")
     again: list[int] = []
     output = capture(
-        parts, run, teacher, checkpointed=again.append, say=said.append,
+        parts,
+        run,
+        teacher,
+        checkpointed=again.append,
+        say=said.append,
         resumed=lambda step, history: resumed.append((step, history)),
-    )  # fmt: skip
+    )
     assert resumed == [(3, history_at(3))]
     assert [note for note in said if "shard" in note] == [
         "capture: shard-00001.safetensors is damaged and captured anew"
@@ -358,7 +412,12 @@ def test_the_flops_are_those_of_one_forward_pass_over_the_windows(
     manifest = read_json(tmp_path / "out" / MANIFEST)
     by_hand = manifest["windows"] * each(16, 0) + manifest["tokens"] * each.predicted
     assert output.counts["model_flops"].v == pytest.approx(by_hand)
-    assert set(output.counts) == {"model_flops", "tokens", "target_tokens", "active_parameter_share"}
+    assert set(output.counts) == {
+        "model_flops",
+        "tokens",
+        "target_tokens",
+        "active_parameter_share",
+    }
     assert output.counts["target_tokens"].v == manifest["tokens"]
     windows = windows_of(documents, run)
     rows = needed(windows, run.training.steps, run.training.batch_size)
@@ -366,7 +425,7 @@ def test_the_flops_are_those_of_one_forward_pass_over_the_windows(
     assert output.seconds_in_steps == pytest.approx(clock.read_ns()["capture"] / 1e9, rel=0.2)
 
 
-# -- what it is refused for -----------------------------------------------------------------------------------------
+# -- what it is refused for -----------------------------------------------------------------------
 
 
 def refused(folder: Path, run: Run, documents: list[Any], teacher: Artifact, **changes: Any) -> str:
@@ -388,16 +447,26 @@ def test_a_cache_of_something_else_is_refused_by_name(
     assert "made with another teacher;" in refused(folder, run, documents, other)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<more>"])
-    assert "made with another tokenizer;" in refused(folder, run, documents, teacher, tokenizer=tokenizer)
+    assert "made with another tokenizer;" in refused(
+        folder, run, documents, teacher, tokenizer=tokenizer
+    )
     assert "made with other data;" in refused(folder, run, documents, teacher, data="e" * 32)
     longer = make_run(draws=12, training={"sequence_length": 32})
     assert "(sequence_length 16, not 32)" in refused(folder, longer, documents, teacher)
-    assert "another temperature (1.0, not 2.0)" in refused(folder, run, documents, teacher, temperature=2.0)
-    assert "another method (sample, not top_k)" in refused(folder, run, documents, teacher, method="top_k")
-    assert "another number of draws (12, not 16)" in refused(folder, make_run(draws=16), documents, teacher)
+    assert "another temperature (1.0, not 2.0)" in refused(
+        folder, run, documents, teacher, temperature=2.0
+    )
+    assert "another method (sample, not top_k)" in refused(
+        folder, run, documents, teacher, method="top_k"
+    )
+    assert "another number of draws (12, not 16)" in refused(
+        folder, make_run(draws=16), documents, teacher
+    )
     bf16 = make_run(draws=12, precision=Precision.bf16)
     assert "another precision (fp32, not bf16)" in refused(folder, bf16, documents, teacher)
-    assert "packed into other windows" in refused(folder, run, [*documents[1:], documents[0]], teacher)
+    assert "packed into other windows" in refused(
+        folder, run, [*documents[1:], documents[0]], teacher
+    )
     more = make_run(draws=12, training={"steps": 6})
     assert "lacks 4 of the 24 windows" in refused(folder, more, documents, teacher)
 
@@ -432,8 +501,9 @@ def test_a_damaged_cache_is_refused(
     for at in (len(whole) // 3, len(whole) - 1):
         path.unlink()
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert "shard-00000.safetensors of the cache is damaged: it does not have its checksum" in refused(
-            folder, *args
+        assert (
+            "shard-00000.safetensors of the cache is damaged: it does not have its checksum"
+            in refused(folder, *args)
         )
     path.write_bytes(b"nothing that was ever captured")
     vouch(folder)
@@ -442,7 +512,9 @@ def test_a_damaged_cache_is_refused(
     assert "shard-00000.safetensors of the cache is missing" in refused(folder, *args)
     text = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(text.replace('"draws": 12', '"draws": 13'))
-    assert "manifest.json of the cache is damaged: it does not have its digest" in refused(folder, *args)
+    assert "manifest.json of the cache is damaged: it does not have its digest" in refused(
+        folder, *args
+    )
     (folder / MANIFEST).unlink()
     assert "has no manifest of format 1" in refused(folder, *args)
 
@@ -452,10 +524,15 @@ def test_a_student_of_fewer_tokens_is_refused(
 ) -> None:
     folder, run = made
     ctx, stage = context(folder.parent, run, "student"), run.stages["student"]
-    inputs = {"teacher": teachers[Task.causal_lm], "capture": Artifact(folder, "teacher_cache", "0" * 32, 1)}
+    inputs = {
+        "teacher": teachers[Task.causal_lm],
+        "capture": Artifact(folder, "teacher_cache", "0" * 32, 1),
+    }
     args = stage, "capture", inputs, windows_of(documents, run)
     assert open_cache(*args, 259, byte_tokenizer(), run.training, ctx).cache.vocabulary == 259
-    with pytest.raises(UserError, match="the cache speaks of 259 tokens or classes, the student has 258"):
+    with pytest.raises(
+        UserError, match="the cache speaks of 259 tokens or classes, the student has 258"
+    ):
         open_cache(*args, 258, byte_tokenizer(), run.training, ctx)
 
 
@@ -477,17 +554,23 @@ def test_shuffled_windows_are_refused_though_every_checksum_holds(
     open_checked(folder, *args)
 
 
-# -- bytes ----------------------------------------------------------------------------------------------------------
+# -- bytes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["sample", "top_k"])
 @pytest.mark.parametrize("vocabulary", [1024, 50_257, 152_064])
-def test_a_token_takes_at_most_72_bytes_on_disk_with_the_defaults(tmp_path: Path, vocabulary: int, method: str) -> None:
-    """Windows of the embedded recipe's length, from a teacher that knows nothing: no two draws fall together."""
+def test_a_token_takes_at_most_72_bytes_on_disk_with_the_defaults(
+    tmp_path: Path, vocabulary: int, method: str
+) -> None:
+    """Windows of the embedded recipe's length, from a teacher that knows nothing: no two draws fall
+    together.
+    """
     from pipeline.distillation.sparse import Sampled, TopK
 
-    make: dict[str, Any] = {"sample": lambda: Sampled(Sampled.most(vocabulary), vocabulary, 1.0),
-                            "top_k": lambda: TopK(TopK.most(vocabulary), vocabulary, 1.0)}  # fmt: skip
+    make: dict[str, Any] = {
+        "sample": lambda: Sampled(Sampled.most(vocabulary), vocabulary, 1.0),
+        "top_k": lambda: TopK(TopK.most(vocabulary), vocabulary, 1.0),
+    }
     codec = make[method]()
     parts = []
     for window in range(4):

@@ -1,4 +1,6 @@
-"""Sampled steps through torch's real profiler on CPU, its files as Perfetto reads them, and all that may go wrong."""
+"""Sampled steps through torch's real profiler on CPU, its files as Perfetto reads them, and all
+that may go wrong.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,42 @@ from pipeline.training.objective import Objective, StepLoss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU_TRACE = {
-    "schemaVersion": 1, "displayTimeUnit": "ms", "host_name": "somewhere", "traceName": "/tmp/t.json",
+    "schemaVersion": 1,
+    "displayTimeUnit": "ms",
+    "host_name": "somewhere",
+    "traceName": "/tmp/t.json",
     "traceEvents": [
-        step(0, 90, "step 2"), launch(50, 1), kernel(52, 38, 1), step(100, 100, "step 3"), launch(110, 2),
-        kernel(120, 30, 2), launch(130, 3), copy(150, 10, 3), launch(165, 4), kernel(170, 30, 4),
+        step(0, 90, "step 2"),
+        launch(50, 1),
+        kernel(52, 38, 1),
+        step(100, 100, "step 3"),
+        launch(110, 2),
+        kernel(120, 30, 2),
+        launch(130, 3),
+        copy(150, 10, 3),
+        launch(165, 4),
+        kernel(170, 30, 4),
         *[x("cpu_op", f"aten::op{i}", 100 + i / 10, 0.05) for i in range(900)],
         *[x("python_function", f"f{i}.py(1): g", 100 + i / 10, 0.05) for i in range(900)],
         {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 2, "ts": 110, "pid": 100, "tid": 100},
-        {"ph": "M", "name": "process_name", "ts": 0, "pid": 100, "tid": 0, "args": {"name": "python"}},
+        {
+            "ph": "M",
+            "name": "process_name",
+            "ts": 0,
+            "pid": 100,
+            "tid": 0,
+            "args": {"name": "python"},
+        },
     ],
-}  # fmt: skip
-IN_NS = {"compute_ns": 60_000, "comm_exposed_ns": 0, "copy_exposed_ns": 10_000, "idle_host_wait_ns": 15_000,
-         "idle_launch_gap_ns": 15_000, "idle_other_ns": 0}  # fmt: skip
+}
+IN_NS = {
+    "compute_ns": 60_000,
+    "comm_exposed_ns": 0,
+    "copy_exposed_ns": 10_000,
+    "idle_host_wait_ns": 15_000,
+    "idle_launch_gap_ns": 15_000,
+    "idle_other_ns": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +90,9 @@ def one_thread() -> Generator[None]:
 class FakeProfiler:
     """Writes what it is given; can fail at any of its calls, and take time there."""
 
-    def __init__(self, trace: Any = None, *, fails: str = "", tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, trace: Any = None, *, fails: str = "", tick: Callable[[], None] = lambda: None
+    ) -> None:
         self.trace, self.fails, self.tick = trace, fails, tick
         self.calls: list[str] = []
 
@@ -85,34 +113,51 @@ class FakeProfiler:
         Path(path).write_text(self.trace if isinstance(self.trace, str) else json.dumps(self.trace))
 
 
-def training(folder: Path, tracer: StepTracer, clock: PhaseClock | None = None, **more: Any) -> Progress:
+def training(
+    folder: Path, tracer: StepTracer, clock: PhaseClock | None = None, **more: Any
+) -> Progress:
     clock, model = clock or PhaseClock(), tiny(Task.causal_lm)
     with tracer:
         return train(
-            model, batches_for(settings()), Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
-            settings=settings(eval_every=6), precision=PrecisionConfig(name=Precision.fp32),
-            folder=folder / "checkpoints", clock=clock, hooks=hooks(tracer=tracer, **more),
-        )  # fmt: skip
+            model,
+            batches_for(settings()),
+            Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
+            settings=settings(eval_every=6),
+            precision=PrecisionConfig(name=Precision.fp32),
+            folder=folder / "checkpoints",
+            clock=clock,
+            hooks=hooks(tracer=tracer, **more),
+        )
 
 
 def faked(folder: Path, profiler: FakeProfiler, **more: Any) -> StepTracer:
     return StepTracer(folder, CUDA, [3], make_profiler=lambda device: profiler, **more)
 
 
-# -- which steps ----------------------------------------------------------------------------------------------------
+# -- which steps ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("total", "count", "expected"),
-    [(100, 2, (11, 56)), (1000, 4, (11, 258, 506, 753)), (100, 0, ()), (0, 2, ()), (1, 2, ()), (2, 2, (2,)),
-     (6, 2, (4,)), (8, 2, (5, 7))],
-)  # fmt: skip
+    [
+        (100, 2, (11, 56)),
+        (1000, 4, (11, 258, 506, 753)),
+        (100, 0, ()),
+        (0, 2, ()),
+        (1, 2, ()),
+        (2, 2, (2,)),
+        (6, 2, (4,)),
+        (8, 2, (5, 7)),
+    ],
+)
 def test_sampled_steps_by_hand(total: int, count: int, expected: tuple[int, ...]) -> None:
     assert sampled_steps(total, count) == expected
 
 
 @given(st.integers(0, 3000), st.integers(0, 12), st.one_of(st.none(), st.integers(1, 400)))
-def test_sampled_steps_are_distinct_and_have_a_lead_in(total: int, count: int, eval_every: int | None) -> None:
+def test_sampled_steps_are_distinct_and_have_a_lead_in(
+    total: int, count: int, eval_every: int | None
+) -> None:
     found = sampled_steps(total, count, eval_every)
     assert len(found) == len(set(found)) <= count
     assert all(2 <= number <= total for number in found)
@@ -125,7 +170,7 @@ def test_no_step_is_sampled_right_after_an_evaluation() -> None:
     assert sampled_steps(100, 2, 10) == (12, 56)
 
 
-# -- through the loop, with torch's profiler ------------------------------------------------------------------------
+# -- through the loop, with torch's profiler ------------------------------------------------------
 
 
 def perfetto(path: Path) -> list[dict[str, Any]]:
@@ -138,18 +183,23 @@ def perfetto(path: Path) -> list[dict[str, Any]]:
         assert event["name"]
         assert event["dur"] >= 0
         start_ns = round(event["ts"] * 1000)
-        threads[event["pid"], event["tid"]].append((start_ns, -(start_ns + round(event["dur"] * 1000))))
+        threads[event["pid"], event["tid"]].append(
+            (start_ns, -(start_ns + round(event["dur"] * 1000)))
+        )
     for spans in threads.values():  # on one track, slices are nested or apart
         still_open: list[int] = []
         for start_ns, negative_end_ns in sorted(spans):
             while still_open and still_open[-1] <= start_ns:
                 still_open.pop()
-            assert not still_open or -negative_end_ns <= still_open[-1] + 1  # the clock's last digit
+            # the clock's last digit
+            assert not still_open or -negative_end_ns <= still_open[-1] + 1
             still_open.append(-negative_end_ns)
     return events
 
 
-def test_a_real_trace_of_a_step_is_there_for_perfetto_and_its_figures_are_null(tmp_path: Path) -> None:
+def test_a_real_trace_of_a_step_is_there_for_perfetto_and_its_figures_are_null(
+    tmp_path: Path,
+) -> None:
     tracer = StepTracer(tmp_path / "traces", CPU, [3, 6])
     training(tmp_path, tracer)
     found = tracer.result()
@@ -176,11 +226,18 @@ def test_tracing_changes_no_weight_and_no_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tracer",
-    [StepTracer(), StepTracer(None, CUDA, [3]), step_tracer(Path("x"), CPU, total=100, count=2),
-     step_tracer(None, CUDA, total=100, count=2), step_tracer(Path("x"), CUDA, total=100, count=0)],
-)  # fmt: skip
+    [
+        StepTracer(),
+        StepTracer(None, CUDA, [3]),
+        step_tracer(Path("x"), CPU, total=100, count=2),
+        step_tracer(None, CUDA, total=100, count=2),
+        step_tracer(Path("x"), CUDA, total=100, count=0),
+    ],
+)
 def test_by_default_nothing_is_traced(tracer: StepTracer) -> None:
-    assert not any(tracer.opens_at(number) or tracer.closes_after(number) for number in range(1, 101))
+    assert not any(
+        tracer.opens_at(number) or tracer.closes_after(number) for number in range(1, 101)
+    )
     found = tracer.result()
     assert found["traces"] == []
     assert {value["v"] for value in found["shares"].values()} == {None}
@@ -193,7 +250,7 @@ def test_on_a_gpu_the_sampled_steps_and_their_lead_in_are_traced() -> None:
     assert [number for number in range(1, 101) if tracer.opens_at(number)] == [11, 12, 55, 56]
 
 
-# -- what it costs, and where that is booked ------------------------------------------------------------------------
+# -- what it costs, and where that is booked ------------------------------------------------------
 
 
 def test_the_profilers_time_is_logging_and_no_time_in_steps(tmp_path: Path) -> None:
@@ -214,7 +271,9 @@ def test_the_profilers_time_is_logging_and_no_time_in_steps(tmp_path: Path) -> N
 def test_waiting_for_the_device_is_time_in_steps_and_an_evaluation_begins_on_an_idle_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six steps of 80 ms on a device, asked for in no time: the host waits for each reading, and nowhere else."""
+    """Six steps of 80 ms on a device, asked for in no time: the host waits for each reading, and
+    nowhere else.
+    """
     now, free = [0], [0]
 
     class Event:
@@ -235,26 +294,41 @@ def test_waiting_for_the_device_is_time_in_steps_and_an_evaluation_begins_on_an_
 
     monkeypatch.setattr(loop, "_on_its_way", on_its_way)
     clock = PhaseClock(lambda: now[0])
-    profiler = FakeProfiler(GPU_TRACE, tick=lambda: now.__setitem__(0, max(*now, *free) + 5))  # waits, as torch's does
+    # waits, as torch's does
+    profiler = FakeProfiler(GPU_TRACE, tick=lambda: now.__setitem__(0, max(*now, *free) + 5))
     before = clock.read_ns()
     progress = training(tmp_path, faked(tmp_path, profiler), clock, validate=validate)
     assert (progress.step_ns, progress.eval_ns) == (6 * 80_000_000, 10**9)
-    assert difference(clock.read_ns(), before) == {"backward": 6 * 80_000_000, "eval": 10**9, "log": 15}
+    assert difference(clock.read_ns(), before) == {
+        "backward": 6 * 80_000_000,
+        "eval": 10**9,
+        "log": 15,
+    }
 
 
-# -- a GPU's trace --------------------------------------------------------------------------------------------------
+# -- a GPU's trace --------------------------------------------------------------------------------
 
 
-def test_a_traced_step_on_a_gpu_has_shares_and_a_resumed_run_reads_them_back(tmp_path: Path) -> None:
+def test_a_traced_step_on_a_gpu_has_shares_and_a_resumed_run_reads_them_back(
+    tmp_path: Path,
+) -> None:
     tracer = faked(tmp_path / "traces", FakeProfiler(GPU_TRACE))
     training(tmp_path, tracer)
     found = tracer.result()
     assert found["steps"] == [{"step": 3, "device": 0, **IN_NS}]
     shares = {name: value["v"] for name, value in found["shares"].items()}
-    assert shares == pytest.approx({
-        "traced_steps": 1, "compute": 0.6, "comm_exposed": 0, "copy_exposed": 0.1, "idle_host_wait": 0.15,
-        "idle_launch_gap": 0.15, "idle_other": 0, "busy": 0.7,
-    })  # fmt: skip
+    assert shares == pytest.approx(
+        {
+            "traced_steps": 1,
+            "compute": 0.6,
+            "comm_exposed": 0,
+            "copy_exposed": 0.1,
+            "idle_host_wait": 0.15,
+            "idle_launch_gap": 0.15,
+            "idle_other": 0,
+            "busy": 0.7,
+        }
+    )
     later = StepTracer(tmp_path / "traces", CUDA, [3])
     assert later.result() == found
 
@@ -274,19 +348,28 @@ def test_a_trace_without_device_activity_is_no_idle_device(tmp_path: Path) -> No
     assert whys == {"traces hold no activity of the device: CUPTI gave none"}
 
 
-# -- what may go wrong ----------------------------------------------------------------------------------------------
+# -- what may go wrong ----------------------------------------------------------------------------
 
 BROKEN = {
-    "start": FakeProfiler(fails="start"), "stop": FakeProfiler(fails="stop"), "export": FakeProfiler(fails="export"),
-    "no JSON": FakeProfiler('{"traceEvents": ['), "no trace": FakeProfiler({}), "no step": FakeProfiler(
-        {"traceEvents": [kernel(0, 1)]}), "no length": FakeProfiler({"traceEvents": [{"ph": "X", "cat": "kernel",
-        "name": "k", "pid": 0, "ts": 1}]}),
-}  # fmt: skip
+    "start": FakeProfiler(fails="start"),
+    "stop": FakeProfiler(fails="stop"),
+    "export": FakeProfiler(fails="export"),
+    "no JSON": FakeProfiler('{"traceEvents": ['),
+    "no trace": FakeProfiler({}),
+    "no step": FakeProfiler({"traceEvents": [kernel(0, 1)]}),
+    "no length": FakeProfiler(
+        {"traceEvents": [{"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "ts": 1}]}
+    ),
+}
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_a_profiler_that_does_not_work_is_a_reason_and_the_training_goes_on(tmp_path: Path, what: str) -> None:
-    tracer = StepTracer(tmp_path / "traces", CUDA, [3, 5], make_profiler=lambda device: BROKEN[what])
+def test_a_profiler_that_does_not_work_is_a_reason_and_the_training_goes_on(
+    tmp_path: Path, what: str
+) -> None:
+    tracer = StepTracer(
+        tmp_path / "traces", CUDA, [3, 5], make_profiler=lambda device: BROKEN[what]
+    )
     progress = training(tmp_path, tracer)
     assert progress.step == 6
     found = tracer.result()
@@ -305,14 +388,16 @@ def test_a_training_that_stops_in_between_leaves_no_profiler_running(tmp_path: P
     assert profiler.calls == ["start", "stop"]
 
 
-# -- small files ----------------------------------------------------------------------------------------------------
+# -- small files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("limit_bytes", "left_out"),
     [(10**6, ["python_function"]), (2000, ["python_function", "ac2g", "cpu_op"])],
 )
-def test_a_trace_is_made_small_and_says_what_was_left_out(limit_bytes: int, left_out: list[str]) -> None:
+def test_a_trace_is_made_small_and_says_what_was_left_out(
+    limit_bytes: int, left_out: list[str]
+) -> None:
     small = shrink(GPU_TRACE, limit_bytes)
     assert small is not None
     assert len(small) <= limit_bytes
@@ -334,7 +419,7 @@ def test_a_trace_that_stays_too_large_is_not_kept_and_its_figures_are(tmp_path: 
     assert found["shares"]["busy"]["v"] == pytest.approx(0.7)
 
 
-# -- where it goes --------------------------------------------------------------------------------------------------
+# -- where it goes --------------------------------------------------------------------------------
 
 
 def test_an_output_carries_the_timeline_and_an_older_one_has_none(tmp_path: Path) -> None:
@@ -348,27 +433,47 @@ def test_an_output_carries_the_timeline_and_an_older_one_has_none(tmp_path: Path
 
 
 def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
-    """Busy for 70 us of a traced step of 100 us; 30 s in steps on two devices are then 42 busy device-seconds."""
+    """Busy for 70 us of a traced step of 100 us; 30 s in steps on two devices are then 42 busy
+    device-seconds.
+    """
     tracer = faked(tmp_path / "traces", FakeProfiler(GPU_TRACE))
     training(tmp_path, tracer)
     record = ledger(
-        Spent(work_ns=60 * 10**9, phases_ns={"forward": 57 * 10**9, "log": 3 * 10**9}), {},
-        devices=2, device_kind="cuda", cost=CostConfig(), memory={name: null("-") for name in MEMORY},
+        Spent(work_ns=60 * 10**9, phases_ns={"forward": 57 * 10**9, "log": 3 * 10**9}),
+        {},
+        devices=2,
+        device_kind="cuda",
+        cost=CostConfig(),
+        memory={name: null("-") for name in MEMORY},
         disturbance=undisturbed("-"),
-        usage=unread("no NVML here"), is_training=True, seconds_in_steps=30.0, peak=null("-"),
+        usage=unread("no NVML here"),
+        is_training=True,
+        seconds_in_steps=30.0,
+        peak=null("-"),
         timeline={**tracer.result(), "phases_s": {"forward": 0.5}},
-    )  # fmt: skip
+    )
     record |= {"identity": {}, "placement": {}}
-    jsonschema.validate(record, {**RESULT_SCHEMA["properties"]["rows"]["items"]["properties"]["ledger"],
-                                 "$defs": RESULT_SCHEMA["$defs"]})  # fmt: skip
-    assert record["gpu_hours"]["busy"] == {"v": pytest.approx(42 / 3600), "prov": "estimated", "why_null": None}
+    jsonschema.validate(
+        record,
+        {
+            **RESULT_SCHEMA["properties"]["rows"]["items"]["properties"]["ledger"],
+            "$defs": RESULT_SCHEMA["$defs"],
+        },
+    )
+    assert record["gpu_hours"]["busy"] == {
+        "v": pytest.approx(42 / 3600),
+        "prov": "estimated",
+        "why_null": None,
+    }
     assert record["gpu_timeline"]["idle_host_wait"]["v"] == pytest.approx(0.15)
     assert record["conditions"]["meter_overhead"]["v"] == 0.05
     assert record["gpu_timeline"]["traces"] == ["step-000003.json.gz"]
     figures = row_summary({**make_row("student"), "ledger": record})
     assert figures["compute/traced_busy_share"]["v"] == pytest.approx(0.7)
     assert figures["compute/traced_idle_launch_gap_share"]["v"] == pytest.approx(0.15)
-    assert sum(figures[f"compute/traced_{name}_share"]["v"] for name, *_ in TRACED_SHARES[1:]) == pytest.approx(1)
+    assert sum(
+        figures[f"compute/traced_{name}_share"]["v"] for name, *_ in TRACED_SHARES[1:]
+    ) == pytest.approx(1)
 
 
 def test_a_trace_that_failed_is_a_problem_of_the_meter_and_no_invalid_row(tmp_path: Path) -> None:
@@ -387,7 +492,7 @@ def test_what_is_looked_at_is_in_no_run_key() -> None:
     assert "ledger" in UNKEYED
 
 
-# -- on a GPU -------------------------------------------------------------------------------------------------------
+# -- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -396,10 +501,15 @@ def test_on_a_real_gpu_classes_close_and_computing_is_seen(tmp_path: Path) -> No
     tracer = StepTracer(tmp_path / "traces", CUDA, [4])
     with tracer:
         train(
-            model, batches_for(settings()), Objective(model, Task.causal_lm, Precision.fp32, CUDA, clock),
-            settings=settings(eval_every=6), precision=PrecisionConfig(name=Precision.fp32),
-            folder=tmp_path / "checkpoints", clock=clock, hooks=hooks(tracer=tracer),
-        )  # fmt: skip
+            model,
+            batches_for(settings()),
+            Objective(model, Task.causal_lm, Precision.fp32, CUDA, clock),
+            settings=settings(eval_every=6),
+            precision=PrecisionConfig(name=Precision.fp32),
+            folder=tmp_path / "checkpoints",
+            clock=clock,
+            hooks=hooks(tracer=tracer),
+        )
     found = tracer.result()
     assert found["notes"] == []
     assert found["shares"]["compute"]["v"] > 0

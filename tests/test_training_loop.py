@@ -1,4 +1,6 @@
-"""The one training loop: against float64 autograd and torch's own functions, and resumed to the bit."""
+"""The one training loop: against float64 autograd and torch's own functions, and resumed to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from make_assess_models import random_documents, tiny
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from pipeline.config.settings import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches, num_tokens
@@ -45,39 +54,66 @@ LENGTHS = [9, 30, 5, 17, 40, 12, 25, 33, 8, 21] * 3
 
 
 def settings(**changes: Any) -> TrainingConfig:
-    given: dict[str, Any] = {"steps": 6, "batch_size": 4, "sequence_length": 16, "learning_rate": 1e-3,
-                             "warmup_fraction": 0.0, "eval_every": 2, **changes}  # fmt: skip
+    given: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 4,
+        "sequence_length": 16,
+        "learning_rate": 1e-3,
+        "warmup_fraction": 0.0,
+        "eval_every": 2,
+        **changes,
+    }
     return TrainingConfig(**given)
 
 
 def hooks(**changes: Any) -> Hooks:
     given: dict[str, Any] = {
-        "validate": lambda: 1.0, "flops": lambda batch: (float(batch["input_ids"].numel()), 0.0),
-        "points": lambda step, values: None, "checkpointed": lambda step: None, "should_stop": lambda: None,
-        "advance": lambda step, tokens: None, "history": lambda step: [], "resumed": lambda step, history: None,
-        "say": lambda text: None, **changes,
-    }  # fmt: skip
+        "validate": lambda: 1.0,
+        "flops": lambda batch: (float(batch["input_ids"].numel()), 0.0),
+        "points": lambda step, values: None,
+        "checkpointed": lambda step: None,
+        "should_stop": lambda: None,
+        "advance": lambda step, tokens: None,
+        "history": lambda step: [],
+        "resumed": lambda step, history: None,
+        "say": lambda text: None,
+        **changes,
+    }
     return Hooks(**given)
 
 
 def batches_for(config: TrainingConfig, task: Task = Task.causal_lm) -> Any:
     documents = random_documents(LENGTHS, is_text=task is Task.causal_lm)
     if task is Task.causal_lm:
-        return PackedBatches(documents, sequence_length=config.sequence_length, batch_size=config.batch_size, seed=7)
+        return PackedBatches(
+            documents, sequence_length=config.sequence_length, batch_size=config.batch_size, seed=7
+        )
     return PaddedBatches(documents, batch_size=config.batch_size, seed=7, padding=Padding(0))
 
 
 def run(
-    model: Any, config: TrainingConfig, folder: Path, *, objective: Objective | None = None,
-    task: Task = Task.causal_lm, batches: Any = None, **more: Any,
-) -> Progress:  # fmt: skip
+    model: Any,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    objective: Objective | None = None,
+    task: Task = Task.causal_lm,
+    batches: Any = None,
+    **more: Any,
+) -> Progress:
     clock = PhaseClock()
     objective = objective or Objective(model, task, Precision.fp32, CPU, clock)
     batches = batches or batches_for(config, task)
     return train(
-        model, batches, objective, settings=config, precision=PrecisionConfig(name=Precision.fp32),
-        folder=folder, clock=clock, hooks=hooks(**more),
-    )  # fmt: skip
+        model,
+        batches,
+        objective,
+        settings=config,
+        precision=PrecisionConfig(name=Precision.fp32),
+        folder=folder,
+        clock=clock,
+        hooks=hooks(**more),
+    )
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -86,10 +122,12 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> None:
     for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(
+            b[name], tensor, msg=name, **(tolerance or {"rtol": 0, "atol": 0})
+        )
 
 
-# -- steps ----------------------------------------------------------------------------------------------------------
+# -- steps ----------------------------------------------------------------------------------------
 
 
 def reference_step(model: Any, batch: dict[str, torch.Tensor], config: TrainingConfig) -> None:
@@ -101,22 +139,32 @@ def reference_step(model: Any, batch: dict[str, torch.Tensor], config: TrainingC
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=config.learning_rate * factor(0, config), betas=(0.9, 0.95), fused=False).step()
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(
+        groups, lr=config.learning_rate * factor(0, config), betas=(0.9, 0.95), fused=False
+    ).step()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation: int, max_norm: float) -> None:
+def test_a_step_is_the_large_batchs_step_in_float64(
+    tmp_path: Path, accumulation: int, max_norm: float
+) -> None:
     """Micro-batches have unequal numbers of targets: means of means would differ."""
-    config = settings(steps=1, gradient_accumulation=accumulation, max_grad_norm=max_norm, weight_decay=0.5)
+    config = settings(
+        steps=1, gradient_accumulation=accumulation, max_grad_norm=max_norm, weight_decay=0.5
+    )
     model = tiny(Task.causal_lm).double()
     expected = copy.deepcopy(model).train()
     batch = batches_for(config).batch(0)
     assert len({int((part != IGNORE).sum()) for part in batch["labels"].chunk(4)}) > 1
     reference_step(expected, batch, config)
     run(model, config, tmp_path)
-    # Adam's first step is nearly the gradient's sign, so where the gradient is rounding noise it says nothing
+    # Adam's first step is nearly the gradient's sign, so where the gradient is rounding noise it
+    # says nothing
     compared = total = 0
     for (name, wanted), found in zip(expected.named_parameters(), model.parameters(), strict=True):
         sound = wanted.grad.abs() > 1e-3 * wanted.grad.abs().max()
@@ -128,16 +176,27 @@ def test_a_step_is_the_large_batchs_step_in_float64(tmp_path: Path, accumulation
 
 
 def test_counts_are_those_of_the_batches(tmp_path: Path) -> None:
-    texts = PackedBatches(random_documents(LENGTHS, is_text=True), sequence_length=16, batch_size=4, seed=7)
+    texts = PackedBatches(
+        random_documents(LENGTHS, is_text=True), sequence_length=16, batch_size=4, seed=7
+    )
     progress = run(tiny(Task.causal_lm), settings(), tmp_path, batches=texts)
     assert (progress.step, progress.examples, progress.tokens) == (6, 24, 6 * 4 * 16)
-    assert progress.target_tokens == sum(int((texts.batch(step)["labels"] != IGNORE).sum()) for step in range(6))
+    assert progress.target_tokens == sum(
+        int((texts.batch(step)["labels"] != IGNORE).sum()) for step in range(6)
+    )
     assert progress.flops == progress.tokens
     assert [reading["step"] for reading in progress.curve] == [2, 4, 6]
     assert [reading["tokens"] for reading in progress.curve] == [128, 256, 384]
-    padded = run(tiny(Task.sequence_classification), settings(), tmp_path / "c", task=Task.sequence_classification)
+    padded = run(
+        tiny(Task.sequence_classification),
+        settings(),
+        tmp_path / "c",
+        task=Task.sequence_classification,
+    )
     batches = batches_for(settings(), Task.sequence_classification)
-    assert padded.tokens == sum(int(batches.batch(step)["attention_mask"].sum()) for step in range(6))
+    assert padded.tokens == sum(
+        int(batches.batch(step)["attention_mask"].sum()) for step in range(6)
+    )
 
 
 class WithoutTargets:
@@ -156,17 +215,21 @@ def test_only_what_is_computed_is_counted(tmp_path: Path) -> None:
     model.model.register_forward_pre_hook(
         lambda module, given, named: calls.append(named["input_ids"].shape[0]), with_kwargs=True
     )
-    progress = run(model, settings(steps=2, gradient_accumulation=2), tmp_path, batches=WithoutTargets())
+    progress = run(
+        model, settings(steps=2, gradient_accumulation=2), tmp_path, batches=WithoutTargets()
+    )
     assert calls == [2, 2]  # rows of the micro-batches that went through the model
     batches = [WithoutTargets().batch(step) for step in range(2)]
     assert progress.examples == 4
     assert progress.flops == 4 * 16
     first = [{name: tensor[:2] for name, tensor in batch.items()} for batch in batches]
     assert progress.tokens == sum(map(num_tokens, first))
-    assert progress.target_tokens == sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    assert progress.target_tokens == sum(
+        int((batch["labels"] != IGNORE).sum()) for batch in batches
+    )
 
 
-# -- resuming -------------------------------------------------------------------------------------------------------
+# -- resuming -------------------------------------------------------------------------------------
 
 
 def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
@@ -180,7 +243,9 @@ def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
 
 
 def test_a_spent_budget_says_to_raise_it(tmp_path: Path) -> None:
-    with pytest.raises(BudgetSpent, match=r"^budget\.device_hours is spent after step 1 of 6; raise it to go on"):
+    with pytest.raises(
+        BudgetSpent, match=r"^budget\.device_hours is spent after step 1 of 6; raise it to go on"
+    ):
         run(tiny(Task.causal_lm), settings(), tmp_path, should_stop=lambda: BudgetSpent)
 
 
@@ -191,15 +256,24 @@ def test_a_resumed_training_is_bit_equal_to_one_that_never_stopped(tmp_path: Pat
     same(weights(whole), weights(model))
     timeless = lambda p: [{k: v for k, v in r.items() if "seconds" not in k} for r in p.curve]
     assert timeless(resumed) == timeless(progress)
-    assert (resumed.tokens, resumed.examples, resumed.flops) == (progress.tokens, progress.examples, progress.flops)
+    assert (resumed.tokens, resumed.examples, resumed.flops) == (
+        progress.tokens,
+        progress.examples,
+        progress.flops,
+    )
     assert (resumed.hard, resumed.smooth) == (progress.hard, progress.smooth)
 
 
 def test_no_checkpoint_holds_a_pickle(tmp_path: Path) -> None:
     run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
     names = {path.name for path in tmp_path.glob("step-*/*")}
-    assert names == {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json",
-                     "manifest.json"}  # fmt: skip
+    assert names == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "generators.safetensors",
+        "extra.json",
+        "manifest.json",
+    }
 
 
 def damage_flip(step: Path) -> None:
@@ -214,16 +288,24 @@ def damage_truncate(step: Path) -> None:
 
 
 DAMAGES: list[Callable[[Path], Any]] = [
-    damage_flip, damage_truncate, lambda step: (step / "extra.json").unlink(),
-    lambda step: (step / "manifest.json").write_text("{"), lambda step: (step / "manifest.json").unlink(),
-]  # fmt: skip
+    damage_flip,
+    damage_truncate,
+    lambda step: (step / "extra.json").unlink(),
+    lambda step: (step / "manifest.json").write_text("{"),
+    lambda step: (step / "manifest.json").unlink(),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
     whole = tiny(Task.causal_lm)
     run(whole, settings(checkpoint_every=2), tmp_path)
-    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000000002", "step-000000004"]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        "step-000000002",
+        "step-000000004",
+    ]
     damage(tmp_path / "step-000000004")
     found = checkpoint.newest(tmp_path)
     assert found is not None
@@ -232,7 +314,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     said: list[str] = []
     resumed: list[int] = []
 
-    run(model, settings(checkpoint_every=2), tmp_path, say=said.append, resumed=lambda step, _: resumed.append(step))
+    run(
+        model,
+        settings(checkpoint_every=2),
+        tmp_path,
+        say=said.append,
+        resumed=lambda step, _: resumed.append(step),
+    )
     same(weights(whole), weights(model))
     assert resumed == [2]
     assert len(said) == 1
@@ -252,7 +340,9 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from collections import namedtuple
 
     from pipeline.store import artifacts as store
@@ -263,24 +353,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: 
         run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
 
 
-# -- stopping -------------------------------------------------------------------------------------------------------
+# -- stopping -------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path: Path) -> None:
     model = tiny(Task.causal_lm)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(StageFailed, match=r"the loss is nan at step 1; lower training.learning_rate or use precision"):
+    with pytest.raises(
+        StageFailed,
+        match=r"the loss is nan at step 1; lower training.learning_rate or use precision",
+    ):
         run(model, settings(), tmp_path)
 
 
 def test_a_loss_that_grows_stops_with_what_it_was(tmp_path: Path) -> None:
     config = settings(steps=60, learning_rate=3.0, max_grad_norm=1e9, divergence_factor=1.2)
-    with pytest.raises(StageFailed, match=r"the loss diverged: .* after a best of .*; lower training.learning_rate"):
+    with pytest.raises(
+        StageFailed, match=r"the loss diverged: .* after a best of .*; lower training.learning_rate"
+    ):
         run(tiny(Task.causal_lm), config, tmp_path)
 
 
-# -- schedule -------------------------------------------------------------------------------------------------------
+# -- schedule -------------------------------------------------------------------------------------
 
 
 def test_the_rate_of_every_step_by_hand() -> None:
@@ -288,30 +383,45 @@ def test_the_rate_of_every_step_by_hand() -> None:
     half = 0.1 + 0.45 * (1 + math.cos(math.pi * 4 / 8))
     assert [factor(step, cosine) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, half])
     assert half == pytest.approx(0.55)
-    stable = settings(steps=10, warmup_fraction=0.2, decay_fraction=0.4, schedule=Schedule.constant_then_decay)
-    assert [factor(step, stable) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    stable = settings(
+        steps=10, warmup_fraction=0.2, decay_fraction=0.4, schedule=Schedule.constant_then_decay
+    )
+    assert [factor(step, stable) for step in range(10)] == pytest.approx(
+        [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    )
     assert [step for step in range(11) if is_constant(step, stable)] == [2, 3, 4, 5, 6]
     assert not any(is_constant(step, cosine) for step in range(11))
 
 
-# -- objective ------------------------------------------------------------------------------------------------------
+# -- objective ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", list(Task))
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.5), (2.0, 0.25), (3.0, 0.0)])
-def test_distillation_through_whole_models_is_the_definition(task: Task, temperature: float, ce_weight: float) -> None:
-    """Forward KL(teacher || student) times T squared, mixed with cross-entropy; in float64, with its gradient."""
+def test_distillation_through_whole_models_is_the_definition(
+    task: Task, temperature: float, ce_weight: float
+) -> None:
+    """Forward KL(teacher || student) times T squared, mixed with cross-entropy; in float64, with
+    its gradient.
+    """
     model, teacher = tiny(task).double(), tiny(task, seed=1).double().eval()
     loss = Loss(ce_weight, temperature=temperature)
-    objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), Teacher(teacher, Precision.fp32, loss))
+    objective = Objective(
+        model, task, Precision.fp32, CPU, PhaseClock(), Teacher(teacher, Precision.fp32, loss)
+    )
     batch = batches_for(settings(), task).batch(0)
     done = objective(batch)
     done.loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     model.zero_grad()
     keep = (batch["labels"] != IGNORE).flatten()
-    packed = {"use_cache": False} if task is Task.causal_lm else {}  # with a cache, boundaries are not looked for
+    # with a cache, boundaries are not looked for
+    packed = {"use_cache": False} if task is Task.causal_lm else {}
     z = model(**inputs, **packed).logits.flatten(0, -2)[keep]
     with torch.no_grad():
         t = teacher(**inputs, **packed).logits.flatten(0, -2)[keep]
@@ -320,7 +430,8 @@ def test_distillation_through_whole_models_is_the_definition(task: Task, tempera
     kl = (p * (p.log() - F.log_softmax(z / temperature, -1))).sum(-1).mean() * temperature**2
     expected = ce_weight * ce + (1 - ce_weight) * kl
     expected.backward()
-    assert done.loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)  # the loss is taken in fp32
+    # the loss is taken in fp32
+    assert done.loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
@@ -328,7 +439,9 @@ def test_distillation_through_whole_models_is_the_definition(task: Task, tempera
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 def test_the_share_of_the_gradient_is_that_of_both_parts_alone(ce_weight: float) -> None:
-    """By autograd over the definition; 0 and 1 where one of the two has no weight. The objective is left as it was."""
+    """By autograd over the definition; 0 and 1 where one of the two has no weight. The objective is
+    left as it was.
+    """
     task = Task.causal_lm
     model, teacher = tiny(task), tiny(task, seed=1).eval()
     taught = Teacher(teacher, Precision.fp32, Loss(ce_weight))
@@ -338,20 +451,29 @@ def test_the_share_of_the_gradient_is_that_of_both_parts_alone(ce_weight: float)
     assert objective.loss is taught.loss
     keep = (batch["labels"] != IGNORE).flatten()
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    z, t = (each(**inputs, use_cache=False).logits.flatten(0, -2)[keep] for each in (model, teacher))
+    z, t = (
+        each(**inputs, use_cache=False).logits.flatten(0, -2)[keep] for each in (model, teacher)
+    )
     parts = [
-        (1 - ce_weight) * F.kl_div(z.log_softmax(-1), t.detach().softmax(-1), reduction="batchmean"),
+        (1 - ce_weight)
+        * F.kl_div(z.log_softmax(-1), t.detach().softmax(-1), reduction="batchmean"),
         ce_weight * F.cross_entropy(z, batch["labels"].flatten()[keep]),
     ]
-    found = (torch.autograd.grad(part, list(model.parameters()), retain_graph=True) for part in parts)
+    found = (
+        torch.autograd.grad(part, list(model.parameters()), retain_graph=True) for part in parts
+    )
     norms = [torch.stack([gradient.norm() for gradient in gradients]).norm() for gradients in found]
     assert share == pytest.approx((norms[0] / (norms[0] + norms[1])).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize(("metric", "theirs", "start"), [("bits_per_byte", 3.1, 3.0), ("accuracy", 0.5, 0.5),
-                                                         ("bits_per_byte", float("nan"), 3.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metric", "theirs", "start"),
+    [("bits_per_byte", 3.1, 3.0), ("accuracy", 0.5, 0.5), ("bits_per_byte", float("nan"), 3.0)],
+)
 def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, start: float) -> None:
-    with pytest.raises(StageFailed, match=r"no better than the student's .* stages.student.insist=true"):
+    with pytest.raises(
+        StageFailed, match=r"no better than the student's .* stages.student.insist=true"
+    ):
         check_teacher("stages.student", metric, theirs, start)
     check_teacher("stages.student", "bits_per_byte", 2.9, 3.0)
     check_teacher("stages.student", "accuracy", 0.6, 0.5)
@@ -359,7 +481,9 @@ def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, sta
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> None:
-    """Nothing is read across a boundary, and no first token of a document is predicted from the one before."""
+    """Nothing is read across a boundary, and no first token of a document is predicted from the one
+    before.
+    """
     documents = random_documents([7, 12, 13])
     model = tiny(Task.causal_lm).eval()
     batch = PackedBatches(documents, sequence_length=32, batch_size=1, seed=0).batch(0)
@@ -376,32 +500,56 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> Non
 
 
 def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
-    """A layer that sees a window only would see more with one mask for all layers; that model is told positions."""
+    """A layer that sees a window only would see more with one mask for all layers; that model is
+    told positions.
+    """
     assert examine(tiny(Task.causal_lm), CPU).masked
-    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16}  # fmt: skip
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "head_dim": 16,
+    }
     for sliding in (None, 4):
         config = MistralConfig(**shape, sliding_window=sliding)
         assert examine(MistralForCausalLM(config).eval(), CPU).masked is (sliding is None)
     eager = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
-    assert examine(eager.eval(), CPU).masked  # it adds its mask to the scores: truth values would be read as 0 and 1
+    # it adds its mask to the scores: truth values would be read as 0 and 1
+    assert examine(eager.eval(), CPU).masked
 
 
 @pytest.mark.parametrize("window", [3, 128])
-def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_each_kind(window: int) -> None:
-    """GPT-OSS computes attention eagerly, mixes layers that see all with layers of a window, and has experts."""
+def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_each_kind(
+    window: int,
+) -> None:
+    """GPT-OSS computes attention eagerly, mixes layers that see all with layers of a window, and
+    has experts.
+    """
     config = transformers.GptOssConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=32, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=window,
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=window,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM(config).eval()
     assert examine(model, CPU).masked
     parts = [torch.randint(3, 50, (1, length)) for length in (8, 5)]
     positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
     with torch.no_grad():
-        alone = torch.cat([model.base_model(part, use_cache=False).last_hidden_state for part in parts], 1)
+        alone = torch.cat(
+            [model.base_model(part, use_cache=False).last_hidden_state for part in parts], 1
+        )
         inputs = {"input_ids": torch.cat(parts, 1), "position_ids": positions}
         packed = hidden_states(model, inputs, document_mask(positions))
         shifted = hidden_states(model, inputs, document_mask(positions.roll(1)))
@@ -411,7 +559,9 @@ def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_e
 
 def test_the_mask_of_documents() -> None:
     positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
-    expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    expected = torch.tensor(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    )
     found = document_mask(positions)
     assert found.shape == (2, 1, 5, 5)
     torch.testing.assert_close(found[0, 0], expected.bool())
@@ -447,7 +597,7 @@ def test_the_hash_of_a_model_sees_one_changed_bit() -> None:
     assert parameter_hash(model) != before
 
 
-# -- precision ------------------------------------------------------------------------------------------------------
+# -- precision ------------------------------------------------------------------------------------
 
 
 def test_what_a_cpu_cannot_do_has_its_reason() -> None:
@@ -471,7 +621,11 @@ def test_what_a_gpu_can_do_follows_its_capability(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     device = torch.device("cuda")
-    assert {p.value for p in Precision if why_not(p, device) is not None and not p.value.startswith("fp8")} == refused
+    assert {
+        p.value
+        for p in Precision
+        if why_not(p, device) is not None and not p.value.startswith("fp8")
+    } == refused
 
 
 def test_bf16_multiplies_in_bf16_and_keeps_its_weights_in_fp32(tmp_path: Path) -> None:
@@ -485,7 +639,10 @@ def test_bf16_multiplies_in_bf16_and_keeps_its_weights_in_fp32(tmp_path: Path) -
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     plain = tiny(Task.causal_lm)
     run(plain, settings(), tmp_path / "fp32")
-    gap = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    gap = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
     assert 0 < gap < 0.02
 
 
@@ -518,10 +675,15 @@ def test_a_deleted_phase_marker_grows_other(tmp_path: Path, marker: str) -> None
         model.get_input_embeddings().weight.register_hook(lambda _: take(5))
         before = clock.read_ns()
         train(
-            model, batches_for(settings()), Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
-            settings=settings(steps=4), precision=PrecisionConfig(name=Precision.fp32),
-            folder=tmp_path / str(len(found)), clock=clock, hooks=hooks(),
-        )  # fmt: skip
+            model,
+            batches_for(settings()),
+            Objective(model, Task.causal_lm, Precision.fp32, CPU, clock),
+            settings=settings(steps=4),
+            precision=PrecisionConfig(name=Precision.fp32),
+            folder=tmp_path / str(len(found)),
+            clock=clock,
+            hooks=hooks(),
+        )
         found.append(difference(clock.read_ns(), before))
     expected = {"forward": 4 * 3_000_000, "backward": 4 * 5_000_000}
     assert found[0] == expected
@@ -532,12 +694,20 @@ def test_a_deleted_phase_marker_grows_other(tmp_path: Path, marker: str) -> None
 def test_a_teachers_rounded_weights_compute_the_same_to_the_bit(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "gpt2":
-        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+        )
     elif kind == "untied":
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-            tie_word_embeddings=False,
-        ))  # fmt: skip
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=259,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                tie_word_embeddings=False,
+            )
+        )
     else:
         model = tiny(Task.sequence_classification if kind == "classifier" else Task.causal_lm)
     model.eval().requires_grad_(requires_grad=False)

@@ -27,11 +27,20 @@ from pipeline.training.selfcheck import gradient_share
 CPU = torch.device("cpu")
 LENGTHS = (7, 9)
 KNOWN = {
-    "llama": Transform(), "phi": Transform(), "opt": Transform(), "gemma2": Transform(cap=30.0),
-    "gemma3": Transform(cap=20.0), "nanochat": Transform(cap=15.0), "vaultgemma": Transform(cap=30.0),
-    "cohere": Transform(0.25), "cohere2": Transform(0.5), "granite": Transform(0.25),
-    "granitemoe": Transform(0.5), "hyperclovax": Transform(3.0), "minicpm3": Transform(0.25),
-}  # fmt: skip
+    "llama": Transform(),
+    "phi": Transform(),
+    "opt": Transform(),
+    "gemma2": Transform(cap=30.0),
+    "gemma3": Transform(cap=20.0),
+    "nanochat": Transform(cap=15.0),
+    "vaultgemma": Transform(cap=30.0),
+    "cohere": Transform(0.25),
+    "cohere2": Transform(0.5),
+    "granite": Transform(0.25),
+    "granitemoe": Transform(0.5),
+    "hyperclovax": Transform(3.0),
+    "minicpm3": Transform(0.25),
+}
 IN_FULL = ("modernbert", "bert")
 
 
@@ -69,10 +78,14 @@ def expected(student: Any, teacher: Any, loss: Loss) -> tuple[Tensor, dict[str, 
         width = min(z.shape[1], t.shape[1])
         value = definition(z[:, :width], t[:, :width], labels, loss) / len(labels)
     value.backward()
-    return value.detach(), {name: each.grad for name, each in wide.named_parameters() if each.grad is not None}
+    return value.detach(), {
+        name: each.grad for name, each in wide.named_parameters() if each.grad is not None
+    }
 
 
-def compare(student: Any, teacher: Any, loss: Loss, kernel: HeadKernel = HeadKernel.torch) -> Objective:
+def compare(
+    student: Any, teacher: Any, loss: Loss, kernel: HeadKernel = HeadKernel.torch
+) -> Objective:
     """Have a training's objective compute what `expected` does, after it examined both models."""
     own = examine(student, CPU)
     taught = None
@@ -80,7 +93,14 @@ def compare(student: Any, teacher: Any, loss: Loss, kernel: HeadKernel = HeadKer
         theirs = examine(teacher, CPU)
         taught = Teacher(teacher, Precision.fp32, loss, theirs.masked, theirs.head)
     objective = Objective(
-        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught, masked=own.masked, head=own.head
+        student,
+        Task.causal_lm,
+        Precision.fp32,
+        CPU,
+        PhaseClock(),
+        taught,
+        masked=own.masked,
+        head=own.head,
     )
     objective.head_loss = kernel_of(kernel)
     done = objective(batch())
@@ -97,18 +117,29 @@ def compare(student: Any, teacher: Any, loss: Loss, kernel: HeadKernel = HeadKer
 
 @pytest.mark.parametrize("name", [*KNOWN, *IN_FULL])
 def test_hard_labels_are_learnt_from_the_models_own_logits(name: str) -> None:
-    """Every gradient, tied heads, biases and bodies; caps are felt, for the output layer is large."""
+    """Every gradient, tied heads, biases and bodies; caps are felt, for the output layer is
+    large.
+    """
     objective = compare(louder(made(name)), None, Loss())
     assert isinstance(objective.head, Unknown) if name in IN_FULL else objective.head == KNOWN[name]
 
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [("llama", "gemma2"), ("gemma3", "llama"), ("nanochat", "cohere"), ("granite", "phi"), ("phi", "modernbert"),
-     ("bert", "gemma2"), ("modernbert", "bert")],
-)  # fmt: skip
+    [
+        ("llama", "gemma2"),
+        ("gemma3", "llama"),
+        ("nanochat", "cohere"),
+        ("granite", "phi"),
+        ("phi", "modernbert"),
+        ("bert", "gemma2"),
+        ("modernbert", "bert"),
+    ],
+)
 def test_a_student_learns_from_its_teachers_own_logits(student: str, teacher: str) -> None:
-    compare(louder(made(student)), louder(made(teacher, seed=1)), Loss(0.3, Divergence.forward_kl, 2.0))
+    compare(
+        louder(made(student)), louder(made(teacher, seed=1)), Loss(0.3, Divergence.forward_kl, 2.0)
+    )
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))
@@ -119,21 +150,32 @@ def test_every_divergence_meets_a_cap_and_a_scale(divergence: Divergence) -> Non
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of masked lanes
 def test_triton_does_the_same() -> None:
-    triton_terms = pytest.importorskip("pipeline.distillation.triton_terms", reason="Triton is not installed")
+    triton_terms = pytest.importorskip(
+        "pipeline.distillation.triton_terms", reason="Triton is not installed"
+    )
     if not triton_terms.triton.knobs.runtime.interpret:
         pytest.skip("Triton compiles for a GPU here: see the tests marked gpu")
-    compare(louder(made("gemma2")), louder(made("cohere", seed=1)), Loss(0.3, temperature=2.0), HeadKernel.triton)
+    compare(
+        louder(made("gemma2")),
+        louder(made("cohere", seed=1)),
+        Loss(0.3, temperature=2.0),
+        HeadKernel.triton,
+    )
     compare(louder(made("granite")), None, Loss(), HeadKernel.triton)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "bert"])
 def test_entries_of_a_cache_meet_the_students_own_logits(name: str) -> None:
-    """Entries that are all of the distribution are the dense loss; the student's cap counts, and full logits do."""
+    """Entries that are all of the distribution are the dense loss; the student's cap counts, and
+    full logits do.
+    """
     student, given = louder(made(name)), batch()
     own = examine(student, CPU)
     t = 5 * torch.randn(sum(LENGTHS) - 2, 99, generator=torch.Generator().manual_seed(2))
     p = t.softmax(-1)
-    objective = Objective(student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head)
+    objective = Objective(
+        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
+    )
     objective.vocabulary, objective.loss = 99, Loss(0.3)
     everything = Sparse(torch.arange(99).expand(len(t), 99), p, torch.special.entr(p).sum(-1))
     keep = (given["labels"].flatten() != IGNORE).nonzero().flatten()
@@ -146,7 +188,9 @@ def test_entries_of_a_cache_meet_the_students_own_logits(name: str) -> None:
 
 
 def test_labels_alone_beside_an_infinite_divergence_train() -> None:
-    """The teacher rules out tokens that the student allows: reverse KL is infinite, and has no weight."""
+    """The teacher rules out tokens that the student allows: reverse KL is infinite, and has no
+    weight.
+    """
     student, teacher = louder(made("phi")), louder(made("phi", seed=1))
     with torch.no_grad():
         teacher.get_output_embeddings().bias[50:] = -torch.inf
@@ -158,16 +202,20 @@ def test_labels_alone_beside_an_infinite_divergence_train() -> None:
     assert done.loss.item() == pytest.approx(value.item(), rel=1e-5)
     assert done.parts.divergence.item() == torch.inf
     layer = student.get_output_embeddings()
-    torch.testing.assert_close(layer.weight.grad.double(), wanted["lm_head.weight"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        layer.weight.grad.double(), wanted["lm_head.weight"], rtol=1e-3, atol=1e-6
+    )
     assert gradient_share(objective, batch()) == 0
 
 
-# -- the proof ------------------------------------------------------------------------------------------------------
+# -- the proof ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gemma2", "nanochat", "vaultgemma"])
 def test_a_cap_that_fresh_logits_do_not_feel_is_seen(name: str) -> None:
-    """Without the cap, the fresh model's logits are the same to a thousandth: only amplified ones tell."""
+    """Without the cap, the fresh model's logits are the same to a thousandth: only amplified ones
+    tell.
+    """
     model = made(name)
     inputs = {"input_ids": torch.arange(3, 9)[None]}
     with torch.no_grad():
@@ -196,7 +244,11 @@ def _proof(model: Any, *, hidden_cap: float) -> Transform | Unknown:
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("falcon_h1", Transform(0.25)), ("inkling", Transform(1 / 24, columns=90)), ("mpt", Transform())],
+    [
+        ("falcon_h1", Transform(0.25)),
+        ("inkling", Transform(1 / 24, columns=90)),
+        ("mpt", Transform()),
+    ],
 )
 def test_what_settings_mean_is_found_out(name: str, wanted: Transform) -> None:
     """Also where packing is impossible; a scale that the class ignores is not applied."""
@@ -262,7 +314,7 @@ def test_logits_of_which_nothing_can_be_learnt_are_refused() -> None:
         examine(model, CPU)
 
 
-# -- documents ------------------------------------------------------------------------------------------------------
+# -- documents ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["opt", "falcon", "biogpt", "ctrl", "granite"])
@@ -275,7 +327,9 @@ def test_a_mask_that_makes_documents_equal_to_documents_alone_is_enough(name: st
 def test_a_boundary_one_token_off_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a model that adds nothing to its residual stream yet: what it will read is seen."""
     right = objective_module.document_mask
-    monkeypatch.setattr(objective_module, "document_mask", lambda positions: right(positions.roll(1)))
+    monkeypatch.setattr(
+        objective_module, "document_mask", lambda positions: right(positions.roll(1))
+    )
     model = made(name)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -293,27 +347,34 @@ def test_a_state_that_runs_on_into_the_next_document_is_caught() -> None:
 
 
 def test_positions_by_distance_are_right_under_a_mask_that_is_added() -> None:
-    """MPT's attention is eager, and its positions (ALiBi) are distances: the same in every document."""
+    """MPT's attention is eager, and its positions (ALiBi) are distances: the same in every
+    document.
+    """
     assert examine(made("mpt"), CPU).masked
 
 
-# -- the transform itself -------------------------------------------------------------------------------------------
+# -- the transform itself -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", [Transform(), Transform(0.3), Transform(cap=5.0), Transform(2.0, 30.0)])
+@pytest.mark.parametrize(
+    "transform", [Transform(), Transform(0.3), Transform(cap=5.0), Transform(2.0, 30.0)]
+)
 def test_slopes_equal_autograd(transform: Transform) -> None:
     product = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
     (wanted,) = torch.autograd.grad(transform.logits(product).sum(), product)
     found = transform.slope(product.detach()) * torch.ones_like(wanted)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
     single = transform.slope(product.detach().float()) * torch.ones(81)
-    torch.testing.assert_close(single.double(), found, rtol=1e-5, atol=0)  # nothing cancels near the cap
+    # nothing cancels near the cap
+    torch.testing.assert_close(single.double(), found, rtol=1e-5, atol=0)
 
 
 def test_full_logits_are_said_with_their_memory() -> None:
     model = made("bert")
     own = examine(model, CPU)
-    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head)
+    objective = Objective(
+        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
+    )
     [said] = objective.full_logits(2**20)
     assert said.startswith("BertLMHeadModel: logits and their gradient are held in full, 792 MiB")
     assert "another function of its hidden states" in said

@@ -25,7 +25,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 16)
 
 
-def compare(loss: Loss, *, teacher: bool = True, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
+def compare(
+    loss: Loss, *, teacher: bool = True, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> None:
     z, t, labels = batch(5, 40, dtype=dtype)
     z, t, labels = scale * z, scale * t[:, :37], labels % 33
     wanted, got = z.clone(), z.clone()
@@ -47,7 +49,9 @@ def test_it_equals_the_definition_on_bf16_tiles(divergence: Divergence) -> None:
     compare(Loss(0.3, divergence, 2.0, 0.4), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("divergence", [each for each in Divergence if each is not Divergence.reverse_kl])
+@pytest.mark.parametrize(
+    "divergence", [each for each in Divergence if each is not Divergence.reverse_kl]
+)
 def test_it_equals_the_definition_on_extreme_logits(divergence: Divergence) -> None:
     compare(Loss(0.3, divergence, 1.0, 0.4), scale=300.0)
 
@@ -58,7 +62,9 @@ def test_it_equals_the_definition_without_a_teacher() -> None:
 
 @pytest.mark.parametrize(("span", "temperature"), [SPANS[0], SPANS[4], SPANS[-1]])
 @pytest.mark.parametrize("divergence", list(Divergence))
-def test_logits_far_apart_are_right(divergence: Divergence, span: float, temperature: float) -> None:
+def test_logits_far_apart_are_right(
+    divergence: Divergence, span: float, temperature: float
+) -> None:
     check_far_apart(kernel.terms_in_place, divergence, span, temperature)
 
 
@@ -94,7 +100,9 @@ def test_scales_and_caps_equal_float64_autograd(divergence: Divergence, ours: Tr
 
 
 def test_no_rows_are_no_launch() -> None:
-    sums = kernel.terms_in_place(torch.zeros(0, 5), None, torch.zeros(0, dtype=torch.long), Loss(), 5)
+    sums = kernel.terms_in_place(
+        torch.zeros(0, 5), None, torch.zeros(0, dtype=torch.long), Loss(), 5
+    )
     assert (sums.ce.item(), sums.divergence.item()) == (0, 0)
 
 
@@ -104,13 +112,14 @@ def test_a_block_that_is_ruled_out_whole_leaves_numbers() -> None:
     t[:, :20] = -torch.inf
     wanted, got = z.clone(), z.clone()
     expected, sums = (
-        run(tile, t, labels, Loss(0.2), 40) for run, tile in ((plain, wanted), (kernel.terms_in_place, got))
+        run(tile, t, labels, Loss(0.2), 40)
+        for run, tile in ((plain, wanted), (kernel.terms_in_place, got))
     )
     assert sums.divergence.item() == pytest.approx(expected.divergence.item(), rel=1e-4)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-# -- a cached teacher ------------------------------------------------------------------------------------------------
+# -- a cached teacher -----------------------------------------------------------------------------
 
 
 def entries(rows: int, columns: int, width: int, *, residual: bool = False) -> Sparse:
@@ -144,13 +153,17 @@ def test_entries_meet_the_students_scale_and_cap(ours: Transform, *, residual: b
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(
-    ("ce_weight", "scale", "width"), [(0.0, 1.0, 12), (0.3, 1.0, 5), (0.3, 300.0, 12), (1.0, 1.0, 1)]
+    ("ce_weight", "scale", "width"),
+    [(0.0, 1.0, 12), (0.3, 1.0, 5), (0.3, 300.0, 12), (1.0, 1.0, 1)],
 )
 def test_a_cached_teacher_equals_the_definition(
     ce_weight: float, scale: float, width: int, temperature: float, *, residual: bool
 ) -> None:
     z, _, labels = batch(5, 40, dtype=torch.float32)
-    teacher, loss = entries(5, 33, width, residual=residual), Loss(ce_weight, temperature=temperature)
+    teacher, loss = (
+        entries(5, 33, width, residual=residual),
+        Loss(ce_weight, temperature=temperature),
+    )
     labels = labels % 33
     labels[0] = teacher.ids[0, 0]  # the label is an entry, too
     wanted, got = scale * z, scale * z

@@ -1,4 +1,6 @@
-"""Models that would read from one packed document into the next: a document a row, tokens alone, and the same loss."""
+"""Models that would read from one packed document into the next: a document a row, tokens alone,
+and the same loss.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,35 @@ from pipeline.training.objective import Objective, Teacher, examine
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDE: dict[str, Any] = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-                        "intermediate_size": 64}  # fmt: skip
+WIDE: dict[str, Any] = {
+    **SIZES,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 KINDS: dict[str, Any] = {
-    "states": lambda: transformers.Mamba2Config(**SIZES, hidden_size=64, num_hidden_layers=2, num_heads=4, head_dim=32,
-                                                state_size=8, n_groups=1, chunk_size=8),
+    "states": lambda: transformers.Mamba2Config(
+        **SIZES,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=32,
+        state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    ),
     "no positions": lambda: transformers.BloomConfig(**SIZES, hidden_size=64, n_layer=2, n_head=2),
-    "learnt positions, no mask": lambda: transformers.OpenAIGPTConfig(**SIZES, n_embd=64, n_layer=2, n_head=2,
-                                                                      n_positions=128),
-    "positions from 2 on": lambda: transformers.CamembertConfig(**{**WIDE, "pad_token_id": 1}, is_decoder=True,
-                                                                max_position_embeddings=130),
-    "another offset": lambda: transformers.Data2VecTextConfig(**WIDE, is_decoder=True, max_position_embeddings=130),
-}  # fmt: skip
+    "learnt positions, no mask": lambda: transformers.OpenAIGPTConfig(
+        **SIZES, n_embd=64, n_layer=2, n_head=2, n_positions=128
+    ),
+    "positions from 2 on": lambda: transformers.CamembertConfig(
+        **{**WIDE, "pad_token_id": 1}, is_decoder=True, max_position_embeddings=130
+    ),
+    "another offset": lambda: transformers.Data2VecTextConfig(
+        **WIDE, is_decoder=True, max_position_embeddings=130
+    ),
+}
 
 
 def made(kind: str) -> Any:
@@ -59,7 +78,9 @@ def batch_of(texts: list[str], length: int, *, apart: bool) -> dict[str, torch.T
 
 
 def plain_loss(model: Any, texts: list[str], length: int) -> float:
-    """Return the mean loss of texts, each cut into stretches that know nothing of one another, by the model alone."""
+    """Return the mean loss of texts, each cut into stretches that know nothing of one another, by
+    the model alone.
+    """
     losses: list[torch.Tensor] = []
     for text in texts:
         [encoded] = encode_all([Document(text)], byte_tokenizer(), Task.causal_lm, max_length=0)
@@ -79,11 +100,15 @@ def test_the_loss_is_that_of_each_document_as_it_is_scored_and_served(kind: str)
     model = made(kind)
     own = examine(model, CPU)
     assert not own.packs
-    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), packs=False, head=own.head)
+    objective = Objective(
+        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), packs=False, head=own.head
+    )
     with torch.no_grad():
         found = objective(batch_of(TEXTS, 16, apart=True))
         assert float(found.loss) == pytest.approx(plain_loss(model, TEXTS, 16), rel=1e-5)
-        taken_at_its_word = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), head=own.head)
+        taken_at_its_word = Objective(
+            model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), head=own.head
+        )
         if kind.startswith(("states", "positions", "another")):
             packed = taken_at_its_word(batch_of(TEXTS, 16, apart=False))
             assert abs(float(packed.loss) - float(found.loss)) > 1e-4
@@ -95,16 +120,28 @@ def test_a_teacher_that_packs_teaches_a_student_that_does_not() -> None:
     teacher, student = transformers.LlamaForCausalLM(config).eval(), made("states")
     theirs, ours = examine(teacher, CPU), examine(student, CPU)
     assert (theirs.packs, ours.packs) == (True, False)
-    taught = Teacher(teacher, Precision.fp32, Loss(0.0), masked=theirs.masked, head=theirs.head, packs=theirs.packs)
+    taught = Teacher(
+        teacher,
+        Precision.fp32,
+        Loss(0.0),
+        masked=theirs.masked,
+        head=theirs.head,
+        packs=theirs.packs,
+    )
     clock = PhaseClock()
-    objective = Objective(student, Task.causal_lm, Precision.fp32, CPU, clock, taught, packs=False, head=ours.head)
+    objective = Objective(
+        student, Task.causal_lm, Precision.fp32, CPU, clock, taught, packs=False, head=ours.head
+    )
     with torch.no_grad():
         found = objective(batch_of(TEXTS, 64, apart=True))
         kl, count = 0.0, 0
         for text in TEXTS:
             [encoded] = encode_all([Document(text)], byte_tokenizer(), Task.causal_lm, max_length=0)
             ids = torch.from_numpy(encoded.input_ids).long()[None]
-            p, q = (F.log_softmax(each(input_ids=ids).logits[0, :-1].double(), -1) for each in (teacher, student))
+            p, q = (
+                F.log_softmax(each(input_ids=ids).logits[0, :-1].double(), -1)
+                for each in (teacher, student)
+            )
             kl += float((p.exp() * (p - q)).sum())
             count += ids.shape[1] - 1
     assert float(found.loss) == pytest.approx(kl / count, rel=1e-4)
@@ -112,7 +149,10 @@ def test_a_teacher_that_packs_teaches_a_student_that_does_not() -> None:
 
 def test_rows_of_one_document_hold_all_of_it_once() -> None:
     batch = batch_of(["abcdefghij" * 3, "k"], 16, apart=True)
-    read = [row[:size].tolist() for row, size in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
+    read = [
+        row[:size].tolist()
+        for row, size in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)
+    ]
     documents = [Document("abcdefghij" * 3), Document("k")]
     [long, short] = encode_all(documents, byte_tokenizer(), Task.causal_lm, max_length=0)
     whole = [*long.input_ids.tolist(), *short.input_ids.tolist()]
@@ -128,14 +168,25 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         examine(model, CPU)
 
 
-def test_such_a_model_is_distilled_from_a_cache_and_live_and_says_how_it_reads(tmp_path: Path) -> None:
+def test_such_a_model_is_distilled_from_a_cache_and_live_and_says_how_it_reads(
+    tmp_path: Path,
+) -> None:
     save_model(made("states"), byte_tokenizer(), tmp_path / "teacher")
-    (tmp_path / "d.jsonl").write_text("".join(
-        json.dumps({"text": f"{'the wheel turns ' * (1 + number % 4)}{number}"}) + "\n" for number in range(120)
-    ))  # fmt: skip
-    common = [f"model.path={tmp_path / 'teacher'}", f"data.path={tmp_path / 'd.jsonl'}", "tracking=off",
-              *(each for each in TINY if not each.startswith(("model.", "data.", "training.steps"))),
-              "stages.teacher.steps=3", "stages.student.steps=3", "stages.student.insist=true"]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"{'the wheel turns ' * (1 + number % 4)}{number}"}) + "\n"
+            for number in range(120)
+        )
+    )
+    common = [
+        f"model.path={tmp_path / 'teacher'}",
+        f"data.path={tmp_path / 'd.jsonl'}",
+        "tracking=off",
+        *(each for each in TINY if not each.startswith(("model.", "data.", "training.steps"))),
+        "stages.teacher.steps=3",
+        "stages.student.steps=3",
+        "stages.student.insist=true",
+    ]
     for recipe in ("distill", "distill_cached"):
         done = here(tmp_path, f"recipe={recipe}", *common)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Every --help against the code: options, defaults, exit codes and keys that it names are those that are read."""
+"""Every --help against the code: options, defaults, exit codes and keys that it names are those
+that are read.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import pytest
 
 from pipeline.cli import main as cli
 from pipeline.cli.arguments import is_known
-from pipeline.cli.commands import COMMANDS, chargeback, history, meter, register, run_command, selftest
+from pipeline.cli.commands import (
+    COMMANDS,
+    chargeback,
+    history,
+    meter,
+    register,
+    run_command,
+    selftest,
+)
 from pipeline.cli.recipes import config_dir
 from pipeline.compare.history import ALPHA, LEAST_EARLIER
 from pipeline.config.settings import Precision, Task
@@ -32,7 +42,9 @@ def named(text: str) -> set[str]:
         (meter.HELP, (*options.VALUED, *options.FLAGS)),
     ],
 )
-def test_the_options_that_are_named_are_those_that_are_read(text: str, read: tuple[str, ...]) -> None:
+def test_the_options_that_are_named_are_those_that_are_read(
+    text: str, read: tuple[str, ...]
+) -> None:
     assert named(text) == set(read)
 
 
@@ -47,7 +59,9 @@ def test_every_key_of_a_chargeback_is_named_and_taken(
     assert key in re.findall(r"\w+", line)
 
 
-def test_what_the_first_help_says_a_chargeback_is_by_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_first_help_says_a_chargeback_is_by_can_be_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(chargeback, "_store", lambda *_: "sqlite:///x.db")
     said = re.search(r"what a period's runs cost, by (.+) or another key", cli.HELP)
     assert said is not None
@@ -70,7 +84,9 @@ def test_the_settings_and_choices_that_are_named_are_there() -> None:
 
 def test_every_exit_code_is_named_once() -> None:
     text = cli.HELP.partition("Exit codes: ")[2]
-    assert [int(code) for code in re.findall(r"(?:^|, |\n)(\d+) ", text)] == [int(code) for code in Exit]
+    assert [int(code) for code in re.findall(r"(?:^|, |\n)(\d+) ", text)] == [
+        int(code) for code in Exit
+    ]
 
 
 def test_every_flag_of_the_first_help_is_taken() -> None:
@@ -100,7 +116,9 @@ def test_what_a_self_test_and_a_registration_take_is_named() -> None:
         assert f"{name}=" in selftest.USAGE
     policies = re.search(r"policy=([\w|]+)", selftest.USAGE)
     assert policies is not None
-    assert {path.stem for path in (config_dir() / "policy").glob("*.yaml")} == set(policies.group(1).split("|"))
+    assert {path.stem for path in (config_dir() / "policy").glob("*.yaml")} == set(
+        policies.group(1).split("|")
+    )
     assert re.findall(r"(\w+)=", register.USAGE) == list(register.KEYS)
 
 

@@ -1,4 +1,6 @@
-"""The gate's criteria by hand, and its promises by simulation through the shipped code, from item files on."""
+"""The gate's criteria by hand, and its promises by simulation through the shipped code, from item
+files on.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,12 @@ def criterion(outcome: Outcome, *, gating: bool = True) -> Criterion:
 @pytest.mark.parametrize(
     ("outcomes", "worst"),
     [
-        ([PASS, PASS], PASS), ([PASS, OPEN], OPEN), ([OPEN, FAIL, PASS], FAIL), ([FAIL, INVALID, OPEN], INVALID),
+        ([PASS, PASS], PASS),
+        ([PASS, OPEN], OPEN),
+        ([OPEN, FAIL, PASS], FAIL),
+        ([FAIL, INVALID, OPEN], INVALID),
     ],
-)  # fmt: skip
+)
 def test_the_worst_of_what_is_asked_for_decides(outcomes: list[Outcome], worst: Outcome) -> None:
     shown_only = criterion(INVALID, gating=False)
     assert decide([*map(criterion, outcomes), shown_only]) is worst
@@ -66,7 +71,9 @@ def test_invalid_keeps_the_reading_and_names_the_reasons() -> None:
 
 
 def test_serving_by_hand() -> None:
-    """Blocks that all save exactly a half have no spread; the other way round they cost twice as much."""
+    """Blocks that all save exactly a half have no spread; the other way round they cost twice as
+    much.
+    """
     half, whole = np.full((4, 2), 0.5), np.ones((4, 2))
     saved = serving_criterion(half, whole, minimum=0.2, alpha=0.0304)
     assert (saved.outcome, saved.value.v, saved.ci, saved.n) == (PASS, 0.5, (0.5, 0.5), 4)
@@ -78,8 +85,12 @@ def test_serving_by_hand() -> None:
 def test_memory_is_counted_and_at_least_the_minimum_passes() -> None:
     made = memory_criterion(measured(90), measured(100), of="peak_bytes", minimum=0.1)
     assert (made.outcome, made.ci, made.why) == (PASS, None, "of peak_bytes")
-    assert memory_criterion(measured(91), measured(100), of="peak_bytes", minimum=0.1).outcome is FAIL
-    assert memory_criterion(null("no"), measured(100), of="peak_bytes", minimum=0.1).outcome is INVALID
+    assert (
+        memory_criterion(measured(91), measured(100), of="peak_bytes", minimum=0.1).outcome is FAIL
+    )
+    assert (
+        memory_criterion(null("no"), measured(100), of="peak_bytes", minimum=0.1).outcome is INVALID
+    )
 
 
 def test_training_needs_a_ledger_and_a_spread() -> None:
@@ -87,12 +98,15 @@ def test_training_needs_a_ledger_and_a_spread() -> None:
     alone = training_criterion(*hours, None, minimum=0.1, alpha=0.05)
     assert (alone.outcome, alone.value.v, alone.ci) == (OPEN, 0.4, None)
     assert "point estimate only" in (alone.why or "")
-    # sd 0.05 over 5 runs, the candidate's twice that: ln 0.6 -+ t(0.95, 4) 0.05 sqrt(5) = -0.5108 -+ 2.1318 x 0.1118
+    # sd 0.05 over 5 runs, the candidate's twice that: ln 0.6 -+ t(0.95, 4) 0.05 sqrt(5) = -0.5108
+    # -+ 2.1318 x 0.1118
     read = training_criterion(*hours, Spread(0.05, 5, "s"), minimum=0.1, alpha=0.05)
     half = 2.1318467863 * 0.05 * math.sqrt(5)
     assert read.ci == pytest.approx((1 - 0.6 * math.exp(half), 1 - 0.6 * math.exp(-half)))
     assert read.outcome is PASS
-    missing = training_criterion(hours[0], null("no ledger: baseline"), None, minimum=0.1, alpha=0.05)
+    missing = training_criterion(
+        hours[0], null("no ledger: baseline"), None, minimum=0.1, alpha=0.05
+    )
     assert (missing.outcome, missing.why) == (FAIL, "no ledger: baseline")
     assert training_criterion(hours[0], null("x"), None, minimum=None, alpha=0.05).gating is False
 
@@ -100,11 +114,17 @@ def test_training_needs_a_ledger_and_a_spread() -> None:
 @pytest.mark.parametrize(
     ("value", "probability", "within", "outcome"),
     [
-        (2e6, 0.97, 1e7, PASS), (2e6, 0.5, 1e7, OPEN), (2e6, 0.01, 1e7, FAIL), (None, 0.0, 1e7, FAIL),
-        (2e6, None, None, PASS), (None, None, None, FAIL),
+        (2e6, 0.97, 1e7, PASS),
+        (2e6, 0.5, 1e7, OPEN),
+        (2e6, 0.01, 1e7, FAIL),
+        (None, 0.0, 1e7, FAIL),
+        (2e6, None, None, PASS),
+        (None, None, None, FAIL),
     ],
-)  # fmt: skip
-def test_payback_is_read_on_the_chance_of_having_paid(value: Any, probability: Any, within: Any, outcome: Any) -> None:
+)
+def test_payback_is_read_on_the_chance_of_having_paid(
+    value: Any, probability: Any, within: Any, outcome: Any
+) -> None:
     paid = null("never: not cheaper") if value is None else Value(value, DERIVED)
     chance = null("not declared") if probability is None else Value(probability, DERIVED)
     given = {**paid.to_json(), "unit": "token", "p_net_positive": chance.to_json()}
@@ -112,7 +132,11 @@ def test_payback_is_read_on_the_chance_of_having_paid(value: Any, probability: A
 
 
 def test_a_payback_that_nobody_knows_is_invalid() -> None:
-    unknown = {**null("no ledger: base").to_json(), "unit": "token", "p_net_positive": null("no ledger").to_json()}
+    unknown = {
+        **null("no ledger: base").to_json(),
+        "unit": "token",
+        "p_net_positive": null("no ledger").to_json(),
+    }
     assert payback_criterion(unknown, within=1e6, alpha=0.05).outcome is INVALID
     assert unread("energy", "no counter", 0.1).outcome is INVALID
 
@@ -122,22 +146,27 @@ def test_what_disturbed_a_pass_is_named() -> None:
     assert disturbed(PolicyConfig(), "cpu", quiet) == []
     loud = {"throttle_share": measured(0.5).to_json(), "foreign_load": measured(0.4).to_json()}
     assert disturbed(PolicyConfig(hardware="H200"), "H100", loud) == [
-        "measured on H100, and the policy asks for H200", "throttled 50% of the time, 5% allowed",
+        "measured on H100, and the policy asks for H200",
+        "throttled 50% of the time, 5% allowed",
         "others used 40% of the machine, 10% allowed",
-    ]  # fmt: skip
+    ]
     unknown = {**quiet, "foreign_load": null("no NVML").to_json()}
     assert "unknown (no NVML)" in disturbed(PolicyConfig(), "cpu", unknown)[0]
     assert disturbed(PolicyConfig(max_foreign_load=None), "cpu", unknown) == []
 
 
-# -- simulation, from item files on ---------------------------------------------------------------------------------
+# -- simulation, from item files on ---------------------------------------------------------------
 
 N = 2000
 FEW = 60  # of the default suite, where they show that the path works; the rates are the slow one's
 
 
-def answers(rng: np.random.Generator, n: int, delta: float, discordant: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return right-or-wrong answers (n,) of arm and base: the arm better by `delta` in truth, `discordant` disagree."""
+def answers(
+    rng: np.random.Generator, n: int, delta: float, discordant: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return right-or-wrong answers (n,) of arm and base: the arm better by `delta` in truth,
+    `discordant` disagree.
+    """
     kind = rng.random(n)
     only_arm, only_base = (discordant + delta) / 2, (discordant - delta) / 2
     base = rng.random(n) < 0.8
@@ -157,7 +186,9 @@ def written(path: Path, right: np.ndarray) -> Path:
 
 def through_files(tmp_path: Path, arm: np.ndarray, base: np.ndarray, margin: float) -> Criterion:
     """Return the criterion on accuracy, from files as the gate takes them."""
-    given = [written(tmp_path / f"{name}.jsonl", right) for name, right in (("arm", arm), ("base", base))]
+    given = [
+        written(tmp_path / f"{name}.jsonl", right) for name, right in (("arm", arm), ("base", base))
+    ]
     return read_back("accuracy", given, Task.sequence_classification, margin)
 
 
@@ -170,13 +201,19 @@ def read_back(metric: str, given: list[Path], task: Task, margin: float) -> Crit
     return quality_criterion(metric, *sides, POLICY, margin=margin)
 
 
-def bits_through_files(folder: Path, rng: np.random.Generator, shape: str, n: int, worse: float) -> Criterion:
-    """Return the criterion on bits per byte of `n` documents of unequal sizes; the arm takes `worse` more in truth."""
+def bits_through_files(
+    folder: Path, rng: np.random.Generator, shape: str, n: int, worse: float
+) -> Criterion:
+    """Return the criterion on bits per byte of `n` documents of unequal sizes; the arm takes
+    `worse` more in truth.
+    """
     arm, base, size = documents(rng, shape, n, 1.0, worse)
     given = []
     for name, bits in (("arm", arm), ("base", base)):
-        rows = ({"digest": f"{i:06d}", "bits": b, "bytes": int(s), "tokens": 9, "correct": 4}
-                for i, (b, s) in enumerate(zip(bits.tolist(), size, strict=True)))  # fmt: skip
+        rows = (
+            {"digest": f"{i:06d}", "bits": b, "bytes": int(s), "tokens": 9, "correct": 4}
+            for i, (b, s) in enumerate(zip(bits.tolist(), size, strict=True))
+        )
         given.append(folder / f"{name}.jsonl")
         given[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_back("bits_per_byte", given, Task.causal_lm, 0.01)
@@ -184,16 +221,21 @@ def bits_through_files(folder: Path, rng: np.random.Generator, shape: str, n: in
 
 @pytest.mark.parametrize("runs", [FEW, pytest.param(N, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("discordant", [0.03, 0.2])
-def test_a_model_at_the_margin_passes_at_most_6_percent(tmp_path: Path, runs: int, discordant: float) -> None:
+def test_a_model_at_the_margin_passes_at_most_6_percent(
+    tmp_path: Path, runs: int, discordant: float
+) -> None:
     rng = np.random.default_rng(runs)
     passed = sum(
-        through_files(tmp_path, *answers(rng, 400, -0.02, discordant), margin=0.02).outcome is PASS for _ in range(runs)
+        through_files(tmp_path, *answers(rng, 400, -0.02, discordant), margin=0.02).outcome is PASS
+        for _ in range(runs)
     )
     assert passed / runs <= 0.06 + 2 * math.sqrt(0.06 * 0.94 / runs) * (runs < N)
 
 
 @pytest.mark.parametrize("runs", [FEW, pytest.param(N, marks=pytest.mark.slow)])
-def test_equal_models_fail_at_most_alpha_of_the_time_and_pass_where_the_planner_said(tmp_path: Path, runs: int) -> None:
+def test_equal_models_fail_at_most_alpha_of_the_time_and_pass_where_the_planner_said(
+    tmp_path: Path, runs: int
+) -> None:
     rng = np.random.default_rng(runs + 1)
     right = np.ones(200, dtype=bool)
     arm, base = right.copy(), right.copy()
@@ -201,7 +243,10 @@ def test_equal_models_fail_at_most_alpha_of_the_time_and_pass_where_the_planner_
     pilot = through_files(tmp_path, arm, base, margin=0.02)
     assert pilot.outcome is OPEN
     assert pilot.needed is not None
-    found = [through_files(tmp_path, *answers(rng, pilot.needed, 0.0, 0.1), margin=0.02).outcome for _ in range(runs)]
+    found = [
+        through_files(tmp_path, *answers(rng, pilot.needed, 0.0, 0.1), margin=0.02).outcome
+        for _ in range(runs)
+    ]
     slack = 2 * math.sqrt(0.8 * 0.2 / runs)
     assert found.count(PASS) / runs >= 0.8 - slack * (runs < N)
     assert found.count(FAIL) / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
@@ -212,9 +257,13 @@ SKEWED = ["normal", "damage to a tail", "5% damaged"]
 
 @pytest.mark.parametrize("runs", [FEW, pytest.param(N, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", SKEWED)
-def test_bits_of_skewed_documents_at_the_margin_pass_at_most_6_percent(tmp_path: Path, runs: int, shape: str) -> None:
+def test_bits_of_skewed_documents_at_the_margin_pass_at_most_6_percent(
+    tmp_path: Path, runs: int, shape: str
+) -> None:
     rng = np.random.default_rng(runs + 2)
-    passed = sum(bits_through_files(tmp_path, rng, shape, 400, 0.01).outcome is PASS for _ in range(runs))
+    passed = sum(
+        bits_through_files(tmp_path, rng, shape, 400, 0.01).outcome is PASS for _ in range(runs)
+    )
     assert passed / runs <= 0.06 + 2 * math.sqrt(0.06 * 0.94 / runs) * (runs < N)
 
 
@@ -225,22 +274,29 @@ def test_documents_of_an_equal_model_pass_where_the_planner_said_and_fail_at_mos
     rng, outcomes = np.random.default_rng(runs + 3), list[Outcome]()
     while len(outcomes) < runs:
         pilot = bits_through_files(tmp_path, rng, "normal", 60, 0.0)
-        # one that reads worse than the margin plans to fail what it read, however close that is to the margin
+        # one that reads worse than the margin plans to fail what it read, however close that is to
+        # the margin
         if pilot.outcome is OPEN and pilot.needed is not None and (pilot.value.v or 0.0) > -0.01:
             outcomes.append(bits_through_files(tmp_path, rng, "normal", pilot.needed, 0.0).outcome)
     assert outcomes.count(PASS) / runs >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / runs) * (runs < N)
     assert outcomes.count(FAIL) / runs <= 0.05
 
 
-def two_looks(rng: np.random.Generator, saving: float, minimum: float, drift: float) -> tuple[Outcome, list[float]]:
-    """Return what the two-look rule says of readings that drift, and the saving read at every look."""
+def two_looks(
+    rng: np.random.Generator, saving: float, minimum: float, drift: float
+) -> tuple[Outcome, list[float]]:
+    """Return what the two-look rule says of readings that drift, and the saving read at every
+    look.
+    """
     alpha, arm, base, read = look_alpha(0.05, 2), [], [], []
     for look in (1, 2):
         steps = np.arange(16).reshape(4, 4) + 16 * (look - 1)
         noise = np.exp(drift * steps + 0.01 * rng.standard_normal((4, 4)))
         arm.append((1 - saving) * noise[:, [0, 3]])
         base.append(noise[:, [1, 2]])
-        made = serving_criterion(np.concatenate(arm), np.concatenate(base), minimum=minimum, alpha=alpha)
+        made = serving_criterion(
+            np.concatenate(arm), np.concatenate(base), minimum=minimum, alpha=alpha
+        )
         read.append(made.value.v or 0.0)
         if made.outcome is not OPEN:
             break

@@ -59,7 +59,9 @@ def test_a_lock_that_another_process_holds_is_waited_for_aloud(
     FileLock(lock).acquire(timeout=0)  # let go of
 
 
-def test_a_slow_hub_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_hub_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoConfig
 
     from pipeline.errors import UserError
@@ -74,4 +76,6 @@ def test_a_slow_hub_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("pipeline.store.hub._known", {})
     with pytest.raises(UserError, match="no route to host"):
         load_config("somebody/some-model")
-    assert capsys.readouterr().err.startswith("waiting for the Hugging Face Hub to give somebody/some-model (2 s")
+    assert capsys.readouterr().err.startswith(
+        "waiting for the Hugging Face Hub to give somebody/some-model (2 s"
+    )

@@ -1,4 +1,6 @@
-"""Which GPUs a command used, by a fake NVML: visible ones by UUID, those it appeared on, and what they did."""
+"""Which GPUs a command used, by a fake NVML: visible ones by UUID, those it appeared on, and what
+they did.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,18 @@ IDS = ("GPU-aa1", "GPU-ab2", "GPU-b3")
 @pytest.mark.parametrize(
     ("named", "found"),
     [
-        (None, IDS), ("", ()), ("NoDevFiles", ()), ("-1", ()), ("1", ("GPU-ab2",)), ("2, 0", ("GPU-b3", "GPU-aa1")),
-        ("GPU-b", ("GPU-b3",)), ("GPU-a", ()), ("0,9,1", ("GPU-aa1",)), ("GPU-b3,GPU-aa1", ("GPU-b3", "GPU-aa1")),
+        (None, IDS),
+        ("", ()),
+        ("NoDevFiles", ()),
+        ("-1", ()),
+        ("1", ("GPU-ab2",)),
+        ("2, 0", ("GPU-b3", "GPU-aa1")),
+        ("GPU-b", ("GPU-b3",)),
+        ("GPU-a", ()),
+        ("0,9,1", ("GPU-aa1",)),
+        ("GPU-b3,GPU-aa1", ("GPU-b3", "GPU-aa1")),
     ],
-)  # fmt: skip
+)
 def test_visible_gpus_are_those_cuda_would_show(named: str | None, found: tuple[str, ...]) -> None:
     environ = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
     assert tuple(visible(Node(*IDS), environ)) == found
@@ -96,7 +106,9 @@ def test_who_was_there_before_is_not_the_command() -> None:
     assert said == []
 
 
-def _watched(node: Node, appears: tuple[str, ...], opened: dict[str, str | None], asked: Any = None) -> Used:
+def _watched(
+    node: Node, appears: tuple[str, ...], opened: dict[str, str | None], asked: Any = None
+) -> Used:
     watch = Watch(asked, {}, nvml=node)
     watch.start()
     for uuid in appears:
@@ -123,7 +135,8 @@ def test_none_used_is_a_cpu_host_and_says_so() -> None:
 def test_only_gpus_that_are_asked_for_are_looked_at() -> None:
     assert _watched(Node(*IDS), ("GPU-aa1", "GPU-b3"), {}, asked=("GPU-b3",)).ids == ("GPU-b3",)
     with pytest.raises(
-        UserError, match=r"^--gpus: NVML does not know GPU-x .*; name some of GPU-aa1, GPU-ab2, GPU-b3$"
+        UserError,
+        match=r"^--gpus: NVML does not know GPU-x .*; name some of GPU-aa1, GPU-ab2, GPU-b3$",
     ):
         Watch(("GPU-x",), {}, nvml=Node(*IDS))
 
@@ -136,7 +149,9 @@ def test_without_a_driver_ranks_are_believed_and_the_command_line_is_not() -> No
     used = watch.stop(0, 1, {"GPU-q": "NVIDIA H200"})
     assert (used.ids, used.name) == (("GPU-q",), "NVIDIA H200")
     assert used.read().energy_j.why_null == "no NVIDIA driver to ask (Driver Not Loaded)"
-    with pytest.raises(UserError, match=r"^--gpus: GPU-x cannot be confirmed: no NVIDIA driver to ask"):
+    with pytest.raises(
+        UserError, match=r"^--gpus: GPU-x cannot be confirmed: no NVIDIA driver to ask"
+    ):
         Watch(("GPU-x",), {}, nvml=Node(init=NO_DRIVER))
     assert replace(Watch((), {}, nvml=Node(*IDS)).stop(0, 1, {}), load=None) == cpu_host()
 
@@ -146,19 +161,41 @@ def test_what_is_journaled_is_read_back() -> None:
     assert Used.from_json(used.to_json()).ids == ("GPU-q",)
 
 
-# -- rows on GPUs ----------------------------------------------------------------------------------------------------
+# -- rows on GPUs ---------------------------------------------------------------------------------
 
 
-def _row(used: Used, *, grant: dict[str, Any] | None, lives: tuple[Life, ...] = (), status: str = "FINISHED") -> Any:
-    start = {"identity": {}, "cost": plain(CostConfig(per_device_hour=2.0)), "node": "n1", "grant": grant}
+def _row(
+    used: Used,
+    *,
+    grant: dict[str, Any] | None,
+    lives: tuple[Life, ...] = (),
+    status: str = "FINISHED",
+) -> Any:
+    start = {
+        "identity": {},
+        "cost": plain(CostConfig(per_device_hour=2.0)),
+        "node": "n1",
+        "grant": grant,
+    }
     facts = Facts(
-        name="sft", status=status, why=None, start_ns=0, end_ns=3600 * S, used=used, host_peak=measured(1)
-    )  # fmt: skip
+        name="sft",
+        status=status,
+        why=None,
+        start_ns=0,
+        end_ns=3600 * S,
+        used=used,
+        host_peak=measured(1),
+    )
     return make_row(start, facts, lives)["ledger"]
 
 
 def _two(**figures: Any) -> Used:
-    known = {"energy_j": measured(5e6), "busy": measured(0.9), "sm_active": measured(0.5), "tensor_active": null("no")}
+    known = {
+        "energy_j": measured(5e6),
+        "busy": measured(0.9),
+        "sm_active": measured(0.5),
+        "tensor_active": null("no"),
+    }
     usage = replace(unread("not asked"), **{**known, **figures})
     return Used(kind="cuda", name="NVIDIA H200", ids=("GPU-a", "GPU-b"), usage=usage)
 
@@ -168,15 +205,32 @@ SLURM = {"scheduler": "slurm", "job_id": "1", "gpus": 8}
 
 def test_gpu_hours_are_nested_and_close() -> None:
     lives = tuple(
-        Life(rank=rank, local_rank=rank, world_size=2, start_ns=0, end_ns=end * S, phases_ns={"forward": end * S})
+        Life(
+            rank=rank,
+            local_rank=rank,
+            world_size=2,
+            start_ns=0,
+            end_ns=end * S,
+            phases_ns={"forward": end * S},
+        )
         for rank, end in ((0, 3600), (1, 1800))
     )
     ledger = _row(_two(), grant=SLURM, lives=lives)
     assert ledger["meter_problems"] == []
     hours = {name: value["v"] for name, value in ledger["gpu_hours"].items()}
-    assert hours == {"attached": 2.0, "allocated": 8.0, "busy": 1.8, "sm_active": 1.0, "tensor_active": None,
-                     "productive": 1.5, "support": 0.0, "wasted": 0.5}  # fmt: skip
-    assert {name: value["v"] for name, value in ledger["device_hours"]["wasted_by"].items()} == {"idle_rank": 0.5}
+    assert hours == {
+        "attached": 2.0,
+        "allocated": 8.0,
+        "busy": 1.8,
+        "sm_active": 1.0,
+        "tensor_active": None,
+        "productive": 1.5,
+        "support": 0.0,
+        "wasted": 0.5,
+    }
+    assert {name: value["v"] for name, value in ledger["device_hours"]["wasted_by"].items()} == {
+        "idle_rank": 0.5
+    }
     assert ledger["phases_ns"] == {"forward": 2700 * S, "other": 900 * S}
     assert (ledger["energy_j"]["v"], ledger["cost"]["amount"]["prov"]) == (5e6, "declared")
 
@@ -199,9 +253,17 @@ def test_usage_of_several_devices_is_one_window_s() -> None:
     one = Usage(**all_of(1.0), problems=("odd",))
     two = Usage(**all_of(3.0), problems=("odd",), throttle_reasons=("power cap",))
     both = over_devices([one, two])
-    added, highest = ("energy_j", "energy_integral_j", "power_w_mean"), ("memory_used_peak_bytes", "temperature_c_max")
-    wanted = {**dict.fromkeys(FIGURES, 2.0), **dict.fromkeys(added, 4.0), **dict.fromkeys(highest, 3.0),
-              "sm_clock_mhz_min": 1.0, "foreign_load": None}  # fmt: skip
+    added, highest = (
+        ("energy_j", "energy_integral_j", "power_w_mean"),
+        ("memory_used_peak_bytes", "temperature_c_max"),
+    )
+    wanted = {
+        **dict.fromkeys(FIGURES, 2.0),
+        **dict.fromkeys(added, 4.0),
+        **dict.fromkeys(highest, 3.0),
+        "sm_clock_mhz_min": 1.0,
+        "foreign_load": None,
+    }
     assert {name: getattr(both, name).v for name in FIGURES} == wanted
     assert (both.problems, both.throttle_reasons) == (("odd",), ("power cap",))
     assert over_devices([one]).energy_j == measured(1.0)
@@ -223,7 +285,7 @@ def test_a_grant_that_a_command_never_touched_is_seen() -> None:
     assert ledger["placement"]["uuids"] == []
 
 
-# -- a GPU that is lost, a driver that answers what nobody foresaw ---------------------------------------------------
+# -- a GPU that is lost, a driver that answers what nobody foresaw --------------------------------
 
 
 class Lossy(Node):
@@ -244,14 +306,22 @@ def test_a_lost_gpu_leaves_the_numbers_of_the_others_as_they_are(error: type[Exc
     node.error = error
     assert tuple(visible(node, {})) == ("GPU-aa1", "GPU-b3")
     assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "2,0"})) == ("GPU-b3", "GPU-aa1")
-    assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "0,1,2"})) == ("GPU-aa1",)  # as in CUDA, the list ends there
+    # as in CUDA, the list ends there
+    assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "0,1,2"})) == ("GPU-aa1",)
     assert tuple(visible(node, {"CUDA_VISIBLE_DEVICES": "0,MIG-gone"})) == ("GPU-aa1",)
 
 
-@pytest.mark.parametrize("name", [
-    "nvmlDeviceGetCount", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetName",
-    "nvmlInit", "nvmlDeviceGetUUID",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nvmlDeviceGetCount",
+        "nvmlDeviceGetComputeRunningProcesses",
+        "nvmlDeviceGetMemoryInfo",
+        "nvmlDeviceGetName",
+        "nvmlInit",
+        "nvmlDeviceGetUUID",
+    ],
+)
 def test_a_driver_that_fails_ends_no_metering(name: str) -> None:
     node = Node(*IDS)
 

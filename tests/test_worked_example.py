@@ -1,4 +1,6 @@
-"""The worked example: one GPU, a student killed once, two controls; every minute booked, every figure by hand."""
+"""The worked example: one GPU, a student killed once, two controls; every minute booked, every
+figure by hand.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ TIMELINE: list[tuple[int, str, str | None, int, int]] = [
 ]
 
 
-def _lay_out(timeline: list[tuple[int, str, str | None, int, int]]) -> tuple[list[Window], dict[int, Span]]:
+def _lay_out(
+    timeline: list[tuple[int, str, str | None, int, int]],
+) -> tuple[list[Window], dict[int, Span]]:
     """Put intervals one after another; every attempt has a clock of its own."""
     windows: list[Window] = []
     spans: dict[int, Span] = {}
@@ -55,10 +59,15 @@ def _lay_out(timeline: list[tuple[int, str, str | None, int, int]]) -> tuple[lis
             purpose: Literal["work", "assess", "compare"] = kind  # pyright: ignore[reportAssignmentType]
             windows.append(
                 Window(
-                    kind=purpose, arm=arm, seed=0, attempt=attempt, start_ns=start, end_ns=end,
+                    kind=purpose,
+                    arm=arm,
+                    seed=0,
+                    attempt=attempt,
+                    start_ns=start,
+                    end_ns=end,
                     kept_ns=kept * MINUTE_NS,
                 )
-            )  # fmt: skip
+            )
     return windows, spans
 
 
@@ -94,7 +103,11 @@ def test_ninety_minutes_are_booked_once_each(run_1: Booking) -> None:
 
 def test_the_student_books_what_led_to_its_artifact(run_1: Booking) -> None:
     student = run_1.arms["student", 0]
-    assert (student.work_ns, student.retry_ns, student.assess_ns) == (20 * MINUTE_NS, 2 * MINUTE_NS, 2 * MINUTE_NS)
+    assert (student.work_ns, student.retry_ns, student.assess_ns) == (
+        20 * MINUTE_NS,
+        2 * MINUTE_NS,
+        2 * MINUTE_NS,
+    )
     controls = [run_1.arms[arm, 0] for arm in ("control_compute", "control_steps")]
     assert sum(time.work_ns for time in controls) == 21 * MINUTE_NS
     assert sum(time.assess_ns for time in controls) == 4 * MINUTE_NS
@@ -109,18 +122,27 @@ def test_costs_of_the_arms(spends: dict[str, Spend]) -> None:
 
 
 def test_payback_of_the_student(spends: dict[str, Spend]) -> None:
-    teacher, student = np.full((4, 2), 1.0), np.full((4, 2), 0.6)  # device-seconds per 1,000 tokens, read in blocks
+    # device-seconds per 1,000 tokens, read in blocks
+    teacher, student = np.full((4, 2), 1.0), np.full((4, 2), 0.6)
     per_token = lambda served: measured(float(served.mean()) / 1000)
     saving = serving_saving(student, teacher)
-    against_teacher = payback(c_opt("student", "teacher", spends), per_token(teacher), saving, unit="token")
+    against_teacher = payback(
+        c_opt("student", "teacher", spends), per_token(teacher), saving, unit="token"
+    )
     assert against_teacher["v"] == pytest.approx(3.0e6)
     none = serving_saving(student, student)
-    against_control = payback(c_opt("student", "control_compute", spends), per_token(student), none, unit="token")
+    against_control = payback(
+        c_opt("student", "control_compute", spends), per_token(student), none, unit="token"
+    )
     assert against_control["why_null"] == "never: not cheaper"
 
 
-def test_the_second_invocation_spends_overhead_and_saves_the_rest(run_1: Booking, spends: dict[str, Spend]) -> None:
-    """Run 2 finds everything done. What it reuses is never free and never counted twice; savings do not change."""
+def test_the_second_invocation_spends_overhead_and_saves_the_rest(
+    run_1: Booking, spends: dict[str, Spend]
+) -> None:
+    """Run 2 finds everything done. What it reuses is never free and never counted twice; savings do
+    not change.
+    """
     run_2 = book(*_lay_out([(1, "overhead", None, 1, 0)]))
     assert run_2.attached_ns == run_2.overhead_ns == MINUTE_NS
     assert (run_2.work_ns, run_2.reusable_ns) == (0, 0)
@@ -131,7 +153,7 @@ def test_the_second_invocation_spends_overhead_and_saves_the_rest(run_1: Booking
     assert saving["v"] == pytest.approx(1 - 50 / 12)
 
 
-# -- booking in general ---------------------------------------------------------------------------------------------
+# -- booking in general ---------------------------------------------------------------------------
 
 
 def test_a_failed_attempt_that_kept_nothing_is_all_retry() -> None:
@@ -201,7 +223,9 @@ def test_windows_that_do_not_fit_are_a_bug(windows: list[Window]) -> None:
         max_size=20,
     )
 )
-def test_every_nanosecond_is_booked_exactly_once(parts: list[tuple[int, str, str, int, float]]) -> None:
+def test_every_nanosecond_is_booked_exactly_once(
+    parts: list[tuple[int, str, str, int, float]],
+) -> None:
     clock, windows, devices = {1: 0, 2: 0, 3: 0}, [], {1: 1, 2: 8, 3: 3}
     booked: dict[str, int] = {"work": 0, "assess": 0, "compare": 0, "overhead": 0, "retry": 0}
     for attempt, kind, arm, length, share in parts:
@@ -212,11 +236,28 @@ def test_every_nanosecond_is_booked_exactly_once(parts: list[tuple[int, str, str
         if kind != "overhead":
             windows.append(
                 Window(
-                    kind=kind, arm=None if kind == "compare" else arm, attempt=attempt,  # pyright: ignore[reportArgumentType]
-                    start_ns=start, end_ns=clock[attempt], kept_ns=kept,
+                    kind=kind,
+                    arm=None if kind == "compare" else arm,
+                    attempt=attempt,  # pyright: ignore[reportArgumentType]
+                    start_ns=start,
+                    end_ns=clock[attempt],
+                    kept_ns=kept,
                 )
-            )  # fmt: skip
-    booking = book(reversed(windows), {attempt: Span(0, end, devices[attempt]) for attempt, end in clock.items()})
-    found = booking.work_ns, booking.assess_ns, booking.compare_ns, booking.overhead_ns, booking.retry_ns
+            )
+    booking = book(
+        reversed(windows),
+        {attempt: Span(0, end, devices[attempt]) for attempt, end in clock.items()},
+    )
+    found = (
+        booking.work_ns,
+        booking.assess_ns,
+        booking.compare_ns,
+        booking.overhead_ns,
+        booking.retry_ns,
+    )
     assert found == tuple(booked.values())
-    assert sum(found) == booking.attached_ns == sum(end * devices[attempt] for attempt, end in clock.items())
+    assert (
+        sum(found)
+        == booking.attached_ns
+        == sum(end * devices[attempt] for attempt, end in clock.items())
+    )

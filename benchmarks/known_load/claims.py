@@ -1,7 +1,8 @@
-"""What is claimed of a meter under known load: figures from readings, and the bounds they must lie within.
+"""What is claimed of a meter under known load: figures from readings, and the bounds they must lie
+within.
 
-Readings are plain JSON by section, as `loads.py` and `steps.py` make them. A bound holds where every repetition lies
-within it; what could not be measured has not held.
+Readings are plain JSON by section, as `loads.py` and `steps.py` make them. A bound holds where
+every repetition lies within it; what could not be measured has not held.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ class Unmeasured(RuntimeError):
     """A reading that is not there; the message says why."""
 
 
-SPREAD: dict[str, Callable[[list[float]], float]] = {"mean": statistics.fmean, "least": min, "most": max}
+SPREAD: dict[str, Callable[[list[float]], float]] = {
+    "mean": statistics.fmean,
+    "least": min,
+    "most": max,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,15 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """Return it without its arithmetic."""
         spread = {name: each(self.figures) for name, each in SPREAD.items()} if self.figures else {}
-        return {"check": self.check.name, "section": self.check.section, "bound": str(self.check.bound),
-                "state": self.state, "n": len(self.figures), **spread, "why": self.why}  # fmt: skip
+        return {
+            "check": self.check.name,
+            "section": self.check.section,
+            "bound": str(self.check.bound),
+            "state": self.state,
+            "n": len(self.figures),
+            **spread,
+            "why": self.why,
+        }
 
     def __str__(self) -> str:
         shown = self.why or "" if self.figures else self.why or "no repetition"
@@ -93,8 +105,12 @@ def mfu(flops: float, seconds: float, rate: Mapping[str, Any]) -> float:
 
 
 def doubled(energy: Readings) -> list[float]:
-    """Return, per repetition, joules above context-idle of twice the work over those of the work."""
-    idle_w = statistics.fmean(value(window["energy_j"]) / window["seconds"] for window in energy["idle"])
+    """Return, per repetition, joules above context-idle of twice the work over those of the
+    work.
+    """
+    idle_w = statistics.fmean(
+        value(window["energy_j"]) / window["seconds"] for window in energy["idle"]
+    )
     above = lambda window: value(window["energy_j"]) - idle_w * window["seconds"]
     return [above(pair["twice"]) / above(pair["once"]) for pair in energy["doubling"]]
 
@@ -105,12 +121,16 @@ def counter_over_integral(windows: Iterable[Readings]) -> list[float]:
 
 
 def gain(each: Readings, delay: str, name: str) -> float:
-    """Return by how many nanoseconds a class of a step's time grew with a delay; `window_ns` is the whole step."""
+    """Return by how many nanoseconds a class of a step's time grew with a delay; `window_ns` is the
+    whole step.
+    """
     return each[delay][name] - each["control"][name]
 
 
 def elsewhere(each: Readings) -> float:
-    """Return the largest change that a host's sleep brought to a class that is not the host's, over its length."""
+    """Return the largest change that a host's sleep brought to a class that is not the host's, over
+    its length.
+    """
     others = [name for name in each["control"] if name in CLASSES and name != "idle_host_wait_ns"]
     return max(abs(gain(each, "sleep", name)) for name in others) / each["slept_ns"]
 
@@ -127,49 +147,143 @@ def hidden(each: Readings) -> float:
 
 
 LOADS = ("idle", "half", "full")
-SHOWN = ("power_w_mean", "busy", "sm_active", "tensor_active", "sm_clock_mhz_mean", "throttle_share")
+SHOWN = (
+    "power_w_mean",
+    "busy",
+    "sm_active",
+    "tensor_active",
+    "sm_clock_mhz_mean",
+    "throttle_share",
+)
 EXACTLY_1, NONE, SHARE = Bound(1, 1), Bound(0, 0), Bound(0, 1, above=True)
 WITHIN_5 = Bound(0.95, 1.05)
 CHECKS = (
-    Check("flops", "FLOPs of a matmul, counted / known", EXACTLY_1, lambda r: [r["counted"] / r["known"]]),
-    Check("flops", "FLOPs of a transformer, ledger / torch's counter on the device", EXACTLY_1,
-          lambda r: [r["ledger"] / r["counter"]]),
-    Check("flops", "FLOPs of a transformer, ledger less by hand", NONE, lambda r: [r["ledger"] - r["by_hand"]]),
-    Check("flops", "MFU of matmuls", SHARE, lambda r: [mfu(r["known"], s, r["peak"]) for s in r["seconds"]]),
+    Check(
+        "flops",
+        "FLOPs of a matmul, counted / known",
+        EXACTLY_1,
+        lambda r: [r["counted"] / r["known"]],
+    ),
+    Check(
+        "flops",
+        "FLOPs of a transformer, ledger / torch's counter on the device",
+        EXACTLY_1,
+        lambda r: [r["ledger"] / r["counter"]],
+    ),
+    Check(
+        "flops",
+        "FLOPs of a transformer, ledger less by hand",
+        NONE,
+        lambda r: [r["ledger"] - r["by_hand"]],
+    ),
+    Check(
+        "flops",
+        "MFU of matmuls",
+        SHARE,
+        lambda r: [mfu(r["known"], s, r["peak"]) for s in r["seconds"]],
+    ),
     Check("energy", "energy above context-idle, 2N / N matmuls", Bound(1.9, 2.1), doubled),
-    *(Check("energy", f"energy, counter / integrated power, {load}", WITHIN_5,
-            lambda r, load=load: counter_over_integral(r[load])) for load in LOADS),
+    *(
+        Check(
+            "energy",
+            f"energy, counter / integrated power, {load}",
+            WITHIN_5,
+            lambda r, load=load: counter_over_integral(r[load]),
+        )
+        for load in LOADS
+    ),
     Check("spin", "threads of the spinning kernel", EXACTLY_1, lambda r: [r["threads"]]),
-    Check("spin", "it spins until the window's end", EXACTLY_1, lambda r: [float(w["lasted"]) for w in r["windows"]]),
-    Check("spin", "utilization as NVML has it", Bound(0.95, 1), lambda r: [value(w["busy"]) for w in r["windows"]]),
-    Check("spin", "SM activity as GPM has it", Bound(0, 0.02, above=True),
-          lambda r: [value(w["sm_active"]) for w in r["windows"]]),
-    Check("delays", "host sleep in a step: gain of idle_host_wait / sleep", Bound(0.98, 1.02),
-          lambda r: [gain(each, "sleep", "idle_host_wait_ns") / each["slept_ns"] for each in r["steps"]]),
-    Check("delays", "host sleep in a step: largest change elsewhere / sleep", Bound(0, 0.02),
-          lambda r: [elsewhere(each) for each in r["steps"]]),
-    Check("delays", "all classes of that step / its wall time", Bound(0.995, 1.005),
-          lambda r: [each["sleep"]["window_ns"] / each["sleep"]["wall_ns"] for each in r["steps"]]),
-    Check("delays", "pageable copy: gain of copy_exposed / gain of the step", Bound(0.9, 1.1),
-          lambda r: [gain(each, "pageable", "copy_exposed_ns") / gain(each, "pageable", "window_ns")
-                     for each in r["steps"]]),
-    Check("delays", "copy behind computing: exposed / copied", Bound(0, 0.05),
-          lambda r: [hidden(each) for each in r["steps"]]),
-    Check("loop", "places where a step of the loop waits for the device", NONE, lambda r: [float(len(r["places"]))]),
-    Check("loop_timeline", "calls that wait for the device in traced steps", NONE,
-          lambda r: [float(len(each["waits"])) for each in r["runs"]]),
-    Check("loop_timeline", "sleep in data loading: gain of idle_host_wait / sleep", Bound(0.9, 1.1),
-          lambda r: [each["host_wait_gain_ns"] / each["slept_ns"] for each in r["runs"]]),
-    Check("loop_timeline", "device time by phase, sum / wall time", Bound(0.98, 1.02),
-          lambda r: [sum(each["phases_s"].values()) / each["wall_s"] for each in r["runs"]]),
-    Check("loop_timeline", "MFU of the training", SHARE,
-          lambda r: [mfu(each["flops"], each["step_s"], r["peak"]) for each in r["runs"]]),
-)  # fmt: skip
+    Check(
+        "spin",
+        "it spins until the window's end",
+        EXACTLY_1,
+        lambda r: [float(w["lasted"]) for w in r["windows"]],
+    ),
+    Check(
+        "spin",
+        "utilization as NVML has it",
+        Bound(0.95, 1),
+        lambda r: [value(w["busy"]) for w in r["windows"]],
+    ),
+    Check(
+        "spin",
+        "SM activity as GPM has it",
+        Bound(0, 0.02, above=True),
+        lambda r: [value(w["sm_active"]) for w in r["windows"]],
+    ),
+    Check(
+        "delays",
+        "host sleep in a step: gain of idle_host_wait / sleep",
+        Bound(0.98, 1.02),
+        lambda r: [
+            gain(each, "sleep", "idle_host_wait_ns") / each["slept_ns"] for each in r["steps"]
+        ],
+    ),
+    Check(
+        "delays",
+        "host sleep in a step: largest change elsewhere / sleep",
+        Bound(0, 0.02),
+        lambda r: [elsewhere(each) for each in r["steps"]],
+    ),
+    Check(
+        "delays",
+        "all classes of that step / its wall time",
+        Bound(0.995, 1.005),
+        lambda r: [each["sleep"]["window_ns"] / each["sleep"]["wall_ns"] for each in r["steps"]],
+    ),
+    Check(
+        "delays",
+        "pageable copy: gain of copy_exposed / gain of the step",
+        Bound(0.9, 1.1),
+        lambda r: [
+            gain(each, "pageable", "copy_exposed_ns") / gain(each, "pageable", "window_ns")
+            for each in r["steps"]
+        ],
+    ),
+    Check(
+        "delays",
+        "copy behind computing: exposed / copied",
+        Bound(0, 0.05),
+        lambda r: [hidden(each) for each in r["steps"]],
+    ),
+    Check(
+        "loop",
+        "places where a step of the loop waits for the device",
+        NONE,
+        lambda r: [float(len(r["places"]))],
+    ),
+    Check(
+        "loop_timeline",
+        "calls that wait for the device in traced steps",
+        NONE,
+        lambda r: [float(len(each["waits"])) for each in r["runs"]],
+    ),
+    Check(
+        "loop_timeline",
+        "sleep in data loading: gain of idle_host_wait / sleep",
+        Bound(0.9, 1.1),
+        lambda r: [each["host_wait_gain_ns"] / each["slept_ns"] for each in r["runs"]],
+    ),
+    Check(
+        "loop_timeline",
+        "device time by phase, sum / wall time",
+        Bound(0.98, 1.02),
+        lambda r: [sum(each["phases_s"].values()) / each["wall_s"] for each in r["runs"]],
+    ),
+    Check(
+        "loop_timeline",
+        "MFU of the training",
+        SHARE,
+        lambda r: [mfu(each["flops"], each["step_s"], r["peak"]) for each in r["runs"]],
+    ),
+)
 
 
 def judge(readings: Readings) -> list[Outcome]:
     """Return what became of the checks of the sections that were read."""
-    return [outcome(check, readings[check.section]) for check in CHECKS if check.section in readings]
+    return [
+        outcome(check, readings[check.section]) for check in CHECKS if check.section in readings
+    ]
 
 
 def outcome(check: Check, section: Readings) -> Outcome:
@@ -199,6 +313,7 @@ def remarks(readings: Readings) -> list[str]:
         for window in readings.get("energy", {}).get(load, []):
             found = {name: Value.from_json(window[name]).v for name in SHOWN}
             lines.append(
-                f"{load}: " + " ".join(f"{name}={v if v is None else round(v, 3)}" for name, v in found.items())
+                f"{load}: "
+                + " ".join(f"{name}={v if v is None else round(v, 3)}" for name, v in found.items())
             )
     return lines

@@ -1,4 +1,6 @@
-"""The GPU that is loaded: matmuls, one spinning thread, copies, and the pipeline's own meter over them."""
+"""The GPU that is loaded: matmuls, one spinning thread, copies, and the pipeline's own meter over
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Plan:
 
     repeats: int = 3
     warm_s: float = 6.0  # of full load, before anything is read
-    lead_s: float = 2.0  # of a load before its first window: power is read as the mean of the last second
+    # of a load before its first window: power is read as the mean of the last second
+    lead_s: float = 2.0
     window_s: float = 8.0
     once_s: float = 4.0  # of N matmuls
     rest_s: float = 3.0  # before a window of N matmuls
@@ -42,7 +45,9 @@ class Plan:
     length: int = 256
 
 
-TINY = Plan(repeats=1, warm_s=1.0, window_s=5.2, once_s=3.2, rest_s=1.0, steps=12, rows=4, length=64)
+TINY = Plan(
+    repeats=1, warm_s=1.0, window_s=5.2, once_s=3.2, rest_s=1.0, steps=12, rows=4, length=64
+)
 
 
 class Device(Protocol):
@@ -105,7 +110,9 @@ class Cuda:
         self.name = device_name(self.at)
         recorder = Recorder(reader_for(self.at))
         self.sampler, self.readings = Sampler(recorder), recorder.readings
-        self._a, self._b = (torch.randn(size, size, device=self.at, dtype=torch.bfloat16) for _ in range(2))
+        self._a, self._b = (
+            torch.randn(size, size, device=self.at, dtype=torch.bfloat16) for _ in range(2)
+        )
         self._out = torch.empty_like(self._a)
         self._pageable = torch.ones(COPY_BYTES, dtype=torch.uint8)
         self._pinned, self._there = self._pageable.pin_memory(), self._pageable.to(self.at)
@@ -155,7 +162,9 @@ class Cuda:
         return start.elapsed_time(end) / 1e3
 
     def spin(self, seconds: float) -> Callable[[], bool]:
-        """Start one thread that spins for about so long; what is returned tells whether it still does."""
+        """Start one thread that spins for about so long; what is returned tells whether it still
+        does.
+        """
         if not self._cycles_per_s:
             self._timed(lambda: _spin(10**8))  # until the clock has risen
             self._cycles_per_s = 10**9 / self._timed(lambda: _spin(10**9))
@@ -178,7 +187,9 @@ class Cuda:
         return threads(events)
 
     def copy(self, *, aside: bool) -> None:
-        """Copy to the device: out of pageable memory, or out of pinned memory in a stream of its own."""
+        """Copy to the device: out of pageable memory, or out of pinned memory in a stream of its
+        own.
+        """
         if not aside:
             self._there.copy_(self._pageable)
             return
@@ -203,5 +214,7 @@ def threads(events: list[dict[str, Any]]) -> int:
 
 
 def _spin(cycles: int) -> None:
-    """Launch one block of one thread that reads the clock until so many cycles have passed (ATen/cuda/Sleep.cu)."""
+    """Launch one block of one thread that reads the clock until so many cycles have passed
+    (ATen/cuda/Sleep.cu).
+    """
     torch.cuda._sleep(cycles)  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,6 @@
-"""Loads whose FLOPs, joules and width are known: matmuls, idling, half of the time, one spinning thread."""
+"""Loads whose FLOPs, joules and width are known: matmuls, idling, half of the time, one spinning
+thread.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ from pipeline.config.settings import Task
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import peak
 
-BURST_S = 0.023  # of matmuls at a time: many in the second that power is the mean of, out of step with 100 ms samples
-PAD_S = 1.0  # of idling at both ends of a window of N matmuls: the counter's lag then meets idle power
+# of matmuls at a time: many in the second that power is the mean of, out of step with 100 ms
+# samples
+BURST_S = 0.023
+# of idling at both ends of a window of N matmuls: the counter's lag then meets idle power
+PAD_S = 1.0
 
 
 def window(device: Device, work: Callable[[], object]) -> Readings:
@@ -25,7 +30,10 @@ def window(device: Device, work: Callable[[], object]) -> Readings:
     work()
     device.sampler.mark()
     end_ns = device.now_ns()
-    return {"seconds": (end_ns - start_ns) / 1e9, **device.sampler.usage((start_ns, end_ns)).to_json()}
+    return {
+        "seconds": (end_ns - start_ns) / 1e9,
+        **device.sampler.usage((start_ns, end_ns)).to_json(),
+    }
 
 
 def keep_busy(device: Device, seconds: float, duty: float, burst: int) -> None:
@@ -39,7 +47,9 @@ def keep_busy(device: Device, seconds: float, duty: float, burst: int) -> None:
 
 
 def settle(device: Device, plan: Plan) -> bool:
-    """Wait until the power of an idle board stands: five readings in a row within 3%. Return whether it does."""
+    """Wait until the power of an idle board stands: five readings in a row within 3%. Return
+    whether it does.
+    """
     watts: list[float | None] = []
     for _ in range(round(plan.settle_s)):
         device.sleep(1.0)
@@ -63,14 +73,18 @@ def measure_flops(device: Device, plan: Plan) -> Readings:
     matmul_s(device, plan.warm_s / 2)
     count = 50
     return {
-        "counted": device.counted_flops(count), "known": 2 * device.size**3 * count,
+        "counted": device.counted_flops(count),
+        "known": 2 * device.size**3 * count,
         "seconds": [device.seconds_of(count) for _ in range(plan.repeats)],
-        "peak": peak(device.name, "bf16").to_json(), **transformer_flops(device.at),
-    }  # fmt: skip
+        "peak": peak(device.name, "bf16").to_json(),
+        **transformer_flops(device.at),
+    }
 
 
 def transformer_flops(at: torch.device, rows: int = 2, length: int = 100) -> Readings:
-    """Return the FLOPs of a training step of a small Llama: as the ledger counts, as torch does, and by hand."""
+    """Return the FLOPs of a training step of a small Llama: as the ledger counts, as torch does,
+    and by hand.
+    """
     model = llama().to(at)
     model.set_attn_implementation("eager")
     ids = torch.zeros(rows, length, dtype=torch.long, device=at)
@@ -80,10 +94,14 @@ def transformer_flops(at: torch.device, rows: int = 2, length: int = 100) -> Rea
     width, wide = config.hidden_size, config.intermediate_size
     per_token = config.num_hidden_layers * (4 * width**2 + 3 * width * wide + 2 * width * length)
     by_hand = 3 * 2 * rows * length * (per_token + width * config.vocab_size)
-    angles = 2 * rows * length * (width // config.num_attention_heads // 2)  # some releases multiply these as matrices
+    # some releases multiply these as matrices
+    angles = 2 * rows * length * (width // config.num_attention_heads // 2)
     counted = rows * ledger(length)
-    return {"ledger": counted, "counter": counter.get_total_flops(),
-            "by_hand": by_hand + (angles if counted == by_hand + angles else 0)}  # fmt: skip
+    return {
+        "ledger": counted,
+        "counter": counter.get_total_flops(),
+        "by_hand": by_hand + (angles if counted == by_hand + angles else 0),
+    }
 
 
 def llama() -> Any:
@@ -91,18 +109,29 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        tie_word_embeddings=False,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def measure_energy(device: Device, plan: Plan) -> Readings:
     """Read joules of steady loads, and of N and 2N matmuls."""
     each_s = matmul_s(device, plan.warm_s)
-    found: Readings = {"full": steady(device, plan, 1.0, each_s), "half": steady(device, plan, 0.5, each_s)}
+    found: Readings = {
+        "full": steady(device, plan, 1.0, each_s),
+        "half": steady(device, plan, 0.5, each_s),
+    }
     found["settled"] = settle(device, plan)
-    found["idle"] = [window(device, lambda: device.sleep(plan.window_s)) for _ in range(plan.repeats)]
+    found["idle"] = [
+        window(device, lambda: device.sleep(plan.window_s)) for _ in range(plan.repeats)
+    ]
     return {**found, "matmul_s": each_s, "doubling": doubling(device, plan, each_s)}
 
 
@@ -110,11 +139,16 @@ def steady(device: Device, plan: Plan, duty: float, each_s: float) -> list[Readi
     """Return windows in the midst of a load."""
     burst = max(1, round(BURST_S / each_s))
     keep_busy(device, plan.lead_s, duty, burst)
-    return [window(device, lambda: keep_busy(device, plan.window_s, duty, burst)) for _ in range(plan.repeats)]
+    return [
+        window(device, lambda: keep_busy(device, plan.window_s, duty, burst))
+        for _ in range(plan.repeats)
+    ]
 
 
 def doubling(device: Device, plan: Plan, each_s: float) -> list[Readings]:
-    """Return windows of N and of 2N matmuls, in turns of both orders, so that drift meets both alike."""
+    """Return windows of N and of 2N matmuls, in turns of both orders, so that drift meets both
+    alike.
+    """
     count = max(1, round(plan.once_s / each_s))
 
     def work(times: int) -> None:

@@ -1,7 +1,9 @@
-"""A command line's words as Hydra's grammar reads them, and what of it is not for a command line to say.
+"""A command line's words as Hydra's grammar reads them, and what of it is not for a command line to
+say.
 
-A shell has taken its quotes away: `data.path='a b [1].jsonl'` arrives without them, and Hydra's grammar takes blanks,
-brackets, commas and letters beyond ASCII for something else. What a setting of text was given is text.
+A shell has taken its quotes away: `data.path='a b [1].jsonl'` arrives without them, and Hydra's
+    grammar takes blanks, brackets, commas and letters beyond ASCII for something else. What a
+    setting of text was given is text.
 """
 
 from __future__ import annotations
@@ -36,10 +38,15 @@ PATHS = (
 )
 STAGE_PATHS = ("completions", "calibration")  # of any stage
 OPEN = ("student.config", "policy.metrics")  # settings whose own keys are the user's
-MAPPINGS = ("data.columns", "data.label_map", "data.splits")  # names by names; `data/mappings.py` reads them
+# names by names; `data/mappings.py` reads them
+MAPPINGS = ("data.columns", "data.label_map", "data.splits")
 HYDRA = ("hydra.verbose", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
-"""What a command line may tell Hydra itself; the rest of it names classes, or writes settings in clear."""
-_SWEEP = re.compile(r"\A(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str)\(")
+"""What a command line may tell Hydra itself; the rest of it names classes, or writes settings in
+clear.
+"""
+_SWEEP = re.compile(
+    r"\A(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str)\("
+)
 
 OTHER_NAMES = {
     key: tuple(names.split())
@@ -51,32 +58,40 @@ OTHER_NAMES = {
         ),
         "training.epochs": "epochs num_epochs num_train_epochs max_epochs n_epochs epoch",
         "training.batch_size": (
-            "batch_size per_device_train_batch_size train_batch_size global_batch_size micro_batch_size bs batch"
+            "batch_size per_device_train_batch_size train_batch_size global_batch_size"
+            " micro_batch_size bs batch"
         ),
         "quality.batch_size": "per_device_eval_batch_size eval_batch_size",
         "training.gradient_accumulation": (
-            "gradient_accumulation gradient_accumulation_steps grad_accum accumulate_grad_batches accumulation_steps"
+            "gradient_accumulation gradient_accumulation_steps grad_accum accumulate_grad_batches"
+            " accumulation_steps"
         ),
         "training.sequence_length": (
             "sequence_length max_length max_seq_length max_seq_len seq_len block_size "
             "cutoff_len model_max_length context_length seq_length"
         ),
         "training.weight_decay": "weight_decay wd",
-        "training.warmup_fraction": ("warmup_fraction warmup_ratio warmup_steps num_warmup_steps warmup"),
-        "training.schedule": "schedule lr_scheduler_type lr_scheduler scheduler",
-        "training.max_grad_norm": ("max_grad_norm clip_grad_norm grad_clip gradient_clip_val max_gradient_norm"),
-        "training.eval_every": (
-            "eval_every eval_steps eval_interval val_check_interval evaluation_strategy eval_strategy"
+        "training.warmup_fraction": (
+            "warmup_fraction warmup_ratio warmup_steps num_warmup_steps warmup"
         ),
-        "training.checkpoint_every": ("checkpoint_every save_steps save_interval save_strategy"),
+        "training.schedule": "schedule lr_scheduler_type lr_scheduler scheduler",
+        "training.max_grad_norm": (
+            "max_grad_norm clip_grad_norm grad_clip gradient_clip_val max_gradient_norm"
+        ),
+        "training.eval_every": (
+            "eval_every eval_steps eval_interval val_check_interval evaluation_strategy"
+            " eval_strategy"
+        ),
+        "training.checkpoint_every": "checkpoint_every save_steps save_interval save_strategy",
         "training.optimizer": "optimizer optim optimizer_type",
-        "training.activation_checkpointing": ("activation_checkpointing gradient_checkpointing"),
+        "training.activation_checkpointing": "activation_checkpointing gradient_checkpointing",
         "training.compile": "compile torch_compile",
         "tracking.root": (
-            "root output_dir out_dir save_dir logging_dir log_dir default_root_dir work_dir checkpoint_dir output"
+            "root output_dir out_dir save_dir logging_dir log_dir default_root_dir work_dir"
+            " checkpoint_dir output"
         ),
         "tracking.mlflow": "mlflow report_to wandb use_wandb logger",
-        "tracking.experiment": ("experiment run_name project wandb_project experiment_name"),
+        "tracking.experiment": "experiment run_name project wandb_project experiment_name",
         "precision=fp16": "fp16 half",
         "precision=bf16": "bf16",
         "precision=tf32": "tf32",
@@ -88,24 +103,32 @@ OTHER_NAMES = {
         ),
         "student.path": "student_model student_name_or_path student_path",
         "student.layers": "student_layers num_student_layers",
-        "data.path": ("data_path dataset_path train_file data_files train_data dataset_dir data_dir file path"),
+        "data.path": (
+            "data_path dataset_path train_file data_files train_data dataset_dir data_dir file path"
+        ),
         "data.hub": "dataset dataset_name datasets hub",
         "data.subset": "subset dataset_config_name dataset_config",
-        "data.max_documents": ("max_documents max_train_samples max_samples num_samples max_examples"),
+        "data.max_documents": (
+            "max_documents max_train_samples max_samples num_samples max_examples"
+        ),
         "quality.max_documents": "max_eval_samples",
         "quality.margin": "margin tolerance",
-        "hardware.devices": ("devices num_gpus gpus nproc_per_node n_gpu num_devices ngpus"),
+        "hardware.devices": "devices num_gpus gpus nproc_per_node n_gpu num_devices ngpus",
         "hardware.device": "device accelerator no_cuda use_cpu",
         "hardware.num_threads": "num_threads threads",
         "budget.device_hours": "budget device_hours max_hours max_time",
         "seed": "random_seed data_seed manual_seed",
-        "stages.student.temperature": ("temperature kd_temperature distillation_temperature"),
-        "stages.student.ce_weight": ("ce_weight alpha kd_alpha alpha_ce distillation_alpha kd_weight"),
+        "stages.student.temperature": "temperature kd_temperature distillation_temperature",
+        "stages.student.ce_weight": (
+            "ce_weight alpha kd_alpha alpha_ce distillation_alpha kd_weight"
+        ),
         "recipe": "config experiment_config",
         "recipe=quantize": "load_in_8bit load_in_4bit quantization bits quant wbits",
     }.items()
 }
-"""By setting here, what other trainers call it (transformers, TRL, torchtune, nanoGPT, axolotl, LLaMA-Factory)."""
+"""By setting here, what other trainers call it (transformers, TRL, torchtune, nanoGPT, axolotl,
+LLaMA-Factory).
+"""
 
 
 def elsewhere(word: str) -> str | None:
@@ -126,12 +149,14 @@ def _fields_of(group: str) -> frozenset[str]:
     return frozenset(item.name for item in fields(getattr(Run(), group)))
 
 
-# -- what is text -----------------------------------------------------------------------------------------------------
+# -- what is text ---------------------------------------------------------------------------------
 
 
 @cache
 def _kinds() -> dict[str, str]:
-    """Return `text`, `list of int` (of another type) or `other` by setting of `Run`; `stages.*.NAME` are of stages."""
+    """Return `text`, `list of int` (of another type) or `other` by setting of `Run`;
+    `stages.*.NAME` are of stages.
+    """
     from pipeline.config.settings import Run
     from pipeline.stages.table import STAGES
 
@@ -162,10 +187,16 @@ def item_type(key: str) -> str | None:
 
 
 def as_list(key: str, items: str) -> str | None:
-    """Return the word, quoted for the shell, that gives a list of `items`; None where they are none for it."""
+    """Return the word, quoted for the shell, that gives a list of `items`; None where they are none
+    for it.
+    """
     words, names = re.findall(r"[^\s,;]+", items), choices(key)
     if item_type(key) != "str":  # text may have blanks
-        items = ",".join(words) if all(word in names if names else word.isdecimal() for word in words) else ""
+        items = (
+            ",".join(words)
+            if all(word in names if names else word.isdecimal() for word in words)
+            else ""
+        )
     word = f"{key}=[{items}]"
     return shlex.quote(word if parses(word) else f"{key}=[{quoted(items)}]") if items else None
 
@@ -180,7 +211,11 @@ def choices(key: str) -> list[str]:
 def is_path(key: str) -> bool:
     """Tell whether a setting names a place: what it is given is taken as it is."""
     stage = re.fullmatch(r"stages\.\w+\.(\w+)", key)
-    return key in PATHS or key.startswith("serving.results.") or bool(stage and stage.group(1) in STAGE_PATHS)
+    return (
+        key in PATHS
+        or key.startswith("serving.results.")
+        or bool(stage and stage.group(1) in STAGE_PATHS)
+    )
 
 
 def for_hydra(args: Sequence[str], *, sweeps: bool) -> list[str]:
@@ -201,7 +236,9 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
     if key in MAPPINGS and value.startswith("{"):  # keys such as "0" are beyond Hydra's grammar
         return f"{key}={quoted(value)}"
     if key in (*GROUPS, "recipe"):
-        is_word = re.fullmatch(r"(?!(?:true|false|null|inf|nan)\Z)[A-Za-z_]\w*", value, re.IGNORECASE)
+        is_word = re.fullmatch(
+            r"(?!(?:true|false|null|inf|nan)\Z)[A-Za-z_]\w*", value, re.IGNORECASE
+        )
         return arg if is_word or re.search(r"[\[{(,'\"$]|\A\Z", value) else f"{key}={quoted(value)}"
     if is_path(key):
         return f"{key}={_place(value, arg, sweeps)}"
@@ -211,7 +248,9 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
 
 
 def _readable(arg: str) -> str:
-    """Return a setting whose value the grammar reads; as text where it cannot, so that its type is what is refused."""
+    """Return a setting whose value the grammar reads; as text where it cannot, so that its type is
+    what is refused.
+    """
     key, _, value = arg.partition("=")
     as_text = f"{key}={quoted(value)}"
     return as_text if "${" not in value and not parses(arg) and parses(as_text) else arg
@@ -238,12 +277,14 @@ def parses(arg: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """Return `text` in Hydra's quotes, where backslashes count only before a quote: each is doubled there."""
+    """Return `text` in Hydra's quotes, where backslashes count only before a quote: each is doubled
+    there.
+    """
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
 
 
-# -- what a command line does not say ---------------------------------------------------------------------------------
+# -- what a command line does not say -------------------------------------------------------------
 
 
 def check_words(settings: Sequence[str]) -> None:
@@ -262,9 +303,15 @@ def check_words(settings: Sequence[str]) -> None:
                 "a ~ deletes a setting, and only stages and metrics of a policy can be left out",
                 f"give {bare} another value",
             )
-        if bare in ("hydra", "hydra.searchpath") or bare.startswith(("hydra.", "hydra/", "hydra@", "/hydra")):
+        if bare in ("hydra", "hydra.searchpath") or bare.startswith(
+            ("hydra.", "hydra/", "hydra@", "/hydra")
+        ):
             if bare not in HYDRA or key.startswith("+"):
-                raise UserError(key, "is not for a command line to say", f"of Hydra's own, give {', '.join(HYDRA)}")
+                raise UserError(
+                    key,
+                    "is not for a command line to say",
+                    f"of Hydra's own, give {', '.join(HYDRA)}",
+                )
         elif any(names_code(part) for part in re.split(r"[./@]", bare)):
             raise UserError(key, "names code, and settings are data", "leave it out")
         if key.startswith("+") and not bare.startswith("stage@"):
@@ -274,13 +321,18 @@ def check_words(settings: Sequence[str]) -> None:
 
 
 def is_known(key: str) -> bool:
-    """Tell whether a setting of `Run`, or of some type of stage, has this name; a group's choice counts."""
+    """Tell whether a setting of `Run`, or of some type of stage, has this name; a group's choice
+    counts.
+    """
     known = _kinds()
-    return key in (*known, *GROUPS, "recipe") or re.sub(r"\Astages\.\w+\.", "stages.*.", key) in known
+    return (
+        key in (*known, *GROUPS, "recipe") or re.sub(r"\Astages\.\w+\.", "stages.*.", key) in known
+    )
 
 
 def _check_blanks(settings: Sequence[str]) -> None:
-    """Refuse blanks in a setting's name and around its `=`, where the shell keeps them and where it cuts at them.
+    """Refuse blanks in a setting's name and around its `=`, where the shell keeps them and where it
+    cuts at them.
 
     Raises:
         Unparsable: With the setting as it is to be written.

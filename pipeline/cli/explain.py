@@ -42,8 +42,14 @@ def explain(error: Exception, args: list[str], recipes: dict[str, Recipe]) -> tu
 
 
 def _of_a_list(error: Exception, args: list[str]) -> UserError | None:
-    """Return what to say where a list was given without its brackets, item by item, or as something else."""
-    pairs = [arg.lstrip("+").partition("=")[::2] for arg in args if "=" in arg and not arg.startswith("-")]
+    """Return what to say where a list was given without its brackets, item by item, or as something
+    else.
+    """
+    pairs = [
+        arg.lstrip("+").partition("=")[::2]
+        for arg in args
+        if "=" in arg and not arg.startswith("-")
+    ]
     for key, value in pairs:
         parent, _, last = key.rpartition(".")
         if item_type(parent) and last.isdecimal():
@@ -57,17 +63,26 @@ def _of_a_list(error: Exception, args: list[str]) -> UserError | None:
 def _listed(key: str, value: str) -> str:
     word, names = as_list(key, value.strip(" '\"[]")), choices(key)
     if word is None:
-        return f"give, in brackets, some of {', '.join(names)}" if names else "give whole numbers in brackets: [1,8]"
+        return (
+            f"give, in brackets, some of {', '.join(names)}"
+            if names
+            else "give whole numbers in brackets: [1,8]"
+        )
     return f"write the brackets, quoted for the shell: {word}"
 
 
 def _of_a_group(args: list[str]) -> UserError | None:
-    """Return what to say where a group of settings was given a value, and not the name of a choice."""
+    """Return what to say where a group of settings was given a value, and not the name of a
+    choice.
+    """
     for arg in args:
         key, _, value = arg.partition("=")
         if key in GROUPS and value.startswith(("{", "[")):
             known = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
-            remedy = f"name one of {', '.join(known)}, or give its settings one by one: {key}.SETTING=..."
+            remedy = (
+                f"name one of {', '.join(known)}, or give its settings one by one:"
+                f" {key}.SETTING=..."
+            )
             return UserError(key, f"{value[:60]!r} is no choice of {key}", remedy)
         if key == "recipe" and value.startswith(("{", "[")):
             return UserError(key, f"{value[:60]!r} is no recipe", "name one: recipe=NAME")
@@ -83,10 +98,20 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         return UserError(sweep.group(1), "has several values", "add -m to run one job for each")
     cause = _root(error)
     first, *details = str(cause).splitlines() or [type(cause).__name__]
-    in_details = next((line.split("full_key:")[1].strip() for line in details if "full_key:" in line), "")
+    in_details = next(
+        (line.split("full_key:")[1].strip() for line in details if "full_key:" in line), ""
+    )
     key = _overridden(error) or in_details or _only_key(args) or "settings"
-    given = next((arg.partition("=")[2] for arg in reversed(args) if arg.partition("=")[0].lstrip("+") == key), "?")
-    first = re.sub(r"\$VALUE_TYPE", "text", first).replace("$VALUE", given)  # OmegaConf leaves these unfilled
+    given = next(
+        (
+            arg.partition("=")[2]
+            for arg in reversed(args)
+            if arg.partition("=")[0].lstrip("+") == key
+        ),
+        "?",
+    )
+    # OmegaConf leaves these unfilled
+    first = re.sub(r"\$VALUE_TYPE", "text", first).replace("$VALUE", given)
     problem = first[:1].lower() + first[1:]
     absent = re.search(r"Environment variable '([^']*)' not found", str(cause))
     if absent:
@@ -95,18 +120,24 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         return UserError(where, f"there is no environment variable {absent.group(1)}", remedy)
     if isinstance(cause, InterpolationResolutionError):
         return UserError(
-            key, f"{given!r} leads nowhere ({problem})", "name a setting that exists, and holds such a value"
+            key,
+            f"{given!r} leads nowhere ({problem})",
+            "name a setting that exists, and holds such a value",
         )
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         if key in GROUPS:  # a group that a choice of was not made, or a value given for a whole one
-            return UserError(key, problem, f"name a choice of {key}, or give its settings one by one")
+            return UserError(
+                key, problem, f"name a choice of {key}, or give its settings one by one"
+            )
         if key in REMOVED:
             now = REMOVED[key].replace("NAME", given if given.isidentifier() else "NAME")
             return UserError(key, "is no setting any more", f"give {shlex.quote(now)}")
         if key.startswith("stages."):
             return _no_stage(key, args, recipes) or _no_setting_of_stage(key, args, recipes)
         said = elsewhere(key)
-        return UserError(key, "there is no such setting", said or did_you_mean(key, _known_keys(args, recipes)))
+        return UserError(
+            key, "there is no such setting", said or did_you_mean(key, _known_keys(args, recipes))
+        )
     if isinstance(cause, ValidationError):
         known = _known_keys(args, recipes)
         parents = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
@@ -123,15 +154,23 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
         return absent_stage
     group = re.match(r"Could not override '([^'@]+)", str(error))
     if group:
-        return UserError(group.group(1), problem, did_you_mean(group.group(1), _known_keys(args, recipes)))
+        return UserError(
+            group.group(1), problem, did_you_mean(group.group(1), _known_keys(args, recipes))
+        )
     if not isinstance(cause, OmegaConfBaseException | HydraException):
-        return UserError(key, f"is of no kind that a setting has ({problem})", "--cfg job shows what each looks like")
+        return UserError(
+            key,
+            f"is of no kind that a setting has ({problem})",
+            "--cfg job shows what each looks like",
+        )
     return UserError(key, problem, "--cfg job shows what each setting looks like")
 
 
 def _only_key(args: list[str]) -> str | None:
     """Return the one setting beside the recipe that was given, where there is just one."""
-    keys = [arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith(("-", "recipe="))]
+    keys = [
+        arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith(("-", "recipe="))
+    ]
     return keys[0] if len(set(keys)) == 1 else None
 
 
@@ -148,7 +187,8 @@ def _wrong_type(key: str, problem: str, given: str) -> UserError:
 
 
 def _of_a_recipe(args: list[str], recipes: dict[str, Recipe]) -> UserError | None:
-    """Return the refusal of the first setting of a recipe's file that is of another type; OmegaConf names no key.
+    """Return the refusal of the first setting of a recipe's file that is of another type; OmegaConf
+    names no key.
 
     The files are those that the command line names and those they build on, but for what ships.
     """
@@ -163,7 +203,9 @@ def _of_a_recipe(args: list[str], recipes: dict[str, Recipe]) -> UserError | Non
     return None
 
 
-def _files_asked_for(args: list[str], recipes: dict[str, Recipe]) -> Iterator[tuple[Recipe, dict[str, Any]]]:
+def _files_asked_for(
+    args: list[str], recipes: dict[str, Recipe]
+) -> Iterator[tuple[Recipe, dict[str, Any]]]:
     ahead = [arg.partition("=")[2] for arg in args if arg.lstrip("+").startswith("recipe=")]
     seen: set[str] = set()
     while ahead:
@@ -185,7 +227,9 @@ def _stage_types(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _leaves(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a file by their full keys, groups of settings before what they hold."""
-    ahead: list[tuple[str, Any]] = [(name, value) for name, value in settings.items() if name != "defaults"]
+    ahead: list[tuple[str, Any]] = [
+        (name, value) for name, value in settings.items() if name != "defaults"
+    ]
     while ahead:
         key, value = ahead.pop(0)
         yield key, value
@@ -194,7 +238,9 @@ def _leaves(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _why_not_typed(key: str, value: Any, types: dict[str, Any]) -> str | None:
-    """Return what OmegaConf says of a value that is not of its setting's type; None of one that is, or a group."""
+    """Return what OmegaConf says of a value that is not of its setting's type; None of one that is,
+    or a group.
+    """
     from omegaconf import OmegaConf
 
     if isinstance(value, dict) and value:
@@ -233,7 +279,9 @@ def _overridden(error: Exception) -> str | None:
 
 def _missing_choice(error: MissingConfigException, recipes: dict[str, Recipe]) -> UserError:
     group, _, choice = str(error.missing_cfg_file or "?").rpartition("/")
-    options = list(recipes) if group == "recipe" else [str(option) for option in error.options or []]
+    options = (
+        list(recipes) if group == "recipe" else [str(option) for option in error.options or []]
+    )
     return UserError(group or choice, f"there is no {choice!r}", did_you_mean(choice, options))
 
 
@@ -242,16 +290,26 @@ def _known_keys(args: list[str], recipes: dict[str, Recipe]) -> list[str]:
 
 
 def _no_stage(key: str, args: list[str], recipes: dict[str, Recipe]) -> UserError | None:
-    """Return the refusal of a stage that a recipe does not place, or that the command line leaves out; else None."""
+    """Return the refusal of a stage that a recipe does not place, or that the command line leaves
+    out; else None.
+    """
     name = key.split(".")[1]
     if not key.startswith("~") and f"~stages.{name}" in args:
         return UserError(key, f"~stages.{name} leaves this stage out", "give one of the two")
     for recipe in _recipes_of(args):
-        known = [stage for stage in stages_placed(recipe, args, recipes) if f"~stages.{stage}" not in args]
+        known = [
+            stage
+            for stage in stages_placed(recipe, args, recipes)
+            if f"~stages.{stage}" not in args
+        ]
         if known and name not in known:
             close = did_you_mean(name, known)
             meant = f"{close} " if close.startswith("did you mean") else ""
-            return UserError(key, f"recipe={recipe} has no stage {name!r}", f"{meant}its stages: {', '.join(known)}")
+            return UserError(
+                key,
+                f"recipe={recipe} has no stage {name!r}",
+                f"{meant}its stages: {', '.join(known)}",
+            )
     return None
 
 
@@ -272,7 +330,9 @@ def _recipes_of(args: list[str]) -> list[str]:
 
 
 def stages_placed(recipe: str, args: list[str], recipes: dict[str, Recipe]) -> dict[str, str]:
-    """Return the type of each stage by name, of a recipe with those that it builds on, and of the command line."""
+    """Return the type of each stage by name, of a recipe with those that it builds on, and of the
+    command line.
+    """
     found: dict[str, str] = {}
     seen: list[str] = []
     ahead = [recipe]
@@ -290,7 +350,11 @@ def stages_placed(recipe: str, args: list[str], recipes: dict[str, Recipe]) -> d
 
 def _stage_keys(args: list[str], recipes: dict[str, Recipe]) -> Iterator[str]:
     """Yield `stages.NAME.SETTING` for the recipes on the command line."""
-    placed = [each for recipe in _recipes_of(args) for each in stages_placed(recipe, args, recipes).items()]
+    placed = [
+        each
+        for recipe in _recipes_of(args)
+        for each in stages_placed(recipe, args, recipes).items()
+    ]
     for stage, type_name in dict(placed).items():
         yield f"stages.{stage}"
         settings: Any = STAGES.get(type_name)

@@ -1,7 +1,8 @@
 """Stages that a command line leaves out (`~stages.NAME`), and what goes with them.
 
-The comparisons that name such a stage go with it. What cannot go without a word of the user's is refused once, with
-all that would have to be given beside it: another primary arm, other arms for the stages that stay and read this one.
+The comparisons that name such a stage go with it. What cannot go without a word of the user's is
+refused once, with all that would have to be given beside it: another primary arm, other arms for
+the stages that stay and read this one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def names_left_out(settings: Iterable[str]) -> list[str]:
 
 
 def leave_out(run: Run, gone: Sequence[str]) -> str | None:
-    """Take the comparisons of stages that were left out from a run; return what there is to say of it.
+    """Take the comparisons of stages that were left out from a run; return what there is to say of
+    it.
 
     Raises:
         UserError: Where what stays needs one of them, with what else to give.
@@ -35,7 +37,9 @@ def leave_out(run: Run, gone: Sequence[str]) -> str | None:
     if not gone:
         return None
     _refuse_needed(run, gone)
-    dropped = [f"{pair.arm} against {pair.base}" for pair in run.compare if {pair.arm, pair.base} & {*gone}]
+    dropped = [
+        f"{pair.arm} against {pair.base}" for pair in run.compare if {pair.arm, pair.base} & {*gone}
+    ]
     run.compare = [pair for pair in run.compare if not {pair.arm, pair.base} & {*gone}]
     said = f"left out: {', '.join(gone)}"
     return f"{said}; with it go the comparisons {', '.join(dropped)}" if dropped else said
@@ -73,30 +77,45 @@ def _settings_that_name(run: Run, gone: Collection[str]) -> dict[str, str]:
 
 
 def _leaving_more_out(run: Run, gone: Sequence[str]) -> str:
-    """Return the words that leave out all that reads what is left out; empty where no model would be made then."""
+    """Return the words that leave out all that reads what is left out; empty where no model would
+    be made then.
+    """
     more: list[str] = []
-    for name, stage in run.stages.items():  # in the order of reading, but for a capture, which names a later stage
+    # in the order of reading, but for a capture, which names a later stage
+    for name, stage in run.stages.items():
         more += [name] if {*stage.reads(run), getattr(stage, "like", None)} & {*gone, *more} else []
-    more += [name for name, stage in run.stages.items() if name not in more and getattr(stage, "like", None) in more]
+    more += [
+        name
+        for name, stage in run.stages.items()
+        if name not in more and getattr(stage, "like", None) in more
+    ]
     primary = _another_primary(run, {*gone, *more})
     return "" if primary is None else " ".join([*(f"~stages.{name}" for name in more), *primary])
 
 
 def _reading_others(run: Run, gone: Sequence[str]) -> str:
-    """Return the words that give each stage something else to read; empty where nothing else would do, or is needed."""
+    """Return the words that give each stage something else to read; empty where nothing else would
+    do, or is needed.
+    """
     words: list[str] = []
     for setting in _settings_that_name(run, gone):
         stage = run.stages.get(setting.split(".")[1]) if setting != SOURCE else None
         each = setting.rpartition(".")[2]
-        if each == "like" and (isinstance(stage, CaptureStage) or getattr(stage, "match_compute", False)):
+        if each == "like" and (
+            isinstance(stage, CaptureStage) or getattr(stage, "match_compute", False)
+        ):
             return ""  # these are nothing without a stage to be like
         words.append(f"{setting}={READS.get(each, BASE)}")
     return " ".join([*words, *(_another_primary(run, gone) or [])]) if words else ""
 
 
 def _another_primary(run: Run, gone: Collection[str]) -> list[str] | None:
-    """Return the word that names another primary arm, where one is needed; None where there is none to name."""
-    left = [name for name, stage in run.stages.items() if name not in gone and _makes_a_model(stage)]
+    """Return the word that names another primary arm, where one is needed; None where there is none
+    to name.
+    """
+    left = [
+        name for name, stage in run.stages.items() if name not in gone and _makes_a_model(stage)
+    ]
     if not left or run.primary_arm not in gone:
         return [] if left else None
     others = f" (or {', '.join(left[1:])})" if left[1:] else ""

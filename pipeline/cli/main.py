@@ -1,6 +1,8 @@
-"""argv -> Hydra -> a typed `Run` -> exit code. The last place that knows Hydra; it imports no torch and no MLflow.
+"""argv -> Hydra -> a typed `Run` -> exit code. The last place that knows Hydra; it imports no torch
+and no MLflow.
 
-Hydra discards what `main` returns and prints its own errors, so codes are decided here, outside of it.
+Hydra discards what `main` returns and prints its own errors, so codes are decided here, outside of
+it.
 """
 
 from __future__ import annotations
@@ -67,20 +69,37 @@ that saves neither time nor memory, or that vLLM reads as another model), 4 INCO
 7 budget spent, 75 preempted (run the same command again), 130 interrupted."""
 
 
-TAKE_A_VALUE = frozenset({
-    "--cfg", "-c", "--package", "-p", "--info", "-i",
-})  # fmt: skip
+TAKE_A_VALUE = frozenset({"--cfg", "-c", "--package", "-p", "--info", "-i"})
 FOLDERS = {"--recipe-dir": "--recipe-dir", "--config-dir": "--config-dir", "-cd": "--config-dir"}
 OWN_SETTINGS = "settings of one's own are recipes: --recipe-dir DIR"
 REFUSED_FLAGS = {
     **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn"), OWN_SETTINGS),
     "--experimental-rerun": "it would run what a pickle says: give the command line again",
 }
-COMPOSING = (ValueError, TypeError, AssertionError, AttributeError, LookupError, ArithmeticError, RecursionError,
-             NotImplementedError)  # fmt: skip
-"""What Hydra lets through, beside its own errors, where settings are of a kind that it did not expect."""
-HYDRA_FLAGS = TAKE_A_VALUE | {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version",
-                              "--shell-completion", "-sc"}  # fmt: skip
+COMPOSING = (
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    NotImplementedError,
+)
+"""What Hydra lets through, beside its own errors, where settings are of a kind that it did not
+expect.
+"""
+HYDRA_FLAGS = TAKE_A_VALUE | {
+    "--multirun",
+    "-m",
+    "--run",
+    "-r",
+    "--resolve",
+    "--hydra-help",
+    "--version",
+    "--shell-completion",
+    "-sc",
+}
 
 
 @clean_output()
@@ -90,8 +109,8 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
     Args:
         argv: The arguments after the program's name.
         started_ns: `time.monotonic_ns()` when the process began, for the ledger.
-        execute: What is done with the composed run, its command line, that time, and a list for what is to be waited
-            for in the end; None: it is run.
+        execute: What is done with the composed run, its command line, that time, and a list for
+            what is to be waited for in the end; None: it is run.
 
     Returns:
         The exit code.
@@ -101,7 +120,10 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         folders, rest = _take_folders([arg for arg in argv if arg != "--debug"])
         recipes = find_recipes(folders["--recipe-dir"])
         if not rest:
-            print(f"{_recipe_list(recipes)}\n\nRun one with: python -m pipeline recipe=NAME   (--help for more)")
+            print(
+                f"{_recipe_list(recipes)}\n\nRun one with: python -m pipeline recipe=NAME   (--help"
+                " for more)"
+            )
             return Exit.DONE
         if "--help" in rest or "-h" in rest:
             print(HELP.format(recipes=_recipe_list(recipes)))
@@ -112,7 +134,9 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         rest = [*flags, *settings]  # where Hydra's parser wants them
         command = shown_command(rest, folders["--recipe-dir"], folders["--config-dir"])
         _tell_hydra(_asked_for(rest, recipes), choices)
-        return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute or _execute)
+        return _compose_and_run(
+            rest, recipes, started_ns, debug, command=command, execute=execute or _execute
+        )
     except UserError as error:
         heed(error)
         code = _refuse(error, debug)
@@ -131,7 +155,11 @@ def _unlooked(error: OSError, args: Sequence[str]) -> UserError:
     """Return what to say of a place that cannot be looked at, by the argument that names it."""
     name = str(error.filename or "")
     key = next((arg.partition("=")[0] for arg in args if name and name in arg), "settings")
-    return UserError(one_line(key, 80), f"{one_line(name, 80)} cannot be read ({error.strerror})", "name another place")
+    return UserError(
+        one_line(key, 80),
+        f"{one_line(name, 80)} cannot be read ({error.strerror})",
+        "name another place",
+    )
 
 
 def _take_folders(argv: list[str]) -> tuple[dict[str, list[Path]], list[str]]:
@@ -165,9 +193,16 @@ def _apart(args: list[str]) -> tuple[list[str], list[str]]:
     refused = next((name for name in names if name in REFUSED_FLAGS), None)
     if refused is not None:
         raise UserError(refused, "is not for use here", REFUSED_FLAGS[refused])
-    unknown = next((arg for arg in args if arg.startswith("-") and arg.partition("=")[0] not in HYDRA_FLAGS), None)
+    unknown = next(
+        (arg for arg in args if arg.startswith("-") and arg.partition("=")[0] not in HYDRA_FLAGS),
+        None,
+    )
     if unknown is not None:
-        raise Unparsable(unknown, "there is no such flag", elsewhere(unknown) or "--help and --hydra-help list them")
+        raise Unparsable(
+            unknown,
+            "there is no such flag",
+            elsewhere(unknown) or "--help and --hydra-help list them",
+        )
     flags: list[str] = []
     settings: list[str] = []
     before = ""
@@ -180,7 +215,9 @@ def _apart(args: list[str]) -> tuple[list[str], list[str]]:
 
 def _recipe_list(recipes: dict[str, Recipe]) -> str:
     width = max(map(len, recipes), default=0)
-    return "\n".join(["Recipes:", *(f"  {name:<{width}}  {recipe.question}" for name, recipe in recipes.items())])
+    return "\n".join(
+        ["Recipes:", *(f"  {name:<{width}}  {recipe.question}" for name, recipe in recipes.items())]
+    )
 
 
 def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, Recipe]) -> None:
@@ -190,8 +227,15 @@ def _check_overrides(flags: list[str], settings: list[str], recipes: dict[str, R
     check_words(settings)
     bare = next((arg for arg in settings if "=" not in arg and not arg.startswith("~")), None)
     if bare is not None:
-        raise Unparsable(bare, "cannot be parsed", f"write recipe={bare}" if bare in recipes else "write key=value")
-    inspecting = any(arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version")) for arg in flags)
+        raise Unparsable(
+            bare,
+            "cannot be parsed",
+            f"write recipe={bare}" if bare in recipes else "write key=value",
+        )
+    inspecting = any(
+        arg.startswith(("--cfg", "-c", "--hydra-help", "--info", "-i", "--version"))
+        for arg in flags
+    )
     if not named and not inspecting:
         keys = [arg.partition("=")[0] for arg in settings]
         misspelt = difflib.get_close_matches("recipe", keys, n=1, cutoff=0.6)
@@ -216,10 +260,17 @@ def _refuse(error: UserError, debug: bool) -> int:
 
 
 def _compose_and_run(
-    args: list[str], recipes: dict[str, Recipe], started_ns: int, debug: bool, *, command: str, execute: Execute
+    args: list[str],
+    recipes: dict[str, Recipe],
+    started_ns: int,
+    debug: bool,
+    *,
+    command: str,
+    execute: Execute,
 ) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us; we print one line
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every trace, on our terminal
+    # torch's profiler announces every trace, on our terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig
@@ -232,13 +283,16 @@ def _compose_and_run(
     from pipeline.report.github import refusals_told
 
     codes: list[int] = []
-    deliveries: Deliveries = []  # waited for once all jobs are done: the next one's clock is running
+    # waited for once all jobs are done: the next one's clock is running
+    deliveries: Deliveries = []
     overrides = for_hydra(args, sweeps="-m" in args or "--multirun" in args)
     given = {arg.partition("=")[0].lstrip("+~") for arg in args}
 
     def typed(cfg: DictConfig) -> Any:
         try:
-            run = _typed(cfg, given, lambda error: as_user_error(error, args, recipes), names_left_out(args))
+            run = _typed(
+                cfg, given, lambda error: as_user_error(error, args, recipes), names_left_out(args)
+            )
         except OSError as error:
             if error.strerror is None:
                 raise
@@ -251,14 +305,18 @@ def _compose_and_run(
         # what passed before belongs to the first job of a multirun alone
         since_ns = time.monotonic_ns() if codes else started_ns
         codes.append(_guarded(lambda: execute(typed(cfg), command, since_ns, deliveries), debug))
-        if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):  # the machine is wanted back, not this job alone
+        # the machine is wanted back, not this job alone
+        if codes[-1] in (Exit.PREEMPTED, Exit.INTERRUPTED):
             raise _SweepStopped(codes[-1])
 
     try:
-        if any(arg.startswith("-") for arg in args):  # multirun, --cfg and the like are Hydra's application's
+        # multirun, --cfg and the like are Hydra's application's
+        if any(arg.startswith("-") for arg in args):
             sys.argv = [sys.argv[0], *overrides]
             with on_stop_signal(_stop_sweep):
-                hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(one)()
+                hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(
+                    one
+                )()
         else:  # composed once; the application would do it twice
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
                 cfg = hydra.compose("config", overrides=overrides)
@@ -286,7 +344,9 @@ def _compose_and_run(
 
 
 class _SweepStopped(BaseException):
-    """No job of a multirun is to follow; no `Exception`, which Hydra would take for a failed job and go on."""
+    """No job of a multirun is to follow; no `Exception`, which Hydra would take for a failed job
+    and go on.
+    """
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -294,17 +354,22 @@ class _SweepStopped(BaseException):
 
 
 def _stop_sweep(_: int) -> None:
-    """Have a scheduler's signal that comes between jobs, or while one opens, end the multirun as preempted."""
+    """Have a scheduler's signal that comes between jobs, or while one opens, end the multirun as
+    preempted.
+    """
     raise _SweepStopped(Exit.PREEMPTED)
 
 
 def _badness(code: int) -> int:
-    """Order exit codes so that a multirun ends with the worst: interrupted, crashed, then the rest by number."""
+    """Order exit codes so that a multirun ends with the worst: interrupted, crashed, then the rest
+    by number.
+    """
     return {int(Exit.INTERRUPTED): 1000, int(Exit.REFUSED): 900}.get(code, code)
 
 
 def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, Any]]) -> None:
-    """Make the schema, the stages' settings, `recipes` and a user's `choices` of groups known to Hydra.
+    """Make the schema, the stages' settings, `recipes` and a user's `choices` of groups known to
+    Hydra.
 
     Raises:
         UserError: If a recipe holds anything but settings.
@@ -327,17 +392,25 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
 
 
 def _embedded(value: Any, *, _root_: Any) -> Any:
-    """Return a limit of a profile where the data is the embedded one: people's own is read whole."""
+    """Return a limit of a profile where the data is the embedded one: people's own is read
+    whole.
+    """
     return value if _root_.data.path is None and _root_.data.hub is None else None
 
 
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
-    """Return the recipes that a command line may speak of: parsing all of them takes a third of the start.
+    """Return the recipes that a command line may speak of: parsing all of them takes a third of the
+    start.
 
-    Those that it names, and those that these build on in turn; all that can be read where it names none plainly, for
-    Hydra's own word on that. What is wrong with a recipe that nobody asked for stops no other one.
+    Those that it names, and those that these build on in turn; all that can be read where it names
+    none plainly, for Hydra's own word on that. What is wrong with a recipe that nobody asked for
+    stops no other one.
     """
-    chosen = [arg.partition("=")[2] for arg in args if arg.lstrip("+").partition("=")[0].partition("@")[0] == "recipe"]
+    chosen = [
+        arg.partition("=")[2]
+        for arg in args
+        if arg.lstrip("+").partition("=")[0].partition("@")[0] == "recipe"
+    ]
     found: dict[str, Recipe] = {}
     ahead = [" ".join(chosen)]
     while ahead and "(" not in ahead[0]:  # Hydra has functions: recipe=glob(*)
@@ -357,17 +430,25 @@ def _can_be_read(recipe: Recipe) -> bool:
 
 
 def _given(args: list[str], recipe: Recipe | None) -> set[str]:
-    """Return the settings that a user gave: on the command line, and in a recipe that does not ship."""
+    """Return the settings that a user gave: on the command line, and in a recipe that does not
+    ship.
+    """
     from pipeline.cli.no_effect import given_keys, recipe_keys
 
     given = given_keys([arg for arg in args if not arg.startswith("-")])
-    return given if recipe is None or is_shipped(recipe) else given | recipe_keys(read_recipe(recipe))
+    return (
+        given if recipe is None or is_shipped(recipe) else given | recipe_keys(read_recipe(recipe))
+    )
 
 
 def _typed(
-    cfg: Any, given: Collection[str], explained: Callable[[Exception], UserError], left_out: Sequence[str]
+    cfg: Any,
+    given: Collection[str],
+    explained: Callable[[Exception], UserError],
+    left_out: Sequence[str],
 ) -> Any:
-    """Return a composed configuration as the `Run` that it amounts to; say what goes with a stage that was left out.
+    """Return a composed configuration as the `Run` that it amounts to; say what goes with a stage
+    that was left out.
 
     Args:
         given: The settings of the command line.
@@ -410,13 +491,17 @@ def _execute(run: Any, command: str, started_ns: int, deliveries: Deliveries) ->
     return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
 
 
-def shown_command(args: list[str], recipe_dirs: Sequence[Path] = (), config_dirs: Sequence[Path] = ()) -> str:
+def shown_command(
+    args: list[str], recipe_dirs: Sequence[Path] = (), config_dirs: Sequence[Path] = ()
+) -> str:
     """Return the command line to repeat a run with, secrets left out."""
     import shlex
 
     from pipeline.config.redaction import redact_override
 
-    named = [("--recipe-dir", folder) for folder in recipe_dirs] + [("--config-dir", each) for each in config_dirs]
+    named = [("--recipe-dir", folder) for folder in recipe_dirs] + [
+        ("--config-dir", each) for each in config_dirs
+    ]
     folders = [word for flag, folder in named for word in (flag, str(folder))]
     return shlex.join(["python", "-m", "pipeline", *folders, *map(redact_override, args)])
 

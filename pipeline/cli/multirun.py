@@ -11,7 +11,9 @@ from hydra.experimental.callback import Callback
 
 
 class NoCopyOfSettings(Callback):
-    """Hydra's own `multirun.yaml` would hold the overrides in clear; each run keeps its settings, redacted."""
+    """Hydra's own `multirun.yaml` would hold the overrides in clear; each run keeps its settings,
+    redacted.
+    """
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Send what Hydra writes there nowhere."""

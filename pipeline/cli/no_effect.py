@@ -1,11 +1,13 @@
-"""Settings that were given and would change nothing: refused, since whoever gave them believes that they do.
+"""Settings that were given and would change nothing: refused, since whoever gave them believes that
+they do.
 
-What says how to measure something that this recipe does not measure is said in a note instead: one line of settings
-may serve several recipes.
+What says how to measure something that this recipe does not measure is said in a note instead: one
+line of settings may serve several recipes.
 
-One table says, by setting, under what it has no effect. Asked for are only settings that a user gave, on the command
-line or in a recipe of their own: what profiles set beside them is nobody's belief. What single stages cannot take is
-in their `check`.
+One table says, by setting, under what it has no effect. Asked for are only settings that a user
+gave, on the command
+line or in a recipe of their own: what profiles set beside them is nobody's belief. What single
+    stages cannot take is in their `check`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from pipeline.stages.settings import (
 )
 
 Rule = Callable[[Run], str | None]
-"""Returns why a setting has no effect in a run, as it continues `has no effect`; None where it may have one."""
+"""Returns why a setting has no effect in a run, as it continues `has no effect`; None where it may
+have one.
+"""
 
 
 def check_given(run: Run, given: Collection[str]) -> None:
@@ -53,18 +57,22 @@ def why_no_effect(run: Run, key: str) -> str | None:
     """Return why a setting has no effect in this run, or None."""
     if key.startswith("stages."):
         return _why_of_stage(run, key)
-    at = max((name for name in RULES if key == name or key.startswith(f"{name}.")), key=len, default=None)
+    at = max(
+        (name for name in RULES if key == name or key.startswith(f"{name}.")), key=len, default=None
+    )
     why = None if at is None else RULES[at](run)
     if why is None and key.startswith("training."):
         return _why_of_training(run, key.partition(".")[2])
     return why
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 def _trained(run: Run) -> dict[str, TrainingOverrides]:
-    return {name: stage for name, stage in run.stages.items() if isinstance(stage, TrainingOverrides)}
+    return {
+        name: stage for name, stage in run.stages.items() if isinstance(stage, TrainingOverrides)
+    }
 
 
 def _recovers(run: Run) -> bool:
@@ -73,13 +81,18 @@ def _recovers(run: Run) -> bool:
 
 
 def _why_of_training(run: Run, name: str) -> str | None:
-    """Return why `training.NAME` has no effect: nothing trains, each stage sets its own, or another setting decides."""
+    """Return why `training.NAME` has no effect: nothing trains, each stage sets its own, or another
+    setting decides.
+    """
     stages = list(_trained(run).values())
     if _recovers(run) or name == "sequence_length":  # what is assessed has that length, too
         return None
     if not stages:
         return "where no stage trains"
-    if all(getattr(run.stages.get(each.like or ""), name, None) or getattr(each, name, None) for each in stages):
+    if all(
+        getattr(run.stages.get(each.like or ""), name, None) or getattr(each, name, None)
+        for each in stages
+    ):
         return "where each stage sets its own"
     told = [_why_in_settings(name, training_settings(each, run)) for each in stages]
     return told[0] if all(told) else None
@@ -89,7 +102,11 @@ def _why_in_settings(name: str, settings: TrainingConfig) -> str | None:
     """Return what of a stage's other training settings leaves one without effect."""
     if name == "decay_fraction" and settings.schedule is not Schedule.constant_then_decay:
         return f"with schedule {settings.schedule.value}"
-    if name == "growth_fraction" and settings.start_batch_size is None and settings.start_sequence_length is None:
+    if (
+        name == "growth_fraction"
+        and settings.start_batch_size is None
+        and settings.start_sequence_length is None
+    ):
         return "without start_batch_size or start_sequence_length"
     if name == "checkpoint_seconds" and settings.checkpoint_every is not None:
         return "beside checkpoint_every"
@@ -99,18 +116,30 @@ def _why_in_settings(name: str, settings: TrainingConfig) -> str | None:
 def _why_of_stage(run: Run, key: str) -> str | None:
     _, name, *rest = key.split(".")
     stage, setting = run.stages.get(name), ".".join(rest)
-    if isinstance(stage, TrainingOverrides) and setting in {each.name for each in fields(TrainingConfig)}:
+    if isinstance(stage, TrainingOverrides) and setting in {
+        each.name for each in fields(TrainingConfig)
+    }:
         return _why_in_settings(setting, training_settings(stage, run))
     if not isinstance(stage, DistillStage):
         return None
-    if setting == "ramp_fraction" and stage.start_temperature is None and stage.start_ce_weight is None:
+    if (
+        setting == "ramp_fraction"
+        and stage.start_temperature is None
+        and stage.start_ce_weight is None
+    ):
         return "without start_temperature or start_ce_weight"
-    if stage.completions is not None and setting in ("divergence", "temperature", "ce_weight", "teacher", "insist"):
+    if stage.completions is not None and setting in (
+        "divergence",
+        "temperature",
+        "ce_weight",
+        "teacher",
+        "insist",
+    ):
         return "with completions: no teacher's distribution is there"
     return None
 
 
-# -- all others -------------------------------------------------------------------------------------------------------
+# -- all others -----------------------------------------------------------------------------------
 
 
 def _model_given(run: Run) -> str | None:
@@ -137,9 +166,14 @@ def _student_copied(run: Run) -> str | None:
 def _precisions(run: Run) -> set[Precision]:
     used = {training_precision(stage, run) for stage in _trained(run).values()}
     recover = [
-        each for stage in run.stages.values() if isinstance(stage, QuantizeStage) for each in (stage.lora, stage.qat)
+        each
+        for stage in run.stages.values()
+        if isinstance(stage, QuantizeStage)
+        for each in (stage.lora, stage.qat)
     ]
-    return used | ({each.precision or run.precision.name for each in recover} if _recovers(run) else set())
+    return used | (
+        {each.precision or run.precision.name for each in recover} if _recovers(run) else set()
+    )
 
 
 def _needs_precision(*precisions: Precision) -> Rule:
@@ -148,7 +182,10 @@ def _needs_precision(*precisions: Precision) -> Rule:
     def why(run: Run) -> str | None:
         if _precisions(run) & {*precisions, Precision.auto}:
             return None
-        return f"unless a stage trains in {' or '.join(each.value for each in (*precisions, Precision.auto))}"
+        return (
+            "unless a stage trains in"
+            f" {' or '.join(each.value for each in (*precisions, Precision.auto))}"
+        )
 
     return why
 
@@ -166,11 +203,17 @@ def _not_served(run: Run) -> str | None:
     measures = {Measure.serving, Measure.payback}
     served = is_gate(run) or any(measures & set(pair.on) for pair in run.compare)
     quantized = any(isinstance(stage, QuantizeStage) for stage in run.stages.values())
-    return None if served or quantized else "where no pair of arms is compared on serving or payback"
+    return (
+        None if served or quantized else "where no pair of arms is compared on serving or payback"
+    )
 
 
 def _no_teacher(run: Run) -> str | None:
-    return None if any(hasattr(stage, "teacher") for stage in run.stages.values()) else "without a teacher"
+    return (
+        None
+        if any(hasattr(stage, "teacher") for stage in run.stages.values())
+        else "without a teacher"
+    )
 
 
 def _nothing_quantized(run: Run) -> str | None:
@@ -188,10 +231,13 @@ RULES: dict[str, Rule] = {
     "model.path": _no_model,
     "model.revision": lambda run: _local(run.model.path) or _no_model(run),
     "student": _no_student,
-    "student.path": lambda _: None,  # one that cannot be loaded is refused for that, wherever it is given
+    # one that cannot be loaded is refused for that, wherever it is given
+    "student.path": lambda _: None,
     "student.revision": lambda run: _local(run.student.path),
     "student.source": _student_copied,
-    "data.vocabulary_size": lambda run: _model_given(run) and f"{_model_given(run)}, whose tokenizer is used",
+    "data.vocabulary_size": (
+        lambda run: _model_given(run) and f"{_model_given(run)}, whose tokenizer is used"
+    ),
     "data.format": _embedded,
     "data.columns": _embedded,
     "data.label_map": _embedded,
@@ -201,7 +247,9 @@ RULES: dict[str, Rule] = {
     "precision.loss_scale": _needs_precision(Precision.fp16),
     "precision.loss_tolerance": _needs_precision(),
     "precision.fp8_least_width": _needs_precision(Precision.fp8_tensorwise, Precision.fp8_rowwise),
-    "quality.max_bytes_per_document": lambda run: None if run.task is Task.causal_lm else "for a classifier",
+    "quality.max_bytes_per_document": lambda run: (
+        None if run.task is Task.causal_lm else "for a classifier"
+    ),
     "serving.volume": _not_served,
     "serving.rate": _not_served,
     "policy": _no_gate,
@@ -213,7 +261,13 @@ RULES: dict[str, Rule] = {
 """By setting, or by the group of some: under what it has no effect. The most exact name counts."""
 
 
-NOTED = ("serving.", "quality.", "allow_no_speedup", "cost.teacher_shared_by", "data.vocabulary_size")
+NOTED = (
+    "serving.",
+    "quality.",
+    "allow_no_speedup",
+    "cost.teacher_shared_by",
+    "data.vocabulary_size",
+)
 """How to measure, show or read what another recipe, task or model has."""
 
 
@@ -221,16 +275,30 @@ def given_keys(settings: Collection[str]) -> set[str]:
     """Return the settings that a command line names; what is set to null is asked for by nobody."""
     pairs = [arg.partition("=") for arg in settings if "=" in arg]
     named = {key.lstrip("+"): value for key, _, value in pairs}
-    return {key for key, value in named.items() if value != "null" and not key.startswith(("hydra", "stage@"))}
+    return {
+        key
+        for key, value in named.items()
+        if value != "null" and not key.startswith(("hydra", "stage@"))
+    }
 
 
 def recipe_keys(settings: Any, prefix: str = "") -> set[str]:
     """Return the settings that a recipe of a user's holds; in stages, those of the stages."""
     if not isinstance(settings, dict):
         return {prefix} if settings is not None else set()
-    whole = prefix in ("student.config", "policy.metrics", "data.columns", "data.label_map", "data.splits")
+    whole = prefix in (
+        "student.config",
+        "policy.metrics",
+        "data.columns",
+        "data.label_map",
+        "data.splits",
+    )
     if whole or not settings:
         return {prefix}
     left_out = ("defaults", "recipe", "question", "compare", "primary_arm") if not prefix else ()
-    return {key for name, item in settings.items() if name not in left_out
-            for key in recipe_keys(item, f"{prefix}.{name}" if prefix else str(name))}  # fmt: skip
+    return {
+        key
+        for name, item in settings.items()
+        if name not in left_out
+        for key in recipe_keys(item, f"{prefix}.{name}" if prefix else str(name))
+    }

@@ -1,9 +1,9 @@
-"""Where configs and recipes lie, what each recipe asks, and what a recipe may say. Imports nothing heavy at once: the
-list must print immediately.
+"""Where configs and recipes lie, what each recipe asks, and what a recipe may say. Imports nothing
+heavy at once: the list must print immediately.
 
-Recipes are data. A recipe file, whoever wrote it, holds settings of `Run`, and `defaults` that place stages or choose
-from groups that ship. What would have a library run code, or would carry the environment into a run, is refused by
-file and key, at any depth.
+Recipes are data. A recipe file, whoever wrote it, holds settings of `Run`, and `defaults` that
+place stages or choose from groups that ship. What would have a library run code, or would carry the
+environment into a run, is refused by file and key, at any depth.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ GROUPS = (
 )
 """Folders of `configs/`, each with the settings of one field of `Run`."""
 CODE = ("hydra", "auto_map", "trust_remote_code", "custom_pipelines")
-"""Keys by which Hydra and transformers are told which code to run; `_target_` and its kin are recognised by shape."""
+"""Keys by which Hydra and transformers are told which code to run; `_target_` and its kin are
+recognised by shape.
+"""
 ODD_TO_OMEGACONF = (ValueError, TypeError, AssertionError, AttributeError, RecursionError)
 """What OmegaConf lets through, beside its own errors, where a text is no settings."""
 TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
@@ -48,7 +50,9 @@ _PLAIN = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
 
 
 def _shipped(name: str) -> Path:
-    """Return the folder `name` of the checkout, else the copy that a wheel carries inside the package."""
+    """Return the folder `name` of the checkout, else the copy that a wheel carries inside the
+    package.
+    """
     checkout = PACKAGE.parent / name
     return checkout if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE / f"_{name}"
 
@@ -68,15 +72,20 @@ class Recipe:
 
 
 def find_recipes(extra: list[Path]) -> dict[str, Recipe]:
-    """Return the shipped recipes and those of `--recipe-dir`, by name; a user's recipe wins over a shipped one.
+    """Return the shipped recipes and those of `--recipe-dir`, by name; a user's recipe wins over a
+    shipped one.
 
     Raises:
         UserError: If a folder named by `--recipe-dir` is not there.
     """
     for folder in extra:
         if not folder.is_dir():
-            raise UserError("--recipe-dir", f"{folder} is not a folder", "name a folder of recipe files")
-    files = [path for folder in (_shipped("recipes"), *extra) for path in sorted(folder.glob("*.yaml"))]
+            raise UserError(
+                "--recipe-dir", f"{folder} is not a folder", "name a folder of recipe files"
+            )
+    files = [
+        path for folder in (_shipped("recipes"), *extra) for path in sorted(folder.glob("*.yaml"))
+    ]
     return {path.stem: Recipe(path.stem, path, _question(path)) for path in files}
 
 
@@ -101,7 +110,7 @@ def _question(path: Path) -> str:
     return "(no question in its first comment line)"
 
 
-# -- what a recipe may say --------------------------------------------------------------------------------------------
+# -- what a recipe may say ------------------------------------------------------------------------
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -123,14 +132,22 @@ def read_recipe(recipe: Recipe) -> dict[str, Any]:
     # YAML 1.1 reads a bare `on` as true; in a comparison it is a key.
     compare = settings.get("compare") or []
     if not isinstance(compare, list):
-        raise _refused(recipe.path, "compare", "is no list of pairs", "give [{arm: ..., base: ..., on: [...]}]")
+        raise _refused(
+            recipe.path, "compare", "is no list of pairs", "give [{arm: ..., base: ..., on: [...]}]"
+        )
     settings["compare"] = [
-        {"on" if key is True else key: value for key, value in pair.items()} if isinstance(pair, dict) else pair
+        (
+            {"on" if key is True else key: value for key, value in pair.items()}
+            if isinstance(pair, dict)
+            else pair
+        )
         for pair in compare
     ]
     _check_keys(recipe.path, settings)
     _check_defaults(recipe.path, settings.get("defaults", []))
-    refuse_code({name: value for name, value in settings.items() if name != "defaults"}, str(recipe.path))
+    refuse_code(
+        {name: value for name, value in settings.items() if name != "defaults"}, str(recipe.path)
+    )
     return {**settings, "recipe": recipe.name, "question": recipe.question}
 
 
@@ -138,7 +155,8 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
     """Return what a YAML file says.
 
     Raises:
-        UserError: If it is no YAML, holds no settings, has tags that make objects, or aliases that multiply it.
+        UserError: If it is no YAML, holds no settings, has tags that make objects, or aliases that
+            multiply it.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -178,12 +196,15 @@ def check_growth(path: Path, text: str, key: str) -> None:
     import yaml
 
     sizes: dict[str, int] = {}  # by anchor, nodes when written out
-    opened: list[tuple[str | None, int]] = [(None, 0)]  # collections around here, with the nodes in each so far
+    # collections around here, with the nodes in each so far
+    opened: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         size = 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise UserError(key, f"{path}: *{event.anchor} stands for what it is part of", "write it out")
+                raise UserError(
+                    key, f"{path}: *{event.anchor} stands for what it is part of", "write it out"
+                )
             size = sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
@@ -197,7 +218,9 @@ def check_growth(path: Path, text: str, key: str) -> None:
                 sizes[anchor] = size
         opened[-1] = (opened[-1][0], opened[-1][1] + size)
         if len(opened) > MAX_DEPTH or opened[-1][1] > MAX_NODES:
-            raise UserError(key, f"{path} is too deep or too long when its aliases are written out", REMEDY)
+            raise UserError(
+                key, f"{path} is too deep or too long when its aliases are written out", REMEDY
+            )
 
 
 def _check_keys(path: Path, settings: dict[Any, Any]) -> None:
@@ -209,11 +232,15 @@ def _check_keys(path: Path, settings: dict[Any, Any]) -> None:
     for key in settings:
         _check_key(path, str(key), key)
         if key not in (*known, "defaults"):
-            raise _refused(path, str(key), "there is no such setting", did_you_mean(str(key), known))
+            raise _refused(
+                path, str(key), "there is no such setting", did_you_mean(str(key), known)
+            )
 
 
 def _check_defaults(path: Path, defaults: Any) -> None:
-    """Refuse what neither places a stage nor chooses from a group that ships, nor builds on another recipe."""
+    """Refuse what neither places a stage nor chooses from a group that ships, nor builds on another
+    recipe.
+    """
     from pipeline.stages.table import STAGES
 
     if not isinstance(defaults, list):
@@ -222,7 +249,9 @@ def _check_defaults(path: Path, defaults: Any) -> None:
         if isinstance(entry, str) and _NAME.fullmatch(entry):  # another recipe, or _self_
             continue
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise _refused(path, "defaults", f"{entry!r} chooses nothing", "write - /stage@stages.NAME: TYPE")
+            raise _refused(
+                path, "defaults", f"{entry!r} chooses nothing", "write - /stage@stages.NAME: TYPE"
+            )
         ((group, choice),) = entry.items()
         group = str(group)
         named = isinstance(choice, str) and _NAME.fullmatch(choice)
@@ -232,9 +261,18 @@ def _check_defaults(path: Path, defaults: Any) -> None:
                 raise _refused(path, f"defaults: {group}", problem, f"known: {', '.join(STAGES)}")
             continue
         chosen = _CHOICE.fullmatch(group)
-        if chosen is None or chosen.group(1) not in (*GROUPS, "recipe") or not (named or choice is None):
+        if (
+            chosen is None
+            or chosen.group(1) not in (*GROUPS, "recipe")
+            or not (named or choice is None)
+        ):
             known = ", ".join(GROUPS)
-            raise _refused(path, f"defaults: {group}", "is no group that a recipe may choose from", f"known: {known}")
+            raise _refused(
+                path,
+                f"defaults: {group}",
+                "is no group that a recipe may choose from",
+                f"known: {known}",
+            )
 
 
 def refuse_code(settings: Any, where: str) -> None:
@@ -264,9 +302,13 @@ def refuse_code_keys(settings: Any, where: str) -> None:
 
 
 def names_code(key: object) -> bool:
-    """Tell whether a key, by its last part, is one that Hydra or transformers take for the name of code to run."""
+    """Tell whether a key, by its last part, is one that Hydra or transformers take for the name of
+    code to run.
+    """
     name = str(key).rpartition(".")[2].strip()
-    return name in CODE or (len(name) > 2 and name.startswith("_") and name.endswith("_") and name != "_self_")
+    return name in CODE or (
+        len(name) > 2 and name.startswith("_") and name.endswith("_") and name != "_self_"
+    )
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -306,34 +348,45 @@ def _why_not_read(text: str, key: str) -> tuple[str, str]:
         name = environment.group(1)
         problem = f"wants the environment variable {name}, and a recipe reads none"
         return problem, f'pass it on the command line: {key}="${name}"'
-    return f"{text[:60]!r} computes a value, and a recipe is data", "write the value, or ${another.setting}"
+    return (
+        f"{text[:60]!r} computes a value, and a recipe is data",
+        "write the value, or ${another.setting}",
+    )
 
 
 def _refused(where: Path | str, key: str, problem: str, remedy: str) -> UserError:
     return UserError("recipe", f"{where}: {key}: {problem}", remedy)
 
 
-# -- a user's own choices of a group ----------------------------------------------------------------------------------
+# -- a user's own choices of a group --------------------------------------------------------------
 
 
 def find_choices(folders: list[Path]) -> dict[tuple[str, str], dict[Any, Any]]:
     """Return the settings in `--config-dir DIR/GROUP/NAME.yaml`, by group and name.
 
     Raises:
-        UserError: If a folder is not there, a file lies where no group is, hides a choice that ships, or holds
-            anything but settings of its group.
+        UserError: If a folder is not there, a file lies where no group is, hides a choice that
+            ships, or holds anything but settings of its group.
     """
     found: dict[tuple[str, str], dict[Any, Any]] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise UserError("--config-dir", f"{folder} is not a folder", "name a folder of GROUP/NAME.yaml")
+            raise UserError(
+                "--config-dir", f"{folder} is not a folder", "name a folder of GROUP/NAME.yaml"
+            )
         for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
             group = path.parent.relative_to(folder).as_posix()
             if group not in GROUPS or path.suffix != ".yaml":
                 known = ", ".join(GROUPS)
-                raise UserError("--config-dir", f"{path} is of no group", f"put it into one of {known}")
+                raise UserError(
+                    "--config-dir", f"{path} is of no group", f"put it into one of {known}"
+                )
             if (config_dir() / group / path.name).is_file():
-                raise UserError("--config-dir", f"{path} hides the {path.stem} that ships", "give it another name")
+                raise UserError(
+                    "--config-dir",
+                    f"{path} hides the {path.stem} that ships",
+                    "give it another name",
+                )
             found[group, path.stem] = _read_choice(path, group)
     return found
 
@@ -347,5 +400,7 @@ def _read_choice(path: Path, group: str) -> dict[Any, Any]:
     known = [item.name for item in fields(getattr(Run(), group))]
     for key in settings:
         if key not in known:
-            raise _refused(path, str(key), f"is no setting of {group}", did_you_mean(str(key), known))
+            raise _refused(
+                path, str(key), f"is no setting of {group}", did_you_mean(str(key), known)
+            )
     return settings

@@ -1,4 +1,6 @@
-"""What a composed run is refused for before any device is touched: ranges, names, references, files."""
+"""What a composed run is refused for before any device is touched: ranges, names, references,
+files.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean X?` for the closest known word, else the known words, or where many are listed."""
+    """Return `did you mean X?` for the closest known word, else the known words, or where many are
+    listed.
+    """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
@@ -51,7 +55,8 @@ def validate(run: Run) -> None:
 
 
 def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:
-    """Refuse a run that nobody owns where an owner is required, by the setting or by PIPELINE_REQUIRE_OWNER.
+    """Refuse a run that nobody owns where an owner is required, by the setting or by
+    PIPELINE_REQUIRE_OWNER.
 
     Args:
         owner: Who pays, by the names in `OWNER`; others are not looked at.
@@ -63,19 +68,31 @@ def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:
         return
     missing = [f"tracking.{name}" for name in OWNER if not (owner.get(name) or "").strip()]
     if missing:
-        raise UserError(", ".join(missing), "not given, and every run needs an owner here", f"give {missing[0]}=...")
+        raise UserError(
+            ", ".join(missing),
+            "not given, and every run needs an owner here",
+            f"give {missing[0]}=...",
+        )
 
 
 def _check_stages(run: Run) -> None:
     if not run.stages:
-        raise UserError("stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]")
+        raise UserError(
+            "stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]"
+        )
     earlier: list[str] = [BASE]
     for name, stage in run.stages.items():
         key = f"stages.{name}"
         if not isinstance(stage, tuple(STAGES.values())):
-            raise UserError(key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults")
+            raise UserError(
+                key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults"
+            )
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name) or name in RESERVED:
-            raise UserError(key, "is no name for a stage", f"use letters, digits and _, not {' or '.join(RESERVED)}")
+            raise UserError(
+                key,
+                "is no name for a stage",
+                f"use letters, digits and _, not {' or '.join(RESERVED)}",
+            )
         check_ranges(stage, f"{key}.")
         stage.check(key, run)
         _check_references(stage, key, run, earlier)
@@ -83,19 +100,30 @@ def _check_stages(run: Run) -> None:
 
 
 def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:
-    """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes later."""
+    """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes
+    later.
+    """
     wanted = {arm: _setting_that_reads(stage, arm) for arm in stage.reads(run)}
     for arm, setting in wanted.items():
         if setting != "cache" and isinstance(run.stages.get(arm), CaptureStage):
             full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
-            raise UserError(full_key, f"{arm!r} makes a teacher cache, not a model", "name a stage that makes a model")
+            raise UserError(
+                full_key,
+                f"{arm!r} makes a teacher cache, not a model",
+                "name a stage that makes a model",
+            )
     like = getattr(stage, "like", None)
-    if like is not None and not isinstance(stage, CaptureStage):  # a capture comes before what it captures for
+    # a capture comes before what it captures for
+    if like is not None and not isinstance(stage, CaptureStage):
         wanted[like] = "like"
     for arm, setting in wanted.items():
         if arm in earlier:
             continue
-        problem = f"{arm!r} comes later in the recipe" if arm in run.stages else f"there is no stage {arm!r}"
+        problem = (
+            f"{arm!r} comes later in the recipe"
+            if arm in run.stages
+            else f"there is no stage {arm!r}"
+        )
         full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
         raise UserError(full_key, problem, did_you_mean(arm, earlier))
 
@@ -110,16 +138,26 @@ def _setting_that_reads(stage: Stage, arm: str) -> str:
 def _check_arms(run: Run) -> None:
     arms = [name for name, stage in run.stages.items() if not isinstance(stage, CaptureStage)]
     if run.primary_arm not in arms:
-        raise UserError("primary_arm", f"there is no stage {run.primary_arm!r}", did_you_mean(run.primary_arm, arms))
+        raise UserError(
+            "primary_arm",
+            f"there is no stage {run.primary_arm!r}",
+            did_you_mean(run.primary_arm, arms),
+        )
     for index, pair in enumerate(run.compare):
         for side in ("arm", "base"):
             arm = getattr(pair, side)
             if side == "base" and arm == BEST_16_BIT:
                 _check_quantized(index, pair.arm, run)
             elif arm not in arms:
-                raise UserError(f"compare[{index}].{side}", f"there is no stage {arm!r}", did_you_mean(arm, arms))
+                raise UserError(
+                    f"compare[{index}].{side}",
+                    f"there is no stage {arm!r}",
+                    did_you_mean(arm, arms),
+                )
         if pair.arm == pair.base:
-            raise UserError(f"compare[{index}]", f"{pair.arm!r} is compared with itself", "name two arms")
+            raise UserError(
+                f"compare[{index}]", f"{pair.arm!r} is compared with itself", "name two arms"
+            )
 
 
 def _check_quantized(index: int, arm: str, run: Run) -> None:
@@ -131,26 +169,38 @@ def _check_quantized(index: int, arm: str, run: Run) -> None:
 
 def _check_sources(run: Run) -> None:
     places = {
-        "data.path": run.data.path, "data.hub": run.data.hub, "model.path": run.model.path,
-        "student.path": run.student.path, "tracking.root": run.tracking.root,
-    }  # fmt: skip
+        "data.path": run.data.path,
+        "data.hub": run.data.hub,
+        "model.path": run.model.path,
+        "student.path": run.student.path,
+        "tracking.root": run.tracking.root,
+    }
     for key, place in places.items():
         if place is not None and not place.strip():
             raise UserError(key, "is empty", f"give a place, or leave {key} out")
     if run.data.path is not None and not Path(run.data.path).expanduser().exists():
-        raise UserError("data.path", f"{run.data.path} does not exist", "give a file or a folder of splits")
+        raise UserError(
+            "data.path", f"{run.data.path} does not exist", "give a file or a folder of splits"
+        )
     _check_regular(run)
     if run.data.hub is not None and importlib.util.find_spec("datasets") is None:
         raise UserError("data.hub", "the library datasets is not installed", "pip install datasets")
     if run.data.path is not None and run.data.hub is not None:
         raise UserError("data.hub", "does not go with data.path", "give one of the two")
-    beside = {"data.subset": (run.data.subset, "data.path or data.hub", run.data.path or run.data.hub),
-              "model.revision": (run.model.revision, "model.path", run.model.path)}  # fmt: skip
+    beside = {
+        "data.subset": (run.data.subset, "data.path or data.hub", run.data.path or run.data.hub),
+        "model.revision": (run.model.revision, "model.path", run.model.path),
+    }
     for key, (given, needs, place) in beside.items():
         if given is not None and place is None:
-            raise UserError(key, f"has no effect without {needs}", f"give {needs}, or leave {key} out")
-    named = {"path": run.student.path is not None, "config": bool(run.student.config),
-             "layers": run.student.layers != StudentConfig().layers}  # fmt: skip
+            raise UserError(
+                key, f"has no effect without {needs}", f"give {needs}, or leave {key} out"
+            )
+    named = {
+        "path": run.student.path is not None,
+        "config": bool(run.student.config),
+        "layers": run.student.layers != StudentConfig().layers,
+    }
     if sum(named.values()) > 1:
         both = [f"student.{name}" for name, is_named in named.items() if is_named]
         raise UserError(both[1], f"does not go with {both[0]}", "give one of the two")
@@ -159,9 +209,13 @@ def _check_sources(run: Run) -> None:
             check_local(path, key)
     embedded = run.data.path is None and run.data.hub is None
     _check_data(run.data, embedded=embedded)
-    if embedded and (run.data.name == "stdlib_labels") != (run.task is Task.sequence_classification):
+    if embedded and (run.data.name == "stdlib_labels") != (
+        run.task is Task.sequence_classification
+    ):
         right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
-        raise UserError("task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}")
+        raise UserError(
+            "task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}"
+        )
 
 
 def _check_regular(run: Run) -> None:
@@ -172,7 +226,10 @@ def _check_regular(run: Run) -> None:
     """
     named = [("data.path", run.data.path)]
     for name, stage in run.stages.items():
-        named += [(f"stages.{name}.{file}", getattr(stage, file, None)) for file in ("completions", "calibration")]
+        named += [
+            (f"stages.{name}.{file}", getattr(stage, file, None))
+            for file in ("completions", "calibration")
+        ]
     for key, given in named:
         place = None if given is None else Path(given).expanduser()
         if place is not None and place.exists() and not (place.is_dir() and key == "data.path"):
@@ -182,7 +239,9 @@ def _check_regular(run: Run) -> None:
 
 
 def _check_data(data: DataConfig, *, embedded: bool) -> None:
-    """Read the settings of names by names, and refuse what says how to read files where none are read."""
+    """Read the settings of names by names, and refuse what says how to read files where none are
+    read.
+    """
     data.splits, data.columns, data.label_map = (
         mapping(getattr(data, name), f"data.{name}") for name in ("splits", "columns", "label_map")
     )
@@ -191,7 +250,9 @@ def _check_data(data: DataConfig, *, embedded: bool) -> None:
     for name in ("splits", "format", "columns", "label_map", "group_field"):
         if embedded and getattr(data, name) != getattr(default, name):
             raise UserError(
-                f"data.{name}", "has no effect on the embedded data", f"give data.path, or leave data.{name} out"
+                f"data.{name}",
+                "has no effect on the embedded data",
+                f"give data.path, or leave data.{name} out",
             )
 
 
@@ -201,29 +262,48 @@ def _check_stride(run: Run) -> None:
     if stride is None:
         return
     if run.task is not Task.causal_lm:
-        raise UserError("quality.stride", f"has no effect with task={run.task.value}", "leave it out")
+        raise UserError(
+            "quality.stride", f"has no effect with task={run.task.value}", "leave it out"
+        )
     if stride > length:
         problem = f"{stride} is longer than a window of {length} tokens"
-        raise UserError("quality.stride", problem, f"give at most {length}, or raise quality.sequence_length")
+        raise UserError(
+            "quality.stride", problem, f"give at most {length}, or raise quality.sequence_length"
+        )
 
 
 def _check_rest(run: Run) -> None:
     check_gate(run)
     _check_stride(run)
     check_tasks(run.quality, run.task)
-    if run.seeds is not None and (not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0):
-        raise UserError("seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]")
+    if run.seeds is not None and (
+        not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0
+    ):
+        raise UserError(
+            "seeds", f"{run.seeds} is no list of different seeds", "give e.g. seeds=[0,1,2]"
+        )
     if run.seeds is not None and max(run.seeds) > MAX_SEED:
-        raise UserError("seeds", f"{max(run.seeds)} is out of range", f"give numbers of at most {MAX_SEED}")
+        raise UserError(
+            "seeds", f"{max(run.seeds)} is out of range", f"give numbers of at most {MAX_SEED}"
+        )
     if run.tracking.uri is not None and has_login(run.tracking.uri):
         raise UserError(
-            "tracking.uri", "holds a login, which would land in files that others read",
+            "tracking.uri",
+            "holds a login, which would land in files that others read",
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
-        )  # fmt: skip
+        )
     check_cost(run.cost)
-    check_owner({name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner)
+    check_owner(
+        {name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner
+    )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
-        raise UserError("hardware.device", f"{run.hardware.device!r} is no device", "give auto, cpu, cuda or cuda:1")
+        raise UserError(
+            "hardware.device",
+            f"{run.hardware.device!r} is no device",
+            "give auto, cpu, cuda or cuda:1",
+        )
     if any(batch < 1 for batch in run.serving.batches):
-        raise UserError("serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]")
+        raise UserError(
+            "serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]"
+        )
     read_results(run)

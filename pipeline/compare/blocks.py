@@ -1,15 +1,17 @@
 """The order of readings in time, and whether anything but the two arms moved them.
 
-A block reads arm, base, base, arm or the reverse, so that a drift that is linear over it cancels. All blocks alike, a
-disturbance that comes back every fourth reading falls on the same arm each time (a timer, a neighbour's batch): two
-equal arms then pass as a saving in 41% of cases. So of every two blocks one begins with the arm and one with the base,
-and a recorded seed says which. The two orders one after the other still beat in time with what comes back every third
-reading: it falls on one arm three times of four, and in 25% of cases equal arms pass. So between blocks up to three
-readings are taken and discarded, by the same seed, and of many draws the one is taken that periods mislead least
-(`draw_design`).
+A block reads arm, base, base, arm or the reverse, so that a drift that is linear over it cancels.
+All blocks alike, a disturbance that comes back every fourth reading falls on the same arm each time
+(a timer, a neighbour's batch): two equal arms then pass as a saving in 41% of cases. So of every
+two blocks one begins with the arm and one with the base, and a recorded seed says which. The two
+orders one after the other still beat in time with what comes back every third
+reading: it falls on one arm three times of four, and in 25% of cases equal arms pass. So between
+    blocks up to three readings are taken and discarded, by the same seed, and of many draws the one
+    is taken that periods mislead least (`draw_design`).
 
-What the order leaves, the readings are tested for: a drift over the pass, and a period. Both tests permute readings
-within each arm, so that they call undisturbed ones disturbed no oftener than their level whatever the noise is like.
+What the order leaves, the readings are tested for: a drift over the pass, and a period. Both tests
+permute readings within each arm, so that they call undisturbed ones disturbed no oftener than their
+level whatever the noise is like.
 Source: Good (2005), Permutation, Parametric and Bootstrap Tests of Hypotheses, chapter 3.
 """
 
@@ -29,9 +31,13 @@ ARM_FIRST, BASE_FIRST = "ABBA", "BAAB"  # A is the arm
 PERIODS = range(2, 9)
 """Readings after which a disturbance may come back; a longer one is not seen in 16 readings."""
 DRIFT_LEVEL, PERIOD_LEVEL = 0.003, 0.004
-"""Chance that one look at undisturbed readings is called disturbed: together 0.7%, over two looks 1.4%."""
+"""Chance that one look at undisturbed readings is called disturbed: together 0.7%, over two looks
+1.4%.
+"""
 LEAST_DISTURBANCE = 0.01
-"""Relative size below which drift and period are left alone: a machine always has some, and the order cancels it."""
+"""Relative size below which drift and period are left alone: a machine always has some, and the
+order cancels it.
+"""
 DRAWS = 100
 WELL_WITHIN = 0.8
 """Share of a look's bound below which one design is as good as another."""
@@ -60,12 +66,13 @@ class Design:
 
 @lru_cache(maxsize=1024)
 def draw_design(pairs: int, blocks: int, alone: int, seed: int) -> Design:
-    """Draw the blocks of a pass by a seed: of `DRAWS` at random, the one that a disturbance can mislead least.
+    """Draw the blocks of a pass by a seed: of `DRAWS` at random, the one that a disturbance can
+    mislead least.
 
-    How far it can mislead is found by trying: of every period up to 16 readings, each place and eight phases of a wave
-    take longer, and nothing else moves. What that makes of two equal arms is held against the bound of a look
-    (`_misled`). Periods up to `PERIODS` count first; longer ones, which four blocks cannot all withstand, by how many
-    mislead.
+    How far it can mislead is found by trying: of every period up to 16 readings, each place and
+    eight phases of a wave take longer, and nothing else moves. What that makes of two equal arms is
+    held against the bound of a look (`_misled`). Periods up to `PERIODS` count first; longer ones,
+    which four blocks cannot all withstand, by how many mislead.
 
     Args:
         pairs: That are read in each block.
@@ -86,25 +93,38 @@ def _draw(pairs: int, blocks: int, alone: int, rng: np.random.Generator) -> Desi
     starts = [sum(gaps[: block + 1]) + block * (4 * pairs + 2 * alone) for block in range(blocks)]
     orders: list[tuple[str, ...]] = []
     for _ in range(pairs):
-        firsts = [(ARM_FIRST, BASE_FIRST) if rng.integers(2) else (BASE_FIRST, ARM_FIRST) for _ in range(0, blocks, 2)]
+        firsts = [
+            (ARM_FIRST, BASE_FIRST) if rng.integers(2) else (BASE_FIRST, ARM_FIRST)
+            for _ in range(0, blocks, 2)
+        ]
         orders.append(tuple(order for two in firsts for order in two)[:blocks])
-    places = [[tuple(range(start + 4 * pair, start + 4 * pair + 4)) for start in starts] for pair in range(pairs)]
+    places = [
+        [tuple(range(start + 4 * pair, start + 4 * pair + 4)) for start in starts]
+        for pair in range(pairs)
+    ]
     return Design(tuple(orders), gaps, tuple(tuple(each) for each in places))
 
 
 def _misled(design: Design) -> tuple[float, float]:
-    """Return how near a disturbance of a short period comes to a false answer, and which share of longer ones do."""
+    """Return how near a disturbance of a short period comes to a false answer, and which share of
+    longer ones do.
+    """
     worst, longer = WELL_WITHIN, 0.0
     for orders, places in zip(design.orders, design.places, strict=True):
         signs = np.array([[1.0 if letter == "A" else -1.0 for letter in order] for order in orders])
-        ratio = [_share_of_bound(period, signs, np.array(places)) for period in range(2, 2 * PERIODS[-1] + 1)]
+        ratio = [
+            _share_of_bound(period, signs, np.array(places))
+            for period in range(2, 2 * PERIODS[-1] + 1)
+        ]
         worst = max(worst, *(float(each.max()) for each in ratio[: len(PERIODS)]))
         longer += float(np.mean(np.concatenate(ratio[len(PERIODS) :]) > WELL_WITHIN))
     return worst, longer
 
 
 def _share_of_bound(period: int, signs: Floats, places: npt.NDArray[np.int64]) -> Floats:
-    """Return |t| of two equal arms over the bound of a look, for each disturbance of a period: (disturbances,)."""
+    """Return |t| of two equal arms over the bound of a look, for each disturbance of a period:
+    (disturbances,).
+    """
     phases = np.arange(8) * math.pi / 8
     spikes = places % period == np.arange(period)[:, None, None]
     waves = np.sin(2 * math.pi * places / period + phases[:, None, None])
@@ -118,7 +138,9 @@ def _share_of_bound(period: int, signs: Floats, places: npt.NDArray[np.int64]) -
     return np.where(np.abs(mean) < 1e-9, 0.0, t / bound)
 
 
-def in_time(arm: npt.ArrayLike, base: npt.ArrayLike, orders: Sequence[str]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def in_time(
+    arm: npt.ArrayLike, base: npt.ArrayLike, orders: Sequence[str]
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return the readings as they were taken, (4 x blocks,), and which of them are the arm's.
 
     Args:
@@ -128,7 +150,8 @@ def in_time(arm: npt.ArrayLike, base: npt.ArrayLike, orders: Sequence[str]) -> t
     """
     arm, base = np.asarray(arm, dtype=np.float64), np.asarray(base, dtype=np.float64)
     assert arm.shape == base.shape == (len(orders), 2), (arm.shape, base.shape, len(orders))
-    is_arm = np.array([[letter == "A" for letter in order] for order in orders], dtype=bool)  # (blocks, 4)
+    # (blocks, 4)
+    is_arm = np.array([[letter == "A" for letter in order] for order in orders], dtype=bool)
     readings = np.empty(is_arm.shape)
     readings[is_arm], readings[~is_arm] = arm.ravel(), base.ravel()
     return readings.ravel(), is_arm.ravel()
@@ -148,7 +171,8 @@ def disturbances(
         arm: (blocks, 2): the arm's two readings of each block, all positive.
         base: (blocks, 2): the base's.
         orders: Of each block.
-        places: Of the four readings of each block among all that were taken; None: one after the other.
+        places: Of the four readings of each block among all that were taken; None: one after the
+            other.
         least: Relative size below which a drift or a period is left alone.
     """
     if len(orders) < LEAST_BLOCKS:
@@ -209,24 +233,35 @@ def _at_least(ordered: Floats, values: Floats | float) -> npt.NDArray[np.int64]:
     return len(ordered) - np.searchsorted(ordered, np.asarray(values) - 1e-9)
 
 
-def _drift(logs: Floats, ranks: Floats, time: npt.NDArray[np.int64], chance: _Chance, least: float) -> list[str]:
+def _drift(
+    logs: Floats, ranks: Floats, time: npt.NDArray[np.int64], chance: _Chance, least: float
+) -> list[str]:
     """Test the correlation of ranks with time (Spearman's, within arms)."""
     centred = time - time.mean()
-    if (1 + _at_least(chance.drift, abs(float(ranks @ centred)))) / (1 + PERMUTATIONS) > DRIFT_LEVEL:
+    if (1 + _at_least(chance.drift, abs(float(ranks @ centred)))) / (
+        1 + PERMUTATIONS
+    ) > DRIFT_LEVEL:
         return []
     change = float(centred @ logs / (centred @ centred)) * float(time[-1] - time[0])
     if abs(change) < least:
         return []
-    return [f"readings drifted: they {'rose' if change > 0 else 'fell'} by {abs(math.expm1(change)):.1%} over the pass"]
+    return [
+        f"readings drifted: they {'rose' if change > 0 else 'fell'} by"
+        f" {abs(math.expm1(change)):.1%} over the pass"
+    ]
 
 
-def _period(logs: Floats, ranks: Floats, time: npt.NDArray[np.int64], chance: _Chance, least: float) -> list[str]:
+def _period(
+    logs: Floats, ranks: Floats, time: npt.NDArray[np.int64], chance: _Chance, least: float
+) -> list[str]:
     """Test whether readings at the same place of any period are alike.
 
     Each period has a p-value; the smallest is held against the smallest of shuffled readings.
     """
     found = [float(_between(ranks[None], time, period)[0]) for period in PERIODS]
-    counts = [_at_least(ordered, value) for ordered, value in zip(chance.between, found, strict=True)]
+    counts = [
+        _at_least(ordered, value) for ordered, value in zip(chance.between, found, strict=True)
+    ]
     seldom = [float(1 + count) / (1 + PERMUTATIONS) for count in counts]
     as_small = np.searchsorted(chance.seldom, min(seldom) + 1e-12)
     if (1 + as_small) / (1 + PERMUTATIONS) > PERIOD_LEVEL:
@@ -236,7 +271,10 @@ def _period(logs: Floats, ranks: Floats, time: npt.NDArray[np.int64], chance: _C
     size = max(means) - min(means)
     if size < least:
         return []
-    return [f"readings repeat every {period}: they differ by {math.expm1(size):.1%} with their place in it"]
+    return [
+        f"readings repeat every {period}: they differ by {math.expm1(size):.1%} with their place"
+        " in it"
+    ]
 
 
 def _between(rows: Floats, time: npt.NDArray[np.int64], period: int) -> Floats:

@@ -1,13 +1,14 @@
 """Documents that come from one source are not independent: groups of them take their place.
 
-Ten pieces of one file err together. Taken as independent they make an interval about three times too narrow: simulated,
-its 90% covers 46%, and a model at the margin passes in 25% of cases instead of 5%. So what documents add is summed by
-group, and groups are resampled whole. Where no document names a group, each is taken as a source of its own: that is an
-assumption, and the report says so.
+Ten pieces of one file err together. Taken as independent they make an interval about three times
+too narrow: simulated, its 90% covers 46%, and a model at the margin passes in 25% of cases instead
+of 5%. So what documents add is summed by group, and groups are resampled whole. Where no document
+names a group, each is taken as a source of its own: that is an assumption, and the report says so.
 
-Right-or-wrong items need more than the bootstrap: where no item or one alone differs, resampling shows no spread, which
-is no proof that there is none. Score intervals (Wilson, Tango) on the *effective* number of items know that. It is the
-number of independent items that would show the spread seen between groups.
+Right-or-wrong items need more than the bootstrap: where no item or one alone differs, resampling
+shows no spread, which is no proof that there is none. Score intervals (Wilson, Tango) on the
+*effective* number of items know that. It is the number of independent items that would show the
+spread seen between groups.
 """
 
 from __future__ import annotations
@@ -22,22 +23,31 @@ from pipeline.compare import statistics
 from pipeline.compare.statistics import Floats, Interval, Spread
 
 GROUP = "group"
-"""Column of per-document items: the source that a document shares with others; null: one of its own."""
+"""Column of per-document items: the source that a document shares with others; null: one of its
+own.
+"""
 
 
 def group_codes(items: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.int64] | None:
-    """Return the number of each document's group (n,), or None where every document is a source of its own."""
+    """Return the number of each document's group (n,), or None where every document is a source of
+    its own.
+    """
     if GROUP not in items:
         return None
     codes: dict[tuple[str, str], int] = {}
     pairs = zip(items[GROUP].tolist(), items["digest"].tolist(), strict=True)
-    keys = (("document", str(digest)) if group is None else ("group", str(group)) for group, digest in pairs)
+    keys = (
+        ("document", str(digest)) if group is None else ("group", str(group))
+        for group, digest in pairs
+    )
     found = np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.int64)
     return found if len(codes) < len(found) else None
 
 
 def summed(values: npt.ArrayLike, codes: npt.NDArray[np.int64] | None) -> Floats:
-    """Return sums by group, (G,) of (n,) or (G, k) of (n, k); without groups the values as they are."""
+    """Return sums by group, (G,) of (n,) or (G, k) of (n, k); without groups the values as they
+    are.
+    """
     values = np.asarray(values, dtype=np.float64)
     if codes is None:
         return values
@@ -52,18 +62,20 @@ def num_groups(codes: npt.NDArray[np.int64] | None) -> int | None:
 
 
 def effective_items(sizes: Floats, variance_of_one: float, spread: Spread) -> float:
-    """Return how many independent items would show the spread seen between groups; at most all, at least the groups.
+    """Return how many independent items would show the spread seen between groups; at most all, at
+    least the groups.
 
-    The number of groups counts as in a weighted mean, (sum sizes)^2 / sum sizes^2. It is what remains where no item
-    differs, so that nothing tells how alike those of a group are.
+    The number of groups counts as in a weighted mean, (sum sizes)^2 / sum sizes^2. It is what
+    remains where no item differs, so that nothing tells how alike those of a group are.
 
     Args:
         sizes: (G,): items of each group.
         variance_of_one: Of one item's value.
         spread: Of the mean over groups.
 
-    Source: Kish (1965), Survey Sampling, sections 5.4 and 8.2 (design effect); Donner and Klar (2000), Design and
-        Analysis of Cluster Randomization Trials, section 6.1 (score tests on effective counts).
+    Source: Kish (1965), Survey Sampling, sections 5.4 and 8.2 (design effect); Donner and Klar
+        (2000), Design and Analysis of Cluster Randomization Trials, section 6.1 (score tests on
+        effective counts).
     """
     least = float(sizes.sum() ** 2 / np.sum(sizes**2))
     if spread.sd == 0 or variance_of_one == 0:
@@ -105,8 +117,8 @@ def paired_share(
 ) -> tuple[Interval, Spread, tuple[float, float, float]]:
     """Return the difference of two paired shares with its interval over groups.
 
-    The outer ends of three: the BCa bootstrap's over groups, the skewness-corrected t interval's, and Tango's on
-    effective items.
+    The outer ends of three: the BCa bootstrap's over groups, the skewness-corrected t interval's,
+        and Tango's on effective items.
 
     Args:
         in_arm: (n,): where the arm is right.
@@ -117,7 +129,8 @@ def paired_share(
         level: Two-sided confidence.
 
     Returns:
-        The interval, the spread over groups, and (b, c, n) in effective items: what a larger sample is planned from.
+        The interval, the spread over groups, and (b, c, n) in effective items: what a larger sample
+        is planned from.
     """
     difference = in_arm.astype(np.float64) - in_base
     sums, sizes = summed(difference, codes), summed(np.ones(len(difference)), codes)

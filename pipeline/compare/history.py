@@ -1,29 +1,37 @@
-"""A model's releases one after another: is the newest a step down, and have small losses added up? Arithmetic only.
+"""A model's releases one after another: is the newest a step down, and have small losses added up?
+Arithmetic only.
 
 Two questions that no single verdict answers:
 
-- Step: is the newest reading below what earlier releases of this model read? Each reading is a release against the
-  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by their precision, and
-  by how far releases lie apart beyond it (tau, Paule and Mandel); the newest is held against where another release of
-  the same kind would read: a prediction interval, t with one degree of freedom less than there are earlier releases
-  (than they count for, where some are far more precise: Kish). It takes three of them. No reading is left out for its
+- Step: is the newest reading below what earlier releases of this model read? Each reading is a
+  release against the
+  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by
+  their precision, and by how far releases lie apart beyond it (tau, Paule and Mandel); the newest
+  is held against where another release of
+  the same kind would read: a prediction interval, t with one degree of freedom less than there are
+      earlier releases (than they count for, where some are far more precise: Kish). It takes three
+      of them. No reading is left out for its
   verdict: without those that failed the rest would lie too high, and the next one look like a step.
-- Creep: a margin forgives a small loss, and the next margin another one. What the promoted champions lost one after
-  another is added up since the best of them. Alarm: the sum lies beyond the margin, and its bound excludes that nothing
-  was lost. Any champion may turn out to be the best one, so every start is tested, at alpha over their number.
+- Creep: a margin forgives a small loss, and the next margin another one. What the promoted
+  champions lost one after
+  another is added up since the best of them. Alarm: the sum lies beyond the margin, and its bound
+  excludes that nothing was lost. Any champion may turn out to be the best one, so every start is
+  tested, at alpha over their number.
 
 Both are alarms to look into, not verdicts: a gate of the newest against the best champion decides.
 
-Simulated (tests/test_history.py, `-m slow`): a step alarm without a step in at most alpha of 2,000 histories, whether
-releases differ or not, whatever their precisions. A step of 3 standard errors (of newest less earlier, both with what
-lies between releases) is found in 44 to 63% of histories with 3 earlier releases, 77 to 82% with 6, 82 to 86% with 8,
-83 to 87% with 10: with few of them nobody knows how far releases lie apart, and no test that holds alpha can do much.
-A creep alarm without a loss: in at most 5% of 4,000 chains; where each champion lost 0.4 of a margin (standard error
-0.3) it sounds in 60% of chains after 3, 78% after 5, 96% after 10.
+Simulated (tests/test_history.py, `-m slow`): a step alarm without a step in at most alpha of 2,000
+histories, whether releases differ or not, whatever their precisions. A step of 3 standard errors
+(of newest less earlier, both with what lies between releases) is found in 44 to 63% of histories
+with 3 earlier releases, 77 to 82% with 6, 82 to 86% with 8, 83 to 87% with 10: with few of them
+nobody knows how far releases lie apart, and no test that holds alpha can do much.
+A creep alarm without a loss: in at most 5% of 4,000 chains; where each champion lost 0.4 of a
+    margin (standard error 0.3) it sounds in 60% of chains after 3, 78% after 5, 96% after 10.
 
-Sources: Paule and Mandel (1982), J. Res. NBS 87:377-385; Higgins, Thompson and Spiegelhalter (2009), J. R. Stat. Soc. A
-172:137-159 (prediction interval); Hartung and Knapp (2001), Statist. Med. 20:3875-3889 (t with k - 1 degrees); Kish
-(1965), Survey Sampling, section 11.7; D'Agostino, Massaro and Sullivan (2003), Statist. Med. 22:169-186 (biocreep).
+Sources: Paule and Mandel (1982), J. Res. NBS 87:377-385; Higgins, Thompson and Spiegelhalter
+    (2009), J. R. Stat. Soc. A 172:137-159 (prediction interval); Hartung and Knapp (2001), Statist.
+    Med. 20:3875-3889 (t with k - 1 degrees); Kish (1965), Survey Sampling, section 11.7;
+    D'Agostino, Massaro and Sullivan (2003), Statist. Med. 22:169-186 (biocreep).
 """
 
 from __future__ import annotations
@@ -41,12 +49,13 @@ from pipeline.compare.statistics import normal_quantile, t_quantile
 
 ALPHA = 0.05  # one-sided, of each alarm at each release
 LEAST_EARLIER = 3  # releases, below which nothing is known of how far they lie apart
-SHARPEST = 1e-6  # standard error below which a reading counts as this precise: exact ones would take all the weight
+# standard error below which a reading counts as this precise: exact ones would take all the weight
+SHARPEST = 1e-6
 MEASURED = ("PASS", "FAIL", "INCONCLUSIVE")
 Floats = npt.NDArray[np.float64]
 
 
-# -- what was judged ------------------------------------------------------------------------------------------------
+# -- what was judged ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,8 @@ class Figure:
 
     Attributes:
         error: Standard error in the unit that adds up (`added`).
-        relative: A share of the other side's (savings, bits per byte): logarithms add up, shares do not.
+        relative: A share of the other side's (savings, bits per byte): logarithms add up, shares do
+            not.
         blocks: ABBA blocks that `error` rests on; None for qualities.
     """
 
@@ -83,13 +93,30 @@ def from_added(added: float, *, relative: bool) -> float:
 
 
 def figure(
-    value: float | None, low: float | None, high: float | None, *, level: float, relative: bool,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    level: float,
+    relative: bool,
     blocks: int | None = None,
-) -> Figure | None:  # fmt: skip
-    """Return a reading, its standard error read off its interval; None where there is no interval to read it off."""
-    if value is None or low is None or high is None or not all(map(math.isfinite, (value, low, high))):
+) -> Figure | None:
+    """Return a reading, its standard error read off its interval; None where there is no interval
+    to read it off.
+    """
+    if (
+        value is None
+        or low is None
+        or high is None
+        or not all(map(math.isfinite, (value, low, high)))
+    ):
         return None
-    if low > high or (relative and high >= 1) or not 0 < level < 1 or (blocks is not None and blocks < 2):
+    if (
+        low > high
+        or (relative and high >= 1)
+        or not 0 < level < 1
+        or (blocks is not None and blocks < 2)
+    ):
         return None
     width = to_added(high) - to_added(low) if relative else high - low
     quantile = normal_quantile(level) if blocks is None else t_quantile(level, blocks - 1)
@@ -103,7 +130,8 @@ class Judged:
     Attributes:
         created: UTC, ISO 8601.
         run: Of the pipeline.
-        key: Of candidate, baseline, policy, data, evaluation and device; empty where there was no baseline.
+        key: Of candidate, baseline, policy, data, evaluation and device; empty where there was no
+            baseline.
         candidate: Digest; `baseline` too, None where there was none.
         version: Of the registered model, where the candidate is one.
         recorded: The run whose verdict was given again; None where it was reached here.
@@ -138,12 +166,14 @@ class Judged:
 def count_once(found: Sequence[Judged]) -> list[Judged]:
     """Return each answer once, the oldest first: its last look, however often it was given again.
 
-    INVALID counts as no look: it stands only where nothing else was found out. A pair that was judged under several
-    policies, data or devices has an answer each; `ways` says how many.
+    INVALID counts as no look: it stands only where nothing else was found out. A pair that was
+        judged under several policies, data or devices has an answer each; `ways` says how many.
     """
     groups: dict[tuple[str, ...], list[Judged]] = {}
     for each in found:
-        groups.setdefault((each.key, each.candidate, "" if each.key else each.verdict), []).append(each)
+        groups.setdefault((each.key, each.candidate, "" if each.key else each.verdict), []).append(
+            each
+        )
     kept: list[Judged] = []
     for same in groups.values():
         own = [each for each in same if each.recorded is None] or same[:1]
@@ -156,7 +186,7 @@ def count_once(found: Sequence[Judged]) -> list[Judged]:
     return sorted(kept, key=lambda each: (each.created, each.run))
 
 
-# -- step -----------------------------------------------------------------------------------------------------------
+# -- step -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +214,12 @@ class Step:
 def step(
     values: npt.ArrayLike, errors: npt.ArrayLike, *, alpha: float = ALPHA, degrees: float = math.inf
 ) -> Step | None:
-    """Hold the newest reading against the earlier ones; None where there are fewer than three of these.
+    """Hold the newest reading against the earlier ones; None where there are fewer than three of
+    these.
 
-    The newest is taken for no more precise than the earlier ones typically are: where these are too coarse to show how
-    far releases lie apart, a precise newest one would be held against a spread that nobody has seen.
+    The newest is taken for no more precise than the earlier ones typically are: where these are too
+    coarse to show how far releases lie apart, a precise newest one would be held against a spread
+    that nobody has seen.
 
     Args:
         values: (k + 1,): oldest first, the newest last; in a unit that adds up.
@@ -195,7 +227,10 @@ def step(
         alpha: One-sided chance of an alarm without a step.
         degrees: Of freedom of the newest one's error, where that is its own.
     """
-    y, variances = np.asarray(values, dtype=np.float64), np.maximum(np.asarray(errors, np.float64), SHARPEST) ** 2
+    y, variances = (
+        np.asarray(values, dtype=np.float64),
+        np.maximum(np.asarray(errors, np.float64), SHARPEST) ** 2,
+    )
     assert y.shape == variances.shape, (y.shape, variances.shape)
     earlier, own = y[:-1], variances[:-1]
     if len(earlier) < LEAST_EARLIER:
@@ -215,7 +250,8 @@ def step(
 def between_variance(values: Floats, variances: Floats) -> float:
     """Return the variance between releases beyond that of their readings (tau squared).
 
-    It is where the weighted sum of squares is what it is on average, values less one; 0 where it is smaller already.
+    It is where the weighted sum of squares is what it is on average, values less one; 0 where it is
+    smaller already.
 
     Source: Paule and Mandel (1982), J. Res. NBS 87:377-385.
     """
@@ -232,10 +268,12 @@ def between_variance(values: Floats, variances: Floats) -> float:
 
 
 def pooled_errors(errors: npt.ArrayLike, blocks: npt.ArrayLike) -> tuple[Floats, float]:
-    """Return the standard errors of means over few blocks, the spread of a block pooled over releases.
+    """Return the standard errors of means over few blocks, the spread of a block pooled over
+    releases.
 
-    Four blocks hardly tell their own spread; those of all releases on one device at one load do. The newest keeps its
-    own where that is larger (a noisy day is no step), and then the degrees of freedom that it has: the second figure.
+    Four blocks hardly tell their own spread; those of all releases on one device at one load do.
+    The newest keeps its own where that is larger (a noisy day is no step), and then the degrees of
+    freedom that it has: the second figure.
     """
     errors, blocks = np.asarray(errors, dtype=np.float64), np.asarray(blocks, dtype=np.float64)
     of_block = float(np.sum((blocks - 1) * blocks * errors**2) / np.sum(blocks - 1))
@@ -246,7 +284,7 @@ def pooled_errors(errors: npt.ArrayLike, blocks: npt.ArrayLike) -> tuple[Floats,
     return pooled, float(blocks[-1] - 1)
 
 
-# -- creep ----------------------------------------------------------------------------------------------------------
+# -- creep ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +292,8 @@ class Creep:
     """What the newest champion lost since the best one, in the unit that adds up.
 
     Attributes:
-        best: Index of the best champion: 0 is what the chain begins with, i what the i-th change left.
+        best: Index of the best champion: 0 is what the chain begins with, i what the i-th change
+            left.
         changes: From there to the newest.
         level: Two-sided, of the interval, so that all starts together hold alpha.
         shown: Whether the interval excludes a loss beyond the margin.
@@ -271,14 +310,19 @@ class Creep:
     alarm: bool
 
 
-def creep(values: npt.ArrayLike, errors: npt.ArrayLike, *, margin: float, alpha: float = ALPHA) -> Creep | None:
-    """Add up what champions lost one after another; None where the newest is the best of them, or there is none.
+def creep(
+    values: npt.ArrayLike, errors: npt.ArrayLike, *, margin: float, alpha: float = ALPHA
+) -> Creep | None:
+    """Add up what champions lost one after another; None where the newest is the best of them, or
+    there is none.
 
-    Errors of different releases are taken as independent. Two in a row share the champion between them, which they
-    read with opposite sign, so that on the same documents their sum is known better than this says.
+    Errors of different releases are taken as independent. Two in a row share the champion between
+    them, which they read with opposite sign, so that on the same documents their sum is known
+    better than this says.
 
     Args:
-        values: (m,): each champion less the one before it, the oldest first; in a unit that adds up.
+        values: (m,): each champion less the one before it, the oldest first; in a unit that adds
+            up.
         errors: (m,): their standard errors.
         margin: Loss that one release may have, in that unit; positive.
         alpha: One-sided chance of an alarm where no champion lost anything.
@@ -297,12 +341,18 @@ def creep(values: npt.ArrayLike, errors: npt.ArrayLike, *, margin: float, alpha:
     best = int(np.argmin(np.where(alarms, totals, np.inf) if alarms.any() else totals))
     low, high = float(totals[best] - half[best]), float(totals[best] + half[best])
     return Creep(
-        estimate=float(totals[best]), low=low, high=high, best=best, changes=len(y) - best,
-        level=1 - 2 * alpha / len(y), shown=low > -margin, alarm=bool(alarms[best]),
-    )  # fmt: skip
+        estimate=float(totals[best]),
+        low=low,
+        high=high,
+        best=best,
+        changes=len(y) - best,
+        level=1 - 2 * alpha / len(y),
+        shown=low > -margin,
+        alarm=bool(alarms[best]),
+    )
 
 
-# -- of a model's history -------------------------------------------------------------------------------------------
+# -- of a model's history -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,18 +410,27 @@ def findings(answers: Sequence[Judged], *, alpha: float = ALPHA) -> list[Finding
 
 def _measured(answers: Sequence[Judged]) -> list[Judged]:
     """Return the answers that have readings of two models; one against itself is no release."""
-    return [each for each in answers if each.verdict in MEASURED and each.baseline not in (None, each.candidate)]
+    return [
+        each
+        for each in answers
+        if each.verdict in MEASURED and each.baseline not in (None, each.candidate)
+    ]
 
 
 def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float) -> Finding:
-    """Hold the newest answer's reading against earlier ones under the same policy on the same device, one a pair."""
+    """Hold the newest answer's reading against earlier ones under the same policy on the same
+    device, one a pair.
+    """
     newest, own = read[-1]
     finding = Finding(kind="step", of=name, candidate=newest.candidate, level=1 - alpha)
     if own is None:
         return replace(finding, why="the newest release has no interval")
     alike = (newest.policy_sha256, newest.device)
-    same = {(each.candidate, each.baseline): reading for each, reading in read[:-1]
-            if reading is not None and (each.policy_sha256, each.device) == alike}  # fmt: skip
+    same = {
+        (each.candidate, each.baseline): reading
+        for each, reading in read[:-1]
+        if reading is not None and (each.policy_sha256, each.device) == alike
+    }
     same.pop((newest.candidate, newest.baseline), None)
     readings = [*same.values(), own]
     errors, degrees = np.array([each.error for each in readings]), math.inf
@@ -379,17 +438,22 @@ def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float)
         errors, degrees = pooled_errors(errors, [each.blocks or 0 for each in readings])
     told = step([each.added for each in readings], errors, alpha=alpha, degrees=degrees)
     if told is None:
-        why = f"{len(same)} earlier releases under this policy on this device, and a step takes {LEAST_EARLIER}"
+        why = (
+            f"{len(same)} earlier releases under this policy on this device, and a step takes"
+            f" {LEAST_EARLIER}"
+        )
         return replace(finding, releases=len(same), why=why)
     shown = [from_added(each, relative=own.relative) for each in (told.estimate, told.high)]
     return replace(finding, alarm=told.alarm, value=shown[0], high=shown[1], releases=told.earlier)
 
 
 def champions(answers: Sequence[Judged]) -> list[Judged]:
-    """Return the answers that led to the newest champion, the oldest first: each candidate is the next one's baseline.
+    """Return the answers that led to the newest champion, the oldest first: each candidate is the
+    next one's baseline.
 
-    The newest candidate ends the chain where it has passed once (it is champion, or about to be); else its baseline
-    does. Where a champion passed against an earlier one, too, that reading takes the place of what lies between.
+    The newest candidate ends the chain where it has passed once (it is champion, or about to be);
+    else its baseline does. Where a champion passed against an earlier one, too, that reading takes
+    the place of what lies between.
     """
     measured = _measured(answers)
     if not measured:
@@ -425,10 +489,26 @@ def _creep(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
     assert all(after.baseline == before.candidate for before, after in pairwise(chain))
     relative = readings[-1].relative
     margin = math.log1p(newest.margin) if relative else newest.margin
-    told = creep([each.added for each in readings], [each.error for each in readings], margin=margin, alpha=alpha)
+    told = creep(
+        [each.added for each in readings],
+        [each.error for each in readings],
+        margin=margin,
+        alpha=alpha,
+    )
     finding = replace(finding, candidate=chain[-1].candidate)
     if told is None:
         return replace(finding, value=0.0, shown=True, since=chain[-1].candidate)
-    value, low, high = (from_added(each, relative=relative) for each in (told.estimate, told.low, told.high))
-    return replace(finding, alarm=told.alarm, value=value, low=low, high=high, level=told.level, releases=told.changes,
-                   since=chain[told.best].baseline, shown=told.shown)  # fmt: skip
+    value, low, high = (
+        from_added(each, relative=relative) for each in (told.estimate, told.low, told.high)
+    )
+    return replace(
+        finding,
+        alarm=told.alarm,
+        value=value,
+        low=low,
+        high=high,
+        level=told.level,
+        releases=told.changes,
+        since=chain[told.best].baseline,
+        shown=told.shown,
+    )

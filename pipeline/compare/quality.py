@@ -1,18 +1,21 @@
 """Two arms on the same documents: better, worse, equal within the margin, or undecided.
 
-Differences are oriented so that higher is better for the arm. Bits per byte compare relatively (`1 - arm/base`, the
-margin is a share), accuracies absolutely (`arm - base`, the margin is in accuracy). The answer is read off a two-sided
-90% interval, whose ends are one-sided 95% bounds, in this order:
+Differences are oriented so that higher is better for the arm. Bits per byte compare relatively (`1
+- arm/base`, the margin is a share), accuracies absolutely (`arm - base`, the margin is in
+accuracy). The answer is read off a two-sided 90% interval, whose ends are one-sided 95% bounds, in
+this order:
 
 - `equal`: the whole interval is within the margin on both sides, whichever side of 0 it lies on.
 - `better`: the whole interval is above 0.
-- `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not decided.
-- `undecided`: anything else, fewer documents than an answer needs, or an interval of no width: resampling documents
-  on which two different models happen to agree shows no spread, which is no proof that there is none. Macro F1 needs
-  `MIN_CLASS_ITEMS` of the rarest class besides.
+- `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not
+  decided.
+- `undecided`: anything else, fewer documents than an answer needs, or an interval of no width:
+  resampling documents
+  on which two different models happen to agree shows no spread, which is no proof that there is
+  none. Macro F1 needs `MIN_CLASS_ITEMS` of the rarest class besides.
 
-Documents are taken as independent unless their items name a `group`: then groups are what is resampled and counted
-(`clustered.py`).
+Documents are taken as independent unless their items name a `group`: then groups are what is
+resampled and counted (`clustered.py`).
 """
 
 from __future__ import annotations
@@ -31,17 +34,20 @@ from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
 from pipeline.ledger.values import Prov, Value, derive, null
 
 Items = Mapping[str, npt.NDArray[Any]]
-"""What assessment keeps of each document: `digest` and, in the same order, the columns that a figure needs."""
+"""What assessment keeps of each document: `digest` and, in the same order, the columns that a
+figure needs.
+"""
 
 PAIRED_SHARE = 0.95
 """Below this share of common documents two arms were not assessed on the same data."""
 MIN_DOCUMENTS = 20
 MIN_CLASS_ITEMS = 20
-"""Items of the rarest class below which an interval of macro F1 decides nothing, whatever the number of classes.
+"""Items of the rarest class below which an interval of macro F1 decides nothing, whatever the
+number of classes.
 
-Source: simulation through the gate (benchmarks/gate_simulation.py, `floor:`): a model that loses 15% of a class with 12
-items passes in 18% of cases, of a class with 20 in 8%; with this floor no setting of 2, 6 or 20 classes passes in more
-than 5%.
+Source: simulation through the gate (benchmarks/gate_simulation.py, `floor:`): a model that loses
+    15% of a class with 12 items passes in 18% of cases, of a class with 20 in 8%; with this floor
+    no setting of 2, 6 or 20 classes passes in more than 5%.
 """
 Codes = npt.NDArray[np.int64]
 """(n,): the number of each document's group."""
@@ -49,7 +55,9 @@ Codes = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """Of an interval: its two-sided confidence, how a bootstrap resamples, and which documents belong together."""
+    """Of an interval: its two-sided confidence, how a bootstrap resamples, and which documents
+    belong together.
+    """
 
     level: float
     resamples: int
@@ -71,12 +79,14 @@ def answer_of(low: float, high: float, margin: float) -> str:
     return "worse" if high < 0 else "undecided"
 
 
-# -- one figure -----------------------------------------------------------------------------------------------------
+# -- one figure -----------------------------------------------------------------------------------
 
 
 def _continuous(estimate: float, spread: Spread, settings: _Settings) -> _Found:
     def needed(margin: float, assumed: float) -> int | None:
-        return statistics.items_for_power(spread, margin=margin, assumed=assumed, level=settings.level)
+        return statistics.items_for_power(
+            spread, margin=margin, assumed=assumed, level=settings.level
+        )
 
     return statistics.skewed_t_interval(estimate, spread, level=settings.level), needed
 
@@ -87,9 +97,16 @@ def _bits_per_byte(arm: Items, base: Items, settings: _Settings) -> _Found:
 
 
 def _paired_ratio(
-    arm: npt.NDArray[Any], base: npt.NDArray[Any], den: npt.NDArray[Any], settings: _Settings, *, relative: bool = False
+    arm: npt.NDArray[Any],
+    base: npt.NDArray[Any],
+    den: npt.NDArray[Any],
+    settings: _Settings,
+    *,
+    relative: bool = False,
 ) -> tuple[float, Spread]:
-    """Return how two ratios of sums differ and that difference's spread, over groups where there are any."""
+    """Return how two ratios of sums differ and that difference's spread, over groups where there
+    are any.
+    """
     by_group = (clustered.summed(column, settings.codes) for column in (arm, base, den))
     return statistics.paired_ratio(*by_group, relative=relative)
 
@@ -98,7 +115,9 @@ def _token_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
     """Compare sum(column) / sum(tokens), absolutely."""
 
     def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
-        return _continuous(*_paired_ratio(arm[column], base[column], arm["tokens"], settings), settings)
+        return _continuous(
+            *_paired_ratio(arm[column], base[column], arm["tokens"], settings), settings
+        )
 
     return compare
 
@@ -114,9 +133,14 @@ def _example_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
 
         def needed(margin: float, assumed: float) -> int | None:
             discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
-            return statistics.binary_items_for_power(discordant, margin=margin, assumed=assumed, level=settings.level)
+            return statistics.binary_items_for_power(
+                discordant, margin=margin, assumed=assumed, level=settings.level
+            )
 
-        return Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=settings.level)), needed
+        return (
+            Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=settings.level)),
+            needed,
+        )
 
     return compare
 
@@ -126,14 +150,27 @@ def _grouped_share(
 ) -> _Found:
     """Compare the shares of right items over groups. What decides is counted in groups."""
     interval, spread, (b, c, n) = clustered.paired_share(
-        in_arm, in_base, codes, resamples=settings.resamples, seed=settings.seed, level=settings.level
+        in_arm,
+        in_base,
+        codes,
+        resamples=settings.resamples,
+        seed=settings.seed,
+        level=settings.level,
     )
 
     def needed(margin: float, assumed: float) -> int | None:
-        linear = statistics.items_for_power(spread, margin=margin, assumed=assumed, level=settings.level)
+        linear = statistics.items_for_power(
+            spread, margin=margin, assumed=assumed, level=settings.level
+        )
         discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
-        items = statistics.binary_items_for_power(discordant, margin=margin, assumed=assumed, level=settings.level)
-        return None if linear is None or items is None else max(linear, math.ceil(items * spread.n / n))
+        items = statistics.binary_items_for_power(
+            discordant, margin=margin, assumed=assumed, level=settings.level
+        )
+        return (
+            None
+            if linear is None or items is None
+            else max(linear, math.ceil(items * spread.n / n))
+        )
 
     return interval, needed
 
@@ -144,7 +181,9 @@ def is_binary(values: npt.ArrayLike) -> bool:
 
 
 def _task_score(column: str) -> Callable[[Items, Items, _Settings], _Found]:
-    """Compare the mean of scores between 0 and 1, absolutely: as a share of examples where all are right or wrong."""
+    """Compare the mean of scores between 0 and 1, absolutely: as a share of examples where all are
+    right or wrong.
+    """
 
     def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
         if is_binary(arm[column]) and is_binary(base[column]):
@@ -156,16 +195,22 @@ def _task_score(column: str) -> Callable[[Items, Items, _Settings], _Found]:
 
 
 def _macro_f1(arm: Items, base: Items, settings: _Settings) -> _Found:
-    """Compare macro F1 over examples or groups: the outer ends of the bootstrap's interval and the linearised one's."""
+    """Compare macro F1 over examples or groups: the outer ends of the bootstrap's interval and the
+    linearised one's.
+    """
     classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
     times, codes, rarest = None, settings.codes, rarest_class(arm, base)
     if codes is None:  # few kinds of items: counting them is as good as listing all, and quicker
-        places = [np.searchsorted(classes, each) for each in (arm["label"], arm["prediction"], base["prediction"])]
+        places = [
+            np.searchsorted(classes, each)
+            for each in (arm["label"], arm["prediction"], base["prediction"])
+        ]
         shape = (len(classes),) * 3
         kinds, times = np.unique(np.ravel_multi_index(places, shape), return_counts=True)
         label, ours, theirs = (classes[each] for each in np.unravel_index(kinds, shape))
         arm, base = {"label": label, "prediction": ours}, {"label": label, "prediction": theirs}
-    columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)  # (n, 2 * 3 * C)
+    # (n, 2 * 3 * C)
+    columns = np.concatenate([_f1_columns(items, classes) for items in (arm, base)], axis=1)
     columns = clustered.summed(columns, codes)
 
     def difference(sums: Floats) -> Floats:
@@ -173,20 +218,31 @@ def _macro_f1(arm: Items, base: Items, settings: _Settings) -> _Found:
         return macro_f1(of_arm) - macro_f1(of_base)
 
     bca = statistics.bootstrap_sums(
-        columns, difference, resamples=settings.resamples, seed=settings.seed, level=settings.level, times=times
+        columns,
+        difference,
+        resamples=settings.resamples,
+        seed=settings.seed,
+        level=settings.level,
+        times=times,
     )
     spread = statistics.sums_spread(columns, difference, times=times)
     linear, planned = _continuous(bca.estimate, spread, settings)
 
     def needed(margin: float, assumed: float) -> int | None:
         items = planned(margin, assumed)
-        return None if items is None or rarest[1] == 0 else max(items, _until_floor(rarest[1], spread.n))
+        return (
+            None
+            if items is None or rarest[1] == 0
+            else max(items, _until_floor(rarest[1], spread.n))
+        )
 
     return Interval(bca.estimate, min(bca.low, linear.low), max(bca.high, linear.high)), needed
 
 
 def rarest_class(arm: Items, base: Items) -> tuple[Any, int]:
-    """Return the class with the fewest items, of those that are labelled or predicted, and how many it has."""
+    """Return the class with the fewest items, of those that are labelled or predicted, and how many
+    it has.
+    """
     classes = np.unique(np.concatenate([arm["label"], arm["prediction"], base["prediction"]]))
     counts = (arm["label"][:, None] == classes).sum(axis=0)
     rarest = int(np.argmin(counts))
@@ -194,11 +250,14 @@ def rarest_class(arm: Items, base: Items) -> tuple[Any, int]:
 
 
 _SHARE_ERRORS, _COUNT_ERRORS = 0.84, 1.28
-"""Standard errors by which the rarest class is taken to be rarer, and to come out seldomer, when planning."""
+"""Standard errors by which the rarest class is taken to be rarer, and to come out seldomer, when
+planning.
+"""
 
 
 def _until_floor(rarest: int, n: int) -> int:
-    """Return how many items (or groups) hold `MIN_CLASS_ITEMS` of the rarest class in 9 cases of 10.
+    """Return how many items (or groups) hold `MIN_CLASS_ITEMS` of the rarest class in 9 cases of
+    10.
 
     Args:
         rarest: How many `n` items hold; 1 or more.
@@ -207,13 +266,17 @@ def _until_floor(rarest: int, n: int) -> int:
     if rarest >= MIN_CLASS_ITEMS:
         return n
     share = (rarest - _SHARE_ERRORS * math.sqrt(rarest)) / n
-    root = (_COUNT_ERRORS + math.sqrt(_COUNT_ERRORS**2 + 4 * MIN_CLASS_ITEMS)) / 2  # of x - 1.28 sqrt(x) = floor
+    # of x - 1.28 sqrt(x) = floor
+    root = (_COUNT_ERRORS + math.sqrt(_COUNT_ERRORS**2 + 4 * MIN_CLASS_ITEMS)) / 2
     return math.ceil(root**2 / share)
 
 
 def _f1_columns(items: Items, classes: npt.NDArray[Any]) -> Floats:
     """Return what every example adds to the counts of `macro_f1`: (n, 3C)."""
-    labelled, predicted = items["label"][:, None] == classes, items["prediction"][:, None] == classes
+    labelled, predicted = (
+        items["label"][:, None] == classes,
+        items["prediction"][:, None] == classes,
+    )
     return np.concatenate([labelled & predicted, labelled, predicted], axis=1).astype(np.float64)
 
 
@@ -262,7 +325,8 @@ class _Method:
         columns: What both arms must have of each document.
         same: The one of them that must be the same in both arms.
         compare: Gives the oriented difference with its interval, and how many items decide.
-        divides: True where `same` is what the figure is divided by; documents with none of it are left out.
+        divides: True where `same` is what the figure is divided by; documents with none of it are
+            left out.
     """
 
     columns: tuple[str, ...]
@@ -273,23 +337,32 @@ class _Method:
 
 _CAUSAL = {
     "bits_per_byte": _Method(("bits", "bytes"), "bytes", _bits_per_byte, divides=True),
-    "next_token_accuracy": _Method(("correct", "tokens"), "tokens", _token_share("correct"), divides=True),
-    "teacher_agreement": _Method(("agree", "tokens"), "tokens", _token_share("agree"), divides=True),
+    "next_token_accuracy": _Method(
+        ("correct", "tokens"), "tokens", _token_share("correct"), divides=True
+    ),
+    "teacher_agreement": _Method(
+        ("agree", "tokens"), "tokens", _token_share("agree"), divides=True
+    ),
 }
 _CLASSIFICATION = {
     "accuracy": _Method(("correct", "label"), "label", _example_share("correct")),
     "macro_f1": _Method(("label", "prediction"), "label", _macro_f1),
     "teacher_agreement": _Method(("agree", "label"), "label", _example_share("agree")),
 }
-# Perplexity has no method: it is a power of the bits per token, so bits per byte says the same across tokenizers too.
+# Perplexity has no method: it is a power of the bits per token, so bits per byte says the same
+# across tokenizers too.
 
 
 UNKNOWN_SHARE = 1e-3
-"""Of bytes under unknown tokens, above which bits per byte says nothing: what is not told costs no bits."""
+"""Of bytes under unknown tokens, above which bits per byte says nothing: what is not told costs no
+bits.
+"""
 
 
 def why_unknown(items: Items) -> str | None:
-    """Return why bits per byte of these documents are not known; None where too little stands under unknown tokens."""
+    """Return why bits per byte of these documents are not known; None where too little stands under
+    unknown tokens.
+    """
     if "unknown_bytes" not in items or not items["bytes"].sum():
         return None
     share = float(items["unknown_bytes"].sum() / items["bytes"].sum())
@@ -308,20 +381,25 @@ def _methods(items: Items) -> dict[str, _Method]:
 def compared_keys(arm_items: Items, base_items: Items) -> tuple[str, ...]:
     """Return the quality keys that both arms carry the columns of."""
     both = set(arm_items) & set(base_items)
-    return tuple(key for key, method in _methods(arm_items).items() if both.issuperset(method.columns))
+    return tuple(
+        key for key, method in _methods(arm_items).items() if both.issuperset(method.columns)
+    )
 
 
-# -- one comparison -------------------------------------------------------------------------------------------------
+# -- one comparison -------------------------------------------------------------------------------
 
 
 def pair(arm_items: Items, base_items: Items) -> tuple[Items, Items]:
     """Return both arms' items of the documents they share, in the same order (by digest)."""
-    _, in_arm, in_base = np.intersect1d(arm_items["digest"], base_items["digest"], return_indices=True)
+    _, in_arm, in_base = np.intersect1d(
+        arm_items["digest"], base_items["digest"], return_indices=True
+    )
     return _select(arm_items, in_arm), _select(base_items, in_base)
 
 
 def _codes(arm: Items, base: Items) -> Codes | str | None:
-    """Return the groups of paired documents, None where each is a source of its own, or why the two sides disagree.
+    """Return the groups of paired documents, None where each is a source of its own, or why the two
+    sides disagree.
 
     One side's groups speak for both where the other names none.
     """
@@ -347,7 +425,9 @@ def _why_no_items(items: Items) -> str | None:
     num_documents = len(items["digest"])
     if num_documents == 0:
         return "has no documents"
-    if short := next((name for name, column in items.items() if np.shape(column) != (num_documents,)), None):
+    if short := next(
+        (name for name, column in items.items() if np.shape(column) != (num_documents,)), None
+    ):
         return f"has {np.shape(items[short])} readings of {short!r} for {num_documents} documents"
     num_distinct = len(np.unique(items["digest"]))
     if num_distinct < num_documents:
@@ -365,7 +445,10 @@ def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> st
         if missing:
             return f"the {side} has no {missing[0]!r} per document"
         # logprob: the class ranked first looks sound where every logit is NaN
-        readings = np.array([items[name] for name in (*method.columns, "logprob") if name in items], dtype=np.float64)
+        readings = np.array(
+            [items[name] for name in (*method.columns, "logprob") if name in items],
+            dtype=np.float64,
+        )
         num_bad = int((~np.isfinite(readings)).any(axis=0).sum())
         if num_bad:
             return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
@@ -395,26 +478,29 @@ def compare_items(
 
     Args:
         key: One of `metrics.QUALITY_KEYS`; of an lm-eval task's items, the metric.
-        arm_items: The arm's columns by name, each (n,). Language models: `digest`, `bits`, `bytes`, `tokens`,
-            `correct` and perhaps `agree` (tokens); classifiers: `digest`, `label`, `prediction`, `correct` and
-            perhaps `agree` (0/1) and `logprob`; lm-eval tasks: `digest`, `responses` (a digest of what was answered)
-            and a score by metric. Documents are paired by `digest`, whatever their order. `group`, where it is there,
-            names the source that a document shares with others.
+        arm_items: The arm's columns by name, each (n,). Language models: `digest`, `bits`, `bytes`,
+            `tokens`, `correct` and perhaps `agree` (tokens); classifiers: `digest`, `label`,
+            `prediction`, `correct` and perhaps `agree` (0/1) and `logprob`; lm-eval tasks:
+            `digest`, `responses` (a digest of what was answered) and a score by metric. Documents
+            are paired by `digest`, whatever their order. `group`, where it is there, names the
+            source that a document shares with others.
         base_items: The base's.
-        margin: Difference that still counts as equal: relative for bits per byte, absolute for the others.
+        margin: Difference that still counts as equal: relative for bits per byte, absolute for the
+            others.
         min_documents: Fewer are always `undecided`; where documents have groups, fewer groups.
         level: Two-sided confidence; each end is a one-sided bound at (1 + level) / 2.
         resamples: Bootstrap resamples (macro F1, and shares over groups, alone have any).
         seed: Of the resampling.
 
     Returns:
-        A value with `ci` (two-sided, at `level`), `n` (documents paired), `groups` (that they form; None where each is
-        a source of its own), `margin`, `answer` and `items_to_decide`: the documents in all, or groups where there are
-        any, on which an undecided arm would be told, 4 times in 5, not to be worse than the margin if it is no worse at
-        all, or to be worse if it is as it looks now (`_items_to_decide`); None where that is known.
-        `smallest_visible_damage` is the share of documents (groups) below which damage would not be in the sample.
-        `why_undecided` says why there is no interval, or why it decides nothing. Null where the arms cannot be
-        compared.
+        A value with `ci` (two-sided, at `level`), `n` (documents paired), `groups` (that they form;
+        None where each is a source of its own), `margin`, `answer` and `items_to_decide`: the
+        documents in all, or groups where there are any, on which an undecided arm would be told, 4
+        times in 5, not to be worse than the margin if it is no worse at all, or to be worse if it
+        is as it looks now (`_items_to_decide`); None where that is known. `smallest_visible_damage`
+        is the share of documents (groups) below which damage would not be in the sample.
+        `why_undecided` says why there is no interval, or why it decides nothing. Null where the
+        arms cannot be compared.
     """
     for side, items in (("arm", arm_items), ("base", base_items)):
         if why := _why_no_items(items):
@@ -434,13 +520,23 @@ def compare_items(
     groups = clustered.num_groups(codes)
     counted = num_paired if groups is None else groups
     if counted < 2:
-        one = f"{num_paired} document(s)" if groups is None else f"{num_paired} documents of one group"
+        one = (
+            f"{num_paired} document(s)"
+            if groups is None
+            else f"{num_paired} documents of one group"
+        )
         return _null(f"{one} have no spread", num_paired, margin)
     interval, needed = method.compare(arm, base, _Settings(level, resamples, seed, codes))
-    more = {"groups": groups, "smallest_visible_damage": statistics.smallest_visible_damage(counted, level=level)}
+    more = {
+        "groups": groups,
+        "smallest_visible_damage": statistics.smallest_visible_damage(counted, level=level),
+    }
     one_model = _agree(arm, base, tuple(arm))
     if interval.low == interval.high and _agree(arm, base, method.columns) and not one_model:
-        why = f"both arms read the same on all {num_paired} documents, so that resampling them shows no spread"
+        why = (
+            f"both arms read the same on all {num_paired} documents, so that resampling them shows"
+            " no spread"
+        )
         return {**_without_interval(interval.estimate, num_paired, margin, why), **more}
     items = _items_to_decide(needed, interval, counted, margin, min_documents)
     read = _compared(interval, num_paired, counted, margin, min_documents, items)
@@ -449,20 +545,32 @@ def compare_items(
 
 
 def _too_few_of_a_class(arm: Items, base: Items, counted: int) -> dict[str, Any]:
-    """Return what leaves macro F1 undecided where its rarest class has too few items, with how many would do."""
+    """Return what leaves macro F1 undecided where its rarest class has too few items, with how many
+    would do.
+    """
     name, have = rarest_class(arm, base)
     if have >= MIN_CLASS_ITEMS:
         return {}
-    why = f"class {name}, the rarest, has {have} of the {MIN_CLASS_ITEMS} items that macro F1 needs to be decided"
-    return {"answer": "undecided", "why_undecided": why,
-            "items_to_decide": _until_floor(have, counted) if have else None}  # fmt: skip
+    why = (
+        f"class {name}, the rarest, has {have} of the {MIN_CLASS_ITEMS} items that macro F1 needs"
+        " to be decided"
+    )
+    return {
+        "answer": "undecided",
+        "why_undecided": why,
+        "items_to_decide": _until_floor(have, counted) if have else None,
+    }
 
 
-def _items_to_decide(needed: _ItemsNeeded, interval: Interval, n: int, margin: float, least: int) -> int:
-    """Return how many items would decide an undecided comparison; 0 where its lower end is known to clear -margin.
+def _items_to_decide(
+    needed: _ItemsNeeded, interval: Interval, n: int, margin: float, least: int
+) -> int:
+    """Return how many items would decide an undecided comparison; 0 where its lower end is known to
+    clear -margin.
 
-    Planned for an arm that is no worse; for what the estimate says where that contradicts it: where it lies below
-    -margin, or where these items should already have been enough. An end that fewer items than `least` show is not
+    Planned for an arm that is no worse; for what the estimate says where that contradicts it: where
+    it lies below -margin, or where these items should already have been enough. An end that fewer
+    items than `least` show is not
     known: few of them look clear by chance, and so many need not be enough the next time.
     """
     if n < least and margin > 0 and interval.estimate >= -margin:
@@ -475,7 +583,9 @@ def _items_to_decide(needed: _ItemsNeeded, interval: Interval, n: int, margin: f
 
 
 def _agree(arm: Items, base: Items, columns: Sequence[str]) -> bool:
-    """Tell whether the arms agree on every document; in all that is recorded, to the bit, they are one model."""
+    """Tell whether the arms agree on every document; in all that is recorded, to the bit, they are
+    one model.
+    """
     return all(np.array_equal(arm[name], base[name]) for name in columns if name in base)
 
 
@@ -493,7 +603,9 @@ def _compared(
     interval: Interval, n: int, counted: int, margin: float, min_documents: int, items: int
 ) -> dict[str, Any]:
     """Return the answer; `counted` are the documents or groups that it rests on."""
-    answer = answer_of(interval.low, interval.high, margin) if counted >= min_documents else "undecided"
+    answer = (
+        answer_of(interval.low, interval.high, margin) if counted >= min_documents else "undecided"
+    )
     items = max(items, min_documents)
     return {
         **Value(interval.estimate, Prov.DERIVED).to_json(),
@@ -506,7 +618,9 @@ def _compared(
 
 
 def _counted(result: Mapping[str, Any]) -> int:
-    """Return what a comparison's interval rests on: groups where documents have any, else documents."""
+    """Return what a comparison's interval rests on: groups where documents have any, else
+    documents.
+    """
     return result["n"] if result.get("groups") is None else result["groups"]
 
 
@@ -515,7 +629,8 @@ def combine_seeds(
 ) -> dict[str, Any]:
     """Return the mean of one key's comparison over seeds, with a t interval (seeds are the pairs).
 
-    It speaks of the recipe on these documents: what other seeds would give. Three seeds usually decide nothing.
+    It speaks of the recipe on these documents: what other seeds would give. Three seeds usually
+    decide nothing.
 
     Args:
         per_seed: Results of `compare_items`, arm and base of the same seed each.
@@ -529,15 +644,26 @@ def combine_seeds(
         return dict(per_seed[0])
     margin = per_seed[0]["margin"]
     assert all(result["margin"] == margin for result in per_seed), "one margin for all seeds"
-    mean = derive(lambda *deltas: float(np.mean(deltas)), *(Value.from_json(dict(result)) for result in per_seed))
+    mean = derive(
+        lambda *deltas: float(np.mean(deltas)),
+        *(Value.from_json(dict(result)) for result in per_seed),
+    )
     if mean.v is None:
         num_null = sum(result["v"] is None for result in per_seed)
         return _null(f"{num_null} of {len(per_seed)} seeds: {mean.why_null}", len(per_seed), margin)
     interval = statistics.mean_interval([result["v"] for result in per_seed])
-    if is_share and interval.low == interval.high and not all(result["answer"] == "equal" for result in per_seed):
+    if (
+        is_share
+        and interval.low == interval.high
+        and not all(result["answer"] == "equal" for result in per_seed)
+    ):
         why = f"all {len(per_seed)} seeds read the same, which shows no spread"
         return _without_interval(interval.estimate, len(per_seed), margin, why)
-    interval = Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0)) if is_share else interval
+    interval = (
+        Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0))
+        if is_share
+        else interval
+    )
     answer = answer_of(interval.low, interval.high, margin)
     if any(_counted(result) < min_documents or result.get("why_undecided") for result in per_seed):
         answer = "undecided"

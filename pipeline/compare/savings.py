@@ -1,14 +1,16 @@
-"""What one arm cost against another, whether that was a saving, and when it pays back. Arithmetic only.
+"""What one arm cost against another, whether that was a saving, and when it pays back. Arithmetic
+only.
 
-Words: the *chain* of an arm is every stage its artifact depends on, itself included, each once. `C(arm)` is the work
-over its chain, spent now or reused; assessment, replayed steps and failed attempts are not in it (luck with preemption
-is no merit of a recipe), and `all_in` shows it with them. `C_opt(arm | base)` is the work the arm needed and the base
+Words: the *chain* of an arm is every stage its artifact depends on, itself included, each once.
+    `C(arm)` is the work over its chain, spent now or reused; assessment, replayed steps and failed
+    attempts are not in it (luck with preemption is no merit of a recipe), and `all_in` shows it
+    with them. `C_opt(arm | base)` is the work the arm needed and the base
 did not, less the reverse: a shared teacher cancels.
 
-What an existing model cost in the past is unknown. Where both chains have it, it cancels; where only one has it, the
-saving is null, and `new_spend_saving` says what was saved of what is spent from here on. A model registered with what
-it cost cancels where both chains have it as well (that the cost is known makes neither arm cheaper), and is charged
-where only one has it.
+What an existing model cost in the past is unknown. Where both chains have it, it cancels; where
+only one has it, the saving is null, and `new_spend_saving` says what was saved of what is spent
+from here on. A model registered with what it cost cancels where both chains have it as well (that
+the cost is known makes neither arm cheaper), and is charged where only one has it.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class Spend:
         work_h: Device-hours from its start to its committed artifact, spent now or reused.
         retry_h: Device-hours of failed attempts and replayed steps.
         flops: Model FLOPs of the work; None where they were not counted.
-        existing: True for a model that was there before: what it once cost is unknown. `work_h` is then what handling
-            it took here, if anything.
+        existing: True for a model that was there before: what it once cost is unknown. `work_h` is
+            then what handling it took here, if anything.
         unknown: Why it is, as the null says it.
-        registered: The run that a model which was there before is registered with: it cost `work_h`.
-        foreign_load: Share of the device that others took while it worked; None where nobody was to read it.
+        registered: The run that a model which was there before is registered with: it cost
+            `work_h`.
+        foreign_load: Share of the device that others took while it worked; None where nobody was to
+            read it.
     """
 
     arm: str
@@ -59,7 +63,7 @@ class Spend:
 Spends = Mapping[str, Spend]
 
 
-# -- chains ---------------------------------------------------------------------------------------------------------
+# -- chains ---------------------------------------------------------------------------------------
 
 
 def chain(arm: str, spends: Spends) -> list[str]:
@@ -79,14 +83,17 @@ def chain(arm: str, spends: Spends) -> list[str]:
 
 
 def amortise(spends: Spends, arms: Collection[str], shared_by: int) -> dict[str, Spend]:
-    """Return `spends` with the cost of `arms` (the teacher, its cache) divided among `shared_by` models.
+    """Return `spends` with the cost of `arms` (the teacher, its cache) divided among `shared_by`
+    models.
 
     Figures made from it stand beside the full ones, never in their place.
     """
 
     def share(spend: Spend) -> Spend:
         flops = None if spend.flops is None else spend.flops / shared_by
-        return replace(spend, work_h=spend.work_h / shared_by, retry_h=spend.retry_h / shared_by, flops=flops)
+        return replace(
+            spend, work_h=spend.work_h / shared_by, retry_h=spend.retry_h / shared_by, flops=flops
+        )
 
     return {name: share(spend) if name in arms else spend for name, spend in spends.items()}
 
@@ -105,8 +112,14 @@ def all_in(arm: str, spends: Spends, *, cancelled: Collection[str] = ()) -> Valu
 
 
 def counted(arm: str, spends: Spends, cancelled: Collection[str]) -> list[Spend]:
-    """Return what a chain is charged with: a run that two of its models are registered with, once."""
-    by_run = {_past(spends[name]): spends[name] for name in reversed(chain(arm, spends)) if name not in cancelled}
+    """Return what a chain is charged with: a run that two of its models are registered with,
+    once.
+    """
+    by_run = {
+        _past(spends[name]): spends[name]
+        for name in reversed(chain(arm, spends))
+        if name not in cancelled
+    }
     return list(reversed(by_run.values()))
 
 
@@ -115,17 +128,23 @@ def _past(spend: Spend) -> tuple[str, str]:
     return ("arm", spend.arm) if spend.registered is None else ("run", spend.registered)
 
 
-def _over_chain(arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]) -> Value:
+def _over_chain(
+    arm: str, spends: Spends, cancelled: Collection[str], part: Callable[[Spend], float]
+) -> Value:
     own = counted(arm, spends, cancelled)
     existing = [spend for spend in own if spend.existing]
     if existing:
-        arms = {why: ", ".join(s.arm for s in existing if s.unknown == why) for why in (s.unknown for s in existing)}
+        arms = {
+            why: ", ".join(s.arm for s in existing if s.unknown == why)
+            for why in (s.unknown for s in existing)
+        }
         return null("; ".join(f"{why}: {names}" for why, names in arms.items()))
     return Value(math.fsum(part(spend) for spend in own), Prov.DERIVED)
 
 
 def c_opt(arm: str, base: str, spends: Spends) -> Value:
-    """Return C_opt(arm | base): device-hours that the arm's chain needed and the base's did not, less the reverse.
+    """Return C_opt(arm | base): device-hours that the arm's chain needed and the base's did not,
+    less the reverse.
 
     Null where an existing model is in one of the chains only.
     """
@@ -140,14 +159,20 @@ def c_opt(arm: str, base: str, spends: Spends) -> Value:
 def _also(arm: str, other: str, spends: Spends) -> set[str]:
     """Return the arms of either chain whose cost `arm`'s chain holds."""
     own = {_past(spends[name]) for name in chain(arm, spends)}
-    return {name for name in (*chain(arm, spends), *chain(other, spends)) if _past(spends[name]) in own}
+    return {
+        name for name in (*chain(arm, spends), *chain(other, spends)) if _past(spends[name]) in own
+    }
 
 
 def shared_past(arm: str, base: str, spends: Spends) -> list[str]:
     """Return the models that were there before and whose past both chains hold: it cancels."""
     both = _also(arm, base, spends) & _also(base, arm, spends)
     names = dict.fromkeys((*chain(arm, spends), *chain(base, spends)))
-    return [name for name in names if name in both and (spends[name].existing or spends[name].registered)]
+    return [
+        name
+        for name in names
+        if name in both and (spends[name].existing or spends[name].registered)
+    ]
 
 
 def registered_twice(arm: str, spends: Spends) -> dict[str, list[str]]:
@@ -160,7 +185,7 @@ def registered_twice(arm: str, spends: Spends) -> dict[str, list[str]]:
     return {run: names for run, names in by_run.items() if len(names) > 1}
 
 
-# -- disturbance ----------------------------------------------------------------------------------------------------
+# -- disturbance ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +195,8 @@ class Tolerance:
     Attributes:
         most: Share of a window, in [0, 1]; None: nobody looks.
         what: What others take, as a sentence says it: `the cores`, `the device`.
-        is_shared: Whether what they took is lost to us, second for second: a CPU's cores. `less_others` is then shown.
+        is_shared: Whether what they took is lost to us, second for second: a CPU's cores.
+            `less_others` is then shown.
     """
 
     most: float | None = None
@@ -188,30 +214,49 @@ ANY_LOAD = Tolerance()
 
 
 def measured_arms(arm: str, base: str, spends: Spends) -> list[Spend]:
-    """Return the stages of both chains whose time a saving rests on: of work that was measured, each once."""
+    """Return the stages of both chains whose time a saving rests on: of work that was measured,
+    each once.
+    """
     cancelled = shared_past(arm, base, spends)
     own = {each.arm: each for side in (arm, base) for each in counted(side, spends, cancelled)}
     return [each for each in own.values() if each.work_h > 0 and not each.existing]
 
 
-def disturbances(arm: str, base: str, spends: Spends, tolerance: Tolerance) -> tuple[str | None, str | None]:
-    """Return why the times of two chains cannot be compared, or None; and whose disturbance is unknown, or None."""
+def disturbances(
+    arm: str, base: str, spends: Spends, tolerance: Tolerance
+) -> tuple[str | None, str | None]:
+    """Return why the times of two chains cannot be compared, or None; and whose disturbance is
+    unknown, or None.
+    """
     if tolerance.most is None:
         return None, None
-    own = [(each.arm, each.foreign_load or null("not recorded")) for each in measured_arms(arm, base, spends)]
-    loud = [f"{said} while {name} trained" for name, load in own if (said := tolerance.too_much(load)) is not None]
+    own = [
+        (each.arm, each.foreign_load or null("not recorded"))
+        for each in measured_arms(arm, base, spends)
+    ]
+    loud = [
+        f"{said} while {name} trained"
+        for name, load in own
+        if (said := tolerance.too_much(load)) is not None
+    ]
     unknown = [f"{name} ({load.why_null})" for name, load in own if load.v is None]
     return "; ".join(loud) or None, ", ".join(unknown) or None
 
 
 def less_others(arm: str, base: str, spends: tuple[Spends, Spends], tolerance: Tolerance) -> Value:
-    """Return the saving of device-time less what others took of it: an estimate, on shared cores only."""
+    """Return the saving of device-time less what others took of it: an estimate, on shared cores
+    only.
+    """
     if not tolerance.is_shared:
         return null(f"what others take of {tolerance.what} is not lost to us second for second")
-    loads = [each.foreign_load or null("not recorded") for each in measured_arms(arm, base, spends[0])]
+    loads = [
+        each.foreign_load or null("not recorded") for each in measured_arms(arm, base, spends[0])
+    ]
     cancelled = shared_past(arm, base, spends[0])
     ours = [{name: _undisturbed(each) for name, each in side.items()} for side in spends]
-    c_arm, c_base = (c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), ours, strict=True))
+    c_arm, c_base = (
+        c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), ours, strict=True)
+    )
     missing = next((load for load in loads if load.v is None), None)
     saving = _share_saved(c_arm, c_base) if missing is None else missing
     return saving if saving.v is None else estimated(saving.v)
@@ -222,7 +267,7 @@ def _undisturbed(spend: Spend) -> Spend:
     return replace(spend, work_h=spend.work_h * (1 - share))
 
 
-# -- training -------------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +278,8 @@ class Reading:
         tokens: Trained on until then.
         metric: The validation metric.
         device_hours: The stage's until then, evaluation excluded.
-        is_constant: True where it was taken at a constant learning rate: only then does this point on the curve stand
-            for a run of that length.
+        is_constant: True where it was taken at a constant learning rate: only then does this point
+            on the curve stand for a run of that length.
     """
 
     tokens: int
@@ -290,14 +335,19 @@ class _Match:
 
 
 def target_metric(final: float, margin: float, *, lower_is_better: bool) -> float:
-    """Return Q: the base's final metric, worsened relatively (bits per byte) or absolutely (accuracies) by margin."""
+    """Return Q: the base's final metric, worsened relatively (bits per byte) or absolutely
+    (accuracies) by margin.
+    """
     return final * (1 + margin) if lower_is_better else final - margin
 
 
 def _first_held(trained: Trained, target: _Target) -> Reading | None:
     """Return the first of two consecutive readings at the target; one alone may be noise."""
     pairs = zip(trained.constant, trained.constant[1:], strict=False)
-    return next((one for one, two in pairs if target.reached(one.metric) and target.reached(two.metric)), None)
+    return next(
+        (one for one, two in pairs if target.reached(one.metric) and target.reached(two.metric)),
+        None,
+    )
 
 
 def _cut_at(trained: Trained, reading: Reading, spends: Spends) -> Spends:
@@ -309,14 +359,18 @@ def _cut_at(trained: Trained, reading: Reading, spends: Spends) -> Spends:
 
 
 def _on_one_schedule(arm: Trained, base: Trained) -> bool:
-    """Tell whether points on both curves may be compared: constant rate, and read after the same tokens."""
+    """Tell whether points on both curves may be compared: constant rate, and read after the same
+    tokens.
+    """
     tokens = [[reading.tokens for reading in trained.constant] for trained in (arm, base)]
     overlap = min(len(tokens[0]), len(tokens[1]))
     return overlap >= 2 and tokens[0][:overlap] == tokens[1][:overlap]
 
 
 def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends) -> _Match | None:
-    """Compare where each arm first holds Q; None where an arm does only at its end, or the base nowhere."""
+    """Compare where each arm first holds Q; None where an arm does only at its end, or the base
+    nowhere.
+    """
     assert arm.final is not None
     base_reading, arm_reading = _first_held(base, target), _first_held(arm, target)
     if base_reading is None or (arm_reading is None and target.reached(arm.final)):
@@ -333,7 +387,10 @@ def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends
 def _match_at_end(arm: Trained, base: Trained, target: _Target, spends: Spends) -> _Match:
     assert arm.final is not None
     assert base.final is not None
-    rule = f"equal quality at the end: within margin of {base.arm}'s {base.final:.4g}, Q = {target.q:.4g}"
+    rule = (
+        f"equal quality at the end: within margin of {base.arm}'s {base.final:.4g}, Q ="
+        f" {target.q:.4g}"
+    )
     why = (
         None
         if target.reached(arm.final)
@@ -353,36 +410,45 @@ def training_saving(
     shared_by: int = 1,
     tolerance: Tolerance = ANY_LOAD,
 ) -> dict[str, Any]:
-    """Return the share of the base's training that the arm saved at equal quality; positive is cheaper.
+    """Return the share of the base's training that the arm saved at equal quality; positive is
+    cheaper.
 
-    Where both curves were read after the same tokens in a constant-rate phase, the arms are compared where each first
-    holds Q; otherwise at their ends, if the arm's end is at Q.
+    Where both curves were read after the same tokens in a constant-rate phase, the arms are
+    compared where each first holds Q; otherwise at their ends, if the arm's end is at Q.
 
     Args:
         arm: How the arm's training went.
         base: How the base's went.
         spends: Of every arm in their chains.
-        margin: How much worse than the base's final metric still counts as equal: relative where lower is better.
+        margin: How much worse than the base's final metric still counts as equal: relative where
+            lower is better.
         lower_is_better: Of the validation metric.
         teachers: Arms whose cost is shared with other models.
-        shared_by: Models that share it; above 1, the saving at that share stands as `amortised` beside the full one.
-        tolerance: What others may have taken of the device. Beyond it every saving of time is null with that reason;
-            `algorithmic`, which rests on FLOPs alone, and `less_others`, an estimate, stay.
+        shared_by: Models that share it; above 1, the saving at that share stands as `amortised`
+            beside the full one.
+        tolerance: What others may have taken of the device. Beyond it every saving of time is null
+            with that reason; `algorithmic`, which rests on FLOPs alone, and `less_others`, an
+            estimate, stay.
 
     Returns:
-        The form of `comparisons[].training`, and `bound`: where the arm is censored, the saving that it would stay
-        below (it would have needed more than it spent).
+        The form of `comparisons[].training`, and `bound`: where the arm is censored, the saving
+        that it would stay below (it would have needed more than it spent).
     """
     for trained in (arm, base):
         if trained.final is None or not math.isfinite(trained.final):
             return _training_null(f"{trained.arm} has no validation reading", arm, base, spends)
     assert base.final is not None
-    target = _Target(target_metric(base.final, margin, lower_is_better=lower_is_better), lower_is_better)
+    target = _Target(
+        target_metric(base.final, margin, lower_is_better=lower_is_better), lower_is_better
+    )
     on_curve = _match_on_curve(arm, base, target, spends) if _on_one_schedule(arm, base) else None
     match = on_curve or _match_at_end(arm, base, target, spends)
     figures = _saved(arm.arm, base.arm, match.spends)
     if shared_by > 1:
-        shares = amortise(match.spends[0], teachers, shared_by), amortise(match.spends[1], teachers, shared_by)
+        shares = (
+            amortise(match.spends[0], teachers, shared_by),
+            amortise(match.spends[1], teachers, shared_by),
+        )
         figures["amortised"] = _saved(arm.arm, base.arm, shares)["saving"]
     figures["bound"] = null("not censored")
     figures["less_others"] = less_others(arm.arm, base.arm, match.spends, tolerance)
@@ -396,16 +462,24 @@ def training_saving(
 
 
 def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Value]:
-    """Return the saving, both costs, what new spending alone saved, and the systems and algorithmic parts."""
+    """Return the saving, both costs, what new spending alone saved, and the systems and algorithmic
+    parts.
+    """
     cancelled = shared_past(arm, base, spends[0])
-    c_arm, c_base = (c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), spends, strict=True))
+    c_arm, c_base = (
+        c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), spends, strict=True)
+    )
     f_arm, f_base = (_flops(n, s, cancelled) for n, s in zip((arm, base), spends, strict=True))
     saving = _share_saved(c_arm, c_base)
     return {
         "saving": saving,
         "c_arm": c_arm,
         "c_base": c_base,
-        "new_spend_saving": _new_spend_saving(arm, base, spends) if saving.v is None else null("the saving is known"),
+        "new_spend_saving": (
+            _new_spend_saving(arm, base, spends)
+            if saving.v is None
+            else null("the saving is known")
+        ),
         "systems": _share_saved(_ratio(c_arm, f_arm), _ratio(c_base, f_base)),
         "algorithmic": _share_saved(f_arm, f_base),
     }
@@ -419,11 +493,15 @@ def _share_saved(of_arm: Value, of_base: Value) -> Value:
 
 
 def _ratio(hours: Value, flops: Value) -> Value:
-    return null("no FLOPs were needed") if flops.v == 0 else derive(lambda h, f: h / f, hours, flops)
+    return (
+        null("no FLOPs were needed") if flops.v == 0 else derive(lambda h, f: h / f, hours, flops)
+    )
 
 
 def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
-    """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are unknown."""
+    """Return the FLOPs over the chain; null where those of a stage, or of an existing model, are
+    unknown.
+    """
     own = counted(arm, spends, cancelled)
     unknown = [spend.arm for spend in own if spend.flops is None]
     if unknown:
@@ -434,12 +512,16 @@ def _flops(arm: str, spends: Spends, cancelled: Collection[str]) -> Value:
 
 def _new_spend_saving(arm: str, base: str, spends: tuple[Spends, Spends]) -> Value:
     """Return the saving with no existing model charged for its past."""
-    uncharged = [{name: replace(spend, existing=False) for name, spend in side.items()} for side in spends]
+    uncharged = [
+        {name: replace(spend, existing=False) for name, spend in side.items()} for side in spends
+    ]
     return _share_saved(c_total(arm, uncharged[0]), c_total(base, uncharged[1]))
 
 
 def _censor(figures: dict[str, Value], why: str) -> dict[str, Value]:
-    """Make every saving null: at the point compared the arm is not as good. The saving there bounds it from above."""
+    """Make every saving null: at the point compared the arm is not as good. The saving there bounds
+    it from above.
+    """
     censored = null(f"censored: {why}")
     hidden = ("saving", "new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
     return {name: censored if name in hidden else value for name, value in figures.items()} | {
@@ -448,14 +530,19 @@ def _censor(figures: dict[str, Value], why: str) -> dict[str, Value]:
 
 
 def _disturbed(figures: dict[str, Value], why: str) -> dict[str, Value]:
-    """Make null what rests on times that others disturbed; a saving that is null for another reason keeps that."""
+    """Make null what rests on times that others disturbed; a saving that is null for another reason
+    keeps that.
+    """
     of_time = ("saving", "new_spend_saving", "systems", "amortised", "bound")
     return {
-        name: null(why) if name in of_time and value.v is not None else value for name, value in figures.items()
-    }  # fmt: skip
+        name: null(why) if name in of_time and value.v is not None else value
+        for name, value in figures.items()
+    }
 
 
-def _training_json(figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
+def _training_json(
+    figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends
+) -> dict[str, Any]:
     cancelled = shared_past(arm.arm, base.arm, spends)
     if cancelled:
         kinds = {name: "existing" if spends[name].existing else "registered" for name in cancelled}
@@ -484,10 +571,12 @@ def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> dic
 def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return `training_saving` over seeds, with a t interval of the saving (seeds are the pairs).
 
-    Savings are shown as 1 - exp(mean ln(arm/base)), costs as means. Ratios multiply, so that the mean of shares is
-    biased: at a spread of 20% two equal arms seem to cost 2% more. Means of logarithms also keep (1 - systems)(1 -
-    algorithmic) = 1 - saving. One seed is returned as it is. A figure that is null with one seed is null, with the
-    reason. Where seeds are censored, `bound` is made of their bounds and the others' savings.
+    Savings are shown as 1 - exp(mean ln(arm/base)), costs as means. Ratios multiply, so that the
+    mean of shares is
+    biased: at a spread of 20% two equal arms seem to cost 2% more. Means of logarithms also keep (1
+        - systems)(1 - algorithmic) = 1 - saving. One seed is returned as it is. A figure that is
+        null with one seed is null, with the reason. Where seeds are censored, `bound` is made of
+        their bounds and the others' savings.
     """
     if len(per_seed) == 1:
         return dict(per_seed[0])
@@ -497,16 +586,25 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         saving = null(f"{saving.why_null} (in {num_null} of {len(per_seed)} seeds)")
     names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
     means: dict[str, Any] = {
-        name: (_mean_saving if name in _SAVINGS else _mean)([result[name] for result in per_seed]).to_json()
+        name: (
+            (_mean_saving if name in _SAVINGS else _mean)(
+                [result[name] for result in per_seed]
+            ).to_json()
+        )
         for name in names
     }
     if saving.v is None:
         known = [result if result["v"] is not None else result["bound"] for result in per_seed]
-        means["bound"] = (_mean_saving(known) if all(each["v"] is not None for each in known) else saving).to_json()
-        if any(result["v"] is not None for result in per_seed):  # there, new spending alone stands in for nothing
+        means["bound"] = (
+            _mean_saving(known) if all(each["v"] is not None for each in known) else saving
+        ).to_json()
+        # there, new spending alone stands in for nothing
+        if any(result["v"] is not None for result in per_seed):
             means["new_spend_saving"] = saving.to_json()
     ci = None if saving.v is None else _ends_over_seeds([result["v"] for result in per_seed])
-    rule = per_seed[0]["rule"].replace(ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown")
+    rule = per_seed[0]["rule"].replace(
+        ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown"
+    )
     return {**saving.to_json(), "ci": ci, **means, "rule": rule}
 
 
@@ -516,7 +614,9 @@ _SAVINGS = frozenset({"new_spend_saving", "systems", "algorithmic", "bound", "am
 
 def _mean_saving(per_seed: Sequence[Mapping[str, Any]]) -> Value:
     """Return 1 - exp(mean ln(1 - saving)); 1 where an arm cost nothing with some seed."""
-    mean = _mean([{**raw, "v": None if raw["v"] is None else _log_ratio(raw["v"])} for raw in per_seed])
+    mean = _mean(
+        [{**raw, "v": None if raw["v"] is None else _log_ratio(raw["v"])} for raw in per_seed]
+    )
     return mean if mean.v is None else Value(-math.expm1(mean.v), mean.prov)
 
 
@@ -526,7 +626,9 @@ def _log_ratio(saving: float) -> float:
 
 
 def _ends_over_seeds(savings: Sequence[float]) -> list[float] | None:
-    """Return the t interval of savings over seeds; None where an arm cost nothing, which has no logarithm."""
+    """Return the t interval of savings over seeds; None where an arm cost nothing, which has no
+    logarithm.
+    """
     logs = [_log_ratio(saving) for saving in savings]
     if not all(map(math.isfinite, logs)):
         return None
@@ -539,11 +641,12 @@ def _mean(per_seed: Sequence[Mapping[str, Any]]) -> Value:
     return derive(lambda *readings: math.fsum(readings) / len(readings), *values)
 
 
-# -- serving and payback --------------------------------------------------------------------------------------------
+# -- serving and payback --------------------------------------------------------------------------
 
 
 def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> dict[str, Any]:
-    """Return the share of the base's serving time that the arm saves, with its interval over blocks.
+    """Return the share of the base's serving time that the arm saves, with its interval over
+    blocks.
 
     Args:
         arm_seconds: (blocks, 2): device-seconds of the two readings of each block.
@@ -555,8 +658,12 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
     saving = statistics.abba_saving(arm_seconds, base_seconds)
     value = Value(saving.estimate, Prov.DERIVED)
     log_ratios = statistics.block_log_ratios(arm_seconds, base_seconds)
-    return {**value.to_json(), "ci": [saving.low, saving.high], "blocks": len(log_ratios),
-            "sd_log": float(log_ratios.std(ddof=1))}  # fmt: skip
+    return {
+        **value.to_json(),
+        "ci": [saving.low, saving.high],
+        "blocks": len(log_ratios),
+        "sd_log": float(log_ratios.std(ddof=1)),
+    }
 
 
 def no_serving_saving(why: str) -> dict[str, Any]:
@@ -565,14 +672,19 @@ def no_serving_saving(why: str) -> dict[str, Any]:
 
 
 LEAST_MEMORY = 0.05
-"""Share of the base's memory from which on less of it counts as a saving: allocators round by a few per cent."""
+"""Share of the base's memory from which on less of it counts as a saving: allocators round by a few
+per cent.
+"""
 
 
-def speedup(serving: Mapping[str, Any], arm: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return whether a quantized artifact saves time or memory at the declared load against what it was made from.
+def speedup(
+    serving: Mapping[str, Any], arm: Mapping[str, Any], base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return whether a quantized artifact saves time or memory at the declared load against what it
+    was made from.
 
-    Time is saved where the whole interval of the serving saving is above zero; memory where `LEAST_MEMORY` of the
-    base's peak (or, where a device does not count that, of its weights) is.
+    Time is saved where the whole interval of the serving saving is above zero; memory where
+    `LEAST_MEMORY` of the base's peak (or, where a device does not count that, of its weights) is.
 
     Args:
         serving: The serving saving, as `serving_saving` returns it.
@@ -585,10 +697,16 @@ def speedup(serving: Mapping[str, Any], arm: Mapping[str, Any], base: Mapping[st
     saves_time = serving["v"] is not None and serving["ci"] is not None and serving["ci"][0] > 0
     counted = arm["peak_bytes"]["v"] is not None and base["peak_bytes"]["v"] is not None
     name = "peak_bytes" if counted else "weights_bytes"
-    memory = derive(lambda ours, theirs: 1 - ours / theirs, *(Value.from_json(side[name]) for side in (arm, base)))
+    memory = derive(
+        lambda ours, theirs: 1 - ours / theirs,
+        *(Value.from_json(side[name]) for side in (arm, base)),
+    )
     saves_memory = memory.v is not None and memory.v >= LEAST_MEMORY
-    return {"saves_time": saves_time, "memory": {**memory.to_json(), "of": name},
-            "no_speedup": not (saves_time or saves_memory)}  # fmt: skip
+    return {
+        "saves_time": saves_time,
+        "memory": {**memory.to_json(), "of": name},
+        "no_speedup": not (saves_time or saves_memory),
+    }
 
 
 def payback(
@@ -602,9 +720,9 @@ def payback(
 ) -> dict[str, Any]:
     """Return the units after which serving has repaid the extra spending: C_opt / (c_base - c_arm).
 
-    What a unit costs less, c_base - c_arm, is the base's cost times the saving as it is reported, so that both always
-    have the same sign. The difference of the arms' means may have the other one: a reading that was held up moves a
-    mean more than it moves the mean log-ratio.
+    What a unit costs less, c_base - c_arm, is the base's cost times the saving as it is reported,
+    so that both always have the same sign. The difference of the arms' means may have the other
+    one: a reading that was held up moves a mean more than it moves the mean log-ratio.
 
     Args:
         c_opt: C_opt(arm | base), device-hours.
@@ -615,15 +733,18 @@ def payback(
         rate: Units a second declared to be served.
 
     Returns:
-        A value with `unit`; `p_net_positive`: the probability that serving `volume` units saves more than c_opt,
-        given how uncertain the serving saving is (c_opt, from one run, is taken as it is); and `replicas_saved`: how
-        many devices fewer, each fully busy and counted whole, serve `rate`.
+        A value with `unit`; `p_net_positive`: the probability that serving `volume` units saves
+        more than c_opt, given how uncertain the serving saving is (c_opt, from one run, is taken as
+        it is); and `replicas_saved`: how many devices fewer, each fully busy and counted whole,
+        serve `rate`.
     """
     saving = Value.from_json(dict(serving))
     if saving.v is not None and saving.v <= 0:
         units = null("never: not cheaper")
     else:
-        units = derive(lambda o, c, s: max(0.0, SECONDS_PER_HOUR * o / (c * s)), c_opt, c_base, saving)
+        units = derive(
+            lambda o, c, s: max(0.0, SECONDS_PER_HOUR * o / (c * s)), c_opt, c_base, saving
+        )
     return {
         **units.to_json(),
         "unit": unit,
@@ -638,15 +759,20 @@ def _replicas_saved(c_base: Value, saving: Value, rate: float | None) -> Value:
     return derive(lambda c, s: math.ceil(rate * c) - math.ceil(rate * c * (1 - s)), c_base, saving)
 
 
-def _p_net_positive(c_opt: Value, c_base: Value, serving: Mapping[str, Any], volume: float | None) -> Value:
-    """Return P(volume x c_base x saving > c_opt): r = ln(1 - saving) is t-distributed about its estimate."""
+def _p_net_positive(
+    c_opt: Value, c_base: Value, serving: Mapping[str, Any], volume: float | None
+) -> Value:
+    """Return P(volume x c_base x saving > c_opt): r = ln(1 - saving) is t-distributed about its
+    estimate.
+    """
     if volume is None:
         return null("serving.volume is not declared")
     if c_opt.v is None or c_base.v is None:
         return null(c_opt.why_null or c_base.why_null or "")
     if serving["v"] is None:
         return null(serving["why_null"])
-    needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)  # the saving at which nothing is left over
+    # the saving at which nothing is left over
+    needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)
     if needed >= 1:
         return estimated(0.0)
     degrees, error = serving["blocks"] - 1, serving["sd_log"] / math.sqrt(serving["blocks"])

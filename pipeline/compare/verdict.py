@@ -1,12 +1,15 @@
-"""The verdict on a release: each criterion from its readings, and what they come to. Arithmetic only.
+"""The verdict on a release: each criterion from its readings, and what they come to. Arithmetic
+only.
 
-A criterion is read on an interval, never on a point: with the policy's `alpha`, PASS needs the one-sided lower bound on
-the good side of the threshold, FAIL the upper bound on the bad side; in between it is INCONCLUSIVE, with the number of
-items that would decide. A plain "no worse than the margin" passes a model exactly at the margin half of the time.
+A criterion is read on an interval, never on a point: with the policy's `alpha`, PASS needs the
+one-sided lower bound on the good side of the threshold, FAIL the upper bound on the bad side; in
+between it is INCONCLUSIVE, with the number of items that would decide. A plain "no worse than the
+margin" passes a model exactly at the margin half of the time.
 
-What cannot be compared at all (other data, other hardware, NaN, a disturbed machine) is INVALID, whatever it reads.
-Criteria that the policy does not ask for are shown and decide nothing. All that it asks for must pass, so that alpha
-bounds the chance of a false PASS without a correction for their number.
+What cannot be compared at all (other data, other hardware, NaN, a disturbed machine) is INVALID,
+whatever it reads. Criteria that the policy does not ask for are shown and decide nothing. All that
+it asks for must pass, so that alpha bounds the chance of a false PASS without a correction for
+their number.
 """
 
 from __future__ import annotations
@@ -47,16 +50,20 @@ class Criterion:
 
     Attributes:
         name: `quality/<key>`, `training`, `serving`, `memory`, `energy` or `payback`.
-        outcome: Of the reading; a criterion that is not gating has one too, where there is a threshold to read it on.
+        outcome: Of the reading; a criterion that is not gating has one too, where there is a
+            threshold to read it on.
         value: Positive is better for the candidate; of payback, units.
         ci: Its interval at `level`, each end a one-sided bound.
         threshold: Below it the candidate is not good enough (of payback: above it).
         gating: Whether the policy asks for it.
         n: Items, documents or blocks that it rests on.
         needed: Items in all that would decide it; groups where `groups` is given.
-        groups: Groups that the documents form; None where each is a source of its own, or it rests on no documents.
-        available: Documents (or groups) that the test split has in all; None where that is not known.
-        smallest_visible_damage: Share of documents (or groups) below which damage would not be in the sample.
+        groups: Groups that the documents form; None where each is a source of its own, or it rests
+            on no documents.
+        available: Documents (or groups) that the test split has in all; None where that is not
+            known.
+        smallest_visible_damage: Share of documents (or groups) below which damage would not be in
+            the sample.
         why: What speaks against the reading, or explains it.
     """
 
@@ -78,15 +85,27 @@ class Criterion:
     def to_json(self) -> dict[str, Any]:
         """Return the form it has in verdict.json."""
         return {
-            "name": self.name, "outcome": self.outcome.value, "gating": self.gating, "value": self.value.to_json(),
-            "ci": None if self.ci is None else list(self.ci), "level": self.level, "threshold": self.threshold,
-            "unit": self.unit, "n": self.n, "needed": self.needed, "groups": self.groups, "available": self.available,
-            "smallest_visible_damage": self.smallest_visible_damage, "why": self.why,
-        }  # fmt: skip
+            "name": self.name,
+            "outcome": self.outcome.value,
+            "gating": self.gating,
+            "value": self.value.to_json(),
+            "ci": None if self.ci is None else list(self.ci),
+            "level": self.level,
+            "threshold": self.threshold,
+            "unit": self.unit,
+            "n": self.n,
+            "needed": self.needed,
+            "groups": self.groups,
+            "available": self.available,
+            "smallest_visible_damage": self.smallest_visible_damage,
+            "why": self.why,
+        }
 
 
 def decide(criteria: Sequence[Criterion]) -> Outcome:
-    """Return the worst outcome of the criteria that the policy asks for: INVALID, FAIL, INCONCLUSIVE, PASS."""
+    """Return the worst outcome of the criteria that the policy asks for: INVALID, FAIL,
+    INCONCLUSIVE, PASS.
+    """
     gating = [each.outcome for each in criteria if each.gating]
     assert gating, "a policy that asks for nothing was refused"
     return next(outcome for outcome in _WORST_FIRST if outcome in gating)
@@ -100,7 +119,9 @@ def judged(low: float, high: float, threshold: float) -> Outcome:
 
 
 def invalid(criterion: Criterion, reasons: Sequence[str]) -> Criterion:
-    """Return the criterion as INVALID where there are reasons; what it read stays for the reader."""
+    """Return the criterion as INVALID where there are reasons; what it read stays for the
+    reader.
+    """
     if not reasons:
         return criterion
     return replace(criterion, outcome=Outcome.INVALID, why="; ".join(reasons))
@@ -111,7 +132,8 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
 
     Args:
         here: Exact name of the device it ran on.
-        conditions: Values of `throttle_share` and `foreign_load`, as `ServePass.conditions` has them.
+        conditions: Values of `throttle_share` and `foreign_load`, as `ServePass.conditions` has
+            them.
     """
     throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
     limit, reasons = policy.max_foreign_load, list[str]()
@@ -122,7 +144,10 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
         reasons.append(f"throttled {share} of the time, {most} allowed")
     if limit is not None and foreign is None:
         why = conditions["foreign_load"]["why_null"]
-        reasons.append(f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes without")
+        reasons.append(
+            f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes"
+            " without"
+        )
     elif limit is not None and foreign > limit:
         share, most = percents_apart(foreign, limit)
         reasons.append(f"others used {share} of the machine, {most} allowed")
@@ -147,14 +172,24 @@ def moved(
     """
     if policy.max_disturbance is None:
         return []
-    return [f"disturbed: {what}" for what in disturbances(arm, base, orders, places, least=policy.max_disturbance)]
+    return [
+        f"disturbed: {what}"
+        for what in disturbances(arm, base, orders, places, least=policy.max_disturbance)
+    ]
 
 
-# -- quality --------------------------------------------------------------------------------------------------------
+# -- quality --------------------------------------------------------------------------------------
 
 
 def quality_criterion(
-    key: str, arm: Items, base: Items, policy: PolicyConfig, *, margin: float, resamples: int = 2000, seed: int = 0
+    key: str,
+    arm: Items,
+    base: Items,
+    policy: PolicyConfig,
+    *,
+    margin: float,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Criterion:
     """Compare candidate and baseline on one quality, document by document (`compare/quality.py`).
 
@@ -168,28 +203,46 @@ def quality_criterion(
     level = 1 - 2 * policy.alpha
     least = policy.min_items if _is_right_or_wrong(key, arm, base) else policy.min_documents
     read = compare_items(
-        key.rpartition("/")[2], arm, base, margin=margin, min_documents=least, resamples=resamples, seed=seed,
+        key.rpartition("/")[2],
+        arm,
+        base,
+        margin=margin,
+        min_documents=least,
+        resamples=resamples,
+        seed=seed,
         level=level,
-    )  # fmt: skip
+    )
     value = Value.from_json(read)
     made = Criterion(
-        name=f"quality/{key}", outcome=Outcome.INVALID, value=value, threshold=-margin, level=level, n=read["n"],
-        groups=read.get("groups"), smallest_visible_damage=read.get("smallest_visible_damage"),
-    )  # fmt: skip
+        name=f"quality/{key}",
+        outcome=Outcome.INVALID,
+        value=value,
+        threshold=-margin,
+        level=level,
+        n=read["n"],
+        groups=read.get("groups"),
+        smallest_visible_damage=read.get("smallest_visible_damage"),
+    )
     if value.v is None:
         return replace(made, why=value.why_null)
     if read["ci"] is None:
         return replace(made, outcome=Outcome.INCONCLUSIVE, why=read["why_undecided"])
     low, high = read["ci"]
     outcome, why = judged(low, high, -margin), read.get("why_undecided")
-    counted, what = (read["n"], "items") if made.groups is None else (made.groups, "groups of items")
+    counted, what = (
+        (read["n"], "items") if made.groups is None else (made.groups, "groups of items")
+    )
     if counted < least:
         few = f"{counted} {what}, and the policy decides nothing on fewer than {least}"
         why = f"{few}; {why}" if why else few
     if why is not None:
         outcome = Outcome.INCONCLUSIVE
-    needed = None if outcome is not Outcome.INCONCLUSIVE else max(least, read["items_to_decide"] or 0)
-    return replace(made, outcome=outcome, ci=(low, high), why=why, needed=needed if needed != counted else None)
+    needed = (
+        None if outcome is not Outcome.INCONCLUSIVE else max(least, read["items_to_decide"] or 0)
+    )
+    return replace(
+        made, outcome=outcome, ci=(low, high), why=why, needed=needed if needed != counted else None
+    )
 
 
 def _is_right_or_wrong(key: str, arm: Items, base: Items) -> bool:
@@ -198,26 +251,40 @@ def _is_right_or_wrong(key: str, arm: Items, base: Items) -> bool:
     return column in arm and column in base and is_binary(arm[column]) and is_binary(base[column])
 
 
-# -- serving, energy, memory ----------------------------------------------------------------------------------------
+# -- serving, energy, memory ----------------------------------------------------------------------
 
 
 def serving_criterion(
-    arm_s: npt.ArrayLike, base_s: npt.ArrayLike, *, minimum: float | None, alpha: float, name: str = "serving"
+    arm_s: npt.ArrayLike,
+    base_s: npt.ArrayLike,
+    *,
+    minimum: float | None,
+    alpha: float,
+    name: str = "serving",
 ) -> Criterion:
     """Read the saving on ABBA blocks at one-sided `alpha` (of this look).
 
     Args:
-        arm_s: (blocks, 2): readings of the candidate (arm, base, base, arm), in seconds or joules for the same work.
+        arm_s: (blocks, 2): readings of the candidate (arm, base, base, arm), in seconds or joules
+            for the same work.
         base_s: (blocks, 2): the baseline's between them.
         minimum: The least saving; None where the policy does not ask for one.
     """
     level = 1 - 2 * alpha
     saving = statistics.abba_saving(arm_s, base_s, level=level)
-    return _saving(name, Value(saving.estimate, Prov.DERIVED), (saving.low, saving.high), minimum, level=level,
-                   n=len(np.asarray(arm_s)))  # fmt: skip
+    return _saving(
+        name,
+        Value(saving.estimate, Prov.DERIVED),
+        (saving.low, saving.high),
+        minimum,
+        level=level,
+        n=len(np.asarray(arm_s)),
+    )
 
 
-def memory_criterion(arm_bytes: Value, base_bytes: Value, *, of: str, minimum: float | None) -> Criterion:
+def memory_criterion(
+    arm_bytes: Value, base_bytes: Value, *, of: str, minimum: float | None
+) -> Criterion:
     """Read the share of the baseline's memory that is saved: counted, so that there is no interval.
 
     Args:
@@ -229,27 +296,52 @@ def memory_criterion(arm_bytes: Value, base_bytes: Value, *, of: str, minimum: f
     return replace(made, ci=None, why=made.why or f"of {of}")
 
 
-def unread(name: str, why: str, minimum: float | None, outcome: Outcome = Outcome.INVALID) -> Criterion:
+def unread(
+    name: str, why: str, minimum: float | None, outcome: Outcome = Outcome.INVALID
+) -> Criterion:
     """Return a criterion that could not be read at all."""
     return Criterion(
-        name=name, outcome=outcome, value=null(why), threshold=minimum, gating=minimum is not None, why=why
+        name=name,
+        outcome=outcome,
+        value=null(why),
+        threshold=minimum,
+        gating=minimum is not None,
+        why=why,
     )
 
 
 def _saving(
-    name: str, value: Value, ci: tuple[float, float] | None, minimum: float | None, *, level: float | None,
-    n: int | None, at_least: bool = False,
-) -> Criterion:  # fmt: skip
-    """Return a criterion of a saving; one that the policy does not ask for is read on "any saving at all"."""
+    name: str,
+    value: Value,
+    ci: tuple[float, float] | None,
+    minimum: float | None,
+    *,
+    level: float | None,
+    n: int | None,
+    at_least: bool = False,
+) -> Criterion:
+    """Return a criterion of a saving; one that the policy does not ask for is read on "any saving
+    at all".
+    """
     if value.v is None or ci is None:
         return replace(unread(name, value.why_null or "no interval", minimum), value=value)
     threshold = 0.0 if minimum is None else minimum
-    outcome = Outcome.PASS if at_least and value.v >= threshold - ROUND_OFF else judged(*ci, threshold)
-    return Criterion(name=name, outcome=outcome, value=value, ci=ci, threshold=threshold, gating=minimum is not None,
-                     level=level, n=n)  # fmt: skip
+    outcome = (
+        Outcome.PASS if at_least and value.v >= threshold - ROUND_OFF else judged(*ci, threshold)
+    )
+    return Criterion(
+        name=name,
+        outcome=outcome,
+        value=value,
+        ci=ci,
+        threshold=threshold,
+        gating=minimum is not None,
+        level=level,
+        n=n,
+    )
 
 
-# -- training and payback -------------------------------------------------------------------------------------------
+# -- training and payback -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,12 +369,14 @@ def training_criterion(
     arm_runs: Sequence[float] = (),
     base_runs: Sequence[float] = (),
 ) -> Criterion:
-    """Read the saving of C, one run each, with the spread that repeated runs of one training have shown.
+    """Read the saving of C, one run each, with the spread that repeated runs of one training have
+    shown.
 
-    Without such runs it is a point estimate, which decides nothing. A side whose own runs (other seeds) are recorded is
-    read with their spread where that is larger. A candidate without them is taken to vary up to twice as much as what
-    is recorded, a baseline as that (`statistics.own_spread`): self-tests repeat the champion's training. A baseline
-    that has no ledger fails a policy that asks for this saving: it cannot be shown.
+    Without such runs it is a point estimate, which decides nothing. A side whose own runs (other
+    seeds) are recorded is read with their spread where that is larger. A candidate without them is
+    taken to vary up to twice as much as what is recorded, a baseline as that
+    (`statistics.own_spread`): self-tests repeat the champion's training. A baseline that has no
+    ledger fails a policy that asks for this saving: it cannot be shown.
 
     Args:
         c_arm: Device-hours of the candidate's chain.
@@ -297,30 +391,61 @@ def training_criterion(
     if value.v is None:
         return replace(unread("training", value.why_null or "", minimum, Outcome.FAIL), value=value)
     threshold = 0.0 if minimum is None else minimum
-    made = Criterion(name="training", outcome=Outcome.INCONCLUSIVE, value=value, threshold=threshold,
-                     gating=minimum is not None)  # fmt: skip
+    made = Criterion(
+        name="training",
+        outcome=Outcome.INCONCLUSIVE,
+        value=value,
+        threshold=threshold,
+        gating=minimum is not None,
+    )
     if spread is None:
-        return replace(made, why="point estimate only: no repeated runs on this device are recorded "
-                                 "(python -m pipeline selftest train=...)")  # fmt: skip
+        return replace(
+            made,
+            why=(
+                "point estimate only: no repeated runs on this device are recorded "
+                "(python -m pipeline selftest train=...)"
+            ),
+        )
     level = 1 - 2 * alpha
     recorded = statistics.RunSpread(spread.sd_log, spread.runs - 1)
     of_arm, how = statistics.own_spread(recorded, arm_runs)
     of_base, how_base = statistics.own_spread(recorded, base_runs, assumed=1.0)
-    saving = statistics.log_ratio_from_spread(1 - value.v, 1.0, arm_spread=of_arm, base_spread=of_base, level=level)
-    why = f"spread of {spread.runs} repeated runs ({spread.source}); the candidate's {how}, the baseline's {how_base}"
-    return replace(made, outcome=judged(saving.low, saving.high, threshold), ci=(saving.low, saving.high), level=level,
-                   n=spread.runs, why=why)  # fmt: skip
+    saving = statistics.log_ratio_from_spread(
+        1 - value.v, 1.0, arm_spread=of_arm, base_spread=of_base, level=level
+    )
+    why = (
+        f"spread of {spread.runs} repeated runs ({spread.source}); the candidate's {how}, the"
+        f" baseline's {how_base}"
+    )
+    return replace(
+        made,
+        outcome=judged(saving.low, saving.high, threshold),
+        ci=(saving.low, saving.high),
+        level=level,
+        n=spread.runs,
+        why=why,
+    )
 
 
-def payback_criterion(payback: Mapping[str, Any], *, within: float | None, alpha: float) -> Criterion:
-    """Read whether the release has paid for itself after `within` units: P(net > 0) at that volume against alpha.
+def payback_criterion(
+    payback: Mapping[str, Any], *, within: float | None, alpha: float
+) -> Criterion:
+    """Read whether the release has paid for itself after `within` units: P(net > 0) at that volume
+    against alpha.
 
     Args:
         payback: As `savings.payback` returns it, with `within` as its volume.
     """
     value = Value.from_json(dict(payback))
-    made = Criterion(name="payback", outcome=Outcome.FAIL, value=value, threshold=within, gating=within is not None,
-                     unit=payback["unit"], why=value.why_null)  # fmt: skip
+    made = Criterion(
+        name="payback",
+        outcome=Outcome.FAIL,
+        value=value,
+        threshold=within,
+        gating=within is not None,
+        unit=payback["unit"],
+        why=value.why_null,
+    )
     never = value.why_null is not None and value.why_null.startswith("never")
     if value.v is None and not never:
         return replace(made, outcome=Outcome.INVALID)
@@ -329,6 +454,15 @@ def payback_criterion(payback: Mapping[str, Any], *, within: float | None, alpha
     probability = Value.from_json(payback["p_net_positive"])
     if probability.v is None:
         return replace(made, outcome=Outcome.INVALID, why=probability.why_null)
-    outcome = Outcome.PASS if probability.v >= 1 - alpha else Outcome.FAIL if probability.v <= alpha else None
-    return replace(made, outcome=outcome or Outcome.INCONCLUSIVE,
-                   why=f"P(paid for itself by then) = {probability.v:.3g}")  # fmt: skip
+    outcome = (
+        Outcome.PASS
+        if probability.v >= 1 - alpha
+        else Outcome.FAIL
+        if probability.v <= alpha
+        else None
+    )
+    return replace(
+        made,
+        outcome=outcome or Outcome.INCONCLUSIVE,
+        why=f"P(paid for itself by then) = {probability.v:.3g}",
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 BEST_16_BIT = "best_16_bit"
-"""As the base of a comparison: the arm that has the same source in the 16-bit form that suits this device best."""
+"""As the base of a comparison: the arm that has the same source in the 16-bit form that suits this
+device best.
+"""
 
 
 def stage_name(arm: str) -> str:
@@ -17,5 +19,7 @@ def is_rung(arm: str) -> bool:
 
 
 def file_name(arm: str) -> str:
-    """Return an arm's name where `/` and blanks may not stand: in names of files and of MLflow's models."""
+    """Return an arm's name where `/` and blanks may not stand: in names of files and of MLflow's
+    models.
+    """
     return arm.replace("/", "-").replace(" ", "-")

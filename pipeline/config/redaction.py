@@ -1,8 +1,10 @@
-"""The one gate through which every string passes that leaves the process: files, journal, MLflow, terminal, exceptions.
+"""The one gate through which every string passes that leaves the process: files, journal, MLflow,
+terminal, exceptions.
 
-Writers call it, not sources: `store.write_json`, `store.write_text`, the journal, and `clean_output` around each
-command's standard output and error. Secrets are known by their name (`api_key=...`), by their shape (`hf_...`), by
-where they stand (a login in a URL), or because an environment variable with such a name holds them.
+Writers call it, not sources: `store.write_json`, `store.write_text`, the journal, and
+    `clean_output` around each command's standard output and error. Secrets are known by their name
+    (`api_key=...`), by their shape (`hf_...`), by where they stand (a login in a URL), or because
+    an environment variable with such a name holds them.
 
 What is lost is a reader's convenience where this errs; what passes by mistake is read by everybody.
 """
@@ -28,48 +30,242 @@ MIN_ANYWHERE = 12  # characters of a value of letters alone that is looked for i
 MAX_NESTED = 10_000  # characters of a list or an object that a secret name holds
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAMES = frozenset({
-    "password", "passwd", "passphrase", "passcode", "pwd", "secret", "secrets", "credential", "credentials",
-    "authorization", "apikey", "accesskey", "privatekey", "secretkey", "authtoken", "accesstoken",
-})  # fmt: skip
-_ENDINGS = ("password", "passwd", "passphrase", "apikey", "secretkey", "accesskey", "privatekey", "authtoken",
-            "accesstoken")  # fmt: skip
+_NAMES = frozenset(
+    {
+        "password",
+        "passwd",
+        "passphrase",
+        "passcode",
+        "pwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "authorization",
+        "apikey",
+        "accesskey",
+        "privatekey",
+        "secretkey",
+        "authtoken",
+        "accesstoken",
+    }
+)
+_ENDINGS = (
+    "password",
+    "passwd",
+    "passphrase",
+    "apikey",
+    "secretkey",
+    "accesskey",
+    "privatekey",
+    "authtoken",
+    "accesstoken",
+)
 """What makes a secret of a word that ends so: PGPASSWORD."""
-_KEYS = frozenset({"api", "access", "private", "account", "encryption", "signing", "storage", "subscription", "master",
-                   "ssh", "deploy"})  # fmt: skip
+_KEYS = frozenset(
+    {
+        "api",
+        "access",
+        "private",
+        "account",
+        "encryption",
+        "signing",
+        "storage",
+        "subscription",
+        "master",
+        "ssh",
+        "deploy",
+    }
+)
 """What makes a secret of the `key` that follows it."""
-_NO_TOKEN = frozenset({
-    "eos", "bos", "pad", "unk", "sep", "cls", "mask", "next", "per", "special", "image", "video", "audio", "first",
-    "last", "start", "end", "begin", "stop", "new", "each", "a", "one", "extra", "added", "additional", "boi", "eoi",
-    "prefix", "suffix", "middle", "target", "predicted", "this", "the", "any", "every", "single", "by",
-})  # fmt: skip
+_NO_TOKEN = frozenset(
+    {
+        "eos",
+        "bos",
+        "pad",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "next",
+        "per",
+        "special",
+        "image",
+        "video",
+        "audio",
+        "first",
+        "last",
+        "start",
+        "end",
+        "begin",
+        "stop",
+        "new",
+        "each",
+        "a",
+        "one",
+        "extra",
+        "added",
+        "additional",
+        "boi",
+        "eoi",
+        "prefix",
+        "suffix",
+        "middle",
+        "target",
+        "predicted",
+        "this",
+        "the",
+        "any",
+        "every",
+        "single",
+        "by",
+    }
+)
 """What a tokenizer, or a report, puts before `token`."""
 NO_SECRETS = ("PWD", "OLDPWD")  # the shell's working folders
 _NO_PASS = _NO_TOKEN | {
-    "forward", "backward", "second", "both", "two", "training", "test", "tests", "all", "did", "can", "must", "serve",
-    "serving", "comparison", "eval", "bypass", "compass", "render", "compile", "optimization", "high", "low", "band",
-}  # fmt: skip
+    "forward",
+    "backward",
+    "second",
+    "both",
+    "two",
+    "training",
+    "test",
+    "tests",
+    "all",
+    "did",
+    "can",
+    "must",
+    "serve",
+    "serving",
+    "comparison",
+    "eval",
+    "bypass",
+    "compass",
+    "render",
+    "compile",
+    "optimization",
+    "high",
+    "low",
+    "band",
+}
 """What a report puts before `pass`."""
-_NO_KEY = frozenset({
-    "session", "public", "pub", "primary", "foreign", "sort", "cache", "hot", "partition", "group", "modifier", "meta",
-    "index", "search", "compose", "registry", "config", "dict", "map", "return", "enter", "arrow", "shift", "row",
-})  # fmt: skip
+_NO_KEY = frozenset(
+    {
+        "session",
+        "public",
+        "pub",
+        "primary",
+        "foreign",
+        "sort",
+        "cache",
+        "hot",
+        "partition",
+        "group",
+        "modifier",
+        "meta",
+        "index",
+        "search",
+        "compose",
+        "registry",
+        "config",
+        "dict",
+        "map",
+        "return",
+        "enter",
+        "arrow",
+        "shift",
+        "row",
+    }
+)
 """What variables that hold no secret put before `KEY`."""
-_VARIABLES = frozenset({
-    "pass", "pwd", "secret", "secrets", "token", "tokens", "pat", "credential", "credentials", "cred", "creds", "auth",
-    "dsn", "cookie", "jwt", "webhook", "key", "keys",
-})  # fmt: skip
+_VARIABLES = frozenset(
+    {
+        "pass",
+        "pwd",
+        "secret",
+        "secrets",
+        "token",
+        "tokens",
+        "pat",
+        "credential",
+        "credentials",
+        "cred",
+        "creds",
+        "auth",
+        "dsn",
+        "cookie",
+        "jwt",
+        "webhook",
+        "key",
+        "keys",
+    }
+)
 """What an environment variable that holds a secret ends with, beside `_NAMES` anywhere in it."""
-_GLUES = frozenset({"by", "com", "encom", "tres", "sur", "sub", "multi", "pre", "de", "over", "under"})  # BYPASS
+# BYPASS
+_GLUES = frozenset(
+    {"by", "com", "encom", "tres", "sur", "sub", "multi", "pre", "de", "over", "under"}
+)
 _GLUED = ("pass", "secret", "token", "apikey", "webhook")  # SSHPASS, GITHUBTOKEN
-_COMMON = frozenset({
-    "default", "enabled", "disabled", "required", "optional", "bearer", "oauth2", "password", "secret", "secrets",
-    "token", "tokens", "keyring", "plaintext", "public", "private", "localhost", "production", "development", "staging",
-    "testing", "example", "postgres", "postgresql", "mlflow", "minioadmin", "changeme", "anonymous", "kerberos",
-    "negotiate", "digest", "always", "prefer", "pipeline", "report", "result", "config", "training", "quality",
-    "serving", "baseline", "python", "reference", "student", "teacher", "system", "string", "number", "unknown",
-    "account", "username", "hunter", "access", "master", "nobody",
-})  # fmt: skip
+_COMMON = frozenset(
+    {
+        "default",
+        "enabled",
+        "disabled",
+        "required",
+        "optional",
+        "bearer",
+        "oauth2",
+        "password",
+        "secret",
+        "secrets",
+        "token",
+        "tokens",
+        "keyring",
+        "plaintext",
+        "public",
+        "private",
+        "localhost",
+        "production",
+        "development",
+        "staging",
+        "testing",
+        "example",
+        "postgres",
+        "postgresql",
+        "mlflow",
+        "minioadmin",
+        "changeme",
+        "anonymous",
+        "kerberos",
+        "negotiate",
+        "digest",
+        "always",
+        "prefer",
+        "pipeline",
+        "report",
+        "result",
+        "config",
+        "training",
+        "quality",
+        "serving",
+        "baseline",
+        "python",
+        "reference",
+        "student",
+        "teacher",
+        "system",
+        "string",
+        "number",
+        "unknown",
+        "account",
+        "username",
+        "hunter",
+        "access",
+        "master",
+        "nobody",
+    }
+)
 """Values that are words: a text without them could not be read."""
 _ARTICLES = frozenset({"a", "the", "this", "any", "every", "each", "by", "new"})
 COUNTED = ("token", "pass")  # what may be counted: a number after it is no secret
@@ -81,7 +277,9 @@ _STORAGE = re.compile(r"(?:abfss?|wasbs?)://\Z", re.IGNORECASE)
 _HEAD = re.compile(
     r"""(?<![\w.-])["']?(?P<name>[\w.-]++)\\*["']?\s*[:=]\s*|(?<!\S)--?(?P<flag>[A-Za-z][\w-]*+)\s+(?!-)"""
 )
-"""`api_key: `, `token=`, `--token `; what follows is the value. Possessive: a word of a megabyte is read once."""
+"""`api_key: `, `token=`, `--token `; what follows is the value. Possessive: a word of a megabyte is
+read once.
+"""
 _VALUE = re.compile(
     r"""(?!\[redacted\])(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|\\+"[^"]*"|\\+'[^']*'|"[^"]*"|'[^']*'"""
     r"""|[^\s,&;})\]"'\\]+(?:\\[^\s"'][^\s,&;})\]"']*)?)""",
@@ -97,11 +295,13 @@ _HEADER = re.compile(
 _BEARER = re.compile(r"(?P<head>\bbearer\s+)(?=[^\s]*\d)[\w.~+/-]{16,}=*", re.IGNORECASE)
 _BASIC = re.compile(r"(?<=\bbasic )[A-Za-z0-9+/]{6,}={0,2}(?![\w+/=])", re.IGNORECASE)
 _QUERY = re.compile(
-    r"(?P<head>(?<![\w-])(?:[\w-]{1,40}-)?(?:sig|signature|hmac)=)(?!\[redacted\])[^\s&;\"',)]{6,}", re.IGNORECASE
+    r"(?P<head>(?<![\w-])(?:[\w-]{1,40}-)?(?:sig|signature|hmac)=)(?!\[redacted\])[^\s&;\"',)]{6,}",
+    re.IGNORECASE,
 )
 _QUERY_KEY = re.compile(r"(?P<head>[?&]key=)(?!\[redacted\])[^\s&;\"',)]{16,}", re.IGNORECASE)
 _CONNECTION = re.compile(
-    r"(?P<head>\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=)(?!\[redacted\])[^;\s\"']+", re.IGNORECASE
+    r"(?P<head>\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=)(?!\[redacted\])[^;\s\"']+",
+    re.IGNORECASE,
 )
 _WEBHOOK = re.compile(
     r"(?P<head>https?://(?:"
@@ -111,8 +311,11 @@ _WEBHOOK = re.compile(
     r"|[\w.-]+(?::\d+)?/(?:hooks|webhooks?)/(?=[\w/-]{16})))(?!\[redacted\])[^\s\"'<>,)\]}]+",
     re.IGNORECASE,
 )
-"""Who knows such an address may write to it; Mattermost's and others' are /hooks/ and a long word."""
-_PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL)
+"""Who knows such an address may write to it; Mattermost's and others' are /hooks/ and a long word.
+"""
+_PRIVATE = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL
+)
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}"  # Hugging Face
@@ -125,14 +328,18 @@ _SHAPES = re.compile(
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON Web Tokens
     r")"
 )
-"""Tokens known by their shape. Sources: each vendor's documentation; GitHub's list of secret scanning patterns."""
+"""Tokens known by their shape. Sources: each vendor's documentation; GitHub's list of secret
+scanning patterns.
+"""
 _HINT = re.compile(r"[:=@]|[-_]|[A-Z]{4}|eyJ|\s--?[a-zA-Z]|[Bb]earer|[Bb]asic|BEGIN")
 """Without any of these there is nothing to look for: most strings are short words."""
 
 
 @lru_cache(maxsize=4096)
 def names_secret(key: str) -> bool:
-    """Tell whether a setting, header, flag or variable of this name holds a secret; a tokenizer's tokens are none."""
+    """Tell whether a setting, header, flag or variable of this name holds a secret; a tokenizer's
+    tokens are none.
+    """
     if key in NO_SECRETS:
         return False
     if key.isupper() and "_" in key and _is_secret_variable(key):
@@ -144,11 +351,15 @@ def names_secret(key: str) -> bool:
         return True
     words = [word for word in words if not word.isdigit()]
     before = words[-2] if len(words) > 1 else ""
-    return (words[-1:] == ["token"] and before not in _NO_TOKEN) or (words[-1:] == ["pass"] and before not in _NO_PASS)
+    return (words[-1:] == ["token"] and before not in _NO_TOKEN) or (
+        words[-1:] == ["pass"] and before not in _NO_PASS
+    )
 
 
 def _is_secret_variable(name: str) -> bool:
-    """Tell whether an environment variable of this name holds a secret, by its parts and its ending."""
+    """Tell whether an environment variable of this name holds a secret, by its parts and its
+    ending.
+    """
     parts = [part.lower() for part in re.split(r"[\W_]+", name) if part and not part.isdigit()]
     if not parts or name in NO_SECRETS:
         return False
@@ -160,7 +371,9 @@ def _is_secret_variable(name: str) -> bool:
         parts = parts[:-1] if parts[-2] in ("webhook", "hook", *_VARIABLES) else parts
     last, before = parts[-1].rstrip("0123456789"), parts[-2] if len(parts) > 1 else ""
     if last in ("token", "tokens", "key", "keys", "pass"):
-        return before not in {"key": _NO_KEY, "keys": _NO_KEY, "pass": _NO_PASS}.get(last, _NO_TOKEN | {"max"})
+        return before not in {"key": _NO_KEY, "keys": _NO_KEY, "pass": _NO_PASS}.get(
+            last, _NO_TOKEN | {"max"}
+        )
     glued = next((end for end in _GLUED if last.endswith(end) and last != end), None)
     return (
         last in _VARIABLES
@@ -170,7 +383,9 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """Return `text` with a mark in the place of every secret that can be told; redacting again changes nothing."""
+    """Return `text` with a mark in the place of every secret that can be told; redacting again
+    changes nothing.
+    """
     for secret in _of_environment():
         text = secret.sub(REDACTED, text)
     if not _HINT.search(text):
@@ -191,7 +406,9 @@ def _login(found: re.Match[str]) -> str:
 
 
 def _basic(found: re.Match[str]) -> str:
-    """Return a mark for what is a login in base64 (user:password); else the word, as in `basic understanding`."""
+    """Return a mark for what is a login in base64 (user:password); else the word, as in `basic
+    understanding`.
+    """
     try:
         decoded = base64.b64decode(found.group(), validate=True).decode()
     except ValueError:
@@ -217,14 +434,18 @@ def _named_values(text: str) -> Iterator[tuple[int, int]]:
         if head.start() < done or not names_secret(name):
             continue
         end = _end_of_value(text, head.end())
-        if end is None or (name.lower().endswith(COUNTED) and _is_count(text, head.start(), text[head.end() : end])):
+        if end is None or (
+            name.lower().endswith(COUNTED) and _is_count(text, head.start(), text[head.end() : end])
+        ):
             continue
         yield head.end(), end
         done = end
 
 
 def _end_of_value(text: str, at: int) -> int | None:
-    """Return where the value that begins at `at` ends: a word, a quoted text, or a list or object to its bracket."""
+    """Return where the value that begins at `at` ends: a word, a quoted text, or a list or object
+    to its bracket.
+    """
     if _BRACKET.match(text, at):
         depth = 0
         for found in _IN_BRACKETS.finditer(text, at, at + MAX_NESTED):
@@ -237,12 +458,15 @@ def _end_of_value(text: str, at: int) -> int | None:
 
 
 def _is_count(text: str, at: int, value: str) -> bool:
-    """Tell whether `... token: VALUE` speaks of a tokenizer's tokens: of the next one, of a number per token.
+    """Tell whether `... token: VALUE` speaks of a tokenizer's tokens: of the next one, of a number
+    per token.
 
     `pass: VALUE` of a number of tests, or of whether they did.
     """
     before = re.search(r"([a-z]{3,12}) \Z", text[max(0, at - 13) : at])
-    return _NUMBER.fullmatch(value) is not None or (before is not None and before[1] in _NO_PASS - _ARTICLES)
+    return _NUMBER.fullmatch(value) is not None or (
+        before is not None and before[1] in _NO_PASS - _ARTICLES
+    )
 
 
 def _of_environment() -> tuple[re.Pattern[str], ...]:
@@ -262,7 +486,9 @@ def _secrets_in(variables: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str]
 
 
 def _inside(value: str) -> set[str]:
-    """Return the secrets inside of a variable whatever its name: of a URL with a login, of a connection string."""
+    """Return the secrets inside of a variable whatever its name: of a URL with a login, of a
+    connection string.
+    """
     found: set[str] = set()
     for login in _URL_LOGIN.finditer(value):
         _, colon, word = login["login"].partition(":")
@@ -277,7 +503,9 @@ def _inside(value: str) -> set[str]:
 
 
 def _is_ordinary(value: str) -> bool:
-    """Tell whether a variable's value is a short word, a common one, a number, or a path: no text could do without."""
+    """Tell whether a variable's value is a short word, a common one, a number, or a path: no text
+    could do without.
+    """
     if len(value) < MIN_ENVIRONMENT or value.lower() in _COMMON or REDACTED in value:
         return True
     if _NUMBER.fullmatch(value) and len(value) < MIN_ANYWHERE:
@@ -299,14 +527,18 @@ def _forms(value: str) -> set[str]:
 def _finds(secret: str) -> re.Pattern[str]:
     """Return what finds a secret; a short word only where it is one, not inside of others."""
     inside = len(secret) >= MIN_ANYWHERE or not secret.isalpha()
-    return re.compile(re.escape(secret) if inside else rf"(?<![A-Za-z0-9_]){re.escape(secret)}(?![A-Za-z0-9_])")
+    return re.compile(
+        re.escape(secret) if inside else rf"(?<![A-Za-z0-9_]){re.escape(secret)}(?![A-Za-z0-9_])"
+    )
 
 
-# -- settings and records ---------------------------------------------------------------------------------------------
+# -- settings and records -------------------------------------------------------------------------
 
 
 def redact_value(key: str, value: str) -> str:
-    """Return `value`, or a mark in its place where `key` names a secret; secrets inside it are marked too."""
+    """Return `value`, or a mark in its place where `key` names a secret; secrets inside it are
+    marked too.
+    """
     return REDACTED if names_secret(key) and value else redact(value)
 
 
@@ -317,16 +549,22 @@ def redact_json(value: Any, key: str = "", *, under: str = "") -> Any:
 
     Args:
         key: The name that holds the value.
-        under: The name of a secret further out: what such a list or object holds is a secret whatever its own name.
+        under: The name of a secret further out: what such a list or object holds is a secret
+            whatever its own name.
     """
     secret = key if names_secret(key) else under
     if isinstance(value, dict):
-        return {_text(str(name)): redact_json(item, str(name), under=secret) for name, item in value.items()}
+        return {
+            _text(str(name)): redact_json(item, str(name), under=secret)
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redact_json(item, key, under=secret) for item in value]
     if isinstance(value, str):
         return REDACTED if value and secret else _text(value)
-    is_plain = value is None or (isinstance(value, bool | int | float) and secret.lower().endswith(COUNTED))
+    is_plain = value is None or (
+        isinstance(value, bool | int | float) and secret.lower().endswith(COUNTED)
+    )
     return value if is_plain or not secret else REDACTED
 
 
@@ -353,7 +591,7 @@ def without_login(url: str) -> str:
     return re.sub(r"(?<=://)[^/\s]+@", "", url)
 
 
-# -- the terminal -----------------------------------------------------------------------------------------------------
+# -- the terminal ---------------------------------------------------------------------------------
 
 
 class Clean:
@@ -382,7 +620,9 @@ class Clean:
 
 
 class CleanFormatter(logging.Formatter):
-    """What libraries log, without secrets; Hydra's log file is written with it (`configs/config.yaml`)."""
+    """What libraries log, without secrets; Hydra's log file is written with it
+    (`configs/config.yaml`).
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's text."""
@@ -394,7 +634,9 @@ class clean_output(ContextDecorator):
 
     def __enter__(self) -> Self:
         self._before = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (each if isinstance(each, Clean) else Clean(each) for each in self._before)
+        sys.stdout, sys.stderr = (
+            each if isinstance(each, Clean) else Clean(each) for each in self._before
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

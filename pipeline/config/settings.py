@@ -1,6 +1,8 @@
-"""Every setting, its default and its range. Defaults live here once; YAML in `configs/` and `recipes/` holds deltas.
+"""Every setting, its default and its range. Defaults live here once; YAML in `configs/` and
+`recipes/` holds deltas.
 
-`OmegaConf.to_object` turns a composed config into `Run`; nothing below `cli/main.py` sees a DictConfig. Nothing here
+`OmegaConf.to_object` turns a composed config into `Run`; nothing below `cli/main.py` sees a
+DictConfig. Nothing here
 imports torch: a refusal must be quick.
 """
 
@@ -15,7 +17,8 @@ from typing import Any, Optional
 
 from pipeline.errors import UserError
 
-# OmegaConf reads these annotations at run time, and knows Optional[X] but not the string "X | None" everywhere.
+# OmegaConf reads these annotations at run time, and knows Optional[X] but not the string "X | None"
+# everywhere.
 # ruff: noqa: UP045
 
 
@@ -24,14 +27,18 @@ MAX_WHOLE = 2**63 - 1  # what a tensor's size, or a column of a store, can hold
 
 
 class Task(Enum):
-    """What the model is for; decides model class, collation, metrics and the unit that serving counts."""
+    """What the model is for; decides model class, collation, metrics and the unit that serving
+    counts.
+    """
 
     causal_lm = "causal_lm"
     sequence_classification = "sequence_classification"
 
 
 class Precision(Enum):
-    """Arithmetic of training. Master weights stay fp32 in all of them. `auto` tries those that the device can."""
+    """Arithmetic of training. Master weights stay fp32 in all of them. `auto` tries those that the
+    device can.
+    """
 
     auto = "auto"
     fp32 = "fp32"
@@ -39,7 +46,8 @@ class Precision(Enum):
     bf16 = "bf16"  # autocast: weights are rounded anew for every product
     bf16_pure = "bf16_pure"  # the model itself is kept in bf16, beside its master weights
     fp16 = "fp16"
-    fp8_tensorwise = "fp8_tensorwise"  # wide layers in float8, the rest as in bf16 (`training/float8.py`)
+    # wide layers in float8, the rest as in bf16 (`training/float8.py`)
+    fp8_tensorwise = "fp8_tensorwise"
     fp8_rowwise = "fp8_rowwise"
 
 
@@ -52,9 +60,11 @@ class OptimizerKind(Enum):
 
 
 class Format(Enum):
-    """Weight formats; `quantization/backend.py` says which library does which, `auto` searches them.
+    """Weight formats; `quantization/backend.py` says which library does which, `auto` searches
+    them.
 
-    The order is that of trials: sixteen bits come first, because what other formats save is read against them.
+    The order is that of trials: sixteen bits come first, because what other formats save is read
+        against them.
     """
 
     auto = "auto"
@@ -99,7 +109,9 @@ class Schedule(Enum):
 
 
 class Divergence(Enum):
-    """How a student's distribution is compared with its teacher's (defined in `distillation/losses.py`)."""
+    """How a student's distribution is compared with its teacher's (defined in
+    `distillation/losses.py`).
+    """
 
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
@@ -125,7 +137,9 @@ class CaptureMethod(Enum):
 
 
 class DataFormat(Enum):
-    """What the rows of a data set are (`data/rows.py`, docs/data.md). `auto` tells by the names of the columns."""
+    """What the rows of a data set are (`data/rows.py`, docs/data.md). `auto` tells by the names of
+    the columns.
+    """
 
     auto = "auto"
     text = "text"  # a text; with a label where the task is sequence_classification
@@ -177,7 +191,9 @@ def fraction(default: Any) -> Any:
 
 @dataclass(kw_only=True, slots=True)
 class QatSettings:
-    """A recovery's training towards the unquantized model. Null inherits `training.*` and `precision`."""
+    """A recovery's training towards the unquantized model. Null inherits `training.*` and
+    `precision`.
+    """
 
     steps: Optional[int] = positive(None)
     learning_rate: float = positive(2e-5)  # Source: Liu et al. 2023, arXiv 2305.17888, section 3.1
@@ -197,7 +213,9 @@ class LoraSettings(QatSettings):
 
 @dataclass(kw_only=True, slots=True)
 class TinyShape:
-    """Shape of the embedded Llama-architecture model. Widths are multiples of 64, so that every backend takes them."""
+    """Shape of the embedded Llama-architecture model. Widths are multiples of 64, so that every
+    backend takes them.
+    """
 
     hidden_size: int = positive(192)
     layers: int = positive(4)
@@ -207,7 +225,9 @@ class TinyShape:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The artifact `base`: `path` (a Hugging Face folder or Hub name) or, without one, a model made from `shape`."""
+    """The artifact `base`: `path` (a Hugging Face folder or Hub name) or, without one, a model made
+    from `shape`.
+    """
 
     path: Optional[str] = None
     revision: Optional[str] = None
@@ -219,27 +239,32 @@ class ModelConfig:
 class StudentConfig:
     """The student's initial weights, by the first of these that is set: `path`, `config`, `layers`.
 
-    `path` is a folder or Hub name. `config` overrides keys of the source arm's Hugging Face config; weights are
-    random. `layers` copies layers of the source arm: `every_2` (every second), a count (evenly spread), or a list.
+    `path` is a folder or Hub name. `config` overrides keys of the source arm's Hugging Face config;
+    weights are random. `layers` copies layers of the source arm: `every_2` (every second), a count
+    (evenly spread), or a list.
     """
 
     path: Optional[str] = None
     revision: Optional[str] = None
-    config: Optional[dict[str, Any]] = field(default_factory=dict)  # not null: overrides are merged into it
+    # not null: overrides are merged into it
+    config: Optional[dict[str, Any]] = field(default_factory=dict)
     layers: Any = "every_2"
-    source: Optional[str] = None  # the arm copied from; null: the teacher of the first distill stage, else base
+    # the arm copied from; null: the teacher of the first distill stage, else base
+    source: Optional[str] = None
 
 
 REMOVED = {
-    "data.text_field": "data.columns={text: NAME}", "data.label_field": "data.columns={label: NAME}",
+    "data.text_field": "data.columns={text: NAME}",
+    "data.label_field": "data.columns={label: NAME}",
     "data.messages_field": "data.columns={messages: NAME}",
-}  # fmt: skip
+}
 """Settings of earlier releases, and what says the same now."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where documents come from: `path` (file or folder), else `hub` (a Hub dataset or a local one), else `name`.
+    """Where documents come from: `path` (file or folder), else `hub` (a Hub dataset or a local
+    one), else `name`.
 
     `splits`, `columns` and `label_map` are written `{a: b, c: d}`; keys may be quoted.
     """
@@ -248,10 +273,13 @@ class DataConfig:
     path: Optional[str] = None
     hub: Optional[str] = None  # org/name, or org/name@revision
     subset: Optional[str] = None  # a configuration of a Hub data set, or a sub-folder
-    splits: Any = field(default_factory=dict)  # {validation: validation_matched}: what the data calls a split
+    # {validation: validation_matched}: what the data calls a split
+    splits: Any = field(default_factory=dict)
     format: DataFormat = DataFormat.auto
-    columns: Any = field(default_factory=dict)  # {text: body, label: stars}: which column has which part
-    label_map: Any = field(default_factory=dict)  # {neg: negative, 0: bad}: names of classes, by the data's
+    # {text: body, label: stars}: which column has which part
+    columns: Any = field(default_factory=dict)
+    # {neg: negative, 0: bad}: names of classes, by the data's
+    label_map: Any = field(default_factory=dict)
     group_field: Optional[str] = None  # a column: documents that share its value are of one source
     shared_documents: Shared = Shared.drop
     conflicting_labels: Conflicting = Conflicting.drop
@@ -263,7 +291,9 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PeakConfig:
-    """Dense peak rates of one device in TFLOP/s, where the table of known devices lacks them: what MFU divides by."""
+    """Dense peak rates of one device in TFLOP/s, where the table of known devices lacks them: what
+    MFU divides by.
+    """
 
     fp32: Optional[float] = positive(None)
     tf32: Optional[float] = positive(None)
@@ -276,10 +306,12 @@ class PeakConfig:
 class HardwareConfig:
     """What to run on."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
+    # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
+    device: str = "auto"
     devices: int = positive(1)
     num_threads: Optional[int] = positive(None)  # CPU threads of torch; null leaves torch's choice
-    peak_tflops: PeakConfig = field(default_factory=PeakConfig)  # null: as the vendor states for this device, if known
+    # null: as the vendor states for this device, if known
+    peak_tflops: PeakConfig = field(default_factory=PeakConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -287,7 +319,8 @@ class TrainingConfig:
     """One training loop serves every stage; these are its settings."""
 
     steps: int = at_least_0(100)
-    epochs: Optional[float] = positive(None)  # passes over train; they then say how many steps there are
+    # passes over train; they then say how many steps there are
+    epochs: Optional[float] = positive(None)
     batch_size: int = positive(16)  # sequences (or examples) of one optimizer step
     gradient_accumulation: int = positive(1)  # micro-batches that batch_size is cut into
     sequence_length: int = field(default=128, metadata={"min": 8})  # tokens
@@ -297,17 +330,24 @@ class TrainingConfig:
     schedule: Schedule = Schedule.cosine
     decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
     max_grad_norm: float = positive(1.0)
-    eval_every: Optional[int] = positive(None)  # steps between validation readings; null: a fifth of the steps
-    eval_documents: Optional[int] = positive(None)  # validation documents a reading; null: 32 texts, or 256 examples
+    # steps between validation readings; null: a fifth of the steps
+    eval_every: Optional[int] = positive(None)
+    # validation documents a reading; null: 32 texts, or 256 examples
+    eval_documents: Optional[int] = positive(None)
     checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
     checkpoint_seconds: float = positive(60.0)
-    divergence_factor: float = field(default=4.0, metadata={"above": 1})  # loss over its own best average
+    # loss over its own best average
+    divergence_factor: float = field(default=4.0, metadata={"above": 1})
     compile: bool = False
     optimizer: OptimizerKind = OptimizerKind.adamw
-    activation_checkpointing: bool = False  # backward computes each layer again, so that memory holds one at a time
-    start_batch_size: Optional[int] = positive(None)  # doubled until it is batch_size; null: that from the start
-    start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})  # likewise, of causal_lm
-    growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})  # of the steps, until all is full size
+    # backward computes each layer again, so that memory holds one at a time
+    activation_checkpointing: bool = False
+    # doubled until it is batch_size; null: that from the start
+    start_batch_size: Optional[int] = positive(None)
+    # likewise, of causal_lm
+    start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
+    # of the steps, until all is full size
+    growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -316,17 +356,23 @@ class QualityConfig:
 
     margin: float = fraction(0.01)  # relative for bits per byte, absolute for accuracies
     max_documents: Optional[int] = positive(None)  # of the test split, the first by content hash
-    max_bytes_per_document: Optional[int] = positive(None)  # causal_lm reads the head of longer ones
+    # causal_lm reads the head of longer ones
+    max_bytes_per_document: Optional[int] = positive(None)
     batch_size: int = positive(16)
-    sequence_length: Optional[int] = positive(None)  # tokens that a window reads; null: as in training
-    stride: Optional[int] = positive(None)  # tokens predicted by a window after a document's first; null: all it reads
+    # tokens that a window reads; null: as in training
+    sequence_length: Optional[int] = positive(None)
+    # tokens predicted by a window after a document's first; null: all it reads
+    stride: Optional[int] = positive(None)
     bootstrap: int = field(default=2000, metadata={"min": 200})  # resamples of an interval
-    tasks: list[str] = field(default_factory=list)  # files of lm-eval tasks with local data (causal_lm): also run
+    # files of lm-eval tasks with local data (causal_lm): also run
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)
 class ServingLoad:
-    """The load at which serving is measured. A token is the unit of causal_lm, an example of classification."""
+    """The load at which serving is measured. A token is the unit of causal_lm, an example of
+    classification.
+    """
 
     prompt: int = positive(64)  # tokens in
     new: int = positive(32)  # tokens generated (causal_lm)
@@ -334,8 +380,9 @@ class ServingLoad:
 
 
 class Decode(Enum):
-    """How tokens are written: with a key-value cache that grows, or one of fixed size whose step is captured as a CUDA
-    graph, compiled before that, or neither. `auto`: graph on CUDA, else dynamic."""
+    """How tokens are written: with a key-value cache that grows, or one of fixed size whose step is
+    captured as a CUDA graph, compiled before that, or neither. `auto`: graph on CUDA, else dynamic.
+    """
 
     auto = "auto"
     dynamic = "dynamic"
@@ -345,7 +392,8 @@ class Decode(Enum):
 
 
 class ServingDtype(Enum):
-    """The dtype in which artifacts that are stored in fp32 are served; others are served as they are stored.
+    """The dtype in which artifacts that are stored in fp32 are served; others are served as they
+    are stored.
 
     `auto`: the fastest that the device has, by a short probe (`evaluation/serving/dtype.py`).
     """
@@ -357,7 +405,9 @@ class ServingDtype(Enum):
 
 
 class VllmCheck(Enum):
-    """Which artifacts vLLM, where it is installed, loads and scores beside this project (`vllm_check.py`)."""
+    """Which artifacts vLLM, where it is installed, loads and scores beside this project
+    (`vllm_check.py`).
+    """
 
     quantized = "quantized"
     every = "every"
@@ -373,10 +423,14 @@ class ServingConfig:
     blocks: int = field(default=4, metadata={"min": 2})  # of arm, base, base, arm or the reverse
     decode: Decode = Decode.auto
     dtype: ServingDtype = ServingDtype.auto  # of artifacts that are stored in fp32
-    results: Any = None  # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
-    check_vllm: VllmCheck = VllmCheck.quantized  # language models that vLLM, where installed, is to load and score too
-    volume: Optional[float] = positive(None)  # units to be served; payback's P(net > 0) is read at it
-    rate: Optional[float] = positive(None)  # units a second to be served; the replicas that the arm saves, at it
+    # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
+    results: Any = None
+    # language models that vLLM, where installed, is to load and score too
+    check_vllm: VllmCheck = VllmCheck.quantized
+    # units to be served; payback's P(net > 0) is read at it
+    volume: Optional[float] = positive(None)
+    # units a second to be served; the replicas that the arm saves, at it
+    rate: Optional[float] = positive(None)
 
 
 class Direction(Enum):
@@ -390,46 +444,65 @@ class Direction(Enum):
 class MetricRule:
     """A quality that a release must keep: no worse than the champion by more than `margin`."""
 
-    margin: float = at_least_0(0.01)  # relative for bits per byte, absolute for shares (0.01 is a point)
+    # relative for bits per byte, absolute for shares (0.01 is a point)
+    margin: float = at_least_0(0.01)
     direction: Optional[Direction] = None  # null: the catalogue's
 
 
 @dataclass(kw_only=True, slots=True)
 class PolicyConfig:
-    """What `recipe=release_check` asks of a release; its hash is part of every verdict. Null: shown, and not asked for.
+    """What `recipe=release_check` asks of a release; its hash is part of every verdict. Null:
+    shown, and not asked for.
 
-    Least savings are shares of the champion's cost; 0 asks for no dearer, -0.05 lets a release be 5% dearer.
+    Least savings are shares of the champion's cost; 0 asks for no dearer, -0.05 lets a release be
+    5% dearer.
     """
 
     name: str = "custom"
-    metrics: dict[str, MetricRule] = field(default_factory=dict)  # by quality key; those of another task are left out
-    training: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of C, the work of the chain
-    serving: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of device-seconds at `load`
-    memory: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of peak memory at `load`
-    energy: Optional[float] = field(default=None, metadata={"max": 1})  # least saving of joules per unit at `load`
-    payback_units: Optional[float] = positive(None)  # units after which the release must have paid for itself
+    # by quality key; those of another task are left out
+    metrics: dict[str, MetricRule] = field(default_factory=dict)
+    # least saving of C, the work of the chain
+    training: Optional[float] = field(default=None, metadata={"max": 1})
+    # least saving of device-seconds at `load`
+    serving: Optional[float] = field(default=None, metadata={"max": 1})
+    # least saving of peak memory at `load`
+    memory: Optional[float] = field(default=None, metadata={"max": 1})
+    # least saving of joules per unit at `load`
+    energy: Optional[float] = field(default=None, metadata={"max": 1})
+    # units after which the release must have paid for itself
+    payback_units: Optional[float] = positive(None)
     load: ServingLoad = field(default_factory=ServingLoad)
-    dtype: ServingDtype = ServingDtype.auto  # of the sides that are stored in fp32; one for both, kept over the looks
-    alpha: float = field(default=0.05, metadata={"above": 0, "max": 0.25})  # of a false PASS, one-sided, per criterion
+    # of the sides that are stored in fp32; one for both, kept over the looks
+    dtype: ServingDtype = ServingDtype.auto
+    # of a false PASS, one-sided, per criterion
+    alpha: float = field(default=0.05, metadata={"above": 0, "max": 0.25})
     blocks: int = field(default=4, metadata={"min": 2})  # of four readings, in one look
-    looks: int = field(default=2, metadata={"min": 1, "max": 2})  # the second is taken where the first decides nothing
-    min_items: int = field(default=100, metadata={"min": 2})  # right-or-wrong items; fewer decide nothing
+    # the second is taken where the first decides nothing
+    looks: int = field(default=2, metadata={"min": 1, "max": 2})
+    # right-or-wrong items; fewer decide nothing
+    min_items: int = field(default=100, metadata={"min": 2})
     min_documents: int = field(default=400, metadata={"min": 2})  # documents of other qualities
     hardware: Optional[str] = None  # exact name of the device that serving is measured on
-    max_throttle_share: float = fraction(0.05)  # of the serving pass spent throttled; more is no measurement
-    max_foreign_load: Optional[float] = fraction(0.1)  # of the machine used by others meanwhile; null: not looked at
-    max_disturbance: Optional[float] = fraction(0.01)  # drift or period of the readings, relative; null: not tested
+    # of the serving pass spent throttled; more is no measurement
+    max_throttle_share: float = fraction(0.05)
+    # of the machine used by others meanwhile; null: not looked at
+    max_foreign_load: Optional[float] = fraction(0.1)
+    # drift or period of the readings, relative; null: not tested
+    max_disturbance: Optional[float] = fraction(0.01)
 
 
 @dataclass(kw_only=True, slots=True)
 class StoreConfig:
     """Where artifacts can be reached from other machines."""
 
-    url: Optional[str] = None  # a folder, or any fsspec URL (s3://bucket/prefix); artifacts lie there by digest
+    # a folder, or any fsspec URL (s3://bucket/prefix); artifacts lie there by digest
+    url: Optional[str] = None
 
 
 class CostKind(Enum):
-    """Whose the devices are. What a cloud asks for a device-hour has its power in it; an owned device's may not."""
+    """Whose the devices are. What a cloud asks for a device-hour has its power in it; an owned
+    device's may not.
+    """
 
     rented = "rented"
     owned = "owned"
@@ -437,22 +510,31 @@ class CostKind(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class CostConfig:
-    """Money is shown only where a rate is declared, with its currency, source and date. There are no defaults."""
+    """Money is shown only where a rate is declared, with its currency, source and date. There are
+    no defaults.
+    """
 
     kind: Optional[CostKind] = None
-    per_device_hour: Optional[float] = positive(None)  # what the cloud asks, or what an owned device-hour is put at
+    # what the cloud asks, or what an owned device-hour is put at
+    per_device_hour: Optional[float] = positive(None)
     currency: Optional[str] = None  # three letters: EUR
     source: Optional[str] = None  # a price list, a contract, the ledger of a data centre
     date: Optional[str] = None  # on which the source said so: 2026-11-23
-    pue: Optional[float] = field(default=None, metadata={"min": 1})  # facility energy over the devices' own
-    energy_price_per_kwh: Optional[float] = at_least_0(None)  # of owned devices whose rate leaves power out
-    converged_at: Optional[float] = None  # quality/primary from which the model of this model.name has converged
-    teacher_shared_by: int = positive(1)  # models that share the teacher's cost; the full figure stays beside it
+    # facility energy over the devices' own
+    pue: Optional[float] = field(default=None, metadata={"min": 1})
+    # of owned devices whose rate leaves power out
+    energy_price_per_kwh: Optional[float] = at_least_0(None)
+    # quality/primary from which the model of this model.name has converged
+    converged_at: Optional[float] = None
+    # models that share the teacher's cost; the full figure stays beside it
+    teacher_shared_by: int = positive(1)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Where the run's figures go. `MLFLOW_TRACKING_URI` wins over `uri`; null is SQLite under `root`."""
+    """Where the run's figures go. `MLFLOW_TRACKING_URI` wins over `uri`; null is SQLite under
+    `root`.
+    """
 
     root: str = "mlruns"
     mlflow: bool = True
@@ -461,7 +543,8 @@ class TrackingConfig:
     team: Optional[str] = None
     cost_center: Optional[str] = None
     purpose: Optional[str] = None
-    require_owner: bool = False  # refuse a run without these three; PIPELINE_REQUIRE_OWNER=1 does for all runs
+    # refuse a run without these three; PIPELINE_REQUIRE_OWNER=1 does for all runs
+    require_owner: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -473,11 +556,14 @@ class BudgetConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LedgerConfig:
-    """What is looked at beside time. Nothing here changes what is trained, so that it is in no key."""
+    """What is looked at beside time. Nothing here changes what is trained, so that it is in no
+    key.
+    """
 
     traced_steps: int = at_least_0(2)  # of each training, on a GPU; 0: none
     sample_seconds: float = positive(1.0)  # between two readings of a GPU's counters
-    max_foreign_load: Optional[float] = fraction(0.1)  # of a window that others took; more: no saving of time is shown
+    # of a window that others took; more: no saving of time is shown
+    max_foreign_load: Optional[float] = fraction(0.1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -495,8 +581,10 @@ class PrecisionConfig:
 
     name: Precision = Precision.bf16
     loss_scale: float = positive(65536.0)  # fp16's first loss scale
-    fp8_least_width: int = positive(1024)  # of layers that fp8 takes: below, casting costs more than it saves
-    loss_tolerance: float = positive(0.005)  # of auto: how far, relatively, a loss may lie from fp32's
+    # of layers that fp8 takes: below, casting costs more than it saves
+    fp8_least_width: int = positive(1024)
+    # of auto: how far, relatively, a loss may lie from fp32's
+    loss_tolerance: float = positive(0.005)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -522,7 +610,8 @@ class Run:
     store: StoreConfig = field(default_factory=StoreConfig)
     candidate: Optional[str] = None  # recipe=release_check: what is to be released
     baseline: Optional[str] = None  # and what it is measured against
-    candidate_items: Optional[str] = None  # per-document values of another evaluation; null: assessed here
+    # per-document values of another evaluation; null: assessed here
+    candidate_items: Optional[str] = None
     baseline_items: Optional[str] = None
     promote: bool = False  # a PASS moves the alias `champion`
     bootstrap: bool = False  # without a champion, the candidate becomes it
@@ -530,7 +619,8 @@ class Run:
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
     stages: dict[str, Any] = field(default_factory=dict)
     compare: list[Comparison] = field(default_factory=list)
-    allow_no_speedup: bool = False  # else a quantized arm that saves neither time nor memory ends the run with 3
+    # else a quantized arm that saves neither time nor memory ends the run with 3
+    allow_no_speedup: bool = False
     primary_arm: str = ""
 
 
@@ -569,9 +659,13 @@ def _check_numbers(value: Any, key: str) -> None:
         for item in value:
             _check_numbers(item, key)
     elif isinstance(value, int) and abs(value) > MAX_WHOLE:
-        raise UserError(key, f"a number of {len(str(abs(value)))} digits is out of range", "give one below 2^63")
+        raise UserError(
+            key, f"a number of {len(str(abs(value)))} digits is out of range", "give one below 2^63"
+        )
     elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(key, f"{value} is no number to work with", "give a finite one, or leave it out")
+        raise UserError(
+            key, f"{value} is no number to work with", "give a finite one, or leave it out"
+        )
 
 
 def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,8 @@
-"""Files that a user names, read as text: regular ones of a sane size, whatever else carries the name.
+"""Files that a user names, read as text: regular ones of a sane size, whatever else carries the
+name.
 
-A pipe has nobody write to it for hours, a device gives bytes for ever: both are refused before a byte is read.
+A pipe has nobody write to it for hours, a device gives bytes for ever: both are refused before a
+byte is read.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         pieces, left = list[bytes](), limit + 1 if size <= limit else 0
-        # By its size, and then piece by piece: what the kernel makes up has none, and what is asked for is allocated.
+        # By its size, and then piece by piece: what the kernel makes up has none, and what is asked
+        # for is allocated.
         while left > 0 and (piece := file.read(min(left, size + 1 if not pieces else PIECE))):
             pieces.append(piece)
             left -= len(piece)
@@ -88,4 +91,6 @@ def read_text_file(path: Path, key: str, remedy: str, *, limit: int = MAX_BYTES)
     except OSError as error:
         raise UserError(key, f"{path}: {error.strerror}", remedy) from None
     except UnicodeDecodeError as error:
-        raise UserError(key, f"{path} cannot be read: it is not UTF-8 (byte {error.start})", remedy) from None
+        raise UserError(
+            key, f"{path} cannot be read: it is not UTF-8 (byte {error.start})", remedy
+        ) from None

@@ -1,4 +1,6 @@
-"""Rows of Parquet, Arrow and Feather, with the classes that `datasets` declares in a file's metadata."""
+"""Rows of Parquet, Arrow and Feather, with the classes that `datasets` declares in a file's
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,13 @@ def read_arrow(path: Path, raw: bytes, kind: str, key: str) -> Table:
         if isinstance(error, UserError):
             raise
         text = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(key, f"{path.name} cannot be read as {name} ({text})", "write it anew") from None
-    found = [(f"{path.name} row {number}", without_absent(fields)) for number, fields in enumerate(rows, 1)]
+        raise UserError(
+            key, f"{path.name} cannot be read as {name} ({text})", "write it anew"
+        ) from None
+    found = [
+        (f"{path.name} row {number}", without_absent(fields))
+        for number, fields in enumerate(rows, 1)
+    ]
     return Table(found, class_names=_class_names(table.schema))
 
 
@@ -36,7 +43,8 @@ def _arrow_table(pa: Any, raw: bytes, kind: str) -> Any:
         import pyarrow.parquet as pq
 
         return pq.read_table(pa.BufferReader(raw))
-    if raw.startswith((b"ARROW1", b"FEA1")):  # the file format, compressed or not, and Feather version 1
+    # the file format, compressed or not, and Feather version 1
+    if raw.startswith((b"ARROW1", b"FEA1")):
         import pyarrow.feather as feather
 
         return feather.read_table(pa.BufferReader(raw))
@@ -47,12 +55,19 @@ def _arrow_table(pa: Any, raw: bytes, kind: str) -> Any:
 def _refuse_repeated_columns(path: Path, names: list[str], key: str) -> None:
     repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated is not None:
-        raise UserError(key, f"{path.name} has two columns named {repeated!r}", "rename one, or leave it out")
+        raise UserError(
+            key, f"{path.name} has two columns named {repeated!r}", "rename one, or leave it out"
+        )
 
 
 def without_absent(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a row whose structs have no null fields: Arrow gives every struct of a column the fields of all."""
-    return {name: _pruned(value) if isinstance(value, list | dict) else value for name, value in fields.items()}
+    """Return a row whose structs have no null fields: Arrow gives every struct of a column the
+    fields of all.
+    """
+    return {
+        name: _pruned(value) if isinstance(value, list | dict) else value
+        for name, value in fields.items()
+    }
 
 
 def _pruned(value: Any) -> Any:
@@ -71,5 +86,7 @@ def _class_names(schema: Any) -> dict[str, tuple[str, ...]]:
     return {
         name: tuple(map(str, feature["names"]))
         for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        if isinstance(feature, dict)
+        and feature.get("_type") == "ClassLabel"
+        and feature.get("names")
     }

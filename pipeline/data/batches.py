@@ -25,7 +25,9 @@ FirstRow = Callable[[int], int]
 
 
 class _Shuffled:
-    """Row numbers of each step: epochs are permutations seeded with (seed, epoch), read one after another."""
+    """Row numbers of each step: epochs are permutations seeded with (seed, epoch), read one after
+    another.
+    """
 
     def __init__(self, num_rows: int, first_row: FirstRow, seed: int) -> None:
         self.num_rows, self.first_row, self.seed = num_rows, first_row, seed
@@ -36,7 +38,9 @@ class _Shuffled:
 
     def rows(self, step: int) -> np.ndarray:
         places = np.arange(self.first_row(step), self.first_row(step + 1))
-        return np.array([self._order(int(place // self.num_rows))[place % self.num_rows] for place in places])
+        return np.array(
+            [self._order(int(place // self.num_rows))[place % self.num_rows] for place in places]
+        )
 
 
 def _places(batch_size: int | FirstRow) -> FirstRow:
@@ -49,39 +53,52 @@ def shuffled_rows(num_rows: int, batch_size: int, seed: int) -> Callable[[int], 
 
 
 class PackedBatches:
-    """Documents in windows of exactly `sequence_length` tokens, boundaries respected; each window learns something.
+    """Documents in windows of exactly `sequence_length` tokens, boundaries respected; each window
+    learns something.
 
-    Texts are laid end to end and cut; the rest at their end, shorter than a window, is never read. A conversation, or
-    a prompt with its completion, begins in a window that has room for all of it: see `conversation_pieces` for what is
-    longer than one. What such windows have left is padding. An epoch reads every window once.
+    Texts are laid end to end and cut; the rest at their end, shorter than a window, is never read.
+    A conversation, or a prompt with its completion, begins in a window that has room for all of it:
+    see `conversation_pieces` for what is longer than one. What such windows have left is padding.
+    An epoch reads every window once.
 
-    With `apart`, for models that would read from one document into the next, a window holds one document, or a stretch
-    of one that is longer; the rest of it is padding.
+    With `apart`, for models that would read from one document into the next, a window holds one
+    document, or a stretch of one that is longer; the rest of it is padding.
 
-    `position_ids` restart at every document and window, which is how a model tells documents apart; a label is the
-    next token of the same document, or IGNORE.
+    `position_ids` restart at every document and window, which is how a model tells documents apart;
+    a label is the next token of the same document, or IGNORE.
 
     Attributes:
         packing: What packing did, as counts.
     """
 
     def __init__(
-        self, encoded: Sequence[Encoded], *, sequence_length: int, batch_size: int | FirstRow, seed: int,
-        length_at: Callable[[int], int] | None = None, apart: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        sequence_length: int,
+        batch_size: int | FirstRow,
+        seed: int,
+        length_at: Callable[[int], int] | None = None,
+        apart: bool = False,
+    ) -> None:
         texts = [item for item in encoded if _is_text(item)]
         others = [item for item in encoded if not _is_text(item)]
         self.packing = Packing()
         if apart:
             windows = _one_a_row(encoded, sequence_length, self.packing)
         else:
-            windows = [*_laid_out(texts, sequence_length), *_placed(others, sequence_length, self.packing)]
+            windows = [
+                *_laid_out(texts, sequence_length),
+                *_placed(others, sequence_length, self.packing),
+            ]
         windows = [window for window in windows if (window.labels != IGNORE).any()]
         self.num_rows = len(windows)
         if not self.num_rows:
             size = sum(len(item.input_ids) for item in encoded)
             raise UserError(
-                "data", f"all of train is {size} tokens, less than one sequence", "give more, or a shorter length"
+                "data",
+                f"all of train is {size} tokens, less than one sequence",
+                "give more, or a shorter length",
             )
         self._ids = np.stack([window.ids for window in windows])
         self._labels = np.stack([window.labels for window in windows])
@@ -92,10 +109,11 @@ class PackedBatches:
         self._length_at = length_at or (lambda _: sequence_length)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids, labels, position_ids`, each (B, T) int64, and where windows are padded `lengths`, (B,).
+        """Return `input_ids, labels, position_ids`, each (B, T) int64, and where windows are padded
+        `lengths`, (B,).
 
-        Where windows are shorter at this step, each is cut into several, (B T / t, t): the same tokens, less context.
-        Pieces that would learn nothing are left out.
+        Where windows are shorter at this step, each is cut into several, (B T / t, t): the same
+        tokens, less context. Pieces that would learn nothing are left out.
         """
         whole = self.read(self.rows(step))
         length = self._length_at(step)
@@ -109,7 +127,11 @@ class PackedBatches:
             starts = torch.arange(0, full, length)
             short["lengths"] = (lengths[:, None] - starts).clamp(0, length).flatten()
         learns = (short["labels"] != IGNORE).any(1)
-        return short if bool(learns.all()) else {name: tensor[learns] for name, tensor in short.items()}
+        return (
+            short
+            if bool(learns.all())
+            else {name: tensor[learns] for name, tensor in short.items()}
+        )
 
     def rows(self, step: int) -> np.ndarray:
         """Return the numbers of the windows of a step, in order, (B,)."""
@@ -119,11 +141,15 @@ class PackedBatches:
         """Return windows by number, as `batch` does."""
         arrays = {"input_ids": self._ids, "labels": self._labels, "position_ids": self._positions}
         arrays |= {"lengths": self._lengths} if self._is_padded else {}
-        return {name: torch.from_numpy(array[rows].astype(np.int64)) for name, array in arrays.items()}
+        return {
+            name: torch.from_numpy(array[rows].astype(np.int64)) for name, array in arrays.items()
+        }
 
     def content(self, row: int) -> bytes:
         """Return all that a window consists of; the same bytes are the same window."""
-        return b"".join(array[row].tobytes() for array in (self._ids, self._labels, self._positions))
+        return b"".join(
+            array[row].tobytes() for array in (self._ids, self._labels, self._positions)
+        )
 
 
 @dataclass(slots=True)
@@ -132,10 +158,12 @@ class Packing:
 
     Attributes:
         conversations: All of them; of texts nothing is counted.
-        shortened: Conversations longer than a window, the oldest `tokens_unread` of which an answer does not see.
-        answers_cut: Answers that do not fit in a window with a quarter of it for their prompt; `targets_cut` of their
-            tokens are not learnt.
-        padding: Tokens of padding in all windows of conversations (with `apart`, in all windows), of `window_tokens`.
+        shortened: Conversations longer than a window, the oldest `tokens_unread` of which an answer
+            does not see.
+        answers_cut: Answers that do not fit in a window with a quarter of it for their prompt;
+            `targets_cut` of their tokens are not learnt.
+        padding: Tokens of padding in all windows of conversations (with `apart`, in all windows),
+            of `window_tokens`.
     """
 
     conversations: int = 0
@@ -150,11 +178,15 @@ class Packing:
         """Return a sentence for whatever was cut."""
         said: list[str] = []
         if self.shortened:
-            said.append(f"{self.shortened} of {self.conversations} conversations are longer than a window: "
-                f"the oldest {self.tokens_unread} tokens are not seen by their answers")  # fmt: skip
+            said.append(
+                f"{self.shortened} of {self.conversations} conversations are longer than a window: "
+                f"the oldest {self.tokens_unread} tokens are not seen by their answers"
+            )
         if self.answers_cut:
-            said.append(f"{self.answers_cut} answers are longer than a window: {self.targets_cut} of their tokens are "
-                        "not learnt; raise training.sequence_length")  # fmt: skip
+            said.append(
+                f"{self.answers_cut} answers are longer than a window: {self.targets_cut} of their"
+                " tokens are not learnt; raise training.sequence_length"
+            )
         return said
 
 
@@ -206,11 +238,13 @@ class Piece:
 
 
 def conversation_pieces(item: Encoded, length: int, packing: Packing) -> list[Piece]:
-    """Return what is read of a conversation: all of it up to its last target, in one piece where it fits.
+    """Return what is read of a conversation: all of it up to its last target, in one piece where it
+    fits.
 
-    Of a longer one, each answer is read whole with as much of what precedes it as fits, several answers at once where
-    they fill at most half of a window. An answer that leaves no room for any of its prompt loses its end: a quarter of
-    the window (or all of the prompt, where it is shorter) is kept for what it answers.
+    Of a longer one, each answer is read whole with as much of what precedes it as fits, several
+    answers at once where they fill at most half of a window. An answer that leaves no room for any
+    of its prompt loses its end: a quarter of the window (or all of the prompt, where it is shorter)
+    is kept for what it answers.
 
     Args:
         length: Tokens of a window.
@@ -229,12 +263,15 @@ def conversation_pieces(item: Encoded, length: int, packing: Packing) -> list[Pi
     while answers:
         begin, end = answers[0]
         number = 1
-        while number < len(answers) and (answers[number][1] <= length or answers[number][1] - begin <= length // 2):
+        while number < len(answers) and (
+            answers[number][1] <= length or answers[number][1] - begin <= length // 2
+        ):
             end = answers[number][1]
             number += 1
         answers = answers[number:]
         start = max(0, end - length)
-        if start > begin:  # the answer alone does not fit: at `begin` stands the token before its first one
+        # the answer alone does not fit: at `begin` stands the token before its first one
+        if start > begin:
             start = max(0, begin + 1 - max(1, length // 4))
             packing.answers_cut += 1
             packing.targets_cut += int((labels[start + length : end] != IGNORE).sum())
@@ -253,14 +290,18 @@ def _answers(labels: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _placed(conversations: Sequence[Encoded], length: int, packing: Packing) -> list[_Window]:
-    """Return windows of conversations: each goes where it leaves the least room, of the windows begun last."""
+    """Return windows of conversations: each goes where it leaves the least room, of the windows
+    begun last.
+    """
     begun: list[list[Piece]] = []
     room: list[int] = []
     for item in conversations:
         for piece in conversation_pieces(item, length, packing):
             size = len(piece.ids)
             looked_at = range(max(0, len(room) - OPEN_WINDOWS), len(room))
-            best = min((at for at in looked_at if room[at] >= size), key=lambda at: room[at], default=None)
+            best = min(
+                (at for at in looked_at if room[at] >= size), key=lambda at: room[at], default=None
+            )
             if best is None:
                 best = len(begun)
                 begun.append([])
@@ -272,7 +313,9 @@ def _placed(conversations: Sequence[Encoded], length: int, packing: Packing) -> 
 
 
 def _one_a_row(encoded: Sequence[Encoded], length: int, packing: Packing) -> list[_Window]:
-    """Return windows of one document each, or of a stretch of one, whose last token predicts what follows."""
+    """Return windows of one document each, or of a stretch of one, whose last token predicts what
+    follows.
+    """
     pieces: list[Piece] = []
     for item in encoded:
         if not _is_text(item):
@@ -280,14 +323,18 @@ def _one_a_row(encoded: Sequence[Encoded], length: int, packing: Packing) -> lis
             continue
         labels = _next_tokens(item)
         starts = range(0, len(item.input_ids), length)
-        pieces += [Piece(item.input_ids[at : at + length], labels[at : at + length]) for at in starts]
+        pieces += [
+            Piece(item.input_ids[at : at + length], labels[at : at + length]) for at in starts
+        ]
     packing.padding = sum(length - len(piece.ids) for piece in pieces)
     packing.window_tokens = length * len(pieces)
     return [_joined([piece], length) for piece in pieces]
 
 
 def _joined(pieces: Sequence[Piece], length: int) -> _Window:
-    """Return pieces side by side, and behind them padding, which is a document of its own without a target."""
+    """Return pieces side by side, and behind them padding, which is a document of its own without a
+    target.
+    """
     used = sum(len(piece.ids) for piece in pieces)
     parts = [*(len(piece.ids) for piece in pieces), length - used]
     ids, labels = np.zeros(length, dtype=np.int32), np.full(length, IGNORE, dtype=np.int32)
@@ -305,14 +352,18 @@ def num_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def num_targets(batch: dict[str, torch.Tensor]) -> int:
-    """Return how many tokens of a batch are to be predicted; an example of classification has one label."""
+    """Return how many tokens of a batch are to be predicted; an example of classification has one
+    label.
+    """
     return int((batch["labels"] != IGNORE).sum())
 
 
 class PaddedBatches:
     """Examples of classification, padded to the longest of the batch."""
 
-    def __init__(self, encoded: Sequence[Encoded], *, batch_size: int | FirstRow, seed: int, padding: Padding) -> None:
+    def __init__(
+        self, encoded: Sequence[Encoded], *, batch_size: int | FirstRow, seed: int, padding: Padding
+    ) -> None:
         self.num_rows = len(encoded)
         self._encoded, self._padding = encoded, padding
         self._shuffled = _Shuffled(self.num_rows, _places(batch_size), seed)

@@ -14,11 +14,15 @@ from pipeline.errors import UserError
 
 
 def saved_files(folder: Path, chosen: Mapping[str, str], key: str) -> Found | None:
-    """Return the files of a folder that `save_to_disk` made, of a Dataset or a DatasetDict; None for another."""
+    """Return the files of a folder that `save_to_disk` made, of a Dataset or a DatasetDict; None
+    for another.
+    """
     if (folder / "dataset_dict.json").is_file():
         names = _read_json(folder / "dataset_dict.json", key).get("splits")
         if not isinstance(names, list) or not all(_is_plain_name(name) for name in names):
-            raise UserError(key, f"{folder / 'dataset_dict.json'} names no splits", "save the data anew")
+            raise UserError(
+                key, f"{folder / 'dataset_dict.json'} names no splits", "save the data anew"
+            )
         by_name = {str(name): _arrow_files(folder / str(name), key) for name in names}
         return Found(*pick_splits(by_name, chosen, key))
     if (folder / "state.json").is_file():
@@ -37,7 +41,9 @@ def _arrow_files(folder: Path, key: str) -> list[Path]:
 
 
 def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and Path(name).name == name and name not in (".", "..")
+    return (
+        isinstance(name, str) and bool(name) and Path(name).name == name and name not in (".", "..")
+    )
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:
@@ -51,7 +57,9 @@ def _read_json(path: Path, key: str) -> dict[str, Any]:
     return value
 
 
-def card_files(folder: Path, subset: str | None, chosen: Mapping[str, str], key: str) -> Found | None:
+def card_files(
+    folder: Path, subset: str | None, chosen: Mapping[str, str], key: str
+) -> Found | None:
     """Return the files that a Hub card (README.md) names; None where it names none."""
     configs = _card_configs(folder / "README.md")
     if not configs:
@@ -59,12 +67,16 @@ def card_files(folder: Path, subset: str | None, chosen: Mapping[str, str], key:
     names = [str(each.get("config_name", "default")) for each in configs]
     wanted = subset if subset is not None else _default_config(configs, names)
     if wanted is None:
-        raise UserError("data.subset", f"{folder} has {', '.join(names)}", f"choose one: data.subset={names[0]}")
+        raise UserError(
+            "data.subset", f"{folder} has {', '.join(names)}", f"choose one: data.subset={names[0]}"
+        )
     if wanted not in names:
         raise UserError("data.subset", f"there is no {wanted!r}", f"known: {', '.join(names)}")
     config = configs[names.index(wanted)]
     base = folder / str(config.get("data_dir") or "")
-    by_name = {name: _globbed(base, folder, patterns, key) for name, patterns in _patterns(config).items()}
+    by_name = {
+        name: _globbed(base, folder, patterns, key) for name, patterns in _patterns(config).items()
+    }
     return Found(*pick_splits(by_name, chosen, key))
 
 
@@ -87,12 +99,17 @@ def _card_configs(card: Path) -> list[dict[str, Any]]:
 def _default_config(configs: list[dict[str, Any]], names: list[str]) -> str | None:
     if len(names) == 1:
         return names[0]
-    marked = next((name for name, each in zip(names, configs, strict=True) if each.get("default") is True), None)
+    marked = next(
+        (name for name, each in zip(names, configs, strict=True) if each.get("default") is True),
+        None,
+    )
     return marked or ("default" if "default" in names else None)
 
 
 def _patterns(config: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the patterns of a configuration by split: one pattern, a list of them, or splits with their paths."""
+    """Return the patterns of a configuration by split: one pattern, a list of them, or splits with
+    their paths.
+    """
     given = config["data_files"]
     if isinstance(given, dict):
         given = [{"split": split, "path": path} for split, path in given.items()]
@@ -100,8 +117,14 @@ def _patterns(config: dict[str, Any]) -> dict[str, list[str]]:
         given = [given]
     found: dict[str, list[str]] = {}
     for each in given:
-        split, paths = (each.get("split", "train"), each.get("path")) if isinstance(each, dict) else ("train", each)
-        found.setdefault(str(split), []).extend([paths] if isinstance(paths, str) else list(paths or []))
+        split, paths = (
+            (each.get("split", "train"), each.get("path"))
+            if isinstance(each, dict)
+            else ("train", each)
+        )
+        found.setdefault(str(split), []).extend(
+            [paths] if isinstance(paths, str) else list(paths or [])
+        )
     return found
 
 
@@ -110,10 +133,18 @@ def _globbed(base: Path, folder: Path, patterns: list[str], key: str) -> list[Pa
     for pattern in patterns:
         parts = Path(pattern).parts
         if Path(pattern).is_absolute() or ".." in parts:
-            raise UserError(key, f"its README.md names {pattern!r}, outside of the folder", "mend the card")
-        matches = sorted((path for path in base.glob(pattern) if path.is_file()), key=lambda p: natural(str(p)))
+            raise UserError(
+                key, f"its README.md names {pattern!r}, outside of the folder", "mend the card"
+            )
+        matches = sorted(
+            (path for path in base.glob(pattern) if path.is_file()), key=lambda p: natural(str(p))
+        )
         if not matches:
-            raise UserError(key, f"its README.md names {pattern!r}, and {folder} has no such file", "get that file")
+            raise UserError(
+                key,
+                f"its README.md names {pattern!r}, and {folder} has no such file",
+                "get that file",
+            )
         found += [path for path in matches if path not in found]
     return found
 
@@ -126,5 +157,9 @@ def subset_folder(folder: Path, subset: str) -> Path:
     """
     if not _is_plain_name(subset) or not (folder / subset).is_dir():
         have = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-        raise UserError("data.subset", f"{folder} has no {subset!r}", f"it has {listing(have) or 'no sub-folders'}")
+        raise UserError(
+            "data.subset",
+            f"{folder} has no {subset!r}",
+            f"it has {listing(have) or 'no sub-folders'}",
+        )
     return folder / subset

@@ -1,4 +1,6 @@
-"""What readers of files hand on: rows of fields, where each stands, and what was said of the file."""
+"""What readers of files hand on: rows of fields, where each stands, and what was said of the
+file.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Table:
 
     def columns(self) -> list[str]:
         """Return the names of its columns, in order."""
-        kinds = dict.fromkeys(tuple(fields) for _, fields in self.rows)  # all rows have few kinds of columns
+        # all rows have few kinds of columns
+        kinds = dict.fromkeys(tuple(fields) for _, fields in self.rows)
         return list(dict.fromkeys(name for names in kinds for name in names))
 
 
@@ -41,7 +44,8 @@ def is_missing(value: Any) -> bool:
 
 
 def refuse_half_characters(where: str, value: Any, key: str) -> None:
-    """Refuse text that JSON spelt with one half of a surrogate pair, which is no character and has no bytes.
+    """Refuse text that JSON spelt with one half of a surrogate pair, which is no character and has
+    no bytes.
 
     Args:
         value: A text, or lists and objects with texts in them.
@@ -70,11 +74,15 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def _refuse_half(where: str, half: str, key: str) -> NoReturn:
-    raise UserError(key, f"{where} has half a character (\\u{ord(half):04x})", "write the whole pair")
+    raise UserError(
+        key, f"{where} has half a character (\\u{ord(half):04x})", "write the whole pair"
+    )
 
 
 def value_of(fields: Mapping[str, Any], column: str | None) -> Any:
-    """Return a cell by its column, or by a path of names with dots into objects; None where it is not there."""
+    """Return a cell by its column, or by a path of names with dots into objects; None where it is
+    not there.
+    """
     if column is None:
         return None
     if column in fields:
@@ -88,15 +96,18 @@ def value_of(fields: Mapping[str, Any], column: str | None) -> Any:
 def first_text(value: Any) -> str | None:
     """Return a text, or the first of several that a cell holds; None where it holds none.
 
-    Several are a list of texts, or the answers of SQuAD: `{"text": [...], "answer_start": [...]}`, or a list of such
-    objects with one text each. An empty list is an empty text: a question that has no answer.
+    Several are a list of texts, or the answers of SQuAD: `{"text": [...], "answer_start": [...]}`,
+    or a list of such objects with one text each. An empty list is an empty text: a question that
+    has no answer.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
         texts = value.get("text")
         return first_text(texts) if isinstance(texts, list) else None
-    if not isinstance(value, list) or any(isinstance(each, dict) and not _is_answer(each) for each in value):
+    if not isinstance(value, list) or any(
+        isinstance(each, dict) and not _is_answer(each) for each in value
+    ):
         return None
     texts = [each["text"] if isinstance(each, dict) else each for each in value]
     return next(iter(texts), "") if all(isinstance(each, str) for each in texts) else None

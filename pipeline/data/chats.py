@@ -1,6 +1,7 @@
 """A conversation as rows spell it (OpenAI, TRL, ShareGPT) to messages as chat templates take them.
 
-What is understood is kept or mapped, and said once; what is not is refused by name, so that nothing is lost silently.
+What is understood is kept or mapped, and said once; what is not is refused by name, so that nothing
+is lost silently.
 """
 
 from __future__ import annotations
@@ -77,11 +78,15 @@ def is_conversation(value: Any) -> bool:
 def is_sharegpt(value: Any) -> bool:
     """Whether the turns of a conversation are spelt `from` and `value`."""
     turns: Any = _parsed(value)
-    return isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and "from" in turn for turn in turns
+    )
 
 
 def _parsed(value: Any) -> Any:
-    """Return what a cell of JSON holds: in CSV, and where a column of objects would have no one type."""
+    """Return what a cell of JSON holds: in CSV, and where a column of objects would have no one
+    type.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -91,7 +96,13 @@ def _parsed(value: Any) -> Any:
 
 
 def messages_of(
-    where: str, raw: Any, key: str, told: dict[str, None], *, system: Any = None, learns: bool = True
+    where: str,
+    raw: Any,
+    key: str,
+    told: dict[str, None],
+    *,
+    system: Any = None,
+    learns: bool = True,
 ) -> tuple[dict[str, Any], ...]:
     """Return the messages of a conversation, each with `role` and `content`.
 
@@ -106,18 +117,27 @@ def messages_of(
     """
     turns = _parsed(raw)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(key, f"{where}: messages are not a list of role and content", "write them so")
+        raise UserError(
+            key, f"{where}: messages are not a list of role and content", "write them so"
+        )
     refuse_half_characters(where, turns, key)
-    found = [_message(f"{where}: message {number}", turn, key, told) for number, turn in enumerate(turns, 1)]
+    found = [
+        _message(f"{where}: message {number}", turn, key, told)
+        for number, turn in enumerate(turns, 1)
+    ]
     if isinstance(system, str) and system.strip() and (not found or found[0]["role"] != "system"):
         found.insert(0, {"role": "system", "content": system})
         told["the system column is the first message"] = None
     if learns and not any(turn["role"] == "assistant" for turn in found):
-        raise UserError(key, f"{where} has no assistant turn", "drop that chat, or add the completion")
+        raise UserError(
+            key, f"{where} has no assistant turn", "drop that chat, or add the completion"
+        )
     return tuple(found)
 
 
-def _message(where: str, turn: Mapping[str, Any], key: str, told: dict[str, None]) -> dict[str, Any]:
+def _message(
+    where: str, turn: Mapping[str, Any], key: str, told: dict[str, None]
+) -> dict[str, Any]:
     fields = {name: value for name, value in turn.items() if value is not None}
     spelt = fields.pop("role", None) or fields.pop("from", None)
     fields.pop("from", None)
@@ -135,7 +155,12 @@ def _message(where: str, turn: Mapping[str, Any], key: str, told: dict[str, None
     else:
         message |= _content(where, content, key, told)
     message |= _other_fields(where, fields, key, told)
-    if content_name is None and not message.keys() & {"tool_calls", "reasoning_content", "reasoning", "thinking"}:
+    if content_name is None and not message.keys() & {
+        "tool_calls",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+    }:
         raise UserError(key, f"{where} has no content", "write role and content")
     return message
 
@@ -160,15 +185,26 @@ def _content(where: str, content: Any, key: str, told: dict[str, None]) -> dict[
         elif kind in ("thinking", "reasoning"):
             text = part.get("thinking", part.get("reasoning", part.get("text")))
         else:
-            raise UserError(key, f"{where} has a part of type {kind!r}", "only text is read: drop that chat or part")
+            raise UserError(
+                key,
+                f"{where} has a part of type {kind!r}",
+                "only text is read: drop that chat or part",
+            )
         if not isinstance(text, str):
-            raise UserError(key, f"{where}: a part of type {kind!r} has no text", "write it as text")
+            raise UserError(
+                key, f"{where}: a part of type {kind!r} has no text", "write it as text"
+            )
         (texts if kind in TEXT_PARTS else thoughts).append(text)
     told["content in parts is joined"] = None
-    return {"content": "".join(texts), **({"reasoning_content": "".join(thoughts)} if thoughts else {})}
+    return {
+        "content": "".join(texts),
+        **({"reasoning_content": "".join(thoughts)} if thoughts else {}),
+    }
 
 
-def _other_fields(where: str, fields: dict[str, Any], key: str, told: dict[str, None]) -> dict[str, Any]:
+def _other_fields(
+    where: str, fields: dict[str, Any], key: str, told: dict[str, None]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in fields.items():
         if name in KEPT:
@@ -184,10 +220,17 @@ def _other_fields(where: str, fields: dict[str, Any], key: str, told: dict[str, 
         elif name in UNREAD:
             told[f"not read in messages: {name}"] = None
         elif value not in ("", [], {}):
-            remedy = f"known: role, content, {', '.join(KEPT)}, {', '.join(LEARNT)}; drop it from the file"
+            remedy = (
+                f"known: role, content, {', '.join(KEPT)}, {', '.join(LEARNT)}; drop it from the"
+                " file"
+            )
             raise UserError(key, f"{where} has a field {name!r} that is not understood", remedy)
     if "tool_calls" in found and not _is_list_of_objects(found["tool_calls"]):
-        raise UserError(key, f"{where}: tool_calls are no list of calls", "write them as OpenAI's interface does")
+        raise UserError(
+            key,
+            f"{where}: tool_calls are no list of calls",
+            "write them as OpenAI's interface does",
+        )
     return found
 
 
@@ -197,7 +240,9 @@ def _is_list_of_objects(value: Any) -> bool:
 
 def _weight(where: str, name: str, value: Any, key: str) -> int:
     if value not in (0, 1):  # true and false are among them
-        raise UserError(key, f"{where}: {name} is {value!r}", "give 1, or 0 for a turn that is not to be learnt")
+        raise UserError(
+            key, f"{where}: {name} is {value!r}", "give 1, or 0 for a turn that is not to be learnt"
+        )
     return int(value)
 
 
@@ -205,12 +250,18 @@ def _calls(where: str, content: Any, key: str) -> list[dict[str, Any]]:
     """Return calls spelt as JSON with `name` and `arguments`, as OpenAI's interface has them."""
     calls = _parsed(content)
     calls = [calls] if isinstance(calls, dict) else calls
-    if not _is_list_of_objects(calls) or not all(isinstance(call.get("name"), str) for call in calls):
-        raise UserError(key, f"{where} is a call that cannot be read", 'write {"name": ..., "arguments": {...}}')
+    if not _is_list_of_objects(calls) or not all(
+        isinstance(call.get("name"), str) for call in calls
+    ):
+        raise UserError(
+            key, f"{where} is a call that cannot be read", 'write {"name": ..., "arguments": {...}}'
+        )
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 
-def tools_of(where: str, raw: Any, key: str, told: dict[str, None]) -> tuple[dict[str, Any], ...] | None:
+def tools_of(
+    where: str, raw: Any, key: str, told: dict[str, None]
+) -> tuple[dict[str, Any], ...] | None:
     """Return a row's tools: a list of objects, or its JSON; None without any.
 
     Raises:
@@ -220,10 +271,13 @@ def tools_of(where: str, raw: Any, key: str, told: dict[str, None]) -> tuple[dic
         return None
     tools = _parsed(raw)
     if not _is_list_of_objects(tools):
-        raise UserError(key, f"{where}: tools are no list of objects", "write them as OpenAI's interface does")
+        raise UserError(
+            key, f"{where}: tools are no list of objects", "write them as OpenAI's interface does"
+        )
     refuse_half_characters(where, tools, key)
     found = [
-        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+        for tool in tools
     ]
     if found != tools:
         told["tools get the form of OpenAI's interface"] = None

@@ -1,7 +1,9 @@
-"""Folders whose sub-folders are classes and whose files are documents: `train/pos/0_9.txt`, `alt.atheism/49960`.
+"""Folders whose sub-folders are classes and whose files are documents: `train/pos/0_9.txt`,
+`alt.atheism/49960`.
 
-So aclImdb, the 20 newsgroups and many collections of e-mail are kept. They are read so for sequence_classification
-alone, where every other file is a text too: a label has no other place there.
+So aclImdb, the 20 newsgroups and many collections of e-mail are kept. They are read so for
+sequence_classification alone, where every other file is a text too: a label has no other place
+there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pipeline.data.formats import kind_of, read_text
 from pipeline.data.split_names import listing, word_or_none
 from pipeline.errors import UserError
 
-UNCLASSED = ("unsup", "unsupervised", "unlabeled", "unlabelled")  # folders of documents without a class
+# folders of documents without a class
+UNCLASSED = ("unsup", "unsupervised", "unlabeled", "unlabelled")
 
 
 @dataclass(slots=True)
@@ -28,12 +31,17 @@ class ClassFolders:
     notes: list[str] = field(default_factory=list[str])
 
     def read(self, key: str) -> dict[str, Table]:
-        """Return the rows of each split: a document is a whole file, in Latin-1 where it is no UTF-8 (said).
+        """Return the rows of each split: a document is a whole file, in Latin-1 where it is no
+        UTF-8 (said).
 
         Raises:
             UserError: If a file cannot be read.
         """
-        return {split: self._table(split, self.files[split], key) for split in SPLITS if split in self.files}
+        return {
+            split: self._table(split, self.files[split], key)
+            for split in SPLITS
+            if split in self.files
+        }
 
     def _table(self, split: str, classes: Mapping[str, Sequence[PurePath]], key: str) -> Table:
         table = Table([], name=split)
@@ -45,13 +53,18 @@ class ClassFolders:
 
 
 def class_folders(
-    root: Path, data: Sequence[PurePath], others: Sequence[PurePath], chosen: Mapping[str, str], key: str
+    root: Path,
+    data: Sequence[PurePath],
+    others: Sequence[PurePath],
+    chosen: Mapping[str, str],
+    key: str,
 ) -> ClassFolders | None:
     """Return the classes of a folder; None where it is not of this kind.
 
     Args:
         data: Its data files, relative to it.
-        others: Files of unknown kinds; those without an ending are documents where no class has a data file.
+        others: Files of unknown kinds; those without an ending are documents where no class has a
+            data file.
         chosen: By split, the sub-folder that is meant (`data.splits`).
 
     Raises:
@@ -63,18 +76,32 @@ def class_folders(
         places = _places(files, chosen)
         if places is not None:
             found = _by_split(root, places, chosen, key)
-            used = {file for classes in found.files.values() for part in classes.values() for file in part}
+            used = {
+                file
+                for classes in found.files.values()
+                for part in classes.values()
+                for file in part
+            }
             found.notes += _unread([file for file in [*data, *others] if file not in used])
             return found
     return None
 
 
-def _places(files: Iterable[PurePath], chosen: Mapping[str, str]) -> dict[PurePath, list[PurePath]] | None:
-    """Return files by their class folder; None unless all class folders lie at one level, and make two classes."""
+def _places(
+    files: Iterable[PurePath], chosen: Mapping[str, str]
+) -> dict[PurePath, list[PurePath]] | None:
+    """Return files by their class folder; None unless all class folders lie at one level, and make
+    two classes.
+    """
     by_folder: dict[PurePath, list[PurePath]] = {}
     for file in files:
         by_folder.setdefault(file.parent, []).append(file)
-    splits = {at for folder in by_folder for at in (folder, *folder.parents) if _split_of(at, chosen) is not None}
+    splits = {
+        at
+        for folder in by_folder
+        for at in (folder, *folder.parents)
+        if _split_of(at, chosen) is not None
+    }
     if splits:
         below = {folder: part for folder, part in by_folder.items() if splits & set(folder.parents)}
         places = {folder: part for folder, part in below.items() if folder not in splits}
@@ -95,7 +122,9 @@ def _is_unclassed(folder: PurePath) -> bool:
 
 def _split_of(folder: PurePath, chosen: Mapping[str, str]) -> str | None:
     """Return which split a folder is: by `data.splits`, else by its name."""
-    meant = next((split for split, name in chosen.items() if name in (str(folder), folder.name)), None)
+    meant = next(
+        (split for split, name in chosen.items() if name in (str(folder), folder.name)), None
+    )
     return meant or word_or_none(folder.name)
 
 
@@ -116,24 +145,34 @@ def _by_split(
     absent = next((split for split in chosen if split not in found.files), None)
     if absent is not None:
         have = listing(dict.fromkeys(str(folder.parent) for folder in places))
-        raise UserError("data.splits", f"there is no folder {chosen[absent]!r} with classes", f"known: {have}")
+        raise UserError(
+            "data.splits", f"there is no folder {chosen[absent]!r} with classes", f"known: {have}"
+        )
     if "train" not in found.files:
         problem = f"{root} has no train folder; it has {listing(map(str, homes.values()))}"
         raise UserError(key, problem, "name one of them train")
     said = ", ".join(
-        f"{split} {sum(map(len, found.files[split].values()))}" for split in SPLITS if split in found.files
+        f"{split} {sum(map(len, found.files[split].values()))}"
+        for split in SPLITS
+        if split in found.files
     )
-    found.notes.append(f"a class is a sub-folder and a document is a file, of which there are: {said}")
+    found.notes.append(
+        f"a class is a sub-folder and a document is a file, of which there are: {said}"
+    )
     return found
 
 
 def _unread(files: Sequence[PurePath]) -> list[str]:
-    """Return a note on what is no document of a class; of a folder without classes its name stands for its files."""
+    """Return a note on what is no document of a class; of a folder without classes its name stands
+    for its files.
+    """
     counts: dict[PurePath, int] = {}
     for file in files:
         name = file.parent if _is_unclassed(file.parent) else file
         counts[name] = counts.get(name, 0) + 1
     known = set(files)
-    names = [f"{name} ({count} files without a class)" if name not in known else str(name)
-             for name, count in sorted(counts.items())]  # fmt: skip
+    names = [
+        f"{name} ({count} files without a class)" if name not in known else str(name)
+        for name, count in sorted(counts.items())
+    ]
     return [f"not read: {listing(names)}"] if names else []

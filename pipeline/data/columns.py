@@ -1,7 +1,8 @@
 """Columns of the files of one data set: one spelling of a name, and one column for a part.
 
-Each file is written by its own program: `Label` of one is `label` of another. A column that only some files have must
-not be taken for absent in the others where it stands there under another name.
+Each file is written by its own program: `Label` of one is `label` of another. A column that only
+    some files have must not be taken for absent in the others where it stands there under another
+    name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ ELSEWHERE = {
 
 
 def spell_alike(tables: Sequence[Table]) -> list[str]:
-    """Give columns whose names differ in letter case, blanks and `_` the name that the first file has; return notes."""
+    """Give columns whose names differ in letter case, blanks and `_` the name that the first file
+    has; return notes.
+    """
     notes: list[str] = []
     first: dict[str, str] = {}
     seen: set[str] = set()
@@ -59,12 +62,18 @@ def _renamed(columns: Sequence[str], first: dict[str, str], seen: set[str]) -> d
 
 
 def _rename(table: Table, names: dict[str, str]) -> None:
-    table.rows = [(where, {names.get(name, name): cell for name, cell in row.items()}) for where, row in table.rows]
-    table.class_names = {names.get(name, name): classes for name, classes in table.class_names.items()}
+    table.rows = [
+        (where, {names.get(name, name): cell for name, cell in row.items()})
+        for where, row in table.rows
+    ]
+    table.class_names = {
+        names.get(name, name): classes for name, classes in table.class_names.items()
+    }
 
 
 def refuse_other_columns(tables: Sequence[Table], shape: Shape, key: str) -> None:
-    """Refuse a file that has a part in another column than the files before it: the part would pass for absent.
+    """Refuse a file that has a part in another column than the files before it: the part would pass
+    for absent.
 
     Raises:
         UserError: Naming both columns.
@@ -78,11 +87,18 @@ def refuse_other_columns(tables: Sequence[Table], shape: Shape, key: str) -> Non
         taken = {name for names, there in zip(columns, has, strict=True) if there for name in names}
         taken |= set(shape.columns.values())
         for table, names, there in zip(tables, columns, has, strict=True):
-            other = next((name for name in names if plain_name(name) in known and name not in taken), None)
+            other = next(
+                (name for name in names if plain_name(name) in known and name not in taken), None
+            )
             if not there and other is not None:
-                problem = f"{tables[has.index(True)].name} has the {role} in {column!r}, and {table.name} in {other!r}"
+                problem = (
+                    f"{tables[has.index(True)].name} has the {role} in {column!r}, and {table.name}"
+                    f" in {other!r}"
+                )
                 raise UserError(key, problem, "give both columns one name")
 
 
 def _has(table: Table, columns: Sequence[str], column: str) -> bool:
-    return column in columns or any(value_of(fields, column) is not None for _, fields in table.rows)
+    return column in columns or any(
+        value_of(fields, column) is not None for _, fields in table.rows
+    )

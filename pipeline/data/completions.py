@@ -1,7 +1,9 @@
-"""Saved completions of any model, to train a student on: rows of prompt and completion, or of chat `messages`.
+"""Saved completions of any model, to train a student on: rows of prompt and completion, or of chat
+`messages`.
 
-Sequence-level distillation: the student learns what the teacher wrote, no teacher is loaded, and any model that can be
-asked will do. Only what was completed is predicted. What the completions cost is not in this run's ledger.
+Sequence-level distillation: the student learns what the teacher wrote, no teacher is loaded, and
+any model that can be asked will do. Only what was completed is predicted. What the completions cost
+is not in this run's ledger.
 Source: Kim and Rush 2016, arXiv 1606.07947, section 3.2.
 """
 
@@ -47,7 +49,11 @@ def read_completions(path: str, config: DataConfig, key: str) -> list[Completion
     messages = mapping(config.columns, "data.columns").get("messages", "messages")
     found = [_completion(row, messages, key) for row in read_rows(file, key)]
     if not found:
-        raise UserError(key, f"{file} has no completion", 'write {"prompt": ..., "completion": ...} on each line')
+        raise UserError(
+            key,
+            f"{file} has no completion",
+            'write {"prompt": ..., "completion": ...} on each line',
+        )
     return found
 
 
@@ -55,11 +61,19 @@ def _completion(row: Row, messages: str, key: str) -> Completion:
     where, fields = row
     if fields.get(messages) is not None:
         turns = messages_of(where, fields[messages], key, {})
-        return Completion("", "", Document("", messages=turns, tools=tools_of(where, fields.get("tools"), key, {})))
+        return Completion(
+            "",
+            "",
+            Document("", messages=turns, tools=tools_of(where, fields.get("tools"), key, {})),
+        )
     for name in ("prompt", "completion"):
         if not isinstance(fields.get(name), str):
-            problem = f"{where} has no {name}" if name not in fields else f"{where}: {name} is no text"
-            raise UserError(key, problem, 'write {"prompt": ..., "completion": ...}, or {"messages": [...]}')
+            problem = (
+                f"{where} has no {name}" if name not in fields else f"{where}: {name} is no text"
+            )
+            raise UserError(
+                key, problem, 'write {"prompt": ..., "completion": ...}, or {"messages": [...]}'
+            )
     if not fields["completion"].strip():
         raise UserError(key, f"{where} has an empty completion", "drop that line")
     prompt, completion = fields["prompt"], fields["completion"]
@@ -68,10 +82,12 @@ def _completion(row: Row, messages: str, key: str) -> Completion:
 
 
 def check_apart(completions: Sequence[Completion], data: Dataset, key: str) -> None:
-    """Refuse completions that hold what the student will be measured on; blanks and case make no difference.
+    """Refuse completions that hold what the student will be measured on; blanks and case make no
+    difference.
 
     Raises:
-        UserError: If one is, with its prompt or alone, a document of validation or test, or completes one's prompt.
+        UserError: If one is, with its prompt or alone, a document of validation or test, or
+            completes one's prompt.
     """
     kept: dict[str, str] = {}
     for split in ("validation", "test"):
@@ -94,7 +110,9 @@ def encode_completions(completions: Sequence[Completion], tokenizer: Any) -> lis
     Raises:
         UserError: If the model has no chat template for chats.
     """
-    return encode_all([each.document for each in completions], tokenizer, Task.causal_lm, max_length=0)
+    return encode_all(
+        [each.document for each in completions], tokenizer, Task.causal_lm, max_length=0
+    )
 
 
 def file_digest(path: str) -> str:

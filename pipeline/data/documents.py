@@ -14,7 +14,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: plain text, text (or a pair of texts) with a label, a prompt with its completion, or a chat.
+    """One document: plain text, text (or a pair of texts) with a label, a prompt with its
+    completion, or a chat.
 
     Attributes:
         text: The text, or the completion of `prompt`; empty for a chat.
@@ -23,7 +24,8 @@ class Document:
         tools: Tools that the chat's template is given.
         prompt: What `text` completes; read, and not learnt.
         pair: The second text of a pair (premise and hypothesis).
-        group: The source that several documents come from (`data.group_field`); None: a source of its own.
+        group: The source that several documents come from (`data.group_field`); None: a source of
+            its own.
     """
 
     text: str
@@ -33,7 +35,8 @@ class Document:
     prompt: str | None = None
     pair: str | None = None
     group: str | None = None
-    _digest: str | None = field(default=None, init=False, repr=False, compare=False)  # once it was asked for
+    # once it was asked for
+    _digest: str | None = field(default=None, init=False, repr=False, compare=False)
     _likeness: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -41,8 +44,14 @@ class Document:
         """Whether there is nothing in it to learn: no text, or an assistant that says nothing."""
         if self.messages is None:
             return not self.text.strip()
-        said = [turn for turn in self.messages if turn.get("role") == "assistant" and turn.get("weight", 1)]
-        return not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in said)
+        said = [
+            turn
+            for turn in self.messages
+            if turn.get("role") == "assistant" and turn.get("weight", 1)
+        ]
+        return not any(
+            str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in said
+        )
 
     @property
     def digest(self) -> str:
@@ -55,12 +64,16 @@ class Document:
         parts = [self.messages, self.tools, self.prompt, self.pair]
         content = self.text
         if any(part is not None for part in parts):
-            content = json.dumps([self.text, *parts], ensure_ascii=False, sort_keys=True, default=str)
+            content = json.dumps(
+                [self.text, *parts], ensure_ascii=False, sort_keys=True, default=str
+            )
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     @property
     def likeness(self) -> str:
-        """32 hex characters of the content without blanks, case and Unicode form: documents that share it are alike."""
+        """32 hex characters of the content without blanks, case and Unicode form: documents that
+        share it are alike.
+        """
         if self._likeness is None:
             object.__setattr__(self, "_likeness", self._hashed_plainly())
         return self._likeness or ""
@@ -78,7 +91,9 @@ def _said(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield str(turn.get("role"))
         for name in sorted(turn.keys() - {"role", "weight"}):
             value = turn[name]
-            yield value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+            yield (
+                value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,8 @@ class Dataset:
     Attributes:
         digest: 32 hex characters over source, content, labels and their order in every split.
         labels: Class names by index; None without labels.
-        notes: What loading did that a reader must know ("dropped 3 blank documents"), each said once.
+        notes: What loading did that a reader must know ("dropped 3 blank documents"), each said
+            once.
     """
 
     name: str

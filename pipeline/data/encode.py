@@ -1,4 +1,6 @@
-"""Documents to tokens: what is read, what is to be predicted, and how many bytes that stands for."""
+"""Documents to tokens: what is read, what is to be predicted, and how many bytes that stands
+for.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,10 @@ class Encoded:
         label: Class index; None without one.
         digest: Content digest of the document; neighbours that share it are one document.
         group: The source that it shares with others; None: a source of its own.
-        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
-        ends: bool (L,): targets that stand for no text but for its end (end of text, of a turn); None: none does.
+        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the
+            first.
+        ends: bool (L,): targets that stand for no text but for its end (end of text, of a turn);
+            None: none does.
         unknown_bytes: Those of `num_bytes` under unknown tokens, or under no token.
         unread_bytes: UTF-8 bytes of the document beyond the limit.
         unread_tokens: Tokens of an example beyond the limit.
@@ -106,28 +110,46 @@ class Reading:
         """Return a sentence for whatever happened."""
         said: list[str] = []
         if self.unread_tokens:
-            said.append(f"{self.cut} of {self.documents} examples are cut: "
-                        f"{self.unread_tokens / self.tokens:.1%} of the tokens are not read")  # fmt: skip
+            said.append(
+                f"{self.cut} of {self.documents} examples are cut: "
+                f"{self.unread_tokens / self.tokens:.1%} of the tokens are not read"
+            )
         if self.unread_bytes:
-            said.append(f"{self.cut} of {self.documents} documents are cut: "
-                        f"{self.unread_bytes / self.bytes:.1%} of the bytes are not read")  # fmt: skip
+            said.append(
+                f"{self.cut} of {self.documents} documents are cut: "
+                f"{self.unread_bytes / self.bytes:.1%} of the bytes are not read"
+            )
         if self.rewritten:
-            said.append(f"the chat template rewrites earlier turns: {self.rewritten} conversations are learnt as "
-                        f"{self.renderings} examples, each answer in its own rendering")  # fmt: skip
+            said.append(
+                f"the chat template rewrites earlier turns: {self.rewritten} conversations are"
+                f" learnt as {self.renderings} examples, each answer in its own rendering"
+            )
         if self.asked_otherwise:
-            said.append(f"{self.asked_otherwise} answers follow another text than the one that the chat template asks "
-                        "for an answer with")  # fmt: skip
+            said.append(
+                f"{self.asked_otherwise} answers follow another text than the one that the chat"
+                " template asks for an answer with"
+            )
         if self.changed:
-            said.append(f"the chat template changes {self.changed} answers, or leaves parts of them out")
+            said.append(
+                f"the chat template changes {self.changed} answers, or leaves parts of them out"
+            )
         if self.left_out:
-            parts = [wording.format(self.left_out[what]) for what, wording in LEFT_OUT.items() if self.left_out[what]]
+            parts = [
+                wording.format(self.left_out[what])
+                for what, wording in LEFT_OUT.items()
+                if self.left_out[what]
+            ]
             said.append(f"the chat template leaves out {', '.join(parts)}")
         if self.emptied:
-            said.append(f"{self.emptied} assistant turns of which the chat template leaves nothing are read, and not "
-                        "learnt")  # fmt: skip
+            said.append(
+                f"{self.emptied} assistant turns of which the chat template leaves nothing are"
+                " read, and not learnt"
+            )
         if self.opening_left_out:
-            said.append(f"{self.opening_left_out} assistant turns before the first user turn are left out: the chat "
-                        "template does not take them")  # fmt: skip
+            said.append(
+                f"{self.opening_left_out} assistant turns before the first user turn are left out:"
+                " the chat template does not take them"
+            )
         if self.unlearnt:
             said.append(f"{self.unlearnt} conversations have no turn to learn and are left out")
         if self.chats and self.unended == self.chats:
@@ -139,23 +161,33 @@ Numbered = Sequence[tuple[int, Document]]
 """Documents with their numbers in their split, from 1."""
 ByNumber = dict[int, list[Encoded]]
 _KEPT: OrderedDict[str, tuple[list[Encoded], Reading]] = OrderedDict()
-"""What this process encoded last, by what decides it: stages read the same documents again and again."""
+"""What this process encoded last, by what decides it: stages read the same documents again and
+again.
+"""
 KEEP = 6
 
 
 def encode_all(
-    documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int, max_bytes: int | None = None,
+    documents: Sequence[Document],
+    tokenizer: Any,
+    task: Task,
+    *,
+    max_length: int,
+    max_bytes: int | None = None,
     split: str = "",
-) -> list[Encoded]:  # fmt: skip
+) -> list[Encoded]:
     """Encode documents; the same ones again, by a tokenizer of the same content, come from memory.
 
-    A text is one example, beginning with the tokenizer's begin token (or its end token, without one) and ending with
-    its end token unless it is cut. Of a prompt with its completion only the completion is predicted, of a conversation
-    only what the assistant says: see `renderings.py`. A conversation may become several examples, or none.
+    A text is one example, beginning with the tokenizer's begin token (or its end token, without
+    one) and ending with its end token unless it is cut. Of a prompt with its completion only the
+    completion is predicted, of a conversation
+    only what the assistant says: see `renderings.py`. A conversation may become several examples,
+        or none.
 
     Args:
         max_length: Tokens an example of classification is cut to; causal LM reads documents whole.
-        max_bytes: Causal LM reads only the head of longer texts and completions, cut at a character.
+        max_bytes: Causal LM reads only the head of longer texts and completions, cut at a
+            character.
         split: Where the documents come from, for refusals.
 
     Raises:
@@ -164,19 +196,30 @@ def encode_all(
     return list(_kept(documents, tokenizer, task, max_length, max_bytes, split)[0])
 
 
-def encoding_notes(documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int) -> list[str]:
-    """Return what `encode_all` does with these documents that a reader must know; whole ones, as training reads."""
+def encoding_notes(
+    documents: Sequence[Document], tokenizer: Any, task: Task, *, max_length: int
+) -> list[str]:
+    """Return what `encode_all` does with these documents that a reader must know; whole ones, as
+    training reads.
+    """
     return _kept(documents, tokenizer, task, max_length, None, "train")[1].notes()
 
 
 def _kept(
-    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None, split: str
+    documents: Sequence[Document],
+    tokenizer: Any,
+    task: Task,
+    max_length: int,
+    max_bytes: int | None,
+    split: str,
 ) -> tuple[list[Encoded], Reading]:
     key = key_of(
         documents=[(document.digest, document.label, document.group) for document in documents],
-        tokenizer=tokenizer_content(tokenizer), task=task,
-        max_length=max_length if task is Task.sequence_classification else None, max_bytes=max_bytes,
-    )  # fmt: skip
+        tokenizer=tokenizer_content(tokenizer),
+        task=task,
+        max_length=max_length if task is Task.sequence_classification else None,
+        max_bytes=max_bytes,
+    )
     if key not in _KEPT:
         _KEPT[key] = _encode(documents, tokenizer, task, max_length, max_bytes, split)
         while len(_KEPT) > KEEP:
@@ -186,7 +229,9 @@ def _kept(
 
 
 def tokenizer_content(tokenizer: Any) -> str:
-    """Return a digest of all that decides how a tokenizer encodes; of a slow one, of the files that it saves."""
+    """Return a digest of all that decides how a tokenizer encodes; of a slow one, of the files that
+    it saves.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = hashlib.sha256()
     if backend is not None:
@@ -199,15 +244,27 @@ def tokenizer_content(tokenizer: Any) -> str:
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():
                     whole.update(file.name.encode() + b"\0" + file.read_bytes())
-        whole.update(key_of(kind=type(tokenizer).__qualname__, vocabulary=tokenizer.get_vocab()).encode())
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.all_special_ids]
+        whole.update(
+            key_of(kind=type(tokenizer).__qualname__, vocabulary=tokenizer.get_vocab()).encode()
+        )
+    special = [
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.all_special_ids,
+    ]
     sides = [getattr(tokenizer, name, None) for name in ("truncation_side", "model_input_names")]
     whole.update(repr([special, sides, tokenizer.chat_template]).encode())
     return whole.hexdigest()
 
 
 def _encode(
-    documents: Sequence[Document], tokenizer: Any, task: Task, max_length: int, max_bytes: int | None, split: str
+    documents: Sequence[Document],
+    tokenizer: Any,
+    task: Task,
+    max_length: int,
+    max_bytes: int | None,
+    split: str,
 ) -> tuple[list[Encoded], Reading]:
     reading, encoded = Reading(documents=len(documents)), list[Encoded]()
     reader = Reader(tokenizer)
@@ -230,11 +287,20 @@ def place_of(number: int, split: str) -> str:
 
 def _head(text: str, max_bytes: int | None) -> str:
     raw = text.encode("utf-8", "replace")
-    return text if max_bytes is None or len(raw) <= max_bytes else raw[:max_bytes].decode("utf-8", "ignore")
+    return (
+        text
+        if max_bytes is None or len(raw) <= max_bytes
+        else raw[:max_bytes].decode("utf-8", "ignore")
+    )
 
 
 def _texts(
-    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+    some: Numbered,
+    tokenizer: Any,
+    reader: Reader,
+    max_bytes: int | None,
+    split: str,
+    reading: Reading,
 ) -> ByNumber:
     """Encode plain texts, by number: all of a text is predicted, and after it its end."""
     chosen = [(number, each) for number, each in some if each.messages is None and not each.prompt]
@@ -245,18 +311,30 @@ def _texts(
         if not len(each.ids):
             problem = f"{place_of(number, split)}: the text {text[:40]!r} has no tokens"
             raise UserError("data", problem, "drop it, or check the tokenizer")
-        found[number] = [_framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)]
+        found[number] = [
+            _framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)
+        ]
     return found
 
 
 def _completions(
-    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+    some: Numbered,
+    tokenizer: Any,
+    reader: Reader,
+    max_bytes: int | None,
+    split: str,
+    reading: Reading,
 ) -> ByNumber:
-    """Encode prompts with their completions, by number: a token that joins the two belongs to the completion."""
+    """Encode prompts with their completions, by number: a token that joins the two belongs to the
+    completion.
+    """
     chosen = [(number, each) for number, each in some if each.messages is None and each.prompt]
     prompts = [document.prompt or "" for _, document in chosen]
     texts = [_head(document.text, max_bytes) for _, document in chosen]
-    spans = [[(len(prompt), len(prompt) + len(text))] for prompt, text in zip(prompts, texts, strict=True)]
+    spans = [
+        [(len(prompt), len(prompt) + len(text))]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
     wholes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     found: ByNumber = {}
     # A begin token goes before it, so that a completion may begin with the first token.
@@ -265,52 +343,89 @@ def _completions(
     ):
         _refuse_pair(document, number, split)
         if not each.targets.any():
-            problem = f"{place_of(number, split)}: the completion {text[:40]!r} has nothing to predict"
+            problem = (
+                f"{place_of(number, split)}: the completion {text[:40]!r} has nothing to predict"
+            )
             raise UserError("data", problem, "drop it, or check the tokenizer")
-        found[number] = [_framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)]
+        found[number] = [
+            _framed(document, each, tokenizer, utf8(document.text) - utf8(text), reading)
+        ]
     return found
 
 
 def _refuse_pair(document: Document, number: int, split: str) -> None:
     if document.pair is not None:
-        problem = f"{place_of(number, split)} is a pair of texts, which task=causal_lm does not read"
+        problem = (
+            f"{place_of(number, split)} is a pair of texts, which task=causal_lm does not read"
+        )
         raise UserError("data", problem, "use task=sequence_classification, or give one text")
 
 
-def _framed(document: Document, covered: Covered, tokenizer: Any, unread: int, reading: Reading) -> Encoded:
+def _framed(
+    document: Document, covered: Covered, tokenizer: Any, unread: int, reading: Reading
+) -> Encoded:
     """Return a text's tokens between begin and end; a text that is cut does not end there."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise UserError("model.path", "its tokenizer has neither a begin nor an end token", "add one to it")
+        raise UserError(
+            "model.path", "its tokenizer has neither a begin nor an end token", "add one to it"
+        )
     last = [] if tokenizer.eos_token_id is None or unread else [tokenizer.eos_token_id]
     around = lambda inner, before, after: np.concatenate([[before], inner, [after] * len(last)])
     ends = around(covered.ends, False, True).astype(bool)
     reading.add(cut=int(unread > 0), unread_bytes=unread, bytes=covered.num_bytes + unread)
     return Encoded(
         np.array([first, *covered.ids.tolist(), *last], dtype=np.int32),
-        around(covered.targets, False, True).astype(bool), covered.num_bytes, None, document.digest, document.group,
-        ends=ends if ends.any() else None, unknown_bytes=covered.unknown_bytes, unread_bytes=unread,
-    )  # fmt: skip
+        around(covered.targets, False, True).astype(bool),
+        covered.num_bytes,
+        None,
+        document.digest,
+        document.group,
+        ends=ends if ends.any() else None,
+        unknown_bytes=covered.unknown_bytes,
+        unread_bytes=unread,
+    )
 
 
 def _chats(
-    some: Numbered, tokenizer: Any, reader: Reader, max_bytes: int | None, split: str, reading: Reading
+    some: Numbered,
+    tokenizer: Any,
+    reader: Reader,
+    max_bytes: int | None,
+    split: str,
+    reading: Reading,
 ) -> ByNumber:
-    """Encode conversations, by number; `max_bytes` is for texts. Only what the assistant says is predicted."""
+    """Encode conversations, by number; `max_bytes` is for texts. Only what the assistant says is
+    predicted.
+    """
     rendered = list(_rendered(some, tokenizer, split, reading))
     texts = [rendering.text for _, _, rendering in rendered]
     found: ByNumber = {}
     covered = reader.cover(texts, [rendering.answers for _, _, rendering in rendered])
     for (number, document, _), each in zip(rendered, covered, strict=True):
         if not each.targets.any():
-            problem = f"{place_of(number, split)}: the chat {first_words(document)!r} has nothing to predict"
+            problem = (
+                f"{place_of(number, split)}: the chat {first_words(document)!r} has nothing to"
+                " predict"
+            )
             raise UserError("data.path", problem, "drop it")
         reading.add(bytes=each.num_bytes)
-        found.setdefault(number, []).append(Encoded(
-            each.ids, each.targets, each.num_bytes, None, document.digest, document.group,
-            ends=each.ends if each.ends.any() else None, unknown_bytes=each.unknown_bytes,
-        ))  # fmt: skip
-    reading.add(chats=len(found), unended=sum(all(one.ends is None for one in each) for each in found.values()))
+        found.setdefault(number, []).append(
+            Encoded(
+                each.ids,
+                each.targets,
+                each.num_bytes,
+                None,
+                document.digest,
+                document.group,
+                ends=each.ends if each.ends.any() else None,
+                unknown_bytes=each.unknown_bytes,
+            )
+        )
+    reading.add(
+        chats=len(found),
+        unended=sum(all(one.ends is None for one in each) for each in found.values()),
+    )
     return found
 
 
@@ -322,11 +437,14 @@ def _rendered(
             continue
         conversation = render(document, tokenizer, place_of(number, split))
         reading.add(
-            rewritten=int(conversation.is_rewritten), unlearnt=int(not conversation.renderings),
+            rewritten=int(conversation.is_rewritten),
+            unlearnt=int(not conversation.renderings),
             renderings=len(conversation.renderings) if conversation.is_rewritten else 0,
-            opening_left_out=conversation.opening_left_out, asked_otherwise=conversation.asked_otherwise,
-            changed=conversation.changed, emptied=conversation.emptied,
-        )  # fmt: skip
+            opening_left_out=conversation.opening_left_out,
+            asked_otherwise=conversation.asked_otherwise,
+            changed=conversation.changed,
+            emptied=conversation.emptied,
+        )
         reading.left_out.update(conversation.left_out)
         for rendering in conversation.renderings:
             yield number, document, rendering
@@ -350,30 +468,48 @@ def check_chats(documents: Sequence[Document], tokenizer: Any, split: str) -> Re
         ended[number] = ended.get(number, False) or is_ended
     reading.add(chats=len(ended), unended=sum(not each for each in ended.values()))
     if documents and reading.unlearnt == len(documents):
-        problem = f"no conversation of {split} has a turn to learn in what the model's chat template makes of it"
-        raise UserError("data.path", problem, "use a model whose template writes what is said, or other chats")
+        problem = (
+            f"no conversation of {split} has a turn to learn in what the model's chat template"
+            " makes of it"
+        )
+        raise UserError(
+            "data.path", problem, "use a model whose template writes what is said, or other chats"
+        )
     return reading
 
 
-# -- classification ---------------------------------------------------------------------------------------------------
+# -- classification -------------------------------------------------------------------------------
 
 
-def _examples(documents: Sequence[Document], tokenizer: Any, max_length: int, reading: Reading) -> list[Encoded]:
-    """Encode texts, or pairs of texts, with the tokens that the tokenizer puts around them; the longer one is cut."""
+def _examples(
+    documents: Sequence[Document], tokenizer: Any, max_length: int, reading: Reading
+) -> list[Encoded]:
+    """Encode texts, or pairs of texts, with the tokens that the tokenizer puts around them; the
+    longer one is cut.
+    """
     found: dict[int, Encoded] = {}
     for is_pair in (False, True):
-        chosen = [(at, each) for at, each in enumerate(documents) if (each.pair is not None) is is_pair]
+        chosen = [
+            (at, each) for at, each in enumerate(documents) if (each.pair is not None) is is_pair
+        ]
         if not chosen:
             continue
         texts = [each.text for _, each in chosen]
         pairs = [each.pair or "" for _, each in chosen] if is_pair else None
         whole = tokenizer(texts, pairs, verbose=False)
         for row, (at, document) in enumerate(chosen):
-            read = {name: whole[name][row] for name in ("input_ids", "token_type_ids") if name in whole}
+            read = {
+                name: whole[name][row] for name in ("input_ids", "token_type_ids") if name in whole
+            }
             full = len(read["input_ids"])
             if full > max_length:
-                read = tokenizer(document.text, document.pair, truncation="longest_first", max_length=max_length,
-                                 verbose=False)  # fmt: skip
+                read = tokenizer(
+                    document.text,
+                    document.pair,
+                    truncation="longest_first",
+                    max_length=max_length,
+                    verbose=False,
+                )
             found[at] = _example(document, read, full)
             unread = found[at].unread_tokens
             reading.add(tokens=full, unread_tokens=unread, cut=int(unread > 0))
@@ -383,10 +519,19 @@ def _examples(documents: Sequence[Document], tokenizer: Any, max_length: int, re
 def _example(document: Document, read: Any, full: int) -> Encoded:
     row = np.array(read["input_ids"], dtype=np.int32)
     if not len(row):
-        raise UserError("data", f"the text {document.text[:40]!r} has no tokens", "drop it, or check the tokenizer")
+        raise UserError(
+            "data",
+            f"the text {document.text[:40]!r} has no tokens",
+            "drop it, or check the tokenizer",
+        )
     parts = read.get("token_type_ids", [])
     return Encoded(
-        row, np.zeros(len(row), dtype=bool), utf8(document.text) + utf8(document.pair or ""), document.label,
-        document.digest, document.group, unread_tokens=full - len(row),
+        row,
+        np.zeros(len(row), dtype=bool),
+        utf8(document.text) + utf8(document.pair or ""),
+        document.label,
+        document.digest,
+        document.group,
+        unread_tokens=full - len(row),
         token_type_ids=np.array(parts, dtype=np.int32) if any(parts) else None,
-    )  # fmt: skip
+    )

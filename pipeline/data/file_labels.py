@@ -1,7 +1,9 @@
-"""Labels of several files to one list of classes: each file's codes by its own declaration, then joined by name.
+"""Labels of several files to one list of classes: each file's codes by its own declaration, then
+joined by name.
 
-A code is a number that stands for a name, which only the file that declares names can tell. Two files may declare the
-same names in another order, so that a code is never carried from one declaration to another.
+A code is a number that stands for a name, which only the file that declares names can tell. Two
+files may declare the same names in another order, so that a code is never carried from one
+declaration to another.
 """
 
 from __future__ import annotations
@@ -38,12 +40,18 @@ class Labels:
 
     def kept(self, split: str) -> list[int] | None:
         """Return the indices of the rows of a split that have one."""
-        return None if self.names is None else [label for label in self.by_split[split] if label is not None]
+        return (
+            None
+            if self.names is None
+            else [label for label in self.by_split[split] if label is not None]
+        )
 
 
 @dataclass(slots=True)
 class _File:
-    """The labels of one file: by row the name of its class, None without one; which names no text spelt."""
+    """The labels of one file: by row the name of its class, None without one; which names no text
+    spelt.
+    """
 
     table: Table
     declared: tuple[str, ...] | None
@@ -51,7 +59,9 @@ class _File:
     typed: set[str]
 
     def there(self) -> dict[str, None]:
-        return dict.fromkeys([*(self.declared or ()), *(name for name in self.labels if name is not None)])
+        return dict.fromkeys(
+            [*(self.declared or ()), *(name for name in self.labels if name is not None)]
+        )
 
     def row_of(self, name: str) -> str:
         return self.table.rows[self.labels.index(name)][0]
@@ -60,7 +70,9 @@ class _File:
 def with_known_labels(
     tables: Mapping[str, Sequence[Table]], column: str
 ) -> tuple[dict[str, Sequence[Table]], list[str]]:
-    """Leave out splits whose labels are hidden: public test splits have -1, nothing, or no column in their place."""
+    """Leave out splits whose labels are hidden: public test splits have -1, nothing, or no column
+    in their place.
+    """
     is_class = any(
         str(cell).strip() == "-1"
         for table in tables["train"]
@@ -71,7 +83,11 @@ def with_known_labels(
     notes: list[str] = []
     for split, parts in tables.items():
         count = sum(len(table.rows) for table in parts)
-        if split != "train" and count and all(_hides(table, column, is_class=is_class) for table in parts):
+        if (
+            split != "train"
+            and count
+            and all(_hides(table, column, is_class=is_class) for table in parts)
+        ):
             notes.append(f"{split} is not read: its {count} rows have no labels")
         else:
             kept[split] = parts
@@ -80,14 +96,18 @@ def with_known_labels(
 
 def _hides(table: Table, column: str, *, is_class: bool) -> bool:
     shown = is_class and column not in table.class_names
-    return all(is_hidden(cell) and not (shown and cell is not None) for cell in _cells(table, column))
+    return all(
+        is_hidden(cell) and not (shown and cell is not None) for cell in _cells(table, column)
+    )
 
 
 def _cells(table: Table, column: str) -> list[Any]:
     return [value_of(fields, column) for _, fields in table.rows]
 
 
-def read_labels(tables: Mapping[str, Sequence[Table]], column: str, label_map: Mapping[str, str], key: str) -> Labels:
+def read_labels(
+    tables: Mapping[str, Sequence[Table]], column: str, label_map: Mapping[str, str], key: str
+) -> Labels:
     """Return the classes of all files and the class of each row.
 
     Args:
@@ -97,13 +117,17 @@ def read_labels(tables: Mapping[str, Sequence[Table]], column: str, label_map: M
     Raises:
         UserError: If a row has no label, or names of files cannot be joined.
     """
-    by_split = {split: [_file(table, column, key) for table in parts] for split, parts in tables.items()}
+    by_split = {
+        split: [_file(table, column, key) for table in parts] for split, parts in tables.items()
+    }
     files = [each for parts in by_split.values() for each in parts]
     notes = [*_spell_alike(files), *_read_codes(files, by_split["train"], key)]
     names = _all_names(files)
     goes_by = renamed(names, label_map)
     labels = tuple(dict.fromkeys(goes_by[name] for name in names))
-    found = {split: [name for each in parts for name in each.labels] for split, parts in by_split.items()}
+    found = {
+        split: [name for each in parts for name in each.labels] for split, parts in by_split.items()
+    }
     in_train = {goes_by[name] for name in found["train"] if name is not None}
     if len(in_train) == 1:
         check_classes(list(in_train), 0, key)
@@ -115,11 +139,16 @@ def read_labels(tables: Mapping[str, Sequence[Table]], column: str, label_map: M
     ]
     notes += _trimmed(files, column)
     if len(labels) < len(names):
-        notes.append(f"data.label_map makes {len(labels)} classes of {len(names)} ({shortened(names)})")
+        notes.append(
+            f"data.label_map makes {len(labels)} classes of {len(names)} ({shortened(names)})"
+        )
     index = {name: labels.index(goes_by[name]) for name in names}
     return Labels(
         labels,
-        {split: [None if name is None else index[name] for name in part] for split, part in found.items()},
+        {
+            split: [None if name is None else index[name] for name in part]
+            for split, part in found.items()
+        },
         notes,
     )
 
@@ -129,12 +158,17 @@ def _file(table: Table, column: str, key: str) -> _File:
     labels = [one_label(row, column, declared, key) for row in table.rows]
     cells = _cells(table, column)
     pairs = zip(labels, cells, strict=True)
-    typed = {name for name, cell in pairs if name is not None and declared is None and not isinstance(cell, str)}
+    typed = {
+        name
+        for name, cell in pairs
+        if name is not None and declared is None and not isinstance(cell, str)
+    }
     return _File(table, declared, labels, typed)
 
 
 def one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) -> str | None:
-    """Return the name of a row's class; None where a file that declares its classes says that there is none.
+    """Return the name of a row's class; None where a file that declares its classes says that there
+    is none.
 
     Raises:
         UserError: If it has no label, or a code that is not declared, naming the row.
@@ -143,7 +177,9 @@ def one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) 
     value = value_of(fields, column)
     if value is None and column not in fields:
         others = ", ".join(fields)
-        remedy = f"give a label to each, or choose one of {others} with data.columns={{label: NAME}}"
+        remedy = (
+            f"give a label to each, or choose one of {others} with data.columns={{label: NAME}}"
+        )
         raise UserError(key, f"{where} has no field {column!r}", remedy)
     refuse_half_characters(where, value, key)
     name = class_name(where, value, key)
@@ -152,7 +188,11 @@ def one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) 
     if int(name) == UNLABELLED:
         return None
     if not 0 <= int(name) < len(classes):
-        raise UserError(key, f"{where} has label {name}, and {len(classes)} classes are declared", "mend that row")
+        raise UserError(
+            key,
+            f"{where} has label {name}, and {len(classes)} classes are declared",
+            "mend that row",
+        )
     return classes[int(name)]
 
 
@@ -162,11 +202,12 @@ def _trimmed(files: Iterable[_File], column: str) -> list[str]:
     return [f"{count} labels had blanks around them, which are no part of a class"] if count else []
 
 
-# --- one spelling -----------------------------------------------------------------------------------------------------
+# --- one spelling --------------------------------------------------------------------------------
 
 
 def _spell_alike(files: Sequence[_File]) -> list[str]:
-    """Give a value one name in all files, and return a note: JSON's true is `True` in a CSV file of pandas.
+    """Give a value one name in all files, and return a note: JSON's true is `True` in a CSV file of
+    pandas.
 
     Text that one file spells in two ways has two meanings there, and is left.
     """
@@ -196,14 +237,15 @@ def _preferred(names: Iterable[str], files: Sequence[_File]) -> str:
     return min(names, key=lambda name: (name not in declared, name not in typed))
 
 
-# --- codes and names --------------------------------------------------------------------------------------------------
+# --- codes and names -----------------------------------------------------------------------------
 
 
 def _read_codes(files: Sequence[_File], train: Sequence[_File], key: str) -> list[str]:
     """Read the codes of files that declare nothing by what the others declare; return notes.
 
     Raises:
-        UserError: If a file has codes that the others declare differently, or a label that train does not declare.
+        UserError: If a file has codes that the others declare differently, or a label that train
+            does not declare.
     """
     declaring = [each for each in files if each.declared]
     if not declaring:
@@ -216,13 +258,18 @@ def _read_codes(files: Sequence[_File], train: Sequence[_File], key: str) -> lis
         meant = _meant(each, names, declaring, key)
         if meant is not None:
             each.labels = [meant[name] if name is not None else None for name in each.labels]
-            notes.append(f"{each.table.name} has codes: they are read as {declaring[0].table.name} declares them")
+            notes.append(
+                f"{each.table.name} has codes: they are read as {declaring[0].table.name} declares"
+                " them"
+            )
         elif any(other.declared for other in train):
             _refuse_undeclared(each, names, declaring, key)
     return notes
 
 
-def _meant(each: _File, names: Sequence[str], declaring: Sequence[_File], key: str) -> dict[str, str | None] | None:
+def _meant(
+    each: _File, names: Sequence[str], declaring: Sequence[_File], key: str
+) -> dict[str, str | None] | None:
     """Return what the codes of a file stand for; None where its labels are names."""
     known = {name for other in declaring for name in other.declared or ()}
     if not all(CODE.fullmatch(plainly(name)) for name in names):
@@ -239,14 +286,23 @@ def _meant(each: _File, names: Sequence[str], declaring: Sequence[_File], key: s
         return None
     example = next((name for name in names if meant[name] not in (None, name)), None)
     if are_names and example is not None:
-        problem = f"{each.row_of(example)}: {example!r} could be that class or the code of {meant[example]!r}"
-        raise UserError(key, problem, "write the names of classes as words, or declare them in that file too")
+        problem = (
+            f"{each.row_of(example)}: {example!r} could be that class or the code of"
+            f" {meant[example]!r}"
+        )
+        raise UserError(
+            key, problem, "write the names of classes as words, or declare them in that file too"
+        )
     for other in declaring:
         theirs = other.declared or ()
-        if any(code >= len(theirs) or theirs[code] != first[code] for code in codes.values() if code >= 0):
+        if any(
+            code >= len(theirs) or theirs[code] != first[code]
+            for code in codes.values()
+            if code >= 0
+        ):
             problem = (
-                f"{each.table.name} has codes, which {declaring[0].table.name} declares as {shortened(first)}"
-                f" and {other.table.name} as {shortened(theirs)}"
+                f"{each.table.name} has codes, which {declaring[0].table.name} declares as"
+                f" {shortened(first)} and {other.table.name} as {shortened(theirs)}"
             )
             raise UserError(key, problem, f"write names in {each.table.name}")
     return meant
@@ -266,7 +322,10 @@ def _refuse_undeclared(
     else:
         odd = next(name for name in names if not UNLABELLED <= int(plainly(name)) < most)
     if odd is not None:
-        problem = f"{each.row_of(odd)} has label {odd!r}, and {declaring[0].table.name} declares {shortened(known)}"
+        problem = (
+            f"{each.row_of(odd)} has label {odd!r}, and {declaring[0].table.name} declares"
+            f" {shortened(known)}"
+        )
         raise UserError(key, problem, "give a declared name or its code, or mend the declaration")
 
 
@@ -276,7 +335,10 @@ def _other_orders(declaring: Sequence[_File]) -> list[str]:
     if other is None:
         return []
     theirs = f"{other.table.name} {shortened(other.declared or ())}"
-    return [f"{first.table.name} declares {shortened(first.declared or ())}, {theirs}: they are joined by name"]
+    return [
+        f"{first.table.name} declares {shortened(first.declared or ())}, {theirs}: they are joined"
+        " by name"
+    ]
 
 
 def _all_names(files: Sequence[_File]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Documents from local files, by one door: `data.path`, a folder given as `data.hub`, and files that stages name."""
+"""Documents from local files, by one door: `data.path`, a folder given as `data.hub`, and files
+that stages name.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def load_path(config: DataConfig, task: Task, place: str, key: str = KEY) -> Dat
     return from_tables(path.name, tables, config, task, key=key, notes=notes)
 
 
-def _tables(path: Path, config: DataConfig, task: Task, key: str) -> tuple[dict[str, list[Table]], list[str]]:
+def _tables(
+    path: Path, config: DataConfig, task: Task, key: str
+) -> tuple[dict[str, list[Table]], list[str]]:
     """Return the files of each split, read, and what is to be said of the choice."""
     chosen = split_names(config)
     inside = None if config.subset is not None else _splits_inside(path, chosen, key)
@@ -52,7 +56,9 @@ def _tables(path: Path, config: DataConfig, task: Task, key: str) -> tuple[dict[
         if classes is not None:
             return {split: [table] for split, table in classes.read(key).items()}, classes.notes
     found = find_files(path, config.subset, chosen, key)
-    return {split: [_read(file, path, key) for file in files] for split, files in found.files.items()}, found.notes
+    return {
+        split: [_read(file, path, key) for file in files] for split, files in found.files.items()
+    }, found.notes
 
 
 def _read(file: Path, folder: Path, key: str) -> Table:
@@ -61,7 +67,9 @@ def _read(file: Path, folder: Path, key: str) -> Table:
     return table
 
 
-def _splits_inside(path: Path, chosen: Mapping[str, str], key: str) -> tuple[dict[str, list[Table]], list[str]] | None:
+def _splits_inside(
+    path: Path, chosen: Mapping[str, str], key: str
+) -> tuple[dict[str, list[Table]], list[str]] | None:
     """Return the splits that one JSON file holds; None where there are more files, or another."""
     only = only_file(path, key)
     held = None if only is None else read_splits(only[0], chosen, key)
@@ -95,7 +103,11 @@ def from_tables(
     files = [table for split in SPLITS for table in tables.get(split, ())]
     said = [
         *notes,
-        *(note for parts in tables.values() for note in _remarks([n for part in parts for n in part.notes])),
+        *(
+            note
+            for parts in tables.values()
+            for note in _remarks([n for part in parts for n in part.notes])
+        ),
     ]
     said += _remarks(spell_alike(files))
     shape = recognise(
@@ -111,11 +123,17 @@ def from_tables(
     labels = Labels()
     if LABEL in shape.columns:
         tables, more = with_known_labels(tables, shape.columns[LABEL])
-        labels = read_labels(tables, shape.columns[LABEL], mapping(config.label_map, "data.label_map"), key)
+        labels = read_labels(
+            tables, shape.columns[LABEL], mapping(config.label_map, "data.label_map"), key
+        )
         said += [*more, *labels.notes]
     told: dict[str, None] = {}
     given = {
-        split: list(_documents(_labelled(parts, labels, split), shape, labels.kept(split), config, key, told))
+        split: list(
+            _documents(
+                _labelled(parts, labels, split), shape, labels.kept(split), config, key, told
+            )
+        )
         for split, parts in tables.items()
     }
     rules = Rules(config.shared_documents, config.conflicting_labels)
@@ -128,11 +146,18 @@ def _labelled(parts: Sequence[Table], labels: Labels, split: str) -> list[Row]:
     rows = [row for table in parts for row in table.rows]
     if labels.names is None:
         return rows
-    return [row for row, label in zip(rows, labels.by_split[split], strict=True) if label is not None]
+    return [
+        row for row, label in zip(rows, labels.by_split[split], strict=True) if label is not None
+    ]
 
 
 def _documents(
-    rows: Sequence[Row], shape: Shape, labels: Sequence[int] | None, config: DataConfig, key: str, told: dict[str, None]
+    rows: Sequence[Row],
+    shape: Shape,
+    labels: Sequence[int] | None,
+    config: DataConfig,
+    key: str,
+    told: dict[str, None],
 ) -> Iterator[Document]:
     for number, row in enumerate(rows):
         document = document_of(row, shape, key, told)
@@ -146,19 +171,23 @@ def _group(row: Row, column: str) -> str | None:
     value = value_of(fields, column)
     if value is None and column not in fields and "." not in column:
         there = ", ".join(fields)
-        raise UserError("data.group_field", f"{where} has no field {column!r}", f"choose one of {there}")
+        raise UserError(
+            "data.group_field", f"{where} has no field {column!r}", f"choose one of {there}"
+        )
     return None if is_missing(value) else value_name(value) or None
 
 
 def class_counts(dataset: Dataset) -> dict[str, Counter[int]]:
     """Return how many documents each class has, by split and index."""
     return {
-        split: Counter(document.label for document in dataset.splits[split] if document.label is not None)
+        split: Counter(
+            document.label for document in dataset.splits[split] if document.label is not None
+        )
         for split in SPLITS
     }
 
 
-# --- files that stages name -----------------------------------------------------------------------------
+# --- files that stages name ----------------------------------------------------------------------
 
 
 def read_rows(path: Path, key: str) -> list[Row]:
@@ -195,7 +224,9 @@ def read_documents(
     found = [_as_data_has_it(name, known, labels) if name is not None else None for name in names]
     for row, name in zip(table.rows, found, strict=True):
         if name is not None and name not in labels:
-            raise UserError(key, f"{row[0]} has label {name!r}", f"the data has {shortened(labels)}")
+            raise UserError(
+                key, f"{row[0]} has label {name!r}", f"the data has {shortened(labels)}"
+            )
     return [
         replace(document, label=None if name is None else labels.index(name))
         for document, name in zip(documents, found, strict=True)
@@ -203,7 +234,9 @@ def read_documents(
 
 
 def _as_data_has_it(name: str, label_map: Mapping[str, str], labels: Sequence[str]) -> str:
-    """Return the class that the label of another file is: as it stands, else by its value (`True` and `true`)."""
+    """Return the class that the label of another file is: as it stands, else by its value (`True`
+    and `true`).
+    """
     name = label_map.get(name, name)
     alike = [label for label in labels if plainly(label) == plainly(name)]
     return alike[0] if name not in labels and len(alike) == 1 else name

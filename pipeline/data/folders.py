@@ -1,4 +1,5 @@
-"""Which files of a folder make which split: by name, by sub-folder, by a Hub card, or as `datasets` saves them.
+"""Which files of a folder make which split: by name, by sub-folder, by a Hub card, or as `datasets`
+saves them.
 
 Every data file is used or named. Two readings of a folder are refused, both named.
 """
@@ -21,11 +22,15 @@ from pipeline.data.split_names import Found, listing, natural, split_word, word_
 from pipeline.data.trec import TEST as TREC_TEST
 from pipeline.errors import UserError
 
-MOST_FILES = 200_000  # and as many sub-folders: aclImdb has 100,000 files, and a link to / has no end
+# and as many sub-folders: aclImdb has 100,000 files, and a link to / has no end
+MOST_FILES = 200_000
 PAPERS = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|requirements|authors)([._-].*)?", re.IGNORECASE
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|requirements|authors)([._-].*)?",
+    re.IGNORECASE,
 )
-RECORDS = re.compile(r"(dataset_?infos?|dataset_dict|state|croissant|metadata)\.json", re.IGNORECASE)
+RECORDS = re.compile(
+    r"(dataset_?infos?|dataset_dict|state|croissant|metadata)\.json", re.IGNORECASE
+)
 SILENT = frozenset(
     [
         ".md",
@@ -46,8 +51,11 @@ SILENT = frozenset(
         ".log",
     ]
 )
-SHARD = re.compile(r"[-_.]?(?P<at>\d+)[-_]of[-_](?P<count>\d+)(?:[-_][0-9a-f]{8,})?$", re.IGNORECASE)
-PART = re.compile(r"^(?P<stem>.*?part)[-_.]?\d+.*$", re.IGNORECASE)  # part-00000-<id>.c000.snappy, of Spark
+SHARD = re.compile(
+    r"[-_.]?(?P<at>\d+)[-_]of[-_](?P<count>\d+)(?:[-_][0-9a-f]{8,})?$", re.IGNORECASE
+)
+# part-00000-<id>.c000.snappy, of Spark
+PART = re.compile(r"^(?P<stem>.*?part)[-_.]?\d+.*$", re.IGNORECASE)
 NUMBER = re.compile(r"[-_.]?\d+$")
 
 
@@ -65,7 +73,9 @@ def find_files(path: Path, subset: str | None, chosen: Mapping[str, str], key: s
     if not path.is_dir():
         for name, given in (("subset", subset), ("splits", chosen)):
             if given:
-                raise UserError(f"data.{name}", f"has no effect on one file ({path.name})", "leave it out")
+                raise UserError(
+                    f"data.{name}", f"has no effect on one file ({path.name})", "leave it out"
+                )
         refuse_special(path, key)
         return Found({"train": [path]}, _beside(path))
     card = card_files(path, subset, chosen, key)
@@ -77,8 +87,11 @@ def find_files(path: Path, subset: str | None, chosen: Mapping[str, str], key: s
     return _by_name(path, chosen, key) if saved is None else _with_unread(saved, path, key)
 
 
-def find_class_folders(path: Path, subset: str | None, chosen: Mapping[str, str], key: str) -> ClassFolders | None:
-    """Return the files of a folder whose sub-folders are classes; None for a file, and for a folder of another kind.
+def find_class_folders(
+    path: Path, subset: str | None, chosen: Mapping[str, str], key: str
+) -> ClassFolders | None:
+    """Return the files of a folder whose sub-folders are classes; None for a file, and for a folder
+    of another kind.
 
     Raises:
         UserError: If a split could be two of its sub-folders.
@@ -92,14 +105,17 @@ def find_class_folders(path: Path, subset: str | None, chosen: Mapping[str, str]
 
 
 def only_file(path: Path, key: str) -> tuple[Path, list[str]] | None:
-    """Return the one data file that `path` is, or that a folder has, with what else is there; None where it has more.
+    """Return the one data file that `path` is, or that a folder has, with what else is there; None
+    where it has more.
 
     Raises:
         UserError: If a file is a link to nothing, or no regular file.
     """
     if not path.is_dir():
         return path, []
-    first = list(islice((each for each in _walk(path, key) if kind_of(each)[0] and not _is_paper(each)), 2))
+    first = list(
+        islice((each for each in _walk(path, key) if kind_of(each)[0] and not _is_paper(each)), 2)
+    )
     if len(first) != 1 or saved_files(path, {}, key) is not None:
         return None
     data, others, aside = _listed(path, key)
@@ -110,7 +126,10 @@ def _with_unread(found: Found, folder: Path, key: str) -> Found:
     """Name the data files that a folder has beside those that it names itself."""
     used = {file.resolve() for files in found.files.values() for file in files}
     data, _, aside = _listed(folder, key)
-    unread = [*(str(file.relative_to(folder)) for file in data if file.resolve() not in used), *aside]
+    unread = [
+        *(str(file.relative_to(folder)) for file in data if file.resolve() not in used),
+        *aside,
+    ]
     found.notes += [f"not read: {listing(unread)}"] if unread else []
     return found
 
@@ -124,7 +143,11 @@ def _beside(path: Path) -> list[str]:
         for each in sorted(path.parent.iterdir())
         if each != path and kind_of(each)[0] and _word_of(each) not in (None, "train")
     ]
-    return [f"{', '.join(others)} beside {path.name} is not read: give the folder to read all splits"] if others else []
+    return (
+        [f"{', '.join(others)} beside {path.name} is not read: give the folder to read all splits"]
+        if others
+        else []
+    )
 
 
 def _word_of(path: Path) -> str | None:
@@ -140,7 +163,8 @@ class _File:
     path: Path
     relative: str
     split: str | None
-    family: tuple[str, str]  # of the shards of one file: where it lies and what it is called without its number
+    # of the shards of one file: where it lies and what it is called without its number
+    family: tuple[str, str]
     numbered: bool
     is_shard_of: int | None
 
@@ -149,25 +173,42 @@ def _by_name(folder: Path, chosen: Mapping[str, str], key: str) -> Found:
     data, others, aside = _listed(folder, key)
     if not data:
         more = f"; it has {listing([*others, *aside])}" if others or aside else ""
-        raise UserError(key, f"{folder} has no data file{more}", f"give files that end with {SHOWN}")
+        raise UserError(
+            key, f"{folder} has no data file{more}", f"give files that end with {SHOWN}"
+        )
     files = [_described(path, folder, key) for path in data]
     by_split, unread = _chosen(files, chosen) if chosen else _apart(files, folder, key)
-    meant = next((name for name in others if word_or_none(Path(name).name) in set(SPLITS) - set(by_split)), None)
+    meant = next(
+        (name for name in others if word_or_none(Path(name).name) in set(SPLITS) - set(by_split)),
+        None,
+    )
     if meant is not None:
-        raise UserError(key, f"{folder / meant} would not be read: its ending is unknown", f"give one of {SHOWN}")
+        raise UserError(
+            key,
+            f"{folder / meant} would not be read: its ending is unknown",
+            f"give one of {SHOWN}",
+        )
     for split, members in by_split.items():
         _check_family(split, members, key)
-    found = Found({split: [each.path for each in by_split[split]] for split in SPLITS if split in by_split})
-    found.notes += [_said(split, by_split[split]) for split in found.files if _is_worth_saying(split, by_split[split])]
+    found = Found(
+        {split: [each.path for each in by_split[split]] for split in SPLITS if split in by_split}
+    )
+    found.notes += [
+        _said(split, by_split[split])
+        for split in found.files
+        if _is_worth_saying(split, by_split[split])
+    ]
     if unread or others or aside:
         found.notes.append(f"not read: {listing([*unread, *others, *aside])}")
     return found
 
 
 def _listed(folder: Path, key: str) -> tuple[list[Path], list[str], list[str]]:
-    """Return the data files below a folder, and names: of files of unknown kinds, and of data that is set aside.
+    """Return the data files below a folder, and names: of files of unknown kinds, and of data that
+    is set aside.
 
-    What documents a set is left out. Data in a folder whose name begins with `_` is set aside, as Spark does it.
+    What documents a set is left out. Data in a folder whose name begins with `_` is set aside, as
+    Spark does it.
 
     Raises:
         UserError: If one is a link to nothing, or no regular file.
@@ -211,7 +252,9 @@ def _walk(folder: Path, key: str) -> Iterator[Path]:
         files = sorted(name for name in names if not name.startswith("."))
         count += max(1, len(files))
         if count > MOST_FILES:
-            raise UserError(key, f"{folder} has more than {MOST_FILES} files", "give the folder of one data set")
+            raise UserError(
+                key, f"{folder} has more than {MOST_FILES} files", "give the folder of one data set"
+            )
         yield from (Path(at, name) for name in files)
 
 
@@ -269,25 +312,42 @@ def _apart(files: list[_File], folder: Path, key: str) -> tuple[dict[str, list[_
 
 
 def _check_unnamed(files: list[_File], folder: Path, key: str) -> None:
-    """Refuse files of which none names a split, unless they are one file, the shards of one, or texts."""
+    """Refuse files of which none names a split, unless they are one file, the shards of one, or
+    texts.
+    """
     first = files[0]
     if all(kind_of(each.path)[0] == "text" for each in files):
         return
     other = next(
-        (each for each in files if each.family != first.family or kind_of(each.path) != kind_of(first.path)), None
+        (
+            each
+            for each in files
+            if each.family != first.family or kind_of(each.path) != kind_of(first.path)
+        ),
+        None,
     )
     if other is not None:
         problem = f"{folder} has {first.relative} and {other.relative}, and neither names a split"
-        raise UserError(key, problem, f"choose with data.splits={{train: {first.relative}}}, or name one train")
+        raise UserError(
+            key, problem, f"choose with data.splits={{train: {first.relative}}}, or name one train"
+        )
 
 
-def _chosen(files: list[_File], chosen: Mapping[str, str]) -> tuple[dict[str, list[_File]], list[str]]:
-    """Return the files that `data.splits` names, and by their names those of the splits that it does not name."""
-    by_split = {split: [each for each in files if _is_meant(each, name)] for split, name in chosen.items()}
+def _chosen(
+    files: list[_File], chosen: Mapping[str, str]
+) -> tuple[dict[str, list[_File]], list[str]]:
+    """Return the files that `data.splits` names, and by their names those of the splits that it
+    does not name.
+    """
+    by_split = {
+        split: [each for each in files if _is_meant(each, name)] for split, name in chosen.items()
+    }
     for split, found in by_split.items():
         if not found:
             have = ", ".join(each.relative for each in files[:20])
-            raise UserError("data.splits", f"there is no file {chosen[split]!r} for {split}", f"known: {have}")
+            raise UserError(
+                "data.splits", f"there is no file {chosen[split]!r} for {split}", f"known: {have}"
+            )
     taken = {each.relative for found in by_split.values() for each in found}
     rest = [each for each in files if each.relative not in taken]
     for each in rest:
@@ -307,15 +367,21 @@ def _is_meant(each: _File, name: str) -> bool:
 
 
 def _check_family(split: str, members: list[_File], key: str) -> None:
-    """Refuse files of one split that are not the shards of one: two readings, or a shard that is missing."""
+    """Refuse files of one split that are not the shards of one: two readings, or a shard that is
+    missing.
+    """
     members.sort(key=lambda each: natural(each.relative))
     first = members[0]
     by_stem: dict[str, _File] = {}
     for each in members:
-        same = by_stem.setdefault(str(Path(each.relative).parent / stem_of(each.path)).lower(), each)
+        same = by_stem.setdefault(
+            str(Path(each.relative).parent / stem_of(each.path)).lower(), each
+        )
         if same is not each:
             raise _two_readings(split, same, each, key)
-        is_shard = each.family == first.family and (each.numbered == first.numbered or not each.family[1])
+        is_shard = each.family == first.family and (
+            each.numbered == first.numbered or not each.family[1]
+        )
         if each.split is not None and not is_shard:
             raise _two_readings(split, first, each, key)
     counts = {each.is_shard_of for each in members if each.is_shard_of is not None}
@@ -338,4 +404,8 @@ def _is_worth_saying(split: str, members: list[_File]) -> bool:
 
 def _said(split: str, members: list[_File]) -> str:
     names = [each.relative for each in members]
-    return f"{split} is {listing(names)}" if len(names) < 4 else f"{split} is {len(names)} files, {names[0]} first"
+    return (
+        f"{split} is {listing(names)}"
+        if len(names) < 4
+        else f"{split} is {len(names)} files, {names[0]} first"
+    )

@@ -1,7 +1,8 @@
-"""One local file to rows of fields, whatever its format and compression; every fault is named with file and line.
+"""One local file to rows of fields, whatever its format and compression; every fault is named with
+file and line.
 
-JSON, JSON lines, CSV and TSV are read by the standard library, which can name a line; Parquet, Arrow and Feather by
-pyarrow. Nothing is unpickled, imported or run.
+JSON, JSON lines, CSV and TSV are read by the standard library, which can name a line; Parquet,
+Arrow and Feather by pyarrow. Nothing is unpickled, imported or run.
 """
 
 from __future__ import annotations
@@ -51,14 +52,18 @@ NUL_SHARE = 0.01  # of the characters; a text with more is none, or in another e
 
 
 def kind_of(path: Path) -> tuple[str | None, str]:
-    """Return a file's format (a value of `FORMATS`; None where its ending is unknown) and its compression or ""."""
+    """Return a file's format (a value of `FORMATS`; None where its ending is unknown) and its
+    compression or "".
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (FORMATS.get(suffixes[-1]) if suffixes else None), packed
 
 
 def stem_of(path: Path) -> str:
-    """Return a file's name without the endings that say how it is written: `a.b.jsonl.gz` is `a.b`."""
+    """Return a file's name without the endings that say how it is written: `a.b.jsonl.gz` is
+    `a.b`.
+    """
     name = path.name
     if Path(name).suffix.lower() in COMPRESSIONS:
         name = Path(name).stem
@@ -115,8 +120,11 @@ def read_text(path: Path, key: str, notes: list[str], *, latin: bool = False) ->
     return _decoded(path, _unpacked(path, kind_of(path)[1], key), notes, key, latin=latin)
 
 
-def read_splits(path: Path, chosen: Mapping[str, str], key: str) -> tuple[dict[str, Table], list[str]] | None:
-    """Return the tables of a JSON file that holds the rows of several splits, with notes; None for another file.
+def read_splits(
+    path: Path, chosen: Mapping[str, str], key: str
+) -> tuple[dict[str, Table], list[str]] | None:
+    """Return the tables of a JSON file that holds the rows of several splits, with notes; None for
+    another file.
 
     Args:
         chosen: By split, the name that is meant (`data.splits`).
@@ -132,7 +140,10 @@ def read_splits(path: Path, chosen: Mapping[str, str], key: str) -> tuple[dict[s
         return None
     picked, more = pick_splits(found, chosen, key)
     notes.append(f"{path.name} holds {', '.join(picked)}")
-    return {split: Table(rows, name=f"{split} of {path.name}") for split, rows in picked.items()}, [*notes, *more]
+    return {split: Table(rows, name=f"{split} of {path.name}") for split, rows in picked.items()}, [
+        *notes,
+        *more,
+    ]
 
 
 def refuse_special(path: Path, key: str) -> None:
@@ -152,10 +163,16 @@ def refuse_special(path: Path, key: str) -> None:
 
 def _unknown_ending(path: Path, key: str) -> UserError:
     suffix = path.suffix.lower()
-    if suffix in (".tar", ".tgz", ".7z", ".rar") or ".tar" in [each.lower() for each in path.suffixes]:
+    if suffix in (".tar", ".tgz", ".7z", ".rar") or ".tar" in [
+        each.lower() for each in path.suffixes
+    ]:
         return UserError(key, f"{path.name} is an archive", "unpack it and give the folder")
     if suffix in PICKLED:
-        return UserError(key, f"{path.name} may hold a program, and is never opened", f"save it as one of {SHOWN}")
+        return UserError(
+            key,
+            f"{path.name} may hold a program, and is never opened",
+            f"save it as one of {SHOWN}",
+        )
     if suffix in (".xlsx", ".xls", ".ods"):
         return UserError(key, f"{path.name} is a spreadsheet", "save it as CSV")
     known = f"{SHOWN.replace(' ', ', ')} (also with {SHOWN_COMPRESSIONS.replace(' ', ', ')})"
@@ -167,10 +184,20 @@ def _unpacked(path: Path, packed: str, key: str) -> bytes:
         with open_file(path) as file:
             raw = file.read()
     except OSError as error:
-        raise UserError(key, f"{path} cannot be read ({error.strerror})", "check the file") from None
+        raise UserError(
+            key, f"{path} cannot be read ({error.strerror})", "check the file"
+        ) from None
     if raw.startswith(LFS):
-        raise UserError(key, f"{path.name} is a Git LFS pointer, not the data", "run git lfs pull there")
-    unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unzst, ".zip": _unzip}
+        raise UserError(
+            key, f"{path.name} is a Git LFS pointer, not the data", "run git lfs pull there"
+        )
+    unpack = {
+        ".gz": gzip.decompress,
+        ".bz2": bz2.decompress,
+        ".xz": lzma.decompress,
+        ".zst": _unzst,
+        ".zip": _unzip,
+    }
     if not packed:
         return raw
     try:
@@ -198,7 +225,9 @@ def _unzst(raw: bytes) -> bytes:
 
 def _unzip(raw: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+        names = [
+            name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name
+        ]
         if len(names) != 1:
             raise ValueError(f"it holds {len(names)} files; unpack it and give the folder")
         return archive.read(names[0])
@@ -214,12 +243,16 @@ MARKS = (
 
 
 def _decoded(path: Path, raw: bytes, notes: list[str], key: str, *, latin: bool) -> str:
-    """Return the text of a file: UTF-8, or UTF-16 and UTF-32 where a byte order mark or its zero bytes say so.
+    """Return the text of a file: UTF-8, or UTF-16 and UTF-32 where a byte order mark or its zero
+    bytes say so.
 
     Args:
-        latin: Whether the file is of a kind that is older than UTF-8: then it is Latin-1 where it is no UTF-8.
+        latin: Whether the file is of a kind that is older than UTF-8: then it is Latin-1 where it
+            is no UTF-8.
     """
-    mark, encoding = next(((mark, name) for mark, name in MARKS if raw.startswith(mark)), (b"", None))
+    mark, encoding = next(
+        ((mark, name) for mark, name in MARKS if raw.startswith(mark)), (b"", None)
+    )
     encoding = encoding or _encoding_by_zeros(raw) or "utf-8"
     try:
         text = raw[len(mark) :].decode(encoding)
@@ -229,11 +262,15 @@ def _decoded(path: Path, raw: bytes, notes: list[str], key: str, *, latin: bool)
             return _universal_newlines(raw.decode("latin-1"))
         line = raw[len(mark) :][: error.start].count("\n".encode(encoding)) + 1
         name = encoding.upper().removesuffix("-LE").removesuffix("-BE")
-        raise UserError(key, f"{path.name} line {line} is not {name}", "save the file as UTF-8") from None
+        raise UserError(
+            key, f"{path.name} line {line} is not {name}", "save the file as UTF-8"
+        ) from None
     zeros = text.count("\0")
     if zeros > NUL_SHARE * len(text):
         line = text[: text.index("\0")].count("\n") + 1
-        problem = f"{path.name} line {line} has NUL bytes: this is no text, or in an unknown encoding"
+        problem = (
+            f"{path.name} line {line} has NUL bytes: this is no text, or in an unknown encoding"
+        )
         raise UserError(key, problem, "save the file as UTF-8")
     if zeros:
         notes.append(f"{path.name} has {zeros} NUL characters in its text")
@@ -243,7 +280,8 @@ def _decoded(path: Path, raw: bytes, notes: list[str], key: str, *, latin: bool)
 
 
 def _encoding_by_zeros(raw: bytes) -> str | None:
-    """Return which UTF-16 bytes are without a mark, by where their zero bytes stand; a text in UTF-8 has none.
+    """Return which UTF-16 bytes are without a mark, by where their zero bytes stand; a text in
+    UTF-8 has none.
 
     Letters below U+0100 leave the high byte zero, and so do blanks and line ends in every script.
     """

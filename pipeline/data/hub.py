@@ -1,4 +1,6 @@
-"""Hub datasets by `data.hub=org/name[@revision]`; a local folder takes the door of `data.path`. Never remote code."""
+"""Hub datasets by `data.hub=org/name[@revision]`; a local folder takes the door of `data.path`.
+Never remote code.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,13 @@ def _downloaded(config: DataConfig) -> dict[str, Any]:
         with waiting_for(f"the Hugging Face Hub to give {name}"):
             loaded: Any = datasets.load_dataset(name, config.subset, revision=revision or None)
         return {str(split): part for split, part in loaded.items()}
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it wants to run a script
-        text = unreachable or " ".join(str(error.__cause__ or error).split())[:240] or type(error).__name__
+    # RuntimeError: it wants to run a script
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        text = (
+            unreachable
+            or " ".join(str(error.__cause__ or error).split())[:240]
+            or type(error).__name__
+        )
         remedy = "check its name, data.subset and the network"
         raise UserError(KEY, f"{config.hub} cannot be loaded ({text})", remedy) from None
 
@@ -53,7 +60,11 @@ def _downloaded(config: DataConfig) -> dict[str, Any]:
 def _table(split: str, part: Any) -> Table:
     """Return the rows of a split as they are stored: images and sounds are not decoded."""
     rows = part.with_format("arrow")[:].to_pylist()
-    names = {name: tuple(feature.names) for name, feature in part.features.items() if getattr(feature, "names", None)}
+    names = {
+        name: tuple(feature.names)
+        for name, feature in part.features.items()
+        if getattr(feature, "names", None)
+    }
     return Table(
         [(f"{split} row {number}", without_absent(row)) for number, row in enumerate(rows, 1)],
         class_names=names,

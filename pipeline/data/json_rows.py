@@ -1,4 +1,6 @@
-"""Rows of JSON and JSON lines, by the standard library, which can name a line; a repeated key is refused."""
+"""Rows of JSON and JSON lines, by the standard library, which can name a line; a repeated key is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def _json_line(path: Path, number: int, line: str, key: str) -> Row:
 
 
 def _whole_json(text: str, first: str) -> Any:
-    """Return what a file of JSON lines holds where it is one array, or one object over several lines; else None."""
+    """Return what a file of JSON lines holds where it is one array, or one object over several
+    lines; else None.
+    """
     if first.lstrip()[:1] not in ("[", "{"):
         return None
     if first.lstrip().startswith("{") and _is_json(first):
@@ -78,20 +82,29 @@ def read_json(path: Path, text: str, key: str, notes: list[str]) -> list[Row]:
     try:
         value = _loads(text)
     except _Repeated as error:
-        raise UserError(key, f"{path.name} line {_line_of_repeat(text)}: {error}", "keep one of them") from None
+        raise UserError(
+            key, f"{path.name} line {_line_of_repeat(text)}: {error}", "keep one of them"
+        ) from None
     except json.JSONDecodeError as error:
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1 and lines[0].lstrip().startswith("{") and _is_json(lines[0]):
             notes.append(f"{path.name} has a JSON object on each line")
             return read_json_lines(path, text, key, notes)
-        raise UserError(key, f"{path.name} line {error.lineno} is not JSON ({error.msg})", "mend that line") from None
+        raise UserError(
+            key, f"{path.name} line {error.lineno} is not JSON ({error.msg})", "mend that line"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(key, f"{path.name} is not JSON that can be read ({error})", "mend the file") from None
+        raise UserError(
+            key, f"{path.name} is not JSON that can be read ({error})", "mend the file"
+        ) from None
     return _rows_in(path, value, key)
 
 
-def split_rows(path: Path, text: str, chosen: Iterable[str], key: str) -> dict[str, list[Row]] | None:
-    """Return the rows by name of an object that holds several splits, `{"train": [...], "test": [...]}`; else None.
+def split_rows(
+    path: Path, text: str, chosen: Iterable[str], key: str
+) -> dict[str, list[Row]] | None:
+    """Return the rows by name of an object that holds several splits, `{"train": [...], "test":
+    [...]}`; else None.
 
     Args:
         chosen: Names of splits beside those that name themselves.
@@ -103,10 +116,16 @@ def split_rows(path: Path, text: str, chosen: Iterable[str], key: str) -> dict[s
         value = _loads(text)
     except (ValueError, RecursionError):
         return None
-    held = {name: part for name, part in value.items() if _holds_rows(part)} if isinstance(value, dict) else {}
+    held = (
+        {name: part for name, part in value.items() if _holds_rows(part)}
+        if isinstance(value, dict)
+        else {}
+    )
     if len([name for name in held if word_or_none(name) or name in chosen]) < 2:
         return None
-    return {name: _rows_in(path, part, key, f" {name}") if part else [] for name, part in held.items()}
+    return {
+        name: _rows_in(path, part, key, f" {name}") if part else [] for name, part in held.items()
+    }
 
 
 def _holds_rows(part: Any) -> bool:
@@ -117,7 +136,9 @@ def _holds_rows(part: Any) -> bool:
 
 
 def _rows_in(path: Path, value: Any, key: str, part: str = "") -> list[Row]:
-    """Return the rows of one JSON document, or of a part: an array, an object with one array of rows, or columns."""
+    """Return the rows of one JSON document, or of a part: an array, an object with one array of
+    rows, or columns.
+    """
     remedy = 'write an array of objects, or {"data": [...]}'
     if isinstance(value, dict):
         value = _rows_of_object(path, value, key, remedy)
@@ -125,13 +146,18 @@ def _rows_in(path: Path, value: Any, key: str, part: str = "") -> list[Row]:
         raise UserError(key, f"{path.name} is not an array of rows", remedy)
     for number, fields in enumerate(value, 1):
         if not isinstance(fields, dict):
-            raise UserError(key, f"{path.name}{part} row {number} is not an object", 'write {"text": ...} for each')
+            raise UserError(
+                key,
+                f"{path.name}{part} row {number} is not an object",
+                'write {"text": ...} for each',
+            )
     return [(f"{path.name}{part} row {number}", fields) for number, fields in enumerate(value, 1)]
 
 
 def _rows_of_object(path: Path, value: dict[str, Any], key: str, remedy: str) -> Any:
     holders = [name for name, part in value.items() if _is_list_of(part, dict)]
-    fields = {name for name in holders if _is_chat(value[name])}  # one row, whose messages these are
+    # one row, whose messages these are
+    fields = {name for name in holders if _is_chat(value[name])}
     if len(holders) == 1 and not fields:
         return value[holders[0]]
     if "data" in holders:
@@ -157,7 +183,9 @@ def _is_chat(value: list[Any]) -> bool:
 
 
 def _line_of_repeat(text: str) -> int:
-    """Return the line at which an object has a key for the second time, in text that is JSON otherwise."""
+    """Return the line at which an object has a key for the second time, in text that is JSON
+    otherwise.
+    """
     seen: list[set[str]] = []
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}]', text):
         if token.group() == "{":

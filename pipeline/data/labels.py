@@ -1,7 +1,7 @@
 """Labels as the data has them to classes: any set of distinct values is a set of classes.
 
-A class is its name. Text is trimmed and kept as it is ("0" and "00" are two classes); a whole number, true and false
-are written as JSON does, so that 1, 1.0 and "1" are one class.
+A class is its name. Text is trimmed and kept as it is ("0" and "00" are two classes); a whole
+number, true and false are written as JSON does, so that 1, 1.0 and "1" are one class.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ def class_name(where: str, value: Any, key: str) -> str:
     if isinstance(value, str) and value.strip():
         return unicodedata.normalize("NFC", value.strip())
     if isinstance(value, list | dict):
-        raise UserError(key, f"{where} has {len(value)} labels", "one class for each document is read")
+        raise UserError(
+            key, f"{where} has {len(value)} labels", "one class for each document is read"
+        )
     shown = "no label" if value is None else f"label {value!r}"
     raise UserError(key, f"{where} has {shown}", "give whole numbers or names, or drop that row")
 
 
 def plainly(name: str) -> str:
-    """Return what a text is as a value: `True` is `true`, `1.0` is `1`; the text itself where it is no value.
+    """Return what a text is as a value: `True` is `true`, `1.0` is `1`; the text itself where it is
+    no value.
 
-    Files without types (CSV, TSV) hold the words of the program that wrote them, and pandas writes a column of whole
-    numbers with a gap in it as `1.0`.
+    Files without types (CSV, TSV) hold the words of the program that wrote them, and pandas writes
+    a column of whole numbers with a gap in it as `1.0`.
     """
     if name.lower() in ("true", "false"):
         return name.lower()
@@ -58,17 +61,27 @@ def plainly(name: str) -> str:
 
 
 def value_name(value: Any) -> str:
-    """Return the name of any value, the same for all spellings of it: 1, 1.0, "1" and " 1.0" are one."""
+    """Return the name of any value, the same for all spellings of it: 1, 1.0, "1" and " 1.0" are
+    one.
+    """
     if isinstance(value, bool | int | float | Decimal | str):
         if isinstance(value, float) and not math.isfinite(value):
             return str(value)
         return plainly(class_name("", value, "")) if str(value).strip() else ""
-    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, list | dict) else str(value)
+    return (
+        json.dumps(value, sort_keys=True, default=str)
+        if isinstance(value, list | dict)
+        else str(value)
+    )
 
 
 def is_hidden(value: Any) -> bool:
     """Whether a cell says that there is a label, and not which."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() in ("", "-1", "-1.0")
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or str(value).strip() in ("", "-1", "-1.0")
+    )
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -93,7 +106,10 @@ def check_classes(names: Sequence[str], num_documents: int, key: str) -> None:
         return
     choose = "choose another column with data.columns={label: NAME}"
     if any(re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", name) for name in names):
-        problem = f"labels take {len(names)} values such as {names[len(names) // 2]}: a quantity, and no classes"
+        problem = (
+            f"labels take {len(names)} values such as {names[len(names) // 2]}: a quantity, and no"
+            " classes"
+        )
         raise UserError(key, problem, choose)
     if len(names) > num_documents / 2:
         problem = f"{num_documents} documents of train have {len(names)} different labels"
@@ -108,7 +124,9 @@ def renamed(names: Sequence[str], label_map: Mapping[str, str]) -> dict[str, str
     """
     unknown = next((name for name in label_map if name not in names), None)
     if unknown is not None:
-        raise UserError("data.label_map", f"there is no label {unknown!r}", f"known: {shortened(names)}")
+        raise UserError(
+            "data.label_map", f"there is no label {unknown!r}", f"known: {shortened(names)}"
+        )
     return {name: label_map.get(name, name) for name in names}
 
 
@@ -119,16 +137,25 @@ def shortened(names: Sequence[str], most: int = SHOWN) -> str:
 
 
 def class_notes(labels: Sequence[str], counts: Mapping[str, Counter[int]]) -> list[str]:
-    """Return what to know of classes: their order, how many documents each has, and which train lacks.
+    """Return what to know of classes: their order, how many documents each has, and which train
+    lacks.
 
     Args:
         counts: Documents by split and class index.
     """
-    shown = [f"{at}: {name} ({'/'.join(str(counts[split][at]) for split in counts)})" for at, name in enumerate(labels)]
+    shown = [
+        f"{at}: {name} ({'/'.join(str(counts[split][at]) for split in counts)})"
+        for at, name in enumerate(labels)
+    ]
     notes = [f"classes by index, with documents of {'/'.join(counts)}: {shortened(shown)}"]
     absent = [name for at, name in enumerate(labels) if not counts["train"][at]]
     if absent:
         tested = sum(counts["test"][at] for at, name in enumerate(labels) if name in absent)
-        is_are = f"class {absent[0]} has" if len(absent) == 1 else f"classes {shortened(absent)} have"
-        notes.append(f"{is_are} no document in train; {tested} of test are of it and are scored like the others")
+        is_are = (
+            f"class {absent[0]} has" if len(absent) == 1 else f"classes {shortened(absent)} have"
+        )
+        notes.append(
+            f"{is_are} no document in train; {tested} of test are of it and are scored like the"
+            " others"
+        )
     return notes

@@ -40,7 +40,9 @@ def _load(config: DataConfig, task: Task) -> Dataset:
 
     embedded = {"stdlib": load_stdlib, "stdlib_labels": load_stdlib_labels}
     if config.name not in embedded:
-        raise UserError("data.name", f"there is no {config.name!r}", f"known: {', '.join(embedded)}")
+        raise UserError(
+            "data.name", f"there is no {config.name!r}", f"known: {', '.join(embedded)}"
+        )
     return embedded[config.name]()
 
 
@@ -57,7 +59,10 @@ def _shuffled_labels(dataset: Dataset) -> Dataset:
     train = dataset.splits["train"]
     labels = [document.label for document in train]
     random.Random(0).shuffle(labels)
-    shuffled = tuple(dataclasses.replace(document, label=label) for document, label in zip(train, labels, strict=True))
+    shuffled = tuple(
+        dataclasses.replace(document, label=label)
+        for document, label in zip(train, labels, strict=True)
+    )
     return _with(dataset, {**dataset.splits, "train": shuffled}, "train labels are shuffled")
 
 

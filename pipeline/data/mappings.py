@@ -10,7 +10,8 @@ from pipeline.errors import UserError
 
 
 def mapping(value: Any, key: str) -> dict[str, str]:
-    """Return a setting of names by names: an object of a recipe file, or as a command line writes it, `{a: b}`.
+    """Return a setting of names by names: an object of a recipe file, or as a command line writes
+    it, `{a: b}`.
 
     Raises:
         UserError: If it is neither.
@@ -19,10 +20,15 @@ def mapping(value: Any, key: str) -> dict[str, str]:
         import yaml
 
         try:
-            value = yaml.load(value, yaml.BaseLoader)  # every scalar stays the text it is written as
+            # every scalar stays the text it is written as
+            value = yaml.load(value, yaml.BaseLoader)
         except yaml.YAMLError:
             value = None
-    if value is None or not isinstance(value, dict) or any(isinstance(part, dict | list) for part in value.values()):
+    if (
+        value is None
+        or not isinstance(value, dict)
+        or any(isinstance(part, dict | list) for part in value.values())
+    ):
         raise UserError(key, "is no list of names with their names", "write it {a: b, c: d}")
     return {_as_written(name): _as_written(part) for name, part in value.items()}
 
@@ -40,5 +46,7 @@ def split_names(config: DataConfig) -> dict[str, str]:
     names = mapping(config.splits, "data.splits")
     unknown = next((name for name in names if name not in SPLITS), None)
     if unknown is not None:
-        raise UserError("data.splits", f"there is no split {unknown!r}", f"known: {', '.join(SPLITS)}")
+        raise UserError(
+            "data.splits", f"there is no split {unknown!r}", f"known: {', '.join(SPLITS)}"
+        )
     return names

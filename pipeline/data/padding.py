@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 SEGMENTS = "token_type_ids"
 ONE_LENGTH = "reads_one_length"  # where a model keeps what was found of it
-SAME_WITHIN = 1e-4  # of the largest logit: sums of fp32 are rounded otherwise in a batch, by 1e-6 to 1e-5
+# of the largest logit: sums of fp32 are rounded otherwise in a batch, by 1e-6 to 1e-5
+SAME_WITHIN = 1e-4
 SAME_WITHIN_ROUNDED = 1e-2  # where weights or products have 16 bits or fewer
-PROBES = (3, 4, 9, 33, 150)  # tokens of the texts that padding is tried with: some models read in chunks of 64
+# tokens of the texts that padding is tried with: some models read in chunks of 64
+PROBES = (3, 4, 9, 33, 150)
 
 
 class Tokens(Protocol):
@@ -48,9 +50,11 @@ class Padding:
         is_left: Whether it goes before the text (XLNet, decoders) and not after.
         segment: Its token type; None: the model reads no token types.
         has_mask: Whether the model can be told what is padding.
-        one_length: Whether the rows of a batch must be of one length: the model cannot be told what is padding (FNet),
-            or answers otherwise beside it all the same (Reformer hashes it, Nystromformer averages over it).
-        counts_positions: Whether positions are to be given: padding on the left would shift those that a model counts.
+        one_length: Whether the rows of a batch must be of one length: the model cannot be told what
+            is padding (FNet), or answers otherwise beside it all the same (Reformer hashes it,
+            Nystromformer averages over it).
+        counts_positions: Whether positions are to be given: padding on the left would shift those
+            that a model counts.
     """
 
     token: int
@@ -62,9 +66,11 @@ class Padding:
 
     @staticmethod
     def of(tokenizer: Any, model: Any, task: Task) -> Padding:
-        """Return how a model's tokenizer pads what this model reads; a language model's scores see no padding.
+        """Return how a model's tokenizer pads what this model reads; a language model's scores see
+        no padding.
 
-        A classifier that answers by its first token (BERT) answers by padding where that is on the left, whatever its
+        A classifier that answers by its first token (BERT) answers by padding where that is on the
+        left, whatever its
         tokenizer says: such a one is padded on the right, which changes no text's answer.
         """
         if task is Task.causal_lm:
@@ -74,7 +80,9 @@ class Padding:
         found = Padding(
             token=token_of(model, tokenizer.pad_token_id),
             is_left=left,
-            segment=tokenizer.pad_token_type_id if SEGMENTS in names and SEGMENTS in reads else None,
+            segment=(
+                tokenizer.pad_token_type_id if SEGMENTS in names and SEGMENTS in reads else None
+            ),
             has_mask="attention_mask" in reads,
             counts_positions=left and "position_ids" in reads and not _finds_positions(model),
         )
@@ -90,7 +98,10 @@ class Padding:
         """What a reader must know; None where there is nothing."""
         if not self.one_length:
             return None
-        return "what the model says of a text changes with padding beside it: texts of one length are read at a time"
+        return (
+            "what the model says of a text changes with padding beside it: texts of one length are"
+            " read at a time"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +115,8 @@ class _Probe:
 def _changes_nothing(padding: Padding, model: Any) -> bool:
     """Whether texts get the same logits, (C,), padded beside longer ones as alone.
 
-    A model that does not run on such texts has nothing to be compared, and is taken to be one that does not.
+    A model that does not run on such texts has nothing to be compared, and is taken to be one that
+    does not.
     """
     import torch
 
@@ -117,7 +129,15 @@ def _changes_nothing(padding: Padding, model: Any) -> bool:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             alone = torch.cat([_said(model, [row], padding) for row in rows])
             beside = _said(model, rows, padding)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError):
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ):
         return False
     finally:
         model.train(was_training)
@@ -125,13 +145,18 @@ def _changes_nothing(padding: Padding, model: Any) -> bool:
 
 
 def _probes(model: Any) -> list[_Probe]:
-    """Return texts of several lengths, each with the end token where an encoder-decoder wants it."""
+    """Return texts of several lengths, each with the end token where an encoder-decoder wants
+    it.
+    """
     from pipeline.config.settings import Task
     from pipeline.models.load import ends_once, positions
     from pipeline.models.weights import vocabulary_of
 
     size, limit = vocabulary_of(model) or 256, positions(model.config) or max(PROBES)
-    end, fill = ends_once(model.config, Task.sequence_classification), model.config.get_text_config().pad_token_id
+    end, fill = (
+        ends_once(model.config, Task.sequence_classification),
+        model.config.get_text_config().pad_token_id,
+    )
     rows: list[_Probe] = []
     for length in sorted({min(length, limit) for length in PROBES}):
         ids = (np.arange(length, dtype=np.int32) * 5 + 7 * length) % size
@@ -151,14 +176,22 @@ def _rounding(model: Any) -> float:
     """Return by how much of the largest logit a batch may round otherwise than a text alone."""
     import torch
 
-    exact = model.dtype in (torch.float32, torch.float64) and getattr(model.config, "quantization_config", None) is None
-    if model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none"):
+    exact = (
+        model.dtype in (torch.float32, torch.float64)
+        and getattr(model.config, "quantization_config", None) is None
+    )
+    if model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in (
+        "ieee",
+        "none",
+    ):
         exact = False
     return SAME_WITHIN if exact else SAME_WITHIN_ROUNDED
 
 
 def wants_one_length(model: Any) -> bool:
-    """Whether a classifier is to read texts of one length at a time; tried once, as padded on the right."""
+    """Whether a classifier is to read texts of one length at a time; tried once, as padded on the
+    right.
+    """
     if ONE_LENGTH not in vars(model):
         token = model.config.get_text_config().pad_token_id or 0
         padding = Padding(token, segment=0 if SEGMENTS in accepted(type(model)) else None)
@@ -168,7 +201,9 @@ def wants_one_length(model: Any) -> bool:
 
 
 def logits_of(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return a classifier's logits of a padded batch, (B, C): of each length by itself where the model wants that."""
+    """Return a classifier's logits of a padded batch, (B, C): of each length by itself where the
+    model wants that.
+    """
     import torch
 
     lengths = batch["attention_mask"].sum(-1)
@@ -185,7 +220,8 @@ def logits_of(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def token_of(model: Any, pad_id: int) -> int:
-    """Return the token to pad with: the model's own, because some classifiers find the last token by it.
+    """Return the token to pad with: the model's own, because some classifiers find the last token
+    by it.
 
     A model that names none gets `pad_id` as its own; without one, it refuses batches.
     """
@@ -202,13 +238,17 @@ def accepted(kind: type) -> frozenset[str]:
 
 
 def read_by(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return those tensors of a batch that a model reads: a student's tokenizer may give what its teacher has not."""
+    """Return those tensors of a batch that a model reads: a student's tokenizer may give what its
+    teacher has not.
+    """
     reads = accepted(type(model))
     return {name: tensor for name, tensor in batch.items() if name in reads}
 
 
 def _finds_positions(model: Any) -> bool:
-    """Whether a model counts positions from its padding token on, as RoBERTa does: then padding shifts none."""
+    """Whether a model counts positions from its padding token on, as RoBERTa does: then padding
+    shifts none.
+    """
     import torch
 
     return any(
@@ -220,7 +260,8 @@ def _finds_positions(model: Any) -> bool:
 
 
 def pad(rows: Sequence[Tokens], padding: Padding) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, and `token_type_ids` and `position_ids` where the model has them.
+    """Return `input_ids` and `attention_mask`, and `token_type_ids` and `position_ids` where the
+    model has them.
 
     Each is (B, T) int64. What a model does not read of them, `read_by` leaves out.
     """
@@ -229,7 +270,9 @@ def pad(rows: Sequence[Tokens], padding: Padding) -> dict[str, torch.Tensor]:
     lengths = np.array([len(row.input_ids) for row in rows])
     longest = int(lengths.max())
     places = np.arange(longest)
-    mask = (places >= longest - lengths[:, None]) if padding.is_left else (places < lengths[:, None])
+    mask = (
+        (places >= longest - lengths[:, None]) if padding.is_left else (places < lengths[:, None])
+    )
 
     def filled(parts: list[np.ndarray], rest: int) -> np.ndarray:
         array = np.full(mask.shape, rest, dtype=np.int64)
@@ -248,4 +291,8 @@ def pad(rows: Sequence[Tokens], padding: Padding) -> dict[str, torch.Tensor]:
 
 
 def _segments(row: Tokens) -> np.ndarray:
-    return np.zeros(len(row.input_ids), dtype=np.int32) if row.token_type_ids is None else row.token_type_ids
+    return (
+        np.zeros(len(row.input_ids), dtype=np.int32)
+        if row.token_type_ids is None
+        else row.token_type_ids
+    )

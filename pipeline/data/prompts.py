@@ -1,6 +1,7 @@
 """What a student is asked to go on from, as a pure function of (seed, step).
 
-Of a chat, or of a prompt and its completion: all that precedes the last stretch to be predicted, cut from the front.
+Of a chat, or of a prompt and its completion: all that precedes the last stretch to be predicted,
+cut from the front.
 Of plain text, which asks nothing: a stretch from a place in the document that the step draws.
 
 Shape legend: B rows, P tokens of the longest prompt.
@@ -33,11 +34,17 @@ class Prompts:
         UserError: If none is left.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], *, longest: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, encoded: Sequence[Encoded], *, longest: int, batch_size: int, seed: int
+    ) -> None:
         self._longest, self._seed = longest, seed
         self._asked = [found for item in encoded if (found := _asked_of(item)) is not None]
         if not self._asked:
-            raise UserError("data", "no document is long enough to be continued", "give documents of several tokens")
+            raise UserError(
+                "data",
+                "no document is long enough to be continued",
+                "give documents of several tokens",
+            )
         self._rows = shuffled_rows(len(self._asked), batch_size, seed)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
@@ -82,7 +89,9 @@ class PartlySampled:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A document's tokens up to what its student is to write; `is_prompt`: they end where an answer begins."""
+    """A document's tokens up to what its student is to write; `is_prompt`: they end where an answer
+    begins.
+    """
 
     input_ids: np.ndarray
     is_prompt: bool

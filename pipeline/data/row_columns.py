@@ -51,7 +51,9 @@ LOOKED_AT = 200  # rows that tell what a column holds
 
 
 def plain_name(column: str) -> str:
-    """Return a column's name as the lists of names have it: `Sentence 1` and `sentence_1` are `sentence1`."""
+    """Return a column's name as the lists of names have it: `Sentence 1` and `sentence_1` are
+    `sentence1`.
+    """
     return re.sub(r"[^a-z0-9]", "", column.lower())
 
 
@@ -71,13 +73,16 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Columns:
-        kinds = dict.fromkeys(tuple(fields) for _, fields in rows)  # all rows have few kinds of columns
+        # all rows have few kinds of columns
+        kinds = dict.fromkeys(tuple(fields) for _, fields in rows)
         names = list(dict.fromkeys(name for names in kinds for name in names))
         # A text file has one column.
         return cls(rows[:LOOKED_AT], names[:1] if names == ["text", FILE] else names, rows)
 
     def without(self, taken: Iterable[str]) -> Columns:
-        """Return the columns that have no part yet; of a taken path (`meta.body`), its column is taken too."""
+        """Return the columns that have no part yet; of a taken path (`meta.body`), its column is
+        taken too.
+        """
         roots = {root_of(path, self.names) for path in taken}
         return replace(self, names=[name for name in self.names if name not in roots])
 
@@ -87,7 +92,9 @@ class Columns:
 
     def _holds_objects(self, name: str) -> bool:
         held = self.values(name)
-        return bool(held) and all(isinstance(value, dict) and first_text(value) is None for value in held)
+        return bool(held) and all(
+            isinstance(value, dict) and first_text(value) is None for value in held
+        )
 
     def find(self, *plain: str) -> str | None:
         """Return the first column that goes by one of some plain names."""
@@ -99,13 +106,18 @@ class Columns:
         return [value for value in found if not is_missing(value)]
 
     def paths(self) -> list[str]:
-        """Return every column, or where it has objects the paths to what is in them (`meta.body`)."""
+        """Return every column, or where it has objects the paths to what is in them
+        (`meta.body`).
+        """
         return [path for name in self.names for path in self.within(name) if name != FILE]
 
     def within(self, path: str) -> Iterator[str]:
         """Yield the paths to what a column or a path holds: itself, or what is in its objects."""
-        inside = dict.fromkeys(key for value in self.values(path) if isinstance(value, dict) for key in value)
-        keys = [key for key in inside if isinstance(key, str) and key and "." not in key]  # else no path leads there
+        inside = dict.fromkeys(
+            key for value in self.values(path) if isinstance(value, dict) for key in value
+        )
+        # else no path leads there
+        keys = [key for key in inside if isinstance(key, str) and key and "." not in key]
         if not keys:
             yield path
         for key in keys:
@@ -127,17 +139,26 @@ class Columns:
         )
 
     def hides_text(self, name: str) -> bool:
-        """Whether a column holds conversations, or texts inside its objects, and is not about a text."""
+        """Whether a column holds conversations, or texts inside its objects, and is not about a
+        text.
+        """
         held = [] if is_about(name) else self.values(name)
         if any(map(is_conversation, held)):
             return True
         inside = [path for path in self.within(name) if path != name and not is_about(path)]
-        return any(" " in value.strip() for path in inside for value in self.values(path) if _is_words(value))
+        return any(
+            " " in value.strip()
+            for path in inside
+            for value in self.values(path)
+            if _is_words(value)
+        )
 
     def wordiest(self, paths: Iterable[str]) -> list[str]:
         """Return those of some paths that hold several words, or where none does, all."""
         held = list(paths)
-        several = [path for path in held if any(" " in str(value).strip() for value in self.values(path))]
+        several = [
+            path for path in held if any(" " in str(value).strip() for value in self.values(path))
+        ]
         return several or held
 
     def are_texts(self, path: str) -> bool:
@@ -178,13 +199,18 @@ def _is_words(value: Any) -> bool:
 
 
 def mapped_as(parts: Mapping[str, str]) -> str:
-    """Return `data.columns` as a command line would set it, names quoted where Hydra and YAML need it."""
-    return f"data.columns={{{', '.join(f'{role}: {_quoted(name)}' for role, name in parts.items())}}}"
+    """Return `data.columns` as a command line would set it, names quoted where Hydra and YAML need
+    it.
+    """
+    return (
+        f"data.columns={{{', '.join(f'{role}: {_quoted(name)}' for role, name in parts.items())}}}"
+    )
 
 
 def _quoted(name: str) -> str:
     is_plain = re.fullmatch(r"[A-Za-z_]([\w ./-]*[\w./-])?", name, re.ASCII) is not None
-    is_value = name.lower() in ("null", "true", "false", "inf", "nan")  # Hydra reads these as no text
+    # Hydra reads these as no text
+    is_value = name.lower() in ("null", "true", "false", "inf", "nan")
     if is_plain and not is_value:
         return name
     escaped = name.replace('"', '\\"')  # Hydra takes every other character as it is

@@ -1,7 +1,8 @@
 """What the rows of a data set are: recognised by their columns, and said in one line.
 
-`data.format` forces a shape and `data.columns` says which column has which part; without them the names below decide.
-Rows that could be two things are refused, both named, or go by the documented order (docs/data.md).
+`data.format` forces a shape and `data.columns` says which column has which part; without them the
+names below decide. Rows that could be two things are refused, both named, or go by the documented
+order (docs/data.md).
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Shape:
 
     Attributes:
         columns: By role (`ROLES`), the column; those that rows may lack too.
-        unread: Columns that nothing reads, and paths to what is not read of a column that is read in part.
+        unread: Columns that nothing reads, and paths to what is not read of a column that is read
+            in part.
     """
 
     format: DataFormat
@@ -120,10 +122,16 @@ class Shape:
         named = [f"{role}: {name}" for role, name in self.columns.items() if role != name]
         kind = self.format.value.replace("_", " ")
         kind = f"{kind} with label" if "label" in self.columns else kind
-        also = [role for role in ("system", "context", "tools", "input") if self.columns.get(role) == role]
+        also = [
+            role
+            for role in ("system", "context", "tools", "input")
+            if self.columns.get(role) == role
+        ]
         parts = [", ".join(named), f"with {', '.join(also)}" if also else ""]
         inside = f" ({'; '.join(part for part in parts if part)})" if any(parts) else ""
-        return f"rows are {kind}{inside}" + (f"; not read: {', '.join(self.unread)}" if self.unread else "")
+        return f"rows are {kind}{inside}" + (
+            f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        )
 
 
 def recognise(
@@ -187,9 +195,17 @@ def _forced(
 def _check_mapped(mapped: Mapping[str, str], columns: Columns) -> None:
     for role, name in mapped.items():
         if role not in ROLES:
-            raise UserError("data.columns", f"there is no part {role!r}", f"known: {', '.join(ROLES)}")
-        if name not in columns.names and not any(value_of(fields, name) is not None for _, fields in columns.rows):
-            raise UserError("data.columns", f"there is no column {name!r}", f"there are {', '.join(columns.names)}")
+            raise UserError(
+                "data.columns", f"there is no part {role!r}", f"known: {', '.join(ROLES)}"
+            )
+        if name not in columns.names and not any(
+            value_of(fields, name) is not None for _, fields in columns.rows
+        ):
+            raise UserError(
+                "data.columns",
+                f"there is no column {name!r}",
+                f"there are {', '.join(columns.names)}",
+            )
 
 
 IMPLIED = (
@@ -210,8 +226,12 @@ def _implied(mapped: Mapping[str, str], wanted: DataFormat, columns: Columns) ->
         meant.remove(DataFormat.text)
     if len(meant) > 1:
         both = " and ".join(shape.value for shape in meant[:2])
-        whole = next((shape for shape in meant if _parts(shape, columns, mapped, mapped.get("label"))), None)
-        remedy = "name the parts of one" + (f", or give data.format={whole.value}" if whole is not None else "")
+        whole = next(
+            (shape for shape in meant if _parts(shape, columns, mapped, mapped.get("label"))), None
+        )
+        remedy = "name the parts of one" + (
+            f", or give data.format={whole.value}" if whole is not None else ""
+        )
         raise UserError("data.columns", f"speaks of {both}", remedy)
     return meant[0] if meant else DataFormat.auto
 
@@ -237,25 +257,37 @@ def _label_column(columns: Columns, mapped: Mapping[str, str], key: str) -> str 
     return (coarse or found or [None])[0]
 
 
-def _no_label(columns: Columns, where: str, parts: Mapping[str, str], mapped: Mapping[str, str], key: str) -> UserError:
+def _no_label(
+    columns: Columns, where: str, parts: Mapping[str, str], mapped: Mapping[str, str], key: str
+) -> UserError:
     others = label_paths(columns, parts.values())
     written = mapped_as({**mapped, "label": "NAME"})
-    remedy = f"choose one of {', '.join(others)} with {written}" if others else "give a label to each"
+    remedy = (
+        f"choose one of {', '.join(others)} with {written}" if others else "give a label to each"
+    )
     return UserError(key, f"{where} has no field 'label'", remedy)
 
 
 def _choose(
     columns: Columns, mapped: Mapping[str, str], label: str | None, task: Task, where: str, key: str
 ) -> tuple[DataFormat, dict[str, str]]:
-    """Return the shape that fits; conversations and Alpaca come before others, whose texts they render themselves."""
+    """Return the shape that fits; conversations and Alpaca come before others, whose texts they
+    render themselves.
+    """
     order = CLASSIFIED if task is Task.sequence_classification else tuple(NEEDED)
-    fits = {shape: parts for shape in order if (parts := _parts(shape, columns, mapped, label)) is not None}
+    fits = {
+        shape: parts
+        for shape in order
+        if (parts := _parts(shape, columns, mapped, label)) is not None
+    }
     first = next(iter(fits), None)
     if first is None:
         raise _no_shape(columns, mapped, label, task, where, key)
     rivals = [shape for shape in fits if shape is not first and shape is not DataFormat.sharegpt]
     own_text = "text" in {plain_name(name) for name in fits[first].values()}
-    rival = next((shape for shape in rivals if plain_name(fits[shape].get("text", "")) == "text"), None)
+    rival = next(
+        (shape for shape in rivals if plain_name(fits[shape].get("text", "")) == "text"), None
+    )
     if (
         rival is not None
         and not own_text
@@ -263,12 +295,17 @@ def _choose(
     ):
         shown = [f"{shape.value} ({', '.join(fits[shape].values())})" for shape in (first, rival)]
         read = [shape for shape in (first, rival) if are_read(columns, shape, fits[shape])]
-        remedy = f"choose with {' or '.join(f'data.format={shape.value}' for shape in read or (first, rival))}"
+        remedy = (
+            "choose with"
+            f" {' or '.join(f'data.format={shape.value}' for shape in read or (first, rival))}"
+        )
         raise UserError(key, f"rows could be {shown[0]} or {shown[1]}", remedy)
     return first, fits[first]
 
 
-def _parts(shape: DataFormat, columns: Columns, mapped: Mapping[str, str], label: str | None) -> dict[str, str] | None:
+def _parts(
+    shape: DataFormat, columns: Columns, mapped: Mapping[str, str], label: str | None
+) -> dict[str, str] | None:
     """Return the columns of a shape by role; None where rows do not fit it."""
     found: dict[str, str | None]
     free = columns.without(mapped.values()).readable()  # a column has one part
@@ -293,7 +330,9 @@ def _parts(shape: DataFormat, columns: Columns, mapped: Mapping[str, str], label
 
 
 def _completion_parts(columns: Columns, mapped: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the parts of a prompt with its completion; as messages they have tools, as texts a context."""
+    """Return the parts of a prompt with its completion; as messages they have tools, as texts a
+    context.
+    """
     pair = _pair(columns, PROMPTS, ("prompt", "completion"), mapped)
     cells = [value for name in pair.values() if name is not None for value in columns.values(name)]
     is_chat = any(map(is_conversation, cells))
@@ -301,13 +340,19 @@ def _completion_parts(columns: Columns, mapped: Mapping[str, str]) -> dict[str, 
     return {**pair, **rest, "system": columns.find(*SYSTEMS)}
 
 
-def _chat_parts(shape: DataFormat, columns: Columns, mapped: Mapping[str, str]) -> dict[str, str | None]:
+def _chat_parts(
+    shape: DataFormat, columns: Columns, mapped: Mapping[str, str]
+) -> dict[str, str | None]:
     name = mapped.get("messages")
     if name is None:
         found = columns.conversations()
         if len(found) > 1:
             problem = f"the messages could be {found[0]} or {found[1]}"
-            raise UserError("data.columns", problem, f"choose with {mapped_as({**mapped, 'messages': found[0]})}")
+            raise UserError(
+                "data.columns",
+                problem,
+                f"choose with {mapped_as({**mapped, 'messages': found[0]})}",
+            )
         name = found[0] if found else columns.find("messages")
     cells = [] if name is None else [value_of(fields, name) for _, fields in columns.rows]
     if name is not None and (shape is DataFormat.sharegpt) != any(map(is_sharegpt, cells)):
@@ -316,9 +361,14 @@ def _chat_parts(shape: DataFormat, columns: Columns, mapped: Mapping[str, str]) 
 
 
 def _pair(
-    columns: Columns, known: Sequence[tuple[str, str]], roles: tuple[str, str], mapped: Mapping[str, str]
+    columns: Columns,
+    known: Sequence[tuple[str, str]],
+    roles: tuple[str, str],
+    mapped: Mapping[str, str],
 ) -> dict[str, str | None]:
-    """Return the two columns of a pair, the first known one; a mapped column is the other's partner."""
+    """Return the two columns of a pair, the first known one; a mapped column is the other's
+    partner.
+    """
     given = [mapped.get(role) for role in roles]
     for names in known:
         both = [given[at] or columns.find(names[at]) for at in (0, 1)]
@@ -335,14 +385,20 @@ def _text_column(columns: Columns, mapped: Mapping[str, str], label: str | None)
         return known
     labels = [name for name in columns.names if plain_name(name) in (*LABELS, "label", "labels")]
     held = columns.texts(without=[label, *labels])
-    is_one = len(held) == 1 and not any(map(is_data, columns.names)) and not any(map(columns.hides_text, columns.names))
+    is_one = (
+        len(held) == 1
+        and not any(map(is_data, columns.names))
+        and not any(map(columns.hides_text, columns.names))
+    )
     return held[0] if is_one else None
 
 
 def _no_shape(
     columns: Columns, mapped: Mapping[str, str], label: str | None, task: Task, where: str, key: str
 ) -> UserError:
-    """Return the refusal of rows that are nothing known; it names every column that holds text, and loses none."""
+    """Return the refusal of rows that are nothing known; it names every column that holds text, and
+    loses none.
+    """
     names = ", ".join(columns.names)
     suggested = suggest(columns, task, mapped, label)
     if task is Task.sequence_classification and len(columns.conversations()) < 2:
@@ -353,25 +409,40 @@ def _no_shape(
     if any(map(is_data, columns.names)):
         problem = f"{where}: the columns are named {names}, which reads like a row of data"
         remedy = "add a first line with the names of the columns"
-        return UserError(key, problem, f"{remedy}, or name them with {suggested}" if suggested else remedy)
+        return UserError(
+            key, problem, f"{remedy}, or name them with {suggested}" if suggested else remedy
+        )
     problem = f"{where} has no field 'text', and {names} are no shape that is known"
     if suggested is None:
         also = " and a label" if task is Task.sequence_classification and label is None else ""
-        return UserError(key, problem, f"no column holds text in every row: give each row a text{also}")
-    texts = columns.wordiest(path for path in columns.paths() if columns.are_texts(path) and path != label)
+        return UserError(
+            key, problem, f"no column holds text in every row: give each row a text{also}"
+        )
+    texts = columns.wordiest(
+        path for path in columns.paths() if columns.are_texts(path) and path != label
+    )
     held = f"{', '.join(texts)} hold text: " if len(texts) > 1 else ""
-    return UserError(key, problem, f"{held}say what each is, e.g. {suggested}; what is not named is not read")
+    return UserError(
+        key, problem, f"{held}say what each is, e.g. {suggested}; what is not named is not read"
+    )
 
 
 def _does_not_fit(
     shape: DataFormat, columns: Columns, mapped: Mapping[str, str], task: Task, label: str | None
 ) -> UserError:
-    problem = f"{shape.value} needs {' and '.join(NEEDED[shape])}, and the columns are {', '.join(columns.names)}"
+    problem = (
+        f"{shape.value} needs {' and '.join(NEEDED[shape])}, and the columns are"
+        f" {', '.join(columns.names)}"
+    )
     if task is Task.sequence_classification:
         suggested = suggest(columns, task, mapped, label, NEEDED[shape])
     else:
         suggested = suggest_parts(columns, shape, NEEDED[shape], mapped)
-    remedy = "no other column holds that: give another shape" if suggested is None else f"name them with {suggested}"
+    remedy = (
+        "no other column holds that: give another shape"
+        if suggested is None
+        else f"name them with {suggested}"
+    )
     return UserError("data.format", problem, remedy)
 
 
@@ -379,9 +450,17 @@ def _not_learnt(
     parts: Mapping[str, str] | None, columns: Columns, mapped: Mapping[str, str], given: DataFormat
 ) -> UserError:
     """Return the refusal of pairs of texts to learn from; what it suggests would be accepted."""
-    named = f"{parts['text']} and {parts['text_pair']}" if parts is not None else "the texts of text_pair"
+    named = (
+        f"{parts['text']} and {parts['text_pair']}"
+        if parts is not None
+        else "the texts of text_pair"
+    )
     label = mapped.get("label") or columns.find("label", "labels")
-    is_read = parts is not None and label in label_paths(columns) and are_read(columns, DataFormat.text_pair, parts)
+    is_read = (
+        parts is not None
+        and label in label_paths(columns)
+        and are_read(columns, DataFormat.text_pair, parts)
+    )
     remedies = ["task=sequence_classification"] if is_read else []
     suggested = suggest(columns, Task.causal_lm, {}, None)
     if suggested is not None and given is DataFormat.auto:
@@ -404,4 +483,6 @@ def _not_classified(
     if suggested is not None and given is DataFormat.auto:
         remedies.append(suggested)
     remedy = f"give {', or '.join(remedies)}" if remedies else "give texts with a label"
-    return UserError("task", f"rows are {shape.value}, which sequence_classification does not read", remedy)
+    return UserError(
+        "task", f"rows are {shape.value}, which sequence_classification does not read", remedy
+    )

@@ -1,4 +1,6 @@
-"""What splits are called, in files, folders and on the Hub, and which of several named parts is which split."""
+"""What splits are called, in files, folders and on the Hub, and which of several named parts is
+which split.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Found:
 
 
 def split_word(name: str) -> str | None:
-    """Return which split a name speaks of, alone or as a word of it (`sst2-test`, `Train_1`); None without one.
+    """Return which split a name speaks of, alone or as a word of it (`sst2-test`, `Train_1`); None
+    without one.
 
     Raises:
         ValueError: If it speaks of two.
@@ -55,7 +58,9 @@ def word_or_none(name: str) -> str | None:
         return None
 
 
-def pick_splits(found: Mapping[str, Any], chosen: Mapping[str, str], key: str) -> tuple[dict[str, Any], list[str]]:
+def pick_splits(
+    found: Mapping[str, Any], chosen: Mapping[str, str], key: str
+) -> tuple[dict[str, Any], list[str]]:
     """Return which of several named parts is which split, and notes.
 
     Args:
@@ -81,7 +86,9 @@ def pick_splits(found: Mapping[str, Any], chosen: Mapping[str, str], key: str) -
             raise UserError(key, problem, f"choose with data.splits={{{split}: {names[0]}}}")
     if "train" not in picked:
         problem = f"has no train split; it has {', '.join(map(str, found))}"
-        raise UserError(key, problem, f"choose one with data.splits={{train: {next(iter(found), '...')}}}")
+        raise UserError(
+            key, problem, f"choose one with data.splits={{train: {next(iter(found), '...')}}}"
+        )
     splits = {split: found[picked[split][0]] for split in SPLITS if split in picked}
     used = {names[0] for names in picked.values()}
     notes = [f"{split} is {names[0]}" for split, names in picked.items() if names[0] != split]

@@ -1,4 +1,6 @@
-"""Splits: blanks and repeats go, what stands in two splits stays in one, and missing splits are cut by content."""
+"""Splits: blanks and repeats go, what stands in two splits stays in one, and missing splits are cut
+by content.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ Shares = tuple[int, int, int]
 """Of train, validation and test, in per cent."""
 DEFAULT_SHARES: Shares = (90, 5, 5)
 EMBEDDED_SHARES: Shares = (70, 10, 20)
-KEPT_FIRST = ("test", "validation", "train")  # what stands in two splits stays in the one that comes first here
+# what stands in two splits stays in the one that comes first here
+KEPT_FIRST = ("test", "validation", "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What becomes of documents that cannot all stay: `data.shared_documents`, `data.conflicting_labels`."""
+    """What becomes of documents that cannot all stay: `data.shared_documents`,
+    `data.conflicting_labels`.
+    """
 
     shared: Shared = Shared.drop
     conflicting: Conflicting = Conflicting.drop
@@ -41,14 +46,19 @@ def drop_blanks_and_repeats(documents: Iterable[Document]) -> tuple[list[Documen
             repeated += 1
         else:
             kept[document.digest] = document
-    notes = [f"dropped {count} {what} documents" for count, what in ((blank, "blank"), (repeated, "repeated")) if count]
+    notes = [
+        f"dropped {count} {what} documents"
+        for count, what in ((blank, "blank"), (repeated, "repeated"))
+        if count
+    ]
     return list(kept.values()), notes
 
 
 def settle_conflicts(
     documents: Sequence[Document], rule: Conflicting, labels: Sequence[str], key: str
 ) -> tuple[list[Document], list[str]]:
-    """Return documents of which none has two labels, and notes; texts that differ in blanks or case are alike.
+    """Return documents of which none has two labels, and notes; texts that differ in blanks or case
+    are alike.
 
     Raises:
         UserError: If the rule is to refuse them, naming one.
@@ -63,15 +73,26 @@ def settle_conflicts(
         return list(documents), []
     example = next(document for document in documents if document.likeness in torn)
     names = [labels[label] for label in torn[example.likeness] if label is not None]
-    shown = f"{len(torn)} texts have two labels, such as {_opening(example)!r} ({' and '.join(names)})"
+    shown = (
+        f"{len(torn)} texts have two labels, such as {_opening(example)!r} ({' and '.join(names)})"
+    )
     if rule is Conflicting.refuse:
         raise UserError(key, shown, "keep one of them, or give data.conflicting_labels=drop")
     if rule is Conflicting.drop:
         kept = [document for document in documents if document.likeness not in torn]
         copies = len(documents) - len(kept)
-        return kept, [f"dropped {copies} documents: {shown}; data.conflicting_labels=keep_first keeps the first"]
-    kept = [each for each in documents if each.likeness not in torn or each.label == torn[each.likeness][0]]
-    return kept, [f"dropped {len(documents) - len(kept)} documents: {shown}; the first label counts"]
+        return kept, [
+            f"dropped {copies} documents: {shown}; data.conflicting_labels=keep_first keeps the"
+            " first"
+        ]
+    kept = [
+        each
+        for each in documents
+        if each.likeness not in torn or each.label == torn[each.likeness][0]
+    ]
+    return kept, [
+        f"dropped {len(documents) - len(kept)} documents: {shown}; the first label counts"
+    ]
 
 
 def split_of(digest: str, shares: Shares) -> str:
@@ -80,12 +101,15 @@ def split_of(digest: str, shares: Shares) -> str:
     return "train" if slot < shares[0] else "validation" if slot < shares[0] + shares[1] else "test"
 
 
-def cut(documents: Sequence[Document], shares: Shares, missing: Sequence[str]) -> dict[str, list[Document]]:
-    """Cut the `missing` splits out of `documents`; what falls to a split that is not missing stays in train.
+def cut(
+    documents: Sequence[Document], shares: Shares, missing: Sequence[str]
+) -> dict[str, list[Document]]:
+    """Cut the `missing` splits out of `documents`; what falls to a split that is not missing stays
+    in train.
 
-    Documents of one group, and those that are alike, stay together. With labels, each class gives its share of each
-    split, and train keeps one of every class; the order within a class is that of the hashes, so that a document
-    added later moves few.
+    Documents of one group, and those that are alike, stay together. With labels, each class gives
+    its share of each split, and train keeps one of every class; the order within a class is that of
+    the hashes, so that a document added later moves few.
     """
     units: dict[str, list[Document]] = {}
     for document in documents:
@@ -114,36 +138,51 @@ def _unit_hash(members: Sequence[Document]) -> str:
 
 
 def _fill_empty(placed: dict[str, str], hashes: Mapping[str, str], missing: Sequence[str]) -> None:
-    """Give a missing split that no hash fell into the unit of the last hash, where there are enough for all."""
+    """Give a missing split that no hash fell into the unit of the last hash, where there are enough
+    for all.
+    """
     for split in missing:
-        rest = sorted((name for name, at in placed.items() if at not in missing), key=lambda name: hashes[name])
+        rest = sorted(
+            (name for name, at in placed.items() if at not in missing),
+            key=lambda name: hashes[name],
+        )
         if split not in placed.values() and len(rest) > 1:
             placed[rest[-1]] = split
 
 
 def _stratified(
-    units: Mapping[str, Sequence[Document]], hashes: Mapping[str, str], shares: Shares, missing: Sequence[str]
+    units: Mapping[str, Sequence[Document]],
+    hashes: Mapping[str, str],
+    shares: Shares,
+    missing: Sequence[str],
 ) -> dict[str, str]:
-    """Return the split of each unit: of every class as many documents as its share, by the order of the hashes."""
+    """Return the split of each unit: of every class as many documents as its share, by the order of
+    the hashes.
+    """
     strata: dict[int, list[str]] = {}
     for name, members in units.items():
         counts = Counter(document.label for document in members if document.label is not None)
         most = max(counts.values(), default=0)
-        strata.setdefault(min((at for at, count in counts.items() if count == most), default=-1), []).append(name)
+        strata.setdefault(
+            min((at for at, count in counts.items() if count == most), default=-1), []
+        ).append(name)
     for names in strata.values():
         names.sort(key=lambda name: hashes[name])
     placed = dict.fromkeys(units, "train")
     left = strata
     for split in (name for name in KEPT_FIRST if name in missing):
         quotas = _quotas(
-            {at: sum(len(units[name]) for name in names) for at, names in strata.items()}, shares[SPLITS.index(split)]
+            {at: sum(len(units[name]) for name in names) for at, names in strata.items()},
+            shares[SPLITS.index(split)],
         )
         left = {at: _take(names, units, quotas[at], split, placed) for at, names in left.items()}
     return placed
 
 
 def _quotas(sizes: Mapping[int, int], share: int) -> dict[int, int]:
-    """Return how many documents each class gives, by largest remainders; in all, the share of all, and at least one."""
+    """Return how many documents each class gives, by largest remainders; in all, the share of all,
+    and at least one.
+    """
     quotas = {at: size * share // 100 for at, size in sizes.items()}
     wanted = max(1, round(sum(sizes.values()) * share / 100))
     by_remainder = sorted(sizes, key=lambda at: (-(sizes[at] * share % 100), -sizes[at], at))
@@ -153,9 +192,15 @@ def _quotas(sizes: Mapping[int, int], share: int) -> dict[int, int]:
 
 
 def _take(
-    names: Sequence[str], units: Mapping[str, Sequence[Document]], quota: int, split: str, placed: dict[str, str]
+    names: Sequence[str],
+    units: Mapping[str, Sequence[Document]],
+    quota: int,
+    split: str,
+    placed: dict[str, str],
 ) -> list[str]:
-    """Give the first units of a class to a split until its quota is met, but for the last; return the others."""
+    """Give the first units of a class to a split until its quota is met, but for the last; return
+    the others.
+    """
     taken = number = 0
     while number < len(names) - 1 and taken < quota:
         placed[names[number]] = split
@@ -175,7 +220,8 @@ def assemble(
     salt: str = "",
     rules: Rules | None = None,
 ) -> Dataset:
-    """Make a dataset from given splits: clean each, keep what two share in one, cut what is missing from train.
+    """Make a dataset from given splits: clean each, keep what two share in one, cut what is missing
+    from train.
 
     Raises:
         UserError: If a split is empty, or a rule refuses what is there.
@@ -191,7 +237,11 @@ def assemble(
         raise UserError(key, "has no train split", "add one")
     for split in given:
         if not clean[split]:
-            raise UserError(key, f"the {split} split has no documents", "give more documents, or leave that split out")
+            raise UserError(
+                key,
+                f"the {split} split has no documents",
+                "give more documents, or leave that split out",
+            )
     said += _keep_apart(clean, rules.shared, key)
     missing = [split for split in SPLITS if split not in clean]
     if missing:
@@ -201,14 +251,17 @@ def assemble(
         said += _keep_apart(clean, Shared.drop, key)  # alike, in two groups
     for split in SPLITS:
         if not clean[split]:
-            raise UserError(key, f"the {split} split has no documents", "give more documents, or that split")
+            raise UserError(
+                key, f"the {split} split has no documents", "give more documents, or that split"
+            )
     splits = {split: tuple(clean[split]) for split in SPLITS}
     classes = "" if labels is None else json.dumps(labels)
     return Dataset(name, _digest(name + salt + classes, splits), splits, labels, tuple(said))
 
 
 def _keep_apart(splits: dict[str, list[Document]], rule: Shared, key: str) -> list[str]:
-    """Drop from validation and train what stands in test, and from train what stands in validation; return notes.
+    """Drop from validation and train what stands in test, and from train what stands in validation;
+    return notes.
 
     Documents are shared where they are alike, or where their groups are.
 
@@ -237,10 +290,17 @@ def _drop_shared(splits: dict[str, list[Document]], split: str, first: str, key:
         notes.append(f"{split}: dropped {len(same_text)} documents that stand in {first} too")
     if same_group:
         count = len({document.group for document in same_group})
-        notes.append(f"{split}: dropped {len(same_group)} documents of {count} groups that stand in {first} too")
+        notes.append(
+            f"{split}: dropped {len(same_group)} documents of {count} groups that stand in"
+            f" {first} too"
+        )
     if splits[split] and not kept:
         problem = f"all {len(splits[split])} documents of {split} stand in {first} too"
-        remedy = "give other documents" if split == "train" else "leave that split out: it is then cut from train"
+        remedy = (
+            "give other documents"
+            if split == "train"
+            else "leave that split out: it is then cut from train"
+        )
         raise UserError(key, problem, remedy)
     splits[split] = kept
     return notes
@@ -254,13 +314,20 @@ def _refuse_shared(splits: Mapping[str, Sequence[Document]], key: str) -> None:
             other, at = seen.setdefault(document.likeness, (split, row))
             if other != split:
                 raise UserError(
-                    key, f"document {row} of {split} ({_opening(document)!r}) is document {at} of {other} too", remedy
+                    key,
+                    f"document {row} of {split} ({_opening(document)!r}) is document {at} of"
+                    f" {other} too",
+                    remedy,
                 )
     groups: dict[str, str] = {}
     for split, documents in splits.items():
         for document in documents:
             if document.group is not None and groups.setdefault(document.group, split) != split:
-                raise UserError(key, f"group {document.group!r} of {split} is in {groups[document.group]} too", remedy)
+                raise UserError(
+                    key,
+                    f"group {document.group!r} of {split} is in {groups[document.group]} too",
+                    remedy,
+                )
 
 
 def _opening(document: Document) -> str:

@@ -1,4 +1,5 @@
-"""What to write in `data.columns` for rows that are not recognised: what is suggested is accepted when it is followed.
+"""What to write in `data.columns` for rows that are not recognised: what is suggested is accepted
+when it is followed.
 
 A column is suggested by what its cells hold, in every row, and by its name only among those.
 """
@@ -16,13 +17,27 @@ from pipeline.data.row_columns import Columns, is_about, mapped_as, plain_name
 from pipeline.errors import UserError
 
 ASKING = ("question", "query", "prompt", "instruction", "problem", "input")
-ANSWERING = ("answer", "response", "completion", "output", "reply", "solution", "target", "summary", "chosen")
+ANSWERING = (
+    "answer",
+    "response",
+    "completion",
+    "output",
+    "reply",
+    "solution",
+    "target",
+    "summary",
+    "chosen",
+)
 """Words in the names of columns that hold a prompt, or what it is answered with."""
 WORSE = ("rejected", "dispreferred")  # the answer of a preference that is not to be learnt
 
 
 def suggest(
-    columns: Columns, task: Task, mapped: Mapping[str, str], label: str | None, needed: Sequence[str] = ("text",)
+    columns: Columns,
+    task: Task,
+    mapped: Mapping[str, str],
+    label: str | None,
+    needed: Sequence[str] = ("text",),
 ) -> str | None:
     """Return `data.columns` for rows; None where nothing would be accepted.
 
@@ -31,7 +46,9 @@ def suggest(
         label: The column that is taken for the label.
         needed: Parts that a classified row must have.
     """
-    parts = _learnt(columns) if task is Task.causal_lm else _classified(columns, mapped, label, needed)
+    parts = (
+        _learnt(columns) if task is Task.causal_lm else _classified(columns, mapped, label, needed)
+    )
     return None if parts is None else mapped_as(parts)
 
 
@@ -39,12 +56,17 @@ def _learnt(columns: Columns) -> dict[str, str] | None:
     """Return the parts of a conversation, a prompt with its completion, or a text."""
     texts = text_paths(columns)
     for chat in _chats(columns):
-        asked = next((path for path in [*_asking(texts), *_chats(columns, learns=False)] if path != chat), None)
+        asked = next(
+            (path for path in [*_asking(texts), *_chats(columns, learns=False)] if path != chat),
+            None,
+        )
         if asked is None or not _only_answers(columns, chat):
             return {"messages": chat}
         return {"prompt": asked, "completion": chat}
     lists = [
-        path for path in columns.paths() if path not in texts and _named(path, ANSWERING) and _answers(columns, path)
+        path
+        for path in columns.paths()
+        if path not in texts and _named(path, ANSWERING) and _answers(columns, path)
     ]
     answer = next((path for path in [*texts, *lists] if _named(path, ANSWERING)), None)
     prompts = [path for path in texts if path != answer]
@@ -71,15 +93,20 @@ def _classified(
     return parts if found == label else {**parts, "label": found}
 
 
-def suggest_parts(columns: Columns, shape: DataFormat, needed: Sequence[str], mapped: Mapping[str, str]) -> str | None:
+def suggest_parts(
+    columns: Columns, shape: DataFormat, needed: Sequence[str], mapped: Mapping[str, str]
+) -> str | None:
     """Return `data.columns` with the parts that a shape lacks; None where no column holds them."""
     free = columns.without(mapped.values())
     if shape in (DataFormat.messages, DataFormat.sharegpt):
         return next((mapped_as({**mapped, "messages": path}) for path in _chats(free)), None)
     texts, parts = text_paths(free), dict(mapped)
     for role in (role for role in needed if role not in mapped):
-        fitting = _asking(texts) if role in ("prompt", "instruction") else [each for each in texts if
-                                                                          _named(each, ANSWERING)]  # fmt: skip
+        fitting = (
+            _asking(texts)
+            if role in ("prompt", "instruction")
+            else [each for each in texts if _named(each, ANSWERING)]
+        )
         chosen = next(iter([*fitting, *texts]), None)
         if chosen is None:
             return None
@@ -95,20 +122,25 @@ def are_read(columns: Columns, shape: DataFormat, parts: Mapping[str, str]) -> b
     if shape is DataFormat.alpaca:
         return all(columns.are_texts(parts[role]) for role in ("instruction", "output"))
     if shape is not DataFormat.prompt_completion:
-        return all(columns.are_texts(parts[role]) for role in ("text", "text_pair") if role in parts)
+        return all(
+            columns.are_texts(parts[role]) for role in ("text", "text_pair") if role in parts
+        )
     asked, said = parts["prompt"], parts["completion"]
     is_asked = columns.are_texts(asked) or _are_chats(columns, asked, learns=False)
     return is_asked and (_answers(columns, said) or _are_chats(columns, said))
 
 
 def text_paths(columns: Columns) -> list[str]:
-    """Return the columns, and paths into objects, that hold a text in every row; best those that are more than names.
+    """Return the columns, and paths into objects, that hold a text in every row; best those that
+    are more than names.
 
     Of a preference, the rejected text is left out where there is another.
     """
     held = [path for path in columns.paths() if columns.are_texts(path)]
     held = [path for path in held if not is_about(path)] or held
-    held = [path for path in held if len({str(value) for value in columns.values(path)}) > 1] or held
+    held = [
+        path for path in held if len({str(value) for value in columns.values(path)}) > 1
+    ] or held
     return columns.wordiest([path for path in held if not _named(path, WORSE)] or held)
 
 
@@ -128,7 +160,9 @@ def _repeats(columns: Columns, path: str) -> bool:
 def _num_classes(columns: Columns, path: str) -> int:
     """Return how many classes a column holds; 0 where its cells are none."""
     try:
-        names = sorted({class_name(where, value_of(fields, path), "") for where, fields in columns.every})
+        names = sorted(
+            {class_name(where, value_of(fields, path), "") for where, fields in columns.every}
+        )
         check_classes(names, len(columns.every), "")
     except UserError:
         return 0
@@ -136,7 +170,9 @@ def _num_classes(columns: Columns, path: str) -> int:
 
 
 def _chats(columns: Columns, *, learns: bool = True) -> list[str]:
-    """Return the columns and paths that hold a conversation in every row, the better one of a preference first."""
+    """Return the columns and paths that hold a conversation in every row, the better one of a
+    preference first.
+    """
     found = [path for path in columns.paths() if _are_chats(columns, path, learns=learns)]
     return [path for path in found if not _named(path, WORSE)] or found
 

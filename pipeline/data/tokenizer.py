@@ -21,7 +21,9 @@ def embedded_tokenizer(documents: Sequence[Document], vocabulary_size: int, cach
     from transformers import PreTrainedTokenizerFast
 
     key = key_of(
-        documents=[document.digest for document in documents], size=vocabulary_size, library=version("tokenizers")
+        documents=[document.digest for document in documents],
+        size=vocabulary_size,
+        library=version("tokenizers"),
     )
     folder = cache / key
     if not folder.is_dir():
@@ -35,13 +37,20 @@ def _train(documents: Sequence[Document], vocabulary_size: int, folder: Path) ->
 
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
-        _sample(documents), vocab_size=vocabulary_size, special_tokens=list(SPECIALS), show_progress=False
+        _sample(documents),
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
     )
     bos, eos, pad = SPECIALS
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token=bos, eos_token=eos, pad_token=pad,  # pyright: ignore[reportPrivateUsage]
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=trained._tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,  # pyright: ignore[reportPrivateUsage]
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
     temporary = folder.with_name(f".{uuid.uuid4().hex}")
     wrapped.save_pretrained(temporary)
     try:
@@ -65,4 +74,6 @@ def _sample(documents: Sequence[Document]) -> list[str]:
 def _words(document: Document) -> str:
     """Return all that a document says, whatever its kind."""
     turns = [str(turn.get("content") or "") for turn in document.messages or ()]
-    return "\n".join(part for part in (document.prompt, document.text, document.pair, *turns) if part)
+    return "\n".join(
+        part for part in (document.prompt, document.text, document.pair, *turns) if part
+    )

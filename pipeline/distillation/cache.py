@@ -1,11 +1,14 @@
-"""The teacher cache on disk: shards that are memory-mapped, a manifest, and what a cache is refused for.
+"""The teacher cache on disk: shards that are memory-mapped, a manifest, and what a cache is refused
+for.
 
     manifest.json               what it was made from and with; written last, so that a folder without it is no cache
     shard-00000.safetensors     windows in the order of their numbers; per window its number, its digest, and its part
                                 of every column (`sparse.py` has the columns)
 
-A window's digest covers its tokens *and* what was captured for them, so that neither damage nor another order of
-windows passes: `check` compares all of it with the windows as the student packs them, before training.
+A window's digest covers its tokens *and* what was captured for them, so that neither damage nor
+another order of
+windows passes: `check` compares all of it with the windows as the student packs them, before
+    training.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ SAME = {
     "temperature": "another temperature ({theirs}, not {ours})",
     "precision": "another precision ({theirs}, not {ours})",
 }
-"""What a cache must have in common with the stage that reads it, and how a difference is said; the first one is."""
+"""What a cache must have in common with the stage that reads it, and how a difference is said; the
+first one is.
+"""
 
 
 class Windows(Protocol):
@@ -60,7 +65,7 @@ class Windows(Protocol):
     def content(self, row: int) -> bytes: ...
 
 
-# -- what a cache is made from --------------------------------------------------------------------------------------
+# -- what a cache is made from --------------------------------------------------------------------
 
 
 def needed(windows: Windows, steps: int, batch_size: int) -> np.ndarray:
@@ -83,7 +88,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return key_of(vocabulary=tokenizer.get_vocab())
 
 
-# -- shards ---------------------------------------------------------------------------------------------------------
+# -- shards ---------------------------------------------------------------------------------------
 
 
 def shard_name(number: int) -> str:
@@ -91,7 +96,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, rows: Sequence[int], contents: Sequence[bytes], parts: Sequence[Columns]) -> str:
+def write_shard(
+    path: Path, rows: Sequence[int], contents: Sequence[bytes], parts: Sequence[Columns]
+) -> str:
     """Write a shard so that it is whole or not there; return its sha256.
 
     Args:
@@ -105,7 +112,9 @@ def write_shard(path: Path, rows: Sequence[int], contents: Sequence[bytes], part
     tensors = {
         "windows": np.array(rows, dtype=np.int64),
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        "starts": np.concatenate([np.zeros((1, len(names)), dtype=np.int32), sizes.cumsum(0, dtype=np.int32)]),
+        "starts": np.concatenate(
+            [np.zeros((1, len(names)), dtype=np.int32), sizes.cumsum(0, dtype=np.int32)]
+        ),
         **{name: np.concatenate([part[name] for part in parts]) for name in names},
     }
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -140,15 +149,20 @@ class _Shard:
         self.digests: np.ndarray = self._file.get_tensor("digests")
         self._starts: np.ndarray = self._file.get_tensor("starts")
         names: list[str] = self._file.keys()
-        self._columns = {name: self._file.get_slice(name) for name in sorted(names) if name not in OWN}
+        self._columns = {
+            name: self._file.get_slice(name) for name in sorted(names) if name not in OWN
+        }
 
     def part(self, slot: int) -> Columns:
         """Return what was captured for the window in a place."""
         first, last = self._starts[slot].tolist(), self._starts[slot + 1].tolist()
-        return {name: column[first[at] : last[at]] for at, (name, column) in enumerate(self._columns.items())}
+        return {
+            name: column[first[at] : last[at]]
+            for at, (name, column) in enumerate(self._columns.items())
+        }
 
 
-# -- the cache ------------------------------------------------------------------------------------------------------
+# -- the cache ------------------------------------------------------------------------------------
 
 
 class TeacherCache:
@@ -168,7 +182,11 @@ class TeacherCache:
     def __init__(self, folder: Path, key: str) -> None:
         found = read_json(folder / MANIFEST)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise _refused(key, f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is older")
+            raise _refused(
+                key,
+                f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is"
+                " older",
+            )
         if found.pop("digest", None) != key_of(**found):
             raise _refused(key, f"{MANIFEST} of the cache is damaged: it does not have its digest")
         self.manifest: dict[str, Any] = found
@@ -176,7 +194,9 @@ class TeacherCache:
         self._codec = codec_of(found)
         self._places: dict[int, tuple[int, int]] = {}
         self._ready: dict[tuple[int, ...], Sparse | Tensor] = {}
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(lambda number: _Shard(folder / shard_name(number)))
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(
+            lambda number: _Shard(folder / shard_name(number))
+        )
 
     @property
     def vocabulary(self) -> int:
@@ -184,7 +204,8 @@ class TeacherCache:
         return self.manifest["vocabulary"]
 
     def check(self, expected: Mapping[str, Any], windows: Windows, rows: np.ndarray) -> None:
-        """Refuse a cache that was made from something else, is damaged, or holds other windows; learn where they lie.
+        """Refuse a cache that was made from something else, is damaged, or holds other windows;
+        learn where they lie.
 
         Args:
             expected: What the reader trains with, by the names in `SAME`.
@@ -208,7 +229,9 @@ class TeacherCache:
         if not path.is_file():
             raise _refused(self._key, f"{name} of the cache is missing")
         if file_sha256(path) != entry["sha256"]:
-            raise _refused(self._key, f"{name} of the cache is damaged: it does not have its checksum")
+            raise _refused(
+                self._key, f"{name} of the cache is damaged: it does not have its checksum"
+            )
         try:
             shard: _Shard = self._shard(number)
         except SafetensorError as error:
@@ -220,17 +243,23 @@ class TeacherCache:
         absent = [row for row in rows.tolist() if row not in self._places]
         if absent:
             raise _refused(
-                self._key, f"the cache lacks {len(absent)} of the {len(rows)} windows of this training (the first: "
-                f"{absent[0]})", "have the capture's `like` name this stage",
-            )  # fmt: skip
+                self._key,
+                f"the cache lacks {len(absent)} of the {len(rows)} windows of this training (the"
+                f" first: {absent[0]})",
+                "have the capture's `like` name this stage",
+            )
         for row in rows.tolist():
             number, slot = self._places[row]
             shard = self._shard(number)
             if _digest(windows.content(row), shard.part(slot)) != shard.digests[slot].tobytes():
-                raise _refused(self._key, f"window {row} of the cache was captured for other tokens: it is shuffled")
+                raise _refused(
+                    self._key,
+                    f"window {row} of the cache was captured for other tokens: it is shuffled",
+                )
 
     def target(self, rows: Sequence[int]) -> Sparse | Tensor:
-        """Return the teacher's distributions of all predicted tokens of some windows, in order (call `check` first).
+        """Return the teacher's distributions of all predicted tokens of some windows, in order
+        (call `check` first).
 
         Sparse entries of (N, K), or logits (N, C) of examples.
         """
@@ -243,7 +272,9 @@ class TeacherCache:
 
     def _read(self, rows: Sequence[int]) -> Sparse | Tensor:
         parts = list(self._parts(rows))
-        return self._codec.unpack({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        return self._codec.unpack(
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
 
     def _parts(self, rows: Sequence[int]) -> Iterator[Columns]:
         for row in rows:
@@ -260,7 +291,9 @@ def codec_of(facts: Mapping[str, Any]) -> Codec:
     return Dense(facts["vocabulary"])
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Write the manifest of a cache whose shards are all there, and return it.
 
     Args:
@@ -272,10 +305,14 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], shards: Sequence[Mapp
     first = _Shard(folder / shard_name(0)).part(0)
     total = {name: sum(shard[name] for shard in shards) for name in ("windows", "tokens", "bytes")}
     manifest = {
-        "format": FORMAT, "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, **facts,
-        "columns": {name: str(column.dtype) for name, column in sorted(first.items())}, **total,
-        "bytes_per_token": total["bytes"] / total["tokens"], "shards": [dict(shard) for shard in shards],
-    }  # fmt: skip
+        "format": FORMAT,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **facts,
+        "columns": {name: str(column.dtype) for name, column in sorted(first.items())},
+        **total,
+        "bytes_per_token": total["bytes"] / total["tokens"],
+        "shards": [dict(shard) for shard in shards],
+    }
     seal_manifest(folder, manifest)
     return manifest
 
@@ -286,7 +323,9 @@ def seal_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def place(source: Path, target: Path) -> None:
-    """Give a finished shard a second name in the artifact's folder; a copy where the disk has no links."""
+    """Give a finished shard a second name in the artifact's folder; a copy where the disk has no
+    links.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -294,5 +333,7 @@ def place(source: Path, target: Path) -> None:
         sync_path(target)
 
 
-def _refused(key: str, problem: str, remedy: str = "capture it anew, or name another cache") -> UserError:
+def _refused(
+    key: str, problem: str, remedy: str = "capture it anew, or name another cache"
+) -> UserError:
     return UserError(key, problem, remedy)

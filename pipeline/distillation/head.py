@@ -1,17 +1,19 @@
 """The output head and its loss, without ever holding a tokens x vocabulary tensor.
 
-For each chunk of tokens the logits are projected once, turned in place into the gradient of the loss with respect to
-them, and multiplied back into the gradients of hidden states and head weight; then the chunk is gone. So backward has
-nothing left to compute, and memory is bounded by the chunk, not by the batch. Work per token and vocabulary entry is
-6 H_student + 2 H_teacher FLOPs, which is what the method needs; with a teacher from a cache (`losses.Sparse`) it is
-6 H_student, as without a teacher.
+For each chunk of tokens the logits are projected once, turned in place into the gradient of the
+loss with respect to them, and multiplied back into the gradients of hidden states and head weight;
+then the chunk is gone. So backward has nothing left to compute, and memory is bounded by the chunk,
+not by the batch. Work per token and vocabulary entry is 6 H_student + 2 H_teacher FLOPs, which is
+what the method needs; with a teacher from a cache (`losses.Sparse`) it is 6 H_student, as without a
+teacher.
 
-What a model does to its head's product before it is called logits (a scale, a soft cap) is done chunk by chunk, too,
-and its slope is part of the gradient (`transform.py`). Where a model does something unknown, its logits are taken as it
-gives them (`logits_loss`, `Logits`): they are there in full, and the loss is the same.
+What a model does to its head's product before it is called logits (a scale, a soft cap) is done
+chunk by chunk, too, and its slope is part of the gradient (`transform.py`). Where a model does
+something unknown, its logits are taken as it gives them (`logits_loss`, `Logits`): they are there
+in full, and the loss is the same.
 
-Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient (`triton_terms.py`), elsewhere the
-same definition in plain torch.
+Losses are those of `losses.py`. On CUDA one Triton kernel makes a chunk's gradient
+(`triton_terms.py`), elsewhere the same definition in plain torch.
 """
 
 from __future__ import annotations
@@ -29,19 +31,25 @@ from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_pla
 from pipeline.distillation.transform import PLAIN, Transform
 
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-"""Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and writes the fp32
-gradient of the weight once."""
+"""Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and
+writes the fp32 gradient of the weight once.
+"""
 
-WEIGHT_TILE_BYTES = 4 * 2**20  # of a weight's gradient at a time, where it is rounded or multiplied in another dtype
+# of a weight's gradient at a time, where it is rounded or multiplied in another dtype
+WEIGHT_TILE_BYTES = 4 * 2**20
 
 Terms = Callable[[Tensor, Any, Tensor, Loss, int, Transform, Transform], Sums]
-"""What turns a chunk's products into their gradient, in place: the contract of `losses.terms_in_place`, where the
-teacher's side is its products or None, and of `losses.sparse_terms_in_place`, where it is `Sparse`."""
+"""What turns a chunk's products into their gradient, in place: the contract of
+`losses.terms_in_place`, where the teacher's side is its products or None, and of
+`losses.sparse_terms_in_place`, where it is `Sparse`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """An output projection: weight (V, H), bias (V,) or None, and what makes logits of their product."""
+    """An output projection: weight (V, H), bias (V,) or None, and what makes logits of their
+    product.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -49,7 +57,9 @@ class Head:
 
     @staticmethod
     def of(model: Any, transform: Transform) -> Head:
-        """Return the output head of a Hugging Face language model; `transform.prove` finds the transform."""
+        """Return the output head of a Hugging Face language model; `transform.prove` finds the
+        transform.
+        """
         layer = model.get_output_embeddings()
         return Head(layer.weight, getattr(layer, "bias", None), transform)
 
@@ -70,12 +80,16 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (N, columns) of hidden states (N, H), fp32 or wider."""
         products = self.products(hidden)[:, : self.columns]
-        return self.transform.logits(products.to(torch.promote_types(products.dtype, torch.float32)))
+        return self.transform.logits(
+            products.to(torch.promote_types(products.dtype, torch.float32))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """The teacher's side of a batch: hidden states (N, H_t) of the same positions, its head, and its arithmetic."""
+    """The teacher's side of a batch: hidden states (N, H_t) of the same positions, its head, and
+    its arithmetic.
+    """
 
     hidden: Tensor
     head: Head
@@ -117,12 +131,18 @@ class _FusedHead(torch.autograd.Function):
     """Loss of all tokens, chunk by chunk; gradients are made here and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
+    ) -> tuple[Tensor, ...]:
         exact = torch.promote_types(work.dtype, torch.float32)
         student = Head(weight, bias).to(work.dtype)
-        teacher = work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
+        teacher = (
+            work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
+        )
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
-        for_hidden, for_weight, for_bias = (wanted and work.trains for wanted in ctx.needs_input_grad[:3])
+        for_hidden, for_weight, for_bias = (
+            wanted and work.trains for wanted in ctx.needs_input_grad[:3]
+        )
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         # At least fp32, because rounding every chunk's share to 16 bits biases training.
         grad_weight = torch.zeros_like(weight, dtype=exact) if for_weight else None
@@ -133,7 +153,9 @@ class _FusedHead(torch.autograd.Function):
             h = hidden[part].to(work.dtype)
             tile = student.products(h)
             theirs, done = _theirs(work.taught, teacher, part)
-            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary, work.transform, done)
+            some = work.terms(
+                tile, theirs, work.labels[part], work.loss, work.vocabulary, work.transform, done
+            )
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
             del theirs
@@ -153,7 +175,10 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0] / ctx.count
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if each is None else _scaled(each, scale, dtype) for each, dtype in made), None
+        return (
+            *(None if each is None else _scaled(each, scale, dtype) for each, dtype in made),
+            None,
+        )
 
 
 class _GivenLogits(torch.autograd.Function):
@@ -162,7 +187,9 @@ class _GivenLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, work: _Work) -> tuple[Tensor, ...]:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        teacher = work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
+        teacher = (
+            work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
+        )
         sums = Sums(*(torch.zeros((), dtype=exact, device=logits.device) for _ in range(2)))
         gradient = torch.empty_like(logits)
         rows = _rows(logits.T, teacher, work)
@@ -170,7 +197,9 @@ class _GivenLogits(torch.autograd.Function):
             part = slice(start, start + rows)
             tile = gradient[part].copy_(logits[part])
             theirs, done = _theirs(work.taught, teacher, part)
-            some = work.terms(tile, theirs, work.labels[part], work.loss, work.vocabulary, PLAIN, done)
+            some = work.terms(
+                tile, theirs, work.labels[part], work.loss, work.vocabulary, PLAIN, done
+            )
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
         ctx.save_for_backward(gradient)
@@ -184,8 +213,12 @@ class _GivenLogits(torch.autograd.Function):
         return gradient * (grads[0] / ctx.count), None
 
 
-def _theirs(taught: Taught | Sparse | Logits | None, head: Head | None, part: slice) -> tuple[Any, Transform]:
-    """Return the teacher's side of a chunk and what makes logits of it: its products, logits, or a cache's entries."""
+def _theirs(
+    taught: Taught | Sparse | Logits | None, head: Head | None, part: slice
+) -> tuple[Any, Transform]:
+    """Return the teacher's side of a chunk and what makes logits of it: its products, logits, or a
+    cache's entries.
+    """
     if isinstance(taught, Sparse):
         return taught.rows(part), PLAIN
     if isinstance(taught, Logits):
@@ -196,7 +229,9 @@ def _theirs(taught: Taught | Sparse | Logits | None, head: Head | None, part: sl
 
 
 def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
-    """Return how many tokens a chunk holds: a multiple of 64 where it is that large, as matrix units like it."""
+    """Return how many tokens a chunk holds: a multiple of 64 where it is that large, as matrix
+    units like it.
+    """
     columns = weight.shape[0] * work.dtype.itemsize
     if teacher is not None:
         columns += teacher.weight.shape[0] * teacher.weight.dtype.itemsize
@@ -205,7 +240,9 @@ def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
 
 
 def _weight_parts(weight: Tensor) -> list[slice]:
-    """Return rows of a weight that are worked on at a time, so that what is made beside them stays small."""
+    """Return rows of a weight that are worked on at a time, so that what is made beside them stays
+    small.
+    """
     rows = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
@@ -223,7 +260,9 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * scale`, rounded to `dtype`; of a matrix no second one in its own dtype is made."""
+    """Return `gradient * scale`, rounded to `dtype`; of a matrix no second one in its own dtype is
+    made.
+    """
     if gradient.dtype == dtype or gradient.dim() != 2:
         return (gradient * scale).to(dtype)
     rounded = torch.empty_like(gradient, dtype=dtype)
@@ -233,55 +272,78 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def head_loss(
-    hidden: Tensor, head: Head, labels: Tensor, *, loss: Loss | None = None, dtype: torch.dtype = torch.float32,
-    vocabulary: int | None = None, taught: Taught | Sparse | Logits | None = None, terms: Terms | None = None,
-) -> tuple[Tensor, Sums]:  # fmt: skip
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    loss: Loss | None = None,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int | None = None,
+    taught: Taught | Sparse | Logits | None = None,
+    terms: Terms | None = None,
+) -> tuple[Tensor, Sums]:
     """Compute the mean loss over the given tokens from hidden states, chunk by chunk.
 
     Args:
         hidden: (N, H_s) hidden states of predicted positions only.
-        head: The student's output head, (V_s, H_s). Parts that need no gradient get none, and none is held for them.
+        head: The student's output head, (V_s, H_s). Parts that need no gradient get none, and none
+            is held for them.
         labels: (N,) token indexes below `vocabulary`.
         loss: What is minimised; None: cross-entropy.
         dtype: Of the matmuls; losses and softmaxes are at least fp32.
-        vocabulary: Tokens both models share; columns beyond it are padding of one of them and take no part.
-            None: all of the student's.
-        taught: The teacher's side: live, its logits, or from a cache ((N, K) entries of the same positions, forward
-            KL only); None: plain cross-entropy, whatever `loss.ce_weight` says.
-        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch elsewhere.
+        vocabulary: Tokens both models share; columns beyond it are padding of one of them and take
+            no part. None: all of the student's.
+        taught: The teacher's side: live, its logits, or from a cache ((N, K) entries of the same
+            positions, forward KL only); None: plain cross-entropy, whatever `loss.ce_weight` says.
+        terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch
+            elsewhere.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
     """
     work = _Work(
-        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or head.columns, dtype=dtype, taught=taught,
+        labels=labels,
+        loss=loss or Loss(),
+        vocabulary=vocabulary or head.columns,
+        dtype=dtype,
+        taught=taught,
         terms=terms or default_terms(hidden.device, cached=isinstance(taught, Sparse)),
-        transform=head.transform, trains=torch.is_grad_enabled(),
-    )  # fmt: skip
+        transform=head.transform,
+        trains=torch.is_grad_enabled(),
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)
 
 
 def logits_loss(
-    logits: Tensor, labels: Tensor, *, loss: Loss | None = None, vocabulary: int | None = None,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    loss: Loss | None = None,
+    vocabulary: int | None = None,
     taught: Taught | Sparse | Logits | None = None,
-) -> tuple[Tensor, Sums]:  # fmt: skip
+) -> tuple[Tensor, Sums]:
     """Compute what `head_loss` does from logits (N, V) in full, as a model itself gives them.
 
     They, and their gradient beside them, are all that is held in full.
     """
     work = _Work(
-        labels=labels, loss=loss or Loss(), vocabulary=vocabulary or logits.shape[1], dtype=logits.dtype,
-        taught=taught, terms=default_terms(logits.device, cached=isinstance(taught, Sparse)),
-    )  # fmt: skip
+        labels=labels,
+        loss=loss or Loss(),
+        vocabulary=vocabulary or logits.shape[1],
+        dtype=logits.dtype,
+        taught=taught,
+        terms=default_terms(logits.device, cached=isinstance(taught, Sparse)),
+    )
     with torch.autocast(logits.device.type, enabled=False):
         value, ce, divergence = _GivenLogits.apply(logits, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)
 
 
 def default_terms(device: torch.device, *, cached: bool = False) -> Terms:
-    """Return what makes gradients on a device: the kernel where Triton compiles for it, else plain torch.
+    """Return what makes gradients on a device: the kernel where Triton compiles for it, else plain
+    torch.
 
     Args:
         cached: The teacher is given by the entries of a cache.

@@ -2,11 +2,13 @@
 
     S = mean over layer pairs, positions and features of (W h_student - h_teacher)^2
 
-W is a linear map of its own for each pair, learnt with the student and thrown away with the teacher; where both widths
-are the same there is none. Positions are those that the loss predicts (of a classifier: all that are no padding, each
-example weighing the same), so that micro-batches add up to their batch. What a layer gives out is meant; of the last
-one, after the model's final norm.
-Source: Romero et al. 2015, arXiv 1412.6550 (hints with a regressor); Jiao et al. 2020, arXiv 1909.10351, equation 8.
+W is a linear map of its own for each pair, learnt with the student and thrown away with the
+teacher; where both widths are the same there is none. Positions are those that the loss predicts
+(of a classifier: all that are no padding, each example weighing the same), so that micro-batches
+add up to their batch. What a layer gives out is meant; of the last one, after the model's final
+norm.
+Source: Romero et al. 2015, arXiv 1412.6550 (hints with a regressor); Jiao et al. 2020, arXiv
+    1909.10351, equation 8.
 """
 
 from __future__ import annotations
@@ -28,22 +30,28 @@ def layer_pairs(spec: Any, num_student: int, num_teacher: int, key: str) -> Pair
     """Return which layer of the student follows which of the teacher.
 
     Args:
-        spec: None spreads evenly: layer i follows ceil((i + 1) T / S) - 1, which is where `student.layers` copies layer
-            i from; `last` pairs the last layers alone; a list names the teacher's layer for each of the student's.
+        spec: None spreads evenly: layer i follows ceil((i + 1) T / S) - 1, which is where
+            `student.layers` copies layer i from; `last` pairs the last layers alone; a list names
+            the teacher's layer for each of the student's.
 
     Raises:
         UserError: If it fits no such models.
     """
     if spec is None:
-        return [(at, math.ceil((at + 1) * num_teacher / num_student) - 1) for at in range(num_student)]
+        return [
+            (at, math.ceil((at + 1) * num_teacher / num_student) - 1) for at in range(num_student)
+        ]
     if spec == "last":
         return [(num_student - 1, num_teacher - 1)]
     is_fit = isinstance(spec, list) and all(
-        isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < num_teacher for layer in spec
+        isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < num_teacher
+        for layer in spec
     )
     if not is_fit or len(spec) != num_student:
         problem = f"{spec!r} maps no {num_student} layers onto {num_teacher}"
-        raise UserError(key, problem, f"give last, or a list of {num_student} layers below {num_teacher}")
+        raise UserError(
+            key, problem, f"give last, or a list of {num_student} layers below {num_teacher}"
+        )
     return list(enumerate(spec))
 
 
@@ -68,7 +76,8 @@ class HiddenSignal(torch.nn.Module):
         """Return the mean of S over what is counted, 0-dim fp32.
 
         Args:
-            ours: By layer, the student's states, (B, T, H_s); the embeddings first, as transformers gives them.
+            ours: By layer, the student's states, (B, T, H_s); the embeddings first, as transformers
+                gives them.
             theirs: The teacher's, (B, T, H_t).
             weights: Of positions, (B, T), summing to 1.
         """
@@ -81,7 +90,9 @@ class HiddenSignal(torch.nn.Module):
     def flops(self, positions: int) -> float:
         """Return the FLOPs of the projections, forward and backward, over so many positions."""
         mapped = self.widths[0] != self.widths[1]
-        return 6.0 * self.widths[0] * self.widths[1] * len(self.pairs) * positions if mapped else 0.0
+        return (
+            6.0 * self.widths[0] * self.widths[1] * len(self.pairs) * positions if mapped else 0.0
+        )
 
 
 class WithProjections(torch.nn.Module):

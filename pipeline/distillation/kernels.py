@@ -1,14 +1,16 @@
-"""Which code computes the distillation head: three kernels of one contract, and a probe that takes the fastest.
+"""Which code computes the distillation head: three kernels of one contract, and a probe that takes
+the fastest.
 
     torch    the head of `head.py` with gradients in plain torch: any device
     triton   the same with one Triton kernel per chunk: CUDA
     liger    the chunked loss of the Liger library, where it is installed: forward_kl, reverse_kl and jsd, with models
-             of one vocabulary. Liger scales no divergence by T^2, so that is handed to it as a weight; it sums the
-             gradient of the weight in the weight's own dtype, where ours is fp32. It knows no scale and no soft cap
-             after the head, and is refused to models that have one
+             of one vocabulary. Liger scales no divergence by T^2, so that is handed to it as a
+             weight; it sums the gradient of the weight in the weight's own dtype, where ours is
+             fp32. It knows no scale and no soft cap after the head, and is refused to models that
+             have one
 
-Each is called like `head.head_loss`. Where there are several, `fastest` times them on the tensors of a real
-micro-batch, leaves out those that stray from the definition, and says what it found.
+Each is called like `head.head_loss`. Where there are several, `fastest` times them on the tensors
+of a real micro-batch, leaves out those that stray from the definition, and says what it found.
 """
 
 from __future__ import annotations
@@ -30,10 +32,13 @@ from pipeline.distillation.transform import Transform
 
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
-LIGER_BETA = {Divergence.forward_kl: 0.0, Divergence.reverse_kl: 1.0}  # jsd has its own; Liger has no skewed ones
+# jsd has its own; Liger has no skewed ones
+LIGER_BETA = {Divergence.forward_kl: 0.0, Divergence.reverse_kl: 1.0}
 NOT_FOR_LIGER = "Liger computes logits that are a plain product of head and hidden states"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""How far a gradient may be from the definition in fp32 logits, relative in norm: some roundings of the dtype."""
+"""How far a gradient may be from the definition in fp32 logits, relative in norm: some roundings of
+the dtype.
+"""
 ROUNDS = 5
 
 
@@ -76,20 +81,28 @@ def _by(live: Terms, cached: Terms) -> HeadLoss:
     """Return the head loss by the code for live teachers and for cached ones."""
 
     def compute(*inputs: Any, taught: Any = None, **settings: Any) -> tuple[Tensor, Sums]:
-        return head_loss(*inputs, taught=taught, terms=cached if isinstance(taught, Sparse) else live, **settings)
+        return head_loss(
+            *inputs, taught=taught, terms=cached if isinstance(taught, Sparse) else live, **settings
+        )
 
     return compute
 
 
 def liger_head_loss(
-    hidden: Tensor, head: Head, labels: Tensor, *, loss: Loss | None, dtype: torch.dtype, vocabulary: int | None,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    loss: Loss | None,
+    dtype: torch.dtype,
+    vocabulary: int | None,
     taught: Any,
-) -> tuple[Tensor, Sums]:  # fmt: skip
+) -> tuple[Tensor, Sums]:
     """Compute `head_loss` by Liger's chunked loss; compiled on CUDA, as it is shipped.
 
     Raises:
-        ValueError: If the models' vocabularies differ: Liger would give padding a probability. If a model changes the
-            product of its head, or gives logits only.
+        ValueError: If the models' vocabularies differ: Liger would give padding a probability. If a
+            model changes the product of its head, or gives logits only.
     """
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
@@ -104,10 +117,13 @@ def liger_head_loss(
         raise ValueError(f"vocabularies of {size} and {taught.head.weight.shape[0]} tokens")
     student, teacher = head.to(dtype), taught.head.to(dtype)
     call = LigerFusedLinearJSDLoss(
-        weight_hard_loss=loss.ce_weight, weight_soft_loss=(1 - loss.ce_weight) * loss.temperature**2,
-        beta=LIGER_BETA.get(loss.divergence, loss.mixture), temperature=loss.temperature,
-        compiled=hidden.device.type == "cuda", return_soft_hard_loss=True,
-    )  # fmt: skip
+        weight_hard_loss=loss.ce_weight,
+        weight_soft_loss=(1 - loss.ce_weight) * loss.temperature**2,
+        beta=LIGER_BETA.get(loss.divergence, loss.mixture),
+        temperature=loss.temperature,
+        compiled=hidden.device.type == "cuda",
+        return_soft_hard_loss=True,
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         value, soft, hard = call(
             hidden.to(dtype),
@@ -123,44 +139,62 @@ def liger_head_loss(
 
 
 def fastest(
-    kernels: Mapping[HeadKernel, HeadLoss], hidden: Tensor, head: Head, labels: Tensor, **settings: Any
+    kernels: Mapping[HeadKernel, HeadLoss],
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    **settings: Any,
 ) -> tuple[HeadKernel, dict[HeadKernel, Probed]]:
-    """Time forward and backward of kernels on one micro-batch, in turns; return the fastest that is right.
+    """Time forward and backward of kernels on one micro-batch, in turns; return the fastest that is
+    right.
 
     Args:
-        kernels: At least `torch`, which is the definition here, in fp32 logits whatever the others' dtype.
+        kernels: At least `torch`, which is the definition here, in fp32 logits whatever the others'
+            dtype.
         hidden: (N, H), head and labels (N,), settings: As `head_loss` takes them.
     """
-    right = _gradients(kernels[HeadKernel.torch], hidden, head, labels, **{**settings, "dtype": torch.float32})
+    right = _gradients(
+        kernels[HeadKernel.torch], hidden, head, labels, **{**settings, "dtype": torch.float32}
+    )
     allowed = TOLERANCE[settings["dtype"]]
     found: dict[HeadKernel, Probed] = {}
     seconds: dict[HeadKernel, list[float]] = {}
     for name, kernel in kernels.items():
         try:
             error = _error(_gradients(kernel, hidden, head, labels, **settings), right)
-        except (ValueError, RuntimeError, ImportError) as problem:  # does not take these shapes, or does not compile
+        # does not take these shapes, or does not compile
+        except (ValueError, RuntimeError, ImportError) as problem:
             found[name] = Probed(float("nan"), float("nan"), " ".join(str(problem).split())[:200])
             continue
         seconds[name] = []
-        found[name] = Probed(0.0, error, None if error <= allowed else f"off by {error:.1e}, {allowed:g} allowed")
+        found[name] = Probed(
+            0.0, error, None if error <= allowed else f"off by {error:.1e}, {allowed:g} allowed"
+        )
     for number in range(ROUNDS):
         for name in sorted(seconds, key=list(seconds).index, reverse=bool(number % 2)):
             seconds[name].append(_seconds(kernels[name], hidden, head, labels, **settings))
     found |= {
-        name: Probed(statistics.median(each), found[name].error, found[name].why_not) for name, each in seconds.items()
+        name: Probed(statistics.median(each), found[name].error, found[name].why_not)
+        for name, each in seconds.items()
     }
     right_ones = [name for name in seconds if found[name].why_not is None]
     return min(right_ones, key=lambda name: found[name].seconds, default=HeadKernel.torch), found
 
 
-def _gradients(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any) -> list[Tensor]:
+def _gradients(
+    kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any
+) -> list[Tensor]:
     """Return loss, and gradients of hidden states and head, as fp32."""
     found = _forward_and_backward(kernel, _leaves(hidden, head), head.transform, labels, **settings)
     return [each.detach().float() for each in found]
 
 
 def _leaves(hidden: Tensor, head: Head) -> list[Tensor]:
-    return [each.detach().clone().requires_grad_() for each in (hidden, head.weight, head.bias) if each is not None]
+    return [
+        each.detach().clone().requires_grad_()
+        for each in (hidden, head.weight, head.bias)
+        if each is not None
+    ]
 
 
 def _forward_and_backward(
@@ -168,19 +202,24 @@ def _forward_and_backward(
 ) -> list[Tensor]:
     hidden, weight, *bias = leaves
     with torch.enable_grad():
-        value, _ = kernel(hidden, Head(weight, bias[0] if bias else None, transform), labels, **settings)
+        value, _ = kernel(
+            hidden, Head(weight, bias[0] if bias else None, transform), labels, **settings
+        )
         return [value, *torch.autograd.grad(value, leaves)]
 
 
 def _error(found: list[Tensor], right: list[Tensor]) -> float:
     errors = [
-        (ours - theirs).norm() / theirs.norm().clamp(min=1e-12) for ours, theirs in zip(found, right, strict=True)
+        (ours - theirs).norm() / theirs.norm().clamp(min=1e-12)
+        for ours, theirs in zip(found, right, strict=True)
     ]
     worst = float(torch.stack(errors).max())
     return worst if worst == worst else float("inf")  # NaN is off by more than anything
 
 
-def _seconds(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any) -> float:
+def _seconds(
+    kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any
+) -> float:
     device = hidden.device
     finish = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     leaves = _leaves(hidden, head)
@@ -192,7 +231,9 @@ def _seconds(kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **set
 
 
 def in_words(chosen: HeadKernel, found: Mapping[HeadKernel, Probed]) -> str:
-    """Return what a probe found: `head: triton (1.31 ms a micro-batch; torch 4.02 ms, liger off by 0.1)`."""
+    """Return what a probe found: `head: triton (1.31 ms a micro-batch; torch 4.02 ms, liger off by
+    0.1)`.
+    """
     others = [
         f"{name.value} {probed.why_not or f'{1e3 * probed.seconds:.3g} ms'}"
         for name, probed in found.items()

@@ -1,6 +1,7 @@
 """The losses of a student, each defined once, with its gradient made by hand.
 
-With z the student's logits, y the label, q = softmax(z / T), p = softmax(teacher / T), per predicted token:
+With z the student's logits, y the label, q = softmax(z / T), p = softmax(teacher / T), per
+predicted token:
 
     loss = ce_weight * CE(z, y) + (1 - ce_weight) * T^2 * D(p, q)
 
@@ -10,36 +11,39 @@ With z the student's logits, y the label, q = softmax(z / T), p = softmax(teache
     skewed_kl           KL(p || alpha p + (1 - alpha) q)
     skewed_reverse_kl   KL(q || alpha q + (1 - alpha) p)
 
-T^2 keeps the gradient's size comparable over temperatures. For each D the gradient with respect to z is
+T^2 keeps the gradient's size comparable over temperatures. For each D the gradient with respect to
+z is
 
     T^2 dD/dz = T q (g - sum(q g)),   g = dD/dq up to a constant
 
     forward_kl  -p/q     reverse_kl  ln(q/p)     jsd  (1 - beta) ln(q/m)
     skewed_kl  -(1 - alpha) p/m     skewed_reverse_kl  ln(q/m) - alpha q/m
 
-The table is read by three paths that must agree: `terms` here (plain torch, any device), the Triton kernel
-(`triton_terms.py`), and float64 autograd over the definitions (the tests).
+The table is read by three paths that must agree: `terms` here (plain torch, any device), the Triton
+kernel (`triton_terms.py`), and float64 autograd over the definitions (the tests).
 
-A teacher read from a cache gives p by a few entries (`Sparse`). Forward KL is then cross-entropy less the entropy that
-the entries' distribution has, and with the T^2 of above
+A teacher read from a cache gives p by a few entries (`Sparse`). Forward KL is then cross-entropy
+less the entropy that the entries' distribution has, and with the T^2 of above
 
     sampled entries    D = -sum_i p_i ln q_i - H                    T^2 dD/dz = T (q - p)
     k largest, rest r  D = -sum_i p_i ln q_i - r ln rho - H         T^2 dD/dz = T (q - p) on the entries,
                        rho = 1 - sum_i q_i (i over the entries)                 T q (1 - r / rho) elsewhere
 
-Sampled entries are counts over draws, E[p_i] is the teacher's probability, and D and its gradient are linear in p: both
-are unbiased. The k largest with the rest as one bucket are a coarser distribution: D is a lower bound of the KL
-(the log-sum inequality), and its gradient is biased; how the student spreads the rest costs it nothing.
+Sampled entries are counts over draws, E[p_i] is the teacher's probability, and D and its gradient
+are linear in p: both are unbiased. The k largest with the rest as one bucket are a coarser
+distribution: D is a lower bound of the KL (the log-sum inequality), and its gradient is biased; how
+the student spreads the rest costs it nothing.
 
-Mixtures are taken in log space, and logits lose their row's maximum before they are divided by T: nothing underflows or
-cancels whatever the logits' size. Logits are what `transform.py` makes of a head's products; the gradient that is
-returned is that with respect to the products.
+Mixtures are taken in log space, and logits lose their row's maximum before they are divided by T:
+nothing underflows or cancels whatever the logits' size. Logits are what `transform.py` makes of a
+head's products; the gradient that is returned is that with respect to the products.
 
-A token the teacher rules out (p = 0) costs nothing in the forward divergences and in jsd; in reverse_kl it costs
-infinitely much if the student allows it at all, as the definition says. What has no weight in the loss has no part in
-it, be it infinite.
-Source: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2023, arXiv 2306.13649 (jsd); Ko et al. 2024,
-arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries against the k largest).
+A token the teacher rules out (p = 0) costs nothing in the forward divergences and in jsd; in
+reverse_kl it costs infinitely much if the student allows it at all, as the definition says. What
+has no weight in the loss has no part in it, be it infinite.
+Source: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2023, arXiv 2306.13649 (jsd); Ko
+    et al. 2024, arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries
+    against the k largest).
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ from torch import Tensor
 from pipeline.config.settings import Divergence
 from pipeline.distillation.transform import PLAIN, Transform
 
-BLOCK_BYTES = 2 * 2**20  # of one fp32 block of rows: a handful of such blocks stay in a core's cache
+# of one fp32 block of rows: a handful of such blocks stay in a core's cache
+BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +104,12 @@ class Sparse:
     """A teacher's distribution at the loss's temperature, by its entries.
 
     Attributes:
-        ids: (N, K) int64, below the vocabulary; a row's entries differ, those of probability 0 (padding) apart.
+        ids: (N, K) int64, below the vocabulary; a row's entries differ, those of probability 0
+            (padding) apart.
         probabilities: (N, K) fp32 or fp64.
         entropy: (N,), nats: H above; it has no gradient.
-        residual: (N,) mass beside the entries, r above, where every row has K entries; None: the entries are all.
+        residual: (N,) mass beside the entries, r above, where every row has K entries; None: the
+            entries are all.
     """
 
     ids: Tensor
@@ -122,16 +129,23 @@ class Sparse:
 
 
 def terms_in_place(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int,
-    ours: Transform = PLAIN, theirs: Transform = PLAIN,
-) -> Sums:  # fmt: skip
-    """Replace the student's products by the gradient of the summed loss with respect to them; return the sums.
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
+    vocabulary: int,
+    ours: Transform = PLAIN,
+    theirs: Transform = PLAIN,
+) -> Sums:
+    """Replace the student's products by the gradient of the summed loss with respect to them;
+    return the sums.
 
     The math is in fp32 (fp64 for fp64 products), a block of rows at a time.
 
     Args:
         student: (N, V_s) products of hidden states and head, overwritten.
-        teacher: (N, V_t) the teacher's, or None for plain cross-entropy (`ce_weight` is then taken as 1).
+        teacher: (N, V_t) the teacher's, or None for plain cross-entropy (`ce_weight` is then taken
+            as 1).
         labels: (N,) indexes below `vocabulary`.
         vocabulary: Columns that both have; those beyond it get no gradient.
         ours: What makes logits of the student's products.
@@ -147,9 +161,14 @@ def terms_in_place(
 
 
 def sparse_terms_in_place(
-    student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int,
-    ours: Transform = PLAIN, theirs: Transform = PLAIN,
-) -> Sums:  # fmt: skip
+    student: Tensor,
+    teacher: Sparse,
+    labels: Tensor,
+    loss: Loss,
+    vocabulary: int,
+    ours: Transform = PLAIN,
+    theirs: Transform = PLAIN,
+) -> Sums:
     """Do what `terms_in_place` does where the teacher is given by entries; forward KL only.
 
     Args:
@@ -169,13 +188,22 @@ def sparse_terms_in_place(
 
 
 def _by_blocks(
-    student: Tensor, vocabulary: int, exact: torch.dtype, block: Callable[[Tensor, slice], tuple[Sums, Tensor]],
+    student: Tensor,
+    vocabulary: int,
+    exact: torch.dtype,
+    block: Callable[[Tensor, slice], tuple[Sums, Tensor]],
     ours: Transform,
-) -> Sums:  # fmt: skip
-    """Replace products by their gradient, on a CPU a few rows at a time; sum up what `block` says of its rows."""
+) -> Sums:
+    """Replace products by their gradient, on a CPU a few rows at a time; sum up what `block` says
+    of its rows.
+    """
     ce, divergence = (torch.zeros((), dtype=exact, device=student.device) for _ in range(2))
     student[:, vocabulary:] = 0
-    rows = max(1, BLOCK_BYTES // (4 * vocabulary)) if student.device.type == "cpu" else max(1, len(student))
+    rows = (
+        max(1, BLOCK_BYTES // (4 * vocabulary))
+        if student.device.type == "cpu"
+        else max(1, len(student))
+    )
     for start in range(0, len(student), rows):
         part = slice(start, start + rows)
         tile = student[part, :vocabulary]
@@ -187,7 +215,9 @@ def _by_blocks(
     return Sums(ce, divergence)
 
 
-def terms(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss) -> tuple[Sums, Tensor]:
+def terms(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss
+) -> tuple[Sums, Tensor]:
     """Return the sums and the gradient of the summed loss with respect to the student's logits.
 
     Args:
@@ -211,7 +241,9 @@ def terms(student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss) -
     return sums, gradient
 
 
-def sparse_terms(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -> tuple[Sums, Tensor]:
+def sparse_terms(
+    student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss
+) -> tuple[Sums, Tensor]:
     """Return the sums and the gradient of the summed loss with respect to the student's logits.
 
     Args:
@@ -222,8 +254,12 @@ def sparse_terms(student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -
     assert loss.divergence is Divergence.forward_kl, "entries give no other divergence"
     at_one = _Softmax.of(student)
     of_q = at_one if loss.temperature == 1 else _Softmax.of(student, loss.temperature)
-    value, gradient = _sampled(of_q, teacher) if teacher.residual is None else _with_rest(of_q, teacher)
-    sums = Sums(-at_one.log_of(labels[:, None]).sum(), loss.temperature**2 * (value - teacher.entropy.sum()))
+    value, gradient = (
+        _sampled(of_q, teacher) if teacher.residual is None else _with_rest(of_q, teacher)
+    )
+    sums = Sums(
+        -at_one.log_of(labels[:, None]).sum(), loss.temperature**2 * (value - teacher.entropy.sum())
+    )
     if loss.ce_weight == 1:
         return sums, _hard(at_one, labels, 1.0)
     gradient *= (1 - loss.ce_weight) * loss.temperature
@@ -240,17 +276,19 @@ def _sampled(of_q: _Softmax, teacher: Sparse) -> tuple[Tensor, Tensor]:
 
 
 def _with_rest(of_q: _Softmax, teacher: Sparse) -> tuple[Tensor, Tensor]:
-    """Return -sum(p ln q) - sum(r ln rho), and its gradient: q - p on the entries, q (1 - r / rho) elsewhere.
+    """Return -sum(p ln q) - sum(r ln rho), and its gradient: q - p on the entries, q (1 - r / rho)
+    elsewhere.
 
-    rho is kept as a logarithm, summed up over what it consists of: 1 - sum(q) would cancel, and it may be too small for
-    a number of 32 bits. A row's gradient sums to zero, so that its largest part, where q and p may cancel, is what the
-    others leave.
+    rho is kept as a logarithm, summed up over what it consists of: 1 - sum(q) would cancel, and it
+    may be too small for a number of 32 bits. A row's gradient sums to zero, so that its largest
+    part, where q and p may cancel, is what the others leave.
     """
     p, ids, residual = teacher.probabilities, teacher.ids, teacher.residual
     assert residual is not None
     r = residual[:, None]
     elsewhere = of_q.shifted.scatter(1, ids, -torch.inf)
-    log_rest = elsewhere.logsumexp(-1, keepdim=True)  # of what the shares beside the entries sum up to
+    # of what the shares beside the entries sum up to
+    log_rest = elsewhere.logsumexp(-1, keepdim=True)
     log_q = of_q.log_of(ids)
     value = -(p * _where(p, log_q)).sum() - (r * _where(r, log_rest - of_q.log_total)).sum()
     of_rest = torch.where(r == 0, 0.0, (elsewhere - log_rest).exp_() * r)
@@ -266,7 +304,8 @@ class _Softmax:
     """A softmax at a temperature, by what it is made of: one exponential serves all that follows.
 
     Attributes:
-        shifted: (N, V): (x - max) / T. What is left of logits that are large alike keeps all of its digits.
+        shifted: (N, V): (x - max) / T. What is left of logits that are large alike keeps all of its
+            digits.
         shares: (N, V): exp(shifted).
         inverse: (N, 1): 1 / sum(shares).
         log_total: (N, 1): log(sum(shares)).
@@ -332,7 +371,8 @@ def _forward_kl(of_q: _Softmax, of_p: _Softmax) -> tuple[Tensor, Tensor]:
     """Return KL(p || q) and q - p with few passes: sum(p (ln p - ln q)) up to the totals."""
     apart = torch.linalg.vecdot(of_p.shares, of_p.shifted - of_q.shifted)[:, None] * of_p.inverse
     value = (apart - of_p.log_total + of_q.log_total).sum()
-    # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Elsewhere than here, asking would wait.
+    # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Elsewhere than here,
+    # asking would wait.
     if value.device.type != "cpu" or not torch.isfinite(value):
         p = of_p.shares * of_p.inverse
         value = (p * _where(p, of_p.shifted - of_p.log_total - of_q.shifted + of_q.log_total)).sum()

@@ -1,9 +1,12 @@
-"""On-policy distillation: the student writes, and its teacher says at every token what it would have written.
+"""On-policy distillation: the student writes, and its teacher says at every token what it would
+have written.
 
-What it writes is sampled from its own distribution, no token barred but those that its teacher does not have, and is no
-label: the loss is the divergence alone, over the tokens that it wrote, its end of text included and nothing after.
-No gradient passes through the sampling.
-Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 (`share` is its lambda, drawn step by step).
+What it writes is sampled from its own distribution, no token barred but those that its teacher does
+not have, and is no
+label: the loss is the divergence alone, over the tokens that it wrote, its end of text included and
+    nothing after. No gradient passes through the sampling.
+Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 (`share` is its lambda, drawn step by
+    step).
 
 Shape legend: B rows, P tokens of the longest prompt, G written at most, T = P + G.
 """
@@ -41,7 +44,9 @@ class Writing:
     seed: int
 
 
-def write(model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int) -> dict[str, Tensor]:
+def write(
+    model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int
+) -> dict[str, Tensor]:
     """Have `model` go on from prompts; return what it read and wrote as a batch, on the CPU.
 
     The same weights, prompts, seed and step write the same; torch's generators stay where they are.
@@ -52,8 +57,9 @@ def write(model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int
         mask: (B, P): 1 where a prompt is.
 
     Returns:
-        `input_ids, position_ids, labels` (B, T) as packed windows have them, what a row leaves over as a document of
-        its own; `sampled` (B,), the tokens written; `lengths` (B,), with the prompt's.
+        `input_ids, position_ids, labels` (B, T) as packed windows have them, what a row leaves over
+        as a document of its own; `sampled` (B,), the tokens written; `lengths` (B,), with the
+        prompt's.
     """
     training = model.training
     model.eval()
@@ -65,7 +71,9 @@ def write(model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int
 
 
 @torch.no_grad()
-def _sample(model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int) -> tuple[Tensor, Tensor]:
+def _sample(
+    model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int
+) -> tuple[Tensor, Tensor]:
     """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
@@ -79,9 +87,13 @@ def _sample(model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int) 
     cache = None
     while len(written) < writing.length and not (written and bool(done.all())):
         said = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
             **last_only,
-        )  # fmt: skip
+        )
         logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature
         ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         written.append(ids)
@@ -93,14 +105,24 @@ def _sample(model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int) 
     return torch.cat(written, -1), count
 
 
-def _as_batch(prompts: Tensor, prompt_lengths: Tensor, written: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+def _as_batch(
+    prompts: Tensor, prompt_lengths: Tensor, written: Tensor, sampled: Tensor
+) -> dict[str, Tensor]:
     width = prompts.shape[1] + written.shape[1]
     ids, positions = torch.zeros(2, len(prompts), width, dtype=torch.long).unbind()
     labels = torch.full_like(ids, IGNORE)
-    for row, (asked, said) in enumerate(zip(prompt_lengths.tolist(), sampled.tolist(), strict=True)):
+    for row, (asked, said) in enumerate(
+        zip(prompt_lengths.tolist(), sampled.tolist(), strict=True)
+    ):
         whole = torch.cat([prompts[row, len(prompts[row]) - asked :], written[row, :said]])
         ids[row, : len(whole)] = whole
         labels[row, asked - 1 : len(whole) - 1] = whole[asked:]
         positions[row] = torch.cat([torch.arange(len(whole)), torch.arange(width - len(whole))])
     lengths = prompt_lengths + sampled
-    return {"input_ids": ids, "position_ids": positions, "labels": labels, "sampled": sampled, "lengths": lengths}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "sampled": sampled,
+        "lengths": lengths,
+    }

@@ -1,14 +1,14 @@
 """What each position's query (key, value) says of the other positions, student drawn to teacher.
 
-With X one layer's queries, cut along their width into A heads X_a of d features, whatever heads attention itself has
-(so that models may differ in heads, in width and in key-value heads):
+With X one layer's queries, cut along their width into A heads X_a of d features, whatever heads
+attention itself has (so that models may differ in heads, in width and in key-value heads):
 
     R_a = softmax(X_a X_a^T / sqrt(d))      over the positions that a position may read
     S = sum over queries, keys, values of   mean over a and positions t of KL(R_a,t of the teacher || R_a,t)
 
-Queries and keys are those that the projections give, before rotary positions. Positions count as for hidden states. The
-gradient is made by hand, a few rows at a time, so that no more than a few (A, T, T) tensors live at once; with P and Q
-both relations, each position's row times its weight,
+Queries and keys are those that the projections give, before rotary positions. Positions count as
+for hidden states. The gradient is made by hand, a few rows at a time, so that no more than a few
+(A, T, T) tensors live at once; with P and Q both relations, each position's row times its weight,
 
     dS/dX_a = ((Q - P) + (Q - P)^T) X_a / sqrt(d)
 
@@ -29,13 +29,18 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.layers import layer_count, layer_stacks
 
-PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Of one (rows, A, T, T) tensor."""
 
 
 class RelationSignal:
-    """The relations of one layer of each model: which modules are read, and the loss they take part in.
+    """The relations of one layer of each model: which modules are read, and the loss they take part
+    in.
 
     Args:
         student: The modules that make queries, keys and values (`find_projections`).
@@ -44,10 +49,14 @@ class RelationSignal:
         weight: Of the signal beside the other parts of the loss.
     """
 
-    def __init__(self, student: Sequence[nn.Module], teacher: Sequence[nn.Module], heads: int, weight: float) -> None:
+    def __init__(
+        self, student: Sequence[nn.Module], teacher: Sequence[nn.Module], heads: int, weight: float
+    ) -> None:
         self.student, self.teacher, self.heads, self.weight = student, teacher, heads, weight
 
-    def __call__(self, ours: Sequence[Tensor], theirs: Sequence[Tensor], may_read: Tensor, weights: Tensor) -> Tensor:
+    def __call__(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], may_read: Tensor, weights: Tensor
+    ) -> Tensor:
         """Return S, 0-dim, at least fp32.
 
         Args:
@@ -57,10 +66,14 @@ class RelationSignal:
             weights: Of positions, (B, T), summing to 1.
         """
         kinds = zip(ours, theirs, strict=True)
-        return torch.stack([relation_divergence(x, y, may_read, weights, self.heads) for x, y in kinds]).sum()
+        return torch.stack(
+            [relation_divergence(x, y, may_read, weights, self.heads) for x, y in kinds]
+        ).sum()
 
     def flops(self, rows: int, length: int) -> float:
-        """Return the FLOPs of both models' relations and of the student's gradient (one product: it is symmetric)."""
+        """Return the FLOPs of both models' relations and of the student's gradient (one product: it
+        is symmetric).
+        """
         ours, theirs = (sum(_width(each) for each in side) for side in (self.student, self.teacher))
         return (4.0 * ours + 2.0 * theirs) * rows * length**2
 
@@ -84,12 +97,20 @@ def relation_signal(
     if chosen >= len(theirs):
         problem = f"the teacher has no layer {chosen}"
         raise UserError(f"{key}.relation_layer", problem, f"give 0 to {len(theirs) - 1}")
-    sides = find_projections(ours[-1], student, weighing), find_projections(theirs[chosen], teacher, weighing)
+    sides = (
+        find_projections(ours[-1], student, weighing),
+        find_projections(theirs[chosen], teacher, weighing),
+    )
     wanted = heads or teacher.config.get_text_config().num_attention_heads
     widths = {_width(each) for side in sides for each in side}
     if any(width % wanted for width in widths):
-        whole = max(count for count in range(1, wanted) if not any(width % count for width in widths))
-        problem = f"{wanted} heads do not cut queries, keys and values of width {', '.join(map(str, sorted(widths)))}"
+        whole = max(
+            count for count in range(1, wanted) if not any(width % count for width in widths)
+        )
+        problem = (
+            f"{wanted} heads do not cut queries, keys and values of width"
+            f" {', '.join(map(str, sorted(widths)))}"
+        )
         raise UserError(f"{key}.relation_heads", problem, f"give {whole}, for one")
     return RelationSignal(sides[0], sides[1], wanted, weight)
 
@@ -131,7 +152,9 @@ def outputs_of(modules: Sequence[nn.Module]) -> Generator[list[Tensor]]:
             hook.remove()
 
 
-def relation_divergence(student: Tensor, teacher: Tensor, may_read: Tensor, weights: Tensor, heads: int) -> Tensor:
+def relation_divergence(
+    student: Tensor, teacher: Tensor, may_read: Tensor, weights: Tensor, heads: int
+) -> Tensor:
     """Return one kind's part of S, 0-dim, at least fp32.
 
     Args:
@@ -147,10 +170,13 @@ def relation_divergence(student: Tensor, teacher: Tensor, may_read: Tensor, weig
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, may_read: Tensor, weights: Tensor, heads: int) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, may_read: Tensor, weights: Tensor, heads: int
+    ) -> Tensor:
         exact = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=student.device)
-        gradient = torch.empty_like(student, dtype=exact)  # fp16 would lose what the loss scale is still to lift
+        # fp16 would lose what the loss scale is still to lift
+        gradient = torch.empty_like(student, dtype=exact)
         block = BLOCK_BYTES.get(student.device.type, BLOCK_BYTES["cpu"])
         rows = max(1, block // (4 * heads * student.shape[1] ** 2))
         for start in range(0, len(student), rows):
@@ -182,8 +208,8 @@ def _split(states: Tensor, heads: int) -> Tensor:
 def _scores(parts: Tensor, hidden: Tensor) -> Tensor:
     """Return X_a X_a^T / sqrt(d), (B, A, T, T).
 
-    What may not be read gets the least number rather than -inf: a row that reads nothing is then the same uniform
-    distribution in both models, whose divergence and gradient are exactly 0.
+    What may not be read gets the least number rather than -inf: a row that reads nothing is then
+    the same uniform distribution in both models, whose divergence and gradient are exactly 0.
     """
     scores = parts @ (parts / parts.shape[-1] ** 0.5).mT
     return scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
@@ -192,7 +218,9 @@ def _scores(parts: Tensor, hidden: Tensor) -> Tensor:
 def _layers(model: Any, key: str) -> Any:
     stacks = layer_stacks(model, layer_count(model.config))
     if len(stacks) != 1:
-        raise UserError(key, f"{type(model).__name__} has {len(stacks)} stacks of layers", "leave it at 0")
+        raise UserError(
+            key, f"{type(model).__name__} has {len(stacks)} stacks of layers", "leave it at 0"
+        )
     return stacks[0][1]
 
 

@@ -1,13 +1,14 @@
 """A teacher's distributions in a few bytes a token: how they are drawn, packed, and read back.
 
-`sample` draws tokens from the teacher's distribution with replacement and merges repeats into counts; count / draws is
-an unbiased estimate of each probability. The draws are stratified: one from each of `draws` equal slices of the
-cumulative distribution, so that the estimate stays unbiased and its variance is never above that of independent draws
-(a token of probability p is drawn `draws * p` times, give or take less than 2). The entropy is kept beside them, from
+`sample` draws tokens from the teacher's distribution with replacement and merges repeats into
+counts; count / draws is an unbiased estimate of each probability. The draws are stratified: one
+from each of `draws` equal slices of the cumulative distribution, so that the estimate stays
+unbiased and its variance is never above that of independent draws (a token of probability p is
+drawn `draws * p` times, give or take less than 2). The entropy is kept beside them, from
 all of the distribution: with it the reported divergence is unbiased, too.
 
-`top_k` keeps the k largest probabilities and the mass of the rest as one bucket: no noise, and a bias that no number of
-steps averages out (see `losses.py`).
+`top_k` keeps the k largest probabilities and the mass of the rest as one bucket: no noise, and a
+bias that no number of steps averages out (see `losses.py`).
 
 `dense` keeps all logits: for classes, of which there are few.
 
@@ -20,8 +21,8 @@ steps averages out (see `losses.py`).
             residual       float32
     dense   logits         float32  a number a class
 
-Source: Anshumann et al. 2025, arXiv 2503.16870 (sampled against top-k); Cochran, Sampling Techniques, 1977, section 5
-(stratified sampling).
+Source: Anshumann et al. 2025, arXiv 2503.16870 (sampled against top-k); Cochran, Sampling
+    Techniques, 1977, section 5 (stratified sampling).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from torch import Tensor
 from pipeline.distillation.losses import Sparse
 
 TOKEN_BYTES = 72  # what a token may take on average: the figure to keep
-SPARE_BYTES = 2  # of them, for what a window (36 bytes) and a file take: number, digest, starts; header
+# of them, for what a window (36 bytes) and a file take: number, digest, starts; header
+SPARE_BYTES = 2
 MOST_DRAWS = 64  # counts have 6 bits
 COUNT_BITS = 6
 SCALAR_BYTES = 4  # entropy or residual, float32
@@ -80,7 +82,8 @@ class Sampled:
         """
         log_p = torch.log_softmax(logits / self.temperature, -1)
         p = log_p.exp()
-        cumulative = p.cumsum(-1, dtype=torch.float64)  # in fp32 the sum of a large vocabulary would drift
+        # in fp32 the sum of a large vocabulary would drift
+        cumulative = p.cumsum(-1, dtype=torch.float64)
         slices = torch.arange(self.draws, device=p.device, dtype=torch.float64)
         points = (slices + uniforms) / self.draws * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
@@ -88,16 +91,20 @@ class Sampled:
 
     def pack(self, drawn: Columns) -> Columns:
         """Return the columns of a window's tokens from what `of` drew for them."""
-        ids = drawn["ids"]  # ascending: repeats stand beside each other, and a row begins with a first
+        # ascending: repeats stand beside each other, and a row begins with a first
+        ids = drawn["ids"]
         first = np.ones(ids.shape, dtype=bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         places = np.flatnonzero(first)
         counts = np.diff(places, append=ids.size)
-        entries = (ids.reshape(-1)[places].astype(np.uint32) << COUNT_BITS) | (counts - 1).astype(np.uint32)
+        entries = (ids.reshape(-1)[places].astype(np.uint32) << COUNT_BITS) | (counts - 1).astype(
+            np.uint32
+        )
         return {
             "entries": _to_bytes(entries, entry_bytes(self.vocabulary, COUNT_BITS)),
-            "sizes": first.sum(1).astype(np.uint8), "entropy": drawn["entropy"].astype(np.float32),
-        }  # fmt: skip
+            "sizes": first.sum(1).astype(np.uint8),
+            "entropy": drawn["entropy"].astype(np.float32),
+        }
 
     def unpack(self, columns: Columns) -> Sparse:
         """Return the tokens' estimated distributions, padded to the longest."""
@@ -107,7 +114,11 @@ class Sampled:
         ids, shares = np.zeros(there.shape, dtype=np.int64), np.zeros(there.shape, dtype=np.float32)
         ids[there] = entries >> COUNT_BITS
         shares[there] = ((entries & (2**COUNT_BITS - 1)) + 1) / self.draws
-        return Sparse(torch.from_numpy(ids), torch.from_numpy(shares), torch.from_numpy(columns["entropy"].copy()))
+        return Sparse(
+            torch.from_numpy(ids),
+            torch.from_numpy(shares),
+            torch.from_numpy(columns["entropy"].copy()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +145,17 @@ class TopK:
         return min(vocabulary, room // (entry_bytes(vocabulary, 0) + 2))
 
     def of(self, logits: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
-        """Return `ids` (N, k) int32, `probabilities` (N, k) and `residual` (N,); nothing is left to chance."""
+        """Return `ids` (N, k) int32, `probabilities` (N, k) and `residual` (N,); nothing is left to
+        chance.
+        """
         p = torch.softmax(logits / self.temperature, -1)
         top = p.topk(self.k, -1)
         residual = p.scatter(1, top.indices, 0.0).sum(-1)  # 1 - sum(top) would cancel
-        return {"ids": top.indices.to(torch.int32), "probabilities": top.values, "residual": residual}
+        return {
+            "ids": top.indices.to(torch.int32),
+            "probabilities": top.values,
+            "residual": residual,
+        }
 
     def pack(self, drawn: Columns) -> Columns:
         """Return the columns of a window's tokens from what `of` found for them."""
@@ -147,10 +164,12 @@ class TopK:
             "ids": _to_bytes(ids, entry_bytes(self.vocabulary, 0)),
             "probabilities": drawn["probabilities"].reshape(-1).astype(np.float16),
             "residual": drawn["residual"].astype(np.float32),
-        }  # fmt: skip
+        }
 
     def unpack(self, columns: Columns) -> Sparse:
-        """Return the tokens' distributions; what rounding to 16 bits took is given back, so that they sum to 1."""
+        """Return the tokens' distributions; what rounding to 16 bits took is given back, so that
+        they sum to 1.
+        """
         ids = torch.from_numpy(_from_bytes(columns["ids"]).astype(np.int64).reshape(-1, self.k))
         p = torch.from_numpy(columns["probabilities"].astype(np.float32).reshape(-1, self.k))
         residual = torch.from_numpy(columns["residual"].copy())

@@ -28,7 +28,8 @@ from torch import Tensor
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM, Inkling
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+# Gemma, RecurrentGemma, xLSTM
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SPAN = 256.0  # of amplified logits before the cap: far beyond every cap in use, 15 to 50
 TOLERANCE = 1e-3  # of logits, of the largest one; 16-bit weights: 4 roundings
 NOISE = 0.05  # standard deviation of what stands in for weights that are all zero
@@ -54,7 +55,9 @@ class Transform:
         return self.scale == 1 and self.cap is None
 
     def logits(self, product: Tensor) -> Tensor:
-        """Return the logits of a product, of the same shape; the product itself where nothing is done."""
+        """Return the logits of a product, of the same shape; the product itself where nothing is
+        done.
+        """
         scaled = product if self.scale == 1 else product * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
@@ -62,13 +65,16 @@ class Transform:
         """Return d logits / d product, of the same shape, or one number for all elements."""
         if self.cap is None:
             return self.scale
-        # 1 - tanh^2 would cancel where the cap is near; 4 e / (1 + e)^2 with e = exp(-2 |x|) does not.
+        # 1 - tanh^2 would cancel where the cap is near; 4 e / (1 + e)^2 with e = exp(-2 |x|) does
+        # not.
         share = (product.abs() * (-2 * self.scale / self.cap)).exp_()
         return share.mul(4 * self.scale).div_(share.add_(1).square_())
 
     def in_words(self) -> str:
         """Return what is done, `scale 0.0625, soft cap 30`, or nothing."""
-        parts = [f"scale {self.scale:g}"] * (self.scale != 1) + [f"soft cap {self.cap or 0:g}"] * (self.cap is not None)
+        parts = [f"scale {self.scale:g}"] * (self.scale != 1) + [f"soft cap {self.cap or 0:g}"] * (
+            self.cap is not None
+        )
         return ", ".join(parts)
 
 
@@ -89,7 +95,8 @@ class Unknown:
 
 
 def readings(config: Any) -> Iterator[Transform]:
-    """Yield what a config may mean, the likeliest first: as its settings are usually meant, then otherwise, then not.
+    """Yield what a config may mean, the likeliest first: as its settings are usually meant, then
+    otherwise, then not.
 
     Args:
         config: Of a model; the part that is about text is read.
@@ -123,7 +130,11 @@ def _numbers(config: Any, name: str, *, inverse: bool) -> list[float]:
 
 def _number(config: Any, name: str) -> float | None:
     given = getattr(config, name, None)
-    return float(given) if isinstance(given, int | float) and not isinstance(given, bool) and given > 0 else None
+    return (
+        float(given)
+        if isinstance(given, int | float) and not isinstance(given, bool) and given > 0
+        else None
+    )
 
 
 def as_configured(model: Any) -> Transform:
@@ -132,7 +143,8 @@ def as_configured(model: Any) -> Transform:
 
 
 def prove(model: Any, inputs: dict[str, Tensor]) -> Transform | Unknown:
-    """Return the transform with which the head gives the model's own logits, or why there is none that is known.
+    """Return the transform with which the head gives the model's own logits, or why there is none
+    that is known.
 
     Args:
         model: A causal language model in evaluation mode; autograd is off.
@@ -151,7 +163,12 @@ def _proven(model: Any, inputs: dict[str, Tensor]) -> Transform | str:
     hidden = model.base_model(**copies(inputs), use_cache=False).last_hidden_state
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] != hidden.shape[-1]:
+    if (
+        weight is None
+        or weight.dim() != 2
+        or not weight.is_floating_point()
+        or weight.shape[1] != hidden.shape[-1]
+    ):
         return "it has no output layer whose weights are (vocabulary, hidden size)"
     product = F.linear(hidden.to(weight.dtype), weight).float()
     bias = getattr(layer, "bias", None)
@@ -169,7 +186,10 @@ def _proven(model: Any, inputs: dict[str, Tensor]) -> Transform | str:
             if _trains_more(model, body, inputs, layer):
                 return "it has parameters between its body and its logits"
             return each if columns == len(weight) else replace(each, columns=columns)
-    return "its logits are another function of its hidden states than a product, a scale and a soft cap"
+    return (
+        "its logits are another function of its hidden states than a product, a scale and a"
+        " soft cap"
+    )
 
 
 def copies(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +208,8 @@ def near(ours: Tensor, theirs: Tensor, allowed: float) -> bool:
 
 
 def _body_of(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """Return the module whose hidden states the model's own forward goes on from; None where there is none.
+    """Return the module whose hidden states the model's own forward goes on from; None where there
+    is none.
 
     Some models go around their `base_model` to the decoder within it (OPT).
     """
@@ -197,7 +218,9 @@ def _body_of(model: Any, inputs: dict[str, Tensor]) -> Any:
         if body is model:
             continue
         hook = body.register_forward_hook(
-            lambda _, __, output, ran=ran: ran.append(getattr(output, "last_hidden_state", None) is not None)
+            lambda _, __, output, ran=ran: ran.append(
+                getattr(output, "last_hidden_state", None) is not None
+            )
         )
         try:
             model(**copies(inputs), use_cache=False)
@@ -230,9 +253,13 @@ def _giving(body: Any, change: Callable[[Tensor], Tensor]) -> Generator[None]:
 
 
 def _trains_more(model: Any, body: Any, inputs: dict[str, Tensor], layer: Any) -> bool:
-    """Tell whether logits depend on parameters that are neither the body's nor the output layer's."""
+    """Tell whether logits depend on parameters that are neither the body's nor the output
+    layer's.
+    """
     known = {id(each) for part in (model.base_model, layer) for each in part.parameters()}
-    more = [each for each in model.parameters() if id(each) not in known and each.is_floating_point()]
+    more = [
+        each for each in model.parameters() if id(each) not in known and each.is_floating_point()
+    ]
     if not more:
         return False
     wanted = [each.requires_grad for each in more]
@@ -254,8 +281,8 @@ def _trains_more(model: Any, body: Any, inputs: dict[str, Tensor], layer: Any) -
 def nothing_is_zero(model: Any) -> Generator[None]:
     """Put noise in place of parameters that are all zero, and take it back at the end.
 
-    What a fresh model multiplies with zero (a bias, the last matrix of a residual branch) cannot be seen in what it
-    gives, and will be seen once it is trained.
+    What a fresh model multiplies with zero (a bias, the last matrix of a residual branch) cannot be
+    seen in what it gives, and will be seen once it is trained.
     """
     zero: Sequence[Tensor] = [each for each in model.parameters() if _is_zero(each)]
     draw = torch.Generator().manual_seed(0)

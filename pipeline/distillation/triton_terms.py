@@ -1,15 +1,18 @@
 # pyright: basic, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 
-"""The losses of `losses.py` as one Triton kernel: a program a token, logits in, their gradient out, in place.
+"""The losses of `losses.py` as one Triton kernel: a program a token, logits in, their gradient out,
+in place.
 
-A program reads its row in blocks. The first pass finds what normalises the softmaxes (of student and teacher at the
-temperature, and of the student alone where the hard labels count at another one), as running maximum and sum; the
-last writes the gradient. Forward KL needs no pass between; the others take one for their value and the mean slope
-sum(q g). All of it is fp32 in registers, whatever the products are stored in; what a model does to its head's products
-(`transform.py`) is done wherever they are read, and its slope multiplied into the gradient. As in `losses.py`, a row's
+A program reads its row in blocks. The first pass finds what normalises the softmaxes (of student
+and teacher at the temperature, and of the student alone where the hard labels count at another
+one), as running maximum and sum; the last writes the gradient. Forward KL needs no pass between;
+the others take one for their value and the mean slope sum(q g). All of it is fp32 in registers,
+whatever the products are stored in; what a model does to its head's products (`transform.py`) is
+done wherever they are read, and its slope multiplied into the gradient. As in `losses.py`, a row's
 maximum is taken off before the temperature divides, and mixtures are made in log space.
 
-`TRITON_INTERPRET=1`, set before Triton is imported, runs the same code on a CPU, which is how the tests read it.
+`TRITON_INTERPRET=1`, set before Triton is imported, runs the same code on a CPU, which is how the
+tests read it.
 Source: Milakov and Gimelshein 2018, arXiv 1805.02867 (the running softmax).
 """
 
@@ -31,48 +34,95 @@ KINDS = {divergence: number for number, divergence in enumerate(Divergence)}
 
 
 def terms_in_place(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: Loss, vocabulary: int,
-    ours: Transform = PLAIN, theirs: Transform = PLAIN,
-) -> Sums:  # fmt: skip
-    """Replace the student's products by the gradient of the summed loss; the contract of `losses.terms_in_place`."""
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
+    vocabulary: int,
+    ours: Transform = PLAIN,
+    theirs: Transform = PLAIN,
+) -> Sums:
+    """Replace the student's products by the gradient of the summed loss; the contract of
+    `losses.terms_in_place`.
+    """
     count = len(labels)
-    ce, divergence = (torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2))
+    ce, divergence = (
+        torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2)
+    )
     if count:
         other = student if teacher is None else teacher
         assert student.stride(1) == other.stride(1) == 1, "rows must be contiguous"
         _kernel[(count,)](
-            student, other, labels, ce, divergence, student.stride(0), other.stride(0), vocabulary, student.shape[1],
-            1.0 if teacher is None else loss.ce_weight, loss.temperature, loss.mixture,
-            ours.scale, ours.cap or 0.0, theirs.scale, theirs.cap or 0.0,
-            KIND=-1 if teacher is None else KINDS[loss.divergence], AT_ONE=loss.temperature == 1,
-            OURS=_kind_of(ours), THEIRS=_kind_of(theirs),
-            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
-        )  # fmt: skip
+            student,
+            other,
+            labels,
+            ce,
+            divergence,
+            student.stride(0),
+            other.stride(0),
+            vocabulary,
+            student.shape[1],
+            1.0 if teacher is None else loss.ce_weight,
+            loss.temperature,
+            loss.mixture,
+            ours.scale,
+            ours.cap or 0.0,
+            theirs.scale,
+            theirs.cap or 0.0,
+            KIND=-1 if teacher is None else KINDS[loss.divergence],
+            AT_ONE=loss.temperature == 1,
+            OURS=_kind_of(ours),
+            THEIRS=_kind_of(theirs),
+            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])),
+            num_warps=WARPS,
+        )
     return Sums(ce.sum(), divergence.sum())
 
 
 def sparse_terms_in_place(
-    student: Tensor, teacher: Sparse, labels: Tensor, loss: Loss, vocabulary: int,
-    ours: Transform = PLAIN, theirs: Transform = PLAIN,
-) -> Sums:  # fmt: skip
-    """Do the same where the teacher is given by entries; the contract of `losses.sparse_terms_in_place`.
+    student: Tensor,
+    teacher: Sparse,
+    labels: Tensor,
+    loss: Loss,
+    vocabulary: int,
+    ours: Transform = PLAIN,
+    theirs: Transform = PLAIN,
+) -> Sums:
+    """Do the same where the teacher is given by entries; the contract of
+    `losses.sparse_terms_in_place`.
 
-    With a rest beside the entries (`top_k`) it is plain torch that does it: what the rest sums up to takes a pass over
-    all that is no entry.
+    With a rest beside the entries (`top_k`) it is plain torch that does it: what the rest sums up
+    to takes a pass over all that is no entry.
     """
     if teacher.residual is not None:
         return plain_sparse_terms(student, teacher, labels, loss, vocabulary, ours, theirs)
     count, entries = teacher.ids.shape
-    ce, divergence = (torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2))
+    ce, divergence = (
+        torch.zeros(count, dtype=torch.float32, device=student.device) for _ in range(2)
+    )
     if count:
         assert student.stride(1) == 1, "rows must be contiguous"
         _sparse_kernel[(count,)](
-            student, teacher.ids.contiguous(), teacher.probabilities.contiguous(), labels, ce, divergence,
-            student.stride(0), vocabulary, student.shape[1], loss.ce_weight, loss.temperature,
-            ours.scale, ours.cap or 0.0,
-            ENTRIES=entries, WIDTH=triton.next_power_of_2(max(entries, 2)), AT_ONE=loss.temperature == 1,
-            OURS=_kind_of(ours), BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])), num_warps=WARPS,
-        )  # fmt: skip
+            student,
+            teacher.ids.contiguous(),
+            teacher.probabilities.contiguous(),
+            labels,
+            ce,
+            divergence,
+            student.stride(0),
+            vocabulary,
+            student.shape[1],
+            loss.ce_weight,
+            loss.temperature,
+            ours.scale,
+            ours.cap or 0.0,
+            ENTRIES=entries,
+            WIDTH=triton.next_power_of_2(max(entries, 2)),
+            AT_ONE=loss.temperature == 1,
+            OURS=_kind_of(ours),
+            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])),
+            num_warps=WARPS,
+        )
     return Sums(ce.sum(), loss.temperature**2 * (divergence.sum() - teacher.entropy.float().sum()))
 
 
@@ -183,10 +233,28 @@ def _value(q, p, log_q, log_p, share, KIND: tl.constexpr):
 
 @triton.jit
 def _kernel(
-    student, teacher, labels, ce_out, divergence_out, student_stride, teacher_stride, vocabulary, columns,
-    ce_weight, temperature, share, scale, cap, teacher_scale, teacher_cap,
-    KIND: tl.constexpr, AT_ONE: tl.constexpr, OURS: tl.constexpr, THEIRS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    labels,
+    ce_out,
+    divergence_out,
+    student_stride,
+    teacher_stride,
+    vocabulary,
+    columns,
+    ce_weight,
+    temperature,
+    share,
+    scale,
+    cap,
+    teacher_scale,
+    teacher_cap,
+    KIND: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    OURS: tl.constexpr,
+    THEIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -202,10 +270,14 @@ def _kernel(
         total = _carried(total, top, higher, 1.0) + _exp_sum(z, higher, 1.0)
         if KIND >= 0:
             if not AT_ONE:
-                total_q = _carried(total_q, top, higher, temperature) + _exp_sum(z, higher, temperature)
+                total_q = _carried(total_q, top, higher, temperature) + _exp_sum(
+                    z, higher, temperature
+                )
             t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
             higher_p = _highest(top_p, t)
-            total_p = _carried(total_p, top_p, higher_p, temperature) + _exp_sum(t, higher_p, temperature)
+            total_p = _carried(total_p, top_p, higher_p, temperature) + _exp_sum(
+                t, higher_p, temperature
+            )
             top_p = higher_p
         top = higher
     log_total = tl.log(total)
@@ -245,7 +317,8 @@ def _kernel(
                 taught = q - p
             else:
                 taught = q * (_slope(q, p, log_q, log_p, share, KIND) - mean)
-            if weight != 0.0:  # an infinite divergence that has no weight has no part in the gradient
+            # an infinite divergence that has no weight has no part in the gradient
+            if weight != 0.0:
                 gradient += weight * taught
         gradient = gradient * _slope_of_logits(product, scale, cap, OURS)
         tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
@@ -254,16 +327,33 @@ def _kernel(
 
 @triton.jit
 def _sparse_kernel(
-    student, ids, probabilities, labels, ce_out, divergence_out, student_stride, vocabulary, columns,
-    ce_weight, temperature, scale, cap,
-    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, AT_ONE: tl.constexpr, OURS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    ids,
+    probabilities,
+    labels,
+    ce_out,
+    divergence_out,
+    student_stride,
+    vocabulary,
+    columns,
+    ce_weight,
+    temperature,
+    scale,
+    cap,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    OURS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     label = tl.load(labels + row)
     own = _logits(tl.load(student + label).to(tl.float32), True, scale, cap, OURS)
     entry = tl.arange(0, WIDTH)
-    p = tl.load(probabilities + row * ENTRIES + entry, mask=entry < ENTRIES, other=0.0).to(tl.float32)
+    p = tl.load(probabilities + row * ENTRIES + entry, mask=entry < ENTRIES, other=0.0).to(
+        tl.float32
+    )
     given = p > 0.0  # what pads a row has no probability, and may name a token twice
     at_entry = tl.load(ids + row * ENTRIES + entry, mask=entry < ENTRIES, other=0)
     product_entry = tl.load(student + at_entry, mask=given, other=0.0).to(tl.float32)
@@ -298,4 +388,6 @@ def _sparse_kernel(
     tl.debug_barrier()  # other threads have written these places just now
     gradient = ce_weight * (tl.exp(z_entry - log_total) - tl.where(at_entry == label, 1.0, 0.0))
     gradient += weight * (tl.exp(log_q_entry) - p)
-    tl.store(student + at_entry, gradient * _slope_of_logits(product_entry, scale, cap, OURS), mask=given)
+    tl.store(
+        student + at_entry, gradient * _slope_of_logits(product_entry, scale, cap, OURS), mask=given
+    )

@@ -1,4 +1,6 @@
-"""A verdict among those before it: what verdict.json and the report say of a model's last releases."""
+"""A verdict among those before it: what verdict.json and the report say of a model's last
+releases.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ def history_of(
     Args:
         verdict: As verdict.json holds it; MLflow may have had it already, or not yet.
         uri: Of the MLflow store; None where this run keeps out of it.
-        model: Registered model that it is about, where neither side is a version of one yet (bootstrap).
+        model: Registered model that it is about, where neither side is a version of one yet
+            (bootstrap).
         last: Releases to list; alarms read all there are.
 
     Returns:
-        `model`, `releases` (the oldest first), `findings`, and `why` where the store told nothing. It never raises:
-        a verdict does not depend on its history.
+        `model`, `releases` (the oldest first), `findings`, and `why` where the store told nothing.
+        It never raises: a verdict does not depend on its history.
     """
     own, why = of_verdict(verdict), None
     own = replace(own, model=own.model or model)
@@ -49,8 +52,11 @@ def history_of(
 def as_json(answers: Sequence[Judged], last: int) -> dict[str, Any]:
     """Return answers about one model in the form they have in verdict.json."""
     said: list[Finding] = findings(answers) if answers and answers[0].model is not None else []
-    return {"releases": [asdict(each) for each in answers[-last:]], "of": len(answers),
-            "findings": [asdict(each) for each in said]}  # fmt: skip
+    return {
+        "releases": [asdict(each) for each in answers[-last:]],
+        "of": len(answers),
+        "findings": [asdict(each) for each in said],
+    }
 
 
 def of_verdict(verdict: Mapping[str, Any]) -> Judged:
@@ -59,19 +65,38 @@ def of_verdict(verdict: Mapping[str, Any]) -> Judged:
     primary, baseline, candidate = verdict["primary"], verdict["baseline"], verdict["candidate"]
     serving, quality = by_name.get("serving"), by_name.get(f"quality/{primary}")
     return Judged(
-        created=verdict["created"], run=verdict["run_id"], model=(baseline or {}).get("model") or candidate["model"],
-        verdict=verdict["verdict"], key=verdict["key"], look=verdict["look"], candidate=candidate["digest"],
-        baseline=None if baseline is None else baseline["digest"], version=candidate["version"],
-        policy=verdict["policy"]["name"], policy_sha256=verdict["policy"]["sha256"], data=verdict["data"],
-        device=verdict["device"]["name"], recorded=verdict.get("recorded"), quality_key=primary,
+        created=verdict["created"],
+        run=verdict["run_id"],
+        model=(baseline or {}).get("model") or candidate["model"],
+        verdict=verdict["verdict"],
+        key=verdict["key"],
+        look=verdict["look"],
+        candidate=candidate["digest"],
+        baseline=None if baseline is None else baseline["digest"],
+        version=candidate["version"],
+        policy=verdict["policy"]["name"],
+        policy_sha256=verdict["policy"]["sha256"],
+        data=verdict["data"],
+        device=verdict["device"]["name"],
+        recorded=verdict.get("recorded"),
+        quality_key=primary,
         serving=_figure(serving, relative=True, blocks=(serving or {}).get("n")),
         quality=_figure(quality, relative=primary in RELATIVE),
         margin=None if quality is None or quality["threshold"] is None else -quality["threshold"],
-    )  # fmt: skip
+    )
 
 
-def _figure(criterion: Mapping[str, Any] | None, *, relative: bool, blocks: int | None = None) -> Figure | None:
+def _figure(
+    criterion: Mapping[str, Any] | None, *, relative: bool, blocks: int | None = None
+) -> Figure | None:
     if criterion is None or criterion["ci"] is None or criterion["outcome"] == "INVALID":
         return None
     low, high = criterion["ci"]
-    return figure(criterion["value"]["v"], low, high, level=criterion["level"], relative=relative, blocks=blocks)
+    return figure(
+        criterion["value"]["v"],
+        low,
+        high,
+        level=criterion["level"],
+        relative=relative,
+        blocks=blocks,
+    )

@@ -55,44 +55,76 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 EXITS = {
-    Outcome.PASS: Exit.DONE, Outcome.FAIL: Exit.FAIL, Outcome.INCONCLUSIVE: Exit.INCONCLUSIVE,
-    Outcome.INVALID: Exit.INVALID, Outcome.NO_BASELINE: Exit.NO_BASELINE,
-}  # fmt: skip
+    Outcome.PASS: Exit.DONE,
+    Outcome.FAIL: Exit.FAIL,
+    Outcome.INCONCLUSIVE: Exit.INCONCLUSIVE,
+    Outcome.INVALID: Exit.INVALID,
+    Outcome.NO_BASELINE: Exit.NO_BASELINE,
+}
 Rows = dict[str, dict[str, Any]]
 
 
 def judge(attempt: Attempt, gate: Gate) -> Verdict:
-    """Return the verdict on what this run has read, with the readings that a second look goes on from."""
+    """Return the verdict on what this run has read, with the readings that a second look goes on
+    from.
+    """
     if gate.baseline is None:
         made = attempt.run.bootstrap
-        why = "there is no champion" + (": the candidate becomes it" if made else "; bootstrap=true makes it the first")
+        why = "there is no champion" + (
+            ": the candidate becomes it" if made else "; bootstrap=true makes it the first"
+        )
         return _verdict(attempt, gate, Outcome.NO_BASELINE, [], why, {})
-    rows = {stage_name(row["arm"]): row for row in attempt.rows if row["status"] == "FINISHED" and row["artifact"]}
+    rows = {
+        stage_name(row["arm"]): row
+        for row in attempt.rows
+        if row["status"] == "FINISHED" and row["artifact"]
+    }
     readings = _readings(attempt.served, gate)
-    criteria = [
-        *_quality(attempt, gate, rows),
-        *_costs(attempt, gate, rows, readings),
-    ]
+    criteria = [*_quality(attempt, gate, rows), *_costs(attempt, gate, rows, readings)]
     return _verdict(attempt, gate, decide(criteria), criteria, None, readings)
 
 
 def _verdict(
-    attempt: Attempt, gate: Gate, outcome: Outcome, criteria: list[Criterion], why: str | None, readings: dict[str, Any]
+    attempt: Attempt,
+    gate: Gate,
+    outcome: Outcome,
+    criteria: list[Criterion],
+    why: str | None,
+    readings: dict[str, Any],
 ) -> Verdict:
     task = attempt.run.task
     first = attempt.run.bootstrap and gate.baseline is None
     verdict: Verdict = {
-        "schema": SCHEMA, "line": "", "verdict": outcome.value,
-        "exit_code": int(Exit.DONE if first else EXITS[outcome]), "why": why,
+        "schema": SCHEMA,
+        "line": "",
+        "verdict": outcome.value,
+        "exit_code": int(Exit.DONE if first else EXITS[outcome]),
+        "why": why,
         "criteria": [each.to_json() for each in criteria],
-        "candidate": gate.candidate.to_json(), "baseline": None if gate.baseline is None else gate.baseline.to_json(),
-        "policy": {"name": gate.policy.name, "sha256": gate.policy_key, "settings": plain(gate.policy)},
-        "task": task.value, "primary": _primary(attempt), "unit": UNIT[task], "data": attempt.data.digest,
-        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
+        "candidate": gate.candidate.to_json(),
+        "baseline": None if gate.baseline is None else gate.baseline.to_json(),
+        "policy": {
+            "name": gate.policy.name,
+            "sha256": gate.policy_key,
+            "settings": plain(gate.policy),
+        },
+        "task": task.value,
+        "primary": _primary(attempt),
+        "unit": UNIT[task],
+        "data": attempt.data.digest,
+        "device": {
+            "kind": attempt.device.type,
+            "name": device_name(attempt.device),
+            "count": attempt.devices,
+        },
         "dtype": _dtype(attempt.served),
-        "key": gate.key, "look": gate.look, "looks": gate.policy.looks, "readings": readings, "run_id": attempt.run_id,
+        "key": gate.key,
+        "look": gate.look,
+        "looks": gate.policy.looks,
+        "readings": readings,
+        "run_id": attempt.run_id,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     verdict["line"] = verdict_line(verdict)
     return verdict
 
@@ -110,38 +142,56 @@ def _primary(attempt: Attempt) -> str:
     return primary_key((PRIMARY[attempt.run.task],), sides) or PRIMARY[attempt.run.task]
 
 
-# -- readings -------------------------------------------------------------------------------------------------------
+# -- readings -------------------------------------------------------------------------------------
 
 
 def _readings(served: ServePass | None, gate: Gate) -> dict[str, Any]:
-    """Return this look's readings after those of the look before, and what the machine was like meanwhile."""
+    """Return this look's readings after those of the look before, and what the machine was like
+    meanwhile.
+    """
     assert served is not None, "a gate serves its two arms"
     before = {} if gate.earlier is None else gate.earlier["readings"]
     arm, base = (side.tolist() for side in served.seconds[CANDIDATE, BASELINE])
     joined: dict[str, Any] = {
-        "candidate_s": [*before.get("candidate_s", []), *arm], "baseline_s": [*before.get("baseline_s", []), *base],
+        "candidate_s": [*before.get("candidate_s", []), *arm],
+        "baseline_s": [*before.get("baseline_s", []), *base],
         "conditions": [*before.get("conditions", []), served.conditions],
         "blocks": [*_blocks_before(before), _blocks(served)],
-    }  # fmt: skip
+    }
     if served.joules is not None:
         ours, theirs = (side.tolist() for side in served.joules)
-        joined |= {"candidate_j": [*before.get("candidate_j", []), *ours],
-                   "baseline_j": [*before.get("baseline_j", []), *theirs]}  # fmt: skip
+        joined |= {
+            "candidate_j": [*before.get("candidate_j", []), *ours],
+            "baseline_j": [*before.get("baseline_j", []), *theirs],
+        }
     return joined
 
 
 def _blocks(served: ServePass) -> dict[str, Any]:
     """Return how a look's blocks were ordered, and what was discarded before them."""
     pair = CANDIDATE, BASELINE
-    return {"orders": served.orders[pair], "places": served.places[pair], "seed": served.order_seed,
-            "warm_up": served.warm_up}  # fmt: skip
+    return {
+        "orders": served.orders[pair],
+        "places": served.places[pair],
+        "seed": served.order_seed,
+        "warm_up": served.warm_up,
+    }
 
 
 def _blocks_before(before: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the blocks of the look before; one that recorded no orders read the candidate first in every block."""
+    """Return the blocks of the look before; one that recorded no orders read the candidate first in
+    every block.
+    """
     if "blocks" in before or not before:
         return before.get("blocks", [])
-    return [{"orders": [ARM_FIRST] * len(before["candidate_s"]), "places": None, "seed": None, "warm_up": {}}]
+    return [
+        {
+            "orders": [ARM_FIRST] * len(before["candidate_s"]),
+            "places": None,
+            "seed": None,
+            "warm_up": {},
+        }
+    ]
 
 
 def _moved(gate: Gate, readings: dict[str, Any]) -> list[str]:
@@ -150,31 +200,48 @@ def _moved(gate: Gate, readings: dict[str, Any]) -> list[str]:
     for number, look in enumerate(readings["blocks"], start=1):
         blocks = slice(start, start := start + len(look["orders"]))
         sides = readings["candidate_s"][blocks], readings["baseline_s"][blocks]
-        found += [f"look {number}: {reason}" for reason in moved(gate.policy, *sides, look["orders"], look["places"])]
+        found += [
+            f"look {number}: {reason}"
+            for reason in moved(gate.policy, *sides, look["orders"], look["places"])
+        ]
     return found
 
 
-# -- quality --------------------------------------------------------------------------------------------------------
+# -- quality --------------------------------------------------------------------------------------
 
 
 def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
-    """Return a criterion per quality: first what the policy asks for, then what else both sides carry."""
+    """Return a criterion per quality: first what the policy asks for, then what else both sides
+    carry.
+    """
     run, asked = attempt.run, gating_metrics(gate.policy, attempt.run.task)
     main = PRIMARY[run.task]
     sides = {arm: rows[arm]["quality"] for arm in (CANDIDATE, BASELINE)}
     reasons = _other_evaluation(attempt, gate, sides)
     read = cache(read_items)  # a file is read once, however many qualities are compared on it
-    also = [] if reasons else [key for key in compared_keys(*(_items(sides[arm], main, read) or {} for arm in sides))
-                               if key not in asked and key != "teacher_agreement"]  # fmt: skip
+    also = (
+        []
+        if reasons
+        else [
+            key
+            for key in compared_keys(*(_items(sides[arm], main, read) or {} for arm in sides))
+            if key not in asked and key != "teacher_agreement"
+        ]
+    )
     found: list[Criterion] = []
     for key in (*asked, *also):
         margin = gate.policy.metrics[key].margin if key in asked else run.quality.margin
-        arm, base = (_items(sides[side], key if key.startswith(TASK) else main, read) for side in (CANDIDATE, BASELINE))
+        arm, base = (
+            _items(sides[side], key if key.startswith(TASK) else main, read)
+            for side in (CANDIDATE, BASELINE)
+        )
         if arm is None or base is None:
             lacks = CANDIDATE if arm is None else BASELINE
             made = unread(f"quality/{key}", f"the {lacks} has no {key}", -margin)
         else:
-            made = quality_criterion(key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap)
+            made = quality_criterion(
+                key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap
+            )
             if not key.startswith(TASK) and not (run.candidate_items and run.baseline_items):
                 made = replace(made, available=available(attempt, grouped=made.groups is not None))
         found.append(replace(invalid(made, reasons), gating=key in asked))
@@ -188,76 +255,129 @@ def _items(quality: Mapping[str, Any], key: str, read: Callable[[Path], Items]) 
 
 def _identity(quality: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what an arm's values were read on, as the note beside them says."""
-    paths = [each["items"] for key, each in quality.items() if each.get("items") and not key.startswith(TASK)]
+    paths = [
+        each["items"]
+        for key, each in quality.items()
+        if each.get("items") and not key.startswith(TASK)
+    ]
     return read_identity(Path(paths[0])) if paths else None
 
 
 def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) -> list[str]:
-    """Return why the two evaluations are not of the same documents, read in the same way, of these two artifacts."""
+    """Return why the two evaluations are not of the same documents, read in the same way, of these
+    two artifacts.
+    """
     known = {arm: _identity(quality) for arm, quality in sides.items()}
-    unsaid = [f"nothing says which data the {arm}'s values were read on" for arm, said in known.items() if said is None]
+    unsaid = [
+        f"nothing says which data the {arm}'s values were read on"
+        for arm, said in known.items()
+        if said is None
+    ]
     if unsaid:
         return unsaid
     ours, theirs = (known[arm] or {} for arm in (CANDIDATE, BASELINE))
     reasons = [
         f"other {what}: {ours[name]} against {theirs[name]}"
-        for name, what in (("data", "data"), ("split", "split"), ("evaluation", "evaluation settings"))
+        for name, what in (
+            ("data", "data"),
+            ("split", "split"),
+            ("evaluation", "evaluation settings"),
+        )
         if ours[name] != theirs[name]
     ]
     of = {arm: (said or {}).get("artifact") for arm, said in known.items()}
     for arm, release in gate.releases().items():
         if of[arm] not in (None, release.artifact.digest):
-            reasons.append(f"the {arm}'s values are of artifact {of[arm]}, not of {release.artifact.digest}")
+            reasons.append(
+                f"the {arm}'s values are of artifact {of[arm]}, not of {release.artifact.digest}"
+            )
     digests = {release.artifact.digest for release in gate.releases().values()}
     if None in of.values() and len(digests) == 2 and _same_values(attempt.run):
-        reasons.append("both sides have the same values, and no note says whose they are (artifact)")
+        reasons.append(
+            "both sides have the same values, and no note says whose they are (artifact)"
+        )
     return reasons
 
 
 def _same_values(run: Run) -> bool:
     """Whether the same recorded values stand in for both sides' assessments."""
-    given = [values_digest(Path(path).expanduser()) for path in (run.candidate_items, run.baseline_items) if path]
+    given = [
+        values_digest(Path(path).expanduser())
+        for path in (run.candidate_items, run.baseline_items)
+        if path
+    ]
     return len(given) == 2 and given[0] == given[1]
 
 
-# -- compute --------------------------------------------------------------------------------------------------------
+# -- compute --------------------------------------------------------------------------------------
 
 
 def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
-    reasons = [*_disturbed(attempt, gate, readings), *_moved(gate, readings), *_other_tokenizers(attempt, gate)]
-    served = serving_criterion(readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha)
-    figures = [(_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes")) for arm in serving]
+    reasons = [
+        *_disturbed(attempt, gate, readings),
+        *_moved(gate, readings),
+        *_other_tokenizers(attempt, gate),
+    ]
+    served = serving_criterion(
+        readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha
+    )
+    figures = [
+        (_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes"))
+        for arm in serving
+    ]
     counted = all(peak.v is not None for peak, _ in figures)
-    memory = memory_criterion(*(each[0 if counted else 1] for each in figures),
-                              of="peak_bytes" if counted else "weights_bytes", minimum=policy.memory)  # fmt: skip
+    memory = memory_criterion(
+        *(each[0 if counted else 1] for each in figures),
+        of="peak_bytes" if counted else "weights_bytes",
+        minimum=policy.memory,
+    )
     if policy.energy is None:
         energy: list[Criterion] = []
     elif "candidate_j" in readings:
-        energy = [serving_criterion(readings["candidate_j"], readings["baseline_j"], minimum=policy.energy,
-                                    alpha=alpha, name="energy")]  # fmt: skip
+        energy = [
+            serving_criterion(
+                readings["candidate_j"],
+                readings["baseline_j"],
+                minimum=policy.energy,
+                alpha=alpha,
+                name="energy",
+            )
+        ]
     else:
         energy = [unread("energy", attempt.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
     return [
         _kept(gate, invalid(served, reasons)),
         memory,
-        *(_kept(gate, invalid(each, reasons) if each.value.v is not None else each) for each in energy),
+        *(
+            _kept(gate, invalid(each, reasons) if each.value.v is not None else each)
+            for each in energy
+        ),
         _training(attempt, gate),
-        invalid(_payback(attempt, gate, readings, serving), reasons if policy.payback_units is not None else []),
+        invalid(
+            _payback(attempt, gate, readings, serving),
+            reasons if policy.payback_units is not None else [],
+        ),
     ]
 
 
 def _kept(gate: Gate, criterion: Criterion) -> Criterion:
     """Return what the look before decided of a criterion, where it did: it is not asked again."""
-    earlier = {} if gate.earlier is None else {each["name"]: each for each in gate.earlier["criteria"]}
+    earlier = (
+        {} if gate.earlier is None else {each["name"]: each for each in gate.earlier["criteria"]}
+    )
     said = earlier.get(criterion.name)
     if said is None or said["outcome"] not in (Outcome.PASS, Outcome.FAIL):
         return criterion
     return replace(
-        criterion, outcome=Outcome(said["outcome"]), value=Value.from_json(said["value"]), ci=tuple(said["ci"]),
-        n=said["n"], why="decided at the look before",
-    )  # fmt: skip
+        criterion,
+        outcome=Outcome(said["outcome"]),
+        value=Value.from_json(said["value"]),
+        ci=tuple(said["ci"]),
+        n=said["n"],
+        why="decided at the look before",
+    )
 
 
 def _value(figures: Mapping[str, Any], name: str) -> Value:
@@ -270,8 +390,11 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
     before, now = (gate.earlier or {}).get("dtype"), _dtype(attempt.served)
     if before is not None and now is not None and before["served"] != now["served"]:
         return [f"served in {now['served']}, and at the look before in {before['served']}"]
-    return [f"look {number}: {reason}" for number, conditions in enumerate(readings["conditions"], start=1)
-            for reason in disturbed(gate.policy, here, conditions)]  # fmt: skip
+    return [
+        f"look {number}: {reason}"
+        for number, conditions in enumerate(readings["conditions"], start=1)
+        for reason in disturbed(gate.policy, here, conditions)
+    ]
 
 
 def _other_tokenizers(attempt: Attempt, gate: Gate) -> list[str]:
@@ -283,8 +406,14 @@ def _other_tokenizers(attempt: Attempt, gate: Gate) -> list[str]:
 def _training(attempt: Attempt, gate: Gate) -> Criterion:
     policy = gate.policy
     arm_runs, base_runs = (_own_runs(side) for side in (gate.candidate, gate.baseline))
-    made = training_criterion(*_chains(gate), _spread(attempt, gate), minimum=policy.training, alpha=policy.alpha,
-                              arm_runs=arm_runs, base_runs=base_runs)  # fmt: skip
+    made = training_criterion(
+        *_chains(gate),
+        _spread(attempt, gate),
+        minimum=policy.training,
+        alpha=policy.alpha,
+        arm_runs=arm_runs,
+        base_runs=base_runs,
+    )
     loud, unknown = _disturbed_training(gate)
     if unknown:
         made = replace(made, why="; ".join([*([made.why] if made.why else []), *unknown]))
@@ -292,7 +421,9 @@ def _training(attempt: Attempt, gate: Gate) -> Criterion:
 
 
 def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
-    """Return what others took while either side trained, where the policy allows less, and of which it is unknown."""
+    """Return what others took while either side trained, where the policy allows less, and of which
+    it is unknown.
+    """
     limit = gate.policy.max_foreign_load
     loud, unknown = list[str](), list[str]()
     for name, release in gate.releases().items():
@@ -303,33 +434,52 @@ def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
             unknown.append(f"disturbance unknown while the {name} trained ({load.why_null})")
         elif load.v > limit:
             share, most = percents_apart(load.v, limit)
-            loud.append(f"others used {share} of the device while the {name} trained, {most} allowed")
+            loud.append(
+                f"others used {share} of the device while the {name} trained, {most} allowed"
+            )
     return loud, unknown
 
 
 def _own_runs(side: Release | None) -> list[float]:
-    """Return device-hours of a side's training with every seed of its run, where there were several."""
+    """Return device-hours of a side's training with every seed of its run, where there were
+    several.
+    """
     hours = [] if side is None else side.charge.get("seeds_device_hours", [])
-    return [float(each) for each in hours if isinstance(each, int | float) and math.isfinite(each) and each > 0]
+    return [
+        float(each)
+        for each in hours
+        if isinstance(each, int | float) and math.isfinite(each) and each > 0
+    ]
 
 
 def _chains(gate: Gate) -> tuple[Value, Value]:
     """Return C of candidate and baseline; a model that was there before both cancels."""
     spends = gate.spends()
     cancelled = savings.shared_past(CANDIDATE, BASELINE, spends)
-    arm, base = (savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE))
+    arm, base = (
+        savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE)
+    )
     return arm, base if base.v != 0 else null("the baseline cost nothing")
 
 
 def _other_hardware(gate: Gate) -> list[str]:
-    ours, theirs = (side.charge.get("device", {}) for side in (gate.candidate, gate.baseline) if side is not None)
+    ours, theirs = (
+        side.charge.get("device", {})
+        for side in (gate.candidate, gate.baseline)
+        if side is not None
+    )
     named = (("name", "trained on"), ("count", "devices"), ("power_limit_w", "power limit"))
-    return [f"{what} {ours.get(name)} against {theirs.get(name)}" for name, what in named
-            if ours.get(name) != theirs.get(name)]  # fmt: skip
+    return [
+        f"{what} {ours.get(name)} against {theirs.get(name)}"
+        for name, what in named
+        if ours.get(name) != theirs.get(name)
+    ]
 
 
 def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
-    """Return how far repeated trainings on the candidate's device lie apart, as self-tests have recorded it."""
+    """Return how far repeated trainings on the candidate's device lie apart, as self-tests have
+    recorded it.
+    """
     device = gate.candidate.charge.get("device")
     if device is None or not attempt.run.tracking.mlflow:
         return None
@@ -338,14 +488,24 @@ def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
     return find_spread(gate.places.tracking, device["name"], device["count"])
 
 
-def _payback(attempt: Attempt, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]) -> Criterion:
+def _payback(
+    attempt: Attempt, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]
+) -> Criterion:
     policy, here = gate.policy, device_name(attempt.device)
     c_opt = savings.c_opt(CANDIDATE, BASELINE, gate.spends())
     trained_on = gate.candidate.charge.get("device", {}).get("name")
     if c_opt.v is not None and trained_on != here:
         c_opt = null(f"trained on {trained_on}, served on {here}: their hours are never subtracted")
-    saving = savings.serving_saving(np.array(readings["candidate_s"]), np.array(readings["baseline_s"]))
+    saving = savings.serving_saving(
+        np.array(readings["candidate_s"]), np.array(readings["baseline_s"])
+    )
     per_unit = Value.from_json(serving[BASELINE]["device_s_per_1k_units"])
-    c_base = null(per_unit.why_null or "") if per_unit.v is None else Value(per_unit.v / 1000, per_unit.prov)
-    paid = savings.payback(c_opt, c_base, saving, unit=UNIT[attempt.run.task], volume=policy.payback_units)
+    c_base = (
+        null(per_unit.why_null or "")
+        if per_unit.v is None
+        else Value(per_unit.v / 1000, per_unit.prov)
+    )
+    paid = savings.payback(
+        c_opt, c_base, saving, unit=UNIT[attempt.run.task], volume=policy.payback_units
+    )
     return payback_criterion(paid, within=policy.payback_units, alpha=policy.alpha)

@@ -1,8 +1,11 @@
-"""A gate before anything is measured: what is compared, under which policy, and what was answered before.
+"""A gate before anything is measured: what is compared, under which policy, and what was answered
+before.
 
-Two looks at most per (candidate, baseline, policy, data, device): the first invocation measures `policy.blocks` blocks;
-where that decides nothing the next one adds as many and reads all of them. Anything decided, and a third invocation,
-get the recorded verdict: measuring until it passes would pass one model in seven by luck (MEASUREMENT.md, section 5).
+Two looks at most per (candidate, baseline, policy, data, device): the first invocation measures
+`policy.blocks` blocks; where that decides nothing the next one adds as many and reads all of them.
+Anything decided, and a third invocation,
+get the recorded verdict: measuring until it passes would pass one model in seven by luck
+    (MEASUREMENT.md, section 5).
 INVALID is no look: it was found invalid by what the machine was like, whatever the reading was.
 """
 
@@ -29,8 +32,8 @@ class Gate:
 
     Attributes:
         policy_key: Hash of the policy.
-        key: Of candidate, baseline, data, device, and all of policy and evaluation that decides something: what looks
-            are counted by.
+        key: Of candidate, baseline, data, device, and all of policy and evaluation that decides
+            something: what looks are counted by.
         candidate: What is to be released.
         baseline: The champion; None where there is none.
         earlier: The verdict of the look before; None at the first.
@@ -57,12 +60,20 @@ class Gate:
 
     @property
     def recorded(self) -> Verdict | None:
-        """The earlier verdict where it stands: it was decided, or there are no looks left, or none would help."""
+        """The earlier verdict where it stands: it was decided, or there are no looks left, or none
+        would help.
+        """
         if self.earlier is None:
             return None
-        undecided = [each["name"] for each in self.earlier["criteria"]
-                     if each["gating"] and each["outcome"] == Outcome.INCONCLUSIVE]  # fmt: skip
-        again = self.earlier["verdict"] == Outcome.INCONCLUSIVE and self.earlier["look"] < self.policy.looks
+        undecided = [
+            each["name"]
+            for each in self.earlier["criteria"]
+            if each["gating"] and each["outcome"] == Outcome.INCONCLUSIVE
+        ]
+        again = (
+            self.earlier["verdict"] == Outcome.INCONCLUSIVE
+            and self.earlier["look"] < self.policy.looks
+        )
         return None if again and {"serving", "energy", "payback"} & set(undecided) else self.earlier
 
     def releases(self) -> dict[str, Release]:
@@ -72,10 +83,14 @@ class Gate:
 
     def spends(self) -> dict[str, Spend]:
         """Return what the chains of both sides took."""
-        return {name: spend for arm, side in self.releases().items() for name, spend in side.spends(arm).items()}
+        return {
+            name: spend
+            for arm, side in self.releases().items()
+            for name, spend in side.spends(arm).items()
+        }
 
 
-# -- opening --------------------------------------------------------------------------------------------------------
+# -- opening --------------------------------------------------------------------------------------
 
 
 def open_gate(run: Run, root: Path, store: Store) -> Gate:
@@ -88,13 +103,28 @@ def open_gate(run: Run, root: Path, store: Store) -> Gate:
     sides = {key: resolve(str(getattr(run, key)), key, places) for key in (BASELINE, CANDIDATE)}
     candidate = sides[CANDIDATE]
     if candidate is None:
-        raise UserError(CANDIDATE, f"there is no {run.candidate}", "name a version that is registered")
+        raise UserError(
+            CANDIDATE, f"there is no {run.candidate}", "name a version that is registered"
+        )
     baseline = sides[BASELINE]
     if run.promote and baseline is not None and baseline.version is None:
-        problem = f"{run.baseline} is no registered version, and a PASS replaces the champion that it was compared with"
-        raise UserError("promote", problem, "give baseline=models:/NAME@champion; bootstrap=true makes the first")
+        problem = (
+            f"{run.baseline} is no registered version, and a PASS replaces the champion that it was"
+            " compared with"
+        )
+        raise UserError(
+            "promote",
+            problem,
+            "give baseline=models:/NAME@champion; bootstrap=true makes the first",
+        )
     policy_key = key_of(policy=run.policy)
-    gate = Gate(policy=run.policy, policy_key=policy_key, places=places, candidate=candidate, baseline=baseline)
+    gate = Gate(
+        policy=run.policy,
+        policy_key=policy_key,
+        places=places,
+        candidate=candidate,
+        baseline=baseline,
+    )
     if run.promote or run.bootstrap:
         model_name(gate, run)
     return gate
@@ -114,11 +144,14 @@ def model_name(gate: Gate, run: Run) -> str:
     raise UserError(key, "names no registered model", "give baseline=models:/NAME@champion")
 
 
-def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, decode: Decode) -> None:
-    """Give the gate its key, and look for what was answered under it before: here, then in the MLflow store.
+def identify(
+    gate: Gate, run: Run, *, data: str, device: str, evaluation: str, decode: Decode
+) -> None:
+    """Give the gate its key, and look for what was answered under it before: here, then in the
+    MLflow store.
 
-    What decides nothing (a policy's name, its rules for another task) is no part of the key: else whoever changes that
-    could look until the candidate passes.
+    What decides nothing (a policy's name, its rules for another task) is no part of the key: else
+    whoever changes that could look until the candidate passes.
 
     Args:
         evaluation: What decides a document's values (`Attempt.reading`).
@@ -129,14 +162,22 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, d
     """
     if gate.baseline is None:
         return
-    items = [None if path is None else _identity(Path(path).expanduser())
-             for path in (run.candidate_items, run.baseline_items)]  # fmt: skip
+    items = [
+        None if path is None else _identity(Path(path).expanduser())
+        for path in (run.candidate_items, run.baseline_items)
+    ]
     asked = {key: run.policy.metrics[key] for key in gating_metrics(run.policy, run.task)}
     gate.key = key_of(
-        candidate=gate.candidate.artifact.digest, baseline=gate.baseline.artifact.digest,
+        candidate=gate.candidate.artifact.digest,
+        baseline=gate.baseline.artifact.digest,
         policy={**plain(run.policy), "name": None, "metrics": plain(asked)},
-        data=data, device=device, evaluation=evaluation, items=items, decode=decode, task=run.task,
-    )  # fmt: skip
+        data=data,
+        device=device,
+        evaluation=evaluation,
+        items=items,
+        decode=decode,
+        task=run.task,
+    )
     found = [recall(gate.places.store, gate.key)]
     if run.tracking.mlflow:
         from pipeline.tracking.registry import find_verdict
@@ -147,7 +188,9 @@ def identify(gate: Gate, run: Run, *, data: str, device: str, evaluation: str, d
 
 
 def _identity(items: Path) -> list[Any]:
-    """Return what values of another evaluation are known by: their documents, in any order, and their note."""
+    """Return what values of another evaluation are known by: their documents, in any order, and
+    their note.
+    """
     from pipeline.evaluation.quality.recorded import IDENTITY, read_identity, values_digest
 
     note = read_identity(items) or {}

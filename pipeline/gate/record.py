@@ -1,4 +1,6 @@
-"""A gate's record: its verdict with a checksum, by key in the store; what was edited is refused, never believed."""
+"""A gate's record: its verdict with a checksum, by key in the store; what was edited is refused,
+never believed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from pipeline.store.artifacts import Artifact, Store, read_json
 
 KIND = "verdict"
 FILE = "verdict.json"
-BESIDE = ("sha256", "promotion", "history", "end")  # in verdict.json, and not part of what is recorded
+# in verdict.json, and not part of what is recorded
+BESIDE = ("sha256", "promotion", "history", "end")
 Verdict = dict[str, Any]
 
 
 def canonical(verdict: Verdict) -> bytes:
     """Return the bytes that a verdict's checksum is taken over."""
-    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
+    return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def checksum(verdict: Verdict) -> str:
@@ -27,7 +32,9 @@ def checksum(verdict: Verdict) -> str:
 
 
 def as_recorded(written: Verdict) -> Verdict:
-    """Return a verdict as it was recorded first, from what was written of it (then, or when it was given again)."""
+    """Return a verdict as it was recorded first, from what was written of it (then, or when it was
+    given again).
+    """
     first = {name: value for name, value in written.items() if name not in ("recorded", *BESIDE)}
     return {**first, "run_id": written.get("recorded", written["run_id"])}
 
@@ -52,16 +59,21 @@ def recall(store: Store, key: str) -> Verdict | None:
         return None
     noted: Any = read_json(note)
     artifact = noted.get("artifact") if isinstance(noted, dict) else None
-    if not isinstance(artifact, dict):  # written whole or not at all: a look that cannot be read is not forgotten
+    # written whole or not at all: a look that cannot be read is not forgotten
+    if not isinstance(artifact, dict):
         raise _edited(note)
     path = store.root / "artifacts" / str(artifact.get("digest")) / FILE
     verdict = read_json(path)
     if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
         raise _edited(path)
     if verdict.get("key") != key:
-        raise UserError("verdict", f"{note} is of another comparison", "restore it; a verdict is never edited")
+        raise UserError(
+            "verdict", f"{note} is of another comparison", "restore it; a verdict is never edited"
+        )
     return verdict
 
 
 def _edited(path: Path) -> UserError:
-    return UserError("verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited")
+    return UserError(
+        "verdict", f"{path} is not what was recorded", "restore it; a verdict is never edited"
+    )

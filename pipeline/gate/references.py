@@ -1,7 +1,9 @@
-"""What `candidate` and `baseline` refer to: an artifact in the store, with where it came from and what it cost.
+"""What `candidate` and `baseline` refer to: an artifact in the store, with where it came from and
+what it cost.
 
-A reference is a folder, `latest`, a run's id (ours or MLflow's), an artifact's digest, `models:/NAME/3` or
-`models:/NAME@champion`. Whatever it is, what is compared is the artifact itself, by its digest.
+A reference is a folder, `latest`, a run's id (ours or MLflow's), an artifact's digest,
+`models:/NAME/3` or `models:/NAME@champion`. Whatever it is, what is compared is the artifact
+itself, by its digest.
 """
 
 from __future__ import annotations
@@ -49,27 +51,39 @@ class Release:
     charge: dict[str, Any] = field(default_factory=dict)
 
     def spends(self, arm: str) -> dict[str, Spend]:
-        """Return what its chain took, as one arm, and the models that were there before it, whose past is unknown.
+        """Return what its chain took, as one arm, and the models that were there before it, whose
+        past is unknown.
 
         A chain's sum is one figure: what two chains share cancels in their difference.
         """
-        if not self.charge or None in (self.charge["work_device_hours"], self.charge["retry_device_hours"]):
+        if not self.charge or None in (
+            self.charge["work_device_hours"],
+            self.charge["retry_device_hours"],
+        ):
             why = "its ledger has no device-hours" if self.charge else "no ledger"
             return {arm: Spend(arm=arm, flops=None, existing=True, unknown=why)}
         before = [f"existing model {digest[:8]}" for digest in self.charge.get("existing", [])]
         own = Spend(
-            arm=arm, depends_on=tuple(before), work_h=self.charge["work_device_hours"],
-            retry_h=self.charge["retry_device_hours"], flops=self.charge["model_flops"],
-        )  # fmt: skip
+            arm=arm,
+            depends_on=tuple(before),
+            work_h=self.charge["work_device_hours"],
+            retry_h=self.charge["retry_device_hours"],
+            flops=self.charge["model_flops"],
+        )
         return {arm: own, **{name: Spend(arm=name, flops=0.0, existing=True) for name in before}}
 
     def to_json(self) -> dict[str, Any]:
         """Return the form it has in verdict.json."""
         return {
-            "reference": self.reference, "digest": self.artifact.digest, "path": str(self.artifact.path),
-            "bytes": self.artifact.num_bytes, "model": self.model, "version": self.version, "url": self.url,
+            "reference": self.reference,
+            "digest": self.artifact.digest,
+            "path": str(self.artifact.path),
+            "bytes": self.artifact.num_bytes,
+            "model": self.model,
+            "version": self.version,
+            "url": self.url,
             "charge": self.charge or None,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +108,8 @@ class Places:
 
 
 def resolve(reference: str, key: str, places: Places) -> Release | None:
-    """Return what a reference stands for; None where it names a model or alias that is not there (yet).
+    """Return what a reference stands for; None where it names a model or alias that is not there
+    (yet).
 
     Raises:
         UserError: If it is no reference, cannot be reached, or is not what its digest says.
@@ -107,15 +122,21 @@ def resolve(reference: str, key: str, places: Places) -> Release | None:
     except OSError as error:  # a name too long for the disk, a folder that may not be read
         if error.strerror is None:
             raise
-        raise UserError(key, f"{reference[:80]} cannot be read ({error.strerror})", FORMS) from error
+        raise UserError(
+            key, f"{reference[:80]} cannot be read ({error.strerror})", FORMS
+        ) from error
 
 
 def _resolve(reference: str, key: str, places: Places) -> Release | None:
     if reference.startswith("models:"):
         return _registered(reference, key, places)
     name = reference.removeprefix("runs:/")
-    if name == "latest" or (_RUN.fullmatch(name) and (places.root / "runs" / name / "result.json").is_file()):
-        return _of_run(places.root / ("latest" if name == "latest" else f"runs/{name}"), reference, key, places)
+    if name == "latest" or (
+        _RUN.fullmatch(name) and (places.root / "runs" / name / "result.json").is_file()
+    ):
+        return _of_run(
+            places.root / ("latest" if name == "latest" else f"runs/{name}"), reference, key, places
+        )
     if _HEX.fullmatch(name):
         return _by_number(name, reference, key, places)
     folder = Path(reference).expanduser()
@@ -130,16 +151,26 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
     """Bring a model's files into the store, with what its artifact.json says of them.
 
     Raises:
-        UserError: If it holds no whole and safe model, or other bytes than its artifact.json vouches for.
+        UserError: If it holds no whole and safe model, or other bytes than its artifact.json
+            vouches for.
     """
     try:
         files = model_files(folder)
     except UserError as error:
         raise UserError(key, error.problem, error.remedy) from None
-    manifest, _ = parsed(folder / MANIFEST, any_number=True)  # a charge of NaN is refused, not passed over
-    facts = {name: manifest[name] for name in KEPT if name in manifest} if isinstance(manifest, dict) else {}
+    # a charge of NaN is refused, not passed over
+    manifest, _ = parsed(folder / MANIFEST, any_number=True)
+    facts = (
+        {name: manifest[name] for name in KEPT if name in manifest}
+        if isinstance(manifest, dict)
+        else {}
+    )
     if isinstance(manifest, dict) and manifest.get("digest") != digest_given(folder)[0]:
-        raise UserError(key, f"{folder} holds other bytes than its {MANIFEST} vouches for", "give it whole, as made")
+        raise UserError(
+            key,
+            f"{folder} holds other bytes than its {MANIFEST} vouches for",
+            "give it whole, as made",
+        )
     _charge(facts, folder, key)
     with store.scratch() as out:
         for path in files:
@@ -158,16 +189,24 @@ def _release(reference: str, key: str, artifact: Artifact, **more: Any) -> Relea
 
 
 def _why_no_charge(charge: dict[str, Any]) -> str | None:
-    """Return what is wrong with what an artifact is said to have cost, or None: its artifact.json is in no digest."""
+    """Return what is wrong with what an artifact is said to have cost, or None: its artifact.json
+    is in no digest.
+    """
     for name in ("work_device_hours", "retry_device_hours", "model_flops"):
         value = charge.get(name)
         if value is None and name in charge:  # not counted
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value < math.inf
+        ):
             return f"{name} is {value!r}"[:80]
     if not isinstance(charge.get("device", {}), dict):
         return "device is no object"
-    load = charge.get("foreign_load", {"v": None, "prov": "unavailable", "why_null": "not recorded"})
+    load = charge.get(
+        "foreign_load", {"v": None, "prov": "unavailable", "why_null": "not recorded"}
+    )
     if not _is_share(load):
         return "foreign_load is no share"
     existing = charge.get("existing", [])
@@ -186,12 +225,15 @@ def _is_share(raw: Any) -> bool:
 
 
 def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
-    """Return what an artifact cost: as it was registered, or as the run that made it noted (`runs/past_cost.py`).
+    """Return what an artifact cost: as it was registered, or as the run that made it noted
+    (`runs/past_cost.py`).
 
     Raises:
         UserError: If nothing can have cost that: artifact.json is in no digest.
     """
-    charge = next((facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {})
+    charge = next(
+        (facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {}
+    )
     wrong = _why_no_charge(charge) if charge else None
     if wrong is not None:
         problem = f"{folder / MANIFEST} has a charge that nothing can have cost: {wrong}"
@@ -205,9 +247,17 @@ def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
     if result is None:
         raise UserError(key, f"{reference} is no run that has ended", FORMS)
     arm = result.get("primary_arm")
-    made = [row for row in result["rows"] if row["arm"] == arm and row["status"] == "FINISHED" and row["artifact"]]
+    made = [
+        row
+        for row in result["rows"]
+        if row["arm"] == arm and row["status"] == "FINISHED" and row["artifact"]
+    ]
     if not made:
-        raise UserError(key, f"{reference} ended {result.get('status')} without {arm}", "give a run that made a model")
+        raise UserError(
+            key,
+            f"{reference} ended {result.get('status')} without {arm}",
+            "give a run that made a model",
+        )
     digest = made[0]["artifact"]["digest"]
     return _release(reference, key, _fetch(digest, key, places, path=made[0]["artifact"]["path"]))
 
@@ -227,17 +277,28 @@ def _registered(reference: str, key: str, places: Places) -> Release | None:
 
     parts = _MODEL.fullmatch(reference)
     if parts is None:
-        raise UserError(key, f"{reference} names no version of a model", "give models:/NAME/3 or models:/NAME@champion")
+        raise UserError(
+            key,
+            f"{reference} names no version of a model",
+            "give models:/NAME/3 or models:/NAME@champion",
+        )
     name, number, alias = parts.groups()
     version = resolve_version(places.tracking, name, version=number, alias=alias, key=key)
     if version is None:
         return None
-    artifact = _fetch(version.digest, key, places, path=version.path or None, url=version.url or None)
-    return _release(reference, key, artifact, model=name, version=version.version, url=version.url or None)
+    artifact = _fetch(
+        version.digest, key, places, path=version.path or None, url=version.url or None
+    )
+    return _release(
+        reference, key, artifact, model=name, version=version.version, url=version.url or None
+    )
 
 
-def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, url: str | None = None) -> Artifact:
-    """Return an artifact by its digest: from the store, from where it lay when it was made, or from afar.
+def _fetch(
+    digest: str, key: str, places: Places, *, path: str | None = None, url: str | None = None
+) -> Artifact:
+    """Return an artifact by its digest: from the store, from where it lay when it was made, or from
+    afar.
 
     Raises:
         UserError: If none of them has it, or other bytes lie there.
@@ -253,7 +314,8 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
     if path is not None and Path(path).is_dir():
         _verify(Path(path), digest, key)
         return take(Path(path), key, places.store)
-    noted = url.removesuffix(f"/{digest}") if url else None  # without a login, which store.url may have
+    # without a login, which store.url may have
+    noted = url.removesuffix(f"/{digest}") if url else None
     for place in dict.fromkeys(each for each in (places.url, noted) if each):
         try:
             return download(place, digest, places.store, key=key)
@@ -261,9 +323,17 @@ def _fetch(digest: str, key: str, places: Places, *, path: str | None = None, ur
             if place == noted or noted is None:
                 raise
     where = "" if path is None else f" (it was made at {path})"
-    raise UserError(key, f"artifact {digest} is not on this machine{where}", "set store.url to where it was uploaded")
+    raise UserError(
+        key,
+        f"artifact {digest} is not on this machine{where}",
+        "set store.url to where it was uploaded",
+    )
 
 
 def _verify(folder: Path, digest: str, key: str) -> None:
     if digest_given(folder)[0] != digest:
-        raise UserError(key, f"{folder} holds other bytes than digest {digest}", "restore it, or give another one")
+        raise UserError(
+            key,
+            f"{folder} holds other bytes than digest {digest}",
+            "restore it, or give another one",
+        )

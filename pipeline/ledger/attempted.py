@@ -1,8 +1,10 @@
-"""A measurement never kills the work: what cannot be counted, read or checked becomes a reason, and the run goes on.
+"""A measurement never kills the work: what cannot be counted, read or checked becomes a reason, and
+the run goes on.
 
-This is the one place that takes any exception. What is measured is often another's code (a driver, a profiler, a
-tracker, a model's own forward pass on made-up inputs), whose failures cannot be listed beforehand; the model that is
-being trained meanwhile is worth more than the figure. Every failure is told: callers turn the reason into a null.
+This is the one place that takes any exception. What is measured is often another's code (a driver,
+a profiler, a tracker, a model's own forward pass on made-up inputs), whose failures cannot be
+listed beforehand; the model that is being trained meanwhile is worth more than the figure. Every
+failure is told: callers turn the reason into a null.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pipeline.report.text import one_line
 Result = TypeVar("Result")
 REASON = 300  # characters of a library's message
 MEANT = (UserError, StageFailed, BudgetSpent, Preempted)
-"""What our own code raises on purpose to refuse or to stop: it passes. So does what is no Exception (Ctrl-C)."""
+"""What our own code raises on purpose to refuse or to stop: it passes. So does what is no Exception
+(Ctrl-C).
+"""
 
 
 def attempted(measure: Callable[[], Result], otherwise: Callable[[str], Result]) -> Result:
@@ -24,7 +28,8 @@ def attempted(measure: Callable[[], Result], otherwise: Callable[[str], Result])
 
     Args:
         measure: Reads or counts.
-        otherwise: Given the reason (a line: type and message of the exception), returns what stands in.
+        otherwise: Given the reason (a line: type and message of the exception), returns what stands
+            in.
 
     Raises:
         UserError, StageFailed, BudgetSpent, Preempted: As `measure` raises them.

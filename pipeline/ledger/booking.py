@@ -1,14 +1,15 @@
 """Booking elapsed time: every nanosecond of an attempt goes to exactly one account.
 
-An invocation of a run is an *attempt*; the same command again is the next one. Within it, *windows* are open: a stage
-at work, an artifact being assessed, the comparison pass. What no window covers is overhead. What a killed or failed
-attempt had not secured in a checkpoint is lost and books as retry: the attempt that replays those steps books them as
-work, since those are the ones that led to the artifact.
+An invocation of a run is an *attempt*; the same command again is the next one. Within it, *windows*
+are open: a stage at work, an artifact being assessed, the comparison pass. What no window covers is
+overhead. What a killed or failed attempt had not secured in a checkpoint is lost and books as
+retry: the attempt that replays those steps books them as work, since those are the ones that led to
+the artifact.
 
     attached = work + assess + retry + compare + overhead      (exactly, in integer device-nanoseconds)
 
-A device-nanosecond is a nanosecond of one device. The number of devices belongs to the attempt, so that a run that
-goes on with another number of them still adds up.
+A device-nanosecond is a nanosecond of one device. The number of devices belongs to the attempt, so
+that a run that goes on with another number of them still adds up.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ NS_PER_HOUR = 3_600_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A stretch of one attempt with one purpose. Clock readings are monotonic and belong to that attempt alone.
+    """A stretch of one attempt with one purpose. Clock readings are monotonic and belong to that
+    attempt alone.
 
     Attributes:
-        kind: `work` on a stage, `assess` of its artifact, or `compare` (the comparison pass, of no arm).
+        kind: `work` on a stage, `assess` of its artifact, or `compare` (the comparison pass, of no
+            arm).
         arm: The stage's arm; None for `compare`.
         seed: The arm's seed; -1 for `compare`.
         attempt: The invocation it happened in.
         start_ns: Clock at its start.
         end_ns: Clock at its end.
-        kept_ns: How much of it counts: all of it when it ended well, the part up to the last valid checkpoint when it
-            was killed, nothing when it failed. A comparison pass counts whole.
+        kept_ns: How much of it counts: all of it when it ended well, the part up to the last valid
+            checkpoint when it was killed, nothing when it failed. A comparison pass counts whole.
     """
 
     kind: Literal["work", "assess", "compare"]
@@ -55,7 +58,9 @@ class Window:
 
 
 class Span(NamedTuple):
-    """An attempt from start to end (or last sign of life), and how many devices it was attached to."""
+    """An attempt from start to end (or last sign of life), and how many devices it was attached
+    to.
+    """
 
     start_ns: int
     end_ns: int
@@ -114,7 +119,9 @@ class Booking:
 
     @property
     def reusable_ns(self) -> int:
-        """What a later run saves that finds all of this done: work, assessment and comparison; no retry."""
+        """What a later run saves that finds all of this done: work, assessment and comparison; no
+        retry.
+        """
         return self.work_ns + self.assess_ns + self.compare_ns
 
 
@@ -128,13 +135,17 @@ def book(windows: Iterable[Window], spans: Mapping[int, Span]) -> Booking:
     windows = list(windows)
     for attempt, span in spans.items():
         _check_disjoint([window for window in windows if window.attempt == attempt], span)
-    assert all(window.attempt in spans for window in windows), "a window of an attempt without a span"
+    assert all(window.attempt in spans for window in windows), (
+        "a window of an attempt without a span"
+    )
     arms: dict[tuple[str, int], ArmTime] = {}
     for window in windows:
         if window.arm is not None:
             key = window.arm, window.seed
             arms[key] = _add(arms.get(key, ArmTime()), window, spans[window.attempt].devices)
-    compare_ns = sum(w.elapsed_ns * spans[w.attempt].devices for w in windows if w.kind == "compare")
+    compare_ns = sum(
+        w.elapsed_ns * spans[w.attempt].devices for w in windows if w.kind == "compare"
+    )
     attached_ns = sum(span.device_ns for span in spans.values())
     overhead_ns = attached_ns - compare_ns - sum(time.total_ns for time in arms.values())
     assert overhead_ns >= 0, overhead_ns
@@ -142,7 +153,9 @@ def book(windows: Iterable[Window], spans: Mapping[int, Span]) -> Booking:
 
 
 def _check_disjoint(windows: list[Window], span: Span) -> None:
-    """Assert that windows lie inside their attempt and share no time: else a nanosecond would be booked twice."""
+    """Assert that windows lie inside their attempt and share no time: else a nanosecond would be
+    booked twice.
+    """
     before = span.start_ns
     for window in sorted(windows, key=lambda window: (window.start_ns, window.end_ns)):
         assert before <= window.start_ns <= window.end_ns <= span.end_ns, (window, span)

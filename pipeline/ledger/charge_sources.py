@@ -15,7 +15,9 @@ SO_FAR_HOURS, SO_FAR_UNTIL = "so_far.device_hours", "so_far.until_ms"
 RUN_TAG = "pipeline.run"  # RUN for a parent, RUN/CHILD for a child
 PARTS: tuple[Outside, ...] = ("overhead", "compare")
 Stored = dict[str, Any]
-"""A run as MLflow holds it: `status`, `start_ms`, `end_ms` (None while it runs), `metrics`, `params`, `tags`."""
+"""A run as MLflow holds it: `status`, `start_ms`, `end_ms` (None while it runs), `metrics`,
+`params`, `tags`.
+"""
 Event = dict[str, Any]
 Figures = Mapping[str, float | None]
 
@@ -31,7 +33,10 @@ def stored_runs_facts(stored: Iterable[Stored]) -> list[RunFacts]:
         else:
             parents[name] = run
     orphans = {name: _stand_in(found) for name, found in children.items() if name not in parents}
-    return [_stored_facts(name, run, children.get(name, [])) for name, run in {**parents, **orphans}.items()]
+    return [
+        _stored_facts(name, run, children.get(name, []))
+        for name, run in {**parents, **orphans}.items()
+    ]
 
 
 def _stand_in(children: Sequence[Stored]) -> Stored:
@@ -49,51 +54,89 @@ def _stored_facts(name: str, run: Stored, children: Sequence[Stored]) -> RunFact
     stages = (_stored_stage(name, child, owner, tags, currency) for child in children)
     ended = open_h is None
     return RunFacts(
-        run=name, owner=owner, device=tags.get("device"), ended_s=ended_ms / 1e3,
+        run=name,
+        owner=owner,
+        device=tags.get("device"),
+        ended_s=ended_ms / 1e3,
         total_h=metrics.get("compute/run_device_hours") if ended else open_h,
         stages=tuple(stage for stage in stages if stage is not None),
         outside_h=_parts(metrics, "compute/run_{}_device_hours") if ended else {},
         wasted_h=_parts(metrics, "compute/run_{}_wasted_device_hours") if ended else {},
-        rate=_number(params.get("cost.per_device_hour")), currency=currency,
-        converged_at=_number(params.get("cost.converged_at")), nested_in=tags.get("nested_in"),
+        rate=_number(params.get("cost.per_device_hour")),
+        currency=currency,
+        converged_at=_number(params.get("cost.converged_at")),
+        nested_in=tags.get("nested_in"),
         reused_h=metrics.get("compute/run_reused_device_hours"),
-    )  # fmt: skip
+    )
 
 
 def _stored_stage(
-    run: str, child: Stored, owner: Mapping[str, str | None], parent: Mapping[str, str], currency: str | None
+    run: str,
+    child: Stored,
+    owner: Mapping[str, str | None],
+    parent: Mapping[str, str],
+    currency: str | None,
 ) -> Charge | None:
     """Return a stage attempt; None where it left no row: its hours are in the run's `open`."""
     tags = child["tags"]
     own = {name: tags.get(name) or owner.get(name) for name in OWNER}
     return _stage(
-        run, tags[RUN_TAG].partition("/")[2], own, tags.get("device") or parent.get("device"),
-        (child["end_ms"] or child["start_ms"]) / 1e3, tags.get("reused"), child["metrics"],
-        tags.get("cost.currency") or currency, finished="model.digest" in tags,
-    )  # fmt: skip
+        run,
+        tags[RUN_TAG].partition("/")[2],
+        own,
+        tags.get("device") or parent.get("device"),
+        (child["end_ms"] or child["start_ms"]) / 1e3,
+        tags.get("reused"),
+        child["metrics"],
+        tags.get("cost.currency") or currency,
+        finished="model.digest" in tags,
+    )
 
 
 def _stage(
-    run: str, what: str, owner: Mapping[str, str | None], device: str | None, ended_s: float, reused: str | None,
-    figures: Figures, currency: str | None, *, finished: bool,
-) -> Charge | None:  # fmt: skip
+    run: str,
+    what: str,
+    owner: Mapping[str, str | None],
+    device: str | None,
+    ended_s: float,
+    reused: str | None,
+    figures: Figures,
+    currency: str | None,
+    *,
+    finished: bool,
+) -> Charge | None:
     attached_h, amount = figures.get("compute/device_hours"), figures.get("cost/amount")
     if attached_h is None:
         return None
-    known: dict[str, Any] = {"run": run, "what": what, "owner": owner, "device": device, "ended_s": ended_s,
-             "currency": None if amount is None else currency,
-             "quality": _quality(figures) if finished else None}  # fmt: skip
+    known: dict[str, Any] = {
+        "run": run,
+        "what": what,
+        "owner": owner,
+        "device": device,
+        "ended_s": ended_s,
+        "currency": None if amount is None else currency,
+        "quality": _quality(figures) if finished else None,
+    }
     if reused:
         taken_h = figures.get("compute/reused_device_hours")
         return Charge(
-            **known, device_h=0.0, reused_h=attached_h if taken_h is None else taken_h, reused_from=reused,
-            wasted_h=0.0, amount=None if amount is None else 0.0, reused_amount=amount,
-        )  # fmt: skip
+            **known,
+            device_h=0.0,
+            reused_h=attached_h if taken_h is None else taken_h,
+            reused_from=reused,
+            wasted_h=0.0,
+            amount=None if amount is None else 0.0,
+            reused_amount=amount,
+        )
     return Charge(
-        **known, device_h=attached_h, gpu_h=figures.get("compute/gpu_hours"),
-        allocated_gpu_h=figures.get("compute/allocated_gpu_hours"), energy_j=figures.get("compute/energy_j"),
-        wasted_h=figures.get("compute/wasted_device_hours"), amount=amount,
-    )  # fmt: skip
+        **known,
+        device_h=attached_h,
+        gpu_h=figures.get("compute/gpu_hours"),
+        allocated_gpu_h=figures.get("compute/allocated_gpu_hours"),
+        energy_j=figures.get("compute/energy_j"),
+        wasted_h=figures.get("compute/wasted_device_hours"),
+        amount=amount,
+    )
 
 
 def _quality(figures: Figures) -> tuple[str, float] | None:
@@ -118,28 +161,58 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
     ends = [event for event in events if event["e"] == "run_end"]
     totals = ends[-1]["run"] if run is None and has_ended(events) else run
     seen = [event["used"]["name"] for event in events if event["e"] == "devices"]
-    device, currency = (seen or [start.get("environment", {}).get("device")])[-1], params.get("cost.currency")
+    device, currency = (
+        (seen or [start.get("environment", {}).get("device")])[-1],
+        params.get("cost.currency"),
+    )
     rows = {_label(event["row"]): event for event in events if event["e"] == "row"}
-    stages = (_journal_stage(start["run_id"], what, event, owner, device, currency) for what, event in rows.items())
+    stages = (
+        _journal_stage(start["run_id"], what, event, owner, device, currency)
+        for what, event in rows.items()
+    )
     return RunFacts(
-        run=start["run_id"], owner=owner, device=device, ended_s=events[-1]["t"],
-        total_h=open_hours(spans(events)) if totals is None else totals["device_hours"]["total"]["v"],
+        run=start["run_id"],
+        owner=owner,
+        device=device,
+        ended_s=events[-1]["t"],
+        total_h=(
+            open_hours(spans(events)) if totals is None else totals["device_hours"]["total"]["v"]
+        ),
         stages=tuple(stage for stage in stages if stage is not None),
-        outside_h={} if totals is None else {name: totals["device_hours"][name]["v"] for name in PARTS},
+        outside_h=(
+            {} if totals is None else {name: totals["device_hours"][name]["v"] for name in PARTS}
+        ),
         wasted_h={} if totals is None else {name: outside_waste(totals, name) for name in PARTS},
-        rate=params.get("cost.per_device_hour"), currency=currency, converged_at=params.get("cost.converged_at"),
-        nested_in=tags.get("nested_in"), reused_h=None if totals is None else totals["reused"]["v"],
-    )  # fmt: skip
+        rate=params.get("cost.per_device_hour"),
+        currency=currency,
+        converged_at=params.get("cost.converged_at"),
+        nested_in=tags.get("nested_in"),
+        reused_h=None if totals is None else totals["reused"]["v"],
+    )
 
 
 def _journal_stage(
-    run: str, what: str, event: Event, owner: Mapping[str, str | None], device: str | None, currency: str | None
+    run: str,
+    what: str,
+    event: Event,
+    owner: Mapping[str, str | None],
+    device: str | None,
+    currency: str | None,
 ) -> Charge | None:
     row = event["row"]
     figures = {key: value["v"] for key, value in row_summary(row).items()}
     own = {**owner, **({} if row["reused"] else stage_owner(row))}
-    return _stage(run, what, own, stage_device(row) or device, event["t"], row["reused"], figures,
-                  row["ledger"]["cost"]["currency"] or currency, finished=row["artifact"] is not None)  # fmt: skip
+    return _stage(
+        run,
+        what,
+        own,
+        stage_device(row) or device,
+        event["t"],
+        row["reused"],
+        figures,
+        row["ledger"]["cost"]["currency"] or currency,
+        finished=row["artifact"] is not None,
+    )
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -154,7 +227,10 @@ def stage_owner(row: Mapping[str, Any]) -> dict[str, str]:
 
 def stage_device(row: Mapping[str, Any]) -> str | None:
     """Return the device model of a row, several ones joined; None where it does not say."""
-    return " + ".join(dict.fromkeys(row["ledger"].get("placement", {}).get("device_names", []))) or None
+    return (
+        " + ".join(dict.fromkeys(row["ledger"].get("placement", {}).get("device_names", [])))
+        or None
+    )
 
 
 def outside_waste(totals: Mapping[str, Any], part: str) -> float:
@@ -181,7 +257,9 @@ def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list
 
 
 def has_ended(events: Iterable[Event], *, before: bool = False) -> bool:
-    """Tell whether a run's newest attempt has ended; `before`: whether it had before these events."""
+    """Tell whether a run's newest attempt has ended; `before`: whether it had before these
+    events.
+    """
     edges = [event["e"] for event in events if event["e"] in ("run_start", "run_end")]
     return edges[-1] == "run_end" if edges else before
 

@@ -1,7 +1,8 @@
 """Charges: what a run spent, as parts that add up to all the time its processes were attached.
 
-A run's charges are its stage attempts, its overhead and its comparison pass; of a run that has not ended, or was killed
-and never taken up again, what no row holds is one charge more: `open`. A reused stage is a charge that spent nothing.
+A run's charges are its stage attempts, its overhead and its comparison pass; of a run that has not
+ended, or was killed and never taken up again, what no row holds is one charge more: `open`. A
+reused stage is a charge that spent nothing.
 
     sum of `device_h` over a run's charges = compute/run_device_hours of the run
 
@@ -29,13 +30,14 @@ class Charge:
     Attributes:
         what: The stage attempt's name, or `overhead`, `compare`, `open`.
         device: Exact name of the device model; of several, all of them.
-        ended_s: When the stage attempt ended, or the run (UTC, seconds since 1970); the last sign of life without an
-            end.
+        ended_s: When the stage attempt ended, or the run (UTC, seconds since 1970); the last sign
+            of life without an end.
         reused_from: The run that spent the hours which this one took over.
         gpu_h: Attached GPU-hours; None on a CPU.
         allocated_gpu_h: What a scheduler held for them.
         wasted_h: None where the program does not tell its phases.
-        waste_told_h: Of `device_h`, the hours that `wasted_h` speaks of; None: all, or none where that is unknown.
+        waste_told_h: Of `device_h`, the hours that `wasted_h` speaks of; None: all, or none where
+            that is unknown.
         quality: Key and value of the primary quality of a finished artifact.
     """
 
@@ -70,7 +72,8 @@ class RunFacts:
         rate: Declared price of a device-hour.
         converged_at: Declared quality from which its model counts as converged.
         nested_in: The metered run whose seconds these are, too.
-        reused_h: What it took over of other runs, comparison passes included; None where nobody noted it down.
+        reused_h: What it took over of other runs, comparison passes included; None where nobody
+            noted it down.
     """
 
     run: str
@@ -89,7 +92,9 @@ class RunFacts:
 
     @property
     def rest_h(self) -> float | None:
-        """Device-hours that no stage attempt holds; below zero, rows hold more than the run took."""
+        """Device-hours that no stage attempt holds; below zero, rows hold more than the run
+        took.
+        """
         if self.total_h is None:
             return None
         return self.total_h - math.fsum(stage.device_h for stage in self.stages)
@@ -98,29 +103,46 @@ class RunFacts:
 def charges(run: RunFacts) -> list[Charge]:
     """Return all charges of a run: its stage attempts, and what none of them holds."""
     rest_h = max(run.rest_h or 0.0, 0.0)
-    parts: dict[Outside, float] = {name: min(hours, rest_h) for name, hours in run.outside_h.items()}
+    parts: dict[Outside, float] = {
+        name: min(hours, rest_h) for name, hours in run.outside_h.items()
+    }
     parts = parts or {"open": rest_h}
     if "overhead" in parts:  # takes the rounding, so that the sum is exact
-        parts["overhead"] = max(rest_h - math.fsum(h for name, h in parts.items() if name != "overhead"), 0.0)
+        parts["overhead"] = max(
+            rest_h - math.fsum(h for name, h in parts.items() if name != "overhead"), 0.0
+        )
     outside = (_outside(run, name, hours) for name, hours in parts.items() if hours > 0)
     return [*run.stages, *outside, *_taken_over(run)]
 
 
 def _taken_over(run: RunFacts) -> list[Charge]:
-    """Return the comparison pass that a run took over of another, which no stage attempt holds: it spent nothing."""
+    """Return the comparison pass that a run took over of another, which no stage attempt holds: it
+    spent nothing.
+    """
     hours = (run.reused_h or 0.0) - math.fsum(stage.reused_h for stage in run.stages)
     if hours <= ROUNDING_H:
         return []
-    return [Charge(
-        run=run.run, what="reused comparison", owner=run.owner, device=run.device, ended_s=run.ended_s, device_h=0.0,
-        reused_h=hours, wasted_h=0.0, amount=None if run.rate is None else 0.0,
-        reused_amount=None if run.rate is None else run.rate * hours,
-        currency=None if run.rate is None else run.currency,
-    )]  # fmt: skip
+    return [
+        Charge(
+            run=run.run,
+            what="reused comparison",
+            owner=run.owner,
+            device=run.device,
+            ended_s=run.ended_s,
+            device_h=0.0,
+            reused_h=hours,
+            wasted_h=0.0,
+            amount=None if run.rate is None else 0.0,
+            reused_amount=None if run.rate is None else run.rate * hours,
+            currency=None if run.rate is None else run.currency,
+        )
+    ]
 
 
 def _outside(run: RunFacts, what: Outside, hours: float) -> Charge:
-    """Return the charge of hours that belong to no stage: on the devices of the stages, held as these were."""
+    """Return the charge of hours that belong to no stage: on the devices of the stages, held as
+    these were.
+    """
     spent = [stage for stage in run.stages if stage.device_h > 0]
     on_gpu = any(stage.gpu_h is not None for stage in spent)
     held = _ratio(spent)
@@ -128,14 +150,24 @@ def _outside(run: RunFacts, what: Outside, hours: float) -> Charge:
     allocated = None if held is None else hours * held
     amount = None if run.rate is None else run.rate * (hours if allocated is None else allocated)
     return Charge(
-        run=run.run, what=what, owner=run.owner, device=device, ended_s=run.ended_s, device_h=hours,
-        gpu_h=hours if on_gpu else None, allocated_gpu_h=allocated, wasted_h=run.wasted_h.get(what), amount=amount,
+        run=run.run,
+        what=what,
+        owner=run.owner,
+        device=device,
+        ended_s=run.ended_s,
+        device_h=hours,
+        gpu_h=hours if on_gpu else None,
+        allocated_gpu_h=allocated,
+        wasted_h=run.wasted_h.get(what),
+        amount=amount,
         currency=None if amount is None else run.currency,
-    )  # fmt: skip
+    )
 
 
 def _ratio(stages: Iterable[Charge]) -> float | None:
-    """Return GPU-hours that a scheduler held per device-hour attached; None unless all stages know."""
+    """Return GPU-hours that a scheduler held per device-hour attached; None unless all stages
+    know.
+    """
     stages = list(stages)
     allocated = [stage.allocated_gpu_h for stage in stages if stage.allocated_gpu_h is not None]
     if not stages or len(allocated) < len(stages):
@@ -151,7 +183,8 @@ def told_waste_h(charge: Charge) -> float:
 
 
 def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[str]]:
-    """Leave out runs inside a metered run that is there as well; return the rest, and the ids of what was left out.
+    """Leave out runs inside a metered run that is there as well; return the rest, and the ids of
+    what was left out.
 
     What a metered program did not tell of its waste, the runs inside it may.
     """
@@ -162,14 +195,20 @@ def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[st
         if run.nested_in is not None and run.nested_in in known:
             inside.setdefault(run.nested_in, []).append(run)
     left_out = [run.run for nested in inside.values() for run in nested]
-    return [_told_by(run, inside.get(run.run, [])) for run in runs if run.run not in left_out], left_out
+    return [
+        _told_by(run, inside.get(run.run, [])) for run in runs if run.run not in left_out
+    ], left_out
 
 
 def _told_by(run: RunFacts, inside: Iterable[RunFacts]) -> RunFacts:
-    """Return a metered run with the waste that runs inside it know of, on the one stage that it has."""
+    """Return a metered run with the waste that runs inside it know of, on the one stage that it
+    has.
+    """
     told = [charge for each in inside for charge in charges(each) if charge.wasted_h is not None]
     if not told or len(run.stages) != 1 or run.stages[0].wasted_h is not None:
         return run
     stage, wasted_h = run.stages[0], math.fsum(charge.wasted_h or 0.0 for charge in told)
     told_h = min(math.fsum(map(told_waste_h, told)), stage.device_h)
-    return replace(run, stages=(replace(stage, wasted_h=min(wasted_h, told_h), waste_told_h=told_h),))
+    return replace(
+        run, stages=(replace(stage, wasted_h=min(wasted_h, told_h), waste_told_h=told_h),)
+    )

@@ -1,9 +1,11 @@
-"""Cost per converged model: everything spent under one `model.name` until its first artifact at the declared quality.
+"""Cost per converged model: everything spent under one `model.name` until its first artifact at the
+declared quality.
 
-Attempts, trials, failures and start-up count, whoever's run they were in; so does what was taken over from runs under
-other names. Stages that ended later do not, nor does the comparison pass of the run that made the artifact. Without a
-declared quality (`cost.converged_at`), or before any artifact has it, the cost is null and says why. What was made
-under a meter has the hours of the meter's run.
+Attempts, trials, failures and start-up count, whoever's run they were in; so does what was taken
+over from runs under other names. Stages that ended later do not, nor does the comparison pass of
+the run that made the artifact. Without a declared quality (`cost.converged_at`), or before any
+artifact has it, the cost is null and says why. What was made under a meter has the hours of the
+meter's run.
 """
 
 from __future__ import annotations
@@ -42,8 +44,12 @@ class Converged:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form it has in result.json."""
-        return {"device_hours": self.device_hours.to_json(), "amount": self.amount.to_json(),
-                "currency": self.currency, "run": self.run}  # fmt: skip
+        return {
+            "device_hours": self.device_hours.to_json(),
+            "amount": self.amount.to_json(),
+            "currency": self.currency,
+            "run": self.run,
+        }
 
 
 def per_converged_model(runs: Iterable[RunFacts], target: float | None) -> Converged:
@@ -63,15 +69,22 @@ def per_converged_model(runs: Iterable[RunFacts], target: float | None) -> Conve
         return _not_yet(_how_far(assessed, target))
     first = min(reached, key=lambda charge: charge.ended_s)
     counted = [charge for charge in found if _counts(charge, first, _outermost(first.run, runs))]
-    taken = {(charge.reused_from, charge.what): charge for charge in counted
-             if charge.reused_from not in (None, *(charge.run for charge in found))}  # fmt: skip
+    taken = {
+        (charge.reused_from, charge.what): charge
+        for charge in counted
+        if charge.reused_from not in (None, *(charge.run for charge in found))
+    }
     hours = math.fsum([*(c.device_h for c in counted), *(c.reused_h for c in taken.values())])
     return Converged(measured(hours), *_money(counted, list(taken.values())), run=first.run)
 
 
 def _counts(charge: Charge, first: Charge, holder: str) -> bool:
-    """Tell whether a charge came before the first artifact; one made under a meter has all of the meter's run."""
-    before_its_end = charge.run == holder and (holder != first.run or charge.what in ("overhead", "open"))
+    """Tell whether a charge came before the first artifact; one made under a meter has all of the
+    meter's run.
+    """
+    before_its_end = charge.run == holder and (
+        holder != first.run or charge.what in ("overhead", "open")
+    )
     return charge.ended_s <= first.ended_s or before_its_end
 
 
@@ -102,7 +115,9 @@ def _not_yet(why: str) -> Converged:
 
 
 def _money(counted: Sequence[Charge], taken: Sequence[Charge]) -> tuple[Value, str | None]:
-    """Return what charges cost, and in which currency; null where a part has no rate, or another currency."""
+    """Return what charges cost, and in which currency; null where a part has no rate, or another
+    currency.
+    """
     paid = [(c.amount, c.currency, c.device_h) for c in counted if c.device_h]
     paid += [(c.reused_amount, c.currency, c.reused_h) for c in taken]
     unpriced_h = math.fsum(hours for amount, _, hours in paid if amount is None)
@@ -111,11 +126,17 @@ def _money(counted: Sequence[Charge], taken: Sequence[Charge]) -> tuple[Value, s
         return null(_WITHOUT_RATE.format(unpriced_h)), None
     if len(currencies) > 1:
         return null(f"paid in {' and '.join(currencies)}, which do not add up"), None
-    return estimated(math.fsum(amount for amount, _, _ in paid if amount is not None)), currencies[0] or None
+    return (
+        estimated(math.fsum(amount for amount, _, _ in paid if amount is not None)),
+        currencies[0] or None,
+    )
 
 
-def of_this_run(folder: Path, totals: dict[str, Any], target: float | None, model_name: str) -> Converged:
-    """Return what the model of a run took until it converged, from the journals of all runs beside it.
+def of_this_run(
+    folder: Path, totals: dict[str, Any], target: float | None, model_name: str
+) -> Converged:
+    """Return what the model of a run took until it converged, from the journals of all runs beside
+    it.
 
     Args:
         folder: Of the run, which is about to end.
@@ -128,9 +149,20 @@ def of_this_run(folder: Path, totals: dict[str, Any], target: float | None, mode
     runs: list[RunFacts] = []
     for other in sorted(folder.parent.glob("*/journal.jsonl")):
         start = read_first(other)
-        named = start is not None and start.get("e") == "run_start" and isinstance(start.get("params"), dict)
+        named = (
+            start is not None
+            and start.get("e") == "run_start"
+            and isinstance(start.get("params"), dict)
+        )
         if start is not None and named and start["params"].get("model.name") == model_name:
             events = sound_events(read_events(other), other)
-            if all(why_damaged(each, STARTED) is None for each in events if each["e"] == "run_start") and events:
+            if (
+                all(
+                    why_damaged(each, STARTED) is None
+                    for each in events
+                    if each["e"] == "run_start"
+                )
+                and events
+            ):
                 runs.append(journal_facts(events, totals if other.parent == folder else None))
     return per_converged_model(runs, target)

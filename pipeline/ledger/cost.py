@@ -1,14 +1,15 @@
-"""Money: a declared rate times the hours it is owed for, and never more than what somebody declared.
+"""Money: a declared rate times the hours it is owed for, and never more than what somebody
+declared.
 
-| what is declared | what is charged |
-|---|---|
-| nothing | null; hours are shown all the same |
-| `cost=rented`: rate, currency, source, date | rate x hours. The rate has power and cooling in it: neither is added |
-| `cost=owned`: a price per owned device-hour | the same, and power by its price and a PUE where declared |
+| what is declared | what is charged | |---|---| | nothing | null; hours are shown all the same | |
+`cost=rented`: rate, currency, source, date | rate x hours. The rate has power and cooling in it:
+neither is added | | `cost=owned`: a price per owned device-hour | the same, and power by its price
+and a PUE where declared |
 
-Hours are what the scheduler held for the job (`gpu_hours.allocated`). Where nobody granted anything they are those the
-job was attached for: a lower bound, since a device may have been held for longer, and so `estimated`. So is a sum that
-should hold power of devices whose energy could not be read.
+Hours are what the scheduler held for the job (`gpu_hours.allocated`). Where nobody granted anything
+they are those the
+job was attached for: a lower bound, since a device may have been held for longer, and so
+    `estimated`. So is a sum that should hold power of devices whose energy could not be read.
 """
 
 from __future__ import annotations
@@ -30,24 +31,36 @@ _CURRENCY = re.compile(r"[A-Z]{3}")  # ISO 4217
 
 
 def money(
-    device_hours: float, cost: CostConfig, *, allocated: Value | None = None, energy_j: Value | None = None
+    device_hours: float,
+    cost: CostConfig,
+    *,
+    allocated: Value | None = None,
+    energy_j: Value | None = None,
 ) -> dict[str, Any]:
-    """Return what device-hours cost, as a ledger holds it: `{"amount": value, "currency", "facility_energy_j": value}`.
+    """Return what device-hours cost, as a ledger holds it: `{"amount": value, "currency",
+    "facility_energy_j": value}`.
 
     Args:
         device_hours: Attached.
         allocated: GPU-hours that a scheduler held for them; None or null: nobody tells.
-        energy_j: Board energy in them, in joules; part of the amount only where an energy price is declared.
+        energy_j: Board energy in them, in joules; part of the amount only where an energy price is
+            declared.
     """
     energy_j = energy_j or null("not read")
     amount = _amount(device_hours, cost, allocated or null("not told"), energy_j)
-    return {"amount": amount.to_json(), "currency": None if amount.v is None else cost.currency,
-            "facility_energy_j": facility_energy(energy_j, cost).to_json()}  # fmt: skip
+    return {
+        "amount": amount.to_json(),
+        "currency": None if amount.v is None else cost.currency,
+        "facility_energy_j": facility_energy(energy_j, cost).to_json(),
+    }
 
 
 def priced(record: dict[str, Any], cost: CostConfig) -> dict[str, Any]:
     """Return a row's ledger with its money at the rate that is declared now."""
-    hours, allocated = record["device_hours"]["attached"], Value.from_json(record["gpu_hours"]["allocated"])
+    hours, allocated = (
+        record["device_hours"]["attached"],
+        Value.from_json(record["gpu_hours"]["allocated"]),
+    )
     if hours["v"] is None:
         return {**record, "cost": {"amount": hours, "currency": None, "facility_energy_j": hours}}
     energy_j = Value.from_json(record["energy_j"])
@@ -61,21 +74,33 @@ def _amount(device_hours: float, cost: CostConfig, allocated: Value, energy_j: V
     amount = _times(declared(cost.per_device_hour), held)
     if cost.energy_price_per_kwh is None:
         return amount
-    power = _times(declared(cost.energy_price_per_kwh / JOULES_PER_KWH), facility_energy(energy_j, cost))
+    power = _times(
+        declared(cost.energy_price_per_kwh / JOULES_PER_KWH), facility_energy(energy_j, cost)
+    )
     if power.v is None:  # what is known of it
         return estimated(amount.v or 0.0)
-    return Value((amount.v or 0.0) + power.v, Prov.ESTIMATED if Prov.ESTIMATED in (amount.prov, power.prov)
-                 else Prov.DECLARED)  # fmt: skip
+    return Value(
+        (amount.v or 0.0) + power.v,
+        Prov.ESTIMATED if Prov.ESTIMATED in (amount.prov, power.prov) else Prov.DECLARED,
+    )
 
 
 def _times(price: Value, quantity: Value) -> Value:
-    """Multiply; a lower bound of hours, or an estimate of energy, shows although a price is declared."""
+    """Multiply; a lower bound of hours, or an estimate of energy, shows although a price is
+    declared.
+    """
     product = derive(lambda a, b: a * b, price, quantity)
-    return estimated(product.v) if quantity.prov is Prov.ESTIMATED and product.v is not None else product
+    return (
+        estimated(product.v)
+        if quantity.prov is Prov.ESTIMATED and product.v is not None
+        else product
+    )
 
 
 def facility_energy(energy_j: Value, cost: CostConfig) -> Value:
-    """Return joules that the facility drew for what the boards drew; null without a declared PUE."""
+    """Return joules that the facility drew for what the boards drew; null without a declared
+    PUE.
+    """
     if cost.pue is None:
         return null(NO_PUE)
     return derive(lambda board, pue: board * pue, energy_j, declared(cost.pue))
@@ -94,32 +119,60 @@ def check_cost(cost: CostConfig) -> None:
         _check_said(cost)
     elif cost.kind is not None:
         what = "asks for" if cost.kind is CostKind.rented else "is put at"
-        raise UserError("cost.per_device_hour", "is missing", f"say what a device-hour {what}, or leave cost= out")
-    elif said := [name for name in ("currency", "source", "date") if getattr(cost, name) is not None]:
-        raise UserError("cost.per_device_hour", "is missing", f"give the rate, or leave cost.{said[0]} out")
+        raise UserError(
+            "cost.per_device_hour",
+            "is missing",
+            f"say what a device-hour {what}, or leave cost= out",
+        )
+    elif said := [
+        name for name in ("currency", "source", "date") if getattr(cost, name) is not None
+    ]:
+        raise UserError(
+            "cost.per_device_hour", "is missing", f"give the rate, or leave cost.{said[0]} out"
+        )
     if cost.energy_price_per_kwh is not None:
         _check_power(cost)
 
 
 def _check_said(cost: CostConfig) -> None:
     if not (cost.source or "").strip():
-        raise UserError("cost.source", "a rate without its source is a guess", "say where the rate comes from")
+        raise UserError(
+            "cost.source", "a rate without its source is a guess", "say where the rate comes from"
+        )
     if cost.date is None or not _is_date(cost.date):
-        problem = "a rate without its date is a guess" if cost.date is None else f"{cost.date!r} is no date"
+        problem = (
+            "a rate without its date is a guess"
+            if cost.date is None
+            else f"{cost.date!r} is no date"
+        )
         raise UserError("cost.date", problem, "say when the source said so, e.g. 2026-11-23")
     if cost.currency is None or not _CURRENCY.fullmatch(cost.currency):
-        problem = "a rate without its currency is no price" if cost.currency is None else f"{cost.currency!r} is none"
+        problem = (
+            "a rate without its currency is no price"
+            if cost.currency is None
+            else f"{cost.currency!r} is none"
+        )
         raise UserError("cost.currency", problem, "give its three letters, e.g. EUR")
 
 
 def _check_power(cost: CostConfig) -> None:
     key = "cost.energy_price_per_kwh"
     if cost.kind is not CostKind.owned:
-        raise UserError(key, "is for owned devices: what is rented has its power in the rate", "use cost=owned")
+        raise UserError(
+            key, "is for owned devices: what is rented has its power in the rate", "use cost=owned"
+        )
     if cost.per_device_hour is None:
-        raise UserError("cost.per_device_hour", "is missing", "say what an owned device-hour is put at without power")
+        raise UserError(
+            "cost.per_device_hour",
+            "is missing",
+            "say what an owned device-hour is put at without power",
+        )
     if cost.pue is None:
-        raise UserError("cost.pue", "is not declared, and a bill is for all that a facility draws", "give e.g. 1.2")
+        raise UserError(
+            "cost.pue",
+            "is not declared, and a bill is for all that a facility draws",
+            "give e.g. 1.2",
+        )
 
 
 def _is_date(text: str) -> bool:

@@ -1,8 +1,10 @@
-"""What disturbed the windows of a row: others on its device, a hypervisor, a quota. What was not read is null.
+"""What disturbed the windows of a row: others on its device, a hypervisor, a quota. What was not
+read is null.
 
-`foreign_load` is of the device whose time the row counts: on a CPU the share of the cores that others took, by the
-kernel's accounts; on a GPU what its library tells of other processes. No GPU ever takes the CPU's figure for its own:
-where nothing reads it (MIG, another vendor, a library that fails), it is null.
+`foreign_load` is of the device whose time the row counts: on a CPU the share of the cores that
+others took, by the kernel's accounts; on a GPU what its library tells of other processes. No GPU
+ever takes the CPU's figure for its own: where nothing reads it (MIG, another vendor, a library that
+fails), it is null.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pipeline.ledger.others import Load, stolen, taken, throttled
 from pipeline.ledger.values import Value, derive, null
 
 MUCH = 0.1
-"""Share that others may take before times are no longer compared; `ledger.max_foreign_load` and a policy's default."""
+"""Share that others may take before times are no longer compared; `ledger.max_foreign_load` and a
+policy's default.
+"""
 NOT_RECORDED = "not recorded by the release that measured it"
 
 
@@ -54,7 +58,13 @@ class Disturbance:
 FIGURES = tuple(item.name for item in fields(Disturbance))
 ADDED = FIGURES[1:]
 """What older rows lack: `foreign_load` has always been there."""
-COMPARED = ("throttle_share", "foreign_load", "host_foreign_load", "steal_share", "cpu_throttle_share")
+COMPARED = (
+    "throttle_share",
+    "foreign_load",
+    "host_foreign_load",
+    "steal_share",
+    "cpu_throttle_share",
+)
 """What is known of the comparison pass, which belongs to no row."""
 
 
@@ -68,21 +78,33 @@ def of_host(work: Sequence[Load], assess: Sequence[Load]) -> Disturbance:
     """Return what disturbed a run on the host's processors."""
     both = [*work, *assess]
     return Disturbance(
-        foreign_load=taken(both), work_foreign_load=taken(work), assess_foreign_load=taken(assess),
-        host_foreign_load=taken(both), steal_share=stolen(both), cpu_throttle_share=throttled(both),
-    )  # fmt: skip
+        foreign_load=taken(both),
+        work_foreign_load=taken(work),
+        assess_foreign_load=taken(assess),
+        host_foreign_load=taken(both),
+        steal_share=stolen(both),
+        cpu_throttle_share=throttled(both),
+    )
 
 
 def of_device(
-    work: Sequence[Load], assess: Sequence[Load], *, foreign_load: Value, work_foreign_load: Value,
+    work: Sequence[Load],
+    assess: Sequence[Load],
+    *,
+    foreign_load: Value,
+    work_foreign_load: Value,
     assess_foreign_load: Value,
-) -> Disturbance:  # fmt: skip
+) -> Disturbance:
     """Return what disturbed a run on an accelerator, whose own library told the three shares."""
     both = [*work, *assess]
     return Disturbance(
-        foreign_load=foreign_load, work_foreign_load=work_foreign_load, assess_foreign_load=assess_foreign_load,
-        host_foreign_load=taken(both), steal_share=stolen(both), cpu_throttle_share=throttled(both),
-    )  # fmt: skip
+        foreign_load=foreign_load,
+        work_foreign_load=work_foreign_load,
+        assess_foreign_load=assess_foreign_load,
+        host_foreign_load=taken(both),
+        steal_share=stolen(both),
+        cpu_throttle_share=throttled(both),
+    )
 
 
 def mean(parts: Sequence[tuple[Value, float]]) -> Value:
@@ -91,5 +113,7 @@ def mean(parts: Sequence[tuple[Value, float]]) -> Value:
     if not known:
         return null("no time was measured")
     whole = sum(hours for _, hours in known)
-    weighted = lambda *shares: sum(share * hours for share, (_, hours) in zip(shares, known, strict=True)) / whole
+    weighted = lambda *shares: (
+        sum(share * hours for share, (_, hours) in zip(shares, known, strict=True)) / whole
+    )
     return derive(weighted, *(value for value, _ in known))

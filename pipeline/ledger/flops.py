@@ -1,24 +1,33 @@
-"""FLOPs a method needs, counted once on an eager, unquantized twin on the meta device: no memory, no recompute.
+"""FLOPs a method needs, counted once on an eager, unquantized twin on the meta device: no memory,
+no recompute.
 
-A transformer's matmul FLOPs for one sequence of T tokens of which K are predicted are exactly
-c + a T + b T^2 + h K: heads that read one position, linear layers, attention, and the output head of a language model,
-which the objective applies to predicted positions only. Four counts fix the four numbers, and every batch is then
-priced by arithmetic.
+A transformer's matmul FLOPs for one sequence of T tokens of which K are predicted are exactly c + a
+T + b T^2 + h K: heads that read one position, linear layers, attention, and the output head of a
+language model, which the objective applies to predicted positions only. Four counts fix the four
+numbers, and every batch is then priced by arithmetic.
 
 What is counted, and what is not:
-- A multiply-add is 2 FLOPs; only matrix products (and convolutions) count, as in every published MFU.
-- Attention counts in full, T x T: neither the causal half, nor what documents packed into one window do not read of
+- A multiply-add is 2 FLOPs; only matrix products (and convolutions) count, as in every published
+  MFU.
+- Attention counts in full, T x T: neither the causal half, nor what documents packed into one
+  window do not read of
   each other, is taken off.
-- Positions count as they are computed: a packed window is full; of a padded batch its padding counts as well, while
+- Positions count as they are computed: a packed window is full; of a padded batch its padding
+  counts as well, while
   `tokens` leaves it out.
-- The backward pass is what autograd does with the model's own `requires_grad`: a frozen weight has no gradient, and
-  below the lowest trained weight nothing is carried back. Adapters (LoRA) are modules like any other.
-- A live teacher's forward pass is added by the caller; a cached teacher's belongs to the stage that captured it.
-- A mixture of experts counts the experts that a token visits: the twin multiplies each token with the weights of its
-  own top k, whichever they are. Experts in a loop over tokens cannot be counted without data: that is an error here,
-  and a null with this reason in a row.
+- The backward pass is what autograd does with the model's own `requires_grad`: a frozen weight has
+  no gradient, and
+  below the lowest trained weight nothing is carried back. Adapters (LoRA) are modules like any
+  other.
+- A live teacher's forward pass is added by the caller; a cached teacher's belongs to the stage that
+  captured it.
+- A mixture of experts counts the experts that a token visits: the twin multiplies each token with
+  the weights of its
+  own top k, whichever they are. Experts in a loop over tokens cannot be counted without data: that
+  is an error here, and a null with this reason in a row.
 - Recomputed activations, gradient accumulation and the storage format of weights change nothing.
-Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
+Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et al. 2020, arXiv
+    2001.08361, section 2.1.
 """
 
 from __future__ import annotations
@@ -37,13 +46,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 POINTS = (8, 16, 24)  # sequence lengths at which the twin is counted
-EXPERTS = "batched_mm"  # transformers' way to run experts that takes each token with its own top k, whatever its data
-SHARE_OF_RULE = 0.5  # of the rule of thumb: a count below it has missed operations (a custom kernel, say)
+# transformers' way to run experts that takes each token with its own top k, whatever its data
+EXPERTS = "batched_mm"
+# of the rule of thumb: a count below it has missed operations (a custom kernel, say)
+SHARE_OF_RULE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class FlopsPerSequence:
-    """FLOPs of one sequence of T tokens, K predicted: `constant + linear * T + square * T^2 + predicted * K`."""
+    """FLOPs of one sequence of T tokens, K predicted: `constant + linear * T + square * T^2 +
+    predicted * K`.
+    """
 
     constant: float
     linear: float
@@ -57,10 +70,16 @@ class FlopsPerSequence:
             num_predicted: Positions that the output head reads; None: all of them.
         """
         heads = num_tokens if num_predicted is None else num_predicted
-        return self.constant + self.linear * num_tokens + self.square * num_tokens**2 + self.predicted * heads
+        return (
+            self.constant
+            + self.linear * num_tokens
+            + self.square * num_tokens**2
+            + self.predicted * heads
+        )
 
     def generation(self, prompt: int, new: int) -> float:
-        """Return the FLOPs of a forward pass over a prompt, and of `new` - 1 more that read a key-value cache.
+        """Return the FLOPs of a forward pass over a prompt, and of `new` - 1 more that read a
+        key-value cache.
 
         The head reads one position in each; a new token attends to all before it and to itself.
         """
@@ -69,7 +88,9 @@ class FlopsPerSequence:
         return self.constant + self.linear * read + self.square * pairs + self.predicted * new
 
     def batch(self, rows: int, length: int, num_predicted: int) -> float:
-        """Return the FLOPs of `rows` sequences of `length` positions with `num_predicted` targets in all of them."""
+        """Return the FLOPs of `rows` sequences of `length` positions with `num_predicted` targets
+        in all of them.
+        """
         return rows * self(length, num_predicted / rows)
 
 
@@ -77,13 +98,14 @@ def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -
     """Count a model's matmul FLOPs per sequence.
 
     Args:
-        source: The model as it is trained, adapters and frozen parameters included (it is copied to the meta device
-            without its weights), or a configuration: a fresh model, all of it trained. Quantized layers count as
-            plain ones.
+        source: The model as it is trained, adapters and frozen parameters included (it is copied to
+            the meta device without its weights), or a configuration: a fresh model, all of it
+            trained. Quantized layers count as plain ones.
         backward: Count the forward and backward pass, else the forward pass only.
 
     Raises:
-        Exception: Of any kind, where the model cannot be run without data: what it does depends on values.
+        Exception: Of any kind, where the model cannot be run without data: what it does depends on
+            values.
     """
     twin = _twin(source, task)
     head = _head(twin) if task is Task.causal_lm else None
@@ -96,9 +118,11 @@ def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -
 
 
 def expert_shares(source: PreTrainedConfig | Any, task: Task) -> dict[str, float]:
-    """Return, by name of a parameter that holds experts, the share of them that a token visits; empty without experts.
+    """Return, by name of a parameter that holds experts, the share of them that a token visits;
+    empty without experts.
 
-    Found by running the twin: experts are told which of them each token visits, k of E, and k / E is the share.
+    Found by running the twin: experts are told which of them each token visits, k of E, and k / E
+        is the share.
 
     Raises:
         Exception: As `count_flops` does.
@@ -109,7 +133,11 @@ def expert_shares(source: PreTrainedConfig | Any, task: Task) -> dict[str, float
     shares: dict[str, float] = {}
     handles: list[Any] = []
     for prefix, module in twin.named_modules():
-        held = {f"{prefix}.{name}": each for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
+        held = {
+            f"{prefix}.{name}": each
+            for name, each in module.named_parameters(recurse=False)
+            if each.ndim == 3
+        }
         if held and not isinstance(module, torch.nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
             noted = _noting(held, shares)
             handles.append(module.register_forward_pre_hook(noted, with_kwargs=True))
@@ -136,7 +164,11 @@ def _is_index(value: Any) -> bool:
     """Tell whether an argument says which experts tokens visit: integers, (tokens, k)."""
     import torch
 
-    return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.dtype in (torch.int64, torch.int32)
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim >= 2
+        and value.dtype in (torch.int64, torch.int32)
+    )
 
 
 def active_parameters(model: Any, shares: Mapping[str, float]) -> tuple[int, int]:
@@ -151,13 +183,16 @@ def active_parameters(model: Any, shares: Mapping[str, float]) -> tuple[int, int
 
 
 def six_n(model: Any, shares: Mapping[str, float] | None = None, *, backward: bool = True) -> float:
-    """Return FLOPs of a training step per token by the rule of thumb: 2 forward and 4 backward per matmul weight.
+    """Return FLOPs of a training step per token by the rule of thumb: 2 forward and 4 backward per
+    matmul weight.
 
-    Embeddings look up and do not multiply; an output head tied to them does. Attention is left out, so a true count
-    lies above by about 12 x layers x width x T: T / (6 x width) of a GPT-shaped model.
+    Embeddings look up and do not multiply; an output head tied to them does. Attention is left out,
+    so a true count lies above by about 12 x layers x width x T: T / (6 x width) of a GPT-shaped
+    model.
 
     Args:
-        shares: Of experts that a token visits, as `expert_shares` returns them; N then counts active parameters.
+        shares: Of experts that a token visits, as `expert_shares` returns them; N then counts
+            active parameters.
         backward: With the backward pass; else 2N.
     """
     weights = _matmul_weights(model, shares or {})
@@ -166,19 +201,26 @@ def six_n(model: Any, shares: Mapping[str, float] | None = None, *, backward: bo
 
 
 def suspicion(
-    count: FlopsPerSequence, model: Any, task: Task, length: int, shares: Mapping[str, float] | None = None
+    count: FlopsPerSequence,
+    model: Any,
+    task: Task,
+    length: int,
+    shares: Mapping[str, float] | None = None,
 ) -> str | None:
-    """Return what to say where a count is far below the rule of thumb, or None: an operation was not recognised.
+    """Return what to say where a count is far below the rule of thumb, or None: an operation was
+    not recognised.
 
-    The rule is a lower bound but for layers that not every token visits: heads on one position, experts without
-    `shares` (see `expert_shares`).
+    The rule is a lower bound but for layers that not every token visits: heads on one position,
+    experts without `shares` (see `expert_shares`).
     """
     if task is not Task.causal_lm:
         return None
     share = count(length) / (six_n(model, shares) * length)
     if share >= SHARE_OF_RULE:
         return None
-    return f"model_flops may be too low: {share:.0%} of 6N; an operation of this model is not counted"
+    return (
+        f"model_flops may be too low: {share:.0%} of 6N; an operation of this model is not counted"
+    )
 
 
 def _size(weight: Any) -> int:
@@ -191,11 +233,14 @@ def _matmul_weights(model: Any, shares: Mapping[str, float]) -> list[tuple[Any, 
     """Return the weights that multiply, each with the elements of it that a token meets."""
     import torch
 
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    looked_up = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     weights = [
-        (weight, _size(weight) * shares.get(name, 1.0)) for name, weight in model.named_parameters()
+        (weight, _size(weight) * shares.get(name, 1.0))
+        for name, weight in model.named_parameters()
         if weight.ndim >= 2 and id(weight) not in looked_up and not name.endswith("bias")
-    ]  # fmt: skip
+    ]
     head = _head(model)
     if head is None or id(head.weight) not in looked_up:
         return weights
@@ -224,13 +269,16 @@ def _fresh(config: PreTrainedConfig, task: Task) -> Any:
 
 
 def _copy(model: Any) -> Any:
-    """Return a copy on the meta device: same modules, same ties, same `requires_grad`, no weights."""
+    """Return a copy on the meta device: same modules, same ties, same `requires_grad`, no
+    weights.
+    """
     import torch
 
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and _is_quantized(module):
-            plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")  # a bias multiplies nothing
+            # a bias multiplies nothing
+            plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
             memo[id(module)] = plain.requires_grad_(requires_grad=False)
     for parameter in model.parameters():
         empty = torch.empty(parameter.shape, device="meta")
@@ -241,7 +289,9 @@ def _copy(model: Any) -> Any:
 
 
 def _is_quantized(layer: Any) -> bool:
-    """Tell whether a linear layer keeps its weight in a form of its own (bitsandbytes subclasses it)."""
+    """Tell whether a linear layer keeps its weight in a form of its own (bitsandbytes subclasses
+    it).
+    """
     return type(layer).__module__.startswith("bitsandbytes")
 
 
@@ -254,7 +304,9 @@ def _twin(source: PreTrainedConfig | Any, task: Task) -> Any:
 
 
 def _make_eager(twin: Any) -> None:
-    """Have attention and experts multiply plain matrices, which the counter sees, and nothing be computed twice."""
+    """Have attention and experts multiply plain matrices, which the counter sees, and nothing be
+    computed twice.
+    """
     from transformers import PreTrainedModel
 
     twin.eval()  # recomputes no activations
@@ -263,7 +315,8 @@ def _make_eager(twin: Any) -> None:
             module.set_attn_implementation("eager")
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             setattr(module.config, "_experts_implementation", EXPERTS)  # noqa: B010 (no public name for a module's own)
-        # Dynamic frequencies look at the values of positions; what is multiplied is the same with fixed ones.
+        # Dynamic frequencies look at the values of positions; what is multiplied is the same with
+        # fixed ones.
         kind: Any = getattr(module, "rope_type", None)
         if isinstance(kind, str | dict):
             fixed: Any = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
@@ -295,7 +348,9 @@ def _mask_that_works(twin: Any) -> str:
         return True
 
     forms = list(_masks(1))
-    found = next((name for name in forms if attempted(lambda name=name: takes(name), lambda _: False)), None)
+    found = next(
+        (name for name in forms if attempted(lambda name=name: takes(name), lambda _: False)), None
+    )
     if found is None:
         takes(forms[0])
         raise AssertionError("it ran the second time")
@@ -309,14 +364,20 @@ def _inputs(length: int, mask: str) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": _masks(length)[mask]}
 
 
-def _count_once(twin: Any, length: int, head: Any, num_predicted: int, mask: str, *, backward: bool) -> int:
-    """Count one sequence whose output head reads `num_predicted` positions, as the objective does."""
+def _count_once(
+    twin: Any, length: int, head: Any, num_predicted: int, mask: str, *, backward: bool
+) -> int:
+    """Count one sequence whose output head reads `num_predicted` positions, as the objective
+    does.
+    """
     import torch
 
     inputs = _inputs(length, mask)
     keep = None
     if head is not None:
-        keep = head.register_forward_pre_hook(lambda _, args: (args[0][:, :num_predicted], *args[1:]))
+        keep = head.register_forward_pre_hook(
+            lambda _, args: (args[0][:, :num_predicted], *args[1:])
+        )
     try:
         with _counting() as counted, torch.set_grad_enabled(backward):
             logits = twin(**inputs, **_no_cache(twin)).logits
@@ -333,7 +394,8 @@ def _count_once(twin: Any, length: int, head: Any, num_predicted: int, mask: str
 def _counting() -> Generator[list[int]]:
     """Collect the FLOPs of every operation that torch's registry knows, by its formulas.
 
-    As torch's FlopCounterMode, without its table by module: the hooks for that take as long as all the rest.
+    As torch's FlopCounterMode, without its table by module: the hooks for that take as long as all
+    the rest.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
@@ -341,7 +403,9 @@ def _counting() -> Generator[list[int]]:
     counted = list[int]()
 
     class Counter(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             flops = flop_registry.get(func._overloadpacket)
             if flops is not None:
@@ -357,7 +421,9 @@ def _no_cache(twin: Any) -> dict[str, bool]:
 
 
 def _fit(counts: list[int], each: int) -> FlopsPerSequence:
-    """Solve for the polynomial through the three counts, exactly; `each` is the head's part per position."""
+    """Solve for the polynomial through the three counts, exactly; `each` is the head's part per
+    position.
+    """
     (x0, x1, x2), (y0, y1, y2) = map(Fraction, POINTS), map(Fraction, counts)
     first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     square = (second - first) / (x2 - x0)

@@ -1,11 +1,13 @@
-"""What a metered program says of itself: `pipeline.phase("backward")`, `pipeline.count(tokens=...)`.
+"""What a metered program says of itself: `pipeline.phase("backward")`,
+`pipeline.count(tokens=...)`.
 
-Under `python -m pipeline meter` each process that says something is a *rank*: it keeps one small file in the run's
-folder, which a thread of its own rewrites every few seconds and which holds its life (monotonic start and end), the
-self time of every phase, and its counts. A killed process loses at most `FLUSH_S`. Elsewhere both do nothing.
+Under `python -m pipeline meter` each process that says something is a *rank*: it keeps one small
+file in the run's folder, which a thread of its own rewrites every few seconds and which holds its
+life (monotonic start and end), the self time of every phase, and its counts. A killed process loses
+at most `FLUSH_S`. Elsewhere both do nothing.
 
-Phases belong to the main thread. A forked process, or a data loader's worker, is part of the rank it works for: it
-neither writes nor counts as a rank.
+Phases belong to the main thread. A forked process, or a data loader's worker, is part of the rank
+it works for: it neither writes nor counts as a rank.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Book what happens inside to a phase of the metered program; does nothing where nothing is metered.
+    """Book what happens inside to a phase of the metered program; does nothing where nothing is
+    metered.
 
     Args:
-        name: One of `pipeline.ledger.metrics.PHASES`: data_wait, h2d, forward, backward, optimizer, eval, ...
+        name: One of `pipeline.ledger.metrics.PHASES`: data_wait, h2d, forward, backward, optimizer,
+            eval, ...
 
     Raises:
         ValueError: If it is none of them, metered or not.
@@ -95,9 +99,14 @@ class Reporter:
         self._file = folder / RANKS / f"{host}-{self._pid}-{self._start_ns}.json"
         self._done = threading.Event()
         self._fixed = {
-            "schema": 1, "host": os.uname().nodename, "pid": self._pid, "rank": _integer("RANK"),
-            "world_size": _integer("WORLD_SIZE"), "local_rank": _integer("LOCAL_RANK"), "start_ns": self._start_ns,
-        }  # fmt: skip
+            "schema": 1,
+            "host": os.uname().nodename,
+            "pid": self._pid,
+            "rank": _integer("RANK"),
+            "world_size": _integer("WORLD_SIZE"),
+            "local_rank": _integer("LOCAL_RANK"),
+            "start_ns": self._start_ns,
+        }
 
     def start(self) -> None:
         """Write the file for the first time and keep it up to date until the process ends."""
@@ -108,7 +117,9 @@ class Reporter:
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return the context that books to `name`; nothing in a thread that is not the main one."""
         if threading.current_thread() is not threading.main_thread():
-            self._warn("phases of other threads than the main one are not counted: they overlap with it")
+            self._warn(
+                "phases of other threads than the main one are not counted: they overlap with it"
+            )
             return _NOTHING
         if self._device is None:
             self._device = _cuda_device()
@@ -130,9 +141,15 @@ class Reporter:
                 return  # the last word has been written
             with self._lock:
                 end_ns, _, phases_ns = self._read()
-                content = {**self._fixed, "end_ns": end_ns, "ended": ended, "device": self._device and self._device[0],
-                           "device_name": self._device and self._device[1],
-                           "phases_ns": phases_ns, "counts": dict(self._counts)}  # fmt: skip
+                content = {
+                    **self._fixed,
+                    "end_ns": end_ns,
+                    "ended": ended,
+                    "device": self._device and self._device[0],
+                    "device_name": self._device and self._device[1],
+                    "phases_ns": phases_ns,
+                    "counts": dict(self._counts),
+                }
             try:
                 temporary.write_text(json.dumps(content), encoding="utf-8")
                 temporary.replace(self._file)
@@ -146,7 +163,9 @@ class Reporter:
             self.flush(ended=True)
 
     def _read(self) -> tuple[int, int, dict[str, int]]:
-        """Return time now, the time the clock began, and the self times, which sum to their difference exactly."""
+        """Return time now, the time the clock began, and the self times, which sum to their
+        difference exactly.
+        """
         now_ns, phases_ns = self._clock.mark()
         return now_ns, now_ns - sum(phases_ns.values()), phases_ns
 
@@ -157,7 +176,8 @@ class Reporter:
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            with suppress(OSError):  # nothing here may end the program, warnings turned into errors neither
+            # nothing here may end the program, warnings turned into errors neither
+            with suppress(OSError):
                 os.write(2, f"warning: pipeline meter: {text}\n".encode())
 
 
@@ -178,14 +198,16 @@ class _Phase(AbstractContextManager[None]):
             self._opened.__exit__(None, None, None)
 
 
-# -- this process ----------------------------------------------------------------------------------------------------
+# -- this process ---------------------------------------------------------------------------------
 
 _UNKNOWN: Any = object()
 _reporter: Any = _UNKNOWN  # until first asked for
 
 
 def _current() -> Reporter | None:
-    """Return this process's reporter; None where nothing is metered, or where it works for a rank."""
+    """Return this process's reporter; None where nothing is metered, or where it works for a
+    rank.
+    """
     global _reporter
     if _reporter is _UNKNOWN:
         folder = os.environ.get(ENV)
@@ -196,19 +218,25 @@ def _current() -> Reporter | None:
 
 
 def _is_worker() -> bool:
-    """Tell whether this is a worker that another process keeps: a data loader's are daemons of multiprocessing."""
+    """Tell whether this is a worker that another process keeps: a data loader's are daemons of
+    multiprocessing.
+    """
     processes = sys.modules.get("multiprocessing.process")
     return processes is not None and bool(processes.current_process().daemon)
 
 
 def nested_in() -> dict[str, str]:
-    """Return the tag of a run that a meter's command started: the meter's run holds the same seconds."""
+    """Return the tag of a run that a meter's command started: the meter's run holds the same
+    seconds.
+    """
     folder = os.environ.get(ENV)
     return {"nested_in": Path(folder).name} if folder else {}
 
 
 def _forget() -> None:
-    """In a forked child of a rank: it is no rank itself. One whose parent was silent may become one."""
+    """In a forked child of a rank: it is no rank itself. One whose parent was silent may become
+    one.
+    """
     global _reporter
     if _reporter is not _UNKNOWN:
         _reporter = None
@@ -223,7 +251,9 @@ def _integer(name: str) -> int | None:
 
 
 def _cuda_device() -> tuple[str, str] | None:
-    """Return UUID and name of the main thread's CUDA device once the program has opened one; imports nothing."""
+    """Return UUID and name of the main thread's CUDA device once the program has opened one;
+    imports nothing.
+    """
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     try:
         if cuda is None or not cuda.is_initialized():

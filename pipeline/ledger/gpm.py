@@ -1,10 +1,11 @@
-"""GPU activity from NVML's GPM counters (Hopper and later): what the SMs, tensor cores, memory and links really did.
+"""GPU activity from NVML's GPM counters (Hopper and later): what the SMs, tensor cores, memory and
+links really did.
 
-Two samples at least 100 ms apart give the shares between them. The permission to read may vanish while a run lasts:
-from then on every figure is missing, with that reason.
-Source: NVML API reference, "GPM Functions" and "GPM Metrics": SM_UTIL is the share of SMs that were busy,
-ANY_TENSOR_UTIL the share of time in which SMs did tensor operations, DRAM_BW_UTIL the share of the bandwidth used;
-the transfer rates are in MiB/s.
+Two samples at least 100 ms apart give the shares between them. The permission to read may vanish
+while a run lasts: from then on every figure is missing, with that reason.
+Source: NVML API reference, "GPM Functions" and "GPM Metrics": SM_UTIL is the share of SMs that were
+    busy, ANY_TENSOR_UTIL the share of time in which SMs did tensor operations, DRAM_BW_UTIL the
+    share of the bandwidth used; the transfer rates are in MiB/s.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ _METRICS: dict[str, tuple[tuple[str, ...], float]] = {
     "sm_active": (("NVML_GPM_METRIC_SM_UTIL",), PERCENT),
     "tensor_active": (("NVML_GPM_METRIC_ANY_TENSOR_UTIL",), PERCENT),
     "dram_active": (("NVML_GPM_METRIC_DRAM_BW_UTIL",), PERCENT),
-    "nvlink_bytes_per_s": (("NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC", "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC"), MIB),
-    "pcie_bytes_per_s": (("NVML_GPM_METRIC_PCIE_TX_PER_SEC", "NVML_GPM_METRIC_PCIE_RX_PER_SEC"), MIB),
+    "nvlink_bytes_per_s": (
+        ("NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC", "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC"),
+        MIB,
+    ),
+    "pcie_bytes_per_s": (
+        ("NVML_GPM_METRIC_PCIE_TX_PER_SEC", "NVML_GPM_METRIC_PCIE_RX_PER_SEC"),
+        MIB,
+    ),
 }
 """By figure: the metrics that are added up, and what one of their units is in ours."""
 
@@ -49,7 +56,9 @@ class Gpm:
                 supported = self._nvml.nvmlGpmQueryDeviceSupport(self._handle).isSupportedDevice
             except self._nvml.NVMLError as error:
                 return f"GPM: {error}"
-            return None if supported else "GPM: this device has no such counters (Hopper and later do)"
+            return (
+                None if supported else "GPM: this device has no such counters (Hopper and later do)"
+            )
 
         return attempted(asked, lambda why: unmeasured("GPU activity", why))
 
@@ -62,7 +71,9 @@ class Gpm:
             return {}, dict.fromkeys(ACTIVITY, self._why)
         if self._last is not None and at_ns - self._before_ns < APART_NS:
             return self._last
-        return attempted(lambda: self._sampled(at_ns), lambda why: self._lost(unmeasured("GPU activity", why)))
+        return attempted(
+            lambda: self._sampled(at_ns), lambda why: self._lost(unmeasured("GPU activity", why))
+        )
 
     def _sampled(self, at_ns: int) -> tuple[dict[str, float], dict[str, str]]:
         try:
@@ -102,7 +113,8 @@ class Gpm:
             metric = found.metrics[index]
             if metric.nvmlReturn != self._nvml.NVML_SUCCESS:
                 missing[name] = f"GPM: {self._nvml.NVMLError(metric.nvmlReturn)}"
-            elif metric.value != metric.value:  # NaN: the driver has no figure for this pair of samples
+            # NaN: the driver has no figure for this pair of samples
+            elif metric.value != metric.value:
                 missing[name] = "GPM: the driver gave no number"
             else:
                 figures[name] = figures.get(name, 0.0) + metric.value * _METRICS[name][1]

@@ -1,4 +1,6 @@
-"""Intervals: what one device did between two readings, and how neighbours become one without changing a sum."""
+"""Intervals: what one device did between two readings, and how neighbours become one without
+changing a sum.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +9,36 @@ from dataclasses import dataclass
 
 from pipeline.ledger.nvml import Reading
 
-SHARES = ("busy", "sm_active", "tensor_active", "dram_active", "nvlink_bytes_per_s", "pcie_bytes_per_s")
-UNREAD_SHARE, UNREAD_NS = 0.01, 100_000_000  # of a window that readings may leave out, whichever is more
+SHARES = (
+    "busy",
+    "sm_active",
+    "tensor_active",
+    "dram_active",
+    "nvlink_bytes_per_s",
+    "pcie_bytes_per_s",
+)
+# of a window that readings may leave out, whichever is more
+UNREAD_SHARE, UNREAD_NS = 0.01, 100_000_000
 LOWERING = {
-    0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
     0x80: "power brake",
-}  # fmt: skip
+}
 """Reasons for lower clocks that take performance; idling and clocks that somebody set do not.
 Source: NVML API reference, nvmlClocksEventReasons."""
 POWER_CAP = 0x04
-"""Software power cap: boards at their power limit (an L4, a 4090, an A10) run so all the time. It is how they work, not
-a disturbance: its share stands apart."""
+"""Software power cap: boards at their power limit (an L4, a 4090, an A10) run so all the time. It
+is how they work, not a disturbance: its share stands apart.
+"""
 DISTURBING = sum(LOWERING) - POWER_CAP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """What one device did between two readings; figures that could not be read are None, `missing` says why.
+    """What one device did between two readings; figures that could not be read are None, `missing`
+    says why.
 
     Attributes:
         counter_j: Difference of the energy counter; negative after a reset.
@@ -59,13 +74,17 @@ class Interval:
 
     @property
     def middle_ns(self) -> float:
-        """The moment that decides which window it belongs to: one at most, so that nothing is counted twice."""
+        """The moment that decides which window it belongs to: one at most, so that nothing is
+        counted twice.
+        """
         return (self.start_ns + self.end_ns) / 2
 
 
 def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
     """Return what happened between two readings; shares and clocks are those read at its end."""
-    missing = {name: why for name, why in before.missing.items() if name not in SHARES} | dict(after.missing)
+    missing = {name: why for name, why in before.missing.items() if name not in SHARES} | dict(
+        after.missing
+    )
     seconds = (after.at_ns - before.at_ns) / 1e9
     counter = None
     if before.energy_mj is not None and after.energy_mj is not None:
@@ -75,16 +94,24 @@ def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
         integral = (before.power_w + after.power_w) / 2 * seconds
     reasons = after.throttle
     return Interval(
-        start_ns=before.at_ns, end_ns=after.at_ns, counter_j=counter, integral_j=integral,
+        start_ns=before.at_ns,
+        end_ns=after.at_ns,
+        counter_j=counter,
+        integral_j=integral,
         shares={name: v for name in SHARES if (v := getattr(after, name)) is not None},
-        clock_mhz=after.sm_clock_mhz, clock_min_mhz=after.sm_clock_mhz, memory_bytes=_most(before, after),
-        temperature_c=after.temperature_c, throttle=reasons or 0,
+        clock_mhz=after.sm_clock_mhz,
+        clock_min_mhz=after.sm_clock_mhz,
+        memory_bytes=_most(before, after),
+        temperature_c=after.temperature_c,
+        throttle=reasons or 0,
         throttled=None if reasons is None else float(bool(reasons & DISTURBING)),
         capped=None if reasons is None else float(bool(reasons & POWER_CAP)),
         foreign=None if after.foreign_processes is None else float(after.foreign_processes > 0),
-        missing=missing, was_reset=counter is not None and counter < 0, edge=edge,
+        missing=missing,
+        was_reset=counter is not None and counter < 0,
+        edge=edge,
         power_is_mean=after.power_is_mean,
-    )  # fmt: skip
+    )
 
 
 def _most(before: Reading, after: Reading) -> float | None:
@@ -93,7 +120,9 @@ def _most(before: Reading, after: Reading) -> float | None:
 
 
 def thinned(own: list[Interval]) -> list[Interval]:
-    """Return about half as many intervals: merge neighbours two by two, those at the edge of a window left alone."""
+    """Return about half as many intervals: merge neighbours two by two, those at the edge of a
+    window left alone.
+    """
     result: list[Interval] = []
     for each in own:
         before = result[-1] if result else None
@@ -107,22 +136,38 @@ def thinned(own: list[Interval]) -> list[Interval]:
 def _merged(a: Interval, b: Interval) -> Interval:
     both = [a, b]
     return Interval(
-        start_ns=a.start_ns, end_ns=b.end_ns, counter_j=total(each.counter_j for each in both),
+        start_ns=a.start_ns,
+        end_ns=b.end_ns,
+        counter_j=total(each.counter_j for each in both),
         integral_j=total(each.integral_j for each in both),
-        shares={name: v for name in SHARES if (v := mean(both, lambda each, n=name: each.shares.get(n))) is not None},
-        clock_mhz=mean(both, lambda each: each.clock_mhz), clock_min_mhz=least(each.clock_min_mhz for each in both),
+        shares={
+            name: v
+            for name in SHARES
+            if (v := mean(both, lambda each, n=name: each.shares.get(n))) is not None
+        },
+        clock_mhz=mean(both, lambda each: each.clock_mhz),
+        clock_min_mhz=least(each.clock_min_mhz for each in both),
         memory_bytes=largest(each.memory_bytes for each in both),
-        temperature_c=largest(each.temperature_c for each in both), throttled=mean(both, lambda each: each.throttled),
-        capped=mean(both, lambda each: each.capped), power_is_mean=a.power_is_mean or b.power_is_mean,
-        throttle=a.throttle | b.throttle, foreign=mean(both, lambda each: each.foreign),
-        missing={**a.missing, **b.missing}, was_reset=a.was_reset or b.was_reset, edge=b.edge,
-    )  # fmt: skip
+        temperature_c=largest(each.temperature_c for each in both),
+        throttled=mean(both, lambda each: each.throttled),
+        capped=mean(both, lambda each: each.capped),
+        power_is_mean=a.power_is_mean or b.power_is_mean,
+        throttle=a.throttle | b.throttle,
+        foreign=mean(both, lambda each: each.foreign),
+        missing={**a.missing, **b.missing},
+        was_reset=a.was_reset or b.was_reset,
+        edge=b.edge,
+    )
 
 
 def total(parts: Iterable[float | None]) -> float | None:
     """Return the sum; None where a part is."""
     known = list(parts)
-    return None if any(part is None for part in known) else sum(part for part in known if part is not None)
+    return (
+        None
+        if any(part is None for part in known)
+        else sum(part for part in known if part is not None)
+    )
 
 
 def mean(own: Sequence[Interval], read: Callable[[Interval], float | None]) -> float | None:

@@ -1,11 +1,13 @@
 """From readings of the devices, once a second and at the edges of windows, to figures of a window.
 
-Two readings of a device bound an *interval*: joules by the counter's difference and by the power's trapezoid, shares
-and rates as they were read at its end (they speak of the time before). A window adds up intervals: shares are weighted
-by time, energies add over devices, maxima stay maxima. What is missing in one interval of one device is missing for
+Two readings of a device bound an *interval*: joules by the counter's difference and by the power's
+trapezoid, shares and rates as they were read at its end (they speak of the time before). A window
+adds up intervals: shares are weighted by time, energies add over devices, maxima stay maxima. What
+is missing in one interval of one device is missing for
 the window: the part that was read is not presented as the whole.
 
-Memory stays bounded: beyond `MOST` intervals, neighbours inside one window are merged into one, which changes no sum.
+Memory stays bounded: beyond `MOST` intervals, neighbours inside one window are merged into one,
+    which changes no sum.
 """
 
 from __future__ import annotations
@@ -32,12 +34,17 @@ class Sampler:
     """
 
     def __init__(
-        self, reader: Reader, *, now_ns: Callable[[], int] = time.monotonic_ns, interval_s: float = 1.0
+        self,
+        reader: Reader,
+        *,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        interval_s: float = 1.0,
     ) -> None:
         self.reader, self._now_ns, self._interval_s = reader, now_ns, interval_s
         self._last: dict[str, Reading] = {}
         self._intervals: dict[str, list[Interval]] = {uuid: [] for uuid in reader.uuids}
-        self.why_not: str | None = None  # a reading failed: what became of the rest of the run is unknown
+        # a reading failed: what became of the rest of the run is unknown
+        self.why_not: str | None = None
         self._lock, self._done = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -65,9 +72,13 @@ class Sampler:
         self.tick(edge=True)
 
     def tick(self, *, edge: bool = False) -> None:
-        """Read every device once. A reader that fails in a way nobody foresaw is not asked again."""
+        """Read every device once. A reader that fails in a way nobody foresaw is not asked
+        again.
+        """
         if self.why_not is None:
-            self.why_not = attempted(lambda: self._tick(edge=edge), lambda why: unmeasured("the GPU's state", why))
+            self.why_not = attempted(
+                lambda: self._tick(edge=edge), lambda why: unmeasured("the GPU's state", why)
+            )
 
     def _tick(self, *, edge: bool) -> None:
         with self._lock:
@@ -91,7 +102,9 @@ class Sampler:
         why = self.reader.why or self.why_not
         if why is not None:
             return unread(why)
-        return attempted(lambda: self._usage(windows), lambda why: unread(unmeasured("the GPU's state", why)))
+        return attempted(
+            lambda: self._usage(windows), lambda why: unread(unmeasured("the GPU's state", why))
+        )
 
     def _usage(self, windows: tuple[tuple[int, int], ...]) -> Usage:
         whole_ns = sum(end - start for start, end in windows)
@@ -99,7 +112,11 @@ class Sampler:
             return unread("no time passed")
         with self._lock:
             inside = {
-                uuid: [each for each in own if any(start <= each.middle_ns <= end for start, end in windows)]
+                uuid: [
+                    each
+                    for each in own
+                    if any(start <= each.middle_ns <= end for start, end in windows)
+                ]
                 for uuid, own in self._intervals.items()
             }
         for uuid, own in inside.items():

@@ -1,6 +1,8 @@
-"""The GPU timeline of a traced step: every nanosecond of it is compute, exposed communication, exposed copy, or idle.
+"""The GPU timeline of a traced step: every nanosecond of it is compute, exposed communication,
+exposed copy, or idle.
 
-A trace is the JSON that torch's profiler exports (Chrome's trace format, written by Kineto). Read are events of
+A trace is the JSON that torch's profiler exports (Chrome's trace format, written by Kineto). Read
+are events of
 `ph: X`, whose `ts` and `dur` are microseconds to three decimals:
 
     cat                          what it is                                 fields in `args`
@@ -9,30 +11,38 @@ A trace is the JSON that torch's profiler exports (Chrome's trace format, writte
     cuda_runtime, cuda_driver    a call on the host that launches them      correlation (the same number)
     user_annotation              what the program marked, on the host
 
-At each moment a device is in the first of these that holds, whatever the stream: some kernel computes (*compute*);
-only kernels that communicate run (*communication, exposed*); only copies and fills run (*copy, exposed*); nothing runs
-(*idle*). Work that overlaps is thus counted once, and communication behind computing is not exposed.
+At each moment a device is in the first of these that holds, whatever the stream: some kernel
+computes (*compute*); only kernels that communicate run (*communication, exposed*); only copies and
+fills run (*copy, exposed*); nothing runs (*idle*). Work that overlaps is thus counted once, and
+communication behind computing is not exposed.
 
-Idle has its cause in the activity K that ends it. A device waits first for the host to ask, then for K to arrive:
+Idle has its cause in the activity K that ends it. A device waits first for the host to ask, then
+for K to arrive:
 
     device  ====busy====|            gap             |====K====
     host      data loading, Python |[launch of K]              time ->
                         | host_wait|   launch_gap    |
 
-- `host_wait`: the part of the gap before the call that launched K began. The host was loading data, ran Python, waited.
-- `launch_gap`: the part from there to K's start: the launch itself, its way to the device, and what K still waited for
-  in its stream. Where the call began before the gap did, K was queued and the whole gap is launch_gap.
-- `other`: no activity follows in the trace, or none that can be traced to the call that launched it.
+- `host_wait`: the part of the gap before the call that launched K began. The host was loading data,
+  ran Python, waited.
+- `launch_gap`: the part from there to K's start: the launch itself, its way to the device, and what
+  K still waited for
+  in its stream. Where the call began before the gap did, K was queued and the whole gap is
+  launch_gap.
+- `other`: no activity follows in the trace, or none that can be traced to the call that launched
+  it.
 
 A kernel of a CUDA graph belongs to the one call that launched the graph.
 
-A step's window is the wall time of the step as the device sees it. The host runs ahead: when it begins a step, the
-device may still be at the one before, and when it ends it, the device may not be done. So the window begins when the
-host begins the step or, if that is later, when what was launched before has ended; and it ends when the host ends the
-step or, if that is later, when what it launched has ended. In a row of equal steps it is as long as a step takes: the
-device's time where the device is slower, the host's where the host is.
-Source: libkineto's ChromeTraceLogger, as torch.profiler writes it. Holistic Trace Analysis asks for causes of idle time
-as well (idle time breakdown), and decides by the length of a gap; here the launch calls decide.
+A step's window is the wall time of the step as the device sees it. The host runs ahead: when it
+begins a step, the device may still be at the one before, and when it ends it, the device may not be
+done. So the window begins when the host begins the step or, if that is later, when what was
+launched before has ended; and it ends when the host ends the step or, if that is later, when what
+it launched has ended. In a row of equal steps it is as long as a step takes: the device's time
+where the device is slower, the host's where the host is.
+Source: libkineto's ChromeTraceLogger, as torch.profiler writes it. Holistic Trace Analysis asks for
+    causes of idle time as well (idle time breakdown), and decides by the length of a gap; here the
+    launch calls decide.
 """
 
 from __future__ import annotations
@@ -52,9 +62,20 @@ NO_GPU = "a CPU run uses no GPU"
 NOT_TRACED = "no step was traced"
 KERNEL, COPY = "kernel", ("gpu_memcpy", "gpu_memset")
 LAUNCH = ("cuda_runtime", "cuda_driver")
-COMMUNICATION = ("nccl", "nvshmem", "allreduce", "allgather", "reducescatter", "alltoall", "crossdevicereduce")
-"""What names of kernels that communicate contain, in lower case and without underscores; RCCL's are called nccl."""
-COMPUTES, COMMUNICATES, COPIES = range(3)  # kinds of activity; where several run at once, the first counts
+COMMUNICATION = (
+    "nccl",
+    "nvshmem",
+    "allreduce",
+    "allgather",
+    "reducescatter",
+    "alltoall",
+    "crossdevicereduce",
+)
+"""What names of kernels that communicate contain, in lower case and without underscores; RCCL's are
+called nccl.
+"""
+# kinds of activity; where several run at once, the first counts
+COMPUTES, COMMUNICATES, COPIES = range(3)
 
 
 class Span(NamedTuple):
@@ -65,7 +86,9 @@ class Span(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """What a device did, and when the call that launched it began on the host; None where no call is known."""
+    """What a device did, and when the call that launched it began on the host; None where no call
+    is known.
+    """
 
     start_ns: int
     end_ns: int
@@ -75,7 +98,9 @@ class Activity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What is needed of a trace: activities by device, in order of their start, and annotations by name."""
+    """What is needed of a trace: activities by device, in order of their start, and annotations by
+    name.
+    """
 
     activities: Mapping[int, Sequence[Activity]]
     annotations: Mapping[str, Span]
@@ -102,7 +127,7 @@ SHARES = tuple(item.name.removesuffix("_ns") for item in fields(Classes))
 FIGURES = ("traced_steps", *SHARES, "busy")
 _BUSY_NS = {COMPUTES: "compute_ns", COMMUNICATES: "comm_exposed_ns", COPIES: "copy_exposed_ns"}
 
-# -- from a file to activities --------------------------------------------------------------------------------------
+# -- from a file to activities --------------------------------------------------------------------
 
 
 def read_trace(path: Path) -> Trace:
@@ -131,18 +156,31 @@ def parse(raw: Mapping[str, Any]) -> Trace:
     for event in events:
         category, args = event.get("cat"), event.get("args", {})
         if category == KERNEL or category in COPY:
-            kind = COPIES if category != KERNEL else COMMUNICATES if _communicates(event["name"]) else COMPUTES
+            kind = (
+                COPIES
+                if category != KERNEL
+                else COMMUNICATES
+                if _communicates(event["name"])
+                else COMPUTES
+            )
             device = int(args.get("device", event["pid"]))
             of_device = activities.setdefault(device, [])
             of_device.append(Activity(*_span(event), kind, launched.get(args.get("correlation"))))
         elif category == "user_annotation":
             span, name = _span(event), str(event["name"])
-            annotations[name] = max(span, annotations.get(name, span), key=lambda found: found.end_ns - found.start_ns)
-    return Trace({device: sorted(found, key=_order) for device, found in sorted(activities.items())}, annotations)
+            annotations[name] = max(
+                span, annotations.get(name, span), key=lambda found: found.end_ns - found.start_ns
+            )
+    return Trace(
+        {device: sorted(found, key=_order) for device, found in sorted(activities.items())},
+        annotations,
+    )
 
 
 def _launches(events: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Return when a call with a correlation began; of a runtime call and the driver call inside it, the outer one."""
+    """Return when a call with a correlation began; of a runtime call and the driver call inside it,
+    the outer one.
+    """
     began: dict[int, int] = {}
     for event in events:
         correlation = event.get("args", {}).get("correlation")
@@ -163,16 +201,20 @@ def _span(event: Mapping[str, Any]) -> Span:
 
 
 def _ns(us: float | int | str) -> int:
-    """Return nanoseconds, exactly: a trace's clock reads up to 10^13 us, where 1000 times a float is 1 ns off."""
+    """Return nanoseconds, exactly: a trace's clock reads up to 10^13 us, where 1000 times a float
+    is 1 ns off.
+    """
     return int((Decimal(str(us)) * 1000).to_integral_value())
 
 
 def _order(activity: Activity) -> tuple[int, bool, int]:
-    """By start; of several at once, the one that was asked for first says why the device had waited until then."""
+    """By start; of several at once, the one that was asked for first says why the device had waited
+    until then.
+    """
     return activity.start_ns, activity.launched_ns is None, activity.launched_ns or 0
 
 
-# -- from activities to classes -------------------------------------------------------------------------------------
+# -- from activities to classes -------------------------------------------------------------------
 
 
 def step_window(trace: Trace, name: str, device: int) -> Span:
@@ -183,12 +225,15 @@ def step_window(trace: Trace, name: str, device: int) -> Span:
     """
     host = trace.annotations[name]
     known = [
-        (each.launched_ns, each.end_ns) for each in trace.activities.get(device, ()) if each.launched_ns is not None
+        (each.launched_ns, each.end_ns)
+        for each in trace.activities.get(device, ())
+        if each.launched_ns is not None
     ]
     earlier = (end_ns for launched_ns, end_ns in known if launched_ns < host.start_ns)
     own = (end_ns for launched_ns, end_ns in known if host.start_ns <= launched_ns < host.end_ns)
     window = Span(max((host.start_ns, *earlier)), max((host.end_ns, *own)))
-    return window if window.start_ns < window.end_ns else host  # older work of another stream outlived the step
+    # older work of another stream outlived the step
+    return window if window.start_ns < window.end_ns else host
 
 
 def classify(trace: Trace, window: Span, device: int) -> Classes:
@@ -207,7 +252,10 @@ def classify(trace: Trace, window: Span, device: int) -> Classes:
 
 def by_device(trace: Trace, name: str) -> dict[int, Classes]:
     """Return the classes of a step on every device that did something in the trace."""
-    return {device: classify(trace, step_window(trace, name, device), device) for device in trace.activities}
+    return {
+        device: classify(trace, step_window(trace, name, device), device)
+        for device in trace.activities
+    }
 
 
 def _segments(activities: Iterable[Activity], window: Span) -> Iterable[tuple[Span, int | None]]:
@@ -231,8 +279,12 @@ def _kind(running: Sequence[int]) -> int | None:
     return next((kind for kind, count in enumerate(running) if count), None)
 
 
-def _causes(gap: Span, activities: Sequence[Activity], starts: Sequence[int]) -> Iterable[tuple[str, int]]:
-    """Split idle time by what the activity that ends it waited for; one without a length ends it too."""
+def _causes(
+    gap: Span, activities: Sequence[Activity], starts: Sequence[int]
+) -> Iterable[tuple[str, int]]:
+    """Split idle time by what the activity that ends it waited for; one without a length ends it
+    too.
+    """
     at = gap.start_ns
     while at < gap.end_ns:
         following = bisect_right(starts, at)
@@ -249,16 +301,21 @@ def _causes(gap: Span, activities: Sequence[Activity], starts: Sequence[int]) ->
         at = end_ns
 
 
-# -- from classes to figures ----------------------------------------------------------------------------------------
+# -- from classes to figures ----------------------------------------------------------------------
 
 
-def summary(steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACED) -> dict[str, Value]:
-    """Return the shares of step wall time over traced steps and their devices, by the names in `FIGURES`.
+def summary(
+    steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACED
+) -> dict[str, Value]:
+    """Return the shares of step wall time over traced steps and their devices, by the names in
+    `FIGURES`.
 
-    The shares are measured, of the steps that were traced; `busy` speaks of the whole run by them: estimated.
+    The shares are measured, of the steps that were traced; `busy` speaks of the whole run by them:
+    estimated.
 
     Args:
-        steps: Of each traced step, its classes by device; a trace without activities of a device counts for nothing.
+        steps: Of each traced step, its classes by device; a trace without activities of a device
+            counts for nothing.
         why_none: Why there are no figures, where there are no steps.
     """
     every = [classes for devices in steps for classes in devices.values()]
@@ -268,4 +325,8 @@ def summary(steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACE
     total_ns = {name: sum(getattr(classes, f"{name}_ns") for classes in every) for name in SHARES}
     busy_ns = sum(ns for name, ns in total_ns.items() if not name.startswith("idle"))
     shares = {name: measured(ns / wall_ns) for name, ns in total_ns.items()}
-    return {"traced_steps": measured(sum(map(bool, steps))), **shares, "busy": estimated(busy_ns / wall_ns)}
+    return {
+        "traced_steps": measured(sum(map(bool, steps))),
+        **shares,
+        "busy": estimated(busy_ns / wall_ns),
+    }

@@ -10,7 +10,8 @@ from pipeline.ledger.gpu_intervals import LOWERING, SHARES, Interval, largest, l
 from pipeline.ledger.values import Value, estimated, measured, null
 
 SHORTEST_S = 5.0  # energy of a shorter window: the counter's steps are too coarse
-LAGGING_S = 10.0  # power that is the mean of the last second is not held against the counter in a shorter window
+# power that is the mean of the last second is not held against the counter in a shorter window
+LAGGING_S = 10.0
 MOST_APART = 0.05  # counter against integrated power, as a share; beyond it the energy is suspect
 
 
@@ -40,19 +41,31 @@ class Usage:
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
         values = {name: getattr(self, name).to_json() for name in FIGURES}
-        return {**values, "throttle_reasons": list(self.throttle_reasons), "problems": list(self.problems)}
+        return {
+            **values,
+            "throttle_reasons": list(self.throttle_reasons),
+            "problems": list(self.problems),
+        }
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Usage:
         """Read back what `to_json` wrote."""
-        lacking = {name: null("not recorded by the release that measured it").to_json() for name in ADDED}
-        values: dict[str, Any] = {name: Value.from_json({**lacking, **raw}[name]) for name in FIGURES}
+        lacking = {
+            name: null("not recorded by the release that measured it").to_json() for name in ADDED
+        }
+        values: dict[str, Any] = {
+            name: Value.from_json({**lacking, **raw}[name]) for name in FIGURES
+        }
         return Usage(
-            **values, throttle_reasons=tuple(raw["throttle_reasons"]), problems=tuple(raw["problems"])
-        )  # fmt: skip
+            **values,
+            throttle_reasons=tuple(raw["throttle_reasons"]),
+            problems=tuple(raw["problems"]),
+        )
 
 
-FIGURES = tuple(item.name for item in fields(Usage) if item.name not in ("throttle_reasons", "problems"))
+FIGURES = tuple(
+    item.name for item in fields(Usage) if item.name not in ("throttle_reasons", "problems")
+)
 
 ADDED = ("power_cap_share",)
 """What rows of older releases lack."""
@@ -80,22 +93,30 @@ def summed(own: _Own, elapsed_ns: int) -> Usage:
     energy = _energy(own, elapsed_ns / 1e9)
     every = [each for _, intervals in own for each in intervals]
     reasons = {word for bit, word in LOWERING.items() if any(each.throttle & bit for each in every)}
-    average = lambda name, read: _figure(own, name, lambda intervals: mean(intervals, read), _average)
-    most = lambda name, read: _figure(own, name, lambda intervals: largest(map(read, intervals)), max)
+    average = lambda name, read: _figure(
+        own, name, lambda intervals: mean(intervals, read), _average
+    )
+    most = lambda name, read: _figure(
+        own, name, lambda intervals: largest(map(read, intervals)), max
+    )
     power = energy.counter if energy.counter.v is not None else energy.integral
     return Usage(
-        energy_j=energy.counter, energy_integral_j=energy.integral,
+        energy_j=energy.counter,
+        energy_integral_j=energy.integral,
         power_w_mean=power if power.v is None else Value(power.v / (elapsed_ns / 1e9), power.prov),
         **{name: average(name, lambda each, n=name: each.shares.get(n)) for name in SHARES},
         memory_used_peak_bytes=most("memory_used_bytes", lambda each: each.memory_bytes),
         sm_clock_mhz_mean=average("sm_clock_mhz", lambda each: each.clock_mhz),
-        sm_clock_mhz_min=_figure(own, "sm_clock_mhz", lambda i: least(each.clock_min_mhz for each in i), min),
+        sm_clock_mhz_min=_figure(
+            own, "sm_clock_mhz", lambda i: least(each.clock_min_mhz for each in i), min
+        ),
         temperature_c_max=most("temperature_c", lambda each: each.temperature_c),
         throttle_share=average("throttle", lambda each: each.throttled),
         power_cap_share=average("throttle", lambda each: each.capped),
         foreign_load=average("foreign_processes", lambda each: each.foreign),
-        throttle_reasons=tuple(sorted(reasons)), problems=tuple(energy.problems),
-    )  # fmt: skip
+        throttle_reasons=tuple(sorted(reasons)),
+        problems=tuple(energy.problems),
+    )
 
 
 def _average(values: Iterable[float]) -> float:
@@ -104,9 +125,11 @@ def _average(values: Iterable[float]) -> float:
 
 
 def _figure(
-    own: _Own, name: str, of_device: Callable[[list[Interval]], float | None],
+    own: _Own,
+    name: str,
+    of_device: Callable[[list[Interval]], float | None],
     over_devices: Callable[[Iterable[float]], float],
-) -> Value:  # fmt: skip
+) -> Value:
     """Return a figure over all devices; the first device that lacks it says why."""
     found: list[float] = []
     for uuid, intervals in own:
@@ -118,12 +141,16 @@ def _figure(
 
 
 def _why(uuid: str, intervals: list[Interval], name: str) -> str:
-    why = next((each.missing[name] for each in intervals if name in each.missing), "it was not read")
+    why = next(
+        (each.missing[name] for each in intervals if name in each.missing), "it was not read"
+    )
     return f"{uuid}: {why}"
 
 
 def _energy(own: _Own, seconds: float) -> _Energy:
-    """Return joules by the counter and by integrated power, and what speaks against them; never zero."""
+    """Return joules by the counter and by integrated power, and what speaks against them; never
+    zero.
+    """
     counters = [_counter(uuid, intervals, seconds) for uuid, intervals in own]
     integrals = [_integral(uuid, intervals) for uuid, intervals in own]
     result = _Energy(_add(counters), _add(integrals))
@@ -133,11 +160,16 @@ def _energy(own: _Own, seconds: float) -> _Energy:
         if any(each.was_reset for each in intervals)
     ]
     counter, integral = result.counter.v, result.integral.v
-    lags = any(each.power_is_mean for _, intervals in own for each in intervals) and seconds < LAGGING_S
+    lags = (
+        any(each.power_is_mean for _, intervals in own for each in intervals)
+        and seconds < LAGGING_S
+    )
     if counter is not None and integral is not None and not lags:
         apart = abs(counter - integral) / max(counter, integral)
         if apart > MOST_APART:
-            result.problems.append(f"energy suspect: counter and integrated power differ by {apart:.0%}")
+            result.problems.append(
+                f"energy suspect: counter and integrated power differ by {apart:.0%}"
+            )
     return result
 
 

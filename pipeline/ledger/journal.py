@@ -1,7 +1,7 @@
 """The append-only journal: every figure lands here first, one JSON object a line.
 
-A killed process leaves at most a torn last line, which reading skips. Each line ends with a checksum,
-which is looked at where hours are booked from what a line says.
+A killed process leaves at most a torn last line, which reading skips. Each line ends with a
+checksum, which is looked at where hours are booked from what a line says.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Journal:
                 os.fsync(self._file)
 
     def _append(self, line: bytes) -> None:
-        """Write a whole line. One that a kill or a full disk tore stays a line of its own, which reading skips."""
+        """Write a whole line. One that a kill or a full disk tore stays a line of its own, which
+        reading skips.
+        """
         rest = b"\n" + line if self._torn else line
         self._torn = True
         while rest:
@@ -57,12 +59,15 @@ class Journal:
 
 @contextmanager
 def heartbeat(journal: Journal) -> Generator[None]:
-    """Leave a sign of life every few seconds, so that a killed process's hours are known but for the last of them."""
+    """Leave a sign of life every few seconds, so that a killed process's hours are known but for
+    the last of them.
+    """
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            with suppress(OSError):  # a disk that is full for now costs this sign, and none of the later ones
+            # a disk that is full for now costs this sign, and none of the later ones
+            with suppress(OSError):
                 journal.write("heartbeat")
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -101,7 +106,9 @@ def read_events(path: Path, *, checked: bool = False) -> list[dict[str, Any]]:
 
 
 def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """Return the events behind byte `offset`, and the byte to go on from; a line still being written waits."""
+    """Return the events behind byte `offset`, and the byte to go on from; a line still being
+    written waits.
+    """
     if not path.is_file():
         return [], 0
     with path.open("rb") as file:

@@ -1,7 +1,9 @@
-"""Whether a value is what a JSON Schema says: the part of the standard that the schemas of this project use.
+"""Whether a value is what a JSON Schema says: the part of the standard that the schemas of this
+project use.
 
-Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-validation; the tests hold it against the
-library `jsonschema`, which reads every result in them and is not needed to run.
+Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-validation; the tests
+    hold it against the library `jsonschema`, which reads every result in them and is not needed to
+    run.
 """
 
 from __future__ import annotations
@@ -49,14 +51,20 @@ def _is_number(value: Any) -> bool:
 
 def _type(value: Any, schema: Schema, _: Schema, at: str) -> str | None:
     kinds = schema.get("type")
-    if kinds is None or any(_IS[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+    if kinds is None or any(
+        _IS[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)
+    ):
         return None
     return f"{at} is no {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
 
 
 def _choice(value: Any, schema: Schema, _: Schema, at: str) -> str | None:
-    allowed = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
-    if allowed is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
+    allowed = (
+        schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
+    )
+    if allowed is None or any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed
+    ):
         return None
     return f"{at} is {str(value)[:40]!r}"
 
@@ -82,7 +90,9 @@ def _array(value: Any, schema: Schema, defs: Schema, at: str) -> str | None:
         return f"{at} has {len(value)} items"
     if "items" not in schema:
         return None
-    told = (why_not(item, schema["items"], defs, f"{at}[{index}]") for index, item in enumerate(value))
+    told = (
+        why_not(item, schema["items"], defs, f"{at}[{index}]") for index, item in enumerate(value)
+    )
     return next((said for said in told if said is not None), None)
 
 

@@ -1,13 +1,14 @@
-"""Memory pressure of a stage: what the device's allocator and the host gave at most, and what was left.
+"""Memory pressure of a stage: what the device's allocator and the host gave at most, and what was
+left.
 
-The device's figures are the statistics of torch's caching allocator, whose peaks and counters begin anew with each
-stage. What goes past it is in none of them: the CUDA context, libraries that allocate for themselves, and managed
-memory (`cudaMallocManaged`, which paged optimizers use). NVML's peak, beside them, sees the whole board, foreign
-processes included.
+The device's figures are the statistics of torch's caching allocator, whose peaks and counters begin
+anew with each stage. What goes past it is in none of them: the CUDA context, libraries that
+allocate for themselves, and managed memory (`cudaMallocManaged`, which paged optimizers use).
+NVML's peak, beside them, sees the whole board, foreign processes included.
 
 The host's figure is the kernel's high-water mark of this process's resident memory (`VmHWM`), which
-`/proc/self/clear_refs` sets back at the beginning of a stage. `ru_maxrss` would be the peak of the whole life, and
-after an `exec` even that of the process before it.
+`/proc/self/clear_refs` sets back at the beginning of a stage. `ru_maxrss` would be the peak of the
+whole life, and after an `exec` even that of the process before it.
 Source: torch.cuda.memory_stats; proc(5), /proc/pid/clear_refs (value 5, Linux 4.0).
 """
 
@@ -23,16 +24,29 @@ from typing import Any
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.values import Value, derive, measured, null
 
-ON_DEVICE = ("peak_allocated_bytes", "peak_reserved_bytes", "fragmentation", "alloc_retries", "ooms", "headroom_bytes",
-             "total_bytes", "nvml_peak_bytes")  # fmt: skip
+ON_DEVICE = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "fragmentation",
+    "alloc_retries",
+    "ooms",
+    "headroom_bytes",
+    "total_bytes",
+    "nvml_peak_bytes",
+)
 MEMORY = (*ON_DEVICE, "host_peak_rss_bytes")
 """The ledger's memory group, in order; what each means stands in the catalogue."""
 RESET_PEAK = "5\n"  # what clear_refs takes to set the high-water mark back
 UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|B|KiB|MiB|GiB|TiB)")
-_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_DEVICE_WORDS = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 _HOST_WORDS = "DefaultCPUAllocator"  # how errors begin that torch raises as plain RuntimeError
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name for it, and its older one
+# torch's name for it, and its older one
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class MemoryMeter:
@@ -49,8 +63,12 @@ class MemoryMeter:
 
     def start(self, device: Any) -> None:
         """Begin new peaks and counters."""
-        self._why_no_device = attempted(lambda: _reset(device), lambda why: unmeasured("the device's memory", why))
-        self._why_no_host = attempted(self._reset_host, lambda why: unmeasured("the process's memory", why))
+        self._why_no_device = attempted(
+            lambda: _reset(device), lambda why: unmeasured("the device's memory", why)
+        )
+        self._why_no_host = attempted(
+            self._reset_host, lambda why: unmeasured("the process's memory", why)
+        )
 
     def _reset_host(self) -> str | None:
         try:
@@ -69,7 +87,11 @@ class MemoryMeter:
         if device.type == "cuda":
             gone = lambda why: dict.fromkeys(ON_DEVICE, null(why))
             failed = lambda why: gone(unmeasured("the device's memory", why))
-            found |= gone(self._why_no_device) if self._why_no_device else attempted(lambda: _device(device), failed)
+            found |= (
+                gone(self._why_no_device)
+                if self._why_no_device
+                else attempted(lambda: _device(device), failed)
+            )
             found["nvml_peak_bytes"] = nvml_peak or null("NVML's memory was not sampled")
         host = attempted(self._host_peak, lambda why: null(unmeasured("the process's memory", why)))
         return {**found, "host_peak_rss_bytes": host}
@@ -92,21 +114,27 @@ def _reset(device: Any) -> None:
     import torch
 
     torch.cuda.reset_peak_memory_stats(device)
-    torch.cuda.reset_accumulated_memory_stats(device)  # retries and failures are counted from here too
+    # retries and failures are counted from here too
+    torch.cuda.reset_accumulated_memory_stats(device)
 
 
 def _device(device: Any) -> dict[str, Value]:
     import torch
 
     stats = torch.cuda.memory_stats(device)
-    allocated, reserved = (measured(stats[f"{kind}_bytes.all.peak"]) for kind in ("allocated", "reserved"))
+    allocated, reserved = (
+        measured(stats[f"{kind}_bytes.all.peak"]) for kind in ("allocated", "reserved")
+    )
     total = measured(torch.cuda.get_device_properties(device).total_memory)
     return {
-        "peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved,
+        "peak_allocated_bytes": allocated,
+        "peak_reserved_bytes": reserved,
         "fragmentation": _fragmentation(allocated, reserved),
-        "alloc_retries": measured(stats["num_alloc_retries"]), "ooms": measured(stats["num_ooms"]),
-        "headroom_bytes": derive(lambda whole, held: whole - held, total, reserved), "total_bytes": total,
-    }  # fmt: skip
+        "alloc_retries": measured(stats["num_alloc_retries"]),
+        "ooms": measured(stats["num_ooms"]),
+        "headroom_bytes": derive(lambda whole, held: whole - held, total, reserved),
+        "total_bytes": total,
+    }
 
 
 def _fragmentation(allocated: Value, reserved: Value) -> Value:
@@ -120,20 +148,25 @@ def _fragmentation(allocated: Value, reserved: Value) -> Value:
 
 
 def _status_bytes(proc: Path, name: str) -> int | None:
-    """Return a figure of /proc/<pid>/status, which states kB and means KiB; None where it has none."""
+    """Return a figure of /proc/<pid>/status, which states kB and means KiB; None where it has
+    none.
+    """
     try:
         lines = (proc / "status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None
+    )
 
 
-# -- when there is not enough ----------------------------------------------------------------------------------------
+# -- when there is not enough ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
-    """A device's memory at the moment it did not suffice, in bytes; None where it could not be read.
+    """A device's memory at the moment it did not suffice, in bytes; None where it could not be
+    read.
 
     Attributes:
         asked: Of the allocation that failed.
@@ -153,17 +186,25 @@ class Pressure:
 
     @property
     def unused(self) -> int:
-        """Held by torch and in no tensor. Before it gives up torch returns what it can: this is in pieces."""
+        """Held by torch and in no tensor. Before it gives up torch returns what it can: this is in
+        pieces.
+        """
         return self.reserved - self.allocated
 
     @property
     def elsewhere(self) -> int | None:
         """Held by other processes, and by CUDA itself."""
-        return None if self.free is None or self.total is None else max(0, self.total - self.free - self.reserved)
+        return (
+            None
+            if self.free is None or self.total is None
+            else max(0, self.total - self.free - self.reserved)
+        )
 
     @property
     def is_fragmented(self) -> bool:
-        """Whether what was asked for would have fitted into what is free or held for nothing, were it in one piece."""
+        """Whether what was asked for would have fitted into what is free or held for nothing, were
+        it in one piece.
+        """
         return self.asked is not None and self.unused + (self.free or 0) >= self.asked
 
 
@@ -178,15 +219,20 @@ def read_pressure(error: BaseException, device: Any) -> Pressure:
     stats = torch.cuda.memory_stats(device)
     settings = next((os.environ[name] for name in _ALLOCATOR_SETTINGS if name in os.environ), "")
     return Pressure(
-        asked=asked_bytes(error), allocated=stats["allocated_bytes.all.current"],
-        reserved=stats["reserved_bytes.all.current"], free=free, total=total,
+        asked=asked_bytes(error),
+        allocated=stats["allocated_bytes.all.current"],
+        reserved=stats["reserved_bytes.all.current"],
+        free=free,
+        total=total,
         expandable="expandable_segments:true" in settings.lower(),
-    )  # fmt: skip
+    )
 
 
 def is_of_host(error: BaseException) -> bool:
     """Return whether an error says that the host's memory ran out."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_WORDS in str(error))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _HOST_WORDS in str(error)
+    )
 
 
 def is_of_device(error: BaseException) -> bool:
@@ -210,16 +256,20 @@ def host_now(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
         lines = []
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    available = next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )
     return _status_bytes(proc / "self", "VmRSS"), available
 
 
 def write_snapshot(path: Path) -> None:
-    """Write the allocator's map of segments and blocks as JSON: for people, nothing here reads it back.
+    """Write the allocator's map of segments and blocks as JSON: for people, nothing here reads it
+    back.
 
     It costs nothing until it is taken. Who allocated a block is in it only where
-    `torch.cuda.memory._record_memory_history()` was on before, which is never done here, because it takes time.
-    The member `snapshot`, pickled, is what torch's viewer at pytorch.org/memory_viz takes.
+    `torch.cuda.memory._record_memory_history()` was on before, which is never done here, because it
+    takes time. The member `snapshot`, pickled, is what torch's viewer at pytorch.org/memory_viz
+    takes.
 
     Raises:
         OSError: If it cannot be written.
@@ -230,5 +280,9 @@ def write_snapshot(path: Path) -> None:
     snapshot = torch.cuda.memory._snapshot()  # pyright: ignore[reportPrivateUsage]
     traced = any(snapshot.get("device_traces", []))
     about = "torch's CUDA allocator when memory ran out; addresses and sizes in bytes"
-    text = json.dumps({"about": about, "history_recorded": traced, "snapshot": snapshot}, default=str, skipkeys=True)
+    text = json.dumps(
+        {"about": about, "history_recorded": traced, "snapshot": snapshot},
+        default=str,
+        skipkeys=True,
+    )
     path.write_text(text)

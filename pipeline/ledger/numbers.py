@@ -1,4 +1,6 @@
-"""Figures as people read them: durations, counts, percentages. Rounding never turns a figure into another claim."""
+"""Figures as people read them: durations, counts, percentages. Rounding never turns a figure into
+another claim.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _UNIT_FROM = 120.0
 
 
 def significant(x: float, digits: int = 3) -> str:
-    """Return `x` with `digits` significant digits, without an exponent from 1e-4 up; integer digits are all kept."""
+    """Return `x` with `digits` significant digits, without an exponent from 1e-4 up; integer digits
+    are all kept.
+    """
     if x == 0:
         return "0"
     size = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
@@ -28,11 +32,16 @@ def duration(seconds: float) -> str:
 
 def time_unit(seconds: float) -> tuple[float, str]:
     """Return the unit that suits a duration, as (seconds per unit, symbol)."""
-    return next(((size, unit) for size, unit in _TIME_UNITS if abs(seconds) >= _UNIT_FROM * size / 60), (1.0, "s"))
+    return next(
+        ((size, unit) for size, unit in _TIME_UNITS if abs(seconds) >= _UNIT_FROM * size / 60),
+        (1.0, "s"),
+    )
 
 
 def in_unit(seconds: float, per_unit: float, decimals: int) -> str:
-    """Return seconds in a given unit, without its symbol; what is there but rounds away is `<0.1`, never zero."""
+    """Return seconds in a given unit, without its symbol; what is there but rounds away is `<0.1`,
+    never zero.
+    """
     smallest = 10.0**-decimals
     if 0 < seconds < smallest * per_unit / 2:
         return f"<{smallest:.{decimals}f}"
@@ -60,9 +69,11 @@ def percent(fraction: float, *, sign: bool = False) -> str:
 
 
 def percents_apart(*fractions: float) -> list[str]:
-    """Return fractions as percentages with digits enough, three or more, that no two that differ read the same.
+    """Return fractions as percentages with digits enough, three or more, that no two that differ
+    read the same.
 
-    For a figure beside its limit: what is above it never reads as what is allowed, and what is there never reads 0.
+    For a figure beside its limit: what is above it never reads as what is allowed, and what is
+        there never reads 0.
     """
     return [f"{text}%" for text in apart(*(100 * fraction for fraction in fractions))]
 

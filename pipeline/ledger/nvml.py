@@ -1,15 +1,19 @@
-"""What NVML tells of the job's own GPUs, found by UUID: one reading per device and moment, gaps with their reasons.
+"""What NVML tells of the job's own GPUs, found by UUID: one reading per device and moment, gaps
+with their reasons.
 
-`Reader` is the one small interface to an accelerator's counters; NVIDIA's stands here, others have `Absent` until
-somebody writes theirs. Nothing here interprets: `gpu_sampler.py` turns readings into figures of a window.
-One process of a node reads for a run: a recipe is one process, and a meter refuses to be started once per rank.
+`Reader` is the one small interface to an accelerator's counters; NVIDIA's stands here, others have
+`Absent` until somebody writes theirs. Nothing here interprets: `gpu_sampler.py` turns readings into
+figures of a window.
+One process of a node reads for a run: a recipe is one process, and a meter refuses to be started
+    once per rank.
 
-What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly activity (GPM, from
-Hopper on). What it cannot: which process did what (the driver knows them by the host's numbers). "Utilization" is the
-share of time in which any kernel ran, 100% for a single spinning thread: `sm_active` is what says whether a GPU worked.
-Power is that of the moment (field POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the
-last second from Ampere on (GA100 left out), which lags behind in short windows. On superchips (GH200, GB200) energy and
-power are those of the module, CPU and memory included.
+What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly
+    activity (GPM, from Hopper on). What it cannot: which process did what (the driver knows them by
+    the host's numbers). "Utilization" is the share of time in which any kernel ran, 100% for a
+    single spinning thread: `sm_active` is what says whether a GPU worked. Power is that of the
+    moment (field POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the
+    last second from Ampere on (GA100 left out), which lags behind in short windows. On superchips
+    (GH200, GB200) energy and power are those of the module, CPU and memory included.
 Source: NVML API reference, device queries, field values and GPM functions.
 """
 
@@ -24,11 +28,21 @@ from typing import Any, Protocol
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpm import ACTIVITY, Gpm
 
-COUNTERS = ("energy_mj", "power_w", "busy", "memory_used_bytes", "sm_clock_mhz", "memory_clock_mhz", "temperature_c",
-            "throttle", "foreign_processes")  # fmt: skip
+COUNTERS = (
+    "energy_mj",
+    "power_w",
+    "busy",
+    "memory_used_bytes",
+    "sm_clock_mhz",
+    "memory_clock_mhz",
+    "temperature_c",
+    "throttle",
+    "foreign_processes",
+)
 FIELDS = (*COUNTERS, *ACTIVITY)
 _OF_THE_BOARD = ("energy_mj", "power_w", "busy", "foreign_processes")
-"""What a MIG slice or a virtual GPU shares with its neighbours: the reading is not the job's own."""
+"""What a MIG slice or a virtual GPU shares with its neighbours: the reading is not the job's own.
+"""
 SUPERCHIPS = ("GH200", "GB200", "GB300")
 """In the names of boards whose power and energy NVML tells for the whole module."""
 OF_THE_MODULE = "energy and power are of the whole module: its CPU and memory are in them"
@@ -36,7 +50,8 @@ OF_THE_MODULE = "energy and power are of the whole module: its CPU and memory ar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One device at one moment. Every figure is None where it could not be read; `missing` says why.
+    """One device at one moment. Every figure is None where it could not be read; `missing` says
+    why.
 
     Attributes:
         at_ns: Monotonic clock.
@@ -45,8 +60,9 @@ class Reading:
         busy: Share of NVML's last sampling period in which a kernel ran.
         throttle: Bit mask of reasons for lower clocks.
         foreign_processes: Processes with a context beyond the job's own.
-        sm_active: Share of the time since the reading before in which an SM had a warp; `tensor_active` and
-            `dram_active` likewise. `nvlink_bytes_per_s` and `pcie_bytes_per_s` are both directions together.
+        sm_active: Share of the time since the reading before in which an SM had a warp;
+            `tensor_active` and `dram_active` likewise. `nvlink_bytes_per_s` and `pcie_bytes_per_s`
+            are both directions together.
     """
 
     at_ns: int
@@ -128,21 +144,37 @@ class NvmlReader:
     why: str | None = None
 
     def __init__(
-        self, nvml: Any, handles: Mapping[str, Any], *, own_processes: int = 1,
+        self,
+        nvml: Any,
+        handles: Mapping[str, Any],
+        *,
+        own_processes: int = 1,
         now_ns: Callable[[], int] = time.monotonic_ns,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._nvml, self._now_ns, self._own = nvml, now_ns, own_processes
         self.uuids = tuple(handles)
-        self._devices = [self._device(uuid, handle, number) for number, (uuid, handle) in enumerate(handles.items())]
+        self._devices = [
+            self._device(uuid, handle, number)
+            for number, (uuid, handle) in enumerate(handles.items())
+        ]
 
     def _device(self, uuid: str, handle: Any, number: int) -> _Device:
         parent = self._or_none(lambda: _slice(self._nvml, uuid, handle))
-        gpm = Gpm(self._nvml, handle if parent is None else parent[0], None if parent is None else parent[1])
+        gpm = Gpm(
+            self._nvml,
+            handle if parent is None else parent[0],
+            None if parent is None else parent[1],
+        )
         name = str(self._or_none(lambda: self._nvml.nvmlDeviceGetName(handle)) or "")
         return _Device(
-            uuid, handle, gpm, _shared(self._nvml, uuid, handle), parent is not None,
-            any(chip in name for chip in SUPERCHIPS), number,
-        )  # fmt: skip
+            uuid,
+            handle,
+            gpm,
+            _shared(self._nvml, uuid, handle),
+            parent is not None,
+            any(chip in name for chip in SUPERCHIPS),
+            number,
+        )
 
     def read(self) -> tuple[Reading, ...]:
         """Return one reading per device; what a device does not tell is missing with the reason."""
@@ -183,7 +215,9 @@ class NvmlReader:
         return attempted(said, lambda why: unmeasured(name, why))
 
     def _questions(self, device: _Device) -> dict[str, Callable[[], Any]]:
-        """Return how each counter is asked for, in the units of `Reading`; power with whether it is a mean."""
+        """Return how each counter is asked for, in the units of `Reading`; power with whether it is
+        a mean.
+        """
         nvml, handle = self._nvml, device.handle
         return {
             "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
@@ -206,24 +240,34 @@ class NvmlReader:
         }
 
     def _power(self, handle: Any, module: bool) -> tuple[float, bool]:
-        """Return watts, and whether they are the mean of the last second: where a driver has no power of now."""
+        """Return watts, and whether they are the mean of the last second: where a driver has no
+        power of now.
+        """
         nvml = self._nvml
         return _first(
-            nvml, lambda: (_power_now(nvml, handle, module), False),
+            nvml,
+            lambda: (_power_now(nvml, handle, module), False),
             lambda: (nvml.nvmlDeviceGetPowerUsage(handle) / 1000, True),
-        )  # fmt: skip
+        )
 
     def placement(self) -> dict[str, Any]:
         """Return what the driver tells of the devices; None for what it does not."""
         nvml, first = self._nvml, self._devices[0].handle
-        limits = [self._or_none(lambda d=d: nvml.nvmlDeviceGetPowerManagementLimit(d.handle) / 1000)
-                  for d in self._devices]  # fmt: skip
+        limits = [
+            self._or_none(lambda d=d: nvml.nvmlDeviceGetPowerManagementLimit(d.handle) / 1000)
+            for d in self._devices
+        ]
         return {
             "uuids": list(self.uuids),
-            "device_names": [self._or_none(lambda d=d: nvml.nvmlDeviceGetName(d.handle)) for d in self._devices],
+            "device_names": [
+                self._or_none(lambda d=d: nvml.nvmlDeviceGetName(d.handle)) for d in self._devices
+            ],
             "driver": self._or_none(nvml.nvmlSystemGetDriverVersion),
             "cuda_driver": self._or_none(nvml.nvmlSystemGetCudaDriverVersion),
-            "mig": any(device.shared is not None and device.shared.startswith("MIG") for device in self._devices),
+            "mig": any(
+                device.shared is not None and device.shared.startswith("MIG")
+                for device in self._devices
+            ),
             "exclusive": self._exclusive(first),
             "power_limit_w": limits,
             "power_scope": "module" if any(device.module for device in self._devices) else "board",
@@ -246,7 +290,9 @@ class NvmlReader:
 
 
 def _first(nvml: Any, ask: Callable[[], Any], older: Callable[[], Any]) -> Any:
-    """Return what the newer of two questions gives, or the older one where driver or library lack the newer."""
+    """Return what the newer of two questions gives, or the older one where driver or library lack
+    the newer.
+    """
     try:
         return ask()
     except (nvml.NVMLError, AttributeError):
@@ -263,18 +309,27 @@ def _power_now(nvml: Any, handle: Any, module: bool) -> float:
 
 
 def memory_used(nvml: Any, handle: Any) -> int:
-    """Return bytes that processes hold; version 1 of the question counts what the driver reserves, too."""
-    return int(_first(
-        nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
-        lambda: nvml.nvmlDeviceGetMemoryInfo(handle),
-    ).used)  # fmt: skip
+    """Return bytes that processes hold; version 1 of the question counts what the driver reserves,
+    too.
+    """
+    return int(
+        _first(
+            nvml,
+            lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
+            lambda: nvml.nvmlDeviceGetMemoryInfo(handle),
+        ).used
+    )
 
 
 def _slice(nvml: Any, uuid: str, handle: Any) -> tuple[Any, int] | None:
-    """Return the board of a MIG slice and the number of its GPU instance; None where it is no slice."""
+    """Return the board of a MIG slice and the number of its GPU instance; None where it is no
+    slice.
+    """
     if not uuid.startswith("MIG-"):
         return None
-    return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle), nvml.nvmlDeviceGetGpuInstanceId(handle)
+    return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(
+        handle
+    ), nvml.nvmlDeviceGetGpuInstanceId(handle)
 
 
 def _shared(nvml: Any, uuid: str, handle: Any) -> str | None:
@@ -282,15 +337,21 @@ def _shared(nvml: Any, uuid: str, handle: Any) -> str | None:
     if uuid.startswith("MIG-"):
         return "MIG: the counter is the whole board's"
     mig = lambda: nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
-    virtual = lambda: nvml.nvmlDeviceGetVirtualizationMode(handle) == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
+    virtual = lambda: (
+        nvml.nvmlDeviceGetVirtualizationMode(handle) == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
+    )
     if attempted(mig, lambda _: False):  # a device without MIG does not know the question
         return "MIG: the counter is the whole board's"
     return "vGPU: the counter is the whole board's" if attempted(virtual, lambda _: False) else None
 
 
-# -- opening -----------------------------------------------------------------------------------------------------------
+# -- opening --------------------------------------------------------------------------------------
 def open_reader(
-    uuids: Sequence[str], *, nvml: Any = None, own_processes: int = 1, now_ns: Callable[[], int] = time.monotonic_ns
+    uuids: Sequence[str],
+    *,
+    nvml: Any = None,
+    own_processes: int = 1,
+    now_ns: Callable[[], int] = time.monotonic_ns,
 ) -> Reader:
     """Return a reader of these GPUs, or one of nothing that says why.
 
@@ -336,7 +397,9 @@ def initialised(nvml: Any = None) -> tuple[Any, str]:
 
 
 def _found(nvml: Any, uuid: str) -> tuple[str, Any]:
-    """Return a device's UUID as NVML knows it, and its handle: torch tells a slice's without its prefix."""
+    """Return a device's UUID as NVML knows it, and its handle: torch tells a slice's without its
+    prefix.
+    """
     try:
         return uuid, nvml.nvmlDeviceGetHandleByUUID(uuid)
     except nvml.NVMLError:
@@ -347,7 +410,9 @@ def _found(nvml: Any, uuid: str) -> tuple[str, Any]:
 
 
 def full_uuid(uuid: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return a UUID as torch tells it with its prefix: `MIG-` where the environment names such a slice, else `GPU-`."""
+    """Return a UUID as torch tells it with its prefix: `MIG-` where the environment names such a
+    slice, else `GPU-`.
+    """
     if uuid.startswith(("GPU-", "MIG-")):
         return uuid
     visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
@@ -366,5 +431,6 @@ def reader_for(device: Any, *, now_ns: Callable[[], int] = time.monotonic_ns) ->
         return Absent("no counters of AMD devices are read yet")
     uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(device).uuid))
     return attempted(
-        lambda: open_reader([uuid()], now_ns=now_ns), lambda why: Absent(unmeasured("the GPU's state", why))
+        lambda: open_reader([uuid()], now_ns=now_ns),
+        lambda why: Absent(unmeasured("the GPU's state", why)),
     )

@@ -1,13 +1,18 @@
-"""How much of the processors others took while something was measured on them, by the kernel's own accounts.
+"""How much of the processors others took while something was measured on them, by the kernel's own
+accounts.
 
-Two readings of the accounts bound a stretch of time. What all processors worked in it, less what this run's processes
-worked, is what others took; time that a hypervisor gave to other machines (steal) is others', too. This process's own
-are its descendants, ended ones included, in whatever session (the writer to MLflow has one of its own), and those that
-were once seen below it and whose parent has ended since.
+Two readings of the accounts bound a stretch of time. What all processors worked in it, less what
+this run's processes worked, is what others took; time that a hypervisor gave to other machines
+(steal) is others', too. This process's own are its descendants, ended ones included, in whatever
+session (the writer to MLflow has one of its own), and those that were once seen below it and whose
+parent has ended since.
 
-Where a container may use less than the machine has (a quota of its control group, an affinity), what others took is
-what they left too little of: on 64 cores, of which 2 may be used, others that keep 50 busy take nothing from us.
-Source: proc(5), /proc/stat and /proc/pid/stat (in ticks of 10 ms); Linux, admin-guide/cgroup-v2, cpu.max and cpu.stat.
+Where a container may use less than the machine has (a quota of its control group, an affinity),
+what others took is
+what they left too little of: on 64 cores, of which 2 may be used, others that keep 50 busy take
+    nothing from us.
+Source: proc(5), /proc/stat and /proc/pid/stat (in ticks of 10 ms); Linux, admin-guide/cgroup-v2,
+    cpu.max and cpu.stat.
 """
 
 from __future__ import annotations
@@ -24,13 +29,15 @@ from pipeline.ledger.values import Value, measured, null
 
 SHORTEST_S = 0.5
 """Seconds; processor times of a shorter window are counted too coarsely (in ticks of 10 ms)."""
-SLACK_S, SLACK = 0.2, 0.1  # that our own processes may have worked beyond what all processors did, by rounding
+# that our own processes may have worked beyond what all processors did, by rounding
+SLACK_S, SLACK = 0.2, 0.1
 WORKING = ("user", "nice", "system", "irq", "softirq", "steal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accounts:
-    """The kernel's accounts at one moment; seconds add up over processors and since the machine's start.
+    """The kernel's accounts at one moment; seconds add up over processors and since the machine's
+    start.
 
     Attributes:
         at_s: Monotonic clock.
@@ -61,7 +68,8 @@ class Load:
         elapsed_s: Its length.
         taken: Share of what we may use that others took, in [0, 1].
         steal: Share of the processors that a hypervisor took.
-        throttled: Share of the periods in which our control group's quota was used up; None without a quota.
+        throttled: Share of the periods in which our control group's quota was used up; None without
+            a quota.
         why: Why nothing is known; None where it is.
     """
 
@@ -73,8 +81,13 @@ class Load:
 
     def to_json(self) -> dict[str, Any]:
         """Return it in plain JSON, for the journal."""
-        return {"elapsed_s": self.elapsed_s, "taken": self.taken, "steal": self.steal, "throttled": self.throttled,
-                "why": self.why}  # fmt: skip
+        return {
+            "elapsed_s": self.elapsed_s,
+            "taken": self.taken,
+            "steal": self.steal,
+            "throttled": self.throttled,
+            "why": self.why,
+        }
 
 
 def load_between(before: Accounts | str, after: Accounts | str) -> Load:
@@ -86,13 +99,17 @@ def load_between(before: Accounts | str, after: Accounts | str) -> Load:
         return Load(why="no time passed")
     busy_s, own_s = after.busy_s - before.busy_s, max(0.0, after.own_s - before.own_s)
     if own_s > busy_s * (1 + SLACK) + SLACK_S:
-        return Load(elapsed_s=elapsed_s, why="the kernel's accounts show less work than this run's own processes did")
+        return Load(
+            elapsed_s=elapsed_s,
+            why="the kernel's accounts show less work than this run's own processes did",
+        )
     periods = after.periods - before.periods
     return Load(
-        elapsed_s=elapsed_s, taken=_taken(max(0.0, busy_s - own_s) / elapsed_s, after),
+        elapsed_s=elapsed_s,
+        taken=_taken(max(0.0, busy_s - own_s) / elapsed_s, after),
         steal=_share((after.steal_s - before.steal_s) / (elapsed_s * after.cores)),
         throttled=(after.throttled - before.throttled) / periods if periods > 0 else None,
-    )  # fmt: skip
+    )
 
 
 def _taken(others: float, accounts: Accounts) -> float:
@@ -106,7 +123,9 @@ def _share(share: float) -> float:
 
 
 def taken(loads: Iterable[Load]) -> Value:
-    """Return the share that others took over some windows together; null where one of them could not be read."""
+    """Return the share that others took over some windows together; null where one of them could
+    not be read.
+    """
     return _together(loads, "taken")
 
 
@@ -131,7 +150,9 @@ def _together(loads: Iterable[Load], name: str) -> Value:
         return null(why)
     if elapsed_s < SHORTEST_S or not loads:
         return null(f"window shorter than {SHORTEST_S:g} s" if loads else "no window was measured")
-    return measured(sum((getattr(load, name) or 0.0) * load.elapsed_s for load in loads) / elapsed_s)
+    return measured(
+        sum((getattr(load, name) or 0.0) * load.elapsed_s for load in loads) / elapsed_s
+    )
 
 
 def read() -> Accounts | str:
@@ -154,7 +175,7 @@ class Others:
         return taken([self.load()])
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def accounts() -> Accounts:
@@ -166,14 +187,21 @@ def accounts() -> Accounts:
     mine = [each for number, each in enumerate(every) if number in usable] or every
     quota, periods, used_up = _quota()
     return Accounts(
-        at_s=time.monotonic(), busy_s=sum(getattr(each, name, 0.0) for each in mine for name in WORKING),
-        steal_s=sum(getattr(each, "steal", 0.0) for each in mine), own_s=_TREE.worked_s(), cores=len(mine),
-        quota=quota, periods=periods, throttled=used_up,
-    )  # fmt: skip
+        at_s=time.monotonic(),
+        busy_s=sum(getattr(each, name, 0.0) for each in mine for name in WORKING),
+        steal_s=sum(getattr(each, "steal", 0.0) for each in mine),
+        own_s=_TREE.worked_s(),
+        cores=len(mine),
+        quota=quota,
+        periods=periods,
+        throttled=used_up,
+    )
 
 
 def _usable() -> set[int]:
-    """Return the numbers of the processors that we may run on; elsewhere than on Linux all of them."""
+    """Return the numbers of the processors that we may run on; elsewhere than on Linux all of
+    them.
+    """
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -185,7 +213,8 @@ class _Tree:
 
     Attributes:
         pid: Whose tree it is: a forked child begins its own.
-        known: Processes seen below us, by number and time of start, with the seconds each had worked.
+        known: Processes seen below us, by number and time of start, with the seconds each had
+            worked.
         worked: Seconds so far.
     """
 
@@ -212,7 +241,9 @@ class _Tree:
         return self.worked
 
     def _orphans(self) -> list[Any]:
-        """Return processes seen below us before that still run: the parent of some may have ended."""
+        """Return processes seen below us before that still run: the parent of some may have
+        ended.
+        """
         import psutil
 
         left: list[Any] = []
@@ -232,7 +263,9 @@ _TREE = _Tree()
 def _quota(
     root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")
 ) -> tuple[float | None, int, int]:
-    """Return the cores that our control group may use (None: all), its periods, and those that used them up."""
+    """Return the cores that our control group may use (None: all), its periods, and those that used
+    them up.
+    """
     v2, v1 = _groups(root, proc)
     for folder in v2:
         limit = _words(folder / "cpu.max")
@@ -246,11 +279,18 @@ def _quota(
 
 
 def _groups(root: Path, proc: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders of our control group and those above it, innermost first, of both versions."""
+    """Return the folders of our control group and those above it, innermost first, of both
+    versions.
+    """
     lines = proc.read_text().splitlines() if proc.is_file() else []
-    paths = {controllers: path.strip("/") for _, controllers, path in (line.split(":", 2) for line in lines)}
+    paths = {
+        controllers: path.strip("/")
+        for _, controllers, path in (line.split(":", 2) for line in lines)
+    }
     own = next((path for names, path in paths.items() if "cpu" in names.split(",")), "")
-    above = lambda top, path: [top / inner for inner in (path, *map(str, Path(path).parents))] if path else [top]
+    above = lambda top, path: (
+        [top / inner for inner in (path, *map(str, Path(path).parents))] if path else [top]
+    )
     return above(root, paths.get("", "")), above(root / "cpu", own)
 
 

@@ -1,12 +1,16 @@
-"""What a device can compute at most, by its exact name: the divisor of MFU. An unknown device has none.
+"""What a device can compute at most, by its exact name: the divisor of MFU. An unknown device has
+none.
 
-Names are those of `torch.cuda.get_device_name()`: an H100 PCIe is no H100 SXM, and an unlisted board is never taken
-for its sibling. Rates are dense: datasheets that print twice as much say "with sparsity", and the half stands here.
-16-bit and fp8 rates are those with fp32 accumulation, which is how torch multiplies. A precision that is missing is one
-that the source does not state, or that the device does not have. All sources are NVIDIA's.
+Names are those of `torch.cuda.get_device_name()`: an H100 PCIe is no H100 SXM, and an unlisted
+board is never taken
+for its sibling. Rates are dense: datasheets that print twice as much say "with sparsity", and the
+    half stands here. 16-bit and fp8 rates are those with fp32 accumulation, which is how torch
+    multiplies. A precision that is missing is one that the source does not state, or that the
+    device does not have. All sources are NVIDIA's.
 
-Left out on purpose: A10G, H20 and other boards of one customer or market without a public datasheet; the L40, whose
-datasheet halves the tensor rates that its chip has in the whitepaper. `hardware.peak_tflops` declares what is missing.
+Left out on purpose: A10G, H20 and other boards of one customer or market without a public
+    datasheet; the L40, whose datasheet halves the tensor rates that its chip has in the whitepaper.
+    `hardware.peak_tflops` declares what is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ class Peaks:
 
     Attributes:
         source: Document, date or version, and the place in it.
-        tflops: TFLOP/s (int8: TOP/s) by arithmetic: fp32 (no tensor cores), tf32, bf16, fp16, fp8, int8.
+        tflops: TFLOP/s (int8: TOP/s) by arithmetic: fp32 (no tensor cores), tf32, bf16, fp16, fp8,
+            int8.
     """
 
     source: str
@@ -35,11 +40,23 @@ class Peaks:
 
 
 def _rates(
-    *, fp32: float, tf32: float | None = None, half: float | None = None, fp16: float | None = None,
-    fp8: float | None = None, int8: float | None = None,
-) -> dict[str, float]:  # fmt: skip
+    *,
+    fp32: float,
+    tf32: float | None = None,
+    half: float | None = None,
+    fp16: float | None = None,
+    fp8: float | None = None,
+    int8: float | None = None,
+) -> dict[str, float]:
     """Return the rates that there are; `half` is both bf16's and fp16's."""
-    every = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half or fp16, "fp8": fp8, "int8": int8}
+    every = {
+        "fp32": fp32,
+        "tf32": tf32,
+        "bf16": half,
+        "fp16": half or fp16,
+        "fp8": fp8,
+        "int8": int8,
+    }
     return {name: rate for name, rate in every.items() if rate is not None}
 
 
@@ -94,7 +111,8 @@ PEAKS: dict[str, Peaks] = {
 def device_name(device: Any) -> str:
     """Return the device's exact model name; for a CPU, the processor's with its number of cores.
 
-    An accelerator whose library names none is called by its type and its host: it is never named after the CPU alone.
+    An accelerator whose library names none is called by its type and its host: it is never named
+    after the CPU alone.
     """
     if device.type == "cuda":
         import torch
@@ -103,8 +121,12 @@ def device_name(device: Any) -> str:
     if device.type != "cpu":
         return _accelerator_name(device)
     info = Path("/proc/cpuinfo")
-    lines = attempted(lambda: info.read_text().splitlines() if info.is_file() else [], lambda _: list[str]())
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    lines = attempted(
+        lambda: info.read_text().splitlines() if info.is_file() else [], lambda _: list[str]()
+    )
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU"
+    )
     return f"{named} x{os.cpu_count()}"
 
 
@@ -119,10 +141,12 @@ def _accelerator_name(device: Any) -> str:
 
 
 def peak(name: str, precision: str, stated: float | None = None) -> Value:
-    """Return the dense peak of one device in TFLOP/s, `declared` either way: by its vendor or by the user.
+    """Return the dense peak of one device in TFLOP/s, `declared` either way: by its vendor or by
+    the user.
 
     Args:
-        name: Exactly as `torch.cuda.get_device_name()` gives it. A slice of a GPU (MIG) has a name of its own.
+        name: Exactly as `torch.cuda.get_device_name()` gives it. A slice of a GPU (MIG) has a name
+            of its own.
         precision: fp32, tf32, bf16, fp16, fp8 or int8.
         stated: The user's own figure (`hardware.peak_tflops`), which comes first.
     """
@@ -130,7 +154,10 @@ def peak(name: str, precision: str, stated: float | None = None) -> Value:
         return declared(stated)
     known = PEAKS.get(name)
     if known is None:
-        return null(f"no peak rate known for {name} at {precision}; hardware.peak_tflops.{precision} declares it")
+        return null(
+            f"no peak rate known for {name} at {precision}; hardware.peak_tflops.{precision}"
+            " declares it"
+        )
     if precision not in known.tflops:
         return null(f"{known.source} states no {precision} rate for {name}")
     return declared(known.tflops[precision])

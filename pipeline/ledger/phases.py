@@ -1,7 +1,8 @@
-"""The host timeline: one stack of exclusive phases whose self times sum to the wall time, to the nanosecond.
+"""The host timeline: one stack of exclusive phases whose self times sum to the wall time, to the
+nanosecond.
 
-A nanosecond belongs to the innermost open phase; outside any phase it belongs to `other`, which is waste named
-`unattributed`. So a forgotten marker shows as `other`, never as a gap.
+A nanosecond belongs to the innermost open phase; outside any phase it belongs to `other`, which is
+waste named `unattributed`. So a forgotten marker shows as `other`, never as a gap.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class PhaseClock:
         now_ns: Monotonic clock in integer nanoseconds; injectable so that tests own the time.
 
     Attributes:
-        observer: Called at every edge with the phase that is open from now on. It must be quick: its time is booked to
-            that phase.
+        observer: Called at every edge with the phase that is open from now on. It must be quick:
+            its time is booked to that phase.
     """
 
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -61,22 +62,30 @@ class PhaseClock:
             self.observer(self._stack[-1])
 
     def mark(self) -> tuple[int, dict[str, int]]:
-        """Return the time now and the self times until exactly then: between two marks, they close."""
+        """Return the time now and the self times until exactly then: between two marks, they
+        close.
+        """
         self._book()
         return self._since, dict(self._self_ns)
 
     def read_ns(self) -> dict[str, int]:
-        """Return the self time of every phase so far, the open one included (integer nanoseconds)."""
+        """Return the self time of every phase so far, the open one included (integer
+        nanoseconds).
+        """
         return self.mark()[1]
 
 
 def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     """Return `after - before` by phase, without the phases in which no time passed."""
-    return {name: ns - before.get(name, 0) for name, ns in after.items() if ns != before.get(name, 0)}
+    return {
+        name: ns - before.get(name, 0) for name, ns in after.items() if ns != before.get(name, 0)
+    }
 
 
 def total(*parts: dict[str, int], times: int = 1) -> dict[str, int]:
-    """Return the sum of self times by phase, each taken `times` times (devices); empty phases are left out."""
+    """Return the sum of self times by phase, each taken `times` times (devices); empty phases are
+    left out.
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     sums = {name: times * sum(part.get(name, 0) for part in parts) for name in names}
     return {name: ns for name, ns in sums.items() if ns}

@@ -11,8 +11,13 @@ from typing import Any
 from pipeline.ledger.values import Value, declared, null
 
 NOTHING_KNOWN: dict[str, Any] = {
-    "uuids": [], "device_names": [], "driver": None, "mig": None, "exclusive": "unknown", "power_limit_w": None,
-}  # fmt: skip
+    "uuids": [],
+    "device_names": [],
+    "driver": None,
+    "mig": None,
+    "exclusive": "unknown",
+    "power_limit_w": None,
+}
 """What only a device's own library can tell."""
 
 
@@ -34,8 +39,9 @@ class Grant:
 def grant(environ: Mapping[str, str] = os.environ) -> Grant | None:
     """Return the scheduler's grant, or None on a bare run.
 
-    Source: sbatch(1), output environment variables: SLURM_GPUS is what `--gpus` asked for the job ("8" or "h200:8"),
-    SLURM_GPUS_ON_NODE what this node has of it, SLURM_JOB_NUM_NODES how many nodes there are.
+    Source: sbatch(1), output environment variables: SLURM_GPUS is what `--gpus` asked for the job
+        ("8" or "h200:8"), SLURM_GPUS_ON_NODE what this node has of it, SLURM_JOB_NUM_NODES how many
+        nodes there are.
     """
     job_id = environ.get("SLURM_JOB_ID")
     if job_id is None:
@@ -51,7 +57,8 @@ def grant(environ: Mapping[str, str] = os.environ) -> Grant | None:
 
 
 def allocated_hours(attached_h: float, devices: int, granted: Grant | None) -> Value:
-    """Return the GPU-hours that a scheduler held for a job while it was attached to `devices` for `attached_h`.
+    """Return the GPU-hours that a scheduler held for a job while it was attached to `devices` for
+    `attached_h`.
 
     Returns:
         A declared figure (the scheduler states the grant), or null where nobody does.
@@ -65,7 +72,9 @@ def allocated_hours(attached_h: float, devices: int, granted: Grant | None) -> V
     return declared(attached_h / devices * granted.gpus)
 
 
-def placement(device_name: str, devices: int, known: Mapping[str, Any], granted: Grant | None) -> dict[str, Any]:
+def placement(
+    device_name: str, devices: int, known: Mapping[str, Any], granted: Grant | None
+) -> dict[str, Any]:
     """Return the ledger's group `placement`; what could not be read is null.
 
     Args:
@@ -73,8 +82,19 @@ def placement(device_name: str, devices: int, known: Mapping[str, Any], granted:
     """
     import torch
 
-    scheduler = None if granted is None else {"name": granted.scheduler, "job_id": granted.job_id, "gpus": granted.gpus}
+    scheduler = (
+        None
+        if granted is None
+        else {"name": granted.scheduler, "job_id": granted.job_id, "gpus": granted.gpus}
+    )
     return {
-        **NOTHING_KNOWN, "device_names": [device_name] * devices, **known, "node": platform.node(), "count": devices,
-        "cores": os.cpu_count(), "scheduler": scheduler, "torch": torch.__version__, "cuda": torch.version.cuda,
-    }  # fmt: skip
+        **NOTHING_KNOWN,
+        "device_names": [device_name] * devices,
+        **known,
+        "node": platform.node(),
+        "count": devices,
+        "cores": os.cpu_count(),
+        "scheduler": scheduler,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }

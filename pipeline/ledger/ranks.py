@@ -1,15 +1,17 @@
-"""From what the ranks of a metered program wrote to one host timeline in which every second stands once.
+"""From what the ranks of a metered program wrote to one host timeline in which every second stands
+once.
 
-A *life* is one process's report. Lives of one rank on one device that follow each other (restarts) share a *lane*;
-lives that overlap have lanes of their own. R lanes of a device share its time, each 1/R of it, and a lane fills the
-whole of the command's life:
+A *life* is one process's report. Lives of one rank on one device that follow each other (restarts)
+share a *lane*; lives that overlap have lanes of their own. R lanes of a device share its time, each
+1/R of it, and a lane fills the whole of the command's life:
 
     before its first life, and between two    other: nobody says what was done
     a life                                    its own phases
     after its last life                       idle_rank until the last lane ends, then other
 
-So a device's lanes sum to R times the elapsed time, and their R-th part closes to the nanosecond: remainders are
-given to the largest fractions. Nothing is estimated, but for a life that outlasts the command: it is cut in proportion.
+So a device's lanes sum to R times the elapsed time, and their R-th part closes to the nanosecond:
+remainders are given to the largest fractions. Nothing is estimated, but for a life that outlasts
+the command: it is cut in proportion.
 """
 
 from __future__ import annotations
@@ -64,17 +66,25 @@ class Life:
 
 def read_lives(folder: Path, host: str) -> tuple[list[Life], list[str]]:
     """Return the lives that the ranks of a run left, and what a reader must know of them."""
-    contents = [read_record(path, LIFE, so="that rank is left out") for path in sorted((folder / RANKS).glob("*.json"))]
+    contents = [
+        read_record(path, LIFE, so="that rank is left out")
+        for path in sorted((folder / RANKS).glob("*.json"))
+    ]
     here = [content for content in contents if content is not None and content["host"] == host]
     found = [(content, _life(content)) for content in here]
     lives = [life for _, life in found if life is not None]
     notes: list[str] = []
     if elsewhere := len(contents) - len(here):
-        notes.append(f"{elsewhere} ranks reported from other hosts, or torn; they are left out: meter each node")
+        notes.append(
+            f"{elsewhere} ranks reported from other hosts, or torn; they are left out: meter each"
+            " node"
+        )
     if broken := len(found) - len(lives):
         notes.append(f"{broken} ranks' phases do not sum to their life; they are left out")
     if killed := sum(not life.ended for life in lives):
-        notes.append(f"{killed} ranks ended without a last word: up to 2 s of each are booked as other")
+        notes.append(
+            f"{killed} ranks ended without a last word: up to 2 s of each are booked as other"
+        )
     return lives, notes
 
 
@@ -83,19 +93,29 @@ def _life(raw: dict[str, Any]) -> Life | None:
     if not phases.keys() <= _PHASES or sum(phases.values()) != raw["end_ns"] - raw["start_ns"]:
         return None
     return Life(
-        rank=raw["rank"] or 0, local_rank=raw["local_rank"], world_size=raw["world_size"] or 1, device=raw["device"],
+        rank=raw["rank"] or 0,
+        local_rank=raw["local_rank"],
+        world_size=raw["world_size"] or 1,
+        device=raw["device"],
         device_name=raw["device_name"],
-        start_ns=raw["start_ns"], end_ns=raw["end_ns"], phases_ns=phases, counts=raw["counts"], ended=raw["ended"],
-    )  # fmt: skip
+        start_ns=raw["start_ns"],
+        end_ns=raw["end_ns"],
+        phases_ns=phases,
+        counts=raw["counts"],
+        ended=raw["ended"],
+    )
 
 
-def merge(lives: Iterable[Life], start_ns: int, end_ns: int, devices: Sequence[str]) -> dict[str, int]:
+def merge(
+    lives: Iterable[Life], start_ns: int, end_ns: int, devices: Sequence[str]
+) -> dict[str, int]:
     """Return the host timeline of a command in device-nanoseconds, by phase and `idle_rank`.
 
     Args:
         start_ns: When the command began.
         end_ns: When it ended.
-        devices: What it ran on: UUIDs of GPUs in the order the command sees them, or one name for the CPU host.
+        devices: What it ran on: UUIDs of GPUs in the order the command sees them, or one name for
+            the CPU host.
 
     Returns:
         Times that sum to (end - start) x devices exactly.
@@ -125,14 +145,20 @@ def _device(lives: list[Life], start_ns: int, end_ns: int, last_ns: int) -> dict
     elapsed_ns = end_ns - start_ns
     if not lives:
         return {"other": elapsed_ns}
-    return apportion(total(*(_fill(lane, start_ns, end_ns, last_ns) for lane in lanes(lives))), elapsed_ns)
+    return apportion(
+        total(*(_fill(lane, start_ns, end_ns, last_ns) for lane in lanes(lives))), elapsed_ns
+    )
 
 
 def lanes(lives: Iterable[Life]) -> list[list[Life]]:
-    """Return lives in lanes, in each of which they follow each other: restarts of a rank share one."""
+    """Return lives in lanes, in each of which they follow each other: restarts of a rank share
+    one.
+    """
     found: list[list[Life]] = []
     for life in sorted(lives, key=lambda life: (life.rank, life.start_ns, life.end_ns)):
-        own = (lane for lane in found if lane[0].rank == life.rank and lane[-1].end_ns <= life.start_ns)
+        own = (
+            lane for lane in found if lane[0].rank == life.rank and lane[-1].end_ns <= life.start_ns
+        )
         lane = next(own, None)
         if lane is None:
             found.append([life])
@@ -142,14 +168,18 @@ def lanes(lives: Iterable[Life]) -> list[list[Life]]:
 
 
 def _fill(lane: list[Life], start_ns: int, end_ns: int, last_ns: int) -> dict[str, int]:
-    """Return the times of a lane with what no life covers; they sum to the command's elapsed time."""
+    """Return the times of a lane with what no life covers; they sum to the command's elapsed
+    time.
+    """
     idle_ns = last_ns - lane[-1].end_ns
     unsaid_ns = end_ns - start_ns - idle_ns - sum(life.elapsed_ns for life in lane)
     return total(*(dict(life.phases_ns) for life in lane), {"other": unsaid_ns, IDLE: idle_ns})
 
 
 def _cut(life: Life, start_ns: int, end_ns: int) -> Life | None:
-    """Return the part of a life inside the command's; None where there is none. Its phases keep their shares."""
+    """Return the part of a life inside the command's; None where there is none. Its phases keep
+    their shares.
+    """
     if life.start_ns >= end_ns:  # it may be of no length, and would still be the last one to end
         return None
     first, last = max(life.start_ns, start_ns), min(life.end_ns, end_ns)
@@ -162,7 +192,9 @@ def _cut(life: Life, start_ns: int, end_ns: int) -> Life | None:
 
 
 def apportion(parts: Mapping[str, int], whole: int) -> dict[str, int]:
-    """Return `parts` scaled to sum to `whole` exactly; what rounding leaves goes to the largest fractions."""
+    """Return `parts` scaled to sum to `whole` exactly; what rounding leaves goes to the largest
+    fractions.
+    """
     have = sum(parts.values())
     if have == 0:
         return {"other": whole} if whole else {}
@@ -174,7 +206,9 @@ def apportion(parts: Mapping[str, int], whole: int) -> dict[str, int]:
 
 
 def counts(lives: Iterable[Life]) -> dict[str, Value]:
-    """Return what the program counted: sums over ranks, the most steps of any rank; null where it counted nothing."""
+    """Return what the program counted: sums over ranks, the most steps of any rank; null where it
+    counted nothing.
+    """
     lives = list(lives)
     found = {name: _sum(lives, key) for name, key in _SUMMED.items()}
     if found["model_flops"].v is not None:
@@ -198,5 +232,7 @@ def opened(lives: Iterable[Life]) -> dict[str, str | None]:
 
 
 def restarts(lives: Iterable[Life]) -> int:
-    """Return how often ranks were started again: what they counted before may have been replayed."""
+    """Return how often ranks were started again: what they counted before may have been
+    replayed.
+    """
     return max((len(lane) - 1 for lane in lanes(lives)), default=0)

@@ -1,7 +1,9 @@
-"""What must hold between the figures of one ledger. A failure invalidates the ledger and names itself.
+"""What must hold between the figures of one ledger. A failure invalidates the ledger and names
+itself.
 
-Source of the rules: every second in one class and booked once; shares of a GPU's time are nested (a tensor core that
-works is an SM that works, an SM that works is a GPU that is busy, and so on up to what the scheduler granted).
+Source of the rules: every second in one class and booked once; shares of a GPU's time are nested (a
+    tensor core that works is an SM that works, an SM that works is a GPU that is busy, and so on up
+    to what the scheduler granted).
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ from typing import Any
 
 HOUR_S = 3600.0
 CLOSE_S = 1e-6
-"""Sums of hours are sums of the same integer nanoseconds: only the rounding of floats may tell them apart."""
+"""Sums of hours are sums of the same integer nanoseconds: only the rounding of floats may tell them
+apart.
+"""
 NESTED_SHARE, NESTED_S = 0.01, 1.0
-"""Hours that come from different instruments may contradict each other by this much, whichever is larger."""
+"""Hours that come from different instruments may contradict each other by this much, whichever is
+larger.
+"""
 _NESTED = ("tensor_active", "sm_active", "busy", "attached", "allocated")
 
 
@@ -27,14 +33,29 @@ def problems(ledger: dict[str, Any]) -> list[str]:
 
 
 def _sums(ledger: dict[str, Any]) -> list[str]:
-    hours = {name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"}
+    hours = {
+        name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"
+    }
     causes = [value["v"] for value in ledger["device_hours"]["wasted_by"].values()]
     return [
-        *_sum("attached", hours["attached"], "work + assess + retry", [hours[n] for n in ("work", "assess", "retry")]),
-        *_sum("attached", hours["attached"], "productive + support + wasted",
-              [hours[n] for n in ("productive", "support", "wasted")]),
-        *(_sum("wasted", hours["wasted"], "its causes", causes) if hours["wasted"] is not None else []),
-    ]  # fmt: skip
+        *_sum(
+            "attached",
+            hours["attached"],
+            "work + assess + retry",
+            [hours[n] for n in ("work", "assess", "retry")],
+        ),
+        *_sum(
+            "attached",
+            hours["attached"],
+            "productive + support + wasted",
+            [hours[n] for n in ("productive", "support", "wasted")],
+        ),
+        *(
+            _sum("wasted", hours["wasted"], "its causes", causes)
+            if hours["wasted"] is not None
+            else []
+        ),
+    ]
 
 
 def _sum(name: str, whole: float | None, words: str, parts: list[float | None]) -> list[str]:
@@ -42,7 +63,11 @@ def _sum(name: str, whole: float | None, words: str, parts: list[float | None]) 
     if whole is None or len(known) < len(parts):
         return []
     off_s = HOUR_S * (sum(known) - whole)
-    return [] if abs(off_s) <= CLOSE_S + 1e-12 * HOUR_S * abs(whole) else [f"{words} is not {name}: {off_s:+.6g} s"]
+    return (
+        []
+        if abs(off_s) <= CLOSE_S + 1e-12 * HOUR_S * abs(whole)
+        else [f"{words} is not {name}: {off_s:+.6g} s"]
+    )
 
 
 def _phases(ledger: dict[str, Any]) -> list[str]:
@@ -70,7 +95,15 @@ def _shares(gpu_hours: dict[str, Any]) -> list[str]:
 def _signs(ledger: dict[str, Any]) -> list[str]:
     figures = {
         **{name: value for name, value in ledger["device_hours"].items() if name != "wasted_by"},
-        **{f"wasted by {name}": value for name, value in ledger["device_hours"]["wasted_by"].items()},
-        "wall_s": ledger["wall_s"], "energy_j": ledger["energy_j"],
-    }  # fmt: skip
-    return [f"{name} is negative" for name, value in figures.items() if value["v"] is not None and value["v"] < 0]
+        **{
+            f"wasted by {name}": value
+            for name, value in ledger["device_hours"]["wasted_by"].items()
+        },
+        "wall_s": ledger["wall_s"],
+        "energy_j": ledger["energy_j"],
+    }
+    return [
+        f"{name} is negative"
+        for name, value in figures.items()
+        if value["v"] is not None and value["v"] < 0
+    ]

@@ -1,4 +1,6 @@
-"""From measured windows to the ledger of a row: every second in one class, every figure with its provenance."""
+"""From measured windows to the ledger of a row: every second in one class, every figure with its
+provenance.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,21 @@ from pipeline.ledger.reconcile import problems
 from pipeline.ledger.values import Value, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
-COUNTS = ("steps", "steps_lost", "examples", "tokens", "target_tokens", "model_flops", "achieved_tflops",
-          "peak_tflops", "mfu", "goodput", "active_parameter_share", "distillation_share",
-          "distillation_gradient_share")  # fmt: skip
+COUNTS = (
+    "steps",
+    "steps_lost",
+    "examples",
+    "tokens",
+    "target_tokens",
+    "model_flops",
+    "achieved_tflops",
+    "peak_tflops",
+    "mfu",
+    "goodput",
+    "active_parameter_share",
+    "distillation_share",
+    "distillation_gradient_share",
+)
 
 
 @dataclass(slots=True)
@@ -28,8 +42,10 @@ class Spent:
     """Integer nanoseconds of one stage attempt, and the phases they fall into.
 
     Attributes:
-        lost_ns: Part of the work that did not lead to the artifact, booked as retry under `lost_as`.
-        phases_ns: Self times over work and assessment, without the lost part; they sum to the rest exactly.
+        lost_ns: Part of the work that did not lead to the artifact, booked as retry under
+            `lost_as`.
+        phases_ns: Self times over work and assessment, without the lost part; they sum to the rest
+            exactly.
     """
 
     work_ns: int = 0
@@ -50,15 +66,27 @@ def hours(ns: int, devices: int) -> Value:
 
 
 def ledger(
-    spent: Spent, counts: dict[str, Value], *, devices: int, device_kind: str, cost: CostConfig,
-    memory: dict[str, Value], usage: Usage, disturbance: Disturbance, is_training: bool,
-    seconds_in_steps: float | None, peak: Value,
-    granted: Grant | None = None, truncated: bool = False, timeline: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    spent: Spent,
+    counts: dict[str, Value],
+    *,
+    devices: int,
+    device_kind: str,
+    cost: CostConfig,
+    memory: dict[str, Value],
+    usage: Usage,
+    disturbance: Disturbance,
+    is_training: bool,
+    seconds_in_steps: float | None,
+    peak: Value,
+    granted: Grant | None = None,
+    truncated: bool = False,
+    timeline: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the ledger of a row as result.json has it.
 
     Args:
-        timeline: What the device did in traced steps, as `Output.gpu_timeline` has it; empty where none was.
+        timeline: What the device did in traced steps, as `Output.gpu_timeline` has it; empty where
+            none was.
         usage: What the devices did in these windows.
         disturbance: What others, a hypervisor or a quota took of them.
         granted: By a scheduler; None on a bare run.
@@ -73,11 +101,24 @@ def ledger(
     wasted = sum(wasted_by.values())
     productive = sum(ns for phase, ns in spent.phases_ns.items() if phase in PRODUCTIVE)
     support = total - wasted - productive
-    parts = {"attached": total, "work": spent.work_ns, "assess": spent.assess_ns, "retry": spent.lost_ns,
-             "productive": productive, "support": support, "wasted": wasted}  # fmt: skip
-    device_hours: dict[str, Any] = {name: hours(ns, devices).to_json() for name, ns in parts.items()}
-    device_hours["wasted_by"] = {cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns}
-    goodput = measured(productive / total) if is_training and total else null("not a training stage")
+    parts = {
+        "attached": total,
+        "work": spent.work_ns,
+        "assess": spent.assess_ns,
+        "retry": spent.lost_ns,
+        "productive": productive,
+        "support": support,
+        "wasted": wasted,
+    }
+    device_hours: dict[str, Any] = {
+        name: hours(ns, devices).to_json() for name, ns in parts.items()
+    }
+    device_hours["wasted_by"] = {
+        cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns
+    }
+    goodput = (
+        measured(productive / total) if is_training and total else null("not a training stage")
+    )
     traced = gpu_timeline(timeline or {})
     in_steps_h = (seconds_in_steps or 0.0) * devices / 3600
     busy_in_steps = derive(lambda share: share * in_steps_h, Value.from_json(traced["busy"]))
@@ -88,10 +129,15 @@ def ledger(
         "device_hours": device_hours,
         "gpu_hours": gpu_hours,
         "energy_j": usage.energy_j.to_json(),
-        "counts": _counts(counts, goodput, seconds_in_steps, devices, peak, is_training=is_training),
+        "counts": _counts(
+            counts, goodput, seconds_in_steps, devices, peak, is_training=is_training
+        ),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(
-            total * devices / HOUR_NS, cost, allocated=Value.from_json(gpu_hours["allocated"]), energy_j=usage.energy_j
+            total * devices / HOUR_NS,
+            cost,
+            allocated=Value.from_json(gpu_hours["allocated"]),
+            energy_j=usage.energy_j,
         ),
         "conditions": {
             **_conditions(usage),
@@ -102,18 +148,26 @@ def ledger(
         "gpu_timeline": traced,
     }
     found = problems(record)
-    return {**record, "meter_valid": not found, "meter_problems": [*found, *usage.problems, *traced["notes"]]}
+    return {
+        **record,
+        "meter_valid": not found,
+        "meter_problems": [*found, *usage.problems, *traced["notes"]],
+    }
 
 
 def gpu_timeline(timeline: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the group of a row that says what its device did: shares of traced steps, seconds by phase, traces."""
+    """Return the group of a row that says what its device did: shares of traced steps, seconds by
+    phase, traces.
+    """
     shares = timeline.get("shares") or {name: null(NOT_TRACED).to_json() for name in TRACED}
     rest = {"phases_s": timeline.get("phases_s", {}), "traces": timeline.get("traces", [])}
     return {**shares, **rest, "notes": timeline.get("notes", [])}
 
 
 def _overhead(spent: Spent) -> Value:
-    """Return the share of the main thread's time that metering and tracking took of what is in phases."""
+    """Return the share of the main thread's time that metering and tracking took of what is in
+    phases.
+    """
     total = sum(spent.phases_ns.values())
     return measured(spent.phases_ns.get("log", 0) / total) if total else null("no time in phases")
 
@@ -133,12 +187,24 @@ def disturbance_of(record: dict[str, Any]) -> Disturbance:
 
 
 def _gpu_hours(
-    parts: dict[str, int], devices: int, kind: str, usage: Usage, granted: Grant | None, busy_in_steps: Value
+    parts: dict[str, int],
+    devices: int,
+    kind: str,
+    usage: Usage,
+    granted: Grant | None,
+    busy_in_steps: Value,
 ) -> dict[str, Any]:
-    """Return GPU-hours by kind. Where nothing was read, traced steps tell how busy steps were: a lower bound."""
-    values = {name: hours(parts[name], devices) for name in ("attached", "productive", "support", "wasted")}
+    """Return GPU-hours by kind. Where nothing was read, traced steps tell how busy steps were: a
+    lower bound.
+    """
+    values = {
+        name: hours(parts[name], devices)
+        for name in ("attached", "productive", "support", "wasted")
+    }
     share_of = lambda share: derive(lambda part, whole: part * whole, share, values["attached"])
-    values |= {name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")}
+    values |= {
+        name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")
+    }
     if values["busy"].v is None and busy_in_steps.v is not None:
         values["busy"] = busy_in_steps
     values["allocated"] = allocated_hours(values["attached"].v or 0.0, devices, granted)
@@ -148,20 +214,38 @@ def _gpu_hours(
 
 
 def _counts(
-    counts: dict[str, Value], goodput: Value, seconds_in_steps: float | None, devices: int, peak: Value, *,
+    counts: dict[str, Value],
+    goodput: Value,
+    seconds_in_steps: float | None,
+    devices: int,
+    peak: Value,
+    *,
     is_training: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     nothing = null("the stage did not finish" if is_training else "this stage trains nothing")
     rate = nothing
     if seconds_in_steps:
         seconds = measured(seconds_in_steps)
-        rate = derive(lambda f, s: f / s / devices / 1e12, counts.get("model_flops", nothing), seconds)
-    known = {**counts, "achieved_tflops": rate, "peak_tflops": peak, "mfu": _mfu(rate, peak), "goodput": goodput}
+        rate = derive(
+            lambda f, s: f / s / devices / 1e12, counts.get("model_flops", nothing), seconds
+        )
+    known = {
+        **counts,
+        "achieved_tflops": rate,
+        "peak_tflops": peak,
+        "mfu": _mfu(rate, peak),
+        "goodput": goodput,
+    }
     return {name: known.get(name, nothing).to_json() for name in COUNTS}
 
 
 def _mfu(rate: Value, peak: Value) -> Value:
-    """Return the share of the peak that was achieved; more than all of it is no share: one of the two is wrong."""
+    """Return the share of the peak that was achieved; more than all of it is no share: one of the
+    two is wrong.
+    """
     if rate.v is not None and peak.v is not None and rate.v > peak.v:
-        return null(f"{rate.v:.4g} TFLOP/s achieved is more than the peak of {peak.v:.4g}: one of them is wrong")
+        return null(
+            f"{rate.v:.4g} TFLOP/s achieved is more than the peak of {peak.v:.4g}: one of them is"
+            " wrong"
+        )
     return derive(lambda achieved, most: achieved / most, rate, peak)

@@ -1,7 +1,8 @@
-"""Records read back, each checked once at the door: whole, of the right shape, with its checksum. Else it is not there.
+"""Records read back, each checked once at the door: whole, of the right shape, with its checksum.
+Else it is not there.
 
-A damaged record is said once, by its file, and what it recorded is made or measured again. What must not be forgotten
-silently, a verdict, is refused instead (`gate/record.py`).
+A damaged record is said once, by its file, and what it recorded is made or measured again. What
+must not be forgotten silently, a verdict, is refused instead (`gate/record.py`).
 """
 
 from __future__ import annotations
@@ -29,15 +30,27 @@ _VALUE = {"$ref": "#/$defs/value"}
 _NS = {"type": "integer", "minimum": 0}
 _TEXT, _TEXT_OR_NULL, _OBJECT = {"type": "string"}, {"type": ["string", "null"]}, {"type": "object"}
 _ATTEMPT = {"type": "integer", "minimum": 1}
-_PHASES_NS = {"type": "object", "propertyNames": {"enum": list(PHASES)}, "additionalProperties": _NS}
+_PHASES_NS = {
+    "type": "object",
+    "propertyNames": {"enum": list(PHASES)},
+    "additionalProperties": _NS,
+}
 _VALUES = {"type": "object", "additionalProperties": _VALUE}
 ROW: Spec = RESULT_SCHEMA["properties"]["rows"]["items"]
-_ARTIFACT: Spec = next(each for each in ROW["properties"]["artifact"]["oneOf"] if each["type"] == "object")
+_ARTIFACT: Spec = next(
+    each for each in ROW["properties"]["artifact"]["oneOf"] if each["type"] == "object"
+)
 
 
 def _fields(optional: Mapping[str, Any] | None = None, **required: Any) -> dict[str, Any]:
-    """Return the schema of an object: its required members and others that may be there, each of a kind."""
-    return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
+    """Return the schema of an object: its required members and others that may be there, each of a
+    kind.
+    """
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": {**required, **(optional or {})},
+    }
 
 
 def _list_of(kind: Spec, *, least: int = 0, most: int | None = None) -> dict[str, Any]:
@@ -46,59 +59,98 @@ def _list_of(kind: Spec, *, least: int = 0, most: int | None = None) -> dict[str
 
 
 _HISTORY = _list_of(_fields(run_id=_TEXT, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS))
-_USAGE = _fields(dict.fromkeys(FIGURES, _VALUE), throttle_reasons=_list_of(_TEXT), problems=_list_of(_TEXT))
+_USAGE = _fields(
+    dict.fromkeys(FIGURES, _VALUE), throttle_reasons=_list_of(_TEXT), problems=_list_of(_TEXT)
+)
 _USAGE["required"] += FIGURES
 _COUNT_OR_NULL = {"type": ["number", "null"], "minimum": 0}
-_HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0, "maximum": 1e9}  # more than all that were ever sold
+# more than all that were ever sold
+_HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0, "maximum": 1e9}
 RUN: Spec = _fields(
     {"pid": {"type": ["integer", "null"]}, "spent_device_hours": _HOURS_OR_NULL},
-    key=_TEXT, status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]}, attempt=_ATTEMPT,
-)  # fmt: skip
+    key=_TEXT,
+    status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]},
+    attempt=_ATTEMPT,
+)
 """run.json: which run of its key this is, and how far it came."""
 ANY_ARTIFACT: Spec = _fields({"artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]}})
 MADE: Spec = _fields(
     {"usage": _USAGE},
-    artifact=_ARTIFACT, run_id=_TEXT, attempt=_ATTEMPT, seed={"type": "integer"}, work_ns=_NS, phases_ns=_PHASES_NS,
+    artifact=_ARTIFACT,
+    run_id=_TEXT,
+    attempt=_ATTEMPT,
+    seed={"type": "integer"},
+    work_ns=_NS,
+    phases_ns=_PHASES_NS,
     output=_fields(
-        counts=_VALUES, curve=_list_of({"type": "object", "additionalProperties": {"type": ["number", "null"]}}),
-        flops_per_step=_COUNT_OR_NULL, seconds_in_steps=_COUNT_OR_NULL, existing={"type": "boolean"},
-        gpu_timeline=_OBJECT, about=_OBJECT,
+        counts=_VALUES,
+        curve=_list_of({"type": "object", "additionalProperties": {"type": ["number", "null"]}}),
+        flops_per_step=_COUNT_OR_NULL,
+        seconds_in_steps=_COUNT_OR_NULL,
+        existing={"type": "boolean"},
+        gpu_timeline=_OBJECT,
+        about=_OBJECT,
     ),
-    memory=_VALUES, earlier=_list_of(ROW),
-)  # fmt: skip
+    memory=_VALUES,
+    earlier=_list_of(ROW),
+)
 """keys/KEY.json: what a stage made, and what that took."""
 ASSESSED: Spec = _fields(
     {"vllm": _fields(outcome={"enum": ["ran", "failed", "not run here"]})},
-    run_id=_TEXT, items=_TEXT, sha256=_TEXT, rows=_list_of(ROW, least=1),
-)  # fmt: skip
+    run_id=_TEXT,
+    items=_TEXT,
+    sha256=_TEXT,
+    rows=_list_of(ROW, least=1),
+)
 """assessments/KEY.json: how good an artifact is."""
 _SECONDS = _list_of(_list_of({"type": "number", "minimum": 0}, least=2, most=2), least=1)
 _OF_PAIRS = _list_of({"type": "array", "minItems": 3, "maxItems": 3})
 SERVED: Spec = _fields(
     {"devices": _ATTEMPT},
-    run_id=_TEXT, elapsed_ns=_NS,
+    run_id=_TEXT,
+    elapsed_ns=_NS,
     served=_fields(
-        {"conditions": _VALUES, "why_no_joules": _TEXT_OR_NULL, "orders": _OF_PAIRS, "places": _OF_PAIRS,
-         "order_seed": {"type": ["integer", "null"]}, "warm_up": _OBJECT,
-         "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]}},
-        serving={"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _VALUE}},
-        seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}), how=_OBJECT,
+        {
+            "conditions": _VALUES,
+            "why_no_joules": _TEXT_OR_NULL,
+            "orders": _OF_PAIRS,
+            "places": _OF_PAIRS,
+            "order_seed": {"type": ["integer", "null"]},
+            "warm_up": _OBJECT,
+            "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
+        },
+        serving={
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": _VALUE},
+        },
+        seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}),
+        how=_OBJECT,
     ),
-)  # fmt: skip
+)
 """serving/KEY.json: a comparison pass."""
 MANIFEST: Spec = _fields(kind={"type": "string", "pattern": "^[a-z_]{1,40}$"}, digest=_TEXT)
 """artifact.json, which is in no digest."""
 REGISTERED: Spec = _fields(
-    run_id=_TEXT, device=_fields(name=_TEXT), work_device_hours=_HOURS_OR_NULL, retry_device_hours=_HOURS_OR_NULL,
+    run_id=_TEXT,
+    device=_fields(name=_TEXT),
+    work_device_hours=_HOURS_OR_NULL,
+    retry_device_hours=_HOURS_OR_NULL,
     model_flops=_COUNT_OR_NULL,
-)  # fmt: skip
+)
 """`ledger` of an artifact.json: what a registered model cost."""
 CHOICE: Spec = _fields(chosen=_TEXT, said=_list_of(_TEXT), trials=_list_of(_OBJECT))
 """What an earlier attempt at a stage chose for its precision."""
 SHARD: Spec = _fields(
-    sha256=_TEXT, windows=_NS, tokens=_NS, read=_NS, bytes=_NS, flops={"type": ["number", "null"], "minimum": 0},
-    capture_ns=_NS, step=_NS, history=_HISTORY,
-)  # fmt: skip
+    sha256=_TEXT,
+    windows=_NS,
+    tokens=_NS,
+    read=_NS,
+    bytes=_NS,
+    flops={"type": ["number", "null"], "minimum": 0},
+    capture_ns=_NS,
+    step=_NS,
+    history=_HISTORY,
+)
 """Beside each shard of a capture."""
 CHECKPOINT: Spec = _fields(step=_NS, sha256={"type": "object", "additionalProperties": _TEXT})
 """manifest.json of a checkpoint."""
@@ -106,66 +158,135 @@ PROGRESS: Spec = _fields({"history": _HISTORY})
 """extra.json of a checkpoint, for which its manifest vouches."""
 _MOMENT = _fields(e=_TEXT, t={"type": "number"})
 DELIVERED: Spec = _fields(
-    {"dead": {"type": "boolean"}, "parent": _TEXT_OR_NULL, "ended": {"type": "boolean"},
-     "children": {"type": "object", "additionalProperties": _TEXT},
-     "arms": {"type": "object", "additionalProperties": {"type": "object"}},
-     "spans": _list_of(_list_of({"type": "integer"}, least=3, most=3)), "noted": {"type": ["number", "null"]}},
-    offset=_NS, last={"oneOf": [{"type": "null"}, _MOMENT]},
-)  # fmt: skip
+    {
+        "dead": {"type": "boolean"},
+        "parent": _TEXT_OR_NULL,
+        "ended": {"type": "boolean"},
+        "children": {"type": "object", "additionalProperties": _TEXT},
+        "arms": {"type": "object", "additionalProperties": {"type": "object"}},
+        "spans": _list_of(_list_of({"type": "integer"}, least=3, most=3)),
+        "noted": {"type": ["number", "null"]},
+    },
+    offset=_NS,
+    last={"oneOf": [{"type": "null"}, _MOMENT]},
+)
 """mlflow.json of a run: how far it was delivered."""
 _RANK = {"type": ["integer", "null"], "minimum": 0}
 LIFE: Spec = _fields(
-    host=_TEXT, rank=_RANK, local_rank=_RANK, world_size={"type": ["integer", "null"], "minimum": 1},
-    device=_TEXT_OR_NULL, device_name=_TEXT_OR_NULL,
-    start_ns=_NS, end_ns=_NS, phases_ns={"type": "object", "additionalProperties": _NS},
-    counts={"type": "object", "additionalProperties": {"type": "number"}}, ended={"type": "boolean"},
-)  # fmt: skip
+    host=_TEXT,
+    rank=_RANK,
+    local_rank=_RANK,
+    world_size={"type": ["integer", "null"], "minimum": 1},
+    device=_TEXT_OR_NULL,
+    device_name=_TEXT_OR_NULL,
+    start_ns=_NS,
+    end_ns=_NS,
+    phases_ns={"type": "object", "additionalProperties": _NS},
+    counts={"type": "object", "additionalProperties": {"type": "number"}},
+    ended={"type": "boolean"},
+)
 """What a rank of a metered command left."""
 _MADE_BY: dict[str, Any] = {
-    "arm": _TEXT, "status": _TEXT, "artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]},
-}  # fmt: skip
+    "arm": _TEXT,
+    "status": _TEXT,
+    "artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]},
+}
 ENDED: Spec = _fields(
     {"why": _TEXT_OR_NULL, "primary_arm": _TEXT_OR_NULL},
-    status={"enum": ["FINISHED", "FAILED", "KILLED"]}, rows=_list_of(_fields(**_MADE_BY)),
-)  # fmt: skip
+    status={"enum": ["FINISHED", "FAILED", "KILLED"]},
+    rows=_list_of(_fields(**_MADE_BY)),
+)
 """result.json, as far as a reference to a run reads it: what it made, and how it ended."""
 CHARGED: Spec = _fields(
     {"why": _TEXT_OR_NULL},
-    run_id=_TEXT, status={"enum": ["FINISHED", "FAILED", "KILLED"]}, primary_arm=_TEXT_OR_NULL,
-    device=_fields(kind=_TEXT, name=_TEXT), rows=_list_of(_fields(
-        **_MADE_BY, type=_TEXT, seed={"type": "integer"}, depends_on=_list_of(_TEXT),
-        ledger=_fields(device_hours=_fields(work=_VALUE, retry=_VALUE), energy_j=_VALUE,
-                       counts=_fields(tokens=_VALUE, model_flops=_VALUE)))),
-)  # fmt: skip
+    run_id=_TEXT,
+    status={"enum": ["FINISHED", "FAILED", "KILLED"]},
+    primary_arm=_TEXT_OR_NULL,
+    device=_fields(kind=_TEXT, name=_TEXT),
+    rows=_list_of(
+        _fields(
+            **_MADE_BY,
+            type=_TEXT,
+            seed={"type": "integer"},
+            depends_on=_list_of(_TEXT),
+            ledger=_fields(
+                device_hours=_fields(work=_VALUE, retry=_VALUE),
+                energy_j=_VALUE,
+                counts=_fields(tokens=_VALUE, model_flops=_VALUE),
+            ),
+        )
+    ),
+)
 """result.json, as far as a registration reads it: what a run spent, too."""
 
 _OF_ARM = {"arm": _TEXT_OR_NULL, "seed": {"type": "integer"}}
-_WINDOW = _fields(kind={"enum": ["work", "assess", "compare"]}, **_OF_ARM, attempt=_ATTEMPT, start_ns=_NS, end_ns=_NS,
-                  kept_ns=_NS)  # fmt: skip
+_WINDOW = _fields(
+    kind={"enum": ["work", "assess", "compare"]},
+    **_OF_ARM,
+    attempt=_ATTEMPT,
+    start_ns=_NS,
+    end_ns=_NS,
+    kept_ns=_NS,
+)
 _CLOCK = {"clock_ns": _PHASES_NS}
-_STARTED = {"run_id": _TEXT, "recipe": _TEXT, "params": _OBJECT, "tags": _OBJECT, "environment": _OBJECT}
+_STARTED = {
+    "run_id": _TEXT,
+    "recipe": _TEXT,
+    "params": _OBJECT,
+    "tags": _OBJECT,
+    "environment": _OBJECT,
+}
 STARTED: Spec = _fields(**_STARTED)
 """The first line of a run's journal, as far as other runs read it."""
 EVENTS: dict[str, Spec] = {
-    "run_start": _fields({**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT),
-    "stage_start": _fields(arm=_TEXT, stage=_TEXT, type=_TEXT, seed={"type": "integer"}, attempt=_ATTEMPT,
-                           params=_OBJECT, depends_on=_list_of(_TEXT)),
-    "open": _fields(_CLOCK, kind={"enum": ["work", "assess", "compare"]}, **_OF_ARM, attempt=_ATTEMPT, start_ns=_NS),
+    "run_start": _fields(
+        {**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT
+    ),
+    "stage_start": _fields(
+        arm=_TEXT,
+        stage=_TEXT,
+        type=_TEXT,
+        seed={"type": "integer"},
+        attempt=_ATTEMPT,
+        params=_OBJECT,
+        depends_on=_list_of(_TEXT),
+    ),
+    "open": _fields(
+        _CLOCK,
+        kind={"enum": ["work", "assess", "compare"]},
+        **_OF_ARM,
+        attempt=_ATTEMPT,
+        start_ns=_NS,
+    ),
     "window": _fields(_CLOCK, **_OF_ARM, window=_WINDOW, phases_ns=_PHASES_NS),
     "row": _fields(row=ROW),
     "points": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, values=_OBJECT),
     "checkpoint": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS),
     "resume": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, history=_HISTORY),
-    "run_end": _fields(status=_TEXT, why=_TEXT_OR_NULL, primary_arm=_TEXT_OR_NULL, run=_fields(
-        {"phases_device_ns": _fields(overhead=_PHASES_NS, compare=_PHASES_NS)}, device_hours=_VALUES)),
+    "run_end": _fields(
+        status=_TEXT,
+        why=_TEXT_OR_NULL,
+        primary_arm=_TEXT_OR_NULL,
+        run=_fields(
+            {"phases_device_ns": _fields(overhead=_PHASES_NS, compare=_PHASES_NS)},
+            device_hours=_VALUES,
+        ),
+    ),
     "devices": _fields(used=_fields(kind=_TEXT, name=_TEXT, ids=_list_of(_TEXT, least=1))),
     "started": _fields(pid={"type": "integer", "minimum": 1}),
-}  # fmt: skip
-"""journal.jsonl, a line each: what is read back of it. Lines of other kinds are read by MLflow's writer alone."""
+}
+"""journal.jsonl, a line each: what is read back of it. Lines of other kinds are read by MLflow's
+writer alone.
+"""
 METERED: Spec = _fields(
-    run_id=_TEXT, started_ns=_NS, name=_TEXT, node=_TEXT, identity=_OBJECT, params=_fields(command=_TEXT),
+    run_id=_TEXT,
+    started_ns=_NS,
+    name=_TEXT,
+    node=_TEXT,
+    identity=_OBJECT,
+    params=_fields(command=_TEXT),
     cost={"type": "object", "propertyNames": {"enum": [each.name for each in fields(CostConfig)]}},
-)  # fmt: skip
+)
 """The first line of a metered command's journal, beside what every run's says."""
 _EVENT: Spec = _fields(e=_TEXT, t={"type": "number"}, mono_ns=_NS)
 _told: set[str] = set()
@@ -180,7 +301,9 @@ def tell(path: Path, why: str, so: str = "is ignored") -> None:
 
 
 def why_damaged(record: Any, spec: Spec) -> str | None:
-    """Return what is wrong with a record that parsed, or None; its checksum is looked at where it has one."""
+    """Return what is wrong with a record that parsed, or None; its checksum is looked at where it
+    has one.
+    """
     if not isinstance(record, dict):
         return "it is no object"
     if CHECKSUM in record and record[CHECKSUM] != checksum(record):
@@ -200,7 +323,8 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path, spec: Spec, *, so: str = "is ignored") -> dict[str, Any] | None:
-    """Return a record without its checksum; None where there is none, or it is damaged, which is said once.
+    """Return a record without its checksum; None where there is none, or it is damaged, which is
+    said once.
 
     Args:
         so: Ends the note on a damaged one: what comes of it.
@@ -239,7 +363,9 @@ def _no_number(name: str) -> Any:
 
 
 def sound_events(events: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal that say what lines of their kind say; others are as if absent, and said."""
+    """Return the lines of a journal that say what lines of their kind say; others are as if absent,
+    and said.
+    """
     found: list[dict[str, Any]] = []
     for event in events:
         why = why_not(event, _EVENT) or why_not(event, EVENTS.get(str(event["e"]), _EVENT), _DEFS)

@@ -1,4 +1,6 @@
-"""What a whole run cost: its stages, its comparison pass and its overhead, at the rate that is declared now."""
+"""What a whole run cost: its stages, its comparison pass and its overhead, at the rate that is
+declared now.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ HELD = "hours that the scheduler held"
 ATTACHED = "attached hours, a lower bound of what was held"
 
 
-def run_cost(events: Sequence[Event], totals: Mapping[str, Any], cost: CostConfig) -> dict[str, Any]:
+def run_cost(
+    events: Sequence[Event], totals: Mapping[str, Any], cost: CostConfig
+) -> dict[str, Any]:
     """Return the money of a run as result.json has it: `{"amount", "currency", "rate", "basis"}`.
 
     Args:
@@ -28,18 +32,24 @@ def run_cost(events: Sequence[Event], totals: Mapping[str, Any], cost: CostConfi
         return {"amount": null(NO_RATE).to_json(), "currency": None, "rate": None, "basis": None}
     paid = [charge for charge in charges(journal_facts(events, totals)) if charge.device_h]
     rate = {
-        "per_device_hour": cost.per_device_hour, "kind": None if cost.kind is None else cost.kind.value,
-        "source": cost.source, "date": cost.date,
-    }  # fmt: skip
+        "per_device_hour": cost.per_device_hour,
+        "kind": None if cost.kind is None else cost.kind.value,
+        "source": cost.source,
+        "date": cost.date,
+    }
     held = all(charge.allocated_gpu_h is not None for charge in paid)
     return {
-        "amount": _amount(paid, cost.currency).to_json(), "currency": cost.currency, "rate": rate,
+        "amount": _amount(paid, cost.currency).to_json(),
+        "currency": cost.currency,
+        "rate": rate,
         "basis": HELD if held else ATTACHED,
-    }  # fmt: skip
+    }
 
 
 def _amount(paid: Sequence[Charge], currency: str | None) -> Value:
-    """Return the sum; null where an attempt of this run was charged in another currency, or at no rate."""
+    """Return the sum; null where an attempt of this run was charged in another currency, or at no
+    rate.
+    """
     other = [each for each in paid if each.amount is None or each.currency != currency]
     if other:
         hours = math.fsum(each.device_h for each in other)

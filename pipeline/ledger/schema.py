@@ -1,4 +1,6 @@
-"""The JSON Schemas of `result.json` and `verdict.json` (schema 1). Every run is checked against them in the tests."""
+"""The JSON Schemas of `result.json` and `verdict.json` (schema 1). Every run is checked against
+them in the tests.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,20 @@ VALUE: dict[str, Any] = {
         "why_null": {"type": ["string", "null"]},
     },
     "oneOf": [
-        {"properties": {"v": {"type": "number"}, "prov": {"enum": _PROV[:4]}, "why_null": {"type": "null"}}},
-        {"properties": {"v": {"type": "null"}, "prov": {"const": "unavailable"}, "why_null": {"type": "string"}}},
+        {
+            "properties": {
+                "v": {"type": "number"},
+                "prov": {"enum": _PROV[:4]},
+                "why_null": {"type": "null"},
+            }
+        },
+        {
+            "properties": {
+                "v": {"type": "null"},
+                "prov": {"const": "unavailable"},
+                "why_null": {"type": "string"},
+            }
+        },
     ],
 }
 _INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
@@ -39,7 +53,12 @@ def _values(*names: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _interval_value(**more: Any) -> dict[str, Any]:
-    return {"allOf": [{"$ref": "#/$defs/value"}, {"required": ["ci"], "properties": {"ci": _INTERVAL, **more}}]}
+    return {
+        "allOf": [
+            {"$ref": "#/$defs/value"},
+            {"required": ["ci"], "properties": {"ci": _INTERVAL, **more}},
+        ]
+    }
 
 
 _PHASES_NS = {
@@ -50,44 +69,88 @@ _PHASES_NS = {
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 _QUALITY_NAMES = {"anyOf": [{"enum": list(QUALITY_KEYS)}, {"pattern": TASK_KEY}]}
 _COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
-_COST["properties"]["facility_energy_j"] = {"$ref": "#/$defs/value"}  # a run of an older release has none
+# a run of an older release has none
+_COST["properties"]["facility_energy_j"] = {"$ref": "#/$defs/value"}
 _COUNTS = _values(
-    "steps", "steps_lost", "examples", "tokens", "model_flops", "achieved_tflops", "peak_tflops", "mfu", "goodput",
-    "distillation_share", "distillation_gradient_share",
-)  # fmt: skip
+    "steps",
+    "steps_lost",
+    "examples",
+    "tokens",
+    "model_flops",
+    "achieved_tflops",
+    "peak_tflops",
+    "mfu",
+    "goodput",
+    "distillation_share",
+    "distillation_gradient_share",
+)
 for _name in ("active_parameter_share", "target_tokens"):
     _COUNTS["properties"][_name] = {"$ref": "#/$defs/value"}  # a run of an older release has none
 _CONDITIONS = _values(
-    *(name for name in FIGURES if name not in ("energy_j", *ADDED_USAGE)), "meter_overhead",
+    *(name for name in FIGURES if name not in ("energy_j", *ADDED_USAGE)),
+    "meter_overhead",
     extra={"throttle_reasons": _STRINGS, "problems": _STRINGS, "truncated": {"type": "boolean"}},
-)  # fmt: skip
+)
 _CONDITIONS["properties"] |= {
     name: {"$ref": "#/$defs/value"} for name in (*ADDED, *ADDED_USAGE)
 }  # a row of an older release has none
 _LEDGER: dict[str, Any] = {
     "type": "object",
     "required": [
-        "wall_s", "phases_ns", "device_hours", "gpu_hours", "energy_j", "counts", "memory", "cost", "meter_valid",
-        "meter_problems", "identity", "placement", "conditions",
+        "wall_s",
+        "phases_ns",
+        "device_hours",
+        "gpu_hours",
+        "energy_j",
+        "counts",
+        "memory",
+        "cost",
+        "meter_valid",
+        "meter_problems",
+        "identity",
+        "placement",
+        "conditions",
     ],
     "additionalProperties": False,
     "properties": {
         "conditions": _CONDITIONS,
-        "gpu_timeline": _values(*TRACED, extra={
-            "phases_s": {"type": "object", "propertyNames": {"enum": list(PHASES)},
-                         "additionalProperties": {"type": "number", "minimum": 0}},
-            "traces": _STRINGS, "notes": _STRINGS,
-        }),
+        "gpu_timeline": _values(
+            *TRACED,
+            extra={
+                "phases_s": {
+                    "type": "object",
+                    "propertyNames": {"enum": list(PHASES)},
+                    "additionalProperties": {"type": "number", "minimum": 0},
+                },
+                "traces": _STRINGS,
+                "notes": _STRINGS,
+            },
+        ),
         "identity": {"type": "object"},
         "placement": {"type": "object"},
         "wall_s": {"$ref": "#/$defs/value"},
         "phases_ns": _PHASES_NS,
         "device_hours": _values(
-            "attached", "work", "assess", "retry", "productive", "support", "wasted",
-            extra={"wasted_by": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}}},
+            "attached",
+            "work",
+            "assess",
+            "retry",
+            "productive",
+            "support",
+            "wasted",
+            extra={
+                "wasted_by": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}}
+            },
         ),
         "gpu_hours": _values(
-            "attached", "allocated", "busy", "sm_active", "tensor_active", "productive", "support", "wasted"
+            "attached",
+            "allocated",
+            "busy",
+            "sm_active",
+            "tensor_active",
+            "productive",
+            "support",
+            "wasted",
         ),
         "energy_j": {"$ref": "#/$defs/value"},
         "counts": _COUNTS,
@@ -96,12 +159,26 @@ _LEDGER: dict[str, Any] = {
         "meter_valid": {"type": "boolean"},
         "meter_problems": _STRINGS,
     },
-}  # fmt: skip
+}
 
 _ROW: dict[str, Any] = {
     "type": "object",
-    "required": ["arm", "stage", "type", "seed", "attempt", "status", "why", "reused", "artifact", "ledger", "quality",
-                 "recovery", "serving", "depends_on"],
+    "required": [
+        "arm",
+        "stage",
+        "type",
+        "seed",
+        "attempt",
+        "status",
+        "why",
+        "reused",
+        "artifact",
+        "ledger",
+        "quality",
+        "recovery",
+        "serving",
+        "depends_on",
+    ],
     "additionalProperties": False,
     "properties": {
         "arm": {"type": "string"},
@@ -149,36 +226,69 @@ _ROW: dict[str, Any] = {
                 ]
             },
         },
-        "recovery": {"type": "object", "propertyNames": {"enum": ["loss", "kl"]},
-                     "additionalProperties": {"$ref": "#/$defs/value"}},
-        "quantization": {"oneOf": [{"type": "null"}, {
-            "type": "object", "required": ["format", "layers", "share"], "additionalProperties": False,
-            "properties": {"format": {"type": "string"}, "layers": {"type": "integer", "minimum": 0},
-                           "share": {"$ref": "#/$defs/value"}},
-        }]},
+        "recovery": {
+            "type": "object",
+            "propertyNames": {"enum": ["loss", "kl"]},
+            "additionalProperties": {"$ref": "#/$defs/value"},
+        },
+        "quantization": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "required": ["format", "layers", "share"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "format": {"type": "string"},
+                        "layers": {"type": "integer", "minimum": 0},
+                        "share": {"$ref": "#/$defs/value"},
+                    },
+                },
+            ]
+        },
         "serving": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
-        "unchanged": {"oneOf": [{"type": "null"}, {
-            "type": "object", "required": ["as", "why"], "additionalProperties": False,
-            "properties": {"as": {"type": "string"}, "why": {"type": "string"}},
-        }]},
+        "unchanged": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "required": ["as", "why"],
+                    "additionalProperties": False,
+                    "properties": {"as": {"type": "string"}, "why": {"type": "string"}},
+                },
+            ]
+        },
     },
-}  # fmt: skip
+}
 
 _COMPARISON: dict[str, Any] = {
     "type": "object",
     "required": ["arm", "base", "on", "speedup", "quality", "training", "serving", "payback"],
     "additionalProperties": False,
     "properties": {
-        "speedup": {"oneOf": [{"type": "null"}, {
-            "type": "object",
-            "required": ["saves_time", "memory", "no_speedup"],
-            "additionalProperties": False,
-            "properties": {
-                "saves_time": {"type": "boolean"}, "no_speedup": {"type": "boolean"},
-                "memory": {"allOf": [{"$ref": "#/$defs/value"}, {
-                    "required": ["of"], "properties": {"of": {"enum": ["peak_bytes", "weights_bytes"]}}}]},
-            },
-        }]},
+        "speedup": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "required": ["saves_time", "memory", "no_speedup"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "saves_time": {"type": "boolean"},
+                        "no_speedup": {"type": "boolean"},
+                        "memory": {
+                            "allOf": [
+                                {"$ref": "#/$defs/value"},
+                                {
+                                    "required": ["of"],
+                                    "properties": {"of": {"enum": ["peak_bytes", "weights_bytes"]}},
+                                },
+                            ]
+                        },
+                    },
+                },
+            ]
+        },
         "arm": {"type": "string"},
         "base": {"type": "string"},
         "base_is": {"enum": ["best_16_bit", None]},
@@ -189,110 +299,235 @@ _COMPARISON: dict[str, Any] = {
             "additionalProperties": _interval_value(
                 margin={"type": "number"},
                 answer={"enum": ["better", "worse", "equal", "undecided"]},
-                n={"type": "integer"}, groups={"type": ["integer", "null"]}, available={"type": ["integer", "null"]},
+                n={"type": "integer"},
+                groups={"type": ["integer", "null"]},
+                available={"type": ["integer", "null"]},
                 smallest_visible_damage={"type": "number"},
-                items_to_decide={"type": ["integer", "null"]}, why_undecided={"type": "string"},
+                items_to_decide={"type": ["integer", "null"]},
+                why_undecided={"type": "string"},
             ),
         },
-        "training": {"oneOf": [{"type": "null"}, _interval_value(
-            c_arm={"$ref": "#/$defs/value"}, c_base={"$ref": "#/$defs/value"}, c_opt={"$ref": "#/$defs/value"},
-            all_in_arm={"$ref": "#/$defs/value"}, all_in_base={"$ref": "#/$defs/value"},
-            new_spend_saving={"$ref": "#/$defs/value"}, systems={"$ref": "#/$defs/value"},
-            algorithmic={"$ref": "#/$defs/value"}, bound={"$ref": "#/$defs/value"},
-            amortised={"$ref": "#/$defs/value"}, less_others={"$ref": "#/$defs/value"}, rule={"type": "string"},
-        )]},
-        "serving": {"oneOf": [{"type": "null"}, _interval_value(
-            blocks={"type": "integer"}, how={"type": "string"},
-            dtypes={"type": "object", "required": ["arm", "base"], "additionalProperties": {"type": "string"}},
-            sd_log={"type": "number", "minimum": 0},
-            orders={"type": "array", "items": {"enum": ["ABBA", "BAAB"]}}, order_seed={"type": ["integer", "null"]},
-            warm_up={"type": "object"}, disturbed=_STRINGS)]},
-        "payback": {"oneOf": [{"type": "null"}, {"allOf": [{"$ref": "#/$defs/value"}, {
-            "required": ["unit"],
-            "properties": {"unit": {"enum": ["token", "example"]}, "p_net_positive": {"$ref": "#/$defs/value"},
-                           "replicas_saved": {"$ref": "#/$defs/value"}},
-        }]}]},
+        "training": {
+            "oneOf": [
+                {"type": "null"},
+                _interval_value(
+                    c_arm={"$ref": "#/$defs/value"},
+                    c_base={"$ref": "#/$defs/value"},
+                    c_opt={"$ref": "#/$defs/value"},
+                    all_in_arm={"$ref": "#/$defs/value"},
+                    all_in_base={"$ref": "#/$defs/value"},
+                    new_spend_saving={"$ref": "#/$defs/value"},
+                    systems={"$ref": "#/$defs/value"},
+                    algorithmic={"$ref": "#/$defs/value"},
+                    bound={"$ref": "#/$defs/value"},
+                    amortised={"$ref": "#/$defs/value"},
+                    less_others={"$ref": "#/$defs/value"},
+                    rule={"type": "string"},
+                ),
+            ]
+        },
+        "serving": {
+            "oneOf": [
+                {"type": "null"},
+                _interval_value(
+                    blocks={"type": "integer"},
+                    how={"type": "string"},
+                    dtypes={
+                        "type": "object",
+                        "required": ["arm", "base"],
+                        "additionalProperties": {"type": "string"},
+                    },
+                    sd_log={"type": "number", "minimum": 0},
+                    orders={"type": "array", "items": {"enum": ["ABBA", "BAAB"]}},
+                    order_seed={"type": ["integer", "null"]},
+                    warm_up={"type": "object"},
+                    disturbed=_STRINGS,
+                ),
+            ]
+        },
+        "payback": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "allOf": [
+                        {"$ref": "#/$defs/value"},
+                        {
+                            "required": ["unit"],
+                            "properties": {
+                                "unit": {"enum": ["token", "example"]},
+                                "p_net_positive": {"$ref": "#/$defs/value"},
+                                "replicas_saved": {"$ref": "#/$defs/value"},
+                            },
+                        },
+                    ]
+                },
+            ]
+        },
     },
-}  # fmt: skip
+}
 
 _TEXT: dict[str, Any] = {"type": ["string", "null"]}
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _CRITERION: dict[str, Any] = {
     "type": "object",
-    "required": ["name", "outcome", "gating", "value", "ci", "level", "threshold", "unit", "n", "needed", "why"],
+    "required": [
+        "name",
+        "outcome",
+        "gating",
+        "value",
+        "ci",
+        "level",
+        "threshold",
+        "unit",
+        "n",
+        "needed",
+        "why",
+    ],
     "additionalProperties": False,
     "properties": {
-        "name": {"type": "string", "pattern": "^(training|serving|memory|energy|payback|quality/.+)$"},
-        "outcome": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]}, "gating": {"type": "boolean"},
-        "value": {"$ref": "#/$defs/value"}, "ci": _INTERVAL, "level": {"type": ["number", "null"]},
-        "threshold": {"type": ["number", "null"]}, "unit": {"type": "string"}, "n": {"type": ["integer", "null"]},
-        "needed": {"type": ["integer", "null"]}, "why": _TEXT, "groups": {"type": ["integer", "null"]},
-        "available": {"type": ["integer", "null"]}, "smallest_visible_damage": {"type": ["number", "null"]},
+        "name": {
+            "type": "string",
+            "pattern": "^(training|serving|memory|energy|payback|quality/.+)$",
+        },
+        "outcome": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]},
+        "gating": {"type": "boolean"},
+        "value": {"$ref": "#/$defs/value"},
+        "ci": _INTERVAL,
+        "level": {"type": ["number", "null"]},
+        "threshold": {"type": ["number", "null"]},
+        "unit": {"type": "string"},
+        "n": {"type": ["integer", "null"]},
+        "needed": {"type": ["integer", "null"]},
+        "why": _TEXT,
+        "groups": {"type": ["integer", "null"]},
+        "available": {"type": ["integer", "null"]},
+        "smallest_visible_damage": {"type": ["number", "null"]},
     },
-}  # fmt: skip
+}
 _SIDE: dict[str, Any] = {
     "type": "object",
     "required": ["reference", "digest", "path", "bytes", "model", "version", "url", "charge"],
     "additionalProperties": False,
     "properties": {
-        "reference": {"type": "string"}, "digest": _DIGEST, "path": {"type": "string"},
-        "bytes": {"type": "integer"}, "model": _TEXT, "version": _TEXT, "url": _TEXT,
+        "reference": {"type": "string"},
+        "digest": _DIGEST,
+        "path": {"type": "string"},
+        "bytes": {"type": "integer"},
+        "model": _TEXT,
+        "version": _TEXT,
+        "url": _TEXT,
         "charge": {"type": ["object", "null"]},
     },
-}  # fmt: skip
-_BROKEN_OFF = [1, 7, 75, 130]  # exit codes of a run that did not come to its end, whatever its verdict
+}
+# exit codes of a run that did not come to its end, whatever its verdict
+_BROKEN_OFF = [1, 7, 75, 130]
 _JUDGED: dict[str, Any] = {
-    "schema": {"const": 1}, "line": {"type": "string"},
+    "schema": {"const": 1},
+    "line": {"type": "string"},
     "verdict": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", "NO_BASELINE"]},
-    "exit_code": {"enum": [0, 3, 4, 5, 6]}, "why": _TEXT, "criteria": {"type": "array", "items": _CRITERION},
-    "candidate": _SIDE, "baseline": {"oneOf": [{"type": "null"}, _SIDE]},
+    "exit_code": {"enum": [0, 3, 4, 5, 6]},
+    "why": _TEXT,
+    "criteria": {"type": "array", "items": _CRITERION},
+    "candidate": _SIDE,
+    "baseline": {"oneOf": [{"type": "null"}, _SIDE]},
     "policy": {"type": "object", "required": ["name", "sha256", "settings"]},
-    "task": {"type": "string"}, "primary": {"type": "string"}, "unit": {"enum": ["token", "example"]},
-    "data": {"type": "string"}, "device": {"type": "object", "required": ["kind", "name", "count"]},
-    "key": {"type": "string"}, "look": {"type": "integer", "minimum": 1}, "looks": {"type": "integer", "minimum": 1},
-    "run_id": {"type": "string"}, "created": {"type": "string"}, "recorded": {"type": "string"},
-    "dtype": {"oneOf": [{"type": "null"}, {
-        "type": "object", "required": ["asked", "served"],
-        "properties": {"asked": {"enum": ["auto", "fp32", "bf16", "fp16"]},
-                       "served": {"enum": ["fp32", "bf16", "fp16", None]}}}]},
-    "promotion": {"oneOf": [{"type": "null"}, {
-        "type": "object", "required": ["done", "model", "version", "url", "why"],
-        "properties": {"done": {"type": "boolean"}}}]},
+    "task": {"type": "string"},
+    "primary": {"type": "string"},
+    "unit": {"enum": ["token", "example"]},
+    "data": {"type": "string"},
+    "device": {"type": "object", "required": ["kind", "name", "count"]},
+    "key": {"type": "string"},
+    "look": {"type": "integer", "minimum": 1},
+    "looks": {"type": "integer", "minimum": 1},
+    "run_id": {"type": "string"},
+    "created": {"type": "string"},
+    "recorded": {"type": "string"},
+    "dtype": {
+        "oneOf": [
+            {"type": "null"},
+            {
+                "type": "object",
+                "required": ["asked", "served"],
+                "properties": {
+                    "asked": {"enum": ["auto", "fp32", "bf16", "fp16"]},
+                    "served": {"enum": ["fp32", "bf16", "fp16", None]},
+                },
+            },
+        ]
+    },
+    "promotion": {
+        "oneOf": [
+            {"type": "null"},
+            {
+                "type": "object",
+                "required": ["done", "model", "version", "url", "why"],
+                "properties": {"done": {"type": "boolean"}},
+            },
+        ]
+    },
     "history": {"type": ["object", "null"]},
-    "end": {"type": "object", "required": ["exit_code", "why"], "additionalProperties": False,
-            "properties": {"exit_code": {"enum": [0, 3, 4, 5, 6, *_BROKEN_OFF]}, "why": _TEXT}},
-}  # fmt: skip
+    "end": {
+        "type": "object",
+        "required": ["exit_code", "why"],
+        "additionalProperties": False,
+        "properties": {"exit_code": {"enum": [0, 3, 4, 5, 6, *_BROKEN_OFF]}, "why": _TEXT},
+    },
+}
 _SHOWN: dict[str, Any] = {
-    "type": "object", "required": [name for name in _JUDGED if name not in ("recorded", "dtype")],
-    "additionalProperties": False, "properties": _JUDGED,
-}  # fmt: skip
+    "type": "object",
+    "required": [name for name in _JUDGED if name not in ("recorded", "dtype")],
+    "additionalProperties": False,
+    "properties": _JUDGED,
+}
 _CRASHED: dict[str, Any] = {
-    "type": "object", "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
+    "type": "object",
+    "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
     "additionalProperties": False,
     "properties": {
-        "schema": {"const": 1}, "line": {"type": "string"}, "verdict": {"type": "null"},
-        "exit_code": {"enum": _BROKEN_OFF}, "why": _TEXT,
-        "criteria": {"type": "array", "maxItems": 0}, "run_id": {"type": "string"},
+        "schema": {"const": 1},
+        "line": {"type": "string"},
+        "verdict": {"type": "null"},
+        "exit_code": {"enum": _BROKEN_OFF},
+        "why": _TEXT,
+        "criteria": {"type": "array", "maxItems": 0},
+        "run_id": {"type": "string"},
     },
-}  # fmt: skip
+}
 VERDICT_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "verdict.json",
     "oneOf": [
-        {**_SHOWN, "required": [*_SHOWN["required"], "readings", "sha256"],
-         "properties": {**_JUDGED, "readings": {"type": "object"}, "sha256": {"type": "string"}}},
+        {
+            **_SHOWN,
+            "required": [*_SHOWN["required"], "readings", "sha256"],
+            "properties": {**_JUDGED, "readings": {"type": "object"}, "sha256": {"type": "string"}},
+        },
         _CRASHED,
     ],
     "$defs": {"value": VALUE},
-}  # fmt: skip
+}
 """What a release gate leaves: its verdict, or that it came to none."""
 
 RESULT_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "result.json",
     "type": "object",
-    "required": ["schema", "run_id", "recipe", "question", "status", "why", "primary_arm", "device", "environment",
-                 "conclusion", "run", "rows", "comparisons", "verdict"],
+    "required": [
+        "schema",
+        "run_id",
+        "recipe",
+        "question",
+        "status",
+        "why",
+        "primary_arm",
+        "device",
+        "environment",
+        "conclusion",
+        "run",
+        "rows",
+        "comparisons",
+        "verdict",
+    ],
     "additionalProperties": False,
     "properties": {
         "schema": {"const": 1},
@@ -306,7 +541,11 @@ RESULT_SCHEMA: dict[str, Any] = {
         "device": {
             "type": "object",
             "required": ["kind", "name", "count"],
-            "properties": {"kind": {"type": "string"}, "name": {"type": "string"}, "count": {"type": "integer"}},
+            "properties": {
+                "kind": {"type": "string"},
+                "name": {"type": "string"},
+                "count": {"type": "integer"},
+            },
         },
         "environment": {"type": "object"},
         "run": {
@@ -317,18 +556,28 @@ RESULT_SCHEMA: dict[str, Any] = {
                 "attempts": {"type": "integer", "minimum": 1},
                 "device_hours": _values("total", "work", "assess", "retry", "compare", "overhead"),
                 "phases_device_ns": {
-                    "type": "object", "required": ["overhead", "compare"], "additionalProperties": _PHASES_NS,
+                    "type": "object",
+                    "required": ["overhead", "compare"],
+                    "additionalProperties": _PHASES_NS,
                 },
                 "compare_conditions": _values(*COMPARED),
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
-                "cost": _values("amount", extra={
-                    "currency": {"type": ["string", "null"]}, "basis": {"type": ["string", "null"]},
-                    "rate": {"type": ["object", "null"]},
-                }),
+                "cost": _values(
+                    "amount",
+                    extra={
+                        "currency": {"type": ["string", "null"]},
+                        "basis": {"type": ["string", "null"]},
+                        "rate": {"type": ["object", "null"]},
+                    },
+                ),
                 "per_converged_model": _values(
-                    "device_hours", "amount",
-                    extra={"currency": {"type": ["string", "null"]}, "run": {"type": ["string", "null"]}},
+                    "device_hours",
+                    "amount",
+                    extra={
+                        "currency": {"type": ["string", "null"]},
+                        "run": {"type": ["string", "null"]},
+                    },
                 ),
             },
         },
@@ -337,4 +586,4 @@ RESULT_SCHEMA: dict[str, Any] = {
         "verdict": {"oneOf": [{"type": "null"}, _SHOWN]},
     },
     "$defs": {"value": VALUE},
-}  # fmt: skip
+}

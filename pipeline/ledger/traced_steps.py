@@ -1,14 +1,18 @@
-"""A few steps of a training traced with torch's profiler: small files for Perfetto, and the shares of the GPU timeline.
+"""A few steps of a training traced with torch's profiler: small files for Perfetto, and the shares
+of the GPU timeline.
 
-Which steps is a function of their number alone, so that a resumed run samples the same ones. Each is traced together
-with the step before it: the profiler begins on an empty device, and without a step of lead-in all that the host does
-before its first launch would show as idle time, which in a row of steps hides behind the device's work. Ending the
-profiler waits for the device. That is allowed on sampled steps only, is booked to `log`, and is no time in steps. All
-other steps ask one set whether they are in it.
+Which steps is a function of their number alone, so that a resumed run samples the same ones. Each
+is traced together
+with the step before it: the profiler begins on an empty device, and without a step of lead-in all
+    that the host does before its first launch would show as idle time, which in a row of steps
+    hides behind the device's work. Ending the profiler waits for the device. That is allowed on
+    sampled steps only, is booked to `log`, and is no time in steps. All other steps ask one set
+    whether they are in it.
 
-A profiler that does not work (no CUPTI, no permission, another profiler there) is a reason, not an error: the figures
-are null, the training goes on.
-Source: torch.profiler.profile, whose `stop` synchronises; ui.perfetto.dev opens the files as they are.
+A profiler that does not work (no CUPTI, no permission, another profiler there) is a reason, not an
+error: the figures are null, the training goes on.
+Source: torch.profiler.profile, whose `stop` synchronises; ui.perfetto.dev opens the files as they
+    are.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ from pipeline.ledger.values import null
 WARM_UP = 10  # steps that are not sampled: compiling, allocator and autotuning settle in them
 LIMIT_BYTES = 4 * 2**20  # of a compressed trace; some 100,000 events
 LEFT_OUT = (("python_function",), ("ac2g", "fwdbwd"), ("cpu_op",))
-"""Categories left out of a trace, in this order, the first always: what the timeline is read from stays."""
+"""Categories left out of a trace, in this order, the first always: what the timeline is read from
+stays.
+"""
 HEAD = ("schemaVersion", "displayTimeUnit", "baseTimeNanoseconds", "deviceProperties")
 
 
@@ -57,11 +63,12 @@ class Profiler(Protocol):
 
 
 def sampled_steps(total: int, count: int, eval_every: int | None = None) -> tuple[int, ...]:
-    """Return which of the steps 1 to `total` are traced: one soon after the warm-up, the others spread over the rest.
+    """Return which of the steps 1 to `total` are traced: one soon after the warm-up, the others
+    spread over the rest.
 
     Args:
-        eval_every: Steps between evaluations. No step is sampled right after one, or the evaluation would be traced
-            with its lead-in.
+        eval_every: Steps between evaluations. No step is sampled right after one, or the evaluation
+            would be traced with its lead-in.
     """
     first = min(WARM_UP + 1, total // 2 + 1)
     span = total - first + 1
@@ -70,7 +77,9 @@ def sampled_steps(total: int, count: int, eval_every: int | None = None) -> tupl
     count = min(count, max(1, span // 2))
     numbers = (first + index * span // count for index in range(count))
     every = eval_every or total
-    return tuple(number + ((number - 1) % every == 0 and every > 1 and number < total) for number in numbers)
+    return tuple(
+        number + ((number - 1) % every == 0 and every > 1 and number < total) for number in numbers
+    )
 
 
 class StepTracer:
@@ -85,9 +94,14 @@ class StepTracer:
     """
 
     def __init__(
-        self, folder: Path | None = None, device: Any = None, steps: Collection[int] = (), *,
-        limit_bytes: int = LIMIT_BYTES, make_profiler: Callable[[Any], Profiler] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path | None = None,
+        device: Any = None,
+        steps: Collection[int] = (),
+        *,
+        limit_bytes: int = LIMIT_BYTES,
+        make_profiler: Callable[[Any], Profiler] | None = None,
+    ) -> None:
         self._folder, self._device = folder, device
         self._steps = frozenset(() if folder is None else steps)
         self._limit_bytes, self._make_profiler = limit_bytes, make_profiler or _torch_profiler
@@ -97,7 +111,9 @@ class StepTracer:
         self._notes: list[str] = []
 
     def opens_at(self, number: int) -> bool:
-        """Tell whether tracing begins with this step: it is sampled, or the lead-in of one that is."""
+        """Tell whether tracing begins with this step: it is sampled, or the lead-in of one that
+        is.
+        """
         wanted = number in self._steps or number + 1 in self._steps
         return wanted and self._profiler is None and not self._failed
 
@@ -144,14 +160,17 @@ class StepTracer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the profiler where the training ended between the beginning and the end of a trace."""
+        """Stop the profiler where the training ended between the beginning and the end of a
+        trace.
+        """
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
         attempted(profiler.stop, self._fail)
 
     def result(self) -> dict[str, Any]:
-        """Return shares of step time, each step's classes, file names and what is to be said of them; plain JSON.
+        """Return shares of step time, each step's classes, file names and what is to be said of
+        them; plain JSON.
 
         Steps that an earlier attempt at the same training traced are read from the files it left.
         """
@@ -169,11 +188,16 @@ class StepTracer:
         shares = summary(list(found.values()), why_none=self._why_none())
         return {
             "shares": {name: value.to_json() for name, value in shares.items()},
-            "steps": [_plain(number, device, classes) for number, devices in found.items()
-                      for device, classes in devices.items()],
-            "traces": [_file(number) for number in sorted(self._steps) if self._path(number).exists()],
+            "steps": [
+                _plain(number, device, classes)
+                for number, devices in found.items()
+                for device, classes in devices.items()
+            ],
+            "traces": [
+                _file(number) for number in sorted(self._steps) if self._path(number).exists()
+            ],
             "notes": self._notes,
-        }  # fmt: skip
+        }
 
     def _why_none(self) -> str:
         if self._device is None or self._device.type == "cpu":
@@ -197,7 +221,9 @@ class StepTracer:
         path = self._path(number)
         path.unlink(missing_ok=True)
         if found is None:
-            self._notes.append(f"the trace of step {number} is not kept: more than {self._limit_bytes} bytes")
+            self._notes.append(
+                f"the trace of step {number} is not kept: more than {self._limit_bytes} bytes"
+            )
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -211,24 +237,32 @@ class StepTracer:
         def read() -> None:
             self._classes[number] = by_device(read_trace(self._path(number)), _name(number))
 
-        attempted(read, lambda why: self._notes.append(f"{_file(number)} cannot be read back ({why})"))
+        attempted(
+            read, lambda why: self._notes.append(f"{_file(number)} cannot be read back ({why})")
+        )
 
 
 def step_tracer(
     folder: Path | None, device: Any, *, total: int, count: int, eval_every: int | None = None
 ) -> StepTracer:
-    """Return the tracer of a training: on a GPU, with a folder to write to, of `count` of its `total` steps."""
+    """Return the tracer of a training: on a GPU, with a folder to write to, of `count` of its
+    `total` steps.
+    """
     steps = sampled_steps(total, count, eval_every) if device.type == "cuda" else ()
     return StepTracer(folder, device, steps)
 
 
 def shrink(raw: Mapping[str, Any], limit_bytes: int) -> bytes | None:
-    """Return a trace, compressed, with so much left out that it is within the limit; None where it cannot be."""
+    """Return a trace, compressed, with so much left out that it is within the limit; None where it
+    cannot be.
+    """
     events, left_out = list(raw["traceEvents"]), list[str]()
     head = {name: raw[name] for name in HEAD if name in raw}
     for categories in LEFT_OUT:
         kept = [event for event in events if event.get("cat") not in categories]
-        left_out += [name for name in categories if any(event.get("cat") == name for event in events)]
+        left_out += [
+            name for name in categories if any(event.get("cat") == name for event in events)
+        ]
         events = kept
         text = json.dumps({**head, "otherData": {"left_out": left_out}, "traceEvents": events})
         small = gzip.compress(text.encode(), mtime=0)
@@ -250,7 +284,9 @@ def _torch_profiler(device: Any) -> Any:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    return profile(activities=activities, record_shapes=False, with_stack=False, profile_memory=False)
+    return profile(
+        activities=activities, record_shapes=False, with_stack=False, profile_memory=False
+    )
 
 
 def _marked(number: int) -> AbstractContextManager[Any]:
@@ -268,4 +304,8 @@ def _file(number: int) -> str:
 
 
 def _plain(number: int, device: int, classes: Classes) -> dict[str, int]:
-    return {"step": number, "device": device, **{name: getattr(classes, name) for name in Classes.__slots__}}
+    return {
+        "step": number,
+        "device": device,
+        **{name: getattr(classes, name) for name in Classes.__slots__},
+    }

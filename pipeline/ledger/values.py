@@ -1,4 +1,6 @@
-"""A figure and where it came from. No reading is not zero: what was not measured is null, with the reason."""
+"""A figure and where it came from. No reading is not zero: what was not measured is null, with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def measured(v: float | int) -> Value:
 
 
 def estimated(v: float | int) -> Value:
-    """Return a figure from a model of reality (a FLOP formula times a rate, a power limit times time)."""
+    """Return a figure from a model of reality (a FLOP formula times a rate, a power limit times
+    time).
+    """
     return Value(v, Prov.ESTIMATED)
 
 
@@ -65,7 +69,9 @@ def null(why: str) -> Value:
 
 
 def derive(compute: Callable[..., float | int], *inputs: Value) -> Value:
-    """Compute a figure from others: null if any input is null, else with the worst provenance (at best derived)."""
+    """Compute a figure from others: null if any input is null, else with the worst provenance (at
+    best derived).
+    """
     missing = next((value for value in inputs if value.v is None), None)
     if missing is not None:
         assert missing.why_null is not None

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GENERIC = re.compile(r"LABEL_(\d+)")  # what transformers calls classes that nobody named
-PROBLEMS = {"regression": "predicts a number", "multi_label_classification": "may give a text several classes"}
+PROBLEMS = {
+    "regression": "predicts a number",
+    "multi_label_classification": "may give a text several classes",
+}
 SHOWN = 12  # names of a refusal
 
 
@@ -39,15 +42,18 @@ def class_names(config: Any) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
-def match_classes(config: Any, labels: Sequence[str], *, new_head: bool, key: str, path: object) -> Classes:
+def match_classes(
+    config: Any, labels: Sequence[str], *, new_head: bool, key: str, path: object
+) -> Classes:
     """Find each of the data's classes among a model's.
 
-    Names are equal up to case, blanks around them, and the choice of blank, `_` or `-` inside. Numbers are outputs,
-    where there is one for each. The model's numbering stays as it is.
+    Names are equal up to case, blanks around them, and the choice of blank, `_` or `-` inside.
+    Numbers are outputs, where there is one for each. The model's numbering stays as it is.
 
     Args:
         labels: The data's class names.
-        new_head: Whether a head of other classes may be made anew, because it is trained afterwards.
+        new_head: Whether a head of other classes may be made anew, because it is trained
+            afterwards.
 
     Raises:
         UserError: If the model is no classifier, or has other classes and keeps its head.
@@ -61,14 +67,24 @@ def match_classes(config: Any, labels: Sequence[str], *, new_head: bool, key: st
     is_generic = all(_GENERIC.fullmatch(name) for name in theirs)
     if sorted(ours) == sorted(map(str, range(len(theirs)))):
         named = _listed([theirs[int(name)] for name in ours])
-        note = None if is_generic else f"{key}: the data's classes {_listed(ours)} are read as {named} of {path}"
+        note = (
+            None
+            if is_generic
+            else f"{key}: the data's classes {_listed(ours)} are read as {named} of {path}"
+        )
         return Classes(tuple(map(int, ours)), theirs, note=note)
     if not new_head:
         raise UserError(key, *_mismatch(theirs, ours, path))
     if is_generic and len(theirs) == len(ours):
-        note = f"{key}: the classes of {path} have no names; its outputs are taken as {_listed(ours)}, and trained on"
+        note = (
+            f"{key}: the classes of {path} have no names; its outputs are taken as {_listed(ours)},"
+            " and trained on"
+        )
         return Classes(tuple(range(len(ours))), ours, note=note)
-    note = f"{key}: {path} tells {_listed(theirs)} apart, the data {_listed(ours)}: its head is made anew"
+    note = (
+        f"{key}: {path} tells {_listed(theirs)} apart, the data {_listed(ours)}: its head is made"
+        " anew"
+    )
     return Classes(tuple(range(len(ours))), ours, is_new=True, note=note)
 
 
@@ -81,9 +97,13 @@ def refuse_other_problem(config: Any, key: str, path: object) -> None:
     problem = getattr(config, "problem_type", None)
     if problem in PROBLEMS:
         said = f"{path} has problem_type {problem}: it {PROBLEMS[problem]}"
-        raise UserError(key, said, "give a classifier of one class a text (single_label_classification)")
+        raise UserError(
+            key, said, "give a classifier of one class a text (single_label_classification)"
+        )
     if config.num_labels == 1:
-        raise UserError(key, f"{path} has a single output, which tells no classes apart", "give a classifier")
+        raise UserError(
+            key, f"{path} has a single output, which tells no classes apart", "give a classifier"
+        )
 
 
 def folded(name: str) -> str:
@@ -99,24 +119,39 @@ def _by_name(theirs: list[str], ours: list[str]) -> list[int] | None:
 
 
 def _with_rest(found: list[int], theirs: Sequence[str]) -> tuple[int, ...]:
-    """Put the model's other classes behind, by name: two models that have the same ones agree on their places."""
-    rest = sorted(set(range(len(theirs))) - set(found), key=lambda index: (folded(theirs[index]), index))
+    """Put the model's other classes behind, by name: two models that have the same ones agree on
+    their places.
+    """
+    rest = sorted(
+        set(range(len(theirs))) - set(found), key=lambda index: (folded(theirs[index]), index)
+    )
     return (*found, *rest)
 
 
 def _mismatch(theirs: Sequence[str], ours: Sequence[str], path: object) -> tuple[str, str]:
-    problem = f"{path} tells the classes {_listed(theirs)} apart, the data has {_listed(ours)}, and no step trains it"
+    problem = (
+        f"{path} tells the classes {_listed(theirs)} apart, the data has {_listed(ours)}, and no"
+        " step trains it"
+    )
     unknown = next((name for name in ours if folded(name) not in map(folded, theirs)), ours[0])
-    remedy = f"map the data's names to the model's: data.label_map={{{unknown}: {theirs[0]}, ...}}, or train: steps > 0"
+    remedy = (
+        f"map the data's names to the model's: data.label_map={{{unknown}: {theirs[0]}, ...}}, or"
+        " train: steps > 0"
+    )
     return problem, remedy
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:SHOWN])}, ... ({len(names)})"
+    return (
+        ", ".join(names)
+        if len(names) <= SHOWN
+        else f"{', '.join(names[:SHOWN])}, ... ({len(names)})"
+    )
 
 
 def read_in_order(model: PreTrainedModel, order: Sequence[int]) -> None:
-    """Have a model give its logits, (B, C), in the data's order; its weights and names stay as they are.
+    """Have a model give its logits, (B, C), in the data's order; its weights and names stay as they
+    are.
 
     Done once here, so that scores, losses, teachers and caches all read the data's numbering.
     """
@@ -139,17 +174,21 @@ def names_in_order(model: Any) -> tuple[str, ...]:
 
 
 def same_in_order(ours: Any, theirs: Any, count: int) -> bool:
-    """Whether the first logits of two models are of the same classes: by name, or by number where one has no names.
+    """Whether the first logits of two models are of the same classes: by name, or by number where
+    one has no names.
 
-    A number (`2`, `LABEL_2`) is the other model's output of that number: that is how data of numbers are read.
+    A number (`2`, `LABEL_2`) is the other model's output of that number: that is how data of
+    numbers are read.
     """
     names = [names_in_order(model)[:count] for model in (ours, theirs)]
     if list(map(folded, names[0])) == list(map(folded, names[1])):
         return True
     total = len(names_in_order(theirs))
     numbers = [[_number(name) for name in names_in_order(model)] for model in (ours, theirs)]
-    are_numbers = [sorted(-1 if each is None else each for each in found) == list(range(len(found)))
-                   for found in numbers]  # fmt: skip
+    are_numbers = [
+        sorted(-1 if each is None else each for each in found) == list(range(len(found)))
+        for found in numbers
+    ]
     if all(are_numbers):
         return numbers[0][:count] == numbers[1][:count]
     if not any(are_numbers) or total != len(names_in_order(ours)):

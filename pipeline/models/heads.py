@@ -1,7 +1,7 @@
 """Whether a model folder has a head for the task, told by the class that its config.json names.
 
-A head that nothing trains has to be there: a released classifier read as a language model, or a body without a head,
-would else be refused for whatever of it comes up first.
+A head that nothing trains has to be there: a released classifier read as a language model, or a
+body without a head, would else be refused for whatever of it comes up first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def refuse_other_head(config: Any, task: Task, key: str, path: str | Path) -> No
         return
     if named.endswith(CLASSIFIER):
         if task is not Task.sequence_classification:
-            raise UserError(key, f"{path} is a classifier ({named})", "give task=sequence_classification")
+            raise UserError(
+                key, f"{path} is a classifier ({named})", "give task=sequence_classification"
+            )
     elif named.endswith(WRITER):
         if task is not Task.causal_lm:
             raise UserError(key, f"{path} is a language model ({named})", "give task=causal_lm")
@@ -52,10 +54,14 @@ def no_head(named: str | None, task: Task, path: object) -> str:
 
 def _writes_without_naming_it(config: Any) -> bool:
     """Whether a body is a language model all the same: its head is its embedding, which it has."""
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False)) and not _is_encoder(config)
+    return bool(
+        getattr(config.get_text_config(), "tie_word_embeddings", False)
+    ) and not _is_encoder(config)
 
 
 def _is_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )

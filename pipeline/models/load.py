@@ -33,44 +33,79 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+PICKLE_WEIGHTS = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+    "consolidated.00.pth",
+)
 
 
 def check_model_folder(path: Path, key: str) -> None:
     """Refuse a folder that cannot be a model, before anything is loaded.
 
     Raises:
-        UserError: Without config.json, without weights, with pickle weights only, or asking for remote code.
+        UserError: Without config.json, without weights, with pickle weights only, or asking for
+            remote code.
     """
     if not path.is_dir():
-        raise UserError(key, f"{path} is not a folder", "give a Hugging Face model folder or a Hub name")
-    if (path / ADAPTER).is_file() and not (path / ADAPTER_WEIGHTS).is_file() and (path / PICKLED_ADAPTER).exists():
+        raise UserError(
+            key, f"{path} is not a folder", "give a Hugging Face model folder or a Hub name"
+        )
+    if (
+        (path / ADAPTER).is_file()
+        and not (path / ADAPTER_WEIGHTS).is_file()
+        and (path / PICKLED_ADAPTER).exists()
+    ):
         problem = f"{path} holds pickled adapter weights ({PICKLED_ADAPTER}), which can run code"
-        raise UserError(key, problem, "convert them to safetensors, or take the adapter's files out of the folder")
+        raise UserError(
+            key,
+            problem,
+            "convert them to safetensors, or take the adapter's files out of the folder",
+        )
     config_file = path / "config.json"
     if not config_file.is_file():
         if (path / ADAPTER).is_file():
             base_of(path, key)
-            raise UserError(key, f"{path} is an adapter, no whole model", "merge it into its base (merge_and_unload)")
+            raise UserError(
+                key,
+                f"{path} is an adapter, no whole model",
+                "merge it into its base (merge_and_unload)",
+            )
         raise UserError(key, f"{path} has no config.json", "give a folder in Hugging Face layout")
     try:
         config: Any = json.loads(config_file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(key, f"{config_file} is not valid JSON ({error})", "restore the file") from None
+        raise UserError(
+            key, f"{config_file} is not valid JSON ({error})", "restore the file"
+        ) from None
     if not isinstance(config, dict):
         raise UserError(key, f"{config_file} is not an object", "restore the file")
     if "auto_map" in config and not _is_known(config.get("model_type")):
-        raise UserError(key, f"{path} wants to run code of its own (auto_map)", "use a model that transformers has")
+        raise UserError(
+            key,
+            f"{path} wants to run code of its own (auto_map)",
+            "use a model that transformers has",
+        )
     if any(file.name != ADAPTER_WEIGHTS for file in path.glob("*.safetensors")):
         return
     pickled = next((name for name in PICKLE_WEIGHTS if (path / name).exists()), None)
     if pickled is not None:
-        raise UserError(key, f"{path} holds pickled weights ({pickled}), which can run code", "convert to safetensors")
-    raise UserError(key, f"{path} has no weights (*.safetensors)", "give a folder with safetensors weights")
+        raise UserError(
+            key,
+            f"{path} holds pickled weights ({pickled}), which can run code",
+            "convert to safetensors",
+        )
+    raise UserError(
+        key, f"{path} has no weights (*.safetensors)", "give a folder with safetensors weights"
+    )
 
 
 def _is_known(model_type: Any) -> bool:
-    """Whether transformers has this architecture itself: what a folder says of its own code is then not needed."""
+    """Whether transformers has this architecture itself: what a folder says of its own code is then
+    not needed.
+    """
     from transformers import CONFIG_MAPPING
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
@@ -82,7 +117,8 @@ def _is_local(path: str | Path) -> bool:
 
 
 def check_local(path: str, key: str) -> None:
-    """Refuse a local model folder that cannot be loaded; a Hub name passes (it is checked when it is loaded).
+    """Refuse a local model folder that cannot be loaded; a Hub name passes (it is checked when it
+    is loaded).
 
     Raises:
         UserError: As `check_model_folder`, of an adapter's base too.
@@ -107,15 +143,34 @@ def _whole(path: str | Path, key: str) -> str:
     return str(base_of(Path(source), key)) if is_adapter(source) else source
 
 
-COUNTED_FROM_PADDING = frozenset({
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})  # fmt: skip
-"""Architectures whose first position is that after their padding token's number: RoBERTa's 514 take 512 tokens."""
+COUNTED_FROM_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""Architectures whose first position is that after their padding token's number: RoBERTa's 514 take
+512 tokens.
+"""
 
 
 def embedding_of(model: Any) -> Any | None:
-    """Return the embedding of a model's tokens; None where it has no such module, as CANINE, which reads letters."""
+    """Return the embedding of a model's tokens; None where it has no such module, as CANINE, which
+    reads letters.
+    """
     try:
         return model.get_input_embeddings()
     except NotImplementedError:
@@ -123,7 +178,9 @@ def embedding_of(model: Any) -> Any | None:
 
 
 def positions(config: Any) -> int | None:
-    """Return how many tokens of one sequence a model can tell apart, or None where its positions know no end."""
+    """Return how many tokens of one sequence a model can tell apart, or None where its positions
+    know no end.
+    """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if isinstance(limit, int) and getattr(text, "model_type", None) in COUNTED_FROM_PADDING:
@@ -132,13 +189,16 @@ def positions(config: Any) -> int | None:
 
 
 def example_length(config: Any, task: Task, length: int) -> int:
-    """Return the tokens that an example of classification is cut to: `length`, or what the model has positions for."""
+    """Return the tokens that an example of classification is cut to: `length`, or what the model
+    has positions for.
+    """
     limit = positions(config) if task is Task.sequence_classification else None
     return length if limit is None else min(length, limit)
 
 
 def ends_once(config: Any, task: Task) -> int | None:
-    """Return the end token that a classifier wants once in every text, at its end; None where it wants none.
+    """Return the end token that a classifier wants once in every text, at its end; None where it
+    wants none.
 
     Encoder-decoders (BART, T5) classify by what their decoder says at that token.
     """
@@ -169,7 +229,9 @@ def check_tokens(largest: int, size: int, key: str = "model.path") -> None:
         UserError: Naming the token.
     """
     if largest >= size:
-        problem = f"the tokenizer gives token {largest} but the model's embedding ends at {size - 1}"
+        problem = (
+            f"the tokenizer gives token {largest} but the model's embedding ends at {size - 1}"
+        )
         raise UserError(key, problem, "use a model and the tokenizer that it was trained with")
 
 
@@ -183,7 +245,9 @@ def auto_class(task: Task) -> Any:
     }[task]
 
 
-def load_config(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> PreTrainedConfig:
+def load_config(
+    path: str | Path, *, revision: str | None = None, key: str = "model.path"
+) -> PreTrainedConfig:
     """Load a model's configuration, without what would run code or needs a kernel that is not here.
 
     Raises:
@@ -194,16 +258,19 @@ def load_config(path: str | Path, *, revision: str | None = None, key: str = "mo
     source = _whole(path, key)
     with reading(key, path):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        vars(config).pop("auto_map", None)  # transformers has the class itself, else it would have refused
+        # transformers has the class itself, else it would have refused
+        vars(config).pop("auto_map", None)
         if missing_kernel(config) is not None:
             config._attn_implementation = None  # pyright: ignore[reportPrivateUsage] - sdpa, else eager
     return config
 
 
 def load_config_of_weights(path: str | Path, task: Task, *, key: str) -> PreTrainedConfig:
-    """Load a folder's configuration, as `load_config` does, that ties only what its weights have alike.
+    """Load a folder's configuration, as `load_config` does, that ties only what its weights have
+    alike.
 
-    What is planned from a configuration alone would else be a plan of another model than the one that is loaded.
+    What is planned from a configuration alone would else be a plan of another model than the one
+    that is loaded.
     """
     import copy
 
@@ -211,7 +278,11 @@ def load_config_of_weights(path: str | Path, task: Task, *, key: str) -> PreTrai
 
     config = load_config(path, key=key)
     folder = Path(_whole(path, key))
-    if not getattr(config, "tie_word_embeddings", False) or quantized_by(config) is not None or not folder.is_dir():
+    if (
+        not getattr(config, "tie_word_embeddings", False)
+        or quantized_by(config) is not None
+        or not folder.is_dir()
+    ):
         return config
     if is_taken_in_part(config, task):  # its language part ties as it says
         return config
@@ -224,7 +295,9 @@ def load_config_of_weights(path: str | Path, task: Task, *, key: str) -> PreTrai
 
 
 def missing_kernel(config: Any) -> str | None:
-    """Return the attention kernel that a configuration asks for and this machine lacks; None where there is none."""
+    """Return the attention kernel that a configuration asks for and this machine lacks; None where
+    there is none.
+    """
     from transformers.utils.import_utils import (
         is_flash_attn_2_available,
         is_flash_attn_3_available,
@@ -243,7 +316,9 @@ def missing_kernel(config: Any) -> str | None:
 
 
 def quantized_by(config: PreTrainedConfig) -> str | None:
-    """Return the library or method that a model's weights are quantized with; None where they are not."""
+    """Return the library or method that a model's weights are quantized with; None where they are
+    not.
+    """
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -251,8 +326,11 @@ def quantized_by(config: PreTrainedConfig) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = "model.path") -> Any:
-    """Load the tokenizer that lies beside a model, with a padding token; an adapter may have its base's.
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, key: str = "model.path"
+) -> Any:
+    """Load the tokenizer that lies beside a model, with a padding token; an adapter may have its
+    base's.
 
     Raises:
         UserError: If there is none.
@@ -271,7 +349,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, key: str = 
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         lacks = tokenizer.pad_token_id is None
     if lacks:
-        raise UserError(key, f"the tokenizer of {path} has neither padding nor end token", "add a pad_token to it")
+        raise UserError(
+            key,
+            f"the tokenizer of {path} has neither padding nor end token",
+            "add a pad_token to it",
+        )
     return tokenizer
 
 
@@ -286,28 +368,46 @@ def load_model(
     new_head: bool = False,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized, else fp32.
+    """Load a model in evaluation mode on `device`, in the dtype it is stored in when quantized,
+    else fp32.
 
-    A classifier pads with its tokenizer's token: some find the last token of a text by it. With `labels` its logits
-    come in their order (`models/classes.py`). An adapter is merged into its base.
+    A classifier pads with its tokenizer's token: some find the last token of a text by it. With
+    `labels` its logits come in their order (`models/classes.py`). An adapter is merged into its
+    base.
 
     Args:
         labels: The data's class names.
-        new_head: Whether a head of other classes may be made anew (random), because it is trained afterwards.
-        dtype: Of an unquantized model, in place of fp32; what the model keeps in fp32 whatever its dtype stays so.
+        new_head: Whether a head of other classes may be made anew (random), because it is trained
+            afterwards.
+        dtype: Of an unquantized model, in place of fp32; what the model keeps in fp32 whatever its
+            dtype stays so.
 
     Raises:
         UserError: If it cannot be loaded safely and whole, or does not fit the task.
     """
-    return _load(path, task, device=device, labels=labels, revision=revision, key=key, new_head=new_head, dtype=dtype)[
-        0
-    ]
+    return _load(
+        path,
+        task,
+        device=device,
+        labels=labels,
+        revision=revision,
+        key=key,
+        new_head=new_head,
+        dtype=dtype,
+    )[0]
 
 
 def _load(
-    path: str | Path, task: Task, *, device: torch.device | str, labels: tuple[str, ...] | None,
-    revision: str | None, key: str, new_head: bool, dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, list[str]]:  # fmt: skip
+    path: str | Path,
+    task: Task,
+    *,
+    device: torch.device | str,
+    labels: tuple[str, ...] | None,
+    revision: str | None,
+    key: str,
+    new_head: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
     """Return what `load_model` does, and what a reader must know of it."""
     import torch
     import transformers
@@ -326,7 +426,8 @@ def _load(
     if not in_part:
         _refuse_other_kind(config, task, key, path)
     quantized = quantized_by(config) is not None
-    more: dict[str, Any] = {"ignore_mismatched_sizes": True}  # refused by name below, where it matters
+    # refused by name below, where it matters
+    more: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if quantized or str(device) == "meta":
         more["device_map"] = {"": str(device)}
     if not quantized:
@@ -335,28 +436,44 @@ def _load(
     with reading(key, path), without_adapter(Path(source)) as files:
         kind: Any = transformers.AutoModelForImageTextToText if in_part else auto_class(task)
         model, info = kind.from_pretrained(
-            files if _is_local(source) else source, config=config, revision=revision, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, **more,
-        )  # fmt: skip
+            files if _is_local(source) else source,
+            config=config,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **more,
+        )
     name_body(model)
     keep_attention(model)
     part_ties(model)
     fresh = refuse_incomplete(model, info, task, key, path, new_head=new_head, brought=brought)
     notes = [
         _beside(path, key),
-        None if quantized else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path),
+        (
+            None
+            if quantized
+            else refuse_unexpected(model, config, info["unexpected_keys"], task, key, path)
+        ),
     ]
     if in_part:
         model = _language_part(model, key, path)
         notes.append(
-            f"{key}: of {path} the language part is taken ({model.config.model_type}), without what reads images"
+            f"{key}: of {path} the language part is taken ({model.config.model_type}), without what"
+            " reads images"
         )
     if classes is not None:
-        notes.append(f"{key}: {fresh} of {path} is new and random" if fresh and not classes.is_new else classes.note)
+        notes.append(
+            f"{key}: {fresh} of {path} is new and random"
+            if fresh and not classes.is_new
+            else classes.note
+        )
     if task is Task.causal_lm:
         _refuse_bidirectional(model.config, key, path)
     else:
-        model.config.get_text_config().pad_token_id = load_tokenizer(path, revision=revision, key=key).pad_token_id
+        model.config.get_text_config().pad_token_id = load_tokenizer(
+            path, revision=revision, key=key
+        ).pad_token_id
     if adapter is not None:
         is_new = classes is not None and classes.is_new
         model = merge(model, adapter, key, renewed=head_parameters(model) if is_new else ())
@@ -383,8 +500,12 @@ def _shapes_of_adapter(adapter: Path, key: str) -> dict[str, tuple[int, ...]]:
         return shapes_in(adapter)
 
 
-def _count_as_adapter(config: Any, brought: dict[str, tuple[int, ...]], key: str, path: str | Path) -> None:
-    """Have a configuration count the classes of the head that an adapter brings: its base may have none, or another."""
+def _count_as_adapter(
+    config: Any, brought: dict[str, tuple[int, ...]], key: str, path: str | Path
+) -> None:
+    """Have a configuration count the classes of the head that an adapter brings: its base may have
+    none, or another.
+    """
     import copy
 
     import torch
@@ -399,27 +520,38 @@ def _count_as_adapter(config: Any, brought: dict[str, tuple[int, ...]], key: str
 
 
 def _beside(path: str | Path, key: str) -> str | None:
-    """Return what is to be said of an adapter's files beside whole weights; None where there are none."""
+    """Return what is to be said of an adapter's files beside whole weights; None where there are
+    none.
+    """
     folder = Path(_local(path))
     if not (folder / ADAPTER).is_file() or not (folder / "config.json").is_file():
         return None
     if is_adapter(folder):
         return f"{key}: the adapter in {path} is merged into the weights that lie beside it"
-    return f"{key}: {path} holds {ADAPTER} without an adapter's weights: its own weights are taken as they are"
+    return (
+        f"{key}: {path} holds {ADAPTER} without an adapter's weights: its own weights are taken as"
+        " they are"
+    )
 
 
 def is_taken_in_part(config: Any, task: Task) -> bool:
-    """Whether a model is multimodal and its language part alone is a model for the task (LLaVA, Mistral 3)."""
+    """Whether a model is multimodal and its language part alone is a model for the task (LLaVA,
+    Mistral 3).
+    """
     import transformers
 
     text, causal = config.get_text_config(), auto_class(task)._model_mapping
     whole: Any = transformers.AutoModelForImageTextToText
-    in_part = type(config) not in causal and type(text) in causal and type(config) in whole._model_mapping
+    in_part = (
+        type(config) not in causal and type(text) in causal and type(config) in whole._model_mapping
+    )
     return task is Task.causal_lm and in_part
 
 
 def language_config(config: Any, task: Task) -> Any:
-    """Return the configuration of what `load_model` makes: of a multimodal model, its language part's."""
+    """Return the configuration of what `load_model` makes: of a multimodal model, its language
+    part's.
+    """
     return _text_part(config) if is_taken_in_part(config, task) else config
 
 
@@ -450,8 +582,11 @@ def _language_part(whole: Any, key: str, path: str | Path) -> Any:
             model.get_output_embeddings().load_state_dict(head.state_dict())
     except RuntimeError as error:
         text = " ".join(str(error).split())[:240]
-        raise UserError(key, f"the language part of {path} is not what its text_config says ({text})",
-                        "save it as a model of its own, and give that") from error  # fmt: skip
+        raise UserError(
+            key,
+            f"the language part of {path} is not what its text_config says ({text})",
+            "save it as a model of its own, and give that",
+        ) from error
     model.tie_weights()
     return model
 
@@ -461,9 +596,15 @@ def _local(path: str | Path) -> str:
 
 
 def check_loads(
-    path: str | Path, task: Task, *, labels: tuple[str, ...] | None, key: str, new_head: bool = False
+    path: str | Path,
+    task: Task,
+    *,
+    labels: tuple[str, ...] | None,
+    key: str,
+    new_head: bool = False,
 ) -> list[str]:
-    """Refuse a local folder whose weights cannot be loaded whole, as `load_model` would; on the meta device.
+    """Refuse a local folder whose weights cannot be loaded whole, as `load_model` would; on the
+    meta device.
 
     A Hub name passes, and so do quantized weights: both are looked at when they are loaded.
 
@@ -473,10 +614,19 @@ def check_loads(
     if not _is_local(path):
         return []
     wanted = _wanted_kernel(Path(_whole(path, key)), key)
-    notes = [] if wanted is None else [f"{key}: {path} asks for {wanted}, which is not here: sdpa or eager attention"]
+    notes = (
+        []
+        if wanted is None
+        else [f"{key}: {path} asks for {wanted}, which is not here: sdpa or eager attention"]
+    )
     if quantized_by(load_config(path, key=key)) is not None:
         return notes
-    return notes + _load(path, task, device="meta", labels=labels, revision=None, key=key, new_head=new_head)[1]
+    return (
+        notes
+        + _load(
+            path, task, device="meta", labels=labels, revision=None, key=key, new_head=new_head
+        )[1]
+    )
 
 
 def _wanted_kernel(folder: Path, key: str) -> str | None:
@@ -488,7 +638,9 @@ def _wanted_kernel(folder: Path, key: str) -> str | None:
 
 
 def import_model(path: str | Path, task: Task) -> None:
-    """Import what loading the model in `path` takes: half a second, which no stage is to be charged with."""
+    """Import what loading the model in `path` takes: half a second, which no stage is to be charged
+    with.
+    """
     import torch
 
     config = load_config(path)
@@ -498,7 +650,8 @@ def import_model(path: str | Path, task: Task) -> None:
 
 @contextmanager
 def reading(key: str, path: str | Path, *, what: str = "") -> Generator[None]:
-    """Turn what libraries raise for files that are damaged, inconsistent, absent or not their own into one line.
+    """Turn what libraries raise for files that are damaged, inconsistent, absent or not their own
+    into one line.
 
     What the Hub is asked for says so where it takes long.
 
@@ -522,13 +675,22 @@ def _unloadable(key: str, path: str | Path, error: Exception, *, what: str = "")
     if not isinstance(error, OSError | ValueError):  # 'layer_types' alone says little
         text = f"{type(error).__name__}: {text}"
     if "trust_remote_code" in str(error):
-        return UserError(key, f"{path} wants to run code of its own", "use a model that transformers has")
+        return UserError(
+            key, f"{path} wants to run code of its own", "use a model that transformers has"
+        )
     if not _is_local(path):
         return not_on_hub(key, path, text)
     if isinstance(error, ImportError):
-        return UserError(key, f"{what or 'the model'} in {path} needs a package that is not here ({text})",
-                         "install it, or give a model that needs none")  # fmt: skip
-    remedy = "put its tokenizer files beside the weights" if what else "restore its files, or give another model"
+        return UserError(
+            key,
+            f"{what or 'the model'} in {path} needs a package that is not here ({text})",
+            "install it, or give a model that needs none",
+        )
+    remedy = (
+        "put its tokenizer files beside the weights"
+        if what
+        else "restore its files, or give another model"
+    )
     return UserError(key, f"{what or 'the model'} in {path} cannot be loaded ({text})", remedy)
 
 
@@ -536,12 +698,15 @@ def not_on_hub(key: str, path: str | Path, text: str) -> UserError:
     """Return the refusal of a name that is no folder here and could not be had from the Hub."""
     why = offline_without_network()
     if why is not None:
-        problem = f"there is no folder {path} here, nor a model of that name in the cache, and {why}"
+        problem = (
+            f"there is no folder {path} here, nor a model of that name in the cache, and {why}"
+        )
         return UserError(key, problem, "check the name and the network, or give a folder")
     return UserError(
-        key, f"there is no folder {path} here, and the Hub did not give a model of that name ({text})",
+        key,
+        f"there is no folder {path} here, and the Hub did not give a model of that name ({text})",
         "check the name, or the network",
-    )  # fmt: skip
+    )
 
 
 def _refuse_other_kind(config: Any, task: Task, key: str, path: str | Path) -> None:
@@ -549,11 +714,15 @@ def _refuse_other_kind(config: Any, task: Task, key: str, path: str | Path) -> N
     if type(config) not in auto_class(task)._model_mapping:
         if config.get_text_config() is not config:
             problem = (
-                f"{path} reads more than text ({config.model_type}), and transformers has no model of its text part"
+                f"{path} reads more than text ({config.model_type}), and transformers has no model"
+                " of its text part"
             )
             raise UserError(key, problem, f"give a model of text alone for task={task.value}")
         needs = "language model" if task is Task.causal_lm else "text classifier"
-        problem = f"the model in {path} cannot be loaded: transformers has no {needs} of type {config.model_type}"
+        problem = (
+            f"the model in {path} cannot be loaded: transformers has no {needs} of type"
+            f" {config.model_type}"
+        )
         raise UserError(key, problem, f"give a model for task={task.value}")
 
 
@@ -561,15 +730,24 @@ def _refuse_bidirectional(config: Any, key: str, path: str | Path) -> None:
     """Refuse an encoder as language model: it reads the token that it is to predict."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
-    reads_on = config.model_type == "xlnet" or getattr(config, "causal", None) is False  # XLM and Flaubert
+    is_encoder = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and getattr(config, "is_decoder", None) is False
+    )
+    # XLM and Flaubert
+    reads_on = config.model_type == "xlnet" or getattr(config, "causal", None) is False
     if is_encoder or reads_on:
-        problem = f"{path} is an encoder ({config.model_type}), which sees the tokens that it is to predict"
+        problem = (
+            f"{path} is an encoder ({config.model_type}), which sees the tokens that it is to"
+            " predict"
+        )
         raise UserError(key, problem, "give a causal model, or task=sequence_classification")
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), config and tokenizer into `folder`, readable by whoever may read the folder."""
+    """Write weights (safetensors), config and tokenizer into `folder`, readable by whoever may read
+    the folder.
+    """
     part_ties(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -577,7 +755,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def make_tiny(
-    shape: TinyShape, vocabulary_size: int, task: Task, labels: tuple[str, ...] | None, tokenizer: Any
+    shape: TinyShape,
+    vocabulary_size: int,
+    task: Task,
+    labels: tuple[str, ...] | None,
+    tokenizer: Any,
 ) -> Any:
     """Make the embedded Llama-architecture model with random weights (seed torch first).
 
@@ -586,12 +768,21 @@ def make_tiny(
     """
     from transformers import LlamaConfig
 
-    for name, width in (("hidden_size", shape.hidden_size), ("intermediate_size", shape.intermediate_size)):
+    for name, width in (
+        ("hidden_size", shape.hidden_size),
+        ("intermediate_size", shape.intermediate_size),
+    ):
         if width % 64:
-            raise UserError(f"model.shape.{name}", f"{width} is not a multiple of 64", "quantized kernels need that")
+            raise UserError(
+                f"model.shape.{name}",
+                f"{width} is not a multiple of 64",
+                "quantized kernels need that",
+            )
     if shape.hidden_size % shape.heads or (shape.hidden_size // shape.heads) % 2:
         raise UserError(
-            "model.shape.heads", f"{shape.heads} heads do not cut {shape.hidden_size} into even parts", "change one"
+            "model.shape.heads",
+            f"{shape.heads} heads do not cut {shape.hidden_size} into even parts",
+            "change one",
         )
     config = LlamaConfig(
         vocab_size=vocabulary_size,

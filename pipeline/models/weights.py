@@ -16,23 +16,41 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Buffers that older versions of transformers stored, and that every version computes from the configuration.
-_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
+# Buffers that older versions of transformers stored, and that every version computes from the
+# configuration.
+_COMPUTED = re.compile(
+    r"(rotary_emb\.inv_freq|(^|\.)position_ids|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$"
+)
 _OTHER_TASKS = (
-    "AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
-    "AutoModelForNextSentencePrediction", "AutoModelForMultipleChoice", "AutoModelForImageTextToText",
-)  # fmt: skip
+    "AutoModel",
+    "AutoModelForPreTraining",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForMultipleChoice",
+    "AutoModelForImageTextToText",
+)
 SHOWN = 3  # names of a note
 PROBE_TOKENS = 8
 UNBOUNDED = 0x110000  # of a model without a vocabulary: characters are its tokens
 
 
 def refuse_incomplete(
-    model: Any, info: dict[str, Any], task: Task, key: str, path: object, *, new_head: bool,
+    model: Any,
+    info: dict[str, Any],
+    task: Task,
+    key: str,
+    path: object,
+    *,
+    new_head: bool,
     brought: Collection[str] = (),
-) -> str | None:  # fmt: skip
-    """Refuse weights that transformers would replace by random ones; a classifier's head and pooler may be new.
+) -> str | None:
+    """Refuse weights that transformers would replace by random ones; a classifier's head and pooler
+    may be new.
 
     Args:
         brought: Names of the weights that an adapter brings, and that its base may lack.
@@ -43,7 +61,9 @@ def refuse_incomplete(
     Raises:
         UserError: Naming a weight that is not there.
     """
-    gone = {str(name) for name in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    gone = {str(name) for name in info["missing_keys"]} | {
+        str(entry[0]) for entry in info["mismatched_keys"]
+    }
     gone -= set(brought)
     body = f"{model.base_model_prefix}."
     lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
@@ -54,10 +74,16 @@ def refuse_incomplete(
         raise UserError(key, no_head(named, task, path), REMEDY[task])
     if lacking:
         first = min(lacking)
-        problem = f"the weights in {path} lack {first} in its right shape ({len(lacking)} of the model's are not there)"
+        problem = (
+            f"the weights in {path} lack {first} in its right shape ({len(lacking)} of the model's"
+            " are not there)"
+        )
         raise UserError(key, problem, "give a whole model, of a class that fits the task")
     if gone and not new_head:
-        problem = f"{path} has no classification head for these classes, and 0 steps would leave it random"
+        problem = (
+            f"{path} has no classification head for these classes, and 0 steps would leave it"
+            " random"
+        )
         raise UserError(key, problem, "give a fine-tuned classifier, or train it: steps above 0")
     return min(gone, default=None)
 
@@ -65,7 +91,8 @@ def refuse_incomplete(
 def refuse_unexpected(
     model: Any, config: Any, unexpected: Iterable[str], task: Task, key: str, path: object
 ) -> str | None:
-    """Refuse weights that the model's class has no place for: without them it would be another model.
+    """Refuse weights that the model's class has no place for: without them it would be another
+    model.
 
     Heads of other tasks, and what reads images, are left out, as loading for a task always does.
 
@@ -85,17 +112,26 @@ def refuse_unexpected(
     strange = strange and strange - _of_other_tasks(config)
     if strange:
         kind = type(model).__name__
-        problem = f"{path} has weights that {kind} has no place for: {min(strange)} ({len(strange)} in all)"
-        raise UserError(key, problem, "give the configuration that they were trained with, or leave them out")
+        problem = (
+            f"{path} has weights that {kind} has no place for: {min(strange)} ({len(strange)} in"
+            " all)"
+        )
+        raise UserError(
+            key, problem, "give the configuration that they were trained with, or leave them out"
+        )
     shown = sorted(names)[:SHOWN]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{key}: weights of other tasks are left out: {', '.join(shown)}{more}"
 
 
 def _is_of_this_model(name: str, model: Any) -> bool:
-    """Whether a weight is named as one of the body's (with or without its prefix) or of the model's own head."""
+    """Whether a weight is named as one of the body's (with or without its prefix) or of the model's
+    own head.
+    """
     first = name.partition(".")[0]
-    own = {child for child, _ in model.named_children()} | {child for child, _ in model.base_model.named_children()}
+    own = {child for child, _ in model.named_children()} | {
+        child for child, _ in model.base_model.named_children()
+    }
     return first in own or first == model.base_model_prefix
 
 
@@ -120,13 +156,17 @@ def _of_other_tasks(config: Any) -> set[str]:
 
 
 def name_body(model: Any) -> None:
-    """Have `base_model` give a model's body: Llama 4's text model names it as only the multimodal model has it."""
+    """Have `base_model` give a model's body: Llama 4's text model names it as only the multimodal
+    model has it.
+    """
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """Return how many tokens a model has embeddings for; None where it hashes them, and knows no end (CANINE)."""
+    """Return how many tokens a model has embeddings for; None where it hashes them, and knows no
+    end (CANINE).
+    """
     embedding: Any = None
     with suppress(NotImplementedError):
         embedding = model.get_input_embeddings()
@@ -139,7 +179,9 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def probe(model: Any) -> torch.Tensor:
-    """Return a few different tokens, (1, T), the last of them the end where some model finds that."""
+    """Return a few different tokens, (1, T), the last of them the end where some model finds
+    that.
+    """
     import torch
 
     ids = (torch.arange(PROBE_TOKENS) * 7 + 3).remainder(vocabulary_of(model) or UNBOUNDED)
@@ -152,10 +194,13 @@ def probe(model: Any) -> torch.Tensor:
 
 
 def part_ties(model: Any) -> None:
-    """Have a model's configuration say that its weights are not tied, where some that it ties are apart.
+    """Have a model's configuration say that its weights are not tied, where some that it ties are
+    apart.
 
-    transformers loads both ends of a tie that a file holds with other values, leaves them apart, and leaves
-    `tie_word_embeddings` true: whatever is built from that configuration, or asked to tie again, is another model.
+    transformers loads both ends of a tie that a file holds with other values, leaves them apart,
+    and leaves
+    `tie_word_embeddings` true: whatever is built from that configuration, or asked to tie again, is
+        another model.
     """
     import torch
 
@@ -167,10 +212,15 @@ def part_ties(model: Any) -> None:
     if all(target is source for target, source in ends.values()):
         return
     for name, (target, source) in ends.items():
-        if target is source:  # the flag is one for all ties, and two names of one tensor cannot be saved without it
+        # the flag is one for all ties, and two names of one tensor cannot be saved without it
+        if target is source:
             parent, _, own = name.rpartition(".")
             trains = target.requires_grad
-            setattr(model.get_submodule(parent), own, torch.nn.Parameter(target.detach().clone(), trains))
+            setattr(
+                model.get_submodule(parent),
+                own,
+                torch.nn.Parameter(target.detach().clone(), trains),
+            )
     for module in model.modules():
         config = getattr(module, "config", None)
         for each in () if config is None else (config, config.get_text_config()):
@@ -189,7 +239,10 @@ def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
     from safetensors import safe_open
 
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
+        opened = [
+            stack.enter_context(safe_open(file, framework="pt"))
+            for file in sorted(folder.glob("*.safetensors"))
+        ]
         where = {str(name): weights for weights in opened for name in weights.keys()}  # noqa: SIM118 - no mapping
         return any(
             not torch.equal(where[target].get_tensor(target), where[source].get_tensor(source))
@@ -199,13 +252,17 @@ def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
 
 
 def keep_attention(model: Any) -> None:
-    """Have a model that changes its attention for a short text (BigBird) read the next one as it is configured.
+    """Have a model that changes its attention for a short text (BigBird) read the next one as it is
+    configured.
 
-    It would keep the changed one, so that what it says of a text depended on those that it had read before.
+    It would keep the changed one, so that what it says of a text depended on those that it had read
+    before.
     """
     found: list[str] = []
     for name, module in model.named_modules():
-        if hasattr(module, "set_attention_type") and not any(name.startswith(f"{outer}.") for outer in found):
+        if hasattr(module, "set_attention_type") and not any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
             found.append(name)
             kind = module.attention_type
 
@@ -221,7 +278,11 @@ def first_not_finite(model: Any) -> str | None:
     import torch
 
     for name, tensor in model.state_dict().items():
-        plain = type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.element_size() > 1
+        plain = (
+            type(tensor) is torch.Tensor
+            and tensor.is_floating_point()
+            and tensor.element_size() > 1
+        )
         if plain and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
             return str(name)
     return None
@@ -235,7 +296,9 @@ def refuse_not_finite(model: Any, key: str, path: object) -> None:
     """
     name = first_not_finite(model)
     if name is not None:
-        raise UserError(key, f"{path}: {name} holds values that are not finite", "restore its weights")
+        raise UserError(
+            key, f"{path}: {name} holds values that are not finite", "restore its weights"
+        )
 
 
 def check_finite(folder: Path, key: str) -> None:
@@ -253,11 +316,17 @@ def check_finite(folder: Path, key: str) -> None:
                 tensor = weights.get_tensor(name)
                 wide = tensor.is_floating_point() and tensor.element_size() > 1
                 if wide and not bool(torch.isfinite(tensor).all()):
-                    raise UserError(key, f"{file}: {name} holds values that are not finite", "restore its weights")
+                    raise UserError(
+                        key,
+                        f"{file}: {name} holds values that are not finite",
+                        "restore its weights",
+                    )
 
 
 def renew_head(model: PreTrainedModel) -> None:
-    """Give a classifier's head new random weights, as its architecture draws them (seed torch first)."""
+    """Give a classifier's head new random weights, as its architecture draws them (seed torch
+    first).
+    """
     names = head_parameters(model)
     for name in sorted({name.rpartition(".")[0] for name in names}):
         module: Any = model.get_submodule(name)
@@ -281,7 +350,9 @@ def head_parameters(model: Any) -> list[str]:
 
 
 def share_as_written(folder: Path) -> None:
-    """Give weight files the permissions of the files beside them: safetensors lets nobody else read what it writes."""
+    """Give weight files the permissions of the files beside them: safetensors lets nobody else read
+    what it writes.
+    """
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)

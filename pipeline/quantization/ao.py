@@ -1,15 +1,18 @@
-"""The torchao backend: integer and float8 weights as tensor subclasses, loaded through transformers' TorchAoConfig.
+"""The torchao backend: integer and float8 weights as tensor subclasses, loaded through
+transformers' TorchAoConfig.
 
-`int8_weight_only` and `float8_weight_only` keep one scale per output row and multiply in 16 or 32 bits, so that they
-save memory and bandwidth, not arithmetic. `int8_dynamic` and `float8_dynamic` quantize activations on the fly, a scale
-per token, and multiply in 8 bits. `int4_weight_only` keeps a scale and a zero per 128 weights, packed for the
-tinygemm kernel of CUDA devices. Embeddings stay as they are: a quantized one does not come back from disk.
+`int8_weight_only` and `float8_weight_only` keep one scale per output row and multiply in 16 or 32
+bits, so that they save memory and bandwidth, not arithmetic. `int8_dynamic` and `float8_dynamic`
+quantize activations on the fly, a scale per token, and multiply in 8 bits. `int4_weight_only` keeps
+a scale and a zero per 128 weights, packed for the tinygemm kernel of CUDA devices. Embeddings stay
+as they are: a quantized one does not come back from disk.
 
-Fused experts (mixtures of experts in transformers 5 keep all experts of a block in one parameter) are taken by the
-formats in `FUSES`, one scale per output row of each expert. torchao's tensors can be indexed by expert but not
-multiplied as a batch, so that such a model computes expert by expert: its config.json says so
-(`experts_implementation`), and any `from_pretrained` follows it.
-Source: torchao.quantization.quant_api of torchao 0.18 (what each configuration stores and asks of a device).
+Fused experts (mixtures of experts in transformers 5 keep all experts of a block in one parameter)
+are taken by the formats in `FUSES`, one scale per output row of each expert. torchao's tensors can
+be indexed by expert but not multiplied as a batch, so that such a model computes expert by expert:
+its config.json says so (`experts_implementation`), and any `from_pretrained` follows it.
+Source: torchao.quantization.quant_api of torchao 0.18 (what each configuration stores and asks of a
+    device).
 """
 
 from __future__ import annotations
@@ -53,17 +56,30 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
     import torch
 
     if find_spec("torchao") is None:
-        raise UserError(key, f"{fmt.value} needs torchao, which is not installed", "pip install -e '.[quant]'")
+        raise UserError(
+            key, f"{fmt.value} needs torchao, which is not installed", "pip install -e '.[quant]'"
+        )
     if device.type == "cpu":
         if fmt in (Format.int4_weight_only, Format.float8_dynamic):
-            raise UserError(key, f"torchao has no kernel for {fmt.value} on a CPU", "use int8_weight_only, or nf4")
+            raise UserError(
+                key,
+                f"torchao has no kernel for {fmt.value} on a CPU",
+                "use int8_weight_only, or nf4",
+            )
         return
     if device.type != "cuda":
-        raise UserError(key, f"{fmt.value} is known to work on cuda and cpu, not on {device.type}", "use one of them")
+        raise UserError(
+            key,
+            f"{fmt.value} is known to work on cuda and cpu, not on {device.type}",
+            "use one of them",
+        )
     needed, have = CAPABILITY.get(fmt, (0, 0)), torch.cuda.get_device_capability(device)
     if have < needed:
         name = torch.cuda.get_device_name(device)
-        problem = f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {name} has {have[0]}.{have[1]}"
+        problem = (
+            f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {name} has"
+            f" {have[0]}.{have[1]}"
+        )
         raise UserError(key, problem, "use int8_weight_only")
 
 
@@ -75,21 +91,38 @@ def refuse_layers(layers: Sequence[Layer], fmt: Format, *, device: torch.device,
     """
     transposed = [layer for layer in layers if layer.transposed]
     if transposed:
-        problem = f"torchao takes torch.nn.Linear alone, and {transposed[0].name} is a Conv1D with transposed weights"
+        problem = (
+            f"torchao takes torch.nn.Linear alone, and {transposed[0].name} is a Conv1D with"
+            " transposed weights"
+        )
         raise UserError(key, problem, "use int8 or nf4 of bitsandbytes")
-    multiple = {Format.int4_weight_only: INT4_GROUP, Format.float8_dynamic: FLOAT8_MULTIPLE}.get(fmt, 1)
+    multiple = {Format.int4_weight_only: INT4_GROUP, Format.float8_dynamic: FLOAT8_MULTIPLE}.get(
+        fmt, 1
+    )
     # tinygemm pads outputs by itself; torch._scaled_mm takes multiples of 16 on both sides.
     both = fmt is Format.float8_dynamic
-    bad = [layer for layer in layers if layer.in_features % multiple or (both and layer.out_features % multiple)]
+    bad = [
+        layer
+        for layer in layers
+        if layer.in_features % multiple or (both and layer.out_features % multiple)
+    ]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         sides = "inputs and outputs" if both else "inputs"
         problem = f"{fmt.value} needs {sides} in multiples of {multiple}, unlike {bad[0]}{more}"
-        raise UserError(key, problem, f"name them in {key.rpartition('.')[0]}.exclude, or use int8_weight_only")
+        raise UserError(
+            key, problem, f"name them in {key.rpartition('.')[0]}.exclude, or use int8_weight_only"
+        )
 
 
 def load_quantized(
-    source: Path, fmt: Format, task: Task, *, device: torch.device, rest_dtype: torch.dtype, keep: Sequence[str]
+    source: Path,
+    fmt: Format,
+    task: Task,
+    *,
+    device: torch.device,
+    rest_dtype: torch.dtype,
+    keep: Sequence[str],
 ) -> PreTrainedModel:
     """Load `source` with every linear layer quantized as it is read, but those named in `keep`."""
     from transformers import TorchAoConfig
@@ -130,12 +163,16 @@ def _scheme_with(fmt: Format, layers: Sequence[Layer]) -> Any:
     if not any(layer.fused for layer in layers):
         return scheme
     names = [f"{layer.name}.{part}" for layer in layers for part in layer.fused or ("weight",)]
-    patterns = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
+    patterns = dict.fromkeys(
+        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names
+    )
     return FqnToConfig(OrderedDict((f"re:{pattern}", scheme) for pattern in patterns))
 
 
 def quiet() -> None:
-    """Stop the library's log lines below errors: on a CPU build it says at import which kernels it lacks."""
+    """Stop the library's log lines below errors: on a CPU build it says at import which kernels it
+    lacks.
+    """
     logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
@@ -150,9 +187,10 @@ def _scheme(fmt: Format) -> Any:
     if fmt is Format.float8_dynamic:
         return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
     return {
-        Format.int8_weight_only: ao.Int8WeightOnlyConfig, Format.float8_weight_only: ao.Float8WeightOnlyConfig,
+        Format.int8_weight_only: ao.Int8WeightOnlyConfig,
+        Format.float8_weight_only: ao.Float8WeightOnlyConfig,
         Format.int8_dynamic: ao.Int8DynamicActivationInt8WeightConfig,
-    }[fmt]()  # fmt: skip
+    }[fmt]()
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
@@ -163,9 +201,11 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def leave_inference_mode(model: Any) -> None:
-    """Have the fused experts of a quantized model compute outside of `torch.inference_mode`, in place.
+    """Have the fused experts of a quantized model compute outside of `torch.inference_mode`, in
+    place.
 
-    torchao's tensors cannot be indexed by expert inside of it ("Cannot set version_counter for inference tensor").
+    torchao's tensors cannot be indexed by expert inside of it ("Cannot set version_counter for
+    inference tensor").
     """
     from torchao.utils import TorchAOBaseTensor
 
@@ -202,7 +242,8 @@ def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _dequantize(module: torch.nn.Module) -> torch.Tensor:
     """Return the weight that a quantized layer stands for, (out, in).
 
-    A tile of int4 has no way back of its own: the layer is run on the unit matrix, which its kernel multiplies exactly.
+    A tile of int4 has no way back of its own: the layer is run on the unit matrix, which its kernel
+    multiplies exactly.
     """
     import torch
     from torchao.quantization import Int4TilePackedTo4dTensor

@@ -1,7 +1,8 @@
 """Quantize a model folder: refuse early, convert, save before any forward, prove the reload.
 
-A backend is a module with the functions of `Backend`; `LIBRARIES` says which one does which format. To add a format:
-a member of `config.Format`, and a row here; to add a library: such a module, and its rows.
+A backend is a module with the functions of `Backend`; `LIBRARIES` says which one does which format.
+To add a format: a member of `config.Format`, and a row here; to add a library: such a module, and
+its rows.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Backend(Protocol):
         """Stop the library's chatter."""
         ...
 
-    def refuse_layers(self, layers: Sequence[Layer], fmt: Format, *, device: torch.device, key: str) -> None:
+    def refuse_layers(
+        self, layers: Sequence[Layer], fmt: Format, *, device: torch.device, key: str
+    ) -> None:
         """Refuse layer shapes that its kernels cannot take."""
         ...
 
@@ -74,8 +77,10 @@ class Backend(Protocol):
         rest_dtype: torch.dtype,
         keep: Sequence[str],
     ) -> PreTrainedModel:
-        """Load and quantize, leaving alone the layers named in `keep`, without running the model."""
-        ...  # fmt: skip
+        """Load and quantize, leaving alone the layers named in `keep`, without running the
+        model.
+        """
+        ...
 
     def is_quantized(self, module: torch.nn.Module) -> bool:
         """Say whether a layer is one that it quantized."""
@@ -87,15 +92,23 @@ class Backend(Protocol):
 
 
 LIBRARIES: dict[Format, str] = {
-    Format.bf16: "torch", Format.fp16: "torch",
-    Format.int8: "bitsandbytes", Format.nf4: "bitsandbytes", Format.nf4_double: "bitsandbytes",
-    Format.fp4: "bitsandbytes", Format.fp4_double: "bitsandbytes",
-    Format.int8_weight_only: "torchao", Format.int8_dynamic: "torchao", Format.int4_weight_only: "torchao",
-    Format.float8_weight_only: "torchao", Format.float8_dynamic: "torchao",
-}  # fmt: skip
+    Format.bf16: "torch",
+    Format.fp16: "torch",
+    Format.int8: "bitsandbytes",
+    Format.nf4: "bitsandbytes",
+    Format.nf4_double: "bitsandbytes",
+    Format.fp4: "bitsandbytes",
+    Format.fp4_double: "bitsandbytes",
+    Format.int8_weight_only: "torchao",
+    Format.int8_dynamic: "torchao",
+    Format.int4_weight_only: "torchao",
+    Format.float8_weight_only: "torchao",
+    Format.float8_dynamic: "torchao",
+}
 BY_LIBRARY: dict[str, Backend] = {"bitsandbytes": bnb, "torchao": ao, "torch": sixteen}
 WORDS = 120  # characters of what a library says
-SPEAKING = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of others the class is said too: KeyError: 'x'
+# of others the class is said too: KeyError: 'x'
+SPEAKING = (RuntimeError, NotImplementedError, TypeError, ValueError)
 FUSES = ao.FUSES  # formats that take fused experts; the others leave them alone
 
 
@@ -126,9 +139,11 @@ def import_library(fmt: Format, key: str = "format") -> None:
 
 @contextmanager
 def refusing(what: str, fmt: Format, key: str) -> Generator[None]:
-    """Turn whatever a library or a model's own code raises into a refusal: `what` does not run in `fmt`.
+    """Turn whatever a library or a model's own code raises into a refusal: `what` does not run in
+    `fmt`.
 
-    Which of some twenty kinds it is depends on the architecture, and says nothing that a caller could act upon. What
+    Which of some twenty kinds it is depends on the architecture, and says nothing that a caller
+    could act upon. What
     is no fault of the format passes: memory, a full disk, a device that failed.
 
     Raises:
@@ -143,13 +158,17 @@ def refusing(what: str, fmt: Format, key: str) -> Generator[None]:
             raise
         problem = f"{what} does not run in {fmt.value} by {LIBRARIES[fmt]} ({_words(error)})"
         remedy = "use bf16, or name the layers that its code reads by itself in exclude"
-        raise UserError(key, problem, remedy if fmt not in SIXTEEN_BITS else "leave it out") from error
+        raise UserError(
+            key, problem, remedy if fmt not in SIXTEEN_BITS else "leave it out"
+        ) from error
 
 
 def _words(error: Exception) -> str:
     said = (str(error).strip().splitlines() or [""])[0]
     name = type(error).__name__
-    return (said if said and isinstance(error, SPEAKING) else f"{name}: {said}" if said else name)[:WORDS]
+    return (said if said and isinstance(error, SPEAKING) else f"{name}: {said}" if said else name)[
+        :WORDS
+    ]
 
 
 def _is_of_the_machine(error: Exception) -> bool:
@@ -171,7 +190,9 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 
 def named(config: PreTrainedConfig) -> str:
-    """Return what a model calls itself in refusals: its class (`LlamaForCausalLM`), else its configuration's."""
+    """Return what a model calls itself in refusals: its class (`LlamaForCausalLM`), else its
+    configuration's.
+    """
     classes: Any = getattr(config, "architectures", None)
     return str(classes[0]) if isinstance(classes, list) and classes else type(config).__name__
 
@@ -186,9 +207,11 @@ class Quantized:
     """What quantizing did.
 
     Attributes:
-        quantized_layers: Names of the layers in `fmt`; of sixteen bits, which take the whole model, none.
-        kept_layers: Names of the layers left in `rest_dtype`: heads, tied weights, what was excluded, and fused
-            experts that the library cannot take. Of sixteen bits, of the parameters that the model keeps in fp32.
+        quantized_layers: Names of the layers in `fmt`; of sixteen bits, which take the whole model,
+            none.
+        kept_layers: Names of the layers left in `rest_dtype`: heads, tied weights, what was
+            excluded, and fused experts that the library cannot take. Of sixteen bits, of the
+            parameters that the model keeps in fp32.
         rest_dtype: Of everything that is not quantized (`float32`, `bfloat16`).
         parameters: How many numbers the model's parameters hold.
         quantized_parameters: How many of them are in `fmt`.
@@ -231,20 +254,29 @@ class Quantized:
         }
 
     def say(self) -> str:
-        """Return what was done, in words: how much of the model is in the format, and what is not."""
+        """Return what was done, in words: how much of the model is in the format, and what is
+        not.
+        """
         left = abbreviate(self.kept_layers)
         if self.fmt in SIXTEEN_BITS:
             kept = f", kept in fp32 by the model: {left}" if self.kept_layers else ""
             return f"{self.share:.1%} of the parameters in {self.fmt.value}{kept}"
         said = (
-            f"{len(self.quantized_layers)} layers in {self.fmt.value}, {self.share:.1%} of the parameters, "
-            f"left alone: {left}"
+            f"{len(self.quantized_layers)} layers in {self.fmt.value}, {self.share:.1%} of the"
+            f" parameters, left alone: {left}"
         )
         if not self.kept_experts:
             return said
         can = ", ".join(fmt.value for fmt in FUSES)
-        why = f"{self.fmt.value} cannot take these as they are stored" if self.fmt in FUSES else f"{can} can take most"
-        return f"{said}; {self.kept_experts / self.parameters:.1%} of the parameters are in fused experts: {why}"
+        why = (
+            f"{self.fmt.value} cannot take these as they are stored"
+            if self.fmt in FUSES
+            else f"{can} can take most"
+        )
+        return (
+            f"{said}; {self.kept_experts / self.parameters:.1%} of the parameters are in fused"
+            f" experts: {why}"
+        )
 
 
 def quantize(
@@ -260,16 +292,20 @@ def quantize(
     prepare: Callable[[PreTrainedModel], None] | None = None,
     prove: bool = True,
 ) -> Quantized:
-    """Write `source` to `out` in `fmt`, with its tokenizer, so that a plain `from_pretrained(out)` loads it.
+    """Write `source` to `out` in `fmt`, with its tokenizer, so that a plain `from_pretrained(out)`
+    loads it.
 
-    Refusals name `key` (`stages.int8.format`). `clock` books the library's import (import), reading and planning
-    (model_load), quantizing (convert: weights are quantized as they are read), saving (checkpoint) and the reload
-    check (eval). `prepare` may change the unquantized model's weights in place beforehand, and books its own time.
-    Without `prove` the reload check is left out: for what is thrown away.
+    Refusals name `key` (`stages.int8.format`). `clock` books the library's import (import), reading
+    and planning (model_load), quantizing (convert: weights are quantized as they are read), saving
+    (checkpoint) and the reload check (eval). `prepare` may change the unquantized model's weights
+    in place beforehand, and books its own time. Without `prove` the reload check is left out: for
+    what is thrown away.
 
     Raises:
-        UserError: If the model, its shapes or the device cannot take the format; nothing is written.
-        StageFailed: If what was saved is not, bit for bit, what was quantized; `out` is not to be used.
+        UserError: If the model, its shapes or the device cannot take the format; nothing is
+            written.
+        StageFailed: If what was saved is not, bit for bit, what was quantized; `out` is not to be
+            used.
     """
     import torch
 
@@ -309,10 +345,18 @@ def quantize(
 
 
 def _prepared(
-    source: Path, folder: Path, prepare: Callable[[PreTrainedModel], None] | None, task: Task, *,
-    device: torch.device, key: str, clock: PhaseClock | None,
-) -> None:  # fmt: skip
-    """Write `source`, or the language part of it, changed by `prepare`, to `folder`, in the dtype it is stored in."""
+    source: Path,
+    folder: Path,
+    prepare: Callable[[PreTrainedModel], None] | None,
+    task: Task,
+    *,
+    device: torch.device,
+    key: str,
+    clock: PhaseClock | None,
+) -> None:
+    """Write `source`, or the language part of it, changed by `prepare`, to `folder`, in the dtype
+    it is stored in.
+    """
     with _phase(clock, "model_load"):
         config = load_config(source, key=key)
         model: Any = load_model(source, task, device=device)
@@ -325,18 +369,28 @@ def _prepared(
 
 
 def refuse_unsupported(
-    config: PreTrainedConfig, fmt: Format, task: Task, *, device: torch.device, key: str, choice: Choice = EVERY_LAYER
+    config: PreTrainedConfig,
+    fmt: Format,
+    task: Task,
+    *,
+    device: torch.device,
+    key: str,
+    choice: Choice = EVERY_LAYER,
 ) -> LayerPlan:
-    """Refuse, from its configuration alone, a model that cannot be quantized; return the layers that will be.
+    """Refuse, from its configuration alone, a model that cannot be quantized; return the layers
+    that will be.
 
     Sixteen bits take the whole model: no layers are chosen.
 
     Raises:
-        UserError: If it is quantized already, cannot do the task, has no linear layers, or has shapes that crash.
+        UserError: If it is quantized already, cannot do the task, has no linear layers, or has
+            shapes that crash.
     """
     method = quantized_by(config)
     if method is not None:
-        raise UserError(key, f"the model is quantized already ({method})", "quantize the model it was made from")
+        raise UserError(
+            key, f"the model is quantized already ({method})", "quantize the model it was made from"
+        )
     with refusing(named(config), fmt, key):
         config = language_config(config, task)
         if fmt in SIXTEEN_BITS:
@@ -346,13 +400,20 @@ def refuse_unsupported(
         return plan
 
 
-def plan_for(fmt: Format, config: PreTrainedConfig, task: Task, *, key: str, choice: Choice) -> LayerPlan:
+def plan_for(
+    fmt: Format, config: PreTrainedConfig, task: Task, *, key: str, choice: Choice
+) -> LayerPlan:
     """Return which layers a format of single layers would take (`plan_layers`)."""
-    return plan_layers(config, task, key=key, choice=choice, fuses=fmt in FUSES, spares_fp32=fmt in bnb.FORMATS)
+    return plan_layers(
+        config, task, key=key, choice=choice, fuses=fmt in FUSES, spares_fp32=fmt in bnb.FORMATS
+    )
 
 
-def rest_dtype(config: PreTrainedConfig, device: torch.device, fmt: Format | None = None) -> torch.dtype:
-    """Return the dtype of what is not quantized: bfloat16 on accelerators, on CPUs what the source is stored in.
+def rest_dtype(
+    config: PreTrainedConfig, device: torch.device, fmt: Format | None = None
+) -> torch.dtype:
+    """Return the dtype of what is not quantized: bfloat16 on accelerators, on CPUs what the source
+    is stored in.
 
     A 16-bit format leaves nothing to its rest.
     """
@@ -368,7 +429,9 @@ def rest_dtype(config: PreTrainedConfig, device: torch.device, fmt: Format | Non
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What a conversion made: names of the layers in the format, of what was left alone, and parameters in it."""
+    """What a conversion made: names of the layers in the format, of what was left alone, and
+    parameters in it.
+    """
 
     layers: tuple[str, ...]
     kept: tuple[str, ...]
@@ -399,25 +462,42 @@ class _Conversion:
         with _phase(self.clock, "convert"):
             keep = [layer.name for layer in self.plan.keep]
             model = backend_of(self.fmt).load_quantized(
-                source, self.fmt, self.task, device=self.device, rest_dtype=self.rest_dtype, keep=keep
+                source,
+                self.fmt,
+                self.task,
+                device=self.device,
+                rest_dtype=self.rest_dtype,
+                keep=keep,
             )
             made = self._whole(model) if self.fmt in SIXTEEN_BITS else self._by_layer(model)
         with _phase(self.clock, "checkpoint"):
-            save_model(model, tokenizer, out)  # before any forward: running the model may spoil its weights (bnb.py)
+            # before any forward: running the model may spoil its weights (bnb.py)
+            save_model(model, tokenizer, out)
         with _phase(self.clock, "eval"):
             return made, take_reference(model)
 
     def _by_layer(self, model: Any) -> _Made:
         backend = backend_of(self.fmt)
-        layers = tuple(name for name, module in model.named_modules() if backend.is_quantized(module))
+        layers = tuple(
+            name for name, module in model.named_modules() if backend.is_quantized(module)
+        )
         wrong = {layer.name for layer in self.plan.quantize} ^ set(layers)
         if wrong:
-            raise StageFailed(f"{LIBRARIES[self.fmt]} quantized other layers than planned, among them {min(wrong)}")
-        return _Made(layers, tuple(layer.name for layer in self.plan.keep), self.plan.quantized_parameters)
+            raise StageFailed(
+                f"{LIBRARIES[self.fmt]} quantized other layers than planned, among them"
+                f" {min(wrong)}"
+            )
+        return _Made(
+            layers, tuple(layer.name for layer in self.plan.keep), self.plan.quantized_parameters
+        )
 
     def _whole(self, model: Any) -> _Made:
         sixteen.refuse_too_large(model, self.fmt, self.key)
-        kept = {name: own.numel() for name, own in model.named_parameters() if own.dtype is not self.rest_dtype}
+        kept = {
+            name: own.numel()
+            for name, own in model.named_parameters()
+            if own.dtype is not self.rest_dtype
+        }
         return _Made((), tuple(kept), self.plan.parameters - sum(kept.values()))
 
 

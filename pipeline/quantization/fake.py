@@ -1,15 +1,17 @@
-"""Fake quantization: train a model whose layers compute with the values they will have once quantized.
+"""Fake quantization: train a model whose layers compute with the values they will have once
+quantized.
 
-Each forward pass rounds a layer's weight as the library would, and, where the format quantizes activations, the layer's
-input as its kernel would. Rounding has no slope, so backward passes through it as if it were not there
-(straight-through), and the weights that the optimizer moves stay unrounded. With adapters the weights stay as they are
-and two narrow matrices are trained whose product is added to each before it is rounded: what is merged and quantized
-afterwards is then the very model that was trained. (Adapters beside a quantized weight are not: rounding their sum
-takes most of it back, for what they add is smaller than a step of 4 bits.)
-Source: Bengio et al. 2013, arXiv 1308.3432, section 4 (straight-through); Liu et al. 2023, arXiv 2305.17888
-(quantization-aware distillation from the unquantized model); Hu et al. 2021, arXiv 2106.09685, section 4.1 (LoRA);
-Bondarenko et al. 2024, arXiv 2406.06385, section 3 (adapters inside the rounding); of the formats' own rounding:
-`bnb.py`, `ao.py`.
+Each forward pass rounds a layer's weight as the library would, and, where the format quantizes
+activations, the layer's input as its kernel would. Rounding has no slope, so backward passes
+through it as if it were not there (straight-through), and the weights that the optimizer moves stay
+unrounded. With adapters the weights stay as they are and two narrow matrices are trained whose
+product is added to each before it is rounded: what is merged and quantized afterwards is then the
+very model that was trained. (Adapters beside a quantized weight are not: rounding their sum takes
+most of it back, for what they add is smaller than a step of 4 bits.)
+Source: Bengio et al. 2013, arXiv 1308.3432, section 4 (straight-through); Liu et al. 2023, arXiv
+    2305.17888 (quantization-aware distillation from the unquantized model); Hu et al. 2021, arXiv
+    2106.09685, section 4.1 (LoRA); Bondarenko et al. 2024, arXiv 2406.06385, section 3 (adapters
+    inside the rounding); of the formats' own rounding: `bnb.py`, `ao.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from pipeline.config.settings import Format
 from pipeline.quantization.backend import backend_of
 from pipeline.quantization.layers import Layer
 
-OUTLIER = 6.0  # LLM.int8(): input columns that reach it stay as they are. Source: arXiv 2208.07339, section 3.2
+# LLM.int8(): input columns that reach it stay as they are. Source: arXiv 2208.07339, section 3.2
+OUTLIER = 6.0
 INT8_MOST = 127.0
 INT8_HALF_RANGE = 127.5  # of -128 to 127
-INT8_NOISE = 2e-3  # of a layer's output in norm: rounding inputs to 8 bits makes 6e-3, to 16 bits 4e-4 at most
+# of a layer's output in norm: rounding inputs to 8 bits makes 6e-3, to 16 bits 4e-4 at most
+INT8_NOISE = 2e-3
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -56,7 +60,8 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with what is added to it, of the same shape."""
-        if weight.is_meta:  # FLOPs are counted there, by token; this product is one a step, and small
+        # FLOPs are counted there, by token; this product is one a step, and small
+        if weight.is_meta:
             return weight + self.up.sum()
         return weight + self.scale * (self.up @ self.down)
 
@@ -69,7 +74,9 @@ class RoundedWeight(nn.Module):
         self.fmt, self.dtype, self.transposed = fmt, dtype, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the rounded weight, of the same shape: (out, in), or (in, out) in GPT-2's layers."""
+        """Return the rounded weight, of the same shape: (out, in), or (in, out) in GPT-2's
+        layers.
+        """
         if weight.is_meta:
             return weight
         given = weight.detach().to(self.dtype)  # what the library is given
@@ -78,9 +85,14 @@ class RoundedWeight(nn.Module):
 
 
 def fake_quantize(
-    model: Any, layers: Sequence[Layer], fmt: Format, dtype: torch.dtype, adapters: Adapters | None = None
+    model: Any,
+    layers: Sequence[Layer],
+    fmt: Format,
+    dtype: torch.dtype,
+    adapters: Adapters | None = None,
 ) -> Callable[[], None]:
-    """Have the named `layers` of `model` compute as `fmt` would; return what undoes it and leaves what was trained.
+    """Have the named `layers` of `model` compute as `fmt` would; return what undoes it and leaves
+    what was trained.
 
     Args:
         layers: As `plan_layers` names them.
@@ -141,10 +153,11 @@ def int8_by_token(inputs: Tensor) -> Tensor:
 
 
 def int8_but_outliers(inputs: Tensor) -> Tensor:
-    """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token reaches `OUTLIER`.
+    """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token
+    reaches `OUTLIER`.
 
-    A token's scale is that of its largest value below `OUTLIER`, in whatever column that is. Left alone where the
-    library does not round on this device (`rounds_inputs`).
+    A token's scale is that of its largest value below `OUTLIER`, in whatever column that is. Left
+    alone where the library does not round on this device (`rounds_inputs`).
     """
     if not rounds_inputs(inputs.device.type):
         return inputs
@@ -160,9 +173,11 @@ def int8_but_outliers(inputs: Tensor) -> Tensor:
 
 @lru_cache
 def rounds_inputs(device: str) -> bool:
-    """Return whether a layer that bitsandbytes quantized to int8 rounds its input on a device, as it is served.
+    """Return whether a layer that bitsandbytes quantized to int8 rounds its input on a device, as
+    it is served.
 
-    Asked of the library itself, by a small layer: it has changed over versions, and its paths differ by device.
+    Asked of the library itself, by a small layer: it has changed over versions, and its paths
+    differ by device.
     """
     from bitsandbytes.nn.modules import Linear8bitLt
 
@@ -184,6 +199,8 @@ def float8_by_token(inputs: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[Format, Callable[[Tensor], Tensor]] = {
-    Format.int8: int8_but_outliers, Format.int8_dynamic: int8_by_token, Format.float8_dynamic: float8_by_token,
-}  # fmt: skip
+    Format.int8: int8_but_outliers,
+    Format.int8_dynamic: int8_by_token,
+    Format.float8_dynamic: float8_by_token,
+}
 """What formats do to a layer's input; the others leave it alone."""

@@ -1,7 +1,9 @@
-"""What the fresh process of the reload check runs, and what the process that quantized runs beside it.
+"""What the fresh process of the reload check runs, and what the process that quantized runs beside
+it.
 
-Run by its path, this file is a program that imports torch and transformers and nothing of this package: it must load
-the folder as any user would. Imported, it gives the reference the same code for the same forwards.
+Run by its path, this file is a program that imports torch and transformers and nothing of this
+package: it must load the folder as any user would. Imported, it gives the reference the same code
+for the same forwards.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ _MKLDNN: Any = torch.backends.mkldnn  # its `matmul` is set up at run time, unse
 
 
 def forward_digests(model: Any, probes: Sequence[Sequence[int]]) -> list[str]:
-    """Run each probe (token ids of one sequence) in turn; return the sha256 of its logits' type, shape and bytes."""
+    """Run each probe (token ids of one sequence) in turn; return the sha256 of its logits' type,
+    shape and bytes.
+    """
     align(model)
     digests: list[str] = []
     with torch.no_grad():
         for ids in probes:
-            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits  # (1, T, vocab) or (1, labels)
+            # (1, T, vocab) or (1, labels)
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
             digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)} ".encode())
             digest.update(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             digests.append(digest.hexdigest())
@@ -34,11 +39,16 @@ def forward_digests(model: Any, probes: Sequence[Sequence[int]]) -> list[str]:
 def align(model: Any) -> None:
     """Move a CPU model's plain weights that lie askew in memory, in place.
 
-    A file that is mapped has its tensors at any offset, and a product with a single token rounds otherwise where its
+    A file that is mapped has its tensors at any offset, and a product with a single token rounds
+    otherwise where its
     weight does not begin at 16 bytes: the same weights would give other bits.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor.data) is torch.Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        if (
+            type(tensor.data) is torch.Tensor
+            and tensor.device.type == "cpu"
+            and tensor.data_ptr() % ALIGNMENT
+        ):
             tensor.data = tensor.data.clone()
 
 
@@ -65,7 +75,10 @@ def main(request: dict[str, Any]) -> None:
     set_arithmetic(request["arithmetic"])
     auto_class = getattr(transformers, request["auto_class"])
     model = auto_class.from_pretrained(
-        request["folder"], device_map={"": request["device"]}, local_files_only=True, trust_remote_code=False
+        request["folder"],
+        device_map={"": request["device"]},
+        local_files_only=True,
+        trust_remote_code=False,
     )
     print(json.dumps(forward_digests(model.eval(), request["probes"])))
 

@@ -1,7 +1,9 @@
-"""Which linear layers a model has, which of them are quantized, and how many bytes its weights take on disk.
+"""Which linear layers a model has, which of them are quantized, and how many bytes its weights take
+on disk.
 
-A mixture of experts keeps all experts of a block in one module, as parameters of three dimensions (experts, out, in).
-Such a module counts as one layer here, *fused experts*: most of the model's parameters lie in these.
+A mixture of experts keeps all experts of a block in one module, as parameters of three dimensions
+(experts, out, in). Such a module counts as one layer here, *fused experts*: most of the model's
+parameters lie in these.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ class Layer:
         out_features: Width of its outputs.
         transposed: Whether the weight lies (in, out), as GPT-2's does.
         weights: How many numbers its weight holds, or those of all experts.
-        fused: Of fused experts, the names of their parameters (experts, out, in); empty for a linear layer.
-        known: Whether fused experts are computed by transformers' own loop over (out, in) weights, which a library
-            that quantizes single weights can take.
+        fused: Of fused experts, the names of their parameters (experts, out, in); empty for a
+            linear layer.
+        known: Whether fused experts are computed by transformers' own loop over (out, in) weights,
+            which a library that quantizes single weights can take.
     """
 
     name: str
@@ -99,16 +102,20 @@ def plan_layers(
 
     Args:
         fuses: Whether the format takes fused experts; else they are among what is kept.
-        spares_fp32: Whether the library leaves alone what the model keeps in fp32 whatever its dtype.
+        spares_fp32: Whether the library leaves alone what the model keeps in fp32 whatever its
+            dtype.
 
     Raises:
-        UserError: If the architecture cannot do the task or has nothing to quantize, a pattern matches no layer, none
-            is left, or the head cannot be quantized because it is the embedding.
+        UserError: If the architecture cannot do the task or has nothing to quantize, a pattern
+            matches no layer, none is left, or the head cannot be quantized because it is the
+            embedding.
     """
     twin = make_twin(config, task, key)
     plan = _split(twin, fuses=fuses, spared=_kept_in_fp32(twin) if spares_fp32 else ())
     if not plan.quantize:
-        raise UserError(key, f"{type(twin).__name__} has no linear layers to quantize", "leave this stage out")
+        raise UserError(
+            key, f"{type(twin).__name__} has no linear layers to quantize", "leave this stage out"
+        )
     return _choose(plan, choice, _head_of(twin), key.rpartition(".")[0])
 
 
@@ -134,7 +141,9 @@ def count_parameters(model: Any) -> int:
 
 
 def _head_of(model: Any) -> str | None:
-    """Return the name of the output head; None where it shares its weight with the embedding or there is none."""
+    """Return the name of the output head; None where it shares its weight with the embedding or
+    there is none.
+    """
     head, embedding = model.get_output_embeddings(), embedding_of(model)
     if head is None or head.weight is getattr(embedding, "weight", None):
         return None
@@ -144,17 +153,24 @@ def _head_of(model: Any) -> str | None:
 def _choose(plan: LayerPlan, choice: Choice, head: str | None, stage: str) -> LayerPlan:
     body = [layer.name for layer in plan.quantize]
     if choice.head and head is None:
-        problem = "the model's head is its embedding, or it has none: neither library's formats hold an embedding"
+        problem = (
+            "the model's head is its embedding, or it has none: neither library's formats hold an"
+            " embedding"
+        )
         raise UserError(f"{stage}.quantize_head", problem, "leave it out")
     for name, patterns in (("include", choice.include), ("exclude", choice.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(layer, pattern) for layer in body):
-                raise UserError(f"{stage}.{name}", f"{pattern!r} matches no linear layer of the body",
-                                f"name layers such as {body[-1]} (* stands for anything)")  # fmt: skip
+                raise UserError(
+                    f"{stage}.{name}",
+                    f"{pattern!r} matches no linear layer of the body",
+                    f"name layers such as {body[-1]} (* stands for anything)",
+                )
     chosen = {
-        layer for layer in body
+        layer
+        for layer in body
         if _matches(layer, choice.include or ("*",)) and not _matches(layer, choice.exclude)
-    }  # fmt: skip
+    }
     if choice.head and head is not None:
         chosen.add(head)
     if not chosen:
@@ -178,21 +194,34 @@ def abbreviate(names: Sequence[str], most: int = 6) -> str:
 
 
 def _kept_in_fp32(model: Any) -> set[str]:
-    """Return the names of modules that a model keeps in fp32, as transformers' quantizers match them."""
+    """Return the names of modules that a model keeps in fp32, as transformers' quantizers match
+    them.
+    """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept: list[str] = list(model._keep_in_fp32_modules or ())
-    return {name for name, _ in model.named_modules() if kept and not should_convert_module(name, kept)}
+    return {
+        name for name, _ in model.named_modules() if kept and not should_convert_module(name, kept)
+    }
 
 
 def _split(model: Any, *, fuses: bool, spared: Collection[str]) -> LayerPlan:
-    """Sort layers: quantize linear ones of the body, and fused experts where that can be; keep heads and tied weights.
+    """Sort layers: quantize linear ones of the body, and fused experts where that can be; keep
+    heads and tied weights.
 
-    The library's own list of heads is not used: it names the last *parameter*, which for a head with a bias is no
-    module (`classifier.bias`), and so a two-class head of BERT would be quantized.
+    The library's own list of heads is not used: it names the last *parameter*, which for a head
+    with a bias is no module (`classifier.bias`), and so a two-class head of BERT would be
+    quantized.
     """
-    body, head = {id(module) for module in model.base_model.modules()}, model.get_output_embeddings()
-    owners = Counter(id(module.weight) for module in model.modules() if getattr(module, "weight", None) is not None)
+    body, head = (
+        {id(module) for module in model.base_model.modules()},
+        model.get_output_embeddings(),
+    )
+    owners = Counter(
+        id(module.weight)
+        for module in model.modules()
+        if getattr(module, "weight", None) is not None
+    )
     quantize: list[Layer] = []
     keep: list[Layer] = []
     for name, module in model.named_modules():
@@ -213,7 +242,9 @@ def _linear(name: str, module: Any) -> Layer | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
-        return Layer(name, module.weight.shape[0], module.weight.shape[1], True, module.weight.numel())
+        return Layer(
+            name, module.weight.shape[0], module.weight.shape[1], True, module.weight.numel()
+        )
     if type(module) is torch.nn.Linear:
         return Layer(name, module.in_features, module.out_features, weights=module.weight.numel())
     return None

@@ -1,11 +1,12 @@
 """Search: which format is the cheapest to serve of those that hold the quality.
 
-Every candidate is tried as a whole. Where none holds the tolerance, the cheapest that missed it is mixed: the layers
-that suffer most by it stay as they are, one, two, four and so on, until it holds. Sixteen bits come first, as a format
-like others and as what the others are read against: a format of 8 or 4 bits pays where it is cheaper than fp32 and than
-the 16-bit forms that hold the tolerance. How much a layer suffers is measured:
-KL of the model with this one layer quantized from the model with none. What the tried formats do to quality is read on
-validation, and the test split has the last word, later. Everything here is the stage's work and charged to it.
+Every candidate is tried as a whole. Where none holds the tolerance, the cheapest that missed it is
+mixed: the layers that suffer most by it stay as they are, one, two, four and so on, until it holds.
+Sixteen bits come first, as a format like others and as what the others are read against: a format
+of 8 or 4 bits pays where it is cheaper than fp32 and than the 16-bit forms that hold the tolerance.
+How much a layer suffers is measured: KL of the model with this one layer quantized from the model
+with none. What the tried formats do to quality is read on validation, and the test split has the
+last word, later. Everything here is the stage's work and charged to it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Trial:
 
     Attributes:
         exclude: Names of the layers left as they are.
-        loss: By how much the primary metric is worse than the unquantized model's: relative for bits per byte,
-            absolute for accuracy.
+        loss: By how much the primary metric is worse than the unquantized model's: relative for
+            bits per byte, absolute for accuracy.
         kl: From the unquantized model, nats a token or example.
         time_ratio: Seconds to serve the load over the unquantized model's.
         memory_ratio: Bytes of weights over the unquantized model's.
@@ -56,12 +57,16 @@ class Trial:
         }
 
     def say(self, tolerance: float) -> str:
-        """Return the trial in words, with what decides legible: the loss beside its limit, ratios beside 1."""
+        """Return the trial in words, with what decides legible: the loss beside its limit, ratios
+        beside 1.
+        """
         mixed = f" but {len(self.exclude)} layers" if self.exclude else ""
         loss, most = percents_apart(self.loss, tolerance)
         time, memory = (apart(ratio, 1.0)[0] for ratio in (self.time_ratio, self.memory_ratio))
-        return (f"{self.fmt.value}{mixed}: loses {loss} where {most} is allowed, takes {time}x the time and "
-                f"{memory}x the weights")  # fmt: skip
+        return (
+            f"{self.fmt.value}{mixed}: loses {loss} where {most} is allowed, takes {time}x the time"
+            f" and {memory}x the weights"
+        )
 
 
 def finite(number: float) -> float | None:
@@ -74,10 +79,12 @@ class Found:
     """How a search ended.
 
     Attributes:
-        best: The cheapest trial that holds the tolerance and saves something; None: the model stays as it is.
+        best: The cheapest trial that holds the tolerance and saves something; None: the model stays
+            as it is.
         trials: All, in order.
         why: Why there is no best, or what ended the search early.
-        missed: The cheapest trial that would save something had it held the tolerance; None where one did hold.
+        missed: The cheapest trial that would save something had it held the tolerance; None where
+            one did hold.
         refused: Formats that this model turned out not to run in, with the reason.
     """
 
@@ -126,10 +133,18 @@ class Searcher:
         best = self._best(candidates)
         saving = [trial for trial in self.trials if self._pays(trial) and trial.fmt in candidates]
         nearest = None if best is not None else min(saving, key=self._cost, default=None)
-        return Found(best, tuple(self.trials), self._why(best, complete=complete), nearest, tuple(self.refused))
+        return Found(
+            best,
+            tuple(self.trials),
+            self._why(best, complete=complete),
+            nearest,
+            tuple(self.refused),
+        )
 
     def _try(self, fmt: Format, exclude: tuple[str, ...]) -> bool:
-        """Measure one; return whether the budget allowed it. A model may turn out not to run in a format."""
+        """Measure one; return whether the budget allowed it. A model may turn out not to run in a
+        format.
+        """
         if self.spent():
             return False
         try:
@@ -139,10 +154,14 @@ class Searcher:
         return True
 
     def _refuse(self, fmt: Format, error: UserError | StageFailed) -> None:
-        self.refused.append(f"{fmt.value}: {error.problem if isinstance(error, UserError) else error}")
+        self.refused.append(
+            f"{fmt.value}: {error.problem if isinstance(error, UserError) else error}"
+        )
 
     def _mix(self, fmt: Format) -> bool:
-        """Leave ever more layers alone until the format holds or no longer pays; return whether the budget did."""
+        """Leave ever more layers alone until the format holds or no longer pays; return whether the
+        budget did.
+        """
         try:
             names = tuple(self.sensitive(fmt))
         except (UserError, StageFailed) as error:
@@ -153,7 +172,11 @@ class Searcher:
             tried = len(self.trials)
             if not self._try(fmt, names[:count]):
                 return False
-            if len(self.trials) == tried or self._holds(self.trials[-1]) or not self._pays(self.trials[-1]):
+            if (
+                len(self.trials) == tried
+                or self._holds(self.trials[-1])
+                or not self._pays(self.trials[-1])
+            ):
                 return True
             count *= 2
         return True
@@ -165,11 +188,15 @@ class Searcher:
         return trial.loss <= self.tolerance
 
     def _pays(self, trial: Trial) -> bool:
-        """Whether a trial is cheaper than fp32 and, where it is no 16-bit form itself, than those that hold."""
+        """Whether a trial is cheaper than fp32 and, where it is no 16-bit form itself, than those
+        that hold.
+        """
         return self._cost(trial) < (1 if trial.fmt in SIXTEEN_BITS else self._limit()[0])
 
     def _limit(self) -> tuple[float, str]:
-        """Return the least cost of what is not quantized, and what has it: fp32, or a 16-bit form that holds."""
+        """Return the least cost of what is not quantized, and what has it: fp32, or a 16-bit form
+        that holds.
+        """
         forms = [trial for trial in self.trials if trial.fmt in SIXTEEN_BITS and self._holds(trial)]
         return min([(1.0, "fp32"), *((self._cost(trial), trial.fmt.value) for trial in forms)])
 

@@ -1,8 +1,9 @@
 """Sixteen bits as a format: every weight in bf16 or fp16, multiplied in it, by torch itself.
 
-bf16 has fp32's range and 8 bits of precision, fp16 11 bits of precision and ends at 65504. What a model keeps in fp32
-whatever its dtype (`_keep_in_fp32_modules` of transformers) stays there. Whether it saves time is a matter of units: a
-CPU without them multiplies 16 bits up to a hundred times slower than fp32, which a short product tells.
+bf16 has fp32's range and 8 bits of precision, fp16 11 bits of precision and ends at 65504. What a
+model keeps in fp32 whatever its dtype (`_keep_in_fp32_modules` of transformers) stays there.
+Whether it saves time is a matter of units: a CPU without them multiplies 16 bits up to a hundred
+times slower than fp32, which a short product tells.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SLOWEST = 10.0  # times fp32's product: a device on which it takes longer is refused
-PRODUCT = (64, 512, 512)  # rows, inputs, outputs of the product that tells: 17 million multiplications, under 1 ms
+# rows, inputs, outputs of the product that tells: 17 million multiplications, under 1 ms
+PRODUCT = (64, 512, 512)
 REPEATS = 5  # of it, the quickest counts: what interrupts a product only makes it longer
 
 
@@ -37,7 +39,9 @@ def torch_dtype(fmt: Format) -> torch.dtype:
 
 @cache
 def product_ratio(fmt: Format, device_type: str) -> float:
-    """Return the time of a matrix product in `fmt` over fp32's on this device; infinite where there is none."""
+    """Return the time of a matrix product in `fmt` over fp32's on this device; infinite where there
+    is none.
+    """
     import torch
 
     def quickest_s(dtype: torch.dtype) -> float:
@@ -84,26 +88,34 @@ def why_not(fmt: Format, device: torch.device) -> str | None:
 
 
 def units_said(fmt: Format, device: torch.device) -> str:
-    """Return what is to be said of a device that computes in `fmt` without units for it; empty where it has them."""
+    """Return what is to be said of a device that computes in `fmt` without units for it; empty
+    where it has them.
+    """
     if has_units(fmt, device):
         return ""
     ratio = product_ratio(fmt, device.type)
     return (
-        f"this {device.type} has no units for {fmt.value} (a product takes {ratio:.1f} times fp32's time): "
-        "it saves memory, and no time"
+        f"this {device.type} has no units for {fmt.value} (a product takes {ratio:.1f} times fp32's"
+        " time): it saves memory, and no time"
     )
 
 
 def best_first(device: torch.device) -> list[Format]:
-    """Return the 16-bit formats, the one that suits a device best first: bf16 where there are units for it."""
-    return sorted(SIXTEEN_BITS, key=lambda fmt: (not has_units(fmt, device), why_not(fmt, device) is not None))
+    """Return the 16-bit formats, the one that suits a device best first: bf16 where there are units
+    for it.
+    """
+    return sorted(
+        SIXTEEN_BITS, key=lambda fmt: (not has_units(fmt, device), why_not(fmt, device) is not None)
+    )
 
 
-# -- what an artifact is stored in ----------------------------------------------------------------------------------
+# -- what an artifact is stored in ----------------------------------------------------------------
 
 
 def stored_format(config: PreTrainedConfig) -> Format | None:
-    """Return the 16-bit format that a model is stored in; None for fp32, and for what a library has quantized."""
+    """Return the 16-bit format that a model is stored in; None for fp32, and for what a library has
+    quantized.
+    """
     import torch
 
     if quantized_by(config) is not None:
@@ -113,7 +125,8 @@ def stored_format(config: PreTrainedConfig) -> Format | None:
 
 
 def stored_dtype(folder: str | Path, device: torch.device | str) -> torch.dtype:
-    """Return the dtype in which an unquantized artifact is assessed and served as it is: the one it is stored in.
+    """Return the dtype in which an unquantized artifact is assessed and served as it is: the one it
+    is stored in.
 
     fp32 where this device cannot compute in that; `stored_said` tells.
     """
@@ -126,7 +139,9 @@ def stored_dtype(folder: str | Path, device: torch.device | str) -> torch.dtype:
 
 
 def stored_said(folder: str | Path, device: torch.device | str) -> str | None:
-    """Return why an artifact that is stored in 16 bits is not computed in them here; None where it is."""
+    """Return why an artifact that is stored in 16 bits is not computed in them here; None where it
+    is.
+    """
     import torch
 
     fmt = stored_format(load_config(folder))
@@ -134,7 +149,7 @@ def stored_said(folder: str | Path, device: torch.device | str) -> str | None:
     return None if fmt is None or why is None else f"stored in {fmt.value}, computed in fp32: {why}"
 
 
-# -- the backend ----------------------------------------------------------------------------------------------------
+# -- the backend ----------------------------------------------------------------------------------
 
 
 def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
@@ -145,8 +160,19 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
     """
     why = why_not(fmt, device)
     if why is not None:
-        other = next((each.value for each in SIXTEEN_BITS if each is not fmt and why_not(each, device) is None), None)
-        raise UserError(key, why, f"use {other}" if other else "use a format of 8 bits, or a device with such units")
+        other = next(
+            (
+                each.value
+                for each in SIXTEEN_BITS
+                if each is not fmt and why_not(each, device) is None
+            ),
+            None,
+        )
+        raise UserError(
+            key,
+            why,
+            f"use {other}" if other else "use a format of 8 bits, or a device with such units",
+        )
 
 
 def quiet() -> None:
@@ -158,7 +184,13 @@ def refuse_layers(layers: Sequence[Layer], fmt: Format, *, device: torch.device,
 
 
 def load_quantized(
-    source: Path, fmt: Format, task: Task, *, device: torch.device, rest_dtype: torch.dtype, keep: Sequence[str]
+    source: Path,
+    fmt: Format,
+    task: Task,
+    *,
+    device: torch.device,
+    rest_dtype: torch.dtype,
+    keep: Sequence[str],
 ) -> PreTrainedModel:
     """Load `source` in 16 bits; `rest_dtype` and `keep` are of formats that take single layers."""
     return (
@@ -192,7 +224,9 @@ def is_quantized(module: torch.nn.Module) -> bool:
     """Return whether a module's own weights are in 16 bits."""
     import torch
 
-    return any(own.dtype in (torch.bfloat16, torch.float16) for own in module.parameters(recurse=False))
+    return any(
+        own.dtype in (torch.bfloat16, torch.float16) for own in module.parameters(recurse=False)
+    )
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Smooth activations before quantizing: move their outliers into the weights that read them.
 
-A few channels of a norm's output are far larger than the rest, and a scale that covers them leaves little for the
-others. Each channel j is divided by `s_j = max|X_j|^a / max|W_j|^(1-a)` in the norm's own weight, and the columns of
-the layers that read it are multiplied by it: the model computes the same, its activations and weights are equally hard
-to quantize. `max|X_j|` is what calibration documents give. Only layers that read a norm directly can be smoothed.
+A few channels of a norm's output are far larger than the rest, and a scale that covers them leaves
+little for the others. Each channel j is divided by `s_j = max|X_j|^a / max|W_j|^(1-a)` in the
+norm's own weight, and the columns of the layers that read it are multiplied by it: the model
+computes the same, its activations and weights are equally hard to quantize. `max|X_j|` is what
+calibration documents give. Only layers that read a norm directly can be smoothed.
 Source: Xiao et al. 2022, arXiv 2211.10438, sections 4 and 4.1 (a = 0.5).
 """
 
@@ -19,7 +20,8 @@ from pipeline.errors import StageFailed, UserError
 if TYPE_CHECKING:
     import torch
 
-# By block: a norm, and the layers that read nothing but its output. Of Llama's kin (Mistral, Qwen), GPT-2, and OPT.
+# By block: a norm, and the layers that read nothing but its output. Of Llama's kin (Mistral, Qwen),
+# GPT-2, and OPT.
 READS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -29,7 +31,8 @@ READS = (
     ("final_layer_norm", ("fc1",)),
 )
 SMALLEST = 1e-5  # of a maximum, so that a dead channel divides by nothing tiny; the authors' own
-SAME_WITHIN = 1e-3  # of the largest logit: fp32 round-off over a deep model, and no wrong pairing of layers
+# of the largest logit: fp32 round-off over a deep model, and no wrong pairing of layers
+SAME_WITHIN = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,11 @@ def find_pairs(model: Any) -> list[Pair]:
         for norm, readers in READS:
             layers = [_at(block, reader) for reader in readers]
             found = _at(block, norm)
-            if found is not None and getattr(found, "weight", None) is not None and None not in layers:
+            if (
+                found is not None
+                and getattr(found, "weight", None) is not None
+                and None not in layers
+            ):
                 pairs.append(Pair(f"{name}.{norm}", found, tuple(layers)))
     return pairs
 
@@ -78,7 +85,8 @@ def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key:
     Args:
         model: In evaluation mode and fp32.
         batches: Token ids of calibration documents, (1, T) each, on the model's device.
-        strength: The exponent a: 0 leaves activations as they are, 1 makes all their channels equal.
+        strength: The exponent a: 0 leaves activations as they are, 1 makes all their channels
+            equal.
 
     Raises:
         UserError: If no layer is known to read a norm alone.
@@ -96,12 +104,15 @@ def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key:
     apart = float((after - before).abs().max() / before.abs().max())
     if not apart <= SAME_WITHIN:
         raise StageFailed(
-            f"{key}: smoothing changes {type(model).__name__} (logits move by {apart:.2g} of the largest)"
+            f"{key}: smoothing changes {type(model).__name__} (logits move by {apart:.2g} of the"
+            " largest)"
         )
     return [pair.name for pair in pairs]
 
 
-def _largest_inputs(model: Any, pairs: Sequence[Pair], batches: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _largest_inputs(
+    model: Any, pairs: Sequence[Pair], batches: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return max|X_j| (H,) of what the layers of each pair read, over all batches."""
     seen: dict[str, torch.Tensor] = {}
     with _watched(pairs, seen):
@@ -118,18 +129,27 @@ def _watched(pairs: Sequence[Pair], seen: dict[str, torch.Tensor]) -> Generator[
 
     with ExitStack() as hooks:
         for pair in pairs:
-            handle = pair.layers[0].register_forward_pre_hook(lambda _, args, name=pair.name: note(name, args[0]))
+            handle = pair.layers[0].register_forward_pre_hook(
+                lambda _, args, name=pair.name: note(name, args[0])
+            )
             hooks.callback(handle.remove)
         yield
 
 
 def _move(pair: Pair, largest: torch.Tensor, strength: float) -> None:
-    """Divide the norm by s and multiply the columns of its readers, which lie in rows in GPT-2's layers."""
+    """Divide the norm by s and multiply the columns of its readers, which lie in rows in GPT-2's
+    layers.
+    """
     import torch
 
-    axes = [0 if isinstance(layer, torch.nn.Linear) else 1 for layer in pair.layers]  # all but the input's
-    weight = torch.stack([layer.weight.abs().amax(axis) for layer, axis in zip(pair.layers, axes, strict=True)])
-    scale = largest.clamp_min(SMALLEST) ** strength / weight.amax(0).clamp_min(SMALLEST) ** (1 - strength)
+    # all but the input's
+    axes = [0 if isinstance(layer, torch.nn.Linear) else 1 for layer in pair.layers]
+    weight = torch.stack(
+        [layer.weight.abs().amax(axis) for layer, axis in zip(pair.layers, axes, strict=True)]
+    )
+    scale = largest.clamp_min(SMALLEST) ** strength / weight.amax(0).clamp_min(SMALLEST) ** (
+        1 - strength
+    )
     pair.norm.weight.div_(scale)
     if getattr(pair.norm, "bias", None) is not None:
         pair.norm.bias.div_(scale)

@@ -1,4 +1,6 @@
-"""What a search measures: a format quantized on trial, scored on validation and served beside the unquantized model."""
+"""What a search measures: a format quantized on trial, scored on validation and served beside the
+unquantized model.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ class Bench:
         return Trial(fmt, exclude, loss, kl, time_ratio, memory_ratio)
 
     def sensitive(self, fmt: Format) -> Sequence[str]:
-        """Return the layers that `fmt` quantizes, the one first that moves the model's predictions most.
+        """Return the layers that `fmt` quantizes, the one first that moves the model's predictions
+        most.
 
         Sixteen bits take the whole model: there is nothing to mix.
         """
@@ -93,7 +96,9 @@ class Bench:
         dtype = quantized.dtype
         patched, plain = patched.to(dtype), yard.load(self.source).to(dtype)
         moved: dict[str, float] = {}
-        for layer in plan_for(fmt, plain.config, self.run.task, key=self.key, choice=self.choice).quantize:
+        for layer in plan_for(
+            fmt, plain.config, self.run.task, key=self.key, choice=self.choice
+        ).quantize:
             own = patched.get_submodule(layer.name)
             patched.set_submodule(layer.name, quantized.get_submodule(layer.name))
             moved[layer.name] = yard.score(patched, few, other=plain)[1]
@@ -105,14 +110,24 @@ class Bench:
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="trial."))
         try:
             choice = replace(self.choice, exclude=(*self.choice.exclude, *exclude))
-            quantize(self.source, folder / "model", fmt, self.run.task, device=self.device, key=self.key,
-                     choice=choice, prove=False)  # fmt: skip
+            quantize(
+                self.source,
+                folder / "model",
+                fmt,
+                self.run.task,
+                device=self.device,
+                key=self.key,
+                choice=choice,
+                prove=False,
+            )
             yield folder / "model"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _serve(self, folder: Path) -> tuple[float, float]:
-        """Return the trial's seconds at the load, and its bytes of weights, over the unquantized model's."""
+        """Return the trial's seconds at the load, and its bytes of weights, over the unquantized
+        model's.
+        """
         config = replace(self.run.serving, blocks=BLOCKS, batches=[])
         servers = {
             arm: load(
@@ -128,15 +143,26 @@ class Bench:
         prompts = [each.input_ids for each in self.yard.validation]
         for server in servers.values():
             check_load(server, config.load, prompts)
-        read = measure_interleaved(servers, [("trial", "plain")], config=config, prompts=prompts, seed=0)
+        read = measure_interleaved(
+            servers, [("trial", "plain")], config=config, prompts=prompts, seed=0
+        )
         ours, theirs = read.seconds["trial", "plain"]
         ratio = float(np.exp(np.mean(np.log(ours / theirs))))
         return ratio, servers["trial"].weights_bytes / servers["plain"].weights_bytes
 
 
-def able(candidates: Sequence[Format], source: Path, task: Task, *, device: torch.device, choice: Choice,
-         key: str) -> tuple[list[Format], list[str]]:  # fmt: skip
-    """Return the candidates that this device and this model's shapes can take, and why the others cannot."""
+def able(
+    candidates: Sequence[Format],
+    source: Path,
+    task: Task,
+    *,
+    device: torch.device,
+    choice: Choice,
+    key: str,
+) -> tuple[list[Format], list[str]]:
+    """Return the candidates that this device and this model's shapes can take, and why the others
+    cannot.
+    """
     config = load_config(source, key=key)
     found: list[Format] = []
     reasons: list[str] = []

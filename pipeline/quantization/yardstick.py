@@ -1,4 +1,6 @@
-"""How far a quantized model has moved from its source, on documents of the validation split: never on test."""
+"""How far a quantized model has moved from its source, on documents of the validation split: never
+on test.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from pipeline.quantization.sixteen import stored_dtype
 if TYPE_CHECKING:
     import torch
 
-DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of validation, by content digest
+# of validation, by content digest
+DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
 @dataclass(slots=True)
@@ -48,10 +51,11 @@ class Yardstick:
         self._metric = self.score(self.model, self.validation)[0]
 
     def read(self, folder: Path) -> tuple[float, float]:
-        """Return what the model in `folder` loses of the primary quality, and its KL from the source.
+        """Return what the model in `folder` loses of the primary quality, and its KL from the
+        source.
 
-        The loss is a fraction for bits per byte and a difference for accuracy, above 0 where it is worse, infinite
-        where there is none. The KL is in nats a token or example.
+        The loss is a fraction for bits per byte and a difference for accuracy, above 0 where it is
+        worse, infinite where there is none. The KL is in nats a token or example.
         """
         metric, kl = self.score(self.load(folder), self.validation, other=self.model)
         if not math.isfinite(metric):
@@ -62,15 +66,29 @@ class Yardstick:
     def load(self, folder: Path) -> Any:
         """Load a model of this data's labels, in the dtype it is stored in."""
         return load_model(
-            folder, self.run.task, device=self.device, labels=self.data.labels, dtype=stored_dtype(folder, self.device)
+            folder,
+            self.run.task,
+            device=self.device,
+            labels=self.data.labels,
+            dtype=stored_dtype(folder, self.device),
         )
 
-    def score(self, model: Any, encoded: Sequence[Encoded], other: Any = None) -> tuple[float, float]:
+    def score(
+        self, model: Any, encoded: Sequence[Encoded], other: Any = None
+    ) -> tuple[float, float]:
         """Return the primary metric and, with `other`, the KL from it."""
-        more: dict[str, Any] = {"batch_size": self.run.quality.batch_size, "device": self.device, "other": other}
+        more: dict[str, Any] = {
+            "batch_size": self.run.quality.batch_size,
+            "device": self.device,
+            "other": other,
+        }
         if self.run.task is Task.causal_lm:
             scores = score_causal(
-                model, encoded, sequence_length=self.sequence_length, pad_id=self._padding.token, **more
+                model,
+                encoded,
+                sequence_length=self.sequence_length,
+                pad_id=self._padding.token,
+                **more,
             )
             metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
         else:
@@ -82,8 +100,14 @@ class Yardstick:
         documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
         documents = documents[: DOCUMENTS[self.run.task]]
         encoded = encode_all(
-            documents, load_tokenizer(self.source), self.run.task,
+            documents,
+            load_tokenizer(self.source),
+            self.run.task,
             max_length=example_length(self.model.config, self.run.task, self.sequence_length),
             max_bytes=self.run.quality.max_bytes_per_document,
-        )  # fmt: skip
-        return [each for each in encoded if self.run.task is not Task.causal_lm or each.targets[1:].any()]
+        )
+        return [
+            each
+            for each in encoded
+            if self.run.task is not Task.causal_lm or each.targets[1:].any()
+        ]

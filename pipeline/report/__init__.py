@@ -1,1 +1,3 @@
-"""What people read of a run. Every report is a pure function of result.json and the catalogue of figures."""
+"""What people read of a run. Every report is a pure function of result.json and the catalogue of
+figures.
+"""

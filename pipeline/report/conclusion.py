@@ -1,9 +1,10 @@
 """The conclusion: one honest sentence, whichever way the figures came out.
 
-Every comparison becomes a clause `against BASE, ARM ...`, made of what its figures say: a decided difference, a
-difference within the margin, "undecided" with its interval, or "not measurable here" with the reason. The two
-controls of distillation have clauses of their own, and `control_compute` comes first. Nothing is claimed that is not
-in `comparisons`; a saving below zero is said as "costs 12% more".
+Every comparison becomes a clause `against BASE, ARM ...`, made of what its figures say: a decided
+difference, a difference within the margin, "undecided" with its interval, or "not measurable here"
+with the reason. The two controls of distillation have clauses of their own, and `control_compute`
+comes first. Nothing is claimed that is not in `comparisons`; a saving below zero is said as "costs
+12% more".
 """
 
 from __future__ import annotations
@@ -56,28 +57,42 @@ CONTROL_COMPUTE = "control_compute"
 CONTROL_STEPS = "control_steps"
 _CONTROLS = (CONTROL_COMPUTE, CONTROL_STEPS)
 _SAME = 0.05
-"""FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the ratio is said."""
+"""FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the
+ratio is said.
+"""
 _ROLES = frozenset({"teacher", "student", "baseline", "reference"})
 _WHOLE = 0.9
-"""Share of the parameters from which on a model is called quantized without saying how much of it is."""
+"""Share of the parameters from which on a model is called quantized without saying how much of it
+is.
+"""
 _NAME_LIMIT = 60
 """Characters of an arm's name in a sentence."""
 
 
 def conclude(result: Result) -> str:
-    """Return the conclusion: one sentence, and a second one naming what is missing where something is."""
+    """Return the conclusion: one sentence, and a second one naming what is missing where something
+    is.
+    """
     if result.get("verdict"):
         end = _end_of_run(result)
         return " ".join([verdict_words(result["verdict"]), *([_sentence(end)] if end else [])])
     if any(row["type"] == ReleaseStage.type for row in result["rows"]):
-        return " ".join(_sentence(text) for text in ("no verdict was come to", _end_of_run(result)) if text)
+        return " ".join(
+            _sentence(text) for text in ("no verdict was come to", _end_of_run(result)) if text
+        )
     clauses, explained = _compared(result)
     found = seeds(result)
     if not found:
-        clauses, explained = ["no stage finished, so nothing can be said about cost or quality"], set[str]()
+        clauses, explained = (
+            ["no stage finished, so nothing can be said about cost or quality"],
+            set[str](),
+        )
     elif not clauses:
         primary = result["primary_arm"]
-        clauses, explained = _cost_and_quality(result), {primary} if why_missing(result, primary) else set[str]()
+        clauses, explained = (
+            _cost_and_quality(result),
+            ({primary} if why_missing(result, primary) else set[str]()),
+        )
     clauses = [*_kept(result), *clauses]
     if found:
         clauses.append("one seed" if len(found) == 1 else f"{len(found)} seeds")
@@ -92,7 +107,11 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
     preface = ""
     pairs = [pair for pair in result["comparisons"] if not _is_kept(result, pair["arm"])]
     for pair in sorted(pairs, key=lambda pair: pair["base"] != CONTROL_COMPUTE):
-        missing = {arm: why for arm in (pair["arm"], pair["base"]) if (why := why_missing(result, arm)) is not None}
+        missing = {
+            arm: why
+            for arm in (pair["arm"], pair["base"])
+            if (why := why_missing(result, arm)) is not None
+        }
         if not missing:
             said = f"against {_base_words(result, pair)}, "
             clauses += _clauses(result, pair, "" if said == preface else said)
@@ -106,19 +125,32 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
 
 
 def _kept(result: Result) -> list[str]:
-    """Return a clause for each quantize stage that left its model as it is, in one seed or in all."""
+    """Return a clause for each quantize stage that left its model as it is, in one seed or in
+    all.
+    """
     clauses: list[str] = []
     for arm in dict.fromkeys(row["arm"] for row in result["rows"] if not is_rung(row["arm"])):
         kept = [row for row in _done(result, arm) if row.get("unchanged")]
         if kept:
-            why, source = one_line(kept[0]["unchanged"]["why"]), one_line(kept[0]["unchanged"]["as"], _NAME_LIMIT)
-            which = "" if _is_kept(result, arm) else f" of seed {_listed([str(row['seed']) for row in kept])}"
-            clauses.append(f"no format pays: {_subject(arm)}{which} stays as {_subject(source)} is ({why})")
+            why, source = (
+                one_line(kept[0]["unchanged"]["why"]),
+                one_line(kept[0]["unchanged"]["as"], _NAME_LIMIT),
+            )
+            which = (
+                ""
+                if _is_kept(result, arm)
+                else f" of seed {_listed([str(row['seed']) for row in kept])}"
+            )
+            clauses.append(
+                f"no format pays: {_subject(arm)}{which} stays as {_subject(source)} is ({why})"
+            )
     return clauses
 
 
 def _is_kept(result: Result, arm: str) -> bool:
-    """Whether an arm is its source in all seeds: what it and a form of that differ by is no quantization's doing."""
+    """Whether an arm is its source in all seeds: what it and a form of that differ by is no
+    quantization's doing.
+    """
     done = _done(result, arm)
     return bool(done) and all(row.get("unchanged") for row in done)
 
@@ -128,7 +160,8 @@ def _done(result: Result, arm: str) -> list[Row]:
 
 
 def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
-    """Return what one comparison says: a control's clause, the verbs of its arm, the nulls with their reasons.
+    """Return what one comparison says: a control's clause, the verbs of its arm, the nulls with
+    their reasons.
 
     `preface` is `against BASE, `, or empty where the clause before speaks of the same base.
     """
@@ -139,7 +172,9 @@ def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for what, why in _nulls(pair):
         by_reason.setdefault(why, []).append(what)
-    return clauses + [f"{context}{_listed(what)}: not measurable here: {why}" for why, what in by_reason.items()]
+    return clauses + [
+        f"{context}{_listed(what)}: not measurable here: {why}" for why, what in by_reason.items()
+    ]
 
 
 def _figure(pair: Pair, measure: str) -> Value | None:
@@ -176,15 +211,21 @@ def _verbs(result: Result, pair: Pair) -> list[str]:
 
 
 def _charged_too(result: Result, pair: Pair) -> list[str]:
-    """Return the other stages whose work is charged to the arm and not to its base, as a teacher's is."""
+    """Return the other stages whose work is charged to the arm and not to its base, as a teacher's
+    is.
+    """
     chains = [_chain(result, pair[side]) for side in ("arm", "base")]
-    return [_name(arm) for arm in chains[0] if arm not in chains[1] and stage_name(arm) != pair["arm"]]
+    return [
+        _name(arm) for arm in chains[0] if arm not in chains[1] and stage_name(arm) != pair["arm"]
+    ]
 
 
 def _chain(result: Result, arm: str) -> list[str]:
     """Return the stages that led to an arm's artifact, each once, the arm last."""
     row = finished_row(result, arm)
-    before = [each for needed in (row["depends_on"] if row else []) for each in _chain(result, needed)]
+    before = [
+        each for needed in (row["depends_on"] if row else []) for each in _chain(result, needed)
+    ]
     return list(dict.fromkeys([*before, *([arm] if row else [])]))
 
 
@@ -195,25 +236,44 @@ def _nulls(pair: Pair) -> list[tuple[str, str]]:
         figure = _figure(pair, measure)
         if measure in pair["on"] and _is_null(figure, measure):
             what = f"{measure} saving" if measure in ("training", "serving") else measure
-            found.append((what, NOT_RECORDED if figure is None else one_line(figure["why_null"]) + _new_spend(figure)))
+            found.append(
+                (
+                    what,
+                    (
+                        NOT_RECORDED
+                        if figure is None
+                        else one_line(figure["why_null"]) + _new_spend(figure)
+                    ),
+                )
+            )
     return found
 
 
 def _new_spend(figure: Value) -> str:
-    """Return the saving that leaves an existing model uncharged, labelled so; it stands in for a null one."""
+    """Return the saving that leaves an existing model uncharged, labelled so; it stands in for a
+    null one.
+    """
     saving = figure.get("new_spend_saving", {}).get("v")
     if saving is None:
         return ""
-    return f" (counting new spending alone it {'saves' if saving >= 0 else 'costs'} {percent(abs(saving))}" + (
-        ")" if saving >= 0 else " more)"
+    return (
+        f" (counting new spending alone it {'saves' if saving >= 0 else 'costs'}"
+        f" {percent(abs(saving))}" + (")" if saving >= 0 else " more)")
     )
 
 
-# -- the controls of distillation --------------------------------------------------------------------------------------
+# -- the controls of distillation -----------------------------------------------------------------
 def _control_clause(result: Result, pair: Pair) -> list[str]:
-    """Return the clause on quality against one of the two controls, or none for other bases and for nulls."""
+    """Return the clause on quality against one of the two controls, or none for other bases and for
+    nulls.
+    """
     key, quality = primary_of(pair), _figure(pair, "quality")
-    if pair["base"] not in _CONTROLS or "quality" not in pair["on"] or key is None or _is_null(quality, "quality"):
+    if (
+        pair["base"] not in _CONTROLS
+        or "quality" not in pair["on"]
+        or key is None
+        or _is_null(quality, "quality")
+    ):
         return []
     assert quality is not None
     if pair["base"] == CONTROL_COMPUTE:
@@ -224,26 +284,35 @@ def _control_clause(result: Result, pair: Pair) -> list[str]:
 def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> str:
     """Say what the same FLOPs would have bought.
 
-    A difference is turned round to speak of the control; a figure in brackets stays as `comparisons` has it, and says
-    that it is the student's.
+    A difference is turned round to speak of the control; a figure in brackets stays as
+    `comparisons` has it, and says that it is the student's.
     """
     given = _share(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
-    start, student = f"given {given} without a teacher ({CONTROL_COMPUTE})", f"the distilled {_name(pair['arm'])}"
+    start, student = (
+        f"given {given} without a teacher ({CONTROL_COMPUTE})",
+        f"the distilled {_name(pair['arm'])}",
+    )
     whose = f"{_subject(pair['arm'])}'s"
     if answer(quality) == "undecided":
         rests_on = f"{whose} {evidence(key, quality)}"
-        return f"{start}, whether the same model does better than {student} is undecided ({rests_on})"
+        return (
+            f"{start}, whether the same model does better than {student} is undecided ({rests_on})"
+        )
     if answer(quality) == "equal":
         ending = f"within {margin(key, quality)} ({whose} quality {signed(key, quality['v'])})"
         return f"{start}, the same model does as well as {student}, {ending}"
     rests_on = f"{whose} {signed(key, quality['v'])}, {_spread(result, key, quality)}"
-    return f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student} ({rests_on})"
+    return (
+        f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
+        f" ({rests_on})"
+    )
 
 
 def turned(key: str, advantage: float) -> float:
     """Return the base's advantage over the arm from the arm's over the base.
 
-    With `advantage` = 1 - arm/base, the base's is 1 - base/arm; plain differences change their sign.
+    With `advantage` = 1 - arm/base, the base's is 1 - base/arm; plain differences change their
+    sign.
     """
     return -advantage / (1 - advantage) if key in RELATIVE else -advantage
 
@@ -262,14 +331,18 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
 
 
 def _spread(result: Result, key: str, quality: Value) -> str:
-    """Return the interval of a comparison and what it is over: documents, or seeds where there are several."""
+    """Return the interval of a comparison and what it is over: documents, or seeds where there are
+    several.
+    """
     num_seeds = len(seeds(result))
     over = f"{num_seeds} seeds" if num_seeds > 1 else rests_on(quality)
     return f"{interval(quality, in_points=key not in RELATIVE)} over {over}"
 
 
 def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
-    """Return `same`, or how many times the arm's count the control was given where the two differ."""
+    """Return `same`, or how many times the arm's count the control was given where the two
+    differ.
+    """
     given, meant = (_counted(result, pair[side], name) for side in ("base", "arm"))
     if not given or not meant or abs(given / meant - 1) <= _SAME:
         return same
@@ -277,17 +350,21 @@ def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
 
 
 def _counted(result: Result, arm: str, name: str) -> float | None:
-    """Return a count of an arm's stage; its FLOPs with those of the capture that it reads, as a live teacher's are."""
+    """Return a count of an arm's stage; its FLOPs with those of the capture that it reads, as a
+    live teacher's are.
+    """
     row = finished_row(result, arm)
     if row is None:
         return None
-    read = [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
+    read = (
+        [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
+    )
     rows = [row, *(each for each in read if each is not None and each["type"] == "capture")]
     counts = [each["ledger"]["counts"][name]["v"] for each in rows]
     return None if None in counts else sum(counts)
 
 
-# -- no comparison, and what is missing --------------------------------------------------------------------------------
+# -- no comparison, and what is missing -----------------------------------------------------------
 def _cost_and_quality(result: Result) -> list[str]:
     """Return the quality and the cost of the primary arm, for recipes that compare nothing."""
     arm = result["primary_arm"]
@@ -295,15 +372,25 @@ def _cost_and_quality(result: Result) -> list[str]:
     if row is None:
         return [f"{_name(arm)}: not measurable here: it {why_missing(result, arm)}"]
     key = primary_key(result)
-    return [f"{_subject(row['arm'])} {_quality_level(key, row['quality'].get(key))}", _cost(row, result)]
+    return [
+        f"{_subject(row['arm'])} {_quality_level(key, row['quality'].get(key))}",
+        _cost(row, result),
+    ]
 
 
 def _quality_level(key: str, quality: Value | None) -> str:
     words = QUALITY_WORDS[key]
     if quality is None or quality["v"] is None:
-        return f"has no {words}: not measurable here: {one_line(quality['why_null']) if quality else NOT_RECORDED}"
+        return (
+            f"has no {words}: not measurable here:"
+            f" {one_line(quality['why_null']) if quality else NOT_RECORDED}"
+        )
     bounds = quality["ci"]
-    ends = f" ({ARM_INTERVAL} {significant(bounds[0], 4)} to {significant(bounds[1], 4)})" if bounds else ""
+    ends = (
+        f" ({ARM_INTERVAL} {significant(bounds[0], 4)} to {significant(bounds[1], 4)})"
+        if bounds
+        else ""
+    )
     return f"reaches {significant(quality['v'], 4)} {words}{ends} on the test split"
 
 
@@ -313,11 +400,16 @@ def _cost(row: Row, result: Result) -> str:
         return f"its cost: not measurable here: {one_line(hours['why_null'])}"
     trained = f" and {count(tokens)} tokens of training" if tokens else ""
     when = f" in run {one_line(row['reused'], _NAME_LIMIT)}, now reused" if row["reused"] else ""
-    return f"it took {duration(3600 * hours['v'])} of device time on {device_words(result)}{trained}{when}"
+    return (
+        f"it took {duration(3600 * hours['v'])} of device time on"
+        f" {device_words(result)}{trained}{when}"
+    )
 
 
 def _hours_of_all_attempts(row: Row, result: Result) -> Value:
-    """Return the hours of a row with those of the attempts before it, failed ones and rungs included."""
+    """Return the hours of a row with those of the attempts before it, failed ones and rungs
+    included.
+    """
     same = (other for other in result["rows"] if other["seed"] == row["seed"])
     own = [other for other in same if stage_name(other["arm"]) == row["arm"]]
     hours = [hours_of(other, result) for other in own]
@@ -330,7 +422,8 @@ def _missing(result: Result, explained: set[str]) -> list[str]:
     many_seeds = len({row["seed"] for row in result["rows"]}) > 1
     rows = [row for row in unfinished(result) if row["arm"] not in explained]
     return [
-        _name(row["arm"]) + (f" of seed {row['seed']} " if many_seeds else " ") + what_happened(row) for row in rows
+        _name(row["arm"]) + (f" of seed {row['seed']} " if many_seeds else " ") + what_happened(row)
+        for row in rows
     ]
 
 
@@ -342,7 +435,7 @@ def _end_of_run(result: Result) -> str:
     return f"the run ended {result['status']}" + ("" if said else f": {one_line(why)}")
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- words ----------------------------------------------------------------------------------------
 def _name(arm: str) -> str:
     return one_line(arm, _NAME_LIMIT)
 
@@ -359,11 +452,15 @@ def _base_words(result: Result, pair: Pair) -> str:
     if pair.get("base_is") == BEST_16_BIT:
         return f"{_subject(pair['base'])} (the best 16-bit form of the same model here)"
     dtypes = (pair["serving"] or {}).get("dtypes")
-    return _subject(pair["base"]) + (f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else "")
+    return _subject(pair["base"]) + (
+        f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else ""
+    )
 
 
 def _in_part(result: Result, pair: Pair) -> str:
-    """Return how much of an arm's parameters is in its format, where that is not nearly all of them."""
+    """Return how much of an arm's parameters is in its format, where that is not nearly all of
+    them.
+    """
     row = finished_row(result, pair["arm"])
     made = None if row is None else row.get("quantization")
     if made is None or made["share"]["v"] is None or made["share"]["v"] >= _WHOLE:
@@ -381,5 +478,9 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def _sentence(text: str) -> str:
     """End a sentence, and raise its first letter unless an arm's name begins it."""
-    begins_with_word = text.startswith(("the ", "given ", "at ", "against ", "no stage ", "no verdict ", "no format "))
-    return (text[:1].upper() + text[1:] if begins_with_word else text) + ("" if text.endswith(".") else ".")
+    begins_with_word = text.startswith(
+        ("the ", "given ", "at ", "against ", "no stage ", "no verdict ", "no format ")
+    )
+    return (text[:1].upper() + text[1:] if begins_with_word else text) + (
+        "" if text.endswith(".") else "."
+    )

@@ -23,7 +23,10 @@ LEVELS = {0: "notice", 4: "warning", 6: "warning"}  # by exit code; all others a
 
 
 def tell_github(
-    verdict: Mapping[str, Any], report: str, files: Mapping[str, str], environ: Mapping[str, str] = os.environ
+    verdict: Mapping[str, Any],
+    report: str,
+    files: Mapping[str, str],
+    environ: Mapping[str, str] = os.environ,
 ) -> None:
     """Write to the files that GitHub names, and print the annotation; elsewhere, nothing.
 
@@ -42,13 +45,21 @@ def tell_github(
 
 def tell_refusal(why: str, exit_code: int, environ: Mapping[str, str] = os.environ) -> None:
     """Say that a gate was refused before it had a folder to write to."""
-    verdict = {"line": f"no verdict: {why}", "verdict": None, "exit_code": int(exit_code), "criteria": [], "run_id": ""}
+    verdict = {
+        "line": f"no verdict: {why}",
+        "verdict": None,
+        "exit_code": int(exit_code),
+        "criteria": [],
+        "run_id": "",
+    }
     tell_github(verdict, f"{markdown_text(verdict['line'])}\n", {"report": ""}, environ)
 
 
 @contextmanager
 def refusals_told(is_gate: bool) -> Generator[None]:
-    """Tell of what ends a gate here; one that has its folder tells of its end itself (`runs/gate_ending.py`)."""
+    """Tell of what ends a gate here; one that has its folder tells of its end itself
+    (`runs/gate_ending.py`).
+    """
     try:
         yield
     except Exception as error:
@@ -64,19 +75,27 @@ def summary(report: str) -> str:
     if len(raw) <= MOST_BYTES:
         return report
     kept = raw[: MOST_BYTES - 100]
-    return kept[: kept.rfind(b"\n") + 1].decode() + "\n*(cut here; the whole report is report.md)*\n"
+    return (
+        kept[: kept.rfind(b"\n") + 1].decode() + "\n*(cut here; the whole report is report.md)*\n"
+    )
 
 
 def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """Return the step's outputs, each value between delimiters that nobody can guess, so that none ends early."""
+    """Return the step's outputs, each value between delimiters that nobody can guess, so that none
+    ends early.
+    """
     by_name = {each["name"]: each for each in verdict["criteria"]}
     saving = by_name.get("serving", {}).get("value", {}).get("v")
     values: dict[str, object] = {
-        "verdict": verdict["verdict"] or "", "exit_code": end_code(verdict), "line": shown_line(verdict),
+        "verdict": verdict["verdict"] or "",
+        "exit_code": end_code(verdict),
+        "line": shown_line(verdict),
         "candidate_digest": (verdict.get("candidate") or {}).get("digest", ""),
         "baseline_digest": (verdict.get("baseline") or {}).get("digest", ""),
-        "serving_saving": "" if saving is None else f"{saving:.6g}", "run_id": verdict["run_id"], **files,
-    }  # fmt: skip
+        "serving_saving": "" if saving is None else f"{saving:.6g}",
+        "run_id": verdict["run_id"],
+        **files,
+    }
     lines: list[str] = []
     for name, value in values.items():
         mark = f"end_{secrets.token_hex(16)}"

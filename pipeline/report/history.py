@@ -1,7 +1,7 @@
 """A model's last releases in words: a table for a terminal, a section of the gate's report, CSV.
 
-Every function takes a history in the form that verdict.json holds (`gate/history.py`), in which names are whatever
-somebody once wrote into the store.
+Every function takes a history in the form that verdict.json holds (`gate/history.py`), in which
+names are whatever somebody once wrote into the store.
 """
 
 from __future__ import annotations
@@ -18,27 +18,62 @@ from pipeline.report.text import markdown_text, one_line, pad
 History = Mapping[str, Any]
 Row = Mapping[str, Any]
 NO_MODEL = "(no registered model)"
-_HEAD = ("date (UTC)", "candidate", "against", "verdict", "serving saved", "quality", "policy", "judged")
+_HEAD = (
+    "date (UTC)",
+    "candidate",
+    "against",
+    "verdict",
+    "serving saved",
+    "quality",
+    "policy",
+    "judged",
+)
 COLUMNS = (
-    "model", "created", "run", "version", "candidate", "baseline", "verdict", "look", "serving_saving", "serving_low",
-    "serving_high", "quality_key", "quality_delta", "quality_low", "quality_high", "margin", "policy", "policy_sha256",
-    "data", "device", "given_again", "ways_judged",
-)  # fmt: skip
+    "model",
+    "created",
+    "run",
+    "version",
+    "candidate",
+    "baseline",
+    "verdict",
+    "look",
+    "serving_saving",
+    "serving_low",
+    "serving_high",
+    "quality_key",
+    "quality_delta",
+    "quality_low",
+    "quality_high",
+    "margin",
+    "policy",
+    "policy_sha256",
+    "data",
+    "device",
+    "given_again",
+    "ways_judged",
+)
 _SHORT = 8  # characters of a digest
 
 
-# -- rows -----------------------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------
 
 
 def cells(row: Row) -> list[str]:
     """Return a release's cells, as plain text."""
     version = row["version"]
-    candidate = _digest(row["candidate"]) if version is None else f"v{version} {_digest(row['candidate'])}"
+    candidate = (
+        _digest(row["candidate"]) if version is None else f"v{version} {_digest(row['candidate'])}"
+    )
     return [
-        one_line(row["created"], 40)[:16].replace("T", " "), one_line(candidate, 24), _digest(row["baseline"]),
-        one_line(row["verdict"], 16), _reading(row["serving"], "%"), _quality(row), one_line(row["policy"], 24) or "-",
+        one_line(row["created"], 40)[:16].replace("T", " "),
+        one_line(candidate, 24),
+        _digest(row["baseline"]),
+        one_line(row["verdict"], 16),
+        _reading(row["serving"], "%"),
+        _quality(row),
+        one_line(row["policy"], 24) or "-",
         _judged(row),
-    ]  # fmt: skip
+    ]
 
 
 def _digest(digest: str | None) -> str:
@@ -61,7 +96,9 @@ def _quality(row: Row) -> str:
 
 
 def _judged(row: Row) -> str:
-    """Return how often: looks, answers given again, and other policies, data or devices for the same pair."""
+    """Return how often: looks, answers given again, and other policies, data or devices for the
+    same pair.
+    """
     said = [look_words(row)]
     said += [f"given again {row['again']}x"] if row["again"] else []
     said += [f"pair judged {row['ways']} ways"] if row["ways"] > 1 else []
@@ -69,11 +106,13 @@ def _judged(row: Row) -> str:
 
 
 def look_words(verdict: Row) -> str:
-    """Return which look gave a verdict; an INVALID one found nothing out, so that the look is still to be taken."""
+    """Return which look gave a verdict; an INVALID one found nothing out, so that the look is still
+    to be taken.
+    """
     return "no look counted" if verdict["verdict"] == "INVALID" else f"look {verdict['look']}"
 
 
-# -- alarms ---------------------------------------------------------------------------------------------------------
+# -- alarms ---------------------------------------------------------------------------------------
 
 
 def alarms(history: History) -> list[str]:
@@ -82,7 +121,9 @@ def alarms(history: History) -> list[str]:
 
 
 def remarks(history: History) -> list[str]:
-    """Return a sentence per question that raised no alarm: what it came to, or why it cannot be answered."""
+    """Return a sentence per question that raised no alarm: what it came to, or why it cannot be
+    answered.
+    """
     return [_sentence(each) for each in history["findings"] if not each["alarm"]]
 
 
@@ -96,7 +137,10 @@ def _step(finding: Row, of: str) -> str:
         return f"no step in {of} can be told: {one_line(finding['why'], 200)}"
     unit = _unit(finding)
     bound = f"{100 * finding['level']:g}% bound {100 * finding['high']:+.2f}{unit}"
-    said = f"{100 * finding['value']:+.2f}{unit} ({bound}) against {finding['releases']} earlier releases"
+    said = (
+        f"{100 * finding['value']:+.2f}{unit} ({bound}) against {finding['releases']} earlier"
+        " releases"
+    )
     if finding["alarm"]:
         return f"ALARM step down in {of}: {_digest(finding['candidate'])} reads {said}"
     return f"no step down in {of}: {said}"
@@ -108,11 +152,19 @@ def _creep(finding: Row, of: str) -> str:
     if not finding["releases"]:
         return f"no creep in {of}: the newest champion is the best"
     unit, ends = _unit(finding), [100 * finding[name] for name in ("low", "high")]
-    said = (f"{100 * finding['value']:+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over {finding['releases']} changes "
-            f"since {_digest(finding['since'])}, margin {100 * finding['margin']:g}")  # fmt: skip
+    said = (
+        f"{100 * finding['value']:+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
+        f" {finding['releases']} changes since {_digest(finding['since'])}, margin"
+        f" {100 * finding['margin']:g}"
+    )
     if finding["alarm"]:
-        return f"ALARM creep in {of}: {said}; judge it against that one: baseline={one_line(finding['since'], 32)}"
-    return f"no creep in {of}: {said}" + ("" if finding["shown"] else "; a loss beyond it is not excluded")
+        return (
+            f"ALARM creep in {of}: {said}; judge it against that one:"
+            f" baseline={one_line(finding['since'], 32)}"
+        )
+    return f"no creep in {of}: {said}" + (
+        "" if finding["shown"] else "; a loss beyond it is not excluded"
+    )
 
 
 def _unit(finding: Row) -> str:
@@ -120,7 +172,7 @@ def _unit(finding: Row) -> str:
     return "%" if shares else " pt"
 
 
-# -- terminal, Markdown, CSV ----------------------------------------------------------------------------------------
+# -- terminal, Markdown, CSV ----------------------------------------------------------------------
 
 
 def table(history: History) -> list[str]:
@@ -133,33 +185,56 @@ def table(history: History) -> list[str]:
 def recent(history: History) -> list[str]:
     """Return the lines of the section "The last releases" of a report; alarms stand first."""
     if history["why"] and len(history["releases"]) < 2:
-        return ["## The last releases", "", f"Nothing to show: {markdown_text(history['why'], 300)}."]
+        return [
+            "## The last releases",
+            "",
+            f"Nothing to show: {markdown_text(history['why'], 300)}.",
+        ]
     total, shown = history["of"], len(history["releases"])
     named = markdown_text(history["model"] or NO_MODEL, 200)
     return [
-        "## The last releases", "",
+        "## The last releases",
+        "",
         *(f"- **{markdown_text(each)}**" for each in alarms(history)),
         *(f"- {markdown_text(each)}" for each in remarks(history)),
-        *([f"- {markdown_text(history['why'], 300)}"] if history["why"] else []), "",
-        f"{named}: {shown} of {total}, each against the champion of its day, the newest last.", "",
-        f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}",
+        *([f"- {markdown_text(history['why'], 300)}"] if history["why"] else []),
+        "",
+        f"{named}: {shown} of {total}, each against the champion of its day, the newest last.",
+        "",
+        f"| {' | '.join(_HEAD)} |",
+        f"|{' --- |' * len(_HEAD)}",
         *(f"| {' | '.join(map(markdown_text, cells(row)))} |" for row in history["releases"]),
-    ]  # fmt: skip
+    ]
 
 
 def to_csv(histories: Sequence[History]) -> str:
-    """Return all releases as CSV (RFC 4180): numbers are numbers, what is not known is empty, no cell is a formula."""
+    """Return all releases as CSV (RFC 4180): numbers are numbers, what is not known is empty, no
+    cell is a formula.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(COLUMNS)
     for row in (row for history in histories for row in history["releases"]):
         serving, quality = row["serving"] or {}, row["quality"] or {}
         values = (
-            row["model"] or NO_MODEL, row["created"], row["run"], row["version"], row["candidate"], row["baseline"],
-            row["verdict"], None if row["verdict"] == "INVALID" else row["look"],
-            *(serving.get(name) for name in ("value", "low", "high")), row["quality_key"],
-            *(quality.get(name) for name in ("value", "low", "high")), row["margin"], row["policy"],
-            row["policy_sha256"], row["data"], row["device"], row["again"], row["ways"],
-        )  # fmt: skip
+            row["model"] or NO_MODEL,
+            row["created"],
+            row["run"],
+            row["version"],
+            row["candidate"],
+            row["baseline"],
+            row["verdict"],
+            None if row["verdict"] == "INVALID" else row["look"],
+            *(serving.get(name) for name in ("value", "low", "high")),
+            row["quality_key"],
+            *(quality.get(name) for name in ("value", "low", "high")),
+            row["margin"],
+            row["policy"],
+            row["policy_sha256"],
+            row["data"],
+            row["device"],
+            row["again"],
+            row["ways"],
+        )
         writer.writerow([harmless(value) if isinstance(value, str) else value for value in values])
     return text.getvalue()

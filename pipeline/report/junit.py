@@ -1,9 +1,10 @@
 """junit.xml of a gate: one case per criterion, as CI systems show them.
 
-JUnit knows passed, failure, error and skipped. A criterion that the policy asks for is a failure where it is FAIL or
-INCONCLUSIVE (type says which: neither lets a release pass) and an error where it is INVALID; one that is only shown is
-skipped unless it passes. Without a champion there is one skipped case; after a crash, or where a champion could not be
-moved, an error says so. The time of serving is that of all its readings; what is not timed by itself has 0.
+JUnit knows passed, failure, error and skipped. A criterion that the policy asks for is a failure
+where it is FAIL or INCONCLUSIVE (type says which: neither lets a release pass) and an error where
+it is INVALID; one that is only shown is skipped unless it passes. Without a champion there is one
+skipped case; after a crash, or where a champion could not be moved, an error says so. The time of
+serving is that of all its readings; what is not timed by itself has 0.
 """
 
 from __future__ import annotations
@@ -25,17 +26,29 @@ def junit(verdict: Mapping[str, Any]) -> str:
     problem = trouble(verdict)
     if problem is not None:
         cases.append(_error("end of the run", problem, verdict))
-    counts = {kind: sum(case.find(kind) is not None for case in cases) for kind in ("failure", "error", "skipped")}
-    suite = ET.Element("testsuite", {
-        "name": f"{SUITE}.{_of(verdict)}", "tests": str(len(cases)), "failures": str(counts["failure"]),
-        "errors": str(counts["error"]), "skipped": str(counts["skipped"]), "time": _seconds(verdict),
-        **({"timestamp": str(verdict["created"])[:19]} if "created" in verdict else {}),
-    })  # fmt: skip
+    counts = {
+        kind: sum(case.find(kind) is not None for case in cases)
+        for kind in ("failure", "error", "skipped")
+    }
+    suite = ET.Element(
+        "testsuite",
+        {
+            "name": f"{SUITE}.{_of(verdict)}",
+            "tests": str(len(cases)),
+            "failures": str(counts["failure"]),
+            "errors": str(counts["error"]),
+            "skipped": str(counts["skipped"]),
+            "time": _seconds(verdict),
+            **({"timestamp": str(verdict["created"])[:19]} if "created" in verdict else {}),
+        },
+    )
     properties = ET.SubElement(suite, "properties")
     told = {
-        "line": shown_line(verdict), "verdict": one_line(verdict["verdict"]), "exit_code": str(end_code(verdict)),
+        "line": shown_line(verdict),
+        "verdict": one_line(verdict["verdict"]),
+        "exit_code": str(end_code(verdict)),
         "run_id": one_line(verdict["run_id"]),
-    }  # fmt: skip
+    }
     for name, value in told.items():
         ET.SubElement(properties, "property", {"name": name, "value": value})
     suite.extend(cases)
@@ -53,7 +66,9 @@ def _of(verdict: Mapping[str, Any]) -> str:
 
 
 def _case(criterion: Mapping[str, Any], verdict: Mapping[str, Any]) -> ET.Element:
-    case = _testcase(criterion["name"], verdict, _seconds(verdict) if criterion["name"] == "serving" else "0")
+    case = _testcase(
+        criterion["name"], verdict, _seconds(verdict) if criterion["name"] == "serving" else "0"
+    )
     outcome, words = criterion["outcome"], criterion_words(criterion)
     if criterion["gating"] and outcome != "PASS":
         ET.SubElement(case, _KINDS[outcome], {"type": outcome, "message": words}).text = words
@@ -64,7 +79,10 @@ def _case(criterion: Mapping[str, Any], verdict: Mapping[str, Any]) -> ET.Elemen
 
 
 def _testcase(name: object, verdict: Mapping[str, Any], time: str = "0") -> ET.Element:
-    return ET.Element("testcase", {"classname": f"{SUITE}.{_of(verdict)}", "name": one_line(name, 120), "time": time})
+    return ET.Element(
+        "testcase",
+        {"classname": f"{SUITE}.{_of(verdict)}", "name": one_line(name, 120), "time": time},
+    )
 
 
 def _seconds(verdict: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""report.md: the question, its answer, and what the answer rests on, in the order a reviewer reads."""
+"""report.md: the question, its answer, and what the answer rests on, in the order a reviewer
+reads.
+"""
 
 from __future__ import annotations
 
@@ -60,11 +62,12 @@ Figure = tuple[Value | None, Callable[[float], str]]
 _SMALL_SHARE = 0.005
 """Phases below this share of a stage's time are summed up as `rest`."""
 _HOW_TO_READ = (
-    "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of the base's, the "
-    "other qualities by percentage points; savings are shares of the base's cost. C is the work of all stages an "
-    "artifact depends on, C_opt what the arm's took beyond those of its base; Q is the base's final validation metric "
-    "less the margin. Payback is C_opt / what a unit costs less to serve: the base's seconds x the serving saving. "
-    f"Each end of a {PAIR_INTERVAL} is a one-sided {percent((1 + statistics.LEVEL) / 2)} bound."
+    "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of"
+    " the base's, the other qualities by percentage points; savings are shares of the base's cost."
+    " C is the work of all stages an artifact depends on, C_opt what the arm's took beyond those"
+    " of its base; Q is the base's final validation metric less the margin. Payback is C_opt /"
+    " what a unit costs less to serve: the base's seconds x the serving saving. Each end of a"
+    f" {PAIR_INTERVAL} is a one-sided {percent((1 + statistics.LEVEL) / 2)} bound."
 )
 _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
@@ -89,7 +92,9 @@ def markdown(result: Result) -> str:
         _section("Waste by cause", _waste(result, shown)),
         _section("What else used the machine", _disturbance(result, notes, shown)),
         _section("Notes", _notes(result)),
-        _section("Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]),
+        _section(
+            "Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]
+        ),
         _section("Device and environment", _environment(result)),
         _section("What the figures mean", _definitions(shown)),
         _section("How to reproduce", _reproduce(result)),
@@ -98,7 +103,9 @@ def markdown(result: Result) -> str:
 
 
 def short_form(result: Result, limit: int = 8000) -> str:
-    """Return the report cut at a line's end to at most `limit` characters (MLflow shows 8,000 of a description)."""
+    """Return the report cut at a line's end to at most `limit` characters (MLflow shows 8,000 of a
+    description).
+    """
     text = markdown(result)
     if len(text) <= limit:
         return text
@@ -107,34 +114,57 @@ def short_form(result: Result, limit: int = 8000) -> str:
     return text[:limit] if end < 0 else text[: end + 1] + _CUT
 
 
-# -- sections ----------------------------------------------------------------------------------------------------------
+# -- sections -------------------------------------------------------------------------------------
 def _opening(result: Result) -> str:
     verdict = result["verdict"]
     answer = [markdown_line(verdict)] if verdict else []  # a gate's report begins with it
-    return "\n\n".join([
-        *answer,
-        f"# {_md(result['recipe'])}: {result['status']}",
-        f"**Question.** {_md(result['question'])}",
-        f"**Conclusion.** {_md(conclude(result), 4000)}",
-        f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            *answer,
+            f"# {_md(result['recipe'])}: {result['status']}",
+            f"**Question.** {_md(result['question'])}",
+            f"**Conclusion.** {_md(conclude(result), 4000)}",
+            f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
+        ]
+    )
 
 
 def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
     key, rows = primary_key(result), arm_rows(result)
     if not rows:
-        return [_md(f"No stage was measured: the run ended {result['status']}: {result['why'] or 'no reason'}.")]
-    use = ("compute/gpu_hours" if on_gpu(result) else "compute/device_hours", "compute/tokens", f"quality/{key}",
-           f"serving/{SERVING_KEY}", "compute/run_device_hours", "compute/run_spent_device_hours",
-           "compute/run_reused_device_hours")  # fmt: skip
+        return [
+            _md(
+                f"No stage was measured: the run ended {result['status']}:"
+                f" {result['why'] or 'no reason'}."
+            )
+        ]
+    use = (
+        "compute/gpu_hours" if on_gpu(result) else "compute/device_hours",
+        "compute/tokens",
+        f"quality/{key}",
+        f"serving/{SERVING_KEY}",
+        "compute/run_device_hours",
+        "compute/run_spent_device_hours",
+        "compute/run_reused_device_hours",
+    )
     shown.update(dict.fromkeys(use))
-    head = ("arm", "status", f"{hours_word(result)} (as time)", "tokens",
-            f"{key.replace('_', ' ')} ({quality_direction(key)}) [{ARM_INTERVAL}]",
-            f"serving {BY_KEY[use[3]].unit} per 1k {unit(result)}s")  # fmt: skip
-    body = [_arm_cells(name, row, result, notes) for name, row in zip(labels(rows), rows, strict=True)]
+    head = (
+        "arm",
+        "status",
+        f"{hours_word(result)} (as time)",
+        "tokens",
+        f"{key.replace('_', ' ')} ({quality_direction(key)}) [{ARM_INTERVAL}]",
+        f"serving {BY_KEY[use[3]].unit} per 1k {unit(result)}s",
+    )
+    body = [
+        _arm_cells(name, row, result, notes) for name, row in zip(labels(rows), rows, strict=True)
+    ]
     more = _where_measured(rows, shown)
     head = (*head, *more)
-    body = [[*cells, *(notes.show(*more[name](row)) for name in more)] for cells, row in zip(body, rows, strict=True)]
+    body = [
+        [*cells, *(notes.show(*more[name](row)) for name in more)]
+        for cells, row in zip(body, rows, strict=True)
+    ]
     time = lambda hours: duration(3600 * hours)
     run = result["run"]
     spent = f"Spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}; "
@@ -142,7 +172,9 @@ def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]
     converged = result["run"].get("per_converged_model")
     if converged is not None and converged["device_hours"]["v"] is not None:
         shown.update(dict.fromkeys(CONVERGED_KEYS))
-    more_lines = [line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))]
+    more_lines = [
+        line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))
+    ]
     return [*_table(head, body), "", _md(spent + total), *more_lines]
 
 
@@ -158,18 +190,34 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
     rows = [row for row in arm_rows(result) if "kl_to_unquantized" in row["quality"]]
     if not rows:
         return []
-    shown.update(dict.fromkeys(f"quality/{key}" for key in ("kl_to_unquantized", "flips", "worst_slice")))
-    head = ("arm", "of its parameters in the format", f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
-            f"changed first predictions [{ARM_INTERVAL}]", "worst slice")  # fmt: skip
+    shown.update(
+        dict.fromkeys(f"quality/{key}" for key in ("kl_to_unquantized", "flips", "worst_slice"))
+    )
+    head = (
+        "arm",
+        "of its parameters in the format",
+        f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
+        f"changed first predictions [{ARM_INTERVAL}]",
+        "worst slice",
+    )
     body: list[list[str]] = []
     for name, row in zip(labels(rows), rows, strict=True):
-        kl, flips, worst = (row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice"))
+        kl, flips, worst = (
+            row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice")
+        )
         by = percent if primary_key(result) == "bits_per_byte" else points
         lost = f"{_md(worst['slice'])}: {by(worst['v'])} worse (n = {worst['n']})"
         made = row.get("quantization")
         share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
-        body.append([_md(name), share, notes.show(kl, significant, "") + _bounds(kl, significant),
-                     notes.show(flips, percent, "") + _bounds(flips, percent), lost])  # fmt: skip
+        body.append(
+            [
+                _md(name),
+                share,
+                notes.show(kl, significant, "") + _bounds(kl, significant),
+                notes.show(flips, percent, "") + _bounds(flips, percent),
+                lost,
+            ]
+        )
     return _table(head, body)
 
 
@@ -200,11 +248,17 @@ def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[
     shown.update(dict.fromkeys(("recovery/loss", "recovery/kl")))
     by = percent if primary_key(result) == "bits_per_byte" else points
     body = [
-        [_md(name), notes.show(hours_of(row, result), lambda hours: duration(3600 * hours)),
-         notes.show(row["recovery"]["loss"], by), notes.show(row["recovery"]["kl"], significant)]
+        [
+            _md(name),
+            notes.show(hours_of(row, result), lambda hours: duration(3600 * hours)),
+            notes.show(row["recovery"]["loss"], by),
+            notes.show(row["recovery"]["kl"], significant),
+        ]
         for name, row in zip(labels(rows), rows, strict=True)
-    ]  # fmt: skip
-    return _table(("rung", hours_word(result), "lost on validation", "KL from its source, nats"), body)
+    ]
+    return _table(
+        ("rung", hours_word(result), "lost on validation", "KL from its source, nats"), body
+    )
 
 
 def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:
@@ -228,7 +282,9 @@ def _spent_and_reused(row: Row, result: Result, hours: str, notes: Footnotes) ->
         return f"spent 0, reused {hours}"
     if "work" not in row:
         return hours
-    return f"{hours}, reused {notes.show(hours_of(row['work'], result), lambda h: duration(3600 * h))}"
+    return (
+        f"{hours}, reused {notes.show(hours_of(row['work'], result), lambda h: duration(3600 * h))}"
+    )
 
 
 def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callable[[Row], Figure]]:
@@ -242,8 +298,16 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
             lambda row: (row["ledger"]["cost"].get("facility_energy_j"), joules),
         ),
         ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
-        ("device memory", "compute/peak_reserved_bytes", lambda row: (_memory(row, "peak_reserved_bytes"), num_bytes)),
-        ("left of it", "compute/memory_headroom_bytes", lambda row: (_memory(row, "headroom_bytes"), num_bytes)),
+        (
+            "device memory",
+            "compute/peak_reserved_bytes",
+            lambda row: (_memory(row, "peak_reserved_bytes"), num_bytes),
+        ),
+        (
+            "left of it",
+            "compute/memory_headroom_bytes",
+            lambda row: (_memory(row, "headroom_bytes"), num_bytes),
+        ),
         ("cost", "cost/amount", _money),
     )
     found: dict[str, Callable[[Row], Figure]] = {}
@@ -277,7 +341,9 @@ def _bounds(value: Value | None, form: Callable[[float], str]) -> str:
 
 
 def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    body = [cells for pair in result["comparisons"] for cells in _pair_cells(result, pair, notes, shown)]
+    body = [
+        cells for pair in result["comparisons"] for cells in _pair_cells(result, pair, notes, shown)
+    ]
     head = ("arm", "base", "read on", "figure", PAIR_INTERVAL, "n", "margin", "answer")
     return [*_table(head, body), "", f"{_HOW_TO_READ} {_what_n_counts(result)}"] if body else []
 
@@ -285,18 +351,31 @@ def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> li
 def _what_n_counts(result: Result) -> str:
     num_seeds = len(seeds(result))
     if num_seeds < 2:
-        return f"n counts test documents, of serving blocks of four readings.{_independence(result)}"
+        return (
+            f"n counts test documents, of serving blocks of four readings.{_independence(result)}"
+        )
     served = served_seed(result)
-    blocks = "" if served is None else f"; serving is read on the artifacts of seed {served}, and its n counts blocks"
+    blocks = (
+        ""
+        if served is None
+        else f"; serving is read on the artifacts of seed {served}, and its n counts blocks"
+    )
     return (
-        f"Each figure stands once for all {num_seeds} seeds: quality and training are means over them, with "
-        f"intervals over seeds, and n counts the seeds{blocks}."
+        f"Each figure stands once for all {num_seeds} seeds: quality and training are means over"
+        f" them, with intervals over seeds, and n counts the seeds{blocks}."
     )
 
 
 def _independence(result: Result) -> str:
-    """Return what the intervals over documents assume, and which damage the documents are too few to show."""
-    read = [value for pair in result["comparisons"] for value in pair["quality"].values() if value.get("ci")]
+    """Return what the intervals over documents assume, and which damage the documents are too few
+    to show.
+    """
+    read = [
+        value
+        for pair in result["comparisons"]
+        for value in pair["quality"].values()
+        if value.get("ci")
+    ]
     if not read:
         return ""
     unseen = max(read, key=lambda value: value.get("smallest_visible_damage") or 0.0)
@@ -305,19 +384,27 @@ def _independence(result: Result) -> str:
     return assumed + (f" {words[:1].upper()}{words[1:]}." if words else "")
 
 
-def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
+def _pair_cells(
+    result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]
+) -> Iterable[list[str]]:
     """Yield a table row per figure that a comparison is read on."""
     start, absent = [one_line(pair["arm"]), one_line(pair["base"])], why_absent(result, pair)
     if "quality" in pair["on"]:
         shown["savings/quality_delta"] = None
         shown.update(dict.fromkeys(catalogue_key(f"quality/{key}") for key in pair["quality"]))
-        yield from ([*start, *_quality_cells(key, value, notes)] for key, value in pair["quality"].items())
+        yield from (
+            [*start, *_quality_cells(key, value, notes)] for key, value in pair["quality"].items()
+        )
         if not pair["quality"]:
             yield [*start, "quality", "-" + notes.mark(absent), "", "", "", ""]
     for measure in ("training", "serving"):
         if measure in pair["on"]:
             shown[f"savings/{measure}"] = None
-            yield [*start, f"{measure} saving", *_saving_cells(pair[measure], notes, absent, len(seeds(result)))]
+            yield [
+                *start,
+                f"{measure} saving",
+                *_saving_cells(pair[measure], notes, absent, len(seeds(result))),
+            ]
             yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
     if pair["speedup"]:
         shown["savings/memory"] = None
@@ -330,23 +417,39 @@ def _pair_cells(result: Result, pair: Pair, notes: Footnotes, shown: dict[str, N
 def _speedup_cells(speedup: dict[str, Any], notes: Footnotes) -> list[str]:
     what = f"memory saving ({speedup['memory']['of'].removesuffix('_bytes')})"
     answer = "no_speedup: saves neither time nor memory" if speedup["no_speedup"] else ""
-    return [what, notes.show(speedup["memory"], lambda v: percent(v, sign=True)), "", "", "", answer]
+    return [
+        what,
+        notes.show(speedup["memory"], lambda v: percent(v, sign=True)),
+        "",
+        "",
+        "",
+        answer,
+    ]
 
 
 def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
     form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
     margin = amount(key, value["margin"]) if "margin" in value else "not stated"
-    name = key.removeprefix(TASK).replace("/", ": ") if key.startswith(TASK) else key.replace("_", " ")
+    name = (
+        key.removeprefix(TASK).replace("/", ": ") if key.startswith(TASK) else key.replace("_", " ")
+    )
     figure = [name, notes.show(value, form), _bounds(value, form).strip()]
     needed = value.get("items_to_decide")
     more = f", about {needed_words(value, needed)}" if needed else ""
     more += " whether beyond the margin" if needed and value["answer"] == "worse" else ""
     more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
-    return [*figure, counted_words(value) if "n" in value else "", margin, value.get("answer", "") + more]
+    return [
+        *figure,
+        counted_words(value) if "n" in value else "",
+        margin,
+        value.get("answer", "") + more,
+    ]
 
 
 def _saving_cells(value: Value | None, notes: Footnotes, absent: str, num_seeds: int) -> list[str]:
-    """Return a saving with its interval, and what that rests on: blocks, or seeds where there are several."""
+    """Return a saving with its interval, and what that rests on: blocks, or seeds where there are
+    several.
+    """
     form = lambda v: percent(v, sign=True)
     n = value.get("blocks", num_seeds if num_seeds > 1 else "") if value and value.get("ci") else ""
     disturbed = "; ".join(value.get("disturbed", [])) if value else ""
@@ -357,15 +460,23 @@ _ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised", "less_others")
 """Figures of a training saving that stand in for it, or beside it, in some cases only."""
 
 
-def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, None]) -> Iterable[list[str]]:
+def _parts_of_saving(
+    value: Value | None, notes: Footnotes, shown: dict[str, None]
+) -> Iterable[list[str]]:
     """Yield what a training saving is made of, where the comparison tells."""
     share = lambda v: percent(v, sign=True)
     time = lambda hours: duration(3600 * hours)
-    parts = (("systems", "systems part", share), ("algorithmic", "algorithmic part", share),
-             ("new_spend_saving", "saving in new spending only", share),
-             ("less_others", "saving of device-time less what others took, estimated", share),
-             ("bound", "saving it stays below", share), ("amortised", "saving with the teacher shared", share),
-             ("c_arm", "C(arm)", time), ("c_base", "C(base)", time), ("c_opt", "C_opt", time))  # fmt: skip
+    parts = (
+        ("systems", "systems part", share),
+        ("algorithmic", "algorithmic part", share),
+        ("new_spend_saving", "saving in new spending only", share),
+        ("less_others", "saving of device-time less what others took, estimated", share),
+        ("bound", "saving it stays below", share),
+        ("amortised", "saving with the teacher shared", share),
+        ("c_arm", "C(arm)", time),
+        ("c_base", "C(base)", time),
+        ("c_opt", "C_opt", time),
+    )
     for name, words, form in parts:
         if name == "less_others" and value and _is_as_read(value):
             continue
@@ -377,7 +488,9 @@ def _parts_of_saving(value: Value | None, notes: Footnotes, shown: dict[str, Non
 
 
 def _is_as_read(value: Value) -> bool:
-    """Tell whether others took so little that the saving of time less theirs is the one that was read."""
+    """Tell whether others took so little that the saving of time less theirs is the one that was
+    read.
+    """
     read, less = value["v"], value.get("less_others", {"v": None})["v"]
     return read is not None and less is not None and abs(read - less) < _SMALLEST_SHOWN
 
@@ -385,14 +498,22 @@ def _is_as_read(value: Value) -> bool:
 _SMALLEST_SHOWN = 0.0005  # a tenth of a per cent, rounded
 
 
-def _payback_cells(value: Value | None, serving: Value | None, notes: Footnotes, absent: str) -> list[str]:
-    """Return the payback, and the chance that the arm pays at the declared volume where one was declared."""
+def _payback_cells(
+    value: Value | None, serving: Value | None, notes: Footnotes, absent: str
+) -> list[str]:
+    """Return the payback, and the chance that the arm pays at the declared volume where one was
+    declared.
+    """
     suffix = f" {value['unit']}s" if value else ""
     chance = value.get("p_net_positive") if value else None
     said = [f"P(net > 0) = {notes.show(chance, percent)}"] if chance else []
     replicas = value.get("replicas_saved") if value else None
     if replicas and replicas["v"] is not None:
-        open_still = "" if serving is None or not straddles(serving) else ", if the serving saving is what it seems"
+        open_still = (
+            ""
+            if serving is None or not straddles(serving)
+            else ", if the serving saving is what it seems"
+        )
         said.append(f"{replicas['v']:.0f} replicas fewer at serving.rate{open_still}")
     return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", "; ".join(said)]
 
@@ -400,57 +521,97 @@ def _payback_cells(value: Value | None, serving: Value | None, notes: Footnotes,
 _AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("prefill", "prefill_device_s_per_1k_tokens", significant),
     ("decode", "decode_device_s_per_1k_tokens", significant),
-    ("p50", "p50_s", duration), ("p95", "p95_s", duration), ("prefill p50", "prefill_p50_s", duration),
-    ("p95", "prefill_p95_s", duration), ("token p50", "token_p50_s", duration), ("p95", "token_p95_s", duration),
-    ("dynamic cache", f"dynamic_cache_{SERVING_KEY}", significant), ("units per joule", "units_per_joule", significant),
+    ("p50", "p50_s", duration),
+    ("p95", "p95_s", duration),
+    ("prefill p50", "prefill_p50_s", duration),
+    ("p95", "prefill_p95_s", duration),
+    ("token p50", "token_p50_s", duration),
+    ("p95", "token_p95_s", duration),
+    ("dynamic cache", f"dynamic_cache_{SERVING_KEY}", significant),
+    ("units per joule", "units_per_joule", significant),
     ("device memory", "peak_bytes", num_bytes),
-)  # fmt: skip
+)
 """Serving figures at the declared load, with the heads of their columns."""
 
 
 def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    """Return what stands behind the serving column of the arms, and how serving does at other batch sizes."""
-    rows = [(name, row["serving"]) for name, row in zip(labels(result["rows"]), result["rows"], strict=True)]
+    """Return what stands behind the serving column of the arms, and how serving does at other batch
+    sizes.
+    """
+    rows = [
+        (name, row["serving"])
+        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
+    ]
     known = {key for _, serving in rows for key, value in serving.items() if value["v"] is not None}
     per_1k = lambda v: f"{significant(v)} ({count(1000 / v)})"
     columns = [(head, key, form) for head, key, form in _AT_LOAD if key in known]
     columns += [(f"batch {size}", _batch_key(size), per_1k) for size in _batch_sizes(known)]
-    served = [(name, serving) for name, serving in rows if any(key in serving for _, key, _ in columns)]
+    served = [
+        (name, serving) for name, serving in rows if any(key in serving for _, key, _ in columns)
+    ]
     if not served:
         return []
     shown.update({f"serving/{key}": None for _, key, _ in columns if f"serving/{key}" in BY_KEY})
-    body = [[name, *(notes.show(serving.get(key), form) for _, key, form in columns)] for name, serving in served]
+    body = [
+        [name, *(notes.show(serving.get(key), form) for _, key, form in columns)]
+        for name, serving in served
+    ]
     what = unit(result)
     legend = (
-        f"batch N: device-seconds per 1,000 {what}s ({what}s per device-second in brackets) at that batch size; sizes "
-        "other than the load's are read twice, and no saving rests on them. All else is at the declared load, prefill "
-        "and decode in device-seconds per 1,000 tokens, p50 and p95 of a batch, of its first token (prefill) and of "
-        "its further ones."
+        f"batch N: device-seconds per 1,000 {what}s ({what}s per device-second in brackets) at that"
+        " batch size; sizes other than the load's are read twice, and no saving rests on them. All"
+        " else is at the declared load, prefill and decode in device-seconds per 1,000 tokens, p50"
+        " and p95 of a batch, of its first token (prefill) and of its further ones."
     )
     if f"dynamic_cache_{SERVING_KEY}" in known:
         legend += f" Dynamic cache: device-seconds per 1,000 {what}s when served so, read twice."
-    pairs = [pair for pair in result["comparisons"] if pair["serving"] and pair["serving"].get("how")]
-    ways = [bullet(f"{pair['arm']} against {pair['base']}: {pair['serving']['how']}") for pair in pairs]
-    return [*_table(("arm", *(head for head, _, _ in columns)), body), "", legend, *(["", *ways] if ways else [])]
+    pairs = [
+        pair for pair in result["comparisons"] if pair["serving"] and pair["serving"].get("how")
+    ]
+    ways = [
+        bullet(f"{pair['arm']} against {pair['base']}: {pair['serving']['how']}") for pair in pairs
+    ]
+    return [
+        *_table(("arm", *(head for head, _, _ in columns)), body),
+        "",
+        legend,
+        *(["", *ways] if ways else []),
+    ]
 
 
 def _engine(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
     """Return what files of a serving engine say, apart from all that was measured."""
-    rows = [(name, row["serving"]) for name, row in zip(labels(result["rows"]), result["rows"], strict=True)]
-    rows = [(name, serving) for name, serving in rows if any(key in serving for key in ENGINE_FIGURES)]
-    columns = [key for key in (*ENGINE_FIGURES, *ENGINE_LOAD) if any(key in serving for _, serving in rows)]
+    rows = [
+        (name, row["serving"])
+        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
+    ]
+    rows = [
+        (name, serving) for name, serving in rows if any(key in serving for key in ENGINE_FIGURES)
+    ]
+    columns = [
+        key for key in (*ENGINE_FIGURES, *ENGINE_LOAD) if any(key in serving for _, serving in rows)
+    ]
     if not rows:
         return []
     shown.update({f"serving/{key}": None for key in columns})
-    in_seconds = {key: BY_KEY[f"serving/{key}"].unit == "s" for key in columns}  # written with their unit
-    heads = [key.removeprefix("engine_").removesuffix("_s" if in_seconds[key] else "").replace("_", " ")
-             for key in columns]  # fmt: skip
+    # written with their unit
+    in_seconds = {key: BY_KEY[f"serving/{key}"].unit == "s" for key in columns}
+    heads = [
+        key.removeprefix("engine_").removesuffix("_s" if in_seconds[key] else "").replace("_", " ")
+        for key in columns
+    ]
     forms = [duration if in_seconds[key] else count for key in columns]
     body = [
-        [name, *(notes.show(serving.get(key), form) for key, form in zip(columns, forms, strict=True))]
+        [
+            name,
+            *(notes.show(serving.get(key), form) for key, form in zip(columns, forms, strict=True)),
+        ]
         for name, serving in rows
     ]
-    legend = "As the files of serving.results say (see Notes). Nothing of it was measured here; no saving rests on it."
+    legend = (
+        "As the files of serving.results say (see Notes). Nothing of it was measured here; no"
+        " saving rests on it."
+    )
     return [*_table(("arm", *heads), body), "", legend]
 
 
@@ -465,13 +626,22 @@ def _batch_sizes(keys: Iterable[str]) -> list[int]:
 
 
 def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    rows = [(name, row) for name, row in zip(labels(result["rows"]), result["rows"], strict=True) if _ran(row)]
+    rows = [
+        (name, row)
+        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
+        if _ran(row)
+    ]
     if not rows:
         return []
     names = ("productive", "support", "wasted")
     shown.update(dict.fromkeys(f"compute/{name}_device_hours" for name in names))
     body = [
-        [name, *(_share_of_attached(row, part, notes) for part in names), _causes(row, notes), _phases(row)]
+        [
+            name,
+            *(_share_of_attached(row, part, notes) for part in names),
+            _causes(row, notes),
+            _phases(row),
+        ]
         for name, row in rows
     ]
     return _table(("stage", *names, "wasted by", "phases"), body)
@@ -490,7 +660,11 @@ def _traced(result: Result, shown: dict[str, None]) -> list[str]:
         return []
     shown.update({f"compute/traced_{name}_share": None for name in names})
     text = "Traces lie in the run's folder under traces/ and open in ui.perfetto.dev."
-    return [*_table(("stage", "steps", *(name.replace("_", " ") for name in names)), body), "", text]
+    return [
+        *_table(("stage", "steps", *(name.replace("_", " ") for name in names)), body),
+        "",
+        text,
+    ]
 
 
 def _waste(result: Result, shown: dict[str, None]) -> list[str]:
@@ -512,7 +686,11 @@ def _share_of_attached(row: Row, part: str, notes: Footnotes) -> str:
 def _causes(row: Row, notes: Footnotes) -> str:
     hours = row["ledger"]["device_hours"]
     time = lambda v: duration(3600 * v)
-    parts = [f"{cause} {notes.show(value, time)}" for cause, value in hours["wasted_by"].items() if value["v"] != 0]
+    parts = [
+        f"{cause} {notes.show(value, time)}"
+        for cause, value in hours["wasted_by"].items()
+        if value["v"] != 0
+    ]
     return ", ".join(parts) or "nothing"
 
 
@@ -529,13 +707,17 @@ def _phases(row: Row) -> str:
 
 
 def _failed(part: Any) -> list[str]:
-    """Return the reasons of nulls that measuring failed to give, each once, wherever they stand in plain JSON."""
+    """Return the reasons of nulls that measuring failed to give, each once, wherever they stand in
+    plain JSON.
+    """
     if not isinstance(part, dict):
         return []
     held: dict[str, Any] = part
     why = held.get("why_null")
     own = [why] if isinstance(why, str) and UNMEASURED in why else []
-    return list(dict.fromkeys([*own, *(each for value in held.values() for each in _failed(value))]))
+    return list(
+        dict.fromkeys([*own, *(each for value in held.values() for each in _failed(value))])
+    )
 
 
 def _notes(result: Result) -> list[str]:
@@ -545,8 +727,13 @@ def _notes(result: Result) -> list[str]:
             lines.append(f"{name} {what_happened(row)}")
         elif row["reused"]:
             lines.append(f"{name} reused from run {row['reused']}: spent 0 here")
-        lines += [f"{name}: the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
-        lines += [f"{name}: {why}" for why in _failed({part: row[part] for part in ("ledger", "quality", "serving")})]
+        lines += [
+            f"{name}: the meter says {problem}" for problem in row["ledger"]["meter_problems"]
+        ]
+        lines += [
+            f"{name}: {why}"
+            for why in _failed({part: row[part] for part in ("ledger", "quality", "serving")})
+        ]
         if not row["ledger"]["meter_valid"]:
             lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
     lines += [f"comparison pass: {why}" for why in _failed(result["run"].get("compare_conditions"))]
@@ -574,12 +761,14 @@ def _definitions(shown: Iterable[str]) -> list[str]:
 
 
 def _reproduce(result: Result) -> list[str]:
-    """Return the command, indented: a fence could be closed by what the command holds, or by the short form's cut."""
+    """Return the command, indented: a fence could be closed by what the command holds, or by the
+    short form's cut.
+    """
     command = result["environment"].get("command")
     return [f"    {one_line(command, 2000)}"] if command else []
 
 
-# -- Markdown ----------------------------------------------------------------------------------------------------------
+# -- Markdown -------------------------------------------------------------------------------------
 def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"## {title}", "", *lines]) if lines else ""
 

@@ -15,12 +15,28 @@ from pipeline.report.view import Result, Row, Value, device_words, status_word
 WIDTH = 80
 _SMALL_SHARE = 0.005
 _FORMS = {
-    "s": duration, "device-h": lambda v: duration(3600 * v), "GPU-h": lambda v: duration(3600 * v),
-    "J": joules, "B": num_bytes, "1": percent, "tokens": count, "examples": count, "steps": count,
+    "s": duration,
+    "device-h": lambda v: duration(3600 * v),
+    "GPU-h": lambda v: duration(3600 * v),
+    "J": joules,
+    "B": num_bytes,
+    "1": percent,
+    "tokens": count,
+    "examples": count,
+    "steps": count,
     "FLOP": count,
-}  # fmt: skip
-_TERMINAL = ("compute/device_hours", "compute/gpu_hours", "compute/energy_j", "compute/tokens", "compute/steps",
-             "compute/goodput", "compute/host_peak_rss_bytes", "cost/amount", "cost/facility_energy_j")  # fmt: skip
+}
+_TERMINAL = (
+    "compute/device_hours",
+    "compute/gpu_hours",
+    "compute/energy_j",
+    "compute/tokens",
+    "compute/steps",
+    "compute/goodput",
+    "compute/host_peak_rss_bytes",
+    "cost/amount",
+    "cost/facility_energy_j",
+)
 
 
 def conclude(result: Result) -> str:
@@ -32,8 +48,13 @@ def conclude(result: Result) -> str:
     if row["why"]:
         return f"{said}; it ended {row['status']}: {one_line(row['why'])}."
     if hours["wasted"]["v"] is None:
-        return f"{said}; {one_line(hours['wasted']['why_null'])}, so none of it is called productive or wasted."
-    shares = ", ".join(f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted"))
+        return (
+            f"{said}; {one_line(hours['wasted']['why_null'])}, so none of it is called productive"
+            " or wasted."
+        )
+    shares = ", ".join(
+        f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted")
+    )
     return f"{said}, of which {shares} (the meter's own time is not in it)."
 
 
@@ -45,37 +66,66 @@ def _share(hours: dict[str, Value], part: str) -> float:
 def closing_table(result: Result) -> str:
     """Return the table that the meter prints at its end: lines of at most 80 columns."""
     row = result["rows"][0]
-    figures = {key: value for key, value in row_summary(row).items() if key in _TERMINAL and value["v"] is not None}
-    lines = [(key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["v"], row)) for key in _TERMINAL
-             if key in figures]  # fmt: skip
+    figures = {
+        key: value
+        for key, value in row_summary(row).items()
+        if key in _TERMINAL and value["v"] is not None
+    }
+    lines = [
+        (key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["v"], row))
+        for key in _TERMINAL
+        if key in figures
+    ]
     width = max((len(name) for name, _ in lines), default=0)
     head = f"metered: {one_line(row['arm'], 40)}, {status_word(row)}, {device_words(result)}"
-    below = [*waste.closing_lines(result), result["conclusion"], *_doubts(row), *result["environment"]["notes"]]
-    return "\n".join([
-        head, "-" * min(WIDTH, len(head)), *(f"{pad(name, width)}  {text}" for name, text in lines),
-        *(line for text in below for line in wrap(one_line(text), WIDTH, "    ")),
-    ])  # fmt: skip
+    below = [
+        *waste.closing_lines(result),
+        result["conclusion"],
+        *_doubts(row),
+        *result["environment"]["notes"],
+    ]
+    return "\n".join(
+        [
+            head,
+            "-" * min(WIDTH, len(head)),
+            *(f"{pad(name, width)}  {text}" for name, text in lines),
+            *(line for text in below for line in wrap(one_line(text), WIDTH, "    ")),
+        ]
+    )
 
 
 def markdown(result: Result) -> str:
     """Return the report."""
     row = result["rows"][0]
     figures = row_summary(row)
-    known = {key: value for key, value in figures.items() if value["v"] is not None and key in BY_KEY}
+    known = {
+        key: value for key, value in figures.items() if value["v"] is not None and key in BY_KEY
+    }
     sections = [
         f"# {markdown_text(row['arm'])}: {result['status']}",
         f"**Question.** {markdown_text(result['question'])}",
         f"**Conclusion.** {markdown_text(result['conclusion'], 4000)}",
-        f"Run `{result['run_id']}`, {markdown_text(device_words(result))} ({markdown_text(result['device']['name'])}).",
-        _section("What it took", _table(("figure", "value", "how it is known"),
-                 ([key, _form(key, value["v"], row), value["prov"]] for key, value in known.items()))),
+        (
+            f"Run `{result['run_id']}`, {markdown_text(device_words(result))}"
+            f" ({markdown_text(result['device']['name'])})."
+        ),
+        _section(
+            "What it took",
+            _table(
+                ("figure", "value", "how it is known"),
+                ([key, _form(key, value["v"], row), value["prov"]] for key, value in known.items()),
+            ),
+        ),
         _section("Where the time went", _phases(row)),
         _section("Waste by cause", _table(waste.HEAD, waste.table_body(result))),
         _section("Notes", [bullet(note) for note in _notes(result)]),
         _section("Why a figure is missing", [bullet(text) for text in _missing(figures)]),
         _section("Command", [f"    {one_line(result['environment']['command'], 2000)}"]),
-        _section("What the figures mean", [f"- `{key}`: {markdown_text(BY_KEY[key].meaning)}" for key in known]),
-    ]  # fmt: skip
+        _section(
+            "What the figures mean",
+            [f"- `{key}`: {markdown_text(BY_KEY[key].meaning)}" for key in known],
+        ),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -99,7 +149,11 @@ def _phases(row: Row) -> list[str]:
     total = math.fsum(phases.values())
     if not total:
         return []
-    shown = {name: ns for name, ns in sorted(phases.items(), key=lambda item: -item[1]) if ns / total >= _SMALL_SHARE}
+    shown = {
+        name: ns
+        for name, ns in sorted(phases.items(), key=lambda item: -item[1])
+        if ns / total >= _SMALL_SHARE
+    }
     rest = total - sum(shown.values())
     lines = {**shown, **({"rest": rest} if rest else {})}
     body = ([name, duration(ns / 1e9), percent(ns / total)] for name, ns in lines.items())
@@ -110,7 +164,12 @@ def _notes(result: Result) -> list[str]:
     row = result["rows"][0]
     lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
     cost = cost_of_run(result["run"].get("cost"))
-    return [*lines, *([] if cost is None else [cost]), *_doubts(row), *result["environment"]["notes"]]
+    return [
+        *lines,
+        *([] if cost is None else [cost]),
+        *_doubts(row),
+        *result["environment"]["notes"],
+    ]
 
 
 def _doubts(row: Row) -> list[str]:
@@ -130,5 +189,9 @@ def _section(title: str, lines: list[str]) -> str:
 
 
 def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
-    rows = [f"| {' | '.join(markdown_text(cell, 300) for cell in cells)} |" for cells in (head, *body)]
-    return [rows[0], f"|{' --- |' * (rows[0].count(' | ') + 1)}", *rows[1:]] if len(rows) > 1 else []
+    rows = [
+        f"| {' | '.join(markdown_text(cell, 300) for cell in cells)} |" for cells in (head, *body)
+    ]
+    return (
+        [rows[0], f"|{' --- |' * (rows[0].count(' | ') + 1)}", *rows[1:]] if len(rows) > 1 else []
+    )

@@ -1,6 +1,8 @@
-"""Money of a run in words: what its stages cost, what their facility drew, what its model took until it converged.
+"""Money of a run in words: what its stages cost, what their facility drew, what its model took
+until it converged.
 
-Nothing is said of what nobody declared: a rate, a PUE, the quality from which a model counts as converged.
+Nothing is said of what nobody declared: a rate, a PUE, the quality from which a model counts as
+    converged.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ CONVERGED_KEYS = ("compute/per_converged_model_device_hours", "cost/per_converge
 
 def money(v: float, currency: str | None) -> str:
     """Return an amount with its currency: `4.03 EUR`, `0.00123 EUR`."""
-    return f"{v:.2f} {currency or ''}".strip() if v >= 1 else f"{significant(v)} {currency or ''}".strip()
+    return (
+        f"{v:.2f} {currency or ''}".strip()
+        if v >= 1
+        else f"{significant(v)} {currency or ''}".strip()
+    )
 
 
 def joules(v: float) -> str:
@@ -27,7 +33,11 @@ def joules(v: float) -> str:
 
 def money_lines(result: Result) -> list[str]:
     """Return a line for each thing that is known, for below the table of arms."""
-    own = [row for row in result["rows"] if not row["reused"] and row["ledger"]["device_hours"]["attached"]["v"]]
+    own = [
+        row
+        for row in result["rows"]
+        if not row["reused"] and row["ledger"]["device_hours"]["attached"]["v"]
+    ]
     currency = next((row["ledger"]["cost"]["currency"] for row in own), None)
     amount, drawn = _sum(own, "amount"), _sum(own, "facility_energy_j")
     whole = cost_of_run(result["run"].get("cost"))
@@ -45,10 +55,15 @@ def cost_of_run(cost: dict[str, Any] | None) -> str | None:
     if cost is None or cost["rate"] is None:
         return None
     rate, amount = cost["rate"], cost["amount"]
-    said = f"- ({amount['why_null']})" if amount["v"] is None else money(amount["v"], cost["currency"])
+    said = (
+        f"- ({amount['why_null']})" if amount["v"] is None else money(amount["v"], cost["currency"])
+    )
     kind = f"{rate['kind']}, " if rate["kind"] else ""
     price = f"{significant(rate['per_device_hour'])} {cost['currency']} per device-hour"
-    return f"cost of this run {said}: {price} ({kind}{one_line(rate['source'], 80)}, {rate['date']}) x {cost['basis']}"
+    return (
+        f"cost of this run {said}: {price} ({kind}{one_line(rate['source'], 80)}, {rate['date']}) x"
+        f" {cost['basis']}"
+    )
 
 
 def _sum(rows: list[Row], name: str) -> float | None:
@@ -66,4 +81,7 @@ def _converged(told: dict[str, Any] | None) -> str | None:
     paid, why = told["amount"]["v"], told["amount"]["why_null"]
     cost = f"cost unknown ({one_line(why)})" if paid is None else money(paid, told["currency"])
     taken = duration(3600 * told["device_hours"]["v"])
-    return f"until its model converged: {taken} of device time, {cost}; reached in run {one_line(told['run'], 60)}"
+    return (
+        f"until its model converged: {taken} of device time, {cost}; reached in run"
+        f" {one_line(told['run'], 60)}"
+    )

@@ -1,4 +1,6 @@
-"""Figures of a comparison as phrases of an English sentence, true to their sign, interval and margin."""
+"""Figures of a comparison as phrases of an English sentence, true to their sign, interval and
+margin.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _CHEAPER_AS_RATIO = 0.5
 
 
 def answer(quality: Value) -> str:
-    """Return a comparison's answer; without one, undecided where the interval is missing or holds both signs."""
+    """Return a comparison's answer; without one, undecided where the interval is missing or holds
+    both signs.
+    """
     if "answer" in quality:
         return quality["answer"]
     if quality["ci"] is None or straddles(quality):
@@ -50,16 +54,19 @@ def quality_verb(key: str, quality: Value) -> str:
 
 
 def difference(key: str, advantage: float) -> str:
-    """Return a verb phrase for an arm that is better by `advantage` (worse where negative): `needs 2.1% more ...`.
+    """Return a verb phrase for an arm that is better by `advantage` (worse where negative): `needs
+    2.1% more ...`.
 
     Args:
-        key: A quality key; bits per byte and perplexity are fractions of the base, the others differences of shares.
+        key: A quality key; bits per byte and perplexity are fractions of the base, the others
+            differences of shares.
         advantage: Oriented so that higher is better.
     """
     words, is_better = QUALITY_WORDS[key], advantage > 0
     if key == "bits_per_byte":
         return (
-            f"{'reaches' if is_better else 'needs'} {amount(key, advantage)} {'fewer' if is_better else 'more'} {words}"
+            f"{'reaches' if is_better else 'needs'} {amount(key, advantage)}"
+            f" {'fewer' if is_better else 'more'} {words}"
         )
     if key in RELATIVE:
         return f"has {amount(key, advantage)} {'lower' if is_better else 'higher'} {words}"
@@ -76,19 +83,30 @@ def amount(key: str, advantage: float) -> str:
 
 def signed(key: str, advantage: float) -> str:
     """Return an oriented difference with its sign, for brackets: `+0.4%`."""
-    return percent(advantage, sign=True) if key in RELATIVE else f"{points(advantage, sign=True)} points"
+    return (
+        percent(advantage, sign=True)
+        if key in RELATIVE
+        else f"{points(advantage, sign=True)} points"
+    )
 
 
 def margin(key: str, quality: Value) -> str:
     """Return the margin within which two arms count as equal, in words."""
-    return f"the margin of {amount(key, quality['margin'])}" if "margin" in quality else "the margin"
+    return (
+        f"the margin of {amount(key, quality['margin'])}" if "margin" in quality else "the margin"
+    )
 
 
 def evidence(key: str, quality: Value) -> str:
-    """Return what an undecided quality rests on: difference, interval, margin, and how many documents would decide."""
+    """Return what an undecided quality rests on: difference, interval, margin, and how many
+    documents would decide.
+    """
     ending = f", margin {amount(key, quality['margin'])}" if "margin" in quality else ""
     if needed := quality.get("items_to_decide"):
-        ending += f", {rests_on(quality)} where {count(needed)} might decide{_of_the_split(quality, needed)}"
+        ending += (
+            f", {rests_on(quality)} where {count(needed)} might"
+            f" decide{_of_the_split(quality, needed)}"
+        )
     spread = quality.get("why_undecided") or interval(quality, in_points=key not in RELATIVE)
     return f"quality {signed(key, quality['v'])}, {spread}{ending}"
 
@@ -96,7 +114,11 @@ def evidence(key: str, quality: Value) -> str:
 def rests_on(quality: Value) -> str:
     """Return what a quality's interval rests on: test documents, or groups of them."""
     groups = quality.get("groups")
-    return f"{quality.get('n') or 'the'} test documents" if groups is None else f"{groups} groups of test documents"
+    return (
+        f"{quality.get('n') or 'the'} test documents"
+        if groups is None
+        else f"{groups} groups of test documents"
+    )
 
 
 def _of_the_split(quality: Value, needed: int) -> str:
@@ -117,9 +139,11 @@ _AS_GOOD = "as good on validation (within the margin)"
 
 
 def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:
-    """Say what an arm's training cost against its base's, and which other stages (a teacher) are charged with it.
+    """Say what an arm's training cost against its base's, and which other stages (a teacher) are
+    charged with it.
 
-    What is equal there is the metric on validation, within the margin; the test split has clauses of its own.
+    What is equal there is the metric on validation, within the margin; the test split has clauses
+    of its own.
     """
     v = saving["v"]
     included = f", {' and '.join(charged_too)} included" if charged_too else ""
@@ -139,25 +163,40 @@ def serving_verb(saving: Value) -> str:
     if straddles(saving):
         return _undecided("serving cost", saving)
     if moved := saving.get("disturbed"):
-        return f"{_undisturbed(v, saving)} (read on a disturbed machine: {one_line('; '.join(moved))})"
+        return (
+            f"{_undisturbed(v, saving)} (read on a disturbed machine: {one_line('; '.join(moved))})"
+        )
     return _undisturbed(v, saving)
 
 
 def _undisturbed(v: float, saving: Value) -> str:
     if v > 0:
-        return f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)} cheaper{_basis(saving)}"
+        return (
+            f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)}"
+            f" cheaper{_basis(saving)}"
+        )
     if v == 0:
         return f"serves at the same cost{_basis(saving)}"
-    return f"costs {f'{percent(-v)} more' if v > -1 else f'{times(1 - v)} as much'} to serve{_basis(saving)}"
+    return (
+        f"costs {f'{percent(-v)} more' if v > -1 else f'{times(1 - v)} as much'} to"
+        f" serve{_basis(saving)}"
+    )
 
 
 def memory_verbs(speedup: Mapping[str, Any] | None) -> list[str]:
-    """Say what a quantized arm's memory is against its source's; nothing where that is not judged."""
+    """Say what a quantized arm's memory is against its source's; nothing where that is not
+    judged.
+    """
     if speedup is None or speedup["memory"]["v"] is None:
         return []
-    v, what = speedup["memory"]["v"], {"peak_bytes": "memory", "weights_bytes": "memory for weights"}
+    v, what = (
+        speedup["memory"]["v"],
+        {"peak_bytes": "memory", "weights_bytes": "memory for weights"},
+    )
     said = f"needs {percent(abs(v))} {'less' if v >= 0 else 'more'} {what[speedup['memory']['of']]}"
-    return [said + (" (no speedup: neither time nor memory is saved)" if speedup["no_speedup"] else "")]
+    return [
+        said + (" (no speedup: neither time nor memory is saved)" if speedup["no_speedup"] else "")
+    ]
 
 
 def _undecided(what: str, saving: Value) -> str:
@@ -174,14 +213,22 @@ def never_pays(payback: Value) -> bool:
 
 
 def payback_verb(payback: Value, serving: Value | None) -> str:
-    """Say when an arm has paid for itself; a payback that rests on an undecided saving is said to."""
+    """Say when an arm has paid for itself; a payback that rests on an undecided saving is said
+    to.
+    """
     unit = f"{payback['unit']}s"
     if never_pays(payback) and serving is not None and straddles(serving):
         return "would not pay back if the point estimate of its saving held"
     if never_pays(payback):
-        return f"never pays back ({one_line(payback['why_null']).partition(':')[2].strip() or 'not cheaper'})"
+        return (
+            "never pays back"
+            f" ({one_line(payback['why_null']).partition(':')[2].strip() or 'not cheaper'})"
+        )
     if serving is not None and straddles(serving):
-        return f"would pay back after {count(payback['v'])} {unit} if the point estimate of its saving held"
+        return (
+            f"would pay back after {count(payback['v'])} {unit} if the point estimate of its saving"
+            " held"
+        )
     if payback["v"] == 0:
         return f"pays back from the first {payback['unit']}"
     return f"has paid for itself after {count(payback['v'])} {unit}"

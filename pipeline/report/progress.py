@@ -11,7 +11,9 @@ EVERY_S = 10.0  # between plain lines
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Generator[Callable[[int, int], None]]:
-    """Give a function that is told (steps done, tokens done) and shows them with the rate and the time left."""
+    """Give a function that is told (steps done, tokens done) and shows them with the rate and the
+    time left.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,7 +29,9 @@ def progress_bar(what: str, total: int) -> Generator[Callable[[int, int], None]]
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=total, rate="")
             yield lambda step, tokens: bar.update(
-                task, completed=step, rate=f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tok/s"
+                task,
+                completed=step,
+                rate=f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tok/s",
             )
         return
 
@@ -37,6 +41,10 @@ def progress_bar(what: str, total: int) -> Generator[Callable[[int, int], None]]
         if now - last >= EVERY_S:
             last = now
             left = (now - start) / step * (total - step)
-            print(f"{what}: step {step}/{total}, {tokens / (now - start):,.0f} tok/s, {left:.0f} s left", flush=True)
+            print(
+                f"{what}: step {step}/{total}, {tokens / (now - start):,.0f} tok/s, {left:.0f} s"
+                " left",
+                flush=True,
+            )
 
     yield line

@@ -8,7 +8,8 @@ from pipeline.ledger.numbers import percent, significant
 
 
 def reading_lines(result: dict[str, Any]) -> list[str]:
-    """Return what was read of the test split, where it was not all, and what unknown tokens and ends took.
+    """Return what was read of the test split, where it was not all, and what unknown tokens and
+    ends took.
 
     Arms for which the same is true share a line.
     """
@@ -18,7 +19,8 @@ def reading_lines(result: dict[str, Any]) -> list[str]:
             by_text.setdefault(text, []).append(row["arm"])
     finished = {row["arm"] for row in result["rows"] if row["quality"]}
     return [
-        text if set(arms) == finished else f"{', '.join(dict.fromkeys(arms))}: {text}" for text, arms in by_text.items()
+        text if set(arms) == finished else f"{', '.join(dict.fromkeys(arms))}: {text}"
+        for text, arms in by_text.items()
     ]
 
 
@@ -29,16 +31,21 @@ def _of_row(quality: dict[str, Any]) -> list[str]:
     if documents is not None and documents < 1:
         said.append(f"{percent(documents)} of the test documents were read (quality.max_documents)")
     for name, what, limit in (
-        ("read_bytes", "bytes", "quality.max_bytes_per_document"), ("read_tokens", "tokens", "sequence_length"),
-    ):  # fmt: skip
+        ("read_bytes", "bytes", "quality.max_bytes_per_document"),
+        ("read_tokens", "tokens", "sequence_length"),
+    ):
         share = value(name)
         if share is not None and share < 1:
             read = f"{percent(share)} of the {what} of the test documents were read"
             said.append(f"{read}: {limit} cut {percent(cut)} of the documents")
     unknown = value("unknown_bytes")
     if unknown:
-        said.append(f"{significant(100 * unknown, 2)}% of the test bytes stand under unknown tokens")
+        said.append(
+            f"{significant(100 * unknown, 2)}% of the test bytes stand under unknown tokens"
+        )
     ends = value("end_token_bits")
     if ends is not None:
-        said.append(f"an end costs {significant(ends, 3)} bits on test, which are in no other figure")
+        said.append(
+            f"an end costs {significant(ends, 3)} bits on test, which are in no other figure"
+        )
     return said

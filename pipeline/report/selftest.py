@@ -17,8 +17,10 @@ def lines(result: Result) -> list[str]:
     policy, device = result["policy"], result["device"]
     return [
         _answer(result),
-        f"policy {one_line(policy['name'], 40)}: {policy['blocks']} blocks, {policy['looks']} looks, alpha "
-        f"{policy['alpha']:g} a side; on {one_line(device['name'], 60)}",
+        (
+            f"policy {one_line(policy['name'], 40)}: {policy['blocks']} blocks, {policy['looks']}"
+            f" looks, alpha {policy['alpha']:g} a side; on {one_line(device['name'], 60)}"
+        ),
         *_serving(result["serving"]),
         _quality(result["quality"]),
         *_training(result["training"]),
@@ -29,7 +31,9 @@ def lines(result: Result) -> list[str]:
 def markdown(result: Result) -> str:
     """Return the report."""
     first, *rest = lines(result)
-    return "\n".join(["# Self-test of the release gate", "", bullet(first)[2:], "", *map(bullet, rest), ""])
+    return "\n".join(
+        ["# Self-test of the release gate", "", bullet(first)[2:], "", *map(bullet, rest), ""]
+    )
 
 
 def _answer(result: Result) -> str:
@@ -37,7 +41,8 @@ def _answer(result: Result) -> str:
     named = f"{one_line(model['name'] or '', 80)} {model['digest'][:8]}".strip()
     if result["too_many"]:
         return (
-            f"FALSE ANSWERS: {named} against itself gets more of them than alpha allows (chance below {TEST_ALPHA:g})"
+            f"FALSE ANSWERS: {named} against itself gets more of them than alpha allows (chance"
+            f" below {TEST_ALPHA:g})"
         )
     if result["serving"]["false_pass"]["n"] == 0:
         return f"NOTHING JUDGED: {named} against itself was INVALID in every trial"
@@ -46,20 +51,28 @@ def _answer(result: Result) -> str:
 
 def _serving(serving: Result) -> list[str]:
     counts = serving["outcomes"]
-    said = [f"serving: false PASS {_share(serving['false_pass'])}; false FAIL {_share(serving['false_fail'])}; "
-            f"undecided, as it should be, {counts['INCONCLUSIVE']}; INVALID {counts['INVALID']}"]  # fmt: skip
+    said = [
+        f"serving: false PASS {_share(serving['false_pass'])}; false FAIL"
+        f" {_share(serving['false_fail'])}; undecided, as it should be, {counts['INCONCLUSIVE']};"
+        f" INVALID {counts['INVALID']}"
+    ]
     why = next((trial["why"] for trial in serving["trials"] if trial["outcome"] == "INVALID"), None)
     said += [f"INVALID because: {one_line(why, 200)}"] if why else []
     if serving["noise_floor"] is None:
         return said
-    said.append(f"noise floor: a serving saving of {percent(serving['noise_floor'])} is told from 0 in {POWER:.0%} of "
-                f"cases (a block's log-ratio has sd {percent(serving['sd_log'])})")  # fmt: skip
+    said.append(
+        f"noise floor: a serving saving of {percent(serving['noise_floor'])} is told from 0 in"
+        f" {POWER:.0%} of cases (a block's log-ratio has sd {percent(serving['sd_log'])})"
+    )
     if serving["power"]:
         curve = ", ".join(f"{percent(saving)}: {chance:.0%}" for saving, chance in serving["power"])
         said.append(f"chance of PASS by true saving: {curve}")
     if serving["copies"] is not None and not serving["copies"][1] <= 0 <= serving["copies"][2]:
         mean, low, high = (percent(each, sign=True) for each in serving["copies"])
-        said.append(f"the two loaded copies differ by {mean} [{low}, {high}]: some of that is in every reading here")
+        said.append(
+            f"the two loaded copies differ by {mean} [{low}, {high}]: some of that is in every"
+            " reading here"
+        )
     return said
 
 
@@ -71,13 +84,22 @@ def _share(answers: Result) -> str:
 
 
 def _quality(quality: Result) -> str:
-    read = ", ".join(f"{one_line(key, 60)} {each['outcome']}" for key, each in quality["read"].items())
-    return f"quality: false FAIL {_share(quality['false'])}" + (f" ({read})" if read else "; the policy asks for none")
+    read = ", ".join(
+        f"{one_line(key, 60)} {each['outcome']}" for key, each in quality["read"].items()
+    )
+    return f"quality: false FAIL {_share(quality['false'])}" + (
+        f" ({read})" if read else "; the policy asks for none"
+    )
 
 
 def _training(training: Result | None) -> list[str]:
     if training is None:
-        return ["training: not repeated (train=...), so that a release's training saving is a point estimate only"]
-    return [f"training: device-hours of {training['runs']} runs have sd of ln {training['sd_log']:.4f} on "
-            f"{one_line(training['device']['name'], 60)}: savings up to {percent(training['floor'])} cannot be told "
-            f"from none"]  # fmt: skip
+        return [
+            "training: not repeated (train=...), so that a release's training saving is a point"
+            " estimate only"
+        ]
+    return [
+        f"training: device-hours of {training['runs']} runs have sd of ln {training['sd_log']:.4f}"
+        f" on {one_line(training['device']['name'], 60)}: savings up to"
+        f" {percent(training['floor'])} cannot be told from none"
+    ]

@@ -45,7 +45,9 @@ _LONGEST_ARM = 32
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A column right of the arm's name: header lines (the last one lowest), and one cell per row."""
+    """A column right of the arm's name: header lines (the last one lowest), and one cell per
+    row.
+    """
 
     head: tuple[str, ...]
     cells: tuple[str, ...]
@@ -76,14 +78,20 @@ def _status(rows: list[Row], notes: Footnotes) -> _Column:
 
 
 def _time(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
-    """What this invocation spent: a reused stage cost it nothing, and its own figure stands below the table."""
+    """What this invocation spent: a reused stage cost it nothing, and its own figure stands below
+    the table.
+    """
     form = lambda hours: duration(3600 * hours)
-    cells = ("spent 0" if row["reused"] else notes.show(hours_of(row, result), form) for row in rows)
+    cells = (
+        "spent 0" if row["reused"] else notes.show(hours_of(row, result), form) for row in rows
+    )
     return _Column(tuple(hours_word(result).replace("-", "- ").split()), tuple(cells))
 
 
 def _tokens(rows: list[Row], notes: Footnotes) -> _Column:
-    return _Column(("tokens",), tuple(notes.show(row["ledger"]["counts"]["tokens"], count) for row in rows))
+    return _Column(
+        ("tokens",), tuple(notes.show(row["ledger"]["counts"]["tokens"], count) for row in rows)
+    )
 
 
 def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
@@ -96,15 +104,21 @@ def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
 
 def _serving(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
     known = (row["serving"].get(SERVING_KEY) for row in rows)
-    if all(value is None or value["v"] is None for value in known) and not saving_pairs(result, "serving"):
+    if all(value is None or value["v"] is None for value in known) and not saving_pairs(
+        result, "serving"
+    ):
         return []
-    cells = tuple(notes.show(row["serving"].get(SERVING_KEY), significant, no_figure(row)) for row in rows)
+    cells = tuple(
+        notes.show(row["serving"].get(SERVING_KEY), significant, no_figure(row)) for row in rows
+    )
     symbol = BY_KEY[f"serving/{SERVING_KEY}"].unit
     return [_Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)]
 
 
 def _savings(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
-    """Return a column per kind of saving that any comparison was read on; arms it does not speak of stay blank."""
+    """Return a column per kind of saving that any comparison was read on; arms it does not speak of
+    stay blank.
+    """
     found: list[_Column] = []
     for measure, head in _SAVED:
         pairs = saving_pairs(result, measure)
@@ -117,7 +131,9 @@ def _savings(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]
 
 
 def _first_row(rows: list[Row], arm: str) -> int:
-    """Return where an arm's saving stands, which is over all seeds: its first row with an artifact, else its first."""
+    """Return where an arm's saving stands, which is over all seeds: its first row with an artifact,
+    else its first.
+    """
     own = [index for index, row in enumerate(rows) if row["arm"] == arm]
     return next((index for index in own if is_finished(rows[index])), own[0])
 
@@ -148,7 +164,9 @@ def _laid_out(names: list[str], right: list[_Column]) -> list[str]:
     heads = [("",) * (height - len(column.head)) + column.head for column in right]
 
     def line(first: str, cells: list[str]) -> str:
-        padded = [pad(text, right[index].width, right=index > 0) for index, text in enumerate(cells)]
+        padded = [
+            pad(text, right[index].width, right=index > 0) for index, text in enumerate(cells)
+        ]
         return gap.join([pad(first, width), *padded]).rstrip()
 
     return [
@@ -160,7 +178,9 @@ def _laid_out(names: list[str], right: list[_Column]) -> list[str]:
 
 
 def _below(result: Result, notes: Footnotes) -> list[str]:
-    """Return what stands under the table: bases, what was reused, the run's sum, reasons of nulls, verdict."""
+    """Return what stands under the table: bases, what was reused, the run's sum, reasons of nulls,
+    verdict.
+    """
     run = result["run"]
     time = lambda hours: duration(3600 * hours)
     spent = f"spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}"
@@ -189,7 +209,9 @@ def _bases(result: Result) -> list[str]:
 
 
 def _over_seeds(result: Result) -> str:
-    """Return what savings speak of where every arm was made with several seeds; each stands beside its first row."""
+    """Return what savings speak of where every arm was made with several seeds; each stands beside
+    its first row.
+    """
     num_seeds, served = len(seeds(result)), served_seed(result)
     if num_seeds < 2:
         return ""
@@ -208,7 +230,11 @@ def _reused(result: Result, notes: Footnotes) -> list[str]:
         f"{name} {notes.show(hours_of(row, result), time)} (run {one_line(row['reused'], 40)})"
         for name, row in zip(labels(reused), reused, strict=True)
     ]
-    known_h = sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in reused for part in ("work", "assess"))
+    known_h = sum(
+        row["ledger"]["device_hours"][part]["v"] or 0.0
+        for row in reused
+        for part in ("work", "assess")
+    )
     rest_h = (result["run"]["reused"]["v"] or 0.0) - known_h
     if rest_h * 3600 >= _SHOWN_S:
         parts.append(f"comparison pass {time(rest_h)}")

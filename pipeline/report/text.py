@@ -1,4 +1,6 @@
-"""Strings that others chose (arm names, reasons, commands) made safe for a terminal and for Markdown."""
+"""Strings that others chose (arm names, reasons, commands) made safe for a terminal and for
+Markdown.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from collections.abc import Iterable
 
 _ANSI = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")
-"""Underscores inside a word are no emphasis (GitHub flavoured Markdown, section 6.2): `control_compute` stays."""
+"""Underscores inside a word are no emphasis (GitHub flavoured Markdown, section 6.2):
+`control_compute` stays.
+"""
 _BLOCK = re.compile(r"^(?=[#+=-])|(?<=^)(\d+)(?=[.)])")
 """What would begin a heading, a list or a rule inside a list item (CommonMark, chapter 4 and 5)."""
 ELLIPSIS = ".."
@@ -17,8 +21,14 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def one_line(text: object, limit: int = 400) -> str:
-    """Return `text` on one line, without escape sequences, control or invisible characters, cut at `limit`."""
-    visible = (c for c in _ANSI.sub("", str(text)) if c.isspace() or not unicodedata.category(c).startswith("C"))
+    """Return `text` on one line, without escape sequences, control or invisible characters, cut at
+    `limit`.
+    """
+    visible = (
+        c
+        for c in _ANSI.sub("", str(text))
+        if c.isspace() or not unicodedata.category(c).startswith("C")
+    )
     plain = " ".join("".join(visible).split())
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
@@ -35,8 +45,13 @@ def bullet(text: object) -> str:
 
 
 def columns(text: str) -> int:
-    """Return how many terminal columns `text` takes: two for wide characters, none for combining ones."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Return how many terminal columns `text` takes: two for wide characters, none for combining
+    ones.
+    """
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
@@ -46,7 +61,9 @@ def pad(text: str, width: int, *, right: bool = False) -> str:
 
 
 def shorten(names: Iterable[str], width: int) -> list[str]:
-    """Return the names at `width` columns at most, cut in the middle; names that become alike get a number."""
+    """Return the names at `width` columns at most, cut in the middle; names that become alike get a
+    number.
+    """
     short: list[str] = []
     for name in names:
         candidate, number = _cut_middle(name, width), 1
@@ -58,8 +75,11 @@ def shorten(names: Iterable[str], width: int) -> list[str]:
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """Break `text` into lines of `width` columns at most, the further ones indented; never at a NO_BREAK space."""
-    limit = width if columns(text) == len(text) else width // 2  # textwrap counts characters, not columns
+    """Break `text` into lines of `width` columns at most, the further ones indented; never at a
+    NO_BREAK space.
+    """
+    # textwrap counts characters, not columns
+    limit = width if columns(text) == len(text) else width // 2
     lines = textwrap.wrap(text, limit, subsequent_indent=indent, break_on_hyphens=False)
     return [line.replace(NO_BREAK, " ") for line in lines]
 

@@ -1,4 +1,6 @@
-"""A release's verdict in words: the one line that stands first everywhere, and the section a reviewer reads."""
+"""A release's verdict in words: the one line that stands first everywhere, and the section a
+reviewer reads.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,22 @@ GAP = "  "
 MOST_DECIMALS = 12
 DECIDED = "That is decided: the same command again gives this verdict, and measures nothing."
 WORDS = {
-    "PASS": "passes", "FAIL": "fails", "INCONCLUSIVE": "is not decided", "INVALID": "cannot be judged",
-}  # fmt: skip
+    "PASS": "passes",
+    "FAIL": "fails",
+    "INCONCLUSIVE": "is not decided",
+    "INVALID": "cannot be judged",
+}
 SENSE = (
-    "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound at the policy's "
-    "alpha, which the looks at serving and energy share."
+    "Positive is better or cheaper for the candidate. Each end of an interval is a one-sided bound"
+    " at the policy's alpha, which the looks at serving and energy share."
 )
 _TWO_NUMBERS = re.compile(r"\\\[([-+]?[0-9.]+, [-+]?[0-9.]+)\\\](?= vs |$)")
 SAVINGS = ("training", "serving", "memory", "energy")
 
 
 def verdict_line(verdict: Verdict) -> str:
-    """Return the verdict in one line: what serving costs, what quality lost against its margin, when it pays back.
+    """Return the verdict in one line: what serving costs, what quality lost against its margin,
+    when it pays back.
 
     Costs are changes (negative is cheaper); quality is positive where the candidate is better.
     """
@@ -36,7 +42,9 @@ def verdict_line(verdict: Verdict) -> str:
     by_name = {each["name"]: each for each in verdict["criteria"]}
     if "serving" in by_name:
         parts.append(_serving(by_name["serving"], verdict))
-    first = next((each for each in verdict["criteria"] if each["name"].startswith("quality/")), None)
+    first = next(
+        (each for each in verdict["criteria"] if each["name"].startswith("quality/")), None
+    )
     if first is not None:
         parts.append(_quality(first))
     if "payback" in by_name:
@@ -55,26 +63,34 @@ def verdict_line(verdict: Verdict) -> str:
 
 
 def shown_line(verdict: Verdict) -> str:
-    """Return the line that a verdict carries, on one line whatever is in it, with the gaps between its parts."""
+    """Return the line that a verdict carries, on one line whatever is in it, with the gaps between
+    its parts.
+    """
     return GAP.join(one_line(part) for part in str(verdict["line"]).split(GAP))
 
 
 def markdown_line(verdict: Verdict) -> str:
-    """Return the line as a report begins with it: Markdown, and as it is read where nothing in it is Markdown's.
+    """Return the line as a report begins with it: Markdown, and as it is read where nothing in it
+    is Markdown's.
 
-    Brackets around two numbers stay plain: they make a link only before another bracket, and a report defines none.
+    Brackets around two numbers stay plain: they make a link only before another bracket, and a
+        report defines none.
     """
     parts = (markdown_text(part, 400) for part in str(verdict["line"]).split(GAP))
     return GAP.join(_TWO_NUMBERS.sub(r"[\1]", part) for part in parts)
 
 
 def trouble(verdict: Verdict) -> str | None:
-    """Return what came in between where a run did not end as its verdict says: a champion not moved, a crash."""
+    """Return what came in between where a run did not end as its verdict says: a champion not
+    moved, a crash.
+    """
     end = verdict.get("end")
     if end is None or end["exit_code"] == verdict["exit_code"]:
         return None
     why = (verdict.get("promotion") or {}).get("why")
-    return f"not promoted: {one_line(why)}" if why else one_line(end["why"] or "the run did not end")
+    return (
+        f"not promoted: {one_line(why)}" if why else one_line(end["why"] or "the run did not end")
+    )
 
 
 def end_code(verdict: Verdict) -> int:
@@ -102,7 +118,10 @@ def _quality(criterion: Verdict) -> str:
     decimals = _decimals(criterion)
     delta = _signed(criterion["value"]["v"], decimals)
     margin = _exact(criterion["threshold"])
-    return f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin {margin}{_unseen(criterion)}"
+    return (
+        f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin"
+        f" {margin}{_unseen(criterion)}"
+    )
 
 
 def _unseen(criterion: Verdict) -> str:
@@ -112,11 +131,19 @@ def _unseen(criterion: Verdict) -> str:
 
 
 def _decimals(criterion: Verdict) -> int:
-    """Return the decimals of percentages at which value and ends read on the side of the threshold that they are on."""
-    shares, threshold = [*(criterion["ci"] or ()), criterion["value"]["v"]], criterion["threshold"] or 0.0
+    """Return the decimals of percentages at which value and ends read on the side of the threshold
+    that they are on.
+    """
+    shares, threshold = (
+        [*(criterion["ci"] or ()), criterion["value"]["v"]],
+        criterion["threshold"] or 0.0,
+    )
     limit = float(_exact(threshold))
     for decimals in range(len(_exact(threshold).partition(".")[2]), MOST_DECIMALS):
-        if all(_side_of(round(100 * share, decimals), limit) == _side_of(share, threshold) for share in shares):
+        if all(
+            _side_of(round(100 * share, decimals), limit) == _side_of(share, threshold)
+            for share in shares
+        ):
             return decimals
     return MOST_DECIMALS
 
@@ -126,7 +153,9 @@ def _side_of(x: float, limit: float) -> int:
 
 
 def _exact(share: float) -> str:
-    """Return a threshold in per cent as the policy states it, however many decimals that takes: `-1.0`, `+0.25`."""
+    """Return a threshold in per cent as the policy states it, however many decimals that takes:
+    `-1.0`, `+0.25`.
+    """
     text = f"{100 * share:+.10f}".rstrip("0")
     text = text + "0" if text.endswith(".") else text
     return text.lstrip("+-") if float(text) == 0 else text
@@ -150,14 +179,18 @@ def _payback(criterion: Verdict, verdict: Verdict) -> str:
     if units is None:
         never = str(criterion["value"]["why_null"]).startswith("never")
         return "never pays back" if never else "payback unknown"
-    return "pays back at once" if units == 0 else f"pays back after {count(units)} {verdict['unit']}s"
+    return (
+        "pays back at once" if units == 0 else f"pays back after {count(units)} {verdict['unit']}s"
+    )
 
 
-# -- the conclusion, and the section of the report ------------------------------------------------------------------
+# -- the conclusion, and the section of the report ------------------------------------------------
 
 
 def verdict_words(verdict: Verdict) -> str:
-    """Return what the verdict rests on, a sentence per criterion that was asked for, and what to do next."""
+    """Return what the verdict rests on, a sentence per criterion that was asked for, and what to do
+    next.
+    """
     if verdict["verdict"] == "NO_BASELINE":
         return " ".join([f"Nothing was compared: {one_line(verdict['why'])}.", *_promoted(verdict)])
     said = [criterion_words(each) for each in verdict["criteria"] if each["gating"]]
@@ -176,7 +209,11 @@ def _title(criterion: Verdict) -> str:
 
 def _because(criterion: Verdict) -> str:
     reading = _reading(criterion)
-    why = f": {one_line(criterion['why'])}" if criterion["why"] and criterion["outcome"] in ("INVALID", "FAIL") else ""
+    why = (
+        f": {one_line(criterion['why'])}"
+        if criterion["why"] and criterion["outcome"] in ("INVALID", "FAIL")
+        else ""
+    )
     if criterion["outcome"] == "INCONCLUSIVE":
         why = f" ({one_line(criterion['why'])})" if criterion["why"] else ""
         why += f", {needed_words(criterion)}" if criterion["needed"] else ""
@@ -186,7 +223,8 @@ def _because(criterion: Verdict) -> str:
 
 
 def needed_words(criterion: Mapping[str, Any], needed: int | None = None) -> str:
-    """Return how many items would decide, and what that means where the test split has fewer, or has not been read.
+    """Return how many items would decide, and what that means where the test split has fewer, or
+    has not been read.
 
     Args:
         criterion: A criterion, or a comparison of one quality: `n`, `groups`, `available`.
@@ -201,11 +239,15 @@ def needed_words(criterion: Mapping[str, Any], needed: int | None = None) -> str
     if needed > split:
         return f"{said}, and the test split has only {split}: more test data is needed"
     read = criterion["n"] if groups is None else groups
-    return said if split <= read else f"{said}: the test split has {split}, of which {read} were read"
+    return (
+        said if split <= read else f"{said}: the test split has {split}, of which {read} were read"
+    )
 
 
 def unseen_words(criterion: Mapping[str, Any]) -> str | None:
-    """Return which damage is too rare for these documents to show, or None where no sample was read."""
+    """Return which damage is too rare for these documents to show, or None where no sample was
+    read.
+    """
     share = criterion.get("smallest_visible_damage")
     if share is None:
         return None
@@ -216,15 +258,25 @@ def unseen_words(criterion: Mapping[str, Any]) -> str | None:
 def _next(verdict: Verdict) -> list[str]:
     """Return what became of the champion, and what the next invocation would do."""
     if verdict.get("recorded"):
-        again = f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was measured anew."
+        again = (
+            f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was"
+            " measured anew."
+        )
         return [again, *_promoted(verdict)]
-    names = {each["name"] for each in verdict["criteria"] if each["gating"] and each["outcome"] == "INCONCLUSIVE"}
+    names = {
+        each["name"]
+        for each in verdict["criteria"]
+        if each["gating"] and each["outcome"] == "INCONCLUSIVE"
+    }
     if verdict["verdict"] == "INVALID":
         return ["Mend that and run the same command again: this counts as no look."]
     if verdict["verdict"] != "INCONCLUSIVE":
         return _promoted(verdict)
     if names & {"serving", "energy", "payback"} and verdict["look"] < verdict["looks"]:
-        return [f"Look {verdict['look']} of {verdict['looks']}: the same command again measures as many blocks more."]
+        return [
+            f"Look {verdict['look']} of {verdict['looks']}: the same command again measures as many"
+            " blocks more."
+        ]
     return ["No further look would help: give more data, or another candidate."]
 
 
@@ -245,31 +297,44 @@ def _is_share_of_base(name: str) -> bool:
 
 
 INDEPENDENT = (
-    "Documents are taken as independent of one another. Where several come from one source (pages of a document, turns "
-    "of a user), name the field that tells which as data.group_field: intervals are too narrow otherwise."
+    "Documents are taken as independent of one another. Where several come from one source (pages"
+    " of a document, turns of a user), name the field that tells which as data.group_field:"
+    " intervals are too narrow otherwise."
 )
 
 
 def _assumed(criteria: Sequence[Verdict]) -> list[str]:
     """Return the assumption that intervals over documents rest on, where no groups are known."""
-    read = [each for each in criteria if each["name"].startswith("quality/") and each["ci"] is not None]
+    read = [
+        each for each in criteria if each["name"].startswith("quality/") and each["ci"] is not None
+    ]
     return ["", INDEPENDENT] if read and all(each.get("groups") is None for each in read) else []
 
 
 def verdict_section(verdict: Verdict) -> list[str]:
-    """Return the part of the report that a reviewer reads: criteria, both sides, what comes next, the last releases."""
+    """Return the part of the report that a reviewer reads: criteria, both sides, what comes next,
+    the last releases.
+    """
     head = ("criterion", "outcome", "reading", "threshold", "n", "asked for", "note")
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     table += [f"| {' | '.join(_cells(each))} |" for each in verdict["criteria"]]
-    sides = [_side(name, verdict[name]) for name in ("candidate", "baseline") if verdict[name] is not None]
+    sides = [
+        _side(name, verdict[name])
+        for name in ("candidate", "baseline")
+        if verdict[name] is not None
+    ]
     decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
     lines = [
         *([*table, "", SENSE, *_assumed(verdict["criteria"])] if verdict["criteria"] else []),
-        "", *sides, bullet(f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), "
-                           f"{look_words(verdict)} of {verdict['looks']}"),
+        "",
+        *sides,
+        bullet(
+            f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), "
+            f"{look_words(verdict)} of {verdict['looks']}"
+        ),
         *(bullet(text) for text in _next(verdict)),
         *([bullet(DECIDED)] if decided else []),
-    ]  # fmt: skip
+    ]
     history = verdict.get("history")
     return lines if not history else [*lines, "", *recent(history)]
 
@@ -293,11 +358,20 @@ def _limit(criterion: Verdict) -> str:
 
 
 def _cells(criterion: Verdict) -> list[str]:
-    note = [criterion["why"] or "", needed_words(criterion) if criterion["needed"] else "",
-            unseen_words(criterion) or ""]  # fmt: skip
-    cells = [_title(criterion), criterion["outcome"], _reading(criterion), _limit(criterion),
-             counted_words(criterion), "yes" if criterion["gating"] else "shown only",
-             "; ".join(text for text in note if text)]  # fmt: skip
+    note = [
+        criterion["why"] or "",
+        needed_words(criterion) if criterion["needed"] else "",
+        unseen_words(criterion) or "",
+    ]
+    cells = [
+        _title(criterion),
+        criterion["outcome"],
+        _reading(criterion),
+        _limit(criterion),
+        counted_words(criterion),
+        "yes" if criterion["gating"] else "shown only",
+        "; ".join(text for text in note if text),
+    ]
     return [markdown_text(cell) for cell in cells]
 
 
@@ -313,5 +387,8 @@ def _promoted(verdict: Verdict) -> list[str]:
     if promotion is None:
         return []
     if promotion["done"]:
-        return [f"{one_line(promotion['model'])} version {one_line(promotion['version'])} is champion now."]
+        return [
+            f"{one_line(promotion['model'])} version {one_line(promotion['version'])} is champion"
+            " now."
+        ]
     return [f"Not promoted: {one_line(promotion['why'])}."]

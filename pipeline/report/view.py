@@ -1,4 +1,6 @@
-"""What the reports read from result.json: statuses, labels, the primary quality, and the reasons of nulls."""
+"""What the reports read from result.json: statuses, labels, the primary quality, and the reasons of
+nulls.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ class Footnotes:
         """Return the mark `[n]` of a reason."""
         return f"[{self._numbers.setdefault(one_line(why), len(self._numbers) + 1)}]"
 
-    def show(self, value: Value | None, form: Callable[[float], str], absent: str = NOT_RECORDED) -> str:
-        """Return a figure in its form, or `-` with the mark of why it is null (`absent` where it is not even that)."""
+    def show(
+        self, value: Value | None, form: Callable[[float], str], absent: str = NOT_RECORDED
+    ) -> str:
+        """Return a figure in its form, or `-` with the mark of why it is null (`absent` where it is
+        not even that).
+        """
         if value is None:
             return "-" + self.mark(absent)
         return form(value["v"]) if value["v"] is not None else "-" + self.mark(value["why_null"])
@@ -49,7 +55,9 @@ class Footnotes:
 
 
 def is_finished(row: Row) -> bool:
-    """Tell whether this row has the stage's artifact; work of another run that this one assessed stands beside it."""
+    """Tell whether this row has the stage's artifact; work of another run that this one assessed
+    stands beside it.
+    """
     return row["status"] == "FINISHED" and row["artifact"] is not None
 
 
@@ -63,17 +71,29 @@ def no_figure(row: Row) -> str:
 
 
 def arm_rows(result: Result) -> list[Row]:
-    """Return the rows that a table of arms shows: work of another run stands with the row that assessed it here.
+    """Return the rows that a table of arms shows: work of another run stands with the row that
+    assessed it here.
 
-    Such a row has the work's one as `work`; result.json keeps them apart, for each has hours of its own.
+    Such a row has the work's one as `work`; result.json keeps them apart, for each has hours of its
+    own.
     """
-    reused = {(row["arm"], row["seed"]): row for row in result["rows"] if row["reused"] and _is_work_alone(row)}
+    reused = {
+        (row["arm"], row["seed"]): row
+        for row in result["rows"]
+        if row["reused"] and _is_work_alone(row)
+    }
     joined = {(row["arm"], row["seed"]) for row in result["rows"] if is_finished(row)} & set(reused)
-    rows = (row for row in result["rows"] if (row["arm"], row["seed"]) not in joined or not _is_work_alone(row))
+    rows = (
+        row
+        for row in result["rows"]
+        if (row["arm"], row["seed"]) not in joined or not _is_work_alone(row)
+    )
     return [
-        {**row, "work": reused[row["arm"], row["seed"]]}
-        if is_finished(row) and (row["arm"], row["seed"]) in joined
-        else row
+        (
+            {**row, "work": reused[row["arm"], row["seed"]]}
+            if is_finished(row) and (row["arm"], row["seed"]) in joined
+            else row
+        )
         for row in rows
     ]
 
@@ -83,7 +103,9 @@ def _is_work_alone(row: Row) -> bool:
 
 
 def status_word(row: Row) -> str:
-    """Return `done`, `reused`, `assessed` (the work is another run's), `skipped`, `FAILED` or `KILLED`."""
+    """Return `done`, `reused`, `assessed` (the work is another run's), `skipped`, `FAILED` or
+    `KILLED`.
+    """
     word: str = "assessed" if "work" in row else row["status"]
     return "reused" if word == "FINISHED" and row["reused"] else _STATUS.get(word, word)
 
@@ -103,22 +125,33 @@ def unfinished(result: Result) -> list[Row]:
 
 def what_happened(row: Row) -> str:
     """Say why a row has no artifact: `skipped: no CUDA device`."""
-    words = {"SKIPPED": "was skipped", "FAILED": "FAILED", "KILLED": "was killed", "FINISHED": "was reused"}
+    words = {
+        "SKIPPED": "was skipped",
+        "FAILED": "FAILED",
+        "KILLED": "was killed",
+        "FINISHED": "was reused",
+    }
     word = words[row["status"]]
     return f"{word}: {one_line(row['why'] or 'no reason recorded')}"
 
 
 def why_missing(result: Result, arm: str) -> str | None:
-    """Say why an arm has no artifact; None where it has one. `base` is the given model and always there."""
+    """Say why an arm has no artifact; None where it has one. `base` is the given model and always
+    there.
+    """
     if arm == BASE or finished_row(result, arm) is not None:
         return None
-    return next((what_happened(row) for row in reversed(result["rows"]) if row["arm"] == arm), "did not run")
+    return next(
+        (what_happened(row) for row in reversed(result["rows"]) if row["arm"] == arm), "did not run"
+    )
 
 
 def why_absent(result: Result, pair: Pair) -> str:
     """Say why a comparison lacks a figure: an arm without an artifact, where there is one."""
     missing = ((arm, why_missing(result, arm)) for arm in (pair["arm"], pair["base"]))
-    return next((f"{one_line(arm, 60)} {why}" for arm, why in missing if why is not None), NOT_RECORDED)
+    return next(
+        (f"{one_line(arm, 60)} {why}" for arm, why in missing if why is not None), NOT_RECORDED
+    )
 
 
 def seeds(result: Result) -> list[int]:
@@ -128,12 +161,16 @@ def seeds(result: Result) -> list[int]:
 
 def served_seed(result: Result) -> int | None:
     """Return the seed whose artifacts serving was read on."""
-    known = (row for row in result["rows"] if row["serving"].get(SERVING_KEY, {}).get("v") is not None)
+    known = (
+        row for row in result["rows"] if row["serving"].get(SERVING_KEY, {}).get("v") is not None
+    )
     return next((row["seed"] for row in known), None)
 
 
 def labels(rows: list[Row]) -> list[str]:
-    """Return a name per row: the arm, with seed, run and attempt only where they tell rows apart."""
+    """Return a name per row: the arm, with seed, run and attempt only where they tell rows
+    apart.
+    """
     many_seeds = len({row["seed"] for row in rows}) > 1
     runs: dict[tuple[str, int], set[str | None]] = {}
     tries: dict[tuple[str, int, str | None], set[int]] = {}
@@ -151,8 +188,9 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def primary_key(result: Result) -> str:
-    """Return the quality that decides: accuracy or bits per byte (or what stands in for them), else the first that
-    any row carries."""
+    """Return the quality that decides: accuracy or bits per byte (or what stands in for them), else
+    the first that any row carries.
+    """
     carried = [row["quality"] for row in result["rows"]]
     return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), carried) or PRIMARY[Task.causal_lm]
 
@@ -169,7 +207,9 @@ def quality_direction(key: str) -> str:
 
 def unit(result: Result) -> str:
     """Return what serving and payback count: `token` or `example`."""
-    stated = next((pair["payback"]["unit"] for pair in result["comparisons"] if pair["payback"]), None)
+    stated = next(
+        (pair["payback"]["unit"] for pair in result["comparisons"] if pair["payback"]), None
+    )
     return stated or ("example" if primary_key(result) == "accuracy" else "token")
 
 
@@ -203,7 +243,9 @@ def straddles(value: Value) -> bool:
 
 
 def run_total(result: Result, notes: Footnotes) -> str:
-    """Return `90.0 min = work 71.0 + ... + overhead 3.0`, all in one unit so that the sum can be checked by eye."""
+    """Return `90.0 min = work 71.0 + ... + overhead 3.0`, all in one unit so that the sum can be
+    checked by eye.
+    """
     hours = result["run"]["device_hours"]
     total_s = 3600 * (hours["total"]["v"] or 0.0)
     per_unit, symbol = time_unit(total_s)

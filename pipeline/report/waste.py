@@ -1,9 +1,11 @@
-"""The waste report: per stage a table of causes with device-hours, share, money, and the first thing to try.
+"""The waste report: per stage a table of causes with device-hours, share, money, and the first
+thing to try.
 
-A cause is advised on only where its measured share of the stage reaches the threshold written beside the remedy.
-Wasted causes come from the host timeline and from lost intervals, and add up to the stage's `wasted`. Below them stand
-what is no waste but may be too much (evaluation, checkpoints, compiling), and what the GPU did not do while the host
-was busy (from traced steps, as a share of those steps): the same seconds seen from elsewhere, so they are not added.
+A cause is advised on only where its measured share of the stage reaches the threshold written
+beside the remedy. Wasted causes come from the host timeline and from lost intervals, and add up to
+the stage's `wasted`. Below them stand what is no waste but may be too much (evaluation,
+checkpoints, compiling), and what the GPU did not do while the host was busy (from traced steps, as
+a share of those steps): the same seconds seen from elsewhere, so they are not added.
 """
 
 from __future__ import annotations
@@ -41,33 +43,71 @@ class Remedy:
 
 
 REMEDIES: dict[str, Remedy] = {
-    "import": Remedy(0.05, "make more arms in one run: a process imports once",
-                     "do more per process: it imports once"),
-    "data_wait": Remedy(0.05, "raise batch_size (training.* or the stage's own): fewer, larger batches",
-                        "raise num_workers of the data loader"),
-    "comm_exposed": Remedy(0.05, "another process was making the same: run one after the other",
-                           "accumulate gradients, or overlap the exchange with backward"),
-    "unattributed": Remedy(0.02, "a phase lacks its marker: please report it",
-                           'mark what the program does there: with pipeline.phase("...")'),
-    "rollback": Remedy(0.02, "lower checkpoint_every, else checkpoint_seconds: less to replay",
-                       "save checkpoints more often: less to replay"),
-    "failed_attempt": Remedy(0.0, "mend what failed: the row says why", "mend what failed: its log says why"),
+    "import": Remedy(
+        0.05,
+        "make more arms in one run: a process imports once",
+        "do more per process: it imports once",
+    ),
+    "data_wait": Remedy(
+        0.05,
+        "raise batch_size (training.* or the stage's own): fewer, larger batches",
+        "raise num_workers of the data loader",
+    ),
+    "comm_exposed": Remedy(
+        0.05,
+        "another process was making the same: run one after the other",
+        "accumulate gradients, or overlap the exchange with backward",
+    ),
+    "unattributed": Remedy(
+        0.02,
+        "a phase lacks its marker: please report it",
+        'mark what the program does there: with pipeline.phase("...")',
+    ),
+    "rollback": Remedy(
+        0.02,
+        "lower checkpoint_every, else checkpoint_seconds: less to replay",
+        "save checkpoints more often: less to replay",
+    ),
+    "failed_attempt": Remedy(
+        0.0, "mend what failed: the row says why", "mend what failed: its log says why"
+    ),
     "idle_rank": Remedy(0.05, "give every rank as much to do", "give every rank as much to do"),
-    "eval": Remedy(0.15, "raise eval_every, or lower eval_documents (training.* or the stage's own)",
-                   "evaluate less often, or on fewer documents"),
-    "checkpoint": Remedy(0.10, "raise checkpoint_every, else checkpoint_seconds (training.* or the stage's own)",
-                         "save checkpoints less often"),
-    "compile": Remedy(0.10, "compile=false (training.* or the stage's own), or more steps for it",
-                      "compile less, or train longer on what is compiled"),
-    "idle_host_wait": Remedy(0.10, "raise batch_size (training.* or the stage's own): the GPU waits for the host",
-                             "larger batches: the GPU waits for the host"),
-    "idle_launch_gap": Remedy(0.10, "compile=true, or a larger batch_size (training.* or the stage's own)",
-                              "compile the model, capture graphs, or use larger batches"),
-    "copy_exposed": Remedy(0.05, "raise batch_size (training.* or the stage's own): fewer, larger copies",
-                           "pin host memory and copy ahead (non_blocking=True)"),
-    "throttled": Remedy(0.05, "see the throttle reasons: power or heat limits this device",
-                        "see the throttle reasons: power or heat limits this device"),
-}  # fmt: skip
+    "eval": Remedy(
+        0.15,
+        "raise eval_every, or lower eval_documents (training.* or the stage's own)",
+        "evaluate less often, or on fewer documents",
+    ),
+    "checkpoint": Remedy(
+        0.10,
+        "raise checkpoint_every, else checkpoint_seconds (training.* or the stage's own)",
+        "save checkpoints less often",
+    ),
+    "compile": Remedy(
+        0.10,
+        "compile=false (training.* or the stage's own), or more steps for it",
+        "compile less, or train longer on what is compiled",
+    ),
+    "idle_host_wait": Remedy(
+        0.10,
+        "raise batch_size (training.* or the stage's own): the GPU waits for the host",
+        "larger batches: the GPU waits for the host",
+    ),
+    "idle_launch_gap": Remedy(
+        0.10,
+        "compile=true, or a larger batch_size (training.* or the stage's own)",
+        "compile the model, capture graphs, or use larger batches",
+    ),
+    "copy_exposed": Remedy(
+        0.05,
+        "raise batch_size (training.* or the stage's own): fewer, larger copies",
+        "pin host memory and copy ahead (non_blocking=True)",
+    ),
+    "throttled": Remedy(
+        0.05,
+        "see the throttle reasons: power or heat limits this device",
+        "see the throttle reasons: power or heat limits this device",
+    ),
+}
 _WITH_STEPS = ("train", "distill", "recover", METERED)
 _SUPPORT = ("eval", "checkpoint", "compile")
 _OF_THE_GPU = ("idle_host_wait", "idle_launch_gap", "copy_exposed")
@@ -78,7 +118,8 @@ class Cause:
     """One line of the table.
 
     Attributes:
-        kind: `wasted`, `support`, or `of traced steps` / `of samples` for what is seen on the device.
+        kind: `wasted`, `support`, or `of traced steps` / `of samples` for what is seen on the
+            device.
         device_hours: None where the cause is a share of traced steps only.
         share: Of the stage's attached time (of the traced steps, of the samples).
         money: At the declared rate; None where none is declared.
@@ -91,17 +132,22 @@ class Cause:
     device_hours: float | None
     money: float | None
     advice: str | None
-    of: str = " of its stage"  # what the share is of; kinds that say so themselves have nothing here
+    # what the share is of; kinds that say so themselves have nothing here
+    of: str = " of its stage"
 
 
 def causes_can_be_told(row: Row) -> bool:
-    """Tell whether a row's time was spent here and falls into classes; a metered program may report no phases."""
+    """Tell whether a row's time was spent here and falls into classes; a metered program may report
+    no phases.
+    """
     hours = row["ledger"]["device_hours"]
     return not row["reused"] and bool(hours["attached"]["v"]) and hours["wasted"]["v"] is not None
 
 
 def causes(row: Row) -> list[Cause]:
-    """Return what a stage attempt lost and may save: wasted causes first, each kind with the largest first."""
+    """Return what a stage attempt lost and may save: wasted causes first, each kind with the
+    largest first.
+    """
     attached = row["ledger"]["device_hours"]["attached"]["v"]
     if not causes_can_be_told(row):
         return []
@@ -110,7 +156,9 @@ def causes(row: Row) -> list[Cause]:
 
 
 def _reached(name: str, share: float, hours: float | None) -> bool:
-    """Whether a cause is large enough to advise on; less than a second in no phase is what scheduling leaves."""
+    """Whether a cause is large enough to advise on; less than a second in no phase is what
+    scheduling leaves.
+    """
     is_small = name == "unattributed" and hours is not None and 3600 * hours < _LEAST_UNATTRIBUTED_S
     return share >= REMEDIES[name].threshold and not is_small
 
@@ -121,7 +169,13 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
     money = None if amount is None or hours is None else amount * share
     told = text if share > 0 and _reached(name, share, hours) else None
-    of = "" if kind.startswith("of ") else " of the command" if row["type"] == METERED else " of its stage"
+    of = (
+        ""
+        if kind.startswith("of ")
+        else " of the command"
+        if row["type"] == METERED
+        else " of its stage"
+    )
     return Cause(name, kind, share, hours, money, told, of)
 
 
@@ -130,43 +184,62 @@ def _wasted(row: Row) -> list[Cause]:
     found = {name: hours["wasted_by"].get(name, {"v": None})["v"] for name in WASTE_CAUSES}
     return [
         _cause(row, name, "wasted", lost / hours["attached"]["v"], lost)
-        for name, lost in found.items() if lost and lost / hours["attached"]["v"] >= _SHOWN_SHARE
-    ]  # fmt: skip
+        for name, lost in found.items()
+        if lost and lost / hours["attached"]["v"] >= _SHOWN_SHARE
+    ]
 
 
 def _support(row: Row, attached: float) -> list[Cause]:
     """Return the support phases that are large enough to advise on.
 
-    Assessment evaluates too, and is not to be saved on: it is taken off, so that the share is a lower bound.
+    Assessment evaluates too, and is not to be saved on: it is taken off, so that the share is a
+    lower bound.
     """
-    if row["type"] not in _WITH_STEPS:  # what a stage without steps evaluates is its proof, not a reading on the way
+    # what a stage without steps evaluates is its proof, not a reading on the way
+    if row["type"] not in _WITH_STEPS:
         return []
     ledger = row["ledger"]
     total_ns = sum(ledger["phases_ns"].values())
     assessed_ns = (ledger["device_hours"]["assess"]["v"] or 0.0) / attached * total_ns
-    shares = {name: ledger["phases_ns"].get(name, 0) / total_ns if total_ns else 0.0 for name in _SUPPORT}
+    shares = {
+        name: ledger["phases_ns"].get(name, 0) / total_ns if total_ns else 0.0 for name in _SUPPORT
+    }
     shares["eval"] = max(0.0, shares["eval"] - (assessed_ns / total_ns if total_ns else 0.0))
-    found = (_cause(row, name, "support", share, share * attached) for name, share in shares.items())
+    found = (
+        _cause(row, name, "support", share, share * attached) for name, share in shares.items()
+    )
     return [cause for cause in found if cause.advice is not None]
 
 
 def _on_device(row: Row) -> list[Cause]:
     """Return what traced steps and samples of the device show, where they exist."""
-    timeline, conditions = (row["ledger"].get(name) or {} for name in ("gpu_timeline", "conditions"))
+    timeline, conditions = (
+        row["ledger"].get(name) or {} for name in ("gpu_timeline", "conditions")
+    )
     shares = {name: timeline.get(name, {"v": None})["v"] for name in _OF_THE_GPU}
-    seen = [_cause(row, name, "of traced steps", share, None) for name, share in shares.items() if share]
+    seen = [
+        _cause(row, name, "of traced steps", share, None) for name, share in shares.items() if share
+    ]
     throttled = conditions.get("throttle_share", {"v": None})["v"]
     seen += [_cause(row, "throttled", "of samples", throttled, None)] if throttled else []
     return [cause for cause in seen if cause.advice is not None]
 
 
 def advice(row: Row) -> list[str]:
-    """Return the advice on a stage in short: `data_wait 31%: raise num_workers of the data loader`."""
-    return [f"{cause.name} {percent(cause.share)}: {cause.advice}" for cause in causes(row) if cause.advice]
+    """Return the advice on a stage in short: `data_wait 31%: raise num_workers of the data
+    loader`.
+    """
+    return [
+        f"{cause.name} {percent(cause.share)}: {cause.advice}"
+        for cause in causes(row)
+        if cause.advice
+    ]
 
 
 def outside(result: Result) -> list[tuple[str, Cause]]:
-    """Return what was wasted outside of stages, as shares of the run; advised on only where a stage ran at all."""
+    """Return what was wasted outside of stages, as shares of the run; advised on only where a stage
+    ran at all.
+    """
     run = result["run"]
     total = run["device_hours"]["total"]["v"]
     ran = any(not row["reused"] for row in result["rows"])
@@ -178,12 +251,16 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
                 remedy, share, rate = REMEDIES[cause], hours / total, _rate(result)
                 told = remedy.here if ran and _reached(cause, share, hours) else None
                 money = None if rate is None else rate * hours
-                found.append((name, Cause(cause, "wasted", share, hours, money, told, " of the run")))
+                found.append(
+                    (name, Cause(cause, "wasted", share, hours, money, told, " of the run"))
+                )
     return found
 
 
 def _rate(result: Result) -> float | None:
-    """Return the price of a device-hour that is declared, else what this run's own rows were charged with."""
+    """Return the price of a device-hour that is declared, else what this run's own rows were
+    charged with.
+    """
     declared = (result["run"].get("cost") or {}).get("rate")
     if declared is not None:
         return declared["per_device_hour"]
@@ -193,7 +270,9 @@ def _rate(result: Result) -> float | None:
 
 
 def total(result: Result) -> Cause | None:
-    """Return all that this run wasted, as a share of what it spent; None where a stage does not tell."""
+    """Return all that this run wasted, as a share of what it spent; None where a stage does not
+    tell.
+    """
     run = result["run"]
     own = [row for row in result["rows"] if not row["reused"] and _hours(row, "attached")]
     spent = run["device_hours"]["total"]["v"]
@@ -204,7 +283,13 @@ def total(result: Result) -> Cause | None:
     wasted += sum(phases.get(phase, 0) for phases in parts for phase in WASTED) / HOUR_NS
     rate = _rate(result)
     return Cause(
-        "all of it", "wasted", wasted / spent, wasted, None if rate is None else rate * wasted, None, " of the run"
+        "all of it",
+        "wasted",
+        wasted / spent,
+        wasted,
+        None if rate is None else rate * wasted,
+        None,
+        " of the run",
     )
 
 
@@ -213,13 +298,19 @@ def closing_lines(result: Result) -> list[str]:
     whole = total(result)
     if whole is None or not result["rows"]:
         return []
-    found = [(name, cause) for name, cause in _all_causes(result)
-             if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)]  # fmt: skip
+    found = [
+        (name, cause)
+        for name, cause in _all_causes(result)
+        if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)
+    ]
     spent = result["run"]["device_hours"]["total"]["v"]
     lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent))
     first = f"wasted {percent(whole.share)} of this run ({lost} of {taken})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
-    return [first + (":" if shown else ""), *(f"  {name}: {_in_words(cause)}" for name, cause in shown)]
+    return [
+        first + (":" if shown else ""),
+        *(f"  {name}: {_in_words(cause)}" for name, cause in shown),
+    ]
 
 
 def _hours(row: Row, part: str) -> float:
@@ -235,10 +326,12 @@ def _all_causes(result: Result) -> Iterable[tuple[str, Cause]]:
 def _in_words(cause: Cause) -> str:
     taken = "" if cause.device_hours is None else f" ({duration(3600 * cause.device_hours)})"
     kind = "" if cause.kind == "wasted" else f"{NO_BREAK}{cause.kind}"
-    return f"{cause.name} {percent(cause.share)}{cause.of}{kind}{taken}" + (f": {cause.advice}" if cause.advice else "")
+    return f"{cause.name} {percent(cause.share)}{cause.of}{kind}{taken}" + (
+        f": {cause.advice}" if cause.advice else ""
+    )
 
 
-# -- report.md ---------------------------------------------------------------------------------------------------------
+# -- report.md ------------------------------------------------------------------------------------
 HEAD = ("stage", "cause", "kind", "time", "share", "cost", "first thing to try")
 
 
@@ -248,7 +341,9 @@ def table_body(result: Result) -> list[list[str]]:
     if not result["rows"]:
         return []
     declared = (result["run"].get("cost") or {}).get("currency")
-    currency = declared or next((name for row in result["rows"] if (name := row["ledger"]["cost"]["currency"])), "")
+    currency = declared or next(
+        (name for row in result["rows"] if (name := row["ledger"]["cost"]["currency"])), ""
+    )
     body = [[name, *_cells(cause, currency)] for name, cause in _all_causes(result)]
     return [*body, *([["the run", *_cells(whole, currency)]] if whole is not None else [])]
 
@@ -256,4 +351,11 @@ def table_body(result: Result) -> list[list[str]]:
 def _cells(cause: Cause, currency: str) -> list[str]:
     taken = "" if cause.device_hours is None else duration(3600 * cause.device_hours)
     money = "" if cause.money is None else f"{significant(cause.money)} {currency}".strip()
-    return [cause.name, cause.kind, taken, percent(cause.share) + cause.of, money, cause.advice or ""]
+    return [
+        cause.name,
+        cause.kind,
+        taken,
+        percent(cause.share) + cause.of,
+        money,
+        cause.advice or "",
+    ]

@@ -1,4 +1,6 @@
-"""The end of an attempt: result.json, report.md, the closing table, `latest`; written whatever the end was."""
+"""The end of an attempt: result.json, report.md, the closing table, `latest`; written whatever the
+end was.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,15 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     """Write what the run leaves and print its closing lines.
 
     Returns:
-        What waits a bounded time for MLflow and then says what came of it, or None where nothing is delivered.
+        What waits a bounded time for MLflow and then says what came of it, or None where nothing is
+        delivered.
     """
     attempt.sampler.stop()
     free_room(attempt.folder)  # what is written from here on fits, whatever filled the disk
-    attempted(lambda: note_charges(attempt), lambda why: attempt.notes.append(unmeasured("what models cost", why)))
+    attempted(
+        lambda: note_charges(attempt),
+        lambda why: attempt.notes.append(unmeasured("what models cost", why)),
+    )
     result = build_result(attempt, status, why)
     write_json(attempt.folder / "result.json", result)
     write_json(attempt.folder / "catalogue.json", metrics.export())
@@ -58,14 +64,28 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     )  # a gate that came to none
     write_text(attempt.folder / "report.md", opening + markdown(result))
     state = read_record(attempt.folder / "run.json", RUN) or {}
-    end = {"status": status, "pid": None, "spent_device_hours": result["run"]["device_hours"]["total"]["v"]}
+    end = {
+        "status": status,
+        "pid": None,
+        "spent_device_hours": result["run"]["device_hours"]["total"]["v"],
+    }
     write_json(attempt.folder / "run.json", sealed({**state, **end}))
     attempt.journal.write(
-        "run_end", status=status, why=why, primary_arm=attempt.run.primary_arm, run=result["run"],
+        "run_end",
+        status=status,
+        why=why,
+        primary_arm=attempt.run.primary_arm,
+        run=result["run"],
         description=short_form(result),
-        files=[*write_outputs(attempt, verdict), "report.md", "result.json", "catalogue.json", "config.json",
-               *_traces(attempt)],
-    )  # fmt: skip
+        files=[
+            *write_outputs(attempt, verdict),
+            "report.md",
+            "result.json",
+            "catalogue.json",
+            "config.json",
+            *_traces(attempt),
+        ],
+    )
     attempt.journal.close()
     made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in attempt.rows)
     if status == "FINISHED" and made and attempt.gate is None:
@@ -74,7 +94,8 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     writer = attempt.writer
     if writer is not None:
         let_go(writer)
-    if not attempt.rows and not result["verdict"]:  # refused before any stage: the refusal says it all
+    # refused before any stage: the refusal says it all
+    if not attempt.rows and not result["verdict"]:
         return None
     if verdict is not None:
         print(f"\n{shown_line(verdict)}")
@@ -96,20 +117,37 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
 
 def _traces(attempt: Attempt) -> list[str]:
     """Return the traces of this run's steps, as paths in its folder."""
-    return sorted(str(path.relative_to(attempt.folder)) for path in attempt.folder.glob("traces/*/*.json.gz"))
+    return sorted(
+        str(path.relative_to(attempt.folder)) for path in attempt.folder.glob("traces/*/*.json.gz")
+    )
 
 
 def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:
     """Return result.json's content."""
     result: dict[str, Any] = {
-        "schema": 1, "run_id": attempt.run_id, "recipe": attempt.run.recipe, "question": attempt.run.question,
-        "status": status, "why": why, "primary_arm": attempt.run.primary_arm, "conclusion": "",
-        "device": {"kind": attempt.device.type, "name": device_name(attempt.device), "count": attempt.devices},
-        "environment": environment(attempt), "run": _totals(attempt), "rows": attempt.rows,
-        "comparisons": attempt.comparisons, "verdict": shown_verdict(ended(attempt, status, why)),
-    }  # fmt: skip
+        "schema": 1,
+        "run_id": attempt.run_id,
+        "recipe": attempt.run.recipe,
+        "question": attempt.run.question,
+        "status": status,
+        "why": why,
+        "primary_arm": attempt.run.primary_arm,
+        "conclusion": "",
+        "device": {
+            "kind": attempt.device.type,
+            "name": device_name(attempt.device),
+            "count": attempt.devices,
+        },
+        "environment": environment(attempt),
+        "run": _totals(attempt),
+        "rows": attempt.rows,
+        "comparisons": attempt.comparisons,
+        "verdict": shown_verdict(ended(attempt, status, why)),
+    }
     declared, model = attempt.run.cost.converged_at, attempt.run.model.name
-    result["run"]["per_converged_model"] = of_this_run(attempt.folder, result["run"], declared, model).to_json()
+    result["run"]["per_converged_model"] = of_this_run(
+        attempt.folder, result["run"], declared, model
+    ).to_json()
     events = read_events(attempt.folder / "journal.jsonl")
     result["run"]["cost"] = run_cost(events, result["run"], attempt.run.cost)
     result["conclusion"] = conclude(result)
@@ -119,14 +157,24 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
 def _totals(attempt: Attempt) -> dict[str, Any]:
     """Return the run's device-hours over all its attempts; overhead is what no window took."""
     booked, overhead_ns = attempt.booking()
-    parts = {"total": booked.attached_ns, "work": booked.work_ns, "assess": booked.assess_ns,
-             "retry": booked.retry_ns, "compare": booked.compare_ns, "overhead": booked.overhead_ns}  # fmt: skip
+    parts = {
+        "total": booked.attached_ns,
+        "work": booked.work_ns,
+        "assess": booked.assess_ns,
+        "retry": booked.retry_ns,
+        "compare": booked.compare_ns,
+        "overhead": booked.overhead_ns,
+    }
     hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
     phases = {"overhead": overhead_ns, "compare": attempt.compare_ns}
     return {
-        "attempts": attempt.number, "device_hours": hours, "phases_device_ns": phases, "spent": hours["total"],
-        "reused": measured(attempt.reused_h).to_json(), **_compared(attempt),
-    }  # fmt: skip
+        "attempts": attempt.number,
+        "device_hours": hours,
+        "phases_device_ns": phases,
+        "spent": hours["total"],
+        "reused": measured(attempt.reused_h).to_json(),
+        **_compared(attempt),
+    }
 
 
 def _compared(attempt: Attempt) -> dict[str, Any]:
@@ -134,16 +182,26 @@ def _compared(attempt: Attempt) -> dict[str, Any]:
     if attempt.served is None:
         return {}
     lacking = null("not recorded by the release that measured it").to_json()
-    return {"compare_conditions": {name: attempt.served.conditions.get(name, lacking) for name in COMPARED}}
+    return {
+        "compare_conditions": {
+            name: attempt.served.conditions.get(name, lacking) for name in COMPARED
+        }
+    }
 
 
 def environment(attempt: Attempt) -> dict[str, Any]:
     """Return with what and how the figures were made."""
     return {
-        "command": attempt.command, "python": platform.python_version(), "platform": platform.platform(),
-        "cores": os.cpu_count(), **{name: _version(name) for name in LIBRARIES}, "commit": commit(),
-        "data": attempt.data.name, "data_digest": attempt.data.digest, "notes": list(dict.fromkeys(attempt.notes)),
-    }  # fmt: skip
+        "command": attempt.command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        **{name: _version(name) for name in LIBRARIES},
+        "commit": commit(),
+        "data": attempt.data.name,
+        "data_digest": attempt.data.digest,
+        "notes": list(dict.fromkeys(attempt.notes)),
+    }
 
 
 def commit() -> str | None:
@@ -151,7 +209,16 @@ def commit() -> str | None:
     top = Path(__file__).resolve().parents[2]
     if not (top / ".git").exists():
         return None
-    command = ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(top),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
 
     def described() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

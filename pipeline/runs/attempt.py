@@ -1,7 +1,9 @@
-"""One attempt at a run: its windows, its journal, its arms so far, and how a stage is made, assessed or reused.
+"""One attempt at a run: its windows, its journal, its arms so far, and how a stage is made,
+assessed or reused.
 
-Every interval that belongs to a stage is a *window*: work (start to committed artifact) or assess (the artifact
-reloaded from disk). A row is what the windows of one arm in one attempt took; what no window covers is overhead.
+Every interval that belongs to a stage is a *window*: work (start to committed artifact) or assess
+(the artifact reloaded from disk). A row is what the windows of one arm in one attempt took; what no
+window covers is overhead.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ from pipeline.stages.settings import (
 )
 from pipeline.store.artifacts import MODEL, Artifact, Store, key_of, make_way, plain, read_json
 
-ASSESSMENT_VERSION = 3  # part of an assessment's key: raise it when the same settings give other figures
+# part of an assessment's key: raise it when the same settings give other figures
+ASSESSMENT_VERSION = 3
 
 
 @dataclass(slots=True)
@@ -91,7 +94,9 @@ class OpenWindow:
 
 @dataclass(slots=True)
 class Trace:
-    """How far an attempt at a stage came: the step of its last checkpoint, and the last step known to be done."""
+    """How far an attempt at a stage came: the step of its last checkpoint, and the last step known
+    to be done.
+    """
 
     saved: int = 0
     reached: int = 0
@@ -121,11 +126,13 @@ class Attempt:
         inside_ns: Self times by phase in the windows of this attempt.
         overhead_ns: Device-nanoseconds of earlier attempts outside of windows, by phase.
         compare_ns: Device-nanoseconds of comparison passes, by phase, over all attempts.
-        finished_before: Rows of this run's earlier attempts; one whose files were lost since still has its hours.
+        finished_before: Rows of this run's earlier attempts; one whose files were lost since still
+            has its hours.
         loads: What others took of the host in the windows of this attempt, by kind, arm and seed.
         traces: How far a stage came in its steps, by arm, seed and attempt.
         resumed: The history of the checkpoint that a stage goes on from, by arm and seed.
-        reused_h: Device-hours of work, assessment and comparison that other runs spent and this one takes over.
+        reused_h: Device-hours of work, assessment and comparison that other runs spent and this one
+            takes over.
     """
 
     run: Run
@@ -161,7 +168,8 @@ class Attempt:
     resumed: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    engine: dict[str, EngineResult] = field(default_factory=dict)  # by arm, what serving.results declares
+    # by arm, what serving.results declares
+    engine: dict[str, EngineResult] = field(default_factory=dict)
     served: ServePass | None = None  # what the comparison pass read
     why_unserved: str | None = None  # why it could not
     gate: Gate | None = None  # of a release check
@@ -175,15 +183,26 @@ class Attempt:
         """Every arm is made once per seed."""
         return self.run.seeds or [self.run.seed]
 
-    # -- time ---------------------------------------------------------------------------------------------------
+    # -- time -------------------------------------------------------------------------------------
 
     @contextmanager
-    def window(self, kind: Literal["work", "assess", "compare"], arm: str | None, seed: int) -> Generator[OpenWindow]:
-        """Measure a window and journal it. What fails in it is lost; a checkpoint keeps what led to it."""
+    def window(
+        self, kind: Literal["work", "assess", "compare"], arm: str | None, seed: int
+    ) -> Generator[OpenWindow]:
+        """Measure a window and journal it. What fails in it is lost; a checkpoint keeps what led to
+        it.
+        """
         start_ns, before = self.clock.mark()
         opened = OpenWindow(start_ns, before)
-        self.journal.write("open", kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns,
-                           clock_ns=before)  # fmt: skip
+        self.journal.write(
+            "open",
+            kind=kind,
+            arm=arm,
+            seed=seed,
+            attempt=self.number,
+            start_ns=start_ns,
+            clock_ns=before,
+        )
         kept, saved_ns = True, 0
         others_before = self._mark_edge()
         try:
@@ -198,26 +217,46 @@ class Attempt:
             self.loads.setdefault((kind, arm, seed), []).append(load)
             end_ns, after = self.clock.mark()
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
-            self.windows.append(Window(
-                kind=kind, arm=arm, seed=seed, attempt=self.number, start_ns=start_ns, end_ns=end_ns,
-                kept_ns=opened.elapsed_ns if kept else saved_ns,
-            ))  # fmt: skip
+            self.windows.append(
+                Window(
+                    kind=kind,
+                    arm=arm,
+                    seed=seed,
+                    attempt=self.number,
+                    start_ns=start_ns,
+                    end_ns=end_ns,
+                    kept_ns=opened.elapsed_ns if kept else saved_ns,
+                )
+            )
             self.inside_ns = total(self.inside_ns, opened.phases_ns)
             if kind == "compare":
-                self.compare_ns = total(self.compare_ns, total(opened.phases_ns, times=self.devices))
-            self.journal.write("window", arm=arm, seed=seed, window=plain(self.windows[-1]),
-                               phases_ns=opened.phases_ns, clock_ns=after, others=load.to_json())  # fmt: skip
+                self.compare_ns = total(
+                    self.compare_ns, total(opened.phases_ns, times=self.devices)
+                )
+            self.journal.write(
+                "window",
+                arm=arm,
+                seed=seed,
+                window=plain(self.windows[-1]),
+                phases_ns=opened.phases_ns,
+                clock_ns=after,
+                others=load.to_json(),
+            )
 
     def _mark_edge(self) -> Accounts | str:
-        """Read the device at the edge of a window; return the kernel's accounts, or why they cannot be read."""
+        """Read the device at the edge of a window; return the kernel's accounts, or why they cannot
+        be read.
+        """
         with self.clock.phase("log"):
             self.sampler.mark()
             return others.read()
 
     def booking(self) -> tuple[Booking, dict[str, int]]:
-        """Return where the time of this run went until now, over all its attempts, and its overhead by phase.
+        """Return where the time of this run went until now, over all its attempts, and its overhead
+        by phase.
 
-        Both are in device-nanoseconds. What passed before the clock was there is the interpreter's start: `import`.
+        Both are in device-nanoseconds. What passed before the clock was there is the interpreter's
+        start: `import`.
         """
         now_ns, phases_ns = self.clock.mark()
         span = Span(self.started_ns, now_ns, self.devices)
@@ -249,7 +288,9 @@ class Attempt:
 
     @contextmanager
     def hold(self, key: str, arm: str) -> Generator[None]:
-        """Hold a key's lock; while another process makes what it stands for, this one waits on a device it holds."""
+        """Hold a key's lock; while another process makes what it stands for, this one waits on a
+        device it holds.
+        """
         with ExitStack() as held:
             with self.clock.phase("comm_wait"):
                 what = f"another process that makes {arm}"
@@ -272,29 +313,36 @@ class Attempt:
 
             torch.cuda.synchronize(self.device)
 
-    # -- earlier attempts ---------------------------------------------------------------------------------------
+    # -- earlier attempts -------------------------------------------------------------------------
 
-    def history(self, arm: str, seed: int, step: int, phases_ns: dict[str, int]) -> list[dict[str, Any]]:
-        """Return what leads to a checkpoint at `step`: attempts, of any run, each with its time up to its last one."""
+    def history(
+        self, arm: str, seed: int, step: int, phases_ns: dict[str, int]
+    ) -> list[dict[str, Any]]:
+        """Return what leads to a checkpoint at `step`: attempts, of any run, each with its time up
+        to its last one.
+        """
         now = {"run_id": self.run_id, "attempt": self.number, "step": step, "phases_ns": phases_ns}
         return [*self.resumed.get((arm, seed), []), now]
 
     def _adopt(self, rows: list[Row], *parts: str) -> None:
-        """Show rows of other runs that this one builds on, once each, and count `parts` of their hours as reused."""
+        """Show rows of other runs that this one builds on, once each, and count `parts` of their
+        hours as reused.
+        """
         known = {identity(row) for row in self.rows}
         for row in rows:
             if row["reused"] not in (None, self.run_id) and identity(row) not in known:
                 self.add({**row, "ledger": priced(row["ledger"], self.run.cost)})  # at today's rate
                 self.reused_h += sum(hours_in(row, part) for part in parts)
 
-    # -- what a stage can use -----------------------------------------------------------------------------------
+    # -- what a stage can use ---------------------------------------------------------------------
 
     def base(self, seed: int) -> Artifact:
         """Return the artifact of `model.*`."""
         return base_artifact(self.run, self.data, seed, self.store, self.clock)
 
     def why_not(self, stage: Any) -> str | None:
-        """Return why a stage cannot be done, or None: what it reads is not there, or this device cannot do it.
+        """Return why a stage cannot be done, or None: what it reads is not there, or this device
+        cannot do it.
 
         It is then an optional one: others were refused before.
         """
@@ -308,11 +356,21 @@ class Attempt:
             if stage.format is Format.auto:
                 return None
             unable = self.why_unable(stage) if stage.optional else None
-            return why_not_quantize(stage.format, self.device) if unable is None else unable.partition(": ")[2]
-        return why_not(training_precision(stage, self.run), self.device) if hasattr(stage, "precision") else None
+            return (
+                why_not_quantize(stage.format, self.device)
+                if unable is None
+                else unable.partition(": ")[2]
+            )
+        return (
+            why_not(training_precision(stage, self.run), self.device)
+            if hasattr(stage, "precision")
+            else None
+        )
 
     def may_fail(self, name: str) -> bool:
-        """Whether a format that is none for this model leaves the run going: optional, or a rung beside others."""
+        """Whether a format that is none for this model leaves the run going: optional, or a rung
+        beside others.
+        """
         stage = self.run.stages.get(stage_name(name))
         return isinstance(stage, QuantizeStage) and (stage.optional or is_rung(name))
 
@@ -320,51 +378,79 @@ class Attempt:
         """Have what an optional format raises while it is assessed be a refusal too."""
         from pipeline.quantization.backend import refusing
 
-        if not isinstance(stage, QuantizeStage) or stage.format is Format.auto or not self.may_fail(name):
+        if (
+            not isinstance(stage, QuantizeStage)
+            or stage.format is Format.auto
+            or not self.may_fail(name)
+        ):
             return nullcontext()
         return refusing("what was made", stage.format, f"stages.{name}.format")
 
     def why_unable(self, stage: QuantizeStage) -> str | None:
-        """Return why this device, or the shapes of this model, cannot take a stage's format; None where they can."""
+        """Return why this device, or the shapes of this model, cannot take a stage's format; None
+        where they can.
+        """
         from pipeline.quantization.trials import able
 
         source = self.arms[stage.model].path
         _, reasons = able(
-            [stage.format], source, self.run.task, device=self.device, choice=stage.choice(), key="format"
+            [stage.format],
+            source,
+            self.run.task,
+            device=self.device,
+            choice=stage.choice(),
+            key="format",
         )
         return reasons[0] if reasons else None
 
     def stage_key(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int) -> str:
-        """Return the key of what this stage makes: settings, inputs, data, seed, versions and device."""
-        settings: Any = {k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")}
+        """Return the key of what this stage makes: settings, inputs, data, seed, versions and
+        device.
+        """
+        settings: Any = {
+            k: v for k, v in plain(stage).items() if k not in ("optional", "like", "insist")
+        }
         for file in ("completions", "calibration"):
             if settings.get(file) is not None:
                 settings[file] = file_digest(settings[file])
         if self.gate is not None:
             settings["digest"] = self.gate.releases()[name].artifact.digest
         if isinstance(stage, CaptureStage):
-            settings |= {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
+            settings |= {
+                **stage.captured(self.run),
+                "precision": training_precision(stage, self.run).value,
+            }
         if isinstance(stage, QuantizeStage | RecoverStage):
             settings |= plain(stage.searched(self.run))
         if isinstance(stage, TrainingOverrides):
-            settings |= {"training": plain(training_settings(stage, self.run)),
-                         "precision": training_precision(stage, self.run).value,
-                         "loss_scale": self.run.precision.loss_scale}  # fmt: skip
+            settings |= {
+                "training": plain(training_settings(stage, self.run)),
+                "precision": training_precision(stage, self.run).value,
+                "loss_scale": self.run.precision.loss_scale,
+            }
             if settings["precision"] == Precision.auto.value:
                 settings["loss_tolerance"] = self.run.precision.loss_tolerance
             if stage.model == STUDENT_INIT:
                 settings["student"] = self._student(inputs)
         return key_of(
-            stage=name, type=stage.type, version=stage.version, settings=settings, task=self.run.task,
-            inputs={arm: artifact.digest for arm, artifact in inputs.items()}, data=self.data.digest, seed=seed,
-            matched=self._matched_flops(stage, seed), **self.made_on(),
-        )  # fmt: skip
+            stage=name,
+            type=stage.type,
+            version=stage.version,
+            settings=settings,
+            task=self.run.task,
+            inputs={arm: artifact.digest for arm, artifact in inputs.items()},
+            data=self.data.digest,
+            seed=seed,
+            matched=self._matched_flops(stage, seed),
+            **self.made_on(),
+        )
 
     def _matched_flops(self, stage: Any, seed: int) -> float | None:
-        """Return the FLOPs that a stage with `match_compute` may spend; None where there is nothing to match.
+        """Return the FLOPs that a stage with `match_compute` may spend; None where there is nothing
+        to match.
 
-        Those of the stage named by `like`, with the capture of the cache that it reads: a live teacher's are in the
-        stage's own.
+        Those of the stage named by `like`, with the capture of the cache that it reads: a live
+        teacher's are in the stage's own.
         """
         if not getattr(stage, "match_compute", False):
             return None
@@ -374,13 +460,17 @@ class Attempt:
         return None if None in known else sum(flops for flops in known if flops is not None)
 
     def made_on(self) -> dict[str, Any]:
-        """Return what a timing holds for, as a part of keys: torch's release, device, their number, and threads."""
+        """Return what a timing holds for, as a part of keys: torch's release, device, their number,
+        and threads.
+        """
         import torch
 
         return {
-            "torch": torch.__version__.rpartition(".")[0], "device": device_name(self.device),
-            "devices": self.devices, "threads": self.run.hardware.num_threads,
-        }  # fmt: skip
+            "torch": torch.__version__.rpartition(".")[0],
+            "device": device_name(self.device),
+            "devices": self.devices,
+            "threads": self.run.hardware.num_threads,
+        }
 
     def _student(self, inputs: dict[str, Artifact]) -> dict[str, Any]:
         """Return what decides the student's initial weights, however its settings are spelt."""
@@ -392,55 +482,84 @@ class Attempt:
             return {"source": source, **student_identity(self.run.student, path)}
 
     def assessment_key(self, name: str, stage_key: str, made: Record, seed: int) -> str:
-        """Return the key of an assessment: the artifact, the test data, how it is scored, and its teacher."""
+        """Return the key of an assessment: the artifact, the test data, how it is scored, and its
+        teacher.
+        """
         teacher, unquantized = self._teacher(name), self._unquantized(name)
         recorded = self._recorded(name)
         return key_of(
-            made=stage_key, artifact=made["artifact"]["digest"], data=self.data.digest, seed=seed,
+            made=stage_key,
+            artifact=made["artifact"]["digest"],
+            data=self.data.digest,
+            seed=seed,
             **self._evaluation(),
             teacher=None if teacher is None else self.arms[teacher].digest,
             unquantized=None if unquantized is None else unquantized.digest,
-            **({} if recorded is None else {"recorded": file_digest(str(recorded))}), **self._vllm(name, made),
-        )  # fmt: skip
+            **({} if recorded is None else {"recorded": file_digest(str(recorded))}),
+            **self._vllm(name, made),
+        )
 
     def _evaluation(self) -> dict[str, Any]:
         from pipeline.evaluation.quality.tasks import identity as tasks_identity
 
-        quality = {key: value for key, value in plain(self.run.quality).items() if key not in ("margin", "tasks")}
+        quality = {
+            key: value
+            for key, value in plain(self.run.quality).items()
+            if key not in ("margin", "tasks")
+        }
         quality |= tasks_identity(self.run.quality)
-        return {"quality": quality, "sequence_length": self._sequence_length(), "version": ASSESSMENT_VERSION}
+        return {
+            "quality": quality,
+            "sequence_length": self._sequence_length(),
+            "version": ASSESSMENT_VERSION,
+        }
 
     def evaluation(self) -> str:
-        """Return a digest of how artifacts are scored: values of two evaluations that share it can be compared."""
+        """Return a digest of how artifacts are scored: values of two evaluations that share it can
+        be compared.
+        """
         return key_of(task=self.run.task, **self._evaluation())
 
     def reading(self) -> str:
-        """Return a digest of what of that decides a document's values: not the resamples, nor how many at once."""
+        """Return a digest of what of that decides a document's values: not the resamples, nor how
+        many at once.
+        """
         evaluation = self._evaluation()
         for beside in ("bootstrap", "batch_size"):
             evaluation["quality"].pop(beside)
         return key_of(task=self.run.task, **evaluation)
 
     def _recorded(self, name: str) -> Path | None:
-        """Return the per-document values of another evaluation that stand in for an assessment, or None."""
+        """Return the per-document values of another evaluation that stand in for an assessment, or
+        None.
+        """
         path = getattr(self.run, ITEMS.get(name, ""), None) if self.gate is not None else None
         return None if path is None else Path(path).expanduser()
 
     def _vllm(self, name: str, made: Record) -> dict[str, Any]:
-        """Return what the check with vLLM adds to an assessment's key: nothing where it cannot run."""
+        """Return what the check with vLLM adds to an assessment's key: nothing where it cannot
+        run.
+        """
         folder = Path(made["artifact"]["path"])
         if not self._wants_vllm(name) or self._why_no_vllm(folder) is not None:
             return {}
         return {"vllm": vllm_version()}
 
     def _why_no_vllm(self, folder: Path) -> str | None:
-        """Return why vLLM cannot read a folder here, or None; a question that fails is a reason, too."""
-        return attempted(lambda: vllm_why_not(folder, self.run.task, self.device), lambda why: unmeasured("vLLM", why))
+        """Return why vLLM cannot read a folder here, or None; a question that fails is a reason,
+        too.
+        """
+        return attempted(
+            lambda: vllm_why_not(folder, self.run.task, self.device),
+            lambda why: unmeasured("vLLM", why),
+        )
 
     def _wants_vllm(self, name: str) -> bool:
         """Whether vLLM is to load and score an arm's artifact."""
         wanted = self.run.serving.check_vllm
-        return wanted is VllmCheck.every or (wanted is VllmCheck.quantized and self._is_quantized(name))
+        return wanted is VllmCheck.every or (
+            wanted is VllmCheck.quantized and self._is_quantized(name)
+        )
 
     def _is_quantized(self, name: str) -> bool:
         """Whether an arm's artifact is quantized: by its stage, or as it was released."""
@@ -454,18 +573,28 @@ class Attempt:
         if not self._wants_vllm(name):
             return None
         check = lambda: check_vllm(
-            Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
-            sequence_length=self._sequence_length(), device=self.device, clock=self.clock, still=self.check_budget,
-        )  # fmt: skip
-        return attempted(check, lambda why: Checked("failed", unmeasured("agreement with vLLM", why)))
+            Path(made["artifact"]["path"]),
+            documents=self.data.splits["test"],
+            task=self.run.task,
+            sequence_length=self._sequence_length(),
+            device=self.device,
+            clock=self.clock,
+            still=self.check_budget,
+        )
+        return attempted(
+            check, lambda why: Checked("failed", unmeasured("agreement with vLLM", why))
+        )
 
     def _tell_vllm(self, name: str, seed: int, assessed: Record) -> None:
-        """Say what became of the check of an arm's artifact, made now or found; what disagrees ends the run with 3."""
+        """Say what became of the check of an arm's artifact, made now or found; what disagrees ends
+        the run with 3.
+        """
         if not self._wants_vllm(name):
             return
         checked = Checked.from_json(assessed.get("vllm") or {"outcome": "not run here"})
         why = self._why_no_vllm(self.arms[name].path)
-        if checked.outcome == "not run here" and why is not None:  # of an assessment that was found: why not now
+        # of an assessment that was found: why not now
+        if checked.outcome == "not run here" and why is not None:
             checked = Checked("not run here", why)
         arm = f"{name} (seed {seed})" if len(self.seeds) > 1 else name
         print(f"{arm}: {checked.say()}", flush=True)
@@ -480,13 +609,15 @@ class Attempt:
 
     def _teacher(self, name: str) -> str | None:
         """Return the arm whose predictions an artifact's are compared with."""
-        teacher = next((stage.teacher for stage in self.run.stages.values() if hasattr(stage, "teacher")), None)
+        teacher = next(
+            (stage.teacher for stage in self.run.stages.values() if hasattr(stage, "teacher")), None
+        )
         return teacher if teacher in self.items and teacher != name else None
 
     def _sequence_length(self) -> int:
         return self.run.quality.sequence_length or self.run.training.sequence_length
 
-    # -- stages -------------------------------------------------------------------------------------------------
+    # -- stages -----------------------------------------------------------------------------------
 
     def skip(self, name: str, stage: Any, seed: int, why: str) -> None:
         """Record a stage that this device cannot do: a row of nulls with the reason."""
@@ -495,12 +626,15 @@ class Attempt:
         self.add(row)
 
     def recall(self, key: str) -> Record | None:
-        """Return what is remembered of work with this key, if its artifact is still whole: it is hashed."""
+        """Return what is remembered of work with this key, if its artifact is still whole: it is
+        hashed.
+        """
         with self.clock.phase("prepare"):
             return self.store.recall("keys", key, MADE)
 
     def recall_assessment(self, key: str, made: Record) -> Record | None:
-        """Return what is remembered of an assessment with this key, if its per-document values are still there.
+        """Return what is remembered of an assessment with this key, if its per-document values are
+        still there.
 
         What this run made and another one assessed is assessed again: its row belongs to one run.
         """
@@ -508,19 +642,36 @@ class Attempt:
             record = self.store.recall("assessments", key, ASSESSED)
         if record is None or self.run_id == made["run_id"] != record["run_id"]:
             return None
-        items = self.store.root / "assessments" / Path(record["items"]).name  # wherever the store has been moved to
+        # wherever the store has been moved to
+        items = self.store.root / "assessments" / Path(record["items"]).name
         with self.clock.phase("prepare"):
             sha256 = _items_sha256(items)
         if sha256 is None or sha256 != record["sha256"]:
             return None
-        return {**record, "items": str(items), "rows": [moved(row, made["artifact"], items) for row in record["rows"]]}
+        return {
+            **record,
+            "items": str(items),
+            "rows": [moved(row, made["artifact"], items) for row in record["rows"]],
+        }
 
-    def make(self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str) -> Record:
-        """Do a stage's work inside its window and commit its artifact; return what the store remembers of it."""
+    def make(
+        self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str
+    ) -> Record:
+        """Do a stage's work inside its window and commit its artifact; return what the store
+        remembers of it.
+        """
         self.check_budget()
         print(f"{name}{f' (seed {seed})' if len(self.seeds) > 1 else ''}: running", flush=True)
-        self.journal.write("stage_start", arm=name, stage=name, type=stage.type, seed=seed, attempt=self.number,
-                           params=self._settings(stage), depends_on=depends_on(stage, self.run))  # fmt: skip
+        self.journal.write(
+            "stage_start",
+            arm=name,
+            stage=name,
+            type=stage.type,
+            seed=seed,
+            attempt=self.number,
+            params=self._settings(stage),
+            depends_on=depends_on(stage, self.run),
+        )
         window = None
         try:
             self._warm(stage, inputs)
@@ -532,12 +683,18 @@ class Attempt:
             self.add(broken_row(self, name, stage, seed, window, error))
             raise
         record: Record = {
-            "artifact": artifact.to_json(), "run_id": self.run_id, "attempt": self.number, "seed": seed,
-            "work_ns": window.elapsed_ns, "phases_ns": window.phases_ns, "output": output.to_json(),
+            "artifact": artifact.to_json(),
+            "run_id": self.run_id,
+            "attempt": self.number,
+            "seed": seed,
+            "work_ns": window.elapsed_ns,
+            "phases_ns": window.phases_ns,
+            "output": output.to_json(),
             "memory": {part: value.to_json() for part, value in self._memory(name, seed).items()},
-            "usage": self.usage(name, seed).to_json(), "disturbance": self.disturbance(name, seed).to_json(),
+            "usage": self.usage(name, seed).to_json(),
+            "disturbance": self.disturbance(name, seed).to_json(),
             "earlier": [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)],
-        }  # fmt: skip
+        }
         self.store.remember("keys", key, record)
         shutil.rmtree(self.store.root / "checkpoints" / key, ignore_errors=True)
         return record
@@ -547,7 +704,11 @@ class Attempt:
         return self._usage_in(arm, seed, "work", "assess")
 
     def _usage_in(self, arm: str, seed: int, *kinds: str) -> Usage:
-        own = [w for w in self.windows if (w.arm, w.seed, w.attempt) == (arm, seed, self.number) and w.kind in kinds]
+        own = [
+            w
+            for w in self.windows
+            if (w.arm, w.seed, w.attempt) == (arm, seed, self.number) and w.kind in kinds
+        ]
         return self.sampler.usage(*((window.start_ns, window.end_ns) for window in own))
 
     def disturbance(self, arm: str, seed: int) -> Disturbance:
@@ -556,10 +717,12 @@ class Attempt:
         if self.device.type == "cpu":
             return of_host(work, assess)
         return of_device(
-            work, assess, foreign_load=self.usage(arm, seed).foreign_load,
+            work,
+            assess,
+            foreign_load=self.usage(arm, seed).foreign_load,
             work_foreign_load=self._usage_in(arm, seed, "work").foreign_load,
             assess_foreign_load=self._usage_in(arm, seed, "assess").foreign_load,
-        )  # fmt: skip
+        )
 
     def _memory(self, arm: str, seed: int) -> dict[str, Value]:
         return self.memory.read(self.device, nvml_peak=self.usage(arm, seed).memory_used_peak_bytes)
@@ -568,20 +731,25 @@ class Attempt:
         """Return the settings in force for a stage: its own, and what it inherits."""
         inherited: dict[str, Any] = {}
         if isinstance(stage, CaptureStage):
-            inherited = {**stage.captured(self.run), "precision": training_precision(stage, self.run).value}
+            inherited = {
+                **stage.captured(self.run),
+                "precision": training_precision(stage, self.run).value,
+            }
         if isinstance(stage, TrainingOverrides):
             inherited = plain(training_settings(stage, self.run))
             inherited["precision"] = training_precision(stage, self.run).value
             if getattr(stage, "match_compute", False):
                 inherited["epochs"] = None
             if getattr(stage, "match_compute", False) or inherited["epochs"] is not None:
-                inherited["steps"] = None  # computed from the matched stage's FLOPs, or from epochs: see compute/steps
+                # computed from the matched stage's FLOPs, or from epochs: see compute/steps
+                inherited["steps"] = None
         settings = {**plain(stage), **inherited}
         return {name: value for name, value in settings.items() if value is not None}
 
     def _warm(self, stage: Any, inputs: dict[str, Artifact]) -> None:
-        """Do what all arms use as overhead of the run, else the first arm would pay for the others: import, encode,
-        and open the device with a first forward and backward pass."""
+        """Do what all arms use as overhead of the run, else the first arm would pay for the others:
+        import, encode, and open the device with a first forward and backward pass.
+        """
         read = read_as(stage, self.run)
         self._warm_libraries(stage, read)
         if read is None or not inputs:
@@ -601,7 +769,9 @@ class Attempt:
             encode_all(self.data.splits["train"], tokenizer, self.run.task, max_length=length)
 
     def _warm_libraries(self, stage: Any, read: TrainingConfig | None) -> None:
-        """Import what the stage's format or optimizer needs: else the first arm that uses it would pay for the rest."""
+        """Import what the stage's format or optimizer needs: else the first arm that uses it would
+        pay for the rest.
+        """
         from pipeline.quantization.backend import import_library
         from pipeline.training.optimizer import IMPORTED
 
@@ -612,7 +782,13 @@ class Attempt:
                 importlib.import_module(IMPORTED[read.optimizer])
 
     def _work(
-        self, name: str, stage: Any, inputs: dict[str, Artifact], seed: int, key: str, window: OpenWindow
+        self,
+        name: str,
+        stage: Any,
+        inputs: dict[str, Artifact],
+        seed: int,
+        key: str,
+        window: OpenWindow,
     ) -> tuple[Artifact, Output]:
         trace = self.trace(name, seed, self.number)
 
@@ -635,28 +811,47 @@ class Attempt:
 
         with self.store.scratch() as out:
             context = Context(
-                run=self.run, stage=name, seed=seed, device=self.device, data=self.data, clock=self.clock, out=out,
+                run=self.run,
+                stage=name,
+                seed=seed,
+                device=self.device,
+                data=self.data,
+                clock=self.clock,
+                out=out,
                 checkpoints=self.store.root / "checkpoints" / key,
                 matched=self.outputs.get((getattr(stage, "like", ""), seed)),
                 matched_flops=self._matched_flops(stage, seed),
                 points=lambda step, values: journal("points", step, values=values),
                 history=lambda step: self.history(name, seed, step, phases_ns()),
-                checkpointed=checkpointed, resumed=resumed,
-                should_stop=self._should_stop, progress=progress_bar, say=self.notes.append,
+                checkpointed=checkpointed,
+                resumed=resumed,
+                should_stop=self._should_stop,
+                progress=progress_bar,
+                say=self.notes.append,
                 released=None if self.gate is None else self.gate.releases()[name].artifact.path,
                 traces=self.folder / "traces" / f"{file_name(name)}-seed{seed}",
-            )  # fmt: skip
+            )
             with named(self, name, stage, "work"):
                 output = stage.run(inputs, context)
             self.notes += output.notes
             with self.clock.phase("checkpoint"):
                 digests = {arm: artifact.digest for arm, artifact in inputs.items()}
-                manifest = {"recipe": self.run.recipe, "arm": name, "seed": seed, "key": key, "run_id": self.run_id,
-                            "settings": plain(stage), "inputs": digests, **output.about}  # fmt: skip
+                manifest = {
+                    "recipe": self.run.recipe,
+                    "arm": name,
+                    "seed": seed,
+                    "key": key,
+                    "run_id": self.run_id,
+                    "settings": plain(stage),
+                    "inputs": digests,
+                    **output.about,
+                }
                 return self.store.commit(out, getattr(stage, "makes", MODEL), manifest), output
 
     def assess(self, name: str, stage: Any, made: Record, seed: int, key: str) -> Record:
-        """Score an artifact, reloaded from disk, inside a window of its own; return what the store remembers of it."""
+        """Score an artifact, reloaded from disk, inside a window of its own; return what the store
+        remembers of it.
+        """
         from pipeline.evaluation.quality.assess import assess_quality
         from pipeline.evaluation.quality.recorded import take_recorded, write_identity
         from pipeline.quantization.sixteen import stored_said
@@ -679,16 +874,31 @@ class Attempt:
                 self._refusing(name, stage),
             ):
                 if recorded is not None:
-                    quality = take_recorded(recorded, items, self.run.task, self.run.quality, ITEMS[name])
+                    quality = take_recorded(
+                        recorded, items, self.run.task, self.run.quality, ITEMS[name]
+                    )
                 else:
                     quality = assess_quality(
-                        Path(made["artifact"]["path"]), documents=self.data.splits["test"], task=self.run.task,
-                        labels=self.data.labels, config=self.run.quality, sequence_length=self._sequence_length(),
-                        device=self.device, items=items, teacher_predictions=found, seed=seed, clock=self.clock,
+                        Path(made["artifact"]["path"]),
+                        documents=self.data.splits["test"],
+                        task=self.run.task,
+                        labels=self.data.labels,
+                        config=self.run.quality,
+                        sequence_length=self._sequence_length(),
+                        device=self.device,
+                        items=items,
+                        teacher_predictions=found,
+                        seed=seed,
+                        clock=self.clock,
                         unquantized=None if unquantized is None else unquantized.path,
-                    )  # fmt: skip
-                    write_identity(items, data=self.data.digest, split="test", evaluation=self.evaluation(),
-                                   artifact=made["artifact"]["digest"])  # fmt: skip
+                    )
+                    write_identity(
+                        items,
+                        data=self.data.digest,
+                        split="test",
+                        evaluation=self.evaluation(),
+                        artifact=made["artifact"]["digest"],
+                    )
                 checked = self._check_vllm(name, made)
                 self._synchronise()
         except BaseException as error:
@@ -699,46 +909,72 @@ class Attempt:
             self._adopt([reused_work(self, name, stage, seed, made, quality)], "work")
         known = {identity(row) for row in self.rows}
         self.rows += [
-            row for row in self.finished_before
+            row
+            for row in self.finished_before
             if (row["arm"], row["seed"]) == (name, seed) and identity(row) not in known
-        ]  # fmt: skip
+        ]
         self.add(made_row(self, name, stage, seed, made, window, quality))
         rows = [row for row in self.rows if (row["arm"], row["seed"]) == (name, seed)]
-        record: Record = {"run_id": self.run_id, "items": str(items), "sha256": _items_sha256(items), "rows": rows}
+        record: Record = {
+            "run_id": self.run_id,
+            "items": str(items),
+            "sha256": _items_sha256(items),
+            "rows": rows,
+        }
         if checked is not None:
             record["vllm"] = checked.to_json()
-            self.store.annotate(Artifact.from_json(made["artifact"]), "checked", {"vllm": record["vllm"]})
+            self.store.annotate(
+                Artifact.from_json(made["artifact"]), "checked", {"vllm": record["vllm"]}
+            )
         if not any(UNMEASURED in (figure["why_null"] or "") for figure in quality.values()):
             self.store.remember("assessments", key, record)  # else the same command assesses again
-        self.store.annotate(Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality))
+        self.store.annotate(
+            Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality)
+        )
         return record
 
     def _assessed(self, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what artifact.json says of an artifact's quality, and where that was found."""
         kept = ("v", "why_null", "ci", "n")
         return {
-            "quality": {key: {name: value.get(name) for name in kept} for key, value in quality.items()},
-            "data": self.data.digest, "split": "test", "margin": self.run.quality.margin,
-            "device": device_name(self.device), "run_id": self.run_id,
-        }  # fmt: skip
+            "quality": {
+                key: {name: value.get(name) for name in kept} for key, value in quality.items()
+            },
+            "data": self.data.digest,
+            "split": "test",
+            "margin": self.run.quality.margin,
+            "device": device_name(self.device),
+            "run_id": self.run_id,
+        }
 
     def keep(self, name: str, stage: Any, made: Record, seed: int) -> None:
-        """Add the rows of an artifact that is no model, made now or found: nothing of it is assessed."""
+        """Add the rows of an artifact that is no model, made now or found: nothing of it is
+        assessed.
+        """
         if made["run_id"] != self.run_id:
             print(f"{name}: reused from {made['run_id']}", flush=True)
-            own = {**reused_work(self, name, stage, seed, made, {}), "artifact": made["artifact"], "why": None}
+            own = {
+                **reused_work(self, name, stage, seed, made, {}),
+                "artifact": made["artifact"],
+                "why": None,
+            }
             rows = [*made["earlier"], own]
-            self._adopt([{**row, "reused": row["reused"] or made["run_id"]} for row in rows], "work")
+            self._adopt(
+                [{**row, "reused": row["reused"] or made["run_id"]} for row in rows], "work"
+            )
             return
         self._adopt(made["earlier"], "work")
         before = [row for row in self.finished_before if (row["arm"], row["seed"]) == (name, seed)]
-        if before and made["attempt"] != self.number:  # an earlier attempt of this very run, journaled there
+        # an earlier attempt of this very run, journaled there
+        if before and made["attempt"] != self.number:
             self.rows += [{**row, "artifact": made["artifact"]} for row in before]
             return
         self.add(made_row(self, name, stage, seed, made, OpenWindow(0, {}), {}))
 
     def take(self, name: str, made: Record, assessed: Record | None, seed: int) -> None:
-        """Make an artifact, and its assessment where it has one, known to the stages that follow."""
+        """Make an artifact, and its assessment where it has one, known to the stages that
+        follow.
+        """
         self.arms[name], self.outputs[name, seed] = (
             Artifact.from_json(made["artifact"]),
             Output.from_json(made["output"]),
@@ -748,16 +984,23 @@ class Attempt:
             self._tell_vllm(name, seed, assessed)
 
     def reuse(self, name: str, assessed: Record, seed: int) -> None:
-        """Add the rows of work and assessment that were found done: linked to their run, nothing spent."""
-        if assessed["run_id"] == self.run_id:  # an earlier attempt of this very run: spent, and journaled, there
+        """Add the rows of work and assessment that were found done: linked to their run, nothing
+        spent.
+        """
+        # an earlier attempt of this very run: spent, and journaled, there
+        if assessed["run_id"] == self.run_id:
             self._adopt(assessed["rows"], "work")
-            self.rows += [row for row in assessed["rows"] if row["status"] == "FINISHED" and row["reused"] is None]
+            self.rows += [
+                row
+                for row in assessed["rows"]
+                if row["status"] == "FINISHED" and row["reused"] is None
+            ]
             return
         print(f"{name}: reused from {assessed['run_id']}", flush=True)
         rows = [{**row, "reused": row["reused"] or assessed["run_id"]} for row in assessed["rows"]]
         self._adopt(rows, "work", "assess")
 
-    # -- rows ---------------------------------------------------------------------------------------------------
+    # -- rows -------------------------------------------------------------------------------------
 
     def add(self, row: Row) -> None:
         """Journal a row; it replaces an earlier version of itself."""
@@ -792,7 +1035,9 @@ def named(attempt: Attempt, arm: str, stage: Any, kind: str) -> Generator[None]:
         raise StageFailed(f"{_what(arm, stage)}: {error}") from error
     except Exception as error:
         snapshot = attempt.folder / f"oom-{file_name(arm)}-{attempt.number}.json"
-        said = explain(error, attempt.run, arm, stage, kind, device=attempt.device, snapshot=snapshot)
+        said = explain(
+            error, attempt.run, arm, stage, kind, device=attempt.device, snapshot=snapshot
+        )
         if said is None:
             raise
         raise StageFailed(f"{_what(arm, stage)}: {said}") from error
@@ -803,11 +1048,15 @@ def _what(arm: str, stage: Any) -> str:
 
 
 def _items_sha256(items: Path) -> str | None:
-    """Return a checksum over per-document values, of tasks too, and first predictions; None where any is not there."""
+    """Return a checksum over per-document values, of tasks too, and first predictions; None where
+    any is not there.
+    """
     try:
         of_tasks = sorted(items.parent.glob(f"{items.stem}.*.jsonl"))
         files = (items, items.with_suffix(".predictions.npy"), *of_tasks)
         contents = [read_bytes(file, limit=MAX_BYTES) for file in files]
     except OSError:
         return None
-    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(content).digest() for content in contents)
+    ).hexdigest()

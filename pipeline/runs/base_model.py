@@ -1,4 +1,6 @@
-"""The artifact `base`: the model of `model.*`, given as a folder or Hub name, or made on the spot."""
+"""The artifact `base`: the model of `model.*`, given as a folder or Hub name, or made on the
+spot.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:
-    """Return the given model where it lies, or the tiny model of `model.shape`, made and committed once per seed.
+    """Return the given model where it lies, or the tiny model of `model.shape`, made and committed
+    once per seed.
 
-    What an adapter and its base make, or the language part of a multimodal model, is committed as a model of its own.
+    What an adapter and its base make, or the language part of a multimodal model, is committed as a
+    model of its own.
 
     Raises:
         UserError: If the given model cannot be had.
@@ -40,14 +44,24 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
     from pipeline.data.tokenizer import embedded_tokenizer
     from pipeline.models.load import make_tiny, save_model
 
-    key = key_of(what="base", version=2, shape=run.model.shape, data=data.digest, seed=seed, task=run.task,
-                 vocabulary=run.data.vocabulary_size, torch=torch.__version__)  # fmt: skip
+    key = key_of(
+        what="base",
+        version=2,
+        shape=run.model.shape,
+        data=data.digest,
+        seed=seed,
+        task=run.task,
+        vocabulary=run.data.vocabulary_size,
+        torch=torch.__version__,
+    )
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
         if record is not None:
             return Artifact.from_json(record["artifact"])
         with store.scratch() as out:
-            tokenizer = embedded_tokenizer(data.splits["train"], run.data.vocabulary_size, store.root / "tokenizers")
+            tokenizer = embedded_tokenizer(
+                data.splits["train"], run.data.vocabulary_size, store.root / "tokenizers"
+            )
             torch.manual_seed(seed)
             model = make_tiny(run.model.shape, len(tokenizer), run.task, data.labels, tokenizer)
             save_model(model, tokenizer, out)
@@ -57,12 +71,16 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
 
 
 def is_remade(folder: Path, task: Task) -> bool:
-    """Whether a local folder is no plain model for the task: an adapter is in it, or more than a language model."""
+    """Whether a local folder is no plain model for the task: an adapter is in it, or more than a
+    language model.
+    """
     if (folder / ADAPTER).is_file():
         return True
     from pipeline.models.load import is_taken_in_part, load_config
 
-    return task is Task.causal_lm and folder.is_dir() and is_taken_in_part(load_config(folder), task)
+    return (
+        task is Task.causal_lm and folder.is_dir() and is_taken_in_part(load_config(folder), task)
+    )
 
 
 def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact:
@@ -73,7 +91,13 @@ def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact
 
     adapter = is_adapter(folder)
     whole = base_of(folder, "model.path") if adapter else folder
-    key = key_of(what="remade", version=2, given=digest_given(folder)[0], base=digest_given(whole)[0], task=run.task)
+    key = key_of(
+        what="remade",
+        version=2,
+        given=digest_given(folder)[0],
+        base=digest_given(whole)[0],
+        task=run.task,
+    )
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
         if record is not None:
@@ -81,7 +105,9 @@ def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact
         with store.scratch() as out:
             if adapter or not (folder / ADAPTER).is_file():
                 model: Any = load_model(folder, run.task)
-                save_model(model.to(load_config(folder).dtype or model.dtype), load_tokenizer(folder), out)
+                save_model(
+                    model.to(load_config(folder).dtype or model.dtype), load_tokenizer(folder), out
+                )
             else:  # what is left of one that was merged
                 copy_model(folder, out)
                 (out / ADAPTER).unlink()

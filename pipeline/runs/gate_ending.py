@@ -1,6 +1,8 @@
-"""A gate's end: the verdict recorded, the champion moved where it passed and that was asked for, all of it written.
+"""A gate's end: the verdict recorded, the champion moved where it passed and that was asked for,
+all of it written.
 
-The order matters: a verdict is on disk before anything moves, so that a crash in between leaves the old champion.
+The order matters: a verdict is on disk before anything moves, so that a crash in between leaves the
+    old champion.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ TAGS = ("verdict", "line", "key", "look", "run_id")
 
 
 def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
-    """Come to a verdict, by measuring where none stands; record it, and move the champion where that was asked for.
+    """Come to a verdict, by measuring where none stands; record it, and move the champion where
+    that was asked for.
 
     Args:
         measure: Makes the two arms, and compares them.
@@ -41,14 +44,17 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
         stands = gate.recorded
         if stands is not None:
             verdict: Verdict = {**stands, "recorded": stands["run_id"], "run_id": attempt.run_id}
-            attempt.notes.append(f"the verdict of run {stands['run_id']} stands: look {stands['look']} of "
-                                 f"{stands['looks']} decided, or none is left")  # fmt: skip
+            attempt.notes.append(
+                f"the verdict of run {stands['run_id']} stands: look {stands['look']} of "
+                f"{stands['looks']} decided, or none is left"
+            )
         else:
             if gate.baseline is not None or attempt.run.bootstrap:
                 measure()
             with attempt.clock.phase("log"):  # asks MLflow what self-tests recorded
                 verdict = redact_json(judge(attempt, gate))  # before its checksum is taken
-            if gate.key and verdict["verdict"] != Outcome.INVALID:  # nothing was found out about the candidate
+            # nothing was found out about the candidate
+            if gate.key and verdict["verdict"] != Outcome.INVALID:
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
     attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
@@ -66,7 +72,9 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
 
 
 def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
-    """Have other machines reach the candidate, then make it the champion if the champion is still the baseline."""
+    """Have other machines reach the candidate, then make it the champion if the champion is still
+    the baseline.
+    """
     from pipeline.tracking.registry import Candidate, NotPromoted, promote
 
     name = model_name(gate, attempt.run)
@@ -87,10 +95,22 @@ def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
             artifact = gate.candidate.artifact
             candidate = Candidate(artifact.digest, url or "", str(artifact.path))
             made = promote(gate.places.tracking, name, candidate, expected, _tags(verdict))
-        gate.promotion = {"done": True, "model": name, "version": made.version, "url": url, "why": None}
+        gate.promotion = {
+            "done": True,
+            "model": name,
+            "version": made.version,
+            "url": url,
+            "why": None,
+        }
         print(f"{name} version {made.version} is champion", flush=True)
     except NotPromoted as error:
-        gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": str(error)}
+        gate.promotion = {
+            "done": False,
+            "model": name,
+            "version": None,
+            "url": url,
+            "why": str(error),
+        }
         print(f"not promoted: {error}", file=sys.stderr)
 
 
@@ -101,15 +121,21 @@ def note_history(attempt: Attempt, gate: Gate) -> None:
     if gate.verdict is not None:
         uri = gate.places.tracking if attempt.run.tracking.mlflow else None
         with attempt.clock.phase("log"):
-            named = model_name(gate, attempt.run) if attempt.run.promote or attempt.run.bootstrap else None
+            named = (
+                model_name(gate, attempt.run)
+                if attempt.run.promote or attempt.run.bootstrap
+                else None
+            )
             gate.history = history_of(gate.verdict, uri, model=named)
 
 
 def exit_code(gate: Gate, disagreeing: Sequence[str]) -> int:
-    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as asked.
+    """Return what a gate ends with: its verdict's code, or 1 where a PASS could not be promoted as
+    asked.
 
     Args:
-        disagreeing: Arms that vLLM reads as another model: a PASS of one is a fail, whatever was asked for.
+        disagreeing: Arms that vLLM reads as another model: a PASS of one is a fail, whatever was
+            asked for.
     """
     assert gate.verdict is not None
     lost = gate.promotion is not None and not gate.promotion["done"]
@@ -132,7 +158,8 @@ def shown_verdict(written: Verdict | None) -> Verdict | None:
 def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
     """Return what verdict.json holds, whatever the end was; None where the run is no gate.
 
-    Called while the exception that ended the run is on its way, where one did: it says more than `crashed`.
+    Called while the exception that ended the run is on its way, where one did: it says more than
+    `crashed`.
     """
     gate, error = attempt.gate, sys.exception()
     if gate is None:
@@ -141,15 +168,23 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
         why = one_line(f"{type(error).__name__}: {error}")
     if gate.verdict is None:
         return {
-            "schema": 1, "line": one_line(f"no verdict: the run ended {status}: {why}"), "verdict": None,
-            "exit_code": int(exit_of(error)), "why": why, "criteria": [], "run_id": attempt.run_id,
-        }  # fmt: skip
+            "schema": 1,
+            "line": one_line(f"no verdict: the run ended {status}: {why}"),
+            "verdict": None,
+            "exit_code": int(exit_of(error)),
+            "why": why,
+            "criteria": [],
+            "run_id": attempt.run_id,
+        }
     ended_well = status == "FINISHED"  # it may have been killed while the champion was moved
     code = exit_code(gate, attempt.disagreeing) if ended_well else exit_of(error)
     return {
-        **gate.verdict, "sha256": checksum(as_recorded(gate.verdict)), "promotion": gate.promotion,
-        "history": gate.history, "end": {"exit_code": int(code), "why": why},
-    }  # fmt: skip
+        **gate.verdict,
+        "sha256": checksum(as_recorded(gate.verdict)),
+        "promotion": gate.promotion,
+        "history": gate.history,
+        "end": {"exit_code": int(code), "why": why},
+    }
 
 
 def write_outputs(attempt: Attempt, written: Verdict | None) -> list[str]:

@@ -1,7 +1,8 @@
 """The loop to read first: stages -> rows -> comparisons -> result.
 
-Per stage: key -> reuse, or run inside a meter window -> commit the artifact -> assess it reloaded from disk -> row.
-Then one comparison pass. Every interval lands in the journal before it lands anywhere else.
+Per stage: key -> reuse, or run inside a meter window -> commit the artifact -> assess it reloaded
+    from disk -> row. Then one comparison pass. Every interval lands in the journal before it lands
+    anywhere else.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
     Args:
         command: The command line, for the report.
         started_ns: Monotonic time when the process began.
-        deliveries: Takes what waits for MLflow, where the run is delivered: no hours of this run, which are written.
+        deliveries: Takes what waits for MLflow, where the run is delivered: no hours of this run,
+            which are written.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError, StageFailed, BudgetSpent, Preempted, KeyboardInterrupt: After the result was written.
+        UserError, StageFailed, BudgetSpent, Preempted, KeyboardInterrupt: After the result was
+        written.
     """
     clock = PhaseClock()
     with clock.phase("import"):
@@ -64,14 +67,17 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
     with on_stop_signal(ask):  # until all is written
         try:
             with heartbeat(attempt.journal):
-                if noted() == signal.SIGINT:  # while something was imported, which took it for a failure of its own
+                # while something was imported, which took it for a failure of its own
+                if noted() == signal.SIGINT:
                     raise KeyboardInterrupt
                 attempt.stop_signal = attempt.stop_signal or noted()
                 if attempt.gate is None:
                     _all_stages(attempt)
                     compare(attempt)
                 else:
-                    hold_gate(attempt, attempt.gate, lambda: (_all_stages(attempt), compare(attempt)))
+                    hold_gate(
+                        attempt, attempt.gate, lambda: (_all_stages(attempt), compare(attempt))
+                    )
             status, why = "FINISHED", None
         except (Preempted, KeyboardInterrupt) as stop:
             status, why = "KILLED", str(stop) or "interrupted"
@@ -90,16 +96,24 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
             if delivery is not None:
                 deliveries.append(delivery)
     if attempt.stop_signal is not None and is_listened_to(attempt.stop_signal):
-        signal.raise_signal(attempt.stop_signal)  # came too late for this run; the multirun around it is to end
+        # came too late for this run; the multirun around it is to end
+        signal.raise_signal(attempt.stop_signal)
     if attempt.disagreeing:
-        print(f"vLLM disagrees: {', '.join(attempt.disagreeing)}: it reads another model from the same folder than the "
-              "one that was assessed; serving.check_vllm=never leaves the check out", file=sys.stderr)  # fmt: skip
+        print(
+            f"vLLM disagrees: {', '.join(attempt.disagreeing)}: it reads another model from the"
+            " same folder than the one that was assessed; serving.check_vllm=never leaves the"
+            " check out",
+            file=sys.stderr,
+        )
     if attempt.gate is not None and attempt.gate.verdict is not None:
         return exit_code(attempt.gate, attempt.disagreeing)
     useless = without_speedup(attempt)
     if useless and not run.allow_no_speedup:
-        print(f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
-              "allow_no_speedup=true ends such a run with exit code 0", file=sys.stderr)  # fmt: skip
+        print(
+            f"no_speedup: {', '.join(useless)}: neither time nor memory is saved at serving.load; "
+            "allow_no_speedup=true ends such a run with exit code 0",
+            file=sys.stderr,
+        )
         return Exit.FAIL
     return Exit.FAIL if attempt.disagreeing else Exit.DONE
 
@@ -108,16 +122,22 @@ def _all_stages(attempt: Attempt) -> None:
     for seed in attempt.seeds:
         attempt.arms, attempt.items = {BASE: attempt.base(seed)} if attempt.gate is None else {}, {}
         for name, stage in attempt.run.stages.items():
-            climbs = isinstance(stage, QuantizeStage) and stage.recover and attempt.why_not(stage) is None
+            climbs = (
+                isinstance(stage, QuantizeStage)
+                and stage.recover
+                and attempt.why_not(stage) is None
+            )
             recovered = _climb(attempt, name, stage, seed) if climbs else stage
             if recovered is not None:
                 _one_stage(attempt, name, recovered, seed)
 
 
 def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> RecoveredStage | None:
-    """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the stage comes to.
+    """Bring a quantize stage's rungs to their rows, until one holds the tolerance; return what the
+    stage comes to.
 
-    A rung whose format turns out not to be one for this model has its row with the reason, and the next is tried.
+    A rung whose format turns out not to be one for this model has its row with the reason, and the
+    next is tried.
 
     Returns:
         None where an optional stage has no rung that could be made: it is skipped.
@@ -146,7 +166,8 @@ def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> Reco
         if "recovery" in about:
             if _holds(attempt, arm, stage, seed):
                 return RecoveredStage(model=stage.model, rungs=made, chosen=arm)
-        elif isinstance(rung, FormatRung):  # a search that found nothing: what came nearest is climbed from
+        # a search that found nothing: what came nearest is climbed from
+        elif isinstance(rung, FormatRung):
             nearest = found_format(stage, about)
             ahead = [] if nearest is None else list(rungs(name, nearest))[1:]
     if not made and refused:
@@ -154,11 +175,17 @@ def _climb(attempt: Attempt, name: str, stage: QuantizeStage, seed: int) -> Reco
             raise refused[0]
         attempt.skip(name, stage, seed, said(name, refused[0]))
         return None
-    return RecoveredStage(model=stage.model, rungs=made, chosen=sixteen, last_resort=sixteen is not None)
+    return RecoveredStage(
+        model=stage.model, rungs=made, chosen=sixteen, last_resort=sixteen is not None
+    )
 
 
-def _sixteen_bits(attempt: Attempt, name: str, stage: QuantizeStage, seed: int, made: list[str]) -> str | None:
-    """Make the first rung, 16 bits of the whole model, where the device has units; return it where it holds."""
+def _sixteen_bits(
+    attempt: Attempt, name: str, stage: QuantizeStage, seed: int, made: list[str]
+) -> str | None:
+    """Make the first rung, 16 bits of the whole model, where the device has units; return it where
+    it holds.
+    """
     from pipeline.quantization.sixteen import best_first, has_units
 
     best = best_first(attempt.device)[0]
@@ -184,12 +211,17 @@ def _holds(attempt: Attempt, arm: str, stage: QuantizeStage, seed: int) -> bool:
 
 
 def said(arm: str, error: Exception) -> str:
-    """Return why a format is none for this model, without the setting and the stage that a refusal names."""
-    return error.problem if isinstance(error, UserError) else str(error).removeprefix(f"stage {arm}: ")
+    """Return why a format is none for this model, without the setting and the stage that a refusal
+    names.
+    """
+    return (
+        error.problem if isinstance(error, UserError) else str(error).removeprefix(f"stage {arm}: ")
+    )
 
 
 def _one_stage(attempt: Attempt, name: str, stage: Any, seed: int) -> Exception | None:
-    """Bring one stage to its artifact, its assessment and its row: each reused where it was done before.
+    """Bring one stage to its artifact, its assessment and its row: each reused where it was done
+    before.
 
     Returns:
         Why a format that may fail (`Attempt.may_fail`) did; its row has the reason too.
@@ -212,11 +244,14 @@ def _to_its_row(attempt: Attempt, name: str, stage: Any, seed: int) -> None:
     inputs = {arm: attempt.arms[arm] for arm in stage.reads(attempt.run)}
     gone = next((arm for arm, artifact in inputs.items() if not artifact.path.is_dir()), None)
     if gone is not None:
-        raise StageFailed(f"{inputs[gone].path}, the artifact of {gone}, is gone; the same command makes it again")
+        raise StageFailed(
+            f"{inputs[gone].path}, the artifact of {gone}, is gone; the same command makes it again"
+        )
     key = attempt.stage_key(name, stage, inputs, seed)
     with attempt.hold(key, name):  # another process may be at it: then find it done
         made = attempt.recall(key) or attempt.make(name, stage, inputs, seed, key)
-        if made["artifact"]["kind"] != MODEL or is_rung(name):  # a teacher cache has no quality; a rung is read as made
+        # a teacher cache has no quality; a rung is read as made
+        if made["artifact"]["kind"] != MODEL or is_rung(name):
             attempt.keep(name, stage, made, seed)
             attempt.take(name, made, None, seed)
             return

@@ -1,6 +1,8 @@
-"""Open an attempt at a run: device, data, folder and journal; refuse what cannot be done before anything is written.
+"""Open an attempt at a run: device, data, folder and journal; refuse what cannot be done before
+anything is written.
 
-A run is found again by the key of its settings: an unfinished one goes on as a new attempt, in the same folder.
+A run is found again by the key of its settings: an unfinished one goes on as a new attempt, in the
+same folder.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
 def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> Attempt:
-    """Prepare everything a run needs, refusing what the device or the data cannot do before anything is written.
+    """Prepare everything a run needs, refusing what the device or the data cannot do before
+    anything is written.
 
     Raises:
         UserError: Naming the setting.
@@ -81,11 +84,18 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                 gate = open_gate(run, root, Store(root / "store"))
             if gate.baseline is None:
                 run = without_baseline(run)
-        compared = {} if gate is None else {arm: side.artifact.digest for arm, side in gate.releases().items()}
+        compared = (
+            {}
+            if gate is None
+            else {arm: side.artifact.digest for arm, side in gate.releases().items()}
+        )
         settings = {name: value for name, value in plain(run).items() if name not in UNKEYED}
-        config = key_of(run=settings, data=data.digest, **({"compared": compared} if compared else {}))
+        config = key_of(
+            run=settings, data=data.digest, **({"compared": compared} if compared else {})
+        )
         owner = {name: getattr(run.tracking, name) for name in OWNER}
-        key = key_of(config=config, owner=owner)  # nobody goes on with a run that another owner has paid for so far
+        # nobody goes on with a run that another owner has paid for so far
+        key = key_of(config=config, owner=owner)
         _check_budget(run, root, key)
     with clock.phase("import"):
         import torch
@@ -103,7 +113,8 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         check_completions(run, data)
         check_calibration(run, data)
     with clock.phase("import"):
-        importlib.import_module("transformers.models.auto.configuration_auto")  # else who looks into a folder pays
+        # else who looks into a folder pays
+        importlib.import_module("transformers.models.auto.configuration_auto")
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
@@ -117,26 +128,59 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         of_models = check_releases(run, data, folders, clock, asked)
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
-        events = sound_events(read_events(folder / "journal.jsonl", checked=True), folder / "journal.jsonl")
+        events = sound_events(
+            read_events(folder / "journal.jsonl", checked=True), folder / "journal.jsonl"
+        )
         journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
     with _or_nothing(folder, number, lock):
         attempt = Attempt(
-            run=run, run_id=folder.name, number=number, folder=folder, store=store, journal=journal,
-            clock=clock, device=device, data=data, command=command, started_ns=started_ns,
-            sampler=Sampler(reader_for(device), interval_s=run.ledger.sample_seconds), lock=lock, engine=engine,
+            run=run,
+            run_id=folder.name,
+            number=number,
+            folder=folder,
+            store=store,
+            journal=journal,
+            clock=clock,
+            device=device,
+            data=data,
+            command=command,
+            started_ns=started_ns,
+            sampler=Sampler(reader_for(device), interval_s=run.ledger.sample_seconds),
+            lock=lock,
+            engine=engine,
             gate=gate,
-            notes=[*data.notes, *of_models, *_few_documents(run, data),
-                   *(f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items())],
-        )  # fmt: skip
+            notes=[
+                *data.notes,
+                *of_models,
+                *_few_documents(run, data),
+                *(
+                    f"serving of {arm} by an engine is as {each.source} says"
+                    for arm, each in engine.items()
+                ),
+            ],
+        )
         attempt.identity = {
-            **owner, "model_name": run.model.name, "run": folder.name,
-            "recipe": run.recipe, "config": config, "commit": commit(), "data": data.digest,
-        }  # fmt: skip
+            **owner,
+            "model_name": run.model.name,
+            "run": folder.name,
+            "recipe": run.recipe,
+            "config": config,
+            "commit": commit(),
+            "data": data.digest,
+        }
         attempt.sampler.start()
         attempt.grant = attempted(grant, lambda why: _unread(attempt, "the scheduler's grant", why))
         attempt.placement = attempted(
-            lambda: placement(device_name(device), attempt.devices, attempt.sampler.reader.placement(), attempt.grant),
-            lambda why: _unread(attempt, "the placement", why) or {**NOTHING_KNOWN, "count": attempt.devices},
+            lambda: placement(
+                device_name(device),
+                attempt.devices,
+                attempt.sampler.reader.placement(),
+                attempt.grant,
+            ),
+            lambda why: (
+                _unread(attempt, "the placement", why)
+                or {**NOTHING_KNOWN, "count": attempt.devices}
+            ),
         )
         if attempt.placement.get("power_scope") == "module":
             attempt.notes.append(OF_THE_MODULE)
@@ -146,26 +190,50 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         settings = redact_settings(plain(run))
         write_json(folder / "config.json", settings)
         journal.write(
-            "run_start", run_id=folder.name, started_ns=started_ns, clock_ns=clock.mark()[1],
-            attempt=number, devices=attempt.devices,
-            recipe=run.recipe, question=run.question, experiment=run.tracking.experiment or run.recipe,
-            tracking_uri=declared_uri(run.tracking.uri), params=flat(settings),
+            "run_start",
+            run_id=folder.name,
+            started_ns=started_ns,
+            clock_ns=clock.mark()[1],
+            attempt=number,
+            devices=attempt.devices,
+            recipe=run.recipe,
+            question=run.question,
+            experiment=run.tracking.experiment or run.recipe,
+            tracking_uri=declared_uri(run.tracking.uri),
+            params=flat(settings),
             tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
-            environment={"device": device_name(device), "data.digest": data.digest,
-                         "mlflow.source.git.commit": attempt.identity["commit"]},
-            datasets=[{"name": data.name, "digest": data.digest, "split": split, "num_documents": len(documents)}
-                      for split, documents in data.splits.items()],
-        )  # fmt: skip
+            environment={
+                "device": device_name(device),
+                "data.digest": data.digest,
+                "mlflow.source.git.commit": attempt.identity["commit"],
+            },
+            datasets=[
+                {
+                    "name": data.name,
+                    "digest": data.digest,
+                    "split": split,
+                    "num_documents": len(documents),
+                }
+                for split, documents in data.splits.items()
+            ],
+        )
         if gate is not None:
             with clock.phase("log"):
-                identify(gate, run, data=data.digest, device=device_name(device), evaluation=attempt.reading(),
-                         decode=chosen(run.serving.decode, device.type))  # fmt: skip
+                identify(
+                    gate,
+                    run,
+                    data=data.digest,
+                    device=device_name(device),
+                    evaluation=attempt.reading(),
+                    decode=chosen(run.serving.decode, device.type),
+                )
     recover(attempt, events)
     for note in attempt.notes:
         print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
         attempt.writer = attempted(
-            lambda: start_writer(folder), lambda why: _unread(attempt, "what MLflow is to be told", why)
+            lambda: start_writer(folder),
+            lambda why: _unread(attempt, "what MLflow is to be told", why),
         )
     return attempt
 
@@ -176,7 +244,9 @@ def _unread(attempt: Attempt, what: str, why: str) -> None:
 
 
 def without_baseline(run: Run) -> Run:
-    """Return a gate's settings where there is nothing to be compared with; the given ones stay as they are."""
+    """Return a gate's settings where there is nothing to be compared with; the given ones stay as
+    they are.
+    """
     stages = {name: stage for name, stage in run.stages.items() if name != BASELINE}
     return replace(run, stages=stages, compare=[])
 
@@ -206,29 +276,41 @@ def _check_budget(run: Run, root: Path, key: str) -> None:
         spent = (_unfinished(folder, key) or {}).get("spent_device_hours") or 0.0
         if spent >= limit:
             raise BudgetSpent(
-                f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to go on"
+                f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to"
+                " go on"
             )
 
 
 def _few_documents(run: Run, data: Dataset) -> list[str]:
-    """Return what to know of a test split that is read in part, or that is too small to decide anything."""
+    """Return what to know of a test split that is read in part, or that is too small to decide
+    anything.
+    """
     have, most = len(data.splits["test"]), run.quality.max_documents
     read = have if most is None else min(have, most)
     said = f"quality is read on {read} of {have} test documents"
     found = [f"{said} (quality.max_documents={most})"] if read < have else []
     if read < MIN_DOCUMENTS:
-        found.append(f"{said}; fewer than {MIN_DOCUMENTS} decide no comparison: give more data, or a test file")
+        found.append(
+            f"{said}; fewer than {MIN_DOCUMENTS} decide no comparison: give more data, or a test"
+            " file"
+        )
     return found
 
 
 def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the state of a run with this key that has not ended well, or None."""
     state = read_record(folder / "run.json", RUN, so="that run is not gone on with")
-    return state if state is not None and state["key"] == key and state["status"] != "FINISHED" else None
+    return (
+        state
+        if state is not None and state["key"] == key and state["status"] != "FINISHED"
+        else None
+    )
 
 
 def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
-    """Return the folder of the unfinished run with this key and the attempt's number, or a new one."""
+    """Return the folder of the unfinished run with this key and the attempt's number, or a new
+    one.
+    """
     from filelock import FileLock, Timeout
 
     for folder in sorted((root / "runs").glob("*/"), reverse=True):
@@ -244,7 +326,9 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
             lock.release()
             continue
         journal = folder / "journal.jsonl"
-        why = why_unusable(sound_events(read_events(journal, checked=True), journal), state["attempt"])
+        why = why_unusable(
+            sound_events(read_events(journal, checked=True), journal), state["attempt"]
+        )
         if why is None:
             return folder, state["attempt"] + 1, lock
         tell(journal, why, "that run is not gone on with")
@@ -264,7 +348,9 @@ def _check_writable(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            "tracking.root", f"{root} cannot be made ({error.strerror})", "give a folder to write to"
+            "tracking.root",
+            f"{root} cannot be made ({error.strerror})",
+            "give a folder to write to",
         ) from None
     if not os.access(root, os.W_OK):
         raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
@@ -272,7 +358,9 @@ def _check_writable(root: Path) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and chatter of libraries; what matters is said by this package, once."""
+    """Silence progress bars and chatter of libraries; what matters is said by this package,
+    once.
+    """
     import logging
     import warnings
 
@@ -280,9 +368,12 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("torchao", "torch.utils._pytree"):  # what a build lacks; what torch finds old in torchao
+    # what a build lacks; what torch finds old in torchao
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|torchao|peft)(\.|$)")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|bitsandbytes|torchao|peft)(\.|$)"
+    )
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""What to say when memory ran out: how much was asked, how much there was, and what to change first."""
+"""What to say when memory ran out: how much was asked, how much there was, and what to change
+first.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ from pipeline.stages.settings import training_precision, training_settings
 ELSEWHERE_SHARE = 0.1  # of the device in other hands; below it is what CUDA itself takes
 
 
-def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, device: Any, snapshot: Path) -> str | None:
+def explain(
+    error: Exception, run: Run, arm: str, stage: Any, kind: str, *, device: Any, snapshot: Path
+) -> str | None:
     """Return one line on an error that says memory ran out, or None for any other error.
 
     Args:
-        kind: What was being done: `work` on a stage, `assess` of its artifact, or `compare` (serving).
+        kind: What was being done: `work` on a stage, `assess` of its artifact, or `compare`
+            (serving).
         device: The run's device.
         snapshot: Where the allocator's map goes, if it was the device's memory.
     """
@@ -37,7 +42,10 @@ def explain(error: Exception, run: Run, arm: str, stage: Any, kind: str, *, devi
         pressure = read_pressure(error, device)
         return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot)}"
     if is_of_host(error):
-        return f"{_host_words(error)}; first: {first if device.type == 'cpu' else _fewer_documents(run)}"
+        return (
+            f"{_host_words(error)}; first:"
+            f" {first if device.type == 'cpu' else _fewer_documents(run)}"
+        )
     return None
 
 
@@ -50,7 +58,11 @@ def _device_words(now: Pressure) -> str:
     if now.free is not None and now.total is not None:
         free = f"{num_bytes(now.free)} free of {num_bytes(now.total)}"
     held = f"torch holds {num_bytes(now.reserved)}, {num_bytes(now.allocated)} of it in tensors"
-    others = "" if now.elsewhere is None else f", other processes and CUDA itself {num_bytes(now.elsewhere)}"
+    others = (
+        ""
+        if now.elsewhere is None
+        else f", other processes and CUDA itself {num_bytes(now.elsewhere)}"
+    )
     return f"out of GPU memory: {_wanted(now.asked)}, {free}; {held}{others}"
 
 
@@ -59,8 +71,15 @@ def _first(now: Pressure, smaller: str) -> str:
     if now.is_fragmented and not now.expandable:
         pieces = f"{num_bytes(now.unused)} are held in pieces too small"
         return f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment ({pieces})"
-    if now.elsewhere is not None and now.total is not None and now.elsewhere > ELSEWHERE_SHARE * now.total:
-        return f"end what else runs on this device, or take another one (hardware.device); then {smaller}"
+    if (
+        now.elsewhere is not None
+        and now.total is not None
+        and now.elsewhere > ELSEWHERE_SHARE * now.total
+    ):
+        return (
+            "end what else runs on this device, or take another one (hardware.device); then"
+            f" {smaller}"
+        )
     return smaller
 
 
@@ -84,7 +103,11 @@ def _host_words(error: Exception) -> str:
 
 def _fewer_documents(run: Run) -> str:
     most = run.data.max_documents
-    return "data.max_documents=10000" if most is None else f"data.max_documents={max(1, most // 2)} (now {most})"
+    return (
+        "data.max_documents=10000"
+        if most is None
+        else f"data.max_documents={max(1, most // 2)} (now {most})"
+    )
 
 
 def _smaller(run: Run, arm: str, stage: Any, kind: str) -> str:
@@ -93,7 +116,8 @@ def _smaller(run: Run, arm: str, stage: Any, kind: str) -> str:
         return _smaller_load(run)
     if kind == "assess":
         return _smaller_assessment(run)
-    if isinstance(stage, CaptureStage):  # the teacher reads micro-batches of the stage that it captures for
+    # the teacher reads micro-batches of the stage that it captures for
+    if isinstance(stage, CaptureStage):
         return _smaller_training(run, stage.like, run.stages[stage.like])
     if not hasattr(stage, "gradient_accumulation"):
         return "a device with more memory (this stage has no setting that needs less)"
@@ -102,7 +126,11 @@ def _smaller(run: Run, arm: str, stage: Any, kind: str) -> str:
 
 def _smaller_training(run: Run, arm: str, stage: Any) -> str:
     now = training_settings(stage, run)
-    parts = [n for n in range(now.gradient_accumulation + 1, now.batch_size + 1) if now.batch_size % n == 0]
+    parts = [
+        n
+        for n in range(now.gradient_accumulation + 1, now.batch_size + 1)
+        if now.batch_size % n == 0
+    ]
     if parts:
         wanted = next((n for n in parts if n >= 2 * now.gradient_accumulation), parts[-1])
         key = _key(run, arm, stage, "gradient_accumulation")
@@ -114,7 +142,9 @@ def _smaller_training(run: Run, arm: str, stage: Any) -> str:
 
 
 def _key(run: Run, arm: str, stage: Any, name: str) -> str:
-    """Return the setting that decides: the stage's own, that of the stage it is like, or everybody's."""
+    """Return the setting that decides: the stage's own, that of the stage it is like, or
+    everybody's.
+    """
     if getattr(stage, name) is not None:
         return f"stages.{arm}.{name}"
     if stage.like is not None and getattr(run.stages[stage.like], name) is not None:

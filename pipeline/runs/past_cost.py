@@ -1,4 +1,6 @@
-"""What a given model cost before (unknown, unless it was registered with a ledger), and what one made here has cost."""
+"""What a given model cost before (unknown, unless it was registered with a ledger), and what one
+made here has cost.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
 
     Args:
         path: A folder or Hub name; None: the model is made here, and cost nothing before.
-        device: Exact name of the device of this run: device-hours of another model of device are never subtracted
-            from its own.
+        device: Exact name of the device of this run: device-hours of another model of device are
+            never subtracted from its own.
 
     Returns:
-        What it was registered with; else, and where that cannot be used, an existing model with the reason.
+        What it was registered with; else, and where that cannot be used, an existing model with the
+        reason.
     """
     if path is None:
         return Spend(arm=arm, flops=0.0)
@@ -29,7 +32,11 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
     manifest = read_json(folder / MANIFEST) if folder.is_dir() else None
     registered = manifest.get("ledger") if isinstance(manifest, dict) else None
     if registered is not None and why_damaged(registered, REGISTERED) is not None:
-        tell(folder / MANIFEST, str(why_damaged(registered, REGISTERED)), "what it says of a cost is not charged")
+        tell(
+            folder / MANIFEST,
+            str(why_damaged(registered, REGISTERED)),
+            "what it says of a cost is not charged",
+        )
         registered = None
     if not isinstance(manifest, dict) or registered is None:
         return Spend(arm=arm, flops=0.0, existing=True)
@@ -37,12 +44,17 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
     if why is not None:
         return Spend(arm=arm, flops=0.0, existing=True, unknown=why)
     return Spend(
-        arm=arm, work_h=registered["work_device_hours"], retry_h=registered["retry_device_hours"],
-        flops=registered["model_flops"], registered=registered["run_id"],
-    )  # fmt: skip
+        arm=arm,
+        work_h=registered["work_device_hours"],
+        retry_h=registered["retry_device_hours"],
+        flops=registered["model_flops"],
+        registered=registered["run_id"],
+    )
 
 
-def _why_not_charged(folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str) -> str | None:
+def _why_not_charged(
+    folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str
+) -> str | None:
     """Return why the hours that a model was registered with cannot be charged here, or None."""
     if digest_given(folder)[0] != manifest.get("digest"):
         return "existing model, changed since it was registered"
@@ -62,20 +74,26 @@ def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -
 
     Args:
         spends: Of every arm in the chain.
-        existing: Digests of the models that were there before, by arm: what they once cost is unknown.
+        existing: Digests of the models that were there before, by arm: what they once cost is
+            unknown.
 
     Returns:
-        `work_device_hours`, `retry_device_hours` and `model_flops` (null where a stage's were not counted) over the
-        chain, `foreign_load`, what others took of the device at most while a stage of it worked (a value), and the
-        digests of `existing` models in it.
+        `work_device_hours`, `retry_device_hours` and `model_flops` (null where a stage's were not
+        counted) over the chain, `foreign_load`, what others took of the device at most while a
+        stage of it worked (a value), and the digests of `existing` models in it.
     """
     own = counted(arm, spends, ())
-    loads = [spend.foreign_load or null("not recorded") for spend in own if spend.work_h > 0 and not spend.existing]
+    loads = [
+        spend.foreign_load or null("not recorded")
+        for spend in own
+        if spend.work_h > 0 and not spend.existing
+    ]
     flops = [spend.flops for spend in own if not spend.existing]
     return {
-        "arm": arm, "work_device_hours": sum(spend.work_h for spend in own),
+        "arm": arm,
+        "work_device_hours": sum(spend.work_h for spend in own),
         "retry_device_hours": sum(spend.retry_h for spend in own),
         "model_flops": None if None in flops else sum(each for each in flops if each is not None),
         "foreign_load": _most(loads).to_json(),
         "existing": [existing.get(spend.arm, spend.arm) for spend in own if spend.existing],
-    }  # fmt: skip
+    }

@@ -1,4 +1,6 @@
-"""What is tried before anything is written: the device, the precisions, and whether models, data and load fit."""
+"""What is tried before anything is written: the device, the precisions, and whether models, data
+and load fit.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +52,24 @@ def choose_device(run: Run) -> Any:
 
     wanted = run.hardware.device
     if wanted == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         wanted = "cpu" if found is None else str(found)
     device = torch.device(wanted)
     have = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= have):
         raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
     if run.hardware.devices > have:
-        raise UserError("hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}")
+        raise UserError(
+            "hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}"
+        )
     if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("hardware.devices", "one process drives one device in this release", "give 1")
-    # torch.device("cuda") has no index, whatever its stubs say; of one that has, libraries would open device 0 too
+        raise UserError(
+            "hardware.devices", "one process drives one device in this release", "give 1"
+        )
+    # torch.device("cuda") has no index, whatever its stubs say; of one that has, libraries would
+    # open device 0 too
     if device.type == "cuda" and device.index is not None:  # pyright: ignore[reportUnnecessaryComparison]
         torch.cuda.set_device(device)
     return device
@@ -77,14 +86,22 @@ def check_precisions(run: Run, device: Any) -> None:
             reason = why_not(precision, device)
             if reason is not None:
                 raise UserError(
-                    key if named else "precision", reason, "choose fp32 or bf16, or mark the stage optional: true"
+                    key if named else "precision",
+                    reason,
+                    "choose fp32 or bf16, or mark the stage optional: true",
                 )
 
 
 def _precisions(name: str, stage: Any, run: Run) -> Iterator[tuple[str, bool, Precision]]:
-    """Yield what a stage trains in, its recovery included: the setting, whether that names it, and the precision."""
+    """Yield what a stage trains in, its recovery included: the setting, whether that names it, and
+    the precision.
+    """
     if hasattr(stage, "precision"):
-        yield f"stages.{name}.precision", stage.precision is not None, training_precision(stage, run)
+        yield (
+            f"stages.{name}.precision",
+            stage.precision is not None,
+            training_precision(stage, run),
+        )
     for rung in stage.recover if isinstance(stage, QuantizeStage) else ():
         if rung is not Rung.format:
             own = getattr(stage, rung.value)
@@ -116,7 +133,11 @@ def check_decode(run: Run, device: Any) -> None:
         UserError: Naming the setting.
     """
     if run.serving.decode is Decode.graph and device.type != "cuda":
-        raise UserError("serving.decode", f"graph needs CUDA, this run is on {device.type}", "give auto or compile")
+        raise UserError(
+            "serving.decode",
+            f"graph needs CUDA, this run is on {device.type}",
+            "give auto or compile",
+        )
 
 
 def check_dtype(run: Run, device: Any) -> None:
@@ -134,7 +155,8 @@ def check_dtype(run: Run, device: Any) -> None:
 
 
 def check_formats(run: Run, device: Any) -> None:
-    """Refuse a quantized format that this device cannot take; an optional stage is skipped when its turn comes.
+    """Refuse a quantized format that this device cannot take; an optional stage is skipped when its
+    turn comes.
 
     Raises:
         UserError: Naming the stage's setting.
@@ -168,7 +190,8 @@ def check_calibration(run: Run, data: Dataset) -> None:
 
 
 def check_completions(run: Run, data: Dataset) -> None:
-    """Refuse files of completions that cannot be read, or that hold what the student will be measured on.
+    """Refuse files of completions that cannot be read, or that hold what the student will be
+    measured on.
 
     Raises:
         UserError: Naming the setting and the line.
@@ -183,7 +206,8 @@ def check_completions(run: Run, data: Dataset) -> None:
 
 
 def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
-    """Refuse lm-eval tasks that lm-eval cannot run. Its import is overhead of the run: all arms use it alike.
+    """Refuse lm-eval tasks that lm-eval cannot run. Its import is overhead of the run: all arms use
+    it alike.
 
     Returns:
         By task, what a model will be asked.
@@ -202,9 +226,15 @@ def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
 
 
 def check_models(
-    run: Run, data: Dataset, store: Store, clock: PhaseClock, device: Any, asked: Mapping[str, list[Asked]]
+    run: Run,
+    data: Dataset,
+    store: Store,
+    clock: PhaseClock,
+    device: Any,
+    asked: Mapping[str, list[Asked]],
 ) -> list[str]:
-    """Refuse models that cannot read this data or serve this load; of their files, only the small ones are read.
+    """Refuse models that cannot read this data or serve this load; of their files, only the small
+    ones are read.
 
     Args:
         asked: By lm-eval task, what a model will be asked.
@@ -227,7 +257,10 @@ def check_models(
         revision = run.model.revision
         if run.model.path is not None and str(base) != run.model.path:
             notes += check_loads(run.model.path, run.task, labels=None, key="model.path")
-        config, tokenizer = load_config(base, revision=revision), load_tokenizer(base, revision=revision)
+        config, tokenizer = (
+            load_config(base, revision=revision),
+            load_tokenizer(base, revision=revision),
+        )
         if run.student.path is not None:
             _refuse_quantized(load_config(run.student.path, key="student.path"), "student.path")
         if run.model.path is not None:
@@ -236,7 +269,9 @@ def check_models(
             trained = all(steps > 0 for steps in _steps_from_base(run))
             if not trained:
                 refuse_other_head(config, run.task, "model.path", run.model.path)
-            notes += check_loads(str(base), run.task, labels=data.labels, key="model.path", new_head=trained)
+            notes += check_loads(
+                str(base), run.task, labels=data.labels, key="model.path", new_head=trained
+            )
         notes += _check_reads("model.path", config, tokenizer, run, data)
         notes += _check_lengths("model.path", config, run)
         check_lengths(asked, tokenizer, positions(config))
@@ -251,19 +286,32 @@ def check_models(
 def _steps_from_base(run: Run) -> list[int]:
     """Return the steps of the stages that train the base; one that is taken as it is has 0."""
     from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
-    return [training_settings(stage, run).steps for stage in from_base if isinstance(stage, TrainingOverrides)]
+    return [
+        training_settings(stage, run).steps
+        for stage in from_base
+        if isinstance(stage, TrainingOverrides)
+    ]
 
 
 def _is_changed(run: Run) -> bool:
-    """Whether anything trains, cuts or quantizes the base, or learns from it; else it is only assessed and served."""
-    taken = {name for name, stage in run.stages.items()
-             if isinstance(stage, TrainStage) and training_settings(stage, run).steps == 0 and stage.stack in (None, 1)
-             and not stage.match_compute}  # fmt: skip
+    """Whether anything trains, cuts or quantizes the base, or learns from it; else it is only
+    assessed and served.
+    """
+    taken = {
+        name
+        for name, stage in run.stages.items()
+        if isinstance(stage, TrainStage)
+        and training_settings(stage, run).steps == 0
+        and stage.stack in (None, 1)
+        and not stage.match_compute
+    }
     return len(taken) < len(run.stages)
 
 
 def _check_stacks(config: Any, run: Run) -> None:
-    """Refuse layers that cannot be stacked, of what starts from the base; a student's are stacked at its turn."""
+    """Refuse layers that cannot be stacked, of what starts from the base; a student's are stacked
+    at its turn.
+    """
     from pipeline.models.layers import check_layers
     from pipeline.models.student import stacked
 
@@ -274,16 +322,24 @@ def _check_stacks(config: Any, run: Run) -> None:
 
 
 def _refuse_quantized(config: Any, key: str) -> None:
-    """Refuse weights that are stored in a quantized format: no stage trains, copies or quantizes those."""
+    """Refuse weights that are stored in a quantized format: no stage trains, copies or quantizes
+    those.
+    """
     from pipeline.models.load import quantized_by
 
     method = quantized_by(config)
     if method is not None:
-        raise UserError(key, f"the model is quantized already ({method})", "give the model it was made from")
+        raise UserError(
+            key, f"the model is quantized already ({method})", "give the model it was made from"
+        )
 
 
 def check_releases(
-    run: Run, data: Dataset, folders: dict[str, Path], clock: PhaseClock, asked: Mapping[str, list[Asked]]
+    run: Run,
+    data: Dataset,
+    folders: dict[str, Path],
+    clock: PhaseClock,
+    asked: Mapping[str, list[Asked]],
 ) -> list[str]:
     """Refuse released artifacts that cannot read this data, or serve the policy's load.
 
@@ -308,7 +364,9 @@ def check_releases(
 
 
 def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
-    """Refuse layers and patterns of what is quantized as the base's configuration has them; a student's at its turn."""
+    """Refuse layers and patterns of what is quantized as the base's configuration has them; a
+    student's at its turn.
+    """
     from pipeline.models.load import (
         from_config,
         language_config,
@@ -340,12 +398,17 @@ def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
 
             with torch.device("meta"):
                 check_smoothable(
-                    from_config(language_config(config, run.task), run.task, None), f"stages.{name}.smoothing"
+                    from_config(language_config(config, run.task), run.task, None),
+                    f"stages.{name}.smoothing",
                 )
 
 
-def _check_takes(stage: QuantizeStage, config: Any, fmt: Format, run: Run, device: Any, key: str) -> None:
-    """Refuse layers that a format cannot take; an optional stage is then skipped when its turn comes."""
+def _check_takes(
+    stage: QuantizeStage, config: Any, fmt: Format, run: Run, device: Any, key: str
+) -> None:
+    """Refuse layers that a format cannot take; an optional stage is then skipped when its turn
+    comes.
+    """
     from pipeline.quantization.backend import refuse_unsupported
 
     try:
@@ -356,7 +419,9 @@ def _check_takes(stage: QuantizeStage, config: Any, fmt: Format, run: Run, devic
 
 
 def _is_base_shaped(arm: str, run: Run) -> bool:
-    """Whether an arm has the layers of `base`: nothing on the way to it cuts, stacks or replaces them."""
+    """Whether an arm has the layers of `base`: nothing on the way to it cuts, stacks or replaces
+    them.
+    """
     while arm != BASE:
         stage = run.stages.get(arm)
         if stage is None or getattr(stage, "stack", None) not in (None, 1):
@@ -366,7 +431,9 @@ def _is_base_shaped(arm: str, run: Run) -> bool:
 
 
 def _root(run: Run, name: str) -> str | None:
-    """Return what an arm was made from in the beginning: `base`, `student_init`, or None where no stage wants it."""
+    """Return what an arm was made from in the beginning: `base`, `student_init`, or None where no
+    stage wants it.
+    """
     if name == STUDENT_INIT:
         if not any(getattr(stage, "model", None) == STUDENT_INIT for stage in run.stages.values()):
             return None
@@ -379,7 +446,8 @@ def _root(run: Run, name: str) -> str | None:
 def _check_student(
     base: str | Path, base_tokenizer: Any, run: Run, data: Dataset, asked: Mapping[str, list[Asked]]
 ) -> list[str]:
-    """Refuse a student that cannot be made or taught; one that is cut from another student is seen at its turn.
+    """Refuse a student that cannot be made or taught; one that is cut from another student is seen
+    at its turn.
 
     Returns:
         What a reader must know of it.
@@ -393,18 +461,28 @@ def _check_student(
     config = student_config(run.student, base, run.task)
     tokenizer = base_tokenizer
     if given is not None:
-        learners = [stage for stage in run.stages.values() if getattr(stage, "model", None) == STUDENT_INIT]
+        learners = [
+            stage for stage in run.stages.values() if getattr(stage, "model", None) == STUDENT_INIT
+        ]
         trained = all(_trains(stage, run) for stage in learners)
         if not trained:
             refuse_other_head(config, run.task, "student.path", given)
-        notes += check_loads(given, run.task, labels=data.labels, key="student.path", new_head=trained)
+        notes += check_loads(
+            given, run.task, labels=data.labels, key="student.path", new_head=trained
+        )
         if (folder := Path(given).expanduser()).is_dir():  # it is loaded after the teacher's hours
             check_finite(folder, "student.path")
         tokenizer = load_tokenizer(given, revision=run.student.revision, key="student.path")
         taught = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
         if any(_root(run, teacher) == BASE for teacher in taught):
             check_tokenizers(tokenizer, base_tokenizer)
-    key = "student.path" if given is not None else "student.config" if run.student.config else "student.layers"
+    key = (
+        "student.path"
+        if given is not None
+        else "student.config"
+        if run.student.config
+        else "student.layers"
+    )
     notes += _check_reads(key, config, tokenizer, run, data)
     notes += _check_lengths(key, config, run)
     check_lengths(asked, tokenizer, positions(config))
@@ -417,13 +495,15 @@ def _trains(stage: Any, run: Run) -> bool:
 
 
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> list[str]:
-    """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no embedding for.
+    """Refuse a model whose tokenizer does not take the data, or gives tokens that it has no
+    embedding for.
 
-    All chats are rendered: what a template refuses would else be found after training. Tokens are looked at of the
-    first documents.
+    All chats are rendered: what a template refuses would else be found after training. Tokens are
+        looked at of the first documents.
 
     Returns:
-        What the chat template does with the conversations; of train in the words that training says it with.
+        What the chat template does with the conversations; of train in the words that training says
+        it with.
     """
     from pipeline.data.encode import check_chats, encode_all
     from pipeline.models.load import check_tokens, example_length
@@ -432,13 +512,22 @@ def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset)
     said: list[str] = []
     for split, documents in data.splits.items():
         if run.task is Task.causal_lm:
-            said += [f"{split} split: {note}" for note in check_chats(documents, tokenizer, split).notes()]
+            said += [
+                f"{split} split: {note}"
+                for note in check_chats(documents, tokenizer, split).notes()
+            ]
         with refused_as(key):
             read = encode_all(
-                documents[:SAMPLE], tokenizer, run.task, max_length=length, max_bytes=SAMPLE_BYTES, split=split
+                documents[:SAMPLE],
+                tokenizer,
+                run.task,
+                max_length=length,
+                max_bytes=SAMPLE_BYTES,
+                split=split,
             )
         largest = max((int(row.input_ids.max()) for row in read), default=0)
-        size = getattr(config.get_text_config(), "vocab_size", None)  # CANINE has none: it hashes characters
+        # CANINE has none: it hashes characters
+        size = getattr(config.get_text_config(), "vocab_size", None)
         if size is not None:
             check_tokens(largest, size, key)
     return said
@@ -468,14 +557,30 @@ def _check_lengths(of: str, config: Any, run: Run) -> list[str]:
         return []
     for key, length in _lengths(run):
         if length > limit:
-            raise UserError(key, f"{length} tokens in one sequence, and the model has {limit} positions", "give less")
-    asked = 0 if run.task is Task.causal_lm else run.quality.sequence_length or run.training.sequence_length
-    return [f"texts are cut to {limit} tokens: {of} has no positions for more"] if asked > limit else []
+            raise UserError(
+                key,
+                f"{length} tokens in one sequence, and the model has {limit} positions",
+                "give less",
+            )
+    asked = (
+        0
+        if run.task is Task.causal_lm
+        else run.quality.sequence_length or run.training.sequence_length
+    )
+    return (
+        [f"texts are cut to {limit} tokens: {of} has no positions for more"]
+        if asked > limit
+        else []
+    )
 
 
 def _lengths(run: Run) -> Iterator[tuple[str, int]]:
-    """Yield the sequences that will certainly be read, by the setting that says how long they are."""
-    if any(measure in pair.on for pair in run.compare for measure in (Measure.serving, Measure.payback)):
+    """Yield the sequences that will certainly be read, by the setting that says how long they
+    are.
+    """
+    if any(
+        measure in pair.on for pair in run.compare for measure in (Measure.serving, Measure.payback)
+    ):
         answer = run.serving.load.new if run.task is Task.causal_lm else 0
         yield "serving.load.prompt", run.serving.load.prompt + answer
     if run.task is not Task.causal_lm:  # texts, cut where they are longer

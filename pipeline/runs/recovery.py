@@ -1,7 +1,9 @@
-"""What earlier attempts at a run left behind: their hours, read back from the journal, and their checkpoints.
+"""What earlier attempts at a run left behind: their hours, read back from the journal, and their
+checkpoints.
 
-A killed process wrote no row and closed no window: both are made here, up to its last sign of life. What counts of it
-is what led to the checkpoint that the next attempt goes on from; a checkpoint says itself what led to it.
+A killed process wrote no row and closed no window: both are made here, up to its last sign of life.
+What counts of it is what led to the checkpoint that the next attempt goes on from; a checkpoint
+says itself what led to it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ Event = dict[str, Any]
 def recover(attempt: Attempt, events: list[Event]) -> None:
     """Take over what earlier attempts of this run spent: hours of a killed process are not lost."""
     rows = [event["row"] for event in events if event["e"] == "row"]
-    by_identity = {(row["arm"], row["seed"], row["attempt"]): row for row in rows if row["reused"] is None}
+    by_identity = {
+        (row["arm"], row["seed"], row["attempt"]): row for row in rows if row["reused"] is None
+    }
     attempt.rows += [row for row in by_identity.values() if row["status"] in UNFINISHED]
     attempt.finished_before = [row for row in by_identity.values() if row["status"] == "FINISHED"]
     starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
@@ -44,8 +48,8 @@ def recover(attempt: Attempt, events: list[Event]) -> None:
 def why_unusable(events: list[Event], attempts: int) -> str | None:
     """Return what keeps the journal of an unfinished run from being gone on with, or None.
 
-    A kill tears the last line of a process, which is passed over. Anything else that is missing would make a run that
-    says less than it took, or books a second twice.
+    A kill tears the last line of a process, which is passed over. Anything else that is missing
+    would make a run that says less than it took, or books a second twice.
 
     Args:
         events: That are sound, each for itself.
@@ -54,7 +58,9 @@ def why_unusable(events: list[Event], attempts: int) -> str | None:
     starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
     if [events[index]["attempt"] for index in starts] != list(range(1, attempts + 1)):
         return "its attempts are not all there"
-    parts = (events[first:end] for first, end in zip(starts, [*starts, len(events)][1:], strict=True))
+    parts = (
+        events[first:end] for first, end in zip(starts, [*starts, len(events)][1:], strict=True)
+    )
     return next((why for part in parts if (why := _why_attempt_unusable(part)) is not None), None)
 
 
@@ -70,14 +76,22 @@ def _why_attempt_unusable(events: list[Event]) -> str | None:
             opened = event
         elif event["e"] == "window":
             window = event["window"]
-            if opened is None or any(window[name] != opened[name] for name in ("kind", "arm", "seed", "start_ns")):
+            if opened is None or any(
+                window[name] != opened[name] for name in ("kind", "arm", "seed", "start_ns")
+            ):
                 return f"a window of attempt {number} ended that had not begun"
-            if (window["kind"] == "compare") != (window["arm"] is None) or window["attempt"] != number:
+            if (window["kind"] == "compare") != (window["arm"] is None) or window[
+                "attempt"
+            ] != number:
                 return f"a window of attempt {number} is of no arm"
             if not window["start_ns"] + window["kept_ns"] <= window["end_ns"] <= last_ns:
                 return f"a window of attempt {number} is longer than its process lived"
             opened, at_ns = None, window["end_ns"]
-    return None if at_ns <= last_ns and _saved_ns(opened, events) <= last_ns else f"attempt {number} ended early"
+    return (
+        None
+        if at_ns <= last_ns and _saved_ns(opened, events) <= last_ns
+        else f"attempt {number} ended early"
+    )
 
 
 def _saved_ns(opened: Event | None, events: list[Event]) -> int:
@@ -88,7 +102,9 @@ def _saved_ns(opened: Event | None, events: list[Event]) -> int:
     return opened["start_ns"] + (sum(saved[-1]["phases_ns"].values()) if saved else 0)
 
 
-def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]) -> None:
+def _recover_attempt(
+    attempt: Attempt, events: list[Event], written: set[tuple[str, int, int]]
+) -> None:
     number = events[0]["attempt"]
     devices = events[0].get("devices", 1)  # before it was journaled, a process drove one
     attempt.spans[number] = Span(_started_ns(events), _last_ns(events), devices)
@@ -102,7 +118,9 @@ def _recover_attempt(attempt: Attempt, events: list[Event], written: set[tuple[s
     if len(opened) > len(closed):
         _recover_window(attempt, opened[-1], events)
     _recover_outside(attempt, number, events)
-    for arm, seed in dict.fromkeys((event["arm"], event["seed"]) for event in opened if event["arm"] is not None):
+    for arm, seed in dict.fromkeys(
+        (event["arm"], event["seed"]) for event in opened if event["arm"] is not None
+    ):
         if (arm, seed, number) not in written:
             _recover_row(attempt, arm, seed, number, events)
 
@@ -127,48 +145,71 @@ def _recover_window(attempt: Attempt, opened: Event, events: list[Event]) -> Non
     saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
     if saved and opened["kind"] == "work":
         kept_ns = sum(saved[-1]["phases_ns"].values())
-    attempt.windows.append(Window(
-        **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
-        end_ns=end_ns, kept_ns=kept_ns,
-    ))  # fmt: skip
+    attempt.windows.append(
+        Window(
+            **{name: opened[name] for name in ("kind", "arm", "seed", "attempt", "start_ns")},
+            end_ns=end_ns,
+            kept_ns=kept_ns,
+        )
+    )
 
 
 def _last_ns(events: list[Event]) -> int:
-    """Return when a process was last heard of; a line may once have been stamped before it waited for its turn."""
+    """Return when a process was last heard of; a line may once have been stamped before it waited
+    for its turn.
+    """
     return max(event["mono_ns"] for event in events)
 
 
 def _recover_outside(attempt: Attempt, number: int, events: list[Event]) -> None:
-    """Take over the phases of overhead and comparison; of a process that was killed, those up to its last mark."""
+    """Take over the phases of overhead and comparison; of a process that was killed, those up to
+    its last mark.
+    """
     span = attempt.spans[number]
     windows = [window for window in attempt.windows if window.attempt == number]
-    compared = [total(event["phases_ns"], times=span.devices) for event in events
-                if event["e"] == "window" and event["window"]["kind"] == "compare"]  # fmt: skip
-    compared_ns = sum(window.elapsed_ns for window in windows if window.kind == "compare") * span.devices
+    compared = [
+        total(event["phases_ns"], times=span.devices)
+        for event in events
+        if event["e"] == "window" and event["window"]["kind"] == "compare"
+    ]
+    compared_ns = (
+        sum(window.elapsed_ns for window in windows if window.kind == "compare") * span.devices
+    )
     torn_ns = compared_ns - sum(sum(phases.values()) for phases in compared)
     attempt.compare_ns = total(attempt.compare_ns, *compared, {"other": torn_ns})
     ended = next((event["run"] for event in reversed(events) if event["e"] == "run_end"), None)
-    if ended is not None and "phases_device_ns" in ended:  # it had summed up the attempts before it, too
+    # it had summed up the attempts before it, too
+    if ended is not None and "phases_device_ns" in ended:
         known_ns = difference(ended["phases_device_ns"]["overhead"], attempt.overhead_ns)
     else:
         known_ns = total(_outside_until_last_mark(span, events), times=span.devices)
     overhead_ns = span.device_ns - sum(window.elapsed_ns for window in windows) * span.devices
-    attempt.overhead_ns = total(attempt.overhead_ns, known_ns, {"other": overhead_ns - sum(known_ns.values())})
+    attempt.overhead_ns = total(
+        attempt.overhead_ns, known_ns, {"other": overhead_ns - sum(known_ns.values())}
+    )
 
 
 def _outside_until_last_mark(span: Span, events: list[Event]) -> dict[str, int]:
-    """Return the self times outside of windows when the clock was last journaled, with the interpreter's start.
+    """Return the self times outside of windows when the clock was last journaled, with the
+    interpreter's start.
 
-    What came later, up to the last sign of life, is in the window that was open, or in no phase that is known.
+    What came later, up to the last sign of life, is in the window that was open, or in no phase
+    that is known.
     """
     marked = [event for event in events if "clock_ns" in event]
     if not marked:
         return {}
     last = marked[-1]
-    at_ns = {"open": last.get("start_ns"), "window": last.get("window", {}).get("end_ns")}.get(last["e"])
+    at_ns = {"open": last.get("start_ns"), "window": last.get("window", {}).get("end_ns")}.get(
+        last["e"]
+    )
     closed = [event["phases_ns"] for event in marked if event["e"] == "window"]
     outside = difference(last["clock_ns"], total(*closed))
-    started_ns = (last["mono_ns"] if at_ns is None else at_ns) - span.start_ns - sum(last["clock_ns"].values())
+    started_ns = (
+        (last["mono_ns"] if at_ns is None else at_ns)
+        - span.start_ns
+        - sum(last["clock_ns"].values())
+    )
     return total(outside, {"import": max(0, started_ns)})
 
 
@@ -193,11 +234,13 @@ def _recover_row(attempt: Attempt, arm: str, seed: int, number: int, events: lis
     _unfinished_row(attempt, arm, seed, number, spent, "KILLED", why, truncated=True)
 
 
-def resume(attempt: Attempt, arm: str, seed: int, number: int, step: int, history: list[Event]) -> None:
+def resume(
+    attempt: Attempt, arm: str, seed: int, number: int, step: int, history: list[Event]
+) -> None:
     """Book what came before by the checkpoint that attempt `number` goes on from.
 
-    Where a newer checkpoint was damaged, the steps from this one on are rolled back. Where another run wrote it, that
-    run's time up to here is reused.
+    Where a newer checkpoint was damaged, the steps from this one on are rolled back. Where another
+    run wrote it, that run's time up to here is reused.
 
     Args:
         step: Of the checkpoint; 0 without one.
@@ -208,26 +251,41 @@ def resume(attempt: Attempt, arm: str, seed: int, number: int, step: int, histor
     attempt.resumed[arm, seed] = history
     led = {(entry["run_id"], entry["attempt"]): entry for entry in history}
     for index, window in enumerate(attempt.windows):
-        if (window.kind, window.arm, window.seed) == ("work", arm, seed) and window.attempt < number:
-            attempt.windows[index] = _rebook(attempt, window, led.get((attempt.run_id, window.attempt)))
+        if (window.kind, window.arm, window.seed) == (
+            "work",
+            arm,
+            seed,
+        ) and window.attempt < number:
+            attempt.windows[index] = _rebook(
+                attempt, window, led.get((attempt.run_id, window.attempt))
+            )
     for (run_id, other), entry in led.items():
         if run_id != attempt.run_id:
             _take_over(attempt, arm, seed, run_id, other, entry)
 
 
 def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
-    """Return a window of an unfinished attempt with what the checkpoint in use makes of it, and correct its row."""
+    """Return a window of an unfinished attempt with what the checkpoint in use makes of it, and
+    correct its row.
+    """
     assert window.arm is not None
     identity = (window.arm, window.seed, window.attempt, None)
-    rows = [row for row in attempt.rows if (row["arm"], row["seed"], row["attempt"], row["reused"]) == identity]
+    rows = [
+        row
+        for row in attempt.rows
+        if (row["arm"], row["seed"], row["attempt"], row["reused"]) == identity
+    ]
     trace = attempt.trace(window.arm, window.seed, window.attempt)
     was_its_last = entry is not None and entry["step"] == trace.saved
     if not rows or rows[0]["status"] not in UNFINISHED or (was_its_last and window.kept_ns):
         return window
     phases_ns = {} if entry is None else entry["phases_ns"]
     kept_ns = sum(phases_ns.values())
-    # A process that is killed between writing a checkpoint and journaling it was alive longer than its journal says.
-    booked = dataclasses.replace(window, kept_ns=kept_ns, end_ns=max(window.end_ns, window.start_ns + kept_ns))
+    # A process that is killed between writing a checkpoint and journaling it was alive longer than
+    # its journal says.
+    booked = dataclasses.replace(
+        window, kept_ns=kept_ns, end_ns=max(window.end_ns, window.start_ns + kept_ns)
+    )
     if booked == window:
         return window
     span = attempt.spans[window.attempt]
@@ -237,13 +295,24 @@ def _rebook(attempt: Attempt, window: Window, entry: Event | None) -> Window:
     record = rows[0]["ledger"]
     memory = {name: Value.from_json(value) for name, value in record["memory"].items()}
     _unfinished_row(
-        attempt, window.arm, window.seed, window.attempt, spent, rows[0]["status"], rows[0]["why"], memory=memory,
-        usage=usage_of(record), disturbance=disturbance_of(record), truncated=record["conditions"]["truncated"],
-    )  # fmt: skip
+        attempt,
+        window.arm,
+        window.seed,
+        window.attempt,
+        spent,
+        rows[0]["status"],
+        rows[0]["why"],
+        memory=memory,
+        usage=usage_of(record),
+        disturbance=disturbance_of(record),
+        truncated=record["conditions"]["truncated"],
+    )
     return booked
 
 
-def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, entry: Event) -> None:
+def _take_over(
+    attempt: Attempt, arm: str, seed: int, run_id: str, number: int, entry: Event
+) -> None:
     """Show the part of another run's attempt that led to the checkpoint, as reused."""
     known = {(row["arm"], row["seed"], row["attempt"], row["reused"]) for row in attempt.rows}
     if (arm, seed, number, run_id) in known:
@@ -255,15 +324,37 @@ def _take_over(attempt: Attempt, arm: str, seed: int, run_id: str, number: int, 
 
 
 def _unfinished_row(
-    attempt: Attempt, arm: str, seed: int, number: int, spent: Spent, status: str, why: str, *,
-    reused: str | None = None, lost: int | None = None, memory: dict[str, Value] | None = None,
-    usage: Usage | None = None, disturbance: Disturbance | None = None, truncated: bool = False,
-) -> None:  # fmt: skip
+    attempt: Attempt,
+    arm: str,
+    seed: int,
+    number: int,
+    spent: Spent,
+    status: str,
+    why: str,
+    *,
+    reused: str | None = None,
+    lost: int | None = None,
+    memory: dict[str, Value] | None = None,
+    usage: Usage | None = None,
+    disturbance: Disturbance | None = None,
+    truncated: bool = False,
+) -> None:
     steps = attempt.trace(arm, seed, number).lost if lost is None else lost
     output = Output(counts={"steps_lost": measured(steps)})
     row = make_row(
-        attempt, arm, stage_of(attempt.run, arm), seed, spent, output, status, why, number=number, reused=reused,
-        memory=memory or unread(GONE), usage=usage or usage_unread(GONE),
-        disturbance=disturbance or disturbance_unread(GONE), truncated=truncated,
-    )  # fmt: skip
+        attempt,
+        arm,
+        stage_of(attempt.run, arm),
+        seed,
+        spent,
+        output,
+        status,
+        why,
+        number=number,
+        reused=reused,
+        memory=memory or unread(GONE),
+        usage=usage or usage_unread(GONE),
+        disturbance=disturbance or disturbance_unread(GONE),
+        truncated=truncated,
+    )
     attempt.add(row)

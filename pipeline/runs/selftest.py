@@ -1,8 +1,10 @@
-"""The gate's self-test: a model against itself, and one training again and again. What it says is recorded in MLflow.
+"""The gate's self-test: a model against itself, and one training again and again. What it says is
+recorded in MLflow.
 
-The model is loaded twice, as a gate loads its two sides, and both copies serve in every trial; they change roles from
-trial to trial, so that a difference between them (where their weights lie) shows as one and not as a bias. Readings,
-conditions, looks and criteria are those of a release check; only the least saving is 0.
+The model is loaded twice, as a gate loads its two sides, and both copies serve in every trial; they
+change roles from trial to trial, so that a difference between them (where their weights lie) shows
+as one and not as a bias. Readings, conditions, looks and criteria are those of a release check;
+only the least saving is 0.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ class SelfTest:
     signs: list[int] = field(default_factory=list[int])
     quality: dict[str, Any] = field(default_factory=dict[str, Any])
     copies: str = ""
-    dtype: dict[str, Any] = field(default_factory=dict[str, Any])  # what it was served in (`serving_dtype.py`)
+    # what it was served in (`serving_dtype.py`)
+    dtype: dict[str, Any] = field(default_factory=dict[str, Any])
     compare_ns: int = 0
     hours: list[float] = field(default_factory=list[float])
     trained_on: dict[str, Any] | None = None
@@ -117,7 +120,8 @@ class SelfTest:
 
 
 def self_test(run: Run, options: Options, *, started_ns: int) -> int:
-    """Test the gate that a composed release check would be, and record what came out; return the exit code.
+    """Test the gate that a composed release check would be, and record what came out; return the
+    exit code.
 
     Args:
         run: `recipe=release_check` with the same reference on both sides.
@@ -125,8 +129,8 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
         started_ns: Monotonic time when the process began.
 
     Raises:
-        UserError, BudgetSpent, Preempted: If it cannot be done, or not to its end; what it took is recorded all the
-            same.
+        UserError, BudgetSpent, Preempted: If it cannot be done, or not to its end; what it took is
+            recorded all the same.
     """
     from pipeline.tracking.writer import GATE_S, start_writer, undelivered
 
@@ -134,7 +138,10 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
     writer = start_writer(test.folder) if run.tracking.mlflow else None
     status, why, result = "FAILED", "crashed", dict[str, Any]()
     try:
-        with heartbeat(test.journal), on_stop_signal(lambda number: setattr(test, "stop_signal", number)):
+        with (
+            heartbeat(test.journal),
+            on_stop_signal(lambda number: setattr(test, "stop_signal", number)),
+        ):
             _measure(test)
             _train(test)
         result = _result(test)
@@ -172,9 +179,13 @@ def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
     clock, root = PhaseClock(), Path(run.tracking.root).expanduser().resolve()
     with _writable(root):
         store = Store(root / "store")
-    release = resolve(str(run.candidate), "model", Places(root, store, run.tracking.uri, run.store.url))
+    release = resolve(
+        str(run.candidate), "model", Places(root, store, run.tracking.uri, run.store.url)
+    )
     if release is None:
-        raise UserError("model", f"there is no {run.candidate}", "name a version that is registered")
+        raise UserError(
+            "model", f"there is no {run.candidate}", "name a version that is registered"
+        )
     data = load_dataset(run.data, run.task)
     device = choose_device(run)
     if run.hardware.num_threads is not None:
@@ -216,16 +227,29 @@ def _start(test: SelfTest, params: dict[str, Any]) -> dict[str, Any]:
     run, data = test.run, test.data
     owner = {name: value for name in OWNER if (value := getattr(run.tracking, name))}
     return {
-        "run_id": test.folder.name, "started_ns": test.started_ns, "attempt": 1, "devices": 1, "recipe": RECIPE,
-        "question": QUESTION, "experiment": run.tracking.experiment or RECIPE,
-        "tracking_uri": declared_uri(run.tracking.uri), "params": params, "tags": owner | nested_in(),
+        "run_id": test.folder.name,
+        "started_ns": test.started_ns,
+        "attempt": 1,
+        "devices": 1,
+        "recipe": RECIPE,
+        "question": QUESTION,
+        "experiment": run.tracking.experiment or RECIPE,
+        "tracking_uri": declared_uri(run.tracking.uri),
+        "params": params,
+        "tags": owner | nested_in(),
         "environment": {"device": device_name(test.device), "data.digest": data.digest},
-        "datasets": [{"name": data.name, "digest": data.digest, "split": "test",
-                      "num_documents": len(data.splits["test"])}],
-    }  # fmt: skip
+        "datasets": [
+            {
+                "name": data.name,
+                "digest": data.digest,
+                "split": "test",
+                "num_documents": len(data.splits["test"]),
+            }
+        ],
+    }
 
 
-# -- a model against itself -----------------------------------------------------------------------------------------
+# -- a model against itself -----------------------------------------------------------------------
 
 
 def _measure(test: SelfTest) -> None:
@@ -239,7 +263,9 @@ def _measure(test: SelfTest) -> None:
     run, policy = test.run, test.run.policy
     path = test.release.artifact.path
     documents = test.data.splits["test"][:PROMPT_DOCUMENTS]
-    encoded = encode_all(documents, load_tokenizer(path), run.task, max_length=max(512, run.serving.load.prompt))
+    encoded = encode_all(
+        documents, load_tokenizer(path), run.task, max_length=max(512, run.serving.load.prompt)
+    )
     sampler, start_ns = Sampler(reader_for(test.device)), test.clock.now_ns()
     sampler.start()
     try:
@@ -306,11 +332,19 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
             with test.clock.phase("generate"):
                 others, start_ns = Others(), test.clock.now_ns()
                 sampler.mark()
-                read = measure_interleaved({ARM: first, BASE: second}, [(ARM, BASE)], config=run.serving,
-                                           prompts=prompts, seed=number, check=test.check,
-                                           order_seed=next(taken))  # fmt: skip
+                read = measure_interleaved(
+                    {ARM: first, BASE: second},
+                    [(ARM, BASE)],
+                    config=run.serving,
+                    prompts=prompts,
+                    seed=number,
+                    check=test.check,
+                    order_seed=next(taken),
+                )
                 sampler.mark()
-                conditions = machine_conditions(sampler, (start_ns, test.clock.now_ns()), others, test.device.type)
+                conditions = machine_conditions(
+                    sampler, (start_ns, test.clock.now_ns()), others, test.device.type
+                )
             arm, base = read.seconds[ARM, BASE]
             beside = moved(run.policy, arm, base, read.orders[ARM, BASE], read.places[ARM, BASE])
             return arm, base, [*disturbed(run.policy, _device(test), conditions), *beside]
@@ -327,7 +361,9 @@ def _device(test: SelfTest) -> str:
 
 
 def _quality(test: SelfTest) -> dict[str, Any]:
-    """Score the artifact twice and compare it with itself on each quality that the policy asks for."""
+    """Score the artifact twice and compare it with itself on each quality that the policy asks
+    for.
+    """
     from pipeline.evaluation.quality.assess import assess_quality, read_items
     from pipeline.gate.checks import gating_metrics
 
@@ -337,26 +373,44 @@ def _quality(test: SelfTest) -> dict[str, Any]:
         return {}
     sides: list[dict[str, Any]] = [
         assess_quality(
-            test.release.artifact.path, documents=test.data.splits["test"], task=run.task, labels=test.data.labels,
-            config=run.quality, sequence_length=run.quality.sequence_length or run.training.sequence_length,
-            device=test.device, items=test.folder / f"copy-{number}.jsonl", teacher_predictions=None, seed=0,
+            test.release.artifact.path,
+            documents=test.data.splits["test"],
+            task=run.task,
+            labels=test.data.labels,
+            config=run.quality,
+            sequence_length=run.quality.sequence_length or run.training.sequence_length,
+            device=test.device,
+            items=test.folder / f"copy-{number}.jsonl",
+            teacher_predictions=None,
+            seed=0,
             clock=test.clock,
         )
         for number in (1, 2)
-    ]  # fmt: skip
+    ]
     found: dict[str, Any] = {}
     for key in asked:
         held_by = key if key.startswith(TASK) else PRIMARY[run.task]
         if any(not (side.get(held_by) or {}).get("items") for side in sides):
             continue
         arm, base = (read_items(Path(side[held_by]["items"])) for side in sides)
-        read = quality_criterion(key, arm, base, policy, margin=policy.metrics[key].margin,
-                                 resamples=run.quality.bootstrap)  # fmt: skip
-        found[key] = {"outcome": read.outcome.value, "value": read.value.v, "n": read.n, "why": read.why}
+        read = quality_criterion(
+            key,
+            arm,
+            base,
+            policy,
+            margin=policy.metrics[key].margin,
+            resamples=run.quality.bootstrap,
+        )
+        found[key] = {
+            "outcome": read.outcome.value,
+            "value": read.value.v,
+            "n": read.n,
+            "why": read.why,
+        }
     return found
 
 
-# -- one training again and again -----------------------------------------------------------------------------------
+# -- one training again and again -----------------------------------------------------------------
 
 
 def _train(test: SelfTest) -> None:
@@ -393,7 +447,8 @@ def _free_device(device: Any) -> None:
 def _one_training(
     args: Sequence[str], root: Path, said: str, check: Callable[[], None]
 ) -> tuple[float, dict[str, Any]]:
-    """Run a recipe to its end; return C of its primary arm, in device-hours, and the device that it names.
+    """Run a recipe to its end; return C of its primary arm, in device-hours, and the device that it
+    names.
 
     Args:
         check: Asked meanwhile; where it raises, the training is killed.
@@ -401,7 +456,9 @@ def _one_training(
     Raises:
         UserError: If it does not end well, or trained nothing.
     """
-    code, err = _run([sys.executable, "-m", "pipeline", *args, "tracking=off", f"tracking.root='{root}'"], check)
+    code, err = _run(
+        [sys.executable, "-m", "pipeline", *args, "tracking=off", f"tracking.root='{root}'"], check
+    )
     if code not in (Exit.DONE, Exit.FAIL):  # a format that saves nothing was trained all the same
         last = " ".join((err.strip().splitlines() or [""])[-1].split())
         problem = f"{said} ended with exit code {code} ({last[:200]})"
@@ -410,13 +467,19 @@ def _one_training(
     charge = _charge(result)
     hours = charge.get("work_device_hours") or 0.0
     if hours <= 0:
-        raise UserError("train", f"{said} trained nothing", "name a recipe whose primary arm is trained")
+        raise UserError(
+            "train", f"{said} trained nothing", "name a recipe whose primary arm is trained"
+        )
     return hours, charge["device"]
 
 
 def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
-    """Run a program until it ends, or until `check` raises; return its exit code and what it said on stderr."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    """Run a program until it ends, or until `check` raises; return its exit code and what it said
+    on stderr.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             while True:
                 check()
@@ -429,54 +492,97 @@ def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
 
 
 def _charge(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the primary artifact's chain took, as a gate will read it from its artifact.json."""
-    made = [row for row in result.get("rows", []) if row["arm"] == result["primary_arm"] and row["artifact"]]
+    """Return what the primary artifact's chain took, as a gate will read it from its
+    artifact.json.
+    """
+    made = [
+        row
+        for row in result.get("rows", [])
+        if row["arm"] == result["primary_arm"] and row["artifact"]
+    ]
     charge = facts_of(Path(made[0]["artifact"]["path"])).get("charge") if made else None
     return charge if isinstance(charge, dict) else {}
 
 
-# -- what it came to ------------------------------------------------------------------------------------------------
+# -- what it came to ------------------------------------------------------------------------------
 
 
 def _result(test: SelfTest) -> dict[str, Any]:
     policy = test.run.policy
-    served = sum_up(test.trials, test.signs, alpha=policy.alpha, blocks=policy.blocks, looks=policy.looks)
-    answered = [each for each in test.quality.values() if each["outcome"] in (Outcome.PASS, Outcome.FAIL)]
-    quality = false_answers(sum(each["outcome"] == Outcome.FAIL for each in answered), len(answered), 0.0)
+    served = sum_up(
+        test.trials, test.signs, alpha=policy.alpha, blocks=policy.blocks, looks=policy.looks
+    )
+    answered = [
+        each for each in test.quality.values() if each["outcome"] in (Outcome.PASS, Outcome.FAIL)
+    ]
+    quality = false_answers(
+        sum(each["outcome"] == Outcome.FAIL for each in answered), len(answered), 0.0
+    )
     too_many = served.too_many or quality.too_many
     silent = served.passes.n == 0
     code = Exit.FAIL if too_many else Exit.INVALID if silent else Exit.DONE
     return {
-        "schema": 1, "run_id": test.folder.name, "exit_code": int(code), "too_many": too_many,
-        "model": {"reference": test.release.reference, "digest": test.release.artifact.digest,
-                  "name": test.release.model, "version": test.release.version},
-        "policy": {"name": policy.name, "sha256": key_of(policy=policy), "alpha": policy.alpha,
-                   "blocks": policy.blocks, "looks": policy.looks, "load": plain(policy.load)},
-        "device": {"kind": test.device.type, "name": _device(test), "count": 1}, "data": test.data.digest,
+        "schema": 1,
+        "run_id": test.folder.name,
+        "exit_code": int(code),
+        "too_many": too_many,
+        "model": {
+            "reference": test.release.reference,
+            "digest": test.release.artifact.digest,
+            "name": test.release.model,
+            "version": test.release.version,
+        },
+        "policy": {
+            "name": policy.name,
+            "sha256": key_of(policy=policy),
+            "alpha": policy.alpha,
+            "blocks": policy.blocks,
+            "looks": policy.looks,
+            "load": plain(policy.load),
+        },
+        "device": {"kind": test.device.type, "name": _device(test), "count": 1},
+        "data": test.data.digest,
         "dtype": {name: test.dtype.get(name) for name in ("asked", "served")},
-        "serving": _served_json(served, test.trials), "quality": {"false": quality.to_json(), "read": test.quality},
+        "serving": _served_json(served, test.trials),
+        "quality": {"false": quality.to_json(), "read": test.quality},
         "training": _training_json(test),
         "device_hours": (test.clock.now_ns() - test.started_ns) / HOUR_NS,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
 def _served_json(served: Served, trials: Sequence[Trial]) -> dict[str, Any]:
     return {
-        "outcomes": served.outcomes, "false_pass": served.passes.to_json(), "false_fail": served.fails.to_json(),
-        "sd_log": served.sd_log, "copies": None if served.copies is None else list(served.copies),
-        "noise_floor": served.noise_floor, "power": [list(each) for each in served.power],
-        "trials": [{"outcome": each.outcome.value, "looks": each.looks, "why": each.why,
-                    "log_ratios": each.log_ratios.tolist()} for each in trials],
-    }  # fmt: skip
+        "outcomes": served.outcomes,
+        "false_pass": served.passes.to_json(),
+        "false_fail": served.fails.to_json(),
+        "sd_log": served.sd_log,
+        "copies": None if served.copies is None else list(served.copies),
+        "noise_floor": served.noise_floor,
+        "power": [list(each) for each in served.power],
+        "trials": [
+            {
+                "outcome": each.outcome.value,
+                "looks": each.looks,
+                "why": each.why,
+                "log_ratios": each.log_ratios.tolist(),
+            }
+            for each in trials
+        ],
+    }
 
 
 def _training_json(test: SelfTest) -> dict[str, Any] | None:
     if not test.hours:
         return None
     sd_log, runs = training_spread(test.hours), len(test.hours)
-    return {"device_hours": test.hours, "sd_log": sd_log, "runs": runs, "device": test.trained_on,
-            "floor": training_floor(sd_log, runs, alpha=test.run.policy.alpha)}  # fmt: skip
+    return {
+        "device_hours": test.hours,
+        "sd_log": sd_log,
+        "runs": runs,
+        "device": test.trained_on,
+        "floor": training_floor(sd_log, runs, alpha=test.run.policy.alpha),
+    }
 
 
 def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -> None:
@@ -491,12 +597,32 @@ def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -
         test.journal.write("selftest", tags=_tags(result), values=_values(result))
     total_ns = test.clock.now_ns() - test.started_ns
     rest_ns = max(total_ns - test.compare_ns, 0)
-    parts = {"total": total_ns, "work": 0, "assess": 0, "retry": 0, "compare": test.compare_ns, "overhead": rest_ns}
+    parts = {
+        "total": total_ns,
+        "work": 0,
+        "assess": 0,
+        "retry": 0,
+        "compare": test.compare_ns,
+        "overhead": rest_ns,
+    }
     hours = {name: measured(ns / HOUR_NS).to_json() for name, ns in parts.items()}
-    totals = {"attempts": 1, "device_hours": hours, "phases_device_ns": {"overhead": {}, "compare": {}},
-              "spent": hours["total"], "reused": measured(0.0).to_json()}  # fmt: skip
+    totals = {
+        "attempts": 1,
+        "device_hours": hours,
+        "phases_device_ns": {"overhead": {}, "compare": {}},
+        "spent": hours["total"],
+        "reused": measured(0.0).to_json(),
+    }
     shown = "\n".join(lines(result)) if result else f"{status}: {why}"
-    test.journal.write("run_end", status=status, why=why, primary_arm=None, run=totals, description=shown, files=files)
+    test.journal.write(
+        "run_end",
+        status=status,
+        why=why,
+        primary_arm=None,
+        run=totals,
+        description=shown,
+        files=files,
+    )
     test.journal.close()
     test.lock.release()
 
@@ -505,24 +631,41 @@ def _tags(result: dict[str, Any]) -> dict[str, Any]:
     """Return the tags that a gate finds a spread by, and what was tested."""
     device = (result["training"] or result)["device"]
     model = result["model"]["name"] or result["model"]["digest"]
-    return {"device": device["name"], "devices": device["count"], "model": model, "digest": result["model"]["digest"],
-            "policy": result["policy"]["name"], "policy.sha256": result["policy"]["sha256"],
-            "answer": "too many false answers" if result["too_many"] else "as alpha allows"}  # fmt: skip
+    return {
+        "device": device["name"],
+        "devices": device["count"],
+        "model": model,
+        "digest": result["model"]["digest"],
+        "policy": result["policy"]["name"],
+        "policy.sha256": result["policy"]["sha256"],
+        "answer": "too many false answers" if result["too_many"] else "as alpha allows",
+    }
 
 
 def _values(result: dict[str, Any]) -> dict[str, Any]:
     serving, quality, training = result["serving"], result["quality"]["false"], result["training"]
     false = serving["false_pass"]["count"] + serving["false_fail"]["count"]
     counted = {
-        "serving_n": serving["false_pass"]["n"], "serving_false": false,
-        "serving_false_pass": serving["false_pass"]["count"], "serving_false_fail": serving["false_fail"]["count"],
-        "serving_invalid": serving["outcomes"]["INVALID"], "quality_n": quality["n"], "quality_false": quality["count"],
+        "serving_n": serving["false_pass"]["n"],
+        "serving_false": false,
+        "serving_false_pass": serving["false_pass"]["count"],
+        "serving_false_fail": serving["false_fail"]["count"],
+        "serving_invalid": serving["outcomes"]["INVALID"],
+        "quality_n": quality["n"],
+        "quality_false": quality["count"],
         "device_hours": result["device_hours"],
-    }  # fmt: skip
+    }
     untold = null("no trial could be judged")
-    told = {name: untold if serving[key] is None else measured(serving[key])
-            for name, key in (("serving_sd_log", "sd_log"), ("noise_floor", "noise_floor"))}  # fmt: skip
+    told = {
+        name: untold if serving[key] is None else measured(serving[key])
+        for name, key in (("serving_sd_log", "sd_log"), ("noise_floor", "noise_floor"))
+    }
     if training is not None:
-        told |= {f"training_{name}": measured(training[name]) for name in ("sd_log", "runs", "floor")}
-    values: dict[str, Value] = {**{name: measured(value) for name, value in counted.items()}, **told}
+        told |= {
+            f"training_{name}": measured(training[name]) for name in ("sd_log", "runs", "floor")
+        }
+    values: dict[str, Value] = {
+        **{name: measured(value) for name, value in counted.items()},
+        **told,
+    }
     return {name: value.to_json() for name, value in values.items()}

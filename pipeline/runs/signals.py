@@ -30,15 +30,20 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def listen_early() -> None:
-    """Have stop signals end the program as preempted until a run listens for them itself; Ctrl-C is noted too."""
+    """Have stop signals end the program as preempted until a run listens for them itself; Ctrl-C is
+    noted too.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, stop_early)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+    # a shell's background job ignores it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 
 def noted() -> int | None:
-    """Return the stop signal that has come, whatever became of what it raised; None where none has."""
+    """Return the stop signal that has come, whatever became of what it raised; None where none
+    has.
+    """
     return _noted[0] if _noted else None
 
 
@@ -46,8 +51,8 @@ def noted() -> int | None:
 def as_the_stop() -> Generator[None]:
     """Have whatever ends the body after a stop signal be that stop.
 
-    A library that is interrupted while it is imported may raise something of its own: numpy an ImportError
-    ("initialization failed").
+    A library that is interrupted while it is imported may raise something of its own: numpy an
+    ImportError ("initialization failed").
 
     Raises:
         StoppedEarly, KeyboardInterrupt: In place of any exception that comes after the signal.
@@ -63,11 +68,17 @@ def heed(error: Exception) -> None:
     """Raise the stop that has come, if any, in place of an exception."""
     number = noted()
     if number is not None:
-        raise (KeyboardInterrupt() if number == signal.SIGINT else StoppedEarly(signal.Signals(number).name)) from error
+        raise (
+            KeyboardInterrupt()
+            if number == signal.SIGINT
+            else StoppedEarly(signal.Signals(number).name)
+        ) from error
 
 
 def ignore_all() -> None:
-    """Let no signal change an exit code that is decided: what is left is the interpreter's own tidying."""
+    """Let no signal change an exit code that is decided: what is left is the interpreter's own
+    tidying.
+    """
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -80,7 +91,9 @@ def is_listened_to(number: int) -> bool:
 
 @contextmanager
 def on_stop_signal(handler: Callable[[int], None]) -> Generator[None]:
-    """Call `handler` with the number of each stop signal while the body runs; afterwards all is as before."""
+    """Call `handler` with the number of each stop signal while the body runs; afterwards all is as
+    before.
+    """
 
     def called(number: int, _: FrameType | None) -> None:
         handler(number)

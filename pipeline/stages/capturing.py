@@ -1,9 +1,10 @@
-"""What a capture does: a frozen teacher over the windows of a training, shard by shard, each shard kept when whole.
+"""What a capture does: a frozen teacher over the windows of a training, shard by shard, each shard
+kept when whole.
 
-A shard lies in the stage's checkpoint folder with a record of its checksum beside it. A capture that was stopped goes
-on from the shards whose checksums hold; since chance is a function of (seed, window) and windows always meet in the
-same batches, it ends with the same bytes. The teacher's head is applied chunk by chunk: nothing of tokens x vocabulary
-exists beyond a chunk.
+A shard lies in the stage's checkpoint folder with a record of its checksum beside it. A capture
+that was stopped goes on from the shards whose checksums hold; since chance is a function of (seed,
+window) and windows always meet in the same batches, it ends with the same bytes. The teacher's head
+is applied chunk by chunk: nothing of tokens x vocabulary exists beyond a chunk.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
 
 SHARD_TOKENS = 2**17  # of a shard: seconds of work for most teachers, 9 MB at most
-LOGIT_BYTES = 24  # that a chunk takes per logit: fp32 logits and probabilities, fp64 cumulative ones, and one copy
+# that a chunk takes per logit: fp32 logits and probabilities, fp64 cumulative ones, and one copy
+LOGIT_BYTES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +105,18 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
     records = _all_shards(source, plan, micro, ctx)
     with ctx.clock.phase("checkpoint"):
         facts = {
-            **_facts(source, stage, settings), "teacher": inputs[stage.teacher].digest, "data": ctx.data.digest,
-            "tokenizer": tokenizer_digest(tokenizer), "packing": packing_digest(source.windows),
-        }  # fmt: skip
+            **_facts(source, stage, settings),
+            "teacher": inputs[stage.teacher].digest,
+            "data": ctx.data.digest,
+            "tokenizer": tokenizer_digest(tokenizer),
+            "packing": packing_digest(source.windows),
+        }
         for number in range(len(plan)):
             place(ctx.checkpoints / shard_name(number), ctx.out / shard_name(number))
-        shards = [{name: record[name] for name in ("sha256", "windows", "tokens", "bytes")} for record in records]
+        shards = [
+            {name: record[name] for name in ("sha256", "windows", "tokens", "bytes")}
+            for record in records
+        ]
         manifest = write_manifest(ctx.out, facts, shards)
     output = _output(source, stage, records, manifest, ctx)
     if source.examined is None or not isinstance(source.examined.head, Unknown):
@@ -118,8 +126,11 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
     return replace(output, notes=(*output.notes, f"{ctx.stage}: {said}"))
 
 
-def expected(stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context) -> dict[str, Any]:
-    """Return what a cache must say of itself for the stage of `ctx`, which reads `windows`, to take it.
+def expected(
+    stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context
+) -> dict[str, Any]:
+    """Return what a cache must say of itself for the stage of `ctx`, which reads `windows`, to take
+    it.
 
     Args:
         stage: The capture that made it, by this recipe.
@@ -128,16 +139,24 @@ def expected(stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Art
     chosen = {"method": stage.method.value, "temperature": own.temperature}
     if run.task is Task.sequence_classification:
         chosen = {"method": Dense.method}  # logits serve every temperature
-    given = {name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None}
+    given = {
+        name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None
+    }
     return {
-        "sequence_length": training_settings(own, run).sequence_length, "tokenizer": tokenizer_digest(tokenizer),
-        "data": ctx.data.digest, "packing": packing_digest(windows), "teacher": teacher.digest,
-        "precision": frozen(training_precision(stage, run), ctx.device).value, **chosen,
+        "sequence_length": training_settings(own, run).sequence_length,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "data": ctx.data.digest,
+        "packing": packing_digest(windows),
+        "teacher": teacher.digest,
+        "precision": frozen(training_precision(stage, run), ctx.device).value,
+        **chosen,
         **(given if run.task is Task.causal_lm else {}),
-    }  # fmt: skip
+    }
 
 
-def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx: Context) -> tuple[_Source, Any]:
+def _open(
+    stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx: Context
+) -> tuple[_Source, Any]:
     """Load the teacher, and lay out what it is to read."""
     task = ctx.run.task
     with ctx.clock.phase("model_load"):
@@ -146,20 +165,33 @@ def _open(stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx:
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
         examined = examine(model, ctx.device) if task is Task.causal_lm else None
-        encoded, apart = read_encoded(model, tokenizer, settings, ctx), examined is not None and not examined.packs
+        encoded, apart = (
+            read_encoded(model, tokenizer, settings, ctx),
+            examined is not None and not examined.packs,
+        )
         windows = make_batches(model, tokenizer, encoded, settings, ctx, apart=apart)
         flops = ModelFlops.of(model, task, backward=False)
         codec = _codec(stage, model, examined, tokenizer, ctx)
     precision = frozen(training_precision(stage, ctx.run), ctx.device)
     round_weights(model, precision)
-    return _Source(model, task, precision, ctx.device, examined, windows, codec, ctx.seed, flops), tokenizer
+    return (
+        _Source(model, task, precision, ctx.device, examined, windows, codec, ctx.seed, flops),
+        tokenizer,
+    )
 
 
-def _codec(stage: CaptureStage, model: Any, examined: Examined | None, tokenizer: Any, ctx: Context) -> Codec:
-    """Return what packs the distributions: over the tokens that the tokenizer has, not over a head's padding."""
+def _codec(
+    stage: CaptureStage, model: Any, examined: Examined | None, tokenizer: Any, ctx: Context
+) -> Codec:
+    """Return what packs the distributions: over the tokens that the tokenizer has, not over a
+    head's padding.
+    """
     if examined is None:
         if stage.method is not CaptureMethod.sample or stage.draws is not None:
-            ctx.say(f"{ctx.stage}: method, draws and k have no effect: all logits of the classes are kept")
+            ctx.say(
+                f"{ctx.stage}: method, draws and k have no effect: all logits of the classes are"
+                " kept"
+            )
         return Dense(model.config.num_labels)
     vocabulary = min(max(tokenizer.get_vocab().values()) + 1, columns_of(model, examined.head))
     temperature = stage.captured(ctx.run)["temperature"]
@@ -170,24 +202,36 @@ def _codec(stage: CaptureStage, model: Any, examined: Examined | None, tokenizer
 
 def _facts(source: _Source, stage: CaptureStage, settings: TrainingConfig) -> dict[str, Any]:
     codec = source.codec
-    chosen = {name: getattr(codec, name, None) for name in ("method", "draws", "k", "temperature", "vocabulary")}
+    chosen = {
+        name: getattr(codec, name, None)
+        for name in ("method", "draws", "k", "temperature", "vocabulary")
+    }
     return {
-        **chosen, "draws": chosen["draws"] or None, "precision": source.precision.value, "seed": source.seed,
-        "sequence_length": settings.sequence_length, "batch_size": settings.batch_size, "steps": settings.steps,
-    }  # fmt: skip
+        **chosen,
+        "draws": chosen["draws"] or None,
+        "precision": source.precision.value,
+        "seed": source.seed,
+        "sequence_length": settings.sequence_length,
+        "batch_size": settings.batch_size,
+        "steps": settings.steps,
+    }
 
 
 def _plan(rows: np.ndarray, micro: int, sequence_length: int) -> Iterator[list[int]]:
-    """Yield the windows of each shard: whole batches, so that a window always meets the same others."""
+    """Yield the windows of each shard: whole batches, so that a window always meets the same
+    others.
+    """
     size = max(1, SHARD_TOKENS // (sequence_length * micro)) * micro
     for start in range(0, len(rows), size):
         yield rows[start : start + size].tolist()
 
 
-# -- shards ---------------------------------------------------------------------------------------------------------
+# -- shards ---------------------------------------------------------------------------------------
 
 
-def _all_shards(source: _Source, plan: Sequence[list[int]], micro: int, ctx: Context) -> list[dict[str, Any]]:
+def _all_shards(
+    source: _Source, plan: Sequence[list[int]], micro: int, ctx: Context
+) -> list[dict[str, Any]]:
     """Capture the shards that are not there yet; return the records of all, by number.
 
     Raises:
@@ -207,16 +251,22 @@ def _all_shards(source: _Source, plan: Sequence[list[int]], micro: int, ctx: Con
             advance(done, tokens)
             stop = ctx.should_stop()
             if stop is not None and len(found) < len(plan):
-                raise stop(f"stopped after {len(found)} of {len(plan)} shards; the same command goes on from there")
+                raise stop(
+                    f"stopped after {len(found)} of {len(plan)} shards; the same command goes on"
+                    " from there"
+                )
     return [found[number] for number in range(len(plan))]
 
 
 def _verified(ctx: Context, num_shards: int) -> dict[int, dict[str, Any]]:
-    """Return the records of the shards of earlier attempts whose checksums hold, and say that they are gone on from."""
+    """Return the records of the shards of earlier attempts whose checksums hold, and say that they
+    are gone on from.
+    """
     found: dict[int, dict[str, Any]] = {}
     with ctx.clock.phase("checkpoint"):
         ctx.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left in ctx.checkpoints.glob(".shard-*"):  # by a killed process: only one at a time makes an artifact
+        # by a killed process: only one at a time makes an artifact
+        for left in ctx.checkpoints.glob(".shard-*"):
             left.unlink()
         for number in range(num_shards):
             path = ctx.checkpoints / shard_name(number)
@@ -229,7 +279,9 @@ def _verified(ctx: Context, num_shards: int) -> dict[int, dict[str, Any]]:
                 ctx.say(f"{ctx.stage}: {path.name} is damaged and captured anew")
     with ctx.clock.phase("log"):
         newest = max(found.values(), key=lambda record: record["step"], default=None)
-        ctx.resumed(0 if newest is None else newest["step"], [] if newest is None else newest["history"])
+        ctx.resumed(
+            0 if newest is None else newest["step"], [] if newest is None else newest["history"]
+        )
     return found
 
 
@@ -237,7 +289,9 @@ def _record(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _one_shard(source: _Source, rows: list[int], number: int, step: int, micro: int, ctx: Context) -> dict[str, Any]:
+def _one_shard(
+    source: _Source, rows: list[int], number: int, step: int, micro: int, ctx: Context
+) -> dict[str, Any]:
     """Capture one shard and commit it: the shard first, then the record that vouches for it."""
     before = ctx.clock.now_ns()
     with ctx.clock.phase("capture"):
@@ -249,10 +303,15 @@ def _one_shard(source: _Source, rows: list[int], number: int, step: int, micro: 
         path = ctx.checkpoints / shard_name(number)
         contents = [source.windows.content(row) for row in rows]
         record: dict[str, Any] = {
-            "sha256": write_shard(path, rows, contents, shard.parts), "windows": len(rows), "tokens": shard.tokens,
-            "read": shard.read, "bytes": path.stat().st_size, "flops": shard.flops, "capture_ns": capture_ns,
+            "sha256": write_shard(path, rows, contents, shard.parts),
+            "windows": len(rows),
+            "tokens": shard.tokens,
+            "read": shard.read,
+            "bytes": path.stat().st_size,
+            "flops": shard.flops,
+            "capture_ns": capture_ns,
             "step": step,
-        }  # fmt: skip
+        }
         write_json(_record(path), {**record, "history": ctx.history(step)})
     with ctx.clock.phase("log"):
         ctx.checkpointed(step)
@@ -269,14 +328,18 @@ def _captured(source: _Source, rows: list[int], micro: int) -> _Shard:
             drawn = _drawn(source, batch, some, sizes)
             ends = np.cumsum(sizes)
             shard.parts += [
-                source.codec.pack({name: column[end - size : end] for name, column in drawn.items()})
+                source.codec.pack(
+                    {name: column[end - size : end] for name, column in drawn.items()}
+                )
                 for size, end in zip(sizes, ends.tolist(), strict=True)
             ]
             shard.tokens += sum(sizes)
             shard.read += num_tokens(batch)
             count, length = batch["input_ids"].shape
             full = source.examined is not None and isinstance(source.examined.head, Unknown)
-            shard.flops += source.flops.per_sequence.batch(count, length, count * length if full else sum(sizes))
+            shard.flops += source.flops.per_sequence.batch(
+                count, length, count * length if full else sum(sizes)
+            )
     return shard
 
 
@@ -286,9 +349,13 @@ def _predicted(labels: Tensor) -> list[int]:
 
 
 def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: list[int]) -> Columns:
-    """Return what the codec keeps of the teacher's distributions on all targets of a batch, on the host."""
+    """Return what the codec keeps of the teacher's distributions on all targets of a batch, on the
+    host.
+    """
     keep = (batch["labels"].flatten() != IGNORE).nonzero().flatten().to(source.device)
-    inputs = {name: tensor.to(source.device) for name, tensor in batch.items() if name not in NOT_INPUTS}
+    inputs = {
+        name: tensor.to(source.device) for name, tensor in batch.items() if name not in NOT_INPUTS
+    }
     chance = torch.from_numpy(_uniforms(source, rows, sizes)).to(source.device)
     if source.examined is None:
         logits = logits_of(source.model, inputs)[keep].float()
@@ -296,7 +363,9 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
     else:
         mask = document_mask(inputs["position_ids"]) if source.examined.masked else None
         read = full_logits if isinstance(source.examined.head, Unknown) else hidden_states
-        given = read(source.model, read_inputs(inputs, packs=source.examined.packs), mask).flatten(0, 1)[keep]
+        given = read(source.model, read_inputs(inputs, packs=source.examined.packs), mask).flatten(
+            0, 1
+        )[keep]
         chunks = list(_by_chunks(source, source.examined.head, given, chance))
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 
@@ -305,7 +374,8 @@ def _uniforms(source: _Source, rows: list[int], sizes: list[int]) -> np.ndarray:
     """Return chance for every draw of a batch, (N, draws): a function of seed and window alone."""
     draws = source.codec.draws
     each = [
-        np.random.default_rng((source.seed, row)).random((size, draws)) for row, size in zip(rows, sizes, strict=True)
+        np.random.default_rng((source.seed, row)).random((size, draws))
+        for row, size in zip(rows, sizes, strict=True)
     ]
     return np.concatenate(each)
 
@@ -330,23 +400,40 @@ def _by_chunks(
 
 
 def _output(
-    source: _Source, stage: CaptureStage, records: Sequence[dict[str, Any]], manifest: dict[str, Any], ctx: Context
+    source: _Source,
+    stage: CaptureStage,
+    records: Sequence[dict[str, Any]],
+    manifest: dict[str, Any],
+    ctx: Context,
 ) -> Output:
     """Return the teacher's FLOPs, tokens and time; nothing was trained, so there are no steps."""
     flops = sum(record["flops"] for record in records)
     is_language = source.task is Task.causal_lm
     counts = {
         "tokens": measured(sum(record["read"] for record in records)),
-        "target_tokens": measured(manifest["tokens"]) if is_language else null("labels are learnt, not tokens"),
-    }  # fmt: skip
-    kept = {"sample": f"{manifest['draws']} draws", "top_k": f"the {manifest['k']} largest", "dense": "all logits"}
+        "target_tokens": (
+            measured(manifest["tokens"]) if is_language else null("labels are learnt, not tokens")
+        ),
+    }
+    kept = {
+        "sample": f"{manifest['draws']} draws",
+        "top_k": f"the {manifest['k']} largest",
+        "dense": "all logits",
+    }
     what = f"{manifest['tokens']} {'predicted tokens' if is_language else 'examples'}"
     note = (
         f"{ctx.stage}: {what} of {manifest['windows']} windows, {kept[manifest['method']]}, "
         f"{manifest['bytes_per_token']:.1f} bytes each"
     )
     seconds = sum(record["capture_ns"] for record in records) / 1e9
-    counted = StepFlops(source.flops.per_sequence, why=source.flops.why, why_no_rule=source.flops.why_no_rule)
-    counts |= {"model_flops": counted.total(flops), "active_parameter_share": source.flops.active_share(source.model)}
-    said = tuple(f"{ctx.stage}: {each}" for each in (source.flops.said(source.model),) if each is not None)
+    counted = StepFlops(
+        source.flops.per_sequence, why=source.flops.why, why_no_rule=source.flops.why_no_rule
+    )
+    counts |= {
+        "model_flops": counted.total(flops),
+        "active_parameter_share": source.flops.active_share(source.model),
+    }
+    said = tuple(
+        f"{ctx.stage}: {each}" for each in (source.flops.said(source.model),) if each is not None
+    )
     return counted.told(Output(counts=counts, seconds_in_steps=seconds, notes=(note, *said)), flops)

@@ -24,15 +24,17 @@ class Output:
     Attributes:
         counts: Keys of the ledger's `counts` (steps, tokens, examples, model_flops, ...).
         flops_per_step: Of the stage's own model, teacher excluded; what `match_compute` divides by.
-        flops_by_rule: All FLOPs by the rule of thumb, where they cannot be counted: what `match_compute` then matches.
-        curve: Validation readings: step, tokens, metric, seconds in steps until then, seconds in evaluations (its own
-            included), and 1.0 where the learning rate was constant.
+        flops_by_rule: All FLOPs by the rule of thumb, where they cannot be counted: what
+            `match_compute` then matches.
+        curve: Validation readings: step, tokens, metric, seconds in steps until then, seconds in
+            evaluations (its own included), and 1.0 where the learning rate was constant.
         seconds_in_steps: Time in training steps, evaluation and checkpoints excluded.
         existing: The stage did nothing: its artifact is the model it was given.
         notes: What a reader must know, said once.
-        gpu_timeline: What the device did, in plain JSON, empty where nothing was looked at: `shares` of step time on
-            traced steps (figures by name), `steps` (their classes in ns), `traces` (file names below
-            `Context.traces`), `notes`, and `phases_s` (device seconds by host phase, of this attempt).
+        gpu_timeline: What the device did, in plain JSON, empty where nothing was looked at:
+            `shares` of step time on traced steps (figures by name), `steps` (their classes in ns),
+            `traces` (file names below `Context.traces`), `notes`, and `phases_s` (device seconds by
+            host phase, of this attempt).
         about: Facts that go into artifact.json, in plain JSON by topic.
     """
 
@@ -49,11 +51,15 @@ class Output:
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back; notes are said once and not kept."""
         return {
-            "counts": {name: value.to_json() for name, value in self.counts.items()}, "curve": self.curve,
-            "flops_per_step": self.flops_per_step, "flops_by_rule": self.flops_by_rule,
+            "counts": {name: value.to_json() for name, value in self.counts.items()},
+            "curve": self.curve,
+            "flops_per_step": self.flops_per_step,
+            "flops_by_rule": self.flops_by_rule,
             "seconds_in_steps": self.seconds_in_steps,
-            "existing": self.existing, "gpu_timeline": self.gpu_timeline, "about": self.about,
-        }  # fmt: skip
+            "existing": self.existing,
+            "gpu_timeline": self.gpu_timeline,
+            "about": self.about,
+        }
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Output:
@@ -66,7 +72,9 @@ class Output:
 
 @dataclass(slots=True)
 class Context:
-    """What a stage works with. It neither times nor logs itself: the clock and the journal are the run's."""
+    """What a stage works with. It neither times nor logs itself: the clock and the journal are the
+    run's.
+    """
 
     run: Run
     stage: str
@@ -79,9 +87,11 @@ class Context:
     matched: Output | None  # of the stage named by `like`
     matched_flops: float | None  # of that stage, with the capture of the cache that it reads
     points: Callable[[int, dict[str, float]], None]  # curves, by step
-    history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step: goes into it
+    # what led to a checkpoint at this step: goes into it
+    history: Callable[[int], list[dict[str, Any]]]
     checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk
-    resumed: Callable[[int, list[dict[str, Any]]], None]  # the stage goes on from this step; its checkpoint's history
+    # the stage goes on from this step; its checkpoint's history
+    resumed: Callable[[int, list[dict[str, Any]]], None]
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]

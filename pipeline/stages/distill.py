@@ -1,12 +1,15 @@
 """Distill: train a student on its teacher's predictions, mixed with the hard labels.
 
-What it does: a divergence from the teacher's distribution at a temperature (forward KL unless said otherwise), times
-T squared, plus cross-entropy; the teacher is frozen (a hash of its parameters before and after proves it) and runs in
-its own precision. When it helps: for a student initialised from its teacher or served often; a live teacher costs more
-FLOPs per step than plain training, so read it against both controls of `recipe=distill`. With `cache` the teacher is
-not loaded at all: its predictions were captured by an earlier stage. Settings worth changing: ce_weight, temperature,
-divergence, steps.
-Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and theirs in `distillation/losses.py`.
+What it does: a divergence from the teacher's distribution at a temperature (forward KL unless said
+    otherwise), times T squared, plus cross-entropy; the teacher is frozen (a hash of its parameters
+    before and after proves it) and runs in
+its own precision. When it helps: for a student initialised from its teacher or served often; a live
+    teacher costs more FLOPs per step than plain training, so read it against both controls of
+    `recipe=distill`. With `cache` the teacher is
+not loaded at all: its predictions were captured by an earlier stage. Settings worth changing:
+    ce_weight, temperature, divergence, steps.
+Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and theirs in
+    `distillation/losses.py`.
 """
 
 from __future__ import annotations
@@ -54,26 +57,37 @@ class DistillStage(TrainingOverrides):
     model: str = STUDENT_INIT
     teacher: str = "teacher"  # base, or an earlier stage
     divergence: Divergence = Divergence.forward_kl
-    mixture: Optional[float] = None  # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
+    # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
+    mixture: Optional[float] = None
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
-    hidden_weight: float = at_least_0(0.0)  # of hidden states drawn to the teacher's; 0: they are not looked at
-    layer_map: Any = None  # of them: null (evenly spread), last, or the teacher's layer for each of the student's
+    # of hidden states drawn to the teacher's; 0: they are not looked at
+    hidden_weight: float = at_least_0(0.0)
+    # of them: null (evenly spread), last, or the teacher's layer for each of the student's
+    layer_map: Any = None
     relation_weight: float = at_least_0(
         0.0
     )  # of relations between queries, keys and values, of the student's last layer
-    relation_heads: Optional[int] = positive(None)  # parts they are cut into; null: the teacher's attention heads
+    # parts they are cut into; null: the teacher's attention heads
+    relation_heads: Optional[int] = positive(None)
     relation_layer: Optional[int] = at_least_0(None)  # the teacher's, from 0; null: its last
-    start_temperature: Optional[float] = positive(None)  # goes linearly to temperature; null: that from the start
+    # goes linearly to temperature; null: that from the start
+    start_temperature: Optional[float] = positive(None)
     start_ce_weight: Optional[float] = fraction(None)  # likewise, to ce_weight
-    ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})  # of the steps, until both stay
+    # of the steps, until both stay
+    ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
-    head: HeadKernel = HeadKernel.auto  # what computes the head; auto: on CUDA the fastest of those that are right
-    on_policy: float = fraction(0.0)  # share of the steps in which the student writes, and its teacher judges that
-    on_policy_length: Optional[int] = positive(None)  # tokens it writes at most; null: half of sequence_length
+    # what computes the head; auto: on CUDA the fastest of those that are right
+    head: HeadKernel = HeadKernel.auto
+    # share of the steps in which the student writes, and its teacher judges that
+    on_policy: float = fraction(0.0)
+    # tokens it writes at most; null: half of sequence_length
+    on_policy_length: Optional[int] = positive(None)
     on_policy_temperature: Optional[float] = positive(None)  # that it writes at; null: 1
-    completions: Optional[str] = None  # a JSONL of what any model wrote, learnt in place of train; no teacher is read
-    cache: Optional[str] = None  # an earlier capture stage; null: the teacher runs beside the student
+    # a JSONL of what any model wrote, learnt in place of train; no teacher is read
+    completions: Optional[str] = None
+    # an earlier capture stage; null: the teacher runs beside the student
+    cache: Optional[str] = None
     insist: bool = False  # go on with a teacher that is no better than the student's start
 
     type: ClassVar[str] = "distill"
@@ -102,20 +116,36 @@ class DistillStage(TrainingOverrides):
             return
         if self.divergence not in MIXTURES:
             known = ", ".join(each.value for each in MIXTURES)
-            raise UserError(f"{key}.mixture", f"{self.divergence.value} mixes nothing", f"drop it, or use {known}")
+            raise UserError(
+                f"{key}.mixture",
+                f"{self.divergence.value} mixes nothing",
+                f"drop it, or use {known}",
+            )
         if not 0 < self.mixture < 1:
-            raise UserError(f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1")
+            raise UserError(
+                f"{key}.mixture", f"{self.mixture} is out of range", "give a number between 0 and 1"
+            )
 
     def _check_inside(self, key: str, run: Run) -> None:
         """Refuse what would have no effect, or cannot be read where there is no live teacher."""
-        needs = {"layer_map": "hidden_weight", "relation_heads": "relation_weight", "relation_layer": "relation_weight"}
+        needs = {
+            "layer_map": "hidden_weight",
+            "relation_heads": "relation_weight",
+            "relation_layer": "relation_weight",
+        }
         for name, weight in needs.items():
             if getattr(self, name) is not None and not getattr(self, weight):
-                raise UserError(f"{key}.{name}", f"has no effect without {weight}", "give one, or leave it out")
+                raise UserError(
+                    f"{key}.{name}", f"has no effect without {weight}", "give one, or leave it out"
+                )
         for name in ("hidden_weight", "relation_weight"):
             if getattr(self, name) and (self.cache is not None or self.completions is not None):
-                problem = "needs what a teacher computes inside, which neither a cache nor a text holds"
-                raise UserError(f"{key}.{name}", problem, "train beside a live teacher, or leave it out")
+                problem = (
+                    "needs what a teacher computes inside, which neither a cache nor a text holds"
+                )
+                raise UserError(
+                    f"{key}.{name}", problem, "train beside a live teacher, or leave it out"
+                )
         if self.relation_weight and training_settings(self, run).compile:
             problem = "what a compiled model computes inside cannot be read"
             raise UserError(f"{key}.relation_weight", problem, "set compile: false")
@@ -124,21 +154,39 @@ class DistillStage(TrainingOverrides):
         if not self.on_policy:
             for name in ("on_policy_length", "on_policy_temperature"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"{key}.{name}", "has no effect without on_policy", "give one, or leave it out")
+                    raise UserError(
+                        f"{key}.{name}",
+                        "has no effect without on_policy",
+                        "give one, or leave it out",
+                    )
             return
         name, settings = f"{key}.on_policy", training_settings(self, run)
         if run.task is not Task.causal_lm:
-            raise UserError(name, "a classifier writes nothing", "leave it out, or use task=causal_lm")
+            raise UserError(
+                name, "a classifier writes nothing", "leave it out, or use task=causal_lm"
+            )
         if self.cache is not None or self.completions is not None:
-            problem = "the teacher judges what only then is written, which neither a cache nor a text holds"
+            problem = (
+                "the teacher judges what only then is written, which neither a cache nor a text"
+                " holds"
+            )
             raise UserError(name, problem, "train beside a live teacher, or leave it out")
         if settings.compile:
-            raise UserError(name, "writing would compile anew for every length", "set compile: false")
+            raise UserError(
+                name, "writing would compile anew for every length", "set compile: false"
+            )
         for other in ("start_batch_size", "start_sequence_length"):
             if getattr(settings, other) is not None:
-                raise UserError(f"{key}.{other}", "is of steps that read text alone", "leave it out, or on_policy: 0")
+                raise UserError(
+                    f"{key}.{other}",
+                    "is of steps that read text alone",
+                    "leave it out, or on_policy: 0",
+                )
         if (self.on_policy_length or 1) >= settings.sequence_length:
-            problem = f"{self.on_policy_length} leaves no prompt in sequence_length {settings.sequence_length}"
+            problem = (
+                f"{self.on_policy_length} leaves no prompt in sequence_length"
+                f" {settings.sequence_length}"
+            )
             raise UserError(f"{key}.on_policy_length", problem, "give less")
 
     def _check_completions(self, key: str, run: Run) -> None:
@@ -146,12 +194,18 @@ class DistillStage(TrainingOverrides):
             return
         name = f"{key}.completions"
         if run.task is not Task.causal_lm:
-            raise UserError(name, "a classifier completes nothing", "leave it out, or use task=causal_lm")
+            raise UserError(
+                name, "a classifier completes nothing", "leave it out, or use task=causal_lm"
+            )
         if self.cache is not None:
             raise UserError(name, "stands in for a teacher, and so does cache", "give one of them")
         for other in ("start_temperature", "start_ce_weight", "mixture", "teacher_precision"):
             if getattr(self, other) is not None:
-                raise UserError(f"{key}.{other}", "has no effect without a teacher's distribution", "leave it out")
+                raise UserError(
+                    f"{key}.{other}",
+                    "has no effect without a teacher's distribution",
+                    "leave it out",
+                )
         if not Path(self.completions).expanduser().is_file():
             raise UserError(name, f"{self.completions} is not a file", "give a .jsonl file")
 
@@ -160,11 +214,20 @@ class DistillStage(TrainingOverrides):
         if self.head is HeadKernel.auto:
             return
         if run.task is not Task.causal_lm:
-            raise UserError(name, "has no effect: the logits of a few classes need no fused head", "leave it auto")
+            raise UserError(
+                name,
+                "has no effect: the logits of a few classes need no fused head",
+                "leave it auto",
+            )
         if self.cache is not None and self.head is HeadKernel.liger:
             raise UserError(name, "Liger reads no cache", "use auto, torch or triton")
-        if self.head is HeadKernel.liger and self.divergence in (Divergence.skewed_kl, Divergence.skewed_reverse_kl):
-            raise UserError(name, f"Liger has no {self.divergence.value}", "use auto, or another divergence")
+        if self.head is HeadKernel.liger and self.divergence in (
+            Divergence.skewed_kl,
+            Divergence.skewed_reverse_kl,
+        ):
+            raise UserError(
+                name, f"Liger has no {self.divergence.value}", "use auto, or another divergence"
+            )
 
     def _check_cache(self, key: str, run: Run) -> None:
         if self.cache is None:
@@ -172,19 +235,30 @@ class DistillStage(TrainingOverrides):
         stage = run.stages.get(self.cache)
         if not isinstance(stage, CaptureStage):
             named = [name for name, each in run.stages.items() if isinstance(each, CaptureStage)]
-            remedy = f"name one of {', '.join(named)}" if named else "place a stage of type capture before it"
+            remedy = (
+                f"name one of {', '.join(named)}"
+                if named
+                else "place a stage of type capture before it"
+            )
             raise UserError(f"{key}.cache", f"{self.cache!r} is no capture stage", remedy)
         if self.divergence is not Divergence.forward_kl:
-            problem = f"{self.divergence.value} needs the teacher's whole distribution, which a cache does not hold"
+            problem = (
+                f"{self.divergence.value} needs the teacher's whole distribution, which a cache"
+                " does not hold"
+            )
             raise UserError(f"{key}.divergence", problem, "use forward_kl, or cache: null")
         if self.teacher_precision is not None:
             raise UserError(
-                f"{key}.teacher_precision", "has no effect with a cache", f"set stages.{self.cache}.precision"
+                f"{key}.teacher_precision",
+                "has no effect with a cache",
+                f"set stages.{self.cache}.precision",
             )
         self._check_cached_schedule(key, run)
         if stage.teacher != self.teacher:
             raise UserError(
-                f"{key}.cache", f"{self.cache} captures {stage.teacher}, not {self.teacher}", "name one teacher"
+                f"{key}.cache",
+                f"{self.cache} captures {stage.teacher}, not {self.teacher}",
+                "name one teacher",
             )
         given = capture_temperature(stage, run) if stage.like in run.stages else self.temperature
         if given != self.temperature:
@@ -195,10 +269,17 @@ class DistillStage(TrainingOverrides):
         settings = training_settings(self, run)
         for name in ("start_batch_size", "start_sequence_length"):
             if getattr(settings, name) is not None:
-                problem = "a cache holds what a teacher said of windows of one length, in batches of one size"
+                problem = (
+                    "a cache holds what a teacher said of windows of one length, in batches of one"
+                    " size"
+                )
                 raise UserError(f"{key}.{name}", problem, "leave it out, or set cache: null")
         if self.start_temperature is not None:
-            raise UserError(f"{key}.start_temperature", "a cache has one temperature", "leave it out, or cache: null")
+            raise UserError(
+                f"{key}.start_temperature",
+                "a cache has one temperature",
+                "leave it out, or cache: null",
+            )
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Distil and leave the student in `ctx.out`."""

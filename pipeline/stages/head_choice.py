@@ -1,4 +1,6 @@
-"""Which kernel computes a stage's head: the one that is named, or on CUDA the fastest of those that are right."""
+"""Which kernel computes a stage's head: the one that is named, or on CUDA the fastest of those that
+are right.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,27 @@ def choose_head(
 ) -> str | None:
     """Have `objective` use a kernel; return what a probe found where there was a choice.
 
-    `auto` probes on CUDA only: elsewhere Liger's chunked loss, the one other kernel, has never been the faster one
-    (benchmarks/distillation_head.py), and a run would pay for finding that out again.
+    `auto` probes on CUDA only: elsewhere Liger's chunked loss, the one other kernel, has never been
+        the faster one (benchmarks/distillation_head.py), and a run would pay for finding that out
+        again.
 
     Args:
         key: Of the setting, for who must change it.
 
     Raises:
-        UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than a product.
+        UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than
+            a product.
     """
     if objective.task is not Task.causal_lm:
         return None
     if wanted is HeadKernel.liger and objective.teacher is not None:
         _refuse_for_liger(key, objective, objective.teacher.model)
     if isinstance(objective.head, Unknown):
-        return None if wanted is HeadKernel.auto else f"head={wanted.value} has no effect: logits are held in full"
+        return (
+            None
+            if wanted is HeadKernel.auto
+            else f"head={wanted.value} has no effect: logits are held in full"
+        )
     if wanted is not HeadKernel.auto:
         objective.head_loss = kernel_of(wanted)
         return None
@@ -48,23 +56,33 @@ def _refuse_for_liger(key: str, objective: Objective, teacher: Any) -> None:
     remedy = "use auto or torch"
     for model, head in ((objective.model, objective.head), (teacher, objective.teacher_head)):
         if isinstance(head, Unknown):
-            raise UserError(key, f"{NOT_FOR_LIGER}; those of {type(model).__name__} are not", remedy)
+            raise UserError(
+                key, f"{NOT_FOR_LIGER}; those of {type(model).__name__} are not", remedy
+            )
         if not head.plain:
             problem = f"{NOT_FOR_LIGER}; {type(model).__name__} has {head.in_words()} after it"
             raise UserError(key, problem, remedy)
-    sizes = [columns_of(objective.model, objective.head), columns_of(teacher, objective.teacher_head)]
+    sizes = [
+        columns_of(objective.model, objective.head),
+        columns_of(teacher, objective.teacher_head),
+    ]
     if sizes[0] != sizes[1]:
-        raise UserError(key, f"Liger takes one vocabulary, student and teacher have {sizes}", remedy)
+        raise UserError(
+            key, f"Liger takes one vocabulary, student and teacher have {sizes}", remedy
+        )
 
 
 def probe_heads(objective: Objective, batches: Any, settings: TrainingConfig) -> str:
-    """Time the kernels that are there on the first micro-batch and take the fastest; return what was found."""
+    """Time the kernels that are there on the first micro-batch and take the fastest; return what
+    was found.
+    """
     with objective.clock.phase("search"):
         asked = _asked_of_head(objective, batches, settings)
         kernels = {
             name: kernel_of(name)
             for name in (HeadKernel.torch, HeadKernel.triton, HeadKernel.liger)
-            if why_not(name, objective.device) is None and not (name is HeadKernel.liger and _is_not_ligers(objective))
+            if why_not(name, objective.device) is None
+            and not (name is HeadKernel.liger and _is_not_ligers(objective))
         }
         chosen, found = fastest(kernels, *asked[0], **asked[1])
         objective.head_loss = kernels[chosen]
@@ -76,8 +94,12 @@ def _is_not_ligers(objective: Objective) -> bool:
     return skewed or objective.cached is not None
 
 
-def _asked_of_head(objective: Objective, batches: Any, settings: TrainingConfig) -> tuple[Any, dict[str, Any]]:
-    """Return what the objective asks of its head on the first micro-batch; no generator and no weight changes."""
+def _asked_of_head(
+    objective: Objective, batches: Any, settings: TrainingConfig
+) -> tuple[Any, dict[str, Any]]:
+    """Return what the objective asks of its head on the first micro-batch; no generator and no
+    weight changes.
+    """
     asked: list[tuple[Any, dict[str, Any]]] = []
     usual = objective.head_loss
 

@@ -1,8 +1,10 @@
-"""Which precision trains this model, with this batch, on this device the fastest, and as well as fp32.
+"""Which precision trains this model, with this batch, on this device the fastest, and as well as
+fp32.
 
-Every precision that the device can do takes the same first steps from the same weights, in turns, on the very path
-that training takes. Those whose loss stays within a tolerance of fp32's may be chosen; the fastest is. Weights and
-generators are as before afterwards, so that a training with the choice is, bit for bit, one that was told it.
+Every precision that the device can do takes the same first steps from the same weights, in turns,
+on the very path that training takes. Those whose loss stays within a tolerance of fp32's may be
+chosen; the fastest is. Weights and generators are as before afterwards, so that a training with the
+choice is, bit for bit, one that was told it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from pipeline.training.prefetch import Batches
 STEPS = 4  # of a trial, the first of which are not timed
 WARM_UP = 1
 ROUNDS = 6  # trials of each precision, unless the time is up
-LEAST_S, SHARE = 60.0, 0.01  # the most that a probe takes: seconds, or a share of the stage's estimate
+# the most that a probe takes: seconds, or a share of the stage's estimate
+LEAST_S, SHARE = 60.0, 0.01
 FILE = "precision.json"
 
 
@@ -51,13 +54,17 @@ class Tried:
     losses: list[float] = field(default_factory=list)
 
     def apart(self, reference: Tried) -> float:
-        """Return the mean distance of its losses from the reference's, over the mean of those; infinite for NaN."""
+        """Return the mean distance of its losses from the reference's, over the mean of those;
+        infinite for NaN.
+        """
         ours, theirs = np.array(self.losses), np.array(reference.losses)
         apart = float(np.abs(ours - theirs).mean() / np.abs(theirs).mean())
         return apart if math.isfinite(apart) else math.inf
 
     def time_ratio(self, reference: Tried) -> tuple[float, float, float]:
-        """Return its time over the reference's, the mean of log-ratios over rounds, with a t interval at 90%."""
+        """Return its time over the reference's, the mean of log-ratios over rounds, with a t
+        interval at 90%.
+        """
         count = min(len(self.seconds), len(reference.seconds))
         logs = np.log(np.array(self.seconds[:count]) / np.array(reference.seconds[:count]))
         if count < 2:
@@ -81,16 +88,26 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
     """Choose the fastest of those whose loss tracks fp32's, the first of `tried`."""
     reference, said = tried[0], list[str]()
     best, best_ratio, trials = reference, 1.0, list[dict[str, Any]]()
-    others = [each for each in tried if each.precision not in RECIPES and each.apart(reference) <= tolerance]
+    others = [
+        each
+        for each in tried
+        if each.precision not in RECIPES and each.apart(reference) <= tolerance
+    ]
     usual = min((each.time_ratio(reference)[0] for each in others), default=1.0)
     for each in tried:
         distance, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
         holds = distance <= tolerance
         if holds and ratio < best_ratio:
             best, best_ratio = each, ratio
-        trials.append({"precision": each.precision.value, "time_ratio": ratio,
-                       "loss_apart": distance if holds else None,
-                       "ci": [low, high] if math.isfinite(high) else None, "rounds": len(each.seconds)})  # fmt: skip
+        trials.append(
+            {
+                "precision": each.precision.value,
+                "time_ratio": ratio,
+                "loss_apart": distance if holds else None,
+                "ci": [low, high] if math.isfinite(high) else None,
+                "rounds": len(each.seconds),
+            }
+        )
         if each is not reference:
             ends = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) else ""
             lies, limit = percents_apart(distance, tolerance)
@@ -98,21 +115,36 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
             if holds and each.precision in RECIPES and ratio >= usual:
                 lost = f", refused: no faster than without float8 ({usual:.2f}x)"
             said.append(f"{each.precision.value} {ratio:.2f}x fp32's time{ends}{lost}")
-    return Choice(best.precision, {"chosen": best.precision.value, "loss_tolerance": tolerance, "trials": trials,
-                                   "not_tried": list(refused), "said": [*said, *refused]})  # fmt: skip
+    return Choice(
+        best.precision,
+        {
+            "chosen": best.precision.value,
+            "loss_tolerance": tolerance,
+            "trials": trials,
+            "not_tried": list(refused),
+            "said": [*said, *refused],
+        },
+    )
 
 
 def choose_precision(
-    model: Any, objective: Objective, batches: Batches, settings: TrainingConfig, config: PrecisionConfig, *,
-    left_out: Sequence[Precision], folder: Path, clock: PhaseClock,
-) -> Choice:  # fmt: skip
+    model: Any,
+    objective: Objective,
+    batches: Batches,
+    settings: TrainingConfig,
+    config: PrecisionConfig,
+    *,
+    left_out: Sequence[Precision],
+    folder: Path,
+    clock: PhaseClock,
+) -> Choice:
     """Return the precision to train in, found by trial, or by an earlier attempt at the same stage.
 
     Args:
         model: What the loop will train, in fp32 and on its device.
         left_out: Precisions that this stage cannot take.
-        folder: Of the stage's checkpoints: what was chosen stays there, so that an attempt that goes on does not choose
-            anew.
+        folder: Of the stage's checkpoints: what was chosen stays there, so that an attempt that
+            goes on does not choose anew.
         clock: Books all of it as `search`.
     """
     kept = read_record(folder / FILE, CHOICE, so="the precision is chosen anew")
@@ -120,7 +152,9 @@ def choose_precision(
         return Choice(Precision(kept["chosen"]), kept)
     with clock.phase("search"):
         able = [p for p in Precision if p not in (Precision.auto, *left_out)]
-        reasons = {p: why_not(p, objective.device) or _too_narrow(p, objective, config) for p in able}
+        reasons = {
+            p: why_not(p, objective.device) or _too_narrow(p, objective, config) for p in able
+        }
         refused = [f"not {p.value}: {why}" for p, why in reasons.items() if why is not None]
         tried = [Tried(p) for p, why in reasons.items() if why is None]
         _try_all(model, objective, batches, settings, config, tried, clock.now_ns)
@@ -136,28 +170,39 @@ def _too_narrow(precision: Precision, objective: Objective, config: PrecisionCon
 
 
 def _try_all(
-    model: Any, objective: Objective, batches: Batches, settings: TrainingConfig, config: PrecisionConfig,
-    tried: Sequence[Tried], now_ns: Callable[[], int],
-) -> None:  # fmt: skip
+    model: Any,
+    objective: Objective,
+    batches: Batches,
+    settings: TrainingConfig,
+    config: PrecisionConfig,
+    tried: Sequence[Tried],
+    now_ns: Callable[[], int],
+) -> None:
     started_ns, limit_s = now_ns(), LEAST_S
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     usual = objective.precision, objective.clock
     objective.clock = PhaseClock()  # what happens in here is a search, whatever it does
     try:
         for number in range(ROUNDS):
-            for each in tried if number % 2 == 0 else reversed(tried):  # a drift of the machine meets all alike
+            # a drift of the machine meets all alike
+            for each in tried if number % 2 == 0 else reversed(tried):
                 objective.precision = each.precision
                 with torch.random.fork_rng(enabled=True):
-                    seconds, losses = trial_steps(model, batches, objective, settings, config, STEPS, now_ns)
+                    seconds, losses = trial_steps(
+                        model, batches, objective, settings, config, STEPS, now_ns
+                    )
                 _restore(model, before)
                 each.seconds.append(float(np.mean(seconds[WARM_UP:])))
                 each.losses = each.losses or losses
                 limit_s = max(limit_s, SHARE * settings.steps * each.seconds[-1])
-            if (now_ns() - started_ns) / 1e9 > limit_s * (number + 1) / (number + 2):  # the next would go beyond it
+            # the next would go beyond it
+            if (now_ns() - started_ns) / 1e9 > limit_s * (number + 1) / (number + 2):
                 return
     except torch.OutOfMemoryError as error:
         problem = f"{objective.precision.value} does not fit, and all that can be chosen must"
-        raise UserError("precision", problem, "name a precision, or give training.gradient_accumulation=2") from error
+        raise UserError(
+            "precision", problem, "name a precision, or give training.gradient_accumulation=2"
+        ) from error
     finally:
         objective.precision, objective.clock = usual
 

@@ -1,13 +1,16 @@
-"""Quantize: store a model in 16 bits (torch), or its linear layers in 8 or 4 (bitsandbytes, torchao).
+"""Quantize: store a model in 16 bits (torch), or its linear layers in 8 or 4 (bitsandbytes,
+torchao).
 
-What it does: weights in `format`, saved before any forward pass and proven bit-equal after a reload in a fresh
-process. `bf16` and `fp16` take the whole model; the others leave embeddings alone. When it helps: memory, nearly
-always; speed, only where this device has units or kernels for it, which is why the comparison pass measures it, against
-the best 16-bit form where the recipe has one (`base: best_16_bit`). Settings worth changing: format; exclude (layers
-that suffer); smoothing, with formats that quantize activations (int8, int8_dynamic); recover (what to do where the
+What it does: weights in `format`, saved before any forward pass and proven bit-equal after a reload
+    in a fresh process. `bf16` and `fp16` take the whole model; the others leave embeddings alone.
+    When it helps: memory, nearly always; speed, only where this device has units or kernels for it,
+    which is why the comparison pass measures it, against the best 16-bit form where the recipe has
+    one (`base: best_16_bit`). Settings worth changing: format; exclude (layers that suffer);
+    smoothing, with formats that quantize activations (int8, int8_dynamic); recover (what to do
+    where the
 format loses too much: `recover.py`).
-Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314 (NF4); Xiao et al. 2022,
-arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
+Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314 (NF4);
+    Xiao et al. 2022, arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 CALIBRATION_DOCUMENTS = 32
-TRAINED_IN = (Precision.fp32, Precision.tf32, Precision.bf16, Precision.fp16)  # recovery: what keeps weights in fp32
+# recovery: what keeps weights in fp32
+TRAINED_IN = (Precision.fp32, Precision.tf32, Precision.bf16, Precision.fp16)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,19 +60,26 @@ class QuantizeStage:
     optional: bool = False
     model: str = BASE  # base, or an earlier stage
     format: Format = Format.int8
-    include: list[str] = field(default_factory=list)  # patterns of layers to quantize (*.mlp.*); empty: all of the body
-    exclude: list[str] = field(default_factory=list)  # patterns of layers that are left alone all the same
+    # patterns of layers to quantize (*.mlp.*); empty: all of the body
+    include: list[str] = field(default_factory=list)
+    # patterns of layers that are left alone all the same
+    exclude: list[str] = field(default_factory=list)
     quantize_head: bool = False  # the output head as well, where it is not the embedding
-    smoothing: Optional[float] = fraction(None)  # moves outliers of activations into weights: 0.5; null: not
-    calibration: Optional[str] = None  # file of documents that smoothing looks at; null: the first of train
+    # moves outliers of activations into weights: 0.5; null: not
+    smoothing: Optional[float] = fraction(None)
+    # file of documents that smoothing looks at; null: the first of train
+    calibration: Optional[str] = None
     calibration_documents: int = positive(CALIBRATION_DOCUMENTS)
-    tolerance: Optional[float] = at_least_0(None)  # largest loss of quality on validation; null: quality.margin
+    # largest loss of quality on validation; null: quality.margin
+    tolerance: Optional[float] = at_least_0(None)
     # Of format=auto:
-    candidates: list[Format] = field(default_factory=list)  # formats to try; empty: all that work here
+    # formats to try; empty: all that work here
+    candidates: list[Format] = field(default_factory=list)
     prefer: Prefer = Prefer.time  # what to save
     search_device_hours: Optional[float] = positive(None)  # null: all candidates are tried
     # Where more than `tolerance` is lost:
-    recover: list[Rung] = field(default_factory=list)  # what is tried, in order (format, lora, qat); empty: nothing
+    # what is tried, in order (format, lora, qat); empty: nothing
+    recover: list[Rung] = field(default_factory=list)
     lora: LoraSettings = field(default_factory=LoraSettings)
     qat: QatSettings = field(default_factory=QatSettings)
 
@@ -89,23 +100,47 @@ class QuantizeStage:
 
         search = self.format is Format.auto
         if Format.auto in self.candidates:
-            raise UserError(f"{key}.candidates", "auto is no format to try", "name formats, or leave it empty")
+            raise UserError(
+                f"{key}.candidates", "auto is no format to try", "name formats, or leave it empty"
+            )
         for fmt in self.candidates if search else [self.format]:
             if find_spec(LIBRARIES[fmt]) is None:
                 where = "candidates" if search else "format"
-                raise UserError(f"{key}.{where}", f"{fmt.value} needs {LIBRARIES[fmt]}, which is not installed",
-                                "pip install -e '.[quant]'")  # fmt: skip
-        for name, default in (("candidates", []), ("search_device_hours", None), ("prefer", Prefer.time)):
+                raise UserError(
+                    f"{key}.{where}",
+                    f"{fmt.value} needs {LIBRARIES[fmt]}, which is not installed",
+                    "pip install -e '.[quant]'",
+                )
+        for name, default in (
+            ("candidates", []),
+            ("search_device_hours", None),
+            ("prefer", Prefer.time),
+        ):
             if not search and getattr(self, name) != default:
-                raise UserError(f"{key}.{name}", f"has no effect with format: {self.format.value}", "give format=auto")
+                raise UserError(
+                    f"{key}.{name}",
+                    f"has no effect with format: {self.format.value}",
+                    "give format=auto",
+                )
         if self.tolerance is not None and not search and not self.recover:
             problem = f"has no effect with format: {self.format.value} and nothing to recover with"
-            raise UserError(f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]")
-        for name, default in (("calibration", None), ("calibration_documents", CALIBRATION_DOCUMENTS)):
+            raise UserError(
+                f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]"
+            )
+        for name, default in (
+            ("calibration", None),
+            ("calibration_documents", CALIBRATION_DOCUMENTS),
+        ):
             if self.smoothing is None and getattr(self, name) != default:
-                raise UserError(f"{key}.{name}", "has no effect without smoothing", f"give {key}.smoothing=0.5")
+                raise UserError(
+                    f"{key}.{name}", "has no effect without smoothing", f"give {key}.smoothing=0.5"
+                )
         if search and self.smoothing is not None:
-            raise UserError(f"{key}.smoothing", "has no effect with format: auto", "give the format that was found")
+            raise UserError(
+                f"{key}.smoothing",
+                "has no effect with format: auto",
+                "give the format that was found",
+            )
         if self.format in SIXTEEN_BITS:
             self._check_whole(key)
         self._check_recovery(key, run)
@@ -115,7 +150,9 @@ class QuantizeStage:
         own = {"include": [], "exclude": [], "quantize_head": False, "smoothing": None}
         for name, default in own.items():
             if getattr(self, name) != default:
-                problem = f"has no effect with format: {self.format.value}, which takes the whole model"
+                problem = (
+                    f"has no effect with format: {self.format.value}, which takes the whole model"
+                )
                 raise UserError(f"{key}.{name}", problem, "leave it out")
 
     def _check_recovery(self, key: str, run: Run) -> None:
@@ -125,25 +162,41 @@ class QuantizeStage:
             own = f"{key}.{rung.value}"
             if rung not in self.recover:
                 if settings != type(settings)():
-                    raise UserError(own, f"has no effect without {rung.value} in recover", f"add it to {key}.recover")
+                    raise UserError(
+                        own,
+                        f"has no effect without {rung.value} in recover",
+                        f"add it to {key}.recover",
+                    )
                 continue
             precision = settings.precision or run.precision.name
             if precision not in TRAINED_IN:
                 known = ", ".join(each.value for each in TRAINED_IN)
-                raise UserError(f"{own}.precision", f"{precision.value} is not for this", f"give one of {known}")
+                raise UserError(
+                    f"{own}.precision", f"{precision.value} is not for this", f"give one of {known}"
+                )
             if settings.steps is None and run.training.steps == 0:
-                raise UserError(f"{own}.steps", "training.steps is 0, and this trains", "give a number of steps")
+                raise UserError(
+                    f"{own}.steps", "training.steps is 0, and this trains", "give a number of steps"
+                )
         if Rung.format in self.recover and self.format is Format.auto:
-            raise UserError(f"{key}.recover", "with format: auto the search is that rung", "leave format out of it")
+            raise UserError(
+                f"{key}.recover",
+                "with format: auto the search is that rung",
+                "leave format out of it",
+            )
 
     def searched(self, run: Run) -> dict[str, Any]:
-        """Return what decides how a search ends beside its settings; a part of the artifact's key."""
+        """Return what decides how a search ends beside its settings; a part of the artifact's
+        key.
+        """
         if self.format is not Format.auto:
             return {}
         return {"tolerance": self.allowed(run), "load": run.serving.load, **read_with(run)}
 
     def allowed(self, run: Run) -> float:
-        """Return the largest loss of the primary quality: a fraction of bits per byte, a difference of accuracy."""
+        """Return the largest loss of the primary quality: a fraction of bits per byte, a difference
+        of accuracy.
+        """
         return run.quality.margin if self.tolerance is None else self.tolerance
 
     def choice(self) -> Choice:
@@ -165,12 +218,21 @@ class QuantizeStage:
         from pipeline.stages.context import Output
 
         done = quantize(
-            source, ctx.out, self.format, ctx.run.task, device=ctx.device, key=setting(ctx, "format"), clock=ctx.clock,
-            choice=self.choice(), prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
-        )  # fmt: skip
+            source,
+            ctx.out,
+            self.format,
+            ctx.run.task,
+            device=ctx.device,
+            key=setting(ctx, "format"),
+            clock=ctx.clock,
+            choice=self.choice(),
+            prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
+        )
         units = units_said(self.format, ctx.device) if self.format in SIXTEEN_BITS else ""
         notes = (f"{ctx.stage}: {done.say()}", *([f"{ctx.stage}: {units}"] if units else []))
-        return Output(notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}})
+        return Output(
+            notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}}
+        )
 
     def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Find the format, and quantize in it; or leave the model as it is where none pays."""
@@ -180,31 +242,54 @@ class QuantizeStage:
         from pipeline.quantization.trials import Bench, able
         from pipeline.stages.context import Output
 
-        source, key, started_ns = inputs[self.model].path, setting(ctx, "format"), ctx.clock.now_ns()
+        source, key, started_ns = (
+            inputs[self.model].path,
+            setting(ctx, "format"),
+            ctx.clock.now_ns(),
+        )
         limit_h = self.search_device_hours
 
         def spent() -> bool:
             stop = ctx.should_stop()
             if stop is not None:
-                raise stop("stopped while formats were tried; the same command starts the search again")
+                raise stop(
+                    "stopped while formats were tried; the same command starts the search again"
+                )
             return limit_h is not None and (ctx.clock.now_ns() - started_ns) / 3.6e12 >= limit_h
 
         with ctx.clock.phase("search"):
             asked = self.candidates or formats()
             first = [fmt for fmt in best_first(ctx.device) if why_not(fmt, ctx.device) is None][:1]
-            candidates, reasons = able(asked, source, ctx.run.task, device=ctx.device, choice=self.choice(), key=key)
-            bench = Bench(source, ctx.run, ctx.data, ctx.device, self.choice(), key, ctx.clock, ctx.out.parent,
-                          _sequence_length(ctx.run))  # fmt: skip
-            searcher = Searcher(bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent)
+            candidates, reasons = able(
+                asked, source, ctx.run.task, device=ctx.device, choice=self.choice(), key=key
+            )
+            bench = Bench(
+                source,
+                ctx.run,
+                ctx.data,
+                ctx.device,
+                self.choice(),
+                key,
+                ctx.clock,
+                ctx.out.parent,
+                _sequence_length(ctx.run),
+            )
+            searcher = Searcher(
+                bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent
+            )
             found = searcher.run(candidates, [fmt for fmt in first if fmt not in candidates])
         said = [f"{ctx.stage}: tried {trial.say(self.allowed(ctx.run))}" for trial in found.trials]
         said += [f"{ctx.stage}: not tried: {reason}" for reason in (*reasons, *found.refused)]
         missed = found.missed
-        about: dict[str, Any] = {"search": {
-            "prefer": self.prefer.value, "tolerance": self.allowed(ctx.run), "why": found.why,
-            "trials": [trial.to_json() for trial in found.trials],
-            "next": None if missed is None else missed.to_json(),
-        }}  # fmt: skip
+        about: dict[str, Any] = {
+            "search": {
+                "prefer": self.prefer.value,
+                "tolerance": self.allowed(ctx.run),
+                "why": found.why,
+                "trials": [trial.to_json() for trial in found.trials],
+                "next": None if missed is None else missed.to_json(),
+            }
+        }
         if found.best is None:
             with ctx.clock.phase("convert"):
                 copy_model(source, ctx.out)
@@ -215,8 +300,15 @@ class QuantizeStage:
 
     def settled(self, fmt: Format, exclude: Sequence[str]) -> QuantizeStage:
         """Return this search's stage with a format in its place, and more layers left alone."""
-        return replace(self, format=fmt, exclude=[*self.exclude, *exclude], candidates=[], prefer=Prefer.time,
-                       tolerance=None, search_device_hours=None)  # fmt: skip
+        return replace(
+            self,
+            format=fmt,
+            exclude=[*self.exclude, *exclude],
+            candidates=[],
+            prefer=Prefer.time,
+            tolerance=None,
+            search_device_hours=None,
+        )
 
     def _looked_at(self, ctx: Context) -> Sequence[Document]:
         from pipeline.quantization.calibration import calibration_documents
@@ -233,11 +325,19 @@ class QuantizeStage:
             documents = self._looked_at(ctx)
             given = None if self.calibration is None else file_digest(self.calibration)
         source = self.calibration or f"train split of {ctx.data.name}"
-        return {"calibration": {"smoothing": self.smoothing, "source": source, "documents": len(documents),
-                                **({} if given is None else {"digest": given})}}  # fmt: skip
+        return {
+            "calibration": {
+                "smoothing": self.smoothing,
+                "source": source,
+                "documents": len(documents),
+                **({} if given is None else {"digest": given}),
+            }
+        }
 
     def smooth(self, model: Any, source: Path, ctx: Context) -> None:
-        """Move outliers of activations into the weights of `model`, in place; it looks at calibration documents."""
+        """Move outliers of activations into the weights of `model`, in place; it looks at
+        calibration documents.
+        """
         import torch
 
         from pipeline.data.encode import encode_all
@@ -246,22 +346,32 @@ class QuantizeStage:
 
         with ctx.clock.phase("prepare"):
             documents = self._looked_at(ctx)
-            length = example_length(load_config(source), ctx.run.task, ctx.run.training.sequence_length)
+            length = example_length(
+                load_config(source), ctx.run.task, ctx.run.training.sequence_length
+            )
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
-            ids = [torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device) for each in encoded]
+            ids = [
+                torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device)
+                for each in encoded
+            ]
         with ctx.clock.phase("calibrate"):
             smooth(model, ids, strength=self.smoothing or 0.0, key=setting(ctx, "smoothing"))
 
 
 def setting(ctx: Context, name: str) -> str:
-    """Return the full key of a stage's setting, as refusals name it; a rung's settings are its stage's."""
+    """Return the full key of a stage's setting, as refusals name it; a rung's settings are its
+    stage's.
+    """
     return f"stages.{stage_name(ctx.stage)}.{name}"
 
 
 def read_with(run: Run) -> dict[str, Any]:
     """Return what decides a reading on validation."""
-    return {"batch_size": run.quality.batch_size, "max_bytes": run.quality.max_bytes_per_document,
-            "sequence_length": _sequence_length(run)}  # fmt: skip
+    return {
+        "batch_size": run.quality.batch_size,
+        "max_bytes": run.quality.max_bytes_per_document,
+        "sequence_length": _sequence_length(run),
+    }
 
 
 def _sequence_length(run: Run) -> int:

@@ -1,11 +1,13 @@
 """Recovery: what a quantize stage does where its format loses more than is allowed, rung by rung.
 
-What it does: sixteen bits first, where the device has units for them: what is left where nothing else holds. Then the
-format as it was asked for, then those of `recover` in order: formats that keep more (`format`), adapters trained inside
-the rounding and merged (`lora`), quantization-aware distillation of all weights (`qat`), both from the unquantized
-model; the first that holds the tolerance on validation is kept, else the 16 bits, if they hold it. Every rung is a
-stage of its own, `int8/lora`, with its own row, key and charge; the stage itself then only takes over what was found,
-and is assessed on the test split as any other, so that nothing was chosen there. When it helps: a format of 4 bits, or
+What it does: sixteen bits first, where the device has units for them: what is left where nothing
+    else holds. Then the format as it was asked for, then those of `recover` in order: formats that
+    keep more (`format`), adapters trained inside the rounding and merged (`lora`),
+    quantization-aware distillation of all weights (`qat`), both from the unquantized model; the
+    first that holds the tolerance on validation is kept, else the 16 bits, if they hold it. Every
+    rung is a stage of its own, `int8/lora`, with its own row, key and charge; the stage itself then
+    only takes over what was found, and is assessed on the test split as any other, so that nothing
+    was chosen there. When it helps: a format of 4 bits, or
 a small model. Settings worth changing: tolerance; lora.steps, qat.steps.
 Source: `quantization/fake.py`.
 """
@@ -29,14 +31,18 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 BETTER: dict[Format, tuple[Format, ...]] = {
-    Format.bf16: (Format.fp16,), Format.fp16: (Format.bf16,),
-    Format.fp4: (Format.nf4, Format.int8_weight_only), Format.fp4_double: (Format.nf4, Format.int8_weight_only),
-    Format.nf4: (Format.int8_weight_only,), Format.nf4_double: (Format.nf4, Format.int8_weight_only),
+    Format.bf16: (Format.fp16,),
+    Format.fp16: (Format.bf16,),
+    Format.fp4: (Format.nf4, Format.int8_weight_only),
+    Format.fp4_double: (Format.nf4, Format.int8_weight_only),
+    Format.nf4: (Format.int8_weight_only,),
+    Format.nf4_double: (Format.nf4, Format.int8_weight_only),
     Format.int4_weight_only: (Format.int8_weight_only,),
-    Format.int8: (Format.int8_weight_only,), Format.int8_dynamic: (Format.int8_weight_only,),
+    Format.int8: (Format.int8_weight_only,),
+    Format.int8_dynamic: (Format.int8_weight_only,),
     Format.float8_dynamic: (Format.float8_weight_only, Format.int8_weight_only),
     Format.float8_weight_only: (Format.int8_weight_only,),
-}  # fmt: skip
+}
 """By format, those that keep more, the least change first: more bits, or activations left alone."""
 SEARCH = "search"  # the first rung of format=auto
 
@@ -57,7 +63,9 @@ class FormatRung(QuantizeStage):
 
 @dataclass(kw_only=True, slots=True)
 class RecoverStage(DistillStage):
-    """Training of a quantized model towards the unquantized one: of adapters (lora), or of its own weights (qat)."""
+    """Training of a quantized model towards the unquantized one: of adapters (lora), or of its own
+    weights (qat).
+    """
 
     rung: Rung = Rung.lora
     into: QuantizeStage = field(default_factory=QuantizeStage)  # the format, and which layers
@@ -80,7 +88,9 @@ class RecoverStage(DistillStage):
 
 @dataclass(kw_only=True, slots=True)
 class RecoveredStage:
-    """What a quantize stage comes to after its rungs: the model of the one that held, or the one it started from."""
+    """What a quantize stage comes to after its rungs: the model of the one that held, or the one it
+    started from.
+    """
 
     model: str
     rungs: list[str]  # that were made, in order
@@ -101,10 +111,16 @@ class RecoveredStage:
         source = inputs[self.chosen or self.model].path
         with ctx.clock.phase("convert"):
             copy_model(source, ctx.out)
-        kept = f"is {self.chosen}" if self.chosen else f"stays as {self.model} is: no rung holds the tolerance"
+        kept = (
+            f"is {self.chosen}"
+            if self.chosen
+            else f"stays as {self.model} is: no rung holds the tolerance"
+        )
         kept = f"{kept}: no other rung holds the tolerance" if self.last_resort else kept
         made = (read_json(source / MANIFEST) or {}).get("quantization") if self.chosen else None
-        return Output(notes=(f"{ctx.stage}: {kept}",), about={} if made is None else {"quantization": made})
+        return Output(
+            notes=(f"{ctx.stage}: {kept}",), about={} if made is None else {"quantization": made}
+        )
 
 
 AnyRung = FormatRung | RecoverStage
@@ -118,15 +134,26 @@ def stage_of(run: Run, arm: str) -> Any:
 
 
 def sixteen_rungs(name: str, stage: QuantizeStage) -> Iterator[tuple[str, FormatRung]]:
-    """Yield the rungs that a ladder may begin with: 16 bits of the whole model, one of which a device does best."""
-    whole = replace(_format_rung(stage), include=[], exclude=[], quantize_head=False, smoothing=None, calibration=None)
+    """Yield the rungs that a ladder may begin with: 16 bits of the whole model, one of which a
+    device does best.
+    """
+    whole = replace(
+        _format_rung(stage),
+        include=[],
+        exclude=[],
+        quantize_head=False,
+        smoothing=None,
+        calibration=None,
+    )
     if stage.format not in (Format.auto, *SIXTEEN_BITS):  # a search tries them itself
         for fmt in SIXTEEN_BITS:
             yield f"{name}/{fmt.value}", replace(whole, format=fmt)
 
 
 def rungs(name: str, stage: QuantizeStage) -> Iterator[tuple[str, AnyRung]]:
-    """Yield the rungs of a stage by the arm each has, in the order they are climbed, what was asked for first."""
+    """Yield the rungs of a stage by the arm each has, in the order they are climbed, what was asked
+    for first.
+    """
     first = _format_rung(stage)
     yield f"{name}/{SEARCH if stage.format is Format.auto else stage.format.value}", first
     for rung in stage.recover:
@@ -151,8 +178,15 @@ def _format_rung(stage: QuantizeStage) -> FormatRung:
 
 def _training_rung(stage: QuantizeStage, rung: Rung) -> RecoverStage:
     own = stage.lora if rung is Rung.lora else stage.qat
-    return RecoverStage(rung=rung, into=_format_rung(stage), model=stage.model, teacher=stage.model, insist=True,
-                        compile=False, **_by_name(own))  # fmt: skip
+    return RecoverStage(
+        rung=rung,
+        into=_format_rung(stage),
+        model=stage.model,
+        teacher=stage.model,
+        insist=True,
+        compile=False,
+        **_by_name(own),
+    )
 
 
 def _by_name(settings: Any) -> dict[str, Any]:
@@ -160,7 +194,8 @@ def _by_name(settings: Any) -> dict[str, Any]:
 
 
 def found_format(stage: QuantizeStage, about: Mapping[str, Any]) -> QuantizeStage | None:
-    """Return `stage` with the format that its search would have taken, had it held; None where none pays.
+    """Return `stage` with the format that its search would have taken, had it held; None where none
+    pays.
 
     Args:
         about: Of the search's output.
@@ -177,7 +212,9 @@ def read_output(done: Output, source: Artifact, ctx: Context) -> Output:
     from pipeline.quantization.yardstick import Yardstick
 
     with ctx.clock.phase("eval"):
-        yard = Yardstick(source.path, ctx.run, ctx.data, ctx.device, read_with(ctx.run)["sequence_length"])
+        yard = Yardstick(
+            source.path, ctx.run, ctx.data, ctx.device, read_with(ctx.run)["sequence_length"]
+        )
         loss, kl = yard.read(ctx.out)
     read = {"loss": finite(loss), "kl": finite(kl), "documents": len(yard.validation)}
     return replace(done, about={**done.about, "recovery": read})

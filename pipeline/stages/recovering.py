@@ -1,7 +1,8 @@
-"""Training that makes up for what quantizing lost: a distillation from the unquantized model into its quantized self.
+"""Training that makes up for what quantizing lost: a distillation from the unquantized model into
+its quantized self.
 
-What is trained, its adapters or all its weights, computes as it will once quantized (`quantization/fake.py`); it is
-saved unrounded and then quantized as every artifact is.
+What is trained, its adapters or all its weights, computes as it will once quantized
+(`quantization/fake.py`); it is saved unrounded and then quantized as every artifact is.
 """
 
 from __future__ import annotations
@@ -34,8 +35,15 @@ def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Conte
 
         def start() -> Start:
             model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
-            plan = plan_for(into.format, model.config, ctx.run.task, key=setting(ctx, "format"), choice=into.choice())
-            linear = [layer for layer in plan.quantize if not layer.fused]  # fused experts are rounded afterwards alone
+            plan = plan_for(
+                into.format,
+                model.config,
+                ctx.run.task,
+                key=setting(ctx, "format"),
+                choice=into.choice(),
+            )
+            # fused experts are rounded afterwards alone
+            linear = [layer for layer in plan.quantize if not layer.fused]
             dtype = rest_dtype(load_config(source), ctx.device)
             adapters = Adapters(stage.rank, stage.alpha) if stage.rung is Rung.lora else None
             undo = fake_quantize(model, linear, into.format, dtype, adapters)

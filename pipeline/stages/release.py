@@ -1,8 +1,9 @@
 """Release: take an artifact as it was released, to be assessed and served beside another one.
 
-What it does: brings the artifact that `candidate` or `baseline` refers to into the store, bytes unchanged; trains
-nothing. When it helps: in `recipe=release_check`, whose two arms it makes. Settings worth changing: none; give the
-references on the command line.
+What it does: brings the artifact that `candidate` or `baseline` refers to into the store, bytes
+    unchanged; trains
+nothing. When it helps: in `recipe=release_check`, whose two arms it makes. Settings worth changing:
+    none; give the references on the command line.
 """
 
 from __future__ import annotations
@@ -43,9 +44,13 @@ class ReleaseStage:
         """
         name = key.rpartition(".")[2]
         if name not in (CANDIDATE, BASELINE):
-            raise UserError(key, "is neither candidate nor baseline", "name it so: a gate compares these two")
+            raise UserError(
+                key, "is neither candidate nor baseline", "name it so: a gate compares these two"
+            )
         if any(isinstance(stage, TrainingOverrides) for stage in run.stages.values()):
-            raise UserError(key, "stands beside stages that train", "give a release a recipe of its own")
+            raise UserError(
+                key, "stands beside stages that train", "give a release a recipe of its own"
+            )
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Leave the artifact's files in `ctx.out`, as hard links where the disk allows."""
@@ -64,5 +69,6 @@ class ReleaseStage:
                 elif path.name != MANIFEST:
                     bring(path, target)
         return Output(
-            existing=True, counts=dict.fromkeys(COUNTS, null("a release is taken as it is: nothing is trained"))
+            existing=True,
+            counts=dict.fromkeys(COUNTS, null("a release is taken as it is: nothing is trained")),
         )

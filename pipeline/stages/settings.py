@@ -33,10 +33,13 @@ RESERVED = (BASE, STUDENT_INIT, BEST_16_BIT)
 
 @dataclass(kw_only=True, slots=True)
 class TrainingOverrides:
-    """A stage's own training settings. Null inherits: from the stage named by `like`, then from `training.*`."""
+    """A stage's own training settings. Null inherits: from the stage named by `like`, then from
+    `training.*`.
+    """
 
     optional: bool = False  # skipped with its reason where this device cannot do it
-    model: str = BASE  # starts from: base, student_init (the student's initial weights), or an earlier stage
+    # starts from: base, student_init (the student's initial weights), or an earlier stage
+    model: str = BASE
     like: Optional[str] = None  # the stage whose training settings this one inherits
     precision: Optional[Precision] = None
     steps: Optional[int] = at_least_0(None)
@@ -61,7 +64,8 @@ class TrainingOverrides:
     start_batch_size: Optional[int] = positive(None)
     start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
     growth_fraction: Optional[float] = field(default=None, metadata={"above": 0, "max": 1})
-    stack: Optional[int] = positive(None)  # times that the start's layers are put on top of one another; null: once
+    # times that the start's layers are put on top of one another; null: once
+    stack: Optional[int] = positive(None)
 
     type: ClassVar[str]
     version: ClassVar[int]
@@ -77,7 +81,9 @@ def training_settings(stage: TrainingOverrides, run: Run) -> TrainingConfig:
 
     Where `epochs` are in force, `steps` is not yet known, and above 0: see `steps_of`.
     """
-    chosen = {item.name: getattr(run.training, item.name) for item in dataclasses.fields(TrainingConfig)}
+    chosen = {
+        item.name: getattr(run.training, item.name) for item in dataclasses.fields(TrainingConfig)
+    }
     for layer in reversed(_layers(stage, run)):
         if layer.steps is not None:  # what is nearer to the stage wins, as steps or as epochs
             chosen["epochs"] = None
@@ -90,7 +96,8 @@ def training_settings(stage: TrainingOverrides, run: Run) -> TrainingConfig:
 
 
 def settle_epochs(run: Run, given: Collection[str]) -> None:
-    """Have `epochs` that the user gave win over steps of a profile or recipe, and steps over their epochs.
+    """Have `epochs` that the user gave win over steps of a profile or recipe, and steps over their
+    epochs.
 
     Args:
         given: The settings of the command line.
@@ -98,7 +105,11 @@ def settle_epochs(run: Run, given: Collection[str]) -> None:
     Raises:
         UserError: If the user gave both, of one stage or of all.
     """
-    own = {f"stages.{name}": stage for name, stage in run.stages.items() if isinstance(stage, TrainingOverrides)}
+    own = {
+        f"stages.{name}": stage
+        for name, stage in run.stages.items()
+        if isinstance(stage, TrainingOverrides)
+    }
     for key in ("training", *own):
         if f"{key}.steps" in given and f"{key}.epochs" in given:
             raise UserError(f"{key}.epochs", f"does not go with {key}.steps", "give one of the two")
@@ -107,7 +118,8 @@ def settle_epochs(run: Run, given: Collection[str]) -> None:
     for key, stage in own.items():
         if f"{key}.steps" in given:
             stage.epochs = None
-        elif f"{key}.epochs" in given or ("training.epochs" in given and stage.steps):  # 0: used as it is
+        # 0: used as it is
+        elif f"{key}.epochs" in given or ("training.epochs" in given and stage.steps):
             stage.steps = None
 
 
@@ -130,7 +142,8 @@ def steps_of(settings: TrainingConfig, num_rows: int) -> int:
 
 
 def read_as(stage: Any, run: Run) -> TrainingConfig | None:
-    """Return the training settings that decide which batches a stage reads; None where it reads none.
+    """Return the training settings that decide which batches a stage reads; None where it reads
+    none.
 
     A capture reads what the stage named by `like` will train on.
     """
@@ -168,7 +181,11 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
         UserError: Naming the setting.
     """
     if stage.like is not None and stage.like not in run.stages:
-        raise UserError(f"{key}.like", f"no stage is called {stage.like!r}", f"name one of {', '.join(run.stages)}")
+        raise UserError(
+            f"{key}.like",
+            f"no stage is called {stage.like!r}",
+            f"name one of {', '.join(run.stages)}",
+        )
     if stage.steps is not None and stage.epochs is not None:
         raise UserError(f"{key}.epochs", f"does not go with {key}.steps", "give one of the two")
     settings = training_settings(stage, run)
@@ -182,7 +199,11 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
     _check_optimizer(settings, key, run)
     for name in ("hidden_weight", "relation_weight"):
         if getattr(stage, name, 0) and training_precision(stage, run) is Precision.bf16_pure:
-            raise UserError(f"{key}.precision", f"bf16_pure has nothing in fp32 that {name} could use", "give bf16")
+            raise UserError(
+                f"{key}.precision",
+                f"bf16_pure has nothing in fp32 that {name} could use",
+                "give bf16",
+            )
 
 
 def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:
@@ -204,7 +225,10 @@ def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:
         if start is not None and full not in (start << at for at in range(full.bit_length())):
             problem = f"{start} doubled again and again does not become {name} {full}"
             raise UserError(f"{key}.start_{name}", problem, f"give {full} divided by 2, 4, 8, ...")
-    if settings.start_batch_size is not None and settings.start_batch_size % settings.gradient_accumulation:
+    if (
+        settings.start_batch_size is not None
+        and settings.start_batch_size % settings.gradient_accumulation
+    ):
         problem = f"gradient_accumulation {settings.gradient_accumulation} does not divide it"
         raise UserError(f"{key}.start_batch_size", problem, "give a multiple")
     if settings.start_sequence_length is not None and run.task is not Task.causal_lm:

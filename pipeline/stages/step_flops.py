@@ -1,7 +1,8 @@
 """What the steps of a training take in FLOPs; counting them never ends it.
 
-Where a model cannot be counted, its part is estimated by the rule of thumb (6N, of active parameters), for one purpose:
-a control that matches compute needs a number of steps. The figure itself, `model_flops`, is then null with the reason.
+Where a model cannot be counted, its part is estimated by the rule of thumb (6N, of active
+parameters), for one purpose: a control that matches compute needs a number of steps. The figure
+itself, `model_flops`, is then null with the reason.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class ModelFlops:
         return found
 
     def active_share(self, model: Any) -> Value:
-        """Return the share of the parameters that a token uses; all of them but for a mixture of experts."""
+        """Return the share of the parameters that a token uses; all of them but for a mixture of
+        experts.
+        """
         if self.why_no_shares is not None:
             return null(f"which experts a token visits is unknown ({self.why_no_shares})")
 
@@ -101,7 +104,10 @@ class ModelFlops:
                 f"({count(active)} of {count(whole)}), and model_flops counts these"
             )
 
-        return attempted(read, lambda why: f"mixture of experts, whose active parameters cannot be counted ({why})")
+        return attempted(
+            read,
+            lambda why: f"mixture of experts, whose active parameters cannot be counted ({why})",
+        )
 
 
 @dataclass(slots=True)
@@ -138,22 +144,39 @@ class StepFlops:
     @classmethod
     def counted(cls, objective: Objective, own: ModelFlops) -> StepFlops:
         """Count the models of an objective beside its own, which is counted already."""
-        task, teacher = objective.task, None if objective.teacher is None else objective.teacher.model
+        task, teacher = (
+            objective.task,
+            (None if objective.teacher is None else objective.teacher.model),
+        )
         of_teacher = None if teacher is None else ModelFlops.of(teacher, task, backward=False)
-        writes = None if objective.writing is None else ModelFlops.of(objective.model, task, backward=False)
+        writes = (
+            None
+            if objective.writing is None
+            else ModelFlops.of(objective.model, task, backward=False)
+        )
         named = {"the model": own, "its teacher": of_teacher, "the model's writing": writes}
         parts = {name: part for name, part in named.items() if part is not None}
-        unread = [f"{name} cannot be counted ({part.why})" for name, part in parts.items() if part.why is not None]
+        unread = [
+            f"{name} cannot be counted ({part.why})"
+            for name, part in parts.items()
+            if part.why is not None
+        ]
         no_rule = [part.why_no_rule for part in parts.values() if part.why_no_rule is not None]
         return cls(
-            own.per_sequence, None if of_teacher is None else of_teacher.per_sequence,
-            None if writes is None else writes.per_sequence, objective.hidden, objective.relations,
+            own.per_sequence,
+            None if of_teacher is None else of_teacher.per_sequence,
+            None if writes is None else writes.per_sequence,
+            objective.hidden,
+            objective.relations,
             full=(isinstance(objective.head, Unknown), isinstance(objective.teacher_head, Unknown)),
-            why="; ".join(unread) or None, why_no_rule="; ".join(no_rule) or None,
-        )  # fmt: skip
+            why="; ".join(unread) or None,
+            why_no_rule="; ".join(no_rule) or None,
+        )
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Return the model's own part, which `match_compute` divides by, and all that a teacher adds."""
+        """Return the model's own part, which `match_compute` divides by, and all that a teacher
+        adds.
+        """
         return attempted(lambda: self._priced(batch), self._unpriced)
 
     def _priced(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -176,7 +199,9 @@ class StepFlops:
         return 0.0, 0.0
 
     def own_per_step(self, text: Batches, steps: int) -> float:
-        """Return what steps of text take without a teacher, the mean of the first few: windows are of one length."""
+        """Return what steps of text take without a teacher, the mean of the first few: windows are
+        of one length.
+        """
         first = [self(text.batch(step))[0] for step in range(min(steps, FEW))]
         return sum(first) / len(first)
 

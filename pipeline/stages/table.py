@@ -1,4 +1,6 @@
-"""The stage types a recipe can place, by name: the one list to extend (`/stage@stages.NAME: TYPE`)."""
+"""The stage types a recipe can place, by name: the one list to extend (`/stage@stages.NAME:
+TYPE`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,9 @@ from pipeline.stages.train import TrainStage
 
 Stage = TrainStage | CaptureStage | DistillStage | QuantizeStage | ReleaseStage
 STAGES: dict[str, type[Stage]] = {
-    "train": TrainStage, "capture": CaptureStage, "distill": DistillStage, "quantize": QuantizeStage,
+    "train": TrainStage,
+    "capture": CaptureStage,
+    "distill": DistillStage,
+    "quantize": QuantizeStage,
     "release": ReleaseStage,
-}  # fmt: skip
+}

@@ -1,4 +1,6 @@
-"""What a teacher adds to a training: where its signal comes from, how it is mixed in, and whether it taught."""
+"""What a teacher adds to a training: where its signal comes from, how it is mixed in, and whether
+it taught.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
 
 
-def load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context) -> Teacher:
+def load_teacher(
+    stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context
+) -> Teacher:
     """Load a live teacher, frozen.
 
     Raises:
@@ -50,9 +54,15 @@ def load_teacher(stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer:
 
 
 def open_cache(
-    stage: DistillStage, name: str, inputs: Mapping[str, Artifact], batches: PackedBatches | PaddedBatches,
-    outputs: int, tokenizer: Any, settings: TrainingConfig, ctx: Context,
-) -> CachedTeacher:  # fmt: skip
+    stage: DistillStage,
+    name: str,
+    inputs: Mapping[str, Artifact],
+    batches: PackedBatches | PaddedBatches,
+    outputs: int,
+    tokenizer: Any,
+    settings: TrainingConfig,
+    ctx: Context,
+) -> CachedTeacher:
     """Open a teacher cache and have it prove that it was captured for this training.
 
     Args:
@@ -68,15 +78,21 @@ def open_cache(
     wanted = expected(ctx.run.stages[name], batches, tokenizer, inputs[stage.teacher], ctx)
     cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
     if outputs < cache.vocabulary:
-        problem = f"the cache speaks of {cache.vocabulary} tokens or classes, the student has {outputs}"
+        problem = (
+            f"the cache speaks of {cache.vocabulary} tokens or classes, the student has {outputs}"
+        )
         raise UserError(key, problem, "use a student of the teacher's family")
     return CachedTeacher(cache, _loss(stage))
 
 
 class Numbered:
-    """Batches that say which windows they consist of: what a cache is asked by, here already, for each micro-batch."""
+    """Batches that say which windows they consist of: what a cache is asked by, here already, for
+    each micro-batch.
+    """
 
-    def __init__(self, batches: PackedBatches | PaddedBatches, cache: TeacherCache, num_micro: int = 1) -> None:
+    def __init__(
+        self, batches: PackedBatches | PaddedBatches, cache: TeacherCache, num_micro: int = 1
+    ) -> None:
         self._batches, self._cache, self._num_micro = batches, cache, num_micro
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
@@ -87,14 +103,20 @@ class Numbered:
         return {**self._batches.batch(step), "windows": windows}
 
 
-def mix_in(stage: DistillStage, objective: Objective, settings: TrainingConfig, ctx: Context) -> None:
-    """Have an objective minimise what the stage says, step by step, and read what it wants of a teacher's inside."""
+def mix_in(
+    stage: DistillStage, objective: Objective, settings: TrainingConfig, ctx: Context
+) -> None:
+    """Have an objective minimise what the stage says, step by step, and read what it wants of a
+    teacher's inside.
+    """
     objective.losses = partial(loss_at, stage, settings)
     objective.at(0)
     if objective.teacher is None:
         return
     student, teacher, key = objective.model, objective.teacher.model, f"stages.{ctx.stage}"
-    if stage.hidden_weight and (student.config.is_encoder_decoder or teacher.config.is_encoder_decoder):
+    if stage.hidden_weight and (
+        student.config.is_encoder_decoder or teacher.config.is_encoder_decoder
+    ):
         problem = "compares layers of one stack, and an encoder-decoder has two"
         raise UserError(f"{key}.hidden_weight", problem, "leave it at 0")
     if stage.hidden_weight:
@@ -105,25 +127,37 @@ def mix_in(stage: DistillStage, objective: Objective, settings: TrainingConfig, 
         objective.hidden = HiddenSignal(pairs, widths, stage.hidden_weight).to(ctx.device)
     if stage.relation_weight:
         objective.relations = relation_signal(
-            student, teacher, layer=stage.relation_layer, heads=stage.relation_heads, weight=stage.relation_weight,
+            student,
+            teacher,
+            layer=stage.relation_layer,
+            heads=stage.relation_heads,
+            weight=stage.relation_weight,
             key=key,
-        )  # fmt: skip
+        )
 
 
 def loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
-    """Return what is minimised at a step: temperature and weight of the hard labels may change over the training."""
+    """Return what is minimised at a step: temperature and weight of the hard labels may change over
+    the training.
+    """
     along = partial(ramp, step, settings.steps, stage.ramp_fraction)
     loss = _loss(stage)
     return replace(
-        loss, temperature=along(stage.start_temperature, loss.temperature),
+        loss,
+        temperature=along(stage.start_temperature, loss.temperature),
         ce_weight=along(stage.start_ce_weight, loss.ce_weight),
-    )  # fmt: skip
+    )
 
 
 def have_written(
-    stage: DistillStage, objective: Objective, text: PackedBatches, encoded: list[Encoded], tokenizer: Any,
-    settings: TrainingConfig, ctx: Context,
-) -> PartlySampled:  # fmt: skip
+    stage: DistillStage,
+    objective: Objective,
+    text: PackedBatches,
+    encoded: list[Encoded],
+    tokenizer: Any,
+    settings: TrainingConfig,
+    ctx: Context,
+) -> PartlySampled:
     """Have the student write in a share of the steps; return the batches of both kinds.
 
     Args:
@@ -133,14 +167,20 @@ def have_written(
     length = stage.on_policy_length or settings.sequence_length // 2
     assert objective.vocabulary is not None
     objective.writing = Writing(
-        length, stage.on_policy_temperature or 1.0, objective.vocabulary, _ends(objective.model, tokenizer), ctx.seed
+        length,
+        stage.on_policy_temperature or 1.0,
+        objective.vocabulary,
+        _ends(objective.model, tokenizer),
+        ctx.seed,
     )
     longest = settings.sequence_length - length
     prompts = Prompts(encoded, longest=longest, batch_size=settings.batch_size, seed=ctx.seed)
     return PartlySampled(text, prompts, stage.on_policy, ctx.seed)
 
 
-def teachers_share(objective: Objective, text: Batches, settings: TrainingConfig, ctx: Context) -> float:
+def teachers_share(
+    objective: Objective, text: Batches, settings: TrainingConfig, ctx: Context
+) -> float:
     """Return the teacher's share of the gradient on the last micro-batch of text."""
     with ctx.clock.phase("eval"):
         rows = settings.batch_size // settings.gradient_accumulation
@@ -154,7 +194,9 @@ def _loss(stage: DistillStage) -> Loss:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end what a model writes: of its text, and as its settings name them, of its turn."""
+    """Return the tokens that end what a model writes: of its text, and as its settings name them,
+    of its turn.
+    """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turn = named if isinstance(named, list) else [named]
     return sorted({each for each in (*turn, tokenizer.eos_token_id) if each is not None})

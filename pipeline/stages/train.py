@@ -1,8 +1,10 @@
 """Train: plain fine-tuning or training from scratch, next-token or classification cross-entropy.
 
-What it does: the one training loop on the hard labels. When it helps: it is the baseline of every claim, the teacher
-of a distillation, and (with `match_compute`) the control that says what a teacher's FLOPs would have bought.
-Settings worth changing: steps, learning_rate, precision, schedule. `steps: 0` takes the model as it is.
+What it does: the one training loop on the hard labels. When it helps: it is the baseline of every
+    claim, the teacher of a distillation, and (with `match_compute`) the control that says what a
+    teacher's FLOPs would have bought.
+Settings worth changing: steps, learning_rate, precision, schedule. `steps: 0` takes the model as it
+    is.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
 class TrainStage(TrainingOverrides):
     """Settings of a `train` stage."""
 
-    match_compute: bool = False  # steps are those that the FLOPs of the stage named by `like` would have bought
+    # steps are those that the FLOPs of the stage named by `like` would have bought
+    match_compute: bool = False
 
     type: ClassVar[str] = "train"
-    version: ClassVar[int] = 4  # part of the artifact's key: raise it when the same settings train another model
+    # part of the artifact's key: raise it when the same settings train another model
+    version: ClassVar[int] = 4
 
     def reads(self, run: Run) -> list[str]:
         """Return the arms this stage reads; `like` too where its counts decide the steps."""
@@ -49,10 +53,16 @@ class TrainStage(TrainingOverrides):
             raise UserError(f"{key}.match_compute", "needs a stage to match", f"set {key}.like")
         matched = run.stages.get(self.like or "") if self.match_compute else None
         if isinstance(matched, TrainingOverrides) and training_settings(matched, run).steps == 0:
-            raise UserError(f"{key}.match_compute", f"{self.like} takes no steps to match", "give it steps above 0")
+            raise UserError(
+                f"{key}.match_compute",
+                f"{self.like} takes no steps to match",
+                "give it steps above 0",
+            )
         for name in ("steps", "epochs"):
             if self.match_compute and getattr(self, name) is not None:
-                raise UserError(f"{key}.{name}", "is computed where match_compute is set", f"drop {key}.{name}")
+                raise UserError(
+                    f"{key}.{name}", "is computed where match_compute is set", f"drop {key}.{name}"
+                )
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train and leave the model in `ctx.out`."""

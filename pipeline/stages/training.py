@@ -1,4 +1,6 @@
-"""What `train` and `distill` share: build model, batches and objective, run the loop, save the model."""
+"""What `train` and `distill` share: build model, batches and objective, run the loop, save the
+model.
+"""
 
 from __future__ import annotations
 
@@ -77,19 +79,25 @@ Start = tuple[Any, Any, Callable[[Any], None]]
 """A model on the device, its tokenizer, and what saves the model once it is trained."""
 NO_TEACHER = "no distillation in this stage"
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
-VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}  # of such a reading, unless declared
+# of such a reading, unless declared
+VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
 def run_training(
-    stage: TrainStage | DistillStage, distill: DistillStage | None, inputs: Mapping[str, Artifact], ctx: Context, *,
+    stage: TrainStage | DistillStage,
+    distill: DistillStage | None,
+    inputs: Mapping[str, Artifact],
+    ctx: Context,
+    *,
     start: Callable[[], Start] | None = None,
-) -> Output:  # fmt: skip
+) -> Output:
     """Train (or distil) as `stage` says and save the model into `ctx.out`.
 
     Args:
         start: What to begin with in place of what `stage.model` names.
     """
-    if distill is not None and distill.completions is not None:  # taught by texts: no distribution to follow
+    # taught by texts: no distribution to follow
+    if distill is not None and distill.completions is not None:
         distill = None
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
@@ -105,7 +113,9 @@ def run_training(
                 copy_model(inputs[stage.model].path, ctx.out)
             else:
                 save(model)
-        return Output(counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",))
+        return Output(
+            counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",)
+        )
     teacher = None
     if distill is not None and distill.cache is None:
         teacher = load_teacher(distill, inputs, tokenizer, ctx)
@@ -114,23 +124,35 @@ def run_training(
         own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
         if teacher is not None and own is not None:
             of_teacher = examine(teacher.model, ctx.device)
-            teacher = replace(teacher, masked=of_teacher.masked, head=of_teacher.head, packs=of_teacher.packs)
+            teacher = replace(
+                teacher, masked=of_teacher.masked, head=of_teacher.head, packs=of_teacher.packs
+            )
         if teacher is not None:
             round_weights(teacher.model, teacher.precision)
-        encoded = read_encoded(model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None))
+        encoded = read_encoded(
+            model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None)
+        )
         text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
         num_rows = text.num_rows
         settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
         if distill is not None and distill.cache is not None:
             outputs = model.config.num_labels if own is None else columns_of(model, own.head)
-            signal = open_cache(distill, distill.cache, inputs, text, outputs, tokenizer, settings, ctx)
+            signal = open_cache(
+                distill, distill.cache, inputs, text, outputs, tokenizer, settings, ctx
+            )
             text = Numbered(text, signal.cache, settings.gradient_accumulation)
         objective = Objective(
-            model, ctx.run.task, precision, ctx.device, ctx.clock, signal,
-            masked=own is not None and own.masked, packs=own is None or own.packs,
+            model,
+            ctx.run.task,
+            precision,
+            ctx.device,
+            ctx.clock,
+            signal,
+            masked=own is not None and own.masked,
+            packs=own is None or own.packs,
             head=None if own is None else own.head,
-        )  # fmt: skip
+        )
         batches = text
         if distill is not None:
             mix_in(distill, objective, settings, ctx)
@@ -138,7 +160,8 @@ def run_training(
                 _check_writes(own, model, ctx)
                 assert isinstance(text, PackedBatches)
                 batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
-        counted = ModelFlops.of(model, ctx.run.task, backward=True)  # before it is compiled: counting would slow it
+        # before it is compiled: counting would slow it
+        counted = ModelFlops.of(model, ctx.run.task, backward=True)
         flops = StepFlops.counted(objective, counted)
         active = counted.active_share(model)
         said = [doubt(counted, model, ctx.run.task, settings.sequence_length), counted.said(model)]
@@ -168,25 +191,43 @@ def run_training(
         _tracer(settings, ctx) as tracer,
     ):
         hooks = Hooks(
-            validate=validate, flops=flops, points=ctx.points,
-            history=ctx.history, checkpointed=ctx.checkpointed, resumed=ctx.resumed, should_stop=ctx.should_stop,
-            advance=_advancing(advance, phases), say=ctx.say, tracer=tracer,
-        )  # fmt: skip
+            validate=validate,
+            flops=flops,
+            points=ctx.points,
+            history=ctx.history,
+            checkpointed=ctx.checkpointed,
+            resumed=ctx.resumed,
+            should_stop=ctx.should_stop,
+            advance=_advancing(advance, phases),
+            say=ctx.say,
+            tracer=tracer,
+        )
         progress = train(
-            trained, batches, objective, settings=settings, precision=ctx.run.precision, folder=ctx.checkpoints,
-            clock=ctx.clock, hooks=hooks,
-        )  # fmt: skip
+            trained,
+            batches,
+            objective,
+            settings=settings,
+            precision=ctx.run.precision,
+            folder=ctx.checkpoints,
+            clock=ctx.clock,
+            hooks=hooks,
+        )
         timeline = _timeline(phases, tracer, ctx)
     share = null(NO_TEACHER)
     if distill is not None:  # no hard label is learnt where all is sampled
-        read = lambda: 1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
-        share = attempted(lambda: measured(read()), lambda why: null(unmeasured("the teacher's gradient", why)))
+        read = lambda: (
+            1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
+        )
+        share = attempted(
+            lambda: measured(read()), lambda why: null(unmeasured("the teacher's gradient", why))
+        )
     with ctx.clock.phase("checkpoint"):
         if teacher is not None and parameter_hash(teacher.model) != frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save(model)
     output = _output(progress, objective, distill, share, flops, active)
-    if isinstance(batches, PartlySampled):  # what a step of the same stage without a teacher takes: those of text
+    # what a step of the same stage without a teacher takes: those of text
+    if isinstance(batches, PartlySampled):
         output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
     output = flops.told(output, progress.flops)
     about = {} if choice is None else {"precision": choice.about}
@@ -196,7 +237,9 @@ def run_training(
 
 
 def _start_of(stage: TrainStage | DistillStage, ctx: Context) -> tuple[str, str]:
-    """Return the setting that names what a stage starts from, and what it is, as refusals say it."""
+    """Return the setting that names what a stage starts from, and what it is, as refusals say
+    it.
+    """
     if stage.model == STUDENT_INIT and ctx.run.student.path is not None:
         return "student.path", ctx.run.student.path
     return (
@@ -219,42 +262,70 @@ def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str |
 
 
 def _start(
-    stage: TrainStage | DistillStage, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
+    stage: TrainStage | DistillStage,
+    inputs: Mapping[str, Artifact],
+    settings: TrainingConfig,
+    ctx: Context,
 ) -> Start:
     """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
     model: Any
     model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
     if stage.stack is not None:
-        model = stack_layers(model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent)
+        model = stack_layers(
+            model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent
+        )
     if quantized_by(model.config) is None:
         model = model.to(ctx.device)
     return model, tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
 
 def _chosen(
-    stage: TrainStage | DistillStage, model: Any, objective: Objective, batches: Batches, settings: TrainingConfig,
+    stage: TrainStage | DistillStage,
+    model: Any,
+    objective: Objective,
+    batches: Batches,
+    settings: TrainingConfig,
     ctx: Context,
-) -> Choice:  # fmt: skip
-    """Return the precision found by trial: that of the stage named by `like`, so that like is compared with like."""
+) -> Choice:
+    """Return the precision found by trial: that of the stage named by `like`, so that like is
+    compared with like.
+    """
     matched = {} if ctx.matched is None else ctx.matched.about.get("precision", {})
     if stage.precision is None and matched:
-        return Choice(Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]})
-    left_out = [] if objective.hidden is None and objective.relations is None else [Precision.bf16_pure]
+        return Choice(
+            Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]}
+        )
+    left_out = (
+        [] if objective.hidden is None and objective.relations is None else [Precision.bf16_pure]
+    )
     return choose_precision(
-        model, objective, batches, settings, ctx.run.precision, left_out=left_out, folder=ctx.checkpoints,
+        model,
+        objective,
+        batches,
+        settings,
+        ctx.run.precision,
+        left_out=left_out,
+        folder=ctx.checkpoints,
         clock=ctx.clock,
-    )  # fmt: skip
+    )
 
 
 def _tracer(settings: TrainingConfig, ctx: Context) -> StepTracer:
     return step_tracer(
-        ctx.traces, ctx.device, total=settings.steps, count=ctx.run.ledger.traced_steps,
+        ctx.traces,
+        ctx.device,
+        total=settings.steps,
+        count=ctx.run.ledger.traced_steps,
         eval_every=steps_between_evaluations(settings),
-    )  # fmt: skip
+    )
 
 
-def _advancing(advance: Callable[[int, int], None], phases: GpuPhases | None) -> Callable[[int, int], None]:
-    """Return what to do after each step: show it, and book the device time that has become known."""
+def _advancing(
+    advance: Callable[[int, int], None], phases: GpuPhases | None
+) -> Callable[[int, int], None]:
+    """Return what to do after each step: show it, and book the device time that has become
+    known.
+    """
 
     def advanced(step: int, tokens: int) -> None:
         advance(step, tokens)
@@ -265,7 +336,9 @@ def _advancing(advance: Callable[[int, int], None], phases: GpuPhases | None) ->
 
 
 def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dict[str, Any]:
-    """Return what the device did, as `Output.gpu_timeline` has it; the steps are over, so it may be waited for."""
+    """Return what the device did, as `Output.gpu_timeline` has it; the steps are over, so it may be
+    waited for.
+    """
     phases_s: dict[str, float] = {}
     if phases is not None:
         with ctx.clock.phase("optimizer"):  # what the last step still does
@@ -279,7 +352,8 @@ def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dic
 
 
 def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
-    """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs would have bought.
+    """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs
+    would have bought.
 
     Raises:
         StageFailed: If the FLOPs of the matched stage are neither counted nor estimated.
@@ -294,8 +368,10 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
     settings.steps, settings.epochs = max(1, int(flops // per_step)), None
     why = _why_no_flops(ctx)
     if why is not None:
-        ctx.say(f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb (6N, estimated), "
-                f"as they cannot be counted: {why}")  # fmt: skip
+        ctx.say(
+            f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb"
+            f" (6N, estimated), as they cannot be counted: {why}"
+        )
     return settings
 
 
@@ -306,20 +382,33 @@ def _why_no_flops(ctx: Context) -> str | None:
     return ctx.matched.counts["model_flops"].why_null
 
 
-def start_weights(name: str, inputs: Mapping[str, Artifact], ctx: Context, *, new_head: bool) -> tuple[Any, Any]:
-    """Return the model and tokenizer that `name` stands for (an arm, or the student's initial weights)."""
+def start_weights(
+    name: str, inputs: Mapping[str, Artifact], ctx: Context, *, new_head: bool
+) -> tuple[Any, Any]:
+    """Return the model and tokenizer that `name` stands for (an arm, or the student's initial
+    weights).
+    """
     run, labels = ctx.run, ctx.data.labels
     if name != STUDENT_INIT:
         path = inputs[name].path
         return load_model(path, run.task, labels=labels, new_head=new_head), load_tokenizer(path)
     source = inputs[student_source(run)].path if run.student.path is None else ctx.out
-    return make_student(run.student, source, run.task, labels, new_head=new_head, scratch=ctx.out.parent)
+    return make_student(
+        run.student, source, run.task, labels, new_head=new_head, scratch=ctx.out.parent
+    )
 
 
 def read_encoded(
-    model: Any, tokenizer: Any, settings: TrainingConfig, ctx: Context, *, completions: str | None = None
+    model: Any,
+    tokenizer: Any,
+    settings: TrainingConfig,
+    ctx: Context,
+    *,
+    completions: str | None = None,
 ) -> list[Encoded]:
-    """Return the encoded train split, or the completions of a file in its place; what is not read of them is said."""
+    """Return the encoded train split, or the completions of a file in its place; what is not read
+    of them is said.
+    """
     if completions is None:
         documents = ctx.data.splits["train"]
     else:
@@ -327,7 +416,9 @@ def read_encoded(
         documents = [each.document for each in given]
     length = example_length(model.config, ctx.run.task, settings.sequence_length)
     for note in encoding_notes(documents, tokenizer, ctx.run.task, max_length=length):
-        ctx.say(f"train split: {note}" if completions is None else f"{ctx.stage}: completions: {note}")
+        ctx.say(
+            f"train split: {note}" if completions is None else f"{ctx.stage}: completions: {note}"
+        )
     return encode_all(documents, tokenizer, ctx.run.task, max_length=length)
 
 
@@ -337,14 +428,25 @@ def _apart(own: Examined | None, teacher: Teacher | None) -> bool:
 
 
 def _check_writes(own: Examined | None, model: Any, ctx: Context) -> None:
-    """Refuse a student that cannot write in batches: prompts of several lengths are placed by their positions."""
+    """Refuse a student that cannot write in batches: prompts of several lengths are placed by their
+    positions.
+    """
     if own is not None and not own.packs:
-        problem = f"{type(model).__name__} takes no positions, by which prompts of several lengths are placed"
+        problem = (
+            f"{type(model).__name__} takes no positions, by which prompts of several lengths are"
+            " placed"
+        )
         raise UserError(f"stages.{ctx.stage}.on_policy", problem, "leave it out")
 
 
 def make_batches(
-    model: Any, tokenizer: Any, encoded: list[Encoded], settings: TrainingConfig, ctx: Context, *, apart: bool = False
+    model: Any,
+    tokenizer: Any,
+    encoded: list[Encoded],
+    settings: TrainingConfig,
+    ctx: Context,
+    *,
+    apart: bool = False,
 ) -> PackedBatches | PaddedBatches:
     """Return what a training with these settings reads, as a pure function of the step.
 
@@ -355,13 +457,19 @@ def make_batches(
     rows = partial(first_row, settings=settings)
     if ctx.run.task is Task.causal_lm:
         packed = PackedBatches(
-            encoded, sequence_length=settings.sequence_length, batch_size=rows, seed=ctx.seed,
-            length_at=lambda step: sequence_length(step, settings), apart=apart,
-        )  # fmt: skip
+            encoded,
+            sequence_length=settings.sequence_length,
+            batch_size=rows,
+            seed=ctx.seed,
+            length_at=lambda step: sequence_length(step, settings),
+            apart=apart,
+        )
         if apart:
             share = packed.packing.padding / max(1, packed.packing.window_tokens)
-            ctx.say(f"{ctx.stage}: documents are not packed, which not all models here keep apart: each has rows of "
-                    f"its own, {share:.0%} of which is padding")  # fmt: skip
+            ctx.say(
+                f"{ctx.stage}: documents are not packed, which not all models here keep apart: each"
+                f" has rows of its own, {share:.0%} of which is padding"
+            )
         for note in packed.packing.notes():
             ctx.say(f"{ctx.stage}: {note}")
         return packed
@@ -377,51 +485,86 @@ def _validation(
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
     count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
     encoded = encode_all(
-        documents[:count], tokenizer, ctx.run.task,
-        max_length=example_length(model.config, ctx.run.task, settings.sequence_length), max_bytes=VALIDATION_BYTES,
-    )  # fmt: skip
+        documents[:count],
+        tokenizer,
+        ctx.run.task,
+        max_length=example_length(model.config, ctx.run.task, settings.sequence_length),
+        max_bytes=VALIDATION_BYTES,
+    )
 
     padding = Padding.of(tokenizer, model, ctx.run.task)
 
     def validate() -> float:
         with arithmetic(precision, ctx.device):
             return validation_metric(
-                model, encoded, ctx.run.task, sequence_length=settings.sequence_length,
-                batch_size=settings.batch_size, device=ctx.device, padding=padding,
-            )  # fmt: skip
+                model,
+                encoded,
+                ctx.run.task,
+                sequence_length=settings.sequence_length,
+                batch_size=settings.batch_size,
+                device=ctx.device,
+                padding=padding,
+            )
 
     return validate
 
 
 def _no_counts() -> dict[str, Value]:
-    nothing = {"steps": measured(0), "tokens": measured(0), "target_tokens": measured(0), "examples": measured(0),
-               "model_flops": estimated(0), "steps_lost": measured(0)}  # fmt: skip
-    return {**nothing, **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER))}
+    nothing = {
+        "steps": measured(0),
+        "tokens": measured(0),
+        "target_tokens": measured(0),
+        "examples": measured(0),
+        "model_flops": estimated(0),
+        "steps_lost": measured(0),
+    }
+    return {
+        **nothing,
+        **dict.fromkeys(("distillation_share", "distillation_gradient_share"), null(NO_TEACHER)),
+    }
 
 
 def _output(
-    progress: Progress, objective: Objective, distill: DistillStage | None, gradient: Value, flops: StepFlops,
+    progress: Progress,
+    objective: Objective,
+    distill: DistillStage | None,
+    gradient: Value,
+    flops: StepFlops,
     active: Value,
-) -> Output:  # fmt: skip
-    shares = {"distillation_share": _share(progress, distill),
-              "distillation_gradient_share": gradient}  # fmt: skip
+) -> Output:
+    shares = {
+        "distillation_share": _share(progress, distill),
+        "distillation_gradient_share": gradient,
+    }
     counts = {
-        "steps": measured(progress.step), "tokens": measured(progress.tokens),
+        "steps": measured(progress.step),
+        "tokens": measured(progress.tokens),
         "target_tokens": _target_tokens(progress, objective.task),
-        "examples": measured(progress.examples), "model_flops": flops.total(progress.flops), "steps_lost": measured(0),
-        "active_parameter_share": active, **shares,
-    }  # fmt: skip
+        "examples": measured(progress.examples),
+        "model_flops": flops.total(progress.flops),
+        "steps_lost": measured(0),
+        "active_parameter_share": active,
+        **shares,
+    }
     notes: list[str] = []
     teacher_model = None if objective.teacher is None else objective.teacher.model
     if teacher_model is not None and _vocabulary(teacher_model) != _vocabulary(objective.model):
-        notes.append(f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared")
+        notes.append(
+            f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared"
+        )
     least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
     if distill is not None and least < LEAST_SHARE:
-        notes.append(f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower ce_weight")
+        notes.append(
+            f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower"
+            " ce_weight"
+        )
     return Output(
-        counts=counts, flops_per_step=progress.own_flops / progress.step, curve=progress.curve,
-        seconds_in_steps=progress.step_ns / 1e9, notes=tuple(notes),
-    )  # fmt: skip
+        counts=counts,
+        flops_per_step=progress.own_flops / progress.step,
+        curve=progress.curve,
+        seconds_in_steps=progress.step_ns / 1e9,
+        notes=tuple(notes),
+    )
 
 
 def _vocabulary(model: Any) -> int | None:
@@ -430,13 +573,21 @@ def _vocabulary(model: Any) -> int | None:
 
 def _target_tokens(progress: Progress, task: Task) -> Value:
     """Return how many tokens were learnt; a classifier learns labels."""
-    return measured(progress.target_tokens) if task is Task.causal_lm else null("labels are learnt, not tokens")
+    return (
+        measured(progress.target_tokens)
+        if task is Task.causal_lm
+        else null("labels are learnt, not tokens")
+    )
 
 
 def _share(progress: Progress, distill: DistillStage | None) -> Value:
-    """Return the share of the loss that the teacher's signal contributes, over the last tenth of the steps."""
+    """Return the share of the loss that the teacher's signal contributes, over the last tenth of
+    the steps.
+    """
     if distill is None:
         return null(NO_TEACHER)
     if progress.taught + progress.hard == 0:
         return null("the loss is zero")
-    return derive(lambda part, rest: part / (part + rest), measured(progress.taught), measured(progress.hard))
+    return derive(
+        lambda part, rest: part / (part + rest), measured(progress.taught), measured(progress.hard)
+    )

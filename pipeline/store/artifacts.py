@@ -1,4 +1,5 @@
-"""Artifacts on disk: committed atomically, addressed by content, found again by the key of what made them.
+"""Artifacts on disk: committed atomically, addressed by content, found again by the key of what
+made them.
 
 store/artifacts/<digest>/   the files and artifact.json
 store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
@@ -33,7 +34,8 @@ from pipeline.store.waiting import waiting_for
 MANIFEST = "artifact.json"
 MODEL = "model"  # the kind of artifact that can be assessed, served, and shown among models
 WAIT_S = 1.0
-RESERVE, RESERVED_BYTES = ".reserve", 4 * 2**20  # in a run's folder: result, report and last lines of the journal
+# in a run's folder: result, report and last lines of the journal
+RESERVE, RESERVED_BYTES = ".reserve", 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,12 @@ class Artifact:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form artifacts have in result.json."""
-        return {"path": str(self.path), "kind": self.kind, "digest": self.digest, "bytes": self.num_bytes}
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "digest": self.digest,
+            "bytes": self.num_bytes,
+        }
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Artifact:
@@ -64,7 +71,9 @@ class Artifact:
 def digest_folder(folder: Path) -> tuple[str, int]:
     """Return digest and size in bytes of all files below `folder`, artifact.json excepted."""
     total, whole = 0, hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    ):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
@@ -73,9 +82,13 @@ def digest_folder(folder: Path) -> tuple[str, int]:
 
 
 def digest_given(folder: Path) -> tuple[str, int]:
-    """Return `digest_folder` of a model that lies elsewhere, read once a process for as long as no file changes."""
+    """Return `digest_folder` of a model that lies elsewhere, read once a process for as long as no
+    file changes.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _digest_as_seen(folder, tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _digest_as_seen(
+        folder, tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    )
 
 
 @cache
@@ -84,7 +97,9 @@ def _digest_as_seen(folder: Path, _: tuple[tuple[str, int, int], ...]) -> tuple[
 
 
 def key_of(**parts: Any) -> str:
-    """Return a 32-character key for settings and digests; equal parts give equal keys on every machine."""
+    """Return a 32-character key for settings and digests; equal parts give equal keys on every
+    machine.
+    """
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -119,7 +134,8 @@ def _write(path: Path, text: str) -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             with temporary.open("xb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # what nobody holds was left by a kill: `_sweep` removes it
+                # what nobody holds was left by a kill: `_sweep` removes it
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -128,7 +144,8 @@ def _write(path: Path, text: str) -> None:
         except FileNotFoundError:
             if is_last:
                 raise
-        except IsADirectoryError:  # somebody's folder, where a file of ours belongs: kept, under another name
+        # somebody's folder, where a file of ours belongs: kept, under another name
+        except IsADirectoryError:
             temporary.unlink(missing_ok=True)
             if is_last:
                 raise
@@ -139,18 +156,24 @@ def _write(path: Path, text: str) -> None:
 
 
 def make_way(path: Path) -> None:
-    """Move aside, and keep, what lies where a file of ours belongs and is none: a folder, a pipe, a link."""
+    """Move aside, and keep, what lies where a file of ours belongs and is none: a folder, a pipe, a
+    link.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.moved"))
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON in `path`, or None where there is no such file, it is no file, or it is not whole."""
+    """Return the JSON in `path`, or None where there is no such file, it is no file, or it is not
+    whole.
+    """
     return parsed(path)[0]
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Return what the artifact.json in a folder says; nothing where there is none, or it is damaged."""
+    """Return what the artifact.json in a folder says; nothing where there is none, or it is
+    damaged.
+    """
     return read_record(folder / MANIFEST, MANIFEST_SPEC) or {}
 
 
@@ -164,7 +187,15 @@ class Store:
 
     def _make_folders(self) -> None:
         """Make what is missing: somebody may remove the store while a stage trains for hours."""
-        for name in ("artifacts", "keys", "tmp", "tokenizers", "locks", "checkpoints", "assessments"):
+        for name in (
+            "artifacts",
+            "keys",
+            "tmp",
+            "tokenizers",
+            "locks",
+            "checkpoints",
+            "assessments",
+        ):
             (self.root / name).mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -206,9 +237,13 @@ class Store:
 
     @contextmanager
     def lock(
-        self, key: str, what: str = "another process that makes the same", check: Callable[[], None] = lambda: None
+        self,
+        key: str,
+        what: str = "another process that makes the same",
+        check: Callable[[], None] = lambda: None,
     ) -> Generator[None]:
-        """Hold the lock of one key; another process that makes the same thing waits and then finds it made.
+        """Hold the lock of one key; another process that makes the same thing waits and then finds
+        it made.
 
         Args:
             key: Of what is made.
@@ -232,28 +267,40 @@ class Store:
             lock.release()
 
     def commit(self, folder: Path, kind: str, manifest: dict[str, Any]) -> Artifact:
-        """Turn a written folder into an artifact: sync it, then rename it to its digest in one step."""
+        """Turn a written folder into an artifact: sync it, then rename it to its digest in one
+        step.
+        """
         self._make_folders()
         digest, num_bytes = digest_folder(folder)
-        write_json(folder / MANIFEST, {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest})
+        write_json(
+            folder / MANIFEST,
+            {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest},
+        )
         _sync(folder)
         final = self._place(folder, digest)
         sync_path(final.parent)
         return Artifact(final.resolve(), kind, digest, num_bytes)
 
     def annotate(self, artifact: Artifact, topic: str, facts: Any) -> None:
-        """Add what was found out about an artifact to its artifact.json; one that lies elsewhere is left as it is."""
+        """Add what was found out about an artifact to its artifact.json; one that lies elsewhere is
+        left as it is.
+        """
         if artifact.path.parent == self.root.resolve() / "artifacts":
             self.revise(artifact, lambda manifest: {**manifest, topic: facts})
 
-    def revise(self, artifact: Artifact, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Change artifact.json, which is in no digest: one process at a time, and whole for every reader.
+    def revise(
+        self, artifact: Artifact, change: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> None:
+        """Change artifact.json, which is in no digest: one process at a time, and whole for every
+        reader.
 
         Args:
-            change: Given what artifact.json says, returns what it is to say; may raise to leave it alone.
+            change: Given what artifact.json says, returns what it is to say; may raise to leave it
+                alone.
         """
         path = artifact.path / MANIFEST
-        # Written elsewhere: whoever takes the artifact's digest meanwhile would find one file too many in its folder.
+        # Written elsewhere: whoever takes the artifact's digest meanwhile would find one file too
+        # many in its folder.
         with self.lock(f"manifest-{artifact.digest}"), self.scratch() as out:
             manifest = read_json(path)
             if not isinstance(manifest, dict):  # damaged meanwhile: it is made again
@@ -264,7 +311,9 @@ class Store:
                 (out / MANIFEST).replace(path)
 
     def _place(self, folder: Path, digest: str) -> Path:
-        """Rename `folder` to its digest; the same content lies there already, or something damaged makes way."""
+        """Rename `folder` to its digest; the same content lies there already, or something damaged
+        makes way.
+        """
         final = self.root / "artifacts" / digest
         while True:
             try:
@@ -286,24 +335,35 @@ class Store:
         if manifest is None or manifest["digest"] != digest:
             return None
         found, num_bytes = digest_folder(path)
-        return Artifact(path.resolve(), manifest["kind"], digest, num_bytes) if found == digest else None
+        return (
+            Artifact(path.resolve(), manifest["kind"], digest, num_bytes)
+            if found == digest
+            else None
+        )
 
     def recall(self, group: str, key: str, spec: Spec = ANY_ARTIFACT) -> dict[str, Any] | None:
-        """Return what was recorded under `key`, if it and its artifact (where it has one) are still whole.
+        """Return what was recorded under `key`, if it and its artifact (where it has one) are still
+        whole.
 
         The artifact is looked for in this store, wherever the store has been moved to since.
 
         Args:
             spec: What a record of this kind says; another one is damaged, which is said.
         """
-        record = read_record(self.root / group / f"{key}.json", spec, so="what it recorded is done again")
+        record = read_record(
+            self.root / group / f"{key}.json", spec, so="what it recorded is done again"
+        )
         raw = None if record is None else record.get("artifact")
         if record is None or raw is None:
             return record
         path = self.root / "artifacts" / raw["digest"]
         if _is_whole(path, raw["digest"]):
             return {**record, "artifact": {**raw, "path": str(path.resolve())}}
-        tell(path, "it is gone" if not path.exists() else "its bytes are not those of its digest", "is made again")
+        tell(
+            path,
+            "it is gone" if not path.exists() else "its bytes are not those of its digest",
+            "is made again",
+        )
         return None
 
     def remember(self, group: str, key: str, record: dict[str, Any]) -> None:
@@ -313,11 +373,15 @@ class Store:
 
 def _is_whole(folder: Path, digest: str) -> bool:
     manifest = read_json(folder / MANIFEST)
-    return isinstance(manifest, dict) and manifest.get("digest") == digest == digest_folder(folder)[0]
+    return (
+        isinstance(manifest, dict) and manifest.get("digest") == digest == digest_folder(folder)[0]
+    )
 
 
 def bring(source: Path, target: Path) -> None:
-    """Link weights, which trainers replace rather than rewrite; copy what is small, or lies on another disk."""
+    """Link weights, which trainers replace rather than rewrite; copy what is small, or lies on
+    another disk.
+    """
     if source.suffix == ".safetensors":
         try:
             os.link(source.resolve(), target)
@@ -332,15 +396,21 @@ class DiskFull(UserError):
 
 
 def disk_full(folder: Path) -> DiskFull:
-    """Return what to say of a disk that filled up: which, what is left on it, and that nothing is to be done twice."""
+    """Return what to say of a disk that filled up: which, what is left on it, and that nothing is
+    to be done twice.
+    """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free / 2**20
-    remedy = f"free some room (it has {free:.0f} MiB left) and start the same command again: it goes on"
+    remedy = (
+        f"free some room (it has {free:.0f} MiB left) and start the same command again: it goes on"
+    )
     return DiskFull("tracking.root", f"the disk of {folder} is full", remedy)
 
 
 def says_full(error: BaseException) -> bool:
-    """Whether a disk or quota is full; safetensors has an error class of its own that only says so in words."""
+    """Whether a disk or quota is full; safetensors has an error class of its own that only says so
+    in words.
+    """
     full = (errno.ENOSPC, errno.EDQUOT)
     number = error.errno if isinstance(error, OSError) else None
     return number in full or any(f"(os error {code})" in str(error) for code in full)
@@ -366,7 +436,9 @@ def sync_path(folder: Path) -> None:
 
 
 def reserve_room(folder: Path) -> None:
-    """Keep as much of the disk as the end of a run writes, so that a run which a full disk ends can still say so."""
+    """Keep as much of the disk as the end of a run writes, so that a run which a full disk ends can
+    still say so.
+    """
     with (folder / RESERVE).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
 

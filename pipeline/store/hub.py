@@ -1,7 +1,8 @@
 """Whether the Hugging Face Hub can be reached: asked once, within seconds.
 
-Its library asks again and again, with pauses, for 40 s, and by each file; a machine without a network need not wait
-for that. Where the Hub cannot be reached, the library is told to look into its cache alone.
+Its library asks again and again, with pauses, for 40 s, and by each file; a machine without a
+network need not wait for that. Where the Hub cannot be reached, the library is told to look into
+its cache alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ PROBE_S = 4.0
 
 
 def offline_without_network() -> str | None:
-    """Return why the Hub cannot be reached, and have its library work offline then; None where it can be, or may be.
+    """Return why the Hub cannot be reached, and have its library work offline then; None where it
+    can be, or may be.
 
     A proxy is asked nothing: who set one knows the way.
     """
@@ -24,7 +26,9 @@ def offline_without_network() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return _known.get("why")
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return None
     why = _why_unreachable(constants.ENDPOINT)
     if why is not None:
@@ -49,7 +53,8 @@ def _why_unreachable(endpoint: str) -> str | None:
         except OSError as error:
             said.append(error.strerror or str(error))
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent keeps no limit of ours
+    # a name server that is silent keeps no limit of ours
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_S)
     why = said[0] if said else f"no answer within {PROBE_S:.0f} s"

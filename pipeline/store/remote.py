@@ -1,8 +1,10 @@
-"""Artifacts at `store.url`: a folder or any fsspec URL, where `<url>/<digest>/` holds what the store's folder would.
+"""Artifacts at `store.url`: a folder or any fsspec URL, where `<url>/<digest>/` holds what the
+store's folder would.
 
-A download trusts the digest and nothing else: names are checked before anything is written, bytes before anything is
-committed. artifact.json is written last, so that a folder without it is no artifact; no digest covers it, so what it
-says of ledgers is as trustworthy as whoever may write there. Files are copied in pieces of `CHUNK` bytes.
+A download trusts the digest and nothing else: names are checked before anything is written, bytes
+before anything is committed. artifact.json is written last, so that a folder without it is no
+artifact; no digest covers it, so what it says of ledgers is as trustworthy as whoever may write
+there. Files are copied in pieces of `CHUNK` bytes.
 
 Source: https://filesystem-spec.readthedocs.io/en/latest/api.html (AbstractFileSystem).
 """
@@ -35,7 +37,8 @@ from pipeline.store.artifacts import (
 
 CHUNK = 4 * 2**20  # bytes held at once
 MAX_MANIFEST = 16 * 2**20  # bytes; items of an assessment are files of their own
-RUNS_CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth")  # no artifact of ours has such a file
+# no artifact of ours has such a file
+RUNS_CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth")
 MAX_TEXT = 1000  # characters of an error that are looked at
 SHORTEST_SECRET = 3  # characters; a shorter one would blank out half of a message
 OWN = ("schema", "kind", "digest", "bytes")  # facts of artifact.json that the store itself writes
@@ -54,12 +57,17 @@ def upload(artifact: Artifact, url: str, *, key: str = "store.url") -> str:
         key: What refusals name.
 
     Raises:
-        UserError: If the artifact is damaged here, holds what nobody would download, or the place does not take it.
+        UserError: If the artifact is damaged here, holds what nobody would download, or the place
+            does not take it.
     """
     place = _Place.of(url, artifact.digest, key)
     files = _local_files(artifact, key)
     there = place.listed()
-    wrong = [name for name, path in files.items() if name not in there or place.sha256(name) != _sha256(path)]
+    wrong = [
+        name
+        for name, path in files.items()
+        if name not in there or place.sha256(name) != _sha256(path)
+    ]
     extra = sorted(set(there) - set(files) - {MANIFEST})
     if place.is_vouched() and not wrong and not extra:
         return place.url
@@ -68,13 +76,19 @@ def upload(artifact: Artifact, url: str, *, key: str = "store.url") -> str:
         place.write(name, files[name])
     facts = read_json(artifact.path / MANIFEST)
     known: Facts = facts if isinstance(facts, dict) else {}  # a folder given as it lies has none
-    own = {"schema": 1, "kind": artifact.kind, "digest": artifact.digest, "bytes": artifact.num_bytes}
+    own = {
+        "schema": 1,
+        "kind": artifact.kind,
+        "digest": artifact.digest,
+        "bytes": artifact.num_bytes,
+    }
     place.write_facts({**known, **own})
     return place.url
 
 
 def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> Artifact:
-    """Bring an artifact into the local store, with the facts of its artifact.json; what is there whole is not fetched.
+    """Bring an artifact into the local store, with the facts of its artifact.json; what is there
+    whole is not fetched.
 
     Args:
         url: Where artifacts lie by digest, as given to `upload`.
@@ -82,7 +96,8 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
         key: What refusals name.
 
     Raises:
-        UserError: If the place cannot be reached, has no such artifact, or what it has is another, damaged or unsafe.
+        UserError: If the place cannot be reached, has no such artifact, or what it has is another,
+            damaged or unsafe.
     """
     place = _Place.of(url, digest, key)
     with store.lock(f"download-{digest}", "another process that downloads the same"):
@@ -91,10 +106,17 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
             return known
         facts = place.facts()
         if facts is None and place.is_local and not Path(place.root).is_dir():
-            raise UserError(key, f"there is no folder {place.root_shown}", "check the path, or whether it is mounted")
+            raise UserError(
+                key,
+                f"there is no folder {place.root_shown}",
+                "check the path, or whether it is mounted",
+            )
         if facts is None:
-            raise UserError(key, f"{place.root_shown} holds no artifact {digest}",
-                            "upload it there, or name one that is there")  # fmt: skip
+            raise UserError(
+                key,
+                f"{place.root_shown} holds no artifact {digest}",
+                "upload it there, or name one that is there",
+            )
         kind = facts["kind"]
         sizes = place.files()
         check_room(store.root, sum(sizes.values()), key)
@@ -104,7 +126,9 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
             found, _ = digest_folder(out)
             if found != digest:
                 raise place.damaged(f"its bytes have digest {found}")
-            return store.commit(out, kind, {name: fact for name, fact in facts.items() if name not in OWN})
+            return store.commit(
+                out, kind, {name: fact for name, fact in facts.items() if name not in OWN}
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,28 +156,54 @@ class _Place:
         """Return the place of an artifact; nothing is asked of it yet.
 
         Raises:
-            UserError: If the URL is none, its protocol takes a library that is not installed, or the digest is none.
+            UserError: If the URL is none, its protocol takes a library that is not installed, or
+                the digest is none.
         """
         from fsspec.core import url_to_fs
 
         if not _DIGEST.fullmatch(digest):
-            raise UserError(key, f"{digest[:80]!r} is no digest of an artifact", "give its 32 hex characters")
+            raise UserError(
+                key, f"{digest[:80]!r} is no digest of an artifact", "give its 32 hex characters"
+            )
         login = _LOGIN.search(url)
         secret = "" if login is None else login[1]
-        shown = _clean(re.split("[?#]", url)[0], secret)  # a signed URL is a secret behind its question mark
-        if not url.strip() or not url.isprintable() or ("://" in url and ("?" in url or "#" in url)):
-            raise UserError(key, f"{shown!r} is neither a folder nor a URL of one", "write /path, or s3://bucket/path")
+        # a signed URL is a secret behind its question mark
+        shown = _clean(re.split("[?#]", url)[0], secret)
+        if (
+            not url.strip()
+            or not url.isprintable()
+            or ("://" in url and ("?" in url or "#" in url))
+        ):
+            raise UserError(
+                key,
+                f"{shown!r} is neither a folder nor a URL of one",
+                "write /path, or s3://bucket/path",
+            )
         try:
             whole = url if "://" in url or "::" in url else str(Path(url).expanduser().resolve())
             fs, path = url_to_fs(whole)
         except ImportError as error:  # fsspec knows the protocol, and says what to install
-            raise UserError(key, f"{shown} takes a library that is not installed ({_text(error, secret)})",
-                            "install it") from None  # fmt: skip
+            raise UserError(
+                key,
+                f"{shown} takes a library that is not installed ({_text(error, secret)})",
+                "install it",
+            ) from None
         except Exception as error:
-            raise UserError(key, f"{shown} cannot be used ({_text(error, secret)})",
-                            "write /path, or s3://bucket/path") from error  # fmt: skip
+            raise UserError(
+                key,
+                f"{shown} cannot be used ({_text(error, secret)})",
+                "write /path, or s3://bucket/path",
+            ) from error
         root = str(path).rstrip("/")
-        return _Place(fs, root, f"{root}/{digest}", f"{without_login(whole).rstrip('/')}/{digest}", digest, secret, key)
+        return _Place(
+            fs,
+            root,
+            f"{root}/{digest}",
+            f"{without_login(whole).rstrip('/')}/{digest}",
+            digest,
+            secret,
+            key,
+        )
 
     @property
     def shown(self) -> str:
@@ -167,7 +217,8 @@ class _Place:
 
     @contextmanager
     def asking(self) -> Generator[None]:
-        """Turn whatever a file system of fsspec raises into one line: each library has errors of its own.
+        """Turn whatever a file system of fsspec raises into one line: each library has errors of
+        its own.
 
         Raises:
             UserError: Naming the place, without a login.
@@ -175,16 +226,26 @@ class _Place:
         try:
             yield
         except ImportError as error:
-            raise UserError(self.key, f"{self.root_shown} takes a library that is not installed "
-                            f"({_text(error, self.secret)})", "install it") from None  # fmt: skip
+            raise UserError(
+                self.key,
+                f"{self.root_shown} takes a library that is not installed "
+                f"({_text(error, self.secret)})",
+                "install it",
+            ) from None
         except Exception as error:
-            raise UserError(self.key, f"{self.root_shown} cannot be reached or used ({_text(error, self.secret)})",
-                            "check address, network and credentials") from error  # fmt: skip
+            raise UserError(
+                self.key,
+                f"{self.root_shown} cannot be reached or used ({_text(error, self.secret)})",
+                "check address, network and credentials",
+            ) from error
 
     def damaged(self, why: str) -> UserError:
         """Return the refusal of what lies there."""
-        return UserError(self.key, f"{self.shown} is not what it is named after: {why}",
-                         "remove it and upload the artifact again")  # fmt: skip
+        return UserError(
+            self.key,
+            f"{self.shown} is not what it is named after: {why}",
+            "remove it and upload the artifact again",
+        )
 
     @property
     def is_local(self) -> bool:
@@ -194,7 +255,9 @@ class _Place:
         return isinstance(self.fs, LocalFileSystem)
 
     def manifest(self) -> bytes | None:
-        """Return the content of artifact.json, cut where it is longer than any of ours, or None where there is none."""
+        """Return the content of artifact.json, cut where it is longer than any of ours, or None
+        where there is none.
+        """
         with self.asking():
             self.fs.invalidate_cache()  # another process may have written since
             try:
@@ -228,8 +291,11 @@ class _Place:
             self.fs.invalidate_cache()
             found: dict[str, dict[str, Any]] = self.fs.find(self.folder, detail=True)
             found.pop(self.folder, None)
-        return {path.removeprefix(f"{self.folder}/"): info for path, info in found.items()
-                if info["type"] != "directory"}  # fmt: skip
+        return {
+            path.removeprefix(f"{self.folder}/"): info
+            for path, info in found.items()
+            if info["type"] != "directory"
+        }
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of each file but artifact.json, by its checked name.
@@ -243,7 +309,11 @@ class _Place:
                 continue
             why = unsafe(name) or (None if info["type"] == "file" else "is no plain file")
             if why is not None:
-                raise UserError(self.key, f"{self.shown} has a file {name[:80]!r}, which {why}", "remove it there")
+                raise UserError(
+                    self.key,
+                    f"{self.shown} has a file {name[:80]!r}, which {why}",
+                    "remove it there",
+                )
             sizes[name] = info["size"] or 0
         return sizes
 
@@ -294,7 +364,10 @@ class _Place:
 
     def write_facts(self, facts: Facts) -> None:
         """Write artifact.json: what lies there is an artifact from now on."""
-        self._write(MANIFEST, iter([json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode()]))
+        self._write(
+            MANIFEST,
+            iter([json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode()]),
+        )
 
     def _write(self, name: str, chunks: Iterator[bytes]) -> None:
         with self.asking():
@@ -311,7 +384,8 @@ class _Place:
                         file.write(chunk)
                 return
             Path(parent).mkdir(parents=True, exist_ok=True)
-            partial = Path(self.root) / f".partial-{uuid.uuid4().hex}"  # beside the artifact, never inside
+            # beside the artifact, never inside
+            partial = Path(self.root) / f".partial-{uuid.uuid4().hex}"
             try:
                 with partial.open("xb") as file:
                     for chunk in chunks:
@@ -333,7 +407,12 @@ def unsafe(name: str) -> str | None:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return "leads out of its folder"
-    if not name.isprintable() or "\\" in name or len(name) > 1000 or any(len(part.encode()) > 255 for part in parts):
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or len(name) > 1000
+        or any(len(part.encode()) > 255 for part in parts)
+    ):
         return "no disk should hold"
     if parts[-1] == MANIFEST:
         return "no digest covers"
@@ -350,15 +429,20 @@ def _local_files(artifact: Artifact, key: str) -> dict[str, Path]:
     """
     found = digest_folder(artifact.path)[0] if artifact.path.is_dir() else "none"
     if found != artifact.digest:
-        raise UserError(key, f"{artifact.path} is damaged (its bytes have digest {found}, not {artifact.digest})",
-                        "make it again; nothing was uploaded")  # fmt: skip
+        raise UserError(
+            key,
+            f"{artifact.path} is damaged (its bytes have digest {found}, not {artifact.digest})",
+            "make it again; nothing was uploaded",
+        )
     paths = sorted(path for path in artifact.path.rglob("*") if path.is_file())
     files = {path.relative_to(artifact.path).as_posix(): path for path in paths}
     files.pop(MANIFEST, None)
     for name in files:
         why = unsafe(name)
         if why is not None:
-            raise UserError(key, f"{artifact.path} has a file {name[:80]!r}, which {why}", "leave it out")
+            raise UserError(
+                key, f"{artifact.path} has a file {name[:80]!r}, which {why}", "leave it out"
+            )
     return files
 
 

@@ -1,4 +1,6 @@
-"""Waiting is seen: whoever waits longer than two seconds reads for what, and for how long already."""
+"""Waiting is seen: whoever waits longer than two seconds reads for what, and for how long
+already.
+"""
 
 from __future__ import annotations
 

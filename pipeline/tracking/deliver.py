@@ -1,7 +1,9 @@
-"""From a run's journal to MLflow; it needs no more than mlflow-skinny. Beside it `registry.py` alone imports mlflow.
+"""From a run's journal to MLflow; it needs no more than mlflow-skinny. Beside it `registry.py`
+alone imports mlflow.
 
-Delivery is idempotent: runs are found again by tag before they are made, and metrics carry the journal's times, so
-that delivering twice changes nothing. Nothing here runs inside the training process's step loop.
+Delivery is idempotent: runs are found again by tag before they are made, and metrics carry the
+    journal's times, so that delivering twice changes nothing. Nothing here runs inside the training
+    process's step loop.
 """
 
 from __future__ import annotations
@@ -38,21 +40,32 @@ from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.waiting import locked, waiting_for
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
-MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250  # characters; MLflow's limits
+# characters; MLflow's limits
+MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250
 STATE = "mlflow.json"  # in a run's folder: how far it was delivered
 SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
 State = dict[str, Any]
-"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by name, `arms`,
-`spans` of its attempts, whether it has `ended`, and when what it took so far was `noted`."""
+"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by
+name, `arms`, `spans` of its attempts, whether it has `ended`, and when what it took so far was
+`noted`.
+"""
 
 
 def store_uri(root: Path, declared: str | None) -> str:
-    """Return the tracking URI: MLFLOW_TRACKING_URI, else the declared one, else SQLite under `root`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or declared or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    """Return the tracking URI: MLFLOW_TRACKING_URI, else the declared one, else SQLite under
+    `root`.
+    """
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or declared
+        or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    )
 
 
 def declared_uri(setting: str | None) -> str | None:
-    """Return the URI to note down for later deliveries; a login in it comes from the environment then."""
+    """Return the URI to note down for later deliveries; a login in it comes from the environment
+    then.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or setting
     return None if uri is None else without_login(uri)
 
@@ -68,14 +81,18 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
 
     Args:
         run_dir: The run's folder, with its journal.
-        look_again: Ask the store for a run that was delivered whole, too, and fill a store that has lost it.
+        look_again: Ask the store for a run that was delivered whole, too, and fill a store that has
+            lost it.
 
     Raises:
         mlflow.exceptions.MlflowException: If the store cannot be reached, or refuses.
     """
     journal = run_dir / "journal.jsonl"
     # A run's writer and `pipeline sync` may meet here.
-    with locked(run_dir / ".mlflow.lock", f"another process that delivers {run_dir.name}"), ExitStack() as stack:
+    with (
+        locked(run_dir / ".mlflow.lock", f"another process that delivers {run_dir.name}"),
+        ExitStack() as stack,
+    ):
         start = read_first(journal)
         if start is None or start["e"] != "run_start":
             return 0
@@ -83,7 +100,8 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         state: State = {**_nothing_yet(), **(known or {})}
         events, offset = read_new(journal, state["offset"])
         dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
-        if dead:  # a run writes its end before it lets go, and another may have taken it up: look again
+        # a run writes its end before it lets go, and another may have taken it up: look again
+        if dead:
             more, offset = read_new(journal, offset)
             events += more
             dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
@@ -93,7 +111,9 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         root = run_dir.parent.parent
         uri = store_uri(root, start["tracking_uri"])
         # Processes that open a fresh store race its migrations.
-        stack.enter_context(locked(root / ".mlflow.lock", f"another process that writes to the store of {root}"))
+        stack.enter_context(
+            locked(root / ".mlflow.lock", f"another process that writes to the store of {root}")
+        )
         with waiting_for(f"MLflow at {without_login(uri)} to answer"):
             client, experiment = _open(root, uri, start)
         if not uri.startswith("sqlite"):
@@ -111,7 +131,9 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         if dead:
             delivery.end_open_runs("KILLED", last["t"])
         delivery.note_so_far(events, last, dead=dead)
-        write_json(run_dir / STATE, {**delivery.state, "offset": offset, "last": last, "dead": dead})
+        write_json(
+            run_dir / STATE, {**delivery.state, "offset": offset, "last": last, "dead": dead}
+        )
         return len(events)
 
 
@@ -120,8 +142,17 @@ def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
 
 
 def _nothing_yet() -> State:
-    return {"offset": 0, "last": None, "dead": False, "parent": None, "children": {}, "arms": {}, "spans": [],
-            "ended": False, "noted": None}  # fmt: skip
+    return {
+        "offset": 0,
+        "last": None,
+        "dead": False,
+        "parent": None,
+        "children": {},
+        "arms": {},
+        "spans": [],
+        "ended": False,
+        "noted": None,
+    }
 
 
 def _is_free(lock: Path) -> bool:
@@ -184,9 +215,17 @@ class _Delivery:
                 self._child(event)
         for group in _points(events):
             self._curve(self._child(group[0]), group)
-        handlers = {"run_start": self._run_start, "stage_start": self._stage_start, "row": self._row,
-                    "devices": self._devices, "serving": self._serving, "comparisons": self._comparisons,
-                    "verdict": self._verdict, "selftest": self._selftest, "run_end": self._run_end}  # fmt: skip
+        handlers = {
+            "run_start": self._run_start,
+            "stage_start": self._stage_start,
+            "row": self._row,
+            "devices": self._devices,
+            "serving": self._serving,
+            "comparisons": self._comparisons,
+            "verdict": self._verdict,
+            "selftest": self._selftest,
+            "run_end": self._run_end,
+        }
         for event in events:
             if event["e"] in handlers:
                 with self._whatever_its_shape(event):
@@ -199,7 +238,9 @@ class _Delivery:
             yield
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             problem = f"a line {event['e']!r}: {type(error).__name__}: {error}"
-            tell(self.run_dir / "journal.jsonl", one_line(problem, 200), "that line is not delivered")
+            tell(
+                self.run_dir / "journal.jsonl", one_line(problem, 200), "that line is not delivered"
+            )
 
     def end_open_runs(self, status: str, at: float) -> None:
         """Give parent and children that still count as running their end."""
@@ -207,9 +248,12 @@ class _Delivery:
             if self.client.get_run(run).info.status == "RUNNING":
                 self.client.set_terminated(run, status=status, end_time=int(at * 1000))
 
-    def note_so_far(self, events: list[dict[str, Any]], last: dict[str, Any], *, dead: bool) -> None:
-        """Note what a run took until its last sign of life, for whoever adds up hours before it has ended, or after
-        it was killed and never taken up again."""
+    def note_so_far(
+        self, events: list[dict[str, Any]], last: dict[str, Any], *, dead: bool
+    ) -> None:
+        """Note what a run took until its last sign of life, for whoever adds up hours before it has
+        ended, or after it was killed and never taken up again.
+        """
         from mlflow.entities import RunTag
 
         self.state["spans"] = spans(events, self.state["spans"])
@@ -218,11 +262,14 @@ class _Delivery:
         wanted = wanted or last["t"] - (self.state["noted"] or 0.0) >= SO_FAR_S
         if self.state["ended"] or not self.state["spans"] or not wanted:
             return
-        tags = {SO_FAR_HOURS: repr(open_hours(self.state["spans"])), SO_FAR_UNTIL: str(int(last["t"] * 1000))}
+        tags = {
+            SO_FAR_HOURS: repr(open_hours(self.state["spans"])),
+            SO_FAR_UNTIL: str(int(last["t"] * 1000)),
+        }
         self.client.log_batch(self.parent, tags=[RunTag(key, value) for key, value in tags.items()])
         self.state["noted"] = last["t"]
 
-    # -- runs ---------------------------------------------------------------------------------------------------
+    # -- runs -------------------------------------------------------------------------------------
 
     def _run(self, name: str, tags: dict[str, str], at: float) -> str:
         """Return the MLflow run with this tag, made if there is none."""
@@ -230,21 +277,28 @@ class _Delivery:
         if found is not None:
             return found
         all_tags = {**tags, "mlflow.runName": name}
-        return self.client.create_run(self.experiment, start_time=int(at * 1000), tags=all_tags).info.run_id
+        return self.client.create_run(
+            self.experiment, start_time=int(at * 1000), tags=all_tags
+        ).info.run_id
 
     def _find(self, tag: str) -> str | None:
-        found = self.client.search_runs([self.experiment], f"tags.`{RUN_TAG}` = '{tag}'", max_results=1)
+        found = self.client.search_runs(
+            [self.experiment], f"tags.`{RUN_TAG}` = '{tag}'", max_results=1
+        )
         return found[0].info.run_id if found else None
 
     def _child(self, event: dict[str, Any]) -> str:
         name = _child_name(event)
         if name not in self.state["children"]:
-            tags = {RUN_TAG: f"{self.start['run_id']}/{name}", "mlflow.parentRunId": self.parent,
-                    **_owner(self.start)}  # fmt: skip
+            tags = {
+                RUN_TAG: f"{self.start['run_id']}/{name}",
+                "mlflow.parentRunId": self.parent,
+                **_owner(self.start),
+            }
             self.state["children"][name] = self._run(name, tags, event["t"])
         return self.state["children"][name]
 
-    # -- events -------------------------------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------
 
     def _run_start(self, event: dict[str, Any]) -> None:
         self.client.update_run(self.parent, status="RUNNING")
@@ -253,7 +307,12 @@ class _Delivery:
             self._datasets(event["datasets"])
         self._tags(
             self.parent,
-            {**event.get("environment", {}), **event["tags"], **_owner(event), "question": event["question"]},
+            {
+                **event.get("environment", {}),
+                **event["tags"],
+                **_owner(event),
+                "question": event["question"],
+            },
         )
 
     def _devices(self, event: dict[str, Any]) -> None:
@@ -261,10 +320,14 @@ class _Delivery:
         self._tags(self.parent, {"device": event["used"]["name"]})
 
     def _stage_start(self, event: dict[str, Any]) -> None:
-        self._settings(self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]})
+        self._settings(
+            self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]}
+        )
 
     def _row(self, event: dict[str, Any]) -> None:
-        """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its status."""
+        """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its
+        status.
+        """
         row = event["row"]
         child, figures = self._child({**row, "t": event["t"]}), row_summary(row)
         self._values(child, figures, event["t"])
@@ -272,59 +335,98 @@ class _Delivery:
         tags |= {"device": stage_device(row), "cost.currency": row["ledger"]["cost"]["currency"]}
         tags |= {} if row["reused"] else stage_owner(row)
         if row["reused"]:
-            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name({**row, 'reused': None})}")
+            tags["reused.mlflow_run"] = self._find(
+                f"{row['reused']}/{_child_name({**row, 'reused': None})}"
+            )
         tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
         kind = None if row["artifact"] is None else row["artifact"]["kind"]
         if kind is not None:
-            tags |= {f"{kind}.path": row["artifact"]["path"], f"{kind}.digest": row["artifact"]["digest"]}
+            tags |= {
+                f"{kind}.path": row["artifact"]["path"],
+                f"{kind}.digest": row["artifact"]["digest"],
+            }
         self._tags(child, tags)
         if kind == MODEL:
             self._model(child, row)
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
-        core = {key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core}
+        core = {
+            key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core
+        }
         finished = row["status"] == "FINISHED" and not is_rung(row["arm"])
         self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
-            "seed": row["seed"], "finished": finished, "core": core,
-        }  # fmt: skip
+            "seed": row["seed"],
+            "finished": finished,
+            "core": core,
+        }
 
     def _serving(self, event: dict[str, Any]) -> None:
         for row in event["rows"]:
-            values = {f"serving/{name}": value for name, value in row["serving"].items() if f"serving/{name}" in BY_KEY}
+            values = {
+                f"serving/{name}": value
+                for name, value in row["serving"].items()
+                if f"serving/{name}" in BY_KEY
+            }
             self._values(self._child({**row, "t": event["t"]}), values, event["t"])
 
     def _comparisons(self, event: dict[str, Any]) -> None:
         self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
         judged = [pair for pair in event["comparisons"] if pair["speedup"]]
-        useless = list(dict.fromkeys(pair["arm"] for pair in judged if pair["speedup"]["no_speedup"]))
+        useless = list(
+            dict.fromkeys(pair["arm"] for pair in judged if pair["speedup"]["no_speedup"])
+        )
         self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
 
     def _verdict(self, event: dict[str, Any]) -> None:
         """Tag the run with a gate's verdict, and log what each criterion read."""
         verdict = event["verdict"]
-        sides = {f"{side}.digest": (verdict[side] or {}).get("digest") for side in ("candidate", "baseline")}
+        sides = {
+            f"{side}.digest": (verdict[side] or {}).get("digest")
+            for side in ("candidate", "baseline")
+        }
         model = (verdict["baseline"] or {}).get("model") or verdict["candidate"]["model"]
-        tags = {**{name: verdict[name] for name in ("verdict", "line", "key", "look", "created")}, **sides,
-                "sha256": event["sha256"], "model": model, "policy": verdict["policy"]["name"],
-                "policy.sha256": verdict["policy"]["sha256"], "recorded": verdict.get("recorded")}  # fmt: skip
+        tags = {
+            **{name: verdict[name] for name in ("verdict", "line", "key", "look", "created")},
+            **sides,
+            "sha256": event["sha256"],
+            "model": model,
+            "policy": verdict["policy"]["name"],
+            "policy.sha256": verdict["policy"]["sha256"],
+            "recorded": verdict.get("recorded"),
+        }
         self._tags(self.parent, {f"gate.{name}": value for name, value in tags.items()})
         self._values(self.parent, dict(_criteria(verdict)), event["t"])
 
     def _selftest(self, event: dict[str, Any]) -> None:
-        """Tag the run with what a self-test was made of and on, and log what it came to (`runs/selftest.py`)."""
-        self._tags(self.parent, {f"selftest.{name}": value for name, value in event["tags"].items()})
-        self._values(self.parent, {f"selftest/{name}": value for name, value in event["values"].items()}, event["t"])
+        """Tag the run with what a self-test was made of and on, and log what it came to
+        (`runs/selftest.py`).
+        """
+        self._tags(
+            self.parent, {f"selftest.{name}": value for name, value in event["tags"].items()}
+        )
+        self._values(
+            self.parent,
+            {f"selftest/{name}": value for name, value in event["values"].items()},
+            event["t"],
+        )
 
     def _run_end(self, event: dict[str, Any]) -> None:
         """End the parent: core keys of the primary arm, run totals, report, true status."""
         hours = event["run"]["device_hours"]
-        values = {"compute/run_device_hours": hours["total"], "compute/run_spent_device_hours": event["run"]["spent"],
-                  "compute/run_reused_device_hours": event["run"]["reused"], **_outside(event["run"])}  # fmt: skip
+        values = {
+            "compute/run_device_hours": hours["total"],
+            "compute/run_spent_device_hours": event["run"]["spent"],
+            "compute/run_reused_device_hours": event["run"]["reused"],
+            **_outside(event["run"]),
+        }
         core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
-        self._values(self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"])
+        self._values(
+            self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"]
+        )
         description = event["description"][:MAX_DESCRIPTION]
         self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
-        passed = [*([] if event["why"] else ["why"]), SO_FAR_HOURS, SO_FAR_UNTIL]  # of an earlier attempt
+        # of an earlier attempt
+        passed = [*([] if event["why"] else ["why"]), SO_FAR_HOURS, SO_FAR_UNTIL]
         for name in set(passed) & set(self.client.get_run(self.parent).data.tags):
             self.client.delete_tag(self.parent, name)
         self.client.set_tag(self.parent, "mlflow.note.content", description)
@@ -333,10 +435,12 @@ class _Delivery:
                 folder = Path(name).parent
                 below = None if folder == Path() else str(folder)
                 self.client.log_artifact(self.parent, str(self.run_dir / name), below)
-        self.client.set_terminated(self.parent, status=event["status"], end_time=int(event["t"] * 1000))
+        self.client.set_terminated(
+            self.parent, status=event["status"], end_time=int(event["t"] * 1000)
+        )
         self.end_open_runs("FAILED" if event["status"] == "FAILED" else "KILLED", event["t"])
 
-    # -- what runs hold -----------------------------------------------------------------------------------------
+    # -- what runs hold ---------------------------------------------------------------------------
 
     def _curve(self, run: str, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -353,7 +457,10 @@ class _Delivery:
     def _settings(self, run: str, settings: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(_name(key), redact_value(key, str(value))[:MAX_PARAM]) for key, value in settings.items()]
+        params = [
+            Param(_name(key), redact_value(key, str(value))[:MAX_PARAM])
+            for key, value in settings.items()
+        ]
         for first in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run, params=params[first : first + MAX_PARAMS])
 
@@ -369,17 +476,22 @@ class _Delivery:
 
         inputs = [
             DatasetInput(
-                Dataset(item["name"][:MAX_NAME], item["digest"][:MAX_DIGEST], "local",
-                        json.dumps({"uri": item["name"]}),
-                        profile=json.dumps({"num_documents": item["num_documents"]})),
+                Dataset(
+                    item["name"][:MAX_NAME],
+                    item["digest"][:MAX_DIGEST],
+                    "local",
+                    json.dumps({"uri": item["name"]}),
+                    profile=json.dumps({"num_documents": item["num_documents"]}),
+                ),
                 tags=[InputTag("mlflow.data.context", item["split"])],
             )
             for item in datasets
-        ]  # fmt: skip
+        ]
         self.client.log_inputs(self.parent, datasets=inputs)
 
     def _model(self, run: str, row: dict[str, Any]) -> None:
-        """Show the artifact among MLflow's models, as an output of its run; the files stay where they are.
+        """Show the artifact among MLflow's models, as an output of its run; the files stay where
+        they are.
 
         A reused artifact is the model of the run that made it, and not shown twice.
         """
@@ -388,18 +500,25 @@ class _Delivery:
 
         path, digest = row["artifact"]["path"], row["artifact"]["digest"]
         try:
-            known = self.client.search_logged_models([self.experiment], filter_string=f"tags.digest = '{digest}'")
+            known = self.client.search_logged_models(
+                [self.experiment], filter_string=f"tags.digest = '{digest}'"
+            )
             own = (model for model in known if row["reused"] or model.source_run_id == run)
             model = next(own, None)
             if model is None:
                 name = f"{file_name(row['arm'])}-{digest[:8]}"
                 model = self.client.create_logged_model(
-                    self.experiment, name=name, source_run_id=run, model_type=row["type"],
+                    self.experiment,
+                    name=name,
+                    source_run_id=run,
+                    model_type=row["type"],
                     tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},
-                )  # fmt: skip
+                )
             self.client.finalize_logged_model(model.model_id, "READY")
             outputs = self.client.get_run(run).outputs
-            if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            if model.model_id not in {
+                output.model_id for output in (outputs.model_outputs if outputs else [])
+            }:
                 self.client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
         except (MlflowException, NotImplementedError) as error:
             if not _is_unknown(error):
@@ -407,7 +526,9 @@ class _Delivery:
             self.client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
 
     def _values(self, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
-        """Log summary figures: once, without a step; a figure that is null is absent, and its tag says why."""
+        """Log summary figures: once, without a step; a figure that is null is absent, and its tag
+        says why.
+        """
         from mlflow.entities import Metric, RunTag
 
         had = self.client.get_run(run).data
@@ -416,7 +537,9 @@ class _Delivery:
             for key, value in values.items()
             if value["v"] is not None and had.metrics.get(key) != value["v"]
         ]
-        nulls = {f"null.{key}": value["why_null"] for key, value in values.items() if value["v"] is None}
+        nulls = {
+            f"null.{key}": value["why_null"] for key, value in values.items() if value["v"] is None
+        }
         tags = [RunTag(_name(key), why[:MAX_TAG]) for key, why in nulls.items()]
         for first in range(0, max(len(metrics), len(tags)), MAX_TAGS):
             part = slice(first, first + MAX_TAGS)
@@ -429,8 +552,13 @@ class _Delivery:
 def _child_name(event: dict[str, Any]) -> str:
     """Return a child's name: the arm, with what tells it from the arm's other children."""
     attempt = f" attempt {event['attempt']}" if event["attempt"] > 1 else ""
-    name = f"{event['arm']} seed {event['seed']}{attempt}" if event["seed"] or attempt else event["arm"]
-    elsewhere = event.get("reused") and event.get("artifact") is None  # what led to this run's own row
+    name = (
+        f"{event['arm']} seed {event['seed']}{attempt}"
+        if event["seed"] or attempt
+        else event["arm"]
+    )
+    # what led to this run's own row
+    elsewhere = event.get("reused") and event.get("artifact") is None
     return f"{name} of {event['reused']}" if elsewhere else name
 
 
@@ -447,14 +575,22 @@ def _doubts(record: dict[str, Any]) -> dict[str, str]:
 
 def _owner(start: dict[str, Any]) -> dict[str, str]:
     """Return whose a run is, for its tags and those of its children."""
-    named = {**start["tags"], "model_name": start["params"].get("model.name"), "recipe": start["recipe"]}
+    named = {
+        **start["tags"],
+        "model_name": start["params"].get("model.name"),
+        "recipe": start["recipe"],
+    }
     return {name: str(named[name])[:MAX_TAG] for name in OWNER if named.get(name)}
 
 
 def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what a run took outside of stages, what of it was waste, and the cost of its model if that is known."""
+    """Return what a run took outside of stages, what of it was waste, and the cost of its model if
+    that is known.
+    """
     found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
-    found |= {f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS}
+    found |= {
+        f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS
+    }
     if "cost" in run:  # a run of an older release has none
         found["cost/run_amount"] = run["cost"]["amount"]
     for name in ("foreign_load", "throttle_share"):
@@ -474,7 +610,10 @@ def _name(key: str) -> str:
 
 def _is_unknown(error: Exception) -> bool:
     """Tell whether a server from before logged models does not know what it was asked for."""
-    return isinstance(error, NotImplementedError) or getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
+    return (
+        isinstance(error, NotImplementedError)
+        or getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
+    )
 
 
 def _points(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -487,14 +626,20 @@ def _points(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return an arm's core figures: hours of all its attempts, quality of the finished one; the mean over seeds."""
+    """Return an arm's core figures: hours of all its attempts, quality of the finished one; the
+    mean over seeds.
+    """
     seeds: dict[int, dict[str, float | None]] = {}
     for attempt in (attempt for attempt in attempts if attempt["finished"]):
         seeds[attempt["seed"]] = dict(attempt["core"])
     for seed, core in seeds.items():
         for key in (key for key in core if key.startswith("compute/")):
-            core[key] = sum(attempt["core"].get(key) or 0.0 for attempt in attempts if attempt["seed"] == seed)
-    columns = {key: [core.get(key) for core in seeds.values()] for key in next(iter(seeds.values()), {})}
+            core[key] = sum(
+                attempt["core"].get(key) or 0.0 for attempt in attempts if attempt["seed"] == seed
+            )
+    columns = {
+        key: [core.get(key) for core in seeds.values()] for key in next(iter(seeds.values()), {})
+    }
     return {
         key: sum(have) / len(have)
         for key, column in columns.items()
@@ -503,7 +648,9 @@ def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what criteria read, with the ends of their intervals; what is INVALID has none that means anything."""
+    """Yield what criteria read, with the ends of their intervals; what is INVALID has none that
+    means anything.
+    """
     for each in verdict["criteria"]:
         yield f"gate/{each['name']}", each["value"]
         ends = () if each["outcome"] == "INVALID" else each["ci"] or ()
@@ -524,7 +671,9 @@ def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str,
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """Return what a store raises that is down, refuses, or whose driver is not installed (PostgreSQL's, MySQL's)."""
+    """Return what a store raises that is down, refuses, or whose driver is not installed
+    (PostgreSQL's, MySQL's).
+    """
     from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
 
@@ -541,15 +690,24 @@ def is_down(error: Exception) -> bool:
 
     if isinstance(error, ParseError):  # it is up, and answers nonsense
         return False
-    return getattr(error, "error_code", "INTERNAL_ERROR") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+    return getattr(error, "error_code", "INTERNAL_ERROR") in (
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+    )
 
 
 def import_mlflow() -> None:
-    """Import all that a delivery needs; mlflow-skinny has no SQL store, and then no SQLite store is written to."""
+    """Import all that a delivery needs; mlflow-skinny has no SQL store, and then no SQLite store is
+    written to.
+    """
     from importlib import import_module
 
     quiet()
-    for name in ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"):
+    for name in (
+        "mlflow",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.store.model_registry.sqlalchemy_store",
+    ):
         with suppress(ImportError):
             import_module(name)
 
@@ -558,9 +716,13 @@ def quiet() -> None:
     """Keep MLflow from blocking for minutes on a dead server, and from chattering."""
     import logging
 
-    defaults = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-                "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-                "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # fmt: skip
+    defaults = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
@@ -568,7 +730,8 @@ def quiet() -> None:
 
 
 def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the pipeline's runs that a period touches, each with all its stage attempts, and how many others it had.
+    """Return the pipeline's runs that a period touches, each with all its stage attempts, and how
+    many others it had.
 
     Runs that were deleted in the UI are among them: spent is spent. Each stands there once.
 
@@ -581,13 +744,18 @@ def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, An
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     began = f"attributes.start_time < {end_ms}"
-    found = [*_search(client, f"{began} AND attributes.end_time >= {start_ms}"),
-             *_search(client, f"{began} AND attributes.status = 'RUNNING'")]  # fmt: skip
+    found = [
+        *_search(client, f"{began} AND attributes.end_time >= {start_ms}"),
+        *_search(client, f"{began} AND attributes.status = 'RUNNING'"),
+    ]
     own = [run for run in found if RUN_TAG in run["tags"]]
     num_others = len(found) - len(own)
-    for run in [run for run in own if "/" not in run["tags"][RUN_TAG] and run["start_ms"] < start_ms]:
+    for run in [
+        run for run in own if "/" not in run["tags"][RUN_TAG] and run["start_ms"] < start_ms
+    ]:
         own += _search(client, f"tags.`{RUN_TAG}` LIKE '{run['tags'][RUN_TAG]}/%'")
-    own.sort(key=lambda run: run["active"])  # of a run that was deleted and delivered anew, the latter
+    # of a run that was deleted and delivered anew, the latter
+    own.sort(key=lambda run: run["active"])
     return list({run["tags"][RUN_TAG]: run for run in own}.values()), num_others
 
 
@@ -595,14 +763,22 @@ def _search(client: Any, query: str) -> Iterator[dict[str, Any]]:
     """Yield runs of all experiments, page by page."""
     from mlflow.entities import ViewType
 
-    experiments = [item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)]
+    experiments = [
+        item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)
+    ]
     for first in range(0, len(experiments), MAX_PARAMS):
         part = experiments[first : first + MAX_PARAMS]
         for run in pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
             info, data = run.info, run.data
-            yield {"status": info.status, "start_ms": info.start_time, "end_ms": info.end_time,
-                   "active": info.lifecycle_stage == "active", "metrics": dict(data.metrics),
-                   "params": dict(data.params), "tags": dict(data.tags)}  # fmt: skip
+            yield {
+                "status": info.status,
+                "start_ms": info.start_time,
+                "end_ms": info.end_time,
+                "active": info.lifecycle_stage == "active",
+                "metrics": dict(data.metrics),
+                "params": dict(data.params),
+                "tags": dict(data.tags),
+            }
 
 
 def pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:

@@ -1,15 +1,21 @@
-"""The gate's side of MLflow's model registry: which artifact a version is, and who may move the alias `champion`.
+"""The gate's side of MLflow's model registry: which artifact a version is, and who may move the
+alias `champion`.
 
-A version of ours says in its tags where its artifact lies: `artifact.digest`, `artifact.url`, `artifact.path`.
+A version of ours says in its tags where its artifact lies: `artifact.digest`, `artifact.url`,
+`artifact.path`.
 
-MLflow sets an alias whatever it pointed to before. `promote` therefore moves it under a lock of its own, made of two
-things that any MLflow server does atomically, since names of registered models are unique:
+MLflow sets an alias whatever it pointed to before. `promote` therefore moves it under a lock of its
+own, made of two things that any MLflow server does atomically, since names of registered models are
+unique:
 
-- create a registered model `<name>.promotion`, with its holder in a tag: who creates it holds the lock;
-- rename it to `<name>.promotion.<holder>`: who does that has taken a dead holder's lock away, and nobody does it twice.
+- create a registered model `<name>.promotion`, with its holder in a tag: who creates it holds the
+  lock;
+- rename it to `<name>.promotion.<holder>`: who does that has taken a dead holder's lock away, and
+  nobody does it twice.
 
-A holder gives up `MARGIN_S` before its lock counts as dead, and whoever waits measures that time by its own clock, from
-when it first saw the holder, so that clocks of two machines are compared only where they differ by `LOST_S`.
+A holder gives up `MARGIN_S` before its lock counts as dead, and whoever waits measures that time by
+its own clock, from when it first saw the holder, so that clocks of two machines are compared only
+where they differ by `LOST_S`.
 """
 
 from __future__ import annotations
@@ -40,17 +46,21 @@ CHAMPION = "champion"
 GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
 LOCK, HOLDER = ".promotion", "promotion.holder"
-LOCK_S = 120.0  # after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
+# after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
+LOCK_S = 120.0
 MARGIN_S = 40.0  # of LOCK_S that the last call is given: it is tried twice for 5 s
 LOST_S = 900.0  # a lock this old is dead by any clock
 POLL_S = 0.5
 PATIENCE_S = 300.0  # how long a promotion waits for others
-OPENING_S = 300.0  # how long others may hold a SQLite store: a run's writer has the lowest priority on a busy machine
+# how long others may hold a SQLite store: a run's writer has the lowest priority on a busy machine
+OPENING_S = 300.0
 CONNECT_S = 5.0
 MAX_TEXT = 1000  # characters of an error that are looked at: it may hold all that a server answered
 MAX_MODEL = 200  # characters of a registered model's name: MLflow's 256 less those of a lock
 THERE = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-"""What creating a model that exists gives: MLflow looks at it to say so, and it may be gone again by then."""
+"""What creating a model that exists gives: MLflow looks at it to say so, and it may be gone again
+by then.
+"""
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -91,27 +101,37 @@ class Candidate:
 
 
 class NotPromoted(Exception):
-    """The champion is another than the one the candidate was compared with, or another gate is at work."""
+    """The champion is another than the one the candidate was compared with, or another gate is at
+    work.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def resolve_version(
-    uri: str, name: str, *, version: str | int | None = None, alias: str | None = None, key: str = "candidate"
+    uri: str,
+    name: str,
+    *,
+    version: str | int | None = None,
+    alias: str | None = None,
+    key: str = "candidate",
 ) -> Version | None:
-    """Return a version by its number or alias; None where the registered model or the alias does not exist.
+    """Return a version by its number or alias; None where the registered model or the alias does
+    not exist.
 
     Args:
-        uri: Of the MLflow store. A SQLite file that is not there yet holds no models, and is not made.
+        uri: Of the MLflow store. A SQLite file that is not there yet holds no models, and is not
+            made.
         key: The setting at fault, where it is not the store.
 
     Raises:
-        UserError: If the store cannot be reached, the number does not exist, or the version is none of ours.
+        UserError: If the store cannot be reached, the number does not exist, or the version is none
+            of ours.
     """
     assert (version is None) != (alias is None)
     check_name(name, key)
@@ -121,26 +141,40 @@ def resolve_version(
     with _asking(uri):
         client = _open(uri)
         model = _had(client.get_registered_model, name)
-        number = None if model is None else str(version) if version is not None else model.aliases.get(alias)
+        number = (
+            None
+            if model is None
+            else str(version)
+            if version is not None
+            else model.aliases.get(alias)
+        )
         if number is None:
             return None
         found = _had(client.get_model_version, name, str(number))
     if found is None:
-        raise UserError(key, f"{name} has no version {number}", f"see its versions in MLflow at {without_login(uri)}")
+        raise UserError(
+            key,
+            f"{name} has no version {number}",
+            f"see its versions in MLflow at {without_login(uri)}",
+        )
     return _version(found, key)
 
 
 def run_artifact(uri: str, run_id: str, *, key: str = "candidate") -> tuple[Path, str, str]:
-    """Return path and digest of the model that an MLflow run stands for, and the pipeline's id of its run.
+    """Return path and digest of the model that an MLflow run stands for, and the pipeline's id of
+    its run.
 
-    A stage attempt stands for its own model; a whole run for that of its primary arm's finished attempt, of the first
-    seed. The path is that of the machine it ran on.
+    A stage attempt stands for its own model; a whole run for that of its primary arm's finished
+    attempt, of the first seed. The path is that of the machine it ran on.
 
     Raises:
-        UserError: If there is no such run, it is none of ours, or made no model; or the store cannot be reached.
+        UserError: If there is no such run, it is none of ours, or made no model; or the store
+            cannot be reached.
     """
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
-        raise UserError(key, f"{run_id[:80]!r} is no run id of MLflow", "give its 32 hex characters")
+        raise UserError(
+            key, f"{run_id[:80]!r} is no run id of MLflow", "give its 32 hex characters"
+        )
     if is_empty(uri):
         raise _no_run(uri, run_id, key)
     with _asking(uri):
@@ -150,38 +184,52 @@ def run_artifact(uri: str, run_id: str, *, key: str = "candidate") -> tuple[Path
             raise _no_run(uri, run_id, key)
         name, is_child, _ = run.data.tags.get(RUN_TAG, "").partition("/")
         if not name:
-            raise UserError(key, f"MLflow's run {run_id} was not written by this pipeline", "name one that was")
+            raise UserError(
+                key, f"MLflow's run {run_id} was not written by this pipeline", "name one that was"
+            )
         made = run if is_child else _primary(client, run)
     tags: dict[str, str] = {} if made is None else made.data.tags
     path, digest = tags.get(f"{MODEL}.path", ""), tags.get(f"{MODEL}.digest", "")
     if not path or not re.fullmatch(r"[0-9a-f]{32}", digest):
-        raise UserError(key, f"MLflow's run {run_id} ({name}) made no model", "name a run that finished with one")
+        raise UserError(
+            key,
+            f"MLflow's run {run_id} ({name}) made no model",
+            "name a run that finished with one",
+        )
     return Path(path), digest, name
 
 
 def _primary(client: Any, parent: Any) -> Any | None:
-    """Return the finished attempt of a run's primary arm that made its model: the first seed's, its last attempt."""
+    """Return the finished attempt of a run's primary arm that made its model: the first seed's, its
+    last attempt.
+    """
     arm = parent.data.tags.get("primary_arm")
     if not arm:
         return None
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' AND attributes.status = 'FINISHED'"
     children = pages(client.search_runs, [parent.info.experiment_id], query)
     named = re.compile(rf"[^/]*/{re.escape(arm)}(?: seed (\d+)(?: attempt (\d+))?)?")
-    found = [(int(match[1] or 0), -int(match[2] or 1), child) for child in children
-             if (match := named.fullmatch(child.data.tags.get(RUN_TAG, "")))
-             and f"{MODEL}.digest" in child.data.tags]  # fmt: skip
+    found = [
+        (int(match[1] or 0), -int(match[2] or 1), child)
+        for child in children
+        if (match := named.fullmatch(child.data.tags.get(RUN_TAG, "")))
+        and f"{MODEL}.digest" in child.data.tags
+    ]
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 
 def _no_run(uri: str, run_id: str, key: str) -> UserError:
-    return UserError(key, f"MLflow at {without_login(uri)} has no run {run_id}", "check tracking.uri and the id")
+    return UserError(
+        key, f"MLflow at {without_login(uri)} has no run {run_id}", "check tracking.uri and the id"
+    )
 
 
 def _had(ask: Callable[..., Any], *which: str) -> Any | None:
     """Return what a store has under a name, or None where it says that it has not.
 
-    Only MLflow says RESOURCE_DOES_NOT_EXIST, a proxy's 404 is another. MLflow's client takes an empty answer of
-    anybody for an object without a name, which must not read as a model without a champion.
+    Only MLflow says RESOURCE_DOES_NOT_EXIST, a proxy's 404 is another. MLflow's client takes an
+    empty answer of anybody for an object without a name, which must not read as a model without a
+    champion.
 
     Raises:
         MlflowException: If it says anything else.
@@ -210,17 +258,24 @@ def _version(found: Any, key: str) -> Version:
     tags: dict[str, str] = dict(found.tags)
     digest = tags.get(DIGEST, "")
     if not re.fullmatch(r"[0-9a-f]{32}", digest):
-        problem = f"version {found.version} of {found.name} has no tag {DIGEST} with an artifact's digest"
-        raise UserError(key, problem, "name a version that a release gate registered, or the artifact itself")
+        problem = (
+            f"version {found.version} of {found.name} has no tag {DIGEST} with an artifact's digest"
+        )
+        raise UserError(
+            key, problem, "name a version that a release gate registered, or the artifact itself"
+        )
     url, path = tags.get(URL, ""), tags.get(PATH, "")
     if not url.isprintable() or not path.isprintable():
-        problem = f"version {found.version} of {found.name} has control characters in {URL} or {PATH}"
+        problem = (
+            f"version {found.version} of {found.name} has control characters in {URL} or {PATH}"
+        )
         raise UserError(key, problem, "correct its tags")
     return Version(found.name, str(found.version), digest, url, path, found.run_id or "", tags)
 
 
 def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
-    """Return the latest look recorded under a gate's key, in any experiment; None where there is none.
+    """Return the latest look recorded under a gate's key, in any experiment; None where there is
+    none.
 
     Raises:
         UserError: If it is not what was recorded, or the store cannot be reached.
@@ -232,13 +287,19 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
     found: list[dict[str, Any]] = []
     with _asking(uri), tempfile.TemporaryDirectory() as folder:
         client = _open(uri)
-        for run in _tagged(client, f"tags.`{GATE}.key` = '{key}' AND attributes.status = 'FINISHED'"):
+        for run in _tagged(
+            client, f"tags.`{GATE}.key` = '{key}' AND attributes.status = 'FINISHED'"
+        ):
             if run.data.tags.get(f"{GATE}.verdict") == "INVALID":  # nothing was found out: no look
                 continue
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
             written = read_json(place)
-            verdict = as_recorded(written) if isinstance(written, dict) and "run_id" in written else {}
-            if verdict.get("key") != key or checksum(verdict) != run.data.tags.get(f"{GATE}.sha256"):
+            verdict = (
+                as_recorded(written) if isinstance(written, dict) and "run_id" in written else {}
+            )
+            if verdict.get("key") != key or checksum(verdict) != run.data.tags.get(
+                f"{GATE}.sha256"
+            ):
                 problem = f"{FILE} of MLflow's run {run.info.run_id} is not what was recorded"
                 raise UserError("verdict", problem, "restore it; a verdict is never edited")
             found.append(verdict)
@@ -246,7 +307,8 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
 
 
 def find_spread(uri: str, device: str, count: int) -> Any | None:
-    """Return the spread of repeated trainings on a device that self-tests recorded last; None where none did.
+    """Return the spread of repeated trainings on a device that self-tests recorded last; None where
+    none did.
 
     Raises:
         UserError: If the store cannot be reached.
@@ -262,16 +324,18 @@ def find_spread(uri: str, device: str, count: int) -> Any | None:
             metrics = run.data.metrics
             sd_log = metrics.get(f"{SELFTEST}/training_sd_log", math.nan)
             runs = metrics.get(f"{SELFTEST}/training_runs", math.nan)
-            if math.isfinite(sd_log) and sd_log >= 0 and math.isfinite(runs) and runs >= 2:  # what has a t interval
+            # what has a t interval
+            if math.isfinite(sd_log) and sd_log >= 0 and math.isfinite(runs) and runs >= 2:
                 return Spread(sd_log, int(runs), run.data.tags.get(RUN_TAG, run.info.run_name))
     return None
 
 
 def read_verdicts(uri: str, *, model: str | None = None) -> list[Judged]:
-    """Return every verdict that gates have left in a store, those given again too, the newest first.
+    """Return every verdict that gates have left in a store, those given again too, the newest
+    first.
 
-    Tags, figures and settings of the runs say all that a history needs: no file is fetched. Runs that were deleted in
-    MLflow are left out.
+    Tags, figures and settings of the runs say all that a history needs: no file is fetched. Runs
+    that were deleted in MLflow are left out.
 
     Args:
         model: Only of this registered model.
@@ -283,18 +347,27 @@ def read_verdicts(uri: str, *, model: str | None = None) -> list[Judged]:
         return []
     with _asking(uri):
         client = _open(uri)
-        runs = [run for run in _tagged(client, f"tags.`{GATE}.verdict` LIKE '%'")
-                if model is None or _model_of(run) == model]  # fmt: skip
+        runs = [
+            run
+            for run in _tagged(client, f"tags.`{GATE}.verdict` LIKE '%'")
+            if model is None or _model_of(run) == model
+        ]
         named = {name for run in runs if (name := _model_of(run))}
         versions = {name: _versions(client, name) for name in named}
     return [_judged(run, versions) for run in runs]
 
 
 def _model_of(run: Any) -> str | None:
-    """Return the registered model that a verdict is about; of the first one, the model that it was to be a part of."""
+    """Return the registered model that a verdict is about; of the first one, the model that it was
+    to be a part of.
+    """
     reference = str(run.data.params.get("baseline", ""))
     named = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    return run.data.tags.get(f"{GATE}.model") or (named if reference.startswith("models:/") else "") or None
+    return (
+        run.data.tags.get(f"{GATE}.model")
+        or (named if reference.startswith("models:/") else "")
+        or None
+    )
 
 
 def _versions(client: Any, name: str) -> dict[str, str]:
@@ -316,37 +389,64 @@ def _versions(client: Any, name: str) -> dict[str, str]:
 
 
 def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
-    """Return the verdict that a run's tags, figures and settings tell of; a figure without an interval is None."""
+    """Return the verdict that a run's tags, figures and settings tell of; a figure without an
+    interval is None.
+    """
     from pipeline.compare.history import Judged, figure
     from pipeline.compare.statistics import look_alpha
     from pipeline.config.settings import Task
     from pipeline.ledger.metrics import FALLBACK, PRIMARY, RELATIVE
 
     tags, params = run.data.tags, run.data.params
-    said = {name.removeprefix(f"{GATE}."): value for name, value in tags.items() if name.startswith(f"{GATE}.")}
-    primary = next((key for task, key in PRIMARY.items() if task.value == params.get("task")), PRIMARY[Task.causal_lm])
+    said = {
+        name.removeprefix(f"{GATE}."): value
+        for name, value in tags.items()
+        if name.startswith(f"{GATE}.")
+    }
+    primary = next(
+        (key for task, key in PRIMARY.items() if task.value == params.get("task")),
+        PRIMARY[Task.causal_lm],
+    )
     if f"{GATE}/quality/{primary}" not in run.data.metrics:  # it was null
         stands_in = FALLBACK.get(primary, primary)
         primary = stands_in if f"{GATE}/quality/{stands_in}" in run.data.metrics else primary
-    alpha, looks = _number(params.get("policy.alpha")) or math.nan, int(_number(params.get("policy.looks")) or 1)
+    alpha, looks = (
+        _number(params.get("policy.alpha")) or math.nan,
+        int(_number(params.get("policy.looks")) or 1),
+    )
     look = int(_number(said.get("look")) or 1)
-    ends = [[run.data.metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]
-            for name in ("serving", f"quality/{primary}")]  # fmt: skip
+    ends = [
+        [run.data.metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]
+        for name in ("serving", f"quality/{primary}")
+    ]
     began = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
     margin = _number(params.get(f"policy.metrics.{primary}.margin"))
     model = _model_of(run)
     return Judged(
-        created=_moment(said.get("created")) or began, run=tags.get(RUN_TAG, run.info.run_id), model=model,
-        verdict=said["verdict"], key=said.get("key", ""), look=look, candidate=said.get("candidate.digest", ""),
+        created=_moment(said.get("created")) or began,
+        run=tags.get(RUN_TAG, run.info.run_id),
+        model=model,
+        verdict=said["verdict"],
+        key=said.get("key", ""),
+        look=look,
+        candidate=said.get("candidate.digest", ""),
         baseline=said.get("baseline.digest"),
-        version=versions.get(model or "", {}).get(said.get("candidate.digest", "")), policy=said.get("policy", ""),
-        policy_sha256=said.get("policy.sha256", ""), data=tags.get("data.digest", ""), device=tags.get("device", ""),
-        recorded=said.get("recorded"), quality_key=primary,
-        serving=figure(*ends[0], level=1 - 2 * look_alpha(alpha, looks), relative=True,
-                       blocks=int(_number(params.get("policy.blocks")) or 0) * look),
+        version=versions.get(model or "", {}).get(said.get("candidate.digest", "")),
+        policy=said.get("policy", ""),
+        policy_sha256=said.get("policy.sha256", ""),
+        data=tags.get("data.digest", ""),
+        device=tags.get("device", ""),
+        recorded=said.get("recorded"),
+        quality_key=primary,
+        serving=figure(
+            *ends[0],
+            level=1 - 2 * look_alpha(alpha, looks),
+            relative=True,
+            blocks=int(_number(params.get("policy.blocks")) or 0) * look,
+        ),
         quality=figure(*ends[1], level=1 - 2 * alpha, relative=primary in RELATIVE),
         margin=margin if margin is not None else _number(params.get("quality.margin")),
-    )  # fmt: skip
+    )
 
 
 def _number(text: str | None) -> float | None:
@@ -370,10 +470,12 @@ def _tagged(client: Any, query: str) -> Iterator[Any]:
     """Yield runs of all experiments, the newest first."""
     experiments = [each.experiment_id for each in pages(client.search_experiments)]
     if experiments:
-        yield from pages(client.search_runs, experiments, query, order_by=["attributes.start_time DESC"])
+        yield from pages(
+            client.search_runs, experiments, query, order_by=["attributes.start_time DESC"]
+        )
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
 def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
@@ -389,15 +491,23 @@ def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
 
 
 def promote(
-    uri: str, name: str, candidate: Candidate, expected: str | None, tags: dict[str, Any], *, key: str = "candidate"
+    uri: str,
+    name: str,
+    candidate: Candidate,
+    expected: str | None,
+    tags: dict[str, Any],
+    *,
+    key: str = "candidate",
 ) -> Version:
-    """Register an artifact as a version of `name` and make it the champion, if the champion still is `expected`.
+    """Register an artifact as a version of `name` and make it the champion, if the champion still
+    is `expected`.
 
-    A version with the same digest is taken instead of another new one. Killed anywhere, it leaves the old champion or
-    the new one; the next promotion then waits until the lock counts as dead.
+    A version with the same digest is taken instead of another new one. Killed anywhere, it leaves
+    the old champion or the new one; the next promotion then waits until the lock counts as dead.
 
     Args:
-        expected: Number of the version that the candidate was compared with; None where there was no champion.
+        expected: Number of the version that the candidate was compared with; None where there was
+            no champion.
         tags: What else the version is to say, of the verdict.
 
     Raises:
@@ -420,26 +530,41 @@ def promote(
 
 def _compare(champion: str | None, expected: str | None, name: str) -> None:
     if champion != expected:
-        said = ["no version" if number is None else f"version {number}" for number in (champion, expected)]
-        raise NotPromoted(f"the champion of {name} is {said[0]} by now, and the verdict is about {said[1]}")
+        said = [
+            "no version" if number is None else f"version {number}"
+            for number in (champion, expected)
+        ]
+        raise NotPromoted(
+            f"the champion of {name} is {said[0]} by now, and the verdict is about {said[1]}"
+        )
 
 
 def _register(client: Any, name: str, candidate: Candidate, tags: dict[str, Any]) -> str:
     """Return the number of the version that is this artifact, made if there is none."""
-    own = {DIGEST: candidate.digest, URL: without_login(candidate.url), PATH: candidate.path, **tags}
+    own = {
+        DIGEST: candidate.digest,
+        URL: without_login(candidate.url),
+        PATH: candidate.path,
+        **tags,
+    }
     if _had(client.get_registered_model, name) is None:
         with _already_there():
             client.create_registered_model(name)
     query = f"name = '{name}' AND tags.`{DIGEST}` = '{candidate.digest}'"
-    known = [each for each in client.search_model_versions(query, max_results=1000) if each.name == name]
+    known = [
+        each for each in client.search_model_versions(query, max_results=1000) if each.name == name
+    ]
     if known:
         number = str(max(int(each.version) for each in known))
         for tag, value in _tags(own).items():
             client.set_model_version_tag(name, number, tag, value)
         return number
-    # A server refuses sources that are paths of its own machine, and nothing but the tags is read here.
+    # A server refuses sources that are paths of its own machine, and nothing but the tags is read
+    # here.
     source = f"artifact:///{candidate.digest}"
-    made = client.create_model_version(name, source, candidate.run_id, tags=_tags(own), await_creation_for=0)
+    made = client.create_model_version(
+        name, source, candidate.run_id, tags=_tags(own), await_creation_for=0
+    )
     return str(made.version)
 
 
@@ -453,13 +578,18 @@ def _move(client: Any, name: str, number: str) -> None:
 
 
 def _tags(tags: dict[str, Any]) -> dict[str, str]:
-    """Return tags as MLflow takes them: clean names, no secrets, nothing empty, nothing longer than its limit."""
-    clean = {re.sub(r"[^\w\-. :/]", "_", name)[:MAX_NAME]: redact_value(name, str(value))[:MAX_TAG]
-             for name, value in tags.items() if value is not None}  # fmt: skip
+    """Return tags as MLflow takes them: clean names, no secrets, nothing empty, nothing longer than
+    its limit.
+    """
+    clean = {
+        re.sub(r"[^\w\-. :/]", "_", name)[:MAX_NAME]: redact_value(name, str(value))[:MAX_TAG]
+        for name, value in tags.items()
+        if value is not None
+    }
     return {name: value for name, value in clean.items() if value}
 
 
-# -- the lock of a promotion -------------------------------------------------------------------------------------------
+# -- the lock of a promotion ----------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -482,13 +612,16 @@ class _Lock:
         self.since = time.monotonic()
         try:
             self.client.create_registered_model(
-                self.name, {HOLDER: self.holder}, "A release gate is moving an alias; removed when it has."
+                self.name,
+                {HOLDER: self.holder},
+                "A release gate is moving an alias; removed when it has.",
             )
             return True
         except MlflowException as error:
             if error.error_code not in THERE:
                 raise
-            found = _had(self.client.get_registered_model, self.name)  # a retried request finds its own work
+            # a retried request finds its own work
+            found = _had(self.client.get_registered_model, self.name)
             return found is not None and found.tags.get(HOLDER) == self.holder
 
     def check(self) -> None:
@@ -501,11 +634,14 @@ class _Lock:
         late = time.monotonic() - self.since > LOCK_S - MARGIN_S
         if late or found is None or found.tags.get(HOLDER) != self.holder:
             raise NotPromoted(
-                f"registering took longer than {LOCK_S - MARGIN_S:.0f} s, and another gate may be promoting"
+                f"registering took longer than {LOCK_S - MARGIN_S:.0f} s, and another gate may be"
+                " promoting"
             )
 
     def release(self) -> None:
-        """Remove it, if it still is ours; one that may count as dead is left to whoever takes it over."""
+        """Remove it, if it still is ours; one that may count as dead is left to whoever takes it
+        over.
+        """
         if time.monotonic() - self.since < LOCK_S - MARGIN_S / 2:
             found = _had(self.client.get_registered_model, self.name)
             if found is not None and found.tags.get(HOLDER) == self.holder:
@@ -559,7 +695,9 @@ def _take_away(client: Any, lock: str, holder: str) -> None:
 
 
 def _sweep(client: Any, lock: str) -> None:
-    """Remove what `_take_away` left long ago: until then its name keeps late comers from doing it again."""
+    """Remove what `_take_away` left long ago: until then its name keeps late comers from doing it
+    again.
+    """
     for model in client.search_registered_models(f"name LIKE '{lock}.%'", max_results=100):
         old = time.time() - model.last_updated_timestamp / 1000 > LOST_S
         if old and re.fullmatch(rf"{re.escape(lock)}\.[0-9a-f]*", model.name):
@@ -578,22 +716,31 @@ def _already_there() -> Generator[None]:
             raise
 
 
-# -- the store ---------------------------------------------------------------------------------------------------------
+# -- the store ------------------------------------------------------------------------------------
 
 
 def check_name(name: str, key: str) -> None:
-    """Refuse a registered model's name that MLflow does not take, or that a promotion's lock could have.
+    """Refuse a registered model's name that MLflow does not take, or that a promotion's lock could
+    have.
 
     Raises:
         UserError: Saying which character is at fault.
     """
     bad = next((char for char in name if char in "/:'\"`\\%" or not char.isprintable()), None)
     if bad is not None:
-        raise UserError(key, f"{name[:80]!r} has {bad!r} in it", "name a registered model without / : % quotes")
+        raise UserError(
+            key, f"{name[:80]!r} has {bad!r} in it", "name a registered model without / : % quotes"
+        )
     if not name.strip() or name in (".", "..") or len(name) > MAX_MODEL:
-        raise UserError(key, f"{name[:80]!r} cannot name a registered model", f"give 1 to {MAX_MODEL} characters")
+        raise UserError(
+            key,
+            f"{name[:80]!r} cannot name a registered model",
+            f"give 1 to {MAX_MODEL} characters",
+        )
     if re.search(rf"{re.escape(LOCK)}(\.[0-9a-f]*)?$", name):
-        raise UserError(key, f"{name} is named as the lock of a promotion", f"choose a name without {LOCK}")
+        raise UserError(
+            key, f"{name} is named as the lock of a promotion", f"choose a name without {LOCK}"
+        )
 
 
 def _check_which(version: str | int | None, alias: str | None, key: str) -> None:
@@ -603,7 +750,9 @@ def _check_which(version: str | int | None, alias: str | None, key: str) -> None
         UserError: Saying what it would have to be.
     """
     if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", str(version), re.ASCII):
-        raise UserError(key, f"{str(version)[:80]!r} is no version's number", "write models:/name/3")
+        raise UserError(
+            key, f"{str(version)[:80]!r} is no version's number", "write models:/name/3"
+        )
     if alias is not None and not re.fullmatch(r"[\w\-]{1,255}", alias, re.ASCII):
         raise UserError(key, f"{alias[:80]!r} is no alias", f"write models:/name@{CHAMPION}")
 
@@ -621,8 +770,13 @@ def is_empty(uri: str) -> bool:
         UserError: If the folder that would hold it is not there, either.
     """
     file = _sqlite_file(uri)
-    if file is not None and not file.parent.is_dir():  # MLflow would make it, and call an unmounted disk empty
-        raise UserError("tracking.uri", f"there is no folder {file.parent}", "check the path, or whether it is mounted")
+    # MLflow would make it, and call an unmounted disk empty
+    if file is not None and not file.parent.is_dir():
+        raise UserError(
+            "tracking.uri",
+            f"there is no folder {file.parent}",
+            "check the path, or whether it is mounted",
+        )
     return file is not None and (not file.exists() or (file.is_file() and file.stat().st_size == 0))
 
 
@@ -637,16 +791,22 @@ def _asking(uri: str) -> Generator[None]:
     try:
         yield
     except (*store_errors(), ImportError) as error:  # a database takes a driver
-        first = str(error).split("\n")[0].rpartition("(Caused by ")[2]  # of urllib3's, which come nested
+        # of urllib3's, which come nested
+        first = str(error).split("\n")[0].rpartition("(Caused by ")[2]
         text = " ".join(first[:MAX_TEXT].split()) or type(error).__name__
         said = "cannot be reached" if is_down(error) else "refuses"
         where = redact_value("", without_login(uri))
-        raise UserError("tracking.uri", f"MLflow at {where} {said} ({redact_value('', without_login(text))[:200]})",
-                        "check the address, the network and MLFLOW_TRACKING_URI") from error  # fmt: skip
+        raise UserError(
+            "tracking.uri",
+            f"MLflow at {where} {said} ({redact_value('', without_login(text))[:200]})",
+            "check the address, the network and MLFLOW_TRACKING_URI",
+        ) from error
 
 
 def _open(uri: str) -> Any:
-    """Return a client whose store is there and migrated: processes that open a fresh one at once would break it."""
+    """Return a client whose store is there and migrated: processes that open a fresh one at once
+    would break it.
+    """
     from filelock import Timeout
     from mlflow import MlflowClient
 
@@ -657,14 +817,20 @@ def _open(uri: str) -> Any:
     if not is_empty(uri) and not _is_database(file):  # MLflow would try for two minutes
         raise UserError("tracking.uri", f"{file} is no SQLite database", "name one, or a server")
     try:
-        lock, what = file.parent / ".mlflow.lock", f"another process that writes to the store of {file.parent}"
+        lock, what = (
+            file.parent / ".mlflow.lock",
+            f"another process that writes to the store of {file.parent}",
+        )
         with locked(lock, what, timeout_s=OPENING_S):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)
             client.search_experiments(max_results=1)
     except Timeout:
-        raise UserError("tracking.uri", f"another process has held {file.parent}/.mlflow.lock for {OPENING_S:.0f} s",
-                        "wait for it to end") from None  # fmt: skip
+        raise UserError(
+            "tracking.uri",
+            f"another process has held {file.parent}/.mlflow.lock for {OPENING_S:.0f} s",
+            "wait for it to end",
+        ) from None
     return client
 
 

@@ -1,7 +1,9 @@
-"""Checkpoints that are whole or not there: a temporary folder, a manifest with checksums last, a rename.
+"""Checkpoints that are whole or not there: a temporary folder, a manifest with checksums last, a
+rename.
 
-No pickles: weights, optimizer state and generator state are safetensors, the rest is JSON. The learning rate and the
-batches are pure functions of the step, so nothing else is needed to go on exactly.
+No pickles: weights, optimizer state and generator state are safetensors, the rest is JSON. The
+    learning rate and the batches are pure functions of the step, so nothing else is needed to go on
+    exactly.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors",
 
 
 class TrainedPart:
-    """The parameters of a model that are trained, as checkpoints keep them: the frozen ones are made anew."""
+    """The parameters of a model that are trained, as checkpoints keep them: the frozen ones are
+    made anew.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._trained = {
+            name: each for name, each in model.named_parameters() if each.requires_grad
+        }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name."""
@@ -44,17 +50,24 @@ class TrainedPart:
 
 
 def kept_of(model: Any) -> Any:
-    """Return what a checkpoint holds of a model: all of it, or its trained part where some of it is frozen."""
+    """Return what a checkpoint holds of a model: all of it, or its trained part where some of it is
+    frozen.
+    """
     return model if all(each.requires_grad for each in model.parameters()) else TrainedPart(model)
 
 
 def save(
-    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, extra: Callable[[], dict[str, Any]]
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    extra: Callable[[], dict[str, Any]],
 ) -> None:
     """Write a checkpoint of `step`, then prune all but the newest two.
 
     Args:
-        extra: Gives plain JSON, asked for after the tensors were written: what it says of time spent covers them.
+        extra: Gives plain JSON, asked for after the tensors were written: what it says of time
+            spent covers them.
 
     Raises:
         UserError: If the disk has no room for it.
@@ -62,7 +75,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".writing-*"):  # by a killed process: only one at a time trains a stage
         shutil.rmtree(left, ignore_errors=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in _unshared(model.state_dict()).items()}
+    weights = {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in _unshared(model.state_dict()).items()
+    }
     check_room(folder, 4 * sum(tensor.nbytes for tensor in weights.values()), "tracking.root")
     temporary = folder / f".writing-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -83,7 +99,9 @@ def save(
 
 
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[Path, int] | None:
-    """Return folder and step of the newest checkpoint whose checksums hold, or None; `say` is told of damaged ones."""
+    """Return folder and step of the newest checkpoint whose checksums hold, or None; `say` is told
+    of damaged ones.
+    """
     for path in reversed(_folders(folder)):
         damage = _damage(path)
         if damage is None:
@@ -116,7 +134,9 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
     """Restore weights, optimizer and random generators; return what was saved as `extra`."""
     load_state(optimizer, load_file(path / "optimizer.safetensors"))
     saved = load_file(path / "model.safetensors")
-    assert saved.keys() == _unshared(model.state_dict()).keys(), "a checkpoint is read by the stage that wrote it"
+    assert saved.keys() == _unshared(model.state_dict()).keys(), (
+        "a checkpoint is read by the stage that wrote it"
+    )
     model.load_state_dict(saved, strict=False)  # tied weights were saved once
     model.tie_weights()
     generators = load_file(path / "generators.safetensors")
@@ -140,7 +160,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state_tensors(optimizer).items():
         there = tensor.contiguous().cpu()
-        # Levels of 8 bits are one tensor for all parameters, which safetensors does not write twice.
+        # Levels of 8 bits are one tensor for all parameters, which safetensors does not write
+        # twice.
         tensors[name] = there.clone() if there.data_ptr() in seen else there
         seen.add(there.data_ptr())
     return tensors
@@ -148,12 +169,17 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 def _device_of(model: Any) -> torch.device | None:
     """Return the CUDA device that a model is on, be it the current one or not; None elsewhere."""
-    found = next((tensor.device for tensor in model.state_dict().values() if tensor.device.type == "cuda"), None)
+    found = next(
+        (tensor.device for tensor in model.state_dict().values() if tensor.device.type == "cuda"),
+        None,
+    )
     return found
 
 
 def _generator_states(device: torch.device | None) -> dict[str, torch.Tensor]:
-    """Return the states of the generators that a training draws from: the CPU's, and its own device's."""
+    """Return the states of the generators that a training draws from: the CPU's, and its own
+    device's.
+    """
     states = {"cpu": torch.get_rng_state()}
     if device is not None:
         states["device"] = torch.cuda.get_rng_state(device)
@@ -162,7 +188,10 @@ def _generator_states(device: torch.device | None) -> dict[str, torch.Tensor]:
 
 def _folders(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder` by step, whole or not."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()), key=_step)
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()),
+        key=_step,
+    )
 
 
 def _seal(path: Path) -> str:

@@ -1,8 +1,11 @@
-"""Linear layers that multiply in float8 while a model trains (torchao), and plain ones again afterwards.
+"""Linear layers that multiply in float8 while a model trains (torchao), and plain ones again
+afterwards.
 
-Inputs, weights and gradients are cast to 8 bits with a scale for the whole tensor (`tensorwise`) or for each row
-(`rowwise`: steadier, slower); what is stored and stepped stays as it was. Casting costs a pass over each of them, so
-that only wide layers gain: heads and narrow layers are left alone. Without torch.compile the casts are not fused.
+Inputs, weights and gradients are cast to 8 bits with a scale for the whole tensor (`tensorwise`) or
+for each row (`rowwise`: steadier, slower); what is stored and stepped stays as it was. Casting
+costs a pass over each of them, so
+that only wide layers gain: heads and narrow layers are left alone. Without torch.compile the casts
+    are not fused.
 Source: torchao.float8, its README (speedups by width on H100) and `config/settings.py` (recipes).
 """
 
@@ -20,7 +23,8 @@ from pipeline.config.settings import Precision
 from pipeline.errors import UserError
 
 RECIPES = {Precision.fp8_tensorwise: "tensorwise", Precision.fp8_rowwise: "rowwise"}
-CAPABILITY = {Precision.fp8_tensorwise: (8, 9), Precision.fp8_rowwise: (9, 0)}  # of torch._scaled_mm, per row: Hopper
+# of torch._scaled_mm, per row: Hopper
+CAPABILITY = {Precision.fp8_tensorwise: (8, 9), Precision.fp8_rowwise: (9, 0)}
 MULTIPLE = 16  # widths that torch._scaled_mm takes
 EMULATE = False  # multiply in fp32 what was rounded to 8 bits: for a device without the kernels
 
@@ -34,21 +38,32 @@ def why_not_float8(precision: Precision, device: torch.device) -> str | None:
     needed, have = CAPABILITY[precision], torch.cuda.get_device_capability(device)
     if have < needed:
         return (
-            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
+            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"
+            f" {have[0]}.{have[1]}"
         )
     return None
 
 
 def wide_layers(model: Any, least_width: int) -> tuple[list[str], list[str]]:
-    """Return the names of the body's linear layers that float8 takes, and of those that it leaves alone."""
-    linear = [(name, layer) for name, layer in model.base_model.named_modules() if type(layer) is torch.nn.Linear]
+    """Return the names of the body's linear layers that float8 takes, and of those that it leaves
+    alone.
+    """
+    linear = [
+        (name, layer)
+        for name, layer in model.base_model.named_modules()
+        if type(layer) is torch.nn.Linear
+    ]
     takes = lambda width: width >= least_width and width % MULTIPLE == 0
-    wide = [name for name, layer in linear if takes(layer.in_features) and takes(layer.out_features)]
+    wide = [
+        name for name, layer in linear if takes(layer.in_features) and takes(layer.out_features)
+    ]
     return wide, [name for name, _ in linear if name not in wide]
 
 
 @contextmanager
-def float8_layers(model: Any, precision: Precision, *, least_width: int, say: Callable[[str], None]) -> Generator[None]:
+def float8_layers(
+    model: Any, precision: Precision, *, least_width: int, say: Callable[[str], None]
+) -> Generator[None]:
     """Have the wide layers of `model`'s body multiply in float8 inside, where `precision` says so.
 
     Raises:
@@ -61,12 +76,21 @@ def float8_layers(model: Any, precision: Precision, *, least_width: int, say: Ca
 
     wide, narrow = wide_layers(model, least_width)
     if not wide:
-        problem = f"{precision.value}: no linear layer has both widths in multiples of {MULTIPLE} from {least_width} on"
+        problem = (
+            f"{precision.value}: no linear layer has both widths in multiples of {MULTIPLE} from"
+            f" {least_width} on"
+        )
         raise UserError("precision", problem, "give bf16, or lower precision.fp8_least_width")
-    say(f"{precision.value}: {len(wide)} layers, {len(narrow)} linear ones of the body left alone"
-        + (f" (the first is {narrow[0]})" if narrow else ""))  # fmt: skip
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(RECIPES[precision]), emulate=EMULATE)
-    convert_to_float8_training(model.base_model, config=config, module_filter_fn=lambda _, name: name in wide)
+    say(
+        f"{precision.value}: {len(wide)} layers, {len(narrow)} linear ones of the body left alone"
+        + (f" (the first is {narrow[0]})" if narrow else "")
+    )
+    config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(RECIPES[precision]), emulate=EMULATE
+    )
+    convert_to_float8_training(
+        model.base_model, config=config, module_filter_fn=lambda _, name: name in wide
+    )
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """The one training loop: every stage that trains goes through `train`.
 
-Learning rate and batches are pure functions of the step, so that resuming needs weights, optimizer and generators
-only. The loop never waits for the device to read a loss: readings arrive a few steps late.
+Learning rate and batches are pure functions of the step, so that resuming needs weights, optimizer
+and generators only. The loop never waits for the device to read a loss: readings arrive a few steps
+late.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Progress:
     own_flops: float = 0.0  # of the model alone
     step_ns: int = 0  # time in steps: evaluation and checkpoints excluded
     eval_ns: int = 0  # time in evaluations
-    hard: float = 0.0  # what hard labels have in the loss, summed over the readings of the last tenth
+    # what hard labels have in the loss, summed over the readings of the last tenth
+    hard: float = 0.0
     taught: float = 0.0  # what a teacher has
-    smooth: dict[str, float] = field(default_factory=dict)  # loss by what is read: `text`, `sampled`
+    # loss by what is read: `text`, `sampled`
+    smooth: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -62,9 +65,11 @@ class Hooks:
     validate: Callable[[], float]
     flops: Callable[[dict[str, Tensor]], tuple[float, float]]  # the model's own, its teacher's
     points: Callable[[int, dict[str, float]], None]
-    history: Callable[[int], list[dict[str, Any]]]  # what led to a checkpoint at this step, for whoever resumes
+    # what led to a checkpoint at this step, for whoever resumes
+    history: Callable[[int], list[dict[str, Any]]]
     checkpointed: Callable[[int], None]
-    resumed: Callable[[int, list[dict[str, Any]]], None]  # from this step on, with the checkpoint's history
+    # from this step on, with the checkpoint's history
+    resumed: Callable[[int, list[dict[str, Any]]], None]
     say: Callable[[str], None]
     should_stop: Callable[[], type[Exception] | None]
     advance: Callable[[int, int], None]  # steps done, tokens done
@@ -76,10 +81,11 @@ class Reading:
     """What a micro-batch says of the loss, on its way to the host.
 
     Attributes:
-        values: Mean loss, sums of cross-entropy and divergence over the targets, and the parts of the mean named by
-            `drawn`; float32 on the host.
+        values: Mean loss, sums of cross-entropy and divergence over the targets, and the parts of
+            the mean named by `drawn`; float32 on the host.
         count: Targets.
-        event: The device has passed it when `values` are there; None where there is nothing to wait for.
+        event: The device has passed it when `values` are there; None where there is nothing to wait
+            for.
         ce_weight: Of the hard labels in the loss.
         drawn: Names of what the teacher's inside has in the loss.
         kind: What was read: `text`, or `sampled` from the student.
@@ -113,61 +119,124 @@ def train(
     """
     masters = masters_of(model, objective.precision)
     held = masters or kept_of(model)
-    trained = [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    trained = (
+        [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    )
     optimizer = make_optimizer(trained, settings, objective.device)
     scaler = torch.amp.GradScaler(
-        objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
+        objective.device.type,
+        init_scale=precision.loss_scale,
+        enabled=objective.precision is Precision.fp16,
     )
     progress = _resume(folder, held, optimizer, scaler, clock, hooks)
     with (
-        float8_layers(objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say),
+        float8_layers(
+            objective.model,
+            objective.precision,
+            least_width=precision.fp8_least_width,
+            say=hooks.say,
+        ),
         made_ahead(batches, progress.step, settings.steps, objective.device) as ahead,
     ):
-        _all_steps(model, masters, held, ahead, objective, optimizer, scaler, settings, progress, folder, clock, hooks)
+        _all_steps(
+            model,
+            masters,
+            held,
+            ahead,
+            objective,
+            optimizer,
+            scaler,
+            settings,
+            progress,
+            folder,
+            clock,
+            hooks,
+        )
     if masters is not None:
         masters.restore()
     return progress
 
 
 def trial_steps(
-    model: Any, batches: Batches, objective: Objective, settings: TrainingConfig, precision: PrecisionConfig,
-    count: int, now_ns: Callable[[], int],
-) -> tuple[list[float], list[float]]:  # fmt: skip
+    model: Any,
+    batches: Batches,
+    objective: Objective,
+    settings: TrainingConfig,
+    precision: PrecisionConfig,
+    count: int,
+    now_ns: Callable[[], int],
+) -> tuple[list[float], list[float]]:
     """Take the first `count` steps as `train` would; return the seconds and the loss of each.
 
     The model is left as it is after them, in fp32. A loss that is no number is returned as it is.
     """
     masters = masters_of(model, objective.precision)
-    trained = [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    trained = (
+        [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
+    )
     optimizer = make_optimizer(trained, settings, objective.device)
     scaler = torch.amp.GradScaler(
-        objective.device.type, init_scale=precision.loss_scale, enabled=objective.precision is Precision.fp16
+        objective.device.type,
+        init_scale=precision.loss_scale,
+        enabled=objective.precision is Precision.fp16,
     )
     progress, clock, seconds, losses = Progress(), PhaseClock(), list[float](), list[float]()
     hooks = Hooks(
-        validate=lambda: 0.0, flops=lambda batch: (0.0, 0.0), points=lambda step, values: None,
-        history=lambda step: [], checkpointed=lambda step: None, resumed=lambda step, history: None,
-        say=lambda text: None, should_stop=lambda: None, advance=lambda steps, tokens: None,
-    )  # fmt: skip
+        validate=lambda: 0.0,
+        flops=lambda batch: (0.0, 0.0),
+        points=lambda step, values: None,
+        history=lambda step: [],
+        checkpointed=lambda step: None,
+        resumed=lambda step, history: None,
+        say=lambda text: None,
+        should_stop=lambda: None,
+        advance=lambda steps, tokens: None,
+    )
     model.train()
-    with float8_layers(objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say):
+    with float8_layers(
+        objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say
+    ):
         for _ in range(min(count, settings.steps)):
             before, pending = now_ns(), deque[Reading]()
-            _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+            _step(
+                model,
+                masters,
+                batches,
+                objective,
+                optimizer,
+                scaler,
+                settings,
+                progress,
+                pending,
+                clock,
+                hooks,
+            )
             if objective.device.type == "cuda":
                 torch.cuda.synchronize(objective.device)
             seconds.append((now_ns() - before) / 1e9)
             counted = sum(reading.count for reading in pending)
-            losses.append(sum(float(reading.values[0]) * reading.count for reading in pending) / counted)
+            losses.append(
+                sum(float(reading.values[0]) * reading.count for reading in pending) / counted
+            )
     if masters is not None:
         masters.restore()
     return seconds, losses
 
 
 def _all_steps(
-    model: Any, masters: MasterWeights | None, held: Any, batches: Batches, objective: Objective, optimizer: Any,
-    scaler: Any, settings: TrainingConfig, progress: Progress, folder: Path, clock: PhaseClock, hooks: Hooks,
-) -> None:  # fmt: skip
+    model: Any,
+    masters: MasterWeights | None,
+    held: Any,
+    batches: Batches,
+    objective: Objective,
+    optimizer: Any,
+    scaler: Any,
+    settings: TrainingConfig,
+    progress: Progress,
+    folder: Path,
+    clock: PhaseClock,
+    hooks: Hooks,
+) -> None:
     pending: deque[Reading] = deque()
     last_saved = time.monotonic()
     eval_every = steps_between_evaluations(settings)
@@ -175,15 +244,29 @@ def _all_steps(
     while progress.step < settings.steps:
         number = progress.step + 1
         if hooks.tracer.opens_at(number):
-            _read(pending, progress, settings, hooks, clock, drain=True)  # the profiler would wait for it
+            # the profiler would wait for it
+            _read(pending, progress, settings, hooks, clock, drain=True)
             hooks.tracer.open(clock)
         before = clock.now_ns()
         with hooks.tracer.annotate(number):
-            _step(model, masters, batches, objective, optimizer, scaler, settings, progress, pending, clock, hooks)
+            _step(
+                model,
+                masters,
+                batches,
+                objective,
+                optimizer,
+                scaler,
+                settings,
+                progress,
+                pending,
+                clock,
+                hooks,
+            )
         progress.step_ns += clock.now_ns() - before
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)
-        _read(pending, progress, settings, hooks, clock, drain=evaluates or traced)  # both would wait for it
+        # both would wait for it
+        _read(pending, progress, settings, hooks, clock, drain=evaluates or traced)
         if traced:
             hooks.tracer.close(number, clock)
         if evaluates:
@@ -210,7 +293,7 @@ def steps_between_evaluations(settings: TrainingConfig) -> int:
 
 def _resume(
     folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock, hooks: Hooks
-) -> Progress:  # fmt: skip
+) -> Progress:
     progress, history = Progress(), list[dict[str, Any]]()
     with clock.phase("checkpoint"):
         found = checkpoint.newest(folder, hooks.say)
@@ -224,18 +307,33 @@ def _resume(
 
 
 def _step(
-    model: Any, masters: MasterWeights | None, batches: Batches, objective: Objective, optimizer: Any, scaler: Any,
-    settings: TrainingConfig, progress: Progress, pending: deque[Reading], clock: PhaseClock, hooks: Hooks,
-) -> None:  # fmt: skip
+    model: Any,
+    masters: MasterWeights | None,
+    batches: Batches,
+    objective: Objective,
+    optimizer: Any,
+    scaler: Any,
+    settings: TrainingConfig,
+    progress: Progress,
+    pending: deque[Reading],
+    clock: PhaseClock,
+    hooks: Hooks,
+) -> None:
     """Run one optimizer step: its micro-batches forward and backward, clip, update."""
     objective.at(progress.step)
     with clock.phase("data_wait"):
         batch = batches.batch(progress.step)
     batch = objective.completed(batch, progress.step)
     with clock.phase("data_wait"):
-        micro = [dict(zip(batch, part, strict=True)) for part in zip(
-            *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()), strict=True)]  # fmt: skip
-        computed = [part for part in micro if num_targets(part)]  # what has no target would teach nothing
+        micro = [
+            dict(zip(batch, part, strict=True))
+            for part in zip(
+                *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()),
+                strict=True,
+            )
+        ]
+        # what has no target would teach nothing
+        computed = [part for part in micro if num_targets(part)]
         counts = [num_targets(part) for part in computed]
     for part, count in zip(computed, counts, strict=True):
         done = objective(part)
@@ -256,7 +354,8 @@ def _step(
         if masters is not None:
             masters.write_back()
     progress.step += 1
-    if len(computed) < len(micro) and "sampled" not in batch:  # what was written was computed, learnt or not
+    # what was written was computed, learnt or not
+    if len(computed) < len(micro) and "sampled" not in batch:
         batch = _joined(batch, computed)
     progress.examples += len(batch["labels"])
     progress.tokens += num_tokens(batch)
@@ -268,11 +367,16 @@ def _step(
 
 def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return those micro-batches of a batch that were computed, as one."""
-    return {name: torch.cat([tensor[:0], *(part[name] for part in parts)]) for name, tensor in batch.items()}
+    return {
+        name: torch.cat([tensor[:0], *(part[name] for part in parts)])
+        for name, tensor in batch.items()
+    }
 
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "text") -> Reading:
-    """Send what a micro-batch says to the host without waiting; `item()` would wait for all that was launched since."""
+    """Send what a micro-batch says to the host without waiting; `item()` would wait for all that
+    was launched since.
+    """
     parts = (done.loss, done.parts.ce, done.parts.divergence, *done.drawn.values())
     values = torch.stack([part.detach().float() for part in parts])
     how = (done.ce_weight, tuple(done.drawn), kind)
@@ -285,11 +389,20 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
 
 
 def _read(
-    pending: deque[Reading], progress: Progress, settings: TrainingConfig, hooks: Hooks,
-    clock: PhaseClock, *, drain: bool,
-) -> None:  # fmt: skip
-    """Take the losses that have arrived; waiting for the device here is its computing, so it is booked as such."""
-    while pending and (drain or pending[0].event is None or len(pending) > LATE * settings.gradient_accumulation):
+    pending: deque[Reading],
+    progress: Progress,
+    settings: TrainingConfig,
+    hooks: Hooks,
+    clock: PhaseClock,
+    *,
+    drain: bool,
+) -> None:
+    """Take the losses that have arrived; waiting for the device here is its computing, so it is
+    booked as such.
+    """
+    while pending and (
+        drain or pending[0].event is None or len(pending) > LATE * settings.gradient_accumulation
+    ):
         reading = pending.popleft()
         if reading.event is not None:
             before = clock.now_ns()
@@ -312,19 +425,27 @@ def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hoo
     drawn = dict(zip(reading.drawn, more, strict=True))
     if not math.isfinite(loss):
         raise StageFailed(
-            f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use precision=bf16 or fp32"
+            f"the loss is {loss} at step {step + 1}; lower training.learning_rate or use"
+            " precision=bf16 or fp32"
         )
     _check_course(step, loss, reading.kind, progress, settings)
     if step + 1 > 0.9 * settings.steps:
         progress.hard += _part(reading.ce_weight, ce)
         progress.taught += _part(1 - reading.ce_weight, divergence) + sum(drawn.values())
     rate = learning_rate(step, settings)
-    said = {"ce": ce} if reading.kind == "text" else {}  # of its own samples it is the student's entropy
-    hooks.points(step + 1, {"loss": loss, **said, "divergence": divergence, "learning_rate": rate, **drawn})
+    # of its own samples it is the student's entropy
+    said = {"ce": ce} if reading.kind == "text" else {}
+    hooks.points(
+        step + 1, {"loss": loss, **said, "divergence": divergence, "learning_rate": rate, **drawn}
+    )
 
 
-def _check_course(step: int, loss: float, kind: str, progress: Progress, settings: TrainingConfig) -> None:
-    """Stop where the loss, smoothed, is far above the best it was; losses of one kind are compared."""
+def _check_course(
+    step: int, loss: float, kind: str, progress: Progress, settings: TrainingConfig
+) -> None:
+    """Stop where the loss, smoothed, is far above the best it was; losses of one kind are
+    compared.
+    """
     before = progress.smooth.get(kind, loss)
     smooth = progress.smooth[kind] = SMOOTHING * before + (1 - SMOOTHING) * loss
     best = progress.best[kind] = min(progress.best.get(kind, smooth), smooth)
@@ -335,7 +456,9 @@ def _check_course(step: int, loss: float, kind: str, progress: Progress, setting
         )
 
 
-def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock) -> None:
+def _validate(
+    progress: Progress, settings: TrainingConfig, hooks: Hooks, clock: PhaseClock
+) -> None:
     before = clock.now_ns()
     with clock.phase("eval"):
         metric = attempted(hooks.validate, lambda why: _unread(progress.step, why, hooks))
@@ -343,9 +466,13 @@ def _validate(progress: Progress, settings: TrainingConfig, hooks: Hooks, clock:
     if metric is None:
         return
     reading = {
-        "step": progress.step, "tokens": progress.tokens, "metric": metric, "seconds": progress.step_ns / 1e9,
-        "eval_seconds": progress.eval_ns / 1e9, "constant": float(is_constant(progress.step, settings)),
-    }  # fmt: skip
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "metric": metric,
+        "seconds": progress.step_ns / 1e9,
+        "eval_seconds": progress.eval_ns / 1e9,
+        "constant": float(is_constant(progress.step, settings)),
+    }
     progress.curve.append(reading)
     with clock.phase("log"):
         hooks.points(progress.step, {"validation": metric})
@@ -357,12 +484,22 @@ def _unread(step: int, why: str, hooks: Hooks) -> None:
 
 
 def _save(
-    folder: Path, model: Any, optimizer: Any, scaler: Any, progress: Progress, clock: PhaseClock, hooks: Hooks
+    folder: Path,
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    progress: Progress,
+    clock: PhaseClock,
+    hooks: Hooks,
 ) -> None:
     from pipeline.store.artifacts import plain
 
     def extra() -> dict[str, Any]:
-        return {"progress": plain(progress), "scaler": scaler.state_dict(), "history": hooks.history(progress.step)}
+        return {
+            "progress": plain(progress),
+            "scaler": scaler.state_dict(),
+            "history": hooks.history(progress.step),
+        }
 
     with clock.phase("checkpoint"):
         checkpoint.save(folder, progress.step, model, optimizer, extra)

@@ -1,4 +1,5 @@
-"""What a step minimises: hard labels, or hard labels and a teacher. One class per task, one loss definition for both.
+"""What a step minimises: hard labels, or hard labels and a teacher. One class per task, one loss
+definition for both.
 
 Shape legend: B rows, T tokens, N predicted tokens, C classes.
 """
@@ -41,11 +42,21 @@ from pipeline.models.classes import listed, names_in_order, same_in_order
 from pipeline.training.precision import arithmetic, compute_dtype
 
 NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads
-NARROW = ("sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size")
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as transformers' configs name them
+NARROW = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention",
+    "window_size",
+)
+# kinds of layers, as transformers' configs name them
+FULL, SLIDING = "full_attention", "sliding_attention"
 EXAMINED = 6  # tokens of a document that a model is examined with
-UNSEEN = 1e-2  # of what one token makes of those after it: less does not come from a token that is read
-ALIKE = 1e-4  # of hidden states, of the largest one, computed twice in fp32 in other company; 16 bits: 4 roundings
+# of what one token makes of those after it: less does not come from a token that is read
+UNSEEN = 1e-2
+# of hidden states, of the largest one, computed twice in fp32 in other company; 16 bits: 4
+# roundings
+ALIKE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,10 @@ class Examined:
 
     Attributes:
         head: What makes logits of its hidden states; `Unknown`: its own forward pass, in full.
-        masked: Whether packed documents are told apart by a mask; else by positions, by the model itself.
-        packs: Whether documents may be packed at all; else each has rows of its own, and the model reads tokens alone.
+        masked: Whether packed documents are told apart by a mask; else by positions, by the model
+            itself.
+        packs: Whether documents may be packed at all; else each has rows of its own, and the model
+            reads tokens alone.
     """
 
     head: Transform | Unknown
@@ -77,7 +90,9 @@ class Teacher:
 
 @dataclass(frozen=True, slots=True)
 class CachedTeacher:
-    """What a teacher once said, and how its signal is mixed. Batches then name their rows: `windows`, (B,)."""
+    """What a teacher once said, and how its signal is mixed. Batches then name their rows:
+    `windows`, (B,).
+    """
 
     cache: TeacherCache
     loss: Loss
@@ -92,7 +107,8 @@ class StepLoss:
         parts: Unweighted sums over the targets.
         count: Targets.
         ce_weight: That `parts` were mixed with.
-        drawn: The weighted parts of the mean that come from inside the teacher, by name: `hidden`, `relations`.
+        drawn: The weighted parts of the mean that come from inside the teacher, by name: `hidden`,
+            `relations`.
     """
 
     loss: Tensor
@@ -106,11 +122,25 @@ class Objective:
     """Computes the loss of a batch for one task, with or without a teacher."""
 
     def __init__(
-        self, model: Any, task: Task, precision: Precision, device: torch.device, clock: PhaseClock,
-        teacher: Teacher | CachedTeacher | None = None, *, masked: bool = False, packs: bool = True,
+        self,
+        model: Any,
+        task: Task,
+        precision: Precision,
+        device: torch.device,
+        clock: PhaseClock,
+        teacher: Teacher | CachedTeacher | None = None,
+        *,
+        masked: bool = False,
+        packs: bool = True,
         head: Transform | Unknown | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.task, self.precision, self.masked, self.packs = model, task, precision, masked, packs
+    ) -> None:
+        self.model, self.task, self.precision, self.masked, self.packs = (
+            model,
+            task,
+            precision,
+            masked,
+            packs,
+        )
         self.head = _head(model, task, head)
         self.device, self.clock = device, clock
         self.teacher = teacher if isinstance(teacher, Teacher) else None
@@ -119,13 +149,16 @@ class Objective:
         self.hidden: HiddenSignal | None = None
         self.relations: RelationSignal | None = None
         self.writing: Writing | None = None
-        self.losses: Callable[[int], Loss] | None = None  # by step, where the loss changes over the training
+        # by step, where the loss changes over the training
+        self.losses: Callable[[int], Loss] | None = None
         self.head_loss: HeadLoss = head_loss
         self.vocabulary: int | None = None
         self.teacher_head: Transform | Unknown = Transform()
         if self.teacher is not None:
             self.teacher_head = _head(self.teacher.model, task, self.teacher.head)
-            self.vocabulary = shared_vocabulary(model, self.teacher.model, task, self.head, self.teacher_head)
+            self.vocabulary = shared_vocabulary(
+                model, self.teacher.model, task, self.head, self.teacher_head
+            )
         if self.cached is not None:
             self.vocabulary = self.cached.cache.vocabulary
 
@@ -135,12 +168,20 @@ class Objective:
             self.loss = self.losses(step)
 
     def full_logits(self, tokens: int) -> list[str]:
-        """Return what is to be said of models whose logits are held in full, by the positions of a micro-batch."""
+        """Return what is to be said of models whose logits are held in full, by the positions of a
+        micro-batch.
+        """
         said: list[str] = []
         if isinstance(self.head, Unknown):
-            said.append(full_logits_note(self.model, self.head, tokens, self.precision, trained=True))
+            said.append(
+                full_logits_note(self.model, self.head, tokens, self.precision, trained=True)
+            )
         if self.teacher is not None and isinstance(self.teacher_head, Unknown):
-            said.append(full_logits_note(self.teacher.model, self.teacher_head, tokens, self.teacher.precision))
+            said.append(
+                full_logits_note(
+                    self.teacher.model, self.teacher_head, tokens, self.teacher.precision
+                )
+            )
         return said
 
     def completed(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -161,7 +202,9 @@ class Objective:
         with self.clock.phase("h2d"):
             labels = batch["labels"].flatten()
             keep = (labels != IGNORE).nonzero().flatten()  # on the host: no synchronisation later
-            inputs = {name: self._send(tensor) for name, tensor in batch.items() if name not in NOT_INPUTS}
+            inputs = {
+                name: self._send(tensor) for name, tensor in batch.items() if name not in NOT_INPUTS
+            }
             keep_there, targets = self._send(keep), self._send(labels[keep])
             said = self._send_said(said)
         loss = self.loss
@@ -178,24 +221,40 @@ class Objective:
         if not isinstance(said, Sparse):
             return None if said is None else self._send(said)
         residual = None if said.residual is None else self._send(said.residual)
-        return Sparse(self._send(said.ids), self._send(said.probabilities), self._send(said.entropy), residual)
+        return Sparse(
+            self._send(said.ids), self._send(said.probabilities), self._send(said.entropy), residual
+        )
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor.to(self.device)
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()  # out of pageable memory, a copy waits
+        # out of pageable memory, a copy waits
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         return pinned.to(self.device, non_blocking=True)
 
     def _causal(
-        self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Sparse | None, loss: Loss | None
+        self,
+        inputs: dict[str, Tensor],
+        keep: Tensor,
+        targets: Tensor,
+        said: Sparse | None,
+        loss: Loss | None,
     ) -> StepLoss:
         teacher, taught, theirs = self.teacher, said, _Inside()
         every = self.hidden is not None
         with self.clock.phase("forward"):
-            wanted = self.masked or (teacher is not None and teacher.masked) or self.relations is not None
+            wanted = (
+                self.masked
+                or (teacher is not None and teacher.masked)
+                or self.relations is not None
+            )
             mask = document_mask(inputs["position_ids"]) if wanted else None  # one for both models
         if teacher is not None:
-            with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
+            with (
+                self.clock.phase("teacher"),
+                torch.no_grad(),
+                arithmetic(teacher.precision, self.device),
+            ):
                 with self._reading(teacher.model) as theirs.projected:
                     read = mask if teacher.masked else None
                     theirs_in = read_inputs(inputs, packs=teacher.packs)
@@ -211,13 +270,18 @@ class Objective:
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
                 ours_in = read_inputs(inputs, packs=self.packs)
-                given = _given(self.model, self.head, ours_in, mask if self.masked else None, every=every)
+                given = _given(
+                    self.model, self.head, ours_in, mask if self.masked else None, every=every
+                )
             ours.states = given.hidden_states if every else ()
             more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
             if isinstance(self.head, Unknown):
                 mean, parts = logits_loss(given.logits.flatten(0, 1)[keep], targets, **more)
             else:
-                hidden, head = given.last_hidden_state.flatten(0, 1)[keep], Head.of(self.model, self.head)
+                hidden, head = (
+                    given.last_hidden_state.flatten(0, 1)[keep],
+                    Head.of(self.model, self.head),
+                )
                 dtype = compute_dtype(self.precision)
                 mean, parts = self.head_loss(hidden, head, targets, dtype=dtype, **more)
             done = StepLoss(mean, parts, len(targets), 1.0 if loss is None else loss.ce_weight)
@@ -226,10 +290,14 @@ class Objective:
             each = torch.zeros(inputs["input_ids"].numel(), device=self.device)
             each[keep] = 1 / max(len(targets), 1)
             may_read = None if mask is None else mask[:, 0]
-            return self._drawn(done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape))
+            return self._drawn(
+                done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape)
+            )
 
     def _read(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return a classifier's logits (B, C), and its states where they are wanted; those are of padded batches."""
+        """Return a classifier's logits (B, C), and its states where they are wanted; those are of
+        padded batches.
+        """
         if self.hidden is None and self.relations is None:
             return logits_of(model, inputs), ()
         more = {} if self.hidden is None else {"output_hidden_states": True}
@@ -237,13 +305,20 @@ class Objective:
         return given.logits, given.hidden_states if more else ()
 
     def _reading(self, model: Any) -> AbstractContextManager[Sequence[Tensor]]:
-        """Have the projections be read that relations are made of; nothing where they are not wanted."""
+        """Have the projections be read that relations are made of; nothing where they are not
+        wanted.
+        """
         if self.relations is None:
             return nullcontext([])
         return outputs_of(self.relations.student if model is self.model else self.relations.teacher)
 
     def _drawn(
-        self, done: StepLoss, ours: _Inside, theirs: _Inside, may_read: Tensor | None, weights: Tensor
+        self,
+        done: StepLoss,
+        ours: _Inside,
+        theirs: _Inside,
+        may_read: Tensor | None,
+        weights: Tensor,
     ) -> StepLoss:
         """Return the loss with the parts that the teacher's inside has in it."""
         drawn: dict[str, Tensor] = {}
@@ -256,11 +331,20 @@ class Objective:
         return replace(done, loss=done.loss + sum(drawn.values()), drawn=drawn)
 
     def _classes(
-        self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor, said: Tensor | None, loss: Loss | None
+        self,
+        inputs: dict[str, Tensor],
+        keep: Tensor,
+        targets: Tensor,
+        said: Tensor | None,
+        loss: Loss | None,
     ) -> StepLoss:
         teacher, teacher_logits, theirs = self.teacher, said, _Inside()
         if teacher is not None:
-            with self.clock.phase("teacher"), torch.no_grad(), arithmetic(teacher.precision, self.device):
+            with (
+                self.clock.phase("teacher"),
+                torch.no_grad(),
+                arithmetic(teacher.precision, self.device),
+            ):
                 with self._reading(teacher.model) as theirs.projected:
                     teacher_logits, theirs.states = self._read(teacher.model, inputs)
                 teacher_logits = teacher_logits[keep]
@@ -278,7 +362,9 @@ class Objective:
             value = sums.weighted(mixed) / len(targets)
             # The value of the loss with the gradient just made: one definition serves both tasks.
             surrogate = (logits.float() * (gradient / len(targets))).sum()
-            done = StepLoss(surrogate + (value - surrogate).detach(), sums, len(targets), mixed.ce_weight)
+            done = StepLoss(
+                surrogate + (value - surrogate).detach(), sums, len(targets), mixed.ce_weight
+            )
             if self.hidden is None and self.relations is None:
                 return done
             mask = inputs["attention_mask"]
@@ -289,14 +375,18 @@ class Objective:
 
 @dataclass(slots=True)
 class _Inside:
-    """What one model computed on the way: each layer's states, and the projections of the layer that is read."""
+    """What one model computed on the way: each layer's states, and the projections of the layer
+    that is read.
+    """
 
     states: Sequence[Tensor] = ()
     projected: Sequence[Tensor] = ()
 
 
 def read_inputs(inputs: dict[str, Tensor], *, packs: bool) -> dict[str, Tensor]:
-    """Return what of a batch a model reads: where it takes no packed documents, tokens alone, as it is served."""
+    """Return what of a batch a model reads: where it takes no packed documents, tokens alone, as it
+    is served.
+    """
     return inputs if packs else {"input_ids": inputs["input_ids"]}
 
 
@@ -305,21 +395,30 @@ def hidden_states(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = N
 
     Args:
         inputs: `input_ids` and `position_ids`, (B, T); positions begin anew with every document.
-        mask: Their `document_mask`. Without one, transformers finds the documents in the positions, and reads on the
-            host whether there are several: every step would wait for the device.
+        mask: Their `document_mask`. Without one, transformers finds the documents in the positions,
+            and reads on the host whether there are several: every step would wait for the device.
     """
     return _run(model.base_model, inputs, mask, every=False).last_hidden_state
 
 
 def full_logits(model: Any, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-    """Return the model's own logits of all positions, (B, T, V); of inputs and mask as `hidden_states` has them."""
+    """Return the model's own logits of all positions, (B, T, V); of inputs and mask as
+    `hidden_states` has them.
+    """
     return _run(model, inputs, mask, every=False).logits
 
 
 def _given(
-    model: Any, head: Transform | Unknown, inputs: dict[str, Tensor], mask: Tensor | None, *, every: bool
+    model: Any,
+    head: Transform | Unknown,
+    inputs: dict[str, Tensor],
+    mask: Tensor | None,
+    *,
+    every: bool,
 ) -> Any:
-    """Return what the model's body gives out, or all of it where its head is unknown; with `every` layer's states."""
+    """Return what the model's body gives out, or all of it where its head is unknown; with `every`
+    layer's states.
+    """
     return _run(model if isinstance(head, Unknown) else model.base_model, inputs, mask, every=every)
 
 
@@ -330,16 +429,20 @@ def _run(module: Any, inputs: dict[str, Tensor], mask: Tensor | None, *, every: 
 
 
 def document_mask(position_ids: Tensor) -> Tensor:
-    """Return which position may read which: itself and earlier ones of its document, (B, 1, T, T) bool."""
+    """Return which position may read which: itself and earlier ones of its document, (B, 1, T, T)
+    bool.
+    """
     document = (position_ids == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril_()[:, None]
 
 
 def _as_read_by(module: Any, mask: Tensor) -> Tensor | dict[str, Tensor]:
-    """Return a mask in the form that a model takes: by kind of layer where it has several, added where it is eager.
+    """Return a mask in the form that a model takes: by kind of layer where it has several, added
+    where it is eager.
 
-    Attention that transformers computes eagerly adds its mask to the scores; a bool would add 0 and 1.
+    Attention that transformers computes eagerly adds its mask to the scores; a bool would add 0 and
+    1.
     """
     config = module.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -353,24 +456,31 @@ def _as_read_by(module: Any, mask: Tensor) -> Tensor | dict[str, Tensor]:
 
 
 def _within(mask: Tensor, window: int) -> Tensor:
-    """Return a mask of which a position reads the last `window` positions alone, itself included."""
+    """Return a mask of which a position reads the last `window` positions alone, itself
+    included.
+    """
     at = torch.arange(mask.shape[-1], device=mask.device)
     return mask & (at[:, None] - at[None, :] < window)
 
 
 def _added(mask: Tensor) -> Tensor:
     """Return what is added to scores in place of a bool mask, fp32."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(torch.float32).min
+    )
 
 
 def examine(model: Any, device: torch.device) -> Examined:
-    """Find out on a few tokens how a model's logits and packed documents are to be had; the model stays as it is.
+    """Find out on a few tokens how a model's logits and packed documents are to be had; the model
+    stays as it is.
 
-    Documents are packed where that changes nothing: where the model gives the same of tokens with positions as without,
-    and where a mask or the positions keep one document from the next. Any other model reads a document a row.
+    Documents are packed where that changes nothing: where the model gives the same of tokens with
+    positions as without, and where a mask or the positions keep one document from the next. Any
+    other model reads a document a row.
 
     Raises:
-        UserError: If its logits are not finite, if it gives others each time, or if it reads later tokens.
+        UserError: If its logits are not finite, if it gives others each time, or if it reads later
+            tokens.
     """
     training = model.training
     model.eval()
@@ -404,11 +514,17 @@ def _check_logits(model: Any, document: dict[str, Tensor]) -> None:
         problem = f"{type(model).__name__} gives logits that are no numbers for ordinary tokens"
         raise UserError("model.path", problem, "check its weights: some may be NaN or infinite")
     if not near(first, second, tolerance(first.dtype)):
-        raise UserError("model.path", f"{type(model).__name__} gives other logits each time", "use another model")
+        raise UserError(
+            "model.path",
+            f"{type(model).__name__} gives other logits each time",
+            "use another model",
+        )
 
 
 def _takes_positions(model: Any, document: dict[str, Tensor]) -> bool:
-    """Return whether a model gives the same logits of tokens with their positions as it does without."""
+    """Return whether a model gives the same logits of tokens with their positions as it does
+    without.
+    """
     plain = full_logits(model, read_inputs(document, packs=False))
     try:
         placed = full_logits(model, document)
@@ -427,7 +543,9 @@ def _check_reads_back(model: Any, document: dict[str, Tensor]) -> None:
         raise UserError("model.path", problem, "use a causal language model")
 
 
-def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.device) -> bool | None:
+def _documents_are_masked(
+    model: Any, head: Transform | Unknown, device: torch.device
+) -> bool | None:
     """Return whether a mask tells two packed documents apart: the second then is as it is alone.
 
     Positions that begin anew do it otherwise: False; None where neither does.
@@ -440,7 +558,10 @@ def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.d
 
     def by_mask() -> bool:
         positions = pair["position_ids"]
-        right, shifted = (_masked(model, read, pair, document_mask(each)) for each in (positions, positions.roll(1)))
+        right, shifted = (
+            _masked(model, read, pair, document_mask(each))
+            for each in (positions, positions.roll(1))
+        )
         equal = [each is not None and near(each, alone, allowed) for each in (right, shifted)]
         return equal == [True, False]  # it is right, and looks at the mask
 
@@ -455,10 +576,14 @@ def _documents_are_masked(model: Any, head: Transform | Unknown, device: torch.d
     return True if kinds == {FULL, SLIDING} and by_mask() else None  # one mask a kind of layer
 
 
-def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor], alone: Tensor) -> float:
-    """Return the share of the largest value that two readings may differ by though no token more is read.
+def _unseen(
+    model: Any, read: Callable[..., Tensor], document: dict[str, Tensor], alone: Tensor
+) -> float:
+    """Return the share of the largest value that two readings may differ by though no token more is
+    read.
 
-    Small beside what the first token of a document makes of the others, and no smaller than rounding.
+    Small beside what the first token of a document makes of the others, and no smaller than
+    rounding.
     """
     other = document["input_ids"].clone()
     other[:, 0] = other[:, -1]
@@ -469,7 +594,8 @@ def _unseen(model: Any, read: Callable[..., Tensor], document: dict[str, Tensor]
 
 
 def _kinds(config: Any) -> set[str]:
-    """Return what kinds of layers a mask of ours can serve: those that see all, and those that see a window.
+    """Return what kinds of layers a mask of ours can serve: those that see all, and those that see
+    a window.
 
     Empty where there are others: chunks, or a window in every layer of a model that names no kinds.
     """
@@ -481,15 +607,21 @@ def _kinds(config: Any) -> set[str]:
     return kinds if kinds == {FULL, SLIDING} and narrow in ([], ["sliding_window"]) else set()
 
 
-def _masked(model: Any, read: Callable[..., Tensor], pair: dict[str, Tensor], mask: Tensor) -> Tensor | None:
-    """Return what a model makes of two documents under a mask; None where it takes none of this shape or type."""
+def _masked(
+    model: Any, read: Callable[..., Tensor], pair: dict[str, Tensor], mask: Tensor
+) -> Tensor | None:
+    """Return what a model makes of two documents under a mask; None where it takes none of this
+    shape or type.
+    """
     try:
         return read(model, pair, mask)
     except (RuntimeError, TypeError, ValueError, AssertionError):
         return None
 
 
-def full_logits_note(model: Any, head: Unknown, tokens: int, precision: Precision, *, trained: bool = False) -> str:
+def full_logits_note(
+    model: Any, head: Unknown, tokens: int, precision: Precision, *, trained: bool = False
+) -> str:
     """Return what is said of a model whose logits are held in full, with the memory that they take.
 
     Args:
@@ -499,13 +631,15 @@ def full_logits_note(model: Any, head: Unknown, tokens: int, precision: Precisio
     size = tokens * head.columns * compute_dtype(precision).itemsize * (2 if trained else 1)
     what = "logits and their gradient" if trained else "logits"
     return (
-        f"{type(model).__name__}: {what} are held in full, {size / 2**20:,.0f} MiB a micro-batch at least, "
-        f"because {head.why}"
+        f"{type(model).__name__}: {what} are held in full, {size / 2**20:,.0f} MiB a micro-batch at"
+        f" least, because {head.why}"
     )
 
 
 def _head(model: Any, task: Task, head: Transform | Unknown | None) -> Transform | Unknown:
-    """Return how a model's logits are to be had; one that was not examined is taken at its config's word."""
+    """Return how a model's logits are to be had; one that was not examined is taken at its config's
+    word.
+    """
     return as_configured(model) if head is None and task is Task.causal_lm else head or Transform()
 
 
@@ -515,9 +649,12 @@ def columns_of(model: Any, head: Transform | Unknown) -> int:
 
 
 def shared_vocabulary(
-    student: Any, teacher: Any, task: Task, ours: Transform | Unknown | None = None,
+    student: Any,
+    teacher: Any,
+    task: Task,
+    ours: Transform | Unknown | None = None,
     theirs: Transform | Unknown | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Return how many outputs both models share; inside one family they may differ by padding.
 
     Args:
@@ -530,10 +667,16 @@ def shared_vocabulary(
     if task is Task.sequence_classification:
         own, taught = names_in_order(student), names_in_order(teacher)
         if len(own) > len(taught) or not same_in_order(student, teacher, len(own)):
-            problem = f"has {len(own)} classes, its teacher {len(taught)}: {listed(student)} against {listed(teacher)}"
+            problem = (
+                f"has {len(own)} classes, its teacher {len(taught)}: {listed(student)} against"
+                f" {listed(teacher)}"
+            )
             raise UserError("student", problem, "use models of the same classes")
         return len(own)
-    return min(columns_of(student, _head(student, task, ours)), columns_of(teacher, _head(teacher, task, theirs)))
+    return min(
+        columns_of(student, _head(student, task, ours)),
+        columns_of(teacher, _head(teacher, task, theirs)),
+    )
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -548,13 +691,16 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])))[0]
     raise UserError(
         "student.path",
-        f"its tokenizer differs from the teacher's (token {token!r}: {ours.get(token)} against {theirs.get(token)})",
+        f"its tokenizer differs from the teacher's (token {token!r}: {ours.get(token)} against"
+        f" {theirs.get(token)})",
         "use a student of the teacher's family",
     )
 
 
 def parameter_hash(model: Any) -> str:
-    """Return a SHA-256 over all parameters and buffers: equal before and after, the model was frozen."""
+    """Return a SHA-256 over all parameters and buffers: equal before and after, the model was
+    frozen.
+    """
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(name.encode())

@@ -1,8 +1,10 @@
-"""AdamW with moments in 32 or 8 bits, master weights of a model in 16, and all of their state as plain tensors.
+"""AdamW with moments in 32 or 8 bits, master weights of a model in 16, and all of their state as
+plain tensors.
 
-Moments in 8 bits are quantized in blocks of 256 by a table of 256 levels that are dense near zero; tensors below 4,096
-elements keep theirs in 32 bits, with torchao also those whose number of elements is no multiple of 256. They take a
-quarter of the memory, and a step that unpacks and packs them.
+Moments in 8 bits are quantized in blocks of 256 by a table of 256 levels that are dense near zero;
+tensors below 4,096 elements keep theirs in 32 bits, with torchao also those whose number of
+elements is no multiple of 256. They take a quarter of the memory, and a step that unpacks and packs
+them.
 Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes.optim, torchao.optim.
 """
 
@@ -25,7 +27,9 @@ IMPORTED = {
 """Where libraries have their AdamW8bit; they take seconds to import."""
 
 
-def make_optimizer(parameters: list[Tensor], settings: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: list[Tensor], settings: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """Return AdamW over `parameters`; biases and norms (one dimension) are not decayed."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -39,7 +43,9 @@ def make_optimizer(parameters: list[Tensor], settings: TrainingConfig, device: t
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate; torchao keeps it in a tensor, so that its compiled step need not be compiled anew."""
+    """Set the learning rate; torchao keeps it in a tensor, so that its compiled step need not be
+    compiled anew.
+    """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -47,14 +53,16 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-# -- master weights ---------------------------------------------------------------------------------------------------
+# -- master weights -------------------------------------------------------------------------------
 
 
 class MasterWeights:
-    """The fp32 weights of a model that is itself kept in bf16: what is stepped, checkpointed and saved.
+    """The fp32 weights of a model that is itself kept in bf16: what is stepped, checkpointed and
+    saved.
 
-    A step smaller than half a unit in the last of bf16's 8 bits would be lost on the weights themselves. Gradients
-    are added up in fp32, micro-batch by micro-batch. Buffers (rotary frequencies) stay in fp32.
+    A step smaller than half a unit in the last of bf16's 8 bits would be lost on the weights
+    themselves. Gradients are added up in fp32, micro-batch by micro-batch. Buffers (rotary
+    frequencies) stay in fp32.
 
     Args:
         model: In fp32; its trained parameters are rounded to bf16 in place.
@@ -89,11 +97,13 @@ class MasterWeights:
         for parameter, master in zip(self.own, self.masters, strict=True):
             parameter.data = master.data
 
-    # -- as a checkpoint sees the model -------------------------------------------------------------------------
+    # -- as a checkpoint sees the model -----------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's state with its masters in the place of the rounded weights."""
-        by_place = {own.data_ptr(): master for own, master in zip(self.own, self.masters, strict=True)}
+        by_place = {
+            own.data_ptr(): master for own, master in zip(self.own, self.masters, strict=True)
+        }
         state: dict[str, Tensor] = self.model.state_dict()
         return {name: by_place.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
 
@@ -110,20 +120,26 @@ class MasterWeights:
 
 
 def masters_of(model: Any, precision: Precision) -> MasterWeights | None:
-    """Return the master weights that `precision` wants beside the model; None where the model holds them itself."""
+    """Return the master weights that `precision` wants beside the model; None where the model holds
+    them itself.
+    """
     return MasterWeights(model) if precision is Precision.bf16_pure else None
 
 
-# -- state as plain tensors -------------------------------------------------------------------------------------------
+# -- state as plain tensors -----------------------------------------------------------------------
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all state of an optimizer by name, numbers as tensors, tensor subclasses as what they hold."""
+    """Return all state of an optimizer by name, numbers as tensors, tensor subclasses as what they
+    hold.
+    """
     return {name: torch.as_tensor(holder[key]).detach() for name, holder, key in _leaves(optimizer)}
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Restore what `state_tensors` gave. The weights are to be loaded after it: state is made by a step of zeros."""
+    """Restore what `state_tensors` gave. The weights are to be loaded after it: state is made by a
+    step of zeros.
+    """
     if not saved:
         return
     for group in optimizer.param_groups:
@@ -132,7 +148,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> No
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found = list(_leaves(optimizer))
-    assert {name for name, _, _ in found} == saved.keys(), "a checkpoint is read by the stage that wrote it"
+    assert {name for name, _, _ in found} == saved.keys(), (
+        "a checkpoint is read by the stage that wrote it"
+    )
     for name, holder, key in found:
         if isinstance(holder[key], Tensor):
             holder[key].copy_(saved[name])
@@ -141,7 +159,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> No
 
 
 def _leaves(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, holder and key of every number and plain tensor in the state, parameter by parameter."""
+    """Yield name, holder and key of every number and plain tensor in the state, parameter by
+    parameter.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
         yield from _below(f"{index}", optimizer.state.get(parameter, {}))

@@ -1,7 +1,8 @@
 """Arithmetic of training: fp32, tf32, bf16 and fp16, all with fp32 master weights.
 
-bf16 and fp16 run matmuls in 16 bits under autocast; fp16's narrow exponent needs loss scaling. tf32 keeps fp32
-tensors and rounds matmul inputs to 10 mantissa bits on the GPU. fp32 is IEEE, so that it can be a reference.
+bf16 and fp16 run matmuls in 16 bits under autocast; fp16's narrow exponent needs loss scaling. tf32
+keeps fp32 tensors and rounds matmul inputs to 10 mantissa bits on the GPU. fp32 is IEEE, so that it
+can be a reference.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pipeline.config.settings import Precision
 from pipeline.training.float8 import RECIPES, why_not_float8
 
 AUTOCAST = {
-    Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16,
-    Precision.fp8_tensorwise: torch.bfloat16, Precision.fp8_rowwise: torch.bfloat16,
-}  # fmt: skip
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp8_tensorwise: torch.bfloat16,
+    Precision.fp8_rowwise: torch.bfloat16,
+}
 TF32_CAPABILITY = (8, 0)  # Ampere; source: CUDA C++ Programming Guide, compute capabilities
 BF16_CAPABILITY = (8, 0)
 
@@ -31,25 +34,38 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
         return why_not_float8(precision, device)
     if device.type != "cuda":
         needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
-        return f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}" if precision in needs_gpu else None
+        return (
+            f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}"
+            if precision in needs_gpu
+            else None
+        )
     have = torch.cuda.get_device_capability(device)
     needed = {
-        Precision.tf32: TF32_CAPABILITY, Precision.bf16: BF16_CAPABILITY, Precision.bf16_pure: BF16_CAPABILITY,
-    }.get(precision)  # fmt: skip
+        Precision.tf32: TF32_CAPABILITY,
+        Precision.bf16: BF16_CAPABILITY,
+        Precision.bf16_pure: BF16_CAPABILITY,
+    }.get(precision)
     if needed is not None and have < needed:
         return (
-            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has {have[0]}.{have[1]}"
+            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"
+            f" {have[0]}.{have[1]}"
         )
     return None
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype of matmuls under `precision`."""
-    return torch.bfloat16 if precision is Precision.bf16_pure else AUTOCAST.get(precision, torch.float32)
+    return (
+        torch.bfloat16
+        if precision is Precision.bf16_pure
+        else AUTOCAST.get(precision, torch.float32)
+    )
 
 
 def frozen(precision: Precision, device: torch.device) -> Precision:
-    """Return what a frozen model beside a training runs in: it has no master weights, and nothing is tried on it."""
+    """Return what a frozen model beside a training runs in: it has no master weights, and nothing
+    is tried on it.
+    """
     if precision in (Precision.bf16_pure, Precision.auto, *RECIPES):
         return Precision.fp32 if why_not(Precision.bf16, device) else Precision.bf16
     return precision
@@ -58,7 +74,10 @@ def frozen(precision: Precision, device: torch.device) -> Precision:
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
     """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
-    with matmuls(precision), torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with (
+        matmuls(precision),
+        torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST),
+    ):
         yield
 
 
@@ -66,7 +85,8 @@ def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
 def matmuls(precision: Precision) -> Generator[None]:
     """Multiply fp32 matrices in tf32 or IEEE fp32 inside: all that a backward pass needs.
 
-    Its 16-bit dtypes are those that the forward pass recorded; torch advises against autocast around it.
+    Its 16-bit dtypes are those that the forward pass recorded; torch advises against autocast
+    around it.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -78,10 +98,12 @@ def matmuls(precision: Precision) -> Generator[None]:
 
 
 def round_weights(model: Any, precision: Precision) -> None:
-    """Keep a frozen model's matrices in the 16 bits that autocast would round them to anew in every forward pass.
+    """Keep a frozen model's matrices in the 16 bits that autocast would round them to anew in every
+    forward pass.
 
-    What it computes under `arithmetic(precision)` stays the same to the bit, in about half the memory. An embedding
-    that is the output head as well keeps its 32 bits, as do norms, and layers that are quantized stay as they are.
+    What it computes under `arithmetic(precision)` stays the same to the bit, in about half the
+    memory. An embedding that is the output head as well keeps its 32 bits, as do norms, and layers
+    that are quantized stay as they are.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,6 @@
-"""Batches made ahead, in a thread: while the device computes one step, the host makes the next ones."""
+"""Batches made ahead, in a thread: while the device computes one step, the host makes the next
+ones.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,20 @@ class Batches(Protocol):
 
 
 class Ahead:
-    """Batches of consecutive steps, from the thread that makes them; in page-locked memory for a CUDA device."""
+    """Batches of consecutive steps, from the thread that makes them; in page-locked memory for a
+    CUDA device.
+    """
 
-    def __init__(self, source: Batches, pool: ThreadPoolExecutor, first: int, end: int, *, pinned: bool) -> None:
+    def __init__(
+        self, source: Batches, pool: ThreadPoolExecutor, first: int, end: int, *, pinned: bool
+    ) -> None:
         self._source, self._pool, self._end, self._pinned = source, pool, end, pinned
         self._next = first
         self._made: deque[tuple[int, Future[dict[str, Tensor]]]] = deque()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, and have those after it made; steps are asked for in order, each once.
+        """Return the batch of a step, and have those after it made; steps are asked for in order,
+        each once.
 
         Raises:
             Exception: What making it raised.
@@ -46,12 +53,16 @@ class Ahead:
 
     def _make(self, step: int) -> dict[str, Tensor]:
         batch = self._source.batch(step)
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pinned else batch
+        return (
+            {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pinned else batch
+        )
 
 
 @contextmanager
 def made_ahead(source: Batches, first: int, end: int, device: torch.device) -> Generator[Ahead]:
-    """Give the batches of the steps from `first` until before `end`; the thread is gone afterwards."""
+    """Give the batches of the steps from `first` until before `end`; the thread is gone
+    afterwards.
+    """
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
     try:
         yield Ahead(source, pool, first, end, pinned=device.type == "cuda")

@@ -1,11 +1,14 @@
-"""What changes over a training, as pure functions of the step, so that resuming needs no scheduler state.
+"""What changes over a training, as pure functions of the step, so that resuming needs no scheduler
+state.
 
-Learning rate; batch size and sequence length that grow by doubling; temperature and weight of the hard labels that go
-linearly from a start to where they stay. The learning rate does not follow the batch size: with Adam the usual rule is
-its square root (Malladi et al. 2022, arXiv 2205.10287), and a small batch early on then meets the warm-up.
+Learning rate; batch size and sequence length that grow by doubling; temperature and weight of the
+hard labels that go linearly from a start to where they stay. The learning rate does not follow the
+batch size: with Adam the usual rule is its square root (Malladi et al. 2022, arXiv 2205.10287), and
+a small batch early on then meets the warm-up.
 
-Source: Smith et al. 2018, arXiv 1711.00489 (batch size); Li et al. 2022, arXiv 2108.06084, and Pouransari et al. 2024,
-arXiv 2405.13226 (sequence length, the latter at as many tokens a step, as here).
+Source: Smith et al. 2018, arXiv 1711.00489 (batch size); Li et al. 2022, arXiv 2108.06084, and
+    Pouransari et al. 2024, arXiv 2405.13226 (sequence length, the latter at as many tokens a step,
+    as here).
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ def learning_rate(step: int, settings: TrainingConfig) -> float:
 
 
 def factor(step: int, settings: TrainingConfig) -> float:
-    """Return the share of the peak rate: linear warm-up, then cosine to 10%, or constant and linear decay to 0."""
+    """Return the share of the peak rate: linear warm-up, then cosine to 10%, or constant and linear
+    decay to 0.
+    """
     total = max(settings.steps, 1)
     warmup = _share(total, settings.warmup_fraction)
     if step < warmup:
@@ -34,7 +39,9 @@ def factor(step: int, settings: TrainingConfig) -> float:
 
 
 def is_constant(step: int, settings: TrainingConfig) -> bool:
-    """Return whether a reading at `step` lies in a constant-rate phase, where a curve's points are comparable."""
+    """Return whether a reading at `step` lies in a constant-rate phase, where a curve's points are
+    comparable.
+    """
     if settings.schedule is not Schedule.constant_then_decay:
         return False
     warmup = _share(settings.steps, settings.warmup_fraction)
@@ -42,8 +49,13 @@ def is_constant(step: int, settings: TrainingConfig) -> bool:
 
 
 def sequence_length(step: int, settings: TrainingConfig) -> int:
-    """Return how long the windows of a step are; a shorter one reads as many tokens in more windows."""
-    start, full = settings.start_sequence_length or settings.sequence_length, settings.sequence_length
+    """Return how long the windows of a step are; a shorter one reads as many tokens in more
+    windows.
+    """
+    start, full = (
+        settings.start_sequence_length or settings.sequence_length,
+        settings.sequence_length,
+    )
     return start << sum(step >= edge for edge in _edges(_doublings(start, full), settings))
 
 
@@ -62,13 +74,17 @@ def _doublings(start: int, full: int) -> int:
 
 
 def _edges(doublings: int, settings: TrainingConfig) -> list[int]:
-    """Return the steps at which something doubles: the growing part of the training in equal parts."""
+    """Return the steps at which something doubles: the growing part of the training in equal
+    parts.
+    """
     growing = _share(settings.steps, settings.growth_fraction)
     return [growing * (at + 1) // doublings for at in range(doublings)]
 
 
 def ramp(step: int, steps: int, fraction: float, start: float | None, end: float) -> float:
-    """Return what goes linearly from `start` to `end` over a share of the steps, and stays there."""
+    """Return what goes linearly from `start` to `end` over a share of the steps, and stays
+    there.
+    """
     length = _share(steps, fraction)
     if start is None or step >= length:
         return end
@@ -76,5 +92,7 @@ def ramp(step: int, steps: int, fraction: float, start: float | None, end: float
 
 
 def _share(steps: int, fraction: float) -> int:
-    """Return a share of the steps, rounded up; 7% of 100 are 7, whatever 100 * 0.07 is in binary."""
+    """Return a share of the steps, rounded up; 7% of 100 are 7, whatever 100 * 0.07 is in
+    binary.
+    """
     return math.ceil(round(steps * fraction, 6))

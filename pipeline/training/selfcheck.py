@@ -18,7 +18,8 @@ LEAST_SHARE = 0.01  # of loss or gradient; below it a run with a teacher is one 
 
 
 def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
-    """Refuse a teacher that is no better than its student before a step: there is nothing to learn from it.
+    """Refuse a teacher that is no better than its student before a step: there is nothing to learn
+    from it.
 
     Args:
         key: Of the stage, as the user would type it (`stages.student`).
@@ -31,15 +32,19 @@ def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
     """
     better = theirs < start if DIRECTION[metric] < 0 else theirs > start
     if not better:
-        said = f"the teacher's {theirs:.4g} {metric} on validation is no better than the student's {start:.4g}"
+        said = (
+            f"the teacher's {theirs:.4g} {metric} on validation is no better than the student's"
+            f" {start:.4g}"
+        )
         raise StageFailed(f"{said} before a step; train the teacher longer, or {key}.insist=true")
 
 
 def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
     """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
 
-    With g_ce the gradient of the weighted hard labels and g_d that of all else (divergence, hidden states, relations),
-    |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there are lost.
+    With g_ce the gradient of the weighted hard labels and g_d that of all else (divergence, hidden
+    states, relations), |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there
+    are lost.
     """
     loss = objective.loss
     assert loss is not None
@@ -67,7 +72,9 @@ def _alone(done: StepLoss) -> torch.Tensor:
 
 
 def _taught(done: StepLoss, weight: float) -> torch.Tensor:
-    """Return the teacher's part of a loss without labels; a divergence without weight, infinite or not, has none."""
+    """Return the teacher's part of a loss without labels; a divergence without weight, infinite or
+    not, has none.
+    """
     drawn = sum(done.drawn.values(), torch.zeros_like(done.loss))
     return _alone(done) * weight + drawn if weight else drawn
 

@@ -22,14 +22,25 @@ SLOW_S = 20.0  # of processor time
 def all_keys() -> list[str]:
     """Return every setting, groups, settings of stages, and words that are none."""
     stages = [key for stage in STAGES.values() for key in dotted_keys(stage, "stages.student.")]
-    return [*dotted_keys(Run), *stages, *GROUPS, "recipe", "lr", "epochs", "hydra.verbose", "hydra.searchpath", "x"]
+    return [
+        *dotted_keys(Run),
+        *stages,
+        *GROUPS,
+        "recipe",
+        "lr",
+        "epochs",
+        "hydra.verbose",
+        "hydra.searchpath",
+        "x",
+    ]
 
 
 def try_lines(seed: int, count: int, cwd: Path) -> dict[str, int]:
     """Try `count` command lines; return how many ended in which code.
 
     Raises:
-        AssertionError: Naming a line that ended in a traceback, too late, or in a code without its line.
+        AssertionError: Naming a line that ended in a traceback, too late, or in a code without its
+            line.
     """
     rng, keys, recipes = random.Random(seed), all_keys(), list(find_recipes([]))
     ends: dict[str, int] = {}

@@ -1,4 +1,6 @@
-"""Seeded damage: to bytes, to JSON values and their types, to files as such, and to command lines."""
+"""Seeded damage: to bytes, to JSON values and their types, to files as such, and to command
+lines.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,20 @@ ODD: list[Any] = [
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the place of a value and of all below it."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [at, *(place for key, item in items for place in places(item, (*at, key)))]
 
 
 def mutate_json(record: Any, rng: random.Random) -> Any:
-    """Return a copy with one to three values replaced, dropped, renamed, doubled, or put in another's place."""
+    """Return a copy with one to three values replaced, dropped, renamed, doubled, or put in
+    another's place.
+    """
     record = {"": copy.deepcopy(record)}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         every = places(record)[1:]
@@ -41,8 +51,14 @@ def mutate_json(record: Any, rng: random.Random) -> Any:
             owner.append(copy.deepcopy(owner[place[-1]]))
         elif what == 3:
             owner[place[-1]] = copy.deepcopy(_at(record, other))
-        elif what == 4 and isinstance(owner[place[-1]], int | float) and not isinstance(owner[place[-1]], bool):
-            owner[place[-1]] = owner[place[-1]] * rng.choice((-1, 0, 2, 10**6)) + rng.choice((0, 1, 0.5))
+        elif (
+            what == 4
+            and isinstance(owner[place[-1]], int | float)
+            and not isinstance(owner[place[-1]], bool)
+        ):
+            owner[place[-1]] = owner[place[-1]] * rng.choice((-1, 0, 2, 10**6)) + rng.choice(
+                (0, 1, 0.5)
+            )
         else:
             owner[place[-1]] = rng.choice(ODD)
     return record[""]
@@ -55,7 +71,9 @@ def _at(value: Any, place: tuple[Any, ...]) -> Any:
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Return content cut, with bytes flipped, dropped, doubled, or with a piece of something else in it."""
+    """Return content cut, with bytes flipped, dropped, doubled, or with a piece of something else
+    in it.
+    """
     if not content:
         return rng.randbytes(8)
     at, to = sorted(rng.randrange(len(content) + 1) for _ in range(2))
@@ -72,7 +90,11 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
     if what == 3:
         return content[:to] + content[at:]
     if what == 4:
-        return content[:at] + rng.choice((b"\xff\xfe", b"\x00", b"}", b"[" * 3000, b"\n", b'"', b"NaN")) + content[at:]
+        return (
+            content[:at]
+            + rng.choice((b"\xff\xfe", b"\x00", b"}", b"[" * 3000, b"\n", b'"', b"NaN"))
+            + content[at:]
+        )
     return rng.choice((b"", b"{}", b"[]", b"null", b"0", b'""', b"\x00" * 64, b"{", b"[" * 100_000))
 
 
@@ -130,17 +152,49 @@ def restore(source: Path, target: Path) -> None:
 # -- command lines ---------------------------------------------------------------------------------
 
 VALUES = [
-    *("1", "0", "-1", "1.5", "1e400", "nan", "null", "true", "x", "", "a b", "\xe9", "[1]", "[1,2]"),
+    *(
+        "1",
+        "0",
+        "-1",
+        "1.5",
+        "1e400",
+        "nan",
+        "null",
+        "true",
+        "x",
+        "",
+        "a b",
+        "\xe9",
+        "[1]",
+        "[1,2]",
+    ),
     *("[", "{", "{a: 1}", "{a", "'", '"', "'x'", "a,b", "1,2", "${", "${x}", "${model.name}"),
     *("${oc.env:HOME}", "${oc.env:NO_SUCH}", "choice(1,2)", "range(3)", "glob(*)", "9" * 30),
     *("9" * 5000, "\udcff", "\x00", "\n", "=", "~", "*", "/dev/zero", "/", "~/x", "hf_x", "auto"),
-    *("cpu", "sequence_classification", "every_2", "[0,99]", "{_target_: os.system}", "\\", "#", "%"),
+    *(
+        "cpu",
+        "sequence_classification",
+        "every_2",
+        "[0,99]",
+        "{_target_: os.system}",
+        "\\",
+        "#",
+        "%",
+    ),
     *("!", "a:b", "[[1]]", "{}", "[]"),
 ]
 SIGNS = [*[""] * 30, "+", "++", "~", "-", "--", " ", "@", "/"]
 FLAGS = [
     *("-m", "--multirun", "--cfg", "--cfg=job", "--resolve", "--help", "-h", "--debug", "--frob"),
-    *("-c", "job", "--info", "--recipe-dir", "--recipe-dir=/nowhere", "--config-dir", "--config-path"),
+    *(
+        "-c",
+        "job",
+        "--info",
+        "--recipe-dir",
+        "--recipe-dir=/nowhere",
+        "--config-dir",
+        "--config-path",
+    ),
     *("-cn", "--version", "--package", "--", "-", "--recipe-dir=/dev/zero"),
 ]
 
@@ -167,4 +221,8 @@ def command_line(rng: random.Random, keys: list[str], recipes: list[str]) -> lis
 
 def _typo(word: str, rng: random.Random) -> str:
     at = rng.randrange(len(word) + 1)
-    return word[:at] + rng.choice(("", "x", ".", "=", " ", "'", "[", "_")) + word[at + rng.randrange(2) :]
+    return (
+        word[:at]
+        + rng.choice(("", "x", ".", "=", " ", "'", "[", "_"))
+        + word[at + rng.randrange(2) :]
+    )

@@ -1,4 +1,6 @@
-"""Records and files: whatever is damaged, what reads it takes it as if absent, or refuses it in one line."""
+"""Records and files: whatever is damaged, what reads it takes it as if absent, or refuses it in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -97,9 +99,15 @@ def _artifact(folder: Path) -> list[Path]:
     }
     with store.scratch() as out:
         (out / "config.json").write_text("{}")
-        artifact = store.commit(out, "model", {"arm": "a", "ledger": facts, "charge": {**facts, "existing": []}})
+        artifact = store.commit(
+            out, "model", {"arm": "a", "ledger": facts, "charge": {**facts, "existing": []}}
+        )
     store.remember("keys", "k", {"artifact": artifact.to_json()})
-    return [artifact.path / "artifact.json", artifact.path / "config.json", store.root / "keys" / "k.json"]
+    return [
+        artifact.path / "artifact.json",
+        artifact.path / "config.json",
+        store.root / "keys" / "k.json",
+    ]
 
 
 def _read_artifact(folder: Path) -> Any:
@@ -113,7 +121,9 @@ def _read_artifact(folder: Path) -> Any:
 
 def _verdict(folder: Path) -> list[Path]:
     store = Store(folder / "store")
-    artifact = gate_record.record(store, "k", {"key": "k", "run_id": "r", "verdict": "PASS", "look": 1})
+    artifact = gate_record.record(
+        store, "k", {"key": "k", "run_id": "r", "verdict": "PASS", "look": 1}
+    )
     return [artifact.path / gate_record.FILE, store.root / "verdicts" / "k.json"]
 
 
@@ -122,7 +132,11 @@ def _checkpoint(folder: Path) -> list[Path]:
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
         save(folder / "c", step, model, optimizer, lambda: {"history": []})
-    return [path for path in sorted((folder / "c" / "step-000000002").iterdir()) if path.suffix == ".json"]
+    return [
+        path
+        for path in sorted((folder / "c" / "step-000000002").iterdir())
+        if path.suffix == ".json"
+    ]
 
 
 def _read_checkpoint(folder: Path) -> Any:
@@ -145,7 +159,9 @@ def _read_result(folder: Path) -> Any:
     for read in (
         lambda: register.find_run(folder, "latest").name,
         lambda: register.read_charge(folder / "runs" / "run-1").to_json(),
-        lambda: _of_run(folder / "runs" / "run-1", "run-1", "candidate", Places(folder, Store(folder / "store"))),
+        lambda: _of_run(
+            folder / "runs" / "run-1", "run-1", "candidate", Places(folder, Store(folder / "store"))
+        ),
     ):
         with contextlib.suppress(UserError):
             found.append(read())
@@ -207,7 +223,10 @@ def _engine(folder: Path) -> list[Path]:
 
 
 def _items(folder: Path) -> list[Path]:
-    rows = [{"digest": f"{n:032x}", "bits": 1.5 * n, "bytes": 3, "tokens": 2, "correct": n % 2} for n in range(6)]
+    rows = [
+        {"digest": f"{n:032x}", "bits": 1.5 * n, "bytes": 3, "tokens": 2, "correct": n % 2}
+        for n in range(6)
+    ]
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [folder / "items.jsonl"]
 
@@ -221,17 +240,29 @@ def _read_items(folder: Path) -> Any:
 
 
 def _note(folder: Path) -> list[Path]:
-    recorded.write_identity(folder / "items.jsonl", data="d", split="test", evaluation="e", artifact="a")
+    recorded.write_identity(
+        folder / "items.jsonl", data="d", split="test", evaluation="e", artifact="a"
+    )
     return [recorded.about(folder / "items.jsonl")]
 
 
 def _choice(folder: Path) -> list[Path]:
-    return _wrote(folder / "x.json", {"chosen": "bf16", "said": ["a"], "trials": [{"x": 1}], "not_tried": []})
+    return _wrote(
+        folder / "x.json", {"chosen": "bf16", "said": ["a"], "trials": [{"x": 1}], "not_tried": []}
+    )
 
 
 def _shard(folder: Path) -> list[Path]:
     history = [{"run_id": "r", "attempt": 1, "step": 6, "phases_ns": {"capture": 5}}]
-    counts = {"windows": 1, "tokens": 2, "read": 2, "bytes": 3, "flops": 4.0, "capture_ns": 5, "step": 6}
+    counts = {
+        "windows": 1,
+        "tokens": 2,
+        "read": 2,
+        "bytes": 3,
+        "flops": 4.0,
+        "capture_ns": 5,
+        "step": 6,
+    }
     return _wrote(folder / "x.json", {"sha256": "a", **counts, "history": history})
 
 
@@ -268,12 +299,18 @@ def _task(folder: Path) -> list[Path]:
 TARGETS: dict[str, Target] = {
     "run.json": Target(_run_json, _read_run_json),
     "artifact.json, keys": Target(_artifact, _read_artifact),
-    "verdict": Target(_verdict, lambda folder: gate_record.recall(Store(folder / "store"), "k"), strict=True),
+    "verdict": Target(
+        _verdict, lambda folder: gate_record.recall(Store(folder / "store"), "k"), strict=True
+    ),
     "checkpoint": Target(_checkpoint, _read_checkpoint),
     "result.json": Target(_result, _read_result),
-    "mlflow.json": Target(_delivery, lambda folder: (_delivered(folder / "runs" / "run-1"), waiting(folder))),
+    "mlflow.json": Target(
+        _delivery, lambda folder: (_delivered(folder / "runs" / "run-1"), waiting(folder))
+    ),
     "ranks": Target(_rank, lambda folder: read_lives(folder, "h")),
-    "serving.results": Target(_engine, lambda folder: read_result(folder / "vllm.json", "serving.results")),
+    "serving.results": Target(
+        _engine, lambda folder: read_result(folder / "vllm.json", "serving.results")
+    ),
     "candidate_items": Target(_items, _read_items, lines=True),
     "about.json": Target(_note, lambda folder: recorded.read_identity(folder / "items.jsonl")),
     "precision.json": Target(_choice, lambda folder: read_record(folder / "x.json", CHOICE)),
@@ -284,10 +321,12 @@ TARGETS: dict[str, Target] = {
 
 
 def try_records(name: str, seed: int, count: int, folder: Path) -> dict[str, int]:
-    """Damage a kind of record `count` times; return how often it was read, refused and taken for what it was.
+    """Damage a kind of record `count` times; return how often it was read, refused and taken for
+    what it was.
 
     Raises:
-        AssertionError: Where something else than a refusal of one line came of it, or it took too long.
+        AssertionError: Where something else than a refusal of one line came of it, or it took too
+            long.
     """
     target, rng = TARGETS[name], random.Random(f"{name} {seed}")
     sound, work = folder / "sound", folder / "work"
@@ -314,7 +353,10 @@ def try_records(name: str, seed: int, count: int, folder: Path) -> dict[str, int
             ends["refused"] += 1
         except Exception as error:
             raise AssertionError(what) from error
-        assert all(line.startswith("note: ") for line in said.getvalue().splitlines()), (what, said.getvalue())
+        assert all(line.startswith("note: ") for line in said.getvalue().splitlines()), (
+            what,
+            said.getvalue(),
+        )
         assert time.process_time() - started < SLOW_S, what
     assert digest_folder(sound)[1] > 0
     return ends

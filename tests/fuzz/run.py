@@ -1,7 +1,9 @@
-"""`make fuzz`, or in `tests/`: `python -m fuzz.run [--count N] [--seed N] [--only lines|records|worlds|NAME]`.
+"""`make fuzz`, or in `tests/`: `python -m fuzz.run [--count N] [--seed N] [--only
+lines|records|worlds|NAME]`.
 
-Tries N damaged records over all kinds, N / 2 command lines, and N / 10 killed runs with a damaged file; ends with 1
-where one came to a traceback, a hang or a wrong exit code, and says how to have it again.
+Tries N damaged records over all kinds, N / 2 command lines, and N / 10 killed runs with a damaged
+file; ends with 1 where one came to a traceback, a hang or a wrong exit code, and says how to have
+it again.
 """
 
 from __future__ import annotations
@@ -34,13 +36,20 @@ def main() -> int:
     asked = parser.parse_args()
     each = asked.count / (len(TARGETS) - len(SHARE) + sum(SHARE.values()))
     jobs: dict[str, tuple[float, Callable[[int, int, Path], dict[str, int]]]] = {
-        name: (each * SHARE.get(name, 1), lambda seed, count, folder, name=name: try_records(name, seed, count, folder))
+        name: (
+            each * SHARE.get(name, 1),
+            lambda seed, count, folder, name=name: try_records(name, seed, count, folder),
+        )
         for name in TARGETS
     }
     jobs["lines"] = asked.count / 2, try_lines
     jobs["worlds"] = asked.count / 10, _worlds
     group = {"records": list(TARGETS)}.get(asked.only, [asked.only or ""])
-    failed = [_many(name, *jobs[name], seed=asked.seed) for name in jobs if asked.only is None or name in group]
+    failed = [
+        _many(name, *jobs[name], seed=asked.seed)
+        for name in jobs
+        if asked.only is None or name in group
+    ]
     return int(any(failed))
 
 
@@ -51,7 +60,9 @@ def _worlds(seed: int, count: int, folder: Path) -> dict[str, int]:
         return try_worlds(root, seed, count, patch)
 
 
-def _many(name: str, wanted: float, attempt: Callable[[int, int, Path], dict[str, int]], *, seed: int) -> bool:
+def _many(
+    name: str, wanted: float, attempt: Callable[[int, int, Path], dict[str, int]], *, seed: int
+) -> bool:
     """Try one kind in pieces; print what came of it, and return whether anything failed."""
     ends: dict[str, int] = {}
     failures, begun = 0, time.process_time()
@@ -68,7 +79,8 @@ def _many(name: str, wanted: float, attempt: Callable[[int, int, Path], dict[str
             ends[end] = ends.get(end, 0) + times
     said = ", ".join(f"{times} {end}" for end, times in ends.items())
     print(
-        f"{name}: {sum(ends.values())} tries, {failures} failures ({said}), {time.process_time() - begun:.0f} s",
+        f"{name}: {sum(ends.values())} tries, {failures} failures ({said}),"
+        f" {time.process_time() - begun:.0f} s",
         flush=True,
     )
     return failures > 0

@@ -12,6 +12,8 @@ from fuzz.worlds import try_worlds
 __all__ = ["root"]
 
 
-def test_a_killed_run_is_gone_on_with_whatever_is_damaged(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_is_gone_on_with_whatever_is_damaged(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ends = try_worlds(root, seed=20261128, count=16, monkeypatch=monkeypatch)
     assert sum(ends.values()) == 16, ends

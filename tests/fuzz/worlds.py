@@ -1,7 +1,8 @@
-"""A run that was killed, and one before it: one file of what they left is damaged, and the same command goes on.
+"""A run that was killed, and one before it: one file of what they left is damaged, and the same
+command goes on.
 
-Stages only let an injected clock pass (`tests/test_attempt.py`); everything else is the product: store, keys,
-assessments, journal, recovery, booking.
+Stages only let an injected clock pass (`tests/test_attempt.py`); everything else is the product:
+store, keys, assessments, journal, recovery, booking.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ from pipeline.ledger.records import sound_events
 from pipeline.runs.recovery import why_unusable
 
 SLOW_S = 20.0  # of processor time
-KINDS = ("keys/*.json", "assessments/*.json", "assessments/*.jsonl", "assessments/*.npy", "serving/*.json",
-         "artifacts/*/artifact.json", "artifacts/*/model.txt")  # fmt: skip
+KINDS = (
+    "keys/*.json",
+    "assessments/*.json",
+    "assessments/*.jsonl",
+    "assessments/*.npy",
+    "serving/*.json",
+    "artifacts/*/artifact.json",
+    "artifacts/*/model.txt",
+)
 
 
 def the_run() -> Any:
@@ -51,7 +59,9 @@ def make_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def go_on(root: Path) -> Any:
-    """Start the same command again, as `pipeline.runs.opening` would: go on with the run, or begin another."""
+    """Start the same command again, as `pipeline.runs.opening` would: go on with the run, or begin
+    another.
+    """
     path = root / "runs" / "run-1" / "journal.jsonl"
     why = why_unusable(sound_events(read_events(path, checked=True), path), 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,13 +70,17 @@ def go_on(root: Path) -> Any:
         return fake.invoke(root, *(("run-1", 2) if why is None else ("run-2", 1)), the_run())
 
 
-def try_worlds(root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Damage a file `count` times and go on; return how often with the run that was killed, and how often anew.
+def try_worlds(
+    root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, int]:
+    """Damage a file `count` times and go on; return how often with the run that was killed, and how
+    often anew.
 
     Raises:
         AssertionError: Where anything came of it but a run that is whole and whose hours add up.
     """
-    monkeypatch.setattr("pipeline.runs.comparison.other_tokenizers", lambda *_: False)  # no models there
+    # no models there
+    monkeypatch.setattr("pipeline.runs.comparison.other_tokenizers", lambda *_: False)
     rng, sound, work = random.Random(seed), root / "sound", root / "work"
     sound.mkdir(parents=True)
     make_world(sound, monkeypatch)
@@ -74,7 +88,9 @@ def try_worlds(root: Path, seed: int, count: int, monkeypatch: pytest.MonkeyPatc
     for number in range(count):
         restore(sound, work)
         files = sorted(_files(work))
-        path = rng.choice([*files, *[work / "runs" / "run-1" / "journal.jsonl"] * (len(files) // 2)])
+        path = rng.choice(
+            [*files, *[work / "runs" / "run-1" / "journal.jsonl"] * (len(files) // 2)]
+        )
         how = damage(path, rng, lines=path.suffix == ".jsonl")
         what, started = (seed, number, str(path.relative_to(work)), how), time.process_time()
         records._told.clear()
@@ -102,4 +118,8 @@ def _files(work: Path) -> Iterator[Path]:
 def _totals(attempt: Any) -> dict[str, Any]:
     zero = {"v": 0.0, "prov": "measured", "why_null": None}
     hours = dict.fromkeys(("total", "work", "assess", "retry", "compare", "overhead"), zero)
-    return {"device_hours": hours, "phases_device_ns": {"overhead": {}, "compare": {}}, "reused": zero}
+    return {
+        "device_hours": hours,
+        "phases_device_ns": {"overhead": {}, "compare": {}},
+        "reused": zero,
+    }

@@ -27,7 +27,9 @@ def elsewhere() -> None:
 if __name__ == "__main__":
     with pipeline.phase("data_wait"):
         pipeline.count(examples=8)
-        loader = torch.utils.data.DataLoader(Squares(), batch_size=4, num_workers=2, multiprocessing_context="fork")
+        loader = torch.utils.data.DataLoader(
+            Squares(), batch_size=4, num_workers=2, multiprocessing_context="fork"
+        )
         assert sum(int(batch.sum()) for batch in loader) == 140
     thread = threading.Thread(target=elsewhere)
     thread.start()

@@ -1,4 +1,6 @@
-"""What is no recipe is a command: `python -m pipeline COMMAND ...`, each with `--help`, one file each."""
+"""What is no recipe is a command: `python -m pipeline COMMAND ...`, each with `--help`, one file
+each.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ COMMANDS = {
     "history": "the verdicts of a model's last releases, with alarms",
     "selftest": "judge a model against itself: what the release check can tell",
 }
-"""Commands by name: the one list to extend, each with a module here that has `main(argv, started_ns)`."""
+"""Commands by name: the one list to extend, each with a module here that has `main(argv,
+started_ns)`.
+"""
 
 
 def run_command(argv: list[str], *, started_ns: int) -> int:

@@ -1,7 +1,9 @@
-"""`python -m pipeline chargeback --from DAY --to DAY --by team`: who spent what, from the MLflow store.
+"""`python -m pipeline chargeback --from DAY --to DAY --by team`: who spent what, from the MLflow
+store.
 
-Sums what was spent, each hour once: a reused stage spends nothing, failed, killed and unfinished runs count, and so do
-those that were deleted in the UI. Days are UTC; the last one is not part of the period.
+Sums what was spent, each hour once: a reused stage spends nothing, failed, killed and unfinished
+    runs count, and so do those that were deleted in the UI. Days are UTC; the last one is not part
+    of the period.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Settings:
 
 @clean_output()
 def main(argv: list[str], _started_ns: int = 0, *, now_s: Callable[[], float] = time.time) -> int:
-    """Print the chargeback of a period; return 0, 1 where it was refused, 2 where the command line cannot be read."""
+    """Print the chargeback of a period; return 0, 1 where it was refused, 2 where the command line
+    cannot be read.
+    """
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE)
         return Exit.DONE
@@ -79,18 +83,26 @@ def read_settings(argv: Sequence[str]) -> Settings:
     given = _read(argv)
     start_s, end_s = _day("--from", given["--from"]), _day("--to", given["--to"])
     if end_s <= start_s:
-        raise UserError("--to", f"{given['--to']} is not after --from", "give the day after the last one")
+        raise UserError(
+            "--to", f"{given['--to']} is not after --from", "give the day after the last one"
+        )
     by = "model_name" if given.get("--by") == "model" else given.get("--by", OWNER[0])
     if by not in OWNER:
         raise UserError("--by", f"{by!r} is nothing to group by", f"give {', '.join(OWNER)}")
     csv = given.get("--csv")
     if csv is not None and (not csv or not Path(csv).expanduser().resolve().parent.is_dir()):
-        raise UserError("--csv", f"{csv!r} lies in no folder", "name a file in a folder that is there")
+        raise UserError(
+            "--csv", f"{csv!r} lies in no folder", "name a file in a folder that is there"
+        )
     return Settings(
-        start_s=start_s, end_s=end_s, by=by, csv=None if csv is None else Path(csv).expanduser(),
+        start_s=start_s,
+        end_s=end_s,
+        by=by,
+        csv=None if csv is None else Path(csv).expanduser(),
         capacity=_capacity(given["--capacity"]) if "--capacity" in given else None,
-        uri=_store(given.get("--root"), given.get("--uri")), root=Path(given.get("--root") or "mlruns").expanduser(),
-    )  # fmt: skip
+        uri=_store(given.get("--root"), given.get("--uri")),
+        root=Path(given.get("--root") or "mlruns").expanduser(),
+    )
 
 
 def _read(argv: Sequence[str]) -> dict[str, str]:
@@ -122,7 +134,9 @@ def _day(name: str, text: str) -> float:
 def _capacity(text: str) -> tuple[str | None, int]:
     device, equals, number = text.rpartition("=")
     if not number.strip().isdecimal() or int(number) < 1 or (equals and not device.strip()):
-        raise UserError("--capacity", f"{text!r} is no number of devices", "write 64, or 'NVIDIA H200=64'")
+        raise UserError(
+            "--capacity", f"{text!r} is no number of devices", "write 64, or 'NVIDIA H200=64'"
+        )
     return (device.strip() or None), int(number)
 
 
@@ -144,7 +158,9 @@ def _check_file(path: Path, key: str) -> None:
         raise UserError(key, f"there is no store {path}", remedy)
     try:
         with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
-            known = database.execute("SELECT name FROM sqlite_master WHERE name = 'experiments'").fetchone()
+            known = database.execute(
+                "SELECT name FROM sqlite_master WHERE name = 'experiments'"
+            ).fetchone()
     except sqlite3.DatabaseError as error:
         raise UserError(key, f"{path} cannot be read ({error})", remedy) from None
     if known is None:
@@ -154,8 +170,16 @@ def _check_file(path: Path, key: str) -> None:
 def _report(settings: Settings, now_s: float) -> int:
     known, notes = _runs(settings)
     runs, inside = not_counted_twice(known)
-    notes = [*([f"{len(inside)} runs inside a metered run are part of it"] if inside else []), *notes]
-    paid = [charge for run in runs for charge in charges(run) if settings.start_s <= charge.ended_s < settings.end_s]
+    notes = [
+        *([f"{len(inside)} runs inside a metered run are part of it"] if inside else []),
+        *notes,
+    ]
+    paid = [
+        charge
+        for run in runs
+        for charge in charges(run)
+        if settings.start_s <= charge.ended_s < settings.end_s
+    ]
     found = lines(paid, settings.by)
     idle_lines, said = _idle(settings, found, now_s)
     models = _converged(known, paid) if settings.by == "model_name" else []
@@ -163,25 +187,42 @@ def _report(settings: Settings, now_s: float) -> int:
         _write(settings.csv, to_csv([*found, *idle_lines]))
     days = [datetime.fromtimestamp(each, UTC).date() for each in (settings.start_s, settings.end_s)]
     print(f"spent from {days[0]} until before {days[1]} (UTC), by {settings.by}\n")
-    print("\n".join(table([*found, *idle_lines]) if found or idle_lines else ["no run spent anything in this period"]))
+    print(
+        "\n".join(
+            table([*found, *idle_lines])
+            if found or idle_lines
+            else ["no run spent anything in this period"]
+        )
+    )
     for note in (*footnotes(found), *said, *_notes(runs), *notes, *_behind(settings.root), *models):
         print(f"- {note}")
     return Exit.DONE
 
 
 def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
-    """Return the runs of the store that the period touches, and what is to be said of the others."""
+    """Return the runs of the store that the period touches, and what is to be said of the
+    others.
+    """
     from pipeline.tracking.deliver import quiet, store_errors, stored_runs
 
     quiet()
-    since_s = 0.0 if settings.by == "model_name" else settings.start_s  # what a model cost began earlier
+    # what a model cost began earlier
+    since_s = 0.0 if settings.by == "model_name" else settings.start_s
     try:
-        stored, num_others = stored_runs(settings.uri, int(since_s * 1000), int(settings.end_s * 1000))
+        stored, num_others = stored_runs(
+            settings.uri, int(since_s * 1000), int(settings.end_s * 1000)
+        )
     except store_errors() as error:
         text = redact_value("", one_line(error, 200))
-        raise UserError("--uri", f"the store does not answer ({text})", "see that it runs, and try again") from None
+        raise UserError(
+            "--uri", f"the store does not answer ({text})", "see that it runs, and try again"
+        ) from None
     deleted = sum(not run["active"] for run in stored)
-    notes = [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"] if deleted else []
+    notes = (
+        [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"]
+        if deleted
+        else []
+    )
     notes += [f"{num_others} runs of other programs were left out"] if num_others else []
     return stored_runs_facts(stored), notes
 
@@ -189,7 +230,10 @@ def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
 def _behind(root: Path) -> list[str]:
     """Return what to say where journals beside the store hold what it has not had."""
     behind = waiting(root)
-    said = f"{len(behind)} runs under {root} have more to tell than MLflow has had: python -m pipeline sync {root}"
+    said = (
+        f"{len(behind)} runs under {root} have more to tell than MLflow has had: python -m pipeline"
+        f" sync {root}"
+    )
     return [said] if behind else []
 
 
@@ -197,8 +241,16 @@ def _notes(runs: Sequence[RunFacts]) -> list[str]:
     silent = sum(run.total_h is None for run in runs)
     more = sum((run.rest_h or 0.0) < -1e-6 for run in runs)
     return [
-        *([f"{silent} runs do not say what they took outside of stages: a lower bound"] if silent else []),
-        *([f"the stages of {more} runs hold more than the run took: their stages are counted"] if more else []),
+        *(
+            [f"{silent} runs do not say what they took outside of stages: a lower bound"]
+            if silent
+            else []
+        ),
+        *(
+            [f"the stages of {more} runs hold more than the run took: their stages are counted"]
+            if more
+            else []
+        ),
     ]
 
 
@@ -208,7 +260,9 @@ def _idle(settings: Settings, found: Sequence[Line], now_s: float) -> tuple[list
     device, number = settings.capacity
     models = sorted({line.device for line in found if line.kind == TOTAL})
     if device is None and len(models) > 1:
-        raise UserError("--capacity", f"there are {len(models)} device models", f"write '{models[0]}={number}'")
+        raise UserError(
+            "--capacity", f"there are {len(models)} device models", f"write '{models[0]}={number}'"
+        )
     period_h = max(0.0, min(settings.end_s, now_s) - settings.start_s) / HOUR_S
     line, said = idle(found, device or next(iter(models), "(any)"), number, period_h)
     return ([] if line is None else [line]), [said]
@@ -222,7 +276,9 @@ def _converged(runs: Sequence[RunFacts], paid: Sequence[Charge]) -> list[str]:
 
 def converged_model(runs: Sequence[RunFacts], name: str) -> Converged:
     """Return what a model took until it converged, at the quality that its newest run declares."""
-    own = sorted((run for run in runs if run.owner["model_name"] == name), key=lambda run: run.ended_s)
+    own = sorted(
+        (run for run in runs if run.owner["model_name"] == name), key=lambda run: run.ended_s
+    )
     declared = [run.converged_at for run in own if run.converged_at is not None]
     return per_converged_model(own, declared[-1] if declared else None)
 
@@ -231,7 +287,11 @@ def _say(name: str, cost: Converged) -> str:
     text = f"{one_line(name, 60)} until converged: "
     if cost.device_hours.v is None:
         return f"{text}- ({cost.device_hours.why_null})"
-    money = f"- ({cost.amount.why_null})" if cost.amount.v is None else f"{cost.amount.v:.3f} {cost.currency or ''}"
+    money = (
+        f"- ({cost.amount.why_null})"
+        if cost.amount.v is None
+        else f"{cost.amount.v:.3f} {cost.currency or ''}"
+    )
     return f"{text}{cost.device_hours.v:.3f} device-hours, {money.strip()}, reached in {cost.run}"
 
 
@@ -242,4 +302,6 @@ def _write(path: Path, text: str) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError("--csv", f"{path} cannot be written ({error.strerror})", "name another file") from None
+        raise UserError(
+            "--csv", f"{path} cannot be written ({error.strerror})", "name another file"
+        ) from None

@@ -1,6 +1,8 @@
-"""`python -m pipeline history [--model NAME]`: the verdicts of the last releases, from the MLflow store, with alarms.
+"""`python -m pipeline history [--model NAME]`: the verdicts of the last releases, from the MLflow
+store, with alarms.
 
-A verdict that was given again counts once; a pair that was judged under several policies, data or devices has a line
+A verdict that was given again counts once; a pair that was judged under several policies, data or
+devices has a line
 each, which says so. What an alarm means: `compare/history.py`.
 """
 
@@ -45,7 +47,9 @@ class Settings:
 
 @clean_output()
 def main(argv: list[str], _started_ns: int = 0) -> int:
-    """Print the history; return 0, 1 where it was refused, 2 where the command line cannot be read, 3 on an alarm."""
+    """Print the history; return 0, 1 where it was refused, 2 where the command line cannot be read,
+    3 on an alarm.
+    """
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE)
         return Exit.DONE
@@ -80,22 +84,32 @@ def read_settings(argv: Sequence[str]) -> Settings:
         given[name] = found
     last = given.get("--last", "10")
     if not (last.isascii() and last.isdecimal() and 1 <= int(last[:9]) <= MOST):
-        raise UserError("--last", f"{one_line(last, 40)!r} is no number of releases", f"give 1 to {MOST}")
+        raise UserError(
+            "--last", f"{one_line(last, 40)!r} is no number of releases", f"give 1 to {MOST}"
+        )
     if "--root" in given and not Path(given["--root"]).expanduser().is_dir():
-        raise UserError("--root", f"there is no folder {one_line(given['--root'], 200)}", "name the one with mlflow.db")
+        raise UserError(
+            "--root",
+            f"there is no folder {one_line(given['--root'], 200)}",
+            "name the one with mlflow.db",
+        )
     root = Path(given.get("--root", "mlruns")).expanduser()
     typed = f"sqlite:///{root.resolve() / 'mlflow.db'}" if "--root" in given else None
     return Settings(
-        uri=given.get("--uri") or typed or store_uri(root, None), model=given.get("--model"), last=int(last),
-        csv="--csv" in given, fail_on_alarm="--fail-on-alarm" in given,
-    )  # fmt: skip
+        uri=given.get("--uri") or typed or store_uri(root, None),
+        model=given.get("--model"),
+        last=int(last),
+        csv="--csv" in given,
+        fail_on_alarm="--fail-on-alarm" in given,
+    )
 
 
 def read_histories(settings: Settings) -> list[dict[str, Any]]:
     """Return a history per model, by name; the models come last that are none.
 
     Raises:
-        UserError: If there is no store, it does not answer, or it holds no verdict on the model that was named.
+        UserError: If there is no store, it does not answer, or it holds no verdict on the model
+            that was named.
     """
     from pipeline.compare.history import Judged, count_once
     from pipeline.gate.history import as_json
@@ -108,9 +122,15 @@ def read_histories(settings: Settings) -> list[dict[str, Any]]:
     for each in read_verdicts(settings.uri, model=settings.model):
         groups.setdefault(each.model, []).append(each)
     if settings.model is not None and not groups:
-        raise UserError("--model", f"no verdict names {one_line(settings.model, 80)!r}", "see the list without --model")
-    return [{"model": name, **as_json(count_once(groups[name]), settings.last), "why": None}
-            for name in sorted(groups, key=lambda name: (name is None, name or ""))]  # fmt: skip
+        raise UserError(
+            "--model",
+            f"no verdict names {one_line(settings.model, 80)!r}",
+            "see the list without --model",
+        )
+    return [
+        {"model": name, **as_json(count_once(groups[name]), settings.last), "why": None}
+        for name in sorted(groups, key=lambda name: (name is None, name or ""))
+    ]
 
 
 def _show(settings: Settings, histories: Sequence[dict[str, Any]]) -> int:
@@ -124,9 +144,19 @@ def _show(settings: Settings, histories: Sequence[dict[str, Any]]) -> int:
     else:
         for history in histories:
             shown, total = len(history["releases"]), history["of"]
-            print(f"{one_line(history['model'] or NO_MODEL, 100)}: {shown} of {total} releases, the newest last\n")
             print(
-                "\n".join([*table(history), "", *(f"- {each}" for each in [*alarms(history), *remarks(history)]), ""])
+                f"{one_line(history['model'] or NO_MODEL, 100)}: {shown} of {total} releases, the"
+                " newest last\n"
+            )
+            print(
+                "\n".join(
+                    [
+                        *table(history),
+                        "",
+                        *(f"- {each}" for each in [*alarms(history), *remarks(history)]),
+                        "",
+                    ]
+                )
             )
     if settings.csv and found:
         print("\n".join(found), file=sys.stderr)

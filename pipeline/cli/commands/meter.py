@@ -1,8 +1,11 @@
-"""`python -m pipeline meter [OPTIONS] -- COMMAND ...`: meter any command into the same ledger and MLflow.
+"""`python -m pipeline meter [OPTIONS] -- COMMAND ...`: meter any command into the same ledger and
+MLflow.
 
-What it took goes to `mlruns/runs/<run>/` (journal, result.json, report.md) and from there to MLflow. The command's
-streams are its own, signals are passed on to it, and its exit code is ours. One that ignores SIGTERM is waited for,
-and told again with every further signal: its hours count as well. See `pipeline.phase` for what it can say itself.
+What it took goes to `mlruns/runs/<run>/` (journal, result.json, report.md) and from there to
+MLflow. The command's streams are its own, signals are passed on to it, and its exit code is ours.
+One that ignores SIGTERM is waited for,
+and told again with every further signal: its hours count as well. See `pipeline.phase` for what it
+    can say itself.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
     from pipeline.runs.metering.watch import Watch
 
 OUTLIVED = "processes of the command outlive it; what they do is not metered"
-OUTLIVED_APART = "processes that the command put into sessions of their own outlive it, and are not metered"
+OUTLIVED_APART = (
+    "processes that the command put into sessions of their own outlive it, and are not metered"
+)
 HELP = """Usage: python -m pipeline meter [OPTIONS] -- COMMAND [ARGUMENT ...]
        python -m pipeline meter --recover [--root FOLDER]
 
@@ -61,7 +66,8 @@ def main(argv: list[str], started_ns: int) -> int:
         options = read_options(own)
         if "--recover" in options:
             print(
-                "\n".join(f"{name}: ended" for name in recover(Path(options.get("--root", ROOT)))) or "nothing to end"
+                "\n".join(f"{name}: ended" for name in recover(Path(options.get("--root", ROOT))))
+                or "nothing to end"
             )
             return Exit.DONE
         settings = read_settings(options, command)
@@ -104,8 +110,12 @@ def meter(settings: Settings, started_ns: int) -> int:
         code = _wait(child, run)
         try:
             said = _closing(_end(run, child, watch, *_status(code, child)), run.folder)
-        except OSError as error:  # a full disk, a folder that is gone: no reason to call the command failed
-            said = f"what it took cannot be written to {run.folder} ({error.strerror}); --recover ends its run later"
+        # a full disk, a folder that is gone: no reason to call the command failed
+        except OSError as error:
+            said = (
+                f"what it took cannot be written to {run.folder} ({error.strerror}); --recover ends"
+                " its run later"
+            )
     _say(said)
     if writer is not None:
         _deliver(writer, run.folder)
@@ -113,7 +123,9 @@ def meter(settings: Settings, started_ns: int) -> int:
 
 
 def _say(text: str) -> None:
-    """Print for whoever still reads: the exit code is the command's, whether anybody does or not."""
+    """Print for whoever still reads: the exit code is the command's, whether anybody does or
+    not.
+    """
     try:
         print(text, file=sys.stderr)
     except BrokenPipeError:  # what is left in its buffer would turn the exit code into 120
@@ -127,7 +139,9 @@ def _wait(child: Child, run: MeteredRun) -> int:
         return child.wait()
 
 
-def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None) -> dict[str, Any]:
+def _end(
+    run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None
+) -> dict[str, Any]:
     from pipeline.ledger.foreign import ENV
     from pipeline.ledger.ranks import opened, read_lives
     from pipeline.runs.metering.row import Facts
@@ -135,9 +149,14 @@ def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | No
     lives, _ = read_lives(run.folder, run.start["node"])
     used = watch.stop(child.start_ns, child.end_ns, opened(lives))
     facts = Facts(
-        name=run.start["name"], status=status, why=why, start_ns=child.start_ns, end_ns=child.end_ns, used=used,
+        name=run.start["name"],
+        status=status,
+        why=why,
+        start_ns=child.start_ns,
+        end_ns=child.end_ns,
+        used=used,
         host_peak=child.host_peak,
-    )  # fmt: skip
+    )
     daemons = child.daemons(f"{ENV}={run.folder}")
     left = [f"{OUTLIVED_APART}: {', '.join(daemons)}"] if daemons else []
     notes = [*used.notes, *([OUTLIVED] if child.outlived() else []), *left]

@@ -1,8 +1,10 @@
-"""`python -m pipeline register path=MODEL ledger=RUN`: make a model trained elsewhere an artifact with its cost.
+"""`python -m pipeline register path=MODEL ledger=RUN`: make a model trained elsewhere an artifact
+with its cost.
 
-MODEL is a Hugging Face folder (safetensors). RUN is what metered its training: a run's id, its folder, or `latest`. The
-model's files go into the store, weights as hard links where the disk allows, and `artifact.json` beside them says what
-was spent. A recipe that is then given that folder as `model.path` charges those hours instead of an unknown past.
+MODEL is a Hugging Face folder (safetensors). RUN is what metered its training: a run's id, its
+folder, or `latest`. The model's files go into the store, weights as hard links where the disk
+allows, and `artifact.json` beside them says what was spent. A recipe that is then given that folder
+as `model.path` charges those hours instead of an unknown past.
 """
 
 from __future__ import annotations
@@ -56,12 +58,15 @@ class Charge:
         """Return the form it has in artifact.json; a figure that any row lacks is null."""
         own = [row for row in self.rows if row["arm"] == self.arm and row["status"] == "FINISHED"]
         return {
-            "run_id": self.run_id, "arm": self.arm, "device": self.device,
+            "run_id": self.run_id,
+            "arm": self.arm,
+            "device": self.device,
             "work_device_hours": self._sum("device_hours", "work"),
             "retry_device_hours": self._sum("device_hours", "retry"),
             "tokens": own[-1]["ledger"]["counts"]["tokens"]["v"],
-            "model_flops": self._sum("counts", "model_flops", finished=True), "energy_j": self._energy(),
-        }  # fmt: skip
+            "model_flops": self._sum("counts", "model_flops", finished=True),
+            "energy_j": self._energy(),
+        }
 
     def _sum(self, group: str, name: str, *, finished: bool = False) -> float | None:
         rows = [row for row in self.rows if row["status"] == "FINISHED" or not finished]
@@ -75,25 +80,36 @@ class Charge:
 
 @clean_output()
 def main(argv: list[str], _started_ns: int = 0) -> int:
-    """Register one model; return 0, 1 where it was refused, 2 where the command line cannot be read."""
+    """Register one model; return 0, 1 where it was refused, 2 where the command line cannot be
+    read.
+    """
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE)
         return Exit.DONE
     try:
         given = _read(argv)
         root = Path(given.get("root", "mlruns")).expanduser()
-        artifact, charge = register(Path(given["path"]).expanduser(), find_run(root, given["ledger"]), root,
-                                    name=given.get("name"))  # fmt: skip
+        artifact, charge = register(
+            Path(given["path"]).expanduser(),
+            find_run(root, given["ledger"]),
+            root,
+            name=given.get("name"),
+        )
     except UserError as error:
         print(f"refused: {error}", file=sys.stderr)
         return Exit.UNPARSABLE if isinstance(error, Unparsable) else Exit.REFUSED
     cost = charge.to_json()
-    print(f"{artifact.path}\n{cost['work_device_hours']:.6g} device-hours of work, {cost['retry_device_hours']:.6g} of "
-          f"retry, on {cost['device']['name']} (run {charge.run_id})\nuse it: model.path={artifact.path}")  # fmt: skip
+    print(
+        f"{artifact.path}\n{cost['work_device_hours']:.6g} device-hours of work,"
+        f" {cost['retry_device_hours']:.6g} of retry, on {cost['device']['name']} (run"
+        f" {charge.run_id})\nuse it: model.path={artifact.path}"
+    )
     return Exit.DONE
 
 
-def register(folder: Path, run_dir: Path, root: Path, *, name: str | None = None) -> tuple[Artifact, Charge]:
+def register(
+    folder: Path, run_dir: Path, root: Path, *, name: str | None = None
+) -> tuple[Artifact, Charge]:
     """Commit a model with what its run spent; doing it again changes nothing.
 
     Raises:
@@ -127,12 +143,20 @@ def model_files(folder: Path) -> list[Path]:
             raise UserError("path", f"{folder / INDEX} names no files", "save the model again")
         absent = sorted(set(parts.values()) - {path.name for path in folder.iterdir()})
         if absent:
-            raise UserError("path", f"{folder} lacks {absent[0]}, which {INDEX} names", "copy the whole folder")
+            raise UserError(
+                "path", f"{folder} lacks {absent[0]}, which {INDEX} names", "copy the whole folder"
+            )
     for path in sorted(folder.glob("*.safetensors")):
         _check_whole(path)
     load_tokenizer(folder, key="path")
-    return sorted({path for pattern in HUB_FILES for path in folder.glob(pattern)
-                   if path.is_file() and path.name not in (MANIFEST, *PICKLE_WEIGHTS)})  # fmt: skip
+    return sorted(
+        {
+            path
+            for pattern in HUB_FILES
+            for path in folder.glob(pattern)
+            if path.is_file() and path.name not in (MANIFEST, *PICKLE_WEIGHTS)
+        }
+    )
 
 
 def _check_whole(path: Path) -> None:
@@ -142,19 +166,29 @@ def _check_whole(path: Path) -> None:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError("path", f"{path} is no whole safetensors file ({error})", "save the model again") from None
+        raise UserError(
+            "path", f"{path} is no whole safetensors file ({error})", "save the model again"
+        ) from None
 
 
 def _check_made(given: Path, folder: Path, charge: Charge) -> None:
-    """Refuse a model that is not, byte for byte, what a recipe's run made; a metered command does not say what it made.
+    """Refuse a model that is not, byte for byte, what a recipe's run made; a metered command does
+    not say what it made.
 
     Raises:
         UserError: If so.
     """
     made = charge.rows[-1]["artifact"]
-    if made is not None and charge.rows[-1]["type"] != METERED and digest_folder(given)[0] != made["digest"]:
-        raise UserError("ledger", f"{charge.run_id} made another model than {folder}: {made['digest']}",
-                        "name the run that made it; meter what changed it since")  # fmt: skip
+    if (
+        made is not None
+        and charge.rows[-1]["type"] != METERED
+        and digest_folder(given)[0] != made["digest"]
+    ):
+        raise UserError(
+            "ledger",
+            f"{charge.run_id} made another model than {folder}: {made['digest']}",
+            "name the run that made it; meter what changed it since",
+        )
 
 
 def _note(artifact: Artifact, store: Store, named: dict[str, Any], charge: Charge) -> None:
@@ -167,14 +201,17 @@ def _note(artifact: Artifact, store: Store, named: dict[str, Any], charge: Charg
     def noted(known: dict[str, Any]) -> dict[str, Any]:
         ledger = known.get("ledger")
         if isinstance(ledger, dict) and ledger.get("run_id") != charge.run_id:
-            raise UserError("ledger", f"this model is registered with run {ledger.get('run_id')}",
-                            f"name that run, or remove {artifact.path} first")  # fmt: skip
+            raise UserError(
+                "ledger",
+                f"this model is registered with run {ledger.get('run_id')}",
+                f"name that run, or remove {artifact.path} first",
+            )
         return {"name": charge.arm, **known, **named, "ledger": charge.to_json()}
 
     store.revise(artifact, noted)
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------
+# -- the run --------------------------------------------------------------------------------------
 
 
 def find_run(root: Path, ledger: str) -> Path:
@@ -185,13 +222,25 @@ def find_run(root: Path, ledger: str) -> Path:
     """
     runs = root / "runs"
     if ledger == "latest":
-        found = next((folder for folder in sorted(runs.glob("*/"), reverse=True) if _finished(folder)), None)
+        found = next(
+            (folder for folder in sorted(runs.glob("*/"), reverse=True) if _finished(folder)), None
+        )
         if found is None:
-            raise UserError("ledger", f"no run under {runs} has finished", "name one by its id or folder")
+            raise UserError(
+                "ledger", f"no run under {runs} has finished", "name one by its id or folder"
+            )
         return found
-    named = [folder for folder in (runs / ledger, Path(ledger).expanduser()) if (folder / "result.json").is_file()]
+    named = [
+        folder
+        for folder in (runs / ledger, Path(ledger).expanduser())
+        if (folder / "result.json").is_file()
+    ]
     if not named:
-        raise UserError("ledger", f"{ledger} is no run under {runs} that has ended", "give a run's id or its folder")
+        raise UserError(
+            "ledger",
+            f"{ledger} is no run under {runs} that has ended",
+            "give a run's id or its folder",
+        )
     return named[0]
 
 
@@ -201,25 +250,36 @@ def _finished(folder: Path) -> bool:
 
 
 def read_charge(run_dir: Path) -> Charge:
-    """Return what a run spent on its primary artifact: the stages that led to it, with their failed attempts.
+    """Return what a run spent on its primary artifact: the stages that led to it, with their failed
+    attempts.
 
     Raises:
         UserError: If it did not finish, or made nothing.
     """
     result = read_record(run_dir / "result.json", CHARGED)
     if result is None:
-        raise UserError("ledger", f"{run_dir} has no result.json that is whole", "name a run that has ended")
+        raise UserError(
+            "ledger", f"{run_dir} has no result.json that is whole", "name a run that has ended"
+        )
     arm = result["primary_arm"]
     own = [row for row in result["rows"] if row["arm"] == arm and _made(row)]
     if not own:
         why = f": {result['why']}" if result.get("why") else ""
-        raise UserError("ledger", f"{result['run_id']} ended {result['status']} without {arm}{why}",
-                        "name the run that made the model")  # fmt: skip
+        raise UserError(
+            "ledger",
+            f"{result['run_id']} ended {result['status']} without {arm}{why}",
+            "name the run that made the model",
+        )
     seed = own[0]["seed"]
     chain = set(_chain(result["rows"], arm, seed))
     rows = [row for row in result["rows"] if row["arm"] in chain and row["seed"] == seed]
     rows = [row for row in rows if row["status"] != "SKIPPED"]
-    return Charge(result["run_id"], arm, tuple(sorted(rows, key=lambda row: row["arm"] == arm)), result["device"])
+    return Charge(
+        result["run_id"],
+        arm,
+        tuple(sorted(rows, key=lambda row: row["arm"] == arm)),
+        result["device"],
+    )
 
 
 def _made(row: Row) -> bool:
@@ -229,13 +289,20 @@ def _made(row: Row) -> bool:
 def _chain(rows: list[Row], arm: str, seed: int) -> Iterator[str]:
     """Yield the stages that an arm depends on, itself included."""
     yield arm
-    needed = {each for row in rows if (row["arm"], row["seed"]) == (arm, seed) for each in row["depends_on"]}
+    needed = {
+        each
+        for row in rows
+        if (row["arm"], row["seed"]) == (arm, seed)
+        for each in row["depends_on"]
+    }
     for each in needed:
         yield from _chain(rows, each, seed)
 
 
 def _show(run_dir: Path, artifact: Artifact) -> None:
-    """Have the metered run show what it made: in result.json, and in MLflow with its next delivery."""
+    """Have the metered run show what it made: in result.json, and in MLflow with its next
+    delivery.
+    """
     result = read_json(run_dir / "result.json")
     assert isinstance(result, dict), "read_charge has read it"
     row = result["rows"][-1]
@@ -243,7 +310,9 @@ def _show(run_dir: Path, artifact: Artifact) -> None:
         return
     row["artifact"] = artifact.to_json()
     write_json(run_dir / "result.json", result)
-    ended = [event for event in read_events(run_dir / "journal.jsonl") if event["e"] == "run_end"][-1]
+    ended = [event for event in read_events(run_dir / "journal.jsonl") if event["e"] == "run_end"][
+        -1
+    ]
     at = {"t": ended["t"], "mono_ns": ended["mono_ns"]}  # it did not end when it was registered
     journal = Journal(run_dir / "journal.jsonl")
     journal.write("row", row=row, **at)
@@ -267,7 +336,11 @@ def _read(argv: list[str]) -> dict[str, str]:
             raise UserError(key, problem, f"give {', '.join(f'{name}=' for name in KEYS)}")
         given[key] = value
     if not given.get("name", "").isprintable():
-        raise UserError("name", f"{given['name']!r} has characters that nobody sees", "use letters, digits, spaces")
+        raise UserError(
+            "name",
+            f"{given['name']!r} has characters that nobody sees",
+            "use letters, digits, spaces",
+        )
     for key in ("path", "ledger"):
         if key not in given:
             raise UserError(key, "is missing", USAGE.partition(": ")[2])

@@ -1,4 +1,6 @@
-"""`python -m pipeline selftest model=REF`: a model against itself through the release gate. See `runs/selftest.py`."""
+"""`python -m pipeline selftest model=REF`: a model against itself through the release gate. See
+`runs/selftest.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ Exit codes: 0 no more false answers than alpha allows, 3 more of them (binomial 
 each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed, 7 budget spent, 75 preempted and 130
 interrupted (nothing is kept: run it again)."""
 OWN = ("model", "n", "train", "repeats", "root")
-FIXED = ("recipe", "candidate", "baseline", "promote", "bootstrap", "candidate_items", "baseline_items", "seeds")
+FIXED = (
+    "recipe",
+    "candidate",
+    "baseline",
+    "promote",
+    "bootstrap",
+    "candidate_items",
+    "baseline_items",
+    "seeds",
+)
 MOST_TRIALS, MOST_REPEATS = 10_000, 1000
 
 
@@ -51,8 +62,11 @@ def main(argv: list[str], started_ns: int) -> int:
     sides = [f"{side}={given['model']}" for side in ("candidate", "baseline")]
     debug = [arg for arg in rest if arg == "--debug"]
     settings = [arg for arg in rest if arg != "--debug"]
-    return cli.main([*debug, "recipe=release_check", *sides, *root, *settings], started_ns=started_ns,
-                    execute=lambda run, _, since_ns, __: self_test(run, options, started_ns=since_ns))  # fmt: skip
+    return cli.main(
+        [*debug, "recipe=release_check", *sides, *root, *settings],
+        started_ns=started_ns,
+        execute=lambda run, _, since_ns, __: self_test(run, options, started_ns=since_ns),
+    )
 
 
 def _apart(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -72,7 +86,9 @@ def _apart(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             rest.append(arg)
     if not given.get("model", "").strip():
-        raise UserError("model", "is not given", "give model=REF: a folder, a run's id, models:/NAME@champion")
+        raise UserError(
+            "model", "is not given", "give model=REF: a folder, a run's id, models:/NAME@champion"
+        )
     return given, rest
 
 
@@ -80,9 +96,10 @@ def _options(given: dict[str, str], options: Any) -> Any:
     if "repeats" in given and "train" not in given:
         raise UserError("repeats", "has no effect without train=", 'add train="recipe=..."')
     return options(
-        trials=_count("n", given.get("n", "20"), 1, MOST_TRIALS), train=_training(given),
+        trials=_count("n", given.get("n", "20"), 1, MOST_TRIALS),
+        train=_training(given),
         repeats=_count("repeats", given.get("repeats", "5"), 3, MOST_REPEATS),
-    )  # fmt: skip
+    )
 
 
 def _count(key: str, text: str, least: int, most: int) -> int:
@@ -102,10 +119,19 @@ def _training(given: dict[str, str]) -> tuple[str, ...]:
         ) from None
     names = [word.partition("=")[0] for word in words]
     if "recipe" not in names:
-        raise UserError("train", "names no recipe", 'write train="recipe=baseline training.steps=20"')
+        raise UserError(
+            "train", "names no recipe", 'write train="recipe=baseline training.steps=20"'
+        )
     barred = next(
-        (name for name in names if name.startswith(("-", "tracking")) or name in ("seeds", "candidate")), None
+        (
+            name
+            for name in names
+            if name.startswith(("-", "tracking")) or name in ("seeds", "candidate")
+        ),
+        None,
     )
     if barred is not None:
-        raise UserError("train", f"{barred} has no place in it", "each repeat gets a fresh folder, and one seed")
+        raise UserError(
+            "train", f"{barred} has no place in it", "each repeat gets a fresh folder, and one seed"
+        )
     return tuple(words)

@@ -1,4 +1,5 @@
-"""`python -m pipeline sync [ROOT | RUN_DIR]`: deliver to MLflow what it has not had yet. Running it again is harmless.
+"""`python -m pipeline sync [ROOT | RUN_DIR]`: deliver to MLflow what it has not had yet. Running it
+again is harmless.
 
 With `--follow` it is the background writer of one run (`tracking/writer.py`), started by the run.
 """
@@ -18,7 +19,9 @@ IMPORT_S = 5.0  # of processor time that an idle machine needs for importing MLf
 
 @clean_output()
 def main(argv: list[str], _started_ns: int = 0) -> int:
-    """Deliver one run, or all runs under a root; return 0, or 1 where MLflow did not take them all."""
+    """Deliver one run, or all runs under a root; return 0, or 1 where MLflow did not take them
+    all.
+    """
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE)
         return 0

@@ -1,8 +1,9 @@
 """How good an artifact is: reloaded from disk, scored on test documents, per-document values kept.
 
-Intervals are two-sided at 95% and treat documents as the independent items, never the tokens inside one: Wilson's
-interval where a document is right or wrong, the BCa bootstrap over documents elsewhere. Documents of one group come
-from one source and count as one (`compare/clustered.py`). Perplexity's interval is the exponential of its exponent's.
+Intervals are two-sided at 95% and treat documents as the independent items, never the tokens inside
+one: Wilson's interval where a document is right or wrong, the BCa bootstrap over documents
+elsewhere. Documents of one group come from one source and count as one (`compare/clustered.py`).
+Perplexity's interval is the exponential of its exponent's.
 """
 
 from __future__ import annotations
@@ -48,7 +49,16 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
-CAUSAL_COLUMNS = ("digest", "bits", "bytes", "tokens", "correct", "end_bits", "ends", "unknown_bytes")
+CAUSAL_COLUMNS = (
+    "digest",
+    "bits",
+    "bytes",
+    "tokens",
+    "correct",
+    "end_bits",
+    "ends",
+    "unknown_bytes",
+)
 DRIFT_COLUMNS = ("kl", "flips", "unquantized")
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
 CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
@@ -76,28 +86,32 @@ def assess_quality(
     """Score the artifact in `folder` on test documents.
 
     Args:
-        folder: A model in Hugging Face layout; loaded anew, in the dtype it is stored in, because what is assessed is
-            what ships.
+        folder: A model in Hugging Face layout; loaded anew, in the dtype it is stored in, because
+            what is assessed is what ships.
         documents: The test split; the first `config.max_documents` by content digest are read.
         task: What the model is for.
         labels: Class names of the data.
         config: Batch size, limits, resamples.
         sequence_length: Tokens of a window (causal_lm), or that an example is cut to.
         device: Where to score.
-        items: Where per-document values go (JSONL); first predictions go beside it as `<stem>.predictions.npy`. Both
-            appear whole or not at all.
-        teacher_predictions: The predictions file of the teacher on the same documents, for agreement.
+        items: Where per-document values go (JSONL); first predictions go beside it as
+            `<stem>.predictions.npy`. Both appear whole or not at all.
+        teacher_predictions: The predictions file of the teacher on the same documents, for
+            agreement.
         seed: Of the bootstrap.
         clock: Books model_load, prepare and eval.
-        unquantized: The folder of the model that this one was quantized from, which it is to stay close to.
+        unquantized: The folder of the model that this one was quantized from, which it is to stay
+            close to.
 
     Returns:
-        By quality key: a value with its interval `ci`, its number of documents `n`, and the path of the `items`. Of
-        `config.tasks` (`tasks.py`) each has the key `task/<task>/<metric>`, documents and items of its own.
+        By quality key: a value with its interval `ci`, its number of documents `n`, and the path of
+            the `items`. Of `config.tasks` (`tasks.py`) each has the key `task/<task>/<metric>`,
+            documents and items of its own.
 
     Raises:
         UserError: If model and data do not fit, or no document holds anything to score.
-        StageFailed: If an output is not finite: nothing that can be read as a model is in the folder.
+        StageFailed: If an output is not finite: nothing that can be read as a model is in the
+            folder.
     """
     with clock.phase("model_load"):
         model, tokenizer = _as_stored(folder, task, device, labels), load_tokenizer(folder)
@@ -106,7 +120,10 @@ def assess_quality(
         chosen = choose_documents(documents, config.max_documents)
         length = example_length(model.config, task, sequence_length)
         encoded = _scorable(
-            encode_all(chosen, tokenizer, task, max_length=length, max_bytes=config.max_bytes_per_document), task
+            encode_all(
+                chosen, tokenizer, task, max_length=length, max_bytes=config.max_bytes_per_document
+            ),
+            task,
         )
     with clock.phase("eval"):
         more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "other": other}
@@ -120,11 +137,21 @@ def assess_quality(
             predictions, arrays = scores.prediction, _columns(scores, CLASSIFICATION_COLUMNS)
         arrays |= _groups(encoded)
         _check_finite(folder, model, arrays["bits" if task is Task.causal_lm else "logprob"])
-        agreement = None if teacher_predictions is None else _agreement(predictions, teacher_predictions, arrays)
+        agreement = (
+            None
+            if teacher_predictions is None
+            else _agreement(predictions, teacher_predictions, arrays)
+        )
         if isinstance(agreement, np.ndarray):
             arrays["agree"] = agreement
         if scores.drift is not None:
-            arrays |= dict(zip(DRIFT_COLUMNS, (scores.drift.kl, scores.drift.flips, scores.drift.other), strict=True))
+            arrays |= dict(
+                zip(
+                    DRIFT_COLUMNS,
+                    (scores.drift.kl, scores.drift.flips, scores.drift.other),
+                    strict=True,
+                )
+            )
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
         figures = figures_of(task, arrays, resamples=config.bootstrap, seed=seed)
@@ -142,7 +169,9 @@ def assess_quality(
         def scored() -> dict[str, dict[str, Any]]:
             found: dict[str, dict[str, Any]] = {}
             for scores in run_tasks(model, tokenizer, config):
-                found |= _task_entries(scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed)
+                found |= _task_entries(
+                    scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed
+                )
             return found
 
         with clock.phase("eval"):
@@ -151,24 +180,39 @@ def assess_quality(
 
 
 def _no_tasks(config: QualityConfig, items: Path, why: str) -> dict[str, dict[str, Any]]:
-    """Return nulls with the reason for what lm-eval was to find; its own qualities are there already."""
+    """Return nulls with the reason for what lm-eval was to find; its own qualities are there
+    already.
+    """
     from pipeline.evaluation.quality.tasks import asked_metrics
 
     nothing = null(unmeasured("lm-eval's tasks", why)), None
-    return {f"{TASK}{task}/{metric}": entry_of(nothing, 0, items) for task, metric in asked_metrics(config)}
+    return {
+        f"{TASK}{task}/{metric}": entry_of(nothing, 0, items)
+        for task, metric in asked_metrics(config)
+    }
 
 
-def _as_stored(folder: Path, task: Task, device: torch.device | str, labels: tuple[str, ...] | None) -> Any:
-    """Load an artifact as it is served: in the dtype it is stored in, where this device computes in that."""
-    return load_model(folder, task, device=device, labels=labels, dtype=stored_dtype(folder, device))
+def _as_stored(
+    folder: Path, task: Task, device: torch.device | str, labels: tuple[str, ...] | None
+) -> Any:
+    """Load an artifact as it is served: in the dtype it is stored in, where this device computes in
+    that.
+    """
+    return load_model(
+        folder, task, device=device, labels=labels, dtype=stored_dtype(folder, device)
+    )
 
 
 def task_items(items: Path, task: str) -> Path:
-    """Return where the per-document values of an lm-eval task lie, beside those of the test documents."""
+    """Return where the per-document values of an lm-eval task lie, beside those of the test
+    documents.
+    """
     return items.with_name(f"{items.stem}.{task}.jsonl")
 
 
-def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def _task_entries(
+    scores: TaskScores, items: Path, *, resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """Keep the scores of a task's documents, and return its figures by quality key."""
     write_items(items, {"digest": scores.digest, "responses": scores.responses, **scores.scores})
     figures: dict[str, Figure] = {name: (null(why), None) for name, why in scores.left_out.items()}
@@ -179,14 +223,20 @@ def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int)
             ones = np.ones(len(values), dtype=np.int64)
             figures[name] = _measured(*_ratio(values, ones, resamples=resamples, seed=seed))
     num_documents = len(scores.digest)
-    return {f"{TASK}{scores.name}/{name}": entry_of(each, num_documents, items) for name, each in figures.items()}
+    return {
+        f"{TASK}{scores.name}/{name}": entry_of(each, num_documents, items)
+        for name, each in figures.items()
+    }
 
 
 def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, float, int]:
-    """Return the slice that quantizing hurts most: its name, by how much, and its number of documents.
+    """Return the slice that quantizing hurts most: its name, by how much, and its number of
+    documents.
 
-    Slices are the true classes, or for texts the quarters of documents by what a byte of them cost the unquantized
-    model. By how much: relative increase of bits per byte, or loss of accuracy; below zero where even the worst gains.
+    Slices are the true classes, or for texts the quarters of documents by what a byte of them cost
+    the unquantized
+    model. By how much: relative increase of bits per byte, or loss of accuracy; below zero where
+        even the worst gains.
     """
     found: list[tuple[str, float, int]] = []
     if "label" in arrays:
@@ -204,16 +254,22 @@ def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, fl
 
 
 def choose_documents(documents: Sequence[Document], max_documents: int | None) -> list[Document]:
-    """Return the first documents by content digest: a sample that neither order nor source of the data decides."""
+    """Return the first documents by content digest: a sample that neither order nor source of the
+    data decides.
+    """
     return sorted(documents, key=lambda document: document.digest)[:max_documents]
 
 
 def _scorable(encoded: list[Encoded], task: Task) -> list[Encoded]:
     """Drop what has nothing to predict (a chat whose only answer is empty)."""
     if task is Task.causal_lm:
-        encoded = [document for document in encoded if document.num_bytes and document.targets.any()]
+        encoded = [
+            document for document in encoded if document.num_bytes and document.targets.any()
+        ]
     if not encoded:
-        raise UserError("data", "no test document holds anything to score", "give a test split with text")
+        raise UserError(
+            "data", "no test document holds anything to score", "give a test split with text"
+        )
     return encoded
 
 
@@ -222,14 +278,18 @@ def _check_finite(folder: Path, model: Any, readings: np.ndarray) -> None:
     if num_bad:
         name = first_not_finite(model)
         why = "" if name is None else f": the weights {name} are not"
-        raise StageFailed(f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents{why}")
+        raise StageFailed(
+            f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents{why}"
+        )
 
 
-# -- figures --------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------
 
 
 def _groups(encoded: Sequence[Encoded]) -> Arrays:
-    """Return the column of groups, where some document names one; the others are a source of their own."""
+    """Return the column of groups, where some document names one; the others are a source of their
+    own.
+    """
     if all(document.group is None for document in encoded):
         return {}
     return {GROUP: np.array([document.group for document in encoded], dtype=object)}
@@ -239,11 +299,18 @@ def _columns(scores: CausalScores | ClassificationScores, names: Sequence[str]) 
     return {name: getattr(scores, name) for name in names}
 
 
-def _agreement(predictions: np.ndarray, teacher_predictions: Path, arrays: Arrays) -> np.ndarray | str:
-    """Return how many of each document's first predictions equal the teacher's, int64 (D,), or why that is unknown."""
+def _agreement(
+    predictions: np.ndarray, teacher_predictions: Path, arrays: Arrays
+) -> np.ndarray | str:
+    """Return how many of each document's first predictions equal the teacher's, int64 (D,), or why
+    that is unknown.
+    """
     teacher = np.load(teacher_predictions)
     if len(teacher) != len(predictions):
-        return f"the teacher has {len(teacher)} predictions on these documents, not {len(predictions)}: other tokens"
+        return (
+            f"the teacher has {len(teacher)} predictions on these documents, not"
+            f" {len(predictions)}: other tokens"
+        )
     equal = predictions == teacher
     if "tokens" not in arrays:
         return equal.astype(np.int64)
@@ -252,7 +319,9 @@ def _agreement(predictions: np.ndarray, teacher_predictions: Path, arrays: Array
 
 
 def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict[str, Figure]:
-    """Return the figures that per-document columns give, those that they lack the columns of left out."""
+    """Return the figures that per-document columns give, those that they lack the columns of left
+    out.
+    """
 
     codes = group_codes(arrays) if "digest" in arrays else None
     more: dict[str, Any] = {"resamples": resamples, "seed": seed, "codes": codes}
@@ -265,13 +334,20 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
     if task is Task.causal_lm:
         if has(("bits", "bytes")):
             why = why_unknown(arrays)
-            figures["bits_per_byte"] = (null(why), None) if why else _measured(*ratio("bits", "bytes"))
+            figures["bits_per_byte"] = (
+                (null(why), None) if why else _measured(*ratio("bits", "bytes"))
+            )
         if has(("end_bits", "ends")) and arrays["ends"].any():
             ended = arrays["ends"] > 0
-            ends = _ratio(arrays["end_bits"][ended], arrays["ends"][ended], resamples=resamples, seed=seed)
+            ends = _ratio(
+                arrays["end_bits"][ended], arrays["ends"][ended], resamples=resamples, seed=seed
+            )
             figures["end_token_bits"] = _measured(*ends)
         if has(("unknown_bytes", "bytes")) and arrays["unknown_bytes"].any():
-            figures["unknown_bytes"] = measured(float(arrays["unknown_bytes"].sum() / arrays["bytes"].sum())), None
+            figures["unknown_bytes"] = (
+                measured(float(arrays["unknown_bytes"].sum() / arrays["bytes"].sum())),
+                None,
+            )
         if has(("bits", "tokens")):
             figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
         if has(("correct", "tokens")):
@@ -295,16 +371,25 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
     return figures
 
 
-def read_shares(task: Task, encoded: Sequence[Encoded], num_chosen: int, num_documents: int) -> dict[str, Figure]:
+def read_shares(
+    task: Task, encoded: Sequence[Encoded], num_chosen: int, num_documents: int
+) -> dict[str, Figure]:
     """Return what share of the test split was read: of its documents, and of the text of those."""
     cut = sum(each.unread_bytes > 0 or each.unread_tokens > 0 for each in encoded)
     if task is Task.causal_lm:
         name, unread, read = "read_bytes", "unread_bytes", sum(each.num_bytes for each in encoded)
     else:
-        name, unread, read = "read_tokens", "unread_tokens", sum(len(each.input_ids) for each in encoded)
+        name, unread, read = (
+            "read_tokens",
+            "unread_tokens",
+            sum(len(each.input_ids) for each in encoded),
+        )
     left = sum(getattr(each, unread) for each in encoded)
-    shares = {name: read / (read + left), "cut_documents": cut / num_chosen,
-              "read_documents": num_chosen / num_documents}  # fmt: skip
+    shares = {
+        name: read / (read + left),
+        "cut_documents": cut / num_chosen,
+        "read_documents": num_chosen / num_documents,
+    }
     return {key: (measured(share), None) for key, share in shares.items()}
 
 
@@ -324,27 +409,42 @@ def _measured(v: float, ci: tuple[float, float] | None) -> Figure:
 
 
 def _power_of_2(exponent: float, ci: tuple[float, float] | None) -> Figure:
-    """Return perplexity from bits per token; both ends keep their coverage, because the power is monotone."""
+    """Return perplexity from bits per token; both ends keep their coverage, because the power is
+    monotone.
+    """
     low, high = ci or (exponent, exponent)
     if max(exponent, high) > LARGEST_EXPONENT:
         return null(f"2**{exponent:.0f} is beyond the range of a float"), None
-    return measured(math.pow(2, exponent)), None if ci is None else (math.pow(2, low), math.pow(2, high))
+    return measured(math.pow(2, exponent)), (
+        None if ci is None else (math.pow(2, low), math.pow(2, high))
+    )
 
 
-def _share(right: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None) -> Figure:
+def _share(
+    right: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None
+) -> Figure:
     k, n = int(np.count_nonzero(right)), len(right)
     if codes is None:
         return measured(k / n), wilson_interval(k, n, level=LEVEL)
     if num_groups(codes) == 1:
         return measured(k / n), None
-    return measured(k / n), clustered.share_interval(right != 0, codes, resamples=resamples, seed=seed, level=LEVEL)
+    return measured(k / n), clustered.share_interval(
+        right != 0, codes, resamples=resamples, seed=seed, level=LEVEL
+    )
 
 
-def _macro_f1(arrays: Arrays, *, resamples: int, seed: int, codes: np.ndarray | None = None) -> Figure:
+def _macro_f1(
+    arrays: Arrays, *, resamples: int, seed: int, codes: np.ndarray | None = None
+) -> Figure:
     if len(arrays["label"]) == 1 or num_groups(codes) == 1:
         return measured(macro_f1(arrays)), None
     interval = macro_f1_interval(
-        arrays["label"], arrays["prediction"], resamples=resamples, seed=seed, level=LEVEL, codes=codes
+        arrays["label"],
+        arrays["prediction"],
+        resamples=resamples,
+        seed=seed,
+        level=LEVEL,
+        codes=codes,
     )
     return measured(interval.estimate), (interval.low, interval.high)
 
@@ -359,41 +459,62 @@ def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
 
 
 def entries_of(
-    task: Task, figures: Mapping[str, Figure], num_documents: int, items: Path, groups: int | None = None
+    task: Task,
+    figures: Mapping[str, Figure],
+    num_documents: int,
+    items: Path,
+    groups: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return figures as rows hold them; the primary one names the per-document values even where it is null."""
-    entries = {key: entry_of(figure, num_documents, items, groups) for key, figure in figures.items()}
+    """Return figures as rows hold them; the primary one names the per-document values even where it
+    is null.
+    """
+    entries = {
+        key: entry_of(figure, num_documents, items, groups) for key, figure in figures.items()
+    }
     if PRIMARY[task] in entries:
         entries[PRIMARY[task]]["items"] = str(items)
     return entries
 
 
-def entry_of(figure: Figure, num_documents: int, items: Path, groups: int | None = None) -> dict[str, Any]:
-    """Return a figure as rows hold it; `groups` are those that the documents form, where they form any."""
+def entry_of(
+    figure: Figure, num_documents: int, items: Path, groups: int | None = None
+) -> dict[str, Any]:
+    """Return a figure as rows hold it; `groups` are those that the documents form, where they form
+    any.
+    """
     value, ci = figure
     if value.v is None:
         return {**value.to_json(), "ci": None, "n": None, "items": None}
     counted = {"n": num_documents} if groups is None else {"n": num_documents, "groups": groups}
-    return {**value.to_json(), "ci": None if ci is None else list(ci), **counted, "items": str(items)}
+    return {
+        **value.to_json(),
+        "ci": None if ci is None else list(ci),
+        **counted,
+        "items": str(items),
+    }
 
 
-# -- per-document values --------------------------------------------------------------------------------------------
+# -- per-document values --------------------------------------------------------------------------
 
 
 def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one JSON object per document; the file appears whole or stays as it was."""
     rows = zip(*(column.tolist() for column in arrays.values()), strict=True)
     with _replacing(path) as file:
-        file.writelines(json.dumps(dict(zip(arrays, row, strict=True))).encode() + b"\n" for row in rows)
+        file.writelines(
+            json.dumps(dict(zip(arrays, row, strict=True))).encode() + b"\n" for row in rows
+        )
 
 
 def read_items(path: Path) -> Arrays:
     """Return the per-document columns that `assess_quality` kept, in its order.
 
-    Of a language model: `digest, bits, bytes, tokens, correct`, `end_bits, ends` (of ends of text or turns, which are
-    in none of the others), `unknown_bytes` (of `bytes`) and, with a teacher, `agree` (tokens). Of a classifier:
-    `digest, label, prediction, correct, logprob` and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl`
-    (nats), `flips`, and `unquantized`: the bits, or whether right, of the model that it was made from. Where documents
+    Of a language model: `digest, bits, bytes, tokens, correct`, `end_bits, ends` (of ends of text
+        or turns, which are in none of the others), `unknown_bytes` (of `bytes`) and, with a
+        teacher, `agree` (tokens). Of a classifier: `digest, label, prediction, correct, logprob`
+        and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl` (nats), `flips`, and
+        `unquantized`: the bits, or whether right, of the model that it was made from. Where
+        documents
     name one, `group`: the source that a document shares with others, null for one of its own.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -407,7 +528,9 @@ def _write_predictions(path: Path, predictions: np.ndarray) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Generator[IO[bytes]]:
-    """Give a file that takes the place of `path` when the body ends well, and vanishes when it does not."""
+    """Give a file that takes the place of `path` when the body ends well, and vanishes when it does
+    not.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:

@@ -1,7 +1,9 @@
-"""What per-document values were read on: a note beside them, and values that another evaluation recorded.
+"""What per-document values were read on: a note beside them, and values that another evaluation
+recorded.
 
-Beside `NAME.jsonl` lies `NAME.about.json`: `data` (digest of the data), `split`, `evaluation` (a digest of how it was
-read) and `artifact` (whose values they are). Two sets of values are compared only where the first three are equal.
+Beside `NAME.jsonl` lies `NAME.about.json`: `data` (digest of the data), `split`, `evaluation` (a
+digest of how it was read) and `artifact` (whose values they are). Two sets of values are compared
+only where the first three are equal.
 """
 
 from __future__ import annotations
@@ -47,21 +49,34 @@ def write_identity(items: Path, **facts: str) -> None:
 def read_identity(items: Path) -> dict[str, Any] | None:
     """Return the note of per-document values; None where there is none that says all three."""
     note = read_json(about(items))
-    return note if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY) else None
+    return (
+        note
+        if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY)
+        else None
+    )
 
 
 def values_digest(items: Path) -> str:
-    """Return what per-document values are known by: what their lines say, in whatever order and spelling."""
+    """Return what per-document values are known by: what their lines say, in whatever order and
+    spelling.
+    """
     content = read_bytes(items, limit=MAX_ITEMS)
     try:
-        rows = [json.dumps(json.loads(line), sort_keys=True) for line in content.splitlines() if line.strip()]
+        rows = [
+            json.dumps(json.loads(line), sort_keys=True)
+            for line in content.splitlines()
+            if line.strip()
+        ]
     except (ValueError, RecursionError):  # refused when they are read
         rows = [content.hex()]
     return sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
-def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, key: str) -> dict[str, dict[str, Any]]:
-    """Take over values that another evaluation recorded; return their figures, as `assess_quality` returns its own.
+def take_recorded(
+    given: Path, path: Path, task: Task, config: QualityConfig, key: str
+) -> dict[str, dict[str, Any]]:
+    """Take over values that another evaluation recorded; return their figures, as `assess_quality`
+    returns its own.
 
     Args:
         given: The file.
@@ -78,13 +93,26 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
         shutil.copyfile(about(given), about(path))
     known = [name for name in NUMBERS[task] if name in columns]
     finite = np.isfinite(np.array([columns[name] for name in known], dtype=np.float64)).all()
-    if not known or not finite:  # the values stay, so that a comparison can say what is wrong with them
+    # the values stay, so that a comparison can say what is wrong with them
+    if not known or not finite:
         why = "a document's value is not finite" if known else "no column of this task"
-        return {PRIMARY[task]: {**null(why).to_json(), "ci": None, "n": None, "items": str(path) if known else None}}
+        return {
+            PRIMARY[task]: {
+                **null(why).to_json(),
+                "ci": None,
+                "n": None,
+                "items": str(path) if known else None,
+            }
+        }
     figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
     groups = num_groups(group_codes(columns))
     found = entries_of(task, figures, len(columns["digest"]), path, groups)
-    lacking = {**null("no column that it is made of").to_json(), "ci": None, "n": None, "items": str(path)}
+    lacking = {
+        **null("no column that it is made of").to_json(),
+        "ci": None,
+        "n": None,
+        "items": str(path),
+    }
     return {PRIMARY[task]: lacking, **found}
 
 
@@ -94,7 +122,9 @@ def _columns(path: Path, task: Task, key: str) -> Arrays:
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UserError(key, f"{path} cannot be read ({str(error).splitlines()[0]})", remedy) from None
+        raise UserError(
+            key, f"{path} cannot be read ({str(error).splitlines()[0]})", remedy
+        ) from None
     if not rows:
         raise UserError(key, f"{path} holds no documents", remedy)
     for number, row in enumerate(rows, start=1):
@@ -109,11 +139,17 @@ def _columns(path: Path, task: Task, key: str) -> Arrays:
 
 
 def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
-    """Return what no document can read, or None; what is not finite is for the comparison to say."""
+    """Return what no document can read, or None; what is not finite is for the comparison to
+    say.
+    """
     for name, value in row.items():
         if name == GROUP and value is None:  # a source of its own
             continue
-        whole = isinstance(value, int) and abs(value) < 2**53 and (name == "correct" or not isinstance(value, bool))
+        whole = (
+            isinstance(value, int)
+            and abs(value) < 2**53
+            and (name == "correct" or not isinstance(value, bool))
+        )
         numeric = whole or isinstance(value, float)
         if name in NUMBERS[task] and not numeric:
             return f"{name} is no number"
@@ -132,6 +168,8 @@ def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
             return "more tokens are correct than there are"
     elif row.get("correct", 0) not in (0, 1):
         return "correct is neither 0 nor 1"
-    elif {"label", "prediction", "correct"} <= set(row) and (row["label"] == row["prediction"]) != row["correct"]:
+    elif {"label", "prediction", "correct"} <= set(row) and (
+        row["label"] == row["prediction"]
+    ) != row["correct"]:
         return "correct is not what label and prediction say"
     return None

@@ -2,9 +2,9 @@
 
 Shape legend: B rows of a batch, T tokens of a row, V vocabulary, N scored tokens, D documents.
 
-Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked, on the right for language
-models and as the tokenizer has it for classifiers, every scored token is predicted exactly once, and its
-log-probability is taken in fp32.
+Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked, on the
+right for language models and as the tokenizer has it for classifiers, every scored token is
+predicted exactly once, and its log-probability is taken in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 LOGIT_BYTES = 256 * 2**20
-"""Fp32 logits held at a time, in bytes: batches are cut to it, and a single longer row is reduced in chunks of it."""
+"""Fp32 logits held at a time, in bytes: batches are cut to it, and a single longer row is reduced
+in chunks of it.
+"""
 
 
 class Scorable(Protocol):
@@ -35,12 +37,15 @@ class Scorable(Protocol):
 
     Attributes:
         input_ids: int32 (L,).
-        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the first.
-        targets: bool (L,): the tokens to be predicted. The first token has no context and is never scored.
+        token_type_ids: int32 (L,): the part of the text that each token is of; None: all of the
+            first.
+        targets: bool (L,): the tokens to be predicted. The first token has no context and is never
+            scored.
         num_bytes: UTF-8 bytes that the targets stand for, `ends` left out.
         label: Class index; None without one.
         digest: Content digest of the document; neighbours that share it are one document.
-        ends: bool (L,): targets that are the end of a text or turn, and stand for no bytes; None: none.
+        ends: bool (L,): targets that are the end of a text or turn, and stand for no bytes; None:
+            none.
         unknown_bytes: Those of `num_bytes` under unknown tokens, or under none.
     """
 
@@ -79,7 +84,8 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class CausalScores:
-    """Next-token scores by document, in the order the documents were given. Ends stand apart from all else.
+    """Next-token scores by document, in the order the documents were given. Ends stand apart from
+    all else.
 
     Attributes:
         digest: str (D,).
@@ -87,8 +93,10 @@ class CausalScores:
         bytes: int64 (D,): UTF-8 bytes.
         tokens: int64 (D,): scored tokens.
         correct: int64 (D,): scored tokens that the model ranks first.
-        predictions: int32 (N,): the first-ranked token at every scored position, document after document.
-        end_bits: float64 (D,): negative log2-probability of the document's ends (of its text, or of turns).
+        predictions: int32 (N,): the first-ranked token at every scored position, document after
+            document.
+        end_bits: float64 (D,): negative log2-probability of the document's ends (of its text, or of
+            turns).
         ends: int64 (D,): how many they are.
         unknown_bytes: int64 (D,): those of `bytes` under unknown tokens, or under none.
         drift: From another model's predictions, where one was given.
@@ -147,14 +155,18 @@ class Window:
         return np.arange(self.first, self.first + np.count_nonzero(self.scored))
 
 
-def cut_windows(encoded: Sequence[Scorable], sequence_length: int, stride: int | None = None) -> list[Window]:
-    """Cut documents into windows of which at most `sequence_length` tokens are read, every target predicted once.
+def cut_windows(
+    encoded: Sequence[Scorable], sequence_length: int, stride: int | None = None
+) -> list[Window]:
+    """Cut documents into windows of which at most `sequence_length` tokens are read, every target
+    predicted once.
 
-    The first window of a document predicts its first `sequence_length` tokens, each further one the next `stride`.
-    Where a document is longer than a window, every window but the first reads `sequence_length` tokens, so that the
-    first token it predicts has at least `sequence_length - stride + 1` tokens of context, and the last window of a
-    document has more. With no stride windows share one token. A text's end has a window of its own where it does not
-    fit in, so that the text's windows are those of the text alone. Windows without a target are left out.
+    The first window of a document predicts its first `sequence_length` tokens, each further one the
+    next `stride`. Where a document is longer than a window, every window but the first reads
+    `sequence_length` tokens, so that the first token it predicts has at least `sequence_length -
+    stride + 1` tokens of context, and the last window of a document has more. With no stride
+    windows share one token. A text's end has a window of its own where it does not fit in, so that
+    the text's windows are those of the text alone. Windows without a target are left out.
 
     Args:
         stride: At most `sequence_length`, which it is by default.
@@ -178,7 +190,9 @@ def cut_windows(encoded: Sequence[Scorable], sequence_length: int, stride: int |
 
 
 def _predicted(document: Scorable, length: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Yield what each window of a document predicts: after the token at the first place, up to that at the second."""
+    """Yield what each window of a document predicts: after the token at the first place, up to that
+    at the second.
+    """
     last = len(document.input_ids) - 1
     has_end = document.ends is not None and bool(document.ends[-1])
     text = last - 1 if has_end and last > length else last
@@ -215,7 +229,8 @@ def score_causal(
         other: A model of the same vocabulary, on the same device, to measure the drift from.
 
     Raises:
-        UserError: If a token lies beyond the model's embedding, or a window is longer than its positions.
+        UserError: If a token lies beyond the model's embedding, or a window is longer than its
+            positions.
     """
     windows = cut_windows(encoded, sequence_length, stride)
     check_vocabulary(model, (window.ids for window in windows), pad_id)
@@ -252,7 +267,9 @@ def score_causal(
 
 
 def _numbers(encoded: Sequence[Scorable]) -> np.ndarray:
-    """Return the number of the document that each is of, int64 (E,): neighbours of one digest are of one document."""
+    """Return the number of the document that each is of, int64 (E,): neighbours of one digest are
+    of one document.
+    """
     digests = [document.digest for document in encoded]
     fresh = [at == 0 or digest != digests[at - 1] for at, digest in enumerate(digests)]
     return np.cumsum(fresh, dtype=np.int64) - 1
@@ -261,18 +278,29 @@ def _numbers(encoded: Sequence[Scorable]) -> np.ndarray:
 def _scored_ends(document: Scorable) -> np.ndarray:
     """Return which of a document's scored tokens are ends, bool (n,)."""
     scored = document.targets[1:]
-    return np.zeros(int(np.count_nonzero(scored)), dtype=bool) if document.ends is None else document.ends[1:][scored]
+    return (
+        np.zeros(int(np.count_nonzero(scored)), dtype=bool)
+        if document.ends is None
+        else document.ends[1:][scored]
+    )
 
 
 TOKEN_COLUMNS: dict[str, Any] = {
-    "nats": float, "top": np.int32, "hits": bool, "kl": float, "flips": bool, "other_nats": float
-}  # fmt: skip
+    "nats": float,
+    "top": np.int32,
+    "hits": bool,
+    "kl": float,
+    "flips": bool,
+    "other_nats": float,
+}
 
 
 def _score_windows(
     model: Any, batch: Sequence[Window], device: torch.device | str, pad_id: int, other: Any
 ) -> dict[str, np.ndarray]:
-    """Return `TOKEN_COLUMNS` of the batch's scored tokens, row after row: (n,) each; the last three with `other`."""
+    """Return `TOKEN_COLUMNS` of the batch's scored tokens, row after row: (n,) each; the last three
+    with `other`.
+    """
     import torch
 
     ids, mask = pad_right([window.ids[:-1] for window in batch], pad_id, device)  # (B, T)
@@ -282,7 +310,9 @@ def _score_windows(
     rows = np.repeat(np.arange(len(batch)), [np.count_nonzero(window.scored) for window in batch])
     columns = np.concatenate([np.flatnonzero(window.scored) for window in batch])
     row, column = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
-    target = torch.from_numpy(np.concatenate([window.ids[1:][window.scored] for window in batch]).astype(np.int64))
+    target = torch.from_numpy(
+        np.concatenate([window.ids[1:][window.scored] for window in batch]).astype(np.int64)
+    )
     target = target.to(device)
     chunk = max(1, LOGIT_BYTES // (4 * logits_BTV.shape[-1]))
     parts: list[dict[str, torch.Tensor]] = []
@@ -292,15 +322,22 @@ def _score_windows(
         found = _read(logprobs_nV, target[part])
         if theirs_BTV is not None:
             theirs_nV = theirs_BTV[row[part], column[part]].float().log_softmax(-1)
-            found |= {"kl": divergence(theirs_nV, logprobs_nV), "other_nats": _read(theirs_nV, target[part])["nats"],
-                      "flips": theirs_nV.argmax(-1) != found["top"]}  # fmt: skip
+            found |= {
+                "kl": divergence(theirs_nV, logprobs_nV),
+                "other_nats": _read(theirs_nV, target[part])["nats"],
+                "flips": theirs_nV.argmax(-1) != found["top"],
+            }
         parts.append(found)
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def _read(logprobs_nV: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     top = logprobs_nV.argmax(-1)
-    return {"nats": -logprobs_nV.gather(-1, target[:, None]).squeeze(-1), "top": top, "hits": top == target}
+    return {
+        "nats": -logprobs_nV.gather(-1, target[:, None]).squeeze(-1),
+        "top": top,
+        "hits": top == target,
+    }
 
 
 def divergence(theirs_nV: torch.Tensor, ours_nV: torch.Tensor) -> torch.Tensor:
@@ -317,9 +354,11 @@ def score_classification(
     padding: Padding,
     other: Any = None,
 ) -> ClassificationScores:
-    """Classify every example of `encoded` (labels must be there), and measure the drift from `other`, if given.
+    """Classify every example of `encoded` (labels must be there), and measure the drift from
+    `other`, if given.
 
-    A model that has classes which the data lacks may answer with one of them: their numbers follow the data's.
+    A model that has classes which the data lacks may answer with one of them: their numbers follow
+    the data's.
 
     Raises:
         UserError: If a token lies beyond the model's embedding, or a label beyond its classes.
@@ -330,7 +369,8 @@ def score_classification(
     if len(label) and label.max() >= model.config.num_labels:
         raise UserError(
             "model.path",
-            f"it tells {model.config.num_labels} classes apart and the data has a class {label.max()}",
+            f"it tells {model.config.num_labels} classes apart and the data has a class"
+            f" {label.max()}",
             "use a model with a class for every label",
         )
     check_vocabulary(model, (example.input_ids for example in encoded), padding.token)
@@ -370,22 +410,32 @@ def validation_metric(
     device: torch.device | str,
     padding: Padding,
 ) -> float:
-    """Return bits per byte (lower is better, ends left out) or accuracy (higher is better) of a model in memory.
+    """Return bits per byte (lower is better, ends left out) or accuracy (higher is better) of a
+    model in memory.
 
     The figure is NaN where the model's outputs are: a diverged model is the caller's to notice.
     """
     if task is Task.causal_lm:
         scores = score_causal(
-            model, encoded, sequence_length=sequence_length, batch_size=batch_size, device=device, pad_id=padding.token
+            model,
+            encoded,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            device=device,
+            pad_id=padding.token,
         )
         return float(scores.bits.sum() / scores.bytes.sum())
-    classified = score_classification(model, encoded, batch_size=batch_size, device=device, padding=padding)
+    classified = score_classification(
+        model, encoded, batch_size=batch_size, device=device, padding=padding
+    )
     return float(classified.correct.mean())
 
 
 @contextmanager
 def scoring_mode(model: Any) -> Generator[None]:
-    """Run the body in evaluation and inference mode; every module gets back the training mode it had."""
+    """Run the body in evaluation and inference mode; every module gets back the training mode it
+    had.
+    """
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -398,8 +448,12 @@ def scoring_mode(model: Any) -> Generator[None]:
             module.training = training
 
 
-def pad_right(rows: Sequence[np.ndarray], pad_id: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `rows` as one int64 (B, T) tensor padded on the right, and its attention mask of the same shape."""
+def pad_right(
+    rows: Sequence[np.ndarray], pad_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rows` as one int64 (B, T) tensor padded on the right, and its attention mask of the
+    same shape.
+    """
     import torch
 
     lengths = np.array([len(row) for row in rows])
@@ -421,8 +475,12 @@ def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> Non
         check_tokens(max(largest, pad_id), size)
 
 
-def _example_batches(encoded: Sequence[Scorable], batch_size: int, padding: Padding) -> Iterator[np.ndarray]:
-    """Yield the numbers of examples, longest first; of one length where padding changes what a model says."""
+def _example_batches(
+    encoded: Sequence[Scorable], batch_size: int, padding: Padding
+) -> Iterator[np.ndarray]:
+    """Yield the numbers of examples, longest first; of one length where padding changes what a
+    model says.
+    """
     lengths = np.array([len(example.input_ids) for example in encoded])
     order = np.argsort(-lengths, kind="stable")
     at = 0
@@ -444,8 +502,12 @@ def _check_positions(model: Any, longest: int) -> None:
         )
 
 
-def _batches(windows: Sequence[Window], batch_size: int, vocabulary_size: int) -> Iterator[Sequence[Window]]:
-    """Yield windows longest first, so that a batch holds little padding and its fp32 logits stay in `LOGIT_BYTES`."""
+def _batches(
+    windows: Sequence[Window], batch_size: int, vocabulary_size: int
+) -> Iterator[Sequence[Window]]:
+    """Yield windows longest first, so that a batch holds little padding and its fp32 logits stay in
+    `LOGIT_BYTES`.
+    """
     ordered = sorted(windows, key=lambda window: -len(window.ids))
     at = 0
     while at < len(ordered):

@@ -1,14 +1,16 @@
 """lm-eval tasks from local files (`quality.tasks`): what a model gets right, document by document.
 
-A task is a YAML of lm-eval (github.com/EleutherAI/lm-evaluation-harness) whose data lie on this machine. lm-eval builds
-the prompts, asks the model and scores; what is kept is each document's score, so that arms are compared in pairs like
-on every other quality. Only what is a mean over documents of scores between 0 and 1, higher being better, is a figure
-here (acc, acc_norm, exact_match, ...); any other metric of a task is null with the reason.
+A task is a YAML of lm-eval (github.com/EleutherAI/lm-evaluation-harness) whose data lie on this
+machine. lm-eval builds the prompts, asks the model and scores; what is kept is each document's
+score, so that arms are compared in pairs like on every other quality. Only what is a mean over
+documents of scores between 0 and 1, higher being better, is a figure here (acc, acc_norm,
+exact_match, ...); any other metric of a task is null with the reason.
 
-A task file runs no code of its own: `!function` is refused, templates are rendered in Jinja's sandbox, metrics are
-lm-eval's own (the `evaluate` library would run a script of that name). Nothing is fetched: data from the hub are
-refused, and all of it runs offline. Before anything is trained a task is run once, in full, on a model that answers
-nothing; a prompt that the model could only read in part, which lm-eval would cut without a word, is refused.
+A task file runs no code of its own: `!function` is refused, templates are rendered in Jinja's
+    sandbox, metrics are lm-eval's own (the `evaluate` library would run a script of that name).
+    Nothing is fetched: data from the hub are refused, and all of it runs offline. Before anything
+    is trained a task is run once, in full, on a model that answers nothing; a prompt that the model
+    could only read in part, which lm-eval would cut without a word, is refused.
 """
 
 from __future__ import annotations
@@ -46,11 +48,15 @@ KEY = "quality.tasks"
 READERS = ("json", "csv", "parquet", "text")  # of `datasets`: what reads local files
 LOCAL = f"give dataset_path: {'|'.join(READERS)} and dataset_kwargs: {{data_files: ...}}"
 A_TASK_FILE = "give a task file of lm-eval, with task: NAME (letters, digits, _, -, .)"
-SEED = 1234  # lm-eval's own default, so that examples in prompts, and what is sampled, are those of its command line
+# lm-eval's own default, so that examples in prompts, and what is sampled, are those of its command
+# line
+SEED = 1234
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 CLOSE = 1e-9  # between lm-eval's figure and the mean of the documents' scores
-NEW_TOKENS = 256  # that lm-eval has a model write where a task does not say; Source: HFLM.max_gen_toks
-SAYS_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what it takes for it
+# that lm-eval has a model write where a task does not say; Source: HFLM.max_gen_toks
+NEW_TOKENS = 256
+# what it takes for it
+SAYS_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,8 @@ class TaskFile:
     Attributes:
         name: The file's `task`.
         settings: What lm-eval is given; includes are merged, paths of data absolute.
-        digest: Over the settings and the contents of the data files, wherever they lie; 32 hex characters.
+        digest: Over the settings and the contents of the data files, wherever they lie; 32 hex
+            characters.
     """
 
     name: str
@@ -87,8 +94,10 @@ class TaskScores:
 
     Attributes:
         name: The task.
-        digest: str (D,): by document, its number in the split, its content and what the model was asked of it.
-        responses: str (D,): by document, a digest of the model's answers: likelihoods, or what it wrote.
+        digest: str (D,): by document, its number in the split, its content and what the model was
+            asked of it.
+        responses: str (D,): by document, a digest of the model's answers: likelihoods, or what it
+            wrote.
         scores: By metric, float64 (D,), between 0 and 1.
         left_out: By metric that is no such score, why.
     """
@@ -100,7 +109,7 @@ class TaskScores:
     left_out: dict[str, str]
 
 
-# -- reading and refusing: without lm-eval -----------------------------------------------------------------------------
+# -- reading and refusing: without lm-eval --------------------------------------------------------
 
 
 def check_tasks(config: QualityConfig, task: Task) -> None:
@@ -114,7 +123,11 @@ def check_tasks(config: QualityConfig, task: Task) -> None:
     if task is not Task.causal_lm:
         raise UserError(KEY, f"lm-eval tasks are not for {task.value}", "leave it out")
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(KEY, "needs lm-eval, which is not installed", "pip install 'model-efficiency-pipeline[eval]'")
+        raise UserError(
+            KEY,
+            "needs lm-eval, which is not installed",
+            "pip install 'model-efficiency-pipeline[eval]'",
+        )
     read_tasks(config)
 
 
@@ -133,7 +146,9 @@ def read_tasks(config: QualityConfig) -> list[TaskFile]:
 
 
 def identity(config: QualityConfig) -> dict[str, Any]:
-    """Return what tasks add to an assessment's key: nothing without tasks, so that what was assessed stays so."""
+    """Return what tasks add to an assessment's key: nothing without tasks, so that what was
+    assessed stays so.
+    """
     if not config.tasks:
         return {}
     return {"tasks": [each.digest for each in read_tasks(config)], "lm_eval": version("lm_eval")}
@@ -143,7 +158,11 @@ def _read_task(path: Path) -> TaskFile:
     settings = _with_includes(path)
     name = settings.get("task")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}", name):
-        problem = f"{path} has no task" if name is None else f"{path}: task: {name!r} is no name of one task"
+        problem = (
+            f"{path} has no task"
+            if name is None
+            else f"{path}: task: {name!r} is no name of one task"
+        )
         raise UserError(KEY, problem, A_TASK_FILE)
     _refuse_downloads(path, settings)
     kwargs = settings["dataset_kwargs"]
@@ -156,9 +175,14 @@ def _read_task(path: Path) -> TaskFile:
 
 
 def _in_order(value: Any) -> Any:
-    """Return YAML's values with the keys of mappings, which may be of several types, in one order."""
+    """Return YAML's values with the keys of mappings, which may be of several types, in one
+    order.
+    """
     if isinstance(value, dict):
-        return {key: _in_order(value[key]) for key in sorted(value, key=lambda key: (type(key).__name__, str(key)))}
+        return {
+            key: _in_order(value[key])
+            for key in sorted(value, key=lambda key: (type(key).__name__, str(key)))
+        }
     return [_in_order(each) for each in value] if isinstance(value, list) else value
 
 
@@ -179,7 +203,9 @@ def _names(path: Path, what: str, value: Any) -> list[str]:
     """Return one name, or several, as a list."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-        raise UserError(KEY, f"{path}: {what}: {value!r} names no files", "give a file, or a list of files")
+        raise UserError(
+            KEY, f"{path}: {what}: {value!r} names no files", "give a file, or a list of files"
+        )
     return names
 
 
@@ -193,7 +219,9 @@ def _load_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         problem = f"{path}: {error.problem or 'a tag that is not known'}"
-        raise UserError(KEY, problem, "a task file runs no code: use templates in place of !function") from None
+        raise UserError(
+            KEY, problem, "a task file runs no code: use templates in place of !function"
+        ) from None
     except yaml.YAMLError:
         raise UserError(KEY, f"{path} is no YAML", A_TASK_FILE) from None
 
@@ -202,13 +230,19 @@ def _refuse_downloads(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse what would be fetched, and what would run code."""
     where, kwargs = settings.get("dataset_path"), settings.get("dataset_kwargs")
     if where not in READERS:
-        raise UserError(KEY, f"{path} has dataset_path: {where}, which is not on this machine", LOCAL)
+        raise UserError(
+            KEY, f"{path} has dataset_path: {where}, which is not on this machine", LOCAL
+        )
     if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
         raise UserError(KEY, f"{path} names no data_files", LOCAL)
     if settings.get("unsafe_code"):
-        raise UserError(KEY, f"{path} runs what the model writes (unsafe_code)", "leave that task out")
+        raise UserError(
+            KEY, f"{path} runs what the model writes (unsafe_code)", "leave that task out"
+        )
     if settings.get("use_prompt"):
-        raise UserError(KEY, f"{path} takes its prompt from elsewhere (use_prompt)", "give doc_to_text")
+        raise UserError(
+            KEY, f"{path} takes its prompt from elsewhere (use_prompt)", "give doc_to_text"
+        )
     for each in _metrics(path, settings):
         if each.get("hf_evaluate"):
             problem = f"{path} has a metric with hf_evaluate, which is downloaded"
@@ -220,21 +254,30 @@ def _metrics(path: Path | str, settings: Mapping[str, Any]) -> list[dict[str, An
     metrics = settings.get("metric_list")
     if metrics is None:
         return []
-    if not isinstance(metrics, list) or not all(isinstance(each, dict) and "metric" in each for each in metrics):
-        raise UserError(KEY, f"{path}: metric_list: {metrics!r} lists no metrics", "give [{metric: acc}]")
+    if not isinstance(metrics, list) or not all(
+        isinstance(each, dict) and "metric" in each for each in metrics
+    ):
+        raise UserError(
+            KEY, f"{path}: metric_list: {metrics!r} lists no metrics", "give [{metric: acc}]"
+        )
     return metrics
 
 
 def asked_metrics(config: QualityConfig) -> list[tuple[str, str]]:
-    """Return the tasks and the metrics that their files name; `score` for one that has those of its output_type."""
+    """Return the tasks and the metrics that their files name; `score` for one that has those of its
+    output_type.
+    """
     return [
         (task.name, re.sub(r"[^A-Za-z0-9_.-]", "_", str(each["metric"])))
-        for task in read_tasks(config) for each in _metrics(task.name, task.settings) or [{"metric": "score"}]
-    ]  # fmt: skip
+        for task in read_tasks(config)
+        for each in _metrics(task.name, task.settings) or [{"metric": "score"}]
+    ]
 
 
 def _data_files(path: Path, named: Any) -> dict[str, list[str]]:
-    """Return the data files by split, absolute; relative ones lie beside the task file, else in the current folder."""
+    """Return the data files by split, absolute; relative ones lie beside the task file, else in the
+    current folder.
+    """
     by_split: dict[str, Any] = named if isinstance(named, dict) else {"train": named}
     found: dict[str, list[str]] = {}
     for split, files in by_split.items():
@@ -242,7 +285,9 @@ def _data_files(path: Path, named: Any) -> dict[str, list[str]]:
         for file in _names(path, "data_files", files):
             near = [place for place in (path.parent / file, Path(file)) if place.is_file()]
             if not near:
-                raise UserError(KEY, f"{path}: there is no data file {file}", "give a path beside the task file")
+                raise UserError(
+                    KEY, f"{path}: there is no data file {file}", "give a path beside the task file"
+                )
             found[str(split)].append(str(near[0].resolve()))
     return found
 
@@ -252,7 +297,7 @@ def _content(file: str) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-# -- running: with lm-eval ---------------------------------------------------------------------------------------------
+# -- running: with lm-eval ------------------------------------------------------------------------
 
 
 def import_lm_eval() -> None:
@@ -263,7 +308,8 @@ def import_lm_eval() -> None:
 
 
 def try_tasks(config: QualityConfig) -> dict[str, list[Asked]]:
-    """Run the tasks, before anything is trained, on a model that answers nothing: data, prompts, filters and metrics.
+    """Run the tasks, before anything is trained, on a model that answers nothing: data, prompts,
+    filters and metrics.
 
     Returns:
         By task, what a model will be asked.
@@ -276,8 +322,21 @@ def try_tasks(config: QualityConfig) -> dict[str, list[Asked]]:
     from pyarrow import ArrowException
 
     # what templates, readers and lm-eval's own checks raise; UndefinedError is a TemplateError
-    expected = (TemplateError, DatasetsError, ArrowException, ValueError, KeyError, TypeError, AttributeError,
-                ArithmeticError, LookupError, AssertionError, NotImplementedError, OSError, RuntimeError)  # fmt: skip
+    expected = (
+        TemplateError,
+        DatasetsError,
+        ArrowException,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+        AssertionError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+    )
     asked: dict[str, list[Asked]] = {}
     for each in read_tasks(config):
         _check_metrics(each)
@@ -286,7 +345,9 @@ def try_tasks(config: QualityConfig) -> dict[str, list[Asked]]:
             _scores(each.name, found)
         except expected as error:
             why = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise UserError(KEY, f"lm-eval cannot run task {each.name}: {why}", "see its task guide") from error
+            raise UserError(
+                KEY, f"lm-eval cannot run task {each.name}: {why}", "see its task guide"
+            ) from error
         asked[each.name] = _asked(found["samples"][each.name])
     return asked
 
@@ -294,7 +355,8 @@ def try_tasks(config: QualityConfig) -> dict[str, list[Asked]]:
 def run_tasks(model: Any, tokenizer: Any, config: QualityConfig) -> list[TaskScores]:
     """Run the tasks of `quality.tasks` on a causal language model in memory.
 
-    Log-probabilities are taken in fp32. The state of the process's random generators is left as it was.
+    Log-probabilities are taken in fp32. The state of the process's random generators is left as it
+    was.
 
     Raises:
         UserError: If a prompt is longer than what the model reads.
@@ -306,14 +368,23 @@ def run_tasks(model: Any, tokenizer: Any, config: QualityConfig) -> list[TaskSco
     with _quietly():
         huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
         reader = huggingface.HFLM(
-            pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=config.batch_size,
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=config.batch_size,
             softmax_dtype="float32",
-        )  # fmt: skip
+        )
     try:
         found = _evaluate(reader, tasks)
     except (ValueError, TypeError, AssertionError, LookupError) as error:
-        raise StageFailed(f"lm-eval cannot ask the model: {str(error) or type(error).__name__}") from error
-    check_lengths({each.name: _asked(found["samples"][each.name]) for each in tasks}, tokenizer, reader.max_length)
+        raise StageFailed(
+            f"lm-eval cannot ask the model: {str(error) or type(error).__name__}"
+        ) from error
+    check_lengths(
+        {each.name: _asked(found["samples"][each.name]) for each in tasks},
+        tokenizer,
+        reader.max_length,
+    )
     return [_scores(each.name, found) for each in tasks]
 
 
@@ -324,42 +395,65 @@ def check_lengths(asked: Mapping[str, Sequence[Asked]], tokenizer: Any, limit: i
         UserError: Naming the task.
     """
     for name, each in asked.items():
-        long = [one for one in each if limit is not None and _num_tokens(one, tokenizer, limit) > limit]
+        long = [
+            one for one in each if limit is not None and _num_tokens(one, tokenizer, limit) > limit
+        ]
         if long:
             most = max(_num_tokens(one, tokenizer, 0) for one in long)
-            problem = f"task {name} takes up to {most} tokens, written ones included, and the model reads {limit}"
+            problem = (
+                f"task {name} takes up to {most} tokens, written ones included, and the model reads"
+                f" {limit}"
+            )
             raise UserError(KEY, problem, "shorten its documents, num_fewshot or max_gen_toks")
 
 
 def _num_tokens(asked: Asked, tokenizer: Any, enough: int) -> int:
-    """Return the tokens of a sequence; not counted where even one for every byte would be no more than `enough`."""
+    """Return the tokens of a sequence; not counted where even one for every byte would be no more
+    than `enough`.
+    """
     bound = len(asked.text.encode()) + 2 + asked.num_new  # with what a tokenizer puts around a text
     if bound <= enough:
         return bound
     num_read = len(tokenizer(asked.text)["input_ids"])
-    return num_read + asked.num_new if asked.num_new else num_read - 1  # the last one is predicted, not read
+    # the last one is predicted, not read
+    return num_read + asked.num_new if asked.num_new else num_read - 1
 
 
 def _asked(samples: Sequence[Mapping[str, Any]]) -> list[Asked]:
-    """Return what was asked, of each document once; texts that lm-eval itself reads in windows are left out."""
+    """Return what was asked, of each document once; texts that lm-eval itself reads in windows are
+    left out.
+    """
     by_document = {sample["doc_id"]: sample["arguments"] for sample in samples}
-    return [_one_asked(*each) for arguments in by_document.values() for each in arguments if len(each) == 2]
+    return [
+        _one_asked(*each)
+        for arguments in by_document.values()
+        for each in arguments
+        if len(each) == 2
+    ]
 
 
 def _one_asked(context: str, more: str | Mapping[str, Any]) -> Asked:
     if isinstance(more, str):
         return Asked(context + more, 0)
-    return Asked(context, next((int(more[name]) for name in SAYS_NEW_TOKENS if name in more), NEW_TOKENS))
+    return Asked(
+        context, next((int(more[name]) for name in SAYS_NEW_TOKENS if name in more), NEW_TOKENS)
+    )
 
 
 def _check_metrics(task: TaskFile) -> None:
-    """Refuse metrics that lm-eval does not have: the `evaluate` library would look for a script of that name."""
+    """Refuse metrics that lm-eval does not have: the `evaluate` library would look for a script of
+    that name.
+    """
     with _quietly():
         registry: Any = importlib.import_module("lm_eval.api.registry")
         importlib.import_module("lm_eval.api.metrics")
     for each in _metrics(task.name, task.settings):
         if each["metric"] not in registry.METRIC_REGISTRY:
-            raise UserError(KEY, f"task {task.name}: lm-eval has no metric {each['metric']!r}", "use one of its own")
+            raise UserError(
+                KEY,
+                f"task {task.name}: lm-eval has no metric {each['metric']!r}",
+                "use one of its own",
+            )
 
 
 def _silent_model() -> Any:
@@ -394,7 +488,10 @@ def _loaded(tasks: Sequence[TaskFile]) -> Generator[Any]:
 
     with tempfile.TemporaryDirectory() as cache:
         specs: list[Any] = [
-            {**each.settings, "dataset_kwargs": {**each.settings["dataset_kwargs"], "cache_dir": cache}}
+            {
+                **each.settings,
+                "dataset_kwargs": {**each.settings["dataset_kwargs"], "cache_dir": cache},
+            }
             for each in tasks
         ]
         loaded: Any = TaskManager(include_defaults=False).load(specs)
@@ -433,22 +530,27 @@ def _quietly() -> Generator[None]:
     of_hub: Any = importlib.import_module("huggingface_hub.constants")
     logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     environment = dict(os.environ)
-    switches: list[tuple[Any, str, Any]] = [  # what was imported before no longer reads the environment
-        (of_datasets, "HF_HUB_OFFLINE", True), (of_datasets, "HF_DATASETS_OFFLINE", True),
+    # what was imported before no longer reads the environment
+    switches: list[tuple[Any, str, Any]] = [
+        (of_datasets, "HF_HUB_OFFLINE", True),
+        (of_datasets, "HF_DATASETS_OFFLINE", True),
         (of_hub, "HF_HUB_OFFLINE", True),
-    ]  # fmt: skip
+    ]
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
     logger.setLevel(logging.ERROR)
     before: list[tuple[Any, str, Any]] = []
     try:
         # progress bars, which no setting turns off, go to stderr
         with (
-            contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(),
-        ):  # fmt: skip
+        ):
             warnings.simplefilter("ignore")
             templates: Any = importlib.import_module("lm_eval.utils")
-            sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+            sandbox = SandboxedEnvironment(
+                loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+            )
             sandbox.filters.update(templates.env.filters)
             for module, name, value in (*switches, (templates, "env", sandbox)):
                 before.append((module, name, getattr(module, name)))
@@ -473,7 +575,9 @@ def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
     scores: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
     for metric, filtered, figure in _reported(found["results"][name]):
-        key = re.sub(r"[^A-Za-z0-9_.-]", "_", metric if filtered == "none" else f"{metric}.{filtered}")
+        key = re.sub(
+            r"[^A-Za-z0-9_.-]", "_", metric if filtered == "none" else f"{metric}.{filtered}"
+        )
         values = [sample.get(metric) for sample in by_filter[filtered]]
         why = _why_no_score(values, figure, found["higher_is_better"][name].get(metric))
         if why is None:
@@ -483,7 +587,9 @@ def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
     first = next(iter(by_filter.values()))  # every filter has the same documents
     for sample in first:
         if _not_finite(sample["resps"]):
-            raise StageFailed(f"task {name}: an answer to document {sample['doc_id']} has no finite likelihood")
+            raise StageFailed(
+                f"task {name}: an answer to document {sample['doc_id']} has no finite likelihood"
+            )
     return TaskScores(
         name=name,
         digest=np.array([_digest(sample) for sample in first]),
@@ -507,7 +613,9 @@ def _reported(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _why_no_score(values: Sequence[Any], figure: Any, higher_is_better: bool | None) -> str | None:
-    """Return why values by document do not make a figure that arms can be compared on; None where they do."""
+    """Return why values by document do not make a figure that arms can be compared on; None where
+    they do.
+    """
     import numpy as np
 
     if not all(isinstance(value, int | float | np.number) and 0 <= value <= 1 for value in values):

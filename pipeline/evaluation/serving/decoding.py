@@ -1,8 +1,10 @@
-"""Ways to write token after token: a key-value cache that grows, or one of fixed size, compiled and captured.
+"""Ways to write token after token: a key-value cache that grows, or one of fixed size, compiled and
+captured.
 
-A cache that grows asks for memory and starts every kernel from the host at each token. A cache of fixed size has the
-same addresses at every step, so that a step can be captured once as a CUDA graph and replayed: the host drops out.
-Whether a model can do so is tried, and what it then predicts is held against the growing cache before it is believed.
+A cache that grows asks for memory and starts every kernel from the host at each token. A cache of
+fixed size has the same addresses at every step, so that a step can be captured once as a CUDA graph
+and replayed: the host drops out. Whether a model can do so is tried, and what it then predicts is
+held against the growing cache before it is believed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_ALIKE = 0.99
-"""Cosine of the logits of a step with those from a growing cache; arithmetic alone leaves far more alike."""
+"""Cosine of the logits of a step with those from a growing cache; arithmetic alone leaves far more
+alike.
+"""
 
 
 class Decoder(Protocol):
@@ -71,7 +75,9 @@ class Growing:
         return self._feed(self._token)
 
     def _feed(self, ids: torch.Tensor) -> torch.Tensor:
-        out = self._forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given)
+        out = self._forward(
+            input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given
+        )
         self._cache, self.logits = out.past_key_values, out.logits[:, -1]
         self._token = self.logits.argmax(-1, keepdim=True)
         return self._token
@@ -92,13 +98,21 @@ class Fixed:
     held_bytes = peak_bytes = 0
 
     def __init__(
-        self, model: Any, given: dict[str, Any], prompt: torch.Tensor, size: int, *, compiled: bool = False
+        self,
+        model: Any,
+        given: dict[str, Any],
+        prompt: torch.Tensor,
+        size: int,
+        *,
+        compiled: bool = False,
     ) -> None:
         import torch
         from transformers import StaticCache
 
         self._model, self._given = model, given
-        self._step_forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self._step_forward = (
+            torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        )
         self.how = "static cache, compiled" if compiled else "static cache"
         self._cache = StaticCache(config=model.config, max_cache_len=size)
         self._token = torch.zeros(len(prompt), 1, dtype=torch.int64, device=prompt.device)
@@ -123,7 +137,8 @@ class Fixed:
         """Capture a step. What is not allowed in a capture (waiting for the device, say) raises."""
         import torch
 
-        with torch.cuda.device(self._token.device):  # streams and captures are of the current device
+        # streams and captures are of the current device
+        with torch.cuda.device(self._token.device):
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):  # first calls choose kernels and ask for workspaces
@@ -151,7 +166,9 @@ def chosen(decode: Decode, device_type: str) -> Decode:
     return Decode.graph if device_type == "cuda" else Decode.dynamic
 
 
-def make_decoder(model: Any, decode: Decode, given: dict[str, Any], prompt: torch.Tensor, new: int) -> Decoder:
+def make_decoder(
+    model: Any, decode: Decode, given: dict[str, Any], prompt: torch.Tensor, new: int
+) -> Decoder:
     """Return the decoder asked for, or one with a growing cache that says why it is not that.
 
     Args:
@@ -164,18 +181,31 @@ def make_decoder(model: Any, decode: Decode, given: dict[str, Any], prompt: torc
     decode = chosen(decode, prompt.device.type)
     if decode is Decode.dynamic or new == 1:
         return Growing(model.forward, given)
-    if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own mark of models with a static cache
+    # transformers' own mark of models with a static cache
+    if not getattr(model, "_can_compile_fullgraph", False):
         return Growing(model.forward, given, f"{type(model).__name__} has no static cache")
     try:
-        return _fixed(model, given, prompt, new, compiled=decode is Decode.compile,
-                      captured=on_cuda and decode is not Decode.static)  # fmt: skip
+        return _fixed(
+            model,
+            given,
+            prompt,
+            new,
+            compiled=decode is Decode.compile,
+            captured=on_cuda and decode is not Decode.static,
+        )
     except Exception as error:  # noqa: BLE001 -- kernels refuse capture and compilation in their own ways
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Growing(model.forward, given, f"not {decode.value}: {first[:120]}")
 
 
 def _fixed(
-    model: Any, given: dict[str, Any], prompt: torch.Tensor, new: int, *, compiled: bool, captured: bool
+    model: Any,
+    given: dict[str, Any],
+    prompt: torch.Tensor,
+    new: int,
+    *,
+    compiled: bool,
+    captured: bool,
 ) -> Fixed:
     import torch
 
@@ -194,7 +224,13 @@ def _fixed(
     growing = Growing(model.forward, given)
     growing.prefill(prompt)
     growing.step()
-    alike = torch.nn.functional.cosine_similarity(decoder.logits.float(), growing.logits.float(), dim=-1).min().item()
+    alike = (
+        torch.nn.functional.cosine_similarity(
+            decoder.logits.float(), growing.logits.float(), dim=-1
+        )
+        .min()
+        .item()
+    )
     if not alike >= LEAST_ALIKE:
         raise RuntimeError(f"its predictions are not those of a growing cache (cosine {alike:.3f})")
     return decoder

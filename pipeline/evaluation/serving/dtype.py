@@ -1,9 +1,11 @@
-"""The dtype in which artifacts that are stored in fp32 are served: named, or the fastest that a short probe finds.
+"""The dtype in which artifacts that are stored in fp32 are served: named, or the fastest that a
+short probe finds.
 
-They were assessed in fp32, as they are stored. Served in 16 bits they answer a little otherwise, so that every such arm
-has, on a few documents, how far its predictions lie from those that were assessed: KL, the largest difference of a
-logit, the share of first predictions that change. A dtype in which they lie further than `MOST_KL` is not chosen.
-All such arms of a pass are served in one dtype; what is stored in 16 bits, or quantized, is served as it is.
+They were assessed in fp32, as they are stored. Served in 16 bits they answer a little otherwise, so
+that every such arm has, on a few documents, how far its predictions lie from those that were
+assessed: KL, the largest difference of a logit, the share of first predictions that change. A dtype
+in which they lie further than `MOST_KL` is not chosen. All such arms of a pass are served in one
+dtype; what is stored in 16 bits, or quantized, is served as it is.
 """
 
 from __future__ import annotations
@@ -65,7 +67,11 @@ class Drift:
 
     def figures(self) -> dict[str, Any]:
         """Return them as serving figures of a row."""
-        named = {"dtype_kl": self.kl, "dtype_largest_logit_difference": self.largest, "dtype_flips": self.flips}
+        named = {
+            "dtype_kl": self.kl,
+            "dtype_largest_logit_difference": self.largest,
+            "dtype_flips": self.flips,
+        }
         return {name: measured(value).to_json() for name, value in named.items()}
 
 
@@ -121,12 +127,16 @@ class DtypeChoice:
         ]
         probe = f" by a probe on {self.tried_on}: {', '.join(tried)}" if tried else ""
         reasons = f"; {'; '.join(self.refused)}" if self.refused else ""
-        how = "as asked for" if self.asked is not ServingDtype.auto else f"the fastest here{probe}{reasons}"
+        how = (
+            "as asked for"
+            if self.asked is not ServingDtype.auto
+            else f"the fastest here{probe}{reasons}"
+        )
         said = [f"arms that are stored in fp32 are served in {self.name}, {how}"]
         said += [
-            f"{arm} is assessed in fp32 and served in {self.name}: on {each.documents} test documents KL "
-            f"{each.kl:.2g} nats, largest logit difference {each.largest:.2g}, {each.flips:.1%} of first predictions "
-            "change"
+            f"{arm} is assessed in fp32 and served in {self.name}: on {each.documents} test"
+            f" documents KL {each.kl:.2g} nats, largest logit difference {each.largest:.2g},"
+            f" {each.flips:.1%} of first predictions change"
             for arm, each in self.drift.items()
         ]
         return said
@@ -195,7 +205,9 @@ class _Bench:
         return DtypeChoice(ServingDtype(fmt.value), fmt, drift=drift)
 
     def fastest(self) -> DtypeChoice:
-        """Try the 16-bit dtypes that the device has units for; fp32 stays unless one is surely faster."""
+        """Try the 16-bit dtypes that the device has units for; fp32 stays unless one is surely
+        faster.
+        """
         refused, drifts = list[str](), dict[Format, dict[str, Drift]]()
         for fmt in best_first(self.device):
             why = why_not(fmt, self.device)
@@ -219,7 +231,8 @@ class _Bench:
                 refused.append(f"not {fmt.value}: {far}")
         if not drifts:
             return DtypeChoice(ServingDtype.auto, None, refused=tuple(refused))
-        arm = max(self.plain, key=lambda each: weights_bytes(self.plain[each]))  # the dearest to serve decides
+        # the dearest to serve decides
+        arm = max(self.plain, key=lambda each: weights_bytes(self.plain[each]))
         trials = self._time(arm, list(drifts))
         faster = {fmt: ratio for fmt, (ratio, _, high) in trials.items() if high < 1}
         best = min(faster, key=lambda fmt: faster[fmt], default=None)
@@ -243,7 +256,9 @@ class _Bench:
         for arm, folder in self.plain.items():
             self.check()
             try:
-                logits = [self._logits(folder, dtype) for dtype in (torch.float32, torch_dtype(fmt))]
+                logits = [
+                    self._logits(folder, dtype) for dtype in (torch.float32, torch_dtype(fmt))
+                ]
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
@@ -255,10 +270,14 @@ class _Bench:
         return found
 
     def _logits(self, folder: Path, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the logits of a few documents, (T, vocabulary) or (1, labels) each, in fp32 on the host."""
+        """Return the logits of a few documents, (T, vocabulary) or (1, labels) each, in fp32 on the
+        host.
+        """
         import torch
 
-        model: Any = load_model(folder, self.task, device=self.device, labels=self.labels, dtype=dtype)
+        model: Any = load_model(
+            folder, self.task, device=self.device, labels=self.labels, dtype=dtype
+        )
         found: list[torch.Tensor] = []
         with torch.inference_mode():
             for ids in [prompt for prompt in self.prompts if len(prompt)][:DOCUMENTS]:
@@ -268,10 +287,15 @@ class _Bench:
                 found.append(model(**read_by(model, given)).logits.float().cpu().flatten(0, -2))
         return found
 
-    def _time(self, arm: str, formats: Sequence[Format]) -> dict[Format, tuple[float, float, float]]:
+    def _time(
+        self, arm: str, formats: Sequence[Format]
+    ) -> dict[Format, tuple[float, float, float]]:
         """Return each dtype's time at the load over fp32's, with its interval, read in turns."""
         load_at = self.config.load
-        dtypes: dict[Format | None, Any] = {None: None, **{fmt: torch_dtype(fmt) for fmt in formats}}
+        dtypes: dict[Format | None, Any] = {
+            None: None,
+            **{fmt: torch_dtype(fmt) for fmt in formats},
+        }
         servers = {
             fmt: load(
                 self.plain[arm],
@@ -290,11 +314,16 @@ class _Bench:
         repeats: dict[Format | None, int] = {}
         for fmt, server in servers.items():
             server.once(ids, load_at.new)  # chooses kernels
-            repeats[fmt] = max(1, math.ceil(SHORTEST_S / max(1e-6, server.once(ids, load_at.new).total_s)))
+            repeats[fmt] = max(
+                1, math.ceil(SHORTEST_S / max(1e-6, server.once(ids, load_at.new).total_s))
+            )
         for number in range(ROUNDS):
             self.check()
             for fmt in servers if number % 2 == 0 else reversed(servers):
-                read = [servers[fmt].once(ids, load_at.new).total_s for _ in range(min(64, repeats[fmt]))]
+                read = [
+                    servers[fmt].once(ids, load_at.new).total_s
+                    for _ in range(min(64, repeats[fmt]))
+                ]
                 seconds[fmt].append(float(np.mean(read)))
         return {fmt: _ratio(seconds[fmt], seconds[None]) for fmt in formats}
 

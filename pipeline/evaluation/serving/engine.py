@@ -1,8 +1,8 @@
-"""Results of a serving engine, from files of `vllm bench`: declared by whoever ran it, never mixed with what is
-measured here.
+"""Results of a serving engine, from files of `vllm bench`: declared by whoever ran it, never mixed
+with what is measured here.
 
-Read are `vllm bench serve --save-result`, `vllm bench throughput --output-json` and `vllm bench latency --output-json`;
-figures that a file lacks are left out.
+Read are `vllm bench serve --save-result`, `vllm bench throughput --output-json` and `vllm bench
+latency --output-json`; figures that a file lacks are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ LOAD: dict[str, tuple[tuple[str, float], ...]] = {
     "engine_tokens_in": (("total_input_tokens", 1),),
     "engine_tokens_out": (("total_output_tokens", 1),),
     "engine_max_concurrency": (("max_concurrency", 1),),
-    "engine_request_rate": (("request_rate", 1),),  # the text "inf" where all were sent at once: left out
+    # the text "inf" where all were sent at once: left out
+    "engine_request_rate": (("request_rate", 1),),
 }
 """The load that they were read at."""
 
@@ -72,7 +73,9 @@ def read_results(run: Run) -> dict[str, EngineResult]:
     for arm, path in by_arm.items():
         key = f"{KEY}.{arm}" if isinstance(given, Mapping) else KEY
         if arm not in known:
-            raise UserError(KEY, f"{arm!r} is no arm of this recipe", f"give files by arm: {', '.join(known)}")
+            raise UserError(
+                KEY, f"{arm!r} is no arm of this recipe", f"give files by arm: {', '.join(known)}"
+            )
         if not isinstance(path, str):
             raise UserError(key, f"{path!r} is no file", "give the path of a JSON file")
         found[arm] = read_result(Path(path).expanduser(), key)
@@ -92,7 +95,9 @@ def read_result(path: Path, key: str) -> EngineResult:
     except json.JSONDecodeError as error:
         several = error.msg == "Extra data"
         what = "holds several results" if several else f"is no JSON ({error.msg})"
-        raise UserError(key, f"{path} {what}", "give one with a single result" if several else remedy) from None
+        raise UserError(
+            key, f"{path} {what}", "give one with a single result" if several else remedy
+        ) from None
     except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
         raise UserError(key, f"{path} is no JSON ({error})", remedy) from None
     figures = _figures(raw, FIGURES) if isinstance(raw, dict) else {}
@@ -101,16 +106,22 @@ def read_result(path: Path, key: str) -> EngineResult:
     if raw.get("completed") == 0:
         raise UserError(key, f"{path}: no request was completed", "run the benchmark again")
     figures |= _figures(raw, LOAD)
-    below = next((name for name, value in figures.items() if value.v is not None and value.v < 0), None)
+    below = next(
+        (name for name, value in figures.items() if value.v is not None and value.v < 0), None
+    )
     if below is not None:
-        raise UserError(key, f"{path}: {below.removeprefix('engine_')} is negative", "run the benchmark again")
+        raise UserError(
+            key, f"{path}: {below.removeprefix('engine_')} is negative", "run the benchmark again"
+        )
     words = [str(path), *(f"{name} {raw[name]}" for name in ("model_id", "date") if raw.get(name))]
     failed = _number(raw, "failed")
     words += [f"{failed} requests failed"] if failed else []
     return EngineResult(figures, ", ".join(words))
 
 
-def _figures(raw: Mapping[str, Any], where: Mapping[str, tuple[tuple[str, float], ...]]) -> dict[str, Value]:
+def _figures(
+    raw: Mapping[str, Any], where: Mapping[str, tuple[tuple[str, float], ...]]
+) -> dict[str, Value]:
     found: dict[str, Value] = {}
     for name, places in where.items():
         numbers = [(_number(raw, place), factor) for place, factor in places]

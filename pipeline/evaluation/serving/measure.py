@@ -1,13 +1,15 @@
 """What artifacts cost to run at the declared load, read in turns so that a machine's drift cancels.
 
-A unit is a generated token (causal_lm) or an example (classification). One reading serves one batch: all prompts
-(prefill, which gives the first new token), then the further new tokens one at a time from the key-value cache
-(decode). Device-seconds per 1,000 units are those of prefill and decode together over batch x new tokens; apart,
-prefill counts per 1,000 prompt tokens and decode per 1,000 tokens decoded (new - 1 of each sequence).
+A unit is a generated token (causal_lm) or an example (classification). One reading serves one
+batch: all prompts (prefill, which gives the first new token), then the further new tokens one at a
+time from the key-value cache (decode). Device-seconds per 1,000 units are those of prefill and
+decode together over batch x new tokens; apart, prefill counts per 1,000 prompt tokens and decode
+per 1,000 tokens decoded (new - 1 of each sequence).
 
-Two arms are compared in blocks of arm, base, base, arm or the reverse, by a recorded seed (`compare/blocks.py`). A
-drift that is linear over a block adds the same to both, and what comes back every few readings does not always meet
-the same arm. Readings taken before the machine is steady are discarded (`_warm_until_steady`).
+Two arms are compared in blocks of arm, base, base, arm or the reverse, by a recorded seed
+(`compare/blocks.py`). A drift that is linear over a block adds the same to both, and what comes
+back every few readings does not always meet the same arm. Readings taken before the machine is
+steady are discarded (`_warm_until_steady`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ SHORTEST_S = 0.02
 """Seconds: a reading of less repeats its batch, so that one interruption does not decide it."""
 MOST_REPEATS = 64
 STEADY = 0.01
-"""Largest change of readings, from two rounds to the next two, at which a machine counts as steady."""
+"""Largest change of readings, from two rounds to the next two, at which a machine counts as steady.
+"""
 MOST_ROUNDS = 12
 """Rounds after which reading begins, steady or not."""
 ENERGY_S = gpu_usage.SHORTEST_S + 1.0
@@ -65,16 +68,21 @@ class ServePass:
 
     Attributes:
         serving: By arm and key, values as result.json holds them.
-        seconds: By pair, seconds of one batch of arm and base: (blocks, 2) each, the two readings of every block.
+        seconds: By pair, seconds of one batch of arm and base: (blocks, 2) each, the two readings
+            of every block.
         how: By arm, the arithmetic it was served in and the way tokens were written.
-        conditions: What the machine was like meanwhile: values of `throttle_share` and `foreign_load`.
-        joules: Of the one pair whose energy was asked for, joules per unit of arm and base as `seconds` has seconds.
+        conditions: What the machine was like meanwhile: values of `throttle_share` and
+            `foreign_load`.
+        joules: Of the one pair whose energy was asked for, joules per unit of arm and base as
+            `seconds` has seconds.
         why_no_joules: Why they could not be read.
         dtype: In what artifacts were served that are stored in fp32, and why (`serving_dtype.py`).
         orders: By pair, the order of each block: `ABBA` (arm first) or `BAAB`.
-        places: By pair, of the four readings of each block: how many readings of any arm came before.
+        places: By pair, of the four readings of each block: how many readings of any arm came
+            before.
         order_seed: What orders, and readings discarded between blocks, were drawn with.
-        warm_up: Rounds of readings that were discarded before, and whether the machine was steady then.
+        warm_up: Rounds of readings that were discarded before, and whether the machine was steady
+            then.
     """
 
     serving: dict[str, dict[str, dict[str, Any]]]
@@ -91,7 +99,9 @@ class ServePass:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
-        seconds = [[*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()]
+        seconds = [
+            [*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()
+        ]
         joules = None if self.joules is None else [side.tolist() for side in self.joules]
         return {
             "serving": self.serving,
@@ -110,16 +120,24 @@ class ServePass:
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ServePass:
         """Read back what `to_json` wrote."""
-        seconds = {(arm, base): (np.array(ours), np.array(theirs)) for arm, base, ours, theirs in raw["seconds"]}
+        seconds = {
+            (arm, base): (np.array(ours), np.array(theirs))
+            for arm, base, ours, theirs in raw["seconds"]
+        }
         joules = raw.get("joules")
         return ServePass(
-            raw["serving"], seconds, raw["how"], raw.get("conditions", {}),
-            None if joules is None else (np.array(joules[0]), np.array(joules[1])), raw.get("why_no_joules"),
+            raw["serving"],
+            seconds,
+            raw["how"],
+            raw.get("conditions", {}),
+            None if joules is None else (np.array(joules[0]), np.array(joules[1])),
+            raw.get("why_no_joules"),
             raw.get("dtype", {}),
             {(arm, base): order for arm, base, order in raw.get("orders", [])},
             {(arm, base): places for arm, base, places in raw.get("places", [])},
-            raw.get("order_seed"), raw.get("warm_up", {}),
-        )  # fmt: skip
+            raw.get("order_seed"),
+            raw.get("warm_up", {}),
+        )
 
 
 def _go_on() -> None:
@@ -168,7 +186,15 @@ def serve_pass(
     """
     with clock.phase("model_load"):
         servers = {
-            arm: load(folder, task, device, labels=labels, now_ns=clock.now_ns, dtype=dtype, decode=config.decode)
+            arm: load(
+                folder,
+                task,
+                device,
+                labels=labels,
+                now_ns=clock.now_ns,
+                dtype=dtype,
+                decode=config.decode,
+            )
             for arm, folder in artifacts.items()
         }
     for server in servers.values():
@@ -177,7 +203,13 @@ def serve_pass(
         others, start_ns = Others(), clock.now_ns()
         sampler.mark()
         read = measure_interleaved(
-            servers, pairs, config=config, prompts=prompts, seed=seed, check=check, order_seed=order_seed
+            servers,
+            pairs,
+            config=config,
+            prompts=prompts,
+            seed=seed,
+            check=check,
+            order_seed=order_seed,
         )
         readings = read.readings
         sampler.mark()
@@ -189,7 +221,9 @@ def serve_pass(
             _read_growing(servers, readings, ids, config.load)
         energy = {
             arm: attempted(
-                lambda server=server: _units_per_joule(server, ids, config.load.new, sampler, clock),
+                lambda server=server: _units_per_joule(
+                    server, ids, config.load.new, sampler, clock
+                ),
                 lambda why: null(unmeasured("energy", why)),
             )
             for arm, server in servers.items()
@@ -202,8 +236,12 @@ def serve_pass(
                 lambda why: unmeasured("energy", why),
             )
     serving = {
-        arm: figures(readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices)
-        | {"units_per_joule": energy[arm].to_json()}
+        arm: (
+            figures(
+                readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices
+            )
+            | {"units_per_joule": energy[arm].to_json()}
+        )
         for arm, server in servers.items()
     }
     how = {
@@ -212,15 +250,27 @@ def serve_pass(
     }
     kept, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
     return ServePass(
-        serving, read.seconds, how, conditions, joules=kept, why_no_joules=why_not, orders=read.orders,
-        places=read.places, order_seed=order_seed, warm_up=read.warm_up,
-    )  # fmt: skip
+        serving,
+        read.seconds,
+        how,
+        conditions,
+        joules=kept,
+        why_no_joules=why_not,
+        orders=read.orders,
+        places=read.places,
+        order_seed=order_seed,
+        warm_up=read.warm_up,
+    )
 
 
-def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others, kind: str) -> dict[str, Any]:
-    """Return what the machine was like: on a CPU what others took of its cores, on a GPU what its library says.
+def machine_conditions(
+    sampler: Sampler, window: tuple[int, int], others: Others, kind: str
+) -> dict[str, Any]:
+    """Return what the machine was like: on a CPU what others took of its cores, on a GPU what its
+    library says.
 
-    A GPU that nothing reads (MIG, another vendor, a library that fails) has no figure: the CPU's is not its own.
+    A GPU that nothing reads (MIG, another vendor, a library that fails) has no figure: the CPU's is
+    not its own.
 
     Args:
         kind: The device's type: `cpu`, `cuda`, ...
@@ -229,17 +279,27 @@ def machine_conditions(sampler: Sampler, window: tuple[int, int], others: Others
     usage = sampler.usage(window)
     foreign = taken([load]) if kind == "cpu" else usage.foreign_load
     values = {
-        "throttle_share": usage.throttle_share, "foreign_load": foreign, "host_foreign_load": taken([load]),
-        "steal_share": stolen([load]), "cpu_throttle_share": throttled([load]),
-    }  # fmt: skip
+        "throttle_share": usage.throttle_share,
+        "foreign_load": foreign,
+        "host_foreign_load": taken([load]),
+        "steal_share": stolen([load]),
+        "cpu_throttle_share": throttled([load]),
+    }
     return {name: value.to_json() for name, value in values.items()}
 
 
 def _joules(
-    servers: Mapping[str, Server], pair: Pair, ids: np.ndarray, config: ServingConfig, orders: Sequence[str],
-    sampler: Sampler, clock: PhaseClock,
-) -> tuple[np.ndarray, np.ndarray] | str:  # fmt: skip
-    """Return joules per unit of arm and base in blocks, (blocks, 2) each, or why they cannot be read."""
+    servers: Mapping[str, Server],
+    pair: Pair,
+    ids: np.ndarray,
+    config: ServingConfig,
+    orders: Sequence[str],
+    sampler: Sampler,
+    clock: PhaseClock,
+) -> tuple[np.ndarray, np.ndarray] | str:
+    """Return joules per unit of arm and base in blocks, (blocks, 2) each, or why they cannot be
+    read.
+    """
     found = np.empty((2, config.blocks, 2))
     for block, order in enumerate(orders):
         for side, place in _places(order):
@@ -257,7 +317,9 @@ def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray])
         UserError: Naming the setting.
     """
     if not any(len(prompt) for prompt in prompts):
-        raise UserError("data", "no test document gives a prompt to serve", "give a test split with text")
+        raise UserError(
+            "data", "no test document gives a prompt to serve", "give a test split with text"
+        )
     check_vocabulary(server.model, prompts, 0)
     limit = positions(server.model.config)
     longest = load.prompt + (load.new if server.task is Task.causal_lm else 0)
@@ -269,7 +331,7 @@ def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray])
         )
 
 
-# -- readings -------------------------------------------------------------------------------------------------------
+# -- readings -------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -292,11 +354,14 @@ class Interleaved:
     """What blocks of readings gave.
 
     Attributes:
-        seconds: By pair, seconds of one batch of arm and base, (blocks, 2) each, in the order they were taken.
+        seconds: By pair, seconds of one batch of arm and base, (blocks, 2) each, in the order they
+            were taken.
         readings: By arm, all its readings.
         orders: By pair, the order of each block.
-        places: By pair, of the four readings of each block: how many readings of any arm came before.
-        warm_up: `rounds` of readings that were discarded, and whether the machine was `steady` then.
+        places: By pair, of the four readings of each block: how many readings of any arm came
+            before.
+        warm_up: `rounds` of readings that were discarded, and whether the machine was `steady`
+            then.
     """
 
     seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
@@ -316,7 +381,8 @@ def measure_interleaved(
     check: Callable[[], None] = _go_on,
     order_seed: int = 0,
 ) -> Interleaved:
-    """Read pairs in blocks at the declared load, then all arms forth and back at the further batch sizes.
+    """Read pairs in blocks at the declared load, then all arms forth and back at the further batch
+    sizes.
 
     The prompts of a block are the same for every arm; `check` is called between blocks and sizes.
 
@@ -327,7 +393,8 @@ def measure_interleaved(
         prompts: Encoded documents that prompts are cut from.
         seed: Of the prompts.
         check: What it raises ends the pass.
-        order_seed: Of the blocks' orders (each pair has its own), and of how many readings are discarded between them.
+        order_seed: Of the blocks' orders (each pair has its own), and of how many readings are
+            discarded between them.
     """
     load = config.load
     kept = {arm: Readings() for arm in servers}
@@ -335,7 +402,10 @@ def measure_interleaved(
     alone = [arm for arm in servers if not any(arm in pair for pair in pairs)]
     design = draw_design(len(pairs), config.blocks, len(alone), order_seed)
     orders = {pair: list(each) for pair, each in zip(pairs, design.orders, strict=True)}
-    places = {pair: [list(block) for block in each] for pair, each in zip(pairs, design.places, strict=True)}
+    places = {
+        pair: [list(block) for block in each]
+        for pair, each in zip(pairs, design.places, strict=True)
+    }
     first = draw_prompts(prompts, load.batch, load.prompt, (seed, 0))
     repeats = {arm: _warm_up(server, first, load.new) for arm, server in servers.items()}
     warm_up = _warm_until_steady(servers, first, load.new, repeats, check)
@@ -374,11 +444,16 @@ def _seconds(batch: Sequence[Reading]) -> float:
 
 
 def _warm_until_steady(
-    servers: Mapping[str, Served], ids: np.ndarray, new: int, repeats: Mapping[str, int], check: Callable[[], None]
+    servers: Mapping[str, Served],
+    ids: np.ndarray,
+    new: int,
+    repeats: Mapping[str, int],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Read all arms in turns, keeping nothing, until they are steady or `MOST_ROUNDS` are over.
 
-    Steady: the readings of the last two rounds lie within `STEADY` of the two before, as the mean log-ratio over arms.
+    Steady: the readings of the last two rounds lie within `STEADY` of the two before, as the mean
+        log-ratio over arms.
     """
     logs: list[float] = []
     while len(logs) < MOST_ROUNDS:
@@ -391,7 +466,11 @@ def _warm_until_steady(
 
 
 def _read_size(
-    servers: Mapping[str, Served], kept: dict[str, Readings], size: int, ids: np.ndarray, load: ServingLoad
+    servers: Mapping[str, Served],
+    kept: dict[str, Readings],
+    size: int,
+    ids: np.ndarray,
+    load: ServingLoad,
 ) -> None:
     """Read every arm twice at another batch size; the declared one has been read."""
     if size == load.batch:
@@ -400,11 +479,17 @@ def _read_size(
         return
     repeats = {arm: _warm_up(server, ids, load.new) for arm, server in servers.items()}
     for arm in (*servers, *reversed(list(servers))):
-        kept[arm].by_batch.setdefault(size, []).extend(_serve(servers[arm], ids, load.new, repeats[arm]))
+        kept[arm].by_batch.setdefault(size, []).extend(
+            _serve(servers[arm], ids, load.new, repeats[arm])
+        )
 
 
-def _read_growing(servers: Mapping[str, Server], kept: dict[str, Readings], ids: np.ndarray, load: ServingLoad) -> None:
-    """Read twice, with a cache that grows, every arm that is served in another way: what that way brings is shown."""
+def _read_growing(
+    servers: Mapping[str, Server], kept: dict[str, Readings], ids: np.ndarray, load: ServingLoad
+) -> None:
+    """Read twice, with a cache that grows, every arm that is served in another way: what that way
+    brings is shown.
+    """
     others = [arm for arm in servers if not kept[arm].at_load[0].how.startswith("dynamic")]
     for arm in others:
         servers[arm].once(ids, load.new, decode=Decode.dynamic)
@@ -412,8 +497,12 @@ def _read_growing(servers: Mapping[str, Server], kept: dict[str, Readings], ids:
         kept[arm].growing.append(servers[arm].once(ids, load.new, decode=Decode.dynamic))
 
 
-def _units_per_joule(server: Server, ids: np.ndarray, new: int, sampler: Sampler, clock: PhaseClock) -> Value:
-    """Return units per joule of the devices, serving batch after batch for as long as their counters need."""
+def _units_per_joule(
+    server: Server, ids: np.ndarray, new: int, sampler: Sampler, clock: PhaseClock
+) -> Value:
+    """Return units per joule of the devices, serving batch after batch for as long as their
+    counters need.
+    """
     if sampler.reader.why is not None:
         return null(sampler.reader.why)
     server.once(ids, new)
@@ -438,43 +527,62 @@ def _warm_up(server: Served, ids: np.ndarray, new: int) -> int:
     """Serve twice without keeping it; return how many batches make a reading of `SHORTEST_S`."""
     server.once(ids, new)
     elapsed_s = server.once(ids, new).total_s
-    return MOST_REPEATS if elapsed_s * MOST_REPEATS <= SHORTEST_S else math.ceil(SHORTEST_S / elapsed_s)
+    return (
+        MOST_REPEATS
+        if elapsed_s * MOST_REPEATS <= SHORTEST_S
+        else math.ceil(SHORTEST_S / elapsed_s)
+    )
 
 
-def draw_prompts(prompts: Sequence[np.ndarray], batch: int, length: int, seed: int | tuple[int, ...]) -> np.ndarray:
-    """Return token ids (batch, length) cut at random places from documents laid end to end (repeated if too short)."""
+def draw_prompts(
+    prompts: Sequence[np.ndarray], batch: int, length: int, seed: int | tuple[int, ...]
+) -> np.ndarray:
+    """Return token ids (batch, length) cut at random places from documents laid end to end
+    (repeated if too short).
+    """
     whole = np.concatenate(list(prompts))
     whole = np.tile(whole, math.ceil(length / len(whole)))
     starts = np.random.default_rng(seed).integers(0, len(whole) - length + 1, batch)
     return np.stack([whole[start : start + length] for start in starts])
 
 
-# -- figures --------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------
 
 
 def figures(
     readings: Readings, weights_bytes: int, *, task: Task, load: ServingLoad, devices: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the serving figures of one arm as result.json holds them (the catalogue says what they mean)."""
+    """Return the serving figures of one arm as result.json holds them (the catalogue says what they
+    mean).
+    """
     num_decoded = load.batch * (load.new - 1) if task is Task.causal_lm else 0
-    why = "classification generates nothing" if task is Task.sequence_classification else "one new token is prefill"
+    why = (
+        "classification generates nothing"
+        if task is Task.sequence_classification
+        else "one new token is prefill"
+    )
     prefill_s = [reading.prefill_s for reading in readings.at_load]
     decode_s = [reading.decode_s for reading in readings.at_load]
     values = {
         "device_s_per_1k_units": _per_1k_units(readings.at_load, devices),
         "prefill_device_s_per_1k_tokens": _per_1k(prefill_s, load.batch * load.prompt, devices),
-        "decode_device_s_per_1k_tokens": _per_1k(decode_s, num_decoded, devices) if num_decoded else null(why),
+        "decode_device_s_per_1k_tokens": (
+            _per_1k(decode_s, num_decoded, devices) if num_decoded else null(why)
+        ),
         **_percentiles("", [reading.total_s for reading in readings.at_load]),
         **_percentiles("prefill_", prefill_s),
-        **(_percentiles("token_", [each / (load.new - 1) for each in decode_s]) if num_decoded
-           else {"token_p50_s": null(why), "token_p95_s": null(why)}),
+        **(
+            _percentiles("token_", [each / (load.new - 1) for each in decode_s])
+            if num_decoded
+            else {"token_p50_s": null(why), "token_p95_s": null(why)}
+        ),
         "peak_bytes": _peak_bytes(readings.at_load, weights_bytes),
         "weights_bytes": measured(weights_bytes),
         **{
             f"batch_{size}_device_s_per_1k_units": _per_1k_units(own, devices)
             for size, own in readings.by_batch.items()
         },
-    }  # fmt: skip
+    }
     if readings.growing:
         values["dynamic_cache_device_s_per_1k_units"] = _per_1k_units(readings.growing, devices)
     return {name: value.to_json() for name, value in values.items()}
@@ -494,7 +602,9 @@ def _per_1k(seconds: Iterable[float], count: int, devices: int) -> Value:
 
 
 def _peak_bytes(readings: Sequence[Reading], weights_bytes: int) -> Value:
-    """Return the weights and what serving allocated above them: other arms are loaded at the same time."""
+    """Return the weights and what serving allocated above them: other arms are loaded at the same
+    time.
+    """
     working = [reading.working_bytes for reading in readings if reading.working_bytes is not None]
     if not working:
         return null("a CPU has no device memory to count")

@@ -1,6 +1,7 @@
 """One loaded artifact that serves batches and times them.
 
-The clock is read only after the device has finished what was asked of it. Prompts are on the device beforehand, and
+The clock is read only after the device has finished what was asked of it. Prompts are on the device
+beforehand, and
 every generation runs to its full length: a model that likes to stop early would look cheap.
 """
 
@@ -30,10 +31,12 @@ class Reading:
     """One batch served.
 
     Attributes:
-        prefill_s: Seconds of reading the prompts, up to and with the first new token (or the class).
+        prefill_s: Seconds of reading the prompts, up to and with the first new token (or the
+            class).
         decode_s: Seconds of the further new tokens; 0 for classification.
         units: Tokens generated (batch x new), or examples classified (batch).
-        working_bytes: Device memory allocated at most, above what was allocated before; None where it is not counted.
+        working_bytes: Device memory allocated at most, above what was allocated before; None where
+            it is not counted.
         how: The way tokens were written; empty for classification.
     """
 
@@ -59,13 +62,20 @@ class Server:
     """
 
     def __init__(
-        self, model: Any, task: Task, device: torch.device, now_ns: Callable[[], int], decode: Decode = Decode.dynamic
+        self,
+        model: Any,
+        task: Task,
+        device: torch.device,
+        now_ns: Callable[[], int],
+        decode: Decode = Decode.dynamic,
     ) -> None:
         self.model, self.task, self.device = model, task, device
-        self.weights_bytes = weights_bytes(model)  # before the first forward, which may repack quantized weights
+        # before the first forward, which may repack quantized weights
+        self.weights_bytes = weights_bytes(model)
         self._now_ns, self._decode = now_ns, decode
         self._decoder: tuple[tuple[Any, ...], Decoder] | None = None
-        # Only the last position's logits are needed: the others would cost memory that no server spends.
+        # Only the last position's logits are needed: the others would cost memory that no server
+        # spends.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
         self._end = ends_once(model.config, task)
@@ -74,7 +84,9 @@ class Server:
     def dtype(self) -> str:
         """The arithmetic it serves in, as the result names it."""
         quantized = getattr(self.model.config, "quantization_config", None) is not None
-        return str(self.model.dtype).removeprefix("torch.") + (", quantized weights" if quantized else "")
+        return str(self.model.dtype).removeprefix("torch.") + (
+            ", quantized weights" if quantized else ""
+        )
 
     def once(self, prompt_ids: np.ndarray, new: int, *, decode: Decode | None = None) -> Reading:
         """Serve one batch.
@@ -92,7 +104,9 @@ class Server:
                 if self._end is not None:  # prompts are cut anywhere
                     prompt[prompt == self._end] = self._end - 1
                     prompt[:, -1] = self._end
-                batch = read_by(self.model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
+                batch = read_by(
+                    self.model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+                )
                 before = self._start_memory()
                 start = self._finished_ns()
                 self.model(**batch)
@@ -110,10 +124,14 @@ class Server:
         working = self._working_bytes(before)
         if working is not None:  # what a captured step takes is told by its capture alone
             working = max(decoder.held_bytes + working, decoder.peak_bytes)
-        return Reading((middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, decoder.how)
+        return Reading(
+            (middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, decoder.how
+        )
 
     def _decoder_for(self, prompt: torch.Tensor, new: int, decode: Decode) -> Decoder:
-        """Return the decoder of this shape, made anew where the last one had another: one at a time is in memory."""
+        """Return the decoder of this shape, made anew where the last one had another: one at a time
+        is in memory.
+        """
         asked = (*prompt.shape, new, decode)
         if self._decoder is None or self._decoder[0] != asked:
             self._decoder = None
@@ -143,7 +161,9 @@ class Server:
             return None
         import torch
 
-        return attempted(lambda: torch.accelerator.max_memory_allocated(self.device) - before, lambda _: None)
+        return attempted(
+            lambda: torch.accelerator.max_memory_allocated(self.device) - before, lambda _: None
+        )
 
 
 def load(
@@ -164,8 +184,8 @@ def load(
         device: Where to serve.
         labels: Class names.
         now_ns: Monotonic clock, integer nanoseconds.
-        dtype: Of an artifact that is stored in fp32; None: fp32, as it was assessed. One that is stored in 16 bits is
-            served in them.
+        dtype: Of an artifact that is stored in fp32; None: fp32, as it was assessed. One that is
+            stored in 16 bits is served in them.
         decode: How tokens are written after the prompt.
 
     Raises:
@@ -184,20 +204,29 @@ def load(
 
 
 def weights_bytes(model: Any) -> int:
-    """Return the bytes of a model's parameters and buffers, with the scales that quantized ones carry beside them."""
+    """Return the bytes of a model's parameters and buffers, with the scales that quantized ones
+    carry beside them.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return sum(_stored_bytes(tensor) + _scale_bytes(tensor) for tensor in tensors)
 
 
 def _stored_bytes(tensor: Any) -> int:
-    """Return the bytes a tensor takes: a subclass (torchao's) names what it holds, and is itself of another dtype."""
+    """Return the bytes a tensor takes: a subclass (torchao's) names what it holds, and is itself of
+    another dtype.
+    """
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def _scale_bytes(tensor: Any) -> int:
-    """Return the bytes of a bitsandbytes parameter's scales: `SCB` (int8) or `quant_state` (4 bits)."""
+    """Return the bytes of a bitsandbytes parameter's scales: `SCB` (int8) or `quant_state` (4
+    bits).
+    """
     state = getattr(tensor, "quant_state", None)
-    scales = [getattr(tensor, "SCB", None), *([] if state is None else state.as_dict(packed=False).values())]
+    scales = [
+        getattr(tensor, "SCB", None),
+        *([] if state is None else state.as_dict(packed=False).values()),
+    ]
     return sum(getattr(scale, "nbytes", 0) for scale in scales)

@@ -1,8 +1,10 @@
-"""Does vLLM read the artifact that was assessed? Where it is installed it loads the folder and scores a few documents.
+"""Does vLLM read the artifact that was assessed? Where it is installed it loads the folder and
+scores a few documents.
 
-vLLM has loaders and kernels of its own: a format may be refused there, or read as another model. In a process of its
-own it finds log-probabilities of the tokens of a few test documents, and their mean is set beside that of this
-project's scoring of the same reloaded folder. A check that cannot run says why, and changes nothing else.
+vLLM has loaders and kernels of its own: a format may be refused there, or read as another model. In
+    a process of its own it finds log-probabilities of the tokens of a few test documents, and their
+    mean is set beside that of this project's scoring of the same reloaded folder. A check that
+    cannot run says why, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -41,13 +43,18 @@ DOCUMENTS = 8
 TOKENS = 512  # of each, at most
 BYTES_OF_A_TOKEN = 16  # more of a document are not tokenized for each token that is read
 TIMEOUT_S = 600.0  # to import vLLM, load a model and score; a minute is usual
-# Nats a token. vLLM computes in 16 bits where this project scores unquantized weights in 32. On a small model trained
-# for 150 steps that moved a token's log-probability by 0.013 (standard deviation), up or down, and the mean over 2,000
-# tokens by 0.0008 in bf16; scales of NF4 read one block off moved the mean by 0.15, a layer that was lost by 0.8.
+# Nats a token. vLLM computes in 16 bits where this project scores unquantized weights in 32. On a
+# small model trained for 150 steps that moved a token's log-probability by 0.013 (standard
+# deviation), up or down, and the mean over 2,000 tokens by 0.0008 in bf16; scales of NF4 read one
+# block off moved the mean by 0.15, a layer that was lost by 0.8.
 TOLERANCE = 0.03
 FREE_SHARE = 0.8  # of the memory that is free on the device, for vLLM
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
-         "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # fmt: skip
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +97,16 @@ class Checked:
         assert self.here is not None
         verdict = "" if self.agrees else " DISAGREES:"
         return (
-            f"vLLM: ran ({self.version}:{verdict} {self.vllm:.4f} nats a token, {self.here:.4f} here, "
-            f"{self.vllm - self.here:+.4f} where {self.tolerance} is allowed; {self.documents} documents)"
+            f"vLLM: ran ({self.version}:{verdict} {self.vllm:.4f} nats a token, {self.here:.4f}"
+            f" here, {self.vllm - self.here:+.4f} where {self.tolerance} is allowed;"
+            f" {self.documents} documents)"
         )
 
 
 def installed() -> str | None:
-    """Return vLLM's version, or None where it cannot be found. It is not imported: that takes seconds and a device."""
+    """Return vLLM's version, or None where it cannot be found. It is not imported: that takes
+    seconds and a device.
+    """
     if importlib.util.find_spec("vllm") is None:
         return None
     try:
@@ -133,7 +143,8 @@ def check_vllm(
     """Have vLLM score a folder, beside this project.
 
     Args:
-        documents: The test split; the first `DOCUMENTS` by content digest are read, their first tokens each.
+        documents: The test split; the first `DOCUMENTS` by content digest are read, their first
+            tokens each.
         sequence_length: Tokens of a document, at most; `TOKENS` at most.
         clock: Books model_load, prepare and eval.
         still: Called every second; raises to give up.
@@ -148,13 +159,25 @@ def check_vllm(
         limit = positions(model.config) or TOKENS + 1
         length = min(sequence_length, TOKENS, limit - 1)  # vLLM writes a token after them
         chosen = choose_documents(documents, None)[: 4 * DOCUMENTS]
-        encoded = encode_all(chosen, tokenizer, task, max_length=length, max_bytes=BYTES_OF_A_TOKEN * length)
-        read = [each for each in (_head(each, length) for each in encoded) if each.targets[1:].any()][:DOCUMENTS]
+        encoded = encode_all(
+            chosen, tokenizer, task, max_length=length, max_bytes=BYTES_OF_A_TOKEN * length
+        )
+        read = [
+            each for each in (_head(each, length) for each in encoded) if each.targets[1:].any()
+        ][:DOCUMENTS]
     if not read:
-        return Checked("not run here", "no test document holds a token to predict", version=installed())
+        return Checked(
+            "not run here", "no test document holds a token to predict", version=installed()
+        )
     with clock.phase("eval"):
-        scores = score_causal(model, read, sequence_length=length, batch_size=DOCUMENTS, device=device,
-                              pad_id=tokenizer.pad_token_id)  # fmt: skip
+        scores = score_causal(
+            model,
+            read,
+            sequence_length=length,
+            batch_size=DOCUMENTS,
+            device=device,
+            pad_id=tokenizer.pad_token_id,
+        )
         del model
         found = _ask(folder, [each.input_ids.tolist() for each in read], device, still)
     tokens = int(scores.tokens.sum() + scores.ends.sum())
@@ -162,7 +185,13 @@ def check_vllm(
     if isinstance(found, str):
         return replace(asked, outcome="failed", why=found)
     here = -float(scores.bits.sum() + scores.end_bits.sum()) * math.log(2) / tokens
-    theirs = sum(float(np.array(row)[each.targets[1:]].sum()) for row, each in zip(found, read, strict=True)) / tokens
+    theirs = (
+        sum(
+            float(np.array(row)[each.targets[1:]].sum())
+            for row, each in zip(found, read, strict=True)
+        )
+        / tokens
+    )
     agrees = abs(theirs - here) <= TOLERANCE
     if not math.isfinite(theirs):
         return replace(asked, outcome="failed", why="log-probabilities are not finite", here=here)
@@ -172,24 +201,45 @@ def check_vllm(
 def _head(document: Encoded, length: int) -> Encoded:
     """Return the first tokens of a document; its bytes and label are not read."""
     ends = None if document.ends is None else document.ends[:length]
-    return replace(document, input_ids=document.input_ids[:length], targets=document.targets[:length], ends=ends)
+    return replace(
+        document,
+        input_ids=document.input_ids[:length],
+        targets=document.targets[:length],
+        ends=ends,
+    )
 
 
 def _ask(
     folder: Path, prompts: list[list[int]], device: torch.device, still: Callable[[], None]
 ) -> list[list[float]] | str:
-    """Return the log-probabilities that vLLM finds in a process of its own, or why it found none."""
+    """Return the log-probabilities that vLLM finds in a process of its own, or why it found
+    none.
+    """
     program = Path(__file__).with_name("vllm_process.py")
     with tempfile.TemporaryDirectory() as scratch:
-        answer, request, said = (Path(scratch) / name for name in ("answer.json", "request.json", "said"))
-        request.write_text(json.dumps({"folder": str(folder.resolve()), "prompts": prompts, "answer": str(answer),
-                                       "more": _room(device)}))  # fmt: skip
-        with said.open("w") as stderr:  # no pipe: what vLLM starts may hold one open for longer than it lives itself
+        answer, request, said = (
+            Path(scratch) / name for name in ("answer.json", "request.json", "said")
+        )
+        request.write_text(
+            json.dumps(
+                {
+                    "folder": str(folder.resolve()),
+                    "prompts": prompts,
+                    "answer": str(answer),
+                    "more": _room(device),
+                }
+            )
+        )
+        # no pipe: what vLLM starts may hold one open for longer than it lives itself
+        with said.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", str(program), str(request)], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **QUIET, **_visible(device)},
+                [sys.executable, "-P", "-W", "ignore", str(program), str(request)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env={**os.environ, **QUIET, **_visible(device)},
                 start_new_session=True,
-            )  # fmt: skip
+            )
         try:
             in_time = _wait(process, still)
         finally:
@@ -199,7 +249,11 @@ def _ask(
         if not in_time:
             return f"no answer within {TIMEOUT_S:g} s"
         if process.returncode:
-            lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip()
+                for line in said.read_text(errors="replace").splitlines()
+                if line.strip()
+            ]
             return lines[-1][:300] if lines else f"ended with {process.returncode}"
         return json.loads(answer.read_text()) if answer.exists() else "it ended without an answer"
 

@@ -16,15 +16,31 @@ from pipeline.errors import Unparsable, UserError
 from pipeline.ledger.cost import check_cost
 
 SEPARATOR = "--"
-VALUED = ("--name", "--root", "--gpus", "--model-name", "--team", "--cost-center", "--purpose", "--rate", "--currency",
-          "--rate-source", "--rate-date", "--kill-after")  # fmt: skip
+VALUED = (
+    "--name",
+    "--root",
+    "--gpus",
+    "--model-name",
+    "--team",
+    "--cost-center",
+    "--purpose",
+    "--rate",
+    "--currency",
+    "--rate-source",
+    "--rate-date",
+    "--kill-after",
+)
 FLAGS = ("--no-mlflow", "--recover")
 ROOT = "mlruns"
 _OPTIONS = {
-    "cost.per_device_hour": "--rate", "cost.currency": "--currency", "cost.source": "--rate-source",
-    "cost.date": "--rate-date", "tracking.team": "--team", "tracking.cost_center": "--cost-center",
+    "cost.per_device_hour": "--rate",
+    "cost.currency": "--currency",
+    "cost.source": "--rate-source",
+    "cost.date": "--rate-date",
+    "tracking.team": "--team",
+    "tracking.cost_center": "--cost-center",
     "tracking.purpose": "--purpose",
-}  # fmt: skip
+}
 """What a recipe's settings are called here."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 
@@ -54,15 +70,25 @@ class Settings:
     def params(self) -> dict[str, Any]:
         """Return the settings under the names that a recipe's run gives them."""
         return {
-            "name": self.name, "command": self.shown, "model.name": self.model_name, "tracking.mlflow": self.mlflow,
+            "name": self.name,
+            "command": self.shown,
+            "model.name": self.model_name,
+            "tracking.mlflow": self.mlflow,
             **{f"tracking.{name}": getattr(self, name) for name in OWNER},
-            **{f"cost.{name}": value for name, value in asdict(self.cost).items() if name != "teacher_shared_by"},
-            "kill_after_s": self.kill_after_s, "gpus": None if self.gpus is None else ",".join(self.gpus),
-        }  # fmt: skip
+            **{
+                f"cost.{name}": value
+                for name, value in asdict(self.cost).items()
+                if name != "teacher_shared_by"
+            },
+            "kill_after_s": self.kill_after_s,
+            "gpus": None if self.gpus is None else ",".join(self.gpus),
+        }
 
 
 def _without_secret(before: str, argument: str) -> str:
-    """Return an argument of a command; what follows `--token`, or `=` in one argument, may be a secret."""
+    """Return an argument of a command; what follows `--token`, or `=` in one argument, may be a
+    secret.
+    """
     key, equals, value = argument.partition("=")
     if equals:
         return f"{key}={redact_value(key, value)}"
@@ -98,7 +124,11 @@ def read_options(argv: list[str]) -> dict[str, str]:
                 raise UserError(name, "is empty", f"give a value, or leave {name} out")
             found[name] = given
         else:
-            raise Unparsable(arg, "is no option of the meter", "write -- before the command; --help lists the options")
+            raise Unparsable(
+                arg,
+                "is no option of the meter",
+                "write -- before the command; --help lists the options",
+            )
     return found
 
 
@@ -109,23 +139,36 @@ def read_settings(options: dict[str, str], command: list[str]) -> Settings:
         UserError: Naming the option.
     """
     if not command:
-        raise Unparsable("command", "is missing", "write it after --: python -m pipeline meter -- python train.py")
+        raise Unparsable(
+            "command",
+            "is missing",
+            "write it after --: python -m pipeline meter -- python train.py",
+        )
     name = options.get("--name", _program(command))
     if not _NAME.fullmatch(name):
-        raise UserError("--name", f"{name!r} is no name", "use letters, digits, and _ . + - in between")
+        raise UserError(
+            "--name", f"{name!r} is no name", "use letters, digits, and _ . + - in between"
+        )
     cost = CostConfig(
-        per_device_hour=_number(options, "--rate"), currency=options.get("--currency"),
-        source=options.get("--rate-source"), date=options.get("--rate-date"),
-    )  # fmt: skip
+        per_device_hour=_number(options, "--rate"),
+        currency=options.get("--currency"),
+        source=options.get("--rate-source"),
+        date=options.get("--rate-date"),
+    )
     owner = {name: options.get(_OPTIONS[f"tracking.{name}"]) for name in OWNER}
     _check(cost, owner)
     gpus = options.get("--gpus")
     return Settings(
-        name=name, command=tuple(command), root=Path(options.get("--root", ROOT)),
+        name=name,
+        command=tuple(command),
+        root=Path(options.get("--root", ROOT)),
         gpus=None if gpus is None else () if gpus == "none" else tuple(gpus.split(",")),
-        model_name=options.get("--model-name", "model"), **owner, cost=cost,
-        kill_after_s=_number(options, "--kill-after"), mlflow="--no-mlflow" not in options,
-    )  # fmt: skip
+        model_name=options.get("--model-name", "model"),
+        **owner,
+        cost=cost,
+        kill_after_s=_number(options, "--kill-after"),
+        mlflow="--no-mlflow" not in options,
+    )
 
 
 def _check(cost: CostConfig, owner: dict[str, str | None]) -> None:
@@ -139,7 +182,9 @@ def _check(cost: CostConfig, owner: dict[str, str | None]) -> None:
         check_cost(cost)
         check_owner(owner, required=False)
     except UserError as error:
-        raise UserError(*(_as_typed(text) for text in (error.key, error.problem, error.remedy))) from None
+        raise UserError(
+            *(_as_typed(text) for text in (error.key, error.problem, error.remedy))
+        ) from None
 
 
 def _as_typed(text: str) -> str:
@@ -175,6 +220,14 @@ def check_alone() -> None:
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "LOCAL_RANK" in os.environ and local.isdecimal() and int(local) > 1:
-        raise UserError("meter", f"is one of {local} processes that a launcher started here", "put it before torchrun")
+        raise UserError(
+            "meter",
+            f"is one of {local} processes that a launcher started here",
+            "put it before torchrun",
+        )
     if tasks.isdecimal() and int(tasks) > 1:
-        raise UserError("meter", f"is one of {tasks} tasks on this node", "srun --ntasks-per-node=1, ranks below it")
+        raise UserError(
+            "meter",
+            f"is one of {tasks} tasks on this node",
+            "srun --ntasks-per-node=1, ranks below it",
+        )

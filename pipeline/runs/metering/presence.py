@@ -1,8 +1,9 @@
 """Which GPUs a command may use, and on which of them it appeared; both by NVML, both by UUID.
 
-A process of the command holds a context on a GPU where a process appears that was not there before, or where memory in
-use rises by more than a small context takes: in a container the driver may show no process at all. So whoever else
-begins on such a GPU meanwhile counts as the command; only a GPU that is the job's own is told apart from it.
+A process of the command holds a context on a GPU where a process appears that was not there before,
+or where memory in use rises by more than a small context takes: in a container the driver may show
+no process at all. So whoever else begins on such a GPU meanwhile counts as the command; only a GPU
+that is the job's own is told apart from it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pipeline.ledger.attempted import attempted
 from pipeline.ledger.nvml import memory_used
 
 POLL_S = 0.25  # while a GPU has not been used; afterwards it is not asked any more
-CONTEXT_BYTES = 64 * 2**20  # a context takes hundreds of MiB; without one, memory in use hardly moves
+# a context takes hundreds of MiB; without one, memory in use hardly moves
+CONTEXT_BYTES = 64 * 2**20
 
 
 def visible(nvml: Any, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return NVML's handles, by UUID, of the GPUs that `CUDA_VISIBLE_DEVICES` leaves to a command, in its order.
+    """Return NVML's handles, by UUID, of the GPUs that `CUDA_VISIBLE_DEVICES` leaves to a command,
+    in its order.
 
-    Its numbers are taken as NVML's, which is so for GPUs of one model, or with CUDA_DEVICE_ORDER=PCI_BUS_ID. As in
-    CUDA, an entry that names no GPU ends the list.
+    Its numbers are taken as NVML's, which is so for GPUs of one model, or with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID. As in CUDA, an entry that names no GPU ends the list.
     Source: CUDA C++ Programming Guide, environment variables.
     """
     boards = _boards(nvml)
@@ -35,7 +38,9 @@ def visible(nvml: Any, environ: Mapping[str, str]) -> dict[str, Any]:
     for entry in (part.strip() for part in named.split(",")):
         uuid = _uuid(entry, [uuid for uuid, _ in boards])
         if uuid is None and entry.startswith("MIG-"):
-            handle = attempted(lambda entry=entry: nvml.nvmlDeviceGetHandleByUUID(entry), lambda _: None)
+            handle = attempted(
+                lambda entry=entry: nvml.nvmlDeviceGetHandleByUUID(entry), lambda _: None
+            )
             if handle is None:
                 break
             chosen[entry] = handle
@@ -47,21 +52,31 @@ def visible(nvml: Any, environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _boards(nvml: Any) -> list[tuple[str | None, Any]]:
-    """Return UUID and handle of every GPU by its number; None for one that does not answer (it is lost, say)."""
+    """Return UUID and handle of every GPU by its number; None for one that does not answer (it is
+    lost, say).
+    """
 
     def read(index: int) -> tuple[str | None, Any]:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         return str(nvml.nvmlDeviceGetUUID(handle)), handle
 
     count = attempted(lambda: int(nvml.nvmlDeviceGetCount()), lambda _: 0)
-    return [attempted(lambda index=index: read(index), lambda _: (None, None)) for index in range(count)]
+    return [
+        attempted(lambda index=index: read(index), lambda _: (None, None)) for index in range(count)
+    ]
 
 
 def _uuid(entry: str, known: list[str | None]) -> str | None:
-    """Return the UUID that an entry names: by number, or by as much of the UUID as tells it from the others."""
+    """Return the UUID that an entry names: by number, or by as much of the UUID as tells it from
+    the others.
+    """
     if entry.isdecimal():
         return known[int(entry)] if int(entry) < len(known) else None
-    found = [uuid for uuid in known if uuid is not None and entry.startswith("GPU-") and uuid.startswith(entry)]
+    found = [
+        uuid
+        for uuid in known
+        if uuid is not None and entry.startswith("GPU-") and uuid.startswith(entry)
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -117,8 +132,11 @@ class Presence:
 
     def _state(self, handle: Any) -> _State:
         nvml = self.nvml
-        running = lambda: frozenset[int](each.pid for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        pids = attempted(running, lambda _: frozenset[int]())  # MIG and vGPU tell none: memory must do
+        running = lambda: frozenset[int](
+            each.pid for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        )
+        # MIG and vGPU tell none: memory must do
+        pids = attempted(running, lambda _: frozenset[int]())
         memory = attempted(lambda: memory_used(nvml, handle), lambda _: None)
         return _State(pids, memory)
 

@@ -23,7 +23,9 @@ KILLED_METER = "the meter was killed; hours up to its last sign of life"
 
 
 def recover(root: Path) -> list[str]:
-    """End the runs of meters that were killed; return their names. A run whose command goes on is left for later."""
+    """End the runs of meters that were killed; return their names. A run whose command goes on is
+    left for later.
+    """
     from filelock import FileLock, Timeout
 
     ended: list[str] = []
@@ -45,7 +47,11 @@ def recover(root: Path) -> list[str]:
 
 def _is_over(folder: Path, events: list[dict[str, Any]]) -> bool:
     """Tell whether a command was metered here and goes on nowhere: it may outlive its meter."""
-    if not events or events[0]["e"] != "run_start" or not any(event["e"] == "open" for event in events):
+    if (
+        not events
+        or events[0]["e"] != "run_start"
+        or not any(event["e"] == "open" for event in events)
+    ):
         return False
     why = why_damaged(events[0], METERED)
     if why is not None:
@@ -58,7 +64,9 @@ def _is_over(folder: Path, events: list[dict[str, Any]]) -> bool:
 
 
 def _has(pid: int, mark: bytes) -> bool:
-    """Tell whether a process was started with `mark` in its environment: its number alone may be another's by now."""
+    """Tell whether a process was started with `mark` in its environment: its number alone may be
+    another's by now.
+    """
     try:
         return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -75,8 +83,14 @@ def _end(folder: Path, lock: Any, events: list[dict[str, Any]]) -> None:
     seen = [Used.from_json(event["used"]) for event in events if event["e"] == "devices"]
     used = seen[-1] if seen and seen[-1].kind != "cpu" else as_reported(opened_gpus(lives), GONE)
     facts = Facts(
-        name=start["name"], status="KILLED", why=KILLED_METER, start_ns=opened["start_ns"], end_ns=end_ns, used=used,
-        host_peak=null(GONE), truncated=True,
-    )  # fmt: skip
+        name=start["name"],
+        status="KILLED",
+        why=KILLED_METER,
+        start_ns=opened["start_ns"],
+        end_ns=end_ns,
+        used=used,
+        host_peak=null(GONE),
+        truncated=True,
+    )
     run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
     run.end(facts, now_ns=end_ns, t=last["t"] + (end_ns - last["mono_ns"]) / 1e9)

@@ -1,4 +1,6 @@
-"""The row of a metered command: its time by what its ranks said, its devices by what their library said."""
+"""The row of a metered command: its time by what its ranks said, its devices by what their library
+said.
+"""
 
 from __future__ import annotations
 
@@ -55,34 +57,63 @@ class Facts:
 def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
     """Return the row of a metered command.
 
-    What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by `failed_attempt`.
+    What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by
+    `failed_attempt`.
     """
-    record = _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
+    record = (
+        _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
+    )
     record |= {"identity": start["identity"], "placement": _placement(start, facts)}
     granted = _granted(start)
-    if facts.used.kind == "cpu" and granted is not None and granted.gpus:  # granted, and never touched
-        record["gpu_hours"]["allocated"] = allocated_hours(facts.elapsed_ns / HOUR_NS, 1, granted).to_json()
+    # granted, and never touched
+    if facts.used.kind == "cpu" and granted is not None and granted.gpus:
+        record["gpu_hours"]["allocated"] = allocated_hours(
+            facts.elapsed_ns / HOUR_NS, 1, granted
+        ).to_json()
     found = problems(record)
     return {
-        "arm": facts.name, "stage": facts.name, "type": "metered", "seed": 0, "attempt": 1, "status": facts.status,
-        "why": facts.why, "reused": None, "depends_on": [], "artifact": None, "quality": {},
-        "recovery": {}, "serving": {},
-        "ledger": {**record, "meter_valid": not found, "meter_problems": [*found, *facts.used.read().problems]},
-    }  # fmt: skip
+        "arm": facts.name,
+        "stage": facts.name,
+        "type": "metered",
+        "seed": 0,
+        "attempt": 1,
+        "status": facts.status,
+        "why": facts.why,
+        "reused": None,
+        "depends_on": [],
+        "artifact": None,
+        "quality": {},
+        "recovery": {},
+        "serving": {},
+        "ledger": {
+            **record,
+            "meter_valid": not found,
+            "meter_problems": [*found, *facts.used.read().problems],
+        },
+    }
 
 
 def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
-    timeline = merge(lives, facts.start_ns, facts.end_ns, facts.used.ids) if lives else {"other": facts.elapsed_ns}
+    timeline = (
+        merge(lives, facts.start_ns, facts.end_ns, facts.used.ids)
+        if lives
+        else {"other": facts.elapsed_ns}
+    )
     per_device = apportion(timeline, facts.elapsed_ns)
     idle_ns = per_device.pop(IDLE, 0)
     phases_ns = {**per_device, "other": per_device.get("other", 0) + idle_ns}
-    spent = Spent(work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns})
+    spent = Spent(
+        work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns}
+    )
     record = _ledger(start, facts, spent, {**counts(lives), "steps_lost": null(NOT_TOLD)})
     if lives:
-        unsaid = {"unattributed": per_device.get("other", 0), IDLE: idle_ns}  # `ledger` has seen their sum
+        # `ledger` has seen their sum
+        unsaid = {"unattributed": per_device.get("other", 0), IDLE: idle_ns}
         wasted_by = record["device_hours"]["wasted_by"]
         wasted_by.pop("unattributed", None)
-        wasted_by |= {cause: hours(ns, facts.used.count).to_json() for cause, ns in unsaid.items() if ns}
+        wasted_by |= {
+            cause: hours(ns, facts.used.count).to_json() for cause, ns in unsaid.items() if ns
+        }
     else:
         _silence(record)
     return record
@@ -90,34 +121,56 @@ def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> 
 
 def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
     found = dict.fromkeys(counts(lives), null(ENDED_BADLY))
-    return _ledger(start, facts, Spent(lost_ns=facts.elapsed_ns), {**found, "steps_lost": counts(lives)["steps"]})
+    return _ledger(
+        start,
+        facts,
+        Spent(lost_ns=facts.elapsed_ns),
+        {**found, "steps_lost": counts(lives)["steps"]},
+    )
 
 
-def _ledger(start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]) -> dict[str, Any]:
+def _ledger(
+    start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]
+) -> dict[str, Any]:
     why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
     memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
     record = ledger(
-        spent, {**dict.fromkeys(DISTILLED, null(NOT_TOLD)), **found},
-        devices=facts.used.count, device_kind=facts.used.kind,
-        cost=CostConfig(**start["cost"]), memory=memory, usage=facts.used.read(), disturbance=_disturbance(facts.used),
-        is_training=True, seconds_in_steps=None, peak=null(NOT_TOLD), granted=_granted(start),
+        spent,
+        {**dict.fromkeys(DISTILLED, null(NOT_TOLD)), **found},
+        devices=facts.used.count,
+        device_kind=facts.used.kind,
+        cost=CostConfig(**start["cost"]),
+        memory=memory,
+        usage=facts.used.read(),
+        disturbance=_disturbance(facts.used),
+        is_training=True,
+        seconds_in_steps=None,
+        peak=null(NOT_TOLD),
+        granted=_granted(start),
         truncated=facts.truncated,
-    )  # fmt: skip
+    )
     for name in ("achieved_tflops", "mfu"):
         record["counts"][name] = null("the program's seconds in steps are not known").to_json()
     return record
 
 
 def _disturbance(used: Used) -> Disturbance:
-    """Return what others took of the command's devices; its whole life is work, and nothing is assessed."""
+    """Return what others took of the command's devices; its whole life is work, and nothing is
+    assessed.
+    """
     if used.load is None:
         return disturbance_unread("the process that read it is gone")
     if used.kind == "cpu":
         return of_host([used.load], [])
     foreign = used.read().foreign_load
-    return of_device([used.load], [], foreign_load=foreign, work_foreign_load=foreign,
-                     assess_foreign_load=null("a metered command is not assessed"))  # fmt: skip
+    return of_device(
+        [used.load],
+        [],
+        foreign_load=foreign,
+        work_foreign_load=foreign,
+        assess_foreign_load=null("a metered command is not assessed"),
+    )
 
 
 def _granted(start: Mapping[str, Any]) -> Grant | None:
@@ -140,7 +193,14 @@ def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     scheduler = None if granted is None else {**granted, "name": granted["scheduler"]}
     uuids = [] if facts.used.kind == "cpu" else list(facts.used.ids)
     return {
-        **NOTHING_KNOWN, "device_names": [facts.used.name] * facts.used.count, "uuids": uuids, **facts.used.placement,
-        "node": start["node"], "count": facts.used.count, "cores": os.cpu_count(),
-        "scheduler": scheduler, "torch": None, "cuda": None,
-    }  # fmt: skip
+        **NOTHING_KNOWN,
+        "device_names": [facts.used.name] * facts.used.count,
+        "uuids": uuids,
+        **facts.used.placement,
+        "node": start["node"],
+        "count": facts.used.count,
+        "cores": os.cpu_count(),
+        "scheduler": scheduler,
+        "torch": None,
+        "cuda": None,
+    }

@@ -1,7 +1,7 @@
 """The run that metering a command leaves: folder, journal, row, result.
 
-It has the journal of a recipe's run, with one attempt and one arm of type `metered`, so that MLflow, chargeback and
-`pipeline register` take it as they take any other.
+It has the journal of a recipe's run, with one attempt and one arm of type `metered`, so that
+MLflow, chargeback and `pipeline register` take it as they take any other.
 """
 
 from __future__ import annotations
@@ -61,25 +61,54 @@ class MeteredRun:
         """
         folder, lock = _make_folder(settings.root)
         identity = {
-            "team": settings.team, "cost_center": settings.cost_center, "purpose": settings.purpose,
-            "model_name": settings.model_name, "run": folder.name, "recipe": RECIPE, "commit": _commit(),
+            "team": settings.team,
+            "cost_center": settings.cost_center,
+            "purpose": settings.purpose,
+            "model_name": settings.model_name,
+            "run": folder.name,
+            "recipe": RECIPE,
+            "commit": _commit(),
             "parent": nested_in().get("nested_in"),
-        }  # fmt: skip
+        }
         start: dict[str, Any] = {
-            "run_id": folder.name, "started_ns": started_ns, "attempt": 1, "devices": 1, "recipe": RECIPE,
-            "question": QUESTION, "experiment": RECIPE, "tracking_uri": declared_uri(None), "params": settings.params(),
-            "tags": {name: identity[name] for name in OWNER if identity[name]} | nested_in(), "datasets": [],
+            "run_id": folder.name,
+            "started_ns": started_ns,
+            "attempt": 1,
+            "devices": 1,
+            "recipe": RECIPE,
+            "question": QUESTION,
+            "experiment": RECIPE,
+            "tracking_uri": declared_uri(None),
+            "params": settings.params(),
+            "tags": {name: identity[name] for name in OWNER if identity[name]} | nested_in(),
+            "datasets": [],
             "environment": {"mlflow.source.git.commit": identity["commit"]},
-            "identity": identity, "cost": plain(settings.cost), "name": settings.name,
-            "node": platform.node(), "grant": plain(_node_grant()),
-        }  # fmt: skip
+            "identity": identity,
+            "cost": plain(settings.cost),
+            "name": settings.name,
+            "node": platform.node(),
+            "grant": plain(_node_grant()),
+        }
         run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
-        state = {"key": f"{RECIPE} {folder.name}", "status": "RUNNING", "pid": os.getpid(), "attempt": 1}
+        state = {
+            "key": f"{RECIPE} {folder.name}",
+            "status": "RUNNING",
+            "pid": os.getpid(),
+            "attempt": 1,
+        }
         write_json(folder / "run.json", state)
         write_json(folder / "config.json", settings.params())
         run.journal.write("run_start", **start)
-        run.journal.write("stage_start", arm=settings.name, stage=settings.name, type=TYPE, seed=0, attempt=1,
-                          params={"command": settings.shown}, depends_on=[])  # fmt: skip
+        run.journal.write(
+            "stage_start",
+            arm=settings.name,
+            stage=settings.name,
+            type=TYPE,
+            seed=0,
+            attempt=1,
+            params={"command": settings.shown},
+            depends_on=[],
+        )
         return run
 
     def environ(self) -> dict[str, str]:
@@ -89,9 +118,13 @@ class MeteredRun:
     def begin(self) -> None:
         """Note down that the command is about to begin."""
         now_ns = time.monotonic_ns()
-        self.journal.write("open", kind="work", arm=self.start["name"], seed=0, attempt=1, start_ns=now_ns)
+        self.journal.write(
+            "open", kind="work", arm=self.start["name"], seed=0, attempt=1, start_ns=now_ns
+        )
 
-    def end(self, facts: Facts, *, now_ns: int, t: float | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
+    def end(
+        self, facts: Facts, *, now_ns: int, t: float | None = None, notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Write the row, the result and the report, and let go of the run; return the result.
 
         Args:
@@ -103,13 +136,29 @@ class MeteredRun:
         lives, said = read_lives(self.folder, self.start["node"])
         row = make_row(self.start, facts, lives)
         again = restarts(lives)
-        said += [f"ranks were started again {again} times: counts include what was replayed"] if again else []
+        said += (
+            [f"ranks were started again {again} times: counts include what was replayed"]
+            if again
+            else []
+        )
         kept_ns = facts.elapsed_ns if facts.status == "FINISHED" else 0
-        window = Window(kind="work", arm=facts.name, seed=0, start_ns=facts.start_ns, end_ns=facts.end_ns,
-                        kept_ns=kept_ns)  # fmt: skip
+        window = Window(
+            kind="work",
+            arm=facts.name,
+            seed=0,
+            start_ns=facts.start_ns,
+            end_ns=facts.end_ns,
+            kept_ns=kept_ns,
+        )
         booked = book([window], {1: Span(self.start["started_ns"], now_ns, facts.used.count)})
-        self.journal.write("window", arm=facts.name, seed=0, window=plain(window),
-                           phases_ns=row["ledger"]["phases_ns"], **at)  # fmt: skip
+        self.journal.write(
+            "window",
+            arm=facts.name,
+            seed=0,
+            window=plain(window),
+            phases_ns=row["ledger"]["phases_ns"],
+            **at,
+        )
         self.journal.write("row", row=row, **at)
         totals = _totals(booked, facts, self.start)
         events = read_events(self.folder / "journal.jsonl")
@@ -120,38 +169,72 @@ class MeteredRun:
         write_text(self.folder / "report.md", markdown(result))
         state = {**(read_json(self.folder / "run.json") or {}), "status": facts.status, "pid": None}
         write_json(self.folder / "run.json", state)
-        self.journal.write("run_end", status=facts.status, why=facts.why, primary_arm=facts.name, run=result["run"],
-                           description=markdown(result), files=FILES, **at)  # fmt: skip
+        self.journal.write(
+            "run_end",
+            status=facts.status,
+            why=facts.why,
+            primary_arm=facts.name,
+            run=result["run"],
+            description=markdown(result),
+            files=FILES,
+            **at,
+        )
         self.journal.close()
         self.lock.release()
         return result
 
-    def _result(self, facts: Facts, row: dict[str, Any], run: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    def _result(
+        self, facts: Facts, row: dict[str, Any], run: dict[str, Any], notes: list[str]
+    ) -> dict[str, Any]:
         environment = {
-            "command": self.start["params"]["command"], "python": platform.python_version(),
-            "platform": platform.platform(), "cores": os.cpu_count(), "commit": self.start["identity"]["commit"],
+            "command": self.start["params"]["command"],
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "commit": self.start["identity"]["commit"],
             "notes": notes,
-        }  # fmt: skip
+        }
         result: dict[str, Any] = {
-            "schema": 1, "run_id": self.folder.name, "recipe": RECIPE, "question": QUESTION, "status": facts.status,
-            "why": facts.why, "primary_arm": facts.name, "conclusion": "",
+            "schema": 1,
+            "run_id": self.folder.name,
+            "recipe": RECIPE,
+            "question": QUESTION,
+            "status": facts.status,
+            "why": facts.why,
+            "primary_arm": facts.name,
+            "conclusion": "",
             "device": {"kind": facts.used.kind, "name": facts.used.name, "count": facts.used.count},
-            "environment": environment, "run": run, "rows": [row], "comparisons": [], "verdict": None,
-        }  # fmt: skip
+            "environment": environment,
+            "run": run,
+            "rows": [row],
+            "comparisons": [],
+            "verdict": None,
+        }
         return {**result, "conclusion": conclude(result)}
 
 
 def _totals(booked: Booking, facts: Facts, start: dict[str, Any]) -> dict[str, Any]:
-    """Return the run's device-hours: the command's, and as overhead the meter's own before and after it."""
-    parts = {"total": booked.attached_ns, "work": booked.work_ns, "assess": booked.assess_ns, "retry": booked.retry_ns,
-             "compare": booked.compare_ns, "overhead": booked.overhead_ns}  # fmt: skip
+    """Return the run's device-hours: the command's, and as overhead the meter's own before and
+    after it.
+    """
+    parts = {
+        "total": booked.attached_ns,
+        "work": booked.work_ns,
+        "assess": booked.assess_ns,
+        "retry": booked.retry_ns,
+        "compare": booked.compare_ns,
+        "overhead": booked.overhead_ns,
+    }
     hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
     before_ns = (facts.start_ns - start["started_ns"]) * facts.used.count
     overhead = {"prepare": before_ns, "log": booked.overhead_ns - before_ns}
     return {
-        "attempts": 1, "device_hours": hours, "phases_device_ns": {"overhead": overhead, "compare": {}},
-        "spent": hours["total"], "reused": measured(0.0).to_json(),
-    }  # fmt: skip
+        "attempts": 1,
+        "device_hours": hours,
+        "phases_device_ns": {"overhead": overhead, "compare": {}},
+        "spent": hours["total"],
+        "reused": measured(0.0).to_json(),
+    }
 
 
 def _node_grant() -> Grant | None:
@@ -170,7 +253,9 @@ def _make_folder(root: Path) -> tuple[Path, Any]:
     try:
         (folder / RANKS).mkdir(parents=True)
     except OSError as error:
-        raise UserError("--root", f"{root} cannot be written to ({error.strerror})", "give another folder") from None
+        raise UserError(
+            "--root", f"{root} cannot be written to ({error.strerror})", "give another folder"
+        ) from None
     lock = FileLock(folder / ".lock")
     lock.acquire(timeout=0)
     return folder, lock

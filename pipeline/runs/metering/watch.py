@@ -1,4 +1,6 @@
-"""What a metered command runs on: the GPUs it may use, those it used, and what they did meanwhile."""
+"""What a metered command runs on: the GPUs it may use, those it used, and what they did
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Used:
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
         usage: What was read of all of them; None where nobody read, or is there to tell.
         placement: What the devices' library told of them.
-        load: What others took of the host's processors meanwhile; None where nobody is there to tell.
+        load: What others took of the host's processors meanwhile; None where nobody is there to
+            tell.
         notes: What a reader must know.
     """
 
@@ -69,11 +72,17 @@ class Used:
 
 def cpu_host(*notes: str) -> Used:
     """Return the CPU host as the one device it is."""
-    return Used(kind="cpu", name=device_name(SimpleNamespace(type="cpu")), ids=(os.uname().nodename,), notes=notes)
+    return Used(
+        kind="cpu",
+        name=device_name(SimpleNamespace(type="cpu")),
+        ids=(os.uname().nodename,),
+        notes=notes,
+    )
 
 
 def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
-    """Return the GPUs that ranks say they opened, by UUID with their names; the host where they opened none.
+    """Return the GPUs that ranks say they opened, by UUID with their names; the host where they
+    opened none.
 
     Args:
         why: Nothing else is known of them.
@@ -81,14 +90,21 @@ def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
     if not opened:
         return cpu_host()
     names = [name or UNKNOWN_GPU for name in opened.values()]
-    return Used(kind="cuda", name=names[0], ids=tuple(opened), usage=unread(why), placement={"device_names": names})
+    return Used(
+        kind="cuda",
+        name=names[0],
+        ids=tuple(opened),
+        usage=unread(why),
+        placement={"device_names": names},
+    )
 
 
 class Watch:
     """Watches the GPUs that a command may use.
 
     Args:
-        asked: UUIDs from the command line, none to watch no GPU; None: what the environment leaves visible.
+        asked: UUIDs from the command line, none to watch no GPU; None: what the environment leaves
+            visible.
         nvml: The pynvml module; None imports it.
 
     Raises:
@@ -96,14 +112,25 @@ class Watch:
     """
 
     def __init__(
-        self, asked: Sequence[str] | None, environ: Mapping[str, str] = os.environ, *, nvml: Any = None
+        self,
+        asked: Sequence[str] | None,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        nvml: Any = None,
     ) -> None:
         self._nvml: Any
         self._nvml, self._why = (None, "no GPU is watched") if asked == () else initialised(nvml)
-        if asked and self._nvml is None:  # hours and money of a device that nobody can find would be made up
-            raise UserError("--gpus", f"{asked[0]} cannot be confirmed: {self._why}", "leave --gpus out, or give none")
+        # hours and money of a device that nobody can find would be made up
+        if asked and self._nvml is None:
+            raise UserError(
+                "--gpus",
+                f"{asked[0]} cannot be confirmed: {self._why}",
+                "leave --gpus out, or give none",
+            )
         self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
-        self._samplers = {uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles}
+        self._samplers = {
+            uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles
+        }
         self._presence: Presence | None = None
         self._others = Others()
 
@@ -137,7 +164,11 @@ class Watch:
         self._presence.stop()
         try:
             used = self._used(opened)
-            placements = [self._samplers[uuid].reader.placement() for uuid in used.ids if uuid in self._samplers]
+            placements = [
+                self._samplers[uuid].reader.placement()
+                for uuid in used.ids
+                if uuid in self._samplers
+            ]
         finally:
             for sampler in self._samplers.values():
                 sampler.stop()
@@ -149,10 +180,16 @@ class Watch:
     def _used(self, opened: Iterable[str]) -> Used:
         """Return the devices in use so far."""
         assert self._presence is not None
-        ids = tuple(uuid for uuid in self._handles if uuid in self._presence.used or uuid in set(opened))
+        ids = tuple(
+            uuid for uuid in self._handles if uuid in self._presence.used or uuid in set(opened)
+        )
         if not ids:
-            return cpu_host(f"{len(self._handles)} GPUs were visible to the command, and none was used")
-        name = attempted(lambda: str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), lambda _: UNKNOWN_GPU)
+            return cpu_host(
+                f"{len(self._handles)} GPUs were visible to the command, and none was used"
+            )
+        name = attempted(
+            lambda: str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), lambda _: UNKNOWN_GPU
+        )
         return Used(kind="cuda", name=name, ids=ids)
 
 
@@ -165,19 +202,28 @@ def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str])
             found[uuid] = nvml.nvmlDeviceGetHandleByUUID(uuid)
         except nvml.NVMLError as error:
             known = ", ".join(visible(nvml, {})) or "none"
-            raise UserError("--gpus", f"NVML does not know {uuid} ({error})", f"name some of {known}") from None
+            raise UserError(
+                "--gpus", f"NVML does not know {uuid} ({error})", f"name some of {known}"
+            ) from None
     return found
 
 
 def over_devices(usages: Sequence[Usage]) -> Usage:
-    """Return the usage of several devices, each read by a sampler of its own, as that of one window."""
+    """Return the usage of several devices, each read by a sampler of its own, as that of one
+    window.
+    """
     if len(usages) == 1:  # nothing is derived
         return replace(usages[0], foreign_load=null(NOT_TOLD_APART))
-    figures = {name: derive(_together(name), *(getattr(usage, name) for usage in usages)) for name in FIGURES}
+    figures = {
+        name: derive(_together(name), *(getattr(usage, name) for usage in usages))
+        for name in FIGURES
+    }
     figures["foreign_load"] = null(NOT_TOLD_APART)
     return Usage(
         **figures,
-        throttle_reasons=tuple(sorted({each for usage in usages for each in usage.throttle_reasons})),
+        throttle_reasons=tuple(
+            sorted({each for usage in usages for each in usage.throttle_reasons})
+        ),
         problems=tuple(dict.fromkeys(each for usage in usages for each in usage.problems)),
     )
 
