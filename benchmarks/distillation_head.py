@@ -201,9 +201,9 @@ def peak_bytes(arm: Arm, x: Inputs) -> int:
     meter = MemoryMeter()
     meter.start(x.hidden.device)
     # set back just now: what is resident
-    before = meter.read(x.hidden.device)["host_peak_rss_bytes"].v
+    before = meter.read(x.hidden.device)["host_peak_rss_bytes"].value
     once(arm, x)
-    after = meter.read(x.hidden.device)["host_peak_rss_bytes"].v
+    after = meter.read(x.hidden.device)["host_peak_rss_bytes"].value
     assert before is not None, "this kernel tells no peak of a process"
     assert after is not None
     return int(after - before) - gradients

@@ -443,9 +443,9 @@ def peak_bytes(block: Block, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     meter = MemoryMeter()
     meter.start(device)
-    before = meter.read(device)["host_peak_rss_bytes"].v
+    before = meter.read(device)["host_peak_rss_bytes"].value
     block(2)
-    after = meter.read(device)["host_peak_rss_bytes"].v
+    after = meter.read(device)["host_peak_rss_bytes"].value
     assert before is not None, "this kernel tells no peak of a process"
     assert after is not None
     return int(after - before)

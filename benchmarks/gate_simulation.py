@@ -211,7 +211,7 @@ def as_planned(
             if (
                 first.outcome is Outcome.INCONCLUSIVE
                 and first.needed
-                and (first.value.v or 0.0) > -margin
+                and (first.value.value or 0.0) > -margin
             ):
                 return judged(key, draw(rng, first.needed), margin, number).outcome
 

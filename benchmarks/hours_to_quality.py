@@ -236,7 +236,7 @@ def table(
             for one in each["per_seed"].values()
         )
         split = [
-            "" if each[name]["v"] is None else f"{each[name]['v']:+.1%}"
+            "" if each[name]["value"] is None else f"{each[name]['value']:+.1%}"
             for name in ("systems", "algorithmic")
         ]
         lines.append(
@@ -251,11 +251,11 @@ def table(
 
 def _saving(each: dict[str, Any]) -> str:
     value = each["saving"]
-    if value["v"] is None:
-        bound = each["bound"]["v"]
+    if value["value"] is None:
+        bound = each["bound"]["value"]
         return "both on the shortest run" if bound is None else f"censored, below {bound:+.1%}"
     ends = "" if value["ci"] is None else f" ({value['ci'][0]:+.1%} to {value['ci'][1]:+.1%})"
-    return f"{'>= ' if each['at_least'] else ''}{value['v']:+.1%}{ends}"
+    return f"{'>= ' if each['at_least'] else ''}{value['value']:+.1%}{ends}"
 
 
 def measure_parts(bench: Bench, seeds: Sequence[int]) -> dict[str, Any]:

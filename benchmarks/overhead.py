@@ -94,7 +94,7 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
         yield clock.phase, log
     sampler.stop()
     hours = {
-        part: {"v": 0.0} for part in ("total", "work", "assess", "retry", "compare", "overhead")
+        part: {"value": 0.0} for part in ("total", "work", "assess", "retry", "compare", "overhead")
     }
     phases_ns: dict[str, Any] = {"overhead": {}, "compare": {}}
     journal.write(
@@ -107,8 +107,8 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
         run={
             "device_hours": hours,
             "phases_device_ns": phases_ns,
-            "spent": {"v": 0.0},
-            "reused": {"v": 0.0},
+            "spent": {"value": 0.0},
+            "reused": {"value": 0.0},
         },
     )
     journal.close()

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.compare.savings import Spend, Trained, target_metric, training_saving
 from pipeline.compare.statistics import mean_interval
-from pipeline.ledger.values import Prov, Value, null
+from pipeline.ledger.values import Provenance, Value, null
 
 FULL = 1.0
 FIGURES = ("saving", "systems", "algorithmic")
@@ -127,14 +127,19 @@ def over_seeds(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     one seed is null, and `bound` is what the saving would stay below: the censored seeds' bounds
     with the others' savings.
     """
-    reasons = [each["why_null"] for each in per_seed if each["v"] is None]
+    reasons = [each["why_missing"] for each in per_seed if each["value"] is None]
     if reasons:
         why = f"{reasons[0]} (in {len(reasons)} of {len(per_seed)} seeds)"
         figures = {name: {**null(why).to_json(), "ci": None} for name in FIGURES}
-        known = [each["bound"]["v"] if each["v"] is None else each["v"] for each in per_seed]
+        known = [
+            each["bound"]["value"] if each["value"] is None else each["value"] for each in per_seed
+        ]
         bound = _mean(known) if None not in known else {**null(why).to_json(), "ci": None}
     else:
-        parts = [[each["v"], each["systems"]["v"], each["algorithmic"]["v"]] for each in per_seed]
+        parts = [
+            [each["value"], each["systems"]["value"], each["algorithmic"]["value"]]
+            for each in per_seed
+        ]
         figures = {
             name: _mean(values)
             for name, values in zip(FIGURES, zip(*parts, strict=True), strict=True)
@@ -151,9 +156,9 @@ def over_seeds(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _mean(savings: Sequence[float]) -> dict[str, Any]:
     logs = [math.log1p(-share) for share in savings]
     if len(logs) == 1:
-        return {**Value(savings[0], Prov.DERIVED).to_json(), "ci": None}
+        return {**Value(savings[0], Provenance.DERIVED).to_json(), "ci": None}
     mean, low, high = mean_interval(logs)
     return {
-        **Value(-math.expm1(mean), Prov.DERIVED).to_json(),
+        **Value(-math.expm1(mean), Provenance.DERIVED).to_json(),
         "ci": [-math.expm1(high), -math.expm1(low)],
     }

@@ -308,7 +308,7 @@ def _figures(
 ) -> dict[str, Any]:
     rates = [1 / each for each in seconds]
     arithmetic = arm.partition(", ")[2].partition("_")[0]
-    top = peak(device_name(device), arithmetic).v
+    top = peak(device_name(device), arithmetic).value
     return {
         "tokens_per_s": statistics.median(rates),
         "all_tokens_per_s": rates,

@@ -325,10 +325,13 @@ def charged(
         nothing = {"work_h": 0.0, "retry_h": 0.0, "evaluation_h": 0.0, "flops": 0.0, "tokens": 0}
         stage = stages.setdefault(row["arm"], nothing)
         for name, part in (("work_h", "work"), ("retry_h", "retry"), ("evaluation_h", "assess")):
-            stage[name] += hours[part]["v"] or 0.0
+            stage[name] += hours[part]["value"] or 0.0
         # an attempt that led nowhere counted what another one counts again
         if row["artifact"] is not None:
-            stage["flops"], stage["tokens"] = counts["model_flops"]["v"], counts["tokens"]["v"]
+            stage["flops"], stage["tokens"] = (
+                counts["model_flops"]["value"],
+                counts["tokens"]["value"],
+            )
     phases_ns: dict[str, int] = {}
     for event in work_windows(events):
         evaluated_h = event["phases_ns"].get("eval", 0) / HOUR_NS

@@ -59,7 +59,7 @@ def run_recipe(recipe: str, root: Path, settings: list[str]) -> tuple[dict[str, 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return the figures worth keeping."""
-    kept = ("v", "ci", "n", "why_null")
+    kept = ("value", "ci", "n", "why_missing")
     rows = [
         {
             "arm": row["arm"],
@@ -93,12 +93,12 @@ def problems(result: dict[str, Any]) -> list[str]:
         if row["status"] != "FINISHED":
             continue
         ledger = row["ledger"]
-        if ledger["gpu_hours"]["attached"]["v"] is None:
+        if ledger["gpu_hours"]["attached"]["value"] is None:
             found.append(
-                f"{row['arm']}: GPU-hours null: {ledger['gpu_hours']['attached']['why_null']}"
+                f"{row['arm']}: GPU-hours null: {ledger['gpu_hours']['attached']['why_missing']}"
             )
-        if ledger["energy_j"]["v"] is None:
-            found.append(f"{row['arm']}: energy null: {ledger['energy_j']['why_null']}")
+        if ledger["energy_j"]["value"] is None:
+            found.append(f"{row['arm']}: energy null: {ledger['energy_j']['why_missing']}")
         other = ledger["phases_ns"].get("other", 0) / sum(ledger["phases_ns"].values())
         if other >= 0.02:
             found.append(f"{row['arm']}: {other:.1%} of the wall time is in no phase")

@@ -116,7 +116,8 @@ def kept(result: dict[str, Any]) -> dict[str, Any]:
         {
             **pair,
             "training": {
-                "answered": (result["comparisons"][at].get("training") or {}).get("v") is not None
+                "answered": (result["comparisons"][at].get("training") or {}).get("value")
+                is not None
             },
         }
         for at, pair in enumerate(found["comparisons"])

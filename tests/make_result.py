@@ -42,12 +42,12 @@ _TYPES = {"student": "distill", "int8": "quantize", "nf4": "quantize", "student_
 
 def value(v: float, prov: str = "measured", **more: Any) -> dict[str, Any]:
     """Return a figure as it stands in result.json."""
-    return {"v": v, "prov": prov, "why_null": None, **more}
+    return {"value": v, "provenance": prov, "why_missing": None, **more}
 
 
 def null(why: str, **more: Any) -> dict[str, Any]:
     """Return a null with its reason."""
-    return {"v": None, "prov": "unavailable", "why_null": why, **more}
+    return {"value": None, "provenance": "unavailable", "why_missing": why, **more}
 
 
 def make_ledger(
@@ -268,11 +268,11 @@ def make_run(
     hours: dict[str, float] = {"compare": compare_min * MINUTE, "overhead": overhead_min * MINUTE}
     for name in ("work", "assess", "retry"):
         hours[name] = sum(
-            row["ledger"]["device_hours"][name]["v"] or 0.0 for row in rows if not row["reused"]
+            row["ledger"]["device_hours"][name]["value"] or 0.0 for row in rows if not row["reused"]
         )
     total = sum(hours.values())
     reused = sum(
-        row["ledger"]["device_hours"]["attached"]["v"] or 0.0 for row in rows if row["reused"]
+        row["ledger"]["device_hours"]["attached"]["value"] or 0.0 for row in rows if row["reused"]
     )
     return {
         "attempts": 1,
@@ -299,7 +299,7 @@ def make_result(recipe: str = "distill", *, gpu: bool = False, **changes: Any) -
     """
     rows = changes.get("rows", [make_row(arm, gpu=gpu) for arm in ARMS[recipe]])
     result: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "run_id": "4f1c0a",
         "recipe": recipe,
         "question": "is it worth it?",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.compare.verdict import Criterion, Outcome, decide
-from pipeline.ledger.values import Prov, Value, null
+from pipeline.ledger.values import Provenance, Value, null
 from pipeline.report.verdict import verdict_line
 
-DERIVED = Prov.DERIVED
+DERIVED = Provenance.DERIVED
 
 
 def serving(
@@ -54,7 +54,7 @@ def make_verdict(
     }
     outcome = decide(criteria)
     made: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "line": "",
         "verdict": outcome.value,
         "exit_code": {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "INVALID": 5}[outcome],

@@ -16,7 +16,7 @@ import pipeline.quantization.backend
 from pipeline.errors import UserError
 from pipeline.evaluation.serving.engine import read_result
 from pipeline.ledger.metrics import BY_KEY
-from pipeline.ledger.values import Prov
+from pipeline.ledger.values import Provenance
 
 # The keys of `vllm bench serve --save-result`, with --metric-percentiles 95,99.
 SERVE: dict[str, Any] = {
@@ -98,9 +98,9 @@ def test_what_the_engine_says_is_declared_in_our_units(
     tmp_path: Path, content: Any, expected: dict
 ) -> None:
     figures = read_result(written(tmp_path / "bench.json", content), "serving.results").figures
-    assert {value.prov for value in figures.values()} == {Prov.DECLARED}
+    assert {value.provenance for value in figures.values()} == {Provenance.DECLARED}
     assert {f"serving/{name}" for name in figures} <= set(BY_KEY)
-    found = {name.removeprefix("engine_"): value.v for name, value in figures.items()}
+    found = {name.removeprefix("engine_"): value.value for name, value in figures.items()}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert len(expected) < 3 or set(found) == set(expected)
 
@@ -186,13 +186,13 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     result, report = result_in(tmp_path), (tmp_path / "mlruns/latest/report.md").read_text()
     rows = {row["arm"]: row["serving"] for row in result["rows"]}
     assert rows["int8"]["engine_output_tokens_per_s"] == {
-        "v": 1280.0,
-        "prov": "declared",
-        "why_null": None,
+        "value": 1280.0,
+        "provenance": "declared",
+        "why_missing": None,
     }
     assert not any(name.startswith("engine_") for name in rows["reference"])
-    assert rows["reference"]["dynamic_cache_device_s_per_1k_units"]["v"] > 0
-    assert rows["reference"]["units_per_joule"]["why_null"] == "a CPU run uses no GPU"
+    assert rows["reference"]["dynamic_cache_device_s_per_1k_units"]["value"] > 0
+    assert rows["reference"]["units_per_joule"]["why_missing"] == "a CPU run uses no GPU"
     how = result["comparisons"][0]["serving"]["how"]
     assert how == "float32, quantized weights, static cache against float32, static cache"
     assert "## Serving, declared" in report
@@ -206,5 +206,5 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     again = here(tmp_path, *settings, "serving.results=bench.json")
     assert again.returncode == 0, again.stderr
     rows = {row["arm"]: row["serving"] for row in result_in(tmp_path)["rows"]}
-    assert rows["int8"]["engine_requests"]["v"] == 200
+    assert rows["int8"]["engine_requests"]["value"] == 200
     assert {arm: serving["device_s_per_1k_units"] for arm, serving in rows.items()} == before

@@ -141,21 +141,19 @@ def test_causal_figures_are_those_of_their_items(folders, tmp_path: Path) -> Non
         assert size == len(by_digest[digest].text)
         assert tokens == size  # one token a byte; the end stands apart
     assert kept["ends"].tolist() == [1] * 30
-    assert result["end_token_bits"]["v"] == pytest.approx(kept["end_bits"].mean())
-    assert [result[name]["v"] for name in ("read_bytes", "read_documents", "cut_documents")] == [
-        1,
-        1,
-        0,
-    ]
-    assert result["bits_per_byte"]["v"] == pytest.approx(sum(kept["bits"]) / sum(kept["bytes"]))
+    assert result["end_token_bits"]["value"] == pytest.approx(kept["end_bits"].mean())
+    assert [
+        result[name]["value"] for name in ("read_bytes", "read_documents", "cut_documents")
+    ] == [1, 1, 0]
+    assert result["bits_per_byte"]["value"] == pytest.approx(sum(kept["bits"]) / sum(kept["bytes"]))
     nats_per_token = math.log(2) * sum(kept["bits"]) / sum(kept["tokens"])
-    assert result["perplexity"]["v"] == pytest.approx(math.exp(nats_per_token))
-    assert result["next_token_accuracy"]["v"] == pytest.approx(
+    assert result["perplexity"]["value"] == pytest.approx(math.exp(nats_per_token))
+    assert result["next_token_accuracy"]["value"] == pytest.approx(
         sum(kept["correct"]) / sum(kept["tokens"])
     )
     for entry in (result[name] for name in measured):
-        assert entry["ci"][0] < entry["v"] < entry["ci"][1]
-        assert (entry["n"], entry["items"], entry["prov"]) == (30, str(items), "measured")
+        assert entry["ci"][0] < entry["value"] < entry["ci"][1]
+        assert (entry["n"], entry["items"], entry["provenance"]) == (30, str(items), "measured")
     assert len(np.load(tmp_path / "items.predictions.npy")) == sum(kept["tokens"])
 
 
@@ -168,19 +166,22 @@ def test_what_is_not_read_is_said(folders, tmp_path: Path) -> None:
         documents=documents,
         max_bytes_per_document=20,
     )
-    assert result["read_bytes"]["v"] == pytest.approx((10 + 20 + 7 + 20) / 87)
-    assert result["cut_documents"]["v"] == 0.5
+    assert result["read_bytes"]["value"] == pytest.approx((10 + 20 + 7 + 20) / 87)
+    assert result["cut_documents"]["value"] == 0.5
     # what is cut does not end there
     assert sorted(read_items(tmp_path / "i.jsonl")["ends"].tolist()) == [0, 0, 1, 1]
     fewer = assess(
         folders[CAUSAL], tmp_path / "f.jsonl", task=CAUSAL, documents=documents, max_documents=3
     )
-    assert fewer["read_documents"]["v"] == 0.75
+    assert fewer["read_documents"]["value"] == 0.75
     labelled = [Document("a" * 10, 0), Document("b" * 30, 1)]
     cut = assess(
         folders[CLASSES], tmp_path / "c.jsonl", task=CLASSES, documents=labelled, sequence_length=20
     )
-    assert (cut["read_tokens"]["v"], cut["cut_documents"]["v"]) == (pytest.approx(30 / 40), 0.5)
+    assert (cut["read_tokens"]["value"], cut["cut_documents"]["value"]) == (
+        pytest.approx(30 / 40),
+        0.5,
+    )
 
 
 def test_more_context_costs_fewer_bits_or_other_ones(folders, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_more_context_costs_fewer_bits_or_other_ones(folders, tmp_path: Path) ->
     apart, rolling = (
         assess(folders[CAUSAL], tmp_path / "i.jsonl", stride=stride, **more) for stride in (None, 1)
     )
-    assert apart["bits_per_byte"]["v"] != rolling["bits_per_byte"]["v"]
+    assert apart["bits_per_byte"]["value"] != rolling["bits_per_byte"]["value"]
 
 
 @pytest.mark.parametrize(("unknown", "is_known"), [(0, True), (1, True), (3, False), (2000, False)])
@@ -204,7 +205,7 @@ def test_bits_per_byte_are_null_under_unknown_tokens(unknown: int, *, is_known: 
     arrays = {name: np.array(column) for name, column in columns.items()}
     figures = quality.figures_of(CAUSAL, arrays, resamples=200, seed=0)
     row = {"quality": quality.entries_of(CAUSAL, figures, 2, Path("i.jsonl"))}
-    assert (figures["bits_per_byte"][0].v is not None) is is_known
+    assert (figures["bits_per_byte"][0].value is not None) is is_known
     # what can be read of them is compared
     assert row["quality"]["bits_per_byte"]["items"] == "i.jsonl"
     assert ("unknown_bytes" in figures) is (unknown > 0)
@@ -219,10 +220,10 @@ def test_bits_per_byte_are_null_under_unknown_tokens(unknown: int, *, is_known: 
     assert view.primary_of({"quality": compared}) == decides
     if not is_known:
         share = f"{unknown / 2000:.1%}"
-        assert figures["bits_per_byte"][0].why_null.startswith(
+        assert figures["bits_per_byte"][0].why_missing.startswith(
             f"{share} of the bytes stand under unknown tokens"
         )
-        assert compared["bits_per_byte"]["why_null"] == figures["bits_per_byte"][0].why_null
+        assert compared["bits_per_byte"]["why_missing"] == figures["bits_per_byte"][0].why_missing
 
 
 def test_the_artifact_scores_as_the_model_did_in_memory(models, folders, tmp_path: Path) -> None:
@@ -261,14 +262,14 @@ def test_classification_figures_are_sklearns_with_wilsons_interval(folders, tmp_
         1.959963984540054,
     )
     centre, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    assert result["accuracy"]["v"] == pytest.approx(right / n)
+    assert result["accuracy"]["value"] == pytest.approx(right / n)
     assert result["accuracy"]["ci"] == pytest.approx(
         [(centre - half) / (n + z * z), (centre + half) / (n + z * z)]
     )
-    assert result["macro_f1"]["v"] == pytest.approx(
+    assert result["macro_f1"]["value"] == pytest.approx(
         f1_score(kept["label"], kept["prediction"], average="macro")
     )
-    assert result["macro_f1"]["ci"][0] < result["macro_f1"]["v"] < result["macro_f1"]["ci"][1]
+    assert result["macro_f1"]["ci"][0] < result["macro_f1"]["value"] < result["macro_f1"]["ci"][1]
     assert set(result) == {"accuracy", "macro_f1", "read_tokens", "read_documents", "cut_documents"}
 
 
@@ -296,7 +297,7 @@ def test_damaged_weights_lower_quality(
     broken = assess(
         saved(damaged, tmp_path / "m"), tmp_path / "b.jsonl", task=task, documents=documents
     )[key]
-    better, worse = sorted([sound, broken], key=lambda entry: -sign * entry["v"])
+    better, worse = sorted([sound, broken], key=lambda entry: -sign * entry["value"])
     assert better is sound
     # the intervals do not touch
     assert min(better["ci"], worse["ci"])[1] < max(better["ci"], worse["ci"])[0]
@@ -308,7 +309,7 @@ def test_labels_that_mean_nothing_leave_chance(tmp_path: Path) -> None:
     )
     documents = labelled_documents(150, seed=5, shuffled=True)
     accuracy = assess(folder, tmp_path / "i.jsonl", task=CLASSES, documents=documents)["accuracy"][
-        "v"
+        "value"
     ]
     # 3.3 standard errors of a share of one third
     assert abs(accuracy - 1 / 3) < 3.3 * math.sqrt(2 / 9 / 150)
@@ -318,7 +319,7 @@ def test_a_trained_classifier_is_far_from_chance(folders, tmp_path: Path) -> Non
     result = assess(
         folders[CLASSES], tmp_path / "i.jsonl", task=CLASSES, documents=labelled_documents(seed=7)
     )
-    assert result["accuracy"]["v"] > 0.9
+    assert result["accuracy"]["value"] > 0.9
 
 
 @pytest.mark.parametrize("task", [CAUSAL, CLASSES])
@@ -332,7 +333,7 @@ def test_a_model_agrees_with_itself(folders, tmp_path: Path, task: Task) -> None
         documents=documents[::-1],
         teacher_predictions=tmp_path / "teacher.predictions.npy",
     )
-    assert again["teacher_agreement"]["v"] == 1.0
+    assert again["teacher_agreement"]["value"] == 1.0
     assert again["teacher_agreement"]["ci"][1] == 1.0
     items = read_items(tmp_path / "i.jsonl")
     np.testing.assert_array_equal(
@@ -356,7 +357,7 @@ def test_agreement_counts_equal_predictions_by_document(
     )
     ours, theirs = (np.load(tmp_path / f"{name}.predictions.npy").tolist() for name in "it")
     equal = [mine == other for mine, other in zip(ours, theirs, strict=True)]
-    assert result["teacher_agreement"]["v"] == pytest.approx(sum(equal) / len(equal))
+    assert result["teacher_agreement"]["value"] == pytest.approx(sum(equal) / len(equal))
     items = read_items(tmp_path / "i.jsonl")
     ends = np.cumsum(items["tokens"] if task is CAUSAL else np.ones(len(documents), dtype=int))
     counts = [sum(equal[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -376,9 +377,9 @@ def test_a_model_does_not_drift_from_itself(folders, tmp_path: Path, task: Task)
         documents=documents,
         unquantized=folders[task],
     )
-    assert result["kl_to_unquantized"]["v"] == pytest.approx(0, abs=1e-7)
-    assert result["flips"]["v"] == 0
-    assert result["worst_slice"]["v"] == pytest.approx(0, abs=1e-9)
+    assert result["kl_to_unquantized"]["value"] == pytest.approx(0, abs=1e-7)
+    assert result["flips"]["value"] == 0
+    assert result["worst_slice"]["value"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("task", [CAUSAL, CLASSES])
@@ -407,10 +408,10 @@ def test_drift_is_what_both_models_say_on_every_token(folders, tmp_path: Path, t
         assert items["kl"][place] == pytest.approx(float(kl), rel=1e-4)
         assert items["flips"][place] == int((mine.argmax(-1) != others.argmax(-1)).sum())
     count = items["tokens"].sum() if task is CAUSAL else len(documents)
-    assert result["kl_to_unquantized"]["v"] == pytest.approx(items["kl"].sum() / count)
-    assert result["flips"]["v"] == pytest.approx(items["flips"].sum() / count)
+    assert result["kl_to_unquantized"]["value"] == pytest.approx(items["kl"].sum() / count)
+    assert result["flips"]["value"] == pytest.approx(items["flips"].sum() / count)
     low, high = result["kl_to_unquantized"]["ci"]
-    assert low < result["kl_to_unquantized"]["v"] < high
+    assert low < result["kl_to_unquantized"]["value"] < high
     alone = assess(folder, tmp_path / "o.jsonl", task=task, documents=documents)
     theirs = read_items(tmp_path / "o.jsonl")
     np.testing.assert_allclose(
@@ -445,8 +446,8 @@ def test_agreement_is_null_where_the_teacher_reads_other_tokens(folders, tmp_pat
         teacher_predictions=tmp_path / "t.npy",
     )
     entry = result["teacher_agreement"]
-    assert entry["v"] is entry["ci"] is entry["n"] is entry["items"] is None
-    assert "the teacher has 7 predictions" in entry["why_null"]
+    assert entry["value"] is entry["ci"] is entry["n"] is entry["items"] is None
+    assert "the teacher has 7 predictions" in entry["why_missing"]
     assert "agree" not in read_items(tmp_path / "i.jsonl")
 
 
@@ -493,7 +494,7 @@ def test_one_document_has_no_interval(folders, tmp_path: Path) -> None:
         result = assess(folders[task], tmp_path / "i.jsonl", task=task, documents=documents)
         spread = {key for key, entry in result.items() if entry["ci"] is not None}
         assert spread == ({"accuracy"} if task is CLASSES else set())
-        assert all(entry["v"] is not None for entry in result.values())
+        assert all(entry["value"] is not None for entry in result.values())
 
 
 def test_time_is_booked_to_loading_preparing_and_evaluating(
@@ -564,10 +565,10 @@ def test_outputs_that_are_not_finite_fail_the_artifact(models, tmp_path: Path, t
 
 def test_a_perplexity_beyond_floats_is_null() -> None:
     value, ci = quality._power_of_2(1200.0, (900.0, 1500.0))
-    assert (value.v, ci) == (None, None)
-    assert value.why_null == "2**1200 is beyond the range of a float"
+    assert (value.value, ci) == (None, None)
+    assert value.why_missing == "2**1200 is beyond the range of a float"
     value, ci = quality._power_of_2(1000.0, (900.0, 1500.0))
-    assert (value.v, ci) == (None, None)
+    assert (value.value, ci) == (None, None)
 
 
 def test_what_cannot_be_assessed_is_refused(folders, tmp_path: Path) -> None:

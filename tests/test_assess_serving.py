@@ -408,7 +408,7 @@ def test_figures_by_hand() -> None:
     result = figures(
         readings_of([0.4, 0.8, 0.6, 0.6], [70, 90, 80, 60]), 1000, task=CAUSAL, load=LOAD, devices=2
     )
-    values = {key: entry["v"] for key, entry in result.items()}
+    values = {key: entry["value"] for key, entry in result.items()}
     assert values == {
         "device_s_per_1k_units": pytest.approx(0.6 * 2 * 1000 / 8),
         "prefill_device_s_per_1k_tokens": pytest.approx(0.15 * 2 * 1000 / 12),
@@ -424,8 +424,8 @@ def test_figures_by_hand() -> None:
         "batch_1_device_s_per_1k_units": pytest.approx(0.4 * 2 * 1000 / 4),
         "batch_2_device_s_per_1k_units": pytest.approx(0.6 * 2 * 1000 / 8),
     }
-    assert result["p50_s"]["prov"] == "measured"
-    assert result["device_s_per_1k_units"]["prov"] == "derived"
+    assert result["p50_s"]["provenance"] == "measured"
+    assert result["device_s_per_1k_units"]["provenance"] == "derived"
 
 
 def test_what_was_not_read_is_null_with_its_reason() -> None:
@@ -433,10 +433,11 @@ def test_what_was_not_read_is_null_with_its_reason() -> None:
     classes = figures(readings_of([0.4]), 1000, task=CLASSES, load=LOAD, devices=1)
     causal = figures(readings_of([0.4]), 1000, task=CAUSAL, load=one_new, devices=1)
     assert (
-        classes["decode_device_s_per_1k_tokens"]["why_null"] == "classification generates nothing"
+        classes["decode_device_s_per_1k_tokens"]["why_missing"]
+        == "classification generates nothing"
     )
-    assert causal["decode_device_s_per_1k_tokens"]["why_null"] == "one new token is prefill"
-    assert classes["peak_bytes"]["why_null"] == "a CPU has no device memory to count"
+    assert causal["decode_device_s_per_1k_tokens"]["why_missing"] == "one new token is prefill"
+    assert classes["peak_bytes"]["why_missing"] == "a CPU has no device memory to count"
 
 
 def test_bytes_of_weights_count_scales_buffers_and_tied_weights_once() -> None:
@@ -497,7 +498,7 @@ def test_artifacts_are_served_and_the_result_has_its_form(folders, task: Task) -
     )
     assert served.seconds["a", "b"][0].shape == (2, 2)
     assert (served.seconds["a", "b"][1] > 0).all()
-    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+    assert served.serving["a"]["device_s_per_1k_units"]["value"] > 0
     assert served.how == dict.fromkeys(
         "ab", "float32, dynamic cache" if task is CAUSAL else "float32"
     )
@@ -524,7 +525,9 @@ def test_a_pass_on_an_injected_clock_is_exact(monkeypatch: pytest.MonkeyPatch) -
     }
     for arm in "ab":
         values = {
-            key: entry["v"] for key, entry in served.serving[arm].items() if entry["v"] is not None
+            key: entry["value"]
+            for key, entry in served.serving[arm].items()
+            if entry["value"] is not None
         }
         assert values == pytest.approx(
             {
@@ -556,7 +559,7 @@ def test_a_classifier_without_a_padding_token_serves_batches(tmp_path: Path) -> 
     model = tiny(CLASSES)
     model.config.pad_token_id = None
     served = serve({"a": saved(model, tmp_path)}, [], task=CLASSES)
-    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+    assert served.serving["a"]["device_s_per_1k_units"]["value"] > 0
 
 
 def test_an_encoder_serves_too(tmp_path: Path) -> None:
@@ -570,7 +573,7 @@ def test_an_encoder_serves_too(tmp_path: Path) -> None:
         id2label=dict(enumerate(LABELS)),
     )
     served = serve({"a": saved(BertForSequenceClassification(config), tmp_path)}, [], task=CLASSES)
-    assert served.serving["a"]["device_s_per_1k_units"]["v"] > 0
+    assert served.serving["a"]["device_s_per_1k_units"]["value"] > 0
 
 
 @pytest.mark.parametrize(
@@ -603,8 +606,8 @@ def test_quantized_artifacts_are_served_as_they_are(
     scales = 4 * rows if "load_in_8bit" in settings else 4 * (elements // 64) + 2 * 7 * 16 * 4
     buffers = sum(buffer.nbytes for buffer in quantized.buffers())
     weights = elements if "load_in_8bit" in settings else elements // 2
-    assert served.serving["q"]["weights_bytes"]["v"] == weights + scales + rest + buffers
-    assert served.serving["q"]["device_s_per_1k_units"]["v"] > 0
+    assert served.serving["q"]["weights_bytes"]["value"] == weights + scales + rest + buffers
+    assert served.serving["q"]["device_s_per_1k_units"]["value"] > 0
 
 
 def test_a_load_that_no_artifact_can_serve_is_refused(folders) -> None:
@@ -641,7 +644,7 @@ def joules_of(nvml: FakeNvml) -> Value:
 
 def test_units_per_joule_are_those_of_the_batches_between_two_readings() -> None:
     found = joules_of(FakeNvml())
-    assert (found.v, found.prov) == (pytest.approx(100 / 200), "derived")  # 200 W
+    assert (found.value, found.provenance) == (pytest.approx(100 / 200), "derived")  # 200 W
 
 
 @pytest.mark.parametrize(
@@ -654,14 +657,16 @@ def test_units_per_joule_are_those_of_the_batches_between_two_readings() -> None
 )
 def test_joules_that_are_not_the_jobs_own_are_none(board: Gpu, why: str) -> None:
     found = joules_of(FakeNvml(board))
-    assert found.v is None
-    assert why in (found.why_null or "")
+    assert found.value is None
+    assert why in (found.why_missing or "")
 
 
 def test_an_arm_with_a_cache_of_fixed_size_is_read_with_a_growing_one_too(folders) -> None:
     both = {"a": folders[CAUSAL], "b": folders[CAUSAL]}
     served = serve(both, [("a", "b")], decode=Decode.static)
     assert served.how == dict.fromkeys(both, "float32, static cache")
-    assert all(served.serving[arm]["dynamic_cache_device_s_per_1k_units"]["v"] > 0 for arm in both)
+    assert all(
+        served.serving[arm]["dynamic_cache_device_s_per_1k_units"]["value"] > 0 for arm in both
+    )
     assert "dynamic_cache_device_s_per_1k_units" not in serve(both, [("a", "b")]).serving["a"]
     assert ServePass.from_json(json.loads(json.dumps(served.to_json()))).how == served.how

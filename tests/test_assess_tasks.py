@@ -471,11 +471,13 @@ def test_a_run_has_the_tasks_figures_with_intervals_and_documents(ran: Any) -> N
         figure = row["quality"]["task/capitals/acc"]
         kept = [json.loads(line) for line in Path(figure["items"]).read_text().splitlines()]
         assert figure["n"] == len(kept) == 24
-        assert figure["v"] == pytest.approx(sum(each["acc"] for each in kept) / 24)
-        assert figure["ci"][0] < figure["v"] < figure["ci"][1]
-        assert row["quality"]["task/capitals/mcc"]["why_null"].startswith("lm-eval keeps no score")
+        assert figure["value"] == pytest.approx(sum(each["acc"] for each in kept) / 24)
+        assert figure["ci"][0] < figure["value"] < figure["ci"][1]
+        assert row["quality"]["task/capitals/mcc"]["why_missing"].startswith(
+            "lm-eval keeps no score"
+        )
         assert sum(row["ledger"]["phases_ns"].values()) == pytest.approx(
-            row["ledger"]["wall_s"]["v"] * 1e9, abs=1
+            row["ledger"]["wall_s"]["value"] * 1e9, abs=1
         )
     (pair,) = result["comparisons"]
     ours, theirs = (
@@ -489,7 +491,7 @@ def test_a_run_has_the_tasks_figures_with_intervals_and_documents(ran: Any) -> N
         for row in reversed(result["rows"])
     )
     compared = pair["quality"]["task/capitals/acc"]
-    assert compared["v"] == pytest.approx(sum(ours[name] - theirs[name] for name in ours) / 24)
+    assert compared["value"] == pytest.approx(sum(ours[name] - theirs[name] for name in ours) / 24)
     assert (compared["n"], compared["margin"]) == (24, 0.01)
     assert "task/capitals/mcc" not in pair["quality"]
     manifest = json.loads(Path(result["rows"][0]["artifact"]["path"], "artifact.json").read_text())
@@ -500,7 +502,7 @@ def test_the_report_shows_tasks_and_names_them_whole(ran: Any) -> None:
     cwd, _, result = ran
     report = (cwd / "mlruns/latest/report.md").read_text()
     section = report.partition("## lm-eval tasks")[2].partition("\n## ")[0].replace("\\", "")
-    value = result["rows"][0]["quality"]["task/capitals/acc"]["v"]
+    value = result["rows"][0]["quality"]["task/capitals/acc"]["value"]
     assert f"| short | capitals | acc | {value:.4g} [" in section
     assert "| long | capitals | acc_norm | " in section
     assert "| short | capitals | mcc | -" in section
@@ -514,14 +516,14 @@ def test_the_same_again_is_reused_and_another_task_is_assessed_without_training(
     again = result_in(cwd)
     assert {row["reused"] for row in again["rows"]} == {first["run_id"]}
     assert again["comparisons"] == first["comparisons"]
-    spent = {part: value["v"] for part, value in again["run"]["device_hours"].items()}
+    spent = {part: value["value"] for part, value in again["run"]["device_hours"].items()}
     assert (spent["work"], spent["assess"]) == (0, 0)
     write(cwd, CHOICES, questions(23))
     assert here(cwd, *command).returncode == 0
     changed = result_in(cwd)
     assessed = [row for row in changed["rows"] if row["reused"] is None]
     assert [row["quality"]["task/capitals/acc"]["n"] for row in assessed] == [23, 23]
-    spent = {part: value["v"] for part, value in changed["run"]["device_hours"].items()}
+    spent = {part: value["value"] for part, value in changed["run"]["device_hours"].items()}
     assert spent["work"] == 0 < spent["assess"]
     shutil.rmtree(cwd / "mlruns/runs" / changed["run_id"])
     items = Path(assessed[0]["quality"]["task/capitals/acc"]["items"])
@@ -530,8 +532,8 @@ def test_the_same_again_is_reused_and_another_task_is_assessed_without_training(
     mended = [
         row for row in result_in(cwd)["rows"] if row["arm"] == "short" and row["reused"] is None
     ]
-    assert [row["quality"]["task/capitals/acc"]["v"] for row in mended] == [
-        assessed[0]["quality"]["task/capitals/acc"]["v"]
+    assert [row["quality"]["task/capitals/acc"]["value"] for row in mended] == [
+        assessed[0]["quality"]["task/capitals/acc"]["value"]
     ]
 
 

@@ -263,10 +263,12 @@ def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     assert manifest["agrees"] is True
     assert line in (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
     spent = result["run"]["device_hours"]
-    assert spent["work"]["v"] == 0 < spent["assess"]["v"]  # assessed anew, nothing is trained again
+    assert (
+        spent["work"]["value"] == 0 < spent["assess"]["value"]
+    )  # assessed anew, nothing is trained again
     done = here(tmp_path, *every)
     assert (done.returncode, line in done.stdout) == (0, True)
-    assert result_in(tmp_path)["run"]["device_hours"]["assess"]["v"] == 0
+    assert result_in(tmp_path)["run"]["device_hours"]["assess"]["value"] == 0
 
     monkeypatch.setenv("FAKE_VLLM", "disagree")
     (fake / "vllm-0.99.0+cpu.dist-info/METADATA").write_text(

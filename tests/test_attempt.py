@@ -323,11 +323,11 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert attempt.spent_hours() == 1.5
     against_control, against_teacher = attempt.comparisons
     training = against_control["training"]
-    assert minutes(training["c_arm"]["v"]) == pytest.approx(50)
-    assert minutes(training["c_base"]["v"]) == pytest.approx(12)
-    assert minutes(training["c_opt"]["v"]) == pytest.approx(38)
-    assert minutes(training["all_in_arm"]["v"]) == pytest.approx(52)
-    assert against_teacher["payback"]["v"] == pytest.approx(3.0e6)
+    assert minutes(training["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(training["c_base"]["value"]) == pytest.approx(12)
+    assert minutes(training["c_opt"]["value"]) == pytest.approx(38)
+    assert minutes(training["all_in_arm"]["value"]) == pytest.approx(52)
+    assert against_teacher["payback"]["value"] == pytest.approx(3.0e6)
 
 
 def test_the_start_up_of_a_killed_attempt_keeps_its_phases(
@@ -377,7 +377,7 @@ def test_rows_have_the_joules_of_their_own_windows(
     monkeypatch.setattr(sys.modules[__name__], "no_gpu", reader)
     attempt = killed_then_done(root, monkeypatch)
     found = {(row["arm"], row["attempt"]): row["ledger"] for row in attempt.rows}
-    joules = {key: record["energy_j"]["v"] for key, record in found.items()}
+    joules = {key: record["energy_j"]["value"] for key, record in found.items()}
     assert joules.pop(("student", 1)) is None
     minutes_of = {
         "teacher": 30 + 2,
@@ -388,12 +388,12 @@ def test_rows_have_the_joules_of_their_own_windows(
     for (arm, _), value in joules.items():
         assert value == pytest.approx(200 * 60 * minutes_of[arm])
     killed = found["student", 1]
-    assert killed["energy_j"]["why_null"] == "the process that read it is gone"
+    assert killed["energy_j"]["why_missing"] == "the process that read it is gone"
     assert (killed["conditions"]["truncated"], found["student", 2]["conditions"]["truncated"]) == (
         True,
         False,
     )
-    assert found["student", 2]["conditions"]["sm_active"]["v"] == pytest.approx(0.4)
+    assert found["student", 2]["conditions"]["sm_active"]["value"] == pytest.approx(0.4)
 
 
 def test_wall_clock_jumps_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,20 +413,20 @@ def test_rows_are_the_windows_of_their_attempts(
     killed, done = rows["student", 1], rows["student", 2]
     hours = killed["ledger"]["device_hours"]
     assert killed["status"] == "KILLED"
-    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx(
+    assert [minutes(hours[part]["value"]) for part in ("work", "assess", "retry")] == pytest.approx(
         [4, 0, 2]
     )
-    assert minutes(hours["wasted_by"]["rollback"]["v"]) == pytest.approx(2)
+    assert minutes(hours["wasted_by"]["rollback"]["value"]) == pytest.approx(2)
     assert killed["ledger"]["phases_ns"] == {"forward": 4 * MINUTE_NS}
     hours = done["ledger"]["device_hours"]
-    assert [minutes(hours[part]["v"]) for part in ("work", "assess", "retry")] == pytest.approx(
+    assert [minutes(hours[part]["value"]) for part in ("work", "assess", "retry")] == pytest.approx(
         [16, 2, 0]
     )
     # made by attempt 1 of this very run: not reused
     assert rows["teacher", 1]["status"] == "FINISHED"
     assert rows["teacher", 1]["reused"] is None
     for part in ("work", "assess", "retry"):
-        total = sum(row["ledger"]["device_hours"][part]["v"] for row in attempt.rows)
+        total = sum(row["ledger"]["device_hours"][part]["value"] for row in attempt.rows)
         assert minutes(total) == pytest.approx(of_run(attempt)[part])
     assert all(row["ledger"]["meter_valid"] for row in attempt.rows)
 
@@ -454,10 +454,12 @@ def test_another_assessment_trains_nothing_again(root: Path) -> None:
     ]
     for part in ("work", "assess", "retry"):  # what this run spent stands on its own rows
         own = sum(
-            row["ledger"]["device_hours"][part]["v"] for row in second.rows if row["reused"] is None
+            row["ledger"]["device_hours"][part]["value"]
+            for row in second.rows
+            if row["reused"] is None
         )
         assert minutes(own) == pytest.approx(of_run(second)[part])
-    assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(second.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     run.serving.load.batch += 1
     third = invoke(root, "run-3", 1, run)
     assert of_run(third) == {"work": 0, "assess": 0, "retry": 0, "compare": 6, "overhead": 2}
@@ -488,8 +490,8 @@ def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:
         ("teacher", "FINISHED"),
     ]
     training = attempt.comparisons[0]["training"]
-    assert minutes(training["c_arm"]["v"]) == pytest.approx(50)
-    assert minutes(training["all_in_arm"]["v"]) == pytest.approx(57)
+    assert minutes(training["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(training["all_in_arm"]["value"]) == pytest.approx(57)
 
 
 def test_an_assessment_that_failed_leaves_the_work_standing(
@@ -507,10 +509,10 @@ def test_an_assessment_that_failed_leaves_the_work_standing(
             invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 3, "compare": 6, "overhead": 3}
-    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     third = invoke(root, "run-3", 1, run)
     assert minutes(third.reused_h) == pytest.approx(71 + 8 + 6)
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
 
 
 def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
@@ -525,11 +527,11 @@ def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
     attempt = invoke(root, "run-1", 1, run)
     assert [row["seed"] for row in attempt.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
     training = attempt.comparisons[0]["training"]
-    assert training["v"] == pytest.approx(1 - math.sqrt((50 / 12) * (52 / 12)))
-    assert training["ci"][0] < training["v"] < training["ci"][1]
+    assert training["value"] == pytest.approx(1 - math.sqrt((50 / 12) * (52 / 12)))
+    assert training["ci"][0] < training["value"] < training["ci"][1]
     assert attempt.comparisons[0]["quality"]["bits_per_byte"]["n"] == 2
     assert minutes(attempt.booking()[0].work_ns / NS_PER_HOUR) == pytest.approx(71 + 73)
-    assert "seed 3" in attempt.rows[5]["serving"]["device_s_per_1k_units"]["why_null"]
+    assert "seed 3" in attempt.rows[5]["serving"]["device_s_per_1k_units"]["why_missing"]
 
 
 def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,7 +565,7 @@ def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(
     assert sum(booked.values()) == pytest.approx(
         4 * (1 + 30 + 2 + 6) + 2 * (1 + 32 + 18 + 14 + 11 + 6 + 1)
     )
-    rows = sum(minutes(row["ledger"]["device_hours"]["attached"]["v"]) for row in attempt.rows)
+    rows = sum(minutes(row["ledger"]["device_hours"]["attached"]["value"]) for row in attempt.rows)
     assert rows == pytest.approx(booked["work"] + booked["assess"] + booked["retry"])
 
 
@@ -576,14 +578,14 @@ def test_an_arm_that_is_worse_on_test_saved_nothing(
     monkeypatch.setitem(WORSE, "student", 1.02)
     training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
     assert (
-        training["why_null"]
+        training["why_missing"]
         == "censored: student is worse than control_compute by 0.02 on the test split, margin 0.01"
     )
-    assert training["algorithmic"]["v"] is None
-    assert training["bound"]["v"] == pytest.approx(1 - 50 / 12)
+    assert training["algorithmic"]["value"] is None
+    assert training["bound"]["value"] == pytest.approx(1 - 50 / 12)
     monkeypatch.setitem(WORSE, "student", 1.005)
     within = invoke(root / "other", "run-1", 1, run).comparisons[0]["training"]
-    assert within["v"] == pytest.approx(1 - 50 / 12)
+    assert within["value"] == pytest.approx(1 - 50 / 12)
 
 
 def test_a_damaged_checkpoint_rolls_back_what_it_held(
@@ -613,7 +615,7 @@ def test_a_damaged_checkpoint_rolls_back_what_it_held(
         "compare": 6,
         "overhead": 0,
     }
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     again = open_fake(root, "run-1", 4, run)
     assert again.windows == third.windows
     assert again.rows == [row for row in third.rows if row["status"] != "FINISHED"]
@@ -626,7 +628,7 @@ def test_a_failed_attempt_led_to_what_goes_on_from_its_checkpoint(root: Path) ->
         invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_row(attempt, "student", 1) == ("FAILED", [4, 0, 3], 3)
-    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
 
 
 def test_what_ctrl_c_leaves_counts_up_to_the_checkpoint(root: Path) -> None:
@@ -647,7 +649,7 @@ def test_what_is_reused_is_priced_at_todays_rate(root: Path) -> None:
     run.cost.per_device_hour, run.cost.source = 3.0, "a price list"
     teacher = invoke(root, "run-2", 1, run).rows[0]
     assert teacher["reused"] == "run-1"
-    assert teacher["ledger"]["cost"]["amount"]["v"] == pytest.approx(3.0 * 32 / 60)
+    assert teacher["ledger"]["cost"]["amount"]["value"] == pytest.approx(3.0 * 32 / 60)
 
 
 def test_going_on_from_another_runs_checkpoint_is_charged_with_it(
@@ -658,7 +660,7 @@ def test_going_on_from_another_runs_checkpoint_is_charged_with_it(
         invoke(root, "run-1", 1, run)
     run.quality.bootstrap += 1
     second = invoke(root, "run-2", 1, run)
-    assert minutes(second.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(second.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     assert of_run(second) == {"work": 37, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
     assert minutes(second.reused_h) == pytest.approx(30 + 4)
     rows = [
@@ -667,11 +669,11 @@ def test_going_on_from_another_runs_checkpoint_is_charged_with_it(
     assert rows == [("student", "run-1", "KILLED"), ("student", None, "FINISHED")]
     third = invoke(root, "run-3", 1, run)
     assert minutes(third.reused_h) == pytest.approx(30 + 4 + 37 + 8 + 6)
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     run.quality.bootstrap -= 1
     # finds its student made by run-2, from its own checkpoint
     first = invoke(root, "run-1", 2, run)
-    assert minutes(first.comparisons[0]["training"]["c_arm"]["v"]) == pytest.approx(50)
+    assert minutes(first.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     assert minutes(first.reused_h) == pytest.approx(37 + 6)
     assert of_run(first)["work"] == 34
 
@@ -680,8 +682,8 @@ def of_row(attempt: Attempt, arm: str, number: int) -> tuple[str, list[float], i
     """Return status, minutes of work, assessment and retry, and the steps lost."""
     row = next(row for row in attempt.rows if (row["arm"], row["attempt"]) == (arm, number))
     hours = row["ledger"]["device_hours"]
-    spent = [round(minutes(hours[part]["v"]), 9) for part in ("work", "assess", "retry")]
-    return row["status"], spent, row["ledger"]["counts"]["steps_lost"]["v"]
+    spent = [round(minutes(hours[part]["value"]), 9) for part in ("work", "assess", "retry")]
+    return row["status"], spent, row["ledger"]["counts"]["steps_lost"]["value"]
 
 
 def test_a_store_that_was_moved_is_reused_whole(root: Path) -> None:
@@ -711,7 +713,7 @@ def test_what_is_assessed_again_in_a_later_attempt_was_still_paid_for(
     booked = of_run(second)
     assert (booked["work"], booked["assess"]) == (71, 10)
     for part in ("work", "assess", "retry"):
-        total = sum(row["ledger"]["device_hours"][part]["v"] for row in second.rows)
+        total = sum(row["ledger"]["device_hours"][part]["value"] for row in second.rows)
         assert minutes(total) == pytest.approx(booked[part])
 
 

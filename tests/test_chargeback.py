@@ -74,8 +74,8 @@ def a_row(
         owner or {"team": "vision"},
         {"device_names": [device]},
     )
-    if rate is not None and record["device_hours"]["attached"]["v"] is not None:
-        amount = rate * record["device_hours"]["attached"]["v"]
+    if rate is not None and record["device_hours"]["attached"]["value"] is not None:
+        amount = rate * record["device_hours"]["attached"]["value"]
         record["cost"] = {"amount": value(amount, "estimated"), "currency": currency}
     return row
 
@@ -173,7 +173,7 @@ def test_the_lines_of_a_run_add_up_to_all_it_was_attached(root: Path) -> None:
     """
     rows = [a_row("teacher"), a_row("student")]
     write_run(root, "run-1", rows)
-    assert make_run(rows)["device_hours"]["total"]["v"] == pytest.approx(63 / 60)
+    assert make_run(rows)["device_hours"]["total"]["value"] == pytest.approx(63 / 60)
     (stored,) = stored_runs_facts(stored_runs(f"sqlite:///{root / 'mlflow.db'}", 0, round(2e12))[0])
     assert {charge.what: round(charge.device_h * 60, 6) for charge in charges(stored)} == {
         "teacher": 32,
@@ -390,8 +390,10 @@ def test_a_metered_program_s_waste_is_what_the_runs_inside_it_tell(root: Path) -
     inner, outer = a_row("control_steps"), silent_row()
     write_run(root, "outer", [outer], minutes=(0, 0))
     write_run(root, "inner", [inner], tags={"nested_in": "outer"}, minutes=(0, 0))
-    inner_h, outer_h = (row["ledger"]["device_hours"]["attached"]["v"] for row in (inner, outer))
-    wasted_h = inner["ledger"]["device_hours"]["wasted"]["v"]
+    inner_h, outer_h = (
+        row["ledger"]["device_hours"]["attached"]["value"] for row in (inner, outer)
+    )
+    wasted_h = inner["ledger"]["device_hours"]["wasted"]["value"]
     group, _ = report(root)
     assert float(group["wasted_device_hours"]) == pytest.approx(wasted_h)
     assert float(group["waste_unknown_device_hours"]) == pytest.approx(outer_h - inner_h)
@@ -433,7 +435,7 @@ def test_a_recipe_under_a_meter_is_charged_once(
         name: json.loads((root / "runs" / name / "result.json").read_text())["run"]
         for name in (outer, inner)
     }
-    totals = {name: run["device_hours"]["total"]["v"] for name, run in runs.items()}
+    totals = {name: run["device_hours"]["total"]["value"] for name, run in runs.items()}
     assert 0 < totals[inner] < totals[outer]
     now = time.time()
     days = [str(datetime.fromtimestamp(now + shift * DAY, UTC).date()) for shift in (0, 1)]
@@ -871,8 +873,8 @@ def test_a_converged_model_cost_all_that_came_before(
     ]
     early = per_converged_model(facts(), 2.2)
     assert (
-        early.device_hours.why_null
-        == early.amount.why_null
+        early.device_hours.why_missing
+        == early.amount.why_missing
         == "not reached yet: best bits_per_byte 2.4 of 2.2"
     )
     rows = [
@@ -885,20 +887,20 @@ def test_a_converged_model_cost_all_that_came_before(
     write_run(root, "x", [good(2.0, rate=2.0)], at=NOON - HOUR, rate=2.0, model="m2")
     own = [each for each in facts() if each.owner["model_name"] == "m1"]
     told = per_converged_model(own, 2.2)
-    assert told.device_hours.v == pytest.approx(121 / 60)
-    assert told.amount.v == pytest.approx(2.0 * 121 / 60)
-    assert (told.amount.prov, told.currency, told.run) == ("estimated", "EUR", "r3")
+    assert told.device_hours.value == pytest.approx(121 / 60)
+    assert told.amount.value == pytest.approx(2.0 * 121 / 60)
+    assert (told.amount.provenance, told.currency, told.run) == ("estimated", "EUR", "r3")
     stored = stored_runs_facts(stored_runs(f"sqlite:///{root / 'mlflow.db'}", 0, round(2e12))[0])
     again = per_converged_model([each for each in stored if each.owner["model_name"] == "m1"], 2.2)
-    assert again.device_hours.v == pytest.approx(told.device_hours.v)
-    assert again.amount.v == pytest.approx(told.amount.v)
+    assert again.device_hours.value == pytest.approx(told.device_hours.value)
+    assert again.amount.value == pytest.approx(told.amount.value)
     ended = read_events(folder / "journal.jsonl")[-1]["run"]
-    assert of_this_run(folder, ended, 2.2, "m1").device_hours.v == pytest.approx(
-        told.device_hours.v
+    assert of_this_run(folder, ended, 2.2, "m1").device_hours.value == pytest.approx(
+        told.device_hours.value
     )
     assert (
         of_this_run(folder, ended, None, "m1")
-        .to_json()["device_hours"]["why_null"]
+        .to_json()["device_hours"]["why_missing"]
         .startswith("no quality declared")
     )
     capsys.readouterr()
@@ -922,7 +924,7 @@ def test_a_model_made_under_a_meter_converged_there_and_cost_the_meter_s_hours(
     taken = pytest.approx((31 + 12 + 9) / 60)
     ended = read_events(folder / "journal.jsonl")[-1]["run"]
     told = of_this_run(folder, ended, 2.2, "m1")
-    assert (told.device_hours.v, told.run) == (taken, "inner")
+    assert (told.device_hours.value, told.run) == (taken, "inner")
     capsys.readouterr()
     report(root, "--by", "model_name")
     assert "m1 until converged: 0.867 device-hours" in capsys.readouterr().out
@@ -955,12 +957,12 @@ def test_what_was_taken_over_from_another_model_is_not_free() -> None:
         currency="EUR",
     )
     told = per_converged_model([run], 0.9)
-    assert (told.device_hours.v, told.amount.v) == (5.5, 11.0)
+    assert (told.device_hours.value, told.amount.value) == (5.5, 11.0)
     made = Charge(run="r0", what="student", owner=owner, device="H200", ended_s=0.5, device_h=5.0)
     first = RunFacts(run="r0", owner=owner, device="H200", ended_s=0.6, total_h=5.0, stages=(made,))
     told = per_converged_model([run, first], 0.9)
-    assert told.device_hours.v == 5.5
-    assert told.amount.why_null == "5 device-hours have no rate"
+    assert told.device_hours.value == 5.5
+    assert told.amount.why_missing == "5 device-hours have no rate"
 
 
 def test_money_of_two_currencies_makes_no_cost_of_a_model() -> None:
@@ -983,13 +985,13 @@ def test_money_of_two_currencies_makes_no_cost_of_a_model() -> None:
         for c in paid
     ]
     told = per_converged_model(runs, 0.6)
-    assert told.device_hours.v == 2.0
-    assert told.amount.why_null == "paid in EUR and USD, which do not add up"
+    assert told.device_hours.value == 2.0
+    assert told.amount.why_missing == "paid in EUR and USD, which do not add up"
     assert (
-        per_converged_model(runs, 0.7).device_hours.why_null
+        per_converged_model(runs, 0.7).device_hours.why_missing
         == "not reached yet: best accuracy 0.6 of 0.7"
     )
     assert (
-        per_converged_model([], 0.7).device_hours.why_null
+        per_converged_model([], 0.7).device_hours.why_missing
         == "not reached yet: no artifact was assessed"
     )

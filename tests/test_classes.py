@@ -255,7 +255,7 @@ def test_two_models_that_number_their_classes_otherwise_are_scored_alike(
         )
         for folder in (one, other)
     ]
-    assert scored[0]["accuracy"]["v"] == scored[1]["accuracy"]["v"]
+    assert scored[0]["accuracy"]["value"] == scored[1]["accuracy"]["value"]
     ours, theirs = (read_items(tmp_path / f"{name}.jsonl") for name in "12")
     np.testing.assert_allclose(ours["logprob"], theirs["logprob"], rtol=1e-5)
 
@@ -275,7 +275,7 @@ def accuracy(done: Any, cwd: Path, arm: str) -> float:
     assert done.returncode in (0, 3, 4, 5, 6), done.stderr
     result = json.loads((cwd / "mlruns" / "latest" / "result.json").read_text())
     row = next(row for row in result["rows"] if row["arm"] == arm)
-    return row["quality"]["accuracy"]["v"]
+    return row["quality"]["accuracy"]["value"]
 
 
 @pytest.fixture(scope="module")

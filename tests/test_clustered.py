@@ -166,7 +166,7 @@ def test_pieces_that_are_copies_of_their_group_say_no_more_than_one_of_them() ->
         ]
         one, ten = (compare_items(key, *sides, margin=0.02) for sides in (alone, tenfold))
         assert (ten["n"], ten["groups"], one["groups"]) == (10 * n, n, None)
-        assert ten["v"] == pytest.approx(one["v"])
+        assert ten["value"] == pytest.approx(one["value"])
         assert (
             ten["smallest_visible_damage"]
             == one["smallest_visible_damage"]
@@ -222,10 +222,10 @@ def test_one_group_has_no_spread_and_other_groups_are_not_compared() -> None:
     one = items(["a", "a", "a"], **columns)
     assert (
         "3 documents of one group"
-        in compare_items("bits_per_byte", one, one, margin=0.1)["why_null"]
+        in compare_items("bits_per_byte", one, one, margin=0.1)["why_missing"]
     )
     two, other = items(["a", "a", "b"], **columns), items(["a", "b", "b"], **columns)
-    assert "other groups" in compare_items("bits_per_byte", two, other, margin=0.1)["why_null"]
+    assert "other groups" in compare_items("bits_per_byte", two, other, margin=0.1)["why_missing"]
     renamed, bare = (
         items(["x", "x", "y"], **columns),
         {k: v for k, v in two.items() if k != "group"},

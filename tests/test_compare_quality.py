@@ -68,9 +68,9 @@ def test_bits_per_byte_is_the_relative_reduction() -> None:
     arm, base = _language(1, gain=0.05), _language(2)
     result = _compare("bits_per_byte", arm, base)
     ratio = (arm["bits"].sum() / arm["bytes"].sum()) / (base["bits"].sum() / base["bytes"].sum())
-    assert result["v"] == pytest.approx(1 - ratio, abs=1e-12)
-    assert result["ci"][0] < result["v"] < result["ci"][1]
-    assert (result["answer"], result["n"], result["prov"]) == ("better", 80, "derived")
+    assert result["value"] == pytest.approx(1 - ratio, abs=1e-12)
+    assert result["ci"][0] < result["value"] < result["ci"][1]
+    assert (result["answer"], result["n"], result["provenance"]) == ("better", 80, "derived")
     assert _compare("bits_per_byte", base, arm)["answer"] == "worse"
 
 
@@ -79,7 +79,9 @@ def test_accuracy_is_tangos_interval_of_the_disagreements() -> None:
     result = _compare("accuracy", arm, base)
     b = int(np.sum(arm["correct"] & ~base["correct"]))
     c = int(np.sum(base["correct"] & ~arm["correct"]))
-    assert result["v"] == pytest.approx(arm["correct"].mean() - base["correct"].mean(), abs=1e-12)
+    assert result["value"] == pytest.approx(
+        arm["correct"].mean() - base["correct"].mean(), abs=1e-12
+    )
     assert result["ci"] == pytest.approx(tango_interval(b, c, 400))
 
 
@@ -90,8 +92,8 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
         f1_score(items["label"], items["prediction"], average="macro") for items in (arm, base)
     ]
     result = _compare("macro_f1", arm, base)
-    assert result["v"] == pytest.approx(theirs[0] - theirs[1], abs=1e-12)
-    assert result["ci"][0] < result["v"] < result["ci"][1]
+    assert result["value"] == pytest.approx(theirs[0] - theirs[1], abs=1e-12)
+    assert result["ci"][0] < result["value"] < result["ci"][1]
     assert macro_f1_interval(
         arm["label"], arm["prediction"], resamples=200, seed=0
     ).estimate == pytest.approx(theirs[0])
@@ -100,7 +102,7 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
 def test_token_accuracy_and_agreement_weigh_documents_by_their_tokens() -> None:
     arm, base = _language(1, gain=0.03), _language(2)
     result = _compare("next_token_accuracy", arm, base)
-    assert result["v"] == pytest.approx(
+    assert result["value"] == pytest.approx(
         (arm["correct"].sum() - base["correct"].sum()) / arm["tokens"].sum(), abs=1e-12
     )
     agreeing = [{**items, "agree": items["correct"]} for items in (arm, base)]
@@ -163,7 +165,7 @@ def test_answer_is_read_off_the_interval(low: float, high: float, answer: str) -
 def test_an_arm_is_equal_to_itself(key: str) -> None:
     arm = _language(1)
     result = _compare(key, arm, {name: column.copy() for name, column in arm.items()})
-    assert (result["v"], result["ci"], result["answer"]) == (0.0, [0.0, 0.0], "equal")
+    assert (result["value"], result["ci"], result["answer"]) == (0.0, [0.0, 0.0], "equal")
 
 
 def test_a_few_equal_examples_do_not_make_equal_classifiers() -> None:
@@ -183,7 +185,7 @@ def test_predictions_that_happen_to_agree_do_not_make_equal_classifiers() -> Non
     arm = {**_labels(1, n=24), "logprob": np.full(24, -0.2)}
     base = {**arm, "logprob": np.full(24, -0.3)}
     result = _compare("macro_f1", arm, base)
-    assert (result["v"], result["ci"], result["answer"]) == (0.0, None, "undecided")
+    assert (result["value"], result["ci"], result["answer"]) == (0.0, None, "undecided")
     assert "the same on all 24 documents" in result["why_undecided"]
     same = _compare("macro_f1", arm, {name: column.copy() for name, column in arm.items()})
     assert (same["ci"], same["answer"]) == ([0.0, 0.0], "equal")
@@ -220,23 +222,23 @@ def test_a_damaged_reading_is_null_with_its_reason() -> None:
     arm, base = _language(1), _language(2)
     arm["bits"][[3, 5]] = [np.nan, np.inf]
     result = _compare("bits_per_byte", arm, base)
-    assert result["why_null"] == "the arm has no finite reading of 2 of 80 documents"
-    assert (result["v"], result["prov"], result["ci"], result["answer"]) == (
+    assert result["why_missing"] == "the arm has no finite reading of 2 of 80 documents"
+    assert (result["value"], result["provenance"], result["ci"], result["answer"]) == (
         None,
         "unavailable",
         None,
         "undecided",
     )
-    assert "the base has no finite" in _compare("bits_per_byte", base, arm)["why_null"]
+    assert "the base has no finite" in _compare("bits_per_byte", base, arm)["why_missing"]
     labels = {**_labels(1), "logprob": np.full(400, np.nan)}
-    assert "no finite reading of 400" in _compare("accuracy", labels, _labels(2))["why_null"]
+    assert "no finite reading of 400" in _compare("accuracy", labels, _labels(2))["why_missing"]
 
 
 def test_arms_on_other_documents_are_not_compared() -> None:
     arm, base = _language(1), _language(2)
     base["digest"] = np.array([*base["digest"][:75], *(f"f{index:031x}" for index in range(5))])
     assert (
-        _compare("bits_per_byte", arm, base)["why_null"]
+        _compare("bits_per_byte", arm, base)["why_missing"]
         == "only 75 of 80 documents were assessed in both arms"
     )
     base["digest"][75] = arm["digest"][75]  # 76 of 80 are 95%
@@ -247,24 +249,24 @@ def test_arms_that_count_otherwise_are_not_compared() -> None:
     arm, base = _language(1), _language(2)
     base["tokens"] = base["tokens"] + 1  # another tokenizer
     assert (
-        _compare("next_token_accuracy", arm, base)["why_null"]
+        _compare("next_token_accuracy", arm, base)["why_missing"]
         == "the arms count other tokens in the same documents"
     )
-    assert _compare("bits_per_byte", arm, base)["v"] is not None
+    assert _compare("bits_per_byte", arm, base)["value"] is not None
 
 
 def test_what_cannot_be_compared_says_why() -> None:
     arm, base = _language(1), _language(2)
     assert (
         "perplexity is not compared: read bits_per_byte"
-        in _compare("perplexity", arm, base)["why_null"]
+        in _compare("perplexity", arm, base)["why_missing"]
     )
     assert (
-        _compare("teacher_agreement", arm, base)["why_null"]
+        _compare("teacher_agreement", arm, base)["why_missing"]
         == "the arm has no 'agree' per document"
     )
     one = {name: column[:1] for name, column in arm.items()}
-    assert _compare("bits_per_byte", one, one)["why_null"] == "1 document(s) have no spread"
+    assert _compare("bits_per_byte", one, one)["why_missing"] == "1 document(s) have no spread"
 
 
 @pytest.mark.parametrize("key", ["bits_per_byte", "next_token_accuracy", "accuracy", "macro_f1"])
@@ -318,30 +320,33 @@ def test_skewed_bits_keep_their_tail_on_the_losing_side() -> None:
     higher = paired_ratio_interval(arm["bits"], base["bits"], base["bytes"])
     result = _compare("bits_per_byte", arm, base)
     assert result["ci"] == pytest.approx([-higher.high, -higher.low])
-    assert result["v"] - result["ci"][0] > 1.1 * (result["ci"][1] - result["v"])
+    assert result["value"] - result["ci"][0] > 1.1 * (result["ci"][1] - result["value"])
 
 
 def test_files_of_items_that_cannot_be_paired_say_why() -> None:
     arm, base = _language(1), _language(2)
     nothing = {name: column[:0] for name, column in arm.items()}
-    assert _compare("bits_per_byte", nothing, base)["why_null"] == "the arm has no documents"
-    assert _compare("bits_per_byte", nothing, nothing)["why_null"] == "the arm has no documents"
-    assert _compare("bits_per_byte", arm, nothing)["why_null"] == "the base has no documents"
+    assert _compare("bits_per_byte", nothing, base)["why_missing"] == "the arm has no documents"
+    assert _compare("bits_per_byte", nothing, nothing)["why_missing"] == "the arm has no documents"
+    assert _compare("bits_per_byte", arm, nothing)["why_missing"] == "the base has no documents"
     bare = {name: column for name, column in arm.items() if name != "digest"}
     assert (
-        _compare("bits_per_byte", bare, base)["why_null"] == "the arm has no 'digest' per document"
+        _compare("bits_per_byte", bare, base)["why_missing"]
+        == "the arm has no 'digest' per document"
     )
     twice = {name: np.concatenate([column, column[:3]]) for name, column in base.items()}
     expected = "counts documents twice: 83 readings of 80 digests"
-    assert _compare("bits_per_byte", arm, twice)["why_null"] == f"the base {expected}"
-    assert _compare("bits_per_byte", twice, twice)["why_null"] == f"the arm {expected}"
+    assert _compare("bits_per_byte", arm, twice)["why_missing"] == f"the base {expected}"
+    assert _compare("bits_per_byte", twice, twice)["why_missing"] == f"the arm {expected}"
     short = {**arm, "bits": arm["bits"][:70]}
     assert (
-        _compare("bits_per_byte", short, base)["why_null"]
+        _compare("bits_per_byte", short, base)["why_missing"]
         == "the arm has (70,) readings of 'bits' for 80 documents"
     )
     silent = {**base, "bits": np.zeros(80)}
-    assert "the base's bits sum to 0 or less" in _compare("bits_per_byte", arm, silent)["why_null"]
+    assert (
+        "the base's bits sum to 0 or less" in _compare("bits_per_byte", arm, silent)["why_missing"]
+    )
 
 
 def test_an_undecided_arm_is_told_how_many_documents_decide() -> None:
@@ -350,11 +355,11 @@ def test_an_undecided_arm_is_told_how_many_documents_decide() -> None:
     """
     arm, base = _language(1, n=40, noise=0.03), _language(2, n=40, noise=0.03)
     undecided = _compare("bits_per_byte", arm, base)
-    assert (undecided["answer"], undecided["v"] > -0.01) == ("undecided", True)
+    assert (undecided["answer"], undecided["value"] > -0.01) == ("undecided", True)
     _, spread = paired_ratio(arm["bits"], base["bits"], arm["bytes"])
     assert undecided["items_to_decide"] == items_for_power(spread.reversed(), margin=0.01)
     assert undecided["items_to_decide"] != items_for_power(
-        spread.reversed(), margin=0.01, assumed=undecided["v"]
+        spread.reversed(), margin=0.01, assumed=undecided["value"]
     )
     worse = _compare(
         "bits_per_byte", _language(1, n=40, gain=-0.013, noise=0.02), _language(2, n=40, noise=0.02)
@@ -374,9 +379,9 @@ def test_seeds_are_averaged_with_a_t_interval() -> None:
         for s, g in enumerate(gains)
     ]
     combined = combine_seeds(per_seed, is_share=False)
-    deltas = [result["v"] for result in per_seed]
+    deltas = [result["value"] for result in per_seed]
     theirs = stats.ttest_1samp(deltas, 0).confidence_interval(0.9)
-    assert combined["v"] == pytest.approx(np.mean(deltas))
+    assert combined["value"] == pytest.approx(np.mean(deltas))
     assert combined["ci"] == pytest.approx([theirs.low, theirs.high])
     assert (combined["n"], combined["answer"]) == (3, "better")
     assert combine_seeds(per_seed[:1], is_share=False) == per_seed[0]
@@ -401,9 +406,9 @@ def test_seeds_that_read_the_same_show_no_spread() -> None:
     arm, base = _labels(1, n=60), _labels(1, n=60)
     base["correct"] = np.roll(base["correct"], 1)  # as many right, of other examples
     seed = _compare("accuracy", arm, base)
-    assert (seed["v"], seed["answer"]) == (0.0, "undecided")
+    assert (seed["value"], seed["answer"]) == (0.0, "undecided")
     combined = combine_seeds([seed, seed, seed], is_share=True)
-    assert (combined["v"], combined["ci"], combined["answer"]) == (0.0, None, "undecided")
+    assert (combined["value"], combined["ci"], combined["answer"]) == (0.0, None, "undecided")
     assert "3 seeds read the same" in combined["why_undecided"]
     equal = _compare("accuracy", _labels(1), _labels(1))
     assert combine_seeds([equal, equal], is_share=True)["answer"] == "equal"
@@ -415,8 +420,8 @@ def test_a_null_seed_makes_the_whole_null() -> None:
         _compare("perplexity", _language(1), _language(2)),
     )
     combined = combine_seeds([good, bad], is_share=False)
-    assert combined["v"] is None
-    assert combined["why_null"].startswith("1 of 2 seeds: perplexity")
+    assert combined["value"] is None
+    assert combined["why_missing"].startswith("1 of 2 seeds: perplexity")
 
 
 def test_results_fit_the_schema() -> None:

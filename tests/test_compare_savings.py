@@ -33,7 +33,7 @@ from pipeline.compare.savings import (
 )
 from pipeline.compare.statistics import abba_saving
 from pipeline.ledger.schema import RESULT_SCHEMA
-from pipeline.ledger.values import Prov, Value, estimated, measured, null
+from pipeline.ledger.values import Provenance, Value, estimated, measured, null
 
 SPENDS = {
     spend.arm: spend
@@ -63,18 +63,18 @@ def test_a_chain_lists_each_stage_once_after_what_it_needs() -> None:
 
 
 def test_costs_over_a_chain() -> None:
-    assert c_total("student", SPENDS, cancelled=["base"]).v == 7.0
-    assert all_in("student", SPENDS, cancelled=["base"]).v == 8.5
-    assert c_total("student", SPENDS).why_null == "existing model: base"
-    assert c_total("scratch", SPENDS).v == 20.0
+    assert c_total("student", SPENDS, cancelled=["base"]).value == 7.0
+    assert all_in("student", SPENDS, cancelled=["base"]).value == 8.5
+    assert c_total("student", SPENDS).why_missing == "existing model: base"
+    assert c_total("scratch", SPENDS).value == 20.0
 
 
 def test_what_both_chains_share_cancels() -> None:
-    assert c_opt("student", "teacher", SPENDS).v == 3.0
-    assert c_opt("student", "control", SPENDS).v == -3.0  # 7 more, 10 fewer
-    assert c_opt("control", "student", SPENDS).v == 3.0
-    assert c_opt("student", "student", SPENDS).v == 0.0
-    assert c_opt("student", "scratch", SPENDS).why_null == "existing model: base"
+    assert c_opt("student", "teacher", SPENDS).value == 3.0
+    assert c_opt("student", "control", SPENDS).value == -3.0  # 7 more, 10 fewer
+    assert c_opt("control", "student", SPENDS).value == 3.0
+    assert c_opt("student", "student", SPENDS).value == 0.0
+    assert c_opt("student", "scratch", SPENDS).why_missing == "existing model: base"
     assert shared_past("student", "control", SPENDS) == ["base"]
 
 
@@ -94,9 +94,13 @@ def test_amortising_divides_the_named_arms_and_leaves_the_input_alone() -> None:
 
 def test_saving_at_equal_quality_at_the_end() -> None:
     saving = _save(Trained(arm="student", final=2.02), Trained(arm="control", final=2.0))
-    assert saving["v"] == pytest.approx(1 - 7 / 10)
-    assert (saving["c_arm"]["v"], saving["c_base"]["v"], saving["c_opt"]["v"]) == (7.0, 10.0, -3.0)
-    assert (saving["all_in_arm"]["v"], saving["all_in_base"]["v"]) == (8.5, 10.0)
+    assert saving["value"] == pytest.approx(1 - 7 / 10)
+    assert (saving["c_arm"]["value"], saving["c_base"]["value"], saving["c_opt"]["value"]) == (
+        7.0,
+        10.0,
+        -3.0,
+    )
+    assert (saving["all_in_arm"]["value"], saving["all_in_base"]["value"]) == (8.5, 10.0)
     assert saving["rule"].startswith(
         "equal quality at the end: within margin of control's 2, Q = 2.02"
     )
@@ -107,10 +111,10 @@ def test_saving_at_equal_quality_at_the_end() -> None:
 
 def test_systems_and_algorithmic_parts_multiply_to_the_whole() -> None:
     saving = _save(Trained(arm="student", final=2.0), Trained(arm="control", final=2.0))
-    systems, algorithmic = saving["systems"]["v"], saving["algorithmic"]["v"]
+    systems, algorithmic = saving["systems"]["value"], saving["algorithmic"]["value"]
     assert algorithmic == pytest.approx(1 - 650 / 800)
     assert systems == pytest.approx(1 - (7 / 650) / (10 / 800))
-    assert (1 - systems) * (1 - algorithmic) == pytest.approx(1 - saving["v"])
+    assert (1 - systems) * (1 - algorithmic) == pytest.approx(1 - saving["value"])
 
 
 def test_uncounted_flops_leave_the_saving_and_hide_its_parts() -> None:
@@ -118,26 +122,28 @@ def test_uncounted_flops_leave_the_saving_and_hide_its_parts() -> None:
     saving = _save(
         Trained(arm="student", final=2.0), Trained(arm="control", final=2.0), spends=spends
     )
-    assert saving["v"] == pytest.approx(0.3)
+    assert saving["value"] == pytest.approx(0.3)
     assert (
-        saving["systems"]["why_null"]
-        == saving["algorithmic"]["why_null"]
+        saving["systems"]["why_missing"]
+        == saving["algorithmic"]["why_missing"]
         == "FLOPs not counted: cache"
     )
     none = {name: dataclasses.replace(spend, flops=0.0) for name, spend in SPENDS.items()}
     saving = _save(
         Trained(arm="student", final=2.0), Trained(arm="control", final=2.0), spends=none
     )
-    assert saving["systems"]["why_null"] == "no FLOPs were needed"
+    assert saving["systems"]["why_missing"] == "no FLOPs were needed"
 
 
 def test_an_arm_that_is_not_as_good_is_censored_with_its_bound() -> None:
     saving = _save(Trained(arm="student", final=2.03), Trained(arm="control", final=2.0))
-    assert (saving["v"], saving["prov"]) == (None, "unavailable")
-    assert saving["why_null"] == "censored: student ended at 2.03 on validation, short of Q = 2.02"
-    assert saving["bound"]["v"] == pytest.approx(0.3)  # it needed more than these 7 hours
-    assert saving["systems"]["v"] is saving["algorithmic"]["v"] is None
-    assert saving["c_arm"]["v"] == 7.0
+    assert (saving["value"], saving["provenance"]) == (None, "unavailable")
+    assert (
+        saving["why_missing"] == "censored: student ended at 2.03 on validation, short of Q = 2.02"
+    )
+    assert saving["bound"]["value"] == pytest.approx(0.3)  # it needed more than these 7 hours
+    assert saving["systems"]["value"] is saving["algorithmic"]["value"] is None
+    assert saving["c_arm"]["value"] == 7.0
 
 
 @pytest.mark.parametrize(("final", "reached"), [(0.79, True), (0.7899, False), (0.95, True)])
@@ -145,7 +151,7 @@ def test_accuracy_is_worsened_absolutely(final: float, reached: bool) -> None:
     assert target_metric(0.8, 0.01, lower_is_better=False) == pytest.approx(0.79)
     assert target_metric(2.0, 0.01, lower_is_better=True) == pytest.approx(2.02)
     arms = Trained(arm="student", final=final), Trained(arm="control", final=0.8)
-    assert (_save(*arms, lower_is_better=False)["v"] is not None) == reached
+    assert (_save(*arms, lower_is_better=False)["value"] is not None) == reached
 
 
 @pytest.mark.parametrize("final", [None, float("nan")])
@@ -153,21 +159,21 @@ def test_no_validation_reading_no_saving(final: float | None) -> None:
     for pair in (("student", "control"), ("control", "student")):
         finals = {"student": final, "control": 2.0}
         saving = _save(*(Trained(arm=arm, final=finals[arm]) for arm in pair))
-        assert saving["why_null"] == "student has no validation reading"
-        assert {saving["c_arm"]["v"], saving["c_base"]["v"]} == {7.0, 10.0}
+        assert saving["why_missing"] == "student has no validation reading"
+        assert {saving["c_arm"]["value"], saving["c_base"]["value"]} == {7.0, 10.0}
 
 
 def test_an_existing_model_in_one_chain_leaves_only_new_spending() -> None:
     saving = _save(Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0))
-    assert saving["why_null"] == "existing model: base"
-    assert saving["new_spend_saving"]["v"] == pytest.approx(1 - 7 / 20)
-    assert saving["c_arm"]["v"] is None
+    assert saving["why_missing"] == "existing model: base"
+    assert saving["new_spend_saving"]["value"] == pytest.approx(1 - 7 / 20)
+    assert saving["c_arm"]["value"] is None
     # what handling it took is new
     handled = {**SPENDS, "base": dataclasses.replace(SPENDS["base"], work_h=1.0)}
     saving = _save(
         Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=handled
     )
-    assert saving["new_spend_saving"]["v"] == pytest.approx(1 - 8 / 20)
+    assert saving["new_spend_saving"]["value"] == pytest.approx(1 - 8 / 20)
 
 
 def test_a_registered_model_cancels_where_both_chains_have_it_and_is_charged_where_one_has() -> (
@@ -179,12 +185,12 @@ def test_a_registered_model_cancels_where_both_chains_have_it_and_is_charged_whe
     registered = {**SPENDS, "base": Spend(arm="base", work_h=100.0, flops=0.0, registered="run-1")}
     both = Trained(arm="student", final=2.0), Trained(arm="control", final=2.0)
     saving = _save(*both, spends=registered)
-    assert saving["v"] == _save(*both)["v"] == pytest.approx(0.3)
+    assert saving["value"] == _save(*both)["value"] == pytest.approx(0.3)
     assert "base (registered model) is in both chains and cancels" in saving["rule"]
     alone = _save(
         Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=registered
     )
-    assert alone["v"] == pytest.approx(1 - 107 / 20)
+    assert alone["value"] == pytest.approx(1 - 107 / 20)
     assert "cancels" not in alone["rule"]
 
 
@@ -200,11 +206,11 @@ def test_a_run_that_two_models_are_registered_with_counts_once() -> None:
         "tuned": Spend(arm="tuned", depends_on=("base",), work_h=10.0, flops=1.0),
         "scratch": Spend(arm="scratch", work_h=200.0, flops=9.0),
     }
-    assert c_total("student", spends).v == pytest.approx(107)
+    assert c_total("student", spends).value == pytest.approx(107)
     alone = _save(
         Trained(arm="student", final=2.0), Trained(arm="scratch", final=2.0), spends=spends
     )
-    assert (alone["v"], alone["algorithmic"]["v"]) == (
+    assert (alone["value"], alone["algorithmic"]["value"]) == (
         pytest.approx(1 - 107 / 200),
         pytest.approx(1 - 6 / 9),
     )
@@ -212,21 +218,21 @@ def test_a_run_that_two_models_are_registered_with_counts_once() -> None:
         "base, student_init are registered with one run (run-1), which counts once" in alone["rule"]
     )
     both = _save(Trained(arm="student", final=2.0), Trained(arm="tuned", final=2.0), spends=spends)
-    assert both["v"] == pytest.approx(0.3)
-    assert both["c_opt"]["v"] == pytest.approx(-3)
+    assert both["value"] == pytest.approx(0.3)
+    assert both["c_opt"]["value"] == pytest.approx(-3)
 
 
 def test_a_base_that_cost_nothing_has_no_share() -> None:
     saving = _save(Trained(arm="teacher", final=2.0), Trained(arm="base", final=2.0))
-    assert saving["why_null"] == "the base cost nothing here"
-    assert saving["new_spend_saving"]["why_null"] == "the base cost nothing here"
+    assert saving["why_missing"] == "the base cost nothing here"
+    assert saving["new_spend_saving"]["why_missing"] == "the base cost nothing here"
 
 
 def test_a_shared_teacher_stands_beside_the_full_figure() -> None:
     arms = Trained(arm="student", final=2.0), Trained(arm="control", final=2.0)
     saving = _save(*arms, teachers=("teacher", "cache"), shared_by=5)
-    assert saving["v"] == pytest.approx(0.3)
-    assert saving["amortised"]["v"] == pytest.approx(1 - (5 / 5 + 2) / 10)
+    assert saving["value"] == pytest.approx(0.3)
+    assert saving["amortised"]["value"] == pytest.approx(1 - (5 / 5 + 2) / 10)
     assert "amortised" not in _save(*arms)
 
 
@@ -251,18 +257,18 @@ def test_saving_at_the_first_of_two_readings_in_a_row() -> None:
     cache added.
     """
     saving = _save(_curve("student", [2.4, 2.02, 2.03, 2.0, 1.9], hours=0.25), BASE_CURVE)
-    assert saving["c_base"]["v"] == pytest.approx(6.0)
-    assert saving["c_arm"]["v"] == pytest.approx(4 * 0.25 + 5)
-    assert saving["v"] == pytest.approx(1 - 6 / 6)
-    assert saving["algorithmic"]["v"] == pytest.approx(1 - (500 + 150 * 4 / 5) / (800 * 3 / 5))
+    assert saving["c_base"]["value"] == pytest.approx(6.0)
+    assert saving["c_arm"]["value"] == pytest.approx(4 * 0.25 + 5)
+    assert saving["value"] == pytest.approx(1 - 6 / 6)
+    assert saving["algorithmic"]["value"] == pytest.approx(1 - (500 + 150 * 4 / 5) / (800 * 3 / 5))
     assert saving["rule"].startswith("first of two consecutive evaluations at Q = 2.02")
-    assert saving["c_opt"]["v"] == -3.0  # what was spent, to the end
+    assert saving["c_opt"]["value"] == -3.0  # what was spent, to the end
 
 
 def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
     saving = _save(_curve("student", [2.4, 2.3, 2.2], hours=0.25), BASE_CURVE)
-    assert saving["why_null"] == "censored: student did not hold Q = 2.02 within 300 tokens"
-    assert saving["bound"]["v"] == pytest.approx(1 - 5.75 / 6)
+    assert saving["why_missing"] == "censored: student did not hold Q = 2.02 within 300 tokens"
+    assert saving["bound"]["value"] == pytest.approx(1 - 5.75 / 6)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +287,7 @@ def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
 def test_curves_that_cannot_be_laid_over_each_other_are_compared_at_the_end(arm: Trained) -> None:
     saving = _save(arm, BASE_CURVE)
     assert saving["rule"].startswith("equal quality at the end")
-    assert saving["v"] == pytest.approx(0.3)
+    assert saving["value"] == pytest.approx(0.3)
 
 
 def test_readings_before_the_rate_is_constant_or_after_it_decays_are_no_crossing() -> None:
@@ -295,8 +301,8 @@ def test_readings_before_the_rate_is_constant_or_after_it_decays_are_no_crossing
         arm, curve=tuple(dataclasses.replace(r, is_constant=r.tokens > 300) for r in arm.curve)
     )
     saving = _save(arm, late)
-    assert saving["c_base"]["v"] == pytest.approx(4 * 2.0)
-    assert saving["c_arm"]["v"] == pytest.approx(4 * 0.25 + 5)
+    assert saving["c_base"]["value"] == pytest.approx(4 * 2.0)
+    assert saving["c_arm"]["value"] == pytest.approx(4 * 0.25 + 5)
 
 
 def test_an_arm_that_reaches_q_only_by_its_decay_is_compared_at_the_end() -> None:
@@ -328,8 +334,8 @@ def test_identical_noisy_arms_save_nothing_on_average() -> None:
             for _ in range(2)
         )
         saving = _save(_curve("a", a, hours=0.5), _curve("b", b, hours=0.5), spends=spends)
-        if saving["v"] is not None:
-            savings.append(saving["v"])
+        if saving["value"] is not None:
+            savings.append(saving["value"])
     assert len(savings) > 190
     assert abs(np.mean(savings)) < 0.02
 
@@ -348,11 +354,11 @@ def test_savings_are_averaged_over_seeds() -> None:
     combined = combine_training([_seed(2.0), _seed(1.0), _seed(3.0)])
     logs = np.log([0.7, 0.6, 0.8])
     theirs = stats.ttest_1samp(logs, 0).confidence_interval(0.9)
-    assert combined["v"] == pytest.approx(1 - np.exp(logs.mean()))
+    assert combined["value"] == pytest.approx(1 - np.exp(logs.mean()))
     assert combined["ci"] == pytest.approx([1 - np.exp(theirs.high), 1 - np.exp(theirs.low)])
-    parts = [1 - combined[name]["v"] for name in ("systems", "algorithmic")]
-    assert parts[0] * parts[1] == pytest.approx(1 - combined["v"])
-    assert combined["c_arm"]["v"] == pytest.approx(7.0)
+    parts = [1 - combined[name]["value"] for name in ("systems", "algorithmic")]
+    assert parts[0] * parts[1] == pytest.approx(1 - combined["value"])
+    assert combined["c_arm"]["value"] == pytest.approx(7.0)
     assert combined["rule"].endswith("mean of 3 seeds, the first one's Q shown")
     assert "point estimate" not in combined["rule"]
     assert combine_training([_seed(2.0)]) == _seed(2.0)
@@ -364,10 +370,10 @@ def test_equal_arms_save_nothing_over_seeds_however_far_they_spread() -> None:
     for _ in range(300):
         hours = np.exp(rng.normal(0, 0.2, (3, 2)))
         per_seed = [
-            {**Value(1 - arm / base, Prov.DERIVED).to_json(), "ci": None, "rule": ONE_RUN}
+            {**Value(1 - arm / base, Provenance.DERIVED).to_json(), "ci": None, "rule": ONE_RUN}
             for arm, base in hours
         ]
-        found.append(combine_training(per_seed)["v"])
+        found.append(combine_training(per_seed)["value"])
     log_ratio, error = np.log1p(-np.array(found)).mean(), 0.2 * math.sqrt(2 / 3 / 300)
     assert abs(log_ratio) < 4 * error
     assert (
@@ -377,14 +383,14 @@ def test_equal_arms_save_nothing_over_seeds_however_far_they_spread() -> None:
 
 def test_one_censored_seed_censors_the_mean() -> None:
     combined = combine_training([_seed(2.0), _seed(2.0, final=2.1)])
-    assert (combined["v"], combined["ci"]) == (None, None)
+    assert (combined["value"], combined["ci"]) == (None, None)
     assert (
-        combined["why_null"]
+        combined["why_missing"]
         == "censored: student ended at 2.1 on validation, short of Q = 2.02 (in 1 of 2 seeds)"
     )
-    saved, bound = _seed(2.0)["v"], _seed(2.0, final=2.1)["bound"]["v"]
-    assert combined["bound"]["v"] == pytest.approx(1 - math.sqrt((1 - saved) * (1 - bound)))
-    assert combined["new_spend_saving"]["why_null"] == combined["why_null"]
+    saved, bound = _seed(2.0)["value"], _seed(2.0, final=2.1)["bound"]["value"]
+    assert combined["bound"]["value"] == pytest.approx(1 - math.sqrt((1 - saved) * (1 - bound)))
+    assert combined["new_spend_saving"]["why_missing"] == combined["why_missing"]
 
 
 # -- serving and payback --------------------------------------------------------------------------
@@ -397,17 +403,17 @@ def _blocks(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_serving_saving_has_the_form_of_the_result() -> None:
     saving, interval = serving_saving(*_blocks()), abba_saving(*_blocks())
-    assert (saving["v"], saving["ci"], saving["blocks"]) == (
+    assert (saving["value"], saving["ci"], saving["blocks"]) == (
         interval.estimate,
         [interval.low, interval.high],
         4,
     )
-    assert saving["v"] == pytest.approx(0.4, abs=0.05)
+    assert saving["value"] == pytest.approx(0.4, abs=0.05)
 
 
 def _saving(v: float, half: float = 0.01) -> dict[str, Any]:
     return {
-        **Value(v, Prov.DERIVED).to_json(),
+        **Value(v, Provenance.DERIVED).to_json(),
         "ci": [v - half, v + half],
         "blocks": 4,
         "sd_log": half,
@@ -419,16 +425,16 @@ def _saving(v: float, half: float = 0.01) -> dict[str, Any]:
 )
 def test_payback_units(c_opt_h: float, units: float) -> None:
     result = payback(measured(c_opt_h), measured(1e-3), _saving(0.4), unit="token")
-    assert result["v"] == pytest.approx(units)
+    assert result["value"] == pytest.approx(units)
     assert result["unit"] == "token"
-    assert result["p_net_positive"]["why_null"] == "serving.volume is not declared"
+    assert result["p_net_positive"]["why_missing"] == "serving.volume is not declared"
 
 
 @pytest.mark.parametrize("saving", [0.0, -0.2])
 @pytest.mark.parametrize("spent", [measured(2.0), measured(-2.0), null("existing model: base")])
 def test_an_arm_that_is_not_cheaper_never_pays_back(spent: Value, saving: float) -> None:
     assert (
-        payback(spent, measured(1e-3), _saving(saving), unit="example")["why_null"]
+        payback(spent, measured(1e-3), _saving(saving), unit="example")["why_missing"]
         == "never: not cheaper"
     )
 
@@ -442,10 +448,10 @@ def test_one_slow_reading_makes_no_payback_of_a_cost_and_no_cost_of_a_saving() -
     for ours, theirs in ((arm, base), (base, arm)):
         saving, c_base = serving_saving(ours, theirs), measured(float(theirs.mean()) / 1000)
         result = payback(measured(2.0), c_base, saving, unit="token")
-        assert (saving["v"] > 0) == (ours is arm) == (ours.mean() > theirs.mean())
-        assert (result["why_null"] == "never: not cheaper") == (saving["v"] <= 0)
+        assert (saving["value"] > 0) == (ours is arm) == (ours.mean() > theirs.mean())
+        assert (result["why_missing"] == "never: not cheaper") == (saving["value"] <= 0)
         if ours is arm:
-            assert result["v"] == pytest.approx(2.0 * 3600 / (c_base.v * saving["v"]))
+            assert result["value"] == pytest.approx(2.0 * 3600 / (c_base.value * saving["value"]))
 
 
 def test_unknown_spending_has_no_payback() -> None:
@@ -453,12 +459,15 @@ def test_unknown_spending_has_no_payback() -> None:
     result = payback(
         null("existing model: base"), measured(1e-3), serving, unit="token", volume=1e9
     )
-    assert result["why_null"] == result["p_net_positive"]["why_null"] == "existing model: base"
+    assert (
+        result["why_missing"] == result["p_net_positive"]["why_missing"] == "existing model: base"
+    )
 
 
 def test_a_payback_is_no_better_known_than_what_it_is_made_of() -> None:
     assert (
-        payback(estimated(1.0), measured(1e-3), _saving(0.4), unit="token")["prov"] == "estimated"
+        payback(estimated(1.0), measured(1e-3), _saving(0.4), unit="token")["provenance"]
+        == "estimated"
     )
 
 
@@ -471,14 +480,14 @@ def test_replicas_are_whole_ones() -> None:
         payback(measured(1.0), measured(1e-3), saving, unit="token", rate=rate)["replicas_saved"]
         for rate in (2500.0, 400.0, None)
     ]
-    assert [value["v"] for value in found] == [1, 0, None]
-    assert found[2]["why_null"] == "serving.rate is not declared"
+    assert [value["value"] for value in found] == [1, 0, None]
+    assert found[2]["why_missing"] == "serving.rate is not declared"
 
 
 def _probability(c_opt_h: float, volume: float, saving: dict[str, Any]) -> float:
     return payback(measured(c_opt_h), measured(1e-3), saving, unit="token", volume=volume)[
         "p_net_positive"
-    ]["v"]
+    ]["value"]
 
 
 @pytest.mark.parametrize("share", [0.35, 0.40, 0.42])
@@ -556,10 +565,10 @@ def _served(weights: float, peak: float | None = None) -> dict[str, Any]:
 def test_an_artifact_that_saves_neither_time_nor_memory_is_marked(
     ci: list[float] | None, arm: Any, base: Any, saves_time: bool, memory: float, no_speedup: bool
 ) -> None:
-    found = speedup({"v": 0.05, "ci": ci}, arm, base)
-    assert found["memory"]["v"] == pytest.approx(memory)
+    found = speedup({"value": 0.05, "ci": ci}, arm, base)
+    assert found["memory"]["value"] == pytest.approx(memory)
     assert found["memory"]["of"] == (
-        "weights_bytes" if arm["peak_bytes"]["v"] is None else "peak_bytes"
+        "weights_bytes" if arm["peak_bytes"]["value"] is None else "peak_bytes"
     )
     assert (found["saves_time"], found["no_speedup"]) == (saves_time, no_speedup)
     jsonschema.validate(

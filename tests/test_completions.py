@@ -131,12 +131,12 @@ def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known
     result = result_in(tmp_path)
     student = next(row for row in result["rows"] if row["arm"] == "student")
     counts = student["ledger"]["counts"]
-    assert counts["distillation_share"]["v"] is None
+    assert counts["distillation_share"]["value"] is None
     # prompts are read, padding is neither
-    assert 0 < counts["target_tokens"]["v"] < counts["tokens"]["v"] < 4 * 4 * 64
+    assert 0 < counts["target_tokens"]["value"] < counts["tokens"]["value"] < 4 * 4 * 64
     assert "teacher" not in student["ledger"]["phases_ns"]
     training = next(pair["training"] for pair in result["comparisons"] if pair["training"])
-    assert training["v"] is None
+    assert training["value"] is None
     assert "made by a model elsewhere: student's completions" in json.dumps(training)
     first = student["artifact"]["digest"]
     written(tmp_path, [{"prompt": "another ", "completion": "beginning of it all"}, *rows])

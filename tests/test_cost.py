@@ -35,26 +35,26 @@ def test_without_a_rate_there_is_no_money() -> None:
 def test_a_rate_is_paid_for_what_the_scheduler_held() -> None:
     """Two hours on one GPU of a job that was granted four: 8 GPU-hours at 2.50."""
     found = money(2.0, RENTED, allocated=declared(8.0))
-    assert found["amount"] == {"v": 20.0, "prov": "declared", "why_null": None}
+    assert found["amount"] == {"value": 20.0, "provenance": "declared", "why_missing": None}
     assert found["currency"] == "EUR"
 
 
 def test_without_a_scheduler_attached_hours_are_a_lower_bound() -> None:
     for allocated in (None, null("no scheduler granted this run")):
         found = money(2.0, RENTED, allocated=allocated)
-        assert found["amount"] == {"v": 5.0, "prov": "estimated", "why_null": None}
+        assert found["amount"] == {"value": 5.0, "provenance": "estimated", "why_missing": None}
 
 
 def test_neither_energy_nor_pue_is_added_to_a_rented_rate() -> None:
     with_pue = CostConfig(kind=CostKind.rented, per_device_hour=2.5, pue=1.5, **SAID)
     assert (
-        money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(9 * KWH))["amount"]["v"]
+        money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(9 * KWH))["amount"]["value"]
         == 5.0
     )
 
 
 @pytest.mark.parametrize(
-    ("energy_j", "amount", "prov"),
+    ("energy_j", "amount", "provenance"),
     [
         (measured(2 * KWH), 4.0 + 2 * 1.5 * 0.3, "declared"),
         (estimated(2 * KWH), 4.0 + 2 * 1.5 * 0.3, "declared"),  # the worst of what it is made from
@@ -65,25 +65,29 @@ def test_owned_devices_may_pay_for_what_their_facility_draws(
     energy_j: Any, amount: float, prov: str
 ) -> None:
     found = money(4.0, OWNED, allocated=declared(4.0), energy_j=energy_j)["amount"]
-    assert found["v"] == pytest.approx(amount)
-    assert found["prov"] == prov
+    assert found["value"] == pytest.approx(amount)
+    assert found["provenance"] == prov
 
 
 def test_facility_energy_needs_a_declared_pue() -> None:
-    assert facility_energy(measured(100.0), CostConfig()).why_null == "no PUE declared"
-    assert facility_energy(measured(100.0), OWNED).v == 150.0
-    assert facility_energy(null("no counter"), OWNED).why_null == "no counter"
+    assert facility_energy(measured(100.0), CostConfig()).why_missing == "no PUE declared"
+    assert facility_energy(measured(100.0), OWNED).value == 150.0
+    assert facility_energy(null("no counter"), OWNED).why_missing == "no counter"
 
 
 def test_what_the_facility_drew_stands_beside_the_money() -> None:
     """Never in it: a rented rate has its power in it, and a PUE alone has no price."""
     with_pue = CostConfig(kind=CostKind.rented, per_device_hour=2.5, pue=1.5, **SAID)
     found = money(2.0, with_pue, allocated=declared(2.0), energy_j=measured(2 * KWH))
-    assert found["facility_energy_j"] == {"v": 3 * KWH, "prov": "declared", "why_null": None}
-    assert found["amount"]["v"] == 5.0
-    assert money(2.0, with_pue)["facility_energy_j"]["why_null"] == "not read"
+    assert found["facility_energy_j"] == {
+        "value": 3 * KWH,
+        "provenance": "declared",
+        "why_missing": None,
+    }
+    assert found["amount"]["value"] == 5.0
+    assert money(2.0, with_pue)["facility_energy_j"]["why_missing"] == "not read"
     assert (
-        money(2.0, CostConfig(), energy_j=measured(KWH))["facility_energy_j"]["why_null"]
+        money(2.0, CostConfig(), energy_j=measured(KWH))["facility_energy_j"]["why_missing"]
         == "no PUE declared"
     )
 
@@ -94,7 +98,7 @@ def test_a_ledger_is_priced_again_with_what_it_knows() -> None:
         value(2.0),
         value(16.0, "declared"),
     )
-    assert priced(record, RENTED)["cost"]["amount"]["v"] == 40.0
+    assert priced(record, RENTED)["cost"]["amount"]["value"] == 40.0
     record["device_hours"]["attached"] = null("skipped").to_json()
     skipped = null("skipped").to_json()
     assert priced(record, RENTED)["cost"] == {

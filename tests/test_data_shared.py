@@ -243,4 +243,4 @@ def test_a_run_on_data_of_ones_own_reads_it_whole_and_says_what_it_did(tmp_path:
     )
     steps = -(-train // 160)  # a tenth of them, by 16
     assert f"baseline: 0.1 epochs of {train} examples of train are {steps} steps" in notes
-    assert row["ledger"]["counts"]["steps"]["v"] == steps
+    assert row["ledger"]["counts"]["steps"]["value"] == steps

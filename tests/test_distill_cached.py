@@ -108,14 +108,14 @@ def test_a_capture_has_a_row_of_its_own_and_no_quality(
     )
     assert (row["quality"], row["serving"], row["depends_on"]) == ({}, {}, ["teacher"])
     assert ledger["phases_ns"]["capture"] > 0
-    assert ledger["device_hours"]["work"]["v"] > ledger["device_hours"]["assess"]["v"] == 0
+    assert ledger["device_hours"]["work"]["value"] > ledger["device_hours"]["assess"]["value"] == 0
     assert ledger["meter_valid"], ledger["meter_problems"]
-    assert ledger["counts"]["model_flops"]["v"] > 0
-    assert 0 < ledger["counts"]["target_tokens"]["v"] <= ledger["counts"]["tokens"]["v"]
+    assert ledger["counts"]["model_flops"]["value"] > 0
+    assert 0 < ledger["counts"]["target_tokens"]["value"] <= ledger["counts"]["tokens"]["value"]
     assert rows["student"]["depends_on"] == ["teacher", "capture"]
     assert "teacher" not in rows["student"]["ledger"]["phases_ns"]
-    assert rows["student"]["ledger"]["counts"]["distillation_share"]["v"] != 0
-    parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+    assert rows["student"]["ledger"]["counts"]["distillation_share"]["value"] != 0
+    parts = {name: value["value"] for name, value in result["run"]["device_hours"].items()}
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
     manifest = json.loads(Path(row["artifact"]["path"], "manifest.json").read_text())
     assert manifest["bytes_per_token"] <= 72
@@ -128,14 +128,14 @@ def test_the_student_is_charged_with_the_capture_and_the_control_is_given_its_fl
 ) -> None:
     _, result = trained
     rows = {row["arm"]: row["ledger"] for row in result["rows"]}
-    flops = {arm: ledger["counts"]["model_flops"]["v"] for arm, ledger in rows.items()}
+    flops = {arm: ledger["counts"]["model_flops"]["value"] for arm, ledger in rows.items()}
     own = flops["control_steps"]  # the student's own, without any teacher: the same steps
     assert flops["student"] == pytest.approx(own)
     per_step = own / 4
     assert 0 <= flops["student"] + flops["capture"] - flops["control_compute"] < per_step
     training = result["comparisons"][0]["training"]
-    work = {arm: ledger["device_hours"]["work"]["v"] for arm, ledger in rows.items()}
-    assert training["c_arm"]["v"] == pytest.approx(
+    work = {arm: ledger["device_hours"]["work"]["value"] for arm, ledger in rows.items()}
+    assert training["c_arm"]["value"] == pytest.approx(
         work["teacher"] + work["capture"] + work["student"]
     )
 
@@ -149,9 +149,9 @@ def test_the_same_command_again_reuses_the_capture_and_a_damaged_cache_is_captur
     second = result_in(cwd)
     assert [row["arm"] for row in second["rows"]] == ARMS_OF_RUN
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
-    assert second["run"]["device_hours"]["work"]["v"] == 0
-    spent = {part: value["v"] for part, value in first["run"]["device_hours"].items()}
-    assert second["run"]["reused"]["v"] == pytest.approx(
+    assert second["run"]["device_hours"]["work"]["value"] == 0
+    spent = {part: value["value"] for part, value in first["run"]["device_hours"].items()}
+    assert second["run"]["reused"]["value"] == pytest.approx(
         spent["work"] + spent["assess"] + spent["compare"]
     )
     was, now = (
@@ -202,9 +202,9 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
     assert result["run"]["attempts"] == 3
     rows = [row for row in result["rows"] if row["arm"] == "capture"]
     assert [(row["attempt"], row["status"]) for row in rows] == [(1, "KILLED"), (2, "FINISHED")]
-    assert all(row["ledger"]["device_hours"]["work"]["v"] > 0 for row in rows)
+    assert all(row["ledger"]["device_hours"]["work"]["value"] > 0 for row in rows)
     assert all(row["ledger"]["meter_valid"] for row in rows)
-    parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+    parts = {name: value["value"] for name, value in result["run"]["device_hours"].items()}
     assert parts["retry"] == 0
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
 
@@ -260,7 +260,7 @@ def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
         for seed in (0, 1):
             student, teacher = rows["student", seed], rows["teacher", seed]
             folders = [Path(row["artifact"]["path"]) for row in (student, teacher)]
-            level = student["quality"]["bits_per_byte"]["v"]
+            level = student["quality"]["bits_per_byte"]["value"]
             figures.append((last_validation(tmp_path, student), level, dense_kl(*folders)))
         found[recipe] = [sum(parts) / 2 for parts in zip(*figures, strict=True)]
     assert found["distill_cached"] == pytest.approx(found["distill"], rel=0.01)

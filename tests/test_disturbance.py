@@ -47,16 +47,20 @@ def saving(
 
 def test_a_disturbed_saving_of_time_is_null_and_the_flops_part_stays() -> None:
     found = saving(measured(0.48), measured(0.02))
-    assert found["why_null"] == "others used 48% of the cores while student trained"
-    assert {name: found[name]["v"] for name in ("systems", "new_spend_saving", "bound")} == {
+    assert found["why_missing"] == "others used 48% of the cores while student trained"
+    assert {name: found[name]["value"] for name in ("systems", "new_spend_saving", "bound")} == {
         "systems": None,
         "new_spend_saving": None,
         "bound": None,
     }
-    assert found["algorithmic"]["v"] == pytest.approx(0.003, abs=1e-4)
+    assert found["algorithmic"]["value"] == pytest.approx(0.003, abs=1e-4)
     less = 1 - (4.3 * 0.52) / (2.9 * 0.98)
-    assert found["less_others"] == {"v": pytest.approx(less), "prov": "estimated", "why_null": None}
-    assert found["c_arm"]["v"] == pytest.approx(4.3 / 60)  # what was spent was spent
+    assert found["less_others"] == {
+        "value": pytest.approx(less),
+        "provenance": "estimated",
+        "why_missing": None,
+    }
+    assert found["c_arm"]["value"] == pytest.approx(4.3 / 60)  # what was spent was spent
 
 
 @pytest.mark.parametrize(
@@ -78,36 +82,36 @@ def test_a_disturbed_saving_of_time_is_null_and_the_flops_part_stays() -> None:
 def test_either_side_disturbs_and_the_limit_itself_does_not(
     student: float, control: float, named: str | None
 ) -> None:
-    assert saving(measured(student), measured(control))["why_null"] == named
+    assert saving(measured(student), measured(control))["why_missing"] == named
 
 
 def test_what_is_unknown_is_shown_and_said() -> None:
     found = saving(null("window shorter than 0.5 s"), None)
-    assert found["v"] is not None
+    assert found["value"] is not None
     assert (
         "disturbance unknown: student (window shorter than 0.5 s), control (not recorded)"
         in found["rule"]
     )
-    assert found["less_others"]["why_null"] == "window shorter than 0.5 s"
+    assert found["less_others"]["why_missing"] == "window shorter than 0.5 s"
 
 
 def test_nobody_looks_without_a_limit() -> None:
     found = saving(measured(0.9), None, Tolerance(None, "the cores", is_shared=True))
-    assert found["v"] == pytest.approx(1 - 4.3 / 2.9)
+    assert found["value"] == pytest.approx(1 - 4.3 / 2.9)
     assert "unknown" not in found["rule"]
 
 
 def test_a_teacher_in_both_chains_disturbs_nothing_where_it_cancels() -> None:
     assert (
-        saving(measured(0.0), measured(0.0), depends_on=("teacher",))["why_null"]
+        saving(measured(0.0), measured(0.0), depends_on=("teacher",))["why_missing"]
         == "existing model: teacher"
     )
 
 
 def test_on_a_gpu_nothing_is_taken_off() -> None:
     found = saving(measured(0.5), measured(0.0), Tolerance(0.1, "the device"))
-    assert found["why_null"] == "others used 50% of the device while student trained"
-    assert found["less_others"]["v"] is None
+    assert found["why_missing"] == "others used 50% of the device while student trained"
+    assert found["less_others"]["value"] is None
 
 
 # -- conditions of a serving pass -----------------------------------------------------------------
@@ -126,9 +130,9 @@ def test_a_gpu_without_a_reader_never_takes_the_cpus_load(
 ) -> None:
     monkeypatch.setattr(others, "accounts", Quiet(taken=0.0))
     found = machine_conditions(Sampler(reader), (0, 10), Others(), "cuda")
-    assert found["foreign_load"]["v"] is None
-    assert found["foreign_load"]["why_null"] == reader.why
-    assert found["host_foreign_load"]["v"] == 0.0
+    assert found["foreign_load"]["value"] is None
+    assert found["foreign_load"]["why_missing"] == reader.why
+    assert found["host_foreign_load"]["value"] == 0.0
 
 
 def test_a_mig_slice_has_no_foreign_load_of_its_own() -> None:
@@ -139,16 +143,16 @@ def test_a_mig_slice_has_no_foreign_load_of_its_own() -> None:
     nvml.pass_time(2.0)
     sampler.mark()
     found = machine_conditions(sampler, (start, nvml.now_ns), Others(), "cuda")
-    assert found["foreign_load"]["why_null"].startswith("GPU-1: MIG")
+    assert found["foreign_load"]["why_missing"].startswith("GPU-1: MIG")
 
 
 def test_a_cpus_load_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "accounts", Quiet(taken=0.3, steal=0.05))
     meter = Others()
     found = machine_conditions(Sampler(Absent("a CPU run uses no GPU")), (0, 10), meter, "cpu")
-    assert found["foreign_load"]["v"] == pytest.approx(0.3)
-    assert found["steal_share"]["v"] == pytest.approx(0.05)
-    assert found["throttle_share"]["v"] is None
+    assert found["foreign_load"]["value"] == pytest.approx(0.3)
+    assert found["steal_share"]["value"] == pytest.approx(0.05)
+    assert found["throttle_share"]["value"] is None
 
 
 # -- whole runs -----------------------------------------------------------------------------------
@@ -196,19 +200,19 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
             "assess_foreign_load",
             "host_foreign_load",
         ):
-            assert conditions[name]["v"] == pytest.approx(0.48), (row["arm"], name)
+            assert conditions[name]["value"] == pytest.approx(0.48), (row["arm"], name)
     against = {pair["base"]: pair for pair in busy["comparisons"]}
     training = against["control_compute"]["training"]
-    assert "others used 48% of the cores while student trained" in training["why_null"]
-    assert training["algorithmic"]["v"] is not None
-    assert training["less_others"]["prov"] == "estimated"
+    assert "others used 48% of the cores while student trained" in training["why_missing"]
+    assert training["algorithmic"]["value"] is not None
+    assert training["less_others"]["provenance"] == "estimated"
     said = (
         "others used 48% of the cores while serving was measured; the same command measures it"
         " again"
     )
-    assert against["teacher"]["serving"]["why_null"] == said
-    assert against["teacher"]["payback"]["v"] is None
-    assert busy["run"]["compare_conditions"]["foreign_load"]["v"] == pytest.approx(0.48)
+    assert against["teacher"]["serving"]["why_missing"] == said
+    assert against["teacher"]["payback"]["value"] is None
+    assert busy["run"]["compare_conditions"]["foreign_load"]["value"] == pytest.approx(0.48)
     report = (root / "mlruns/latest/report.md").read_text()
     assert "## What else used the machine" in report
     assert "others used 48% of the cores while student trained" in report
@@ -218,10 +222,10 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     again = result_of(root)
     assert [row["reused"] for row in again["rows"]] == [busy["run_id"]] * 4
     against = {pair["base"]: pair for pair in again["comparisons"]}
-    assert against["teacher"]["serving"]["v"] is not None
-    assert again["run"]["device_hours"]["compare"]["v"] > 0
+    assert against["teacher"]["serving"]["value"] is not None
+    assert again["run"]["device_hours"]["compare"]["value"] > 0
     # the windows were what they were
-    assert "48%" in against["control_compute"]["training"]["why_null"]
+    assert "48%" in against["control_compute"]["training"]["why_missing"]
     assert (
         here(
             root, "recipe=distill", *TINY, "tracking.mlflow=false", "ledger.max_foreign_load=null"
@@ -231,7 +235,7 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     shown = {pair["base"]: pair for pair in result_of(root)["comparisons"]}["control_compute"][
         "training"
     ]
-    assert shown["why_null"] is None
+    assert shown["why_missing"] is None
 
 
 def _in_mlflow(root: Path, run_id: str) -> None:
@@ -252,7 +256,8 @@ def _in_mlflow(root: Path, run_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "load", [{"v": 2.0, "prov": "measured", "why_null": None}, {"v": 0.1}, 0.3, None]
+    "load",
+    [{"value": 2.0, "provenance": "measured", "why_missing": None}, {"value": 0.1}, 0.3, None],
 )
 def test_a_charge_whose_load_is_no_share_is_not_believed(load: Any) -> None:
     charge = {

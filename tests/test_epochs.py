@@ -145,7 +145,7 @@ def test_teacher_cache_and_student_agree_on_the_steps_of_an_epoch(
     assert main([*args, "training.epochs=0.05"], started_ns=0) == 0, capsys.readouterr().err
     result = json.loads(next(tmp_path.glob("mlruns/runs/*/result.json")).read_text())
     steps = {
-        row["arm"]: row["ledger"]["counts"]["steps"]["v"]
+        row["arm"]: row["ledger"]["counts"]["steps"]["value"]
         for row in result["rows"]
         if row["type"] != "capture"
     }

@@ -54,7 +54,7 @@ def results(cwd: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text()) for path in sorted(cwd.glob("mlruns/runs/*/result.json"))]
     for result in found:
         jsonschema.validate(result, RESULT_SCHEMA)
-        hours = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+        hours = {name: value["value"] for name, value in result["run"]["device_hours"].items()}
         assert hours.pop("total") == pytest.approx(sum(hours.values()), abs=1e-12)
         for part, phases_ns in result["run"]["phases_device_ns"].items():
             assert sum(phases_ns.values()) / 3600e9 == pytest.approx(hours[part], abs=1e-12)
@@ -62,7 +62,7 @@ def results(cwd: Path) -> list[dict[str, Any]]:
 
 
 def hours(row: dict[str, Any], part: str) -> float:
-    return row["ledger"]["device_hours"][part]["v"]
+    return row["ledger"]["device_hours"][part]["value"]
 
 
 def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
     assert (second["attempt"], second["status"]) == (2, "KILLED")
     assert result["run"]["attempts"] == 2
     work = sum(hours(row, "work") for row in result["rows"])
-    assert result["run"]["device_hours"]["work"]["v"] == pytest.approx(work)
+    assert result["run"]["device_hours"]["work"]["value"] == pytest.approx(work)
 
 
 DIES = """
@@ -204,7 +204,7 @@ def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> Non
     assert "training.learning_rate: -1.0 is out of range" in done.stderr
     assert sorted(result["status"] for result in results(tmp_path)) == ["FAILED", "FINISHED"]
     assert "Traceback" not in done.stderr
-    overhead = [result["run"]["device_hours"]["total"]["v"] for result in results(tmp_path)]
+    overhead = [result["run"]["device_hours"]["total"]["value"] for result in results(tmp_path)]
     assert max(overhead) < sum(overhead)  # the second job's clock starts where the first ended
 
 

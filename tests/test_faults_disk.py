@@ -147,7 +147,7 @@ def test_a_wall_clock_that_jumps_changes_no_figure(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (result,) = results(tmp_path)
-    total = result["run"]["device_hours"]["total"]["v"]
+    total = result["run"]["device_hours"]["total"]["value"]
     assert 0 < total <= elapsed_h
     assert all(0 < hours(row, "work") <= total for row in result["rows"])
 

@@ -298,7 +298,7 @@ def test_no_kind_of_failure_gets_out(
     found = ModelFlops.of(model, Task.causal_lm, backward=True)
     assert (found.why, found.why_no_rule) == (f"{error.__name__}: no such luck",) * 2
     assert found.per_sequence(T) == 0
-    assert found.active_share(model).v is None
+    assert found.active_share(model).value is None
 
 
 # -- trained and distilled ------------------------------------------------------------------------
@@ -348,11 +348,11 @@ def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, nam
     result = json.loads((tmp_path / "mlruns/latest/result.json").read_text())
     rows = {row["arm"]: row["ledger"]["counts"] for row in result["rows"]}
     student = rows["student"]
-    assert student["model_flops"]["v"] > 0
+    assert student["model_flops"]["value"] > 0
     expected = active_parameters(
         half := AutoModelForCausalLM.from_config(_half(given)), expert_shares(half, Task.causal_lm)
     )
-    assert student["active_parameter_share"]["v"] == pytest.approx(expected[0] / expected[1])
+    assert student["active_parameter_share"]["value"] == pytest.approx(expected[0] / expected[1])
     said = [note for note in result["environment"]["notes"] if "mixture of experts" in note]
     assert {note.partition(":")[0] for note in said} == {
         "teacher",
@@ -362,8 +362,8 @@ def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, nam
     }
     report = (tmp_path / "mlruns/latest/report.md").read_text()
     assert "mixture of experts: a token uses" in report
-    flops_ = {arm: counts["model_flops"]["v"] for arm, counts in rows.items()}
-    per_step = flops_["control_compute"] / rows["control_compute"]["steps"]["v"]
+    flops_ = {arm: counts["model_flops"]["value"] for arm, counts in rows.items()}
+    per_step = flops_["control_compute"] / rows["control_compute"]["steps"]["value"]
     assert 0 <= flops_["student"] - flops_["control_compute"] < per_step
 
 

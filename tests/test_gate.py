@@ -176,8 +176,10 @@ def test_a_student_that_saves_and_keeps_quality_passes_and_its_verdict_is_record
         "quality/bits_per_byte": "PASS",
         "serving": "PASS",
     }
-    assert read["training"]["value"]["v"] is not None, "both artifacts carry what their chains took"
-    assert read["memory"]["value"]["v"] > 0.3
+    assert read["training"]["value"]["value"] is not None, (
+        "both artifacts carry what their chains took"
+    )
+    assert read["memory"]["value"]["value"] > 0.3
     assert read["payback"]["unit"] == "token"
     assert verdict["sha256"] == checksum(as_recorded(verdict))
     readings = verdict["readings"]
@@ -209,7 +211,7 @@ def test_a_damaged_student_fails(project) -> None:
     assert done.returncode == 3, done.stderr
     verdict = check_left(cwd, "FAIL")
     assert by_name(verdict)["quality/bits_per_byte"]["outcome"] == "FAIL"
-    assert by_name(verdict)["training"]["value"]["why_null"] == "no ledger: candidate"
+    assert by_name(verdict)["training"]["value"]["why_missing"] == "no ledger: candidate"
     asked = gate(
         cwd, paths["student"], paths["damaged"], "tracking.mlflow=false", "policy.training=0.1"
     )

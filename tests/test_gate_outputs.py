@@ -40,7 +40,7 @@ from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 
 ROOT = Path(__file__).parent.parent
 CRASHED: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "line": "no verdict: the run ended FAILED: boom",
     "verdict": None,
     "exit_code": 1,

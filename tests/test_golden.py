@@ -13,30 +13,42 @@ import pytest
 from forked import run
 from make_golden import GIVEN, HERE, golden_run
 
+from pipeline.ledger.values import from_schema_1
+
 QUICK = ("baseline", "distill")
-# of a figure: other processors round products otherwise, and a few steps of training pass that on
-NEAR = 2e-3
+NEAR = 2e-3  # of a figure, where the processor rounds as the one that made the golden runs
+# of a figure elsewhere: a few steps of training pass on how a processor rounds products
+NEAR_ELSEWHERE = 2e-2
 DIGESTS = ("digest", "bytes")  # of artifacts: equal where the processor is
+INTERVALS = ("ci", "of_ci")  # of a few documents: one that flips moves their ends
 
 
-def differences(found: Any, golden: Any, where: str = "") -> list[str]:
+def differences(
+    found: Any, golden: Any, where: str = "", *, same_processor: bool = True
+) -> list[str]:
     """Return where two results differ, each with both values."""
+    left_out = DIGESTS if same_processor else (*DIGESTS, *INTERVALS)
     if isinstance(golden, dict) and isinstance(found, dict):
-        keys = [key for key in golden.keys() | found.keys() if key not in DIGESTS]
+        keys = [key for key in golden.keys() | found.keys() if key not in left_out]
         return [
             each
             for key in sorted(keys)
-            for each in differences(found.get(key), golden.get(key), f"{where}.{key}")
+            for each in differences(
+                found.get(key), golden.get(key), f"{where}.{key}", same_processor=same_processor
+            )
         ]
     if isinstance(golden, list) and isinstance(found, list) and len(golden) == len(found):
         pairs = zip(found, golden, strict=True)
         return [
-            each for at, pair in enumerate(pairs) for each in differences(*pair, f"{where}[{at}]")
+            each
+            for at, pair in enumerate(pairs)
+            for each in differences(*pair, f"{where}[{at}]", same_processor=same_processor)
         ]
     numbers = all(
         isinstance(each, float | int) and not isinstance(each, bool) for each in (found, golden)
     )
-    if numbers and math.isclose(found, golden, rel_tol=NEAR, abs_tol=NEAR * NEAR):
+    near, near_zero = (NEAR, NEAR**2) if same_processor else (NEAR_ELSEWHERE, NEAR_ELSEWHERE)
+    if numbers and math.isclose(found, golden, rel_tol=near, abs_tol=near_zero):
         return []
     return [] if found == golden else [f"{where}: {found!r}, was {golden!r}"]
 
@@ -53,20 +65,31 @@ def without(result: dict[str, Any], arms: set[str]) -> dict[str, Any]:
     [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in GIVEN],
 )
 def test_what_no_clock_decides_is_as_it_was(recipe: str, tmp_path: Path) -> None:
-    golden = json.loads((HERE / f"{recipe}.json").read_text())
+    golden = from_schema_1(json.loads((HERE / f"{recipe}.json").read_text()))
     found = golden_run(recipe, tmp_path, run)
     unable = {
         row["arm"] for each in (found, golden) for row in each["rows"] if row["status"] == "SKIPPED"
     }
     assert len(unable) < len(golden["rows"])
-    assert not differences(without(found, unable), without(golden, unable))
+    same_processor = _first_digest(found) == _first_digest(golden)
+    assert not differences(
+        without(found, unable), without(golden, unable), same_processor=same_processor
+    )
+
+
+def _first_digest(result: dict[str, Any]) -> str | None:
+    """Return the digest of the first model that was trained: equal where products are rounded
+    alike.
+    """
+    made = [row for row in result["rows"] if row["type"] == "train" and row["artifact"]]
+    return made[0]["artifact"]["digest"] if made else None
 
 
 def test_a_figure_that_moves_is_seen() -> None:
-    golden = json.loads((HERE / "distill.json").read_text())
-    moved = json.loads((HERE / "distill.json").read_text())
-    moved["rows"][1]["quality"]["bits_per_byte"]["v"] *= 1.01
-    moved["rows"][0]["ledger"]["counts"]["tokens"]["v"] += 64
+    golden = from_schema_1(json.loads((HERE / "distill.json").read_text()))
+    moved = from_schema_1(json.loads((HERE / "distill.json").read_text()))
+    moved["rows"][1]["quality"]["bits_per_byte"]["value"] *= 1.01
+    moved["rows"][0]["ledger"]["counts"]["tokens"]["value"] += 64
     del moved["comparisons"][0]
     found = differences(moved, golden)
     assert len(found) == 3

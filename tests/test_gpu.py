@@ -91,11 +91,15 @@ def test_recipes_count_gpu_hours_and_device_memory(
     for row in result["rows"]:
         assert row["status"] == "FINISHED", row["why"]
         ledger = row["ledger"]
-        assert ledger["gpu_hours"]["attached"]["v"] == ledger["device_hours"]["attached"]["v"] > 0
-        assert ledger["memory"]["peak_allocated_bytes"]["v"] > 0
+        assert (
+            ledger["gpu_hours"]["attached"]["value"]
+            == ledger["device_hours"]["attached"]["value"]
+            > 0
+        )
+        assert ledger["memory"]["peak_allocated_bytes"]["value"] > 0
         assert ledger["meter_valid"], ledger["meter_problems"]
         elapsed = sum(ledger["phases_ns"].values())
-        assert elapsed == pytest.approx(ledger["wall_s"]["v"] * 1e9)
+        assert elapsed == pytest.approx(ledger["wall_s"]["value"] * 1e9)
         assert ledger["phases_ns"].get("other", 0) < 0.02 * elapsed
 
 
@@ -188,7 +192,7 @@ def test_a_precision_is_found_by_trial(tmp_path: Path) -> None:
     }
     assert {trial["precision"] for trial in about["trials"]} == able
     assert row["ledger"]["phases_ns"]["search"] > 0
-    assert row["ledger"]["counts"]["mfu"]["v"] is not None or DEVICE.type == "cpu"
+    assert row["ledger"]["counts"]["mfu"]["value"] is not None or DEVICE.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,7 +275,7 @@ def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperat
 
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
     (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=true")["rows"]
-    assert row["ledger"]["counts"]["steps"]["v"] == 30
+    assert row["ledger"]["counts"]["steps"]["value"] == 30
 
 
 @pytest.mark.parametrize("decode", [Decode.graph, Decode.compile])
@@ -337,7 +341,7 @@ def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:
         sampler.mark()
         end_ns = time.monotonic_ns()
         assert end_ns - start_ns > SHORTEST_S * 1e9
-        spent = sampler.usage((start_ns, end_ns)).energy_j.v
+        spent = sampler.usage((start_ns, end_ns)).energy_j.value
         assert spent is not None
         return spent
 

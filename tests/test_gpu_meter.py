@@ -111,17 +111,17 @@ def test_a_recipe_has_a_timeline_its_traces_and_activity(tmp_path: Path) -> None
     ledger = row["ledger"]
     timeline, hours = ledger["gpu_timeline"], ledger["gpu_hours"]
     for figure in (timeline["busy"], hours["busy"], ledger["conditions"]["sm_active"]):
-        assert (figure["v"] is None) == bool(figure["why_null"])
+        assert (figure["value"] is None) == bool(figure["why_missing"])
     if DEVICE.type == "cpu":
         assert timeline["traces"] == []
         pytest.skip("a CPU has no timeline of a GPU, and says so")
-    assert 0 < timeline["busy"]["v"] <= 1
-    assert timeline["traced_steps"]["v"] == 2
-    assert sum(timeline[name.removesuffix("_ns")]["v"] for name in claims.CLASSES) == pytest.approx(
-        1
-    )
+    assert 0 < timeline["busy"]["value"] <= 1
+    assert timeline["traced_steps"]["value"] == 2
+    assert sum(
+        timeline[name.removesuffix("_ns")]["value"] for name in claims.CLASSES
+    ) == pytest.approx(1)
     kept = {path.name for path in tmp_path.glob("mlruns/runs/*/traces/*/*.json.gz")}
     assert len(timeline["traces"]) == 2
     assert {Path(name).name for name in timeline["traces"]} == kept
-    assert 0 < hours["busy"]["v"] <= hours["attached"]["v"]
+    assert 0 < hours["busy"]["value"] <= hours["attached"]["value"]
     assert timeline["phases_s"]["forward"] > 0

@@ -16,7 +16,7 @@ from pipeline.ledger import gpu_sampler
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage
 from pipeline.ledger.nvml import Absent, open_reader
-from pipeline.ledger.values import Prov
+from pipeline.ledger.values import Provenance
 
 
 def _sampler(nvml: FakeNvml) -> Sampler:
@@ -68,32 +68,35 @@ def test_power_that_is_a_mean_is_held_against_the_counter_in_long_windows_only()
 
 def test_a_window_by_hand() -> None:
     usage = _window(FakeNvml(Gpu(throttle=0x04 | 0x01)))
-    assert (usage.energy_j.v, usage.energy_j.prov) == (2000.0, Prov.MEASURED)
-    assert (usage.energy_integral_j.v, usage.energy_integral_j.prov) == (2000.0, Prov.ESTIMATED)
-    assert usage.power_w_mean.v == 200.0
+    assert (usage.energy_j.value, usage.energy_j.provenance) == (2000.0, Provenance.MEASURED)
+    assert (usage.energy_integral_j.value, usage.energy_integral_j.provenance) == (
+        2000.0,
+        Provenance.ESTIMATED,
+    )
+    assert usage.power_w_mean.value == 200.0
     shares = [
-        getattr(usage, name).v for name in ("busy", "sm_active", "tensor_active", "dram_active")
+        getattr(usage, name).value for name in ("busy", "sm_active", "tensor_active", "dram_active")
     ]
     assert shares == pytest.approx([0.9, 0.4, 0.25, 0.1])
-    assert (usage.nvlink_bytes_per_s.v, usage.pcie_bytes_per_s.v) == pytest.approx(
+    assert (usage.nvlink_bytes_per_s.value, usage.pcie_bytes_per_s.value) == pytest.approx(
         (3 * 2**20, 7 * 2**20)
     )
     assert (
-        usage.temperature_c_max.v,
-        usage.sm_clock_mhz_mean.v,
-        usage.memory_used_peak_bytes.v,
+        usage.temperature_c_max.value,
+        usage.sm_clock_mhz_mean.value,
+        usage.memory_used_peak_bytes.value,
     ) == (50, 1700, 10_000)
     # a board at its limit is not disturbed
-    assert (usage.throttle_share.v, usage.power_cap_share.v) == (0.0, 1.0)
+    assert (usage.throttle_share.value, usage.power_cap_share.value) == (0.0, 1.0)
     assert usage.throttle_reasons == ("power cap",)
-    assert (usage.foreign_load.v, usage.problems) == (0.0, ())
+    assert (usage.foreign_load.value, usage.problems) == (0.0, ())
 
 
 def test_idling_and_clocks_that_somebody_set_are_no_throttling() -> None:
-    assert _window(FakeNvml(Gpu(throttle=0x01 | 0x02 | 0x10 | 0x100))).throttle_share.v == 0.0
+    assert _window(FakeNvml(Gpu(throttle=0x01 | 0x02 | 0x10 | 0x100))).throttle_share.value == 0.0
     for reason in (0x08, 0x20, 0x40, 0x80):
         slowed = _window(FakeNvml(Gpu(throttle=reason | 0x04)))
-        assert (slowed.throttle_share.v, slowed.power_cap_share.v) == (1.0, 1.0)
+        assert (slowed.throttle_share.value, slowed.power_cap_share.value) == (1.0, 1.0)
 
 
 def test_shares_weigh_by_time_and_maxima_stay() -> None:
@@ -105,8 +108,8 @@ def test_shares_weigh_by_time_and_maxima_stay() -> None:
         nvml.pass_time(seconds)
         sampler.mark()
     usage = sampler.usage((start_ns, nvml.now_ns))
-    assert usage.busy.v == pytest.approx((3 * 1.0 + 1 * 0.2) / 4)
-    assert usage.temperature_c_max.v == 80
+    assert usage.busy.value == pytest.approx((3 * 1.0 + 1 * 0.2) / 4)
+    assert usage.temperature_c_max.value == 80
 
 
 def test_windows_apart_are_read_together_without_what_lies_between() -> None:
@@ -119,26 +122,26 @@ def test_windows_apart_are_read_together_without_what_lies_between() -> None:
     second = _run(nvml, sampler, 3)
     usage = sampler.usage(first, second)
     # 6 s in all, though neither has 5
-    assert (usage.energy_j.v, usage.power_w_mean.v) == (1800.0, 300.0)
-    assert sampler.usage(first).energy_j.why_null == "window shorter than 5 s"
+    assert (usage.energy_j.value, usage.power_w_mean.value) == (1800.0, 300.0)
+    assert sampler.usage(first).energy_j.why_missing == "window shorter than 5 s"
 
 
 def test_devices_add_their_energy_and_average_their_shares() -> None:
     usage = _window(
         FakeNvml(Gpu("GPU-1", power_w=100.0, busy=100), Gpu("GPU-2", power_w=300.0, busy=50))
     )
-    assert usage.energy_j.v == 4000.0
-    assert usage.busy.v == pytest.approx(0.75)
-    assert usage.power_w_mean.v == 400.0
+    assert usage.energy_j.value == 4000.0
+    assert usage.busy.value == pytest.approx(0.75)
+    assert usage.power_w_mean.value == 400.0
     silent = _window(FakeNvml(Gpu("GPU-1"), Gpu("GPU-2", refuses={"energy": NOT_SUPPORTED})))
-    assert silent.energy_j.why_null == "GPU-2: NVML: Not Supported"
-    assert silent.energy_integral_j.v == 4000.0
+    assert silent.energy_j.why_missing == "GPU-2: NVML: Not Supported"
+    assert silent.energy_integral_j.value == 4000.0
 
 
 def test_a_short_window_has_no_energy_but_its_shares() -> None:
     usage = _window(FakeNvml(), 4)
-    assert usage.energy_j.why_null == "window shorter than 5 s"
-    assert usage.busy.v == pytest.approx(0.9)
+    assert usage.energy_j.why_missing == "window shorter than 5 s"
+    assert usage.busy.value == pytest.approx(0.9)
 
 
 def test_a_reset_counter_is_no_energy_neither_absolute_nor_zero() -> None:
@@ -148,16 +151,16 @@ def test_a_reset_counter_is_no_energy_neither_absolute_nor_zero() -> None:
     nvml.gpus[0].energy_mj = 0.0
     _, end_ns = _run(nvml, sampler, 5)
     usage = sampler.usage((start_ns, end_ns))
-    assert usage.energy_j.why_null == "GPU-1: the energy counter was reset during the window"
+    assert usage.energy_j.why_missing == "GPU-1: the energy counter was reset during the window"
     assert usage.problems == ("energy: the counter of GPU-1 was reset",)
-    assert usage.power_w_mean.prov == Prov.ESTIMATED
+    assert usage.power_w_mean.provenance == Provenance.ESTIMATED
     after = sampler.usage(_run(nvml, sampler, 6))
-    assert (after.energy_j.v, after.problems) == (1200.0, ())
+    assert (after.energy_j.value, after.problems) == (1200.0, ())
 
 
 def test_a_counter_that_stands_still_is_no_zero() -> None:
     usage = _window(FakeNvml(Gpu(frozen=True)))
-    assert usage.energy_j.why_null == "GPU-1: the energy counter stood still during the window"
+    assert usage.energy_j.why_missing == "GPU-1: the energy counter stood still during the window"
 
 
 @pytest.mark.parametrize(("factor", "suspect"), [(1.04, False), (1.07, True), (0.9, True)])
@@ -185,8 +188,8 @@ def test_permission_lost_half_way_leaves_no_share_of_the_whole() -> None:
     nvml.gpus[0].refuses["sample"] = NO_PERMISSION
     _, end_ns = _run(nvml, sampler, 5)
     usage = sampler.usage((start_ns, end_ns))
-    assert usage.sm_active.why_null == "GPU-1: GPM: Insufficient Permissions"
-    assert usage.busy.v == pytest.approx(0.9)
+    assert usage.sm_active.why_missing == "GPU-1: GPM: Insufficient Permissions"
+    assert usage.busy.value == pytest.approx(0.9)
 
 
 def test_a_window_that_was_hardly_read_has_no_figures() -> None:
@@ -197,7 +200,7 @@ def test_a_window_that_was_hardly_read_has_no_figures() -> None:
     sampler.tick()
     nvml.pass_time(8)  # and the reader hangs
     usage = sampler.usage((start_ns, nvml.now_ns))
-    assert {getattr(usage, name).why_null for name in FIGURES} == {
+    assert {getattr(usage, name).why_missing for name in FIGURES} == {
         "GPU-1 was read in 20% of the window only"
     }
 
@@ -207,7 +210,7 @@ def test_nothing_to_read_is_nothing_with_the_reason() -> None:
     sampler.start()
     usage = sampler.usage((0, 10**10))
     sampler.stop()
-    assert {getattr(usage, name).why_null for name in FIGURES} == {"a CPU run uses no GPU"}
+    assert {getattr(usage, name).why_missing for name in FIGURES} == {"a CPU run uses no GPU"}
     assert sampler._thread is None
 
 
@@ -231,7 +234,7 @@ def test_every_joule_of_a_run_is_in_one_window(windows: list[tuple[int, float, i
         nvml.gpus[0].power_w, nvml.gpus[0].busy = power, busy
         edges = _run(nvml, sampler, seconds)
         usage = sampler.usage(edges)
-        assert usage.busy.v == pytest.approx(busy / 100)
+        assert usage.busy.value == pytest.approx(busy / 100)
         inside = [
             each for each in sampler._intervals["GPU-1"] if edges[0] <= each.middle_ns <= edges[1]
         ]
@@ -250,10 +253,10 @@ def test_a_run_of_days_keeps_few_intervals_and_all_joules(monkeypatch: pytest.Mo
     long = _run(nvml, sampler, 3000)
     usage = sampler.usage(long)
     assert len(sampler._intervals["GPU-1"]) <= 100
-    assert usage.energy_j.v == pytest.approx(400.0 * 3000)
-    assert usage.busy.v == pytest.approx(0.5)
+    assert usage.energy_j.value == pytest.approx(400.0 * 3000)
+    assert usage.busy.value == pytest.approx(0.5)
     # edges are never merged away
-    assert sampler.usage(first).energy_j.v == pytest.approx(200.0 * 50)
+    assert sampler.usage(first).energy_j.value == pytest.approx(200.0 * 50)
 
 
 def test_the_background_reads_and_ends() -> None:

@@ -26,7 +26,7 @@ from pipeline.ledger.gpu_timeline import (
     step_window,
     summary,
 )
-from pipeline.ledger.values import Prov
+from pipeline.ledger.values import Provenance
 
 NCCL = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 GEMM = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64"
@@ -436,7 +436,7 @@ def test_shares_are_of_step_wall_time_over_steps_and_devices() -> None:
     second = Classes(compute_ns=180, copy_exposed_ns=10, idle_launch_gap_ns=8, idle_other_ns=2)
     found = summary([{0: first, 1: first}, {0: second, 1: first}])
     assert tuple(found) == FIGURES
-    assert {name: value.v for name, value in found.items()} == pytest.approx(
+    assert {name: value.value for name, value in found.items()} == pytest.approx(
         {
             "traced_steps": 2,
             "compute": 360 / 500,
@@ -448,18 +448,20 @@ def test_shares_are_of_step_wall_time_over_steps_and_devices() -> None:
             "busy": 400 / 500,
         }
     )
-    assert {value.prov for name, value in found.items() if name != "busy"} == {Prov.MEASURED}
-    assert found["busy"].prov is Prov.ESTIMATED
+    assert {value.provenance for name, value in found.items() if name != "busy"} == {
+        Provenance.MEASURED
+    }
+    assert found["busy"].provenance is Provenance.ESTIMATED
 
 
 def test_a_trace_without_activity_is_not_an_idle_step() -> None:
     found = summary([{0: Classes(compute_ns=60, idle_other_ns=40)}, {}])
-    assert (found["traced_steps"].v, found["compute"].v) == (1, 0.6)
+    assert (found["traced_steps"].value, found["compute"].value) == (1, 0.6)
 
 
 def test_without_a_gpu_or_a_traced_step_every_figure_says_why() -> None:
-    assert {value.why_null for value in summary([]).values()} == {"no step was traced"}
-    assert {value.why_null for value in summary([], why_none=NO_GPU).values()} == {
+    assert {value.why_missing for value in summary([]).values()} == {"no step was traced"}
+    assert {value.why_missing for value in summary([], why_none=NO_GPU).values()} == {
         "a CPU run uses no GPU"
     }
-    assert {value.v for value in summary([{}]).values()} == {None}
+    assert {value.value for value in summary([{}]).values()} == {None}

@@ -216,7 +216,7 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
     ]
     assert main([*DISTIL, *wanted, *more], started_ns=0) == 0, capsys.readouterr().err
     student = next(row for row in result_in(tmp_path)["rows"] if row["arm"] == "student")
-    assert 0 < student["ledger"]["counts"]["distillation_share"]["v"] < 1
+    assert 0 < student["ledger"]["counts"]["distillation_share"]["value"] < 1
     task = Task.sequence_classification if more else Task.causal_lm
     model = load_model(student["artifact"]["path"], task)
     assert not [name for name in model.state_dict() if "projection" in name]

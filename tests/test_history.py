@@ -357,7 +357,7 @@ def a_verdict(
             "name": name,
             "outcome": "PASS",
             "gating": True,
-            "value": {"v": v, "prov": "derived", "why_null": None},
+            "value": {"value": v, "provenance": "derived", "why_missing": None},
             "ci": [v - half, v + half],
             "level": level,
             "threshold": threshold,
@@ -377,7 +377,7 @@ def a_verdict(
         "reference": "r",
     }
     verdict = {
-        "schema": 1,
+        "schema": 2,
         "line": f"PASS {n}",
         "verdict": "PASS",
         "exit_code": 0,

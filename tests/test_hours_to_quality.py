@@ -76,12 +76,12 @@ def test_a_saving_and_its_split_worked_by_hand() -> None:
     found = compare("arm", arm, "base", base, LADDER, 0.01)
     assert found["at"]["arm"] == {"fraction": 0.5, "tokens": 500, "metric": 2.02}
     assert found["at"]["base"]["fraction"] == 1.0
-    assert found["v"] == pytest.approx(1 - 1.5 / 4)
-    assert found["algorithmic"]["v"] == pytest.approx(1 - 2e12 / 8e12)
+    assert found["value"] == pytest.approx(1 - 1.5 / 4)
+    assert found["algorithmic"]["value"] == pytest.approx(1 - 2e12 / 8e12)
     # negative: dearer a FLOP
-    assert found["systems"]["v"] == pytest.approx(1 - (1.5 / 2e12) / (4 / 8e12))
-    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(
-        1 - found["v"]
+    assert found["systems"]["value"] == pytest.approx(1 - (1.5 / 2e12) / (4 / 8e12))
+    assert (1 - found["systems"]["value"]) * (1 - found["algorithmic"]["value"]) == pytest.approx(
+        1 - found["value"]
     )
     assert not found["at_least"]
 
@@ -93,17 +93,17 @@ def test_the_margin_is_given_to_the_base_as_well() -> None:
     runs = ladder(3.0, 2.5, 2.01, 2.0)
     found = compare("arm", runs, "base", runs, LADDER, 0.01)
     assert found["at"]["base"]["fraction"] == found["at"]["arm"]["fraction"] == 0.75
-    assert found["v"] == 0
+    assert found["value"] == 0
 
 
 def test_a_target_never_reached_is_null_with_its_bound() -> None:
     base = ladder(3.0, 2.5, 2.1, 2.0)
     found = compare("arm", ladder(3.0, 2.9, 2.8, 2.7, hours=1.0), "base", base, LADDER, 0.01)
-    assert found["v"] is None
-    assert found["why_null"].startswith("censored: arm ended at 2.7")
-    assert found["systems"]["v"] is None
-    assert found["algorithmic"]["v"] is None
-    assert found["bound"]["v"] == pytest.approx(1 - 1.0 / 4.0)
+    assert found["value"] is None
+    assert found["why_missing"].startswith("censored: arm ended at 2.7")
+    assert found["systems"]["value"] is None
+    assert found["algorithmic"]["value"] is None
+    assert found["bound"]["value"] == pytest.approx(1 - 1.0 / 4.0)
 
 
 def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
@@ -111,7 +111,7 @@ def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
         "arm", ladder(1.9, 1.9, 1.9, 1.9), "base", ladder(3.0, 2.5, 2.1, 2.0), LADDER, 0.01
     )
     assert found["at_least"]
-    assert found["v"] == pytest.approx(0.75)
+    assert found["value"] == pytest.approx(0.75)
 
 
 def test_nothing_is_said_where_both_hold_the_target_on_the_shortest_run() -> None:
@@ -119,11 +119,11 @@ def test_nothing_is_said_where_both_hold_the_target_on_the_shortest_run() -> Non
     found = compare(
         "arm", ladder(1.9, 1.8, 1.7, 1.6), "base", ladder(2.01, 2.01, 2.01, 2.0), LADDER, 0.01
     )
-    assert found["v"] is None
-    assert found["why_null"] == "both hold Q = 2.02 on the shortest run there is"
-    assert found["bound"]["v"] is None
+    assert found["value"] is None
+    assert found["why_missing"] == "both hold Q = 2.02 on the shortest run there is"
+    assert found["bound"]["value"] is None
     assert not found["at_least"]
-    assert over_seeds([found, found])["bound"]["v"] is None
+    assert over_seeds([found, found])["bound"]["value"] is None
 
 
 def one(
@@ -131,11 +131,11 @@ def one(
 ) -> dict[str, Any]:
     algorithmic = None if saving is None or systems is None else 1 - (1 - saving) / (1 - systems)
     return {
-        "v": saving,
-        "why_null": "censored: short" if saving is None else None,
-        "systems": {"v": systems},
-        "algorithmic": {"v": algorithmic},
-        "bound": {"v": bound},
+        "value": saving,
+        "why_missing": "censored: short" if saving is None else None,
+        "systems": {"value": systems},
+        "algorithmic": {"value": algorithmic},
+        "bound": {"value": bound},
         "at_least": False,
     }
 
@@ -144,28 +144,30 @@ def test_seeds_are_combined_by_the_mean_of_logarithms() -> None:
     found = over_seeds([one(0.5, 0.2), one(0.75, 0.5), one(0.0, -0.25)])
     logs = [math.log(0.5), math.log(0.25), math.log(1.0)]
     # 1 - (1/8)^(1/3) = 0.5
-    assert found["saving"]["v"] == pytest.approx(1 - math.exp(sum(logs) / 3))
+    assert found["saving"]["value"] == pytest.approx(1 - math.exp(sum(logs) / 3))
     deviation = math.sqrt(sum((each - sum(logs) / 3) ** 2 for each in logs) / 2)
     half = 2.919986 * deviation / math.sqrt(3)  # Student's t, 2 degrees of freedom, 95%
     assert found["saving"]["ci"] == pytest.approx(
         [1 - 0.5 * math.exp(half), 1 - 0.5 * math.exp(-half)], rel=1e-5
     )
-    assert (1 - found["systems"]["v"]) * (1 - found["algorithmic"]["v"]) == pytest.approx(0.5)
+    assert (1 - found["systems"]["value"]) * (1 - found["algorithmic"]["value"]) == pytest.approx(
+        0.5
+    )
     assert found["n"] == 3
 
 
 def test_one_censored_seed_censors_all() -> None:
     found = over_seeds([one(0.5, 0.2), one(None, bound=0.125)])
-    assert found["saving"]["v"] is None
-    assert found["saving"]["why_null"] == "censored: short (in 1 of 2 seeds)"
-    assert found["bound"]["v"] == pytest.approx(1 - math.sqrt(0.5 * 0.875))
+    assert found["saving"]["value"] is None
+    assert found["saving"]["why_missing"] == "censored: short (in 1 of 2 seeds)"
+    assert found["bound"]["value"] == pytest.approx(1 - math.sqrt(0.5 * 0.875))
 
 
 def row(
     arm: str, work: float, *, retry: float = 0.0, assess: float | None = 0.5, made: bool = True
 ) -> dict[str, Any]:
-    hours = {"work": {"v": work}, "retry": {"v": retry}, "assess": {"v": assess}}
-    counts = {"model_flops": {"v": 100 * work}, "tokens": {"v": int(10 * work)}}
+    hours = {"work": {"value": work}, "retry": {"value": retry}, "assess": {"value": assess}}
+    counts = {"model_flops": {"value": 100 * work}, "tokens": {"value": int(10 * work)}}
     return {
         "arm": arm,
         "artifact": {} if made else None,

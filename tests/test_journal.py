@@ -26,7 +26,7 @@ def kinds(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "torn",
-    ['{"e": "row", "to', '{"e": "row", "v": "\u00e9'.encode()[:-1].decode("latin-1"), "\0\0\0"],
+    ['{"e": "row", "to', '{"e": "row", "value": "\u00e9'.encode()[:-1].decode("latin-1"), "\0\0\0"],
 )
 def test_a_line_torn_by_a_kill_takes_no_other_with_it(path: Path, torn: str) -> None:
     journal = Journal(path)

@@ -15,7 +15,21 @@ from make_result import make_result
 from pipeline.ledger.json_schema import why_not
 from pipeline.ledger.schema import RESULT_SCHEMA
 
-ODD: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"v": None}, 10**6, "measured"]
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    {"value": None},
+    10**6,
+    "measured",
+]
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

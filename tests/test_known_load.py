@@ -100,7 +100,7 @@ def _first(readings: Readings, load: str) -> Readings:
 
 
 def _scale(figure: Readings, by: float) -> None:
-    figure["v"] *= by
+    figure["value"] *= by
 
 
 BROKEN: dict[str, Callable[[Readings], object]] = {
@@ -166,8 +166,8 @@ def test_a_broken_reading_fails_its_check_and_no_other(readings: Readings, name:
 def test_no_energy_above_idle_fails(readings: Readings) -> None:
     for window in readings["energy"]["doubling"][0].values():
         if isinstance(window, dict):
-            window["energy_j"]["v"] = (
-                readings["energy"]["idle"][0]["energy_j"]["v"] / 5.2 * window["seconds"]
+            window["energy_j"]["value"] = (
+                readings["energy"]["idle"][0]["energy_j"]["value"] / 5.2 * window["seconds"]
             )
     assert "energy above context-idle, 2N / N matmuls" in failed(readings)
 
@@ -184,7 +184,7 @@ def test_a_null_fails_with_its_reason(readings: Readings) -> None:
 
 
 def test_activity_of_zero_is_no_reading(readings: Readings) -> None:
-    readings["spin"]["windows"][0]["sm_active"]["v"] = 0.0
+    readings["spin"]["windows"][0]["sm_active"]["value"] = 0.0
     assert failed(readings) == {"SM activity as GPM has it"}
 
 

@@ -195,8 +195,8 @@ def test_a_run_whose_measurements_all_fail_ends_well_and_its_models_are_whole(
         assert row["status"] == "FINISHED", row["why"]
         path = Path(row["artifact"]["path"])
         assert digest_folder(path)[0] == row["artifact"]["digest"]
-        assert row["quality"]["bits_per_byte"]["v"] > 0
-        assert row["ledger"]["device_hours"]["attached"]["v"] > 0
+        assert row["quality"]["bits_per_byte"]["value"] > 0
+        assert row["ledger"]["device_hours"]["attached"]["value"] > 0
 
 
 @pytest.mark.parametrize(
@@ -215,22 +215,22 @@ def test_the_nulls_stand_in_their_rows(broken: tuple[int, dict[str, Any], str, s
     _, result, _, _ = broken
     rows = {row["arm"]: row["ledger"] for row in result["rows"]}
     student = rows["student"]
-    assert student["counts"]["model_flops"]["v"] is None
-    assert student["counts"]["active_parameter_share"]["v"] is None
-    assert student["counts"]["peak_tflops"]["v"] is None
-    assert student["counts"]["distillation_gradient_share"]["v"] is None
-    assert student["memory"]["host_peak_rss_bytes"]["v"] is None
-    assert student["conditions"]["work_foreign_load"]["v"] is None
+    assert student["counts"]["model_flops"]["value"] is None
+    assert student["counts"]["active_parameter_share"]["value"] is None
+    assert student["counts"]["peak_tflops"]["value"] is None
+    assert student["counts"]["distillation_gradient_share"]["value"] is None
+    assert student["memory"]["host_peak_rss_bytes"]["value"] is None
+    assert student["conditions"]["work_foreign_load"]["value"] is None
     pair = next(pair for pair in result["comparisons"] if pair["base"] == "control_compute")
-    assert pair["training"]["algorithmic"]["v"] is None
-    assert pair["training"]["algorithmic"]["why_null"].startswith("FLOPs not counted")
+    assert pair["training"]["algorithmic"]["value"] is None
+    assert pair["training"]["algorithmic"]["why_missing"].startswith("FLOPs not counted")
 
 
 def test_a_control_goes_by_six_n_where_nothing_is_counted_and_says_so(
     broken: tuple[int, dict[str, Any], str, str],
 ) -> None:
     _, result, report, _ = broken
-    steps = {row["arm"]: row["ledger"]["counts"]["steps"]["v"] for row in result["rows"]}
+    steps = {row["arm"]: row["ledger"]["counts"]["steps"]["value"] for row in result["rows"]}
     assert steps["control_compute"] >= steps["student"]  # the teacher's forward is matched, too
     said = (
         f"control_compute: {steps['control_compute']} steps match student's FLOPs by the rule of"
@@ -271,7 +271,7 @@ def test_validation_that_fails_ends_no_training(
     training = next(pair for pair in result["comparisons"] if pair["base"] == "control_compute")[
         "training"
     ]
-    assert training["why_null"] == "student has no validation reading"
+    assert training["why_missing"] == "student has no validation reading"
 
 
 def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
@@ -282,8 +282,10 @@ def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
     assert code == 0
     why = "serving could not be measured (Boom: broken on purpose)"
     pair = next(pair for pair in result["comparisons"] if pair["base"] == "teacher")
-    assert (pair["serving"]["why_null"], pair["payback"]["why_null"]) == (why, why)
-    assert {row["serving"]["device_s_per_1k_units"]["why_null"] for row in result["rows"]} == {why}
+    assert (pair["serving"]["why_missing"], pair["payback"]["why_missing"]) == (why, why)
+    assert {row["serving"]["device_s_per_1k_units"]["why_missing"] for row in result["rows"]} == {
+        why
+    }
     assert why in report.replace("\\", "")
 
 
@@ -307,7 +309,7 @@ def test_quality_that_fails_loses_nothing_that_was_trained(
         row for row in result["rows"] if row["arm"] == "teacher" and row["status"] == "FINISHED"
     )
     assert Path(teacher["artifact"]["path"]) in trained
-    assert teacher["ledger"]["device_hours"]["work"]["v"] == 0  # not trained again
+    assert teacher["ledger"]["device_hours"]["work"]["value"] == 0  # not trained again
 
 
 @pytest.mark.parametrize("error", [Boom, RuntimeError])
@@ -335,7 +337,7 @@ def test_a_devices_memory_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
     meter.start(device)
     why = unmeasured("the device's memory", "Boom: broken on purpose")
     assert {
-        value.why_null
+        value.why_missing
         for name, value in meter.read(device).items()
         if name == "peak_allocated_bytes"
     } == {why}
@@ -343,7 +345,7 @@ def test_a_devices_memory_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "reset_accumulated_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", boom)
     meter.start(device)
-    assert meter.read(device)["ooms"].why_null == why
+    assert meter.read(device)["ooms"].why_missing == why
 
 
 def test_device_events_that_fail_are_a_reason() -> None:
@@ -375,7 +377,7 @@ def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
         tracer.close(2, clock)
     found = tracer.result()
     assert found["notes"] == ["steps could not be traced (Boom: broken on purpose)"]
-    assert found["shares"]["busy"]["v"] is None
+    assert found["shares"]["busy"]["value"] is None
 
 
 # -- lm-eval --------------------------------------------------------------------------------------
@@ -404,7 +406,7 @@ def test_lm_eval_that_fails_after_training_leaves_nulls(
         config, tmp_path / "items.jsonl", "Boom: broken on purpose"
     )
     assert (
-        found["task/sums/acc"]["why_null"]
+        found["task/sums/acc"]["why_missing"]
         == "lm-eval's tasks could not be measured (Boom: broken on purpose)"
     )
     pytest.importorskip("lm_eval")
@@ -415,7 +417,7 @@ def test_lm_eval_that_fails_after_training_leaves_nulls(
     result = json.loads((tmp_path / "mlruns/latest/result.json").read_text())
     (row,) = result["rows"]
     assert row["quality"]["task/sums/acc"] == found["task/sums/acc"]
-    assert row["quality"]["bits_per_byte"]["v"] > 0
+    assert row["quality"]["bits_per_byte"]["value"] > 0
     assert "lm-eval's tasks could not be measured" in markdown(result).replace("\\", "")
     monkeypatch.undo()
     again = here(
@@ -424,5 +426,5 @@ def test_lm_eval_that_fails_after_training_leaves_nulls(
     assert again.returncode == 0, again.stderr
     found = json.loads((tmp_path / "mlruns/latest/result.json").read_text())["rows"]
     # a failure is not kept
-    assert any(row["quality"].get("task/sums/acc", {}).get("v") is not None for row in found)
+    assert any(row["quality"].get("task/sums/acc", {}).get("value") is not None for row in found)
     shutil.rmtree(tmp_path / "mlruns")

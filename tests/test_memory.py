@@ -23,7 +23,7 @@ from pipeline.config.settings import Precision, Run
 from pipeline.errors import StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
-from pipeline.ledger.values import Prov, measured
+from pipeline.ledger.values import Provenance, measured
 from pipeline.report.markdown import markdown
 from pipeline.runs.attempt import Attempt
 from pipeline.runs.out_of_memory import explain
@@ -98,7 +98,7 @@ def test_a_devices_memory_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cuda.events == ["reset_peak_memory_stats", "reset_accumulated_memory_stats"]
     assert (tmp_path / "self" / "clear_refs").read_text() == "5\n"
     found = meter.read(GPU, nvml_peak=measured(77 * GB))
-    assert {name: value.v for name, value in found.items()} == {
+    assert {name: value.value for name, value in found.items()} == {
         "peak_allocated_bytes": 60 * GB,
         "peak_reserved_bytes": 75 * GB,
         "fragmentation": pytest.approx(0.2),
@@ -110,7 +110,7 @@ def test_a_devices_memory_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         "host_peak_rss_bytes": 4096 * 1024,
     }
     assert tuple(found) == MEMORY
-    assert {name for name, value in found.items() if value.prov is Prov.DERIVED} == {
+    assert {name for name, value in found.items() if value.provenance is Provenance.DERIVED} == {
         "fragmentation",
         "headroom_bytes",
     }
@@ -121,29 +121,29 @@ def test_no_reading_is_null_with_its_reason(
 ) -> None:
     cuda, meter = FakeCuda(monkeypatch), MemoryMeter(proc(tmp_path) / "self")
     meter.start(GPU)
-    assert meter.read(GPU)["nvml_peak_bytes"].why_null == "NVML's memory was not sampled"
+    assert meter.read(GPU)["nvml_peak_bytes"].why_missing == "NVML's memory was not sampled"
     cuda.stats |= {"allocated_bytes.all.peak": 0, "reserved_bytes.all.peak": 0}
-    assert meter.read(GPU)["fragmentation"].why_null == "nothing was allocated on the device"
+    assert meter.read(GPU)["fragmentation"].why_missing == "nothing was allocated on the device"
     on_cpu = meter.read(CPU)
-    assert {on_cpu[name].why_null for name in ON_DEVICE} == {"a cpu run: no CUDA allocator"}
-    assert on_cpu["host_peak_rss_bytes"].v == 4096 * 1024
-    assert unread("gone")["ooms"].why_null == "gone"
+    assert {on_cpu[name].why_missing for name in ON_DEVICE} == {"a cpu run: no CUDA allocator"}
+    assert on_cpu["host_peak_rss_bytes"].value == 4096 * 1024
+    assert unread("gone")["ooms"].why_missing == "gone"
     assert tuple(unread("gone")) == MEMORY
 
 
 def test_the_hosts_peak_is_the_stages_or_none(tmp_path: Path) -> None:
     meter = MemoryMeter(proc(tmp_path) / "self")
-    assert meter.read(CPU)["host_peak_rss_bytes"].why_null == "its reading was never started"
+    assert meter.read(CPU)["host_peak_rss_bytes"].why_missing == "its reading was never started"
     (tmp_path / "self" / "clear_refs").unlink()
     (tmp_path / "self" / "clear_refs").mkdir()  # cannot be written to
     meter.start(CPU)
-    said = meter.read(CPU)["host_peak_rss_bytes"].why_null
+    said = meter.read(CPU)["host_peak_rss_bytes"].why_missing
     assert said == "the process's peak cannot be set back to one stage's (Is a directory)"
     proc(tmp_path / "other")
     (tmp_path / "other" / "self" / "status").write_text("Name:\tpython\n")
     meter = MemoryMeter(tmp_path / "other" / "self")
     meter.start(CPU)
-    assert meter.read(CPU)["host_peak_rss_bytes"].why_null == "the kernel states no VmHWM"
+    assert meter.read(CPU)["host_peak_rss_bytes"].why_missing == "the kernel states no VmHWM"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -155,10 +155,10 @@ def test_what_was_held_before_a_stage_is_not_its_peak() -> None:
     held = memory._status_bytes(Path("/proc/self"), "VmRSS")
     del before
     meter.start(CPU)
-    start = meter.read(CPU)["host_peak_rss_bytes"].v
+    start = meter.read(CPU)["host_peak_rss_bytes"].value
     within = bytearray(200_000_000)
     del within
-    peak = meter.read(CPU)["host_peak_rss_bytes"].v
+    peak = meter.read(CPU)["host_peak_rss_bytes"].value
     assert held is not None
     if start is None or peak is None:
         pytest.skip("this kernel does not let the peak be set back")
@@ -387,8 +387,8 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
     failed = next(row for row in attempt.rows if row["status"] == "FAILED")
     assert failed["why"] == line
-    assert minutes(failed["ledger"]["device_hours"]["retry"]["v"]) == pytest.approx(2)
-    assert failed["ledger"]["memory"]["ooms"]["v"] == 1
+    assert minutes(failed["ledger"]["device_hours"]["retry"]["value"]) == pytest.approx(2)
+    assert failed["ledger"]["memory"]["ooms"]["value"] == 1
     assert len(list(root.rglob("oom-*.json"))) == 1  # none where memory sufficed
 
 
@@ -421,7 +421,7 @@ def test_from_the_command_line_it_is_one_line_and_exit_1(
     (result,) = tmp_path.glob("mlruns/runs/*/result.json")
     (row,) = json.loads(result.read_text())["rows"]
     assert (row["status"], row["why"]) == ("FAILED", line.removeprefix("failed: "))
-    assert row["ledger"]["device_hours"]["retry"]["v"] > 0
+    assert row["ledger"]["device_hours"]["retry"]["value"] > 0
 
 
 def test_the_report_shows_device_memory_where_it_was_measured() -> None:

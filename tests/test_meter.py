@@ -77,7 +77,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     Draft202012Validator(RESULT_SCHEMA).validate(result)
     (row,) = result["rows"]
     assert row["ledger"]["meter_problems"] == []
-    hours = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+    hours = {name: value["value"] for name, value in result["run"]["device_hours"].items()}
     assert hours["total"] == pytest.approx(
         hours["work"] + hours["retry"] + hours["overhead"], rel=1e-12
     )
@@ -125,7 +125,8 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
     folder = folder_of(root)
     ledger = ledger_of(folder)
     counted = {
-        name: ledger["counts"][name]["v"] for name in ("tokens", "examples", "steps", "model_flops")
+        name: ledger["counts"][name]["value"]
+        for name in ("tokens", "examples", "steps", "model_flops")
     }
     assert counted == {
         "tokens": 20 * 512,
@@ -134,12 +135,12 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
         "model_flops": 20 * 6 * 512,
     }
     assert {"forward", "backward", "optimizer", "prepare", "other"} <= set(ledger["phases_ns"])
-    assert ledger["cost"]["amount"]["v"] == pytest.approx(
-        2 * ledger["device_hours"]["attached"]["v"]
+    assert ledger["cost"]["amount"]["value"] == pytest.approx(
+        2 * ledger["device_hours"]["attached"]["value"]
     )
-    assert ledger["energy_j"]["v"] is None
-    assert ledger["memory"]["nvml_peak_bytes"]["why_null"] == "a CPU run uses no GPU"
-    assert ledger["memory"]["host_peak_rss_bytes"]["v"] > 5e7
+    assert ledger["energy_j"]["value"] is None
+    assert ledger["memory"]["nvml_peak_bytes"]["why_missing"] == "a CPU run uses no GPU"
+    assert ledger["memory"]["host_peak_rss_bytes"]["value"] > 5e7
     assert ledger["identity"]["team"] == "vision"
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("meter")
@@ -151,7 +152,7 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
     }
     parent, child = runs[folder.name].data, runs["probe"].data
     assert child.metrics["compute/tokens"] == 20 * 512
-    assert parent.metrics["compute/device_hours"] == ledger["device_hours"]["attached"]["v"]
+    assert parent.metrics["compute/device_hours"] == ledger["device_hours"]["attached"]["value"]
     assert (parent.tags["team"], parent.params["model.name"], child.tags["type"]) == (
         "vision",
         "m1",
@@ -176,14 +177,14 @@ def test_every_second_and_token_of_torchrun_once(tmp_path: Path, world: int) -> 
     ledger = ledger_of(folder)
     lives, notes = read_lives(folder, os.uname().nodename)
     assert (sorted(life.rank for life in lives), notes) == (list(range(world)), [])
-    assert ledger["counts"]["tokens"]["v"] == 5 * sum(100 + rank for rank in range(world))
-    assert ledger["counts"]["steps"]["v"] == 5
+    assert ledger["counts"]["tokens"]["value"] == 5 * sum(100 + rank for rank in range(world))
+    assert ledger["counts"]["steps"]["value"] == 5
     (window,) = [
         event["window"] for event in read_events(folder / "journal.jsonl") if event["e"] == "window"
     ]
     elapsed = window["end_ns"] - window["start_ns"]
     assert sum(ledger["phases_ns"].values()) == elapsed
-    assert ledger["device_hours"]["attached"]["v"] == elapsed / 3600e9
+    assert ledger["device_hours"]["attached"]["value"] == elapsed / 3600e9
     # by another way: every rank's own sums, and what no rank covers
     covered = sum(life.end_ns - life.start_ns for life in lives)
     last = max(life.end_ns for life in lives)
@@ -196,7 +197,7 @@ def test_every_second_and_token_of_torchrun_once(tmp_path: Path, world: int) -> 
         by_hand, elapsed
     )
     assert ledger["phases_ns"]["comm_wait"] > 0
-    assert ledger["device_hours"]["wasted_by"]["idle_rank"]["v"] * 3600 == pytest.approx(
+    assert ledger["device_hours"]["wasted_by"]["idle_rank"]["value"] * 3600 == pytest.approx(
         idle / world / S, abs=1e-6
     )
     assert idle / S > 0.2  # the last rank ended 0.3 s before the others
@@ -207,12 +208,18 @@ def test_a_program_that_says_nothing_is_not_called_waste(tmp_path: Path) -> None
     assert (code, out) == (0, "a\nb")
     result = result_of(folder_of(tmp_path))
     ledger = result["rows"][0]["ledger"]
-    silent = {"v": None, "prov": "unavailable", "why_null": "the program reports no phases"}
+    silent = {
+        "value": None,
+        "provenance": "unavailable",
+        "why_missing": "the program reports no phases",
+    }
     assert [ledger["device_hours"][name] for name in ("productive", "support", "wasted")] == [
         silent
     ] * 3
     assert ledger["counts"]["goodput"] == silent
-    assert ledger["device_hours"]["work"]["v"] == ledger["device_hours"]["attached"]["v"] > 0
+    assert (
+        ledger["device_hours"]["work"]["value"] == ledger["device_hours"]["attached"]["value"] > 0
+    )
     assert "the program reports no phases" in err
 
 
@@ -236,10 +243,10 @@ def test_a_meter_inside_a_meter_says_where_it_stands(tmp_path: Path) -> None:
     assert code == 0, err
     outside, inside = folder_of(tmp_path / "outer"), folder_of(tmp_path / "inner")
     assert not list((outside / "ranks").iterdir())
-    assert ledger_of(outside)["counts"]["tokens"]["v"] is None
-    assert ledger_of(inside)["counts"]["tokens"]["v"] == 1
+    assert ledger_of(outside)["counts"]["tokens"]["value"] is None
+    assert ledger_of(inside)["counts"]["tokens"]["value"] == 1
     assert read_events(inside / "journal.jsonl")[0]["tags"] == {"nested_in": outside.name}
-    assert ledger_of(inside)["wall_s"]["v"] < ledger_of(outside)["wall_s"]["v"]
+    assert ledger_of(inside)["wall_s"]["value"] < ledger_of(outside)["wall_s"]["value"]
 
 
 # -- programs that do not -------------------------------------------------------------------------
@@ -251,11 +258,16 @@ def test_a_crash_passes_its_code_on_and_its_hours_are_lost(tmp_path: Path) -> No
     ledger = result["rows"][0]["ledger"]
     assert (code, result["status"], result["why"]) == (7, "FAILED", "exit code 7")
     hours = {
-        name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"
+        name: value["value"]
+        for name, value in ledger["device_hours"].items()
+        if name != "wasted_by"
     }
     assert hours["attached"] == hours["retry"] == hours["wasted"] > 0 == hours["work"]
     assert list(ledger["device_hours"]["wasted_by"]) == ["failed_attempt"]
-    assert (ledger["counts"]["steps_lost"]["v"], ledger["counts"]["tokens"]["v"]) == (3, None)
+    assert (ledger["counts"]["steps_lost"]["value"], ledger["counts"]["tokens"]["value"]) == (
+        3,
+        None,
+    )
 
 
 @pytest.mark.parametrize("code", [0, 5])
@@ -301,7 +313,7 @@ def test_one_that_ignores_sigterm_is_waited_for_and_told_again(tmp_path: Path) -
     assert process.returncode == 0, err
     ledger = ledger_of(folder_of(tmp_path))
     assert ledger["phases_ns"]["forward"] > 0
-    assert ledger["device_hours"]["work"]["v"] > 0
+    assert ledger["device_hours"]["work"]["value"] > 0
 
 
 @pytest.mark.faults
@@ -422,10 +434,10 @@ def test_a_killed_meter_loses_at_most_a_heartbeat(root: Path) -> None:
         "the meter was killed; hours up to its last sign of life",
     )
     assert ledger["conditions"]["truncated"] is True
-    lost_s = (ended_ns - opened["start_ns"]) / S - ledger["wall_s"]["v"]
+    lost_s = (ended_ns - opened["start_ns"]) / S - ledger["wall_s"]["value"]
     assert 0 <= lost_s <= 10
-    assert ledger["wall_s"]["v"] > 1.5
-    assert ledger["device_hours"]["retry"]["v"] == ledger["device_hours"]["attached"]["v"]
+    assert ledger["wall_s"]["value"] > 1.5
+    assert ledger["device_hours"]["retry"]["value"] == ledger["device_hours"]["attached"]["value"]
     deliver(folder)
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("meter")
@@ -665,7 +677,7 @@ def test_what_others_took_stands_on_the_row_of_a_command(tmp_path: Path) -> None
     assert run(tmp_path, PYTHON, "-c", "import time; time.sleep(0.7)")[0] == 0
     conditions = ledger_of(folder_of(tmp_path))["conditions"]
     load = conditions["work_foreign_load"]
-    assert (load["v"] is None) == (load["why_null"] is not None)
-    assert load["v"] is None or 0 <= load["v"] <= 1
+    assert (load["value"] is None) == (load["why_missing"] is not None)
+    assert load["value"] is None or 0 <= load["value"] <= 1
     assert conditions["host_foreign_load"] == load
-    assert conditions["assess_foreign_load"]["v"] is None
+    assert conditions["assess_foreign_load"]["value"] is None

@@ -30,7 +30,7 @@ def test_hours_of_gpus_by_kind_are_in_the_summary() -> None:
         name: "compute/gpu_hours" if name == "attached" else f"compute/{name}_gpu_hours"
         for name in kinds
     }
-    assert {name: found[key]["v"] for name, key in keys.items()} == kinds
+    assert {name: found[key]["value"] for name, key in keys.items()} == kinds
     assert {BY_KEY[key].unit for key in keys.values()} == {"GPU-h"}
 
 
@@ -39,7 +39,7 @@ def test_the_conditions_that_devices_worked_under_are_in_the_summary() -> None:
     shown = [name for name in FIGURES if name not in ELSEWHERE]
     row["ledger"]["conditions"] |= {name: value(number) for number, name in enumerate(shown)}
     found = row_summary(row)
-    assert {name: found[f"compute/{name}"]["v"] for name in shown} == {
+    assert {name: found[f"compute/{name}"]["value"] for name in shown} == {
         name: n for n, name in enumerate(shown)
     }
     assert {"throttle_share", "foreign_load", "temperature_c_max", "sm_clock_mhz_mean"} <= set(

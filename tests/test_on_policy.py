@@ -390,14 +390,14 @@ def test_a_recipe_has_its_student_write_all_the_time(
     student, control = rows["student"], rows["control_steps"]
     assert student["phases_ns"]["generate"] > 0
     counts = student["counts"]
-    assert (counts["distillation_share"]["v"], counts["distillation_gradient_share"]["v"]) == (
-        1.0,
-        1.0,
-    )
+    assert (
+        counts["distillation_share"]["value"],
+        counts["distillation_gradient_share"]["value"],
+    ) == (1.0, 1.0)
     # a step of text, whatever the student's own steps took
-    per_step = control["counts"]["model_flops"]["v"] / 4
-    bought = rows["control_compute"]["counts"]["steps"]["v"]
-    assert bought == pytest.approx(counts["model_flops"]["v"] / per_step, abs=1)
+    per_step = control["counts"]["model_flops"]["value"] / 4
+    bought = rows["control_compute"]["counts"]["steps"]["value"]
+    assert bought == pytest.approx(counts["model_flops"]["value"] / per_step, abs=1)
 
 
 def test_the_recipe_of_all_signals_runs(
@@ -412,7 +412,7 @@ def test_the_recipe_of_all_signals_runs(
     )
     result = result_in(tmp_path)
     rows = {row["arm"]: row["ledger"] for row in result["rows"]}
-    shares = {arm: rows[arm]["counts"]["distillation_share"]["v"] for arm in arms}
+    shares = {arm: rows[arm]["counts"]["distillation_share"]["value"] for arm in arms}
     assert all(0 < share < 1 for share in shares.values())
     assert len(set(shares.values())) == 4
     assert "generate" in rows["on_policy"]["phases_ns"]

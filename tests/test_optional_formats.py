@@ -320,7 +320,7 @@ def test_an_optional_format_that_fails_is_a_row_and_the_run_goes_on(
     assert said in json.dumps(rows["nf4"])
     assert any(note.startswith("nf4: ") and said in note for note in result["environment"]["notes"])
     assert rows["int8"]["status"] == "FINISHED"
-    assert rows["int8"]["quality"]["bits_per_byte"]["v"] is not None
+    assert rows["int8"]["quality"]["bits_per_byte"]["value"] is not None
     in_nf4[0] = False
     if fault == "saving":
         strict = here(tmp_path, *RUN, "stages.nf4.optional=false", *TINY, "tracking.root=strict")

@@ -37,9 +37,11 @@ def test_what_others_took_is_all_less_our_own() -> None:
     """
     load = load_between(at(100, busy=50, own=7), at(110, busy=70, own=17.4, steal=2.0))
     assert (load.taken, load.steal) == (pytest.approx(0.48), pytest.approx(0.1))
-    assert taken([load]).v == pytest.approx(0.48)
-    assert stolen([load]).v == pytest.approx(0.1)
-    assert throttled([load]).why_null == "no quota of a control group limits this run's processors"
+    assert taken([load]).value == pytest.approx(0.48)
+    assert stolen([load]).value == pytest.approx(0.1)
+    assert (
+        throttled([load]).why_missing == "no quota of a control group limits this run's processors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,14 +68,14 @@ def test_windows_add_up_by_their_length() -> None:
         Load(elapsed_s=9.0, taken=0.0, steal=0.0),
         Load(elapsed_s=1.0, taken=1.0, steal=0.5, throttled=0.5),
     ]
-    assert taken(loads).v == pytest.approx(0.1)
-    assert throttled(loads).v == pytest.approx(0.05)
+    assert taken(loads).value == pytest.approx(0.1)
+    assert throttled(loads).value == pytest.approx(0.05)
 
 
 def test_what_cannot_be_known_is_null_with_its_reason() -> None:
-    assert taken([Load(elapsed_s=0.2)]).why_null == "window shorter than 0.5 s"
-    assert taken([]).why_null == "no window was measured"
-    assert taken([Load(elapsed_s=9.0, taken=0.1), Load(why="gone")]).why_null == "gone"
+    assert taken([Load(elapsed_s=0.2)]).why_missing == "window shorter than 0.5 s"
+    assert taken([]).why_missing == "no window was measured"
+    assert taken([Load(elapsed_s=9.0, taken=0.1), Load(why="gone")]).why_missing == "gone"
     assert load_between("no /proc", at(1, busy=1, own=1)).why == "no /proc"
     assert load_between(at(1, busy=1, own=1), "no /proc").why == "no /proc"
     # a sandbox whose /proc/stat stands still
@@ -94,7 +96,7 @@ def test_accounts_that_cannot_be_read_are_a_reason(
     said = others.read()
     assert isinstance(said, str)
     assert said.startswith(f"the kernel's accounts cannot be read ({error.__name__}")
-    assert others.Others().share().why_null == said
+    assert others.Others().share().why_missing == said
 
 
 BURN = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass"
@@ -190,16 +192,16 @@ def test_a_quota_is_read_in_both_versions_of_control_groups(tmp_path: Path) -> N
 def test_work_and_assessment_stand_apart() -> None:
     work, assess = [Load(elapsed_s=30.0, taken=0.4, steal=0.1)], [Load(elapsed_s=10.0, taken=0.0)]
     found = of_host(work, assess)
-    assert (found.foreign_load.v, found.work_foreign_load.v, found.assess_foreign_load.v) == (
-        pytest.approx(0.3),
-        0.4,
-        0.0,
-    )
+    assert (
+        found.foreign_load.value,
+        found.work_foreign_load.value,
+        found.assess_foreign_load.value,
+    ) == (pytest.approx(0.3), 0.4, 0.0)
     assert found.host_foreign_load == found.foreign_load
     assert Disturbance.from_json(found.to_json()) == found
     older = {name: value for name, value in found.to_json().items() if name == "foreign_load"}
     assert (
-        Disturbance.from_json(older).work_foreign_load.why_null
+        Disturbance.from_json(older).work_foreign_load.why_missing
         == "not recorded by the release that measured it"
     )
 
@@ -207,6 +209,6 @@ def test_work_and_assessment_stand_apart() -> None:
 def test_the_mean_over_attempts_is_by_their_hours() -> None:
     assert mean(
         [(measured(0.2), 3.0), (measured(1.0), 1.0), (null("no work"), 0.0)]
-    ).v == pytest.approx(0.4)
-    assert mean([(measured(0.2), 3.0), (null("killed"), 1.0)]).why_null == "killed"
-    assert mean([]).why_null == "no time was measured"
+    ).value == pytest.approx(0.4)
+    assert mean([(measured(0.2), 3.0), (null("killed"), 1.0)]).why_missing == "killed"
+    assert mean([]).why_missing == "no time was measured"

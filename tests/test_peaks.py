@@ -17,7 +17,7 @@ from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.peaks import PEAKS, device_name, peak
 from pipeline.ledger.record import Spent, ledger
-from pipeline.ledger.values import Prov, Value, declared, estimated, null
+from pipeline.ledger.values import Provenance, Value, declared, estimated, null
 from pipeline.runs import rows
 from pipeline.stages.context import Output
 from pipeline.stages.quantize import QuantizeStage
@@ -54,17 +54,17 @@ def test_an_unknown_device_has_no_peak_and_is_nobodys_sibling() -> None:
         "",
     ):
         found = peak(name, "bf16")
-        assert found.v is None
+        assert found.value is None
         assert (
-            found.why_null
+            found.why_missing
             == f"no peak rate known for {name} at bf16; hardware.peak_tflops.bf16 declares it"
         )
 
 
 def test_an_arithmetic_the_device_lacks_has_no_peak() -> None:
     found = peak("Tesla V100-SXM2-16GB", "bf16")
-    assert found.why_null is not None
-    assert "states no bf16 rate for Tesla V100-SXM2-16GB" in found.why_null
+    assert found.why_missing is not None
+    assert "states no bf16 rate for Tesla V100-SXM2-16GB" in found.why_missing
 
 
 def test_what_the_user_states_comes_first() -> None:
@@ -122,17 +122,21 @@ def counts(
 def test_mfu_by_hand() -> None:
     """4e15 FLOPs in 4 s on 2 devices are 500 TFLOP/s each; of a peak of 800 that is 0.625."""
     found = counts(estimated(4e15), declared(800.0))
-    assert found["achieved_tflops"] == {"v": 500.0, "prov": "estimated", "why_null": None}
-    assert found["peak_tflops"] == {"v": 800.0, "prov": "declared", "why_null": None}
-    assert found["mfu"] == {"v": 0.625, "prov": "declared", "why_null": None}
+    assert found["achieved_tflops"] == {
+        "value": 500.0,
+        "provenance": "estimated",
+        "why_missing": None,
+    }
+    assert found["peak_tflops"] == {"value": 800.0, "provenance": "declared", "why_missing": None}
+    assert found["mfu"] == {"value": 0.625, "provenance": "declared", "why_missing": None}
 
 
 def test_without_a_peak_the_rate_stands_alone() -> None:
     found = counts(estimated(4e15), null("no peak rate known for X at bf16"))
-    assert found["achieved_tflops"]["v"] == 500.0
+    assert found["achieved_tflops"]["value"] == 500.0
     assert (
-        found["mfu"]["why_null"]
-        == found["peak_tflops"]["why_null"]
+        found["mfu"]["why_missing"]
+        == found["peak_tflops"]["why_missing"]
         == "no peak rate known for X at bf16"
     )
 
@@ -140,14 +144,17 @@ def test_without_a_peak_the_rate_stands_alone() -> None:
 def test_more_than_the_peak_is_no_share() -> None:
     found = counts(estimated(4e15), declared(400.0))
     assert (
-        found["mfu"]["why_null"]
+        found["mfu"]["why_missing"]
         == "500 TFLOP/s achieved is more than the peak of 400: one of them is wrong"
     )
 
 
 def test_a_stage_that_did_not_finish_has_no_mfu() -> None:
     found = counts(null("the stage did not finish"), declared(800.0), seconds=None)
-    assert (found["mfu"]["v"], found["mfu"]["why_null"]) == (None, "the stage did not finish")
+    assert (found["mfu"]["value"], found["mfu"]["why_missing"]) == (
+        None,
+        "the stage did not finish",
+    )
 
 
 def test_the_peak_is_that_of_the_stages_own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,15 +168,19 @@ def test_the_peak_is_that_of_the_stages_own_arithmetic(monkeypatch: pytest.Monke
     )
     attempt: Any = SimpleNamespace(run=run, device=torch.device("cuda"))
     found = {name: rows._peak(attempt, stage, Output()) for name, stage in run.stages.items()}
-    assert {name: value.v for name, value in found.items()} == {"a": 989.5, "b": 494.5, "c": 494.5}
-    assert {value.prov for value in found.values()} == {Prov.DECLARED}
+    assert {name: value.value for name, value in found.items()} == {
+        "a": 989.5,
+        "b": 494.5,
+        "c": 494.5,
+    }
+    assert {value.provenance for value in found.values()} == {Provenance.DECLARED}
     run.hardware.peak_tflops.tf32 = 450.0
-    assert [rows._peak(attempt, stage, Output()).v for stage in run.stages.values()] == [
+    assert [rows._peak(attempt, stage, Output()).value for stage in run.stages.values()] == [
         989.5,
         450.0,
         450.0,
     ]
-    assert rows._peak(attempt, QuantizeStage(), Output()).why_null == "this stage trains nothing"
+    assert rows._peak(attempt, QuantizeStage(), Output()).why_missing == "this stage trains nothing"
 
 
 def test_the_peak_of_a_precision_found_by_trial_is_that_of_what_was_found(
@@ -179,11 +190,11 @@ def test_the_peak_of_a_precision_found_by_trial_is_that_of_what_was_found(
     attempt: Any = SimpleNamespace(run=Run(), device=torch.device("cuda"))
     stage = TrainStage(precision=Precision.auto)
     found = [
-        rows._peak(attempt, stage, Output(about={"precision": {"chosen": name}})).v
+        rows._peak(attempt, stage, Output(about={"precision": {"chosen": name}})).value
         for name in ("fp32", "tf32", "bf16_pure")
     ]
     assert found == [PEAKS["NVIDIA H200"].tflops["fp32"], 494.5, 989.5]
-    assert rows._peak(attempt, stage, Output()).why_null == "no precision was chosen yet"
+    assert rows._peak(attempt, stage, Output()).why_missing == "no precision was chosen yet"
 
 
 def test_a_declared_peak_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

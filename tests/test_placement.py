@@ -34,11 +34,11 @@ def test_the_grant_is_what_the_scheduler_says(environ: dict[str, str], found: Gr
 
 def test_untouched_devices_count_as_allocated_alone() -> None:
     allocated = allocated_hours(attached_h=4.0, devices=2, granted=Grant("slurm", "7", 8))
-    assert (allocated.v, allocated.prov) == (16.0, "declared")
-    assert allocated_hours(4.0, 2, None).why_null == "no scheduler granted this run"
-    assert "does not say" in (allocated_hours(4.0, 2, Grant("slurm", "7", None)).why_null or "")
+    assert (allocated.value, allocated.provenance) == (16.0, "declared")
+    assert allocated_hours(4.0, 2, None).why_missing == "no scheduler granted this run"
+    assert "does not say" in (allocated_hours(4.0, 2, Grant("slurm", "7", None)).why_missing or "")
     assert "1 GPUs where 2 were used" in (
-        allocated_hours(4.0, 2, Grant("slurm", "7", 1)).why_null or ""
+        allocated_hours(4.0, 2, Grant("slurm", "7", 1)).why_missing or ""
     )
 
 

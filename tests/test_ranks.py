@@ -172,14 +172,14 @@ def test_counts_are_summed_over_ranks_and_steps_are_those_of_one() -> None:
         life(0, 1, rank=1, counts={"tokens": 10, "steps": 3, "flops": 7.5}),
     ]
     found = counts(lives)
-    assert {name: value.v for name, value in found.items()} == {
+    assert {name: value.value for name, value in found.items()} == {
         "tokens": 25,
         "steps": 5,
         "model_flops": 7.5,
         "examples": None,
     }
-    assert found["examples"].why_null == NOT_COUNTED
-    assert found["model_flops"].prov == "declared"
+    assert found["examples"].why_missing == NOT_COUNTED
+    assert found["model_flops"].provenance == "declared"
 
 
 def _raw(**changes: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def _add(path: str, hours: float) -> Callable[[dict[str, Any]], None]:
     group, name = path.split("/")
 
     def change(record: dict[str, Any]) -> None:
-        record[group][name] = value((record[group][name]["v"] or 0.0) + hours)
+        record[group][name] = value((record[group][name]["value"] or 0.0) + hours)
 
     return change
 
@@ -70,11 +70,11 @@ def test_every_rule_names_its_failure(change: Callable[[dict[str, Any]], None], 
 
 def test_instruments_may_differ_by_a_percent_or_a_second() -> None:
     record = _closed()
-    attached = record["gpu_hours"]["attached"]["v"]
+    attached = record["gpu_hours"]["attached"]["value"]
     _nested(busy=attached * 1.009, sm_active=0.5, tensor_active=0.5 * 1.009)(record)
     assert problems(record) == []
     short = make_ledger(0.01, 0, gpu=True)
-    _nested(busy=short["gpu_hours"]["attached"]["v"] + 0.9 / 3600)(short)
+    _nested(busy=short["gpu_hours"]["attached"]["value"] + 0.9 / 3600)(short)
     assert problems(short) == []
 
 

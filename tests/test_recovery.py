@@ -290,7 +290,7 @@ def rungs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def loss(row: dict[str, Any]) -> float:
-    return row["recovery"]["loss"]["v"]
+    return row["recovery"]["loss"]["value"]
 
 
 def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
@@ -313,18 +313,20 @@ def check_it_is(result: dict[str, Any], name: str | None, skipped: Sequence[str]
     own = rows["quantized"]
     taken = rows["reference"] if name is None else rows[f"quantized/{name}"]
     assert own["artifact"]["digest"] == taken["artifact"]["digest"]
-    assert own["quality"]["kl_to_unquantized"]["v"] is not None
+    assert own["quality"]["kl_to_unquantized"]["value"] is not None
     made = [arm for arm in rows if arm.startswith("quantized/") and arm not in skipped]
     assert own["depends_on"] == ["reference", *made]
     for arm in made:
         assert rows[arm]["quality"] == {}
-        assert rows[arm]["recovery"]["kl"]["v"] > 0
-        assert rows[arm]["ledger"]["device_hours"]["work"]["v"] > 0
+        assert rows[arm]["recovery"]["kl"]["value"] > 0
+        assert rows[arm]["ledger"]["device_hours"]["work"]["value"] > 0
     (pair,) = result["comparisons"]
-    spent = sum(rows[arm]["ledger"]["device_hours"]["work"]["v"] for arm in [*made, "quantized"])
-    if pair["payback"]["v"] is not None and pair["serving"]["v"]:
-        per_unit = rows["reference"]["serving"]["device_s_per_1k_units"]["v"] / 1000
-        saved_s = pair["payback"]["v"] * per_unit * pair["serving"]["v"]
+    spent = sum(
+        rows[arm]["ledger"]["device_hours"]["work"]["value"] for arm in [*made, "quantized"]
+    )
+    if pair["payback"]["value"] is not None and pair["serving"]["value"]:
+        per_unit = rows["reference"]["serving"]["device_s_per_1k_units"]["value"] / 1000
+        saved_s = pair["payback"]["value"] * per_unit * pair["serving"]["value"]
         assert saved_s / 3600 == pytest.approx(spent, rel=1e-6)
 
 
@@ -375,8 +377,8 @@ def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
     assert loss(found["lora"]) <= tolerance < loss(found["fp4"])
     check_it_is(result, "lora")
     counts = found["lora"]["ledger"]["counts"]
-    assert (counts["steps"]["v"], found["lora"]["type"]) == (30, "recover")
-    assert counts["model_flops"]["v"] > 0
+    assert (counts["steps"]["value"], found["lora"]["type"]) == (30, "recover")
+    assert counts["model_flops"]["value"] > 0
     assert found["lora"]["artifact"]["bytes"] == pytest.approx(
         found["fp4"]["artifact"]["bytes"], rel=0.01
     )
@@ -432,10 +434,10 @@ def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units:
     assert own["quantization"] == {
         "format": "bf16",
         "layers": 0,
-        "share": {"v": 1.0, "prov": "measured", "why_null": None},
+        "share": {"value": 1.0, "provenance": "measured", "why_missing": None},
     }
     assert own["artifact"]["bytes"] < 0.6 * result["rows"][0]["artifact"]["bytes"]
-    assert 0 < own["quality"]["kl_to_unquantized"]["v"] < 0.02
+    assert 0 < own["quality"]["kl_to_unquantized"]["value"] < 0.02
     said = "quantized: is quantized/bf16: no other rung holds the tolerance"
     assert said in result["environment"]["notes"]
 

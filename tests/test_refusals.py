@@ -314,7 +314,7 @@ def test_a_stage_that_fails_leaves_a_row_a_result_and_no_half_artifact(
     result = json.loads((folder / "result.json").read_text())
     (row,) = result["rows"]
     assert (result["status"], row["status"]) == ("FAILED", "FAILED")
-    assert row["ledger"]["device_hours"]["retry"]["v"] > 0
+    assert row["ledger"]["device_hours"]["retry"]["value"] > 0
     assert row["artifact"] is None
     assert not (tmp_path / "mlruns/latest").exists()
     assert not list(tmp_path.glob("mlruns/store/tmp/*/*.safetensors"))

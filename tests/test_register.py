@@ -106,7 +106,7 @@ def test_a_metered_command_s_model_is_charged_with_its_hours(
     assert lines[2] == f"use it: model.path={folder}"
     result = json.loads((run_dir / "result.json").read_text())
     Draft202012Validator(RESULT_SCHEMA).validate(result)
-    hours = result["rows"][0]["ledger"]["device_hours"]["work"]["v"]
+    hours = result["rows"][0]["ledger"]["device_hours"]["work"]["value"]
     manifest = json.loads((folder / "artifact.json").read_text())
     assert (manifest["kind"], manifest["digest"], manifest["name"]) == ("model", folder.name, "sft")
     assert manifest["ledger"]["run_id"] == run_dir.name
@@ -149,14 +149,16 @@ def test_a_registered_model_is_in_every_chain_that_starts_from_it(
     base_h, retry_h, teacher_h, student_h = 50 / 60, 6 / 60, 30 / 60, 20 / 60
     # teacher and student of that run, not its control
     assert spends[BASE].work_h == pytest.approx(base_h)
-    assert c_total("teacher", spends).v == pytest.approx(base_h + teacher_h)
-    assert all_in("teacher", spends).v == pytest.approx(base_h + retry_h + teacher_h)
-    assert c_opt("student", "teacher", spends).v == pytest.approx(student_h)  # shared: it cancels
+    assert c_total("teacher", spends).value == pytest.approx(base_h + teacher_h)
+    assert all_in("teacher", spends).value == pytest.approx(base_h + retry_h + teacher_h)
+    assert c_opt("student", "teacher", spends).value == pytest.approx(
+        student_h
+    )  # shared: it cancels
     assert spends[BASE].flops == pytest.approx(2e13)
     unregistered = spends_of(_attempt(str(trained)), 0)
-    assert c_total("teacher", unregistered).why_null == "existing model: base"
+    assert c_total("teacher", unregistered).why_missing == "existing model: base"
     both = spends_of(_attempt(None, student=str(artifact.path)), 0)
-    assert c_total("student", both).v == pytest.approx(base_h + teacher_h + student_h)
+    assert c_total("student", both).value == pytest.approx(base_h + teacher_h + student_h)
     assert spends_of(_attempt(None), 0)[BASE].work_h == 0.0
 
 
@@ -167,7 +169,7 @@ def test_hours_of_another_device_are_never_added(
     spend = past_spend(BASE, str(artifact.path), "NVIDIA H200")
     why = f"registered hours are of {HERE}, not of NVIDIA H200"
     assert (spend.existing, spend.work_h, spend.unknown) == (True, 0.0, why)
-    assert c_total(BASE, {BASE: spend}).why_null == f"{why}: base"
+    assert c_total(BASE, {BASE: spend}).why_missing == f"{why}: base"
 
 
 def test_a_model_changed_since_is_not_the_registered_one(
@@ -191,7 +193,7 @@ def test_reasons_of_two_unknown_models_stand_beside_each_other() -> None:
     from dataclasses import replace
 
     spends["x"] = replace(spends["x"], depends_on=(BASE,), unknown="odd")
-    assert c_total("x", spends).why_null == "existing model: base; odd: x"
+    assert c_total("x", spends).why_missing == "existing model: base; odd: x"
 
 
 def test_a_run_is_found_by_id_folder_or_as_the_latest(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_a_recipe_draws_them_beside_hidden_states(
         capsys.readouterr().err
     )
     student = next(row for row in result_in(tmp_path)["rows"] if row["arm"] == "student")
-    assert 0 < student["ledger"]["counts"]["distillation_share"]["v"] < 1
+    assert 0 < student["ledger"]["counts"]["distillation_share"]["value"] < 1
     load_model(
         student["artifact"]["path"], Task.sequence_classification if more else Task.causal_lm
     )

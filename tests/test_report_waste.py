@@ -54,7 +54,9 @@ def _result(
     result = make_result(rows=rows)
     outside_h = {"overhead": overhead or {}, "compare": compare or {}}
     own = sum(
-        row["ledger"]["device_hours"]["attached"]["v"] or 0.0 for row in rows if not row["reused"]
+        row["ledger"]["device_hours"]["attached"]["value"] or 0.0
+        for row in rows
+        if not row["reused"]
     )
     result["run"]["device_hours"]["total"] = value(
         own + sum(sum(part.values()) for part in outside_h.values())

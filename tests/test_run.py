@@ -61,22 +61,22 @@ def test_all_arms_are_made_and_the_ledger_closes(distilled) -> None:
     for row in result["rows"]:
         ledger = row["ledger"]
         hours = {
-            name: value["v"]
+            name: value["value"]
             for name, value in ledger["device_hours"].items()
             if name != "wasted_by"
         }
         assert row["status"] == "FINISHED"
         assert ledger["meter_valid"], ledger["meter_problems"]
         assert sum(ledger["phases_ns"].values()) == pytest.approx(
-            ledger["wall_s"]["v"] * 1e9, abs=1
+            ledger["wall_s"]["value"] * 1e9, abs=1
         )
         assert hours["attached"] == pytest.approx(
             hours["productive"] + hours["support"] + hours["wasted"]
         )
         assert hours["attached"] == pytest.approx(hours["work"] + hours["assess"] + hours["retry"])
-        assert ledger["gpu_hours"]["attached"]["why_null"] == "a CPU run uses no GPU"
+        assert ledger["gpu_hours"]["attached"]["why_missing"] == "a CPU run uses no GPU"
         assert Path(row["artifact"]["path"], "model.safetensors").is_file()
-    parts = {name: value["v"] for name, value in result["run"]["device_hours"].items()}
+    parts = {name: value["value"] for name, value in result["run"]["device_hours"].items()}
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
     assert parts["overhead"] > 0
     assert result["conclusion"] in " ".join(printed.split())
@@ -85,12 +85,12 @@ def test_all_arms_are_made_and_the_ledger_closes(distilled) -> None:
 
 def test_the_control_gets_the_students_flops_and_not_more(distilled) -> None:
     _, result, _ = distilled
-    flops = {row["arm"]: row["ledger"]["counts"]["model_flops"]["v"] for row in result["rows"]}
-    steps = {row["arm"]: row["ledger"]["counts"]["steps"]["v"] for row in result["rows"]}
+    flops = {row["arm"]: row["ledger"]["counts"]["model_flops"]["value"] for row in result["rows"]}
+    steps = {row["arm"]: row["ledger"]["counts"]["steps"]["value"] for row in result["rows"]}
     per_step = flops["control_compute"] / steps["control_compute"]
     assert 0 <= flops["student"] - flops["control_compute"] < per_step
     assert steps["control_steps"] == steps["student"] == 4
-    assert result["rows"][1]["ledger"]["counts"]["distillation_share"]["v"] > 0
+    assert result["rows"][1]["ledger"]["counts"]["distillation_share"]["value"] > 0
 
 
 def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
@@ -105,10 +105,10 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
     student = next(row for row in result["rows"] if row["arm"] == "student")
     for each in (parent, runs["student"]):
-        assert each.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["v"]
+        assert each.data.metrics["quality/primary"] == student["quality"]["bits_per_byte"]["value"]
         assert (
             each.data.metrics["compute/device_hours"]
-            == student["ledger"]["device_hours"]["attached"]["v"]
+            == student["ledger"]["device_hours"]["attached"]["value"]
         )
     assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
     assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
@@ -128,12 +128,12 @@ def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declare
     cwd, result, printed = distilled
     told, teacher = (
         result["run"]["per_converged_model"],
-        result["rows"][0]["ledger"]["device_hours"]["attached"]["v"],
+        result["rows"][0]["ledger"]["device_hours"]["attached"]["value"],
     )
     # any model has fewer than 100 bits a byte
-    until_then = result["run"]["device_hours"]["overhead"]["v"] + teacher
-    assert told["device_hours"]["v"] == pytest.approx(until_then)
-    assert (told["run"], told["amount"]["v"]) == (result["run_id"], None)
+    until_then = result["run"]["device_hours"]["overhead"]["value"] + teacher
+    assert told["device_hours"]["value"] == pytest.approx(until_then)
+    assert (told["run"], told["amount"]["value"]) == (result["run_id"], None)
     assert "until its model converged: " in printed
     assert "Until its model converged: " in (cwd / "mlruns/latest/report.md").read_text()
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
@@ -141,8 +141,11 @@ def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declare
     (run,) = client.search_runs(
         [experiment.experiment_id], f"tags.`pipeline.run` = '{result['run_id']}'"
     )
-    assert run.data.metrics["compute/per_converged_model_device_hours"] == told["device_hours"]["v"]
-    assert run.data.tags["null.cost/per_converged_model"] == told["amount"]["why_null"]
+    assert (
+        run.data.metrics["compute/per_converged_model_device_hours"]
+        == told["device_hours"]["value"]
+    )
+    assert run.data.tags["null.cost/per_converged_model"] == told["amount"]["why_missing"]
 
 
 def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends_on_it(
@@ -158,9 +161,9 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     second = result_in(cwd)
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
-    assert second["run"]["device_hours"]["work"]["v"] == 0
-    spent = {part: value["v"] for part, value in first["run"]["device_hours"].items()}
-    assert second["run"]["reused"]["v"] == pytest.approx(
+    assert second["run"]["device_hours"]["work"]["value"] == 0
+    spent = {part: value["value"] for part, value in first["run"]["device_hours"].items()}
+    assert second["run"]["reused"]["value"] == pytest.approx(
         spent["work"] + spent["assess"] + spent["compare"]
     )
     assert second["comparisons"] == first["comparisons"]
@@ -201,7 +204,7 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     assert here(tmp_path, "recipe=baseline", *args).returncode == 0
     result = result_in(tmp_path)
     assert result["run"]["attempts"] == 2
-    assert result["rows"][-1]["ledger"]["counts"]["steps"]["v"] == 200
+    assert result["rows"][-1]["ledger"]["counts"]["steps"]["value"] == 200
     assert len(list(tmp_path.glob("mlruns/runs/*/result.json"))) == 1
 
 
@@ -221,7 +224,7 @@ def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: 
         done = here(tmp_path, "recipe=baseline", *args, f"data.shuffle_labels={shuffled}")
         assert done.returncode == 0, done.stderr
         quality = result_in(tmp_path)["rows"][0]["quality"]["accuracy"]
-        accuracy[shuffled] = quality["v"]
+        accuracy[shuffled] = quality["value"]
     labels = [json.loads(line)["label"] for line in Path(quality["items"]).read_text().splitlines()]
     # always naming the largest class
     chance = max(labels.count(label) for label in labels) / len(labels)

@@ -49,7 +49,7 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
         assert result["status"] == "FINISHED"
         (pair,) = result["comparisons"]
         assert pair["speedup"]["no_speedup"] is True
-        assert 0 < pair["speedup"]["memory"]["v"] < 0.05
+        assert 0 < pair["speedup"]["memory"]["value"] < 0.05
     report = (tmp_path / "mlruns/latest/report.md").read_text()
     assert "no_speedup: saves neither time nor memory" in report
     assert "What quantizing changed" in report
@@ -89,11 +89,11 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     result = result_in(tmp_path)
     reference, quantized = result["rows"]
     assert quantized["artifact"]["digest"] == reference["artifact"]["digest"]
-    assert quantized["quality"]["flips"]["v"] == 0
+    assert quantized["quality"]["flips"]["value"] == 0
     (pair,) = result["comparisons"]
     # what two readings of one artifact differ by is noise
     for figure in (pair["serving"], pair["payback"]):
-        assert (figure["v"], figure["why_null"]) == (None, "the same artifact as reference")
+        assert (figure["value"], figure["why_missing"]) == (None, "the same artifact as reference")
     assert pair["speedup"]["no_speedup"]
     assert quantized["unchanged"] == {
         "as": "reference",
@@ -110,7 +110,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     assert phases["search"] > 0.5 * sum(
         ns for name, ns in phases.items() if name not in ("eval", "model_load")
     )
-    assert quantized["ledger"]["device_hours"]["work"]["v"] * 3600e9 > phases["search"]
+    assert quantized["ledger"]["device_hours"]["work"]["value"] * 3600e9 > phases["search"]
     notes = " ".join(result["environment"]["notes"])
     assert "quantized: tried nf4: loses" in notes
     assert "quantized: stays as reference is: nothing that holds the tolerance saves time" in notes

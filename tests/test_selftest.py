@@ -310,7 +310,7 @@ def test_a_self_test_without_training_or_mlflow_can_be_stopped_by_its_budget(
     )
     events = [json.loads(line) for line in (newest / "journal.jsonl").read_text().splitlines()]
     assert (events[-1]["e"], events[-1]["status"]) == ("run_end", "FAILED")
-    assert events[-1]["run"]["device_hours"]["total"]["v"] > 0
+    assert events[-1]["run"]["device_hours"]["total"]["value"] > 0
 
 
 def test_a_gate_that_answers_falsely_ends_with_3_and_a_disturbed_one_with_5(

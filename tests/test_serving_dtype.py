@@ -140,7 +140,7 @@ def test_how_far_each_arm_moves_is_what_a_plain_computation_finds(
         (kl / count, largest, flips / count), rel=1e-4
     )
     assert read.documents == 8
-    assert read.figures()["dtype_kl"]["v"] == read.kl
+    assert read.figures()["dtype_kl"]["value"] == read.kl
 
 
 def test_fp32_is_what_was_assessed(folders: dict[str, Path]) -> None:
@@ -233,11 +233,11 @@ def test_sixteen_bits_are_assessed_and_served_as_they_are_stored(ran: Any) -> No
     # its tokenizer is in there, too
     assert half["artifact"]["bytes"] < 0.7 * rows["reference"]["artifact"]["bytes"]
     assert (
-        half["serving"]["weights_bytes"]["v"]
-        < 0.51 * rows["reference"]["serving"]["weights_bytes"]["v"]
+        half["serving"]["weights_bytes"]["value"]
+        < 0.51 * rows["reference"]["serving"]["weights_bytes"]["value"]
     )
-    assert 0 < half["quality"]["kl_to_unquantized"]["v"] < 1e-2
-    assert half["quality"]["flips"]["v"] is not None
+    assert 0 < half["quality"]["kl_to_unquantized"]["value"] < 1e-2
+    assert half["quality"]["flips"]["value"] is not None
     about = json.loads(Path(half["artifact"]["path"], "artifact.json").read_text())
     assert (about["quantization"]["format"], about["quantization"]["quantized_share"]) == (
         "bf16",
@@ -264,17 +264,17 @@ def test_other_formats_are_read_against_the_best_16_bit_form_with_fp32_beside_it
     )
     assert pairs["int8", "reference"]["serving"]["dtypes"]["base"] == "fp32"
     sizes = {
-        row["arm"]: row["serving"]["weights_bytes"]["v"]
+        row["arm"]: row["serving"]["weights_bytes"]["value"]
         for row in result["rows"]
         if row["artifact"]
     }
-    assert against["speedup"]["memory"]["v"] == pytest.approx(1 - sizes["int8"] / sizes["bf16"])
-    saves = against["speedup"]["saves_time"] or against["speedup"]["memory"]["v"] >= 0.05
+    assert against["speedup"]["memory"]["value"] == pytest.approx(1 - sizes["int8"] / sizes["bf16"])
+    saves = against["speedup"]["saves_time"] or against["speedup"]["memory"]["value"] >= 0.05
     assert against["speedup"]["no_speedup"] is not saves
     said = " ".join(printed.split())
     assert "Against the reference (served in fp32), bf16 " in said
     share = next(
-        row["quantization"]["share"]["v"] for row in result["rows"] if row["arm"] == "int8"
+        row["quantization"]["share"]["value"] for row in result["rows"] if row["arm"] == "int8"
     )
     assert (
         f"against bf16 (the best 16-bit form of the same model here), int8 ({share:.1%} of its"
@@ -309,7 +309,7 @@ def test_a_format_that_pays_against_fp32_alone_is_no_speedup(
     judged = {
         pair["base"]: pair["speedup"] for pair in result["comparisons"] if pair["arm"] == "int8"
     }
-    assert judged["reference"]["memory"]["v"] > 0.05 > judged["bf16"]["memory"]["v"]
+    assert judged["reference"]["memory"]["value"] > 0.05 > judged["bf16"]["memory"]["value"]
     assert not judged["bf16"]["saves_time"]
     assert (done.returncode, "no_speedup: int8" in done.stderr) == (3, True)
 

@@ -411,17 +411,17 @@ def test_the_flops_are_those_of_one_forward_pass_over_the_windows(
     each = count_flops(tiny(Task.causal_lm), Task.causal_lm, backward=False)
     manifest = read_json(tmp_path / "out" / MANIFEST)
     by_hand = manifest["windows"] * each(16, 0) + manifest["tokens"] * each.predicted
-    assert output.counts["model_flops"].v == pytest.approx(by_hand)
+    assert output.counts["model_flops"].value == pytest.approx(by_hand)
     assert set(output.counts) == {
         "model_flops",
         "tokens",
         "target_tokens",
         "active_parameter_share",
     }
-    assert output.counts["target_tokens"].v == manifest["tokens"]
+    assert output.counts["target_tokens"].value == manifest["tokens"]
     windows = windows_of(documents, run)
     rows = needed(windows, run.training.steps, run.training.batch_size)
-    assert output.counts["tokens"].v == num_tokens(windows.read(rows))
+    assert output.counts["tokens"].value == num_tokens(windows.read(rows))
     assert output.seconds_in_steps == pytest.approx(clock.read_ns()["capture"] / 1e9, rel=0.2)
 
 

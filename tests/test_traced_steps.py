@@ -204,7 +204,7 @@ def test_a_real_trace_of_a_step_is_there_for_perfetto_and_its_figures_are_null(
     training(tmp_path, tracer)
     found = tracer.result()
     assert found["traces"] == ["step-000003.json.gz", "step-000006.json.gz"]
-    assert {value["why_null"] for value in found["shares"].values()} == {"a CPU run uses no GPU"}
+    assert {value["why_missing"] for value in found["shares"].values()} == {"a CPU run uses no GPU"}
     assert set(found["shares"]) == set(FIGURES)
     assert (found["steps"], found["notes"]) == ([], [])
     for number in (3, 6):
@@ -240,8 +240,8 @@ def test_by_default_nothing_is_traced(tracer: StepTracer) -> None:
     )
     found = tracer.result()
     assert found["traces"] == []
-    assert {value["v"] for value in found["shares"].values()} == {None}
-    whys = {value["why_null"] for value in found["shares"].values()}
+    assert {value["value"] for value in found["shares"].values()} == {None}
+    whys = {value["why_missing"] for value in found["shares"].values()}
     assert whys <= {"a CPU run uses no GPU", "no step was traced"}
 
 
@@ -316,7 +316,7 @@ def test_a_traced_step_on_a_gpu_has_shares_and_a_resumed_run_reads_them_back(
     training(tmp_path, tracer)
     found = tracer.result()
     assert found["steps"] == [{"step": 3, "device": 0, **IN_NS}]
-    shares = {name: value["v"] for name, value in found["shares"].items()}
+    shares = {name: value["value"] for name, value in found["shares"].items()}
     assert shares == pytest.approx(
         {
             "traced_steps": 1,
@@ -336,7 +336,7 @@ def test_a_traced_step_on_a_gpu_has_shares_and_a_resumed_run_reads_them_back(
 def test_a_file_that_cannot_be_read_back_is_said(tmp_path: Path) -> None:
     (tmp_path / "step-000003.json.gz").write_bytes(b"torn")
     found = StepTracer(tmp_path, CUDA, [3]).result()
-    assert found["shares"]["compute"]["why_null"] == "no step was traced"
+    assert found["shares"]["compute"]["why_missing"] == "no step was traced"
     assert found["notes"][0].startswith("step-000003.json.gz cannot be read back (BadGzipFile: ")
 
 
@@ -344,7 +344,7 @@ def test_a_trace_without_device_activity_is_no_idle_device(tmp_path: Path) -> No
     host_only = {"traceEvents": [step(0, 90, "step 3"), launch(50, 1)]}
     tracer = faked(tmp_path / "traces", FakeProfiler(host_only))
     training(tmp_path, tracer)
-    whys = {value["why_null"] for value in tracer.result()["shares"].values()}
+    whys = {value["why_missing"] for value in tracer.result()["shares"].values()}
     assert whys == {"traces hold no activity of the device: CUPTI gave none"}
 
 
@@ -376,7 +376,7 @@ def test_a_profiler_that_does_not_work_is_a_reason_and_the_training_goes_on(
     assert len(found["notes"]) == 1
     assert found["notes"][0].startswith("steps could not be traced (")
     assert "and a stack" not in found["notes"][0]
-    assert {value["why_null"] for value in found["shares"].values()} == {found["notes"][0]}
+    assert {value["why_missing"] for value in found["shares"].values()} == {found["notes"][0]}
     assert BROKEN[what].calls.count("start") == 1
 
 
@@ -416,7 +416,7 @@ def test_a_trace_that_stays_too_large_is_not_kept_and_its_figures_are(tmp_path: 
     found = tracer.result()
     assert found["notes"] == ["the trace of step 3 is not kept: more than 100 bytes"]
     assert found["traces"] == []
-    assert found["shares"]["busy"]["v"] == pytest.approx(0.7)
+    assert found["shares"]["busy"]["value"] == pytest.approx(0.7)
 
 
 # -- where it goes --------------------------------------------------------------------------------
@@ -461,18 +461,18 @@ def test_a_row_says_what_its_device_did(tmp_path: Path) -> None:
         },
     )
     assert record["gpu_hours"]["busy"] == {
-        "v": pytest.approx(42 / 3600),
-        "prov": "estimated",
-        "why_null": None,
+        "value": pytest.approx(42 / 3600),
+        "provenance": "estimated",
+        "why_missing": None,
     }
-    assert record["gpu_timeline"]["idle_host_wait"]["v"] == pytest.approx(0.15)
-    assert record["conditions"]["meter_overhead"]["v"] == 0.05
+    assert record["gpu_timeline"]["idle_host_wait"]["value"] == pytest.approx(0.15)
+    assert record["conditions"]["meter_overhead"]["value"] == 0.05
     assert record["gpu_timeline"]["traces"] == ["step-000003.json.gz"]
     figures = row_summary({**make_row("student"), "ledger": record})
-    assert figures["compute/traced_busy_share"]["v"] == pytest.approx(0.7)
-    assert figures["compute/traced_idle_launch_gap_share"]["v"] == pytest.approx(0.15)
+    assert figures["compute/traced_busy_share"]["value"] == pytest.approx(0.7)
+    assert figures["compute/traced_idle_launch_gap_share"]["value"] == pytest.approx(0.15)
     assert sum(
-        figures[f"compute/traced_{name}_share"]["v"] for name, *_ in TRACED_SHARES[1:]
+        figures[f"compute/traced_{name}_share"]["value"] for name, *_ in TRACED_SHARES[1:]
     ) == pytest.approx(1)
 
 
@@ -480,9 +480,9 @@ def test_a_trace_that_failed_is_a_problem_of_the_meter_and_no_invalid_row(tmp_pa
     tracer = faked(tmp_path / "traces", FakeProfiler(fails="start"))
     training(tmp_path, tracer)
     group = gpu_timeline({**tracer.result(), "phases_s": {}})
-    assert group["notes"] == [group["busy"]["why_null"]]
+    assert group["notes"] == [group["busy"]["why_missing"]]
     assert "could not be traced" in group["notes"][0]
-    assert gpu_timeline({})["busy"]["why_null"] == NOT_TRACED
+    assert gpu_timeline({})["busy"]["why_missing"] == NOT_TRACED
 
 
 def test_what_is_looked_at_is_in_no_run_key() -> None:
@@ -512,5 +512,5 @@ def test_on_a_real_gpu_classes_close_and_computing_is_seen(tmp_path: Path) -> No
         )
     found = tracer.result()
     assert found["notes"] == []
-    assert found["shares"]["compute"]["v"] > 0
+    assert found["shares"]["compute"]["value"] > 0
     perfetto(tmp_path / "traces" / "step-000004.json.gz")

@@ -42,10 +42,10 @@ def test_a_run_is_delivered_once_with_all_it_holds(root: Path) -> None:
     )
     assert student.data.tags["mlflow.parentRunId"] == parent.info.run_id
     row = make_row("student")
-    assert parent.data.metrics["quality/primary"] == row["quality"]["bits_per_byte"]["v"]
+    assert parent.data.metrics["quality/primary"] == row["quality"]["bits_per_byte"]["value"]
     assert (
         parent.data.metrics["compute/device_hours"]
-        == row["ledger"]["device_hours"]["attached"]["v"]
+        == row["ledger"]["device_hours"]["attached"]["value"]
     )
     assert student.data.tags["null.compute/gpu_hours"]
     assert "compute/gpu_hours" not in student.data.metrics

@@ -32,10 +32,10 @@ from pipeline.compare.verdict import (
 from pipeline.config.settings import PolicyConfig, QualityConfig, Task
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.quality.recorded import take_recorded
-from pipeline.ledger.values import Prov, Value, measured, null
+from pipeline.ledger.values import Provenance, Value, measured, null
 
 PASS, FAIL, OPEN, INVALID = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.INVALID
-DERIVED = Prov.DERIVED
+DERIVED = Provenance.DERIVED
 POLICY = PolicyConfig(min_items=20, min_documents=20)
 
 
@@ -66,7 +66,7 @@ def test_an_end_on_the_threshold_decides_nothing() -> None:
 
 def test_invalid_keeps_the_reading_and_names_the_reasons() -> None:
     made = invalid(criterion(PASS), ["a", "b"])
-    assert (made.outcome, made.why, made.value.v) == (INVALID, "a; b", 0.1)
+    assert (made.outcome, made.why, made.value.value) == (INVALID, "a; b", 0.1)
     assert invalid(criterion(PASS), []).outcome is PASS
 
 
@@ -76,7 +76,7 @@ def test_serving_by_hand() -> None:
     """
     half, whole = np.full((4, 2), 0.5), np.ones((4, 2))
     saved = serving_criterion(half, whole, minimum=0.2, alpha=0.0304)
-    assert (saved.outcome, saved.value.v, saved.ci, saved.n) == (PASS, 0.5, (0.5, 0.5), 4)
+    assert (saved.outcome, saved.value.value, saved.ci, saved.n) == (PASS, 0.5, (0.5, 0.5), 4)
     assert serving_criterion(half, whole, minimum=0.6, alpha=0.0304).outcome is FAIL
     assert serving_criterion(whole, half, minimum=None, alpha=0.0304).gating is False
     assert saved.level == pytest.approx(1 - 2 * 0.0304)
@@ -96,7 +96,7 @@ def test_memory_is_counted_and_at_least_the_minimum_passes() -> None:
 def test_training_needs_a_ledger_and_a_spread() -> None:
     hours = (Value(6.0, DERIVED), Value(10.0, DERIVED))
     alone = training_criterion(*hours, None, minimum=0.1, alpha=0.05)
-    assert (alone.outcome, alone.value.v, alone.ci) == (OPEN, 0.4, None)
+    assert (alone.outcome, alone.value.value, alone.ci) == (OPEN, 0.4, None)
     assert "point estimate only" in (alone.why or "")
     # sd 0.05 over 5 runs, the candidate's twice that: ln 0.6 -+ t(0.95, 4) 0.05 sqrt(5) = -0.5108
     # -+ 2.1318 x 0.1118
@@ -276,7 +276,11 @@ def test_documents_of_an_equal_model_pass_where_the_planner_said_and_fail_at_mos
         pilot = bits_through_files(tmp_path, rng, "normal", 60, 0.0)
         # one that reads worse than the margin plans to fail what it read, however close that is to
         # the margin
-        if pilot.outcome is OPEN and pilot.needed is not None and (pilot.value.v or 0.0) > -0.01:
+        if (
+            pilot.outcome is OPEN
+            and pilot.needed is not None
+            and (pilot.value.value or 0.0) > -0.01
+        ):
             outcomes.append(bits_through_files(tmp_path, rng, "normal", pilot.needed, 0.0).outcome)
     assert outcomes.count(PASS) / runs >= 0.8 - 2 * math.sqrt(0.8 * 0.2 / runs) * (runs < N)
     assert outcomes.count(FAIL) / runs <= 0.05
@@ -297,7 +301,7 @@ def two_looks(
         made = serving_criterion(
             np.concatenate(arm), np.concatenate(base), minimum=minimum, alpha=alpha
         )
-        read.append(made.value.v or 0.0)
+        read.append(made.value.value or 0.0)
         if made.outcome is not OPEN:
             break
     return made.outcome, read

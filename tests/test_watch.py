@@ -123,7 +123,7 @@ def test_granted_but_untouched_gpus_are_not_counted() -> None:
     assert (used.kind, used.ids, used.name) == ("cuda", ("GPU-ab2", "GPU-b3"), "NVIDIA 200")
     assert used.placement["device_names"] == ["NVIDIA 200", "NVIDIA 300"]
     assert used.placement["uuids"] == ["GPU-ab2", "GPU-b3"]
-    assert used.read().energy_j.v is None
+    assert used.read().energy_j.value is None
 
 
 def test_none_used_is_a_cpu_host_and_says_so() -> None:
@@ -148,7 +148,7 @@ def test_without_a_driver_ranks_are_believed_and_the_command_line_is_not() -> No
     assert watch.stop(0, 1, {}).kind == "cpu"
     used = watch.stop(0, 1, {"GPU-q": "NVIDIA H200"})
     assert (used.ids, used.name) == (("GPU-q",), "NVIDIA H200")
-    assert used.read().energy_j.why_null == "no NVIDIA driver to ask (Driver Not Loaded)"
+    assert used.read().energy_j.why_missing == "no NVIDIA driver to ask (Driver Not Loaded)"
     with pytest.raises(
         UserError, match=r"^--gpus: GPU-x cannot be confirmed: no NVIDIA driver to ask"
     ):
@@ -217,7 +217,7 @@ def test_gpu_hours_are_nested_and_close() -> None:
     )
     ledger = _row(_two(), grant=SLURM, lives=lives)
     assert ledger["meter_problems"] == []
-    hours = {name: value["v"] for name, value in ledger["gpu_hours"].items()}
+    hours = {name: value["value"] for name, value in ledger["gpu_hours"].items()}
     assert hours == {
         "attached": 2.0,
         "allocated": 8.0,
@@ -228,11 +228,14 @@ def test_gpu_hours_are_nested_and_close() -> None:
         "support": 0.0,
         "wasted": 0.5,
     }
-    assert {name: value["v"] for name, value in ledger["device_hours"]["wasted_by"].items()} == {
-        "idle_rank": 0.5
-    }
+    assert {
+        name: value["value"] for name, value in ledger["device_hours"]["wasted_by"].items()
+    } == {"idle_rank": 0.5}
     assert ledger["phases_ns"] == {"forward": 2700 * S, "other": 900 * S}
-    assert (ledger["energy_j"]["v"], ledger["cost"]["amount"]["prov"]) == (5e6, "declared")
+    assert (ledger["energy_j"]["value"], ledger["cost"]["amount"]["provenance"]) == (
+        5e6,
+        "declared",
+    )
 
 
 def test_shares_that_contradict_each_other_name_themselves() -> None:
@@ -264,15 +267,15 @@ def test_usage_of_several_devices_is_one_window_s() -> None:
         "sm_clock_mhz_min": 1.0,
         "foreign_load": None,
     }
-    assert {name: getattr(both, name).v for name in FIGURES} == wanted
+    assert {name: getattr(both, name).value for name in FIGURES} == wanted
     assert (both.problems, both.throttle_reasons) == (("odd",), ("power cap",))
     assert over_devices([one]).energy_j == measured(1.0)
-    assert over_devices([one, unread("GPU-b fell off")]).busy.why_null == "GPU-b fell off"
+    assert over_devices([one, unread("GPU-b fell off")]).busy.why_missing == "GPU-b fell off"
 
 
 def test_a_row_has_the_conditions_its_devices_worked_under() -> None:
     ledger = _row(_two(throttle_share=measured(0.25), throttle_reasons=("power cap",)), grant=None)
-    assert ledger["conditions"]["throttle_share"]["v"] == 0.25
+    assert ledger["conditions"]["throttle_share"]["value"] == 0.25
     assert _form("compute/power_w_mean", 412.34, {}) == "412 W"
     assert _form("compute/sm_active_gpu_hours", 0.5, {}) == "30.0 min of GPU time"
     assert ledger["conditions"]["throttle_reasons"] == ["power cap"]
@@ -280,8 +283,8 @@ def test_a_row_has_the_conditions_its_devices_worked_under() -> None:
 
 def test_a_grant_that_a_command_never_touched_is_seen() -> None:
     ledger = _row(cpu_host(), grant=SLURM, status="FAILED")
-    assert ledger["gpu_hours"]["allocated"]["v"] == 8.0
-    assert ledger["gpu_hours"]["attached"]["v"] is None
+    assert ledger["gpu_hours"]["allocated"]["value"] == 8.0
+    assert ledger["gpu_hours"]["attached"]["value"] is None
     assert ledger["placement"]["uuids"] == []
 
 

@@ -114,11 +114,11 @@ def test_the_student_books_what_led_to_its_artifact(run_1: Booking) -> None:
 
 
 def test_costs_of_the_arms(spends: dict[str, Spend]) -> None:
-    assert _minutes(c_total("student", spends).v) == pytest.approx(50)
-    assert _minutes(c_total("control_compute", spends).v) == pytest.approx(12)
-    assert _minutes(all_in("student", spends).v) == pytest.approx(52)
-    assert _minutes(c_opt("student", "teacher", spends).v) == pytest.approx(20)
-    assert _minutes(c_opt("student", "control_compute", spends).v) == pytest.approx(38)
+    assert _minutes(c_total("student", spends).value) == pytest.approx(50)
+    assert _minutes(c_total("control_compute", spends).value) == pytest.approx(12)
+    assert _minutes(all_in("student", spends).value) == pytest.approx(52)
+    assert _minutes(c_opt("student", "teacher", spends).value) == pytest.approx(20)
+    assert _minutes(c_opt("student", "control_compute", spends).value) == pytest.approx(38)
 
 
 def test_payback_of_the_student(spends: dict[str, Spend]) -> None:
@@ -129,12 +129,12 @@ def test_payback_of_the_student(spends: dict[str, Spend]) -> None:
     against_teacher = payback(
         c_opt("student", "teacher", spends), per_token(teacher), saving, unit="token"
     )
-    assert against_teacher["v"] == pytest.approx(3.0e6)
+    assert against_teacher["value"] == pytest.approx(3.0e6)
     none = serving_saving(student, student)
     against_control = payback(
         c_opt("student", "control_compute", spends), per_token(student), none, unit="token"
     )
-    assert against_control["why_null"] == "never: not cheaper"
+    assert against_control["why_missing"] == "never: not cheaper"
 
 
 def test_the_second_invocation_spends_overhead_and_saves_the_rest(
@@ -150,7 +150,7 @@ def test_the_second_invocation_spends_overhead_and_saves_the_rest(
     # 50 of 12 minutes: the student lost to what its compute would have bought, four times over
     arms = Trained(arm="student", final=2.0), Trained(arm="control_compute", final=2.0)
     saving = training_saving(*arms, spends, margin=0.01, lower_is_better=True)
-    assert saving["v"] == pytest.approx(1 - 50 / 12)
+    assert saving["value"] == pytest.approx(1 - 50 / 12)
 
 
 # -- booking in general ---------------------------------------------------------------------------

@@ -94,9 +94,9 @@ def value(figure: Mapping[str, Any]) -> float:
     Raises:
         Unmeasured: If it is null.
     """
-    if figure["v"] is None:
-        raise Unmeasured(figure["why_null"])
-    return float(figure["v"])
+    if figure["value"] is None:
+        raise Unmeasured(figure["why_missing"])
+    return float(figure["value"])
 
 
 def mfu(flops: float, seconds: float, rate: Mapping[str, Any]) -> float:
@@ -311,7 +311,7 @@ def remarks(readings: Readings) -> list[str]:
         lines.append(f"matmuls: {mean:.1f} TFLOP/s [{least:.1f}, {most:.1f}] n={len(rates)}")
     for load in LOADS:
         for window in readings.get("energy", {}).get(load, []):
-            found = {name: Value.from_json(window[name]).v for name in SHOWN}
+            found = {name: Value.from_json(window[name]).value for name in SHOWN}
             lines.append(
                 f"{load}: "
                 + " ".join(f"{name}={v if v is None else round(v, 3)}" for name, v in found.items())

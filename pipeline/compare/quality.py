@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
-from pipeline.ledger.values import Prov, Value, derive, null
+from pipeline.ledger.values import Provenance, Value, derive, null
 
 Items = Mapping[str, npt.NDArray[Any]]
 """What assessment keeps of each document: `digest` and, in the same order, the columns that a
@@ -591,7 +591,7 @@ def _agree(arm: Items, base: Items, columns: Sequence[str]) -> bool:
 
 def _without_interval(estimate: float, n: int, margin: float, why: str) -> dict[str, Any]:
     more = {"ci": None, "n": n, "margin": margin, "answer": "undecided", "items_to_decide": None}
-    return {**Value(estimate, Prov.DERIVED).to_json(), **more, "why_undecided": why}
+    return {**Value(estimate, Provenance.DERIVED).to_json(), **more, "why_undecided": why}
 
 
 def _null(why: str, n: int, margin: float) -> dict[str, Any]:
@@ -608,7 +608,7 @@ def _compared(
     )
     items = max(items, min_documents)
     return {
-        **Value(interval.estimate, Prov.DERIVED).to_json(),
+        **Value(interval.estimate, Provenance.DERIVED).to_json(),
         "ci": [interval.low, interval.high],
         "n": n,
         "margin": margin,
@@ -648,10 +648,12 @@ def combine_seeds(
         lambda *deltas: float(np.mean(deltas)),
         *(Value.from_json(dict(result)) for result in per_seed),
     )
-    if mean.v is None:
-        num_null = sum(result["v"] is None for result in per_seed)
-        return _null(f"{num_null} of {len(per_seed)} seeds: {mean.why_null}", len(per_seed), margin)
-    interval = statistics.mean_interval([result["v"] for result in per_seed])
+    if mean.value is None:
+        num_null = sum(result["value"] is None for result in per_seed)
+        return _null(
+            f"{num_null} of {len(per_seed)} seeds: {mean.why_missing}", len(per_seed), margin
+        )
+    interval = statistics.mean_interval([result["value"] for result in per_seed])
     if (
         is_share
         and interval.low == interval.high

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from scipy import special
 
 from pipeline.compare import statistics
-from pipeline.ledger.values import Prov, Value, derive, estimated, null
+from pipeline.ledger.values import Provenance, Value, derive, estimated, null
 
 SECONDS_PER_HOUR = 3600
 ONE_RUN = "point estimate only: one run each"
@@ -139,7 +139,7 @@ def _over_chain(
             for why in (s.unknown for s in existing)
         }
         return null("; ".join(f"{why}: {names}" for why, names in arms.items()))
-    return Value(math.fsum(part(spend) for spend in own), Prov.DERIVED)
+    return Value(math.fsum(part(spend) for spend in own), Provenance.DERIVED)
 
 
 def c_opt(arm: str, base: str, spends: Spends) -> Value:
@@ -205,9 +205,9 @@ class Tolerance:
 
     def too_much(self, load: Value) -> str | None:
         """Return what others took, where it was more than that."""
-        if self.most is None or load.v is None or load.v <= self.most:
+        if self.most is None or load.value is None or load.value <= self.most:
             return None
-        return f"others used {load.v:.0%} of {self.what}"
+        return f"others used {load.value:.0%} of {self.what}"
 
 
 ANY_LOAD = Tolerance()
@@ -239,7 +239,7 @@ def disturbances(
         for name, load in own
         if (said := tolerance.too_much(load)) is not None
     ]
-    unknown = [f"{name} ({load.why_null})" for name, load in own if load.v is None]
+    unknown = [f"{name} ({load.why_missing})" for name, load in own if load.value is None]
     return "; ".join(loud) or None, ", ".join(unknown) or None
 
 
@@ -257,13 +257,13 @@ def less_others(arm: str, base: str, spends: tuple[Spends, Spends], tolerance: T
     c_arm, c_base = (
         c_total(n, s, cancelled=cancelled) for n, s in zip((arm, base), ours, strict=True)
     )
-    missing = next((load for load in loads if load.v is None), None)
+    missing = next((load for load in loads if load.value is None), None)
     saving = _share_saved(c_arm, c_base) if missing is None else missing
-    return saving if saving.v is None else estimated(saving.v)
+    return saving if saving.value is None else estimated(saving.value)
 
 
 def _undisturbed(spend: Spend) -> Spend:
-    share = 0.0 if spend.foreign_load is None else spend.foreign_load.v or 0.0
+    share = 0.0 if spend.foreign_load is None else spend.foreign_load.value or 0.0
     return replace(spend, work_h=spend.work_h * (1 - share))
 
 
@@ -477,7 +477,7 @@ def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Valu
         "c_base": c_base,
         "new_spend_saving": (
             _new_spend_saving(arm, base, spends)
-            if saving.v is None
+            if saving.value is None
             else null("the saving is known")
         ),
         "systems": _share_saved(_ratio(c_arm, f_arm), _ratio(c_base, f_base)),
@@ -487,14 +487,16 @@ def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Valu
 
 def _share_saved(of_arm: Value, of_base: Value) -> Value:
     """Return 1 - arm/base."""
-    if of_base.v == 0:
+    if of_base.value == 0:
         return null("the base cost nothing here")
     return derive(lambda a, b: 1 - a / b, of_arm, of_base)
 
 
 def _ratio(hours: Value, flops: Value) -> Value:
     return (
-        null("no FLOPs were needed") if flops.v == 0 else derive(lambda h, f: h / f, hours, flops)
+        null("no FLOPs were needed")
+        if flops.value == 0
+        else derive(lambda h, f: h / f, hours, flops)
     )
 
 
@@ -535,7 +537,7 @@ def _disturbed(figures: dict[str, Value], why: str) -> dict[str, Value]:
     """
     of_time = ("saving", "new_spend_saving", "systems", "amortised", "bound")
     return {
-        name: null(why) if name in of_time and value.v is not None else value
+        name: null(why) if name in of_time and value.value is not None else value
         for name, value in figures.items()
     }
 
@@ -581,9 +583,9 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(per_seed) == 1:
         return dict(per_seed[0])
     saving = _mean_saving(per_seed)
-    if saving.v is None:
-        num_null = sum(result["v"] is None for result in per_seed)
-        saving = null(f"{saving.why_null} (in {num_null} of {len(per_seed)} seeds)")
+    if saving.value is None:
+        num_null = sum(result["value"] is None for result in per_seed)
+        saving = null(f"{saving.why_missing} (in {num_null} of {len(per_seed)} seeds)")
     names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
     means: dict[str, Any] = {
         name: (
@@ -593,15 +595,17 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
         for name in names
     }
-    if saving.v is None:
-        known = [result if result["v"] is not None else result["bound"] for result in per_seed]
+    if saving.value is None:
+        known = [result if result["value"] is not None else result["bound"] for result in per_seed]
         means["bound"] = (
-            _mean_saving(known) if all(each["v"] is not None for each in known) else saving
+            _mean_saving(known) if all(each["value"] is not None for each in known) else saving
         ).to_json()
         # there, new spending alone stands in for nothing
-        if any(result["v"] is not None for result in per_seed):
+        if any(result["value"] is not None for result in per_seed):
             means["new_spend_saving"] = saving.to_json()
-    ci = None if saving.v is None else _ends_over_seeds([result["v"] for result in per_seed])
+    ci = (
+        None if saving.value is None else _ends_over_seeds([result["value"] for result in per_seed])
+    )
     rule = per_seed[0]["rule"].replace(
         ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown"
     )
@@ -615,9 +619,12 @@ _SAVINGS = frozenset({"new_spend_saving", "systems", "algorithmic", "bound", "am
 def _mean_saving(per_seed: Sequence[Mapping[str, Any]]) -> Value:
     """Return 1 - exp(mean ln(1 - saving)); 1 where an arm cost nothing with some seed."""
     mean = _mean(
-        [{**raw, "v": None if raw["v"] is None else _log_ratio(raw["v"])} for raw in per_seed]
+        [
+            {**raw, "value": None if raw["value"] is None else _log_ratio(raw["value"])}
+            for raw in per_seed
+        ]
     )
-    return mean if mean.v is None else Value(-math.expm1(mean.v), mean.prov)
+    return mean if mean.value is None else Value(-math.expm1(mean.value), mean.provenance)
 
 
 def _log_ratio(saving: float) -> float:
@@ -656,7 +663,7 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
         A value with `ci`, `blocks`, and `sd_log`: the standard deviation of a block's ln(arm/base).
     """
     saving = statistics.abba_saving(arm_seconds, base_seconds)
-    value = Value(saving.estimate, Prov.DERIVED)
+    value = Value(saving.estimate, Provenance.DERIVED)
     log_ratios = statistics.block_log_ratios(arm_seconds, base_seconds)
     return {
         **value.to_json(),
@@ -694,14 +701,14 @@ def speedup(
     Returns:
         `saves_time`, `memory` (the share saved, a value), and `no_speedup`: neither is saved.
     """
-    saves_time = serving["v"] is not None and serving["ci"] is not None and serving["ci"][0] > 0
-    counted = arm["peak_bytes"]["v"] is not None and base["peak_bytes"]["v"] is not None
+    saves_time = serving["value"] is not None and serving["ci"] is not None and serving["ci"][0] > 0
+    counted = arm["peak_bytes"]["value"] is not None and base["peak_bytes"]["value"] is not None
     name = "peak_bytes" if counted else "weights_bytes"
     memory = derive(
         lambda ours, theirs: 1 - ours / theirs,
         *(Value.from_json(side[name]) for side in (arm, base)),
     )
-    saves_memory = memory.v is not None and memory.v >= LEAST_MEMORY
+    saves_memory = memory.value is not None and memory.value >= LEAST_MEMORY
     return {
         "saves_time": saves_time,
         "memory": {**memory.to_json(), "of": name},
@@ -739,7 +746,7 @@ def payback(
         serve `rate`.
     """
     saving = Value.from_json(dict(serving))
-    if saving.v is not None and saving.v <= 0:
+    if saving.value is not None and saving.value <= 0:
         units = null("never: not cheaper")
     else:
         units = derive(
@@ -767,16 +774,16 @@ def _p_net_positive(
     """
     if volume is None:
         return null("serving.volume is not declared")
-    if c_opt.v is None or c_base.v is None:
-        return null(c_opt.why_null or c_base.why_null or "")
-    if serving["v"] is None:
-        return null(serving["why_null"])
+    if c_opt.value is None or c_base.value is None:
+        return null(c_opt.why_missing or c_base.why_missing or "")
+    if serving["value"] is None:
+        return null(serving["why_missing"])
     # the saving at which nothing is left over
-    needed = SECONDS_PER_HOUR * c_opt.v / (volume * c_base.v)
+    needed = SECONDS_PER_HOUR * c_opt.value / (volume * c_base.value)
     if needed >= 1:
         return estimated(0.0)
     degrees, error = serving["blocks"] - 1, serving["sd_log"] / math.sqrt(serving["blocks"])
-    distance = math.log1p(-needed) - math.log1p(-serving["v"])
+    distance = math.log1p(-needed) - math.log1p(-serving["value"])
     if error == 0:
         return estimated(float(distance > 0))
     return estimated(float(special.stdtr(degrees, distance / error)))

@@ -27,7 +27,7 @@ from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config.settings import PolicyConfig
 from pipeline.ledger.numbers import percents_apart
-from pipeline.ledger.values import Prov, Value, derive, null
+from pipeline.ledger.values import Provenance, Value, derive, null
 
 
 class Outcome(StrEnum):
@@ -135,7 +135,7 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
         conditions: Values of `throttle_share` and `foreign_load`, as `ServePass.conditions` has
             them.
     """
-    throttled, foreign = (conditions[name]["v"] for name in ("throttle_share", "foreign_load"))
+    throttled, foreign = (conditions[name]["value"] for name in ("throttle_share", "foreign_load"))
     limit, reasons = policy.max_foreign_load, list[str]()
     if policy.hardware is not None and policy.hardware != here:
         reasons.append(f"measured on {here}, and the policy asks for {policy.hardware}")
@@ -143,7 +143,7 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
         share, most = percents_apart(throttled, policy.max_throttle_share)
         reasons.append(f"throttled {share} of the time, {most} allowed")
     if limit is not None and foreign is None:
-        why = conditions["foreign_load"]["why_null"]
+        why = conditions["foreign_load"]["why_missing"]
         reasons.append(
             f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes"
             " without"
@@ -223,8 +223,8 @@ def quality_criterion(
         groups=read.get("groups"),
         smallest_visible_damage=read.get("smallest_visible_damage"),
     )
-    if value.v is None:
-        return replace(made, why=value.why_null)
+    if value.value is None:
+        return replace(made, why=value.why_missing)
     if read["ci"] is None:
         return replace(made, outcome=Outcome.INCONCLUSIVE, why=read["why_undecided"])
     low, high = read["ci"]
@@ -274,7 +274,7 @@ def serving_criterion(
     saving = statistics.abba_saving(arm_s, base_s, level=level)
     return _saving(
         name,
-        Value(saving.estimate, Prov.DERIVED),
+        Value(saving.estimate, Provenance.DERIVED),
         (saving.low, saving.high),
         minimum,
         level=level,
@@ -291,7 +291,7 @@ def memory_criterion(
         of: What was counted: peak_bytes, or weights_bytes where a device counts no peak.
     """
     value = derive(lambda ours, theirs: 1 - ours / theirs, arm_bytes, base_bytes)
-    read = None if value.v is None else (value.v, value.v)
+    read = None if value.value is None else (value.value, value.value)
     made = _saving("memory", value, read, minimum, level=None, n=None, at_least=True)
     return replace(made, ci=None, why=made.why or f"of {of}")
 
@@ -323,11 +323,13 @@ def _saving(
     """Return a criterion of a saving; one that the policy does not ask for is read on "any saving
     at all".
     """
-    if value.v is None or ci is None:
-        return replace(unread(name, value.why_null or "no interval", minimum), value=value)
+    if value.value is None or ci is None:
+        return replace(unread(name, value.why_missing or "no interval", minimum), value=value)
     threshold = 0.0 if minimum is None else minimum
     outcome = (
-        Outcome.PASS if at_least and value.v >= threshold - ROUND_OFF else judged(*ci, threshold)
+        Outcome.PASS
+        if at_least and value.value >= threshold - ROUND_OFF
+        else judged(*ci, threshold)
     )
     return Criterion(
         name=name,
@@ -388,8 +390,10 @@ def training_criterion(
         base_runs: Of the baseline's.
     """
     value = derive(lambda ours, theirs: 1 - ours / theirs, c_arm, c_base)
-    if value.v is None:
-        return replace(unread("training", value.why_null or "", minimum, Outcome.FAIL), value=value)
+    if value.value is None:
+        return replace(
+            unread("training", value.why_missing or "", minimum, Outcome.FAIL), value=value
+        )
     threshold = 0.0 if minimum is None else minimum
     made = Criterion(
         name="training",
@@ -411,7 +415,7 @@ def training_criterion(
     of_arm, how = statistics.own_spread(recorded, arm_runs)
     of_base, how_base = statistics.own_spread(recorded, base_runs, assumed=1.0)
     saving = statistics.log_ratio_from_spread(
-        1 - value.v, 1.0, arm_spread=of_arm, base_spread=of_base, level=level
+        1 - value.value, 1.0, arm_spread=of_arm, base_spread=of_base, level=level
     )
     why = (
         f"spread of {spread.runs} repeated runs ({spread.source}); the candidate's {how}, the"
@@ -444,25 +448,25 @@ def payback_criterion(
         threshold=within,
         gating=within is not None,
         unit=payback["unit"],
-        why=value.why_null,
+        why=value.why_missing,
     )
-    never = value.why_null is not None and value.why_null.startswith("never")
-    if value.v is None and not never:
+    never = value.why_missing is not None and value.why_missing.startswith("never")
+    if value.value is None and not never:
         return replace(made, outcome=Outcome.INVALID)
     if within is None:
         return replace(made, outcome=Outcome.FAIL if never else Outcome.PASS)
     probability = Value.from_json(payback["p_net_positive"])
-    if probability.v is None:
-        return replace(made, outcome=Outcome.INVALID, why=probability.why_null)
+    if probability.value is None:
+        return replace(made, outcome=Outcome.INVALID, why=probability.why_missing)
     outcome = (
         Outcome.PASS
-        if probability.v >= 1 - alpha
+        if probability.value >= 1 - alpha
         else Outcome.FAIL
-        if probability.v <= alpha
+        if probability.value <= alpha
         else None
     )
     return replace(
         made,
         outcome=outcome or Outcome.INCONCLUSIVE,
-        why=f"P(paid for itself by then) = {probability.v:.3g}",
+        why=f"P(paid for itself by then) = {probability.value:.3g}",
     )

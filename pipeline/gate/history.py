@@ -93,7 +93,7 @@ def _figure(
         return None
     low, high = criterion["ci"]
     return figure(
-        criterion["value"]["v"],
+        criterion["value"]["value"],
         low,
         high,
         level=criterion["level"],

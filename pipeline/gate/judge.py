@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pipeline.gate.references import Release
     from pipeline.runs.attempt import Attempt
 
-SCHEMA = 1
+SCHEMA = 2
 EXITS = {
     Outcome.PASS: Exit.DONE,
     Outcome.FAIL: Exit.FAIL,
@@ -327,7 +327,7 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
         (_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes"))
         for arm in serving
     ]
-    counted = all(peak.v is not None for peak, _ in figures)
+    counted = all(peak.value is not None for peak, _ in figures)
     memory = memory_criterion(
         *(each[0 if counted else 1] for each in figures),
         of="peak_bytes" if counted else "weights_bytes",
@@ -351,7 +351,7 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
         _kept(gate, invalid(served, reasons)),
         memory,
         *(
-            _kept(gate, invalid(each, reasons) if each.value.v is not None else each)
+            _kept(gate, invalid(each, reasons) if each.value.value is not None else each)
             for each in energy
         ),
         _training(attempt, gate),
@@ -417,7 +417,7 @@ def _training(attempt: Attempt, gate: Gate) -> Criterion:
     loud, unknown = _disturbed_training(gate)
     if unknown:
         made = replace(made, why="; ".join([*([made.why] if made.why else []), *unknown]))
-    return invalid(made, [*_other_hardware(gate), *loud] if made.value.v is not None else [])
+    return invalid(made, [*_other_hardware(gate), *loud] if made.value.value is not None else [])
 
 
 def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
@@ -430,10 +430,10 @@ def _disturbed_training(gate: Gate) -> tuple[list[str], list[str]]:
         if limit is None or not release.charge:
             continue
         load = Value.from_json(release.charge.get("foreign_load") or null("not recorded").to_json())
-        if load.v is None:
-            unknown.append(f"disturbance unknown while the {name} trained ({load.why_null})")
-        elif load.v > limit:
-            share, most = percents_apart(load.v, limit)
+        if load.value is None:
+            unknown.append(f"disturbance unknown while the {name} trained ({load.why_missing})")
+        elif load.value > limit:
+            share, most = percents_apart(load.value, limit)
             loud.append(
                 f"others used {share} of the device while the {name} trained, {most} allowed"
             )
@@ -459,7 +459,7 @@ def _chains(gate: Gate) -> tuple[Value, Value]:
     arm, base = (
         savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE)
     )
-    return arm, base if base.v != 0 else null("the baseline cost nothing")
+    return arm, base if base.value != 0 else null("the baseline cost nothing")
 
 
 def _other_hardware(gate: Gate) -> list[str]:
@@ -494,16 +494,16 @@ def _payback(
     policy, here = gate.policy, device_name(attempt.device)
     c_opt = savings.c_opt(CANDIDATE, BASELINE, gate.spends())
     trained_on = gate.candidate.charge.get("device", {}).get("name")
-    if c_opt.v is not None and trained_on != here:
+    if c_opt.value is not None and trained_on != here:
         c_opt = null(f"trained on {trained_on}, served on {here}: their hours are never subtracted")
     saving = savings.serving_saving(
         np.array(readings["candidate_s"]), np.array(readings["baseline_s"])
     )
     per_unit = Value.from_json(serving[BASELINE]["device_s_per_1k_units"])
     c_base = (
-        null(per_unit.why_null or "")
-        if per_unit.v is None
-        else Value(per_unit.v / 1000, per_unit.prov)
+        null(per_unit.why_missing or "")
+        if per_unit.value is None
+        else Value(per_unit.value / 1000, per_unit.provenance)
     )
     paid = savings.payback(
         c_opt, c_base, saving, unit=UNIT[attempt.run.task], volume=policy.payback_units

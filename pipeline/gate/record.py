@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.ledger.records import parsed
+from pipeline.ledger.values import from_schema_1
 from pipeline.store.artifacts import Artifact, Store, read_json
 
 KIND = "verdict"
@@ -63,14 +65,14 @@ def recall(store: Store, key: str) -> Verdict | None:
     if not isinstance(artifact, dict):
         raise _edited(note)
     path = store.root / "artifacts" / str(artifact.get("digest")) / FILE
-    verdict = read_json(path)
+    verdict, _ = parsed(path)  # as it was written: its checksum is of that
     if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
         raise _edited(path)
     if verdict.get("key") != key:
         raise UserError(
             "verdict", f"{note} is of another comparison", "restore it; a verdict is never edited"
         )
-    return verdict
+    return from_schema_1(verdict)
 
 
 def _edited(path: Path) -> UserError:

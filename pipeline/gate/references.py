@@ -205,7 +205,7 @@ def _why_no_charge(charge: dict[str, Any]) -> str | None:
     if not isinstance(charge.get("device", {}), dict):
         return "device is no object"
     load = charge.get(
-        "foreign_load", {"v": None, "prov": "unavailable", "why_null": "not recorded"}
+        "foreign_load", {"value": None, "provenance": "unavailable", "why_missing": "not recorded"}
     )
     if not _is_share(load):
         return "foreign_load is no share"
@@ -221,7 +221,7 @@ def _is_share(raw: Any) -> bool:
         value = Value.from_json(raw)
     except (AssertionError, KeyError, TypeError, ValueError):
         return False
-    return value.v is None or 0 <= value.v <= 1
+    return value.value is None or 0 <= value.value <= 1
 
 
 def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:

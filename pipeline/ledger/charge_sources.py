@@ -176,18 +176,22 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
         device=device,
         ended_s=events[-1]["t"],
         total_h=(
-            open_hours(spans(events)) if totals is None else totals["device_hours"]["total"]["v"]
+            open_hours(spans(events))
+            if totals is None
+            else totals["device_hours"]["total"]["value"]
         ),
         stages=tuple(stage for stage in stages if stage is not None),
         outside_h=(
-            {} if totals is None else {name: totals["device_hours"][name]["v"] for name in PARTS}
+            {}
+            if totals is None
+            else {name: totals["device_hours"][name]["value"] for name in PARTS}
         ),
         wasted_h={} if totals is None else {name: outside_waste(totals, name) for name in PARTS},
         rate=params.get("cost.per_device_hour"),
         currency=currency,
         converged_at=params.get("cost.converged_at"),
         nested_in=tags.get("nested_in"),
-        reused_h=None if totals is None else totals["reused"]["v"],
+        reused_h=None if totals is None else totals["reused"]["value"],
     )
 
 
@@ -200,7 +204,7 @@ def _journal_stage(
     currency: str | None,
 ) -> Charge | None:
     row = event["row"]
-    figures = {key: value["v"] for key, value in row_summary(row).items()}
+    figures = {key: value["value"] for key, value in row_summary(row).items()}
     own = {**owner, **({} if row["reused"] else stage_owner(row))}
     return _stage(
         run,

@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.config.settings import CostConfig, CostKind
 from pipeline.errors import UserError
-from pipeline.ledger.values import Prov, Value, declared, derive, estimated, null
+from pipeline.ledger.values import Provenance, Value, declared, derive, estimated, null
 
 JOULES_PER_KWH = 3.6e6
 NO_RATE = "no rate declared"
@@ -50,7 +50,7 @@ def money(
     amount = _amount(device_hours, cost, allocated or null("not told"), energy_j)
     return {
         "amount": amount.to_json(),
-        "currency": None if amount.v is None else cost.currency,
+        "currency": None if amount.value is None else cost.currency,
         "facility_energy_j": facility_energy(energy_j, cost).to_json(),
     }
 
@@ -61,27 +61,29 @@ def priced(record: dict[str, Any], cost: CostConfig) -> dict[str, Any]:
         record["device_hours"]["attached"],
         Value.from_json(record["gpu_hours"]["allocated"]),
     )
-    if hours["v"] is None:
+    if hours["value"] is None:
         return {**record, "cost": {"amount": hours, "currency": None, "facility_energy_j": hours}}
     energy_j = Value.from_json(record["energy_j"])
-    return {**record, "cost": money(hours["v"], cost, allocated=allocated, energy_j=energy_j)}
+    return {**record, "cost": money(hours["value"], cost, allocated=allocated, energy_j=energy_j)}
 
 
 def _amount(device_hours: float, cost: CostConfig, allocated: Value, energy_j: Value) -> Value:
     if cost.per_device_hour is None:
         return null(NO_RATE)
-    held = estimated(device_hours) if allocated.v is None else allocated
+    held = estimated(device_hours) if allocated.value is None else allocated
     amount = _times(declared(cost.per_device_hour), held)
     if cost.energy_price_per_kwh is None:
         return amount
     power = _times(
         declared(cost.energy_price_per_kwh / JOULES_PER_KWH), facility_energy(energy_j, cost)
     )
-    if power.v is None:  # what is known of it
-        return estimated(amount.v or 0.0)
+    if power.value is None:  # what is known of it
+        return estimated(amount.value or 0.0)
     return Value(
-        (amount.v or 0.0) + power.v,
-        Prov.ESTIMATED if Prov.ESTIMATED in (amount.prov, power.prov) else Prov.DECLARED,
+        (amount.value or 0.0) + power.value,
+        Provenance.ESTIMATED
+        if Provenance.ESTIMATED in (amount.provenance, power.provenance)
+        else Provenance.DECLARED,
     )
 
 
@@ -91,8 +93,8 @@ def _times(price: Value, quantity: Value) -> Value:
     """
     product = derive(lambda a, b: a * b, price, quantity)
     return (
-        estimated(product.v)
-        if quantity.prov is Prov.ESTIMATED and product.v is not None
+        estimated(product.value)
+        if quantity.provenance is Provenance.ESTIMATED and product.value is not None
         else product
     )
 

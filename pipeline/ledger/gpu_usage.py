@@ -99,11 +99,13 @@ def summed(own: _Own, elapsed_ns: int) -> Usage:
     most = lambda name, read: _figure(
         own, name, lambda intervals: largest(map(read, intervals)), max
     )
-    power = energy.counter if energy.counter.v is not None else energy.integral
+    power = energy.counter if energy.counter.value is not None else energy.integral
     return Usage(
         energy_j=energy.counter,
         energy_integral_j=energy.integral,
-        power_w_mean=power if power.v is None else Value(power.v / (elapsed_ns / 1e9), power.prov),
+        power_w_mean=power
+        if power.value is None
+        else Value(power.value / (elapsed_ns / 1e9), power.provenance),
         **{name: average(name, lambda each, n=name: each.shares.get(n)) for name in SHARES},
         memory_used_peak_bytes=most("memory_used_bytes", lambda each: each.memory_bytes),
         sm_clock_mhz_mean=average("sm_clock_mhz", lambda each: each.clock_mhz),
@@ -159,7 +161,7 @@ def _energy(own: _Own, seconds: float) -> _Energy:
         for uuid, intervals in own
         if any(each.was_reset for each in intervals)
     ]
-    counter, integral = result.counter.v, result.integral.v
+    counter, integral = result.counter.value, result.integral.value
     lags = (
         any(each.power_is_mean for _, intervals in own for each in intervals)
         and seconds < LAGGING_S
@@ -192,7 +194,7 @@ def _integral(uuid: str, intervals: list[Interval]) -> Value:
 
 
 def _add(values: list[Value]) -> Value:
-    missing = next((value for value in values if value.v is None), None)
+    missing = next((value for value in values if value.value is None), None)
     if missing is not None:
         return missing
-    return Value(sum(value.v or 0.0 for value in values), values[0].prov)
+    return Value(sum(value.value or 0.0 for value in values), values[0].provenance)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.redaction import redact_json
+from pipeline.ledger.values import from_schema_1
 
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}\s*\Z')
 HEARTBEAT_S = 5.0  # what SIGKILL can lose at most
@@ -148,4 +149,4 @@ def _parse(line: bytes, *, checked: bool = False) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("e"), str):
         return None
-    return {name: value for name, value in event.items() if name != "crc"}
+    return from_schema_1({name: value for name, value in event.items() if name != "crc"})

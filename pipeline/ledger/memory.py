@@ -142,7 +142,7 @@ def _fragmentation(allocated: Value, reserved: Value) -> Value:
 
     The two peaks need not fall together: at the reserved peak itself it was this much or more.
     """
-    if not reserved.v:
+    if not reserved.value:
         return null("nothing was allocated on the device")
     return derive(lambda used, held: 1 - used / held, allocated, reserved)
 

@@ -796,7 +796,8 @@ def primary_key(keys: Iterable[str], sides: Sequence[Mapping[str, Any]]) -> str 
     if first not in FALLBACK:
         return first
     lacks = lambda side: (
-        side.get(first, {}).get("v") is None and side.get(FALLBACK[first], {}).get("v") is not None
+        side.get(first, {}).get("value") is None
+        and side.get(FALLBACK[first], {}).get("value") is not None
     )
     return FALLBACK[first] if any(lacks(side) for side in sides) else first
 
@@ -839,7 +840,7 @@ def export() -> list[dict[str, Any]]:
 
 
 def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a row's figures by catalogue key, each `{"v", "prov", "why_null"}`; what the row lacks
+    """Return a row's figures by catalogue key, each `{"value", "provenance", "why_missing"}`; what the row lacks
     is left out.
     """
     record = row["ledger"]
@@ -875,7 +876,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         **{
             f"compute/traced_{name}_share": record["gpu_timeline"][name]
             for name, *_ in TRACED_SHARES
-            if "gpu_timeline" in record and record["gpu_hours"]["attached"]["v"]
+            if "gpu_timeline" in record and record["gpu_hours"]["attached"]["value"]
         },
         **{
             f"cost/{name}": value
@@ -899,10 +900,13 @@ def _spent_or_reused(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     count them once.
     """
     hours: dict[str, Any] = row["ledger"]["device_hours"]
-    nothing: dict[str, Any] = {"v": 0.0, "prov": "derived", "why_null": None}
+    nothing: dict[str, Any] = {"value": 0.0, "provenance": "derived", "why_missing": None}
     spent, reused = hours["attached"], nothing
-    if row["reused"] and spent["v"] is not None:
-        spent, reused = nothing, {**hours["work"], "v": hours["work"]["v"] + hours["assess"]["v"]}
-    elif spent["v"] is None:
+    if row["reused"] and spent["value"] is not None:
+        spent, reused = (
+            nothing,
+            {**hours["work"], "value": hours["work"]["value"] + hours["assess"]["value"]},
+        )
+    elif spent["value"] is None:
         reused = spent
     return {"compute/spent_device_hours": spent, "compute/reused_device_hours": reused}

@@ -211,8 +211,8 @@ def counts(lives: Iterable[Life]) -> dict[str, Value]:
     """
     lives = list(lives)
     found = {name: _sum(lives, key) for name, key in _SUMMED.items()}
-    if found["model_flops"].v is not None:
-        found["model_flops"] = declared(found["model_flops"].v)  # the program's own statement
+    if found["model_flops"].value is not None:
+        found["model_flops"] = declared(found["model_flops"].value)  # the program's own statement
     steps: dict[int, float] = {}
     for life in lives:
         if "steps" in life.counts:

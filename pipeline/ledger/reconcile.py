@@ -34,9 +34,11 @@ def problems(ledger: dict[str, Any]) -> list[str]:
 
 def _sums(ledger: dict[str, Any]) -> list[str]:
     hours = {
-        name: value["v"] for name, value in ledger["device_hours"].items() if name != "wasted_by"
+        name: value["value"]
+        for name, value in ledger["device_hours"].items()
+        if name != "wasted_by"
     }
-    causes = [value["v"] for value in ledger["device_hours"]["wasted_by"].values()]
+    causes = [value["value"] for value in ledger["device_hours"]["wasted_by"].values()]
     return [
         *_sum(
             "attached",
@@ -72,9 +74,9 @@ def _sum(name: str, whole: float | None, words: str, parts: list[float | None]) 
 
 def _phases(ledger: dict[str, Any]) -> list[str]:
     """Check phases against work and assessment: what was lost has none."""
-    hours, wall = ledger["device_hours"], ledger["wall_s"]["v"]
-    parts = [hours[name]["v"] for name in ("attached", "work", "assess")]
-    if None in parts or not parts[0] or wall is None or hours["wasted"]["v"] is None:
+    hours, wall = ledger["device_hours"], ledger["wall_s"]["value"]
+    parts = [hours[name]["value"] for name in ("attached", "work", "assess")]
+    if None in parts or not parts[0] or wall is None or hours["wasted"]["value"] is None:
         return []
     attached, work, assess = parts
     kept_s = wall * (work + assess) / attached
@@ -84,7 +86,9 @@ def _phases(ledger: dict[str, Any]) -> list[str]:
 
 def _shares(gpu_hours: dict[str, Any]) -> list[str]:
     """Check that shares are nested, each against the next one that was read."""
-    read = [(name, gpu_hours[name]["v"]) for name in _NESTED if gpu_hours[name]["v"] is not None]
+    read = [
+        (name, gpu_hours[name]["value"]) for name in _NESTED if gpu_hours[name]["value"] is not None
+    ]
     return [
         f"{inner} is more than {outer}: {HOUR_S * (small - large):.3g} s"
         for (inner, small), (outer, large) in pairwise(read)
@@ -105,5 +109,5 @@ def _signs(ledger: dict[str, Any]) -> list[str]:
     return [
         f"{name} is negative"
         for name, value in figures.items()
-        if value["v"] is not None and value["v"] < 0
+        if value["value"] is not None and value["value"] < 0
     ]

@@ -205,9 +205,9 @@ def _gpu_hours(
     values |= {
         name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")
     }
-    if values["busy"].v is None and busy_in_steps.v is not None:
+    if values["busy"].value is None and busy_in_steps.value is not None:
         values["busy"] = busy_in_steps
-    values["allocated"] = allocated_hours(values["attached"].v or 0.0, devices, granted)
+    values["allocated"] = allocated_hours(values["attached"].value or 0.0, devices, granted)
     if kind == "cpu":
         values = dict.fromkeys(values, null("a CPU run uses no GPU"))
     return {name: value.to_json() for name, value in values.items()}
@@ -243,9 +243,9 @@ def _mfu(rate: Value, peak: Value) -> Value:
     """Return the share of the peak that was achieved; more than all of it is no share: one of the
     two is wrong.
     """
-    if rate.v is not None and peak.v is not None and rate.v > peak.v:
+    if rate.value is not None and peak.value is not None and rate.value > peak.value:
         return null(
-            f"{rate.v:.4g} TFLOP/s achieved is more than the peak of {peak.v:.4g}: one of them is"
+            f"{rate.value:.4g} TFLOP/s achieved is more than the peak of {peak.value:.4g}: one of them is"
             " wrong"
         )
     return derive(lambda achieved, most: achieved / most, rate, peak)

@@ -20,6 +20,7 @@ from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.json_schema import why_not
 from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.schema import RESULT_SCHEMA, VALUE
+from pipeline.ledger.values import from_schema_1
 
 Spec = Mapping[str, Any]
 CHECKSUM = "checksum"  # of a record's other keys
@@ -308,7 +309,7 @@ def why_damaged(record: Any, spec: Spec) -> str | None:
         return "it is no object"
     if CHECKSUM in record and record[CHECKSUM] != checksum(record):
         return "it does not have its checksum"
-    return why_not(record, spec, _DEFS)
+    return why_not(from_schema_1(record), spec, _DEFS)
 
 
 def checksum(record: Mapping[str, Any]) -> str:
@@ -336,7 +337,7 @@ def read_record(path: Path, spec: Spec, *, so: str = "is ignored") -> dict[str, 
     if why is not None:
         tell(path, why, so)
         return None
-    return {name: value for name, value in record.items() if name != CHECKSUM}
+    return from_schema_1({name: value for name, value in record.items() if name != CHECKSUM})
 
 
 def parsed(path: Path, *, any_number: bool = False) -> tuple[Any, str | None]:

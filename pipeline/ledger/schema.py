@@ -16,25 +16,25 @@ from pipeline.ledger.metrics import PHASES, QUALITY_KEYS, TASK_KEY
 _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
 VALUE: dict[str, Any] = {
     "type": "object",
-    "required": ["v", "prov", "why_null"],
+    "required": ["value", "provenance", "why_missing"],
     "properties": {
-        "v": {"type": ["number", "null"]},
-        "prov": {"enum": _PROV},
-        "why_null": {"type": ["string", "null"]},
+        "value": {"type": ["number", "null"]},
+        "provenance": {"enum": _PROV},
+        "why_missing": {"type": ["string", "null"]},
     },
     "oneOf": [
         {
             "properties": {
-                "v": {"type": "number"},
-                "prov": {"enum": _PROV[:4]},
-                "why_null": {"type": "null"},
+                "value": {"type": "number"},
+                "provenance": {"enum": _PROV[:4]},
+                "why_missing": {"type": "null"},
             }
         },
         {
             "properties": {
-                "v": {"type": "null"},
-                "prov": {"const": "unavailable"},
-                "why_null": {"type": "string"},
+                "value": {"type": "null"},
+                "provenance": {"const": "unavailable"},
+                "why_missing": {"type": "string"},
             }
         },
     ],
@@ -422,7 +422,7 @@ _SIDE: dict[str, Any] = {
 # exit codes of a run that did not come to its end, whatever its verdict
 _BROKEN_OFF = [1, 7, 75, 130]
 _JUDGED: dict[str, Any] = {
-    "schema": {"const": 1},
+    "schema": {"const": 2},
     "line": {"type": "string"},
     "verdict": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", "NO_BASELINE"]},
     "exit_code": {"enum": [0, 3, 4, 5, 6]},
@@ -484,7 +484,7 @@ _CRASHED: dict[str, Any] = {
     "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
     "additionalProperties": False,
     "properties": {
-        "schema": {"const": 1},
+        "schema": {"const": 2},
         "line": {"type": "string"},
         "verdict": {"type": "null"},
         "exit_code": {"enum": _BROKEN_OFF},
@@ -530,7 +530,7 @@ RESULT_SCHEMA: dict[str, Any] = {
     ],
     "additionalProperties": False,
     "properties": {
-        "schema": {"const": 1},
+        "schema": {"const": 2},
         "run_id": {"type": "string"},
         "recipe": {"type": "string"},
         "question": {"type": "string"},

@@ -188,7 +188,7 @@ def _figure(pair: Pair, measure: str) -> Value | None:
 def _is_null(figure: Value | None, measure: str) -> bool:
     if figure is None:
         return True
-    return figure["v"] is None and not (measure == "payback" and never_pays(figure))
+    return figure["value"] is None and not (measure == "payback" and never_pays(figure))
 
 
 def _verbs(result: Result, pair: Pair) -> list[str]:
@@ -242,7 +242,7 @@ def _nulls(pair: Pair) -> list[tuple[str, str]]:
                     (
                         NOT_RECORDED
                         if figure is None
-                        else one_line(figure["why_null"]) + _new_spend(figure)
+                        else one_line(figure["why_missing"]) + _new_spend(figure)
                     ),
                 )
             )
@@ -253,7 +253,7 @@ def _new_spend(figure: Value) -> str:
     """Return the saving that leaves an existing model uncharged, labelled so; it stands in for a
     null one.
     """
-    saving = figure.get("new_spend_saving", {}).get("v")
+    saving = figure.get("new_spend_saving", {}).get("value")
     if saving is None:
         return ""
     return (
@@ -299,11 +299,11 @@ def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> st
             f"{start}, whether the same model does better than {student} is undecided ({rests_on})"
         )
     if answer(quality) == "equal":
-        ending = f"within {margin(key, quality)} ({whose} quality {signed(key, quality['v'])})"
+        ending = f"within {margin(key, quality)} ({whose} quality {signed(key, quality['value'])})"
         return f"{start}, the same model does as well as {student}, {ending}"
-    rests_on = f"{whose} {signed(key, quality['v'])}, {_spread(result, key, quality)}"
+    rests_on = f"{whose} {signed(key, quality['value'])}, {_spread(result, key, quality)}"
     return (
-        f"{start}, the same model {difference(key, turned(key, quality['v']))} than {student}"
+        f"{start}, the same model {difference(key, turned(key, quality['value']))} than {student}"
         f" ({rests_on})"
     )
 
@@ -322,12 +322,12 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
     if answer(quality) == "undecided":
         return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
-        said = f"{signed(key, quality['v'])}, {_spread(result, key, quality)}"
+        said = f"{signed(key, quality['value'])}, {_spread(result, key, quality)}"
         return f"{start} distillation changes nothing beyond {margin(key, quality)} ({said})"
-    verb = "adds" if quality["v"] > 0 else "costs"
-    direction = ("fewer " if quality["v"] > 0 else "more ") if key in RELATIVE else ""
+    verb = "adds" if quality["value"] > 0 else "costs"
+    direction = ("fewer " if quality["value"] > 0 else "more ") if key in RELATIVE else ""
     said = f"{direction}{QUALITY_WORDS[key]}, {_spread(result, key, quality)}"
-    return f"{start} distillation {verb} {amount(key, quality['v'])} ({said})"
+    return f"{start} distillation {verb} {amount(key, quality['value'])} ({said})"
 
 
 def _spread(result: Result, key: str, quality: Value) -> str:
@@ -360,7 +360,7 @@ def _counted(result: Result, arm: str, name: str) -> float | None:
         [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
     )
     rows = [row, *(each for each in read if each is not None and each["type"] == "capture")]
-    counts = [each["ledger"]["counts"][name]["v"] for each in rows]
+    counts = [each["ledger"]["counts"][name]["value"] for each in rows]
     return None if None in counts else sum(counts)
 
 
@@ -380,10 +380,10 @@ def _cost_and_quality(result: Result) -> list[str]:
 
 def _quality_level(key: str, quality: Value | None) -> str:
     words = QUALITY_WORDS[key]
-    if quality is None or quality["v"] is None:
+    if quality is None or quality["value"] is None:
         return (
             f"has no {words}: not measurable here:"
-            f" {one_line(quality['why_null']) if quality else NOT_RECORDED}"
+            f" {one_line(quality['why_missing']) if quality else NOT_RECORDED}"
         )
     bounds = quality["ci"]
     ends = (
@@ -391,17 +391,17 @@ def _quality_level(key: str, quality: Value | None) -> str:
         if bounds
         else ""
     )
-    return f"reaches {significant(quality['v'], 4)} {words}{ends} on the test split"
+    return f"reaches {significant(quality['value'], 4)} {words}{ends} on the test split"
 
 
 def _cost(row: Row, result: Result) -> str:
-    hours, tokens = _hours_of_all_attempts(row, result), row["ledger"]["counts"]["tokens"]["v"]
-    if hours["v"] is None:
-        return f"its cost: not measurable here: {one_line(hours['why_null'])}"
+    hours, tokens = _hours_of_all_attempts(row, result), row["ledger"]["counts"]["tokens"]["value"]
+    if hours["value"] is None:
+        return f"its cost: not measurable here: {one_line(hours['why_missing'])}"
     trained = f" and {count(tokens)} tokens of training" if tokens else ""
     when = f" in run {one_line(row['reused'], _NAME_LIMIT)}, now reused" if row["reused"] else ""
     return (
-        f"it took {duration(3600 * hours['v'])} of device time on"
+        f"it took {duration(3600 * hours['value'])} of device time on"
         f" {device_words(result)}{trained}{when}"
     )
 
@@ -413,8 +413,8 @@ def _hours_of_all_attempts(row: Row, result: Result) -> Value:
     same = (other for other in result["rows"] if other["seed"] == row["seed"])
     own = [other for other in same if stage_name(other["arm"]) == row["arm"]]
     hours = [hours_of(other, result) for other in own]
-    unknown = next((each for each in hours if each["v"] is None), None)
-    return unknown or {**hours[0], "v": sum(each["v"] for each in hours)}
+    unknown = next((each for each in hours if each["value"] is None), None)
+    return unknown or {**hours[0], "value": sum(each["value"] for each in hours)}
 
 
 def _missing(result: Result, explained: set[str]) -> list[str]:
@@ -463,9 +463,9 @@ def _in_part(result: Result, pair: Pair) -> str:
     """
     row = finished_row(result, pair["arm"])
     made = None if row is None else row.get("quantization")
-    if made is None or made["share"]["v"] is None or made["share"]["v"] >= _WHOLE:
+    if made is None or made["share"]["value"] is None or made["share"]["value"] >= _WHOLE:
         return ""
-    return f" ({percent(made['share']['v'])} of its parameters in {made['format']})"
+    return f" ({percent(made['share']['value'])} of its parameters in {made['format']})"
 
 
 def _pair_words(pair: Pair) -> str:

@@ -48,12 +48,12 @@ def disturbance_table(result: Result, notes: Footnotes) -> tuple[tuple[str, ...]
 
 
 def _known(conditions: dict[str, Any], key: str) -> bool:
-    return key in conditions and conditions[key]["v"] is not None
+    return key in conditions and conditions[key]["value"] is not None
 
 
 def _cell(value: Value | None, notes: Footnotes) -> str:
     if value is None:  # a comparison pass assesses nothing; an earlier release read nothing
         return ""
-    if value["v"] is None:
-        return "-" + notes.mark(f"{UNKNOWN}{value['why_null']}")
-    return percent(value["v"])
+    if value["value"] is None:
+        return "-" + notes.mark(f"{UNKNOWN}{value['why_missing']}")
+    return percent(value["value"])

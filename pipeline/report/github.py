@@ -85,7 +85,7 @@ def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
     ends early.
     """
     by_name = {each["name"]: each for each in verdict["criteria"]}
-    saving = by_name.get("serving", {}).get("value", {}).get("v")
+    saving = by_name.get("serving", {}).get("value", {}).get("value")
     values: dict[str, object] = {
         "verdict": verdict["verdict"] or "",
         "exit_code": end_code(verdict),

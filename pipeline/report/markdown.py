@@ -170,7 +170,7 @@ def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]
     spent = f"Spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}; "
     total = f"run total {run_total(result, notes)}.".replace(NO_BREAK, " ")
     converged = result["run"].get("per_converged_model")
-    if converged is not None and converged["device_hours"]["v"] is not None:
+    if converged is not None and converged["device_hours"]["value"] is not None:
         shown.update(dict.fromkeys(CONVERGED_KEYS))
     more_lines = [
         line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))
@@ -206,7 +206,7 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
             row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice")
         )
         by = percent if primary_key(result) == "bits_per_byte" else points
-        lost = f"{_md(worst['slice'])}: {by(worst['v'])} worse (n = {worst['n']})"
+        lost = f"{_md(worst['slice'])}: {by(worst['value'])} worse (n = {worst['n']})"
         made = row.get("quantization")
         share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
         body.append(
@@ -312,7 +312,7 @@ def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callab
     )
     found: dict[str, Callable[[Row], Figure]] = {}
     for head, key, read in candidates:
-        if any((value := read(row)[0]) is not None and value["v"] is not None for row in rows):
+        if any((value := read(row)[0]) is not None and value["value"] is not None for row in rows):
             found[head] = read
             shown[key] = None
     return found
@@ -322,8 +322,8 @@ def _weights(row: Row) -> Value | None:
     """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
     known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
     if known is None and cost is None:
-        return {"v": None, "prov": "unavailable", "why_null": no_figure(row)}
-    return cost if known is None and cost is not None and cost["v"] is None else known
+        return {"value": None, "provenance": "unavailable", "why_missing": no_figure(row)}
+    return cost if known is None and cost is not None and cost["value"] is None else known
 
 
 def _memory(row: Row, name: str) -> Value | None:
@@ -480,7 +480,11 @@ def _parts_of_saving(
     for name, words, form in parts:
         if name == "less_others" and value and _is_as_read(value):
             continue
-        if value and name in value and not (name in _ONLY_IF_KNOWN and value[name]["v"] is None):
+        if (
+            value
+            and name in value
+            and not (name in _ONLY_IF_KNOWN and value[name]["value"] is None)
+        ):
             shown.update({"savings/c_opt_device_hours": None} if name == "c_opt" else {})
             yield [f"training: {words}", notes.show(value[name], form), "", "", "", ""]
     if value and value.get("rule"):
@@ -491,7 +495,7 @@ def _is_as_read(value: Value) -> bool:
     """Tell whether others took so little that the saving of time less theirs is the one that was
     read.
     """
-    read, less = value["v"], value.get("less_others", {"v": None})["v"]
+    read, less = value["value"], value.get("less_others", {"value": None})["value"]
     return read is not None and less is not None and abs(read - less) < _SMALLEST_SHOWN
 
 
@@ -508,13 +512,13 @@ def _payback_cells(
     chance = value.get("p_net_positive") if value else None
     said = [f"P(net > 0) = {notes.show(chance, percent)}"] if chance else []
     replicas = value.get("replicas_saved") if value else None
-    if replicas and replicas["v"] is not None:
+    if replicas and replicas["value"] is not None:
         open_still = (
             ""
             if serving is None or not straddles(serving)
             else ", if the serving saving is what it seems"
         )
-        said.append(f"{replicas['v']:.0f} replicas fewer at serving.rate{open_still}")
+        said.append(f"{replicas['value']:.0f} replicas fewer at serving.rate{open_still}")
     return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", "; ".join(said)]
 
 
@@ -542,7 +546,9 @@ def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[s
         (name, row["serving"])
         for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
     ]
-    known = {key for _, serving in rows for key, value in serving.items() if value["v"] is not None}
+    known = {
+        key for _, serving in rows for key, value in serving.items() if value["value"] is not None
+    }
     per_1k = lambda v: f"{significant(v)} ({count(1000 / v)})"
     columns = [(head, key, form) for head, key, form in _AT_LOAD if key in known]
     columns += [(f"batch {size}", _batch_key(size), per_1k) for size in _batch_sizes(known)]
@@ -653,9 +659,9 @@ def _traced(result: Result, shown: dict[str, None]) -> list[str]:
     body: list[list[str]] = []
     for label, row in zip(labels(result["rows"]), result["rows"], strict=True):
         timeline = row["ledger"].get("gpu_timeline")
-        if timeline and timeline["busy"]["v"] is not None:
-            steps = f"{timeline['traced_steps']['v']:.0f}"
-            body.append([label, steps, *(percent(timeline[name]["v"]) for name in names)])
+        if timeline and timeline["busy"]["value"] is not None:
+            steps = f"{timeline['traced_steps']['value']:.0f}"
+            body.append([label, steps, *(percent(timeline[name]["value"]) for name in names)])
     if not body:
         return []
     shown.update({f"compute/traced_{name}_share": None for name in names})
@@ -674,12 +680,12 @@ def _waste(result: Result, shown: dict[str, None]) -> list[str]:
 
 
 def _ran(row: Row) -> bool:
-    return row["ledger"]["device_hours"]["attached"]["v"] is not None
+    return row["ledger"]["device_hours"]["attached"]["value"] is not None
 
 
 def _share_of_attached(row: Row, part: str, notes: Footnotes) -> str:
     hours = row["ledger"]["device_hours"]
-    attached = hours["attached"]["v"]
+    attached = hours["attached"]["value"]
     return notes.show(hours[part], lambda v: percent(v / attached) if attached else "0%")
 
 
@@ -689,7 +695,7 @@ def _causes(row: Row, notes: Footnotes) -> str:
     parts = [
         f"{cause} {notes.show(value, time)}"
         for cause, value in hours["wasted_by"].items()
-        if value["v"] != 0
+        if value["value"] != 0
     ]
     return ", ".join(parts) or "nothing"
 
@@ -713,7 +719,7 @@ def _failed(part: Any) -> list[str]:
     if not isinstance(part, dict):
         return []
     held: dict[str, Any] = part
-    why = held.get("why_null")
+    why = held.get("why_missing")
     own = [why] if isinstance(why, str) and UNMEASURED in why else []
     return list(
         dict.fromkeys([*own, *(each for value in held.values() for each in _failed(value))])

@@ -43,13 +43,13 @@ def conclude(result: Result) -> str:
     """Return what the command took and what became of the time, in one sentence."""
     row = result["rows"][0]
     hours = row["ledger"]["device_hours"]
-    taken = duration(3600 * (hours["attached"]["v"] or 0.0))
+    taken = duration(3600 * (hours["attached"]["value"] or 0.0))
     said = f"{one_line(row['arm'], 60)} took {taken} of device time on {device_words(result)}"
     if row["why"]:
         return f"{said}; it ended {row['status']}: {one_line(row['why'])}."
-    if hours["wasted"]["v"] is None:
+    if hours["wasted"]["value"] is None:
         return (
-            f"{said}; {one_line(hours['wasted']['why_null'])}, so none of it is called productive"
+            f"{said}; {one_line(hours['wasted']['why_missing'])}, so none of it is called productive"
             " or wasted."
         )
     shares = ", ".join(
@@ -59,8 +59,8 @@ def conclude(result: Result) -> str:
 
 
 def _share(hours: dict[str, Value], part: str) -> float:
-    attached = hours["attached"]["v"]
-    return (hours[part]["v"] or 0.0) / attached if attached else 0.0
+    attached = hours["attached"]["value"]
+    return (hours[part]["value"] or 0.0) / attached if attached else 0.0
 
 
 def closing_table(result: Result) -> str:
@@ -69,10 +69,10 @@ def closing_table(result: Result) -> str:
     figures = {
         key: value
         for key, value in row_summary(row).items()
-        if key in _TERMINAL and value["v"] is not None
+        if key in _TERMINAL and value["value"] is not None
     }
     lines = [
-        (key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["v"], row))
+        (key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["value"], row))
         for key in _TERMINAL
         if key in figures
     ]
@@ -99,7 +99,7 @@ def markdown(result: Result) -> str:
     row = result["rows"][0]
     figures = row_summary(row)
     known = {
-        key: value for key, value in figures.items() if value["v"] is not None and key in BY_KEY
+        key: value for key, value in figures.items() if value["value"] is not None and key in BY_KEY
     }
     sections = [
         f"# {markdown_text(row['arm'])}: {result['status']}",
@@ -113,7 +113,10 @@ def markdown(result: Result) -> str:
             "What it took",
             _table(
                 ("figure", "value", "how it is known"),
-                ([key, _form(key, value["v"], row), value["prov"]] for key, value in known.items()),
+                (
+                    [key, _form(key, value["value"], row), value["provenance"]]
+                    for key, value in known.items()
+                ),
             ),
         ),
         _section("Where the time went", _phases(row)),
@@ -143,7 +146,7 @@ def _hours_of(key: str) -> str:
 
 def _phases(row: Row) -> list[str]:
     """Return the phases, largest first; what is too small to read is summed up."""
-    if row["ledger"]["device_hours"]["wasted"]["v"] is None:
+    if row["ledger"]["device_hours"]["wasted"]["value"] is None:
         return []
     phases: dict[str, int] = row["ledger"]["phases_ns"]
     total = math.fsum(phases.values())
@@ -179,8 +182,8 @@ def _doubts(row: Row) -> list[str]:
 def _missing(figures: dict[str, Value]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for key, value in figures.items():
-        if value["v"] is None:
-            by_reason.setdefault(value["why_null"], []).append(key)
+        if value["value"] is None:
+            by_reason.setdefault(value["why_missing"], []).append(key)
     return [f"{', '.join(keys)}: {why}" for why, keys in by_reason.items()]
 
 

@@ -36,7 +36,7 @@ def money_lines(result: Result) -> list[str]:
     own = [
         row
         for row in result["rows"]
-        if not row["reused"] and row["ledger"]["device_hours"]["attached"]["v"]
+        if not row["reused"] and row["ledger"]["device_hours"]["attached"]["value"]
     ]
     currency = next((row["ledger"]["cost"]["currency"] for row in own), None)
     amount, drawn = _sum(own, "amount"), _sum(own, "facility_energy_j")
@@ -56,7 +56,9 @@ def cost_of_run(cost: dict[str, Any] | None) -> str | None:
         return None
     rate, amount = cost["rate"], cost["amount"]
     said = (
-        f"- ({amount['why_null']})" if amount["v"] is None else money(amount["v"], cost["currency"])
+        f"- ({amount['why_missing']})"
+        if amount["value"] is None
+        else money(amount["value"], cost["currency"])
     )
     kind = f"{rate['kind']}, " if rate["kind"] else ""
     price = f"{significant(rate['per_device_hour'])} {cost['currency']} per device-hour"
@@ -68,19 +70,19 @@ def cost_of_run(cost: dict[str, Any] | None) -> str | None:
 
 def _sum(rows: list[Row], name: str) -> float | None:
     """Return the sum over rows; None where one of them does not know."""
-    found = [(row["ledger"]["cost"].get(name) or {"v": None})["v"] for row in rows]
+    found = [(row["ledger"]["cost"].get(name) or {"value": None})["value"] for row in rows]
     known = [v for v in found if v is not None]
     return sum(known) if known and len(known) == len(found) else None
 
 
 def _converged(told: dict[str, Any] | None) -> str | None:
-    if told is None or told["device_hours"]["why_null"] == NO_TARGET:
+    if told is None or told["device_hours"]["why_missing"] == NO_TARGET:
         return None
-    if told["device_hours"]["v"] is None:
-        return f"its model has not converged: {one_line(told['device_hours']['why_null'])}"
-    paid, why = told["amount"]["v"], told["amount"]["why_null"]
+    if told["device_hours"]["value"] is None:
+        return f"its model has not converged: {one_line(told['device_hours']['why_missing'])}"
+    paid, why = told["amount"]["value"], told["amount"]["why_missing"]
     cost = f"cost unknown ({one_line(why)})" if paid is None else money(paid, told["currency"])
-    taken = duration(3600 * told["device_hours"]["v"])
+    taken = duration(3600 * told["device_hours"]["value"])
     return (
         f"until its model converged: {taken} of device time, {cost}; reached in run"
         f" {one_line(told['run'], 60)}"

@@ -41,16 +41,16 @@ def answer(quality: Value) -> str:
         return quality["answer"]
     if quality["ci"] is None or straddles(quality):
         return "undecided"
-    return "better" if quality["v"] > 0 else "worse"
+    return "better" if quality["value"] > 0 else "worse"
 
 
 def quality_verb(key: str, quality: Value) -> str:
     """Say how an arm's quality compares with its base's."""
     if answer(quality) == "equal":
-        return f"keeps the quality within {margin(key, quality)} ({signed(key, quality['v'])})"
+        return f"keeps the quality within {margin(key, quality)} ({signed(key, quality['value'])})"
     if answer(quality) == "undecided":
         return f"is undecided in quality ({evidence(key, quality)})"
-    return difference(key, quality["v"])
+    return difference(key, quality["value"])
 
 
 def difference(key: str, advantage: float) -> str:
@@ -108,7 +108,7 @@ def evidence(key: str, quality: Value) -> str:
             f" decide{_of_the_split(quality, needed)}"
         )
     spread = quality.get("why_undecided") or interval(quality, in_points=key not in RELATIVE)
-    return f"quality {signed(key, quality['v'])}, {spread}{ending}"
+    return f"quality {signed(key, quality['value'])}, {spread}{ending}"
 
 
 def rests_on(quality: Value) -> str:
@@ -145,7 +145,7 @@ def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:
     What is equal there is the metric on validation, within the margin; the test split has clauses
     of its own.
     """
-    v = saving["v"]
+    v = saving["value"]
     included = f", {' and '.join(charged_too)} included" if charged_too else ""
     if straddles(saving):
         return _undecided(f"training cost{included}", saving)
@@ -159,7 +159,7 @@ def training_verb(saving: Value, charged_too: Sequence[str] = ()) -> str:
 
 def serving_verb(saving: Value) -> str:
     """Say what an arm costs to serve against its base."""
-    v = saving["v"]
+    v = saving["value"]
     if straddles(saving):
         return _undecided("serving cost", saving)
     if moved := saving.get("disturbed"):
@@ -187,10 +187,10 @@ def memory_verbs(speedup: Mapping[str, Any] | None) -> list[str]:
     """Say what a quantized arm's memory is against its source's; nothing where that is not
     judged.
     """
-    if speedup is None or speedup["memory"]["v"] is None:
+    if speedup is None or speedup["memory"]["value"] is None:
         return []
     v, what = (
-        speedup["memory"]["v"],
+        speedup["memory"]["value"],
         {"peak_bytes": "memory", "weights_bytes": "memory for weights"},
     )
     said = f"needs {percent(abs(v))} {'less' if v >= 0 else 'more'} {what[speedup['memory']['of']]}"
@@ -200,7 +200,9 @@ def memory_verbs(speedup: Mapping[str, Any] | None) -> list[str]:
 
 
 def _undecided(what: str, saving: Value) -> str:
-    return f"is undecided in {what} (saving {percent(saving['v'], sign=True)}, {interval(saving)})"
+    return (
+        f"is undecided in {what} (saving {percent(saving['value'], sign=True)}, {interval(saving)})"
+    )
 
 
 def _basis(saving: Value) -> str:
@@ -209,7 +211,7 @@ def _basis(saving: Value) -> str:
 
 def never_pays(payback: Value) -> bool:
     """Tell whether the figure is null because the arm is not cheaper, which is an answer."""
-    return payback["v"] is None and payback["why_null"].startswith("never")
+    return payback["value"] is None and payback["why_missing"].startswith("never")
 
 
 def payback_verb(payback: Value, serving: Value | None) -> str:
@@ -222,13 +224,13 @@ def payback_verb(payback: Value, serving: Value | None) -> str:
     if never_pays(payback):
         return (
             "never pays back"
-            f" ({one_line(payback['why_null']).partition(':')[2].strip() or 'not cheaper'})"
+            f" ({one_line(payback['why_missing']).partition(':')[2].strip() or 'not cheaper'})"
         )
     if serving is not None and straddles(serving):
         return (
-            f"would pay back after {count(payback['v'])} {unit} if the point estimate of its saving"
+            f"would pay back after {count(payback['value'])} {unit} if the point estimate of its saving"
             " held"
         )
-    if payback["v"] == 0:
+    if payback["value"] == 0:
         return f"pays back from the first {payback['unit']}"
-    return f"has paid for itself after {count(payback['v'])} {unit}"
+    return f"has paid for itself after {count(payback['value'])} {unit}"

@@ -26,7 +26,7 @@ def reading_lines(result: dict[str, Any]) -> list[str]:
 
 def _of_row(quality: dict[str, Any]) -> list[str]:
     said: list[str] = []
-    value = lambda name: quality.get(name, {}).get("v")
+    value = lambda name: quality.get(name, {}).get("value")
     documents, cut = value("read_documents"), value("cut_documents")
     if documents is not None and documents < 1:
         said.append(f"{percent(documents)} of the test documents were read (quality.max_documents)")

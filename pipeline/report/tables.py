@@ -104,7 +104,7 @@ def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
 
 def _serving(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
     known = (row["serving"].get(SERVING_KEY) for row in rows)
-    if all(value is None or value["v"] is None for value in known) and not saving_pairs(
+    if all(value is None or value["value"] is None for value in known) and not saving_pairs(
         result, "serving"
     ):
         return []
@@ -151,7 +151,7 @@ def saving_pairs(result: Result, measure: str) -> dict[str, Pair]:
 def _saving(result: Result, pair: Pair, measure: str, notes: Footnotes) -> str:
     value = pair[measure]
     text = notes.show(value, lambda v: percent(v, sign=True), why_absent(result, pair))
-    return text + ("?" if value and value["v"] is not None and straddles(value) else "")
+    return text + ("?" if value and value["value"] is not None and straddles(value) else "")
 
 
 def _laid_out(names: list[str], right: list[_Column]) -> list[str]:
@@ -231,11 +231,11 @@ def _reused(result: Result, notes: Footnotes) -> list[str]:
         for name, row in zip(labels(reused), reused, strict=True)
     ]
     known_h = sum(
-        row["ledger"]["device_hours"][part]["v"] or 0.0
+        row["ledger"]["device_hours"][part]["value"] or 0.0
         for row in reused
         for part in ("work", "assess")
     )
-    rest_h = (result["run"]["reused"]["v"] or 0.0) - known_h
+    rest_h = (result["run"]["reused"]["value"] or 0.0) - known_h
     if rest_h * 3600 >= _SHOWN_S:
         parts.append(f"comparison pass {time(rest_h)}")
     return [f"reused: {', '.join(parts)}"] if parts else []

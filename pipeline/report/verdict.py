@@ -101,7 +101,7 @@ def end_code(verdict: Verdict) -> int:
 def _serving(criterion: Verdict, verdict: Verdict) -> str:
     device = "GPU-s" if verdict["device"]["kind"] != "cpu" else "device-s"
     what = f"{device}/1k {verdict['unit']}s"
-    saving = criterion["value"]["v"]
+    saving = criterion["value"]["value"]
     if saving is None:
         return f"{what} unknown"
     decimals = _decimals(criterion)
@@ -113,10 +113,10 @@ def _quality(criterion: Verdict) -> str:
     symbol, name = ("%" if key in RELATIVE else " pt"), one_line(key.replace("_", " "), 80)
     if not key.startswith(TASK) and DIRECTION[key] < 0:
         name = f"quality ({name})"
-    if criterion["value"]["v"] is None:
+    if criterion["value"]["value"] is None:
         return f"{name} unknown"
     decimals = _decimals(criterion)
-    delta = _signed(criterion["value"]["v"], decimals)
+    delta = _signed(criterion["value"]["value"], decimals)
     margin = _exact(criterion["threshold"])
     return (
         f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin"
@@ -135,7 +135,7 @@ def _decimals(criterion: Verdict) -> int:
     that they are on.
     """
     shares, threshold = (
-        [*(criterion["ci"] or ()), criterion["value"]["v"]],
+        [*(criterion["ci"] or ()), criterion["value"]["value"]],
         criterion["threshold"] or 0.0,
     )
     limit = float(_exact(threshold))
@@ -175,9 +175,9 @@ def _ends(ci: list[float] | None, decimals: int, *, turned: bool = False) -> str
 
 
 def _payback(criterion: Verdict, verdict: Verdict) -> str:
-    units = criterion["value"]["v"]
+    units = criterion["value"]["value"]
     if units is None:
-        never = str(criterion["value"]["why_null"]).startswith("never")
+        never = str(criterion["value"]["why_missing"]).startswith("never")
         return "never pays back" if never else "payback unknown"
     return (
         "pays back at once" if units == 0 else f"pays back after {count(units)} {verdict['unit']}s"
@@ -282,7 +282,7 @@ def _next(verdict: Verdict) -> list[str]:
 
 def _reading(criterion: Verdict) -> str:
     """Return value and interval of a criterion, in its own sense (positive is better), or `-`."""
-    value = criterion["value"]["v"]
+    value = criterion["value"]["value"]
     if value is None:
         return "-"
     if criterion["name"] == "payback":

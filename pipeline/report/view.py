@@ -47,7 +47,11 @@ class Footnotes:
         """
         if value is None:
             return "-" + self.mark(absent)
-        return form(value["v"]) if value["v"] is not None else "-" + self.mark(value["why_null"])
+        return (
+            form(value["value"])
+            if value["value"] is not None
+            else "-" + self.mark(value["why_missing"])
+        )
 
     def reasons(self) -> list[tuple[str, str]]:
         """Return every mark and its reason, in order."""
@@ -162,7 +166,9 @@ def seeds(result: Result) -> list[int]:
 def served_seed(result: Result) -> int | None:
     """Return the seed whose artifacts serving was read on."""
     known = (
-        row for row in result["rows"] if row["serving"].get(SERVING_KEY, {}).get("v") is not None
+        row
+        for row in result["rows"]
+        if row["serving"].get(SERVING_KEY, {}).get("value") is not None
     )
     return next((row["seed"] for row in known), None)
 
@@ -247,7 +253,7 @@ def run_total(result: Result, notes: Footnotes) -> str:
     checked by eye.
     """
     hours = result["run"]["device_hours"]
-    total_s = 3600 * (hours["total"]["v"] or 0.0)
+    total_s = 3600 * (hours["total"]["value"] or 0.0)
     per_unit, symbol = time_unit(total_s)
     decimals = len(significant(total_s / per_unit).partition(".")[2])
     form = lambda h: in_unit(3600 * h, per_unit, decimals)

@@ -141,14 +141,18 @@ def causes_can_be_told(row: Row) -> bool:
     no phases.
     """
     hours = row["ledger"]["device_hours"]
-    return not row["reused"] and bool(hours["attached"]["v"]) and hours["wasted"]["v"] is not None
+    return (
+        not row["reused"]
+        and bool(hours["attached"]["value"])
+        and hours["wasted"]["value"] is not None
+    )
 
 
 def causes(row: Row) -> list[Cause]:
     """Return what a stage attempt lost and may save: wasted causes first, each kind with the
     largest first.
     """
-    attached = row["ledger"]["device_hours"]["attached"]["v"]
+    attached = row["ledger"]["device_hours"]["attached"]["value"]
     if not causes_can_be_told(row):
         return []
     by_kind = (_wasted(row), _support(row, attached), _on_device(row))
@@ -164,7 +168,7 @@ def _reached(name: str, share: float, hours: float | None) -> bool:
 
 
 def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) -> Cause:
-    amount = row["ledger"]["cost"]["amount"]["v"]
+    amount = row["ledger"]["cost"]["amount"]["value"]
     remedy = REMEDIES[name]
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
     money = None if amount is None or hours is None else amount * share
@@ -181,11 +185,11 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
 
 def _wasted(row: Row) -> list[Cause]:
     hours = row["ledger"]["device_hours"]
-    found = {name: hours["wasted_by"].get(name, {"v": None})["v"] for name in WASTE_CAUSES}
+    found = {name: hours["wasted_by"].get(name, {"value": None})["value"] for name in WASTE_CAUSES}
     return [
-        _cause(row, name, "wasted", lost / hours["attached"]["v"], lost)
+        _cause(row, name, "wasted", lost / hours["attached"]["value"], lost)
         for name, lost in found.items()
-        if lost and lost / hours["attached"]["v"] >= _SHOWN_SHARE
+        if lost and lost / hours["attached"]["value"] >= _SHOWN_SHARE
     ]
 
 
@@ -200,7 +204,7 @@ def _support(row: Row, attached: float) -> list[Cause]:
         return []
     ledger = row["ledger"]
     total_ns = sum(ledger["phases_ns"].values())
-    assessed_ns = (ledger["device_hours"]["assess"]["v"] or 0.0) / attached * total_ns
+    assessed_ns = (ledger["device_hours"]["assess"]["value"] or 0.0) / attached * total_ns
     shares = {
         name: ledger["phases_ns"].get(name, 0) / total_ns if total_ns else 0.0 for name in _SUPPORT
     }
@@ -216,11 +220,11 @@ def _on_device(row: Row) -> list[Cause]:
     timeline, conditions = (
         row["ledger"].get(name) or {} for name in ("gpu_timeline", "conditions")
     )
-    shares = {name: timeline.get(name, {"v": None})["v"] for name in _OF_THE_GPU}
+    shares = {name: timeline.get(name, {"value": None})["value"] for name in _OF_THE_GPU}
     seen = [
         _cause(row, name, "of traced steps", share, None) for name, share in shares.items() if share
     ]
-    throttled = conditions.get("throttle_share", {"v": None})["v"]
+    throttled = conditions.get("throttle_share", {"value": None})["value"]
     seen += [_cause(row, "throttled", "of samples", throttled, None)] if throttled else []
     return [cause for cause in seen if cause.advice is not None]
 
@@ -241,7 +245,7 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
     ran at all.
     """
     run = result["run"]
-    total = run["device_hours"]["total"]["v"]
+    total = run["device_hours"]["total"]["value"]
     ran = any(not row["reused"] for row in result["rows"])
     found: list[tuple[str, Cause]] = []
     for name, part in (("outside stages", "overhead"), ("comparison pass", "compare")):
@@ -265,7 +269,7 @@ def _rate(result: Result) -> float | None:
     if declared is not None:
         return declared["per_device_hour"]
     own = (row for row in result["rows"] if not row["reused"])
-    paid = ((row["ledger"]["cost"]["amount"]["v"], _hours(row, "attached")) for row in own)
+    paid = ((row["ledger"]["cost"]["amount"]["value"], _hours(row, "attached")) for row in own)
     return next((amount / hours for amount, hours in paid if amount is not None and hours), None)
 
 
@@ -275,7 +279,7 @@ def total(result: Result) -> Cause | None:
     """
     run = result["run"]
     own = [row for row in result["rows"] if not row["reused"] and _hours(row, "attached")]
-    spent = run["device_hours"]["total"]["v"]
+    spent = run["device_hours"]["total"]["value"]
     if not spent or not all(causes_can_be_told(row) for row in own):
         return None
     parts = run["phases_device_ns"].values()
@@ -303,7 +307,7 @@ def closing_lines(result: Result) -> list[str]:
         for name, cause in _all_causes(result)
         if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)
     ]
-    spent = result["run"]["device_hours"]["total"]["v"]
+    spent = result["run"]["device_hours"]["total"]["value"]
     lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent))
     first = f"wasted {percent(whole.share)} of this run ({lost} of {taken})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
@@ -314,7 +318,7 @@ def closing_lines(result: Result) -> list[str]:
 
 
 def _hours(row: Row, part: str) -> float:
-    return row["ledger"]["device_hours"][part]["v"] or 0.0
+    return row["ledger"]["device_hours"][part]["value"] or 0.0
 
 
 def _all_causes(result: Result) -> Iterable[tuple[str, Cause]]:

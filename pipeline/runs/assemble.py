@@ -67,7 +67,7 @@ def finish(attempt: Attempt, status: str, why: str | None) -> Callable[[], str] 
     end = {
         "status": status,
         "pid": None,
-        "spent_device_hours": result["run"]["device_hours"]["total"]["v"],
+        "spent_device_hours": result["run"]["device_hours"]["total"]["value"],
     }
     write_json(attempt.folder / "run.json", sealed({**state, **end}))
     attempt.journal.write(
@@ -125,7 +125,7 @@ def _traces(attempt: Attempt) -> list[str]:
 def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, Any]:
     """Return result.json's content."""
     result: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "run_id": attempt.run_id,
         "recipe": attempt.run.recipe,
         "question": attempt.run.question,

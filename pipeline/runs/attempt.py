@@ -926,7 +926,7 @@ class Attempt:
             self.store.annotate(
                 Artifact.from_json(made["artifact"]), "checked", {"vllm": record["vllm"]}
             )
-        if not any(UNMEASURED in (figure["why_null"] or "") for figure in quality.values()):
+        if not any(UNMEASURED in (figure["why_missing"] or "") for figure in quality.values()):
             self.store.remember("assessments", key, record)  # else the same command assesses again
         self.store.annotate(
             Artifact.from_json(made["artifact"]), "assessed", self._assessed(quality)
@@ -935,7 +935,7 @@ class Attempt:
 
     def _assessed(self, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return what artifact.json says of an artifact's quality, and where that was found."""
-        kept = ("v", "why_null", "ci", "n")
+        kept = ("value", "why_missing", "ci", "n")
         return {
             "quality": {
                 key: {name: value.get(name) for name in kept} for key, value in quality.items()
@@ -1014,7 +1014,7 @@ class Attempt:
 
 def _flops_of(output: Output) -> float | None:
     """Return the FLOPs of a stage: counted, else by the rule of thumb."""
-    counted = output.counts["model_flops"].v
+    counted = output.counts["model_flops"].value
     return output.flops_by_rule if counted is None else counted
 
 

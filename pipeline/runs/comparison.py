@@ -331,7 +331,7 @@ def spends_of(attempt: Attempt, seed: int) -> dict[str, Spend]:
         # a recovery is charged with every rung
         own = [row for row in of_seed if stage_name(row["arm"]) == name]
         hours = {
-            part: sum(row["ledger"]["device_hours"][part]["v"] or 0.0 for row in own)
+            part: sum(row["ledger"]["device_hours"][part]["value"] or 0.0 for row in own)
             for part in ("work", "retry")
         }
         starts_from = [STUDENT_INIT] if getattr(stage, "model", None) == STUDENT_INIT else []
@@ -391,7 +391,7 @@ def note_charges(attempt: Attempt) -> None:
             charge(row["arm"], spends_of(attempt, seed), existing)["work_device_hours"]
             for seed in attempt.seeds
         ]
-        tokens = row["ledger"]["counts"]["tokens"]["v"]
+        tokens = row["ledger"]["counts"]["tokens"]["value"]
         attempt.store.annotate(
             artifact,
             "charge",
@@ -414,7 +414,7 @@ def _foreign_load(own: list[Row]) -> Value:
         [
             (
                 disturbance_of(row["ledger"]).work_foreign_load,
-                row["ledger"]["device_hours"]["work"]["v"] or 0.0,
+                row["ledger"]["device_hours"]["work"]["value"] or 0.0,
             )
             for row in own
         ]
@@ -434,7 +434,7 @@ def tolerance(attempt: Attempt) -> savings.Tolerance:
 def _flops(own: list[Row]) -> float | None:
     """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
     made = [row for row in own if row["artifact"] is not None]
-    return made[-1]["ledger"]["counts"]["model_flops"]["v"] if made else None
+    return made[-1]["ledger"]["counts"]["model_flops"]["value"] if made else None
 
 
 def _one(
@@ -604,17 +604,19 @@ def _unless_worse(
 
     Both readings are point estimates; what the interval on test leaves open is said in the rule.
     """
-    if (training["v"] is None and training["algorithmic"]["v"] is None) or quality["v"] is None:
+    if (training["value"] is None and training["algorithmic"]["value"] is None) or quality[
+        "value"
+    ] is None:
         return training
-    if quality["v"] >= -quality["margin"]:
+    if quality["value"] >= -quality["margin"]:
         open_still = quality["ci"] is None or quality["ci"][0] <= -quality["margin"]
         more = "; whether quality is equal on the test split is undecided" if open_still else ""
         return {**training, "rule": training["rule"] + more}
-    shortfall = f"{-quality['v']:.3g} on the test split, margin {quality['margin']:g}"
+    shortfall = f"{-quality['value']:.3g} on the test split, margin {quality['margin']:g}"
     why = f"censored: {pair.arm} is worse than {pair.base} by {shortfall}"
     hidden = ("new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
     gone = {name: null(why).to_json() for name in hidden if name in training}
-    if training["v"] is None:  # of time it had its reason before
+    if training["value"] is None:  # of time it had its reason before
         return {**training, **gone}
     return {
         **training,
@@ -633,7 +635,7 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
     if not curve:
         return Trained(arm=arm, final=None)
     last = curve[-1]
-    steps = attempt.outputs[arm, each.seed].counts.get("steps", null("not counted")).v
+    steps = attempt.outputs[arm, each.seed].counts.get("steps", null("not counted")).value
     if steps is not None and last["step"] < steps:  # its last reading failed
         return Trained(arm=arm, final=None)
     fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)

@@ -168,7 +168,7 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
         why = one_line(f"{type(error).__name__}: {error}")
     if gate.verdict is None:
         return {
-            "schema": 1,
+            "schema": 2,
             "line": one_line(f"no verdict: the run ended {status}: {why}"),
             "verdict": None,
             "exit_code": int(exit_of(error)),

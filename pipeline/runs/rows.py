@@ -218,7 +218,7 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 def hours_in(row: Row, part: str) -> float:
     """Return a part of a row's device-hours; 0 where it is null."""
-    return Value.from_json(row["ledger"]["device_hours"][part]).v or 0.0
+    return Value.from_json(row["ledger"]["device_hours"][part]).value or 0.0
 
 
 def moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
@@ -239,7 +239,7 @@ def moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
 def blank(record: dict[str, Any], why: str) -> None:
     """Turn every value of a ledger into a null with one reason."""
     for name, value in record.items():
-        if isinstance(value, dict) and "why_null" in value:
+        if isinstance(value, dict) and "why_missing" in value:
             record[name] = null(why).to_json()
         elif isinstance(value, dict):
             blank(value, why)

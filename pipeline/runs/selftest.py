@@ -403,7 +403,7 @@ def _quality(test: SelfTest) -> dict[str, Any]:
         )
         found[key] = {
             "outcome": read.outcome.value,
-            "value": read.value.v,
+            "value": read.value.value,
             "n": read.n,
             "why": read.why,
         }
@@ -522,7 +522,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
     silent = served.passes.n == 0
     code = Exit.FAIL if too_many else Exit.INVALID if silent else Exit.DONE
     return {
-        "schema": 1,
+        "schema": 2,
         "run_id": test.folder.name,
         "exit_code": int(code),
         "too_many": too_many,

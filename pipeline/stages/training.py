@@ -379,7 +379,7 @@ def _why_no_flops(ctx: Context) -> str | None:
     """Return why the matched stage's FLOPs are not counted, or None."""
     if ctx.matched is None:
         return "it did not run"
-    return ctx.matched.counts["model_flops"].why_null
+    return ctx.matched.counts["model_flops"].why_missing
 
 
 def start_weights(
@@ -552,7 +552,7 @@ def _output(
         notes.append(
             f"vocabularies differ by padding: the first {objective.vocabulary} tokens are compared"
         )
-    least = min((value.v for value in shares.values() if value.v is not None), default=1.0)
+    least = min((value.value for value in shares.values() if value.value is not None), default=1.0)
     if distill is not None and least < LEAST_SHARE:
         notes.append(
             f"the teacher makes {least:.2%} of the loss or its gradient: it hardly teaches; lower"

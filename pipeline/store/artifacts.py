@@ -29,6 +29,7 @@ from pipeline.config.redaction import redact, redact_json
 from pipeline.errors import UserError
 from pipeline.ledger.records import ANY_ARTIFACT, Spec, parsed, read_record, sealed, tell
 from pipeline.ledger.records import MANIFEST as MANIFEST_SPEC
+from pipeline.ledger.values import from_schema_1
 from pipeline.store.waiting import waiting_for
 
 MANIFEST = "artifact.json"
@@ -167,7 +168,7 @@ def read_json(path: Path) -> Any | None:
     """Return the JSON in `path`, or None where there is no such file, it is no file, or it is not
     whole.
     """
-    return parsed(path)[0]
+    return from_schema_1(parsed(path)[0])
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

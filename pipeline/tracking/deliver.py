@@ -351,7 +351,9 @@ class _Delivery:
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
         core = {
-            key: value["v"] for key, value in figures.items() if key in BY_KEY and BY_KEY[key].core
+            key: value["value"]
+            for key, value in figures.items()
+            if key in BY_KEY and BY_KEY[key].core
         }
         finished = row["status"] == "FINISHED" and not is_rung(row["arm"])
         self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
@@ -421,7 +423,7 @@ class _Delivery:
         }
         core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
         self._values(
-            self.parent, {**values, **{key: {"v": v} for key, v in core.items()}}, event["t"]
+            self.parent, {**values, **{key: {"value": v} for key, v in core.items()}}, event["t"]
         )
         description = event["description"][:MAX_DESCRIPTION]
         self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
@@ -533,12 +535,14 @@ class _Delivery:
 
         had = self.client.get_run(run).data
         metrics = [
-            Metric(key, value["v"], int(at * 1000), 0)
+            Metric(key, value["value"], int(at * 1000), 0)
             for key, value in values.items()
-            if value["v"] is not None and had.metrics.get(key) != value["v"]
+            if value["value"] is not None and had.metrics.get(key) != value["value"]
         ]
         nulls = {
-            f"null.{key}": value["why_null"] for key, value in values.items() if value["v"] is None
+            f"null.{key}": value["why_missing"]
+            for key, value in values.items()
+            if value["value"] is None
         }
         tags = [RunTag(_name(key), why[:MAX_TAG]) for key, why in nulls.items()]
         for first in range(0, max(len(metrics), len(tags)), MAX_TAGS):
@@ -589,7 +593,8 @@ def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
     found |= {
-        f"compute/run_{part}_wasted_device_hours": {"v": outside_waste(run, part)} for part in PARTS
+        f"compute/run_{part}_wasted_device_hours": {"value": outside_waste(run, part)}
+        for part in PARTS
     }
     if "cost" in run:  # a run of an older release has none
         found["cost/run_amount"] = run["cost"]["amount"]
@@ -655,7 +660,7 @@ def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"gate/{each['name']}", each["value"]
         ends = () if each["outcome"] == "INVALID" else each["ci"] or ()
         for end, bound in zip(("low", "high"), ends, strict=False):
-            yield f"gate/{each['name']}_{end}", {"v": bound}
+            yield f"gate/{each['name']}_{end}", {"value": bound}
 
 
 def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from typing import Any
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 1.5, 2**31, 2**63, -(2**70), 1e308, float("nan"), float("inf")),
     *("", "x", "\u0000", "\ud800", "FINISHED", "x" * 5000, "9" * 400),
-    *([], {}, [[]], {"": None}, [None, 1, "x"], {"v": 1}),
+    *([], {}, [[]], {"": None}, [None, 1, "x"], {"value": 1}),
 ]
 
 

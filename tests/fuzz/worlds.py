@@ -116,7 +116,7 @@ def _files(work: Path) -> Iterator[Path]:
 
 
 def _totals(attempt: Any) -> dict[str, Any]:
-    zero = {"v": 0.0, "prov": "measured", "why_null": None}
+    zero = {"value": 0.0, "provenance": "measured", "why_missing": None}
     hours = dict.fromkeys(("total", "work", "assess", "retry", "compare", "overhead"), zero)
     return {
         "device_hours": hours,

@@ -285,14 +285,16 @@ def converged_model(runs: Sequence[RunFacts], name: str) -> Converged:
 
 def _say(name: str, cost: Converged) -> str:
     text = f"{one_line(name, 60)} until converged: "
-    if cost.device_hours.v is None:
-        return f"{text}- ({cost.device_hours.why_null})"
+    if cost.device_hours.value is None:
+        return f"{text}- ({cost.device_hours.why_missing})"
     money = (
-        f"- ({cost.amount.why_null})"
-        if cost.amount.v is None
-        else f"{cost.amount.v:.3f} {cost.currency or ''}"
+        f"- ({cost.amount.why_missing})"
+        if cost.amount.value is None
+        else f"{cost.amount.value:.3f} {cost.currency or ''}"
     )
-    return f"{text}{cost.device_hours.v:.3f} device-hours, {money.strip()}, reached in {cost.run}"
+    return (
+        f"{text}{cost.device_hours.value:.3f} device-hours, {money.strip()}, reached in {cost.run}"
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -63,18 +63,18 @@ class Charge:
             "device": self.device,
             "work_device_hours": self._sum("device_hours", "work"),
             "retry_device_hours": self._sum("device_hours", "retry"),
-            "tokens": own[-1]["ledger"]["counts"]["tokens"]["v"],
+            "tokens": own[-1]["ledger"]["counts"]["tokens"]["value"],
             "model_flops": self._sum("counts", "model_flops", finished=True),
             "energy_j": self._energy(),
         }
 
     def _sum(self, group: str, name: str, *, finished: bool = False) -> float | None:
         rows = [row for row in self.rows if row["status"] == "FINISHED" or not finished]
-        values = [row["ledger"][group][name]["v"] for row in rows]
+        values = [row["ledger"][group][name]["value"] for row in rows]
         return None if None in values else float(sum(values))
 
     def _energy(self) -> float | None:
-        values = [row["ledger"]["energy_j"]["v"] for row in self.rows]
+        values = [row["ledger"]["energy_j"]["value"] for row in self.rows]
         return None if None in values else float(sum(values))
 
 

@@ -483,7 +483,7 @@ def entry_of(
     any.
     """
     value, ci = figure
-    if value.v is None:
+    if value.value is None:
         return {**value.to_json(), "ci": None, "n": None, "items": None}
     counted = {"n": num_documents} if groups is None else {"n": num_documents, "groups": groups}
     return {

@@ -107,7 +107,8 @@ def read_result(path: Path, key: str) -> EngineResult:
         raise UserError(key, f"{path}: no request was completed", "run the benchmark again")
     figures |= _figures(raw, LOAD)
     below = next(
-        (name for name, value in figures.items() if value.v is not None and value.v < 0), None
+        (name for name, value in figures.items() if value.value is not None and value.value < 0),
+        None,
     )
     if below is not None:
         raise UserError(

@@ -304,9 +304,9 @@ def _joules(
     for block, order in enumerate(orders):
         for side, place in _places(order):
             units = _units_per_joule(servers[pair[side]], ids, config.load.new, sampler, clock)
-            if units.v is None:
-                return units.why_null or "not read"
-            found[side, block, place] = 1 / units.v
+            if units.value is None:
+                return units.why_missing or "not read"
+            found[side, block, place] = 1 / units.value
     return found[0], found[1]
 
 
@@ -512,7 +512,7 @@ def _units_per_joule(
         units += server.once(ids, new).units
     sampler.mark()
     usage = sampler.usage((start, clock.now_ns()))
-    if usage.foreign_load.v:
+    if usage.foreign_load.value:
         return null("other processes were on the device")
     if usage.problems:
         return null("; ".join(usage.problems))

@@ -182,7 +182,7 @@ def _silence(record: dict[str, Any]) -> None:
     silent = null(SILENT).to_json()
     for group in ("device_hours", "gpu_hours"):
         for name in ("productive", "support", "wasted"):
-            if record[group][name]["v"] is not None:
+            if record[group][name]["value"] is not None:
                 record[group][name] = silent
     record["device_hours"]["wasted_by"] = {}
     record["counts"]["goodput"] = silent

@@ -195,7 +195,7 @@ class MeteredRun:
             "notes": notes,
         }
         result: dict[str, Any] = {
-            "schema": 1,
+            "schema": 2,
             "run_id": self.folder.name,
             "recipe": RECIPE,
             "question": QUESTION,
