@@ -10,7 +10,8 @@ those of the pipeline's own meter: sampler, step tracer, FLOP count, peaks, trai
 about four minutes together:
 
     flops          a matmul's FLOPs, a small transformer's against torch's counter and by hand, MFU
-    energy         joules of N and 2N matmuls above context-idle; counter against integrated power at three loads
+    energy         joules of N and 2N matmuls above context-idle; counter against integrated power
+                   at three loads
     spin           one spinning thread: NVML's utilization says 100%, SM activity says below 2%
     delays         a host's sleep and two copies, injected into a traced step
     loop           where the training loop waits for the device

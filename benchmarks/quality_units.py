@@ -4,7 +4,9 @@ loss.
 Nothing here chooses what is run or says what it means: a result stays valid as long as this file,
 the recipes beside it and `pipeline/` are what they were.
 
-    python benchmarks/quality_units.py JSON     one unit in a process of its own, as `result_of` starts it
+    python benchmarks/quality_units.py JSON
+
+runs one unit in a process of its own, as `result_of` starts it.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 SIZE = "1500,1540"
 SHOW_WHOLE_TABLES = """
 for (const element of document.querySelectorAll("#root *")) {
-  if (element.clientHeight > 100 && element.clientHeight < 500 && element.scrollHeight > element.clientHeight + 50) {
+  const [shown, whole] = [element.clientHeight, element.scrollHeight];
+  if (shown > 100 && shown < 500 && whole > shown + 50) {
     element.style.maxHeight = "none";
-    element.style.height = element.scrollHeight + "px";
+    element.style.height = whole + "px";
   }
 }
 window.dispatchEvent(new Event("resize"));

@@ -89,9 +89,12 @@ WITHOUT = {
 }
 """Settings of all that are not a recipe's."""
 TIMES = re.compile(
-    r"(^|_)(s|ns|j|h|hours|tflops)$|_s_|_per_(s$|1k|joule|converged)|speedup|wall|phases|device_hours|gpu_hours|energy|memory$|conditions|cost|timeline"
-    r"|goodput|mfu|placement|identity|saving|payback|bound|new_spend|systems|less_others|c_opt|c_arm|c_base|all_in|rule"
-    r"|^(environment|device|run|run_id|question|items|path|settings|serving|meter_valid|meter_problems|verdict|notes)$"
+    r"(^|_)(s|ns|j|h|hours|tflops)$|_s_|_per_(s$|1k|joule|converged)|speedup|wall|phases"
+    r"|device_hours|gpu_hours|energy|memory$|conditions|cost|timeline"
+    r"|goodput|mfu|placement|identity|saving|payback|bound|new_spend|systems|less_others"
+    r"|c_opt|c_arm|c_base|all_in|rule"
+    r"|^(environment|device|run|run_id|question|items|path|settings|serving|meter_valid"
+    r"|meter_problems|verdict|notes)$"
 )
 """Keys of what a clock decides, or a machine, or where a run lies."""
 

@@ -30,16 +30,19 @@ ANSWERS = ("trained", "student cut", "stacked", "classifies")
 
 INTRODUCTION = """# What is supported
 
-`python tests/support.py > docs/supported.md` writes this page; each cell was run on a tiny model or file, and
-`tests/test_support.py` runs them again. An architecture that is not listed is treated by the same rules.
+`python tests/support.py > docs/supported.md` writes this page; each cell was run on a tiny model or
+file, and `tests/test_support.py` runs them again. An architecture that is not listed is treated by
+the same rules.
 
 ## Models
 
-- **trained**: as a language model, and how the loss is taken from the output head. *fused*: in chunks, with the
-  model's own logit scale, soft cap and bias, and without ever holding all logits. *full logits*: through the model's
-  own forward pass, which takes more memory. *unpacked*: a document a row, where the model would read from one packed
-  document into the next. Every training proves the choice on amplified logits before it starts.
-- **student cut**: `student.layers`; **stacked**: `stages.NAME.stack`. Both are proven by a reload before a step.
+- **trained**: as a language model, and how the loss is taken from the output head. *fused*: in
+  chunks, with the model's own logit scale, soft cap and bias, and without ever holding all logits.
+  *full logits*: through the model's own forward pass, which takes more memory. *unpacked*: a
+  document a row, where the model would read from one packed document into the next. Every training
+  proves the choice on amplified logits before it starts.
+- **student cut**: `student.layers`; **stacked**: `stages.NAME.stack`. Both are proven by a reload
+  before a step.
 - **classifies**: `task=sequence_classification`, trained for a step and scored.
 - **formats**: the share of the parameters that the format takes, where it is below 90%.
 

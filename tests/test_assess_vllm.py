@@ -25,7 +25,7 @@ from pipeline.evaluation.serving.vllm_check import Checked, check_vllm, installe
 from pipeline.ledger.phases import PhaseClock
 
 FAKE = '''
-"""Stands in for vLLM: real figures by transformers, from the folder alone; or what FAKE_VLLM names."""
+"""Stands in for vLLM: real figures by transformers, from the folder alone; or as FAKE_VLLM says."""
 import json, os, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +38,13 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, *, dtype, enforce_eager, max_num_seqs, max_model_len):
-        assert "pipeline" not in sys.modules and dtype == "auto" and os.environ["HF_HUB_OFFLINE"] == "1"
+        assert "pipeline" not in sys.modules and dtype == "auto"
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
         if how == "crash":
             raise ValueError("Unknown quantization method: torchao")
         if how == "hang":
-            Path(model, "pids").write_text(f"{os.getpid()} {subprocess.Popen(['sleep', '300']).pid}")
+            child = subprocess.Popen(["sleep", "300"])
+            Path(model, "pids").write_text(f"{os.getpid()} {child.pid}")
             time.sleep(300)
         if how == "silent":
             os._exit(0)
@@ -50,8 +52,10 @@ class LLM:
 
     def generate(self, prompts, params, use_tqdm):
         if how == "nan":
-            return [SimpleNamespace(prompt_logprobs=[None, *({t: SimpleNamespace(logprob=float("nan"))}
-                    for t in p["prompt_token_ids"][1:])]) for p in prompts]
+            return [
+                self.output(prompt["prompt_token_ids"], [float("nan")] * self.longest)
+                for prompt in prompts
+            ]
         import torch, transformers
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folder).bfloat16().eval()
         if how == "disagree":
@@ -63,9 +67,13 @@ class LLM:
             assert len(ids) < self.longest
             with torch.no_grad():
                 logprobs = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-            places = [{token: SimpleNamespace(logprob=logprobs[at, token].item())} for at, token in enumerate(ids[1:])]
-            outputs.append(SimpleNamespace(prompt_logprobs=[None, *places]))
+            taken = [logprobs[at, token].item() for at, token in enumerate(ids[1:])]
+            outputs.append(self.output(ids, taken))
         return outputs
+
+    def output(self, ids, logprobs):
+        places = [{t: SimpleNamespace(logprob=each)} for t, each in zip(ids[1:], logprobs)]
+        return SimpleNamespace(prompt_logprobs=[None, *places])
 '''
 
 

@@ -121,7 +121,8 @@ CASES = {
         TOOLS,
         chat("u: q", CALL, "t: 42", "a: it is 42", tools=({"name": "look"},)),
         [
-            "[look]<s>user\nq</s>\n<s>assistant\n{<call>look</s>\n}<s>tool\n42</s>\n<s>assistant\n{it"
+            "[look]<s>user\nq</s>\n<s>assistant\n{<call>look</s>\n}<s>tool\n42</s>\n"
+            "<s>assistant\n{it"
             " is 42</s>\n}"
         ],
     ),
@@ -146,7 +147,8 @@ CASES = {
         chat("u: q", {**THOUGHT, "content": "one"}, "u: r", THOUGHT),
         [
             "<s>user\nq</s>\n<s>assistant\n{<think>hm</think>one</s>\n}",
-            "<s>user\nq</s>\n<s>assistant\none</s>\n<s>user\nr</s>\n<s>assistant\n{<think>hm</think>two</s>\n}",
+            "<s>user\nq</s>\n<s>assistant\none</s>\n<s>user\nr</s>\n"
+            "<s>assistant\n{<think>hm</think>two</s>\n}",
         ],
     ),
     "thoughts dropped": (

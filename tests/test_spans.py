@@ -21,7 +21,10 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all, tokenizer_content
 from pipeline.data.spans import Reader
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 KINDS = {
     "byte-level": lambda: byte_level(eos_token="</s>"),
     "Unigram": lambda: unigram(bos_token="<s>", eos_token="</s>"),

@@ -63,7 +63,7 @@ def test_what_the_first_help_says_a_chargeback_is_by_can_be_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chargeback, "_store", lambda *_: "sqlite:///x.db")
-    said = re.search(r"what a period's runs cost, by (.+) or another key", cli.HELP)
+    said = re.search(r"what runs cost, by (.+) or another key", cli.HELP)
     assert said is not None
     for key in said.group(1).split(", "):
         chargeback.read_settings(["--from", "2026-11-01", "--to", "2026-12-01", "--by", key])

@@ -37,16 +37,18 @@ Deliveries = list[Callable[[], str]]
 Execute = Callable[[Any, str, int, Deliveries], int]
 HELP = """Usage: python -m pipeline recipe=NAME [key=value ...] [flags]
 
-Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and what it did to
-quality and to serving, writes all of it to MLflow, and says whether it was worth it.
+Takes a model, applies the stages that a recipe names, measures what each cost in device-hours and
+what it did to quality and to serving, writes all of it to MLflow, and says whether it was worth it.
 
 {recipes}
 
 Settings to meet first (all of them: --cfg job):
-  model.path=X  data.path=FILE|FOLDER  task=causal_lm|sequence_classification  precision=fp32|tf32|bf16|fp16
+  model.path=X  data.path=FILE|FOLDER  task=causal_lm|sequence_classification
+  precision=fp32|tf32|bf16|fp16
   student.path=X  student.layers=every_2|N|[0,3]  training.steps=N  training.batch_size=N
   training.sequence_length=N  training.learning_rate=X  seed=N  seeds=[0,1,2]  quality.margin=X
-  budget.device_hours=X  serving.load.prompt=N  serving.load.new=N  serving.load.batch=N  stages.NAME.SETTING=X
+  budget.device_hours=X  serving.load.prompt=N  serving.load.new=N  serving.load.batch=N
+  stages.NAME.SETTING=X
 
 Flags:
   -m, --multirun     run every combination of comma-separated values; ends with the worst exit code
@@ -59,14 +61,15 @@ Flags:
 Beside it (each with --help):
   python -m pipeline meter -- COMMAND     measure any training command, in device-hours
   python -m pipeline register             declare what a model cost that was trained before
-  python -m pipeline chargeback           what a period's runs cost, by team, purpose, model or another key
+  python -m pipeline chargeback           what runs cost, by team, purpose, model or another key
   python -m pipeline history              verdicts of a model's last releases, and alarms
   python -m pipeline selftest model=REF   a release gate against itself: false answers, noise floor
   python -m pipeline sync                 deliver to MLflow what it has not had yet
 
-Exit codes: 0 done or PASS, 1 refused or crashed, 2 command line not parsable, 3 FAIL (a release; a quantized artifact
-that saves neither time nor memory, or that vLLM reads as another model), 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE,
-7 budget spent, 75 preempted (run the same command again), 130 interrupted."""
+Exit codes: 0 done or PASS, 1 refused or crashed, 2 command line not parsable, 3 FAIL (a release; a
+quantized artifact that saves neither time nor memory, or that vLLM reads as another model),
+4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE, 7 budget spent, 75 preempted (run the same command again),
+130 interrupted."""
 
 
 TAKE_A_VALUE = frozenset({"--cfg", "-c", "--package", "-p", "--info", "-i"})
@@ -527,7 +530,8 @@ def _guarded(call: Any, debug: bool) -> int:
         if not says_full(error):
             return _say(error, Exit.REFUSED, debug)
         return _refuse(disk_full(Path(error.filename or ".")), debug)
-    except Exception as error:  # noqa: BLE001 - the outermost frame: a crash becomes one line and exit 1
+    # The outermost frame: a crash becomes one line and exit 1.
+    except Exception as error:  # noqa: BLE001
         return _say(error, Exit.REFUSED, debug)
 
 

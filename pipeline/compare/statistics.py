@@ -406,28 +406,28 @@ def paired_ratio_interval(
     """Return `paired_ratio` with its skewness-corrected t interval.
 
     Why not the bootstrap: an arm exactly at the margin passes a one-sided 95% bound too often.
-        Passes in % and width against Student's t, simulated at 400 documents with log-normal sizes
-        (3,000 to 8,000 runs each, standard errors 0.2 to 0.4), for relative differences by document
-        that are
+    Passes in % and width against Student's t, simulated at 400 documents with log-normal sizes
+    (3,000 to 8,000 runs each, standard errors 0.2 to 0.4), for relative differences by document
+    that are
 
-    =================================  =====  ==================  ==================  ==================
-    differences                        sigma  BCa                 bootstrap-t         this
-    =================================  =====  ==================  ==================  ==================
-    normal                             0.5     5.6 (0.99)          5.3 (1.00)          4.5 (1.01)
-    normal                             1       5.5 (0.99)          5.3 (1.01)          4.4 (1.07)
-    exponential                        1       7.7 (1.10)          7.0 (1.14)          3.3 (1.35)
-    log-normal                         0.5     7.8 (1.15)          7.5 (1.19)          5.2 (1.34)
-    log-normal                         1       8.1 (1.18)          7.7 (1.25)          3.4 (1.86)
-    Student's t of 3 degrees           1       7.9 (0.99)          7.3 (1.01)          3.9 (1.15)
-    growing with log size              1       8.1 (1.13)          7.5 (1.19)          5.2 (1.52)
-    growing and exponential            1       9.3 (1.15)          8.7 (1.23)          5.0 (1.61)
-    damage in 5% of the documents      0.5     8.6 (1.35)          6.7 (1.55)          4.0 (1.94)
-    damage in 5% of the documents      1      13.9 (1.42)         12.1 (1.74)          1.3 (3.82)
-    normal, less in long documents     1       5.4 (0.99)          5.0 (1.00)          4.3 (1.03)
-    =================================  =====  ==================  ==================  ==================
+    =================================  =====  ===============  ===============  ===============
+    differences                        sigma  BCa              bootstrap-t      this
+    =================================  =====  ===============  ===============  ===============
+    normal                             0.5     5.6 (0.99)       5.3 (1.00)       4.5 (1.01)
+    normal                             1       5.5 (0.99)       5.3 (1.01)       4.4 (1.07)
+    exponential                        1       7.7 (1.10)       7.0 (1.14)       3.3 (1.35)
+    log-normal                         0.5     7.8 (1.15)       7.5 (1.19)       5.2 (1.34)
+    log-normal                         1       8.1 (1.18)       7.7 (1.25)       3.4 (1.86)
+    Student's t of 3 degrees           1       7.9 (0.99)       7.3 (1.01)       3.9 (1.15)
+    growing with log size              1       8.1 (1.13)       7.5 (1.19)       5.2 (1.52)
+    growing and exponential            1       9.3 (1.15)       8.7 (1.23)       5.0 (1.61)
+    damage in 5% of the documents      0.5     8.6 (1.35)       6.7 (1.55)       4.0 (1.94)
+    damage in 5% of the documents      1      13.9 (1.42)      12.1 (1.74)       1.3 (3.82)
+    normal, less in long documents     1       5.4 (0.99)       5.0 (1.00)       4.3 (1.03)
+    =================================  =====  ===============  ===============  ===============
 
     Beyond that it gives way too: differences that grow with log size pass 8.2% at sigma 1.5 with
-        400 documents (BCa 16.5%), 7.1% at sigma 1 with 50.
+    400 documents (BCa 16.5%), 7.1% at sigma 1 with 50.
 
     Args:
         num_arm: (n,): the arm's share above, document by document (bits, tokens predicted right).

@@ -275,20 +275,23 @@ _URL_LOGIN = re.compile(r"(?<=://)(?P<login>[^/\s]+)(?=@)")
 _STORAGE = re.compile(r"(?:abfss?|wasbs?)://\Z", re.IGNORECASE)
 """Azure writes a container where others write a login."""
 _HEAD = re.compile(
-    r"""(?<![\w.-])["']?(?P<name>[\w.-]++)\\*["']?\s*[:=]\s*|(?<!\S)--?(?P<flag>[A-Za-z][\w-]*+)\s+(?!-)"""
+    r"""(?<![\w.-])["']?(?P<name>[\w.-]++)\\*["']?\s*[:=]\s*"""
+    r"""|(?<!\S)--?(?P<flag>[A-Za-z][\w-]*+)\s+(?!-)"""
 )
 """`api_key: `, `token=`, `--token `; what follows is the value. Possessive: a word of a megabyte is
 read once.
 """
 _VALUE = re.compile(
-    r"""(?!\[redacted\])(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|\\+"[^"]*"|\\+'[^']*'|"[^"]*"|'[^']*'"""
+    r"""(?!\[redacted\])(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'"""
+    r"""|\\+"[^"]*"|\\+'[^']*'|"[^"]*"|'[^']*'"""
     r"""|[^\s,&;})\]"'\\]+(?:\\[^\s"'][^\s,&;})\]"']*)?)""",
     re.DOTALL,
 )
 _BRACKET = re.compile(r"""(?!\[redacted\])[\[{]""")
 _IN_BRACKETS = re.compile(r"""[\[{]|[\]}]|"(?:[^"\\]|\\.)*+"|'[^']*'""", re.DOTALL)
 _HEADER = re.compile(
-    r"""(?P<head>\b(?:proxy-)?authorization["']?\s*[:=]\s*["']?)(?:(?:bearer|basic|digest|token|apikey)\s+)?"""
+    r"""(?P<head>\b(?:proxy-)?authorization["']?\s*[:=]\s*["']?)"""
+    r"""(?:(?:bearer|basic|digest|token|apikey)\s+)?"""
     r"""(?!\[redacted\])[^\s"',;}\]]+""",
     re.IGNORECASE,
 )
@@ -305,8 +308,10 @@ _CONNECTION = re.compile(
 )
 _WEBHOOK = re.compile(
     r"(?P<head>https?://(?:"
-    r"hooks\.slack(?:-gov)?\.com/(?:services|workflows|triggers)/|(?:\w+\.)?discord(?:app)?\.com/api(?:/v\d+)?/webhooks/"
-    r"|[\w.-]+\.webhook\.office\.com/\w+/|outlook\.office(?:365)?\.com/webhook/|api\.telegram\.org/bot"
+    r"hooks\.slack(?:-gov)?\.com/(?:services|workflows|triggers)/"
+    r"|(?:\w+\.)?discord(?:app)?\.com/api(?:/v\d+)?/webhooks/"
+    r"|[\w.-]+\.webhook\.office\.com/\w+/|outlook\.office(?:365)?\.com/webhook/"
+    r"|api\.telegram\.org/bot"
     r"|hooks\.zapier\.com/hooks/catch/|maker\.ifttt\.com/\w+/|chat\.googleapis\.com/v1/spaces/"
     r"|[\w.-]+(?::\d+)?/(?:hooks|webhooks?)/(?=[\w/-]{16})))(?!\[redacted\])[^\s\"'<>,)\]}]+",
     re.IGNORECASE,
@@ -324,7 +329,8 @@ _SHAPES = re.compile(
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|AIza[\w-]{35}|ya29\.[\w-]{20,}"  # Google
     r"|xox[abeprs]-[\w-]{10,}|xapp-[\w-]{10,}"  # Slack
-    r"|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{20,}|dapi[0-9a-f]{32}|nvapi-[\w-]{20,}|gsk_\w{20,}|r8_\w{30,}"
+    r"|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{20,}|dapi[0-9a-f]{32}"  # npm, PyPI, Databricks
+    r"|nvapi-[\w-]{20,}|gsk_\w{20,}|r8_\w{30,}"  # NVIDIA, Groq, Replicate
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON Web Tokens
     r")"
 )

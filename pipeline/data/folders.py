@@ -25,7 +25,8 @@ from pipeline.errors import UserError
 # and as many sub-folders: aclImdb has 100,000 files, and a link to / has no end
 MOST_FILES = 200_000
 PAPERS = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|requirements|authors)([._-].*)?",
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|requirements|authors)"
+    r"([._-].*)?",
     re.IGNORECASE,
 )
 RECORDS = re.compile(

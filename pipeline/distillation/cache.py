@@ -1,14 +1,14 @@
 """The teacher cache on disk: shards that are memory-mapped, a manifest, and what a cache is refused
 for.
 
-    manifest.json               what it was made from and with; written last, so that a folder without it is no cache
-    shard-00000.safetensors     windows in the order of their numbers; per window its number, its digest, and its part
-                                of every column (`sparse.py` has the columns)
+    manifest.json               what it was made from and with; written last, so that a folder
+                                without it is no cache
+    shard-00000.safetensors     windows in the order of their numbers; per window its number, its
+                                digest, and its part of every column (`sparse.py` has the columns)
 
 A window's digest covers its tokens *and* what was captured for them, so that neither damage nor
-another order of
-windows passes: `check` compares all of it with the windows as the student packs them, before
-    training.
+another order of windows passes: `check` compares all of it with the windows as the student packs
+them, before training.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@ the fastest.
 
     torch    the head of `head.py` with gradients in plain torch: any device
     triton   the same with one Triton kernel per chunk: CUDA
-    liger    the chunked loss of the Liger library, where it is installed: forward_kl, reverse_kl and jsd, with models
-             of one vocabulary. Liger scales no divergence by T^2, so that is handed to it as a
-             weight; it sums the gradient of the weight in the weight's own dtype, where ours is
-             fp32. It knows no scale and no soft cap after the head, and is refused to models that
-             have one
+    liger    the chunked loss of the Liger library, where it is installed: forward_kl, reverse_kl
+             and jsd, with models of one vocabulary. Liger scales no divergence by T^2, so that is
+             handed to it as a weight; it sums the gradient of the weight in the weight's own dtype,
+             where ours is fp32. It knows no scale and no soft cap after the head, and is refused to
+             models that have one
 
 Each is called like `head.head_loss`. Where there are several, `fastest` times them on the tensors
 of a real micro-batch, leaves out those that stray from the definition, and says what it found.

@@ -25,9 +25,11 @@ kernel (`triton_terms.py`), and float64 autograd over the definitions (the tests
 A teacher read from a cache gives p by a few entries (`Sparse`). Forward KL is then cross-entropy
 less the entropy that the entries' distribution has, and with the T^2 of above
 
-    sampled entries    D = -sum_i p_i ln q_i - H                    T^2 dD/dz = T (q - p)
-    k largest, rest r  D = -sum_i p_i ln q_i - r ln rho - H         T^2 dD/dz = T (q - p) on the entries,
-                       rho = 1 - sum_i q_i (i over the entries)                 T q (1 - r / rho) elsewhere
+    sampled entries    D = -sum_i p_i ln q_i - H
+                       T^2 dD/dz = T (q - p)
+    k largest, rest r  D = -sum_i p_i ln q_i - r ln rho - H
+                       T^2 dD/dz = T (q - p) on the entries, T q (1 - r / rho) elsewhere
+                       rho = 1 - sum_i q_i, i over the entries
 
 Sampled entries are counts over draws, E[p_i] is the teacher's probability, and D and its gradient
 are linear in p: both are unbiased. The k largest with the rest as one bucket are a coarser

@@ -4,7 +4,8 @@ With X one layer's queries, cut along their width into A heads X_a of d features
 attention itself has (so that models may differ in heads, in width and in key-value heads):
 
     R_a = softmax(X_a X_a^T / sqrt(d))      over the positions that a position may read
-    S = sum over queries, keys, values of   mean over a and positions t of KL(R_a,t of the teacher || R_a,t)
+    S = sum over queries, keys, values of   the mean over a and positions t of
+                                            KL(R_a,t of the teacher || R_a,t)
 
 Queries and keys are those that the projections give, before rotary positions. Positions count as
 for hidden states. The gradient is made by hand, a few rows at a time, so that no more than a few

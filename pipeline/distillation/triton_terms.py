@@ -1,4 +1,5 @@
-# pyright: basic, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 """The losses of `losses.py` as one Triton kernel: a program a token, logits in, their gradient out,
 in place.

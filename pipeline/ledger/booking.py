@@ -6,7 +6,7 @@ overhead. What a killed or failed attempt had not secured in a checkpoint is los
 retry: the attempt that replays those steps books them as work, since those are the ones that led to
 the artifact.
 
-    attached = work + assess + retry + compare + overhead      (exactly, in integer device-nanoseconds)
+    attached = work + assess + retry + compare + overhead     (exactly, in integer nanoseconds)
 
 A device-nanosecond is a nanosecond of one device. The number of devices belongs to the attempt, so
 that a run that goes on with another number of them still adds up.

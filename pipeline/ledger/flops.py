@@ -314,7 +314,8 @@ def _make_eager(twin: Any) -> None:
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            setattr(module.config, "_experts_implementation", EXPERTS)  # noqa: B010 (no public name for a module's own)
+            # No public name sets it for a single module.
+            setattr(module.config, "_experts_implementation", EXPERTS)  # noqa: B010
         # Dynamic frequencies look at the values of positions; what is multiplied is the same with
         # fixed ones.
         kind: Any = getattr(module, "rope_type", None)

@@ -8,7 +8,8 @@ done with what was launched before it, and the time between two of its events is
 between them took *on the device*, its idle time included:
 
     host    |fwd|bwd|data |...                     edges at 0, 1, 2 ms
-    device  |=======fwd=======|====bwd====|..      events at 0, 80, 150 ms: forward 80 ms, backward 70 ms
+    device  |=======fwd=======|====bwd====|..      events at 0, 80, 150 ms:
+                                                   forward 80 ms, backward 70 ms
 
 Reading an event that the device has not passed would make the host wait for it. So nothing is read
 before `query()` says that it has been passed, which is asked once per step, and what is left is

@@ -2,14 +2,13 @@
 exposed copy, or idle.
 
 A trace is the JSON that torch's profiler exports (Chrome's trace format, written by Kineto). Read
-are events of
-`ph: X`, whose `ts` and `dur` are microseconds to three decimals:
+are events of `ph: X`, whose `ts` and `dur` are microseconds to three decimals:
 
-    cat                          what it is                                 fields in `args`
-    kernel                       a kernel on the device                     device, stream, correlation
-    gpu_memcpy, gpu_memset       a copy or a fill on the device             device, stream, correlation
-    cuda_runtime, cuda_driver    a call on the host that launches them      correlation (the same number)
-    user_annotation              what the program marked, on the host
+    cat                         what it is                              fields in `args`
+    kernel                      a kernel on the device                  device, stream, correlation
+    gpu_memcpy, gpu_memset      a copy or a fill on the device          device, stream, correlation
+    cuda_runtime, cuda_driver   a call on the host that launches them   correlation (same number)
+    user_annotation             what the program marked, on the host
 
 At each moment a device is in the first of these that holds, whatever the stream: some kernel
 computes (*compute*); only kernels that communicate run (*communication, exposed*); only copies and

@@ -840,8 +840,9 @@ def export() -> list[dict[str, Any]]:
 
 
 def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a row's figures by catalogue key, each `{"value", "provenance", "why_missing"}`; what the row lacks
-    is left out.
+    """Return a row's figures by catalogue key, each `{"value", "provenance", "why_missing"}`.
+
+    What the row lacks is left out.
     """
     record = row["ledger"]
     hours, counts = record["device_hours"], record["counts"]

@@ -60,26 +60,35 @@ def _rates(
     return {name: rate for name, rate in every.items() if rate is not None}
 
 
-# fmt: off
-_V100 = "NVIDIA Tesla V100 GPU Architecture whitepaper, WP-08608-001 v1.1 (2017), table 1; V100 datasheet (Jan 2020)"
+_HALF = "half of the rates with sparsity"
+_V100 = (
+    "NVIDIA Tesla V100 GPU Architecture whitepaper, WP-08608-001 v1.1 (2017), table 1;"
+    " V100 datasheet (Jan 2020)"
+)
 _T4 = "NVIDIA T4 Tensor Core GPU datasheet (2019), performance"
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet (Jun 2021), specifications, dense figures"
 _A10 = "NVIDIA A10 Tensor Core GPU datasheet (2021), specifications, dense figures"
 _A30 = "NVIDIA A30 Tensor Core GPU datasheet (2021), specifications, dense figures"
 _A40 = "NVIDIA A40 datasheet (2021), specifications, dense figures"
-_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper v2.1 (2021), appendix A, dense, fp32 accumulate"
+_GA102 = (
+    "NVIDIA Ampere GA102 GPU Architecture whitepaper v2.1 (2021), appendix A, dense,"
+    " fp32 accumulate"
+)
 _H100 = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04 (2023), table 2, dense"
-_H100_NVL = "NVIDIA H100 Tensor Core GPU datasheet (2024), H100 NVL column, half of the rates with sparsity"
-_H200 = "NVIDIA H200 Tensor Core GPU datasheet (2024), H200 SXM column, half of the rates with sparsity"
-_H200_NVL = "NVIDIA H200 Tensor Core GPU datasheet (2024), H200 NVL column, half of the rates with sparsity"
-_B200 = "NVIDIA Blackwell datasheet (2025), individual GPU, HGX B200 column, half of the rates with sparsity"
-_L4 = "NVIDIA L4 Tensor Core GPU datasheet (2023), specifications, half of the rates with sparsity"
+_H100_NVL = f"NVIDIA H100 Tensor Core GPU datasheet (2024), H100 NVL column, {_HALF}"
+_H200 = f"NVIDIA H200 Tensor Core GPU datasheet (2024), H200 SXM column, {_HALF}"
+_H200_NVL = f"NVIDIA H200 Tensor Core GPU datasheet (2024), H200 NVL column, {_HALF}"
+_B200 = f"NVIDIA Blackwell datasheet (2025), individual GPU, HGX B200 column, {_HALF}"
+_L4 = f"NVIDIA L4 Tensor Core GPU datasheet (2023), specifications, {_HALF}"
 _L40S = "NVIDIA L40S datasheet (2023), specifications, dense figures"
 _ADA = "NVIDIA Ada GPU Architecture whitepaper v2.1 (2023), appendix A, dense, fp32 accumulate"
 
 _a100 = Peaks(_A100, _rates(fp32=19.5, tf32=156, half=312, int8=624))
 _v100_sxm = Peaks(_V100, _rates(fp32=15.7, fp16=125))
 _v100_pcie = Peaks(_V100, _rates(fp32=14, fp16=112))
+_h100_sxm = Peaks(_H100, _rates(fp32=66.9, tf32=494.7, half=989.4, fp8=1978.9, int8=1978.9))
+_nvl_rates = _rates(fp32=60, tf32=417.5, half=835.5, fp8=1670.5, int8=1670.5)
+_rtx_4090 = Peaks(_ADA, _rates(fp32=82.6, tf32=82.6, half=165.2, fp8=330.3, int8=660.6))
 
 PEAKS: dict[str, Peaks] = {
     "Tesla V100-SXM2-16GB": _v100_sxm,
@@ -95,17 +104,16 @@ PEAKS: dict[str, Peaks] = {
     "NVIDIA A30": Peaks(_A30, _rates(fp32=10.3, tf32=82, half=165, int8=330)),
     "NVIDIA A40": Peaks(_A40, _rates(fp32=37.4, tf32=74.8, half=149.7, int8=299.3)),
     "NVIDIA GeForce RTX 3090": Peaks(_GA102, _rates(fp32=35.6, tf32=35.6, half=71, int8=284)),
-    "NVIDIA H100 80GB HBM3": Peaks(_H100, _rates(fp32=66.9, tf32=494.7, half=989.4, fp8=1978.9, int8=1978.9)),
+    "NVIDIA H100 80GB HBM3": _h100_sxm,
     "NVIDIA H100 PCIe": Peaks(_H100, _rates(fp32=51.2, tf32=378, half=756, fp8=1513, int8=1513)),
-    "NVIDIA H100 NVL": Peaks(_H100_NVL, _rates(fp32=60, tf32=417.5, half=835.5, fp8=1670.5, int8=1670.5)),
+    "NVIDIA H100 NVL": Peaks(_H100_NVL, _nvl_rates),
     "NVIDIA H200": Peaks(_H200, _rates(fp32=67, tf32=494.5, half=989.5, fp8=1979, int8=1979)),
-    "NVIDIA H200 NVL": Peaks(_H200_NVL, _rates(fp32=60, tf32=417.5, half=835.5, fp8=1670.5, int8=1670.5)),
+    "NVIDIA H200 NVL": Peaks(_H200_NVL, _nvl_rates),
     "NVIDIA B200": Peaks(_B200, _rates(fp32=75, tf32=1100, half=2250, fp8=4500, int8=4500)),
     "NVIDIA L4": Peaks(_L4, _rates(fp32=30.3, tf32=60, half=121, fp8=242.5, int8=242.5)),
     "NVIDIA L40S": Peaks(_L40S, _rates(fp32=91.6, tf32=183, half=362.05, fp8=733, int8=733)),
-    "NVIDIA GeForce RTX 4090": Peaks(_ADA, _rates(fp32=82.6, tf32=82.6, half=165.2, fp8=330.3, int8=660.6)),
+    "NVIDIA GeForce RTX 4090": _rtx_4090,
 }
-# fmt: on
 
 
 def device_name(device: Any) -> str:

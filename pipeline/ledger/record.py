@@ -245,7 +245,7 @@ def _mfu(rate: Value, peak: Value) -> Value:
     """
     if rate.value is not None and peak.value is not None and rate.value > peak.value:
         return null(
-            f"{rate.value:.4g} TFLOP/s achieved is more than the peak of {peak.value:.4g}: one of them is"
-            " wrong"
+            f"{rate.value:.4g} TFLOP/s achieved is more than the peak of {peak.value:.4g}:"
+            " one of them is wrong"
         )
     return derive(lambda achieved, most: achieved / most, rate, peak)

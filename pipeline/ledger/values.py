@@ -44,7 +44,7 @@ class Value:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return `{"value", "provenance", "why_missing"}`, the form every figure has in result.json."""
+        """Return `{"value", "provenance", "why_missing"}`, as figures stand in result.json."""
         return {
             "value": self.value,
             "provenance": str(self.provenance),
@@ -95,8 +95,9 @@ _SCHEMA_1 = {"v": "value", "prov": "provenance", "why_null": "why_missing"}
 
 
 def from_schema_1(record: Any) -> Any:
-    """Return a record with every figure in today's form: schema 1 wrote `{"v", "prov", "why_null"}`.
+    """Return a record with every figure in today's form.
 
+    Schema 1 wrote `{"v", "prov", "why_null"}`.
     What is in today's form is returned as it is.
     """
     if isinstance(record, list):

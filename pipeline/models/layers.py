@@ -218,7 +218,8 @@ def _tried(source: Any, stack: str, chosen: Sequence[int], key: str) -> tuple[An
         with torch.device("meta"):
             made = type(source)(config).eval()
             with torch.no_grad(), suppress(RuntimeError):  # of kernels that the meta device lacks
-                made.apply(made._init_weights)  # pyright: ignore[reportPrivateUsage] - a reload calls it, too
+                # The initialisation that a reload of the model calls, too.
+                made.apply(made._init_weights)  # pyright: ignore[reportPrivateUsage]
     # RWKV divides by the number of its layers less one; others index what is not there
     except Exception as error:
         said = " ".join(str(error).split())[:240] or type(error).__name__

@@ -261,7 +261,8 @@ def load_config(
         # transformers has the class itself, else it would have refused
         vars(config).pop("auto_map", None)
         if missing_kernel(config) is not None:
-            config._attn_implementation = None  # pyright: ignore[reportPrivateUsage] - sdpa, else eager
+            # None has transformers choose: sdpa, else eager.
+            config._attn_implementation = None  # pyright: ignore[reportPrivateUsage]
     return config
 
 

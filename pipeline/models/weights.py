@@ -243,7 +243,8 @@ def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
             stack.enter_context(safe_open(file, framework="pt"))
             for file in sorted(folder.glob("*.safetensors"))
         ]
-        where = {str(name): weights for weights in opened for name in weights.keys()}  # noqa: SIM118 - no mapping
+        # `keys()`: what safetensors opens is no mapping.
+        where = {str(name): weights for weights in opened for name in weights.keys()}  # noqa: SIM118
         return any(
             not torch.equal(where[target].get_tensor(target), where[source].get_tensor(source))
             for target, source in ties.items()

@@ -88,7 +88,8 @@ def _testcase(name: object, verdict: Mapping[str, Any], time: str = "0") -> ET.E
 def _seconds(verdict: Mapping[str, Any]) -> str:
     """Return the seconds of all serving readings, of both sides and looks."""
     readings = verdict.get("readings") or {}
-    return f"{sum(sum(pair) for side in ('candidate_s', 'baseline_s') for pair in readings.get(side, [])):.3f}"
+    pairs = [pair for side in ("candidate_s", "baseline_s") for pair in readings.get(side, [])]
+    return f"{sum(map(sum, pairs)):.3f}"
 
 
 def _error(name: str, text: str, verdict: Mapping[str, Any]) -> ET.Element:

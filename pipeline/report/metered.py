@@ -49,8 +49,8 @@ def conclude(result: Result) -> str:
         return f"{said}; it ended {row['status']}: {one_line(row['why'])}."
     if hours["wasted"]["value"] is None:
         return (
-            f"{said}; {one_line(hours['wasted']['why_missing'])}, so none of it is called productive"
-            " or wasted."
+            f"{said}; {one_line(hours['wasted']['why_missing'])},"
+            " so none of it is called productive or wasted."
         )
     shares = ", ".join(
         f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted")

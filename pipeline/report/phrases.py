@@ -228,8 +228,8 @@ def payback_verb(payback: Value, serving: Value | None) -> str:
         )
     if serving is not None and straddles(serving):
         return (
-            f"would pay back after {count(payback['value'])} {unit} if the point estimate of its saving"
-            " held"
+            f"would pay back after {count(payback['value'])} {unit}"
+            " if the point estimate of its saving held"
         )
     if payback["value"] == 0:
         return f"pays back from the first {payback['unit']}"

@@ -2,7 +2,7 @@
 made them.
 
 store/artifacts/<digest>/   the files and artifact.json
-store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, wall times
+store/keys/<key>.json       what a stage with these settings and inputs made: artifact, rows, times
 store/tmp/                  folders being written, each locked by its writer; renamed when whole
 store/locks/                one lock per key, so that two processes do not make the same stage twice
 """

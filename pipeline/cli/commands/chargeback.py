@@ -33,13 +33,14 @@ USAGE = """Usage: python -m pipeline chargeback --from 2026-11-01 --to 2026-12-0
   --to DAY            the day after the last one (UTC)
   --by KEY            team (default), cost_center, purpose, model (or model_name), recipe
   --csv FILE          write the lines as CSV, too
-  --capacity N        devices that were there: idle capacity gets a line; DEVICE=N where there are several models
+  --capacity N        devices that were there: idle capacity gets a line; DEVICE=N where there are
+                      several models
   --root FOLDER       of the runs' store (default: mlruns)
   --uri URI           of the store itself; else MLFLOW_TRACKING_URI
 
-A stage attempt belongs to the moment it ended, what a run spent outside of stages to its end, what a run spent that has
-not ended to its last sign of life. Money of different currencies, and hours of different device models, are never
-added."""
+A stage attempt belongs to the moment it ended, what a run spent outside of stages to its end, what
+a run spent that has not ended to its last sign of life. Money of different currencies, and hours of
+different device models, are never added."""
 OPTIONS = ("--from", "--to", "--by", "--csv", "--capacity", "--root", "--uri")
 HOUR_S = 3600.0
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?://(?:/(?P<path>[^?]*))?")

@@ -27,9 +27,10 @@ USAGE = """Usage: python -m pipeline history [options]
   --root FOLDER       of the runs' store (default: mlruns)
   --uri URI           of the store itself; else MLFLOW_TRACKING_URI
 
-Step: the newest release reads below where the earlier ones (three or more, same policy and device) would have another
-one; one-sided alpha 5% for serving and for the primary quality each. Creep: what champions lost one after another since
-the best of them lies beyond the margin, and is no chance at 5%."""
+Step: the newest release reads below where the earlier ones (three or more, same policy and device)
+would have another one; one-sided alpha 5% for serving and for the primary quality each. Creep: what
+champions lost one after another since the best of them lies beyond the margin, and is no chance at
+5%."""
 OPTIONS, FLAGS = ("--model", "--last", "--root", "--uri"), ("--csv", "--fail-on-alarm")
 MOST = 10_000
 

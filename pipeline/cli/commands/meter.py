@@ -34,7 +34,8 @@ OUTLIVED_APART = (
 HELP = """Usage: python -m pipeline meter [OPTIONS] -- COMMAND [ARGUMENT ...]
        python -m pipeline meter --recover [--root FOLDER]
 
-Meters a command: time, devices, device-hours, energy, what became of the time. Its exit code is passed on.
+Meters a command: time, devices, device-hours, energy, what became of the time. Its exit code is
+passed on.
 
   --name NAME            what to call it (default: its program's name)
   --root FOLDER          where runs are kept (default: mlruns)
@@ -43,11 +44,14 @@ Meters a command: time, devices, device-hours, energy, what became of the time. 
   --team T  --cost-center C  --purpose P   whose it is; needed where PIPELINE_REQUIRE_OWNER=1
   --rate X  --currency EUR  --rate-source TEXT  --rate-date YYYY-MM-DD
                          declared price of a device-hour; one needs all four
-  --kill-after SECONDS   SIGKILL that long after the first signal that asked it to end (default: never)
+  --kill-after SECONDS   SIGKILL that long after the first signal that asked it to end
+                         (default: never)
   --no-mlflow            leave MLflow alone
   --recover              end the runs of meters that were killed, and stop
 
-In a Python program: with pipeline.phase("backward"): ...   pipeline.count(tokens=n)   (nothing happens unmetered)."""
+In a Python program, where nothing happens unmetered:
+  with pipeline.phase("backward"): ...
+  pipeline.count(tokens=n)"""
 
 
 @clean_output()

@@ -12,19 +12,24 @@ from typing import Any
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError
 
-USAGE = """Usage: python -m pipeline selftest model=REF [n=20] [policy=smoke|strict] [train="recipe=baseline ..."]
-                                   [repeats=5] [root=mlruns] [key=value ...]
+USAGE = """Usage: python -m pipeline selftest model=REF [n=20] [policy=smoke|strict]
+                                   [train="recipe=baseline ..."] [repeats=5] [root=mlruns]
+                                   [key=value ...]
 
-  model=REF       what candidate= and baseline= take in a release check: a folder, a run, models:/NAME@champion
-  n=20            trials of the model against itself, at the policy's load, blocks and looks; least saving 0
-  train="..."     a training to repeat in fresh folders: its spread is what release checks read training savings with
+  model=REF       what candidate= and baseline= take in a release check: a folder, a run,
+                  models:/NAME@champion
+  n=20            trials of the model against itself, at the policy's load, blocks and looks; least
+                  saving 0
+  train="..."     a training to repeat in fresh folders: its spread is what release checks read
+                  training savings with
   repeats=5       how often (3 or more)
   root=mlruns     tracking.root; any other setting of recipe=release_check may follow
 
-Told: false answers with intervals, the least serving saving that can be told from 0, the chance to find others.
-Exit codes: 0 no more false answers than alpha allows, 3 more of them (binomial test, one-sided 1%, for PASS and FAIL
-each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed, 7 budget spent, 75 preempted and 130
-interrupted (nothing is kept: run it again)."""
+Told: false answers with intervals, the least serving saving that can be told from 0, the chance to
+find others.
+Exit codes: 0 no more false answers than alpha allows, 3 more of them (binomial test, one-sided 1%,
+for PASS and FAIL each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed,
+7 budget spent, 75 preempted and 130 interrupted (nothing is kept: run it again)."""
 OWN = ("model", "n", "train", "repeats", "root")
 FIXED = (
     "recipe",

@@ -601,7 +601,8 @@ def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
 
 def _digest(sample: Mapping[str, Any]) -> str:
     """Return what a document is paired by: arms that were asked otherwise are not compared."""
-    return f"{sample['doc_id']}-{_short_hash([sample[name] for name in ('doc_hash', 'target_hash', 'arguments')])}"
+    content = [sample[name] for name in ("doc_hash", "target_hash", "arguments")]
+    return f"{sample['doc_id']}-{_short_hash(content)}"
 
 
 def _reported(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -193,7 +193,8 @@ def make_decoder(
             compiled=decode is Decode.compile,
             captured=on_cuda and decode is not Decode.static,
         )
-    except Exception as error:  # noqa: BLE001 -- kernels refuse capture and compilation in their own ways
+    # Kernels refuse capture and compilation in their own ways.
+    except Exception as error:  # noqa: BLE001
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Growing(model.forward, given, f"not {decode.value}: {first[:120]}")
 
