@@ -4,9 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What `make test-all` runs: everything that needs no GPU. After `make test`, MARKS='slow and not gpu' is the rest.
+MARKS ?= not gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test faults check format ui clean
+.PHONY: fuzz demo test test-all faults mutants check format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,17 +19,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline recipe=distill
 
-test: $(INSTALLED)
+test: $(INSTALLED)  # the default suite
 	$(PYTEST)
+
+test-all: $(INSTALLED)  # the slow ones too
+	$(PYTEST) -m "$(MARKS)"
+
+mutants: $(INSTALLED)  # single-line faults that the default suite must find
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly: all of them, the slow ones too
 	$(PYTEST) -m faults
 
-check: $(INSTALLED)
+check: $(INSTALLED)  # format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(PYTEST)
 
 # Thousands of damaged records, files and command lines; COUNT=10000 for a night, SEED=N for others.
 COUNT ?= 2000

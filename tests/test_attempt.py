@@ -80,6 +80,20 @@ CLOCK = Minutes()
 WORSE: dict[str, float] = {}  # factor on the bits of an arm's test documents
 
 
+def reading(
+    *, tokens: int, metric: float, minutes: float, evaluated: float = 0, constant: int = 0
+) -> dict[str, Any]:
+    """Return a point of a curve: minutes in steps until there, and in evaluations until there."""
+    return {
+        "step": tokens,
+        "tokens": tokens,
+        "metric": metric,
+        "seconds": 60.0 * minutes,
+        "eval_seconds": 60.0 * evaluated,
+        "constant": constant,
+    }
+
+
 @dataclass
 class FakeStage:
     """Takes its minutes; on attempts that do not end well, step n is saved after the n-th of
@@ -92,6 +106,10 @@ class FakeStage:
     resumes: list[int] = field(default_factory=list)  # by attempt: the step it goes on from
     ends: list[str] = field(default_factory=list)  # by attempt: ok, killed, failed
     optional: bool = False
+    says: str = ""  # beside its name, in what it makes
+    curve: list[dict[str, Any]] = field(
+        default_factory=lambda: [reading(tokens=1, metric=2.0, minutes=0)]
+    )
 
     type: ClassVar[str] = "train"
     version: ClassVar[int] = 1
@@ -133,23 +151,18 @@ class FakeStage:
             raise KeyboardInterrupt
         if end == "failed":
             raise RuntimeError("no luck")
-        (ctx.out / "model.txt").write_text(ctx.stage)
-        return Output(
-            counts={"steps_lost": measured(0)},
-            curve=[
-                {
-                    "step": 1,
-                    "tokens": 1,
-                    "metric": 2.0,
-                    "seconds": 0.0,
-                    "eval_seconds": 0.0,
-                    "constant": 0,
-                }
-            ],
-        )
+        (ctx.out / "model.txt").write_text(ctx.stage + self.says)
+        return Output(counts={"steps_lost": measured(0)}, curve=self.curve)
 
     def _tried(self, ctx: Context) -> bool:
         return (ctx.checkpoints.parent / f"{ctx.stage}.tries").is_file()
+
+
+@dataclass
+class FakeDistill(FakeStage):
+    """Names the teacher whose predictions all arms' are compared with."""
+
+    teacher: str = "teacher"
 
 
 def stages() -> dict[str, FakeStage]:
@@ -464,6 +477,48 @@ def test_another_assessment_trains_nothing_again(root: Path) -> None:
     third = invoke(root, "run-3", 1, run)
     assert of_run(third) == {"work": 0, "assess": 0, "retry": 0, "compare": 6, "overhead": 2}
     assert minutes(third.reused_h) == pytest.approx(71 + 8)
+
+
+def test_another_teacher_has_every_arm_assessed_again(root: Path) -> None:
+    """The controls do not read it, and are not made again; but their agreement with it is anew."""
+    run = the_run()
+    run.stages["teacher"] = FakeStage([30, 30])
+    run.stages["student"] = FakeDistill([20, 20], ["teacher"])
+    invoke(root, "run-1", 1, run)
+    run.stages["teacher"].says = ", taught more"
+    second = invoke(root, "run-2", 1, run)
+    assert of_run(second) == {"work": 50, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
+    assert minutes(second.reused_h) == pytest.approx(12 + 9)
+
+
+def test_a_point_of_a_curve_is_charged_with_loading_and_preparing(root: Path) -> None:
+    """Student: 20 minutes of work, 12 in steps and 2 of evaluation, so that 6 are fixed; control:
+    12 less 9 and 1, so that 2 are. Both hold Q at their second reading: 6 + 8, and 2 + 6.
+    """
+
+    def curve(*at: float, evaluated: float) -> list[dict[str, Any]]:
+        return [
+            reading(tokens=n, metric=metric, minutes=m, evaluated=evaluated, constant=1)
+            for n, (m, metric) in enumerate(zip(at, (3.0, 2.0, 2.0), strict=True), 1)
+        ]
+
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"], curve=curve(4, 8, 12, evaluated=2))
+    run.stages["control_compute"] = FakeStage([12], curve=curve(3, 6, 9, evaluated=1))
+    training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
+    assert training["rule"].startswith("first of two consecutive evaluations")
+    assert minutes(training["c_arm"]["value"]) == pytest.approx(30 + 6 + 8)
+    assert minutes(training["c_base"]["value"]) == pytest.approx(2 + 6)
+
+
+def test_goodput_of_a_stage_that_trains_is_its_productive_share(root: Path) -> None:
+    """Steps take 22 of the student's minutes, and its assessment 2."""
+    run = the_run()
+    run.stages["student"] = FakeStage([22], ["teacher"])
+    attempt = invoke(root, "run-1", 1, run)
+    counts = {row["arm"]: row["ledger"]["counts"] for row in attempt.rows}
+    assert counts["student"]["goodput"]["value"] == pytest.approx(22 / 24)
+    assert counts["teacher"]["goodput"]["value"] == pytest.approx(30 / 32)
 
 
 def test_damaged_items_are_assessed_again(root: Path) -> None:

@@ -62,11 +62,11 @@ def test_neither_energy_nor_pue_is_added_to_a_rented_rate() -> None:
     ],
 )
 def test_owned_devices_may_pay_for_what_their_facility_draws(
-    energy_j: Any, amount: float, prov: str
+    energy_j: Any, amount: float, provenance: str
 ) -> None:
     found = money(4.0, OWNED, allocated=declared(4.0), energy_j=energy_j)["amount"]
     assert found["value"] == pytest.approx(amount)
-    assert found["provenance"] == prov
+    assert found["provenance"] == provenance
 
 
 def test_facility_energy_needs_a_declared_pue() -> None:

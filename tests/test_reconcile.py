@@ -111,9 +111,54 @@ def test_what_the_ledger_writes_always_closes(
         peak=_nothing(),
     )
     assert record["meter_valid"], record["meter_problems"]
+    wasted_by = record["device_hours"]["wasted_by"]
+    if lost_ns:
+        assert wasted_by["rollback"]["value"] == pytest.approx(lost_ns * devices / 3600e9)
     broken = copy.deepcopy(record)
     broken["phases_ns"]["other"] = broken["phases_ns"].get("other", 0) + 10**9
     assert (problems(broken) != []) == bool(kept_ns + lost_ns)
+
+
+def test_every_minute_of_a_row_is_in_one_class() -> None:
+    """Two devices, an hour each: 30 minutes of steps, 6 of loading, 6 in no phase, 8 assessed, 10
+    lost.
+    """
+    minute = 60 * 10**9
+    phases = {"forward": 20, "backward": 10, "model_load": 6, "other": 6, "eval": 8}
+    record = ledger(
+        Spent(
+            work_ns=42 * minute,
+            assess_ns=8 * minute,
+            lost_ns=10 * minute,
+            lost_as="rollback",
+            phases_ns={name: minutes * minute for name, minutes in phases.items()},
+        ),
+        {},
+        devices=2,
+        device_kind="cuda",
+        cost=CostConfig(),
+        memory={},
+        disturbance=undisturbed("-"),
+        usage=unread("not read"),
+        is_training=True,
+        seconds_in_steps=None,
+        peak=_nothing(),
+    )
+    hours = dict(record["device_hours"])
+    causes = {name: each["value"] for name, each in hours.pop("wasted_by").items()}
+    assert causes == pytest.approx({"unattributed": 0.2, "rollback": 20 / 60})
+    assert {name: each["value"] for name, each in hours.items()} == pytest.approx(
+        {
+            "attached": 2.0,
+            "work": 1.4,
+            "assess": 16 / 60,
+            "retry": 20 / 60,
+            "productive": 1.0,
+            "support": 28 / 60,
+            "wasted": 32 / 60,
+        }
+    )
+    assert record["counts"]["goodput"]["value"] == pytest.approx(0.5)
 
 
 def _nothing() -> Any:
