@@ -8,7 +8,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 MARKS ?= not gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults mutants check format ui clean
+.PHONY: fuzz demo test test-all faults mutants check docs format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,10 +31,13 @@ mutants: $(INSTALLED)  # single-line faults that the default suite must find
 faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly: all of them, the slow ones too
 	$(PYTEST) -m faults
 
-check: $(INSTALLED)  # format, lint, types
+check: $(INSTALLED) docs  # format, lint, types, the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(INSTALLED)  # the site into site/; a link, an anchor or a page that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Thousands of damaged records, files and command lines; COUNT=10000 for a night, SEED=N for others.
 COUNT ?= 2000
@@ -50,4 +53,4 @@ ui: $(INSTALLED)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
 
 clean:
-	rm -rf .venv dist build *.egg-info
+	rm -rf .venv dist build site *.egg-info

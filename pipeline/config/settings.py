@@ -198,6 +198,7 @@ class QatSettings:
     steps: Optional[int] = positive(None)
     learning_rate: float = positive(2e-5)  # Source: Liu et al. 2023, arXiv 2305.17888, section 3.1
     precision: Optional[Precision] = None
+    # both distributions are divided by it before they are compared
     temperature: float = positive(1.0)
     ce_weight: float = fraction(0.0)  # of the hard labels; the rest is the unquantized model's
 
@@ -207,7 +208,7 @@ class LoraSettings(QatSettings):
     """The same, of adapters."""
 
     learning_rate: float = positive(2e-4)  # Source: Dettmers et al. 2023, arXiv 2305.14314, table 9
-    rank: int = positive(16)
+    rank: int = positive(16)  # of the adapters
     alpha: float = positive(32.0)  # what the adapters add is scaled by alpha / rank
 
 
@@ -217,10 +218,10 @@ class TinyShape:
     backend takes them.
     """
 
-    hidden_size: int = positive(192)
-    layers: int = positive(4)
-    heads: int = positive(3)
-    intermediate_size: int = positive(512)
+    hidden_size: int = positive(192)  # width
+    layers: int = positive(4)  # depth
+    heads: int = positive(3)  # attention heads
+    intermediate_size: int = positive(512)  # width of the feed-forward layers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,8 +230,8 @@ class ModelConfig:
     from `shape`.
     """
 
-    path: Optional[str] = None
-    revision: Optional[str] = None
+    path: Optional[str] = None  # a folder or Hub name; null: a model made from `shape`
+    revision: Optional[str] = None  # of a Hub name: a branch, tag or commit
     shape: TinyShape = field(default_factory=TinyShape)
     name: str = "model"  # the model_name under which costs add up over runs
 
@@ -244,11 +245,11 @@ class StudentConfig:
     (evenly spread), or a list.
     """
 
-    path: Optional[str] = None
-    revision: Optional[str] = None
+    path: Optional[str] = None  # a folder or Hub name; null: made from the source arm
+    revision: Optional[str] = None  # of a Hub name: a branch, tag or commit
     # not null: overrides are merged into it
     config: Optional[dict[str, Any]] = field(default_factory=dict)
-    layers: Any = "every_2"
+    layers: Any = "every_2"  # copied from the source arm: every_2, a count, or a list such as [0,3]
     # the arm copied from; null: the teacher of the first distill stage, else base
     source: Optional[str] = None
 
@@ -270,19 +271,20 @@ class DataConfig:
     """
 
     name: str = "stdlib"  # embedded: stdlib, stdlib_labels
-    path: Optional[str] = None
+    path: Optional[str] = None  # a file or folder; docs/data.md has the rules
     hub: Optional[str] = None  # org/name, or org/name@revision
     subset: Optional[str] = None  # a configuration of a Hub data set, or a sub-folder
     # {validation: validation_matched}: what the data calls a split
     splits: Any = field(default_factory=dict)
+    # forces what rows are read as; auto: by their columns
     format: DataFormat = DataFormat.auto
     # {text: body, label: stars}: which column has which part
     columns: Any = field(default_factory=dict)
     # {neg: negative, 0: bad}: names of classes, by the data's
     label_map: Any = field(default_factory=dict)
     group_field: Optional[str] = None  # a column: documents that share its value are of one source
-    shared_documents: Shared = Shared.drop
-    conflicting_labels: Conflicting = Conflicting.drop
+    shared_documents: Shared = Shared.drop  # documents that stand in two splits
+    conflicting_labels: Conflicting = Conflicting.drop  # texts with two labels
     task: Task = Task.causal_lm  # what `task` defaults to
     max_documents: Optional[int] = positive(None)  # per split, the first by content hash
     vocabulary_size: int = field(default=1024, metadata={"min": 300})  # of the embedded tokenizer
@@ -295,11 +297,11 @@ class PeakConfig:
     MFU divides by.
     """
 
-    fp32: Optional[float] = positive(None)
-    tf32: Optional[float] = positive(None)
-    bf16: Optional[float] = positive(None)
-    fp16: Optional[float] = positive(None)
-    fp8: Optional[float] = positive(None)
+    fp32: Optional[float] = positive(None)  # TFLOP/s, dense
+    tf32: Optional[float] = positive(None)  # TFLOP/s, dense
+    bf16: Optional[float] = positive(None)  # TFLOP/s, dense
+    fp16: Optional[float] = positive(None)  # TFLOP/s, dense
+    fp8: Optional[float] = positive(None)  # TFLOP/s, dense
 
 
 @dataclass(kw_only=True, slots=True)
@@ -308,7 +310,7 @@ class HardwareConfig:
 
     # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
     device: str = "auto"
-    devices: int = positive(1)
+    devices: int = positive(1)  # of this run; this release drives one
     num_threads: Optional[int] = positive(None)  # CPU threads of torch; null leaves torch's choice
     # null: as the vendor states for this device, if known
     peak_tflops: PeakConfig = field(default_factory=PeakConfig)
@@ -318,28 +320,28 @@ class HardwareConfig:
 class TrainingConfig:
     """One training loop serves every stage; these are its settings."""
 
-    steps: int = at_least_0(100)
+    steps: int = at_least_0(100)  # optimizer steps; 0 uses the model as it is
     # passes over train; they then say how many steps there are
     epochs: Optional[float] = positive(None)
     batch_size: int = positive(16)  # sequences (or examples) of one optimizer step
     gradient_accumulation: int = positive(1)  # micro-batches that batch_size is cut into
     sequence_length: int = field(default=128, metadata={"min": 8})  # tokens
-    learning_rate: float = positive(3e-3)
-    weight_decay: float = at_least_0(0.1)
+    learning_rate: float = positive(3e-3)  # its peak, after the warm-up
+    weight_decay: float = at_least_0(0.1)  # of AdamW, on weights of two dimensions or more
     warmup_fraction: float = fraction(0.05)  # of the steps
-    schedule: Schedule = Schedule.cosine
+    schedule: Schedule = Schedule.cosine  # of the learning rate, after the warm-up
     decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
-    max_grad_norm: float = positive(1.0)
+    max_grad_norm: float = positive(1.0)  # gradients are clipped to it
     # steps between validation readings; null: a fifth of the steps
     eval_every: Optional[int] = positive(None)
     # validation documents a reading; null: 32 texts, or 256 examples
     eval_documents: Optional[int] = positive(None)
     checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
-    checkpoint_seconds: float = positive(60.0)
+    checkpoint_seconds: float = positive(60.0)  # between two checkpoints
     # loss over its own best average
     divergence_factor: float = field(default=4.0, metadata={"above": 1})
-    compile: bool = False
-    optimizer: OptimizerKind = OptimizerKind.adamw
+    compile: bool = False  # torch.compile
+    optimizer: OptimizerKind = OptimizerKind.adamw  # what holds the two moments
     # backward computes each layer again, so that memory holds one at a time
     activation_checkpointing: bool = False
     # doubled until it is batch_size; null: that from the start
@@ -358,7 +360,7 @@ class QualityConfig:
     max_documents: Optional[int] = positive(None)  # of the test split, the first by content hash
     # causal_lm reads the head of longer ones
     max_bytes_per_document: Optional[int] = positive(None)
-    batch_size: int = positive(16)
+    batch_size: int = positive(16)  # documents scored at a time
     # tokens that a window reads; null: as in training
     sequence_length: Optional[int] = positive(None)
     # tokens predicted by a window after a document's first; null: all it reads
@@ -421,7 +423,7 @@ class ServingConfig:
     load: ServingLoad = field(default_factory=ServingLoad)
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
     blocks: int = field(default=4, metadata={"min": 2})  # of arm, base, base, arm or the reverse
-    decode: Decode = Decode.auto
+    decode: Decode = Decode.auto  # how tokens are written (causal_lm)
     dtype: ServingDtype = ServingDtype.auto  # of artifacts that are stored in fp32
     # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
     results: Any = None
@@ -458,7 +460,7 @@ class PolicyConfig:
     5% dearer.
     """
 
-    name: str = "custom"
+    name: str = "custom"  # shown in the verdict
     # by quality key; those of another task are left out
     metrics: dict[str, MetricRule] = field(default_factory=dict)
     # least saving of C, the work of the chain
@@ -514,7 +516,7 @@ class CostConfig:
     no defaults.
     """
 
-    kind: Optional[CostKind] = None
+    kind: Optional[CostKind] = None  # rented or owned devices
     # what the cloud asks, or what an owned device-hour is put at
     per_device_hour: Optional[float] = positive(None)
     currency: Optional[str] = None  # three letters: EUR
@@ -536,13 +538,13 @@ class TrackingConfig:
     `root`.
     """
 
-    root: str = "mlruns"
-    mlflow: bool = True
-    uri: Optional[str] = None
+    root: str = "mlruns"  # the folder that holds everything a run leaves
+    mlflow: bool = True  # false: journal and reports only
+    uri: Optional[str] = None  # of an MLflow server or store; null: SQLite under `root`
     experiment: Optional[str] = None  # null: the recipe's name
-    team: Optional[str] = None
-    cost_center: Optional[str] = None
-    purpose: Optional[str] = None
+    team: Optional[str] = None  # who pays, on every run and row
+    cost_center: Optional[str] = None  # likewise
+    purpose: Optional[str] = None  # likewise: what the run is for
     # refuse a run without these three; PIPELINE_REQUIRE_OWNER=1 does for all runs
     require_owner: bool = False
 
@@ -551,7 +553,9 @@ class TrackingConfig:
 class BudgetConfig:
     """A ceiling on what this run may spend."""
 
-    device_hours: Optional[float] = positive(None)
+    device_hours: Optional[float] = positive(
+        None
+    )  # a run that has spent them ends with exit code 7
 
 
 @dataclass(kw_only=True, slots=True)
@@ -570,16 +574,16 @@ class LedgerConfig:
 class Comparison:
     """A pair of arms and what it is read on."""
 
-    arm: str = "???"
-    base: str = "???"
-    on: list[Measure] = field(default_factory=list)
+    arm: str = "???"  # the stage that is judged
+    base: str = "???"  # the stage, or best_16_bit, that it is judged against
+    on: list[Measure] = field(default_factory=list)  # what it is judged on
 
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """How training computes; a stage may name another precision of its own."""
 
-    name: Precision = Precision.bf16
+    name: Precision = Precision.bf16  # of every stage that names none of its own
     loss_scale: float = positive(65536.0)  # fp16's first loss scale
     # of layers that fp8 takes: below, casting costs more than it saves
     fp8_least_width: int = positive(1024)
@@ -591,9 +595,9 @@ class PrecisionConfig:
 class Run:
     """One composed run: what a recipe and the overrides amount to."""
 
-    recipe: str = ""
-    question: str = ""
-    task: Task = Task.causal_lm
+    recipe: str = ""  # its name
+    question: str = ""  # what the recipe answers: its first comment line
+    task: Task = Task.causal_lm  # what the model is for; follows from an embedded data set
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -612,16 +616,17 @@ class Run:
     baseline: Optional[str] = None  # and what it is measured against
     # per-document values of another evaluation; null: assessed here
     candidate_items: Optional[str] = None
-    baseline_items: Optional[str] = None
+    baseline_items: Optional[str] = None  # likewise
     promote: bool = False  # a PASS moves the alias `champion`
     bootstrap: bool = False  # without a champion, the candidate becomes it
+    # of initial weights, batches and draws
     seed: int = field(default=0, metadata={"min": 0, "max": MAX_SEED})
     seeds: Optional[list[int]] = None  # runs every arm once per seed; null: [seed]
-    stages: dict[str, Any] = field(default_factory=dict)
-    compare: list[Comparison] = field(default_factory=list)
+    stages: dict[str, Any] = field(default_factory=dict)  # by name, in order
+    compare: list[Comparison] = field(default_factory=list)  # pairs of arms
     # else a quantized arm that saves neither time nor memory ends the run with 3
     allow_no_speedup: bool = False
-    primary_arm: str = ""
+    primary_arm: str = ""  # the arm that the run is about: its figures stand on the MLflow run
 
 
 def check_ranges(settings: Any, prefix: str = "") -> None:

@@ -37,7 +37,7 @@ class CaptureStage:
     teacher: str = "teacher"  # base, or an earlier stage
     # the training stage whose windows are captured: its length, batch size, steps and seed
     like: str = "student"
-    method: CaptureMethod = CaptureMethod.sample
+    method: CaptureMethod = CaptureMethod.sample  # what is kept of each distribution
     # null: as 72 bytes a token hold
     draws: Optional[int] = field(default=None, metadata={"min": 12, "max": 64})
     k: Optional[int] = positive(None)  # of top_k; null: as 72 bytes a token hold

@@ -54,12 +54,12 @@ MIXTURES = {Divergence.jsd: 0.5, Divergence.skewed_kl: 0.1, Divergence.skewed_re
 class DistillStage(TrainingOverrides):
     """Settings of a `distill` stage."""
 
-    model: str = STUDENT_INIT
+    model: str = STUDENT_INIT  # starts from: student_init, base, or an earlier stage
     teacher: str = "teacher"  # base, or an earlier stage
-    divergence: Divergence = Divergence.forward_kl
+    divergence: Divergence = Divergence.forward_kl  # how the two distributions are compared
     # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
     mixture: Optional[float] = None
-    temperature: float = positive(1.0)
+    temperature: float = positive(1.0)  # both distributions are divided by it
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
     # of hidden states drawn to the teacher's; 0: they are not looked at
     hidden_weight: float = at_least_0(0.0)

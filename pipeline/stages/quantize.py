@@ -59,7 +59,7 @@ class QuantizeStage:
 
     optional: bool = False
     model: str = BASE  # base, or an earlier stage
-    format: Format = Format.int8
+    format: Format = Format.int8  # of the weights; auto searches for one
     # patterns of layers to quantize (*.mlp.*); empty: all of the body
     include: list[str] = field(default_factory=list)
     # patterns of layers that are left alone all the same
@@ -69,7 +69,7 @@ class QuantizeStage:
     smoothing: Optional[float] = fraction(None)
     # file of documents that smoothing looks at; null: the first of train
     calibration: Optional[str] = None
-    calibration_documents: int = positive(CALIBRATION_DOCUMENTS)
+    calibration_documents: int = positive(CALIBRATION_DOCUMENTS)  # that smoothing looks at
     # largest loss of quality on validation; null: quality.margin
     tolerance: Optional[float] = at_least_0(None)
     # Of format=auto:
