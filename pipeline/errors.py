@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from enum import IntEnum
 
-from pipeline.report.text import one_line
-
 LINE = 2000  # characters: what others chose, and exceptions of libraries, can be pages
+_ANSI = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """Return `text` on one line, without escape sequences, control or invisible characters, cut at
+    `limit`.
+    """
+    visible = (
+        c
+        for c in _ANSI.sub("", str(text))
+        if c.isspace() or not unicodedata.category(c).startswith("C")
+    )
+    plain = " ".join("".join(visible).split())
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 class Exit(IntEnum):

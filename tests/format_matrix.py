@@ -22,9 +22,9 @@ import pipeline.quantization.backend as backend
 from pipeline.config.settings import Format, Task
 from pipeline.errors import UserError
 from pipeline.models.load import load_model, save_model
+from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.quantization.fresh_process import align, forward_digests
 from pipeline.quantization.reload_check import Reference, auto_class
-from pipeline.quantization.sixteen import stored_dtype
 
 CPU = torch.device("cpu")
 KEY = "stages.small.format"

@@ -243,7 +243,7 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     # no model there
-    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)
+    monkeypatch.setattr("pipeline.models.sixteen_bits.stored_said", lambda *_: None)
     monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
     monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)  # likewise
     base = tmp_path / "base"

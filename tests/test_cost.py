@@ -10,7 +10,7 @@ import pytest
 from make_result import make_row, value
 
 from pipeline.cli.main import main
-from pipeline.cli.validate import check_owner
+from pipeline.config.owner import check_owner
 from pipeline.config.settings import CostConfig, CostKind
 from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost, facility_energy, money, priced

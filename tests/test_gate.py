@@ -25,10 +25,10 @@ from test_run import TINY
 
 from pipeline.errors import UserError
 from pipeline.evaluation.serving import measure as serving
-from pipeline.gate.record import as_recorded, checksum, recall, record
 from pipeline.ledger.values import measured, null
 from pipeline.runs import assemble, opening
 from pipeline.store.artifacts import Store
+from pipeline.store.verdicts import as_recorded, checksum, recall, record
 from pipeline.tracking.deliver import deliver
 
 GATE = [

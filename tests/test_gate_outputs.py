@@ -28,7 +28,6 @@ from markdown_it import MarkdownIt
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import BudgetSpent, Preempted, exit_of
-from pipeline.gate.record import as_recorded, checksum
 from pipeline.ledger.schema import VERDICT_SCHEMA
 from pipeline.ledger.values import null
 from pipeline.report.conclusion import conclude
@@ -37,6 +36,7 @@ from pipeline.report.junit import junit
 from pipeline.report.markdown import markdown
 from pipeline.report.verdict import markdown_line, verdict_line, verdict_section, verdict_words
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
+from pipeline.store.verdicts import as_recorded, checksum
 
 ROOT = Path(__file__).parent.parent
 CRASHED: dict[str, Any] = {

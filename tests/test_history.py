@@ -32,10 +32,10 @@ from pipeline.compare.history import (
 )
 from pipeline.compare.statistics import abba_saving, look_alpha
 from pipeline.gate.history import as_json, history_of, of_verdict
-from pipeline.gate.record import as_recorded, checksum
 from pipeline.ledger.journal import Journal
 from pipeline.report.history import recent, to_csv
 from pipeline.report.verdict import verdict_section
+from pipeline.store.verdicts import as_recorded, checksum
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.registry import Candidate, promote, read_verdicts
 

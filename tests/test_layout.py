@@ -1,8 +1,15 @@
-"""How the source is laid out: the width of a line, and a formatter that is never switched off."""
+"""How the source is laid out: the width of a line, and which module may know which.
+
+Every import counts, wherever it stands: at the top of a module, inside a function, or for type
+checkers alone. A circle of lazy imports is a circle all the same: neither module can be read, moved
+or tested without the other.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +20,48 @@ WIDEST = 100
 PRAGMA = re.compile(r"\s+# (?:noqa: \w+|(?:type|pyright): ignore(?:\[[\w-]+\])?)$")
 """What a checker reads can stand nowhere but at its line's end; the formatter does not count it."""
 SWITCHED_OFF = re.compile(r"#\s*fmt:\s*(?:skip|off)|#\s*yapf:\s*disable")
+
+LAYERS = (
+    ("errors",),
+    ("config",),
+    ("ledger",),
+    ("store", "compare"),
+    ("models",),
+    ("data",),
+    ("distillation", "evaluation"),
+    ("training", "quantization"),
+    ("report",),
+    ("tracking",),
+    ("stages",),
+    ("gate",),
+    ("runs",),
+    ("cli",),
+    ("__main__",),
+)
+"""Top-level names of `pipeline/`, the lowest first: each may import those before it, and itself."""
+LIBRARIES = {"mlflow": {"tracking"}, "hydra": {"cli", "config"}, "omegaconf": {"cli", "config"}}
+"""Libraries that only some may import."""
+UPWARDS_STILL = {
+    ("report.conclusion", "stages.release"),
+    ("report.view", "stages.settings"),
+    ("gate.judge", "runs.attempt"),
+    ("gate.judge", "runs.comparison"),
+}
+"""Imports against `LAYERS` that are still there."""
+CIRCLES_STILL = [
+    {
+        "stages.capture",
+        "stages.capturing",
+        "stages.distill",
+        "stages.teaching",
+        "stages.train",
+        "stages.training",
+    },
+    {"stages.recover", "stages.recovering"},
+    {"runs.attempt", "runs.recovery", "runs.rows"},
+]
+"""Circles that are still there."""
+Graph = Mapping[str, set[str]]
 
 
 def sources() -> list[Path]:
@@ -42,3 +91,125 @@ def test_no_line_is_wide_and_the_formatter_is_never_switched_off() -> None:
 def test_the_checks_above_can_fail(line: str) -> None:
     assert complaints("x = 1\n" + line)[0].startswith("line 2: ")
     assert complaints("x" * 100 + "  # noqa: E501") == []
+
+
+# -- who imports whom -----------------------------------------------------------------------------
+
+
+def imported(text: str) -> Iterator[str]:
+    """Yield the full names that a module imports; of `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert node.level == 0, "imports are written out"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(root: Path) -> dict[str, str]:
+    """Return the text of every module below `root/pipeline`, by its name without `pipeline.`."""
+    found: dict[str, str] = {}
+    for path in (root / "pipeline").rglob("*.py"):
+        parts = path.relative_to(root / "pipeline").with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:  # the package itself, which every import runs first
+            found[name] = path.read_text()
+    return found
+
+
+def graph_of(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return which modules each module imports; a package stands for its `__init__`."""
+    return {
+        name: {
+            other
+            for each in imported(text)
+            if (other := each.removeprefix("pipeline.")) in texts and other != name
+        }
+        for name, text in texts.items()
+    }
+
+
+def circles(graph: Graph) -> list[set[str]]:
+    """Return the strongly connected components of more than one module.
+
+    Source: Tarjan 1972, SIAM Journal on Computing 1(2).
+    """
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in order:
+                visit(other)
+                lowest[name] = min(lowest[name], lowest[other])
+            elif other in stack:
+                lowest[name] = min(lowest[name], order[other])
+        if lowest[name] == order[name]:
+            at = stack.index(name)
+            component = set(stack[at:])
+            del stack[at:]
+            if len(component) > 1:
+                found.append(component)
+
+    for name in sorted(graph):
+        if name not in order:
+            visit(name)
+    return found
+
+
+def upwards(graph: Graph) -> set[tuple[str, str]]:
+    """Return the imports of what stands higher, or beside, in `LAYERS`."""
+    height = {name: at for at, names in enumerate(LAYERS) for name in names}
+
+    def may(name: str, other: str) -> bool:
+        own, its = name.partition(".")[0], other.partition(".")[0]
+        return own == its or height[own] > height[its]
+
+    return {(name, other) for name in graph for other in graph[name] if not may(name, other)}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    found = circles(graph_of(modules(ROOT)))
+    assert sorted(map(sorted, found)) == sorted(map(sorted, CIRCLES_STILL))
+
+
+def test_imports_point_downwards() -> None:
+    assert upwards(graph_of(modules(ROOT))) == UPWARDS_STILL
+
+
+def test_what_is_still_wrong_is_of_runs_and_stages() -> None:
+    for name, other in UPWARDS_STILL:
+        assert {name.partition(".")[0], other.partition(".")[0]} & {"runs", "stages"}
+    assert {name.partition(".")[0] for each in CIRCLES_STILL for name in each} <= {"runs", "stages"}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_known_where_it_belongs(library: str) -> None:
+    texts = modules(ROOT)
+    importers = {
+        name.partition(".")[0]
+        for name, text in texts.items()
+        if any(each.partition(".")[0] == library for each in imported(text))
+    }
+    assert importers
+    assert importers <= LIBRARIES[library]
+
+
+def test_every_import_counts() -> None:
+    texts = {
+        "models.a": "def f():\n    from pipeline.models import b\n",
+        "models.b": "if TYPE_CHECKING:\n    from pipeline.models.c import C\n",
+        "models.c": "import pipeline.models.a\nimport pipeline.models.d\n",
+        "models.d": "from pipeline.cli.main import main\n",
+        "cli.main": "from pipeline.models import a\n",
+    }
+    graph = graph_of(texts)
+    assert circles(graph) == [{"models.a", "models.b", "models.c", "models.d", "cli.main"}]
+    assert upwards(graph) == {("models.d", "cli.main")}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []

@@ -352,7 +352,7 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     FakeCuda(monkeypatch)
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     # no model there
-    monkeypatch.setattr("pipeline.quantization.sixteen.stored_said", lambda *_: None)
+    monkeypatch.setattr("pipeline.models.sixteen_bits.stored_said", lambda *_: None)
     monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
     monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)
     monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))

@@ -21,8 +21,9 @@ import pipeline.quantization.backend as backend
 from pipeline.config.settings import Format, Prefer, Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.evaluation.quality import assess
+from pipeline.models import sixteen_bits
 from pipeline.models.load import load_model, save_model
-from pipeline.quantization import bnb, reload_check, sixteen
+from pipeline.quantization import bnb, reload_check
 from pipeline.quantization.backend import quantize
 from pipeline.quantization.search import Searcher, Trial
 from pipeline.quantization.trials import Bench
@@ -344,7 +345,7 @@ def test_a_ladder_goes_past_a_format_that_is_none_for_this_model(
 ) -> None:
     """What was asked for is refused, its training too; the next format is taken."""
     monkeypatch.setattr(
-        sixteen, "product_ratio", lambda fmt, _: 2.0 if fmt is Format.bf16 else 80.0
+        sixteen_bits, "product_ratio", lambda fmt, _: 2.0 if fmt is Format.bf16 else 80.0
     )
     plain = bnb.load_quantized
     able = [Format.nf4]
@@ -370,7 +371,7 @@ def test_a_ladder_without_any_rung_is_refused_or_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sixteen, "product_ratio", lambda fmt, _: 2.0 if fmt is Format.bf16 else 80.0
+        sixteen_bits, "product_ratio", lambda fmt, _: 2.0 if fmt is Format.bf16 else 80.0
     )
     monkeypatch.setattr(bnb, "load_quantized", raising(KeyError("absmax")))
     done = here(tmp_path, *LADDER, "stages.quantized.recover=[lora]", "tracking.root=second")

@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeline.quantization.backend
 from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.models import sixteen_bits
 from pipeline.models.load import load_model
-from pipeline.quantization import fake, sixteen
+from pipeline.quantization import fake
 from pipeline.quantization.backend import LIBRARIES, backend_of, quantize, why_not
 from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quantize
 from pipeline.quantization.fresh_process import ALIGNMENT, align
@@ -46,7 +47,7 @@ def units(monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     ratio = [2.0]
     monkeypatch.setattr(
-        sixteen, "product_ratio", lambda fmt, _: ratio[0] if fmt is Format.bf16 else 80.0
+        sixteen_bits, "product_ratio", lambda fmt, _: ratio[0] if fmt is Format.bf16 else 80.0
     )
 
     def take(bf16: float) -> None:

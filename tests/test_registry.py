@@ -28,8 +28,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline.errors import UserError
-from pipeline.gate.record import checksum
 from pipeline.ledger.journal import Journal
+from pipeline.store.verdicts import checksum
 from pipeline.tracking import registry
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.registry import (

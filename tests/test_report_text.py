@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pipeline.report.text import bullet, columns, markdown_text, one_line, pad, shorten, wrap
+from pipeline.errors import one_line
+from pipeline.report.text import bullet, columns, markdown_text, pad, shorten, wrap
 
 HOSTILE = [
     "a|b",

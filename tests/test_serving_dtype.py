@@ -36,8 +36,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.serving import dtype as serving_dtype
 from pipeline.evaluation.serving.dtype import choose_dtype, drift_of
 from pipeline.ledger.phases import PhaseClock
+from pipeline.models import sixteen_bits
 from pipeline.models.load import load_model, save_model
-from pipeline.quantization import sixteen
 from pipeline.report.conclusion import conclude
 from pipeline.stages.train import TrainStage
 
@@ -52,7 +52,7 @@ def units(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
 
     def take(bf16: float, fp16: float = 80.0) -> None:
         ratios = {Format.bf16: bf16, Format.fp16: fp16}
-        monkeypatch.setattr(sixteen, "product_ratio", lambda fmt, _: ratios[fmt])
+        monkeypatch.setattr(sixteen_bits, "product_ratio", lambda fmt, _: ratios[fmt])
 
     take(0.5)
     return take
@@ -202,7 +202,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
     """`recipe=quantize` on a CPU with units for bf16."""
     cwd = tmp_path_factory.mktemp("quantize")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sixteen, "product_ratio", lambda fmt, _: 0.5 if fmt is Format.bf16 else 80.0)
+        patch.setattr(
+            sixteen_bits, "product_ratio", lambda fmt, _: 0.5 if fmt is Format.bf16 else 80.0
+        )
         patch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)
         done = here(cwd, "recipe=quantize", "~stages.nf4", *TINY, *QUIET, *WITHOUT_NF4)
     assert done.returncode == 0, done.stderr

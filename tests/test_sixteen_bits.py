@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.settings import SIXTEEN_BITS, Format, Prefer, Run, Task
 from pipeline.errors import UserError
+from pipeline.models import sixteen_bits
 from pipeline.models.load import load_config, load_model, save_model
 from pipeline.quantization import backend, sixteen
 from pipeline.quantization.backend import quantize, why_not
@@ -35,7 +36,7 @@ def units(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def take(bf16: float, fp16: float = 80.0) -> None:
         ratios = {Format.bf16: bf16, Format.fp16: fp16}
-        monkeypatch.setattr(sixteen, "product_ratio", lambda fmt, _: ratios[fmt])
+        monkeypatch.setattr(sixteen_bits, "product_ratio", lambda fmt, _: ratios[fmt])
 
     take(0.5)
     return take
@@ -84,20 +85,20 @@ def test_it_is_loaded_as_it_is_to_be_assessed_and_in_fp32_to_be_trained(
     monkeypatch.setattr(backend, "check_bit_equal", lambda *_, **__: None)
     given = saved(tiny(Task.causal_lm), tmp_path / "source")
     quantize(given, tmp_path / "out", Format.bf16, Task.causal_lm, device=CPU, key=KEY)
-    assert sixteen.stored_dtype(given, CPU) is torch.float32
-    assert sixteen.stored_dtype(tmp_path / "out", CPU) is torch.bfloat16
-    assert sixteen.stored_said(tmp_path / "out", CPU) is None
+    assert sixteen_bits.stored_dtype(given, CPU) is torch.float32
+    assert sixteen_bits.stored_dtype(tmp_path / "out", CPU) is torch.bfloat16
+    assert sixteen_bits.stored_said(tmp_path / "out", CPU) is None
     as_it_is = load_model(
-        tmp_path / "out", Task.causal_lm, dtype=sixteen.stored_dtype(tmp_path / "out", CPU)
+        tmp_path / "out", Task.causal_lm, dtype=sixteen_bits.stored_dtype(tmp_path / "out", CPU)
     )
     to_train = load_model(tmp_path / "out", Task.causal_lm)
     for (name, own), master in zip(as_it_is.named_parameters(), to_train.parameters(), strict=True):
         assert (own.dtype, master.dtype) == (torch.bfloat16, torch.float32), name
         assert torch.equal(own.float(), master), name
     units(80.0)  # an older machine reads the same folder: in fp32, and says so
-    assert sixteen.stored_dtype(tmp_path / "out", CPU) is torch.float32
+    assert sixteen_bits.stored_dtype(tmp_path / "out", CPU) is torch.float32
     assert "stored in bf16, computed in fp32: a product in bf16 takes 80 times" in (
-        sixteen.stored_said(tmp_path / "out", CPU) or ""
+        sixteen_bits.stored_said(tmp_path / "out", CPU) or ""
     )
 
 
@@ -117,19 +118,19 @@ def test_a_fresh_process_proves_it(tmp_path: Path, units: Any) -> None:
 
 def test_a_device_without_units_is_told_by_a_product(units: Any) -> None:
     units(0.5, 80.0)
-    assert (why_not(Format.bf16, CPU), sixteen.units_said(Format.bf16, CPU)) == (None, "")
+    assert (why_not(Format.bf16, CPU), sixteen_bits.units_said(Format.bf16, CPU)) == (None, "")
     assert (
         why_not(Format.fp16, CPU)
         == "a product in fp16 takes 80 times fp32's time on this cpu, which has no units for it"
     )
-    assert sixteen.best_first(CPU) == [Format.bf16, Format.fp16]
+    assert sixteen_bits.best_first(CPU) == [Format.bf16, Format.fp16]
     units(2.5, 0.7)
     assert why_not(Format.bf16, CPU) is None
     assert (
         "this cpu has no units for bf16 (a product takes 2.5 times fp32's time)"
-        in sixteen.units_said(Format.bf16, CPU)
+        in sixteen_bits.units_said(Format.bf16, CPU)
     )
-    assert sixteen.best_first(CPU) == [Format.fp16, Format.bf16]
+    assert sixteen_bits.best_first(CPU) == [Format.fp16, Format.bf16]
     units(float("inf"))
     assert "cannot be computed on this cpu" in (why_not(Format.bf16, CPU) or "")
     with pytest.raises(UserError) as error:
@@ -161,9 +162,9 @@ def test_the_product_is_timed_on_a_cpu_that_is_made_older() -> None:
     seen.
     """
     code = (
-        "import torch; from pipeline.config.settings import Format; from pipeline.quantization"
-        " import sixteen; print(sixteen.product_ratio(Format.bf16, 'cpu'),"
-        " sixteen.has_units(Format.bf16, torch.device('cpu')))"
+        "import torch; from pipeline.config.settings import Format; from pipeline.models"
+        " import sixteen_bits; print(sixteen_bits.product_ratio(Format.bf16, 'cpu'),"
+        " sixteen_bits.has_units(Format.bf16, torch.device('cpu')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -28,8 +28,16 @@ from pipeline.cli.recipes import (
     refuse_code_keys,
 )
 from pipeline.config.redaction import clean_output
-from pipeline.errors import LINE, BudgetSpent, Exit, Preempted, StageFailed, Unparsable, UserError
-from pipeline.report.text import one_line
+from pipeline.errors import (
+    LINE,
+    BudgetSpent,
+    Exit,
+    Preempted,
+    StageFailed,
+    Unparsable,
+    UserError,
+    one_line,
+)
 from pipeline.runs.signals import as_the_stop, heed, on_stop_signal
 
 Deliveries = list[Callable[[], str]]

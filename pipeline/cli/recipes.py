@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.text_files import NotAFile, read_bytes, read_text_file
+from pipeline.config.yaml_files import MAX_BYTES, check_growth
 from pipeline.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder pipeline/
-MAX_BYTES = 2**18  # of a recipe; the longest that ships has 2 KiB
-MAX_NODES, MAX_DEPTH = 20_000, 32  # of a recipe whose aliases are written out
 REMEDY = "start from a copy of a shipped recipe"
 GROUPS = (
     "model",
@@ -163,7 +162,7 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        check_growth(path, text, "recipe")
+        check_growth(path, text, "recipe", REMEDY)
         _check_tags(path, text)
         node = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, *ODD_TO_OMEGACONF) as error:
@@ -184,43 +183,6 @@ def _check_tags(path: Path, text: str) -> None:
         tag = getattr(event, "tag", None)
         if tag is not None and tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
             raise _refused(path, tag, "is a tag, which makes an object", "write plain settings")
-
-
-def check_growth(path: Path, text: str, key: str) -> None:
-    """Refuse YAML that grows when it is read: nesting, aliases of aliases.
-
-    Raises:
-        UserError: For the setting `key`.
-        yaml.YAMLError: If it is no YAML.
-    """
-    import yaml
-
-    sizes: dict[str, int] = {}  # by anchor, nodes when written out
-    # collections around here, with the nodes in each so far
-    opened: list[tuple[str | None, int]] = [(None, 0)]
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        size = 0
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise UserError(
-                    key, f"{path}: *{event.anchor} stands for what it is part of", "write it out"
-                )
-            size = sizes[event.anchor]
-        elif isinstance(event, yaml.ScalarEvent):
-            size = 1
-            if event.anchor is not None:
-                sizes[event.anchor] = size
-        elif isinstance(event, yaml.CollectionStartEvent):
-            opened.append((event.anchor, 1))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = opened.pop()
-            if anchor is not None:
-                sizes[anchor] = size
-        opened[-1] = (opened[-1][0], opened[-1][1] + size)
-        if len(opened) > MAX_DEPTH or opened[-1][1] > MAX_NODES:
-            raise UserError(
-                key, f"{path} is too deep or too long when its aliases are written out", REMEDY
-            )
 
 
 def _check_keys(path: Path, settings: dict[Any, Any]) -> None:

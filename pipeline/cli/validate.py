@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.arms import BEST_16_BIT
+from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
 from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
 from pipeline.config.text_files import why_no_file
@@ -26,8 +26,6 @@ from pipeline.stages.capture import CaptureStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.settings import BASE, RESERVED
 from pipeline.stages.table import STAGES, Stage
-
-OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -52,27 +50,6 @@ def validate(run: Run) -> None:
     _check_arms(run)
     _check_sources(run)
     _check_rest(run)
-
-
-def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:
-    """Refuse a run that nobody owns where an owner is required, by the setting or by
-    PIPELINE_REQUIRE_OWNER.
-
-    Args:
-        owner: Who pays, by the names in `OWNER`; others are not looked at.
-
-    Raises:
-        UserError: Naming all that is missing.
-    """
-    if not required and os.environ.get("PIPELINE_REQUIRE_OWNER", "") in ("", "0", "false"):
-        return
-    missing = [f"tracking.{name}" for name in OWNER if not (owner.get(name) or "").strip()]
-    if missing:
-        raise UserError(
-            ", ".join(missing),
-            "not given, and every run needs an owner here",
-            f"give {missing[0]}=...",
-        )
 
 
 def _check_stages(run: Run) -> None:

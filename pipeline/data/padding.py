@@ -150,7 +150,7 @@ def _probes(model: Any) -> list[_Probe]:
     """
     from pipeline.config.settings import Task
     from pipeline.models.load import ends_once, positions
-    from pipeline.models.weights import vocabulary_of
+    from pipeline.models.vocabulary import vocabulary_of
 
     size, limit = vocabulary_of(model) or 256, positions(model.config) or max(PROBES)
     end, fill = (

@@ -38,7 +38,6 @@ from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.quality.recorded import read_identity, values_digest
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
-from pipeline.gate.record import Verdict
 from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.values import Value, null
@@ -47,6 +46,7 @@ from pipeline.runs.attempt import device_name
 from pipeline.runs.comparison import OTHER_TOKENIZER, available, other_tokenizers
 from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store.artifacts import plain
+from pipeline.store.verdicts import Verdict
 
 if TYPE_CHECKING:
     from pipeline.evaluation.serving.measure import ServePass

@@ -20,10 +20,10 @@ from pipeline.compare.verdict import Outcome
 from pipeline.config.settings import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
-from pipeline.gate.record import Verdict, recall
 from pipeline.gate.references import Places, Release, resolve
 from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store.artifacts import Store, key_of, plain
+from pipeline.store.verdicts import Verdict, recall
 
 
 @dataclass(slots=True)

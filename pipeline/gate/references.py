@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.commands.register import model_files
 from pipeline.compare.savings import Spend
 from pipeline.errors import UserError
 from pipeline.ledger.records import ENDED, parsed, read_record
 from pipeline.ledger.values import Value
+from pipeline.models.files import model_files
 from pipeline.store.artifacts import MANIFEST, Artifact, Store, bring, digest_given, facts_of
 from pipeline.tracking.deliver import store_uri
 

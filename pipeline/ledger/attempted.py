@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
-from pipeline.report.text import one_line
+from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError, one_line
 
 Result = TypeVar("Result")
 REASON = 300  # characters of a library's message

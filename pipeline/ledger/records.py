@@ -2,7 +2,7 @@
 Else it is not there.
 
 A damaged record is said once, by its file, and what it recorded is made or measured again. What
-must not be forgotten silently, a verdict, is refused instead (`gate/record.py`).
+must not be forgotten silently, a verdict, is refused instead (`store/verdicts.py`).
 """
 
 from __future__ import annotations

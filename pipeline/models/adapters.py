@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.ties import part_ties
+from pipeline.models.vocabulary import probe
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -211,8 +213,6 @@ def _merged(adapted: Any, folder: Path, key: str) -> Any:
     """
     import torch
 
-    from pipeline.models.weights import part_ties
-
     base = adapted.get_base_model()
     before = _logits(base)
     _part_adapted(base)
@@ -236,8 +236,6 @@ def _merged(adapted: Any, folder: Path, key: str) -> Any:
 def _logits(model: Any) -> Any:
     """Return what a model says of a few tokens, in fp32."""
     import torch
-
-    from pipeline.models.weights import probe
 
     with torch.no_grad():
         return model.eval()(input_ids=probe(model).to(model.device)).logits.float()

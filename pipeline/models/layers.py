@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.settings import Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models.load import auto_class, text_config_of
-from pipeline.models.weights import keep_attention, name_body, probe
+from pipeline.models.vocabulary import probe
+from pipeline.models.weights import keep_attention, name_body
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,31 +15,23 @@ from pipeline.models.adapters import PICKLED as PICKLED_ADAPTER
 from pipeline.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from pipeline.models.adapters import base_of, is_adapter, merge, shapes_in, without_adapter
 from pipeline.models.classes import match_classes, read_in_order, refuse_other_problem
+from pipeline.models.ties import differs_in_ties, part_ties
 from pipeline.models.weights import (
-    differs_in_ties,
     head_parameters,
     keep_attention,
     name_body,
-    part_ties,
     refuse_incomplete,
     refuse_unexpected,
     renew_head,
     share_as_written,
 )
+from pipeline.store.file_names import PICKLE_WEIGHTS
 from pipeline.store.hub import offline_without_network
 from pipeline.store.waiting import waiting_for
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-PICKLE_WEIGHTS = (
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "model.pt",
-    "model.pth",
-    "consolidated.00.pth",
-)
 
 
 def check_model_folder(path: Path, key: str) -> None:
@@ -485,7 +477,7 @@ def _load(
     if not quantized:
         model.to(device)
     if quantized_by(config) == "torchao":
-        from pipeline.quantization.ao import leave_inference_mode
+        from pipeline.models.torchao_experts import leave_inference_mode
 
         leave_inference_mode(model)
     return model.eval(), [note for note in notes if note is not None]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from pipeline.errors import UserError
 from pipeline.models.heads import REMEDY, WRITER, no_head
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 # Buffers that older versions of transformers stored, and that every version computes from the
@@ -35,8 +33,6 @@ _OTHER_TASKS = (
     "AutoModelForImageTextToText",
 )
 SHOWN = 3  # names of a note
-PROBE_TOKENS = 8
-UNBOUNDED = 0x110000  # of a model without a vocabulary: characters are its tokens
 
 
 def refuse_incomplete(
@@ -163,95 +159,6 @@ def name_body(model: Any) -> None:
         model.base_model_prefix = "model"
 
 
-def vocabulary_of(model: Any) -> int | None:
-    """Return how many tokens a model has embeddings for; None where it hashes them, and knows no
-    end (CANINE).
-    """
-    embedding: Any = None
-    with suppress(NotImplementedError):
-        embedding = model.get_input_embeddings()
-    size = getattr(embedding, "num_embeddings", None)
-    if size is None and getattr(embedding, "weight", None) is not None:  # I-BERT's own class
-        size = len(embedding.weight)
-    if size is None:
-        size = getattr(model.config.get_text_config(), "vocab_size", None)
-    return None if size is None else int(size)
-
-
-def probe(model: Any) -> torch.Tensor:
-    """Return a few different tokens, (1, T), the last of them the end where some model finds
-    that.
-    """
-    import torch
-
-    ids = (torch.arange(PROBE_TOKENS) * 7 + 3).remainder(vocabulary_of(model) or UNBOUNDED)
-    end = model.config.get_text_config().eos_token_id
-    end = end[0] if isinstance(end, list) and end else end
-    if isinstance(end, int) and 0 <= end < (vocabulary_of(model) or UNBOUNDED):
-        ids[ids == end] = (end + 1) % (vocabulary_of(model) or UNBOUNDED)
-        ids[-1] = end
-    return ids[None]
-
-
-def part_ties(model: Any) -> None:
-    """Have a model's configuration say that its weights are not tied, where some that it ties are
-    apart.
-
-    transformers loads both ends of a tie that a file holds with other values, leaves them apart,
-    and leaves
-    `tie_word_embeddings` true: whatever is built from that configuration, or asked to tie again, is
-        another model.
-    """
-    import torch
-
-    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    ends = {
-        target: (model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(source))
-        for target, source in ties.items()
-    }
-    if all(target is source for target, source in ends.values()):
-        return
-    for name, (target, source) in ends.items():
-        # the flag is one for all ties, and two names of one tensor cannot be saved without it
-        if target is source:
-            parent, _, own = name.rpartition(".")
-            trains = target.requires_grad
-            setattr(
-                model.get_submodule(parent),
-                own,
-                torch.nn.Parameter(target.detach().clone(), trains),
-            )
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for each in () if config is None else (config, config.get_text_config()):
-            each.tie_word_embeddings = False
-        if hasattr(module, "all_tied_weights_keys"):
-            module.all_tied_weights_keys = {}
-
-
-def differs_in_ties(folder: Path, ties: Mapping[str, str]) -> bool:
-    """Whether a folder's weights hold both ends of a tie, and hold them with other values.
-
-    Args:
-        ties: The name of a weight by that of another which is to be the same.
-    """
-    import torch
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        opened = [
-            stack.enter_context(safe_open(file, framework="pt"))
-            for file in sorted(folder.glob("*.safetensors"))
-        ]
-        # `keys()`: what safetensors opens is no mapping.
-        where = {str(name): weights for weights in opened for name in weights.keys()}  # noqa: SIM118
-        return any(
-            not torch.equal(where[target].get_tensor(target), where[source].get_tensor(source))
-            for target, source in ties.items()
-            if target in where and source in where
-        )
-
-
 def keep_attention(model: Any) -> None:
     """Have a model that changes its attention for a short text (BigBird) read the next one as it is
     configured.
@@ -357,3 +264,8 @@ def share_as_written(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files (`*.safetensors`) in a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -20,8 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,32 +197,6 @@ def is_quantized(module: torch.nn.Module) -> bool:
     from torchao.utils import TorchAOBaseTensor
 
     return any(isinstance(own, TorchAOBaseTensor) for own in module.parameters(recurse=False))
-
-
-def leave_inference_mode(model: Any) -> None:
-    """Have the fused experts of a quantized model compute outside of `torch.inference_mode`, in
-    place.
-
-    torchao's tensors cannot be indexed by expert inside of it ("Cannot set version_counter for
-    inference tensor").
-    """
-    from torchao.utils import TorchAOBaseTensor
-
-    for module in model.modules():
-        own = module.parameters(recurse=False)
-        if any(isinstance(each, TorchAOBaseTensor) and each.dim() == 3 for each in own):
-            module.forward = _outside(module.forward)
-
-
-def _outside(forward: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    @wraps(forward)
-    def computed(*args: Any, **more: Any) -> Any:
-        with torch.inference_mode(mode=False), torch.no_grad():
-            return forward(*args, **more)
-
-    return computed
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -31,6 +31,7 @@ from pipeline.models.load import (
     quantized_by,
     save_model,
 )
+from pipeline.models.weights import weights_bytes
 from pipeline.quantization import ao, bnb, sixteen
 from pipeline.quantization.layers import (
     EVERY_LAYER,
@@ -41,7 +42,6 @@ from pipeline.quantization.layers import (
     count_parameters,
     make_twin,
     plan_layers,
-    weights_bytes,
 )
 from pipeline.quantization.reload_check import Reference, check_bit_equal, take_reference
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import Task
@@ -271,8 +270,3 @@ def _experts(name: str, module: Any) -> Layer | None:
         fused=tuple(own),
         known=transposed is False,
     )
-
-
-def weights_bytes(folder: Path) -> int:
-    """Return the bytes of the weight files (`*.safetensors`) in a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.settings import Task
 from pipeline.errors import StageFailed
 from pipeline.models.load import positions
-from pipeline.models.weights import vocabulary_of
+from pipeline.models.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
 from pipeline.evaluation.quality.scoring import score_causal, score_classification
 from pipeline.models.load import example_length, load_model, load_tokenizer
-from pipeline.quantization.sixteen import stored_dtype
+from pipeline.models.sixteen_bits import stored_dtype
 
 if TYPE_CHECKING:
     import torch

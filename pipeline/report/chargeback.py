@@ -14,10 +14,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import one_line
 from pipeline.ledger.charges import OUTSIDE, Charge, told_waste_h
 from pipeline.ledger.cost import JOULES_PER_KWH
 from pipeline.ledger.numbers import percent
-from pipeline.report.text import one_line, pad, shorten
+from pipeline.report.text import pad, shorten
 
 TOTAL, IDLE = "total", "idle capacity"
 COLUMNS = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config.arms import BEST_16_BIT, is_rung, stage_name
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, duration, percent, significant
 from pipeline.report.phrases import (
@@ -32,7 +33,6 @@ from pipeline.report.phrases import (
     signed,
     training_verb,
 )
-from pipeline.report.text import one_line
 from pipeline.report.verdict import verdict_words
 from pipeline.report.view import (
     NOT_RECORDED,

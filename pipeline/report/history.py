@@ -11,9 +11,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.report.chargeback import harmless
-from pipeline.report.text import markdown_text, one_line, pad
+from pipeline.report.text import markdown_text, pad
 
 History = Mapping[str, Any]
 Row = Mapping[str, Any]

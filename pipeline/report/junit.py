@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.report.text import one_line
+from pipeline.errors import one_line
 from pipeline.report.verdict import criterion_words, end_code, shown_line, trouble
 
 SUITE = "release_check"

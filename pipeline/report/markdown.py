@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.compare import statistics
+from pipeline.errors import one_line
 from pipeline.evaluation.serving.engine import FIGURES as ENGINE_FIGURES
 from pipeline.evaluation.serving.engine import LOAD as ENGINE_LOAD
 from pipeline.ledger.attempted import UNMEASURED
@@ -21,7 +22,7 @@ from pipeline.report.disturbance import disturbance_table
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.reading import reading_lines
-from pipeline.report.text import NO_BREAK, bullet, markdown_text, one_line
+from pipeline.report.text import NO_BREAK, bullet, markdown_text
 from pipeline.report.verdict import (
     INDEPENDENT,
     counted_words,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, significant
 from pipeline.report import waste
 from pipeline.report.money import cost_of_run, joules, money
-from pipeline.report.text import bullet, markdown_text, one_line, pad, wrap
+from pipeline.report.text import bullet, markdown_text, pad, wrap
 from pipeline.report.view import Result, Row, Value, device_words, status_word
 
 WIDTH = 80

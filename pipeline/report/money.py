@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.errors import one_line
 from pipeline.ledger.converged import NO_TARGET
 from pipeline.ledger.numbers import count, duration, significant
-from pipeline.report.text import one_line
 from pipeline.report.view import Result, Row
 
 CONVERGED_KEYS = ("compute/per_converged_model_device_hours", "cost/per_converged_model")

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.compare import statistics
+from pipeline.errors import one_line
 from pipeline.evaluation.quality import assess as assessed
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, percent, points, times
-from pipeline.report.text import one_line
 from pipeline.report.view import Value, straddles
 
 QUALITY_WORDS = {

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.compare.selftest import POWER, TEST_ALPHA
+from pipeline.errors import one_line
 from pipeline.ledger.numbers import percent
-from pipeline.report.text import bullet, one_line
+from pipeline.report.text import bullet
 
 Result = Mapping[str, Any]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY
 from pipeline.ledger.numbers import count, duration, percent, significant
 from pipeline.report.money import money_lines
 from pipeline.report.phrases import PAIR_INTERVAL
-from pipeline.report.text import columns, one_line, pad, shorten, wrap
+from pipeline.report.text import columns, pad, shorten, wrap
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,

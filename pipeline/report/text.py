@@ -9,7 +9,8 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable
 
-_ANSI = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
+from pipeline.errors import one_line
+
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")
 """Underscores inside a word are no emphasis (GitHub flavoured Markdown, section 6.2):
 `control_compute` stays.
@@ -18,19 +19,6 @@ _BLOCK = re.compile(r"^(?=[#+=-])|(?<=^)(\d+)(?=[.)])")
 """What would begin a heading, a list or a rule inside a list item (CommonMark, chapter 4 and 5)."""
 ELLIPSIS = ".."
 NO_BREAK = "\N{NO-BREAK SPACE}"
-
-
-def one_line(text: object, limit: int = 400) -> str:
-    """Return `text` on one line, without escape sequences, control or invisible characters, cut at
-    `limit`.
-    """
-    visible = (
-        c
-        for c in _ANSI.sub("", str(text))
-        if c.isspace() or not unicodedata.category(c).startswith("C")
-    )
-    plain = " ".join("".join(visible).split())
-    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 def markdown_text(text: object, limit: int = 1000) -> str:

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
 from pipeline.ledger.numbers import count, duration
 from pipeline.report.history import look_words, recent
-from pipeline.report.text import bullet, markdown_text, one_line
+from pipeline.report.text import bullet, markdown_text
 
 Verdict = Mapping[str, Any]
 GAP = "  "

@@ -9,10 +9,11 @@ from typing import Any
 
 from pipeline.config.arms import is_rung
 from pipeline.config.settings import Task
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
-from pipeline.report.text import NO_BREAK, one_line
+from pipeline.report.text import NO_BREAK
 from pipeline.stages.settings import BASE
 
 Result = dict[str, Any]

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.errors import one_line
 from pipeline.ledger.metrics import WASTE_CAUSES, WASTED
 from pipeline.ledger.numbers import duration, percent, significant
-from pipeline.report.text import NO_BREAK, one_line
+from pipeline.report.text import NO_BREAK
 from pipeline.report.view import Result, Row, labels
 
 HOUR_NS = 3600 * 10**9

@@ -854,7 +854,7 @@ class Attempt:
         """
         from pipeline.evaluation.quality.assess import assess_quality
         from pipeline.evaluation.quality.recorded import take_recorded, write_identity
-        from pipeline.quantization.sixteen import stored_said
+        from pipeline.models.sixteen_bits import stored_said
 
         recorded = self._recorded(name)
         said = stored_said(made["artifact"]["path"], self.device)

@@ -12,9 +12,8 @@ from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.adapters import CONFIG as ADAPTER
 from pipeline.store.artifacts import Artifact, Store, digest_given, key_of
+from pipeline.store.file_names import HUB_FILES
 from pipeline.store.waiting import waiting_for
-
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:

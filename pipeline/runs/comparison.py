@@ -195,7 +195,7 @@ def base_of(attempt: Attempt, pair: Comparison) -> str | None:
     """Return the arm that a pair is read against: of `best_16_bit`, the 16-bit form that suits this
     device best.
     """
-    from pipeline.quantization.sixteen import best_first
+    from pipeline.models.sixteen_bits import best_first
 
     if pair.base != BEST_16_BIT:
         return pair.base

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.verdict import Outcome
 from pipeline.config.redaction import redact_json
-from pipeline.errors import Exit, exit_of
+from pipeline.errors import Exit, exit_of, one_line
 from pipeline.gate.opening import Gate, model_name
-from pipeline.gate.record import FILE, Verdict, as_recorded, checksum, recall, record
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
-from pipeline.report.text import one_line
 from pipeline.store.artifacts import write_json, write_text
+from pipeline.store.verdicts import FILE, Verdict, as_recorded, checksum, recall, record
 
 if TYPE_CHECKING:
     from pipeline.runs.attempt import Attempt

@@ -186,7 +186,7 @@ def _sixteen_bits(
     """Make the first rung, 16 bits of the whole model, where the device has units; return it where
     it holds.
     """
-    from pipeline.quantization.sixteen import best_first, has_units
+    from pipeline.models.sixteen_bits import best_first, has_units
 
     best = best_first(attempt.device)[0]
     found = [(arm, rung) for arm, rung in sixteen_rungs(name, stage) if rung.format is best]

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.validate import OWNER
 from pipeline.compare.quality import MIN_DOCUMENTS
+from pipeline.config.owner import OWNER
 from pipeline.config.redaction import redact_settings
 from pipeline.config.settings import Run
 from pipeline.data.documents import Dataset

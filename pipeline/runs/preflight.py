@@ -146,7 +146,7 @@ def check_dtype(run: Run, device: Any) -> None:
     Raises:
         UserError: Naming the setting.
     """
-    from pipeline.quantization.sixteen import why_not
+    from pipeline.models.sixteen_bits import why_not
 
     if run.serving.dtype.value in (fmt.value for fmt in SIXTEEN_BITS):
         reason = why_not(Format(run.serving.dtype.value), device)

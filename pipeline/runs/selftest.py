@@ -220,7 +220,7 @@ def _writable(root: Path) -> Generator[None]:
 
 
 def _start(test: SelfTest, params: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.cli.validate import OWNER
+    from pipeline.config.owner import OWNER
     from pipeline.ledger.foreign import nested_in
     from pipeline.ledger.peaks import device_name
 

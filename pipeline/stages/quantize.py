@@ -213,8 +213,8 @@ class QuantizeStage:
 
     def convert(self, source: Path, ctx: Context, *, smoothed: bool) -> Output:
         """Quantize `source` into `ctx.out` and prove the reload; `smoothed`: after smoothing."""
+        from pipeline.models.sixteen_bits import units_said
         from pipeline.quantization.backend import quantize
-        from pipeline.quantization.sixteen import units_said
         from pipeline.stages.context import Output
 
         done = quantize(
@@ -236,9 +236,9 @@ class QuantizeStage:
 
     def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Find the format, and quantize in it; or leave the model as it is where none pays."""
+        from pipeline.models.sixteen_bits import best_first
         from pipeline.quantization.backend import formats, why_not
         from pipeline.quantization.search import Searcher
-        from pipeline.quantization.sixteen import best_first
         from pipeline.quantization.trials import Bench, able
         from pipeline.stages.context import Output
 

@@ -24,7 +24,6 @@ from urllib.parse import unquote
 
 from pipeline.config.redaction import REDACTED, redact_value, without_login
 from pipeline.errors import UserError
-from pipeline.models.load import PICKLE_WEIGHTS
 from pipeline.store.artifacts import (
     MANIFEST,
     Artifact,
@@ -34,11 +33,10 @@ from pipeline.store.artifacts import (
     read_json,
     sync_path,
 )
+from pipeline.store.file_names import PICKLE_WEIGHTS, RUNS_CODE
 
 CHUNK = 4 * 2**20  # bytes held at once
 MAX_MANIFEST = 16 * 2**20  # bytes; items of an assessment are files of their own
-# no artifact of ours has such a file
-RUNS_CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth")
 MAX_TEXT = 1000  # characters of an error that are looked at
 SHORTEST_SECRET = 3  # characters; a shorter one would blank out half of a message
 OWN = ("schema", "kind", "digest", "bytes")  # facts of artifact.json that the store itself writes

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config.arms import file_name, is_rung, stage_name
 from pipeline.config.redaction import redact_value, without_login
+from pipeline.errors import one_line
 from pipeline.ledger.charge_sources import (
     PARTS,
     RUN_TAG,
@@ -34,7 +35,6 @@ from pipeline.ledger.charges import OWNER
 from pipeline.ledger.journal import read_first, read_new
 from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.records import DELIVERED, read_record, tell
-from pipeline.report.text import one_line
 from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.waiting import locked, waiting_for

@@ -280,7 +280,7 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
     Raises:
         UserError: If it is not what was recorded, or the store cannot be reached.
     """
-    from pipeline.gate.record import FILE, as_recorded, checksum
+    from pipeline.store.verdicts import FILE, as_recorded, checksum
 
     if is_empty(uri):
         return None

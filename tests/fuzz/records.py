@@ -27,13 +27,13 @@ from pipeline.errors import UserError
 from pipeline.evaluation.quality import recorded
 from pipeline.evaluation.quality.tasks import _load_yaml
 from pipeline.evaluation.serving.engine import read_result
-from pipeline.gate import record as gate_record
 from pipeline.gate.references import Places, _of_run
 from pipeline.ledger import records
 from pipeline.ledger.ranks import read_lives
 from pipeline.ledger.records import CHOICE, SHARD, read_record
 from pipeline.runs.opening import _check_budget, _find_or_make, _unfinished
 from pipeline.runs.past_cost import past_spend
+from pipeline.store import verdicts as gate_record
 from pipeline.store.artifacts import Store, digest_folder, facts_of, write_json
 from pipeline.tracking.writer import _delivered, waiting
 from pipeline.training.checkpoint import load, newest, save

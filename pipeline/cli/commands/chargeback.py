@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.config.redaction import clean_output, redact, redact_value
-from pipeline.errors import Exit, Unparsable, UserError
+from pipeline.errors import Exit, Unparsable, UserError, one_line
 from pipeline.ledger.charge_sources import stored_runs_facts
 from pipeline.ledger.charges import OWNER, Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.converged import Converged, per_converged_model
 from pipeline.report.chargeback import TOTAL, Line, footnotes, idle, lines, table, to_csv
-from pipeline.report.text import one_line
 from pipeline.tracking.writer import waiting
 
 USAGE = """Usage: python -m pipeline chargeback --from 2026-11-01 --to 2026-12-01 [options]

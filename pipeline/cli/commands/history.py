@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.redaction import clean_output
-from pipeline.errors import Exit, Unparsable, UserError
-from pipeline.report.text import one_line
+from pipeline.errors import Exit, Unparsable, UserError, one_line
 
 USAGE = """Usage: python -m pipeline history [options]
 

@@ -19,21 +19,11 @@ from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.records import CHARGED, ENDED, read_record
-from pipeline.models.load import PICKLE_WEIGHTS, check_model_folder, load_tokenizer
-from pipeline.runs.base_model import HUB_FILES
-from pipeline.store.artifacts import (
-    MANIFEST,
-    Artifact,
-    Store,
-    bring,
-    digest_folder,
-    read_json,
-    write_json,
-)
+from pipeline.models.files import model_files
+from pipeline.store.artifacts import Artifact, Store, bring, digest_folder, read_json, write_json
 
 USAGE = "Usage: python -m pipeline register path=MODEL ledger=RUN [name=NAME] [root=mlruns]"
 KEYS = ("path", "ledger", "name", "root")
-INDEX = "model.safetensors.index.json"
 METERED = "metered"
 Row = dict[str, Any]
 
@@ -127,48 +117,6 @@ def register(
     if charge.rows[-1]["type"] == METERED:
         _show(run_dir, artifact)
     return artifact, charge
-
-
-def model_files(folder: Path) -> list[Path]:
-    """Return the files of a model, none that could run code.
-
-    Raises:
-        UserError: Without safetensors weights, all of them, or without a tokenizer.
-    """
-    check_model_folder(folder, "path")
-    index = read_json(folder / INDEX)
-    if (folder / INDEX).exists():
-        parts = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
-            raise UserError("path", f"{folder / INDEX} names no files", "save the model again")
-        absent = sorted(set(parts.values()) - {path.name for path in folder.iterdir()})
-        if absent:
-            raise UserError(
-                "path", f"{folder} lacks {absent[0]}, which {INDEX} names", "copy the whole folder"
-            )
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_whole(path)
-    load_tokenizer(folder, key="path")
-    return sorted(
-        {
-            path
-            for pattern in HUB_FILES
-            for path in folder.glob(pattern)
-            if path.is_file() and path.name not in (MANIFEST, *PICKLE_WEIGHTS)
-        }
-    )
-
-
-def _check_whole(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            "path", f"{path} is no whole safetensors file ({error})", "save the model again"
-        ) from None
 
 
 def _check_made(given: Path, folder: Path, charge: Charge) -> None:

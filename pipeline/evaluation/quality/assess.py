@@ -39,8 +39,8 @@ from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import Value, measured, null
 from pipeline.models.load import example_length, load_model, load_tokenizer
+from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.models.weights import first_not_finite
-from pipeline.quantization.sixteen import stored_dtype
 
 if TYPE_CHECKING:
     import torch

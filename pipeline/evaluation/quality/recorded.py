@@ -20,11 +20,10 @@ import numpy as np
 from pipeline.compare.clustered import GROUP, group_codes, num_groups
 from pipeline.config.settings import QualityConfig, Task
 from pipeline.config.text_files import read_bytes, read_text_file
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluation.quality.assess import Arrays, entries_of, figures_of
 from pipeline.ledger.metrics import PRIMARY
 from pipeline.ledger.values import null
-from pipeline.report.text import one_line
 from pipeline.store.artifacts import read_json, write_json
 
 MAX_ITEMS = 2**31  # bytes of a file of per-document values

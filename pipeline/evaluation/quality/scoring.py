@@ -21,7 +21,7 @@ from pipeline.config.settings import Task
 from pipeline.data.padding import Padding, pad, read_by
 from pipeline.errors import UserError
 from pipeline.models.load import check_tokens, positions
-from pipeline.models.weights import vocabulary_of
+from pipeline.models.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     import torch

@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.cli.recipes import MAX_BYTES, check_growth
 from pipeline.config.settings import QualityConfig, Task
 from pipeline.config.text_files import read_text_file
+from pipeline.config.yaml_files import MAX_BYTES, check_growth
 from pipeline.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _load_yaml(path: Path) -> Any:
         raise UserError(KEY, f"{path} does not exist", remedy)
     text = read_text_file(path, KEY, remedy, limit=MAX_BYTES)
     try:
-        check_growth(path, text, KEY)
+        check_growth(path, text, KEY, remedy)
         return yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         problem = f"{path}: {error.problem or 'a tag that is not known'}"

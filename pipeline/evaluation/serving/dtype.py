@@ -27,8 +27,7 @@ from pipeline.evaluation.serving.server import load
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import measured
 from pipeline.models.load import load_config, load_model, quantized_by
-from pipeline.quantization.layers import weights_bytes
-from pipeline.quantization.sixteen import (
+from pipeline.models.sixteen_bits import (
     best_first,
     has_units,
     stored_format,
@@ -36,6 +35,7 @@ from pipeline.quantization.sixteen import (
     units_said,
     why_not,
 )
+from pipeline.models.weights import weights_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from pipeline.data.padding import read_by, token_of
 from pipeline.evaluation.serving.decoding import Decoder, make_decoder
 from pipeline.ledger.attempted import attempted
 from pipeline.models.load import ends_once, load_model, load_tokenizer
-from pipeline.quantization.sixteen import stored_dtype
+from pipeline.models.sixteen_bits import stored_dtype
 
 if TYPE_CHECKING:
     import torch

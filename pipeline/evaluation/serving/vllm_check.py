@@ -34,7 +34,7 @@ from pipeline.evaluation.quality.assess import choose_documents
 from pipeline.evaluation.quality.scoring import score_causal
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_config, load_model, load_tokenizer, positions, quantized_by
-from pipeline.quantization.sixteen import stored_dtype
+from pipeline.models.sixteen_bits import stored_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.validate import OWNER, check_owner
+from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import redact_value
 from pipeline.config.settings import CostConfig, check_ranges
 from pipeline.errors import Unparsable, UserError

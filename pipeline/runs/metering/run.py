@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.validate import OWNER
+from pipeline.config.owner import OWNER
 from pipeline.config.settings import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger import metrics
