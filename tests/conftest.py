@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import once
 import pytest
 from quiet import quiet
 
@@ -61,6 +62,15 @@ def quiet_machine() -> None:
     true accounts.
     """
     quiet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have the embedded tokenizer trained once by all workers together."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ[once.ENV] = str(shared / "tokenizers")
+    once.keep_tokenizers()
 
 
 @pytest.fixture(scope="session")

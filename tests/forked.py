@@ -180,12 +180,14 @@ def _serve(line: socket.socket) -> dict[str, Any]:
 
 
 def _become(request: dict[str, Any]) -> None:
+    from once import keep_tokenizers
     from quiet import quiet_unless_asked
 
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     quiet_unless_asked()
+    keep_tokenizers()
     sys.path[0] = ""
     if request["code"] is None:
         sys.argv = ["pipeline", *request["args"]]

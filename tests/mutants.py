@@ -246,8 +246,8 @@ MUTANTS = (
         "redaction",
         "a secret in a record that leaves the process is printed",
         "config/redaction.py",
-        "return REDACTED if value and secret else _text(value)",
-        "return _text(value)",
+        "return REDACTED if value and secret else _text(value, of_environment)",
+        "return _text(value, of_environment)",
         ("test_redact.py",),
     ),
     Mutant(

@@ -50,6 +50,7 @@ SMALLEST = [
         "model.shape.intermediate_size=64",
         "model.shape.layers=1",
     ),
+    "training.eval_documents=1",
     *("quality.max_documents=4", "quality.bootstrap=200", "serving.blocks=2", "serving.load.new=1"),
     *("serving.batches=[1]", "hardware.num_threads=1", "tracking.mlflow=false"),
 ]

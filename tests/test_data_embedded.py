@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import once
 import pytest
 
 from pipeline.data import embedded
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.embedded import PIECE_LINES, load_stdlib, load_stdlib_labels
+from pipeline.data.tokenizer import embedded_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,6 @@ def test_every_class_has_its_share_in_every_split(labelled: Dataset) -> None:
 
 def test_pieces_of_one_file_stay_in_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six packages of twelve files; every line says which file it stands in."""
-    from pathlib import Path
-
     files = [
         (
             Path(f"p{package}/f{file}.py"),
@@ -61,3 +62,22 @@ def test_stdlib_is_megabytes_of_source_without_its_tests() -> None:
     assert sum(len(d.text) for part in data.splits.values() for d in part) > 5e6
     assert data.labels is None
     assert isinstance(data.splits["train"][0], Document)
+
+
+def test_a_tokenizer_is_trained_once_for_a_content_and_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(once.ENV)
+    said = [Document(text=text) for text in ("a house to live in", "a home to house", "one more")]
+
+    def vocabulary(size: int, documents: list[Document] = said) -> dict[str, int]:
+        return embedded_tokenizer(documents, size, tmp_path).get_vocab()
+
+    first = vocabulary(270)
+    (folder,) = tmp_path.iterdir()
+    changed = folder.stat().st_mtime_ns
+    assert vocabulary(270) == first
+    assert ([folder], folder.stat().st_mtime_ns) == (list(tmp_path.iterdir()), changed)
+    assert len(vocabulary(264)) == 264 < len(first)
+    assert vocabulary(270, said[:1]) != first
+    assert len(list(tmp_path.iterdir())) == 3

@@ -57,7 +57,7 @@ TINY = [
         "training.batch_size=4",
         "training.sequence_length=64",
         "data.max_documents=30",
-        "training.eval_documents=4",
+        "training.eval_documents=1",
     ),
     *(
         "model.shape.hidden_size=64",

@@ -162,6 +162,7 @@ TINY = [
     "training.steps=3",
     "training.batch_size=4",
     "training.sequence_length=48",
+    "training.eval_documents=1",
     "data.max_documents=30",
     "quality.max_documents=20",
     "quality.bootstrap=200",

@@ -35,7 +35,7 @@ SMALL = [
     *(
         "quality.max_documents=24",
         "quality.bootstrap=200",
-        "training.eval_documents=8",
+        "training.eval_documents=1",
         "tracking.mlflow=false",
     ),
 ]

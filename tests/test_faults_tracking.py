@@ -151,7 +151,7 @@ SMALL = (
     "model.shape.layers=2",
     "quality.max_documents=24",
     "quality.bootstrap=200",
-    "training.eval_documents=8",
+    "training.eval_documents=1",
 )
 
 

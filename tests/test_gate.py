@@ -21,7 +21,7 @@ from here import here
 from junitparser import JUnitXml
 from quiet import read_truly
 from safetensors.torch import load_file, save_file
-from test_run import TINY
+from test_run import DISTILL
 
 from pipeline.errors import UserError
 from pipeline.evaluation.serving import measure as serving
@@ -42,17 +42,10 @@ GATE = [
     "policy.blocks=8",  # a test machine is a noisy one
 ]
 MLFLOW = "tracking.mlflow=true"
-CRASHES = """
-import sys, time
-from pipeline.cli import main as cli
-from pipeline.evaluation.serving import measure as serving
 
-def crash(*_, **__):
+
+def crash(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("no time at all")
-
-serving.measure_interleaved = crash
-sys.exit(cli.main(sys.argv[1:], started_ns=time.monotonic_ns()))
-"""
 
 
 def said(cwd: Path) -> dict[str, Any]:
@@ -74,14 +67,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     """
     cwd = tmp_path_factory.mktemp("gate")
     # quality alone is compared
-    settings = [each for each in TINY if not each.startswith("serving.")]
+    settings = [each for each in DISTILL if not each.startswith("serving.")]
     done = here(
         cwd,
-        "recipe=distill",
         *settings,
         "model.shape.layers=6",
         "student.layers=1",
-        "stages.teacher.steps=4",
         "~stages.control_steps",
         "~stages.control_compute",
         "tracking.mlflow=false",
@@ -207,21 +198,19 @@ def mlflow_run(cwd: Path, run_id: str) -> Any:
 
 def test_a_damaged_student_fails(project) -> None:
     cwd, paths = project
-    done = as_in_ci(cwd, paths["damaged"], paths["teacher"])
+    done = gate(cwd, paths["damaged"], paths["teacher"], MLFLOW)
     assert done.returncode == 3, done.stderr
     verdict = check_left(cwd, "FAIL")
     assert by_name(verdict)["quality/bits_per_byte"]["outcome"] == "FAIL"
     assert by_name(verdict)["training"]["value"]["why_missing"] == "no ledger: candidate"
-    asked = gate(
-        cwd, paths["student"], paths["damaged"], "tracking.mlflow=false", "policy.training=0.1"
-    )
+    asked = gate(cwd, paths["student"], paths["damaged"], "policy.training=0.1")
     # a baseline without a ledger
     assert by_name(said(cwd))["training"]["outcome"] == "FAIL", asked.stderr
 
 
 def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> None:
     cwd, paths = project
-    done = as_in_ci(cwd, paths["student"], paths["teacher"], "policy.min_documents=400")
+    done = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", MLFLOW)
     assert done.returncode == 4, done.stderr
     read = by_name(check_left(cwd, "INCONCLUSIVE"))["quality/bits_per_byte"]
     assert (read["outcome"], read["needed"]) == ("INCONCLUSIVE", 400)
@@ -346,13 +335,13 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(
 
 
 def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(
-    project, s3: str
+    project, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
     cwd, paths = project
     champion = "models:/student@champion"
-    done = as_in_ci(cwd, paths["teacher"], champion)
+    done = gate(cwd, paths["teacher"], champion, MLFLOW)
     assert done.returncode == 6, done.stderr
     check_left(cwd, "NO_BASELINE")
     url = f"store.url={s3}/releases"
@@ -367,7 +356,9 @@ def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_
     # from another machine
     client.set_model_version_tag("student", "1", "artifact.path", "/nowhere")
     arms = (f"candidate={paths['student']}", f"baseline={champion}", "promote=true", url)
-    crashed = forked.run(cwd, *GATE, *arms, code=CRASHES)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "measure_interleaved", crash)
+        crashed = here(cwd, *GATE, *arms)
     assert crashed.returncode == 1
     assert "crashed: ZeroDivisionError: no time at all (--debug shows where)" in crashed.stderr
     (folder,) = {path.parent for path in (cwd / "mlruns/runs").glob("*-release_check-*/junit.xml")}

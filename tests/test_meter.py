@@ -161,7 +161,7 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
     assert child.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_second_and_token_of_torchrun_once(tmp_path: Path, world: int) -> None:
     code, _, err = run(
         tmp_path,

@@ -31,9 +31,14 @@ TINY = [
         "model.shape.intermediate_size=128",
         "model.shape.layers=2",
     ),
+    "training.eval_documents=1",
     *("quality.max_documents=24", "quality.bootstrap=200"),
     *("serving.blocks=2", "serving.load.new=4", "serving.batches=[1]"),
 ]
+
+
+# Of a teacher of four steps, read on one document, nothing is to be learnt.
+DISTILL = ["recipe=distill", "stages.teacher.steps=4", "stages.student.insist=true", *TINY]
 
 
 def result_in(cwd: Path) -> dict:
@@ -45,7 +50,7 @@ def result_in(cwd: Path) -> dict:
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     cwd = tmp_path_factory.mktemp("distill")
-    done = run(cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "cost.converged_at=100")
+    done = run(cwd, *DISTILL, "cost.converged_at=100")
     assert done.returncode == 0, done.stderr
     return cwd, result_in(cwd), done.stdout
 
@@ -152,12 +157,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     distilled,
 ) -> None:
     cwd, first, _ = distilled
-    assert (
-        here(
-            cwd, "recipe=distill", "stages.teacher.steps=4", *TINY, "tracking.mlflow=false"
-        ).returncode
-        == 0
-    )
+    assert here(cwd, *DISTILL, "tracking.mlflow=false").returncode == 0
     second = result_in(cwd)
     assert second["run_id"] != first["run_id"]
     assert {row["reused"] for row in second["rows"]} == {first["run_id"]}
@@ -170,9 +170,7 @@ def test_the_same_command_again_reuses_and_a_changed_setting_reruns_what_depends
     assert (
         here(
             cwd,
-            "recipe=distill",
-            "stages.teacher.steps=4",
-            *TINY,
+            *DISTILL,
             "stages.student.temperature=2",
             "student.layers=1",  # another way to say what every_2 says
             "tracking.mlflow=false",

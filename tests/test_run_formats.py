@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from here import here
 from mlflow import MlflowClient
-from test_run import TINY, result_in
+from test_run import DISTILL, TINY, result_in
 
 import pipeline.quantization.backend
 
@@ -129,14 +129,7 @@ def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> 
     """Student and control of the same settings train in one precision; the trials are the student's
     work.
     """
-    done = here(
-        tmp_path,
-        "recipe=distill",
-        "precision=auto",
-        "stages.teacher.steps=4",
-        "tracking.mlflow=false",
-        *TINY,
-    )
+    done = here(tmp_path, *DISTILL, "precision=auto", "tracking.mlflow=false")
     assert done.returncode == 0, done.stderr
     result = result_in(tmp_path)
     rows = {row["arm"]: row for row in result["rows"]}

@@ -25,6 +25,7 @@ SMALL = [
         "model.shape.intermediate_size=128",
         "model.shape.layers=1",
     ),
+    "training.eval_documents=1",
     *("quality.max_documents=24", "quality.bootstrap=200", "tracking.mlflow=false"),
 ]
 

@@ -392,7 +392,11 @@ def redact(text: str) -> str:
     """Return `text` with a mark in the place of every secret that can be told; redacting again
     changes nothing.
     """
-    for secret in _of_environment():
+    return _redact(text, _of_environment())
+
+
+def _redact(text: str, of_environment: Iterable[re.Pattern[str]]) -> str:
+    for secret in of_environment:
         text = secret.sub(REDACTED, text)
     if not _HINT.search(text):
         return text
@@ -558,16 +562,23 @@ def redact_json(value: Any, key: str = "", *, under: str = "") -> Any:
         under: The name of a secret further out: what such a list or object holds is a secret
             whatever its own name.
     """
+    # the environment is read once: a record holds thousands of texts
+    return _redact_json(value, key, under, _of_environment())
+
+
+def _redact_json(
+    value: Any, key: str, under: str, of_environment: tuple[re.Pattern[str], ...]
+) -> Any:
     secret = key if names_secret(key) else under
     if isinstance(value, dict):
         return {
-            _text(str(name)): redact_json(item, str(name), under=secret)
+            _text(str(name), of_environment): _redact_json(item, str(name), secret, of_environment)
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact_json(item, key, under=secret) for item in value]
+        return [_redact_json(item, key, secret, of_environment) for item in value]
     if isinstance(value, str):
-        return REDACTED if value and secret else _text(value)
+        return REDACTED if value and secret else _text(value, of_environment)
     is_plain = value is None or (
         isinstance(value, bool | int | float) and secret.lower().endswith(COUNTED)
     )
@@ -577,8 +588,9 @@ def redact_json(value: Any, key: str = "", *, under: str = "") -> Any:
 redact_settings = redact_json
 
 
-def _text(text: str) -> str:
-    return redact(text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8"))
+def _text(text: str, of_environment: Iterable[re.Pattern[str]]) -> str:
+    writable = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    return _redact(writable, of_environment)
 
 
 def redact_override(argument: str) -> str:
