@@ -27,6 +27,7 @@ from urllib.parse import quote
 REDACTED = "[redacted]"
 MIN_ENVIRONMENT = 6  # characters of a variable's value: `key`, `1` and `true` are words
 MIN_ANYWHERE = 12  # characters of a value of letters alone that is looked for inside of words too
+MAX_REMEMBERED = 100  # characters of a text that is likely to come again: a record's names
 MAX_NESTED = 10_000  # characters of a list or an object that a secret name holds
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -395,7 +396,17 @@ def redact(text: str) -> str:
     return _redact(text, _of_environment())
 
 
-def _redact(text: str, of_environment: Iterable[re.Pattern[str]]) -> str:
+def _redact(text: str, of_environment: tuple[re.Pattern[str], ...]) -> str:
+    remembered = len(text) <= MAX_REMEMBERED
+    return (_redact_short if remembered else _redact_any)(text, of_environment)
+
+
+@lru_cache(maxsize=4096)
+def _redact_short(text: str, of_environment: tuple[re.Pattern[str], ...]) -> str:
+    return _redact_any(text, of_environment)
+
+
+def _redact_any(text: str, of_environment: tuple[re.Pattern[str], ...]) -> str:
     for secret in of_environment:
         text = secret.sub(REDACTED, text)
     if not _HINT.search(text):
@@ -588,7 +599,7 @@ def _redact_json(
 redact_settings = redact_json
 
 
-def _text(text: str, of_environment: Iterable[re.Pattern[str]]) -> str:
+def _text(text: str, of_environment: tuple[re.Pattern[str], ...]) -> str:
     writable = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
     return _redact(writable, of_environment)
 
