@@ -36,9 +36,9 @@ import torch
 from results import save_result
 from scipy import stats
 
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, heartbeat
-from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.store.artifacts import write_json
 from pipeline.tracking.writer import LOG, start_writer
@@ -83,7 +83,7 @@ def ours(folder: Path) -> Generator[tuple[Any, Log]]:
     journal.write(
         "stage_start", arm="a", stage="a", type="train", seed=0, attempt=1, params={}, depends_on=[]
     )
-    writer, sampler = start_writer(run), Sampler(reader_for(device))
+    writer, sampler = start_writer(run), Sampler(device_of(device).reader())
     sampler.start()
 
     def log(step: int, values: dict[str, float]) -> None:

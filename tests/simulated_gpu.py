@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from fake_nvml import FakeNvml, Gpu
 
+from pipeline.ledger.devices.cuda.nvml import Reading, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.nvml import Reading, open_reader
 from pipeline.ledger.traced_steps import StepTracer
 
 IDLE_W, FULL_W, SPIN_W = 110.0, 660.0, 130.0

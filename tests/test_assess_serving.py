@@ -37,8 +37,8 @@ from pipeline.evaluation.serving.measure import (
     serve_pass,
 )
 from pipeline.evaluation.serving.server import Reading, Server, load, weights_bytes
+from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.values import Value

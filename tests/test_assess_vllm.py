@@ -22,6 +22,7 @@ from pipeline.data.documents import Document
 from pipeline.errors import Preempted
 from pipeline.evaluation.serving import vllm_check
 from pipeline.evaluation.serving.vllm_check import Checked, check_vllm, installed, why_not
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 
 FAKE = '''
@@ -235,13 +236,17 @@ def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(
 ) -> None:
     device: Any = SimpleNamespace(type="cuda", index=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    assert vllm_check._visible(device) == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
+    assert device_of(device).alone_in_environment() == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert vllm_check._visible(device) == {"CUDA_VISIBLE_DEVICES": "1"}
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert device_of(device).alone_in_environment() == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**30, 80 * 2**30))
     assert vllm_check._room(device) == {"gpu_memory_utilization": 0.4}
-    assert vllm_check._room(torch.device("cpu")) == vllm_check._visible(torch.device("cpu")) == {}
+    assert (
+        vllm_check._room(torch.device("cpu"))
+        == device_of(torch.device("cpu")).alone_in_environment()
+        == {}
+    )
 
 
 # -- in a run -------------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ from pipeline.data.documents import Dataset
 from pipeline.evaluation.quality.assess import write_items
 from pipeline.evaluation.serving.measure import ServePass
 from pipeline.ledger.booking import NS_PER_HOUR
+from pipeline.ledger.devices.cuda.nvml import Absent, Reader, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.ledger.nvml import Absent, Reader, open_reader
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import measured
 from pipeline.runs import loop, rows

@@ -97,7 +97,7 @@ def test_a_loss_on_its_way_is_waited_for_in_its_own_stream(
         loss=torch.tensor(1.0), parts=parts, drawn={}, count=4, ce_weight=1.0
     )
     reading = loop._on_its_way(0, done, SECOND)
-    assert reading.event.stream.device == SECOND
+    assert reading.event._event.stream.device == SECOND
 
 
 def test_the_generator_of_the_models_device_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,11 @@ def test_a_step_is_captured_on_the_models_device(
 
     monkeypatch.setattr(torch.cuda, "stream", noted)
     monkeypatch.setattr(torch.cuda, "graph", noted)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     decoder: Any = object.__new__(Fixed)
     decoder._token, decoder.how = SimpleNamespace(device=SECOND), "static cache"
-    decoder.reset = decoder.step = lambda: None
+    decoder.reset = decoder._feed_own_token = lambda: None
     decoder.capture()
     assert seen == [SECOND, SECOND]
     assert cuda.current == torch.device("cuda:0")

@@ -18,8 +18,8 @@ from pipeline.evaluation.serving.measure import machine_conditions
 from pipeline.gate.judge import _disturbed_training
 from pipeline.gate.references import _why_no_charge
 from pipeline.ledger import others
+from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.others import Others
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.values import Value, measured, null

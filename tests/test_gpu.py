@@ -33,9 +33,9 @@ from pipeline.config.settings import (
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
 from pipeline.evaluation.serving.server import load
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
-from pipeline.ledger.nvml import reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.models.load import load_model
@@ -327,7 +327,7 @@ def test_a_captured_step_writes_what_a_growing_cache_writes(
 
 
 def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:
-    sampler = Sampler(reader_for(DEVICE))
+    sampler = Sampler(device_of(DEVICE).reader())
     if sampler.reader.why:
         pytest.skip(sampler.reader.why)
     factor = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)

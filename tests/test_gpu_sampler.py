@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.ledger import gpu_sampler
+from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage
-from pipeline.ledger.nvml import Absent, open_reader
 from pipeline.ledger.values import Provenance
 
 

@@ -30,7 +30,7 @@ def reference(h, w, b, labels, th, tw, tb, loss, vocabulary):
 def test_loss_and_gradients_equal_float64_autograd(
     monkeypatch, temperature, ce_weight, teacher, tile
 ) -> None:
-    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", tile)
+    monkeypatch.setattr(head_module, "TILE_BYTES", tile)
     torch.manual_seed(0)
     n, v, shared = 17, 37, 33
     h, w, b = (torch.randn(s, dtype=torch.float64) for s in ((n, 12), (v, 12), (v,)))
@@ -56,7 +56,7 @@ def test_loss_and_gradients_equal_float64_autograd(
 @pytest.mark.parametrize("divergence", list(Divergence))
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch, divergence: Divergence) -> None:
     """Every gradient against finite differences, in float64 throughout, over several chunks."""
-    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 2 * 2 * 8 * 11)
+    monkeypatch.setattr(head_module, "TILE_BYTES", 2 * 2 * 8 * 11)
     torch.manual_seed(1)
     h, w, b, th, tw = (
         torch.randn(s, dtype=torch.float64) for s in ((5, 4), (11, 4), (11,), (5, 6), (11, 6))
@@ -93,7 +93,7 @@ def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(
         found.append(tile.clone())
         return sums
 
-    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 1)
+    monkeypatch.setattr(head_module, "TILE_BYTES", 1)
     leaf = w.clone().requires_grad_()
     value, _ = head_loss(h, Head(leaf, None), labels, dtype=torch.bfloat16, terms=remembering)
     value.backward()

@@ -11,16 +11,16 @@ import pynvml
 import pytest
 from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
 
-from pipeline.ledger.gpm import ACTIVITY
-from pipeline.ledger.nvml import (
+from pipeline.ledger.devices.cuda.gpm import ACTIVITY
+from pipeline.ledger.devices.cuda.nvml import (
     COUNTERS,
     FIELDS,
     NvmlReader,
     Reading,
     full_uuid,
     open_reader,
-    reader_for,
 )
+from pipeline.ledger.devices.table import device_of
 
 
 def _open(nvml: FakeNvml, *uuids: str) -> Any:
@@ -97,8 +97,11 @@ def test_what_cannot_be_opened_says_why(nvml: FakeNvml, uuids: list[str], why: s
 def test_a_missing_library_and_other_devices_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert open_reader(["GPU-1"]).why == "nvidia-ml-py is not installed"
-    assert reader_for(SimpleNamespace(type="cpu")).why == "a CPU run uses no GPU"
-    assert reader_for(SimpleNamespace(type="xpu")).why == "no counters of xpu devices are read yet"
+    assert device_of(SimpleNamespace(type="cpu")).reader().why == "a CPU run uses no GPU"
+    assert (
+        device_of(SimpleNamespace(type="xpu")).reader().why
+        == "no counters of xpu devices are read yet"
+    )
 
 
 QUESTIONS = {

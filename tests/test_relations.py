@@ -201,7 +201,7 @@ def test_loss_and_gradients_are_the_definition(task: Task, layer: int | None) ->
 def test_the_gradient_is_that_of_finite_differences(
     monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setitem(relations.BLOCK_BYTES, "cpu", block)  # a row at a time, and all at once
+    monkeypatch.setattr(relations, "BLOCK_BYTES", block)  # a row at a time, and all at once
     torch.manual_seed(0)
     student, teacher = (
         torch.randn(2, 5, 8).double().requires_grad_(),

@@ -140,7 +140,7 @@ def test_a_tile_becomes_its_gradient_block_by_block(
 def test_the_head_takes_entries_chunk_by_chunk(
     monkeypatch: pytest.MonkeyPatch, residual: bool
 ) -> None:
-    monkeypatch.setitem(head_module.TILE_BYTES, "cpu", 3 * 4 * 37)  # three rows a chunk
+    monkeypatch.setattr(head_module, "TILE_BYTES", 3 * 4 * 37)  # three rows a chunk
     torch.manual_seed(0)
     h, w = torch.randn(17, 12, dtype=torch.float64), torch.randn(37, 12, dtype=torch.float64)
     labels, loss = torch.randint(0, 33, (17,)), Loss(0.3, Divergence.forward_kl, 2.0)

@@ -224,7 +224,7 @@ def test_the_head_of_the_teacher_never_sees_more_than_a_chunk(
     """Three tokens a chunk."""
     run = make_run(draws=12)
     capture(tmp_path / "whole", run, teachers[Task.causal_lm])
-    monkeypatch.setitem(capture_module.TILE_BYTES, "cpu", 3 * capture_module.LOGIT_BYTES * 259)
+    monkeypatch.setattr(capture_module, "TILE_BYTES", 3 * capture_module.LOGIT_BYTES * 259)
     seen: list[int] = []
     products = Head.products
     monkeypatch.setattr(

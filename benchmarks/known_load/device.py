@@ -17,8 +17,9 @@ import torch
 from known_load.claims import Unmeasured
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.ledger.devices.reader import Reader, Reading
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.nvml import Reader, Reading, reader_for
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.traced_steps import StepTracer
 
@@ -108,7 +109,7 @@ class Cuda:
     def __init__(self, size: int = SIZE) -> None:
         self.at, self.size = torch.device("cuda", 0), size
         self.name = device_name(self.at)
-        recorder = Recorder(reader_for(self.at))
+        recorder = Recorder(device_of(self.at).reader())
         self.sampler, self.readings = Sampler(recorder), recorder.readings
         self._a, self._b = (
             torch.randn(size, size, device=self.at, dtype=torch.bfloat16) for _ in range(2)

@@ -21,6 +21,7 @@ from pipeline.evaluation.quality.tasks import check_tasks
 from pipeline.evaluation.serving.engine import read_results
 from pipeline.gate.checks import check_gate
 from pipeline.ledger.cost import check_cost
+from pipeline.ledger.devices.table import KINDS, is_device
 from pipeline.models.load import check_local
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.quantize import QuantizeStage
@@ -273,11 +274,11 @@ def _check_rest(run: Run) -> None:
     check_owner(
         {name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner
     )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|xpu(:\d+)?|mps", run.hardware.device):
+    if not is_device(run.hardware.device):
         raise UserError(
             "hardware.device",
             f"{run.hardware.device!r} is no device",
-            "give auto, cpu, cuda or cuda:1",
+            f"give auto, {', '.join(KINDS)}, or one of several as cuda:1",
         )
     if any(batch < 1 for batch in run.serving.batches):
         raise UserError(

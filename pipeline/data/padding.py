@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.config.settings import Task
+from pipeline.ledger.devices.table import device_of
 
 if TYPE_CHECKING:
     import torch
@@ -180,11 +181,7 @@ def _rounding(model: Any) -> float:
         model.dtype in (torch.float32, torch.float64)
         and getattr(model.config, "quantization_config", None) is None
     )
-    if model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in (
-        "ieee",
-        "none",
-    ):
-        exact = False
+    exact = exact and not device_of(model.device).rounds_fp32()
     return SAME_WITHIN if exact else SAME_WITHIN_ROUNDED
 
 

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
 from pipeline.distillation.transform import PLAIN, Transform
+from pipeline.ledger.devices.table import device_of
 
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-"""Of a chunk's logits, student's and teacher's together. On CUDA large, for every chunk reads and
-writes the fp32 gradient of the weight once.
+TILE_BYTES = 32 * 2**20
+"""Of a chunk's logits, student's and teacher's together, on a CPU. A GPU has its own `chunk_bytes`,
+which is large: every chunk reads and writes the fp32 gradient of the weight once.
 """
 
 # of a weight's gradient at a time, where it is rounded or multiplied in another dtype
@@ -235,7 +236,7 @@ def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
     columns = weight.shape[0] * work.dtype.itemsize
     if teacher is not None:
         columns += teacher.weight.shape[0] * teacher.weight.dtype.itemsize
-    rows = max(1, TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"]) // columns)
+    rows = max(1, (device_of(weight.device).chunk_bytes or TILE_BYTES) // columns)
     return rows - rows % 64 if rows > 64 else rows
 
 
@@ -251,7 +252,7 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
     """Add tile.T @ h to `total` without rounding the product to 16 bits."""
     if tile.dtype == total.dtype:
         total.addmm_(tile.T, h)
-    elif total.device.type == "cuda":
+    elif device_of(total.device).wide_products:
         torch.addmm(total, tile.T, h, out_dtype=total.dtype, out=total)
     else:
         wide = h.to(total.dtype)
@@ -348,7 +349,7 @@ def default_terms(device: torch.device, *, cached: bool = False) -> Terms:
     Args:
         cached: The teacher is given by the entries of a cache.
     """
-    if device.type == "cuda":
+    if device_of(device).triton:
         with suppress(ImportError):  # a build of torch that came without Triton
             from pipeline.distillation import triton_terms
 

@@ -29,6 +29,7 @@ from pipeline.config.settings import Divergence, HeadKernel
 from pipeline.distillation.head import Head, Taught, Terms, head_loss
 from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
 from pipeline.distillation.transform import Transform
+from pipeline.ledger.devices.table import device_of
 
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
@@ -59,7 +60,9 @@ class Probed:
 
 def why_not(kernel: HeadKernel, device: torch.device) -> str | None:
     """Return why this device or installation has no such kernel, or None."""
-    if kernel is HeadKernel.triton and (device.type != "cuda" or find_spec("triton") is None):
+    if kernel is HeadKernel.triton and (
+        not device_of(device).triton or find_spec("triton") is None
+    ):
         return "the Triton kernel needs a CUDA device and triton"
     if kernel is HeadKernel.liger and find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install liger-kernel)"
@@ -121,7 +124,7 @@ def liger_head_loss(
         weight_soft_loss=(1 - loss.ce_weight) * loss.temperature**2,
         beta=LIGER_BETA.get(loss.divergence, loss.mixture),
         temperature=loss.temperature,
-        compiled=hidden.device.type == "cuda",
+        compiled=device_of(hidden.device).triton,
         return_soft_hard_loss=True,
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -220,8 +223,7 @@ def _error(found: list[Tensor], right: list[Tensor]) -> float:
 def _seconds(
     kernel: HeadLoss, hidden: Tensor, head: Head, labels: Tensor, **settings: Any
 ) -> float:
-    device = hidden.device
-    finish = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    finish = device_of(hidden.device).synchronise
     leaves = _leaves(hidden, head)
     finish()
     before = time.perf_counter()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.models.layers import layer_count, layer_stacks
 
 PROJECTIONS = (
@@ -35,8 +36,8 @@ PROJECTIONS = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
 )
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Of one (rows, A, T, T) tensor."""
+BLOCK_BYTES = 4 * 2**20
+"""Of one (rows, A, T, T) tensor, on a CPU."""
 
 
 class RelationSignal:
@@ -178,7 +179,7 @@ class _Divergence(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=student.device)
         # fp16 would lose what the loss scale is still to lift
         gradient = torch.empty_like(student, dtype=exact)
-        block = BLOCK_BYTES.get(student.device.type, BLOCK_BYTES["cpu"])
+        block = device_of(student.device).chunk_bytes or BLOCK_BYTES
         rows = max(1, block // (4 * heads * student.shape[1] ** 2))
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)

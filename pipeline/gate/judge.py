@@ -38,6 +38,7 @@ from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.quality.recorded import read_identity, values_digest
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.values import Value, null
@@ -113,7 +114,7 @@ def _verdict(
         "unit": UNIT[task],
         "data": attempt.data.digest,
         "device": {
-            "kind": attempt.device.type,
+            "kind": device_of(attempt.device).kind,
             "name": device_name(attempt.device),
             "count": attempt.devices,
         },

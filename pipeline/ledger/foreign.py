@@ -25,8 +25,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.devices.table import KINDS
 from pipeline.ledger.metrics import PHASES
-from pipeline.ledger.nvml import full_uuid
 from pipeline.ledger.phases import PhaseClock
 
 ENV = "PIPELINE_METER"
@@ -122,7 +122,7 @@ class Reporter:
             )
             return _NOTHING
         if self._device is None:
-            self._device = _cuda_device()
+            self._device = _opened_device()
         return _Phase(self._clock.phase(name), self._lock)
 
     def count(self, given: dict[str, int | float]) -> None:
@@ -250,15 +250,6 @@ def _integer(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _cuda_device() -> tuple[str, str] | None:
-    """Return UUID and name of the main thread's CUDA device once the program has opened one;
-    imports nothing.
-    """
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    try:
-        if cuda is None or not cuda.is_initialized():
-            return None
-        known = cuda.get_device_properties(cuda.current_device())
-        return full_uuid(str(known.uuid)), str(known.name)
-    except (AttributeError, RuntimeError):  # half imported; a device that fell off the bus
-        return None
+def _opened_device() -> tuple[str, str] | None:
+    """Return identity and name of the accelerator that this program has opened; imports nothing."""
+    return next((found for kind in KINDS.values() if (found := kind.opened()) is not None), None)

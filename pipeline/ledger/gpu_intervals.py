@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.ledger.nvml import Reading
+from pipeline.ledger.devices.reader import Reading
 
 SHARES = (
     "busy",

@@ -16,7 +16,6 @@ before `query()` says that it has been passed, which is asked once per step, and
 read after the window's final synchronisation. Events that were read are used again. They cover the
 stream that is current on the host; work of other streams shows only where that one waits for it.
 Time is of one device: the process's own.
-Source: cudaEventElapsedTime resolves about 0.5 us; torch.cuda.Event.
 """
 
 from __future__ import annotations
@@ -24,28 +23,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.device import Event
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 
 # edges that the device may be behind by: hundreds of steps, while the loop allows for four
 MOST_PENDING = 8192
-
-
-class Event(Protocol):
-    """What is needed of `torch.cuda.Event(enable_timing=True)`."""
-
-    def record(self) -> None:
-        """Put it into the stream."""
-
-    def query(self) -> bool:
-        """Tell without waiting whether the device has passed it."""
-        ...
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Return milliseconds of device time between two events that the device has passed."""
-        ...
 
 
 class GpuPhases:
@@ -124,37 +110,16 @@ def device_phases(
     device has no events.
 
     Args:
-        make_event: Instead of CUDA's own, for tests.
+        make_event: Instead of the device's own, for tests.
     """
-    if device.type != "cuda" and make_event is None:
+    own = device_of(device)
+    if make_event is None and not own.events:
         yield None
         return
-    phases = GpuPhases(make_event or (lambda: _CudaEvent(device)))
+    phases = GpuPhases(make_event or own.make_event)
     phases.edge("other")  # a stage begins with nothing open
     before, clock.observer = clock.observer, phases.edge
     try:
         yield phases
     finally:
         clock.observer = before
-
-
-class _CudaEvent:
-    """An event in the stream of one device, whichever device is the thread's current one."""
-
-    __slots__ = ("_device", "_event")
-
-    def __init__(self, device: Any) -> None:
-        import torch
-
-        self._device, self._event = device, torch.cuda.Event(enable_timing=True)
-
-    def record(self) -> None:
-        import torch
-
-        self._event.record(torch.cuda.current_stream(self._device))
-
-    def query(self) -> bool:
-        return self._event.query()
-
-    def elapsed_time(self, end_event: _CudaEvent) -> float:
-        return self._event.elapsed_time(end_event._event)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.reader import Reader, Reading
 from pipeline.ledger.gpu_intervals import UNREAD_NS, UNREAD_SHARE, Interval, between, thinned
 from pipeline.ledger.gpu_usage import Usage, summed, unread
-from pipeline.ledger.nvml import Reader, Reading
 
 MOST = 20_000  # intervals kept per device: five hours at one a second
 

@@ -60,7 +60,7 @@ from pipeline.ledger.values import Value, estimated, measured, null
 NO_GPU = "a CPU run uses no GPU"
 NOT_TRACED = "no step was traced"
 KERNEL, COPY = "kernel", ("gpu_memcpy", "gpu_memset")
-LAUNCH = ("cuda_runtime", "cuda_driver")
+LAUNCH = ("_runtime", "_driver")  # how the categories of calls on the host end
 COMMUNICATION = (
     "nccl",
     "nvshmem",
@@ -183,7 +183,7 @@ def _launches(events: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     began: dict[int, int] = {}
     for event in events:
         correlation = event.get("args", {}).get("correlation")
-        if event.get("cat") in LAUNCH and correlation:  # 0 stands for none
+        if str(event.get("cat")).endswith(LAUNCH) and correlation:  # 0 stands for none
             start_ns = _span(event).start_ns
             began[correlation] = min(start_ns, began.get(correlation, start_ns))
     return began

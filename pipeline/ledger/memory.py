@@ -9,7 +9,7 @@ NVML's peak, beside them, sees the whole board, foreign processes included.
 The host's figure is the kernel's high-water mark of this process's resident memory (`VmHWM`), which
 `/proc/self/clear_refs` sets back at the beginning of a stage. `ru_maxrss` would be the peak of the
 whole life, and after an `exec` even that of the process before it.
-Source: torch.cuda.memory_stats; proc(5), /proc/pid/clear_refs (value 5, Linux 4.0).
+Source: torch's memory_stats; proc(5), /proc/pid/clear_refs (value 5, Linux 4.0).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.device import Device
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.values import Value, derive, measured, null
 
 ON_DEVICE = (
@@ -83,14 +85,15 @@ class MemoryMeter:
         Args:
             nvml_peak: Most bytes in use on the whole board in the same time, from a sampler.
         """
-        found = unread(f"a {device.type} run: no CUDA allocator")
-        if device.type == "cuda":
+        own = device_of(device)
+        found = unread(f"a {own.kind} run: no CUDA allocator")
+        if own.counts_memory:
             gone = lambda why: dict.fromkeys(ON_DEVICE, null(why))
             failed = lambda why: gone(unmeasured("the device's memory", why))
             found |= (
                 gone(self._why_no_device)
                 if self._why_no_device
-                else attempted(lambda: _device(device), failed)
+                else attempted(lambda: _on_device(own), failed)
             )
             found["nvml_peak_bytes"] = nvml_peak or null("NVML's memory was not sampled")
         host = attempted(self._host_peak, lambda why: null(unmeasured("the process's memory", why)))
@@ -109,29 +112,19 @@ def unread(why: str) -> dict[str, Value]:
 
 
 def _reset(device: Any) -> None:
-    if device.type != "cuda":
-        return
-    import torch
-
-    torch.cuda.reset_peak_memory_stats(device)
-    # retries and failures are counted from here too
-    torch.cuda.reset_accumulated_memory_stats(device)
+    device_of(device).reset_memory()
 
 
-def _device(device: Any) -> dict[str, Value]:
-    import torch
-
-    stats = torch.cuda.memory_stats(device)
-    allocated, reserved = (
-        measured(stats[f"{kind}_bytes.all.peak"]) for kind in ("allocated", "reserved")
-    )
-    total = measured(torch.cuda.get_device_properties(device).total_memory)
+def _on_device(device: Device) -> dict[str, Value]:
+    now = device.allocator()
+    allocated, reserved = measured(now.peak_allocated), measured(now.peak_reserved)
+    total = measured(device.total_bytes())
     return {
         "peak_allocated_bytes": allocated,
         "peak_reserved_bytes": reserved,
         "fragmentation": _fragmentation(allocated, reserved),
-        "alloc_retries": measured(stats["num_alloc_retries"]),
-        "ooms": measured(stats["num_ooms"]),
+        "alloc_retries": measured(now.retries),
+        "ooms": measured(now.ooms),
         "headroom_bytes": derive(lambda whole, held: whole - held, total, reserved),
         "total_bytes": total,
     }
@@ -209,19 +202,18 @@ class Pressure:
 
 
 def read_pressure(error: BaseException, device: Any) -> Pressure:
-    """Return how full a CUDA device is now that `error` says it was too full."""
-    import torch
-
+    """Return how full a device that counts its memory is, now that `error` says it was too full."""
+    own = device_of(device)
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = own.free_bytes()
     except RuntimeError:  # after some errors the driver answers nothing any more
         free = total = None
-    stats = torch.cuda.memory_stats(device)
+    now = own.allocator()
     settings = next((os.environ[name] for name in _ALLOCATOR_SETTINGS if name in os.environ), "")
     return Pressure(
         asked=asked_bytes(error),
-        allocated=stats["allocated_bytes.all.current"],
-        reserved=stats["reserved_bytes.all.current"],
+        allocated=now.allocated,
+        reserved=now.reserved,
         free=free,
         total=total,
         expandable="expandable_segments:true" in settings.lower(),
@@ -262,22 +254,20 @@ def host_now(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
     return _status_bytes(proc / "self", "VmRSS"), available
 
 
-def write_snapshot(path: Path) -> None:
+def write_snapshot(path: Path, device: Any) -> None:
     """Write the allocator's map of segments and blocks as JSON: for people, nothing here reads it
     back.
 
     It costs nothing until it is taken. Who allocated a block is in it only where
-    `torch.cuda.memory._record_memory_history()` was on before, which is never done here, because it
-    takes time. The member `snapshot`, pickled, is what torch's viewer at pytorch.org/memory_viz
+    torch's recording of memory history was on before, which is never done here, because it takes
+    time. The member `snapshot`, pickled, is what torch's viewer at pytorch.org/memory_viz
     takes.
 
     Raises:
         OSError: If it cannot be written.
         RuntimeError: If the device answers nothing any more.
     """
-    import torch
-
-    snapshot = torch.cuda.memory._snapshot()  # pyright: ignore[reportPrivateUsage]
+    snapshot = device_of(device).memory_map()
     traced = any(snapshot.get("device_traces", []))
     about = "torch's CUDA allocator when memory ran out; addresses and sizes in bytes"
     text = json.dumps(

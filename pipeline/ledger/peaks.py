@@ -1,12 +1,11 @@
 """What a device can compute at most, by its exact name: the divisor of MFU. An unknown device has
 none.
 
-Names are those of `torch.cuda.get_device_name()`: an H100 PCIe is no H100 SXM, and an unlisted
-board is never taken
-for its sibling. Rates are dense: datasheets that print twice as much say "with sparsity", and the
-    half stands here. 16-bit and fp8 rates are those with fp32 accumulation, which is how torch
-    multiplies. A precision that is missing is one that the source does not state, or that the
-    device does not have. All sources are NVIDIA's.
+Names are those that the device's own library gives: an H100 PCIe is no H100 SXM, and an unlisted
+board is never taken for its sibling. Rates are dense: datasheets that print twice as much say "with
+sparsity", and the half stands here. 16-bit and fp8 rates are those with fp32 accumulation, which is
+how torch multiplies. A precision that is missing is one that the source does not state, or that the
+device does not have. All sources are NVIDIA's.
 
 Left out on purpose: A10G, H20 and other boards of one customer or market without a public
     datasheet; the L40, whose datasheet halves the tensor rates that its chip has in the whitepaper.
@@ -15,13 +14,11 @@ Left out on purpose: A10G, H20 and other boards of one customer or market withou
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pipeline.ledger.attempted import attempted
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.values import Value, declared, null
 
 
@@ -117,35 +114,8 @@ PEAKS: dict[str, Peaks] = {
 
 
 def device_name(device: Any) -> str:
-    """Return the device's exact model name; for a CPU, the processor's with its number of cores.
-
-    An accelerator whose library names none is called by its type and its host: it is never named
-    after the CPU alone.
-    """
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return _accelerator_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = attempted(
-        lambda: info.read_text().splitlines() if info.is_file() else [], lambda _: list[str]()
-    )
-    named = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU"
-    )
-    return f"{named} x{os.cpu_count()}"
-
-
-def _accelerator_name(device: Any) -> str:
-    import platform
-
-    import torch
-
-    ask = getattr(getattr(torch, device.type, None), "get_device_name", None)
-    host = platform.processor() or platform.machine()
-    return str(ask(device)) if callable(ask) else f"{device.type} of {host}"
+    """Return the exact model name of a torch device."""
+    return device_of(device).name()
 
 
 def peak(name: str, precision: str, stated: float | None = None) -> Value:
@@ -153,7 +123,7 @@ def peak(name: str, precision: str, stated: float | None = None) -> Value:
     the user.
 
     Args:
-        name: Exactly as `torch.cuda.get_device_name()` gives it. A slice of a GPU (MIG) has a name
+        name: Exactly as the device's own library gives it. A slice of a GPU (MIG) has a name
             of its own.
         precision: fp32, tf32, bf16, fp16, fp8 or int8.
         stated: The user's own figure (`hardware.peak_tflops`), which comes first.

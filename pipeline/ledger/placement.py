@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.ledger.devices.table import toolkits
 from pipeline.ledger.values import Value, declared, null
 
 NOTHING_KNOWN: dict[str, Any] = {
@@ -96,5 +97,5 @@ def placement(
         "cores": os.cpu_count(),
         "scheduler": scheduler,
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        **toolkits(),
     }

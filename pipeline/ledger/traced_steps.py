@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_timeline import (
     FIGURES,
     NO_GPU,
@@ -248,7 +249,8 @@ def step_tracer(
     """Return the tracer of a training: on a GPU, with a folder to write to, of `count` of its
     `total` steps.
     """
-    steps = sampled_steps(total, count, eval_every) if device.type == "cuda" else ()
+    traced = device_of(device).profiler_activity() is not None
+    steps = sampled_steps(total, count, eval_every) if traced else ()
     return StepTracer(folder, device, steps)
 
 
@@ -282,8 +284,8 @@ def _torch_profiler(device: Any) -> Any:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    if (own := device_of(device).profiler_activity()) is not None:
+        activities.append(own)
     return profile(
         activities=activities, record_shapes=False, with_stack=False, profile_memory=False
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.settings import SIXTEEN_BITS, Format
+from pipeline.ledger.devices.table import KINDS, device_of
 from pipeline.models.load import load_config, quantized_by
 
 if TYPE_CHECKING:
@@ -58,23 +59,18 @@ def product_ratio(fmt: Format, device_type: str) -> float:
 
 def has_units(fmt: Format, device: torch.device) -> bool:
     """Return whether a device multiplies in `fmt` faster than in fp32."""
-    import torch
-
-    if device.type == "cuda":
-        return fmt is Format.fp16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return product_ratio(fmt, device.type) < 1
+    stated = device_of(device).has_units(torch_dtype(fmt))
+    return product_ratio(fmt, device.type) < 1 if stated is None else stated
 
 
 def why_not(fmt: Format, device: torch.device) -> str | None:
     """Return why a device cannot compute in `fmt`, or None where it can."""
-    import torch
-
-    if device.type == "cuda":
-        if has_units(fmt, device):
-            return None
-        return f"{torch.cuda.get_device_name(device)} has no units for {fmt.value}"
-    if device.type not in ("cpu", "xpu", "mps"):
-        return f"{fmt.value} is known to work on cuda, cpu, xpu and mps, not on {device.type}"
+    own = device_of(device)
+    stated = own.has_units(torch_dtype(fmt))
+    if stated is not None:
+        return None if stated else f"{own.name()} has no units for {fmt.value}"
+    if own.kind not in KINDS:
+        return f"{fmt.value} is known to work on {', '.join(KINDS)}, not on {own.kind}"
     ratio = product_ratio(fmt, device.type)
     if ratio <= SLOWEST:
         return None

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import Format, Task
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.models.load import load_config
 from pipeline.quantization.layers import Layer, plan_layers
 from pipeline.quantization.reload_check import auto_class
@@ -52,7 +53,6 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
     Raises:
         UserError: If it is not installed, or its kernel for this format needs another device.
     """
-    import torch
 
     if find_spec("torchao") is None:
         raise UserError(
@@ -66,17 +66,17 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
                 "use int8_weight_only, or nf4",
             )
         return
-    if device.type != "cuda":
+    own = device_of(device)
+    needed, have = CAPABILITY.get(fmt, (0, 0)), own.capability()
+    if have is None:
         raise UserError(
             key,
             f"{fmt.value} is known to work on cuda and cpu, not on {device.type}",
             "use one of them",
         )
-    needed, have = CAPABILITY.get(fmt, (0, 0)), torch.cuda.get_device_capability(device)
     if have < needed:
-        name = torch.cuda.get_device_name(device)
         problem = (
-            f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {name} has"
+            f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {own.name()} has"
             f" {have[0]}.{have[1]}"
         )
         raise UserError(key, problem, "use int8_weight_only")

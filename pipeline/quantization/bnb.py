@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import Format, Task
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.models.load import load_config
 from pipeline.quantization.layers import Layer
 from pipeline.quantization.reload_check import auto_class
@@ -48,7 +49,6 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
     Raises:
         UserError: If it is not installed, does not know the device, or was not built for it.
     """
-    import torch
 
     if find_spec("bitsandbytes") is None:
         raise UserError(
@@ -67,7 +67,8 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
         raise UserError(
             key, f"bitsandbytes cannot compute {fmt.value} on {device.type}", f"use one of {known}"
         )
-    if device.type != "cuda":
+    own = device_of(device)
+    if (capability := own.capability()) is None:
         return
     if not lib.compiled_with_cuda:
         raise UserError(
@@ -75,12 +76,11 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
             "the installed bitsandbytes has no kernels for this CUDA",
             "install a matching build",
         )
-    capability = torch.cuda.get_device_capability(device)
     if fmt is Format.int8 and capability < INT8_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
         raise UserError(
             key,
-            f"int8 needs compute capability 7.5 and {name} has {capability[0]}.{capability[1]}",
+            f"int8 needs compute capability 7.5 and {own.name()} has"
+            f" {capability[0]}.{capability[1]}",
             "use nf4",
         )
 

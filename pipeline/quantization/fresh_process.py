@@ -56,7 +56,7 @@ def read_arithmetic() -> dict[str, Any]:
     """Return the process-wide settings that change the last bits of a matrix product."""
     return {
         "num_threads": torch.get_num_threads(),
-        "cuda": torch.backends.cuda.matmul.fp32_precision,
+        "gpu_matmul": torch.backends.cuda.matmul.fp32_precision,
         "mkldnn": _MKLDNN.matmul.fp32_precision,
     }
 
@@ -64,7 +64,7 @@ def read_arithmetic() -> dict[str, Any]:
 def set_arithmetic(settings: dict[str, Any]) -> None:
     """Compute as the process that `read_arithmetic` was called in."""
     torch.set_num_threads(settings["num_threads"])
-    torch.backends.cuda.matmul.fp32_precision = settings["cuda"]
+    torch.backends.cuda.matmul.fp32_precision = settings["gpu_matmul"]
     _MKLDNN.matmul.fp32_precision = settings["mkldnn"]
 
 

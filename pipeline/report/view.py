@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config.arms import is_rung
 from pipeline.config.settings import Task
 from pipeline.errors import one_line
+from pipeline.ledger.devices.table import is_gpu
 from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
@@ -222,7 +223,7 @@ def unit(result: Result) -> str:
 
 def on_gpu(result: Result) -> bool:
     """Tell whether device-hours of this run are GPU-hours."""
-    return result["device"]["kind"] == "cuda"
+    return is_gpu(result["device"]["kind"])
 
 
 def device_words(result: Result) -> str:

@@ -18,6 +18,7 @@ from pipeline.ledger import metrics
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.converged import of_this_run
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import COMPARED
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.records import RUN, read_record, sealed
@@ -134,7 +135,7 @@ def build_result(attempt: Attempt, status: str, why: str | None) -> dict[str, An
         "primary_arm": attempt.run.primary_arm,
         "conclusion": "",
         "device": {
-            "kind": attempt.device.type,
+            "kind": device_of(attempt.device).kind,
             "name": device_name(attempt.device),
             "count": attempt.devices,
         },

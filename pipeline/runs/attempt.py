@@ -35,6 +35,7 @@ from pipeline.ledger import others
 from pipeline.ledger.attempted import UNMEASURED, attempted, unmeasured
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.cost import priced
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import Usage
@@ -308,10 +309,7 @@ class Attempt:
         return self.traces.setdefault((arm, seed, attempt), Trace())
 
     def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
+        device_of(self.device).synchronise()
 
     # -- earlier attempts -------------------------------------------------------------------------
 

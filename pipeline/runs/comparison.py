@@ -26,6 +26,7 @@ from pipeline.evaluation.serving.dtype import WORDS, choose_dtype
 from pipeline.evaluation.serving.measure import ServePass, serve_pass
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import mean
 from pipeline.ledger.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
 from pipeline.ledger.record import disturbance_of
@@ -103,7 +104,7 @@ def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
         pairs=pairs,
         artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
         serving={k: v for k, v in plain(attempt.run.serving).items() if k not in UNSERVED}
-        | {"decode": chosen(attempt.run.serving.decode, attempt.device.type)},
+        | {"decode": chosen(attempt.run.serving.decode, attempt.device)},
         task=attempt.run.task,
         data=attempt.data.digest,
         **attempt.made_on(),
@@ -381,7 +382,7 @@ def note_charges(attempt: Attempt) -> None:
         if "charge" in facts_of(artifact.path):
             continue
         where = {
-            "kind": attempt.device.type,
+            "kind": device_of(attempt.device).kind,
             "name": device_name(attempt.device),
             "count": attempt.devices,
             "power_limit_w": attempt.placement.get("power_limit_w"),

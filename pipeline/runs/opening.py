@@ -30,10 +30,11 @@ from pipeline.evaluation.serving.engine import read_results
 from pipeline.gate.checks import is_gate
 from pipeline.gate.opening import identify, open_gate
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.cuda.nvml import OF_THE_MODULE
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.ledger.nvml import OF_THE_MODULE, reader_for
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import NOTHING_KNOWN, grant, placement
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
@@ -145,7 +146,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             data=data,
             command=command,
             started_ns=started_ns,
-            sampler=Sampler(reader_for(device), interval_s=run.ledger.sample_seconds),
+            sampler=Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds),
             lock=lock,
             engine=engine,
             gate=gate,
@@ -225,7 +226,7 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
                     data=data.digest,
                     device=device_name(device),
                     evaluation=attempt.reading(),
-                    decode=chosen(run.serving.decode, device.type),
+                    decode=chosen(run.serving.decode, device),
                 )
     recover(attempt, events)
     for note in attempt.notes:

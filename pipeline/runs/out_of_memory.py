@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import Precision, Run
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import (
     Pressure,
     asked_bytes,
@@ -37,10 +38,12 @@ def explain(
     """
     first = _smaller(run, arm, stage, kind)
     if is_of_device(error):
-        if device.type != "cuda":
-            return f"out of {device.type} memory: {_wanted(asked_bytes(error))}; first: {first}"
+        if not device_of(device).counts_memory:
+            kind = device_of(device).kind
+            return f"out of {kind} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
-        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot)}"
+        kept = _keep(snapshot, device)
+        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {kept}"
     if is_of_host(error):
         return (
             f"{_host_words(error)}; first:"
@@ -83,9 +86,9 @@ def _first(now: Pressure, smaller: str) -> str:
     return smaller
 
 
-def _keep(snapshot: Path) -> str:
+def _keep(snapshot: Path, device: Any) -> str:
     try:
-        write_snapshot(snapshot)
+        write_snapshot(snapshot, device)
     except (OSError, RuntimeError) as error:
         return f"no memory map was written ({error})"
     return f"memory map: {snapshot}"

@@ -23,6 +23,7 @@ from pipeline.config.settings import (
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
+from pipeline.ledger.devices.table import device_of, open_device
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.heads import refuse_other_head
 from pipeline.runs.base_model import base_artifact, is_remade
@@ -48,18 +49,11 @@ def choose_device(run: Run) -> Any:
     Raises:
         UserError: If there is no such device, or not as many as asked for.
     """
-    import torch
-
     wanted = run.hardware.device
-    if wanted == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        wanted = "cpu" if found is None else str(found)
-    device = torch.device(wanted)
-    have = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= have):
+    device = open_device(wanted)
+    if device is None:
         raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
+    have = device.count()
     if run.hardware.devices > have:
         raise UserError(
             "hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}"
@@ -68,11 +62,8 @@ def choose_device(run: Run) -> Any:
         raise UserError(
             "hardware.devices", "one process drives one device in this release", "give 1"
         )
-    # torch.device("cuda") has no index, whatever its stubs say; of one that has, libraries would
-    # open device 0 too
-    if device.type == "cuda" and device.index is not None:  # pyright: ignore[reportUnnecessaryComparison]
-        torch.cuda.set_device(device)
-    return device
+    device.make_current()
+    return device.at
 
 
 def check_precisions(run: Run, device: Any) -> None:
@@ -132,7 +123,7 @@ def check_decode(run: Run, device: Any) -> None:
     Raises:
         UserError: Naming the setting.
     """
-    if run.serving.decode is Decode.graph and device.type != "cuda":
+    if run.serving.decode is Decode.graph and not device_of(device).captures:
         raise UserError(
             "serving.decode",
             f"graph needs CUDA, this run is on {device.type}",

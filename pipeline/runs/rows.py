@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.settings import Precision, Run
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.gpu_usage import Usage
@@ -86,7 +87,7 @@ def make_row(
                 spent,
                 output.counts,
                 devices=devices,
-                device_kind=attempt.device.type,
+                device_kind=device_of(attempt.device).kind,
                 cost=attempt.run.cost,
                 memory=memory or attempt.memory.read(attempt.device),
                 usage=usage or attempt.usage(name, seed),

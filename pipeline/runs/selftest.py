@@ -36,6 +36,7 @@ from pipeline.compare.selftest import (
 from pipeline.compare.verdict import Outcome, disturbed, moved, quality_criterion
 from pipeline.config.settings import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
@@ -256,7 +257,6 @@ def _measure(test: SelfTest) -> None:
     """Judge the loaded copies again and again, then what they predict."""
     from pipeline.data.encode import encode_all
     from pipeline.ledger.gpu_sampler import Sampler
-    from pipeline.ledger.nvml import reader_for
     from pipeline.models.load import load_tokenizer
     from pipeline.runs.comparison import PROMPT_DOCUMENTS
 
@@ -266,7 +266,7 @@ def _measure(test: SelfTest) -> None:
     encoded = encode_all(
         documents, load_tokenizer(path), run.task, max_length=max(512, run.serving.load.prompt)
     )
-    sampler, start_ns = Sampler(reader_for(test.device)), test.clock.now_ns()
+    sampler, start_ns = Sampler(device_of(test.device).reader()), test.clock.now_ns()
     sampler.start()
     try:
         look = _looks(test, [item.input_ids for item in encoded], sampler)
@@ -540,7 +540,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
             "looks": policy.looks,
             "load": plain(policy.load),
         },
-        "device": {"kind": test.device.type, "name": _device(test), "count": 1},
+        "device": {"kind": device_of(test.device).kind, "name": _device(test), "count": 1},
         "data": test.data.digest,
         "dtype": {name: test.dtype.get(name) for name in ("asked", "served")},
         "serving": _served_json(served, test.trials),

@@ -35,6 +35,7 @@ from pipeline.distillation.cache import (
 from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.distillation.transform import Transform, Unknown
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.records import SHARD, read_record
 from pipeline.ledger.values import measured, null
 from pipeline.models.load import load_model, load_tokenizer
@@ -390,7 +391,7 @@ def _by_chunks(
     """
     dtype, vocabulary = compute_dtype(source.precision), source.codec.vocabulary
     known = None if isinstance(head, Unknown) else Head.of(source.model, head).to(dtype)
-    budget = TILE_BYTES.get(source.device.type, TILE_BYTES["cpu"])
+    budget = device_of(source.device).chunk_bytes or TILE_BYTES
     rows = max(1, budget // (LOGIT_BYTES * columns_of(source.model, head)))
     with torch.autocast(source.device.type, enabled=False):
         for start in range(0, max(len(given), 1), rows):

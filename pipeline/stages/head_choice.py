@@ -12,6 +12,7 @@ from pipeline.config.settings import Divergence, HeadKernel, Task, TrainingConfi
 from pipeline.distillation.kernels import NOT_FOR_LIGER, fastest, in_words, kernel_of, why_not
 from pipeline.distillation.transform import Unknown
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.training.objective import Objective, columns_of
 
 SKEWED = (Divergence.skewed_kl, Divergence.skewed_reverse_kl)
@@ -46,7 +47,7 @@ def choose_head(
     if wanted is not HeadKernel.auto:
         objective.head_loss = kernel_of(wanted)
         return None
-    if objective.device.type != "cuda":
+    if not device_of(objective.device).triton:
         return None
     return probe_heads(objective, batches, settings)
 

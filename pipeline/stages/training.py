@@ -21,6 +21,7 @@ from pipeline.distillation.hidden import WithProjections
 from pipeline.errors import StageFailed, UserError
 from pipeline.evaluation.quality.scoring import check_vocabulary, validation_metric
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.metrics import PRIMARY
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
@@ -342,7 +343,7 @@ def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dic
     phases_s: dict[str, float] = {}
     if phases is not None:
         with ctx.clock.phase("optimizer"):  # what the last step still does
-            phases.finish(lambda: torch.cuda.synchronize(ctx.device))
+            phases.finish(device_of(ctx.device).synchronise)
         phases_s = phases.phases_s()
     with ctx.clock.phase("log"):
         found = tracer.result()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.ledger.devices.table import device_of
 from pipeline.store.artifacts import check_room, read_json, sync_path, write_json
 from pipeline.training.optimizer import load_state, state_tensors
 
@@ -143,7 +144,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
     torch.set_rng_state(generators["cpu"])
     device = _device_of(model)
     if "device" in generators and device is not None:
-        torch.cuda.set_rng_state(generators["device"], device)
+        device_of(device).set_generator_state(generators["device"])
     extra = read_json(path / "extra.json")
     assert isinstance(extra, dict), "the manifest vouched for it"
     return extra
@@ -168,12 +169,9 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 
 def _device_of(model: Any) -> torch.device | None:
-    """Return the CUDA device that a model is on, be it the current one or not; None elsewhere."""
-    found = next(
-        (tensor.device for tensor in model.state_dict().values() if tensor.device.type == "cuda"),
-        None,
-    )
-    return found
+    """Return the device that a model is on and that has a generator of its own; None elsewhere."""
+    on = (tensor.device for tensor in model.state_dict().values())
+    return next((device for device in on if device_of(device).generators()), None)
 
 
 def _generator_states(device: torch.device | None) -> dict[str, torch.Tensor]:
@@ -181,8 +179,9 @@ def _generator_states(device: torch.device | None) -> dict[str, torch.Tensor]:
     device's.
     """
     states = {"cpu": torch.get_rng_state()}
-    if device is not None:
-        states["device"] = torch.cuda.get_rng_state(device)
+    own = None if device is None else device_of(device).generator_state()
+    if own is not None:
+        states["device"] = own
     return states
 
 

@@ -21,6 +21,7 @@ import torch
 
 from pipeline.config.settings import Precision
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 
 RECIPES = {Precision.fp8_tensorwise: "tensorwise", Precision.fp8_rowwise: "rowwise"}
 # of torch._scaled_mm, per row: Hopper
@@ -33,9 +34,9 @@ def why_not_float8(precision: Precision, device: torch.device) -> str | None:
     """Return why `device` cannot train in a float8 precision, or None."""
     if find_spec("torchao") is None:
         return f"{precision.value} needs torchao, which is not installed"
-    if device.type != "cuda":
-        return f"{precision.value} needs a CUDA device, this is {device.type}"
-    needed, have = CAPABILITY[precision], torch.cuda.get_device_capability(device)
+    needed, have = CAPABILITY[precision], device_of(device).capability()
+    if have is None:
+        return f"{precision.value} needs a CUDA device, this is {device_of(device).kind}"
     if have < needed:
         return (
             f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"

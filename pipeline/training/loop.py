@@ -22,6 +22,7 @@ from pipeline.config.settings import Precision, PrecisionConfig, TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
@@ -211,8 +212,7 @@ def trial_steps(
                 clock,
                 hooks,
             )
-            if objective.device.type == "cuda":
-                torch.cuda.synchronize(objective.device)
+            device_of(objective.device).synchronise()
             seconds.append((now_ns() - before) / 1e9)
             counted = sum(reading.count for reading in pending)
             losses.append(
@@ -337,7 +337,7 @@ def _step(
         counts = [num_targets(part) for part in computed]
     for part, count in zip(computed, counts, strict=True):
         done = objective(part)
-        with clock.phase("backward"), matmuls(objective.precision):
+        with clock.phase("backward"), matmuls(objective.precision, objective.device):
             scaler.scale(done.loss * (count / sum(counts))).backward()
             if masters is not None:
                 masters.take_gradients()
@@ -380,11 +380,7 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
     parts = (done.loss, done.parts.ce, done.parts.divergence, *done.drawn.values())
     values = torch.stack([part.detach().float() for part in parts])
     how = (done.ce_weight, tuple(done.drawn), kind)
-    if device.type != "cuda":
-        return Reading(step, values, done.count, None, *how)
-    there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
+    there, event = device_of(device).fetch(values)
     return Reading(step, there, done.count, event, *how)
 
 

@@ -37,6 +37,7 @@ from pipeline.distillation.transform import (
     tolerance,
 )
 from pipeline.errors import UserError
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.classes import listed, names_in_order, same_in_order
 from pipeline.training.precision import arithmetic, compute_dtype
@@ -226,11 +227,7 @@ class Objective:
         )
 
     def _send(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        # out of pageable memory, a copy waits
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
+        return device_of(self.device).send(tensor)
 
     def _causal(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import OptimizerKind, Precision, TrainingConfig
+from pipeline.ledger.devices.table import device_of
 
 BETAS = (0.9, 0.95)
 IMPORTED = {
@@ -39,7 +40,7 @@ def make_optimizer(
     more: dict[str, Any] = {"lr": settings.learning_rate, "betas": BETAS}
     if settings.optimizer in IMPORTED:
         return import_module(IMPORTED[settings.optimizer]).AdamW8bit(groups, **more)
-    return torch.optim.AdamW(groups, **more, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, **more, fused=device_of(device).fused_optimizer)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

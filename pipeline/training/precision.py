@@ -8,12 +8,13 @@ can be a reference.
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from pipeline.config.settings import Precision
+from pipeline.ledger.devices.table import device_of
 from pipeline.training.float8 import RECIPES, why_not_float8
 
 AUTOCAST = {
@@ -32,14 +33,14 @@ def why_not(precision: Precision, device: torch.device) -> str | None:
         return None
     if precision in RECIPES:
         return why_not_float8(precision, device)
-    if device.type != "cuda":
+    have = device_of(device).capability()
+    if have is None:
         needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
         return (
-            f"{needs_gpu[precision]} needs a CUDA device, this is {device.type}"
+            f"{needs_gpu[precision]} needs a CUDA device, this is {device_of(device).kind}"
             if precision in needs_gpu
             else None
         )
-    have = torch.cuda.get_device_capability(device)
     needed = {
         Precision.tf32: TF32_CAPABILITY,
         Precision.bf16: BF16_CAPABILITY,
@@ -75,26 +76,19 @@ def frozen(precision: Precision, device: torch.device) -> Precision:
 def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
     """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
     with (
-        matmuls(precision),
+        matmuls(precision, device),
         torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST),
     ):
         yield
 
 
-@contextmanager
-def matmuls(precision: Precision) -> Generator[None]:
+def matmuls(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Multiply fp32 matrices in tf32 or IEEE fp32 inside: all that a backward pass needs.
 
     Its 16-bit dtypes are those that the forward pass recorded; torch advises against autocast
     around it.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision is Precision.tf32 else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return device_of(device).matmuls(tf32=precision is Precision.tf32)
 
 
 def round_weights(model: Any, precision: Precision) -> None:

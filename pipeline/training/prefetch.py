@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.ledger.devices.table import device_of
+
 AHEAD = 2  # steps made beforehand
 
 
@@ -65,6 +67,6 @@ def made_ahead(source: Batches, first: int, end: int, device: torch.device) -> G
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
     try:
-        yield Ahead(source, pool, first, end, pinned=device.type == "cuda")
+        yield Ahead(source, pool, first, end, pinned=device_of(device).pinned)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

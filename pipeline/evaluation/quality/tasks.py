@@ -40,6 +40,7 @@ from pipeline.config.settings import QualityConfig, Task
 from pipeline.config.text_files import read_text_file
 from pipeline.config.yaml_files import MAX_BYTES, check_growth
 from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.devices.table import device_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -510,7 +511,8 @@ def _seeded(device: Any) -> Generator[None]:
 
     python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([device] if getattr(device, "type", None) == "cuda" else []):
+        own = device_of(device).generators() if isinstance(device, torch.device) else []
+        with torch.random.fork_rng(own):
             random.seed(SEED)
             np.random.seed(SEED)
             torch.manual_seed(SEED)

@@ -9,9 +9,11 @@ held against the growing cache before it is believed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.settings import Decode
+from pipeline.ledger.devices.table import device_of
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +118,7 @@ class Fixed:
         self.how = "static cache, compiled" if compiled else "static cache"
         self._cache = StaticCache(config=model.config, max_cache_len=size)
         self._token = torch.zeros(len(prompt), 1, dtype=torch.int64, device=prompt.device)
-        self._graph: Any = None
+        self._replay: Callable[[], None] = self._feed_own_token
         self.logits: Any = None
 
     def reset(self) -> None:
@@ -127,31 +129,17 @@ class Fixed:
         return self._token
 
     def step(self) -> torch.Tensor:
-        if self._graph is None:
-            self._feed(self._step_forward, self._token)
-        else:
-            self._graph.replay()
+        self._replay()
         return self._token
 
     def capture(self) -> None:
         """Capture a step. What is not allowed in a capture (waiting for the device, say) raises."""
-        import torch
-
-        # streams and captures are of the current device
-        with torch.cuda.device(self._token.device):
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):  # first calls choose kernels and ask for workspaces
-                for _ in range(2):
-                    self.reset()
-                    self.step()
-            torch.cuda.current_stream().wait_stream(beside)
-            self.reset()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.step()
-        self._graph = graph
+        device = device_of(self._token.device)
+        self._replay = device.capture(self._feed_own_token, self.reset)
         self.how += ", CUDA graph"
+
+    def _feed_own_token(self) -> None:
+        self._feed(self._step_forward, self._token)
 
     def _feed(self, forward: Any, ids: torch.Tensor) -> None:
         out = forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given)
@@ -159,11 +147,11 @@ class Fixed:
         self._token.copy_(self.logits.argmax(-1, keepdim=True))
 
 
-def chosen(decode: Decode, device_type: str) -> Decode:
-    """Return what `auto` stands for on a kind of device; anything else as it is."""
+def chosen(decode: Decode, device: torch.device) -> Decode:
+    """Return what `auto` stands for on a device; anything else as it is."""
     if decode is not Decode.auto:
         return decode
-    return Decode.graph if device_type == "cuda" else Decode.dynamic
+    return Decode.graph if device_of(device).captures else Decode.dynamic
 
 
 def make_decoder(
@@ -177,8 +165,7 @@ def make_decoder(
         prompt: Token ids (B, T) of the kind to be served.
         new: Tokens to be generated for each.
     """
-    on_cuda = prompt.device.type == "cuda"
-    decode = chosen(decode, prompt.device.type)
+    decode = chosen(decode, prompt.device)
     if decode is Decode.dynamic or new == 1:
         return Growing(model.forward, given)
     # transformers' own mark of models with a static cache
@@ -191,7 +178,7 @@ def make_decoder(
             prompt,
             new,
             compiled=decode is Decode.compile,
-            captured=on_cuda and decode is not Decode.static,
+            captured=device_of(prompt.device).captures and decode is not Decode.static,
         )
     # Kernels refuse capture and compilation in their own ways.
     except Exception as error:  # noqa: BLE001

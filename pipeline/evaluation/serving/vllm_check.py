@@ -32,6 +32,7 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.evaluation.quality.assess import choose_documents
 from pipeline.evaluation.quality.scoring import score_causal
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_config, load_model, load_tokenizer, positions, quantized_by
 from pipeline.models.sixteen_bits import stored_dtype
@@ -122,10 +123,11 @@ def why_not(folder: Path, task: Task, device: torch.device) -> str | None:
         return "vLLM is not installed"
     if task is not Task.causal_lm:
         return f"it is compared on language models, not on {task.value}"
-    if device.type != "cuda" and not version.endswith("cpu"):  # builds for a CPU are 0.11.0+cpu
-        return f"vLLM {version} needs CUDA, and this run is on {device.type}"
+    own = device_of(device)
+    if not own.for_vllm and not version.endswith("cpu"):  # builds for a CPU are 0.11.0+cpu
+        return f"vLLM {version} needs CUDA, and this run is on {own.kind}"
     method = quantized_by(load_config(folder))
-    if method is not None and device.type != "cuda":
+    if method is not None and not own.for_vllm:
         return f"vLLM takes {method} on CUDA alone"
     return None
 
@@ -237,7 +239,7 @@ def _ask(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, **QUIET, **_visible(device)},
+                env={**os.environ, **QUIET, **device_of(device).alone_in_environment()},
                 start_new_session=True,
             )
         try:
@@ -271,22 +273,14 @@ def _wait(process: subprocess.Popen[bytes], still: Callable[[], None]) -> bool:
 
 def _room(device: torch.device) -> dict[str, Any]:
     """Return how much of the device vLLM may take: this process, and others, hold some of it."""
-    if device.type != "cuda":
+    own = device_of(device)
+    if not own.for_vllm:
         return {}
     import gc
 
     import torch
 
     gc.collect()
-    torch.cuda.empty_cache()
-    free, whole = torch.cuda.mem_get_info(device)
+    torch.accelerator.empty_cache()
+    free, whole = own.free_bytes()
     return {"gpu_memory_utilization": round(FREE_SHARE * free / whole, 3)}
-
-
-def _visible(device: torch.device) -> dict[str, str]:
-    """Return what shows vLLM the run's device alone."""
-    if device.type != "cuda":
-        return {}
-    seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    index = device.index or 0
-    return {"CUDA_VISIBLE_DEVICES": seen[index] if index < len(seen) else str(index)}

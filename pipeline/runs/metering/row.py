@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.settings import CostConfig
+from pipeline.ledger.devices.table import toolkits
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.memory import unread
@@ -202,5 +203,5 @@ def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "scheduler": scheduler,
         "torch": None,
-        "cuda": None,
+        **dict.fromkeys(toolkits()),
     }

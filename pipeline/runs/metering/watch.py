@@ -12,9 +12,10 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.ledger.attempted import attempted
+from pipeline.ledger.devices.cuda.device import Cuda
+from pipeline.ledger.devices.cuda.nvml import initialised, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
-from pipeline.ledger.nvml import initialised, open_reader
 from pipeline.ledger.others import Load, Others
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.values import derive, null
@@ -32,7 +33,7 @@ class Used:
     """The devices a command used.
 
     Attributes:
-        kind: `cuda` or `cpu`.
+        kind: As the device classes name it.
         name: Exact model name, of the first one.
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
         usage: What was read of all of them; None where nobody read, or is there to tell.
@@ -91,7 +92,7 @@ def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
         return cpu_host()
     names = [name or UNKNOWN_GPU for name in opened.values()]
     return Used(
-        kind="cuda",
+        kind=Cuda.kind,
         name=names[0],
         ids=tuple(opened),
         usage=unread(why),
@@ -190,7 +191,7 @@ class Watch:
         name = attempted(
             lambda: str(self._nvml.nvmlDeviceGetName(self._handles[ids[0]])), lambda _: UNKNOWN_GPU
         )
-        return Used(kind="cuda", name=name, ids=ids)
+        return Used(kind=Cuda.kind, name=name, ids=ids)
 
 
 def _handles(nvml: Any, asked: Sequence[str] | None, environ: Mapping[str, str]) -> dict[str, Any]:

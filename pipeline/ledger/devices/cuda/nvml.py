@@ -1,11 +1,8 @@
 """What NVML tells of the job's own GPUs, found by UUID: one reading per device and moment, gaps
 with their reasons.
 
-`Reader` is the one small interface to an accelerator's counters; NVIDIA's stands here, others have
-`Absent` until somebody writes theirs. Nothing here interprets: `gpu_sampler.py` turns readings into
-figures of a window.
-One process of a node reads for a run: a recipe is one process, and a meter refuses to be started
-    once per rank.
+Nothing here interprets: `gpu_sampler.py` turns readings into figures of a window. One process of a
+node reads for a run: a recipe is one process, and a meter refuses to be started once per rank.
 
 What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly
     activity (GPM, from Hopper on). What it cannot: which process did what (the driver knows them by
@@ -22,11 +19,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.ledger.gpm import ACTIVITY, Gpm
+from pipeline.ledger.devices.cuda.gpm import ACTIVITY, Gpm
+from pipeline.ledger.devices.reader import Absent, Reader, Reading
 
 COUNTERS = (
     "energy_mj",
@@ -46,79 +44,6 @@ _OF_THE_BOARD = ("energy_mj", "power_w", "busy", "foreign_processes")
 SUPERCHIPS = ("GH200", "GB200", "GB300")
 """In the names of boards whose power and energy NVML tells for the whole module."""
 OF_THE_MODULE = "energy and power are of the whole module: its CPU and memory are in them"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """One device at one moment. Every figure is None where it could not be read; `missing` says
-    why.
-
-    Attributes:
-        at_ns: Monotonic clock.
-        energy_mj: Millijoules of the whole board since the driver was loaded.
-        power_is_mean: Whether power is the mean of the last second, not that of the moment.
-        busy: Share of NVML's last sampling period in which a kernel ran.
-        throttle: Bit mask of reasons for lower clocks.
-        foreign_processes: Processes with a context beyond the job's own.
-        sm_active: Share of the time since the reading before in which an SM had a warp;
-            `tensor_active` and `dram_active` likewise. `nvlink_bytes_per_s` and `pcie_bytes_per_s`
-            are both directions together.
-    """
-
-    at_ns: int
-    uuid: str
-    energy_mj: float | None = None
-    power_w: float | None = None
-    power_is_mean: bool = False
-    busy: float | None = None
-    memory_used_bytes: float | None = None
-    sm_clock_mhz: float | None = None
-    memory_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    throttle: int | None = None
-    foreign_processes: int | None = None
-    sm_active: float | None = None
-    tensor_active: float | None = None
-    dram_active: float | None = None
-    nvlink_bytes_per_s: float | None = None
-    pcie_bytes_per_s: float | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-
-class Reader(Protocol):
-    """Reads the counters of the job's own devices.
-
-    Attributes:
-        uuids: The devices.
-        why: Why there is nothing to read; None where there is.
-    """
-
-    @property
-    def uuids(self) -> tuple[str, ...]: ...
-    @property
-    def why(self) -> str | None: ...
-    def read(self) -> tuple[Reading, ...]: ...
-    def placement(self) -> dict[str, Any]: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Absent:
-    """A reader of nothing, that knows why."""
-
-    why: str
-    uuids: tuple[str, ...] = ()
-
-    def read(self) -> tuple[Reading, ...]:
-        """Return no reading."""
-        return ()
-
-    def placement(self) -> dict[str, Any]:
-        """Return nothing: no device told anything."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing was opened."""
 
 
 @dataclass(slots=True)
@@ -417,20 +342,3 @@ def full_uuid(uuid: str, environ: Mapping[str, str] = os.environ) -> str:
         return uuid
     visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return f"MIG-{uuid}" if f"MIG-{uuid}" in visible else f"GPU-{uuid}"
-
-
-def reader_for(device: Any, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
-    """Return a reader of one torch device."""
-    if device.type == "cpu":
-        return Absent("a CPU run uses no GPU")
-    if device.type != "cuda":
-        return Absent(f"no counters of {device.type} devices are read yet")
-    import torch
-
-    if torch.version.hip is not None:
-        return Absent("no counters of AMD devices are read yet")
-    uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(device).uuid))
-    return attempted(
-        lambda: open_reader([uuid()], now_ns=now_ns),
-        lambda why: Absent(unmeasured("the GPU's state", why)),
-    )

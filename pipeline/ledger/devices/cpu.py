@@ -1,0 +1,41 @@
+"""The processors of a host, which count as one device."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.ledger.attempted import attempted
+from pipeline.ledger.devices.device import Device
+from pipeline.ledger.devices.reader import Absent, Reader
+
+
+class Cpu(Device):
+    """A host. What was asked of it is done when the call returns: nothing is waited for."""
+
+    kind = "cpu"
+    fused_optimizer = True
+
+    @classmethod
+    def count(cls) -> int:
+        return 1
+
+    def name(self) -> str:
+        """Return the processor's name with its number of cores."""
+        info = Path("/proc/cpuinfo")
+        lines = attempted(
+            lambda: info.read_text().splitlines() if info.is_file() else [], lambda _: list[str]()
+        )
+        named = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            "CPU",
+        )
+        return f"{named} x{os.cpu_count()}"
+
+    def synchronise(self) -> None:
+        pass
+
+    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+        return Absent("a CPU run uses no GPU")

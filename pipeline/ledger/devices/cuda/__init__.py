@@ -1,0 +1,1 @@
+"""NVIDIA's devices, and AMD's where torch drives them under the same name."""

@@ -1,0 +1,253 @@
+"""A GPU that torch drives as `cuda`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.cuda.nvml import full_uuid, open_reader
+from pipeline.ledger.devices.device import Allocator, Device, Event
+from pipeline.ledger.devices.reader import Absent, Reader
+
+if TYPE_CHECKING:
+    import torch
+
+WARM_UPS = 2  # runs before a capture: first calls choose kernels and ask for workspaces
+
+
+class Cuda(Device):
+    """A CUDA device. Every question is asked of this one, whichever is the thread's current one."""
+
+    kind = "cuda"
+    is_gpu = True
+    numbered = True
+    events = True
+    counts_memory = True
+    pinned = True
+    fused_optimizer = True
+    triton = True
+    wide_products = True
+    captures = True
+    for_vllm = True
+    chunk_bytes = 256 * 2**20
+    toolkit = "cuda"
+
+    @classmethod
+    def count(cls) -> int:
+        import torch
+
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    @classmethod
+    def opened(cls) -> tuple[str, str] | None:
+        """Return UUID and name of the main thread's device once the program has opened one."""
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        try:
+            if cuda is None or not cuda.is_initialized():
+                return None
+            known = cuda.get_device_properties(cuda.current_device())
+            return full_uuid(str(known.uuid)), str(known.name)
+        except (AttributeError, RuntimeError):  # half imported; a device that fell off the bus
+            return None
+
+    @classmethod
+    def toolkit_version(cls) -> str | None:
+        import torch
+
+        return torch.version.cuda
+
+    def name(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(self.at)
+
+    def make_current(self) -> None:
+        """Have libraries use this one: of a device with a number they would open number 0, too."""
+        import torch
+
+        # torch.device("cuda") has no index, whatever its stubs say
+        if self.at.index is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            torch.cuda.set_device(self.at)
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def synchronise(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.at)
+
+    def make_event(self) -> Event:
+        return _Event(self.at, timed=True)
+
+    def profiler_activity(self) -> Any | None:
+        from torch.profiler import ProfilerActivity
+
+        return ProfilerActivity.CUDA
+
+    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+        """Return a reader of what NVML tells of it."""
+        import torch
+
+        if torch.version.hip is not None:
+            return Absent("no counters of AMD devices are read yet")
+        uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(self.at).uuid))
+        return attempted(
+            lambda: open_reader([uuid()], now_ns=now_ns),
+            lambda why: Absent(unmeasured("the GPU's state", why)),
+        )
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        # out of pageable memory, a copy waits
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self.at, non_blocking=True)
+
+    def fetch(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Event | None]:
+        import torch
+
+        there = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        there.copy_(tensor, non_blocking=True)
+        event = _Event(self.at)
+        event.record()
+        return there, event
+
+    # -- random numbers ---------------------------------------------------------------------------
+
+    def generators(self) -> list[torch.device]:
+        return [self.at]
+
+    def generator_state(self) -> torch.Tensor | None:
+        import torch
+
+        return torch.cuda.get_rng_state(self.at)
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        import torch
+
+        torch.cuda.set_rng_state(state, self.at)
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def reset_memory(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.at)
+        # retries and failures are counted from here too
+        torch.cuda.reset_accumulated_memory_stats(self.at)
+
+    def allocator(self) -> Allocator:
+        import torch
+
+        stats = torch.cuda.memory_stats(self.at)
+        return Allocator(
+            allocated=stats["allocated_bytes.all.current"],
+            reserved=stats["reserved_bytes.all.current"],
+            peak_allocated=stats["allocated_bytes.all.peak"],
+            peak_reserved=stats["reserved_bytes.all.peak"],
+            retries=stats["num_alloc_retries"],
+            ooms=stats["num_ooms"],
+        )
+
+    def total_bytes(self) -> int:
+        import torch
+
+        return torch.cuda.get_device_properties(self.at).total_memory
+
+    def free_bytes(self) -> tuple[int, int]:
+        import torch
+
+        return torch.cuda.mem_get_info(self.at)
+
+    def memory_map(self) -> dict[str, Any]:
+        import torch
+
+        found: Any = torch.cuda.memory._snapshot()  # pyright: ignore[reportPrivateUsage]
+        return found
+
+    # -- arithmetic -------------------------------------------------------------------------------
+
+    def capability(self) -> tuple[int, int] | None:
+        import torch
+
+        return torch.cuda.get_device_capability(self.at)
+
+    def has_units(self, dtype: torch.dtype) -> bool | None:
+        import torch
+
+        return dtype is torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def rounds_fp32(self) -> bool:
+        import torch
+
+        return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
+
+    @contextmanager
+    def matmuls(self, *, tf32: bool) -> Generator[None]:
+        import torch
+
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+    def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+        import torch
+
+        # streams and captures are of the current device
+        with torch.cuda.device(self.at):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    prepare()
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            prepare()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+        return graph.replay
+
+    # -- other processes --------------------------------------------------------------------------
+
+    def alone_in_environment(self) -> dict[str, str]:
+        seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+        index = self.at.index or 0
+        return {"CUDA_VISIBLE_DEVICES": seen[index] if index < len(seen) else str(index)}
+
+
+class _Event:
+    """An event in the stream of one device, whichever device is the thread's current one.
+
+    Source: cudaEventElapsedTime resolves about 0.5 us; torch.cuda.Event.
+    """
+
+    __slots__ = ("_at", "_event")
+
+    def __init__(self, at: torch.device, *, timed: bool = False) -> None:
+        import torch
+
+        self._at, self._event = at, torch.cuda.Event(enable_timing=timed)
+
+    def record(self) -> None:
+        import torch
+
+        self._event.record(torch.cuda.current_stream(self._at))
+
+    def query(self) -> bool:
+        return self._event.query()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        return self._event.elapsed_time(end_event._event)

@@ -1,0 +1,221 @@
+"""What the pipeline asks of a device. All that differs between kinds of device is asked here.
+
+A kind is a class of its own in this folder and a line in `table.py`. What it does not override is
+what any device of torch does: it is waited for through `torch.accelerator`, it has no events, no
+counters and no statistics of memory, and figures that need them are null with a reason.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pipeline.ledger.devices.reader import Absent, Reader
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Event(Protocol):
+    """A mark in a device's stream of work, as `torch.Event` is one."""
+
+    def record(self) -> None:
+        """Put it into the stream."""
+
+    def query(self) -> bool:
+        """Tell without waiting whether the device has passed it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has passed it."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Return milliseconds of device time between two events that the device has passed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocator:
+    """Statistics of torch's allocator on a device, in bytes; peaks and counts since the last reset.
+
+    Attributes:
+        allocated: In tensors of this process, now.
+        reserved: Held by torch, now.
+        retries: How often it gave back what it held for nothing, and asked again.
+        ooms: How often that did not suffice.
+    """
+
+    allocated: int
+    reserved: int
+    peak_allocated: int
+    peak_reserved: int
+    retries: int
+    ooms: int
+
+
+class Device(ABC):
+    """One device that this process computes on.
+
+    Args:
+        at: Where torch puts its tensors.
+    """
+
+    kind: str
+    """As settings (`hardware.device`) and results name it."""
+    is_gpu: ClassVar[bool] = False  # its device-hours are GPU-hours
+    numbered: ClassVar[bool] = False  # a process can see several: kind:1
+    events: ClassVar[bool] = False  # `make_event` works
+    counts_memory: ClassVar[bool] = False  # `allocator` and what else is said of memory
+    pinned: ClassVar[bool] = False  # copies from page-locked memory do not wait
+    fused_optimizer: ClassVar[bool] = False  # torch's AdamW has one kernel for all parameters
+    triton: ClassVar[bool] = False  # Triton, and with it torch.compile, makes kernels for it
+    wide_products: ClassVar[bool] = False  # torch multiplies 16 bits into an fp32 result
+    captures: ClassVar[bool] = False  # `capture` works
+    for_vllm: ClassVar[bool] = False  # vLLM's usual builds, and all its quantized formats, run here
+    chunk_bytes: ClassVar[int | None] = None  # of a temporary tensor; None: what suits a CPU
+    toolkit: ClassVar[str | None] = None  # what results call the library that torch was built with
+
+    def __init__(self, at: torch.device) -> None:
+        self.at = at
+
+    # -- which one --------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def count(cls) -> int:
+        """Return how many devices of this kind the process sees."""
+
+    @classmethod
+    def place(cls, named: str) -> torch.device:
+        """Return where torch puts the tensors of a device, as `hardware.device` names it."""
+        import torch
+
+        return torch.device(named)
+
+    @classmethod
+    def opened(cls) -> tuple[str, str] | None:
+        """Return identity and name of the device that another program's torch has opened, if any.
+
+        Asked inside that program, which has imported torch or not: it is not imported here.
+        """
+        return None
+
+    @classmethod
+    def toolkit_version(cls) -> str | None:
+        """Return the release of `toolkit` that torch was built with."""
+        return None
+
+    @abstractmethod
+    def name(self) -> str:
+        """Return its exact model name."""
+
+    def make_current(self) -> None:  # noqa: B027 - most kinds have one device
+        """Have libraries that ask for no device use this one."""
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def synchronise(self) -> None:
+        """Wait until it has done all that was asked of it."""
+        import torch
+
+        torch.accelerator.synchronize(self.at)
+
+    def make_event(self) -> Event:
+        """Return a new event that is timed; where `events`."""
+        raise NotImplementedError(f"{self.kind} has no events")
+
+    def profiler_activity(self) -> Any | None:
+        """Return what torch's profiler records of it; None where it records nothing."""
+        return None
+
+    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+        """Return a reader of its counters."""
+        return Absent(f"no counters of {self.kind} devices are read yet")
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the host on the device, without waiting where that can be."""
+        return tensor.to(self.at)
+
+    def fetch(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Event | None]:
+        """Return a small tensor for the host, and the event after which its values are there.
+
+        Without an event it is the tensor itself: reading it waits.
+        """
+        return tensor, None
+
+    # -- random numbers ---------------------------------------------------------------------------
+
+    def generators(self) -> list[torch.device]:
+        """Return the devices that have a random generator beside the host's own."""
+        return []
+
+    def generator_state(self) -> torch.Tensor | None:
+        """Return the state of its own generator; None where it has none."""
+        return None
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """Set the state that `generator_state` gave."""
+        raise NotImplementedError(f"{self.kind} has no generator of its own")
+
+    # -- memory; where `counts_memory` ------------------------------------------------------------
+
+    def reset_memory(self) -> None:  # noqa: B027 - nothing is counted
+        """Count peaks, retries and failures anew."""
+
+    def allocator(self) -> Allocator:
+        """Return what torch's allocator counted."""
+        raise NotImplementedError(f"torch counts no memory on {self.kind}")
+
+    def total_bytes(self) -> int:
+        """Return how much memory it has."""
+        raise NotImplementedError(f"torch counts no memory on {self.kind}")
+
+    def free_bytes(self) -> tuple[int, int]:
+        """Return what its driver can still give, and how much memory it has.
+
+        Raises:
+            RuntimeError: After some errors no driver answers any more.
+        """
+        raise NotImplementedError(f"torch counts no memory on {self.kind}")
+
+    def memory_map(self) -> dict[str, Any]:
+        """Return the allocator's segments and blocks, as torch's viewer takes them."""
+        raise NotImplementedError(f"torch counts no memory on {self.kind}")
+
+    # -- arithmetic -------------------------------------------------------------------------------
+
+    def capability(self) -> tuple[int, int] | None:
+        """Return the compute capability that kernels ask for; None where there is no such thing."""
+        return None
+
+    def has_units(self, dtype: torch.dtype) -> bool | None:
+        """Return whether it multiplies this dtype faster than fp32; None: only trying tells."""
+        return None
+
+    def rounds_fp32(self) -> bool:
+        """Return whether fp32 matrices are multiplied with less than fp32's precision now."""
+        return False
+
+    @contextmanager
+    def matmuls(self, *, tf32: bool) -> Generator[None]:
+        """Multiply fp32 matrices in tf32 or in IEEE fp32 inside."""
+        yield
+
+    def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+        """Return what replays `step`, captured after it was run with `prepare` before it.
+
+        What is not allowed in a capture (waiting for the device, say) raises.
+        """
+        raise NotImplementedError(f"{self.kind} captures no graphs")
+
+    # -- other processes --------------------------------------------------------------------------
+
+    def alone_in_environment(self) -> dict[str, str]:
+        """Return what shows a child process this device alone."""
+        return {}

@@ -1,0 +1,83 @@
+"""The one small interface to an accelerator's counters: a reading per device and moment.
+
+A kind of device whose counters nobody reads yet has `Absent`, which says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One device at one moment. Every figure is None where it could not be read; `missing` says
+    why.
+
+    Attributes:
+        at_ns: Monotonic clock.
+        energy_mj: Millijoules of the whole board since the driver was loaded.
+        power_is_mean: Whether power is the mean of the last second, not that of the moment.
+        busy: Share of NVML's last sampling period in which a kernel ran.
+        throttle: Bit mask of reasons for lower clocks.
+        foreign_processes: Processes with a context beyond the job's own.
+        sm_active: Share of the time since the reading before in which an SM had a warp;
+            `tensor_active` and `dram_active` likewise. `nvlink_bytes_per_s` and `pcie_bytes_per_s`
+            are both directions together.
+    """
+
+    at_ns: int
+    uuid: str
+    energy_mj: float | None = None
+    power_w: float | None = None
+    power_is_mean: bool = False
+    busy: float | None = None
+    memory_used_bytes: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    throttle: int | None = None
+    foreign_processes: int | None = None
+    sm_active: float | None = None
+    tensor_active: float | None = None
+    dram_active: float | None = None
+    nvlink_bytes_per_s: float | None = None
+    pcie_bytes_per_s: float | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """Reads the counters of the job's own devices.
+
+    Attributes:
+        uuids: The devices.
+        why: Why there is nothing to read; None where there is.
+    """
+
+    @property
+    def uuids(self) -> tuple[str, ...]: ...
+    @property
+    def why(self) -> str | None: ...
+    def read(self) -> tuple[Reading, ...]: ...
+    def placement(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A reader of nothing, that knows why."""
+
+    why: str
+    uuids: tuple[str, ...] = ()
+
+    def read(self) -> tuple[Reading, ...]:
+        """Return no reading."""
+        return ()
+
+    def placement(self) -> dict[str, Any]:
+        """Return nothing: no device told anything."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing was opened."""
