@@ -28,7 +28,8 @@ from pipeline.cli.main import main
 from pipeline.cli.recipes import GROUPS, config_dir, find_recipes
 from pipeline.config.settings import Run, TrainingConfig
 from pipeline.errors import Exit
-from pipeline.ledger.metrics import CATALOGUE
+from pipeline.ledger.metrics import CATALOGUE, PHASES, PRODUCTIVE, WASTED
+from pipeline.report.waste import REMEDIES
 from pipeline.stages.table import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,7 +290,7 @@ def metrics_page() -> str:
         rows = [
             (
                 f"`{metric.key}`",
-                metric.unit,
+                "no unit" if metric.unit == "1" else metric.unit,
                 metric.scope,
                 better[metric.direction],
                 "yes" if metric.core else "",
@@ -300,7 +301,32 @@ def metrics_page() -> str:
         ]
         parts += [f"## {section}"]
         parts += [_table(("key", "unit", "of", "better", "core", "meaning"), rows)]
+    parts += [
+        "## Phases",
+        (
+            "What the host was doing. Every nanosecond of a stage belongs to one phase, and every"
+            " phase to one class."
+        ),
+        _table(("phase", "class"), [(f"`{phase}`", _class_of(phase)) for phase in PHASES]),
+    ]
+    rows = [
+        (f"`{cause}`", f"{each.threshold:.0%}", _text(each.here), _text(each.elsewhere))
+        for cause, each in REMEDIES.items()
+    ]
+    header = ("cause", "from", "in a recipe", "in a metered program")
+    parts += [
+        "## Waste, and the first thing to try",
+        "A cause is advised on where it takes this share of its stage or more.",
+        _table(header, rows),
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def _class_of(phase: str) -> str:
+    """Return whether a phase is productive, support or wasted, and as what."""
+    if phase in PRODUCTIVE:
+        return "productive"
+    return f"wasted, as `{WASTED[phase]}`" if phase in WASTED else "support"
 
 
 def commands_page() -> str:

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
         write_rows(cwd / f"{name}.jsonl", rows)
     answers = [{"asked": f"how many, {text}?", "answered": text[4:6]} for text in texts]
     write_rows(cwd / "qa.jsonl", answers)
-    written = [{"prompt": text, "completion": " and so on"} for text in texts]
+    written = [{"prompt": f"more of {text}", "completion": " so on"} for text in texts]
     write_rows(cwd / "written.jsonl", written)
     labelled = [{"text": text, "label": LABELS[at % 3]} for at, text in enumerate(texts)]
     write_rows(cwd / "reviews/train.jsonl", labelled)
@@ -130,13 +130,15 @@ def at_toy_size(words: list[str]) -> list[str]:
     leave += ["tracking"] if recipe == "release_check" or "tracking.uri" in given else []
     leave += [key for key, value in given.items() if key.endswith(".steps") and value == "0"]
     leave += [word.removeprefix("~") for word in given if word.startswith("~")]
-    sizes = [*COMMON, *GIVEN.get(recipe, []), "seeds=[0,1]"]
+    sizes = [*COMMON, *GIVEN.get(recipe, []), "seeds=[0]"]
     sizes = [
         size
         for size in sizes
         if not size.startswith(tuple(leave))
         and (not size.startswith(("seeds", "stages.quantized")) or size.partition("=")[0] in given)
     ]
+    if recipe == "distill" and "sequence_classification" in given.get("task", ""):
+        sizes.append("stages.student.insist=true")  # six steps teach a classifier nothing
     ours = {size.partition("=")[0] for size in sizes}
     return [word for word in words if word.partition("=")[0] not in ours] + sizes
 
@@ -264,26 +266,32 @@ def test_a_job_file_is_shell(block: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def released(folder: Path) -> Path:
-    """The folder with a model that a run made, and with a first champion."""
+def released(folder: Path) -> str:
+    """The run whose model is the first champion: what `latest` is, before other commands run."""
     done = forked.run(folder, *at_toy_size(["recipe=baseline", "tracking.uri=null"]))
     assert done.returncode == 0, done.stderr
-    first = ["candidate=latest", "baseline=models:/student@champion", "bootstrap=true"]
+    run_id = (folder / "mlruns/latest").resolve().name
+    first = [f"candidate={run_id}", "baseline=models:/student@champion", "bootstrap=true"]
     done = forked.run(folder, *at_toy_size(["recipe=release_check", *first, "promote=true"]))
     assert done.returncode == 0, done.stderr
-    return folder
+    return run_id
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RECIPES, ids=str)
-def test_a_recipe_of_a_page_runs(command: Command, released: Path) -> None:
-    words = here_instead(command, released)
+def test_a_recipe_of_a_page_runs(command: Command, folder: Path, released: str) -> None:
+    words = here_instead(command, folder)
+    words = [re.sub(r"^(candidate|model)=latest$", rf"\1={released}", word) for word in words]
+    words = [
+        re.sub(r"^candidate=models:/student/\d+$", "candidate=models:/student/1", word)
+        for word in words
+    ]
     if words[0] == "selftest":
         words = [word for word in words if not word.startswith("train=")]
         words += ["n=3", "policy.load.new=2", "policy.blocks=2"]
     else:
         words = at_toy_size(words)
-    done = forked.run(released, *words, timeout=500)
+    done = forked.run(folder, *words, timeout=500)
     recipe = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "")
     assert done.returncode in VERDICTS.get(recipe or words[0], (0,)), done.stdout + done.stderr
 
