@@ -410,6 +410,14 @@ def test_the_reference_names_every_command_and_exit_code() -> None:
     assert set(reference.EXITS) == set(reference.Exit)
 
 
+def test_the_glossary_defines_the_terms_that_reports_use() -> None:
+    text = (ROOT / "docs/glossary.md").read_text()
+    terms = "ABBA block, Arm, Artifact, Censored, Control, Device-hour, Ledger, Payback, Recipe"
+    missing = [term for term in f"{terms}, Stage, Unit".split(", ") if f"### {term}\n" not in text]
+    assert missing == []
+    assert "### Look (interim analysis)\n" in text
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Build the site from a copy of the project's pages, with text added to one of them."""
