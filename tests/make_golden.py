@@ -94,7 +94,9 @@ TIMES = re.compile(
     r"|goodput|mfu|placement|identity|saving|payback|bound|new_spend|systems|less_others"
     r"|c_opt|c_arm|c_base|all_in|rule"
     r"|^(environment|device|run|run_id|question|items|path|settings|serving|meter_valid"
-    r"|meter_problems|verdict|notes)$"
+    r"|meter_problems|verdict|notes"
+    # of a later schema
+    r"|inputs|makes|control)$"
 )
 """Keys of what a clock decides, or a machine, or where a run lies."""
 
@@ -118,9 +120,14 @@ def kept(result: dict[str, Any]) -> dict[str, Any]:
     found["comparisons"] = [
         {
             **pair,
+            # schema 1 knew no other
+            "base_is": (
+                "best_16_bit" if result["comparisons"][at]["base_is"] == "best_16_bit" else None
+            ),
             "training": {
-                "answered": (result["comparisons"][at].get("training") or {}).get("value")
-                is not None
+                "answered": (
+                    (result["comparisons"][at].get("training") or {}).get("value") is not None
+                )
             },
         }
         for at, pair in enumerate(found["comparisons"])

@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.settings import Comparison, Run
+from pipeline.config.settings import Comparison, Fallback, Run
 from pipeline.evaluation.serving.decoding import Fixed
 from pipeline.ledger import gpu_phases
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
-from pipeline.report import waste
-from pipeline.runs import rows
-from pipeline.runs.attempt import Attempt
+from pipeline.runs.assessor import Assessor
 from pipeline.runs.opening import without_baseline
-from pipeline.stages.recover import RecoverStage
-from pipeline.stages.settings import TrainingOverrides
+from pipeline.runs.runner import StageRunner
 from pipeline.stages.table import STAGES
 from pipeline.training import checkpoint, loop
 
@@ -152,12 +149,13 @@ def test_an_accelerator_is_not_named_after_the_cpu(
 
 def test_what_trains_has_a_goodput_and_nothing_else_has() -> None:
     """A release takes a model over: its goodput is no measured zero."""
-    kinds = {stage.type: stage for stage in STAGES.values()} | {RecoverStage.type: RecoverStage}
-    assert {kind for kind, stage in kinds.items() if issubclass(stage, TrainingOverrides)} == set(
-        rows.TRAINING
-    )
-    assert "release" in kinds
-    assert set(rows.TRAINING) < set(waste._WITH_STEPS)
+    run = Run()
+    run.stages = {name: stage() for name, stage in STAGES.items()}
+    run.stages["capture"].like = run.stages["train"].like = "distill"
+    fallback = run.stages["quantize"] = STAGES["quantize"](recover=[Fallback.lora])
+    stages = {**run.stages, **fallback.fallbacks("quantize")}
+    trains = {name for name, stage in stages.items() if stage.trains(run)}
+    assert trains == {"train", "distill", "quantize/lora"}
 
 
 # -- settings and phases --------------------------------------------------------------------------
@@ -181,7 +179,8 @@ def test_looking_whether_an_artifact_is_whole_is_preparing() -> None:
         now[0] += 90
 
     clock = PhaseClock(lambda: now[0])
-    attempt: Any = SimpleNamespace(clock=clock, store=SimpleNamespace(recall=recall))
-    assert Attempt.recall(attempt, "key") is None
-    assert Attempt.recall_assessment(attempt, "key", {}) is None
+    session = SimpleNamespace(clock=clock, store=SimpleNamespace(recall=recall), run_id="r")
+    running: Any = SimpleNamespace(session=session)
+    assert StageRunner(running, 0)._recall("key") is None
+    assert Assessor(running, 0)._recall("key", {}) is None
     assert clock.read_ns() == {"other": 0, "prepare": 180}

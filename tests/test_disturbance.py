@@ -175,7 +175,7 @@ TINY = [
     "serving.load.new=3",
     "serving.load.prompt=16",
     "serving.batches=[1]",
-    "stages.student.insist=true",
+    "stages.student.allow_weak_teacher=true",
 ]
 
 

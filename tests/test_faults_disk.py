@@ -157,7 +157,7 @@ CACHED = [
     *SMALL,
     "stages.teacher.steps=4",
     "stages.student.steps=6",
-    "stages.student.insist=true",
+    "stages.student.allow_weak_teacher=true",
     "model.shape.layers=2",
 ]
 

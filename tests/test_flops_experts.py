@@ -342,7 +342,7 @@ def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, nam
         "recipe=distill",
         f"model.path={source}",
         "stages.teacher.steps=3",
-        "stages.student.insist=true",
+        "stages.student.allow_weak_teacher=true",
         *TINY,
     )
     assert done.returncode == 0, done.stderr

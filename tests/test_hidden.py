@@ -211,7 +211,7 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
     monkeypatch.chdir(tmp_path)
     wanted = [
         "stages.student.hidden_weight=2",
-        "stages.student.insist=true",
+        "stages.student.allow_weak_teacher=true",
         "student.config={hidden_size: 128, head_dim: 64}",
     ]
     assert main([*DISTIL, *wanted, *more], started_ns=0) == 0, capsys.readouterr().err

@@ -54,7 +54,7 @@ TINY = [
     "serving.load.new=2",
     "serving.load.prompt=8",
     "serving.batches=[1]",
-    "stages.student.insist=true",
+    "stages.student.allow_weak_teacher=true",
     "tracking.mlflow=false",
     "serving.check_vllm=every",
 ]
@@ -155,13 +155,13 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "vllm": (
         lambda patch: [
-            patch.setattr("pipeline.runs.attempt.vllm_why_not", lambda *_: None),
-            patch.setattr("pipeline.runs.attempt.check_vllm", boom),
+            patch.setattr("pipeline.runs.assessor.vllm_why_not", lambda *_: None),
+            patch.setattr("pipeline.runs.assessor.check_vllm", boom),
         ],
         "vLLM: failed (agreement with vLLM could not be measured",
     ),
     "vllm_question": (
-        lambda patch: patch.setattr("pipeline.runs.attempt.vllm_why_not", boom),
+        lambda patch: patch.setattr("pipeline.runs.assessor.vllm_why_not", boom),
         "vLLM could not be measured",
     ),
     "energy": (

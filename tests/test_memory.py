@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_attempt
+import test_running
 import torch
 from make_result import make_result, make_row, value
-from test_attempt import FakeStage, fake_assessment, fake_serving, invoke, minutes, of_run, the_run
+from test_running import FakeStage, fake_assessment, fake_serving, invoke, minutes, of_run, the_run
 
 import pipeline.evaluation.quality.assess
 import pipeline.runs.comparison
@@ -25,7 +25,6 @@ from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
 from pipeline.ledger.values import Provenance, measured
 from pipeline.report.markdown import markdown
-from pipeline.runs.attempt import Attempt
 from pipeline.runs.out_of_memory import explain
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
@@ -353,17 +352,12 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     # no model there
     monkeypatch.setattr("pipeline.models.sixteen_bits.stored_said", lambda *_: None)
-    monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
-    monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)
-    monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(root, "model", "b" * 32, 1))
-    opened = test_attempt.open_fake
-
-    def on_gpu(*args: Any, **more: Any) -> Attempt:
-        attempt = opened(*args, **more)
-        attempt.device = GPU
-        return attempt
-
-    monkeypatch.setattr(test_attempt, "open_fake", on_gpu)
+    monkeypatch.setattr("pipeline.runs.serving_pass.serve", fake_serving)
+    monkeypatch.setattr("pipeline.runs.comparison.other_tokenizers", lambda *_: False)
+    monkeypatch.setattr(
+        "pipeline.runs.runner.base_artifact", lambda *_: Artifact(root, "model", "b" * 32, 1)
+    )
+    monkeypatch.setattr(test_running, "DEVICE", GPU)
 
     class Hungry(FakeStage):
         def run(self, inputs: Any, ctx: Context) -> Output:
@@ -385,7 +379,7 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     assert snapshot.name == "oom-student-1.json"
     attempt = invoke(root, "run-1", 2, run)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
-    failed = next(row for row in attempt.rows if row["status"] == "FAILED")
+    failed = next(row for row in attempt.book.rows if row["status"] == "FAILED")
     assert failed["why"] == line
     assert minutes(failed["ledger"]["device_hours"]["retry"]["value"]) == pytest.approx(2)
     assert failed["ledger"]["memory"]["ooms"]["value"] == 1

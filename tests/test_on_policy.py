@@ -383,7 +383,7 @@ def test_a_recipe_has_its_student_write_all_the_time(
     wanted = [
         "stages.student.on_policy=1",
         "stages.student.on_policy_length=8",
-        "stages.student.insist=true",
+        "stages.student.allow_weak_teacher=true",
     ]
     assert main([*DISTIL, *wanted], started_ns=0) == 0, capsys.readouterr().err
     rows = {row["arm"]: row["ledger"] for row in result_in(tmp_path)["rows"]}
@@ -406,7 +406,7 @@ def test_the_recipe_of_all_signals_runs(
     monkeypatch.chdir(tmp_path)
     recipe = [arg.replace("distill_cached", "distill_signals") for arg in TINY]
     arms = ("student", "hidden_states", "relations", "on_policy")
-    wanted = [f"stages.{arm}.insist=true" for arm in arms]
+    wanted = [f"stages.{arm}.allow_weak_teacher=true" for arm in arms]
     assert main([*recipe, *wanted, "stages.on_policy.on_policy=0.5"], started_ns=0) == 0, (
         capsys.readouterr().err
     )

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.ledger.journal import Journal, read_events, read_first
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, why_damaged
-from pipeline.runs.recovery import why_unusable
+from pipeline.runs.resume import why_unusable
 from pipeline.store.artifacts import Store, write_json
 
 STATE = {"key": "k", "status": "FAILED", "pid": None, "attempt": 2, "spent_device_hours": 0.5}

@@ -407,10 +407,10 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
     assert loss(rungs(result)["lora"]) > 0
     check_it_is(result, None)
     assert (
-        "quantized: stays as reference is: no rung holds the tolerance"
+        "quantized: stays as reference is: no fallback is within the tolerance"
         in result["environment"]["notes"]
     )
-    kept = "No format pays: quantized stays as the reference is (no rung holds the tolerance); "
+    kept = "No format pays: quantized stays as reference is (no fallback is within the tolerance); "
     assert result["conclusion"].startswith(kept)
     (pair,) = result["comparisons"]
     assert pair["speedup"]["no_speedup"] is True
@@ -439,7 +439,7 @@ def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units:
     }
     assert own["artifact"]["bytes"] < 0.6 * result["rows"][0]["artifact"]["bytes"]
     assert 0 < own["quality"]["kl_to_unquantized"]["value"] < 0.02
-    said = "quantized: is quantized/bf16: no other rung holds the tolerance"
+    said = "quantized: is quantized/bf16: no other fallback is within the tolerance"
     assert said in result["environment"]["notes"]
 
 
@@ -526,7 +526,7 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
         return Preempted if len(asked) == 8 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.runs.attempt.Attempt._should_stop", stop_at_8)
+        patch.setattr("pipeline.runs.timeline.Timeline.should_stop", stop_at_8)
         assert other.run(*settings).returncode == 75
     result = other(*settings)
     rows = [row for row in result["rows"] if row["arm"] == "quantized/lora"]
@@ -537,7 +537,7 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["stages.quantized.recover=[qat,qat]"], "stages.quantized.recover: names a rung twice"),
+        (["stages.quantized.recover=[qat,qat]"], "stages.quantized.recover: names one twice"),
         (
             ["stages.quantized.recover=[qat]", "stages.quantized.lora.rank=8"],
             "stages.quantized.lora: has no effect without lora in recover",

@@ -332,7 +332,7 @@ def test_no_planted_secret_is_found_anywhere(root: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.training.loop.train", fails, raising=False)
-        patch.setattr("pipeline.runs.attempt.Attempt._work", fails)
+        patch.setattr("pipeline.runs.runner.StageRunner._work", fails)
         done = here(root, *run, "seed=1", "--debug")
     assert done.returncode == 1
     assert "RuntimeError: cannot reach" in done.stderr

@@ -19,12 +19,12 @@ from mlflow import MlflowClient
 
 from pipeline.cli.commands.register import find_run, main, read_charge, register
 from pipeline.compare.savings import all_in, c_opt, c_total
+from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings import ModelConfig, Run, StudentConfig, Task
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.schema import RESULT_SCHEMA
-from pipeline.runs.comparison import spends_of
+from pipeline.runs.charges import spends_of
 from pipeline.runs.past_cost import past_spend
-from pipeline.stages.settings import BASE, STUDENT_INIT
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import digest_folder, write_json
 from pipeline.tracking.deliver import deliver
@@ -136,8 +136,10 @@ def _attempt(model: str | None, student: str | None = None, device: Any = CPU) -
     run = Run(model=ModelConfig(path=model), student=StudentConfig(path=student))
     run.stages = {"teacher": STAGES["train"](), "student": STAGES["distill"]()}
     run.stages["student"].teacher, run.stages["student"].model = "teacher", STUDENT_INIT
+    rows = [make_row("teacher"), make_row("student")]
     return SimpleNamespace(
-        run=run, device=device, gate=None, rows=[make_row("teacher"), make_row("student")]
+        session=SimpleNamespace(run=run, stages=run.stages, device=device, gate=None),
+        book=SimpleNamespace(rows=rows),
     )
 
 

@@ -377,20 +377,22 @@ def test_a_part_that_is_quantized_is_said_to_be_a_part() -> None:
 def test_a_later_look_is_served_as_the_look_before_and_else_is_no_look() -> None:
     """Both looks' readings are read together: bf16 and fp32 are never pooled."""
     from pipeline.gate.judge import _disturbed
-    from pipeline.runs.comparison import _asked_dtype
+    from pipeline.runs.serving_pass import _asked_dtype
 
     def looks(before: str | None, now: str) -> Any:
         gate = SimpleNamespace(
             earlier=None if before is None else {"dtype": {"asked": "auto", "served": before}}
         )
         served = SimpleNamespace(dtype={"asked": "auto", "served": now})
-        return SimpleNamespace(gate=gate, served=served, device=CPU, run=Run()), gate
+        return SimpleNamespace(served=served, device=CPU, run=Run()), gate
 
     for before, asked in ((None, "auto"), ("fp32", "fp32"), ("bf16", "bf16")):
-        attempt, gate = looks(before, asked)
-        assert _asked_dtype(attempt).value == asked
+        measured, gate = looks(before, asked)
+        session = SimpleNamespace(gate=gate, run=measured.run)
+        running: Any = SimpleNamespace(session=session)
+        assert _asked_dtype(running).value == asked
         gate.policy = Run().policy
-        assert _disturbed(attempt, gate, {"conditions": []}) == []
+        assert _disturbed(measured, gate, {"conditions": []}) == []
     assert _disturbed(*looks("fp32", "bf16"), {"conditions": []}) == [
         "served in bf16, and at the look before in fp32"
     ]

@@ -24,7 +24,7 @@ from pipeline.config.settings import Run
 from pipeline.errors import Exit
 from pipeline.ledger.journal import Journal
 from pipeline.runs import gate_ending as ending
-from pipeline.runs.attempt import Attempt
+from pipeline.runs.assessor import Assessor
 from pipeline.runs.gate_ending import exit_code
 from pipeline.store.artifacts import Store, check_room, disk_full, write_json
 
@@ -206,10 +206,11 @@ def test_what_vllm_reads_as_another_model_is_not_promoted(
 ) -> None:
     candidate = SimpleNamespace(url=None, model="m", version="1")
     gate: Any = SimpleNamespace(candidate=candidate, baseline=None, promotion=None)
-    attempt: Any = SimpleNamespace(
-        disagreeing=["candidate"], run=Run(candidate="x", baseline="models:/m@champion")
+    run = Run(candidate="x", baseline="models:/m@champion")
+    running: Any = SimpleNamespace(
+        book=SimpleNamespace(disagreeing=["candidate"]), session=SimpleNamespace(run=run)
     )
-    ending._promote(attempt, gate, {})
+    ending._promote(running, gate, {})
     assert gate.promotion["done"] is False
     assert (
         "not promoted: vLLM reads another model from the folder of candidate"
@@ -223,7 +224,6 @@ def test_a_quantized_candidate_is_checked_as_a_quantized_arm_is(
 ) -> None:
     write_json(tmp_path / "config.json", config)
     release = SimpleNamespace(artifact=SimpleNamespace(path=tmp_path))
-    attempt: Any = SimpleNamespace(
-        gate=SimpleNamespace(releases=lambda: {"candidate": release}), run=Run()
-    )
-    assert Attempt._is_quantized(attempt, "candidate") is bool(config)
+    gate = SimpleNamespace(releases=lambda: {"candidate": release})
+    running: Any = SimpleNamespace(session=SimpleNamespace(gate=gate, run=Run()))
+    assert Assessor(running, 0)._is_quantized("candidate") is bool(config)

@@ -47,7 +47,7 @@ from pipeline.stages.capture import CaptureStage
 from pipeline.stages.capturing import expected
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
-from pipeline.stages.teaching import Numbered, open_cache
+from pipeline.stages.teaching import IndexedBatches, open_cache
 from pipeline.store.artifacts import Artifact, digest_folder, read_json
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
 
@@ -295,7 +295,7 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     loss, clock = Loss(0.3, temperature=2.0), PhaseClock()
     for step in range(5):
         cached = Objective(student, task, Precision.fp32, CPU, clock, CachedTeacher(cache, loss))
-        ours = cached(Numbered(padded, cache).batch(step))
+        ours = cached(IndexedBatches(padded, cache).batch(step))
         theirs = Objective(
             student, task, Precision.fp32, CPU, clock, Teacher(live, Precision.fp32, loss)
         )(padded.batch(step))
@@ -319,7 +319,7 @@ def test_what_is_read_ahead_is_handed_over_once_and_read_only_then(
         TeacherCache, "_parts", lambda self, some: reads.append(list(some)) or parts(self, some)
     )
     plain = cache.target(rows)
-    windows = Numbered(padded, cache, num_micro=2).batch(0)["windows"]
+    windows = IndexedBatches(padded, cache, num_micro=2).batch(0)["windows"]
     assert reads == [rows, rows[:2], rows[2:]]
     ahead = [cache.target(part.tolist()) for part in windows.chunk(2)]
     assert len(reads) == 3
@@ -526,9 +526,9 @@ def test_a_student_of_fewer_tokens_is_refused(
     ctx, stage = context(folder.parent, run, "student"), run.stages["student"]
     inputs = {
         "teacher": teachers[Task.causal_lm],
-        "capture": Artifact(folder, "teacher_cache", "0" * 32, 1),
+        "cache": Artifact(folder, "teacher_cache", "0" * 32, 1),
     }
-    args = stage, "capture", inputs, windows_of(documents, run)
+    args = stage, inputs, windows_of(documents, run)
     assert open_cache(*args, 259, byte_tokenizer(), run.training, ctx).cache.vocabulary == 259
     with pytest.raises(
         UserError, match="the cache speaks of 259 tokens or classes, the student has 258"

@@ -486,7 +486,7 @@ def test_a_trace_that_failed_is_a_problem_of_the_meter_and_no_invalid_row(tmp_pa
 
 
 def test_what_is_looked_at_is_in_no_run_key() -> None:
-    from pipeline.runs.opening import UNKEYED
+    from pipeline.runs.keys import UNKEYED
 
     assert isinstance(Run().ledger, LedgerConfig)
     assert "ledger" in UNKEYED

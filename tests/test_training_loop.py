@@ -472,7 +472,7 @@ def test_the_share_of_the_gradient_is_that_of_both_parts_alone(ce_weight: float)
 )
 def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, start: float) -> None:
     with pytest.raises(
-        StageFailed, match=r"no better than the student's .* stages.student.insist=true"
+        StageFailed, match=r"no better than the student's .* stages.student.allow_weak_teacher=true"
     ):
         check_teacher("stages.student", metric, theirs, start)
     check_teacher("stages.student", "bits_per_byte", 2.9, 3.0)

@@ -185,7 +185,7 @@ def test_such_a_model_is_distilled_from_a_cache_and_live_and_says_how_it_reads(
         *(each for each in TINY if not each.startswith(("model.", "data.", "training.steps"))),
         "stages.teacher.steps=3",
         "stages.student.steps=3",
-        "stages.student.insist=true",
+        "stages.student.allow_weak_teacher=true",
     ]
     for recipe in ("distill", "distill_cached"):
         done = here(tmp_path, f"recipe={recipe}", *common)

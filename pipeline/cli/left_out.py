@@ -11,14 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from pipeline.config.settings import Run
 from pipeline.errors import UserError
-from pipeline.stages.capture import CaptureStage
-from pipeline.stages.release import ReleaseStage
-from pipeline.stages.settings import BASE, student_source
-from pipeline.stages.table import Stage
-
-READS = {"model": BASE, "teacher": BASE, "cache": "null", "like": "null"}
-"""By setting that names a stage: what can be given in its place, whatever else a recipe places."""
-SOURCE = "student.source"
+from pipeline.stages.base import Reference, stages_of
+from pipeline.store.artifacts import MODEL
 
 
 def names_left_out(settings: Iterable[str]) -> list[str]:
@@ -48,11 +42,11 @@ def leave_out(run: Run, gone: Sequence[str]) -> str | None:
 def _refuse_needed(run: Run, gone: Sequence[str]) -> None:
     """Refuse where the primary arm is left out, or a stage that stays reads one that is."""
     key = " ".join(f"~stages.{name}" for name in gone)
-    if any(isinstance(stage, ReleaseStage) for stage in run.stages.values()):
+    if any(stage.takes_release() for stage in stages_of(run).values()):
         raise UserError(key, "a release check compares candidate and baseline", "keep both")
-    if not any(_makes_a_model(stage) for stage in run.stages.values()):
+    if not any(stage.makes == MODEL for stage in stages_of(run).values()):
         raise UserError(key, "no stage is left that makes a model", "keep one")
-    needed = [f"{setting} is {arm}" for setting, arm in _settings_that_name(run, gone).items()]
+    needed = [f"{setting} is {reference.arm}" for setting, reference in _naming(run, gone).items()]
     if run.primary_arm in gone:
         needed.insert(0, f"primary_arm is {run.primary_arm}")
     if needed:
@@ -60,19 +54,15 @@ def _refuse_needed(run: Run, gone: Sequence[str]) -> None:
         raise UserError(key, ", ".join(needed), f"give as well: {', or instead: '.join(ways)}")
 
 
-def _makes_a_model(stage: Stage) -> bool:
-    return not isinstance(stage, CaptureStage)
-
-
-def _settings_that_name(run: Run, gone: Collection[str]) -> dict[str, str]:
-    """Return the settings of what stays that name a stage that is left out, with its name."""
-    found: dict[str, str] = {}
-    for name, stage in run.stages.items():
-        read = {*stage.reads(run), getattr(stage, "like", None)} & {*gone}
-        if student_source(run) in read and run.student.source in gone:
-            found[SOURCE] = student_source(run)
-        named = {each: str(getattr(stage, each, None)) for each in READS}
-        found |= {f"stages.{name}.{each}": arm for each, arm in named.items() if arm in read}
+def _naming(run: Run, gone: Collection[str]) -> dict[str, Reference]:
+    """Return the settings of what stays that name a stage that is left out."""
+    found: dict[str, Reference] = {}
+    for name, stage in stages_of(run).items():
+        for each in stage.references(run).values():
+            # an arm that follows from others is given anew with them
+            implied = "." in each.setting and run.student.source is None
+            if each.arm in gone and not implied:
+                found[each.full_setting(f"stages.{name}")] = each
     return found
 
 
@@ -81,14 +71,12 @@ def _leaving_more_out(run: Run, gone: Sequence[str]) -> str:
     be made then.
     """
     more: list[str] = []
-    # in the order of reading, but for a capture, which names a later stage
-    for name, stage in run.stages.items():
-        more += [name] if {*stage.reads(run), getattr(stage, "like", None)} & {*gone, *more} else []
-    more += [
-        name
-        for name, stage in run.stages.items()
-        if name not in more and getattr(stage, "like", None) in more
-    ]
+    # in the order of the recipe, then once more: a capture names a later stage
+    for _ in range(2):
+        for name, stage in stages_of(run).items():
+            named = {each.arm for each in stage.references(run).values()}
+            if name not in more and named & {*gone, *more}:
+                more.append(name)
     primary = _another_primary(run, {*gone, *more})
     return "" if primary is None else " ".join([*(f"~stages.{name}" for name in more), *primary])
 
@@ -97,16 +85,11 @@ def _reading_others(run: Run, gone: Sequence[str]) -> str:
     """Return the words that give each stage something else to read; empty where nothing else would
     do, or is needed.
     """
-    words: list[str] = []
-    for setting in _settings_that_name(run, gone):
-        stage = run.stages.get(setting.split(".")[1]) if setting != SOURCE else None
-        each = setting.rpartition(".")[2]
-        if each == "like" and (
-            isinstance(stage, CaptureStage) or getattr(stage, "match_compute", False)
-        ):
-            return ""  # these are nothing without a stage to be like
-        words.append(f"{setting}={READS.get(each, BASE)}")
-    return " ".join([*words, *(_another_primary(run, gone) or [])]) if words else ""
+    found = _naming(run, gone)
+    if not found or any(each.instead is None for each in found.values()):
+        return ""  # some are nothing without the stage that they name
+    words = [f"{setting}={each.instead}" for setting, each in found.items()]
+    return " ".join([*words, *(_another_primary(run, gone) or [])])
 
 
 def _another_primary(run: Run, gone: Collection[str]) -> list[str] | None:
@@ -114,7 +97,7 @@ def _another_primary(run: Run, gone: Collection[str]) -> list[str] | None:
     to name.
     """
     left = [
-        name for name, stage in run.stages.items() if name not in gone and _makes_a_model(stage)
+        name for name, stage in stages_of(run).items() if name not in gone and stage.makes == MODEL
     ]
     if not left or run.primary_arm not in gone:
         return [] if left else None

@@ -13,22 +13,14 @@ line or in a recipe of their own: what profiles set beside them is nobody's beli
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Measure, Precision, Run, Schedule, Task, TrainingConfig
+from pipeline.config.arms import STUDENT_INIT
+from pipeline.config.settings import Measure, Precision, Run, Task
 from pipeline.errors import UserError
 from pipeline.gate.checks import is_gate
-from pipeline.stages.capture import CaptureStage
-from pipeline.stages.distill import DistillStage
-from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.settings import (
-    STUDENT_INIT,
-    TrainingOverrides,
-    training_precision,
-    training_settings,
-)
+from pipeline.stages.base import stages_of
 
 Rule = Callable[[Run], str | None]
 """Returns why a setting has no effect in a run, as it continues `has no effect`; None where it may
@@ -69,74 +61,26 @@ def why_no_effect(run: Run, key: str) -> str | None:
 # -- training -------------------------------------------------------------------------------------
 
 
-def _trained(run: Run) -> dict[str, TrainingOverrides]:
-    return {
-        name: stage for name, stage in run.stages.items() if isinstance(stage, TrainingOverrides)
-    }
-
-
-def _recovers(run: Run) -> bool:
-    """Whether a quantize stage may train, with `training.*`."""
-    return any(isinstance(stage, QuantizeStage) and stage.recover for stage in run.stages.values())
-
-
 def _why_of_training(run: Run, name: str) -> str | None:
     """Return why `training.NAME` has no effect: nothing trains, each stage sets its own, or another
     setting decides.
     """
-    stages = list(_trained(run).values())
-    if _recovers(run) or name == "sequence_length":  # what is assessed has that length, too
+    if name == "sequence_length":  # what is assessed has that length, too
         return None
-    if not stages:
+    stages = stages_of(run).values()
+    reading = [each for each in stages if each.sets_of_training(name, run) is not None]
+    if not reading:
         return "where no stage trains"
-    if all(
-        getattr(run.stages.get(each.like or ""), name, None) or getattr(each, name, None)
-        for each in stages
-    ):
+    if all(each.sets_of_training(name, run) for each in reading):
         return "where each stage sets its own"
-    told = [_why_in_settings(name, training_settings(each, run)) for each in stages]
-    return told[0] if all(told) else None
-
-
-def _why_in_settings(name: str, settings: TrainingConfig) -> str | None:
-    """Return what of a stage's other training settings leaves one without effect."""
-    if name == "decay_fraction" and settings.schedule is not Schedule.constant_then_decay:
-        return f"with schedule {settings.schedule.value}"
-    if (
-        name == "growth_fraction"
-        and settings.start_batch_size is None
-        and settings.start_sequence_length is None
-    ):
-        return "without start_batch_size or start_sequence_length"
-    if name == "checkpoint_seconds" and settings.checkpoint_every is not None:
-        return "beside checkpoint_every"
-    return None
+    reasons = [each.no_effect(name, run) for each in reading]
+    return reasons[0] if all(reasons) else None
 
 
 def _why_of_stage(run: Run, key: str) -> str | None:
     _, name, *rest = key.split(".")
-    stage, setting = run.stages.get(name), ".".join(rest)
-    if isinstance(stage, TrainingOverrides) and setting in {
-        each.name for each in fields(TrainingConfig)
-    }:
-        return _why_in_settings(setting, training_settings(stage, run))
-    if not isinstance(stage, DistillStage):
-        return None
-    if (
-        setting == "ramp_fraction"
-        and stage.start_temperature is None
-        and stage.start_ce_weight is None
-    ):
-        return "without start_temperature or start_ce_weight"
-    if stage.completions is not None and setting in (
-        "divergence",
-        "temperature",
-        "ce_weight",
-        "teacher",
-        "insist",
-    ):
-        return "with completions: no teacher's distribution is there"
-    return None
+    stage = stages_of(run).get(name)
+    return None if stage is None else stage.no_effect(".".join(rest), run)
 
 
 # -- all others -----------------------------------------------------------------------------------
@@ -155,7 +99,7 @@ def _local(path: str | None) -> str | None:
 
 
 def _no_student(run: Run) -> str | None:
-    reads = any(stage.model == STUDENT_INIT for stage in _trained(run).values())
+    reads = any(stage.starts_from() == STUDENT_INIT for stage in stages_of(run).values())
     return None if reads else "without a stage that starts from the student"
 
 
@@ -164,16 +108,8 @@ def _student_copied(run: Run) -> str | None:
 
 
 def _precisions(run: Run) -> set[Precision]:
-    used = {training_precision(stage, run) for stage in _trained(run).values()}
-    recover = [
-        each
-        for stage in run.stages.values()
-        if isinstance(stage, QuantizeStage)
-        for each in (stage.lora, stage.qat)
-    ]
-    return used | (
-        {each.precision or run.precision.name for each in recover} if _recovers(run) else set()
-    )
+    in_force = (each for stage in stages_of(run).values() for each in stage.precisions("", run))
+    return {each.precision for each in in_force if each.trains}
 
 
 def _needs_precision(*precisions: Precision) -> Rule:
@@ -202,28 +138,29 @@ def _not_served(run: Run) -> str | None:
     """Return why nothing of serving is measured; a search over formats serves as well."""
     measures = {Measure.serving, Measure.payback}
     served = is_gate(run) or any(measures & set(pair.on) for pair in run.compare)
-    quantized = any(isinstance(stage, QuantizeStage) for stage in run.stages.values())
     return (
-        None if served or quantized else "where no pair of arms is compared on serving or payback"
+        None
+        if served or _quantizes(run)
+        else "where no pair of arms is compared on serving or payback"
     )
+
+
+def _quantizes(run: Run) -> bool:
+    return any(stage.reference() is not None for stage in stages_of(run).values())
 
 
 def _no_teacher(run: Run) -> str | None:
-    return (
-        None
-        if any(hasattr(stage, "teacher") for stage in run.stages.values())
-        else "without a teacher"
-    )
+    taught = any(stage.learns_from() is not None for stage in stages_of(run).values())
+    return None if taught else "without a teacher"
 
 
 def _nothing_quantized(run: Run) -> str | None:
-    quantized = any(isinstance(stage, QuantizeStage) for stage in run.stages.values())
-    return None if quantized else "without a quantize stage"
+    return None if _quantizes(run) else "without a quantize stage"
 
 
 def _nothing_trains(run: Run) -> str | None:
-    captured = any(isinstance(stage, CaptureStage) for stage in run.stages.values())
-    return None if _trained(run) or captured or _recovers(run) else "where no stage trains"
+    computes = any(stage.precisions("", run) for stage in stages_of(run).values())
+    return None if computes else "where no stage trains"
 
 
 RULES: dict[str, Rule] = {

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.config.arms import BEST_16_BIT
+from pipeline.config.arms import BASE, BEST_16_BIT, RESERVED
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
 from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
@@ -23,10 +23,9 @@ from pipeline.gate.checks import check_gate
 from pipeline.ledger.cost import check_cost
 from pipeline.ledger.devices.table import KINDS, is_device
 from pipeline.models.load import check_local
-from pipeline.stages.capture import CaptureStage
-from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.settings import BASE, RESERVED
-from pipeline.stages.table import STAGES, Stage
+from pipeline.stages.base import Stage, stages_of
+from pipeline.stages.table import STAGES
+from pipeline.store.artifacts import MODEL
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -61,7 +60,7 @@ def _check_stages(run: Run) -> None:
     earlier: list[str] = [BASE]
     for name, stage in run.stages.items():
         key = f"stages.{name}"
-        if not isinstance(stage, tuple(STAGES.values())):
+        if not isinstance(stage, Stage):
             raise UserError(
                 key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults"
             )
@@ -78,43 +77,30 @@ def _check_stages(run: Run) -> None:
 
 
 def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:
-    """Refuse a stage that reads, or takes settings from, a stage that does not exist or comes
-    later.
+    """Refuse a stage that reads, or takes settings from, a stage that does not exist, comes later,
+    or makes something else.
     """
-    wanted = {arm: _setting_that_reads(stage, arm) for arm in stage.reads(run)}
-    for arm, setting in wanted.items():
-        if setting != "cache" and isinstance(run.stages.get(arm), CaptureStage):
-            full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
-            raise UserError(
-                full_key,
-                f"{arm!r} makes a teacher cache, not a model",
-                "name a stage that makes a model",
-            )
-    like = getattr(stage, "like", None)
-    # a capture comes before what it captures for
-    if like is not None and not isinstance(stage, CaptureStage):
-        wanted[like] = "like"
-    for arm, setting in wanted.items():
-        if arm in earlier:
+    stages = stages_of(run)
+    references = list(stage.references(run).values())
+    for each in references:
+        named = stages.get(each.arm)
+        if each.reads and named is not None and named.makes != each.kind and each.kind == MODEL:
+            problem = f"{each.arm!r} makes a {named.makes.replace('_', ' ')}, not a model"
+            raise UserError(each.full_setting(key), problem, "name a stage that makes a model")
+    for each in references:
+        if each.arm in earlier or not each.comes_earlier:
             continue
+        there = each.arm in run.stages
         problem = (
-            f"{arm!r} comes later in the recipe"
-            if arm in run.stages
-            else f"there is no stage {arm!r}"
+            f"{each.arm!r} comes later in the recipe"
+            if there
+            else f"there is no stage {each.arm!r}"
         )
-        full_key = setting if setting.startswith("student.") else f"{key}.{setting}"
-        raise UserError(full_key, problem, did_you_mean(arm, earlier))
-
-
-def _setting_that_reads(stage: Stage, arm: str) -> str:
-    for name in ("model", "teacher", "cache"):
-        if getattr(stage, name, None) == arm:
-            return name
-    return "student.source"
+        raise UserError(each.full_setting(key), problem, did_you_mean(each.arm, earlier))
 
 
 def _check_arms(run: Run) -> None:
-    arms = [name for name, stage in run.stages.items() if not isinstance(stage, CaptureStage)]
+    arms = [name for name, stage in stages_of(run).items() if stage.makes == MODEL]
     if run.primary_arm not in arms:
         raise UserError(
             "primary_arm",
@@ -140,7 +126,8 @@ def _check_arms(run: Run) -> None:
 
 def _check_quantized(index: int, arm: str, run: Run) -> None:
     """Refuse to read anything but a quantized model against 16-bit forms of its source."""
-    if not isinstance(run.stages.get(arm), QuantizeStage):
+    stage = stages_of(run).get(arm)
+    if stage is None or stage.reference() is None:
         problem = f"{BEST_16_BIT} is for what a quantize stage makes, and {arm!r} is none"
         raise UserError(f"compare[{index}].base", problem, "name an arm")
 
@@ -203,11 +190,8 @@ def _check_regular(run: Run) -> None:
         UserError: Naming the setting.
     """
     named = [("data.path", run.data.path)]
-    for name, stage in run.stages.items():
-        named += [
-            (f"stages.{name}.{file}", getattr(stage, file, None))
-            for file in ("completions", "calibration")
-        ]
+    for name, stage in stages_of(run).items():
+        named += [(f"stages.{name}.{file}", path) for file, path in stage.files().items()]
     for key, given in named:
         place = None if given is None else Path(given).expanduser()
         if place is not None and place.exists() and not (place.is_dir() and key == "data.path"):

@@ -380,7 +380,7 @@ def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends
     if arm_reading is not None:
         return _Match(rule, (_cut_at(arm, arm_reading, spends), at_base))
     last = arm.constant[-1]
-    why = f"{arm.arm} did not hold Q = {target.q:.4g} within {last.tokens} tokens"
+    why = f"the arm did not hold Q = {target.q:.4g} within {last.tokens} tokens"
     return _Match(rule, (_cut_at(arm, last, spends), at_base), why)
 
 
@@ -388,13 +388,13 @@ def _match_at_end(arm: Trained, base: Trained, target: _Target, spends: Spends) 
     assert arm.final is not None
     assert base.final is not None
     rule = (
-        f"equal quality at the end: within margin of {base.arm}'s {base.final:.4g}, Q ="
+        f"equal quality at the end: within margin of the base's {base.final:.4g}, Q ="
         f" {target.q:.4g}"
     )
     why = (
         None
         if target.reached(arm.final)
-        else f"{arm.arm} ended at {arm.final:.4g} on validation, short of Q = {target.q:.4g}"
+        else f"the arm ended at {arm.final:.4g} on validation, short of Q = {target.q:.4g}"
     )
     return _Match(rule, (spends, spends), why)
 
@@ -436,7 +436,9 @@ def training_saving(
     """
     for trained in (arm, base):
         if trained.final is None or not math.isfinite(trained.final):
-            return _training_null(f"{trained.arm} has no validation reading", arm, base, spends)
+            return _training_null(
+                "the arm or its base has no validation reading", arm, base, spends
+            )
     assert base.final is not None
     target = _Target(
         target_metric(base.final, margin, lower_is_better=lower_is_better), lower_is_better

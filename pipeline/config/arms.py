@@ -1,20 +1,27 @@
-"""Names of arms: that of a stage, or of one of its rungs of recovery: `int8`, `int8/lora`."""
+"""Names of arms: that of a stage, or of one of its fallbacks: `int8`, `int8/lora`."""
 
 from __future__ import annotations
 
+BASE = "base"
+"""The model of `model.*`, which is there before any stage."""
+STUDENT_INIT = "student_init"
+"""The student's initial weights, as `student.*` describes them."""
 BEST_16_BIT = "best_16_bit"
 """As the base of a comparison: the arm that has the same source in the 16-bit form that suits this
 device best.
 """
+RESERVED = (BASE, STUDENT_INIT, BEST_16_BIT)
+CANDIDATE, BASELINE = "candidate", "baseline"
+"""The two arms of a release check, and the settings that refer to their artifacts."""
 
 
 def stage_name(arm: str) -> str:
-    """Return the stage that an arm is, or is a rung of."""
+    """Return the stage that an arm is, or is a fallback of."""
     return arm.partition("/")[0]
 
 
-def is_rung(arm: str) -> bool:
-    """Return whether an arm is a rung."""
+def is_fallback(arm: str) -> bool:
+    """Return whether an arm is a fallback."""
     return "/" in arm
 
 

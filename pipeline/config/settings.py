@@ -93,12 +93,12 @@ class Prefer(Enum):
     memory = "memory"  # bytes of weights
 
 
-class Rung(Enum):
-    """What a quantize stage may do where its format loses too much (`stages/recover.py`)."""
+class Fallback(Enum):
+    """What a quantize stage may try where its format loses too much (`stages/fallbacks.py`)."""
 
     format = "format"  # one that keeps more
-    lora = "lora"  # adapters trained inside the rounding, merged before it
-    qat = "qat"  # quantization-aware distillation from the unquantized model
+    lora = "lora"  # adapters trained with fake quantization, then merged
+    qat = "qat"  # quantization-aware distillation of all weights
 
 
 class Schedule(Enum):

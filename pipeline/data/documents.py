@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,3 +112,14 @@ class Dataset:
     splits: dict[str, tuple[Document, ...]]
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+
+
+def num_documents(documents: Sequence[Document], *, grouped: bool) -> int:
+    """Return how many documents, or groups of them, there are in all."""
+    if not grouped:
+        return len(documents)
+    groups = {
+        ("group", each.group) if each.group is not None else ("own", each.digest)
+        for each in documents
+    }
+    return len(groups)

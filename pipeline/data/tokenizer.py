@@ -77,3 +77,8 @@ def _words(document: Document) -> str:
     return "\n".join(
         part for part in (document.prompt, document.text, document.pair, *turns) if part
     )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of the numbers that a tokenizer gives to its tokens."""
+    return key_of(vocabulary=tokenizer.get_vocab())

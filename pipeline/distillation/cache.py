@@ -83,11 +83,6 @@ def packing_digest(windows: Windows) -> str:
     return whole.hexdigest()[:32]
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of the numbers that a tokenizer gives to its tokens."""
-    return key_of(vocabulary=tokenizer.get_vocab())
-
-
 # -- shards ---------------------------------------------------------------------------------------
 
 

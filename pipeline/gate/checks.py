@@ -8,10 +8,11 @@ import math
 import os.path
 from pathlib import Path
 
+from pipeline.config.arms import BASELINE, CANDIDATE
 from pipeline.config.settings import Direction, MetricRule, PolicyConfig, Run, Task
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import BY_KEY, DIRECTION, QUALITY_KEYS, TASK
-from pipeline.stages.release import BASELINE, CANDIDATE, ReleaseStage
+from pipeline.stages.base import stages_of
 
 OF_TASK = {
     Task.causal_lm: ("bits_per_byte", "next_token_accuracy"),
@@ -23,7 +24,7 @@ ITEMS = {CANDIDATE: "candidate_items", BASELINE: "baseline_items"}
 
 def is_gate(run: Run) -> bool:
     """Whether a run judges a release."""
-    return any(isinstance(stage, ReleaseStage) for stage in run.stages.values())
+    return any(stage.takes_release() for stage in stages_of(run).values())
 
 
 def check_gate(run: Run) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,28 +31,28 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
-from pipeline.config.arms import stage_name
+from pipeline.config.arms import BASELINE, CANDIDATE, stage_name
 from pipeline.config.settings import Run
+from pipeline.data.documents import Dataset, num_documents
 from pipeline.errors import Exit
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.quality.recorded import read_identity, values_digest
+from pipeline.evaluation.serving.tokens import OTHER_TOKENIZER, other_tokenizers
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.opening import Gate
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.peaks import device_name
+from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import Value, null
 from pipeline.report.verdict import verdict_line
-from pipeline.runs.attempt import device_name
-from pipeline.runs.comparison import OTHER_TOKENIZER, available, other_tokenizers
-from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store.artifacts import plain
 from pipeline.store.verdicts import Verdict
 
 if TYPE_CHECKING:
     from pipeline.evaluation.serving.measure import ServePass
     from pipeline.gate.references import Release
-    from pipeline.runs.attempt import Attempt
 
 SCHEMA = 2
 EXITS = {
@@ -65,36 +65,58 @@ EXITS = {
 Rows = dict[str, dict[str, Any]]
 
 
-def judge(attempt: Attempt, gate: Gate) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a gate's run has measured.
+
+    Attributes:
+        run: The settings.
+        rows: Of result.json.
+        served: What the comparison pass read.
+        device: The torch device, `devices` of them.
+        clock: Of the run.
+    """
+
+    run: Run
+    run_id: str
+    rows: Sequence[dict[str, Any]]
+    served: ServePass | None
+    data: Dataset
+    device: Any
+    devices: int
+    clock: PhaseClock
+
+
+def judge(measured: Measured, gate: Gate) -> Verdict:
     """Return the verdict on what this run has read, with the readings that a second look goes on
     from.
     """
     if gate.baseline is None:
-        made = attempt.run.bootstrap
+        made = measured.run.bootstrap
         why = "there is no champion" + (
             ": the candidate becomes it" if made else "; bootstrap=true makes it the first"
         )
-        return _verdict(attempt, gate, Outcome.NO_BASELINE, [], why, {})
+        return _verdict(measured, gate, Outcome.NO_BASELINE, [], why, {})
     rows = {
         stage_name(row["arm"]): row
-        for row in attempt.rows
+        for row in measured.rows
         if row["status"] == "FINISHED" and row["artifact"]
     }
-    readings = _readings(attempt.served, gate)
-    criteria = [*_quality(attempt, gate, rows), *_costs(attempt, gate, rows, readings)]
-    return _verdict(attempt, gate, decide(criteria), criteria, None, readings)
+    readings = _readings(measured.served, gate)
+    criteria = [*_quality(measured, gate, rows), *_costs(measured, gate, rows, readings)]
+    return _verdict(measured, gate, decide(criteria), criteria, None, readings)
 
 
 def _verdict(
-    attempt: Attempt,
+    measured: Measured,
     gate: Gate,
     outcome: Outcome,
     criteria: list[Criterion],
     why: str | None,
     readings: dict[str, Any],
 ) -> Verdict:
-    task = attempt.run.task
-    first = attempt.run.bootstrap and gate.baseline is None
+    task = measured.run.task
+    first = measured.run.bootstrap and gate.baseline is None
     verdict: Verdict = {
         "schema": SCHEMA,
         "line": "",
@@ -110,20 +132,20 @@ def _verdict(
             "settings": plain(gate.policy),
         },
         "task": task.value,
-        "primary": _primary(attempt),
+        "primary": _primary(measured),
         "unit": UNIT[task],
-        "data": attempt.data.digest,
+        "data": measured.data.digest,
         "device": {
-            "kind": device_of(attempt.device).kind,
-            "name": device_name(attempt.device),
-            "count": attempt.devices,
+            "kind": device_of(measured.device).kind,
+            "name": device_name(measured.device),
+            "count": measured.devices,
         },
-        "dtype": _dtype(attempt.served),
+        "dtype": _dtype(measured.served),
         "key": gate.key,
         "look": gate.look,
         "looks": gate.policy.looks,
         "readings": readings,
-        "run_id": attempt.run_id,
+        "run_id": measured.run_id,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     verdict["line"] = verdict_line(verdict)
@@ -137,10 +159,10 @@ def _dtype(served: ServePass | None) -> dict[str, Any] | None:
     return {name: served.dtype[name] for name in ("asked", "served")}
 
 
-def _primary(attempt: Attempt) -> str:
+def _primary(measured: Measured) -> str:
     """Return the quality that a history keeps of a verdict."""
-    sides = [row["quality"] for row in attempt.rows if row["status"] == "FINISHED"]
-    return primary_key((PRIMARY[attempt.run.task],), sides) or PRIMARY[attempt.run.task]
+    sides = [row["quality"] for row in measured.rows if row["status"] == "FINISHED"]
+    return primary_key((PRIMARY[measured.run.task],), sides) or PRIMARY[measured.run.task]
 
 
 # -- readings -------------------------------------------------------------------------------------
@@ -211,14 +233,15 @@ def _moved(gate: Gate, readings: dict[str, Any]) -> list[str]:
 # -- quality --------------------------------------------------------------------------------------
 
 
-def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
+def _quality(measured: Measured, gate: Gate, rows: Rows) -> list[Criterion]:
     """Return a criterion per quality: first what the policy asks for, then what else both sides
     carry.
     """
-    run, asked = attempt.run, gating_metrics(gate.policy, attempt.run.task)
+    run, asked = measured.run, gating_metrics(gate.policy, measured.run.task)
+    test = measured.data.splits["test"]
     main = PRIMARY[run.task]
     sides = {arm: rows[arm]["quality"] for arm in (CANDIDATE, BASELINE)}
-    reasons = _other_evaluation(attempt, gate, sides)
+    reasons = _other_evaluation(measured, gate, sides)
     read = cache(read_items)  # a file is read once, however many qualities are compared on it
     also = (
         []
@@ -244,7 +267,7 @@ def _quality(attempt: Attempt, gate: Gate, rows: Rows) -> list[Criterion]:
                 key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap
             )
             if not key.startswith(TASK) and not (run.candidate_items and run.baseline_items):
-                made = replace(made, available=available(attempt, grouped=made.groups is not None))
+                made = replace(made, available=num_documents(test, grouped=made.groups is not None))
         found.append(replace(invalid(made, reasons), gating=key in asked))
     return found
 
@@ -264,7 +287,7 @@ def _identity(quality: Mapping[str, Any]) -> dict[str, Any] | None:
     return read_identity(Path(paths[0])) if paths else None
 
 
-def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) -> list[str]:
+def _other_evaluation(measured: Measured, gate: Gate, sides: Mapping[str, Any]) -> list[str]:
     """Return why the two evaluations are not of the same documents, read in the same way, of these
     two artifacts.
     """
@@ -293,7 +316,7 @@ def _other_evaluation(attempt: Attempt, gate: Gate, sides: Mapping[str, Any]) ->
                 f"the {arm}'s values are of artifact {of[arm]}, not of {release.artifact.digest}"
             )
     digests = {release.artifact.digest for release in gate.releases().values()}
-    if None in of.values() and len(digests) == 2 and _same_values(attempt.run):
+    if None in of.values() and len(digests) == 2 and _same_values(measured.run):
         reasons.append(
             "both sides have the same values, and no note says whose they are (artifact)"
         )
@@ -313,13 +336,13 @@ def _same_values(run: Run) -> bool:
 # -- compute --------------------------------------------------------------------------------------
 
 
-def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
+def _costs(measured: Measured, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
     reasons = [
-        *_disturbed(attempt, gate, readings),
+        *_disturbed(measured, gate, readings),
         *_moved(gate, readings),
-        *_other_tokenizers(attempt, gate),
+        *_other_tokenizers(measured, gate),
     ]
     served = serving_criterion(
         readings["candidate_s"], readings["baseline_s"], minimum=policy.serving, alpha=alpha
@@ -347,7 +370,7 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
             )
         ]
     else:
-        energy = [unread("energy", attempt.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
+        energy = [unread("energy", measured.served.why_no_joules or "not read", policy.energy)]  # type: ignore[union-attr]
     return [
         _kept(gate, invalid(served, reasons)),
         memory,
@@ -355,9 +378,9 @@ def _costs(attempt: Attempt, gate: Gate, rows: Rows, readings: dict[str, Any]) -
             _kept(gate, invalid(each, reasons) if each.value.value is not None else each)
             for each in energy
         ),
-        _training(attempt, gate),
+        _training(measured, gate),
         invalid(
-            _payback(attempt, gate, readings, serving),
+            _payback(measured, gate, readings, serving),
             reasons if policy.payback_units is not None else [],
         ),
     ]
@@ -385,10 +408,10 @@ def _value(figures: Mapping[str, Any], name: str) -> Value:
     return Value.from_json(figures[name]) if name in figures else null(f"no {name}")
 
 
-def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[str]:
+def _disturbed(measured: Measured, gate: Gate, readings: dict[str, Any]) -> list[str]:
     """Return what made any look's serving pass no measurement."""
-    here = device_name(attempt.device)
-    before, now = (gate.earlier or {}).get("dtype"), _dtype(attempt.served)
+    here = device_name(measured.device)
+    before, now = (gate.earlier or {}).get("dtype"), _dtype(measured.served)
     if before is not None and now is not None and before["served"] != now["served"]:
         return [f"served in {now['served']}, and at the look before in {before['served']}"]
     return [
@@ -398,18 +421,20 @@ def _disturbed(attempt: Attempt, gate: Gate, readings: dict[str, Any]) -> list[s
     ]
 
 
-def _other_tokenizers(attempt: Attempt, gate: Gate) -> list[str]:
+def _other_tokenizers(measured: Measured, gate: Gate) -> list[str]:
     """Return why seconds and joules per token of the two say nothing of each other."""
     candidate, baseline = (release.artifact.path for release in gate.releases().values())
-    return [OTHER_TOKENIZER] if other_tokenizers(attempt, candidate, baseline) else []
+    with measured.clock.phase("prepare"):
+        differ = other_tokenizers(measured.run.task, candidate, baseline)
+    return [OTHER_TOKENIZER] if differ else []
 
 
-def _training(attempt: Attempt, gate: Gate) -> Criterion:
+def _training(measured: Measured, gate: Gate) -> Criterion:
     policy = gate.policy
     arm_runs, base_runs = (_own_runs(side) for side in (gate.candidate, gate.baseline))
     made = training_criterion(
         *_chains(gate),
-        _spread(attempt, gate),
+        _spread(measured, gate),
         minimum=policy.training,
         alpha=policy.alpha,
         arm_runs=arm_runs,
@@ -477,12 +502,12 @@ def _other_hardware(gate: Gate) -> list[str]:
     ]
 
 
-def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
+def _spread(measured: Measured, gate: Gate) -> Spread | None:
     """Return how far repeated trainings on the candidate's device lie apart, as self-tests have
     recorded it.
     """
     device = gate.candidate.charge.get("device")
-    if device is None or not attempt.run.tracking.mlflow:
+    if device is None or not measured.run.tracking.mlflow:
         return None
     from pipeline.tracking.registry import find_spread
 
@@ -490,9 +515,9 @@ def _spread(attempt: Attempt, gate: Gate) -> Spread | None:
 
 
 def _payback(
-    attempt: Attempt, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]
+    measured: Measured, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]
 ) -> Criterion:
-    policy, here = gate.policy, device_name(attempt.device)
+    policy, here = gate.policy, device_name(measured.device)
     c_opt = savings.c_opt(CANDIDATE, BASELINE, gate.spends())
     trained_on = gate.candidate.charge.get("device", {}).get("name")
     if c_opt.value is not None and trained_on != here:
@@ -507,6 +532,6 @@ def _payback(
         else Value(per_unit.value / 1000, per_unit.provenance)
     )
     paid = savings.payback(
-        c_opt, c_base, saving, unit=UNIT[attempt.run.task], volume=policy.payback_units
+        c_opt, c_base, saving, unit=UNIT[measured.run.task], volume=policy.payback_units
     )
     return payback_criterion(paid, within=policy.payback_units, alpha=policy.alpha)

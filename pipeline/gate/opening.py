@@ -17,11 +17,11 @@ from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.compare.verdict import Outcome
+from pipeline.config.arms import BASELINE, CANDIDATE
 from pipeline.config.settings import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.references import Places, Release, resolve
-from pipeline.stages.release import BASELINE, CANDIDATE
 from pipeline.store.artifacts import Store, key_of, plain
 from pipeline.store.verdicts import Verdict, recall
 

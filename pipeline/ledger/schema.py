@@ -190,6 +190,22 @@ _ROW: dict[str, Any] = {
         "why": {"type": ["string", "null"]},
         "reused": {"type": ["string", "null"]},
         "depends_on": {"type": "array", "items": {"type": "string"}},
+        "inputs": {"type": "object", "additionalProperties": {"type": "string"}},
+        "makes": {"type": "string"},
+        "control": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "required": ["of", "matches"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "of": {"type": "string"},
+                        "matches": {"enum": ["compute", "tokens"]},
+                    },
+                },
+            ]
+        },
         "artifact": {
             "oneOf": [
                 {"type": "null"},
@@ -291,7 +307,9 @@ _COMPARISON: dict[str, Any] = {
         },
         "arm": {"type": "string"},
         "base": {"type": "string"},
-        "base_is": {"enum": ["best_16_bit", None]},
+        "base_is": {
+            "enum": ["compute_control", "tokens_control", "teacher", "source", "best_16_bit", None]
+        },
         "on": {"type": "array", "items": {"enum": ["quality", "training", "serving", "payback"]}},
         "quality": {
             "type": "object",
@@ -537,6 +555,7 @@ RESULT_SCHEMA: dict[str, Any] = {
         "status": {"enum": ["FINISHED", "FAILED", "KILLED"]},
         "why": {"type": ["string", "null"]},
         "primary_arm": {"type": "string"},
+        "is_release_check": {"type": "boolean"},
         "conclusion": {"type": "string"},
         "device": {
             "type": "object",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.arms import BEST_16_BIT, is_rung, stage_name
+from pipeline.config.arms import BEST_16_BIT, is_fallback, stage_name
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, duration, percent, significant
@@ -46,21 +46,22 @@ from pipeline.report.view import (
     is_finished,
     primary_key,
     primary_of,
+    role_word,
     seeds,
     unfinished,
     what_happened,
     why_missing,
 )
-from pipeline.stages.release import ReleaseStage
 
-CONTROL_COMPUTE = "control_compute"
-CONTROL_STEPS = "control_steps"
-_CONTROLS = (CONTROL_COMPUTE, CONTROL_STEPS)
+_CONTROLS = {
+    "compute_control": "the control with equal compute",
+    "tokens_control": "the control with equal tokens",
+}
+"""What a base is to the arm that it is a control of, in words."""
 _SAME = 0.05
 """FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the
 ratio is said.
 """
-_ROLES = frozenset({"teacher", "student", "baseline", "reference"})
 _WHOLE = 0.9
 """Share of the parameters from which on a model is called quantized without saying how much of it
 is.
@@ -76,7 +77,7 @@ def conclude(result: Result) -> str:
     if result.get("verdict"):
         end = _end_of_run(result)
         return " ".join([verdict_words(result["verdict"]), *([_sentence(end)] if end else [])])
-    if any(row["type"] == ReleaseStage.type for row in result["rows"]):
+    if result.get("is_release_check"):
         return " ".join(
             _sentence(text) for text in ("no verdict was come to", _end_of_run(result)) if text
         )
@@ -106,7 +107,7 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
     explained: set[str] = set()
     preface = ""
     pairs = [pair for pair in result["comparisons"] if not _is_kept(result, pair["arm"])]
-    for pair in sorted(pairs, key=lambda pair: pair["base"] != CONTROL_COMPUTE):
+    for pair in sorted(pairs, key=lambda pair: pair.get("base_is") != "compute_control"):
         missing = {
             arm: why
             for arm in (pair["arm"], pair["base"])
@@ -117,8 +118,8 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
             clauses += _clauses(result, pair, "" if said == preface else said)
             preface = said if _verbs(result, pair) else ""
         elif new := {arm: why for arm, why in missing.items() if arm not in explained}:
-            reasons = ", ".join(f"{_name(arm)} {why}" for arm, why in new.items())
-            clauses.append(f"{_pair_words(pair)}: not measurable here: {reasons}")
+            reasons = ", ".join(f"{_word(result, arm)} {why}" for arm, why in new.items())
+            clauses.append(f"{_pair_words(result, pair)}: not measurable here: {reasons}")
             explained |= set(new)
             preface = ""
     return clauses, explained
@@ -129,7 +130,7 @@ def _kept(result: Result) -> list[str]:
     all.
     """
     clauses: list[str] = []
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"] if not is_rung(row["arm"])):
+    for arm in dict.fromkeys(row["arm"] for row in result["rows"] if not is_fallback(row["arm"])):
         kept = [row for row in _done(result, arm) if row.get("unchanged")]
         if kept:
             why, source = (
@@ -142,7 +143,8 @@ def _kept(result: Result) -> list[str]:
                 else f" of seed {_listed([str(row['seed']) for row in kept])}"
             )
             clauses.append(
-                f"no format pays: {_subject(arm)}{which} stays as {_subject(source)} is ({why})"
+                f"no format pays: {_subject(result, arm)}{which} stays as"
+                f" {_subject(result, source)} is ({why})"
             )
     return clauses
 
@@ -167,8 +169,10 @@ def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
     """
     clauses = _control_clause(result, pair)
     if verbs := _verbs(result, pair):
-        clauses.append(f"{preface}{_subject(pair['arm'])}{_in_part(result, pair)} {_listed(verbs)}")
-    context = f"{_subject(pair['arm'])}'s " if clauses else f"{_pair_words(pair)}: "
+        clauses.append(
+            f"{preface}{_subject(result, pair['arm'])}{_in_part(result, pair)} {_listed(verbs)}"
+        )
+    context = f"{_subject(result, pair['arm'])}'s " if clauses else f"{_pair_words(result, pair)}: "
     by_reason: dict[str, list[str]] = {}
     for what, why in _nulls(pair):
         by_reason.setdefault(why, []).append(what)
@@ -198,7 +202,7 @@ def _verbs(result: Result, pair: Pair) -> list[str]:
         figure = _figure(pair, measure)
         if measure not in pair["on"] or figure is None or _is_null(figure, measure):
             continue
-        if measure == "quality" and pair["base"] not in _CONTROLS:
+        if measure == "quality" and pair.get("base_is") not in _CONTROLS:
             verbs.append(quality_verb(primary_of(pair) or "", figure))
         elif measure == "training":
             verbs.append(training_verb(figure, _charged_too(result, pair)))
@@ -216,7 +220,9 @@ def _charged_too(result: Result, pair: Pair) -> list[str]:
     """
     chains = [_chain(result, pair[side]) for side in ("arm", "base")]
     return [
-        _name(arm) for arm in chains[0] if arm not in chains[1] and stage_name(arm) != pair["arm"]
+        _word(result, arm)
+        for arm in chains[0]
+        if arm not in chains[1] and stage_name(arm) != pair["arm"]
     ]
 
 
@@ -269,14 +275,14 @@ def _control_clause(result: Result, pair: Pair) -> list[str]:
     """
     key, quality = primary_of(pair), _figure(pair, "quality")
     if (
-        pair["base"] not in _CONTROLS
+        pair.get("base_is") not in _CONTROLS
         or "quality" not in pair["on"]
         or key is None
         or _is_null(quality, "quality")
     ):
         return []
     assert quality is not None
-    if pair["base"] == CONTROL_COMPUTE:
+    if pair["base_is"] == "compute_control":
         return [_against_compute(result, pair, key, quality)]
     return [_against_steps(result, pair, key, quality)]
 
@@ -289,10 +295,10 @@ def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> st
     """
     given = _share(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
     start, student = (
-        f"given {given} without a teacher ({CONTROL_COMPUTE})",
-        f"the distilled {_name(pair['arm'])}",
+        f"given {given} without a teacher (the control with equal compute)",
+        f"the distilled {_word(result, pair['arm'])}",
     )
-    whose = f"{_subject(pair['arm'])}'s"
+    whose = f"{_subject(result, pair['arm'])}'s"
     if answer(quality) == "undecided":
         rests_on = f"{whose} {evidence(key, quality)}"
         return (
@@ -318,7 +324,10 @@ def turned(key: str, advantage: float) -> float:
 
 
 def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
-    start = f"at {_share(result, pair, 'tokens', 'equal tokens', 'the tokens')} ({CONTROL_STEPS})"
+    start = (
+        f"at {_share(result, pair, 'tokens', 'equal tokens', 'the tokens')} (the control with equal"
+        " tokens)"
+    )
     if answer(quality) == "undecided":
         return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
@@ -359,7 +368,14 @@ def _counted(result: Result, arm: str, name: str) -> float | None:
     read = (
         [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
     )
-    rows = [row, *(each for each in read if each is not None and each["type"] == "capture")]
+    rows = [
+        row,
+        *(
+            each
+            for each in read
+            if each is not None and (each["artifact"] or {}).get("kind") == "teacher_cache"
+        ),
+    ]
     counts = [each["ledger"]["counts"][name]["value"] for each in rows]
     return None if None in counts else sum(counts)
 
@@ -370,10 +386,10 @@ def _cost_and_quality(result: Result) -> list[str]:
     arm = result["primary_arm"]
     row = finished_row(result, arm)
     if row is None:
-        return [f"{_name(arm)}: not measurable here: it {why_missing(result, arm)}"]
+        return [f"{_subject(result, arm)}: not measurable here: it {why_missing(result, arm)}"]
     key = primary_key(result)
     return [
-        f"{_subject(row['arm'])} {_quality_level(key, row['quality'].get(key))}",
+        f"{_subject(result, row['arm'])} {_quality_level(key, row['quality'].get(key))}",
         _cost(row, result),
     ]
 
@@ -422,7 +438,9 @@ def _missing(result: Result, explained: set[str]) -> list[str]:
     many_seeds = len({row["seed"] for row in result["rows"]}) > 1
     rows = [row for row in unfinished(result) if row["arm"] not in explained]
     return [
-        _name(row["arm"]) + (f" of seed {row['seed']} " if many_seeds else " ") + what_happened(row)
+        _word(result, row["arm"])
+        + (f" of seed {row['seed']} " if many_seeds else " ")
+        + what_happened(row)
         for row in rows
     ]
 
@@ -436,25 +454,27 @@ def _end_of_run(result: Result) -> str:
 
 
 # -- words ----------------------------------------------------------------------------------------
-def _name(arm: str) -> str:
-    return one_line(arm, _NAME_LIMIT)
+def _word(result: Result, arm: str) -> str:
+    """Return the word for an arm's role where it is alone in it, else its name."""
+    return role_word(result, arm) or one_line(arm, _NAME_LIMIT)
 
 
-def _subject(arm: str) -> str:
-    return f"the {arm}" if arm in _ROLES else _name(arm)
+def _subject(result: Result, arm: str) -> str:
+    role = role_word(result, arm)
+    return one_line(arm, _NAME_LIMIT) if role is None else f"the {role}"
 
 
 def _base_words(result: Result, pair: Pair) -> str:
-    row = finished_row(result, pair["arm"])
-    taught = pair["base"] == "teacher" and row is not None and "teacher" in row["depends_on"]
-    if taught:
+    is_what = pair.get("base_is")
+    if is_what in _CONTROLS:
+        return _CONTROLS[is_what]
+    if is_what == "teacher":
         return "its teacher"
-    if pair.get("base_is") == BEST_16_BIT:
-        return f"{_subject(pair['base'])} (the best 16-bit form of the same model here)"
+    base = _subject(result, pair["base"])
+    if is_what == BEST_16_BIT and pair["speedup"]:
+        return f"{base} (the best 16-bit form of the same model here)"
     dtypes = (pair["serving"] or {}).get("dtypes")
-    return _subject(pair["base"]) + (
-        f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else ""
-    )
+    return base + (f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else "")
 
 
 def _in_part(result: Result, pair: Pair) -> str:
@@ -468,8 +488,8 @@ def _in_part(result: Result, pair: Pair) -> str:
     return f" ({percent(made['share']['value'])} of its parameters in {made['format']})"
 
 
-def _pair_words(pair: Pair) -> str:
-    return f"{_name(pair['arm'])} against {_name(pair['base'])}"
+def _pair_words(result: Result, pair: Pair) -> str:
+    return f"{_word(result, pair['arm'])} against {_word(result, pair['base'])}"
 
 
 def _listed(phrases: Sequence[str]) -> str:

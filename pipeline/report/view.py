@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config.arms import is_rung
+from pipeline.config.arms import BASE, is_fallback
 from pipeline.config.settings import Task
 from pipeline.errors import one_line
 from pipeline.ledger.devices.table import is_gpu
@@ -15,7 +15,6 @@ from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK
-from pipeline.stages.settings import BASE
 
 Result = dict[str, Any]
 """A dict that validates against `pipeline.ledger.schema.RESULT_SCHEMA`."""
@@ -71,7 +70,7 @@ def no_figure(row: Row) -> str:
     """Say why a row has no quality and no serving figures at all."""
     if row["artifact"] is not None and row["artifact"]["kind"] == "teacher_cache":
         return NO_MODEL
-    if row["artifact"] is not None and is_rung(row["arm"]):
+    if row["artifact"] is not None and is_fallback(row["arm"]):
         return RUNG
     return row["why"] or NOT_RECORDED
 
@@ -120,6 +119,22 @@ def finished_row(result: Result, arm: str) -> Row | None:
     """Return the newest finished row of an arm."""
     rows = [row for row in result["rows"] if row["arm"] == arm and is_finished(row)]
     return rows[-1] if rows else None
+
+
+def role_word(result: Result, arm: str) -> str | None:
+    """Return `teacher` or `student` where an arm is the only one in that role, else None.
+
+    Roles are what stages were given, never what arms are called.
+    """
+    taught = {
+        row["arm"]: row["inputs"]["teacher"]
+        for row in result["rows"]
+        if "teacher" in row.get("inputs", {})
+        and row["makes"] == "model"
+        and not is_fallback(row["arm"])
+    }
+    roles = {"student": set(taught), "teacher": set(taught.values())}
+    return next((word for word, arms in roles.items() if arms == {arm}), None)
 
 
 def unfinished(result: Result) -> list[Row]:

@@ -109,7 +109,6 @@ REMEDIES: dict[str, Remedy] = {
         "see the throttle reasons: power or heat limits this device",
     ),
 }
-_WITH_STEPS = ("train", "distill", "recover", METERED)
 _SUPPORT = ("eval", "checkpoint", "compile")
 _OF_THE_GPU = ("idle_host_wait", "idle_launch_gap", "copy_exposed")
 
@@ -200,10 +199,11 @@ def _support(row: Row, attached: float) -> list[Cause]:
     Assessment evaluates too, and is not to be saved on: it is taken off, so that the share is a
     lower bound.
     """
-    # what a stage without steps evaluates is its proof, not a reading on the way
-    if row["type"] not in _WITH_STEPS:
-        return []
     ledger = row["ledger"]
+    # what a stage without steps evaluates is its proof, not a reading on the way
+    takes_steps = ledger["counts"]["goodput"]["value"] is not None or row["type"] == METERED
+    if not takes_steps:
+        return []
     total_ns = sum(ledger["phases_ns"].values())
     assessed_ns = (ledger["device_hours"]["assess"]["value"] or 0.0) / attached * total_ns
     shares = {

@@ -11,7 +11,8 @@ from pipeline.config.settings import ModelConfig, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.adapters import CONFIG as ADAPTER
-from pipeline.store.artifacts import Artifact, Store, digest_given, key_of
+from pipeline.runs.versions import versions
+from pipeline.store.artifacts import Artifact, Store, copy_model, digest_given, key_of
 from pipeline.store.file_names import HUB_FILES
 from pipeline.store.waiting import waiting_for
 
@@ -51,7 +52,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
         seed=seed,
         task=run.task,
         vocabulary=run.data.vocabulary_size,
-        torch=torch.__version__,
+        libraries=versions(),
     )
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
@@ -86,7 +87,6 @@ def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact
     """Return the plain model that a folder stands for, made once per content."""
     from pipeline.models.adapters import base_of, is_adapter
     from pipeline.models.load import load_config, load_model, load_tokenizer, save_model
-    from pipeline.stages.quantize import copy_model
 
     adapter = is_adapter(folder)
     whole = base_of(folder, "model.path") if adapter else folder

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,42 +15,23 @@ from pipeline.compare import savings
 from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
-from pipeline.compare.verdict import disturbed, moved
-from pipeline.config.arms import BEST_16_BIT, is_rung, stage_name
-from pipeline.config.settings import SIXTEEN_BITS, Comparison, Measure, ServingDtype, Task
-from pipeline.data.encode import encode_all
-from pipeline.distillation.cache import tokenizer_digest
+from pipeline.config.arms import BEST_16_BIT, is_fallback
+from pipeline.config.settings import SIXTEEN_BITS, Comparison, Measure
+from pipeline.data.documents import num_documents
 from pipeline.evaluation.quality.assess import read_items
-from pipeline.evaluation.serving.decoding import chosen
-from pipeline.evaluation.serving.dtype import WORDS, choose_dtype
-from pipeline.evaluation.serving.measure import ServePass, serve_pass
-from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.ledger.booking import device_hours
-from pipeline.ledger.devices.table import device_of
-from pipeline.ledger.disturbance import mean
+from pipeline.evaluation.serving.dtype import WORDS
+from pipeline.evaluation.serving.measure import ServePass
+from pipeline.evaluation.serving.tokens import OTHER_TOKENIZER, other_tokenizers
 from pipeline.ledger.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
-from pipeline.ledger.record import disturbance_of
-from pipeline.ledger.records import SERVED
 from pipeline.ledger.values import Value, derive, null
-from pipeline.models.load import load_tokenizer
-from pipeline.runs.attempt import device_name, named
-from pipeline.runs.past_cost import charge, past_spend
-from pipeline.stages.capture import CaptureStage
-from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.release import BASELINE, CANDIDATE, ReleaseStage
-from pipeline.stages.settings import BASE, STUDENT_INIT
-from pipeline.store.artifacts import MODEL, Artifact, digest_given, facts_of, key_of, plain
+from pipeline.runs.book import Rows
+from pipeline.runs.charges import spends_of, tolerance
+from pipeline.runs.running import Running
+from pipeline.runs.serving_pass import read_serving
+from pipeline.stages.base import CACHE, TEACHER
+from pipeline.store.artifacts import MODEL
 
-if TYPE_CHECKING:
-    from pipeline.runs.attempt import Attempt
-
-PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
-OTHER_TOKENIZER = "the two have other tokenizers: a token is not the same amount of text"
-# settings that change nothing of what is measured
-UNSERVED = ("volume", "rate", "results", "check_vllm")
 Row = dict[str, Any]
-Rows = dict[str, Row]
-"""By arm, the row that made its artifact, for one seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,137 +43,48 @@ class _Seed:
     spends: dict[str, Spend]
 
 
-def compare(attempt: Attempt) -> None:
+def compare(running: Running) -> None:
     """Compare the recipe's pairs. Serving is measured in a window of its own, or reused with what
     it took.
     """
-    _say_what_lacks_16_bits(attempt)
-    pairs = served_pairs(attempt)
-    served = attempt.served = _tried(attempt, pairs) if pairs else None
+    _say_what_lacks_16_bits(running)
+    pairs = served_pairs(running)
+    served = running.book.served = read_serving(running, pairs) if pairs else None
     if served is not None:
-        attempt.notes += [f"serving: {each}" for each in served.dtype.get("said", [])]
-    fill_serving(attempt, served)
-    attempt.comparisons = compare_all(attempt, served)
-    attempt.journal.write(
+        running.book.notes += [f"serving: {each}" for each in served.dtype.get("said", [])]
+    fill_serving(running, served)
+    running.book.comparisons = compare_all(running, served)
+    running.session.journal.write(
         "serving",
         rows=[
             {name: row[name] for name in ("arm", "seed", "attempt", "serving")}
-            for row in attempt.rows
+            for row in running.book.rows
             if row["serving"]
         ],
     )
-    attempt.journal.write("comparisons", comparisons=attempt.comparisons)
+    running.session.journal.write("comparisons", comparisons=running.book.comparisons)
 
 
-def _tried(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass | None:
-    """Return what the comparison pass reads; None, with the reason kept, where it fails. A gate has
-    to have it.
-    """
-    if attempt.gate is not None:
-        return _served(attempt, pairs)
-
-    def failed(why: str) -> None:
-        attempt.why_unserved = unmeasured("serving", why)
-        attempt.notes.append(attempt.why_unserved)
-
-    return attempted(lambda: _served(attempt, pairs), failed)
-
-
-def _served(attempt: Attempt, pairs: list[tuple[str, str]]) -> ServePass:
-    rows = finished_rows(attempt, attempt.seeds[0])
-    key = key_of(
-        pairs=pairs,
-        artifacts={arm: rows[arm]["artifact"]["digest"] for pair in pairs for arm in pair},
-        serving={k: v for k, v in plain(attempt.run.serving).items() if k not in UNSERVED}
-        | {"decode": chosen(attempt.run.serving.decode, attempt.device)},
-        task=attempt.run.task,
-        data=attempt.data.digest,
-        **attempt.made_on(),
-        **(
-            {"look": attempt.gate.look, "energy": attempt.gate.policy.energy is not None}
-            if attempt.gate
-            else {}
-        ),
-    )
-    with attempt.hold(key, "comparison pass"):
-        record = attempt.store.recall("serving", key, SERVED)
-        if record is None or not _holds(attempt, record):
-            return _measured(attempt, pairs, key)
-    if record["run_id"] != attempt.run_id:
-        attempt.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
-    return ServePass.from_json(record["served"])
-
-
-def _holds(attempt: Attempt, record: dict[str, Any]) -> bool:
-    """Whether a pass that was measured before stands: where it was not disturbed, for a gate by its
-    policy.
-
-    A look is read once, whatever policies judge it: a gate that measured anew for each would find
-    one that passes.
-    """
-    if record["run_id"] == attempt.run_id:
-        return True
-    if attempt.gate is None:  # what was disturbed is measured anew: its savings are not shown
-        foreign = Value.from_json(
-            record["served"]["conditions"].get("foreign_load", null("not recorded").to_json())
-        )
-        return tolerance(attempt).too_much(foreign) is None
-    served, pair = ServePass.from_json(record["served"]), (CANDIDATE, BASELINE)
-    if disturbed(attempt.gate.policy, device_name(attempt.device), served.conditions):
-        return False
-    if pair not in served.orders:  # of an older release
-        return True
-    return not moved(
-        attempt.gate.policy, *served.seconds[pair], served.orders[pair], served.places[pair]
-    )
-
-
-def _measured(attempt: Attempt, pairs: list[tuple[str, str]], key: str) -> ServePass:
-    attempt.check_budget()
-    print("comparison pass: serving", flush=True)
-    with (
-        attempt.window("compare", None, -1) as window,
-        named(attempt, "comparison pass", None, "compare"),
-    ):
-        served = serve(attempt, pairs, _order_seed(attempt, key))
-    attempt.store.remember(
-        "serving",
-        key,
-        {
-            "run_id": attempt.run_id,
-            "elapsed_ns": window.elapsed_ns,
-            "devices": attempt.devices,
-            "served": served.to_json(),
-        },
-    )
-    return served
-
-
-def _order_seed(attempt: Attempt, key: str) -> int:
-    """Return a seed that another run, and another look, do not share."""
-    return int(key_of(run=attempt.run_id, key=key)[:8], 16)
-
-
-def served_pairs(attempt: Attempt) -> list[tuple[str, str]]:
+def served_pairs(running: Running) -> list[tuple[str, str]]:
     """Return the pairs that are read on serving or payback and have both artifacts (of the first
     seed).
     """
-    rows = finished_rows(attempt, attempt.seeds[0])
+    rows = running.book.finished(running.session.seeds[0])
     pairs = [
-        pair for pair in compared(attempt) if {Measure.serving, Measure.payback} & set(pair.on)
+        pair for pair in compared(running) if {Measure.serving, Measure.payback} & set(pair.on)
     ]
     return [(pair.arm, pair.base) for pair in pairs if pair.arm in rows and pair.base in rows]
 
 
-def compared(attempt: Attempt) -> list[Comparison]:
+def compared(running: Running) -> list[Comparison]:
     """Return the recipe's pairs; `best_16_bit` is the arm it stands for, and a pair without such an
     arm is left out.
     """
-    found = [(pair, base_of(attempt, pair)) for pair in attempt.run.compare]
+    found = [(pair, base_of(running, pair)) for pair in running.session.run.compare]
     return [replace(pair, base=base) for pair, base in found if base is not None]
 
 
-def base_of(attempt: Attempt, pair: Comparison) -> str | None:
+def base_of(running: Running, pair: Comparison) -> str | None:
     """Return the arm that a pair is read against: of `best_16_bit`, the 16-bit form that suits this
     device best.
     """
@@ -200,277 +92,87 @@ def base_of(attempt: Attempt, pair: Comparison) -> str | None:
 
     if pair.base != BEST_16_BIT:
         return pair.base
-    rows, order = finished_rows(attempt, attempt.seeds[0]), best_first(attempt.device)
+    session, order = running.session, best_first(running.session.device)
+    rows = running.book.finished(session.seeds[0])
     forms = [
-        (order.index(stage.format), name)
-        for name, stage in attempt.run.stages.items()
-        if name in rows and name != pair.arm and _is_16_bit_form(attempt, name, pair.arm)
+        (order.index(fmt), name)
+        for name, stage in session.stages.items()
+        if name in rows
+        and name != pair.arm
+        and (fmt := stage.stored_format()) in order
+        and _is_16_bit_form(running, name, pair.arm)
     ]
     return min(forms)[1] if forms else None
 
 
-def _is_16_bit_form(attempt: Attempt, name: str, arm: str) -> bool:
-    """Whether an arm is, in 16 bits, what another one was quantized from."""
-    stage, other = attempt.run.stages[name], attempt.run.stages[arm]
-    both = isinstance(stage, QuantizeStage) and isinstance(other, QuantizeStage)
-    return both and stage.format in SIXTEEN_BITS and stage.model == other.model
+def _is_16_bit_form(running: Running, name: str, arm: str) -> bool:
+    """Return whether an arm is, in 16 bits, what another one was quantized from."""
+    stages = running.session.stages
+    if name not in stages or stages[name].stored_format() not in SIXTEEN_BITS:
+        return False
+    return stages[name].reference() == stages[arm].reference()
 
 
-def _say_what_lacks_16_bits(attempt: Attempt) -> None:
-    lacking = [pair.arm for pair in attempt.run.compare if base_of(attempt, pair) is None]
+def _say_what_lacks_16_bits(running: Running) -> None:
+    lacking = [pair.arm for pair in running.session.run.compare if base_of(running, pair) is None]
     if lacking:
-        attempt.notes.append(
+        running.book.notes.append(
             f"{', '.join(lacking)}: no arm has the same model in 16 bits here: read against fp32"
             " alone"
         )
 
 
-def finished_rows(attempt: Attempt, seed: int) -> Rows:
-    """Return the rows of one seed that have an artifact, by arm."""
-    return {
-        row["arm"]: row
-        for row in attempt.rows
-        if row["seed"] == seed and row["artifact"] is not None
-    }
-
-
-def serve(attempt: Attempt, pairs: list[tuple[str, str]], order_seed: int) -> ServePass:
-    """Measure the arms of `pairs` at the declared load, interleaved. What an artifact costs is the
-    same for all seeds, so the first seed's are served. `order_seed` draws the orders of the blocks,
-    and is recorded.
-    """
-    rows = finished_rows(attempt, attempt.seeds[0])
-    folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in pairs for arm in pair}
-    task = attempt.run.task
-    with attempt.clock.phase("prepare"):
-        # Prompts are the same numbers for every arm; those of the smallest vocabulary are tokens of
-        # all.
-        tokenizer = min(map(load_tokenizer, folders.values()), key=len)
-        documents = attempt.data.splits["test"][:PROMPT_DOCUMENTS]
-        encoded = encode_all(
-            documents, tokenizer, task, max_length=max(512, attempt.run.serving.load.prompt)
-        )
-    prompts = [item.input_ids for item in encoded]
-    choice = choose_dtype(
-        _asked_dtype(attempt),
-        folders,
-        task=task,
-        labels=attempt.data.labels,
-        prompts=prompts,
-        config=attempt.run.serving,
-        device=attempt.device,
-        clock=attempt.clock,
-        check=attempt.check_budget,
-    )
-    served = serve_pass(
-        folders,
-        pairs,
-        dtype=choice.dtype,
-        task=task,
-        labels=attempt.data.labels,
-        prompts=prompts,
-        config=attempt.run.serving,
-        device=attempt.device,
-        devices=attempt.devices,
-        seed=0,
-        clock=attempt.clock,
-        sampler=attempt.sampler,
-        check=attempt.check_budget,
-        energy_of=pairs[0] if attempt.gate and attempt.run.policy.energy is not None else None,
-        order_seed=order_seed,
-    )
-    for arm, drift in choice.drift.items():
-        served.serving[arm] |= drift.figures()
-    return replace(served, dtype=choice.to_json())
-
-
-def _asked_dtype(attempt: Attempt) -> ServingDtype:
-    """Return the setting; a gate's later look is served as the look before it was, because both are
-    read together.
-    """
-    before = (
-        None
-        if attempt.gate is None or attempt.gate.earlier is None
-        else attempt.gate.earlier.get("dtype")
-    )
-    return (
-        attempt.run.serving.dtype
-        if before is None or before["served"] is None
-        else ServingDtype(before["served"])
-    )
-
-
-def compare_all(attempt: Attempt, served: ServePass | None) -> list[dict[str, Any]]:
+def compare_all(running: Running, served: ServePass | None) -> list[dict[str, Any]]:
     """Return one comparison per pair whose arms both have an artifact.
 
     Quality and training are compared seed by seed, arm and base of the same seed, and combined over
     seeds.
     """
     all_seeds = [
-        _Seed(seed, finished_rows(attempt, seed), spends_of(attempt, seed))
-        for seed in attempt.seeds
+        _Seed(seed, running.book.finished(seed), spends_of(running, seed))
+        for seed in running.session.seeds
     ]
     pairs = [
         pair
-        for pair in compared(attempt)
+        for pair in compared(running)
         if all(pair.arm in each.rows and pair.base in each.rows for each in all_seeds)
     ]
-    return [_one(attempt, pair, all_seeds, served) for pair in pairs]
-
-
-def spends_of(attempt: Attempt, seed: int) -> dict[str, Spend]:
-    """Return what every arm's own stage took, with what each depends on, and what given models cost
-    before.
-    """
-    paths, device = (
-        {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path},
-        device_name(attempt.device),
-    )
-    spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
-    of_seed = [row for row in attempt.rows if row["seed"] == seed]
-    for name, stage in attempt.run.stages.items():
-        # a recovery is charged with every rung
-        own = [row for row in of_seed if stage_name(row["arm"]) == name]
-        hours = {
-            part: sum(row["ledger"]["device_hours"][part]["value"] or 0.0 for row in own)
-            for part in ("work", "retry")
-        }
-        starts_from = [STUDENT_INIT] if getattr(stage, "model", None) == STUDENT_INIT else []
-        # some model wrote them, at a cost that nobody noted down
-        if getattr(stage, "completions", None) is not None:
-            written = f"{name}'s completions"
-            spends[written] = Spend(
-                arm=written, flops=0.0, existing=True, unknown="made by a model elsewhere"
-            )
-            starts_from.append(written)
-        if isinstance(stage, ReleaseStage):
-            continue
-        spends[name] = Spend(
-            arm=name,
-            depends_on=(*stage.reads(attempt.run), *starts_from),
-            work_h=hours["work"],
-            retry_h=hours["retry"],
-            flops=_flops(own),
-            foreign_load=_foreign_load(own),
-        )
-    return spends if attempt.gate is None else {**spends, **attempt.gate.spends()}
-
-
-def note_charges(attempt: Attempt) -> None:
-    """Write into the artifact.json of every model of this run what its chain took: a release gate
-    compares that.
-    """
-    made = [
-        row
-        for row in attempt.rows
-        if row["status"] == "FINISHED" and (row["artifact"] or {}).get("kind") == MODEL
-    ]
-    paths = {BASE: attempt.run.model.path, STUDENT_INIT: attempt.run.student.path}
-    existing = {
-        arm: digest_given(Path(path).expanduser())[0] if Path(path).expanduser().is_dir() else path
-        for arm, path in paths.items()
-        if path is not None
-    }
-    for row in made:
-        if (
-            is_rung(row["arm"])
-            or row["arm"] not in attempt.run.stages
-            or row["type"] == ReleaseStage.type
-        ):
-            continue
-        artifact = Artifact.from_json(row["artifact"])
-        if "charge" in facts_of(artifact.path):
-            continue
-        where = {
-            "kind": device_of(attempt.device).kind,
-            "name": device_name(attempt.device),
-            "count": attempt.devices,
-            "power_limit_w": attempt.placement.get("power_limit_w"),
-        }
-        facts = charge(row["arm"], spends_of(attempt, row["seed"]), existing)
-        repeats = [
-            charge(row["arm"], spends_of(attempt, seed), existing)["work_device_hours"]
-            for seed in attempt.seeds
-        ]
-        tokens = row["ledger"]["counts"]["tokens"]["value"]
-        attempt.store.annotate(
-            artifact,
-            "charge",
-            {
-                "run_id": row["reused"] or attempt.run_id,
-                "seed": row["seed"],
-                "device": where,
-                "tokens": tokens,
-                **facts,
-                **(
-                    {"seeds_device_hours": repeats} if len(repeats) > 1 and min(repeats) > 0 else {}
-                ),
-            },
-        )
-
-
-def _foreign_load(own: list[Row]) -> Value:
-    """Return the share of the device that others took while a stage worked, over its attempts."""
-    return mean(
-        [
-            (
-                disturbance_of(row["ledger"]).work_foreign_load,
-                row["ledger"]["device_hours"]["work"]["value"] or 0.0,
-            )
-            for row in own
-        ]
-    )
-
-
-def tolerance(attempt: Attempt) -> savings.Tolerance:
-    """Return what others may take of this run's device before a saving of time is not shown."""
-    on_cpu = attempt.device.type == "cpu"
-    return savings.Tolerance(
-        attempt.run.ledger.max_foreign_load,
-        "the cores" if on_cpu else "the device",
-        is_shared=on_cpu,
-    )
-
-
-def _flops(own: list[Row]) -> float | None:
-    """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
-    made = [row for row in own if row["artifact"] is not None]
-    return made[-1]["ledger"]["counts"]["model_flops"]["value"] if made else None
+    return [_one(running, pair, all_seeds, served) for pair in pairs]
 
 
 def _one(
-    attempt: Attempt, pair: Comparison, all_seeds: list[_Seed], served: ServePass | None
+    running: Running, pair: Comparison, all_seeds: list[_Seed], served: ServePass | None
 ) -> dict[str, Any]:
-    serving = _serving(attempt, pair, served)
+    serving = _serving(running, pair, served)
     payback = None
     if served is not None and serving is not None:
-        payback = _payback(attempt, pair, all_seeds, served, serving)
-    elif attempt.why_unserved is not None:
+        payback = _payback(running, pair, all_seeds, served, serving)
+    elif running.book.why_unserved is not None:
         payback = savings.payback(
-            null(attempt.why_unserved),
-            null(attempt.why_unserved),
-            savings.no_serving_saving(attempt.why_unserved),
-            unit=UNIT[attempt.run.task],
+            null(running.book.why_unserved),
+            null(running.book.why_unserved),
+            savings.no_serving_saving(running.book.why_unserved),
+            unit=UNIT[running.session.run.task],
         )
-    quality = _quality(attempt, pair, all_seeds)
+    quality = _quality(running, pair, all_seeds)
     training = None
     if Measure.training in pair.on:
-        training = combine_training([_training(attempt, pair, each) for each in all_seeds])
-        decides = primary_key((PRIMARY[attempt.run.task],), [quality])
+        training = combine_training([_training(running, pair, each) for each in all_seeds])
+        decides = primary_key((PRIMARY[running.session.run.task],), [quality])
         if decides is not None:
             training = _unless_worse(training, quality[decides], pair)
     judged = None
-    if served is not None and serving is not None and _is_unquantized_form(attempt, pair):
+    if served is not None and serving is not None and _is_unquantized_form(running, pair):
         judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
         # time that could not be compared is no time that was not saved
-        if _loud(attempt, served) is not None:
+        if _loud(running, served) is not None:
             judged["no_speedup"] = False
     return {
         "arm": pair.arm,
         "base": pair.base,
         "on": [measure.value for measure in pair.on],
         "speedup": judged,
-        "base_is": BEST_16_BIT if judged is not None and _is_best_16_bit(attempt, pair) else None,
+        "base_is": _base_is(running, pair),
         "quality": quality if Measure.quality in pair.on else {},
         "training": training,
         "serving": serving if Measure.serving in pair.on else None,
@@ -478,37 +180,51 @@ def _one(
     }
 
 
-def _is_unquantized_form(attempt: Attempt, pair: Comparison) -> bool:
+def _is_unquantized_form(running: Running, pair: Comparison) -> bool:
     """Whether the base is what the arm was quantized from, or that in 16 bits.
 
     What any other base costs says nothing of a format.
     """
-    stage = attempt.run.stages[pair.arm]
-    return isinstance(stage, QuantizeStage) and (
-        stage.model == pair.base or _is_16_bit_form(attempt, pair.base, pair.arm)
+    reference = running.session.stages[pair.arm].reference()
+    return reference is not None and (
+        reference == pair.base or _is_16_bit_form(running, pair.base, pair.arm)
     )
 
 
-def without_speedup(attempt: Attempt) -> list[str]:
+def _base_is(running: Running, pair: Comparison) -> str | None:
+    """Return what the base of a pair is to its arm, which words of a report go by; else None."""
+    stages, run = running.session.stages, running.session.run
+    control = stages[pair.base].control(run) if pair.base in stages else None
+    if control is not None and control.of == pair.arm:
+        return f"{control.matches}_control"
+    arm = stages[pair.arm]
+    if arm.learns_from() == pair.base:
+        return "teacher"
+    if _is_unquantized_form(running, pair):
+        return BEST_16_BIT if _is_best_16_bit(running, pair) else "source"
+    return None
+
+
+def without_speedup(running: Running) -> list[str]:
     """Return the quantized arms that save neither time nor memory at the declared load.
 
     An arm has to save against every form of its source that it is read against: fp32, and 16 bits.
     """
     useless = [
         pair["arm"]
-        for pair in attempt.comparisons
+        for pair in running.book.comparisons
         if pair["speedup"] and pair["speedup"]["no_speedup"]
     ]
     return list(dict.fromkeys(useless))
 
 
-def _is_best_16_bit(attempt: Attempt, pair: Comparison) -> bool:
-    return pair.base == base_of(attempt, replace(pair, base=BEST_16_BIT))
+def _is_best_16_bit(running: Running, pair: Comparison) -> bool:
+    return pair.base == base_of(running, replace(pair, base=BEST_16_BIT))
 
 
-def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:
+def _quality(running: Running, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:
     """Compare the two arms on every quality that both have, document by document."""
-    config, primary = attempt.run.quality, PRIMARY[attempt.run.task]
+    config, primary = running.session.run.quality, PRIMARY[running.session.run.task]
     items = [
         tuple(
             read_items(Path(each.rows[arm]["quality"][primary]["items"]))
@@ -527,7 +243,7 @@ def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict
         for key in keys
     }
     by_key |= {
-        key: [_task(attempt, pair, each, key) for each in all_seeds]
+        key: [_task(running, pair, each, key) for each in all_seeds]
         for key in _tasks_of(pair, all_seeds)
     }
     found = {
@@ -535,21 +251,10 @@ def _quality(attempt: Attempt, pair: Comparison, all_seeds: list[_Seed]) -> dict
         for key, per_seed in by_key.items()
     }
     for key in keys:
-        found[key]["available"] = available(attempt, grouped=found[key].get("groups") is not None)
+        found[key]["available"] = num_documents(
+            running.session.data.splits["test"], grouped=found[key].get("groups") is not None
+        )
     return found
-
-
-def available(attempt: Attempt, *, grouped: bool) -> int:
-    """Return how many documents, or groups of them, the test split has in all, assessed or not."""
-    documents = attempt.data.splits["test"]
-    if not grouped:
-        return len(documents)
-    return len(
-        {
-            ("group", each.group) if each.group is not None else ("own", each.digest)
-            for each in documents
-        }
-    )
 
 
 def _tasks_of(pair: Comparison, all_seeds: list[_Seed]) -> list[str]:
@@ -564,12 +269,12 @@ def _tasks_of(pair: Comparison, all_seeds: list[_Seed]) -> list[str]:
     ]
 
 
-def _task(attempt: Attempt, pair: Comparison, each: _Seed, key: str) -> dict[str, Any]:
+def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> dict[str, Any]:
     """Compare the two arms on a metric of an lm-eval task, document by document."""
     ours, theirs = (
         read_items(Path(each.rows[arm]["quality"][key]["items"])) for arm in (pair.arm, pair.base)
     )
-    config = attempt.run.quality
+    config = running.session.run.quality
     return compare_items(
         key.rpartition("/")[2],
         ours,
@@ -580,11 +285,15 @@ def _task(attempt: Attempt, pair: Comparison, each: _Seed, key: str) -> dict[str
     )
 
 
-def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]:
-    run = attempt.run
-    arm, base = (_trained(attempt, name, each) for name in (pair.arm, pair.base))
-    teachers = {stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")}
-    teachers |= {name for name, stage in run.stages.items() if isinstance(stage, CaptureStage)}
+def _training(running: Running, pair: Comparison, each: _Seed) -> dict[str, Any]:
+    run = running.session.run
+    arm, base = (_trained(running, name, each) for name in (pair.arm, pair.base))
+    teachers = {
+        arm
+        for stage in running.session.stages.values()
+        for role, arm in stage.inputs(run).items()
+        if role in (TEACHER, CACHE)
+    }
     return training_saving(
         arm,
         base,
@@ -593,7 +302,7 @@ def _training(attempt: Attempt, pair: Comparison, each: _Seed) -> dict[str, Any]
         lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
         teachers=teachers - {pair.arm, pair.base},
         shared_by=run.cost.teacher_shared_by,
-        tolerance=tolerance(attempt),
+        tolerance=tolerance(running),
     )
 
 
@@ -614,7 +323,7 @@ def _unless_worse(
         more = "; whether quality is equal on the test split is undecided" if open_still else ""
         return {**training, "rule": training["rule"] + more}
     shortfall = f"{-quality['value']:.3g} on the test split, margin {quality['margin']:g}"
-    why = f"censored: {pair.arm} is worse than {pair.base} by {shortfall}"
+    why = f"censored: the arm is worse than the base by {shortfall}"
     hidden = ("new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
     gone = {name: null(why).to_json() for name in hidden if name in training}
     if training["value"] is None:  # of time it had its reason before
@@ -628,15 +337,16 @@ def _unless_worse(
     }
 
 
-def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
+def _trained(running: Running, arm: str, each: _Seed) -> Trained:
     """Return how an arm's training went. Loading, preparing and checkpoints are charged to every
     point of its curve.
     """
-    curve = attempt.outputs[arm, each.seed].curve if (arm, each.seed) in attempt.outputs else []
-    if not curve:
+    made = running.book.arms.get((arm, each.seed))
+    curve = [] if made is None else made.output.curve
+    if made is None or not curve:
         return Trained(arm=arm, final=None)
     last = curve[-1]
-    steps = attempt.outputs[arm, each.seed].counts.get("steps", null("not counted")).value
+    steps = made.output.counts.get("steps", null("not counted")).value
     if steps is not None and last["step"] < steps:  # its last reading failed
         return Trained(arm=arm, final=None)
     fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)
@@ -652,22 +362,22 @@ def _trained(attempt: Attempt, arm: str, each: _Seed) -> Trained:
     return Trained(arm=arm, final=last["metric"], curve=readings)
 
 
-def _serving(attempt: Attempt, pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
+def _serving(running: Running, pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
     key = (pair.arm, pair.base)
-    if served is None and attempt.why_unserved is not None and Measure.serving in pair.on:
-        return savings.no_serving_saving(attempt.why_unserved)
+    if served is None and running.book.why_unserved is not None and Measure.serving in pair.on:
+        return savings.no_serving_saving(running.book.why_unserved)
     if served is None or key not in served.seconds:
         return None
-    rows = finished_rows(attempt, attempt.seeds[0])
+    rows = running.book.finished(running.session.seeds[0])
     if (
-        attempt.gate is None
+        running.session.gate is None
         and rows[pair.arm]["artifact"]["digest"] == rows[pair.base]["artifact"]["digest"]
     ):
         # what two readings differ by is noise
-        reading = savings.no_serving_saving(f"the same artifact as {pair.base}")
-    elif other_tokenizers(attempt, *(Path(rows[arm]["artifact"]["path"]) for arm in key)):
+        reading = savings.no_serving_saving("both are the same artifact")
+    elif _other_tokens(running, key, rows):
         reading = savings.no_serving_saving(OTHER_TOKENIZER)
-    elif (why := _loud(attempt, served)) is not None:
+    elif (why := _loud(running, served)) is not None:
         reading = savings.no_serving_saving(why)
     else:
         reading = savings.serving_saving(*served.seconds[key]) | _order_of(served, key)
@@ -684,11 +394,11 @@ def _dtype_word(how: str) -> str:
     return WORDS.get(word, word)
 
 
-def _loud(attempt: Attempt, served: ServePass) -> str | None:
+def _loud(running: Running, served: ServePass) -> str | None:
     """Return why a comparison pass compares no times, or None; a gate has its policy for that."""
-    if attempt.gate is not None or "foreign_load" not in served.conditions:
+    if running.session.gate is not None or "foreign_load" not in served.conditions:
         return None
-    said = tolerance(attempt).too_much(Value.from_json(served.conditions["foreign_load"]))
+    said = tolerance(running).too_much(Value.from_json(served.conditions["foreign_load"]))
     return (
         None
         if said is None
@@ -696,15 +406,10 @@ def _loud(attempt: Attempt, served: ServePass) -> str | None:
     )
 
 
-def other_tokenizers(attempt: Attempt, arm: Path, base: Path) -> bool:
-    """Whether two language models read text as other tokens: seconds per token are then of other
-    texts.
-    """
-    if attempt.run.task is not Task.causal_lm:  # an example is one, whatever its tokens
-        return False
-    with attempt.clock.phase("prepare"):
-        ours, theirs = (tokenizer_digest(load_tokenizer(folder)) for folder in (arm, base))
-    return ours != theirs
+def _other_tokens(running: Running, arms: tuple[str, str], rows: Rows) -> bool:
+    paths = (Path(rows[arm]["artifact"]["path"]) for arm in arms)
+    with running.session.clock.phase("prepare"):
+        return other_tokenizers(running.session.run.task, *paths)
 
 
 def _order_of(served: ServePass, pair: tuple[str, str]) -> dict[str, Any]:
@@ -723,7 +428,7 @@ def _order_of(served: ServePass, pair: tuple[str, str]) -> dict[str, Any]:
 
 
 def _payback(
-    attempt: Attempt,
+    running: Running,
     pair: Comparison,
     all_seeds: list[_Seed],
     served: ServePass,
@@ -733,12 +438,12 @@ def _payback(
     extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
     c_base = _per_unit(served.serving[pair.base])
-    declared = attempt.run.serving
+    declared = running.session.run.serving
     return savings.payback(
         mean,
         c_base,
         serving,
-        unit=UNIT[attempt.run.task],
+        unit=UNIT[running.session.run.task],
         volume=declared.volume,
         rate=declared.rate,
     )
@@ -748,20 +453,22 @@ def _per_unit(figures: Mapping[str, Any]) -> Value:
     return derive(lambda seconds: seconds / 1000, Value.from_json(figures["device_s_per_1k_units"]))
 
 
-def fill_serving(attempt: Attempt, served: ServePass | None) -> None:
+def fill_serving(running: Running, served: ServePass | None) -> None:
     """Put the serving figures on the rows they belong to, and say why the other rows have none."""
-    first = attempt.seeds[0]
-    for row in attempt.rows:
+    first = running.session.seeds[0]
+    for row in running.book.rows:
         if row["artifact"] is None or row["artifact"]["kind"] != MODEL:
             continue
-        engine = attempt.engine.get(row["arm"]) if row["seed"] == first else None
+        engine = running.session.engine.get(row["arm"]) if row["seed"] == first else None
         declared = (
             {name: value.to_json() for name, value in engine.figures.items()} if engine else {}
         )
         if served is None or row["arm"] not in served.serving:
             rung = "a rung is not served: the stage it belongs to is"
-            unserved = attempt.why_unserved or "the recipe does not compare this arm on serving"
-            why = rung if is_rung(row["arm"]) else unserved
+            unserved = (
+                running.book.why_unserved or "the recipe does not compare this arm on serving"
+            )
+            why = rung if is_fallback(row["arm"]) else unserved
             row["serving"] = {"device_s_per_1k_units": null(why).to_json(), **declared}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"

@@ -17,17 +17,18 @@ from pipeline.errors import Exit, exit_of, one_line
 from pipeline.gate.opening import Gate, model_name
 from pipeline.report.github import tell_github
 from pipeline.report.junit import junit
+from pipeline.runs.running import Running
 from pipeline.store.artifacts import write_json, write_text
 from pipeline.store.verdicts import FILE, Verdict, as_recorded, checksum, recall, record
 
 if TYPE_CHECKING:
-    from pipeline.runs.attempt import Attempt
+    from pipeline.gate.judge import Measured
 
 JUNIT = "junit.xml"
 TAGS = ("verdict", "line", "key", "look", "run_id")
 
 
-def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
+def hold_gate(running: Running, gate: Gate, measure: Callable[[], Any]) -> None:
     """Come to a verdict, by measuring where none stands; record it, and move the champion where
     that was asked for.
 
@@ -36,32 +37,38 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
     """
     from pipeline.gate.judge import judge
 
-    with attempt.hold(f"gate-{gate.key or attempt.run_id}", "gate"):
+    with running.timeline.hold(f"gate-{gate.key or running.session.run_id}", "gate"):
         newest = recall(gate.places.store, gate.key) if gate.key else None
         if newest is not None and (gate.earlier is None or newest["look"] > gate.earlier["look"]):
             gate.earlier = newest  # another process was quicker
         stands = gate.recorded
         if stands is not None:
-            verdict: Verdict = {**stands, "recorded": stands["run_id"], "run_id": attempt.run_id}
-            attempt.notes.append(
+            verdict: Verdict = {
+                **stands,
+                "recorded": stands["run_id"],
+                "run_id": running.session.run_id,
+            }
+            running.book.notes.append(
                 f"the verdict of run {stands['run_id']} stands: look {stands['look']} of "
                 f"{stands['looks']} decided, or none is left"
             )
         else:
-            if gate.baseline is not None or attempt.run.bootstrap:
+            if gate.baseline is not None or running.session.run.bootstrap:
                 measure()
-            with attempt.clock.phase("log"):  # asks MLflow what self-tests recorded
-                verdict = redact_json(judge(attempt, gate))  # before its checksum is taken
+            with running.session.clock.phase("log"):  # asks MLflow what self-tests recorded
+                verdict = redact_json(
+                    judge(_measured(running), gate)
+                )  # before its checksum is taken
             # nothing was found out about the candidate
             if gate.key and verdict["verdict"] != Outcome.INVALID:
                 record(gate.places.store, gate.key, verdict)
     gate.verdict = verdict
-    attempt.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
-    note_history(attempt, gate)
-    becomes_first = gate.baseline is None and attempt.run.bootstrap
-    if becomes_first or (verdict["verdict"] == Outcome.PASS and attempt.run.promote):
-        _promote(attempt, gate, verdict)
-    elif gate.candidate.version is not None and attempt.run.tracking.mlflow:
+    running.session.journal.write("verdict", verdict=verdict, sha256=checksum(as_recorded(verdict)))
+    note_history(running, gate)
+    becomes_first = gate.baseline is None and running.session.run.bootstrap
+    if becomes_first or (verdict["verdict"] == Outcome.PASS and running.session.run.promote):
+        _promote(running, gate, verdict)
+    elif gate.candidate.version is not None and running.session.run.tracking.mlflow:
         from pipeline.tracking.registry import resolve_version, tag_version
 
         side = gate.candidate
@@ -70,27 +77,45 @@ def hold_gate(attempt: Attempt, gate: Gate, measure: Callable[[], Any]) -> None:
             tag_version(gate.places.tracking, version, _tags(verdict))
 
 
-def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
+def _measured(running: Running) -> Measured:
+    from pipeline.gate.judge import Measured
+
+    session, book = running.session, running.book
+    return Measured(
+        session.run,
+        session.run_id,
+        book.rows,
+        book.served,
+        session.data,
+        session.device,
+        session.devices,
+        session.clock,
+    )
+
+
+def _promote(running: Running, gate: Gate, verdict: Verdict) -> None:
     """Have other machines reach the candidate, then make it the champion if the champion is still
     the baseline.
     """
     from pipeline.tracking.registry import Candidate, NotPromoted, promote
 
-    name = model_name(gate, attempt.run)
+    name = model_name(gate, running.session.run)
     url = gate.candidate.url
-    if attempt.disagreeing:  # who serves it would serve another model than the one that was judged
-        why = f"vLLM reads another model from the folder of {', '.join(attempt.disagreeing)}"
+    if (
+        running.book.disagreeing
+    ):  # who serves it would serve another model than the one that was judged
+        why = f"vLLM reads another model from the folder of {', '.join(running.book.disagreeing)}"
         gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": why}
         print(f"not promoted: {why}", file=sys.stderr)
         return
     if gate.places.url is not None and url is None:
         from pipeline.store.remote import upload
 
-        with attempt.clock.phase("log"):
+        with running.session.clock.phase("log"):
             url = upload(gate.candidate.artifact, gate.places.url)
     expected = None if gate.baseline is None else gate.baseline.version
     try:
-        with attempt.clock.phase("log"):
+        with running.session.clock.phase("log"):
             artifact = gate.candidate.artifact
             candidate = Candidate(artifact.digest, url or "", str(artifact.path))
             made = promote(gate.places.tracking, name, candidate, expected, _tags(verdict))
@@ -113,16 +138,16 @@ def _promote(attempt: Attempt, gate: Gate, verdict: Verdict) -> None:
         print(f"not promoted: {error}", file=sys.stderr)
 
 
-def note_history(attempt: Attempt, gate: Gate) -> None:
+def note_history(running: Running, gate: Gate) -> None:
     """Set the verdict among those before it; it does not depend on them."""
     from pipeline.gate.history import history_of
 
     if gate.verdict is not None:
-        uri = gate.places.tracking if attempt.run.tracking.mlflow else None
-        with attempt.clock.phase("log"):
+        uri = gate.places.tracking if running.session.run.tracking.mlflow else None
+        with running.session.clock.phase("log"):
             named = (
-                model_name(gate, attempt.run)
-                if attempt.run.promote or attempt.run.bootstrap
+                model_name(gate, running.session.run)
+                if running.session.run.promote or running.session.run.bootstrap
                 else None
             )
             gate.history = history_of(gate.verdict, uri, model=named)
@@ -154,13 +179,13 @@ def shown_verdict(written: Verdict | None) -> Verdict | None:
     return {name: value for name, value in written.items() if name not in ("readings", "sha256")}
 
 
-def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
+def ended(running: Running, status: str, why: str | None) -> Verdict | None:
     """Return what verdict.json holds, whatever the end was; None where the run is no gate.
 
     Called while the exception that ended the run is on its way, where one did: it says more than
     `crashed`.
     """
-    gate, error = attempt.gate, sys.exception()
+    gate, error = running.session.gate, sys.exception()
     if gate is None:
         return None
     if status != "FINISHED" and why == "crashed" and error is not None:
@@ -173,10 +198,10 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
             "exit_code": int(exit_of(error)),
             "why": why,
             "criteria": [],
-            "run_id": attempt.run_id,
+            "run_id": running.session.run_id,
         }
     ended_well = status == "FINISHED"  # it may have been killed while the champion was moved
-    code = exit_code(gate, attempt.disagreeing) if ended_well else exit_of(error)
+    code = exit_code(gate, running.book.disagreeing) if ended_well else exit_of(error)
     return {
         **gate.verdict,
         "sha256": checksum(as_recorded(gate.verdict)),
@@ -186,12 +211,12 @@ def ended(attempt: Attempt, status: str, why: str | None) -> Verdict | None:
     }
 
 
-def write_outputs(attempt: Attempt, written: Verdict | None) -> list[str]:
+def write_outputs(running: Running, written: Verdict | None) -> list[str]:
     """Write what a gate leaves beside the report (`ended` says what); return the files' names."""
     if written is None:
         return []
-    write_json(attempt.folder / FILE, written)
-    write_text(attempt.folder / JUNIT, junit(written))
-    report = attempt.folder / "report.md"
+    write_json(running.session.folder / FILE, written)
+    write_text(running.session.folder / JUNIT, junit(written))
+    report = running.session.folder / "report.md"
     tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
     return [FILE, JUNIT]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.quality import MIN_DOCUMENTS
+from pipeline.config.arms import BASELINE
 from pipeline.config.owner import OWNER
 from pipeline.config.redaction import redact_settings
 from pipeline.config.settings import Run
@@ -28,47 +29,42 @@ from pipeline.errors import BudgetSpent, UserError
 from pipeline.evaluation.serving.decoding import chosen
 from pipeline.evaluation.serving.engine import read_results
 from pipeline.gate.checks import is_gate
-from pipeline.gate.opening import identify, open_gate
+from pipeline.gate.opening import Gate, identify, open_gate
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.cuda.nvml import OF_THE_MODULE
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.placement import NOTHING_KNOWN, grant, placement
+from pipeline.ledger.placement import NOTHING_KNOWN, Grant, grant, placement
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
-from pipeline.runs.attempt import Attempt, device_name
+from pipeline.runs.book import Book
+from pipeline.runs.environment import commit
+from pipeline.runs.keys import reading_key, run_keys
 from pipeline.runs.preflight import (
-    check_calibration,
-    check_completions,
     check_decode,
     check_dtype,
-    check_formats,
-    check_heads,
     check_models,
-    check_precisions,
     check_releases,
     check_tasks,
     choose_device,
 )
-from pipeline.runs.recovery import recover, why_unusable
-from pipeline.stages.release import BASELINE
-from pipeline.store.artifacts import Store, key_of, plain, reserve_room, write_json
+from pipeline.runs.resume import Past, read_past, why_unusable
+from pipeline.runs.running import Running
+from pipeline.runs.session import Session
+from pipeline.runs.timeline import Timeline
+from pipeline.stages.base import stages_of
+from pipeline.store.artifacts import Store, plain, reserve_room, write_json
 from pipeline.tracking.deliver import declared_uri
 from pipeline.tracking.writer import start_writer
 
-UNKEYED = (
-    "tracking",
-    "budget",
-    "ledger",
-    "allow_no_speedup",
-)  # settings that change neither what is made nor how good it is
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
-def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> Attempt:
+def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> Running:
     """Prepare everything a run needs, refusing what the device or the data cannot do before
     anything is written.
 
@@ -76,65 +72,49 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
         UserError: Naming the setting.
     """
     root = Path(run.tracking.root).expanduser().resolve()
+    owner = {name: getattr(run.tracking, name) for name in OWNER}
     with clock.phase("prepare"):
         data = load_dataset(run.data, run.task)
-        gate = None
-        if is_gate(run):
-            _check_writable(root)
-            with clock.phase("log"):
-                gate = open_gate(run, root, Store(root / "store"))
-            if gate.baseline is None:
-                run = without_baseline(run)
-        compared = (
-            {}
-            if gate is None
-            else {arm: side.artifact.digest for arm, side in gate.releases().items()}
-        )
-        settings = {name: value for name, value in plain(run).items() if name not in UNKEYED}
-        config = key_of(
-            run=settings, data=data.digest, **({"compared": compared} if compared else {})
-        )
-        owner = {name: getattr(run.tracking, name) for name in OWNER}
-        # nobody goes on with a run that another owner has paid for so far
-        key = key_of(config=config, owner=owner)
+        gate = _open_gate(run, root, clock) if is_gate(run) else None
+        if gate is not None and gate.baseline is None:
+            run = without_baseline(run)
+        released = {} if gate is None else gate.releases()
+        digests = {arm: side.artifact.digest for arm, side in released.items()}
+        config, key = run_keys(run, data.digest, owner, digests)
         _check_budget(run, root, key)
-    with clock.phase("import"):
-        import torch
-
-        from pipeline.runs.assemble import commit
-    with clock.phase("prepare"):
-        device = choose_device(run)
-        if run.hardware.num_threads is not None:
-            torch.set_num_threads(run.hardware.num_threads)
-        check_precisions(run, device)
-        check_heads(run, device)
-        check_formats(run, device)
-        check_decode(run, device)
-        check_dtype(run, device)
-        check_completions(run, data)
-        check_calibration(run, data)
-    with clock.phase("import"):
-        # else who looks into a folder pays
-        importlib.import_module("transformers.models.auto.configuration_auto")
+    device = _open_device(run, clock)
+    store = Store(root / "store")
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
         engine = read_results(run)
         asked = check_tasks(run, clock)
-        store = Store(root / "store")
-    if gate is None:
-        of_models = check_models(run, data, store, clock, device, asked)
-    else:
-        folders = {arm: side.artifact.path for arm, side in gate.releases().items()}
-        of_models = check_releases(run, data, folders, clock, asked)
+    of_models = (
+        check_models(run, data, store, clock, device, asked)
+        if gate is None
+        else check_releases(
+            run, data, {arm: side.artifact.path for arm, side in released.items()}, clock, asked
+        )
+    )
     with clock.phase("prepare"):
         folder, number, lock = _find_or_make(root, key, run)
-        events = sound_events(
-            read_events(folder / "journal.jsonl", checked=True), folder / "journal.jsonl"
-        )
-        journal = Journal(folder / "journal.jsonl", now_ns=clock.now_ns)
+        path = folder / "journal.jsonl"
+        events = sound_events(read_events(path, checked=True), path)
+        journal = Journal(path, now_ns=clock.now_ns)
+    notes = [
+        *data.notes,
+        *of_models,
+        *_few_documents(run, data),
+        *(
+            f"serving of {arm} by an engine is as {each.source} says"
+            for arm, each in engine.items()
+        ),
+    ]
     with _or_nothing(folder, number, lock):
-        attempt = Attempt(
+        sampler = Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds)
+        sampler.start()
+        granted, placed = _placement(device, sampler, notes)
+        session = Session(
             run=run,
             run_id=folder.name,
             number=number,
@@ -146,102 +126,155 @@ def open_attempt(run: Run, clock: PhaseClock, *, command: str, started_ns: int) 
             data=data,
             command=command,
             started_ns=started_ns,
-            sampler=Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds),
-            lock=lock,
+            sampler=sampler,
+            identity={
+                **owner,
+                "model_name": run.model.name,
+                "run": folder.name,
+                "recipe": run.recipe,
+                "config": config,
+                "commit": commit(),
+                "data": data.digest,
+            },
+            placement=placed,
+            grant=granted,
             engine=engine,
             gate=gate,
-            notes=[
-                *data.notes,
-                *of_models,
-                *_few_documents(run, data),
-                *(
-                    f"serving of {arm} by an engine is as {each.source} says"
-                    for arm, each in engine.items()
-                ),
-            ],
         )
-        attempt.identity = {
-            **owner,
-            "model_name": run.model.name,
-            "run": folder.name,
-            "recipe": run.recipe,
-            "config": config,
-            "commit": commit(),
-            "data": data.digest,
-        }
-        attempt.sampler.start()
-        attempt.grant = attempted(grant, lambda why: _unread(attempt, "the scheduler's grant", why))
-        attempt.placement = attempted(
-            lambda: placement(
-                device_name(device),
-                attempt.devices,
-                attempt.sampler.reader.placement(),
-                attempt.grant,
-            ),
-            lambda why: (
-                _unread(attempt, "the placement", why)
-                or {**NOTHING_KNOWN, "count": attempt.devices}
-            ),
-        )
-        if attempt.placement.get("power_scope") == "module":
-            attempt.notes.append(OF_THE_MODULE)
         reserve_room(folder)
         state = {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
         write_json(folder / "run.json", sealed(state))
-        settings = redact_settings(plain(run))
-        write_json(folder / "config.json", settings)
-        journal.write(
-            "run_start",
-            run_id=folder.name,
-            started_ns=started_ns,
-            clock_ns=clock.mark()[1],
-            attempt=number,
-            devices=attempt.devices,
-            recipe=run.recipe,
-            question=run.question,
-            experiment=run.tracking.experiment or run.recipe,
-            tracking_uri=declared_uri(run.tracking.uri),
-            params=flat(settings),
-            tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
-            environment={
-                "device": device_name(device),
-                "data.digest": data.digest,
-                "mlflow.source.git.commit": attempt.identity["commit"],
-            },
-            datasets=[
-                {
-                    "name": data.name,
-                    "digest": data.digest,
-                    "split": split,
-                    "num_documents": len(documents),
-                }
-                for split, documents in data.splits.items()
-            ],
-        )
+        _journal_start(session)
         if gate is not None:
-            with clock.phase("log"):
-                identify(
-                    gate,
-                    run,
-                    data=data.digest,
-                    device=device_name(device),
-                    evaluation=attempt.reading(),
-                    decode=chosen(run.serving.decode, device),
-                )
-    recover(attempt, events)
-    for note in attempt.notes:
+            _identify(session, gate)
+    running = _taking_over(session, read_past(session, events), notes, lock)
+    for note in notes:
         print(f"note: {note}", flush=True)
     if run.tracking.mlflow:
-        attempt.writer = attempted(
+        writer = attempted(
             lambda: start_writer(folder),
-            lambda why: _unread(attempt, "what MLflow is to be told", why),
+            lambda why: notes.append(unmeasured("what MLflow is to be told", why)),
         )
-    return attempt
+        running = replace(running, writer=writer)
+    return running
 
 
-def _unread(attempt: Attempt, what: str, why: str) -> None:
-    """Note that something beside the work could not be read or done."""
-    attempt.notes.append(unmeasured(what, why))
+def _open_gate(run: Run, root: Path, clock: PhaseClock) -> Gate:
+    _check_writable(root)
+    with clock.phase("log"):
+        return open_gate(run, root, Store(root / "store"))
+
+
+def _open_device(run: Run, clock: PhaseClock) -> Any:
+    """Return the device, after refusing what it cannot do."""
+    with clock.phase("import"):
+        import torch
+    with clock.phase("prepare"):
+        device = choose_device(run)
+        if run.hardware.num_threads is not None:
+            torch.set_num_threads(run.hardware.num_threads)
+        for name, stage in stages_of(run).items():
+            stage.refuse_device(f"stages.{name}", run, device)
+        check_decode(run, device)
+        check_dtype(run, device)
+    with clock.phase("import"):
+        # else who looks into a folder pays
+        importlib.import_module("transformers.models.auto.configuration_auto")
+    return device
+
+
+def _placement(
+    device: Any, sampler: Sampler, notes: list[str]
+) -> tuple[Grant | None, dict[str, Any]]:
+    """Return what a scheduler gave this job, and where it stands; what cannot be read is noted."""
+    devices = 1  # that one process drives
+
+    def unread(what: str, why: str) -> None:
+        notes.append(unmeasured(what, why))
+
+    def nothing_known(why: str) -> dict[str, Any]:
+        unread("the placement", why)
+        return {**NOTHING_KNOWN, "count": devices}
+
+    granted = attempted(grant, lambda why: unread("the scheduler's grant", why))
+    placed = attempted(
+        lambda: placement(device_name(device), devices, sampler.reader.placement(), granted),
+        nothing_known,
+    )
+    if placed.get("power_scope") == "module":
+        notes.append(OF_THE_MODULE)
+    return granted, placed
+
+
+def _journal_start(session: Session) -> None:
+    """Write the settings, and the journal's first line of this attempt."""
+    run, data, device = session.run, session.data, device_name(session.device)
+    settings = redact_settings(plain(run))
+    write_json(session.folder / "config.json", settings)
+    session.journal.write(
+        "run_start",
+        run_id=session.run_id,
+        started_ns=session.started_ns,
+        clock_ns=session.clock.mark()[1],
+        attempt=session.number,
+        devices=session.devices,
+        recipe=run.recipe,
+        question=run.question,
+        experiment=run.tracking.experiment or run.recipe,
+        tracking_uri=declared_uri(run.tracking.uri),
+        params=flat(settings),
+        tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
+        environment={
+            "device": device,
+            "data.digest": data.digest,
+            "mlflow.source.git.commit": session.identity["commit"],
+        },
+        datasets=[
+            {
+                "name": data.name,
+                "digest": data.digest,
+                "split": split,
+                "num_documents": len(documents),
+            }
+            for split, documents in data.splits.items()
+        ],
+    )
+
+
+def _identify(session: Session, gate: Gate) -> None:
+    run, device = session.run, session.device
+    with session.clock.phase("log"):
+        identify(
+            gate,
+            run,
+            data=session.data.digest,
+            device=device_name(device),
+            evaluation=reading_key(session),
+            decode=chosen(run.serving.decode, device),
+        )
+
+
+def _taking_over(session: Session, past: Past, notes: list[str], lock: Any) -> Running:
+    """Return the run in progress, with what earlier attempts at it spent."""
+    timeline = Timeline(
+        session,
+        windows=list(past.windows),
+        spans=dict(past.spans),
+        traces=dict(past.traces),
+        led=dict(past.led),
+        overhead_ns=dict(past.overhead_ns),
+        compare_ns=dict(past.compare_ns),
+    )
+    book = Book(
+        session,
+        rows=list(past.rows),
+        finished_before=list(past.finished),
+        reused_h=past.reused_h,
+        notes=notes,
+    )
+    for row in past.changed:
+        book.add(row)
+    return Running(session, timeline, book, lock)
 
 
 def without_baseline(run: Run) -> Run:

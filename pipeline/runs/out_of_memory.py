@@ -4,10 +4,14 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Precision, Run
+from pipeline.config.arms import file_name
+from pipeline.config.settings import Run
+from pipeline.errors import StageFailed
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import (
     Pressure,
@@ -19,14 +23,42 @@ from pipeline.ledger.memory import (
     write_snapshot,
 )
 from pipeline.ledger.numbers import num_bytes
-from pipeline.stages.capture import CaptureStage
-from pipeline.stages.settings import training_precision, training_settings
+from pipeline.runs.running import Running
+from pipeline.stages.base import Stage
 
 ELSEWHERE_SHARE = 0.1  # of the device in other hands; below it is what CUDA itself takes
 
 
+@contextmanager
+def failing_as(
+    running: Running, arm: str, kind: str, stage: Stage | None = None
+) -> Generator[None]:
+    """Have a failure say which stage failed, and one for want of memory what to change."""
+    session = running.session
+    what = arm if stage is None else f"stage {arm}"
+    try:
+        yield
+    except StageFailed as error:
+        raise StageFailed(f"{what}: {error}") from error
+    except Exception as error:
+        snapshot = session.folder / f"oom-{file_name(arm)}-{session.number}.json"
+        said = explain(
+            error, session.run, arm, stage, kind, device=session.device, snapshot=snapshot
+        )
+        if said is None:
+            raise
+        raise StageFailed(f"{what}: {said}") from error
+
+
 def explain(
-    error: Exception, run: Run, arm: str, stage: Any, kind: str, *, device: Any, snapshot: Path
+    error: Exception,
+    run: Run,
+    arm: str,
+    stage: Stage | None,
+    kind: str,
+    *,
+    device: Any,
+    snapshot: Path,
 ) -> str | None:
     """Return one line on an error that says memory ran out, or None for any other error.
 
@@ -42,8 +74,7 @@ def explain(
             kind = device_of(device).kind
             return f"out of {kind} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
-        kept = _keep(snapshot, device)
-        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {kept}"
+        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot, device)}"
     if is_of_host(error):
         return (
             f"{_host_words(error)}; first:"
@@ -113,46 +144,14 @@ def _fewer_documents(run: Run) -> str:
     )
 
 
-def _smaller(run: Run, arm: str, stage: Any, kind: str) -> str:
+def _smaller(run: Run, arm: str, stage: Stage | None, kind: str) -> str:
     """Return the setting that needs less memory at the smallest loss, with the value to try."""
     if kind == "compare":
         return _smaller_load(run)
     if kind == "assess":
         return _smaller_assessment(run)
-    # the teacher reads micro-batches of the stage that it captures for
-    if isinstance(stage, CaptureStage):
-        return _smaller_training(run, stage.like, run.stages[stage.like])
-    if not hasattr(stage, "gradient_accumulation"):
-        return "a device with more memory (this stage has no setting that needs less)"
-    return _smaller_training(run, arm, stage)
-
-
-def _smaller_training(run: Run, arm: str, stage: Any) -> str:
-    now = training_settings(stage, run)
-    parts = [
-        n
-        for n in range(now.gradient_accumulation + 1, now.batch_size + 1)
-        if now.batch_size % n == 0
-    ]
-    if parts:
-        wanted = next((n for n in parts if n >= 2 * now.gradient_accumulation), parts[-1])
-        key = _key(run, arm, stage, "gradient_accumulation")
-        return f"{key}={wanted} (now {now.gradient_accumulation}; the same batch in smaller parts)"
-    length = _key(run, arm, stage, "sequence_length")
-    shorter = f"{length}={max(8, now.sequence_length // 2)} (now {now.sequence_length})"
-    wide = training_precision(stage, run) in (Precision.fp32, Precision.tf32)
-    return f"{shorter}, or precision=bf16" if wide else shorter
-
-
-def _key(run: Run, arm: str, stage: Any, name: str) -> str:
-    """Return the setting that decides: the stage's own, that of the stage it is like, or
-    everybody's.
-    """
-    if getattr(stage, name) is not None:
-        return f"stages.{arm}.{name}"
-    if stage.like is not None and getattr(run.stages[stage.like], name) is not None:
-        return f"stages.{stage.like}.{name}"
-    return f"training.{name}"
+    assert stage is not None
+    return stage.memory_remedy(arm, run)
 
 
 def _smaller_assessment(run: Run) -> str:

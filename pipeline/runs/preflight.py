@@ -10,16 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import (
-    SIXTEEN_BITS,
-    Decode,
-    Format,
-    Measure,
-    Precision,
-    Run,
-    Rung,
-    Task,
-)
+from pipeline.config.arms import BASE, STUDENT_INIT
+from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run, Task
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
@@ -27,16 +19,8 @@ from pipeline.ledger.devices.table import device_of, open_device
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.heads import refuse_other_head
 from pipeline.runs.base_model import base_artifact, is_remade
-from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.settings import (
-    BASE,
-    STUDENT_INIT,
-    TrainingOverrides,
-    student_source,
-    training_precision,
-    training_settings,
-)
-from pipeline.stages.train import TrainStage
+from pipeline.stages.base import BeforeRun, stages_of
+from pipeline.stages.settings import student_source
 from pipeline.store.artifacts import Store
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
@@ -66,57 +50,6 @@ def choose_device(run: Run) -> Any:
     return device.at
 
 
-def check_precisions(run: Run, device: Any) -> None:
-    """Refuse what this device cannot train in; an optional stage is skipped when its turn comes."""
-    from pipeline.training.precision import why_not
-
-    for name, stage in run.stages.items():
-        if stage.optional:
-            continue
-        for key, named, precision in _precisions(name, stage, run):
-            reason = why_not(precision, device)
-            if reason is not None:
-                raise UserError(
-                    key if named else "precision",
-                    reason,
-                    "choose fp32 or bf16, or mark the stage optional: true",
-                )
-
-
-def _precisions(name: str, stage: Any, run: Run) -> Iterator[tuple[str, bool, Precision]]:
-    """Yield what a stage trains in, its recovery included: the setting, whether that names it, and
-    the precision.
-    """
-    if hasattr(stage, "precision"):
-        yield (
-            f"stages.{name}.precision",
-            stage.precision is not None,
-            training_precision(stage, run),
-        )
-    for rung in stage.recover if isinstance(stage, QuantizeStage) else ():
-        if rung is not Rung.format:
-            own = getattr(stage, rung.value)
-            yield (
-                f"stages.{name}.{rung.value}.precision",
-                own.precision is not None,
-                own.precision or run.precision.name,
-            )
-
-
-def check_heads(run: Run, device: Any) -> None:
-    """Refuse a kernel of the distillation head that cannot run here.
-
-    Raises:
-        UserError: Naming the stage's setting.
-    """
-    from pipeline.distillation.kernels import why_not
-
-    for name, stage in run.stages.items():
-        reason = why_not(stage.head, device) if hasattr(stage, "head") else None
-        if reason is not None:
-            raise UserError(f"stages.{name}.head", reason, "leave it auto")
-
-
 def check_decode(run: Run, device: Any) -> None:
     """Refuse CUDA graphs where there is no CUDA.
 
@@ -143,57 +76,6 @@ def check_dtype(run: Run, device: Any) -> None:
         reason = why_not(Format(run.serving.dtype.value), device)
         if reason is not None:
             raise UserError("serving.dtype", reason, "give auto or fp32")
-
-
-def check_formats(run: Run, device: Any) -> None:
-    """Refuse a quantized format that this device cannot take; an optional stage is skipped when its
-    turn comes.
-
-    Raises:
-        UserError: Naming the stage's setting.
-    """
-    from pipeline.quantization.backend import backend_of
-
-    for name, stage in run.stages.items():
-        if isinstance(stage, QuantizeStage) and not stage.optional:
-            for key, fmt in _named_formats(name, stage):
-                backend_of(fmt).refuse_device(fmt, device=device, key=key)
-
-
-def _named_formats(name: str, stage: QuantizeStage) -> list[tuple[str, Format]]:
-    """Return the formats that a stage names, with the setting that names each."""
-    if stage.format is not Format.auto:
-        return [(f"stages.{name}.format", stage.format)]
-    return [(f"stages.{name}.candidates", fmt) for fmt in stage.candidates]
-
-
-def check_calibration(run: Run, data: Dataset) -> None:
-    """Refuse calibration documents that cannot be read or do not fit.
-
-    Raises:
-        UserError: Naming the stage's setting.
-    """
-    from pipeline.quantization.calibration import calibration_documents
-
-    for name, stage in run.stages.items():
-        if isinstance(stage, QuantizeStage) and stage.calibration is not None:
-            calibration_documents(stage, run, data, f"stages.{name}.calibration")
-
-
-def check_completions(run: Run, data: Dataset) -> None:
-    """Refuse files of completions that cannot be read, or that hold what the student will be
-    measured on.
-
-    Raises:
-        UserError: Naming the setting and the line.
-    """
-    from pipeline.data.completions import check_apart, read_completions
-
-    for name, stage in run.stages.items():
-        path = getattr(stage, "completions", None)
-        if path is not None:
-            key = f"stages.{name}.completions"
-            check_apart(read_completions(path, run.data, key), data, key)
 
 
 def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
@@ -239,6 +121,7 @@ def check_models(
     from pipeline.models.load import check_loads, load_config, load_tokenizer, positions
 
     base: str | Path = run.model.path or ""
+    stages = stages_of(run)
     with clock.phase("prepare"):
         remade = not base or is_remade(Path(base).expanduser(), run.task)
     if remade:  # a moment's work, which the run finds done
@@ -255,9 +138,11 @@ def check_models(
         if run.student.path is not None:
             _refuse_quantized(load_config(run.student.path, key="student.path"), "student.path")
         if run.model.path is not None:
-            if _is_changed(run):
+            if not all(each.leaves_model(run) for each in stages.values()):
                 _refuse_quantized(config, "model.path")
-            trained = all(steps > 0 for steps in _steps_from_base(run))
+            # a head that fits another task is replaced where every stage that reads it trains
+            from_base = [each for each in stages.values() if each.starts_from() == BASE]
+            trained = all(each.trains(run) for each in from_base)
             if not trained:
                 refuse_other_head(config, run.task, "model.path", run.model.path)
             notes += check_loads(
@@ -269,47 +154,10 @@ def check_models(
         student = _root(run, STUDENT_INIT)
         if student == BASE or (student is not None and run.student.path is not None):
             notes += _check_student(base, tokenizer, run, data, asked)
-        _check_stacks(config, run)
-        _check_quantizable(base, run, device)
+        known = BeforeRun(run, data, device, base, config)
+        for name, stage in stages.items():
+            stage.preflight(f"stages.{name}", known)
     return list(dict.fromkeys(notes))
-
-
-def _steps_from_base(run: Run) -> list[int]:
-    """Return the steps of the stages that train the base; one that is taken as it is has 0."""
-    from_base = [stage for stage in run.stages.values() if getattr(stage, "model", None) == BASE]
-    return [
-        training_settings(stage, run).steps
-        for stage in from_base
-        if isinstance(stage, TrainingOverrides)
-    ]
-
-
-def _is_changed(run: Run) -> bool:
-    """Whether anything trains, cuts or quantizes the base, or learns from it; else it is only
-    assessed and served.
-    """
-    taken = {
-        name
-        for name, stage in run.stages.items()
-        if isinstance(stage, TrainStage)
-        and training_settings(stage, run).steps == 0
-        and stage.stack in (None, 1)
-        and not stage.match_compute
-    }
-    return len(taken) < len(run.stages)
-
-
-def _check_stacks(config: Any, run: Run) -> None:
-    """Refuse layers that cannot be stacked, of what starts from the base; a student's are stacked
-    at its turn.
-    """
-    from pipeline.models.layers import check_layers
-    from pipeline.models.student import stacked
-
-    for name, stage in run.stages.items():
-        times = getattr(stage, "stack", None)
-        if times not in (None, 1) and getattr(stage, "model", None) == BASE:
-            check_layers(config, run.task, stacked(config, times), f"stages.{name}.stack")
 
 
 def _refuse_quantized(config: Any, key: str) -> None:
@@ -354,83 +202,17 @@ def check_releases(
     return list(dict.fromkeys(notes))
 
 
-def _check_quantizable(base: str | Path, run: Run, device: Any) -> None:
-    """Refuse layers and patterns of what is quantized as the base's configuration has them; a
-    student's at its turn.
-    """
-    from pipeline.models.load import (
-        from_config,
-        language_config,
-        load_config,
-        load_config_of_weights,
-    )
-    from pipeline.quantization.backend import why_not
-    from pipeline.quantization.smoothing import check_smoothable
-
-    stages = {
-        name: stage
-        for name, stage in run.stages.items()
-        if isinstance(stage, QuantizeStage) and _is_base_shaped(stage.model, run)
-    }
-    if not stages:
-        return
-    local = Path(base).expanduser().is_dir()
-    config = (
-        load_config_of_weights(base, run.task, key="model.path")
-        if local
-        else load_config(base, revision=run.model.revision)
-    )
-    for name, stage in stages.items():
-        for key, fmt in _named_formats(name, stage):
-            if why_not(fmt, device) is None:
-                _check_takes(stage, config, fmt, run, device, key)
-        if stage.smoothing is not None:
-            import torch
-
-            with torch.device("meta"):
-                check_smoothable(
-                    from_config(language_config(config, run.task), run.task, None),
-                    f"stages.{name}.smoothing",
-                )
-
-
-def _check_takes(
-    stage: QuantizeStage, config: Any, fmt: Format, run: Run, device: Any, key: str
-) -> None:
-    """Refuse layers that a format cannot take; an optional stage is then skipped when its turn
-    comes.
-    """
-    from pipeline.quantization.backend import refuse_unsupported
-
-    try:
-        refuse_unsupported(config, fmt, run.task, device=device, key=key, choice=stage.choice())
-    except UserError as error:
-        if not stage.optional or error.key != key:
-            raise
-
-
-def _is_base_shaped(arm: str, run: Run) -> bool:
-    """Whether an arm has the layers of `base`: nothing on the way to it cuts, stacks or replaces
-    them.
-    """
-    while arm != BASE:
-        stage = run.stages.get(arm)
-        if stage is None or getattr(stage, "stack", None) not in (None, 1):
-            return False
-        arm = stage.model
-    return True
-
-
 def _root(run: Run, name: str) -> str | None:
     """Return what an arm was made from in the beginning: `base`, `student_init`, or None where no
     stage wants it.
     """
+    stages = stages_of(run)
     if name == STUDENT_INIT:
-        if not any(getattr(stage, "model", None) == STUDENT_INIT for stage in run.stages.values()):
+        if not any(stage.starts_from() == STUDENT_INIT for stage in stages.values()):
             return None
         name = student_source(run)
     while name not in (BASE, STUDENT_INIT):
-        name = getattr(run.stages[name], "model", STUDENT_INIT)
+        name = stages[name].starts_from() or STUDENT_INIT
     return name
 
 
@@ -452,10 +234,8 @@ def _check_student(
     config = student_config(run.student, base, run.task)
     tokenizer = base_tokenizer
     if given is not None:
-        learners = [
-            stage for stage in run.stages.values() if getattr(stage, "model", None) == STUDENT_INIT
-        ]
-        trained = all(_trains(stage, run) for stage in learners)
+        stages = stages_of(run).values()
+        trained = all(each.trains(run) for each in stages if each.starts_from() == STUDENT_INIT)
         if not trained:
             refuse_other_head(config, run.task, "student.path", given)
         notes += check_loads(
@@ -464,7 +244,7 @@ def _check_student(
         if (folder := Path(given).expanduser()).is_dir():  # it is loaded after the teacher's hours
             check_finite(folder, "student.path")
         tokenizer = load_tokenizer(given, revision=run.student.revision, key="student.path")
-        taught = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
+        taught = [teacher for each in stages if (teacher := each.learns_from()) is not None]
         if any(_root(run, teacher) == BASE for teacher in taught):
             check_tokenizers(tokenizer, base_tokenizer)
     key = (
@@ -478,11 +258,6 @@ def _check_student(
     notes += _check_lengths(key, config, run)
     check_lengths(asked, tokenizer, positions(config))
     return notes
-
-
-def _trains(stage: Any, run: Run) -> bool:
-    """Whether a stage takes steps; those that are computed are at least one."""
-    return getattr(stage, "match_compute", False) or training_settings(stage, run).steps > 0
 
 
 def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset) -> list[str]:
@@ -578,10 +353,5 @@ def _lengths(run: Run) -> Iterator[tuple[str, int]]:
         return
     if run.quality.sequence_length is not None:
         yield "quality.sequence_length", run.quality.sequence_length
-    for name, stage in run.stages.items():
-        if isinstance(stage, TrainingOverrides):
-            settings = training_settings(stage, run)
-            own = stage.sequence_length is not None
-            if settings.steps > 0:
-                key = f"stages.{name}.sequence_length" if own else "training.sequence_length"
-                yield key, settings.sequence_length
+    for name, stage in stages_of(run).items():
+        yield from stage.lengths(f"stages.{name}", run)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config.settings import Precision, Run
+from pipeline.config.arms import BASE
+from pipeline.config.settings import Precision
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
@@ -17,64 +19,72 @@ from pipeline.ledger.memory import MEMORY, unread
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.record import Spent, ledger
 from pipeline.ledger.values import Value, measured, null
+from pipeline.runs.session import Session
+from pipeline.runs.timeline import OpenWindow, Timeline
+from pipeline.stages.base import Stage, arms_read
 from pipeline.stages.context import Output
-from pipeline.stages.quantize import QuantizeStage
-from pipeline.stages.settings import BASE, training_precision
-
-if TYPE_CHECKING:
-    from pipeline.runs.attempt import Attempt, OpenWindow
 
 Row = dict[str, Any]
 Record = dict[str, Any]
 """What the store remembers of work or of an assessment; plain JSON."""
-TRAINING = ("train", "distill", "recover")
-"""Types of stages that train: of these goodput is the share of productive time, of others it is
-null.
-"""
 NEVER = "not read when the artifact was made"
 LOST = "the quantized model's loss is no number"
 ELSEWHERE = "measured while the artifact was made; see that row"
 
 
-def depends_on(stage: Any, run: Run) -> list[str]:
-    """Return the arms that a stage reads; the given model is none."""
-    return [arm for arm in stage.reads(run) if arm != BASE]
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What was read of a device while an arm's windows were open, beside the clock."""
+
+    memory: dict[str, Value]
+    usage: Usage
+    disturbance: Disturbance
+
+
+def unread_for(why: str) -> Read:
+    """Return what is on a row where nothing could be read, with the reason."""
+    return Read(unread(why), usage_unread(why), disturbance_unread(why))
 
 
 def make_row(
-    attempt: Attempt,
+    session: Session,
     name: str,
-    stage: Any,
+    stage: Stage,
     seed: int,
     spent: Spent,
     output: Output,
     status: str,
     why: str | None,
     *,
+    read: Read,
+    devices: int,
     number: int | None = None,
     reused: str | None = None,
-    memory: dict[str, Value] | None = None,
-    usage: Usage | None = None,
-    disturbance: Disturbance | None = None,
     truncated: bool = False,
 ) -> Row:
-    """Return the row of a stage attempt from what it spent; `reused` is the run that spent it, if
-    not this one.
+    """Return the row of a stage attempt from what it spent.
 
-    Only what was made on as many devices is reused: their number is part of a stage's key.
+    Args:
+        devices: That the attempt was attached to. Only what was made on as many devices is reused:
+            their number is part of a stage's key.
+        number: Of the attempt; this session's unless given.
+        reused: The run that spent it, if not this one.
     """
-    number = number or attempt.number
-    devices = attempt.devices if reused else attempt.devices_in(number)
+    run = session.run
+    control = stage.control(run)
     return {
         "arm": name,
         "stage": name,
         "type": stage.type,
         "seed": seed,
-        "attempt": number,
+        "attempt": number or session.number,
         "status": status,
         "why": why,
         "reused": reused,
-        "depends_on": depends_on(stage, attempt.run),
+        "depends_on": [arm for arm in arms_read(stage, run) if arm != BASE],
+        "inputs": stage.inputs(run),
+        "makes": stage.makes,
+        "control": None if control is None else asdict(control),
         "artifact": None,
         "quality": {},
         "recovery": _recovery(output),
@@ -82,23 +92,23 @@ def make_row(
         "serving": {},
         "unchanged": _unchanged(stage, output) if status == "FINISHED" else None,
         "ledger": (
-            {"identity": attempt.identity, "placement": attempt.placement}
+            {"identity": session.identity, "placement": session.placement}
             | ledger(
                 spent,
                 output.counts,
                 devices=devices,
-                device_kind=device_of(attempt.device).kind,
-                cost=attempt.run.cost,
-                memory=memory or attempt.memory.read(attempt.device),
-                usage=usage or attempt.usage(name, seed),
-                disturbance=disturbance or attempt.disturbance(name, seed),
-                is_training=stage.type in TRAINING,
+                device_kind=device_of(session.device).kind,
+                cost=run.cost,
+                memory=read.memory,
+                usage=read.usage,
+                disturbance=read.disturbance,
+                is_training=stage.trains(run),
                 seconds_in_steps=output.seconds_in_steps,
                 peak=attempted(
-                    lambda: _peak(attempt, stage, output),
+                    lambda: _peak(session, stage, output),
                     lambda why: null(unmeasured("the peak rate", why)),
                 ),
-                granted=attempt.grant,
+                granted=session.grant,
                 truncated=truncated,
                 timeline=output.gpu_timeline,
             )
@@ -106,27 +116,43 @@ def make_row(
     }
 
 
-def made_row(
-    attempt: Attempt,
-    name: str,
-    stage: Any,
-    seed: int,
-    made: Record,
-    assess: OpenWindow,
-    quality: dict[str, Any],
-) -> Row:
-    """Return the finished row. Work of an earlier attempt, or of another run, stands on that one's
-    row.
+def made_spent(session: Session, made: Record) -> Spent:
+    """Return what the work on an artifact took in this attempt; that of an earlier attempt, or of
+    another run, stands on that one's row.
     """
-    spent = Spent(assess_ns=assess.elapsed_ns)
-    spent.add_phases(assess.phases_ns)
-    memory = unread(ELSEWHERE)
-    if (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
+    spent = Spent()
+    if is_of_this_attempt(session, made):
         spent.work_ns = made["work_ns"]
         spent.add_phases(made["phases_ns"])
-        memory = _memory(made)
+    return spent
+
+
+def is_of_this_attempt(session: Session, made: Record) -> bool:
+    """Return whether an artifact was made in this attempt."""
+    return (made["run_id"], made["attempt"]) == (session.run_id, session.number)
+
+
+def made_row(
+    timeline: Timeline,
+    name: str,
+    stage: Stage,
+    seed: int,
+    made: Record,
+    assess: OpenWindow | None,
+    quality: dict[str, Any],
+) -> Row:
+    """Return the row of an artifact that was made, and assessed in `assess` where it is one to be
+    assessed.
+    """
+    session = timeline.session
+    spent = made_spent(session, made)
+    if assess is not None:
+        spent.assess_ns = assess.elapsed_ns
+        spent.add_phases(assess.phases_ns)
+    memory = memory_of(made) if is_of_this_attempt(session, made) else unread(ELSEWHERE)
+    read = Read(memory, timeline.usage(name, seed), timeline.disturbance(name, seed))
     row = make_row(
-        attempt,
+        session,
         name,
         stage,
         seed,
@@ -134,49 +160,45 @@ def made_row(
         Output.from_json(made["output"]),
         "FINISHED",
         None,
-        memory=memory,
+        read=read,
+        devices=session.devices,
     )
     return {**row, "artifact": made["artifact"], "quality": quality}
 
 
 def reused_work(
-    attempt: Attempt, name: str, stage: Any, seed: int, made: Record, quality: dict[str, Any]
+    session: Session, name: str, stage: Stage, seed: int, made: Record, quality: dict[str, Any]
 ) -> Row:
     """Return the row of work that another run did, where this one assesses what it made."""
     why = "the work alone, of another run; this one assessed what it made"
     unsaid = {**null(why).to_json(), "ci": None, "n": None, "items": None}
-    spent, output = (
-        Spent(made["work_ns"], phases_ns=made["phases_ns"]),
-        Output.from_json(made["output"]),
-    )
-    usage = Usage.from_json(made["usage"]) if "usage" in made else usage_unread(NEVER)
-    disturbance = (
-        Disturbance.from_json(made["disturbance"])
-        if "disturbance" in made
-        else disturbance_unread(NEVER)
+    never = unread_for(NEVER)
+    read = Read(
+        memory_of(made),
+        Usage.from_json(made["usage"]) if "usage" in made else never.usage,
+        Disturbance.from_json(made["disturbance"]) if "disturbance" in made else never.disturbance,
     )
     row = make_row(
-        attempt,
+        session,
         name,
         stage,
         seed,
-        spent,
-        output,
+        Spent(made["work_ns"], phases_ns=made["phases_ns"]),
+        Output.from_json(made["output"]),
         "FINISHED",
         why,
+        read=read,
+        devices=session.devices,
         number=made["attempt"],
         reused=made["run_id"],
-        memory=_memory(made),
-        usage=usage,
-        disturbance=disturbance,
     )
     return {**row, "quality": dict.fromkeys(quality, unsaid)}
 
 
 def broken_row(
-    attempt: Attempt,
+    timeline: Timeline,
     name: str,
-    stage: Any,
+    stage: Stage,
     seed: int,
     window: OpenWindow | None,
     error: BaseException,
@@ -185,27 +207,54 @@ def broken_row(
     """Return the row of a stage attempt that did not come to its end, with the hours it took all
     the same.
     """
-    spent = Spent()
-    if made is not None and (made["run_id"], made["attempt"]) == (attempt.run_id, attempt.number):
-        spent.work_ns = made["work_ns"]
-        spent.add_phases(made["phases_ns"])
+    session = timeline.session
+    trace = timeline.trace(name, seed, session.number)
+    spent = Spent() if made is None else made_spent(session, made)
     kept = isinstance(error, Preempted | BudgetSpent)
-    if window is not None and kept:  # a checkpoint is on disk: the next attempt goes on from here
+    if window is not None and kept:  # a checkpoint is on disk: the next attempt resumes from it
         spent.work_ns += window.elapsed_ns
         spent.add_phases(window.phases_ns)
     elif window is not None:
         spent.lost_ns = window.elapsed_ns
-        # the last checkpoint is there to go on from
+        # the last checkpoint is there to resume from
         if made is None and isinstance(error, KeyboardInterrupt):
-            saved_ns = attempt.trace(name, seed, attempt.number).saved_ns
-            spent.work_ns, spent.lost_as = sum(saved_ns.values()), "rollback"
+            spent.work_ns, spent.lost_as = sum(trace.saved_ns.values()), "rollback"
             spent.lost_ns -= spent.work_ns
-            spent.add_phases(saved_ns)
+            spent.add_phases(trace.saved_ns)
     status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
-    lost = {"steps_lost": measured(attempt.trace(name, seed, attempt.number).lost)}
-    return make_row(
-        attempt, name, stage, seed, spent, Output(counts=lost), status, str(error) or _unsaid(error)
+    output = Output(counts={"steps_lost": measured(trace.lost)})
+    return live_row(
+        timeline, name, stage, seed, spent, output, status, str(error) or _unsaid(error)
     )
+
+
+def live_row(
+    timeline: Timeline,
+    name: str,
+    stage: Stage,
+    seed: int,
+    spent: Spent,
+    output: Output,
+    status: str,
+    why: str | None,
+) -> Row:
+    """Return a row with what the device says now."""
+    session = timeline.session
+    read = Read(
+        session.memory.read(session.device),
+        timeline.usage(name, seed),
+        timeline.disturbance(name, seed),
+    )
+    return make_row(
+        session, name, stage, seed, spent, output, status, why, read=read, devices=session.devices
+    )
+
+
+def skipped_row(timeline: Timeline, name: str, stage: Stage, seed: int, why: str) -> Row:
+    """Return the row of a stage that this device cannot do: nulls with the reason."""
+    row = live_row(timeline, name, stage, seed, Spent(), Output(), "SKIPPED", why)
+    blank(row["ledger"], why)
+    return row
 
 
 def _unsaid(error: BaseException) -> str:
@@ -271,33 +320,27 @@ def _quantization(output: Output) -> dict[str, Any] | None:
     }
 
 
-def _unchanged(stage: Any, output: Output) -> dict[str, str] | None:
-    """Return which model a quantize stage left as it is, and why; null where it made one, and of
-    other stages.
-    """
-    if stage.type != QuantizeStage.type or "quantization" in output.about:
-        return None
-    return {
-        "as": stage.model,
-        "why": output.about.get("search", {}).get("why") or "no rung holds the tolerance",
-    }
+def _unchanged(stage: Stage, output: Output) -> dict[str, str] | None:
+    """Return which model a stage left as it is though it was to change it, and why; else None."""
+    why = stage.left_unchanged(output)
+    return None if why is None else {"as": stage.starts_from() or "", "why": why}
 
 
-def _memory(made: Record) -> dict[str, Value]:
+def memory_of(made: Record) -> dict[str, Value]:
     """Return what was read while an artifact was made; an older release read less."""
     never = null(NEVER).to_json()
     return {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}
 
 
-def _peak(attempt: Attempt, stage: Any, output: Output) -> Value:
+def _peak(session: Session, stage: Stage, output: Output) -> Value:
     """Return the peak rate of one of this run's devices in the arithmetic a stage trains in."""
-    if not hasattr(stage, "precision"):
+    named = stage.precisions("", session.run)
+    if not named:
         return null("this stage trains nothing")
-    named = training_precision(stage, attempt.run)
-    if named is Precision.auto and "precision" not in output.about:
+    in_force = named[0].precision
+    if in_force is Precision.auto and "precision" not in output.about:
         return null("no precision was chosen yet")
-    chosen = output.about["precision"]["chosen"] if named is Precision.auto else named.value
+    chosen = output.about["precision"]["chosen"] if in_force is Precision.auto else in_force.value
     precision = chosen.partition("_")[0]  # bf16_pure, fp8_rowwise: of the same products
-    return peak(
-        device_name(attempt.device), precision, getattr(attempt.run.hardware.peak_tflops, precision)
-    )
+    declared = getattr(session.run.hardware.peak_tflops, precision)
+    return peak(device_name(session.device), precision, declared)

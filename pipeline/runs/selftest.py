@@ -258,7 +258,7 @@ def _measure(test: SelfTest) -> None:
     from pipeline.data.encode import encode_all
     from pipeline.ledger.gpu_sampler import Sampler
     from pipeline.models.load import load_tokenizer
-    from pipeline.runs.comparison import PROMPT_DOCUMENTS
+    from pipeline.runs.serving_pass import PROMPT_DOCUMENTS
 
     run, policy = test.run, test.run.policy
     path = test.release.artifact.path

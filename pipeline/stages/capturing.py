@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.config.settings import CaptureMethod, Precision, Task
 from pipeline.data.batches import IGNORE, num_tokens
 from pipeline.data.padding import logits_of
+from pipeline.data.tokenizer import tokenizer_digest
 from pipeline.distillation.cache import (
     Windows,
     file_sha256,
@@ -28,7 +29,6 @@ from pipeline.distillation.cache import (
     packing_digest,
     place,
     shard_name,
-    tokenizer_digest,
     write_manifest,
     write_shard,
 )
@@ -39,8 +39,9 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.records import SHARD, read_record
 from pipeline.ledger.values import measured, null
 from pipeline.models.load import load_model, load_tokenizer
+from pipeline.stages.base import TEACHER
 from pipeline.stages.context import Output
-from pipeline.stages.settings import steps_of, training_precision, training_settings
+from pipeline.stages.settings import steps_of, training_precision
 from pipeline.stages.step_flops import ModelFlops, StepFlops
 from pipeline.stages.training import make_batches, read_encoded
 from pipeline.store.artifacts import check_room, write_json
@@ -59,7 +60,7 @@ from pipeline.training.precision import arithmetic, compute_dtype, frozen, round
 
 if TYPE_CHECKING:
     from pipeline.config.settings import TrainingConfig
-    from pipeline.stages.capture import CaptureStage
+    from pipeline.stages.capture_settings import CaptureSettings
     from pipeline.stages.context import Context
     from pipeline.store.artifacts import Artifact
 
@@ -94,10 +95,11 @@ class _Shard:
     flops: float = 0.0
 
 
-def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+def run_capture(stage: CaptureSettings, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
     """Capture as `stage` says and leave shards and manifest in `ctx.out`."""
-    settings = training_settings(ctx.run.stages[stage.like], ctx.run)
-    source, tokenizer = _open(stage, settings, inputs[stage.teacher], ctx)
+    settings = stage.batches_like(ctx.run)
+    assert settings is not None
+    source, tokenizer = _open(stage, settings, inputs[TEACHER], ctx)
     settings.steps = steps_of(settings, source.windows.num_rows)
     with ctx.clock.phase("prepare"):
         rows = needed(source.windows, settings.steps, settings.batch_size)
@@ -107,7 +109,7 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
     with ctx.clock.phase("checkpoint"):
         facts = {
             **_facts(source, stage, settings),
-            "teacher": inputs[stage.teacher].digest,
+            "teacher": inputs[TEACHER].digest,
             "data": ctx.data.digest,
             "tokenizer": tokenizer_digest(tokenizer),
             "packing": packing_digest(source.windows),
@@ -127,36 +129,8 @@ def run_capture(stage: CaptureStage, inputs: Mapping[str, Artifact], ctx: Contex
     return replace(output, notes=(*output.notes, f"{ctx.stage}: {said}"))
 
 
-def expected(
-    stage: CaptureStage, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context
-) -> dict[str, Any]:
-    """Return what a cache must say of itself for the stage of `ctx`, which reads `windows`, to take
-    it.
-
-    Args:
-        stage: The capture that made it, by this recipe.
-    """
-    run, own = ctx.run, ctx.run.stages[ctx.stage]
-    chosen = {"method": stage.method.value, "temperature": own.temperature}
-    if run.task is Task.sequence_classification:
-        chosen = {"method": Dense.method}  # logits serve every temperature
-    given = {
-        name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None
-    }
-    return {
-        "sequence_length": training_settings(own, run).sequence_length,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "data": ctx.data.digest,
-        "packing": packing_digest(windows),
-        "teacher": teacher.digest,
-        "precision": frozen(training_precision(stage, run), ctx.device).value,
-        **chosen,
-        **(given if run.task is Task.causal_lm else {}),
-    }
-
-
 def _open(
-    stage: CaptureStage, settings: TrainingConfig, teacher: Artifact, ctx: Context
+    stage: CaptureSettings, settings: TrainingConfig, teacher: Artifact, ctx: Context
 ) -> tuple[_Source, Any]:
     """Load the teacher, and lay out what it is to read."""
     task = ctx.run.task
@@ -182,7 +156,7 @@ def _open(
 
 
 def _codec(
-    stage: CaptureStage, model: Any, examined: Examined | None, tokenizer: Any, ctx: Context
+    stage: CaptureSettings, model: Any, examined: Examined | None, tokenizer: Any, ctx: Context
 ) -> Codec:
     """Return what packs the distributions: over the tokens that the tokenizer has, not over a
     head's padding.
@@ -201,7 +175,7 @@ def _codec(
     return Sampled(stage.draws or Sampled.most(vocabulary), vocabulary, temperature)
 
 
-def _facts(source: _Source, stage: CaptureStage, settings: TrainingConfig) -> dict[str, Any]:
+def _facts(source: _Source, stage: CaptureSettings, settings: TrainingConfig) -> dict[str, Any]:
     codec = source.codec
     chosen = {
         name: getattr(codec, name, None)
@@ -402,7 +376,7 @@ def _by_chunks(
 
 def _output(
     source: _Source,
-    stage: CaptureStage,
+    stage: CaptureSettings,
     records: Sequence[dict[str, Any]],
     manifest: dict[str, Any],
     ctx: Context,

@@ -84,16 +84,15 @@ class Context:
     clock: PhaseClock
     out: Path  # an empty folder for the artifact
     checkpoints: Path  # of this stage's key; survives the process
-    matched: Output | None  # of the stage named by `like`
-    matched_flops: float | None  # of that stage, with the capture of the cache that it reads
+    like: Output | None  # of the stage named by `like`
+    matched_flops: float | None  # that it may spend, where it matches other stages
     points: Callable[[int, dict[str, float]], None]  # curves, by step
     # what led to a checkpoint at this step: goes into it
     history: Callable[[int], list[dict[str, Any]]]
     checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk
-    # the stage goes on from this step; its checkpoint's history
+    # the stage resumes from this step; its checkpoint's history
     resumed: Callable[[int, list[dict[str, Any]]], None]
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]
-    released: Path | None = None  # the artifact that a release stage takes
     traces: Path | None = None  # where traces of sampled steps go; None: no step is traced

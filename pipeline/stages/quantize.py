@@ -1,94 +1,65 @@
-"""Quantize: store a model in 16 bits (torch), or its linear layers in 8 or 4 (bitsandbytes,
+"""Quantize: store a model in 16 bits (torch), or its linear layers in 8 or 4 bits (bitsandbytes,
 torchao).
 
 What it does: weights in `format`, saved before any forward pass and proven bit-equal after a reload
-    in a fresh process. `bf16` and `fp16` take the whole model; the others leave embeddings alone.
-    When it helps: memory, nearly always; speed, only where this device has units or kernels for it,
-    which is why the comparison pass measures it, against the best 16-bit form where the recipe has
-    one (`base: best_16_bit`). Settings worth changing: format; exclude (layers that suffer);
-    smoothing, with formats that quantize activations (int8, int8_dynamic); recover (what to do
-    where the
-format loses too much: `recover.py`).
+in a fresh process. `bf16` and `fp16` take the whole model; the others leave embeddings alone.
+When it helps: memory, nearly always; speed, only where this device has units or kernels for the
+format. The comparison pass measures it, against the best 16-bit form where the recipe has one
+(`base: best_16_bit`).
+Where the format loses more than `tolerance` on validation, fallbacks are tried: 16 bits of the
+whole model, where the device has units for them; then those of `recover` in order: formats that
+keep more (`format`), adapters trained with fake quantization in the forward pass (`lora`), all
+weights so trained (`qat`). The first that is within the tolerance is published; else the 16 bits,
+if they are within it.
+Settings worth changing: format; exclude (layers that suffer); smoothing, with formats that quantize
+activations (int8, int8_dynamic); recover, with lora.steps and qat.steps.
 Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314 (NF4);
-    Xiao et al. 2022, arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
+Xiao et al. 2022, arXiv 2211.10438 (smoothing); quantization/ao.py for torchao's.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.config.arms import stage_name
 from pipeline.config.settings import (
     SIXTEEN_BITS,
+    Fallback,
     Format,
     LoraSettings,
     Precision,
-    Prefer,
     QatSettings,
     Run,
-    Rung,
-    at_least_0,
-    fraction,
-    positive,
 )
 from pipeline.errors import UserError
-from pipeline.stages.settings import BASE
-from pipeline.store.artifacts import MANIFEST
+from pipeline.ledger.numbers import percents_apart
+from pipeline.stages.base import MODEL, Attempts, PrecisionInForce, Stage
+from pipeline.stages.conversion import Conversion
+from pipeline.stages.fallbacks import BETTER, FormatFallback, Published, TrainedFallback
 
 if TYPE_CHECKING:
-    from pipeline.data.documents import Document
-    from pipeline.quantization.layers import Choice
-    from pipeline.stages.context import Context, Output
+    from pipeline.stages.context import Output
     from pipeline.store.artifacts import Artifact
 
-# ruff: noqa: UP045
-
-CALIBRATION_DOCUMENTS = 32
 # recovery: what keeps weights in fp32
 TRAINED_IN = (Precision.fp32, Precision.tf32, Precision.bf16, Precision.fp16)
+SEARCH = "search"  # the first fallback of format=auto
+AnyFallback = FormatFallback | TrainedFallback
 
 
 @dataclass(kw_only=True, slots=True)
-class QuantizeStage:
+class QuantizeStage(Conversion):
     """Settings of a `quantize` stage."""
 
-    optional: bool = False
-    model: str = BASE  # base, or an earlier stage
-    format: Format = Format.int8  # of the weights; auto searches for one
-    # patterns of layers to quantize (*.mlp.*); empty: all of the body
-    include: list[str] = field(default_factory=list)
-    # patterns of layers that are left alone all the same
-    exclude: list[str] = field(default_factory=list)
-    quantize_head: bool = False  # the output head as well, where it is not the embedding
-    # moves outliers of activations into weights: 0.5; null: not
-    smoothing: Optional[float] = fraction(None)
-    # file of documents that smoothing looks at; null: the first of train
-    calibration: Optional[str] = None
-    calibration_documents: int = positive(CALIBRATION_DOCUMENTS)  # that smoothing looks at
-    # largest loss of quality on validation; null: quality.margin
-    tolerance: Optional[float] = at_least_0(None)
-    # Of format=auto:
-    # formats to try; empty: all that work here
-    candidates: list[Format] = field(default_factory=list)
-    prefer: Prefer = Prefer.time  # what to save
-    search_device_hours: Optional[float] = positive(None)  # null: all candidates are tried
     # Where more than `tolerance` is lost:
     # what is tried, in order (format, lora, qat); empty: nothing
-    recover: list[Rung] = field(default_factory=list)
+    recover: list[Fallback] = field(default_factory=list)
     lora: LoraSettings = field(default_factory=LoraSettings)
     qat: QatSettings = field(default_factory=QatSettings)
 
     type: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 3
-
-    def reads(self, run: Run) -> list[str]:
-        """Return the arms this stage reads."""
-        return [self.model]
+    version: ClassVar[int] = 4
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
@@ -96,75 +67,19 @@ class QuantizeStage:
         Raises:
             UserError: Naming the setting.
         """
-        from pipeline.quantization.backend import LIBRARIES
-
-        search = self.format is Format.auto
-        if Format.auto in self.candidates:
-            raise UserError(
-                f"{key}.candidates", "auto is no format to try", "name formats, or leave it empty"
-            )
-        for fmt in self.candidates if search else [self.format]:
-            if find_spec(LIBRARIES[fmt]) is None:
-                where = "candidates" if search else "format"
-                raise UserError(
-                    f"{key}.{where}",
-                    f"{fmt.value} needs {LIBRARIES[fmt]}, which is not installed",
-                    "pip install -e '.[quant]'",
-                )
-        for name, default in (
-            ("candidates", []),
-            ("search_device_hours", None),
-            ("prefer", Prefer.time),
-        ):
-            if not search and getattr(self, name) != default:
-                raise UserError(
-                    f"{key}.{name}",
-                    f"has no effect with format: {self.format.value}",
-                    "give format=auto",
-                )
-        if self.tolerance is not None and not search and not self.recover:
-            problem = f"has no effect with format: {self.format.value} and nothing to recover with"
-            raise UserError(
-                f"{key}.tolerance", problem, "give format=auto, or recover: [format, lora, qat]"
-            )
-        for name, default in (
-            ("calibration", None),
-            ("calibration_documents", CALIBRATION_DOCUMENTS),
-        ):
-            if self.smoothing is None and getattr(self, name) != default:
-                raise UserError(
-                    f"{key}.{name}", "has no effect without smoothing", f"give {key}.smoothing=0.5"
-                )
-        if search and self.smoothing is not None:
-            raise UserError(
-                f"{key}.smoothing",
-                "has no effect with format: auto",
-                "give the format that was found",
-            )
-        if self.format in SIXTEEN_BITS:
-            self._check_whole(key)
+        Conversion.check(self, key, run)
         self._check_recovery(key, run)
-
-    def _check_whole(self, key: str) -> None:
-        """Refuse settings of single layers in a format that takes the whole model."""
-        own = {"include": [], "exclude": [], "quantize_head": False, "smoothing": None}
-        for name, default in own.items():
-            if getattr(self, name) != default:
-                problem = (
-                    f"has no effect with format: {self.format.value}, which takes the whole model"
-                )
-                raise UserError(f"{key}.{name}", problem, "leave it out")
 
     def _check_recovery(self, key: str, run: Run) -> None:
         if len(set(self.recover)) < len(self.recover):
-            raise UserError(f"{key}.recover", "names a rung twice", "give each once")
-        for rung, settings in ((Rung.lora, self.lora), (Rung.qat, self.qat)):
-            own = f"{key}.{rung.value}"
-            if rung not in self.recover:
+            raise UserError(f"{key}.recover", "names one twice", "give each once")
+        for fallback, settings in ((Fallback.lora, self.lora), (Fallback.qat, self.qat)):
+            own = f"{key}.{fallback.value}"
+            if fallback not in self.recover:
                 if settings != type(settings)():
                     raise UserError(
                         own,
-                        f"has no effect without {rung.value} in recover",
+                        f"has no effect without {fallback.value} in recover",
                         f"add it to {key}.recover",
                     )
                 continue
@@ -178,208 +93,219 @@ class QuantizeStage:
                 raise UserError(
                     f"{own}.steps", "training.steps is 0, and this trains", "give a number of steps"
                 )
-        if Rung.format in self.recover and self.format is Format.auto:
+        if Fallback.format in self.recover and self.format is Format.auto:
             raise UserError(
                 f"{key}.recover",
-                "with format: auto the search is that rung",
+                "with format: auto the search is that one",
                 "leave format out of it",
             )
 
-    def searched(self, run: Run) -> dict[str, Any]:
-        """Return what decides how a search ends beside its settings; a part of the artifact's
-        key.
-        """
-        if self.format is not Format.auto:
+    def recovers(self) -> bool:
+        """Return whether fallbacks are tried."""
+        return bool(self.recover)
+
+    def sets_of_training(self, name: str, run: Run) -> bool | None:
+        """Return False where a fallback trains by `training.*`."""
+        return False if self.recover else None
+
+    def precisions(self, key: str, run: Run) -> list[PrecisionInForce]:
+        """Return those of the fallbacks that train."""
+        found: list[PrecisionInForce] = []
+        for fallback in self.recover:
+            if fallback is not Fallback.format:
+                own = self.lora if fallback is Fallback.lora else self.qat
+                is_own, chosen = own.precision is not None, own.precision or run.precision.name
+                setting = f"{key}.{fallback.value}.precision" if is_own else "precision"
+                found.append(PrecisionInForce(setting, chosen, is_own))
+        return found
+
+    def key_settings(self, run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        """Return what decides the conversion; with fallbacks to try, it is not what is made."""
+        settings = Conversion.key_settings(self, run, inputs)
+        left_out = ("recover", "lora", "qat")
+        return {name: value for name, value in settings.items() if name not in left_out}
+
+    def fallbacks(self, name: str) -> dict[str, Stage]:
+        """Return all that may be tried, 16 bits of the whole model among them."""
+        if not self.recover:
             return {}
-        return {"tolerance": self.allowed(run), "load": run.serving.load, **read_with(run)}
+        return {**dict(_in_order(name, self)), **_sixteen_bits(name, self)}
 
-    def allowed(self, run: Run) -> float:
-        """Return the largest loss of the primary quality: a fraction of bits per byte, a difference
-        of accuracy.
-        """
-        return run.quality.margin if self.tolerance is None else self.tolerance
-
-    def choice(self) -> Choice:
-        """Return which layers are to be quantized."""
-        from pipeline.quantization.layers import Choice
-
-        return Choice(tuple(self.include), tuple(self.exclude), self.quantize_head)
-
-    def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
-        """Quantize and leave the model in `ctx.out`."""
-        if self.format is Format.auto:
-            return self._search(inputs, ctx)
-        return self.convert(inputs[self.model].path, ctx, smoothed=self.smoothing is not None)
-
-    def convert(self, source: Path, ctx: Context, *, smoothed: bool) -> Output:
-        """Quantize `source` into `ctx.out` and prove the reload; `smoothed`: after smoothing."""
-        from pipeline.models.sixteen_bits import units_said
-        from pipeline.quantization.backend import quantize
-        from pipeline.stages.context import Output
-
-        done = quantize(
-            source,
-            ctx.out,
-            self.format,
-            ctx.run.task,
-            device=ctx.device,
-            key=setting(ctx, "format"),
-            clock=ctx.clock,
-            choice=self.choice(),
-            prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
-        )
-        units = units_said(self.format, ctx.device) if self.format in SIXTEEN_BITS else ""
-        notes = (f"{ctx.stage}: {done.say()}", *([f"{ctx.stage}: {units}"] if units else []))
-        return Output(
-            notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}}
-        )
-
-    def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
-        """Find the format, and quantize in it; or leave the model as it is where none pays."""
-        from pipeline.models.sixteen_bits import best_first
-        from pipeline.quantization.backend import formats, why_not
-        from pipeline.quantization.search import Searcher
-        from pipeline.quantization.trials import Bench, able
-        from pipeline.stages.context import Output
-
-        source, key, started_ns = (
-            inputs[self.model].path,
-            setting(ctx, "format"),
-            ctx.clock.now_ns(),
-        )
-        limit_h = self.search_device_hours
-
-        def spent() -> bool:
-            stop = ctx.should_stop()
-            if stop is not None:
-                raise stop(
-                    "stopped while formats were tried; the same command starts the search again"
-                )
-            return limit_h is not None and (ctx.clock.now_ns() - started_ns) / 3.6e12 >= limit_h
-
-        with ctx.clock.phase("search"):
-            asked = self.candidates or formats()
-            first = [fmt for fmt in best_first(ctx.device) if why_not(fmt, ctx.device) is None][:1]
-            candidates, reasons = able(
-                asked, source, ctx.run.task, device=ctx.device, choice=self.choice(), key=key
-            )
-            bench = Bench(
-                source,
-                ctx.run,
-                ctx.data,
-                ctx.device,
-                self.choice(),
-                key,
-                ctx.clock,
-                ctx.out.parent,
-                _sequence_length(ctx.run),
-            )
-            searcher = Searcher(
-                bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent
-            )
-            found = searcher.run(candidates, [fmt for fmt in first if fmt not in candidates])
-        said = [f"{ctx.stage}: tried {trial.say(self.allowed(ctx.run))}" for trial in found.trials]
-        said += [f"{ctx.stage}: not tried: {reason}" for reason in (*reasons, *found.refused)]
-        missed = found.missed
-        about: dict[str, Any] = {
-            "search": {
-                "prefer": self.prefer.value,
-                "tolerance": self.allowed(ctx.run),
-                "why": found.why,
-                "trials": [trial.to_json() for trial in found.trials],
-                "next": None if missed is None else missed.to_json(),
-            }
-        }
-        if found.best is None:
-            with ctx.clock.phase("convert"):
-                copy_model(source, ctx.out)
-            kept = f"{ctx.stage}: stays as {self.model} is: {found.why}"
-            return Output(notes=(*said, kept), about=about)
-        done = self.settled(found.best.fmt, found.best.exclude).convert(source, ctx, smoothed=False)
-        return replace(done, notes=(*said, *done.notes), about={**done.about, **about})
-
-    def settled(self, fmt: Format, exclude: Sequence[str]) -> QuantizeStage:
-        """Return this search's stage with a format in its place, and more layers left alone."""
-        return replace(
-            self,
-            format=fmt,
-            exclude=[*self.exclude, *exclude],
-            candidates=[],
-            prefer=Prefer.time,
-            tolerance=None,
-            search_device_hours=None,
-        )
-
-    def _looked_at(self, ctx: Context) -> Sequence[Document]:
-        from pipeline.quantization.calibration import calibration_documents
-
-        return calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
-
-    def _calibrated(self, ctx: Context) -> dict[str, Any]:
-        """Return what activations were looked at."""
-        if self.smoothing is None:
-            return {"calibration": None}
-        from pipeline.data.completions import file_digest
-
-        with ctx.clock.phase("prepare"):
-            documents = self._looked_at(ctx)
-            given = None if self.calibration is None else file_digest(self.calibration)
-        source = self.calibration or f"train split of {ctx.data.name}"
-        return {
-            "calibration": {
-                "smoothing": self.smoothing,
-                "source": source,
-                "documents": len(documents),
-                **({} if given is None else {"digest": given}),
-            }
-        }
-
-    def smooth(self, model: Any, source: Path, ctx: Context) -> None:
-        """Move outliers of activations into the weights of `model`, in place; it looks at
-        calibration documents.
-        """
-        import torch
-
-        from pipeline.data.encode import encode_all
-        from pipeline.models.load import example_length, load_config, load_tokenizer
-        from pipeline.quantization.smoothing import smooth
-
-        with ctx.clock.phase("prepare"):
-            documents = self._looked_at(ctx)
-            length = example_length(
-                load_config(source), ctx.run.task, ctx.run.training.sequence_length
-            )
-            encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
-            ids = [
-                torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device)
-                for each in encoded
-            ]
-        with ctx.clock.phase("calibrate"):
-            smooth(model, ids, strength=self.smoothing or 0.0, key=setting(ctx, "smoothing"))
+    def settle(self, name: str, attempts: Attempts) -> Stage | None:
+        """Try the fallbacks in order until one is within the tolerance."""
+        if not self.recover or attempts.unavailable(self) is not None:
+            return self
+        return _Trial(name, self, attempts).run()
 
 
-def setting(ctx: Context, name: str) -> str:
-    """Return the full key of a stage's setting, as refusals name it; a rung's settings are its
-    stage's.
+def _in_order(name: str, stage: QuantizeStage) -> Iterator[tuple[str, AnyFallback]]:
+    """Yield the fallbacks by the arm each has, in the order they are tried: what was asked for
+    first.
     """
-    return f"stages.{stage_name(ctx.stage)}.{name}"
+    first = _conversion(stage)
+    yield f"{name}/{SEARCH if stage.format is Format.auto else stage.format.value}", first
+    for fallback in stage.recover:
+        if fallback is Fallback.format:
+            for fmt in BETTER.get(stage.format, ()):
+                yield f"{name}/{fmt.value}", replace(first, format=fmt)
+        else:
+            yield f"{name}/{fallback.value}", _training(stage, fallback)
 
 
-def read_with(run: Run) -> dict[str, Any]:
-    """Return what decides a reading on validation."""
-    return {
-        "batch_size": run.quality.batch_size,
-        "max_bytes": run.quality.max_bytes_per_document,
-        "sequence_length": _sequence_length(run),
-    }
+def _sixteen_bits(name: str, stage: QuantizeStage) -> dict[str, FormatFallback]:
+    """Return 16 bits of the whole model, of which a device does one best; a search tries them
+    itself.
+    """
+    if stage.format in (Format.auto, *SIXTEEN_BITS):
+        return {}
+    whole = replace(
+        _conversion(stage),
+        include=[],
+        exclude=[],
+        quantize_head=False,
+        smoothing=None,
+        calibration=None,
+    )
+    return {f"{name}/{fmt.value}": replace(whole, format=fmt) for fmt in SIXTEEN_BITS}
 
 
-def _sequence_length(run: Run) -> int:
-    return run.quality.sequence_length or run.training.sequence_length
+def _conversion(stage: Conversion) -> FormatFallback:
+    """Return the conversion alone: what it makes does not depend on what is tried after it."""
+    own = {each.name: getattr(stage, each.name) for each in fields(FormatFallback)}
+    own |= {"optional": False}
+    if stage.format is not Format.auto:
+        own["tolerance"] = None
+    return FormatFallback(**own)
 
 
-def copy_model(source: Path, out: Path) -> None:
-    """Copy a model's files, but what the store says of them."""
-    for file in source.iterdir():
-        if file.is_file() and file.name != MANIFEST:
-            shutil.copyfile(file, out / file.name)
+def _training(stage: QuantizeStage, fallback: Fallback) -> TrainedFallback:
+    own = stage.lora if fallback is Fallback.lora else stage.qat
+    return TrainedFallback(
+        fallback=fallback,
+        into=_conversion(stage),
+        model=stage.model,
+        teacher=stage.model,
+        allow_weak_teacher=True,
+        compile=False,
+        **{each.name: getattr(own, each.name) for each in fields(own)},
+    )
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One stage's fallbacks being tried, for one seed."""
+
+    name: str
+    stage: QuantizeStage
+    attempts: Attempts
+    made: list[str] = field(default_factory=list)
+    refused: list[Exception] = field(default_factory=list)
+    not_here: dict[Format, str] = field(default_factory=dict)
+
+    def run(self) -> Stage | None:
+        """Return a copy of the first fallback that is within the tolerance, or of the model.
+
+        Returns:
+            None where an optional stage has no fallback that could be made: it is skipped.
+
+        Raises:
+            UserError, StageFailed: Why the first fallback could not be made, where none could.
+        """
+        sixteen = self._try_sixteen_bits()
+        ahead = list(_in_order(self.name, self.stage))
+        while ahead:
+            arm, fallback = ahead.pop(0)
+            output = self._try(arm, fallback)
+            if output is None:
+                continue
+            self.made.append(arm)
+            if "recovery" in output.about:
+                if self._is_within(arm, output):
+                    return self._publish(arm)
+            # a search that found nothing: what came nearest is gone on from
+            elif isinstance(fallback, FormatFallback):
+                nearest = self._nearest(output)
+                ahead = [] if nearest is None else list(_in_order(self.name, nearest))[1:]
+        if not self.made and self.refused:
+            if not self.stage.optional:
+                raise self.refused[0]
+            self.attempts.skip_stage(said(self.name, self.refused[0]))
+            return None
+        return self._publish(sixteen, last_resort=sixteen is not None)
+
+    def _publish(self, chosen: str | None, *, last_resort: bool = False) -> Published:
+        return Published(
+            model=self.stage.model,
+            made=self.made,
+            chosen=chosen,
+            last_resort=last_resort,
+            optional=self.stage.optional,
+        )
+
+    def _try(self, arm: str, fallback: AnyFallback) -> Output | None:
+        """Bring a fallback to its row; None where it was not made, which its row explains."""
+        unable = None
+        if isinstance(fallback, TrainedFallback):
+            unable = self.not_here.get(fallback.into.format)
+        elif self.made:
+            inputs = {MODEL: self.attempts.artifact(fallback.model)}
+            unable = fallback.unable(self.attempts.run, self.attempts.device, inputs)
+        if unable is not None:
+            self.attempts.skip(arm, fallback, unable)
+            return None
+        failed = self.attempts.attempt(arm, fallback)
+        if failed is not None:
+            self.refused.append(failed)
+            if isinstance(fallback, FormatFallback):
+                self.not_here[fallback.format] = said(arm, failed)
+        return self.attempts.made(arm)
+
+    def _try_sixteen_bits(self) -> str | None:
+        """Make 16 bits of the whole model, where the device has units; return the arm where it is
+        within the tolerance.
+        """
+        from pipeline.models.sixteen_bits import best_first, has_units
+
+        best = best_first(self.attempts.device)[0]
+        forms = _sixteen_bits(self.name, self.stage).items()
+        found = [(arm, form) for arm, form in forms if form.format is best]
+        if not found or not has_units(best, self.attempts.device):
+            return None
+        arm, form = found[0]
+        # where it fails its row says why, and the others are tried
+        output = None if self.attempts.attempt(arm, form) is not None else self.attempts.made(arm)
+        if output is None:
+            return None
+        self.made.append(arm)
+        return arm if self._is_within(arm, output) else None
+
+    def _is_within(self, arm: str, output: Output) -> bool:
+        """Say what a fallback loses on validation, and return whether that is allowed."""
+        loss = output.about["recovery"]["loss"]
+        allowed = self.stage.allowed(self.attempts.run)
+        if loss is None:
+            self.attempts.say(f"{arm}: its loss on validation is no number")
+            return False
+        lost, most = percents_apart(loss, allowed)
+        self.attempts.say(f"{arm}: loses {lost} on validation where {most} is allowed")
+        return loss <= allowed
+
+    def _nearest(self, output: Output) -> QuantizeStage | None:
+        """Return the stage with the format that its search would have taken, had it been within the
+        tolerance.
+        """
+        missed = output.about["search"]["next"]
+        if missed is None:
+            return None
+        found = self.stage.settled(Format(missed["format"]), missed["exclude"])
+        assert isinstance(found, QuantizeStage)
+        return found
+
+
+def said(arm: str, error: Exception) -> str:
+    """Return why a format is none for this model, without the setting and the stage that a refusal
+    names.
+    """
+    if isinstance(error, UserError):
+        return error.problem
+    return str(error).removeprefix(f"stage {arm}: ")

@@ -13,24 +13,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Rung
 from pipeline.models.load import load_config, load_model, load_tokenizer, save_model
 from pipeline.quantization.backend import plan_for, rest_dtype
 from pipeline.quantization.fake import Adapters, fake_quantize
+from pipeline.stages.base import MODEL
 from pipeline.stages.context import Context, Output
-from pipeline.stages.quantize import setting
+from pipeline.stages.conversion import Conversion, setting
+from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.training import Start, run_training
 
 if TYPE_CHECKING:
-    from pipeline.stages.recover import RecoverStage
     from pipeline.store.artifacts import Artifact
 
 
-def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
-    """Train as `stage` says and leave the quantized model in `ctx.out`."""
-    into = stage.into
+def run_recovery(
+    stage: DistillSettings,
+    into: Conversion,
+    adapters: Adapters | None,
+    inputs: Mapping[str, Artifact],
+    ctx: Context,
+) -> Output:
+    """Train as `stage` says and leave the model, quantized as `into` says, in `ctx.out`.
+
+    Args:
+        adapters: What is trained beside frozen weights; None: all weights are trained.
+    """
     with tempfile.TemporaryDirectory(dir=ctx.out.parent, prefix="recover.") as folder:
-        source = _smoothed(stage, inputs[stage.model].path, Path(folder) / "smoothed", ctx)
+        source = _smoothed(into, inputs[MODEL].path, Path(folder) / "smoothed", ctx)
         trained = Path(folder) / "trained"
 
         def start() -> Start:
@@ -45,7 +54,6 @@ def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Conte
             # fused experts are rounded afterwards alone
             linear = [layer for layer in plan.quantize if not layer.fused]
             dtype = rest_dtype(load_config(source), ctx.device)
-            adapters = Adapters(stage.rank, stage.alpha) if stage.rung is Rung.lora else None
             undo = fake_quantize(model, linear, into.format, dtype, adapters)
 
             def save(faked: Any) -> None:
@@ -54,17 +62,17 @@ def run_recovery(stage: RecoverStage, inputs: Mapping[str, Artifact], ctx: Conte
 
             return model, load_tokenizer(source), save
 
-        made = run_training(stage, stage, inputs, ctx, start=start)
+        made = run_training(stage, inputs, ctx, distill=stage, start=start)
         done = into.convert(trained, ctx, smoothed=False)
     return replace(made, notes=(*made.notes, *done.notes), about={**made.about, **done.about})
 
 
-def _smoothed(stage: RecoverStage, source: Path, folder: Path, ctx: Context) -> Path:
+def _smoothed(into: Conversion, source: Path, folder: Path, ctx: Context) -> Path:
     """Return where the model lies that is quantized: the source, or a smoothed one in `folder`."""
-    if stage.into.smoothing is None:
+    if into.smoothing is None:
         return source
     model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
-    stage.into.smooth(model, source, ctx)
+    into.smooth(model, source, ctx)
     _save(model, source, folder, ctx)
     return folder
 

@@ -12,29 +12,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from pipeline.config.arms import BASELINE, CANDIDATE
 from pipeline.config.settings import Run
 from pipeline.errors import UserError
-from pipeline.stages.settings import TrainingOverrides
+from pipeline.stages.base import RELEASE, Reference, Stage, stages_of
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
     from pipeline.store.artifacts import Artifact
 
-CANDIDATE, BASELINE = "candidate", "baseline"
-
 
 @dataclass(kw_only=True, slots=True)
-class ReleaseStage:
+class ReleaseStage(Stage):
     """Settings of a `release` stage; its name says which reference it takes."""
-
-    optional: bool = False
 
     type: ClassVar[str] = "release"
     version: ClassVar[int] = 1
 
-    def reads(self, run: Run) -> list[str]:
-        """Return the arms this stage reads: none of this run's."""
-        return []
+    def references(self, run: Run) -> dict[str, Reference]:
+        """Return no other arm: it is given a release."""
+        return {}
+
+    def takes_release(self) -> bool:
+        """Return True."""
+        return True
+
+    def leaves_model(self, run: Run) -> bool:
+        """Return True."""
+        return True
 
     def check(self, key: str, run: Run) -> None:
         """Refuse a release that nothing refers to, or that stands among stages that make models.
@@ -47,7 +52,9 @@ class ReleaseStage:
             raise UserError(
                 key, "is neither candidate nor baseline", "name it so: a gate compares these two"
             )
-        if any(isinstance(stage, TrainingOverrides) for stage in run.stages.values()):
+        if any(
+            stage.sets_of_training("steps", run) is not None for stage in stages_of(run).values()
+        ):
             raise UserError(
                 key, "stands beside stages that train", "give a release a recipe of its own"
             )
@@ -59,8 +66,7 @@ class ReleaseStage:
         from pipeline.stages.context import Output
         from pipeline.store.artifacts import MANIFEST, bring
 
-        source = ctx.released
-        assert source is not None, "a run with a release stage resolves its references first"
+        source = inputs[RELEASE].path
         with ctx.clock.phase("convert"):
             for path in sorted(source.rglob("*")):
                 target = ctx.out / path.relative_to(source)

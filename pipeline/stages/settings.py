@@ -1,16 +1,17 @@
-"""What every training stage can be told, and how a stage's settings fall back on `training.*`."""
+"""What every stage that trains can be told, and how its settings fall back on `training.*`."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-from pipeline.config.arms import BEST_16_BIT
+from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings import (
     OptimizerKind,
     Precision,
@@ -23,21 +24,34 @@ from pipeline.config.settings import (
     positive,
 )
 from pipeline.errors import UserError
+from pipeline.stages.base import (
+    LIKE,
+    MODEL,
+    STUDENT_SOURCE,
+    BeforeRun,
+    PrecisionInForce,
+    Reference,
+    Stage,
+    WarmUp,
+    settings_of,
+    stages_of,
+)
+from pipeline.store.artifacts import plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.store.artifacts import Artifact
 
 # ruff: noqa: UP045
 
-BASE = "base"
-STUDENT_INIT = "student_init"
-RESERVED = (BASE, STUDENT_INIT, BEST_16_BIT)
-
 
 @dataclass(kw_only=True, slots=True)
-class TrainingOverrides:
+class TrainingOverrides(Stage):
     """A stage's own training settings. Null inherits: from the stage named by `like`, then from
     `training.*`.
     """
 
-    optional: bool = False  # skipped with its reason where this device cannot do it
     # starts from: base, student_init (the student's initial weights), or an earlier stage
     model: str = BASE
     like: Optional[str] = None  # the stage whose training settings this one inherits
@@ -67,8 +81,172 @@ class TrainingOverrides:
     # times that the start's layers are put on top of one another; null: once
     stack: Optional[int] = positive(None)
 
-    type: ClassVar[str]
-    version: ClassVar[int]
+    def references(self, run: Run) -> dict[str, Reference]:
+        """Return what its weights start from, and the stage whose settings it takes."""
+        named = start_references(self.model, run)
+        if self.like is not None:
+            named[LIKE] = Reference(self.like, LIKE, reads=False, instead="null")
+        return named
+
+    def starts_from(self) -> str | None:
+        """Return the arm, `base` or `student_init`."""
+        return self.model
+
+    def trains(self, run: Run) -> bool:
+        """Return whether any step is taken; steps that are computed are at least one."""
+        return bool(self.matched(run)) or training_settings(self, run).steps > 0
+
+    def batches_like(self, run: Run) -> TrainingConfig | None:
+        """Return the settings in force."""
+        return training_settings(self, run)
+
+    def sets_of_training(self, name: str, run: Run) -> bool | None:
+        """Return whether it, or the stage it is like, sets `training.NAME` itself."""
+        return any(getattr(layer, name, None) for layer in _layers(self, run))
+
+    def precisions(self, key: str, run: Run) -> list[PrecisionInForce]:
+        """Return the precision in force."""
+        return [precision_in_force(self, key, run)]
+
+    def lengths(self, key: str, run: Run) -> Iterator[tuple[str, int]]:
+        """Yield the length of its windows."""
+        settings = training_settings(self, run)
+        if settings.steps > 0:
+            own = self.sequence_length is not None
+            yield f"{key if own else 'training'}.sequence_length", settings.sequence_length
+
+    def keeps_layers(self) -> bool:
+        """Return whether no layers are stacked."""
+        return self.stack in (None, 1)
+
+    def leaves_model(self, run: Run) -> bool:
+        """Return whether it takes the model as it is."""
+        return not self.trains(run) and self.keeps_layers()
+
+    def no_effect(self, setting: str, run: Run) -> str | None:
+        """Return what of its other training settings leaves one without effect."""
+        settings = training_settings(self, run)
+        if setting == "decay_fraction" and settings.schedule is not Schedule.constant_then_decay:
+            return f"with schedule {settings.schedule.value}"
+        starts = (settings.start_batch_size, settings.start_sequence_length)
+        if setting == "growth_fraction" and starts == (None, None):
+            return "without start_batch_size or start_sequence_length"
+        if setting == "checkpoint_seconds" and settings.checkpoint_every is not None:
+            return "beside checkpoint_every"
+        return None
+
+    def key_settings(self, run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        """Return its own settings, those it inherits, and what the student's weights are."""
+        precision = training_precision(self, run)
+        settings: dict[str, Any] = {
+            **settings_of(self, "optional", LIKE),
+            "training": plain(training_settings(self, run)),
+            "precision": precision.value,
+            "loss_scale": run.precision.loss_scale,
+        }
+        if precision is Precision.auto:
+            settings["loss_tolerance"] = run.precision.loss_tolerance
+        if self.model == STUDENT_INIT:
+            settings["student"] = student_settings(run, inputs)
+        return settings
+
+    def shown_settings(self, run: Run) -> dict[str, Any]:
+        """Return its own settings and those it inherits; steps that are computed are not among
+        them: see `compute/steps`.
+        """
+        inherited = plain(training_settings(self, run))
+        inherited["precision"] = training_precision(self, run).value
+        if self.matched(run):
+            inherited["epochs"] = None
+        if self.matched(run) or inherited["epochs"] is not None:
+            inherited["steps"] = None
+        settings = {**settings_of(self), **inherited}
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def libraries(self, run: Run) -> list[str]:
+        """Return that of an optimizer that is not torch's."""
+        kind = training_settings(self, run).optimizer
+        return [] if kind is OptimizerKind.adamw else [kind.value.rpartition("_")[2]]
+
+    def preflight(self, key: str, known: BeforeRun) -> None:
+        """Refuse layers that cannot be stacked; a student's are stacked at its turn."""
+        if self.keeps_layers() or self.model != BASE:
+            return
+        from pipeline.models.layers import check_layers
+        from pipeline.models.student import stacked
+
+        assert self.stack is not None
+        config = stacked(known.config, self.stack)
+        check_layers(known.config, known.run.task, config, f"{key}.stack")
+
+    def warm_up(self, inputs: Mapping[str, Artifact], ctx: WarmUp) -> None:
+        """Import the optimizer's library, the model's class and the loop; encode train."""
+        from pipeline.training.optimizer import IMPORTED
+
+        settings = training_settings(self, ctx.run)
+        with ctx.clock.phase("import"):
+            if settings.optimizer in IMPORTED:
+                importlib.import_module(IMPORTED[settings.optimizer])
+            importlib.import_module("pipeline.stages.training")
+        warm_batches(inputs, settings, ctx)
+
+    def memory_remedy(self, name: str, run: Run) -> str:
+        """Return smaller micro-batches, else shorter windows."""
+        return smaller_batches(self, name, run)
+
+
+def warm_batches(inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: WarmUp) -> None:
+    """Import the class of what is read, open the device, and encode train as `settings` have it."""
+    if not inputs:
+        return
+    from pipeline.data.encode import encode_all
+    from pipeline.models.load import example_length, import_model, load_config, load_tokenizer
+
+    source = next(iter(inputs.values())).path
+    with ctx.clock.phase("import"):
+        import_model(source, ctx.run.task)
+    with ctx.clock.phase("prepare"):
+        _open_device(ctx.device)
+        tokenizer = load_tokenizer(source)
+        length = example_length(load_config(source), ctx.run.task, settings.sequence_length)
+        encode_all(ctx.data.splits["train"], tokenizer, ctx.run.task, max_length=length)
+
+
+def _open_device(device: Any) -> None:
+    """Have libraries and threads of the device start: what they take comes once per process."""
+    import torch
+
+    square = torch.ones(64, 64, device=device, requires_grad=True)
+    torch.autograd.backward((square @ square).sum())
+
+
+def smaller_batches(stage: TrainingOverrides, name: str, run: Run) -> str:
+    """Return the setting by which a stage that trains needs less memory, with the value to try."""
+    now = training_settings(stage, run)
+    parts = [
+        n
+        for n in range(now.gradient_accumulation + 1, now.batch_size + 1)
+        if now.batch_size % n == 0
+    ]
+    if parts:
+        wanted = next((n for n in parts if n >= 2 * now.gradient_accumulation), parts[-1])
+        key = _deciding(stage, name, run, "gradient_accumulation")
+        return f"{key}={wanted} (now {now.gradient_accumulation}; the same batch in smaller parts)"
+    length = _deciding(stage, name, run, "sequence_length")
+    shorter = f"{length}={max(8, now.sequence_length // 2)} (now {now.sequence_length})"
+    wide = training_precision(stage, run) in (Precision.fp32, Precision.tf32)
+    return f"{shorter}, or precision=bf16" if wide else shorter
+
+
+def _deciding(stage: TrainingOverrides, name: str, run: Run, setting: str) -> str:
+    """Return the setting that decides: the stage's own, that of the stage it is like, or
+    everybody's.
+    """
+    if getattr(stage, setting) is not None:
+        return f"stages.{name}.{setting}"
+    if stage.like is not None and getattr(run.stages[stage.like], setting) is not None:
+        return f"stages.{stage.like}.{setting}"
+    return f"training.{setting}"
 
 
 def _layers(stage: Any, run: Run) -> list[Any]:
@@ -141,37 +319,44 @@ def steps_of(settings: TrainingConfig, num_rows: int) -> int:
     return steps
 
 
-def read_as(stage: Any, run: Run) -> TrainingConfig | None:
-    """Return the training settings that decide which batches a stage reads; None where it reads
-    none.
-
-    A capture reads what the stage named by `like` will train on.
-    """
-    if isinstance(stage, TrainingOverrides):
-        return training_settings(stage, run)
-    like = run.stages.get(getattr(stage, "like", ""))
-    return training_settings(like, run) if isinstance(like, TrainingOverrides) else None
-
-
 def training_precision(stage: Any, run: Run) -> Precision:
     """Return the precision in force for a stage that has `precision` and `like`."""
     named = [layer.precision for layer in _layers(stage, run) if layer.precision is not None]
     return named[0] if named else run.precision.name
 
 
-def reads_model(name: str, run: Run) -> list[str]:
-    """Return the arms that building the start weights `name` reads."""
+def precision_in_force(stage: Any, key: str, run: Run, *, trains: bool = True) -> PrecisionInForce:
+    """Return the precision of a stage that has `precision` and `like`, with what decides it."""
+    is_own = stage.precision is not None
+    setting = f"{key}.precision" if is_own else "precision"
+    return PrecisionInForce(setting, training_precision(stage, run), is_own, trains)
+
+
+def start_references(name: str, run: Run) -> dict[str, Reference]:
+    """Return the arms that building the start weights `name` reads, by role."""
     if name != STUDENT_INIT:
-        return [name]
-    return [student_source(run)] if run.student.path is None else []
+        return {MODEL: Reference(name, MODEL)}
+    if run.student.path is not None:
+        return {}
+    return {STUDENT_SOURCE: Reference(student_source(run), "student.source")}
 
 
 def student_source(run: Run) -> str:
     """Return the arm that the student's layers, configuration and tokenizer are copied from."""
     if run.student.source is not None:
         return run.student.source
-    teachers = [stage.teacher for stage in run.stages.values() if hasattr(stage, "teacher")]
-    return teachers[0] if teachers else BASE
+    teachers = (stage.learns_from() for stage in stages_of(run).values())
+    return next((teacher for teacher in teachers if teacher is not None), BASE)
+
+
+def student_settings(run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Return what decides the student's initial weights, however its settings are spelt."""
+    from pipeline.models.student import student_identity
+
+    if run.student.path is not None:
+        return {"source": None, **student_identity(run.student, None)}
+    path: Path = inputs[STUDENT_SOURCE].path
+    return {"source": student_source(run), **student_identity(run.student, path)}
 
 
 def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:

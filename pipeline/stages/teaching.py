@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.settings import TrainingConfig
+from pipeline.config.settings import Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
-from pipeline.distillation.cache import TeacherCache, needed
+from pipeline.data.tokenizer import tokenizer_digest
+from pipeline.distillation.cache import TeacherCache, Windows, needed, packing_digest
 from pipeline.distillation.hidden import HiddenSignal, layer_pairs
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.on_policy import Writing
 from pipeline.distillation.relations import relation_signal
+from pipeline.distillation.sparse import Dense
 from pipeline.errors import UserError
 from pipeline.models.layers import layer_count
 from pipeline.models.load import load_model, load_tokenizer
+from pipeline.stages.base import CACHE, TEACHER
 from pipeline.stages.context import Context
-from pipeline.stages.distill import MIXTURES, DistillStage
-from pipeline.stages.settings import training_precision
+from pipeline.stages.distill_settings import MIXTURES, DistillSettings
+from pipeline.stages.settings import training_precision, training_settings
 from pipeline.training.objective import CachedTeacher, Objective, Teacher, check_tokenizers
 from pipeline.training.precision import frozen
 from pipeline.training.prefetch import Batches
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def load_teacher(
-    stage: DistillStage, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context
+    stage: DistillSettings, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context
 ) -> Teacher:
     """Load a live teacher, frozen.
 
@@ -45,7 +48,7 @@ def load_teacher(
         UserError: If it numbers tokens differently.
     """
     with ctx.clock.phase("model_load"):
-        path = inputs[stage.teacher].path
+        path = inputs[TEACHER].path
         model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
@@ -54,8 +57,7 @@ def load_teacher(
 
 
 def open_cache(
-    stage: DistillStage,
-    name: str,
+    stage: DistillSettings,
     inputs: Mapping[str, Artifact],
     batches: PackedBatches | PaddedBatches,
     outputs: int,
@@ -71,11 +73,9 @@ def open_cache(
     Raises:
         UserError: Naming what differs.
     """
-    from pipeline.stages.capturing import expected
-
     key = f"stages.{ctx.stage}.cache"
-    cache = TeacherCache(inputs[name].path, key)
-    wanted = expected(ctx.run.stages[name], batches, tokenizer, inputs[stage.teacher], ctx)
+    cache = TeacherCache(inputs[CACHE].path, key)
+    wanted = _expected(stage, batches, tokenizer, inputs[TEACHER], ctx)
     cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
     if outputs < cache.vocabulary:
         problem = (
@@ -85,7 +85,31 @@ def open_cache(
     return CachedTeacher(cache, _loss(stage))
 
 
-class Numbered:
+def _expected(
+    own: DistillSettings, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context
+) -> dict[str, Any]:
+    """Return what a cache must say of itself for a stage that reads `windows` to take it."""
+    run = ctx.run
+    stage = run.stages[own.cache or ""]  # the capture that made it, by this recipe
+    chosen = {"method": stage.method.value, "temperature": own.temperature}
+    if run.task is Task.sequence_classification:
+        chosen = {"method": Dense.method}  # logits serve every temperature
+    given = {
+        name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None
+    }
+    return {
+        "sequence_length": training_settings(own, run).sequence_length,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "data": ctx.data.digest,
+        "packing": packing_digest(windows),
+        "teacher": teacher.digest,
+        "precision": frozen(training_precision(stage, run), ctx.device).value,
+        **chosen,
+        **(given if run.task is Task.causal_lm else {}),
+    }
+
+
+class IndexedBatches:
     """Batches that say which windows they consist of: what a cache is asked by, here already, for
     each micro-batch.
     """
@@ -103,8 +127,8 @@ class Numbered:
         return {**self._batches.batch(step), "windows": windows}
 
 
-def mix_in(
-    stage: DistillStage, objective: Objective, settings: TrainingConfig, ctx: Context
+def configure_loss(
+    stage: DistillSettings, objective: Objective, settings: TrainingConfig, ctx: Context
 ) -> None:
     """Have an objective minimise what the stage says, step by step, and read what it wants of a
     teacher's inside.
@@ -136,7 +160,7 @@ def mix_in(
         )
 
 
-def loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
+def loss_at(stage: DistillSettings, settings: TrainingConfig, step: int) -> Loss:
     """Return what is minimised at a step: temperature and weight of the hard labels may change over
     the training.
     """
@@ -149,8 +173,8 @@ def loss_at(stage: DistillStage, settings: TrainingConfig, step: int) -> Loss:
     )
 
 
-def have_written(
-    stage: DistillStage,
+def on_policy_batches(
+    stage: DistillSettings,
     objective: Objective,
     text: PackedBatches,
     encoded: list[Encoded],
@@ -188,7 +212,7 @@ def teachers_share(
         return gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
 
 
-def _loss(stage: DistillStage) -> Loss:
+def _loss(stage: DistillSettings) -> Loss:
     mixture = MIXTURES.get(stage.divergence, 0.5) if stage.mixture is None else stage.mixture
     return Loss(stage.ce_weight, stage.divergence, stage.temperature, mixture)
 

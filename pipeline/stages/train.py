@@ -10,17 +10,13 @@ Settings worth changing: steps, learning_rate, precision, schedule. `steps: 0` t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config.settings import Run
 from pipeline.errors import UserError
-from pipeline.stages.settings import (
-    TrainingOverrides,
-    check_training,
-    reads_model,
-    training_settings,
-)
+from pipeline.stages.base import CACHE, LIKE, Control, Reference, stages_of
+from pipeline.stages.settings import TrainingOverrides, check_training, training_settings
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
@@ -38,9 +34,30 @@ class TrainStage(TrainingOverrides):
     # part of the artifact's key: raise it when the same settings train another model
     version: ClassVar[int] = 4
 
-    def reads(self, run: Run) -> list[str]:
-        """Return the arms this stage reads; `like` too where its counts decide the steps."""
-        return reads_model(self.model, run)
+    def references(self, run: Run) -> dict[str, Reference]:
+        """Return what its weights start from, and the stage that it is like or matches."""
+        named = TrainingOverrides.references(self, run)
+        if LIKE in named and self.match_compute:
+            named[LIKE] = replace(named[LIKE], instead=None)
+        return named
+
+    def matched(self, run: Run) -> tuple[str, ...]:
+        """Return the stage whose FLOPs are matched, and the capture of the cache that it reads: a
+        live teacher's are in the stage's own.
+        """
+        if not self.match_compute or self.like is None:
+            return ()
+        read = stages_of(run)[self.like].inputs(run)
+        return (self.like, read[CACHE]) if CACHE in read else (self.like,)
+
+    def control(self, run: Run) -> Control | None:
+        """Return the taught stage that this one repeats without its teacher."""
+        like = None if self.like is None else stages_of(run)[self.like]
+        if self.like is None or like is None or like.learns_from() is None:
+            return None
+        if (like.starts_from(), like.keeps_layers()) != (self.model, self.keeps_layers()):
+            return None  # another model
+        return Control(self.like, "compute" if self.match_compute else "tokens")
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
@@ -68,4 +85,4 @@ class TrainStage(TrainingOverrides):
         """Train and leave the model in `ctx.out`."""
         from pipeline.stages.training import run_training
 
-        return run_training(self, None, inputs, ctx)
+        return run_training(self, inputs, ctx)

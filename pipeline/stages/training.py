@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings import Precision, Task, TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.completions import read_completions
@@ -35,28 +36,27 @@ from pipeline.models.load import (
 )
 from pipeline.models.student import make_student, stack_layers
 from pipeline.models.weights import refuse_not_finite
+from pipeline.stages.base import MODEL, STUDENT_SOURCE
 from pipeline.stages.context import Context, Output
-from pipeline.stages.distill import DistillStage
+from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.head_choice import choose_head
 from pipeline.stages.precision_choice import Choice, choose_precision
-from pipeline.stages.quantize import copy_model
 from pipeline.stages.settings import (
-    BASE,
-    STUDENT_INIT,
+    TrainingOverrides,
     steps_of,
-    student_source,
     training_precision,
     training_settings,
 )
 from pipeline.stages.step_flops import ModelFlops, StepFlops, doubt
 from pipeline.stages.teaching import (
-    Numbered,
-    have_written,
+    IndexedBatches,
+    configure_loss,
     load_teacher,
-    mix_in,
+    on_policy_batches,
     open_cache,
     teachers_share,
 )
+from pipeline.store.artifacts import copy_model
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (
@@ -73,7 +73,6 @@ from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
 
 if TYPE_CHECKING:
-    from pipeline.stages.train import TrainStage
     from pipeline.store.artifacts import Artifact
 
 Start = tuple[Any, Any, Callable[[Any], None]]
@@ -85,20 +84,21 @@ VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
 def run_training(
-    stage: TrainStage | DistillStage,
-    distill: DistillStage | None,
+    stage: TrainingOverrides,
     inputs: Mapping[str, Artifact],
     ctx: Context,
     *,
+    distill: DistillSettings | None = None,
     start: Callable[[], Start] | None = None,
 ) -> Output:
     """Train (or distil) as `stage` says and save the model into `ctx.out`.
 
     Args:
+        distill: The same stage where it learns from a teacher, or from completions.
         start: What to begin with in place of what `stage.model` names.
     """
-    # taught by texts: no distribution to follow
-    if distill is not None and distill.completions is not None:
+    completions = None if distill is None else distill.completions
+    if completions is not None:  # taught by texts: no distribution to follow
         distill = None
     settings = planned_settings(stage, ctx)
     torch.manual_seed(ctx.seed)
@@ -111,7 +111,7 @@ def run_training(
     if settings.steps == 0:
         with ctx.clock.phase("checkpoint"):
             if quantized_by(model.config) is not None:  # not every library can write what it reads
-                copy_model(inputs[stage.model].path, ctx.out)
+                copy_model(inputs[MODEL].path, ctx.out)
             else:
                 save(model)
         return Output(
@@ -130,19 +130,15 @@ def run_training(
             )
         if teacher is not None:
             round_weights(teacher.model, teacher.precision)
-        encoded = read_encoded(
-            model, tokenizer, settings, ctx, completions=getattr(stage, "completions", None)
-        )
+        encoded = read_encoded(model, tokenizer, settings, ctx, completions=completions)
         text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
         num_rows = text.num_rows
         settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
         if distill is not None and distill.cache is not None:
             outputs = model.config.num_labels if own is None else columns_of(model, own.head)
-            signal = open_cache(
-                distill, distill.cache, inputs, text, outputs, tokenizer, settings, ctx
-            )
-            text = Numbered(text, signal.cache, settings.gradient_accumulation)
+            signal = open_cache(distill, inputs, text, outputs, tokenizer, settings, ctx)
+            text = IndexedBatches(text, signal.cache, settings.gradient_accumulation)
         objective = Objective(
             model,
             ctx.run.task,
@@ -156,11 +152,13 @@ def run_training(
         )
         batches = text
         if distill is not None:
-            mix_in(distill, objective, settings, ctx)
+            configure_loss(distill, objective, settings, ctx)
             if distill.on_policy:
                 _check_writes(own, model, ctx)
                 assert isinstance(text, PackedBatches)
-                batches = have_written(distill, objective, text, encoded, tokenizer, settings, ctx)
+                batches = on_policy_batches(
+                    distill, objective, text, encoded, tokenizer, settings, ctx
+                )
         # before it is compiled: counting would slow it
         counted = ModelFlops.of(model, ctx.run.task, backward=True)
         flops = StepFlops.counted(objective, counted)
@@ -175,10 +173,12 @@ def run_training(
     if precision is Precision.auto:
         choice = _chosen(stage, trained, objective, batches, settings, ctx)
         precision = objective.precision = choice.precision
-    validate = _validation(model, tokenizer, settings, precision, ctx)
-    if teacher is not None and distill is not None and not distill.insist:
+    validate = validation_reading(model, tokenizer, settings, precision, ctx)
+    if teacher is not None and distill is not None and not distill.allow_weak_teacher:
         with ctx.clock.phase("eval"):
-            theirs = _validation(teacher.model, tokenizer, settings, teacher.precision, ctx)()
+            theirs = validation_reading(
+                teacher.model, tokenizer, settings, teacher.precision, ctx
+            )()
             check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
     head = None
     if distill is not None:
@@ -237,7 +237,7 @@ def run_training(
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 
-def _start_of(stage: TrainStage | DistillStage, ctx: Context) -> tuple[str, str]:
+def _start_of(stage: TrainingOverrides, ctx: Context) -> tuple[str, str]:
     """Return the setting that names what a stage starts from, and what it is, as refusals say
     it.
     """
@@ -263,10 +263,7 @@ def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str |
 
 
 def _start(
-    stage: TrainStage | DistillStage,
-    inputs: Mapping[str, Artifact],
-    settings: TrainingConfig,
-    ctx: Context,
+    stage: TrainingOverrides, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
 ) -> Start:
     """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
     model: Any
@@ -281,7 +278,7 @@ def _start(
 
 
 def _chosen(
-    stage: TrainStage | DistillStage,
+    stage: TrainingOverrides,
     model: Any,
     objective: Objective,
     batches: Batches,
@@ -291,7 +288,7 @@ def _chosen(
     """Return the precision found by trial: that of the stage named by `like`, so that like is
     compared with like.
     """
-    matched = {} if ctx.matched is None else ctx.matched.about.get("precision", {})
+    matched = {} if ctx.like is None else ctx.like.about.get("precision", {})
     if stage.precision is None and matched:
         return Choice(
             Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]}
@@ -352,7 +349,7 @@ def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dic
     return {**found, "phases_s": phases_s}
 
 
-def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> TrainingConfig:
+def planned_settings(stage: TrainingOverrides, ctx: Context) -> TrainingConfig:
     """Return the settings in force; `match_compute` sets the steps that the matched stage's FLOPs
     would have bought.
 
@@ -360,10 +357,10 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
         StageFailed: If the FLOPs of the matched stage are neither counted nor estimated.
     """
     settings = training_settings(stage, ctx.run)
-    if not getattr(stage, "match_compute", False):
+    if not stage.matched(ctx.run):
         return settings
     flops = ctx.matched_flops
-    per_step = None if ctx.matched is None else ctx.matched.flops_per_step
+    per_step = None if ctx.like is None else ctx.like.flops_per_step
     if flops is None or per_step is None:
         raise StageFailed(f"{stage.like} has no FLOPs to match: {_why_no_flops(ctx)}")
     settings.steps, settings.epochs = max(1, int(flops // per_step)), None
@@ -378,9 +375,9 @@ def planned_settings(stage: TrainStage | DistillStage, ctx: Context) -> Training
 
 def _why_no_flops(ctx: Context) -> str | None:
     """Return why the matched stage's FLOPs are not counted, or None."""
-    if ctx.matched is None:
+    if ctx.like is None:
         return "it did not run"
-    return ctx.matched.counts["model_flops"].why_missing
+    return ctx.like.counts["model_flops"].why_missing
 
 
 def start_weights(
@@ -391,9 +388,9 @@ def start_weights(
     """
     run, labels = ctx.run, ctx.data.labels
     if name != STUDENT_INIT:
-        path = inputs[name].path
+        path = inputs[MODEL].path
         return load_model(path, run.task, labels=labels, new_head=new_head), load_tokenizer(path)
-    source = inputs[student_source(run)].path if run.student.path is None else ctx.out
+    source = inputs[STUDENT_SOURCE].path if run.student.path is None else ctx.out
     return make_student(
         run.student, source, run.task, labels, new_head=new_head, scratch=ctx.out.parent
     )
@@ -480,9 +477,10 @@ def make_batches(
     return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=padding)
 
 
-def _validation(
+def validation_reading(
     model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
 ) -> Callable[[], float]:
+    """Return what reads the primary metric of a model in memory on validation, as training does."""
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
     count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
     encoded = encode_all(
@@ -528,7 +526,7 @@ def _no_counts() -> dict[str, Value]:
 def _output(
     progress: Progress,
     objective: Objective,
-    distill: DistillStage | None,
+    distill: DistillSettings | None,
     gradient: Value,
     flops: StepFlops,
     active: Value,
@@ -581,7 +579,7 @@ def _target_tokens(progress: Progress, task: Task) -> Value:
     )
 
 
-def _share(progress: Progress, distill: DistillStage | None) -> Value:
+def _share(progress: Progress, distill: DistillSettings | None) -> Value:
     """Return the share of the loss that the teacher's signal contributes, over the last tenth of
     the steps.
     """

@@ -379,6 +379,13 @@ def _is_whole(folder: Path, digest: str) -> bool:
     )
 
 
+def copy_model(source: Path, out: Path) -> None:
+    """Copy a model's files, but what the store says of them."""
+    for file in source.iterdir():
+        if file.is_file() and file.name != MANIFEST:
+            shutil.copyfile(file, out / file.name)
+
+
 def bring(source: Path, target: Path) -> None:
     """Link weights, which trainers replace rather than rewrite; copy what is small, or lies on
     another disk.

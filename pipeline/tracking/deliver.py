@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arms import file_name, is_rung, stage_name
+from pipeline.config.arms import file_name, is_fallback, stage_name
 from pipeline.config.redaction import redact_value, without_login
 from pipeline.errors import one_line
 from pipeline.ledger.charge_sources import (
@@ -355,7 +355,7 @@ class _Delivery:
             for key, value in figures.items()
             if key in BY_KEY and BY_KEY[key].core
         }
-        finished = row["status"] == "FINISHED" and not is_rung(row["arm"])
+        finished = row["status"] == "FINISHED" and not is_fallback(row["arm"])
         self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
             "seed": row["seed"],
             "finished": finished,

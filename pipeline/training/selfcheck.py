@@ -36,7 +36,9 @@ def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
             f"the teacher's {theirs:.4g} {metric} on validation is no better than the student's"
             f" {start:.4g}"
         )
-        raise StageFailed(f"{said} before a step; train the teacher longer, or {key}.insist=true")
+        raise StageFailed(
+            f"{said} before a step; train the teacher longer, or {key}.allow_weak_teacher=true"
+        )
 
 
 def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:

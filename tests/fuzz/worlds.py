@@ -23,7 +23,7 @@ from pipeline.ledger import records
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.records import sound_events
-from pipeline.runs.recovery import why_unusable
+from pipeline.runs.resume import why_unusable
 
 SLOW_S = 20.0  # of processor time
 KINDS = (

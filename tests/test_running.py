@@ -14,7 +14,6 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import filelock
@@ -26,6 +25,7 @@ from make_assess_models import SHAPE, saved, tiny
 
 import pipeline.evaluation.quality.assess
 import pipeline.runs.comparison
+import pipeline.runs.serving_pass
 from pipeline.config.settings import (
     Comparison,
     Format,
@@ -34,7 +34,6 @@ from pipeline.config.settings import (
     Run,
     StudentConfig,
     Task,
-    TrainingConfig,
 )
 from pipeline.data.documents import Dataset
 from pipeline.evaluation.quality.assess import write_items
@@ -45,10 +44,14 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import measured
-from pipeline.runs import loop, rows
-from pipeline.runs.attempt import Attempt
-from pipeline.runs.opening import _find_or_make
-from pipeline.runs.recovery import recover
+from pipeline.runs import rows
+from pipeline.runs.keys import stage_key
+from pipeline.runs.opening import _find_or_make, _taking_over
+from pipeline.runs.resume import read_past
+from pipeline.runs.runner import StageRunner
+from pipeline.runs.running import Running
+from pipeline.runs.session import Session
+from pipeline.stages.base import MODEL, STUDENT_SOURCE, TEACHER, Reference, Stage, WarmUp
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
@@ -77,6 +80,7 @@ class Minutes:
 
 
 CLOCK = Minutes()
+DEVICE = torch.device("cpu")
 WORSE: dict[str, float] = {}  # factor on the bits of an arm's test documents
 
 
@@ -94,8 +98,8 @@ def reading(
     }
 
 
-@dataclass
-class FakeStage:
+@dataclass(kw_only=False)
+class FakeStage(Stage):
     """Takes its minutes; on attempts that do not end well, step n is saved after the n-th of
     `checkpoints`.
     """
@@ -105,7 +109,6 @@ class FakeStage:
     checkpoints: list[float] = field(default_factory=list)  # minutes into the attempt
     resumes: list[int] = field(default_factory=list)  # by attempt: the step it goes on from
     ends: list[str] = field(default_factory=list)  # by attempt: ok, killed, failed
-    optional: bool = False
     says: str = ""  # beside its name, in what it makes
     curve: list[dict[str, Any]] = field(
         default_factory=lambda: [reading(tokens=1, metric=2.0, minutes=0)]
@@ -114,8 +117,14 @@ class FakeStage:
     type: ClassVar[str] = "train"
     version: ClassVar[int] = 1
 
-    def reads(self, run: Run) -> list[str]:
-        return self.needs
+    def references(self, run: Run) -> dict[str, Reference]:
+        return {arm: Reference(arm, MODEL) for arm in self.needs}
+
+    def trains(self, run: Run) -> bool:
+        return True
+
+    def check(self, key: str, run: Run) -> None:
+        pass
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         tries = (
@@ -162,7 +171,8 @@ class FakeStage:
 class FakeDistill(FakeStage):
     """Names the teacher whose predictions all arms' are compared with."""
 
-    teacher: str = "teacher"
+    def learns_from(self) -> str | None:
+        return "teacher"
 
 
 def stages() -> dict[str, FakeStage]:
@@ -190,8 +200,8 @@ def fake_assessment(folder: Path, *, items: Path, clock: PhaseClock, **_: Any) -
     return {"bits_per_byte": {**measured(2.0).to_json(), "ci": None, "n": 2, "items": str(items)}}
 
 
-def fake_serving(attempt: Attempt, pairs: list[tuple[str, str]], order_seed: int = 0) -> ServePass:
-    with attempt.clock.phase("generate"):
+def fake_serving(running: Running, pairs: list[tuple[str, str]], order_seed: int = 0) -> ServePass:
+    with running.session.clock.phase("generate"):
         CLOCK.pass_minutes(6)
     costs = {arm: 1.0 if arm == "teacher" else 0.6 for pair in pairs for arm in pair}
     # no drift in the mean log-ratio
@@ -211,12 +221,11 @@ def no_gpu() -> Reader:
     return Absent("a CPU run uses no GPU")
 
 
-def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) -> Attempt:
+def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) -> Running:
     folder = root / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
     events = read_events(folder / "journal.jsonl")
-    device = torch.device("cpu")
-    attempt = Attempt(
+    session = Session(
         run=run,
         run_id=run_id,
         number=number,
@@ -224,19 +233,20 @@ def open_fake(root: Path, run_id: str, number: int, run: Run, devices: int = 1) 
         store=Store(root / "store"),
         journal=Journal(folder / "journal.jsonl", now_ns=CLOCK),
         clock=PhaseClock(CLOCK),
-        device=device,
+        device=DEVICE,
         data=Dataset("d", "0" * 32, {"train": [], "validation": [], "test": []}, None),
         command="",
         started_ns=CLOCK.ns,
         sampler=Sampler(no_gpu(), now_ns=CLOCK),
-        lock=None,
+        identity={},
+        placement={},
+        grant=None,
         devices=devices,
     )
-    attempt.journal.write(
+    session.journal.write(
         "run_start", run_id=run_id, started_ns=CLOCK.ns, attempt=number, devices=devices
     )
-    recover(attempt, events)
-    return attempt
+    return _taking_over(session, read_past(session, events), [], None)
 
 
 @pytest.fixture
@@ -244,11 +254,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     # no model there
     monkeypatch.setattr("pipeline.models.sixteen_bits.stored_said", lambda *_: None)
-    monkeypatch.setattr(pipeline.runs.comparison, "serve", fake_serving)
+    monkeypatch.setattr(pipeline.runs.serving_pass, "serve", fake_serving)
     monkeypatch.setattr(pipeline.runs.comparison, "other_tokenizers", lambda *_: False)  # likewise
     base = tmp_path / "base"
     base.mkdir()
-    monkeypatch.setattr(Attempt, "base", lambda self, seed: Artifact(base, "model", "b" * 32, 1))
+    monkeypatch.setattr(
+        "pipeline.runs.runner.base_artifact", lambda *_: Artifact(base, "model", "b" * 32, 1)
+    )
     return tmp_path
 
 
@@ -261,6 +273,11 @@ def the_run() -> Run:
     return Run(recipe="distill", stages=stages(), compare=compare, primary_arm="student")
 
 
+def run_stages(running: Running) -> None:
+    for seed in running.session.seeds:
+        StageRunner(running, seed).run_all()
+
+
 def invoke(
     root: Path,
     run_id: str,
@@ -270,11 +287,11 @@ def invoke(
     start: float = 1,
     end: float = 1,
     devices: int = 1,
-) -> Attempt:
+) -> Running:
     attempt = open_fake(root, run_id, number, run, devices)
     CLOCK.pass_minutes(start)
     try:
-        loop._all_stages(attempt)
+        run_stages(attempt)
         pipeline.runs.comparison.compare(attempt)
         CLOCK.pass_minutes(end)
     except Killed:
@@ -302,7 +319,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
         yield
 
 
-def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+def killed_then_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     """Attempt 1 is killed two minutes after the student's checkpoint; its last heartbeat was at
     that moment.
     """
@@ -317,10 +334,10 @@ def minutes(hours: float | None) -> float:
     return 60 * hours
 
 
-def of_run(attempt: Attempt) -> dict[str, float]:
-    booked, overhead_ns = attempt.booking()
+def of_run(running: Running) -> dict[str, float]:
+    booked, overhead_ns = running.timeline.booking()
     assert sum(overhead_ns.values()) == booked.overhead_ns
-    assert sum(attempt.compare_ns.values()) == booked.compare_ns
+    assert sum(running.timeline.compare_ns.values()) == booked.compare_ns
     parts = {
         name: getattr(booked, f"{name}_ns")
         for name in ("work", "assess", "retry", "compare", "overhead")
@@ -332,9 +349,9 @@ def of_run(attempt: Attempt) -> dict[str, float]:
 def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = killed_then_done(root, monkeypatch)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
-    assert attempt.booking()[0].attached_ns == 1.5 * NS_PER_HOUR
-    assert attempt.spent_hours() == 1.5
-    against_control, against_teacher = attempt.comparisons
+    assert attempt.timeline.booking()[0].attached_ns == 1.5 * NS_PER_HOUR
+    assert attempt.timeline.spent_hours() == 1.5
+    against_control, against_teacher = attempt.book.comparisons
     training = against_control["training"]
     assert minutes(training["c_arm"]["value"]) == pytest.approx(50)
     assert minutes(training["c_base"]["value"]) == pytest.approx(12)
@@ -352,21 +369,21 @@ def test_the_start_up_of_a_killed_attempt_keeps_its_phases(
     run = the_run()
     with deadly(monkeypatch):
         first = open_fake(root, "run-1", 1, run)
-        with first.clock.phase("prepare"):
+        with first.session.clock.phase("prepare"):
             CLOCK.pass_minutes(2)
-        teacher = Attempt.make
+        teacher = StageRunner._make
 
-        def then_checkpoint(self: Attempt, name: str, *rest: Any) -> Any:
+        def then_checkpoint(self: StageRunner, name: str, *rest: Any) -> Any:
             made = teacher(self, name, *rest)
-            with self.clock.phase("checkpoint"):
+            with self.running.session.clock.phase("checkpoint"):
                 CLOCK.pass_minutes(3)
             return made
 
-        monkeypatch.setattr(Attempt, "make", then_checkpoint)
+        monkeypatch.setattr(StageRunner, "_make", then_checkpoint)
         with pytest.raises(Killed):
-            loop._all_stages(first)
+            run_stages(first)
     second = open_fake(root, "run-1", 2, run)
-    in_minutes = {name: ns / MINUTE_NS for name, ns in second.overhead_ns.items()}
+    in_minutes = {name: ns / MINUTE_NS for name, ns in second.timeline.overhead_ns.items()}
     assert in_minutes == {"prepare": 2, "checkpoint": 3}
     of_run(second)
 
@@ -389,7 +406,7 @@ def test_rows_have_the_joules_of_their_own_windows(
     reader = lambda: open_reader(["GPU-1"], nvml=Board(), now_ns=CLOCK)
     monkeypatch.setattr(sys.modules[__name__], "no_gpu", reader)
     attempt = killed_then_done(root, monkeypatch)
-    found = {(row["arm"], row["attempt"]): row["ledger"] for row in attempt.rows}
+    found = {(row["arm"], row["attempt"]): row["ledger"] for row in attempt.book.rows}
     joules = {key: record["energy_j"]["value"] for key, record in found.items()}
     assert joules.pop(("student", 1)) is None
     minutes_of = {
@@ -415,14 +432,14 @@ def test_wall_clock_jumps_change_nothing(root: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pipeline.ledger.journal.time.time", lambda: next(jumps))
     attempt = killed_then_done(root, monkeypatch)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
-    assert json.dumps([row["ledger"] for row in attempt.rows]).count("1000000000.0") == 0
+    assert json.dumps([row["ledger"] for row in attempt.book.rows]).count("1000000000.0") == 0
 
 
 def test_rows_are_the_windows_of_their_attempts(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = killed_then_done(root, monkeypatch)
-    rows = {(row["arm"], row["attempt"]): row for row in attempt.rows}
+    rows = {(row["arm"], row["attempt"]): row for row in attempt.book.rows}
     killed, done = rows["student", 1], rows["student", 2]
     hours = killed["ledger"]["device_hours"]
     assert killed["status"] == "KILLED"
@@ -439,18 +456,18 @@ def test_rows_are_the_windows_of_their_attempts(
     assert rows["teacher", 1]["status"] == "FINISHED"
     assert rows["teacher", 1]["reused"] is None
     for part in ("work", "assess", "retry"):
-        total = sum(row["ledger"]["device_hours"][part]["value"] for row in attempt.rows)
+        total = sum(row["ledger"]["device_hours"][part]["value"] for row in attempt.book.rows)
         assert minutes(total) == pytest.approx(of_run(attempt)[part])
-    assert all(row["ledger"]["meter_valid"] for row in attempt.rows)
+    assert all(row["ledger"]["meter_valid"] for row in attempt.book.rows)
 
 
 def test_the_second_run_spends_overhead_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = killed_then_done(root, monkeypatch)
     second = invoke(root, "run-2", 1, the_run())
     assert of_run(second) == {"work": 0, "assess": 0, "retry": 0, "compare": 0, "overhead": 2}
-    assert minutes(second.reused_h) == pytest.approx(71 + 8 + 6)
-    assert {row["reused"] for row in second.rows} == {"run-1"}
-    assert second.comparisons == first.comparisons
+    assert minutes(second.book.reused_h) == pytest.approx(71 + 8 + 6)
+    assert {row["reused"] for row in second.book.rows} == {"run-1"}
+    assert second.book.comparisons == first.book.comparisons
 
 
 def test_another_assessment_trains_nothing_again(root: Path) -> None:
@@ -460,77 +477,35 @@ def test_another_assessment_trains_nothing_again(root: Path) -> None:
     run.quality.bootstrap += 1
     second = invoke(root, "run-2", 1, run)
     assert of_run(second) == {"work": 0, "assess": 8, "retry": 0, "compare": 0, "overhead": 2}
-    assert minutes(second.reused_h) == pytest.approx(71 + 6)
-    assert [(row["reused"], row["artifact"] is None) for row in second.rows] == 4 * [
+    assert minutes(second.book.reused_h) == pytest.approx(71 + 6)
+    assert [(row["reused"], row["artifact"] is None) for row in second.book.rows] == 4 * [
         ("run-1", True),
         (None, False),
     ]
     for part in ("work", "assess", "retry"):  # what this run spent stands on its own rows
         own = sum(
             row["ledger"]["device_hours"][part]["value"]
-            for row in second.rows
+            for row in second.book.rows
             if row["reused"] is None
         )
         assert minutes(own) == pytest.approx(of_run(second)[part])
-    assert minutes(second.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(second.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     run.serving.load.batch += 1
     third = invoke(root, "run-3", 1, run)
     assert of_run(third) == {"work": 0, "assess": 0, "retry": 0, "compare": 6, "overhead": 2}
-    assert minutes(third.reused_h) == pytest.approx(71 + 8)
-
-
-def test_another_teacher_has_every_arm_assessed_again(root: Path) -> None:
-    """The controls do not read it, and are not made again; but their agreement with it is anew."""
-    run = the_run()
-    run.stages["teacher"] = FakeStage([30, 30])
-    run.stages["student"] = FakeDistill([20, 20], ["teacher"])
-    invoke(root, "run-1", 1, run)
-    run.stages["teacher"].says = ", taught more"
-    second = invoke(root, "run-2", 1, run)
-    assert of_run(second) == {"work": 50, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
-    assert minutes(second.reused_h) == pytest.approx(12 + 9)
-
-
-def test_a_point_of_a_curve_is_charged_with_loading_and_preparing(root: Path) -> None:
-    """Student: 20 minutes of work, 12 in steps and 2 of evaluation, so that 6 are fixed; control:
-    12 less 9 and 1, so that 2 are. Both hold Q at their second reading: 6 + 8, and 2 + 6.
-    """
-
-    def curve(*at: float, evaluated: float) -> list[dict[str, Any]]:
-        return [
-            reading(tokens=n, metric=metric, minutes=m, evaluated=evaluated, constant=1)
-            for n, (m, metric) in enumerate(zip(at, (3.0, 2.0, 2.0), strict=True), 1)
-        ]
-
-    run = the_run()
-    run.stages["student"] = FakeStage([20], ["teacher"], curve=curve(4, 8, 12, evaluated=2))
-    run.stages["control_compute"] = FakeStage([12], curve=curve(3, 6, 9, evaluated=1))
-    training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
-    assert training["rule"].startswith("first of two consecutive evaluations")
-    assert minutes(training["c_arm"]["value"]) == pytest.approx(30 + 6 + 8)
-    assert minutes(training["c_base"]["value"]) == pytest.approx(2 + 6)
-
-
-def test_goodput_of_a_stage_that_trains_is_its_productive_share(root: Path) -> None:
-    """Steps take 22 of the student's minutes, and its assessment 2."""
-    run = the_run()
-    run.stages["student"] = FakeStage([22], ["teacher"])
-    attempt = invoke(root, "run-1", 1, run)
-    counts = {row["arm"]: row["ledger"]["counts"] for row in attempt.rows}
-    assert counts["student"]["goodput"]["value"] == pytest.approx(22 / 24)
-    assert counts["teacher"]["goodput"]["value"] == pytest.approx(30 / 32)
+    assert minutes(third.book.reused_h) == pytest.approx(71 + 8)
 
 
 def test_damaged_items_are_assessed_again(root: Path) -> None:
     run = the_run()
     run.stages["student"] = FakeStage([20], ["teacher"])
     first = invoke(root, "run-1", 1, run)
-    items = [row["quality"]["bits_per_byte"]["items"] for row in first.rows]
+    items = [row["quality"]["bits_per_byte"]["items"] for row in first.book.rows]
     Path(items[0]).write_text("no JSON")
     Path(items[1]).with_suffix(".predictions.npy").unlink()
     second = invoke(root, "run-2", 1, run)
     assert of_run(second) == {"work": 0, "assess": 4, "retry": 0, "compare": 0, "overhead": 2}
-    assert minutes(second.reused_h) == pytest.approx(71 + 4 + 6)
+    assert minutes(second.book.reused_h) == pytest.approx(71 + 4 + 6)
 
 
 def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:
@@ -540,11 +515,11 @@ def test_a_stage_that_failed_is_retry_and_its_row_says_so(root: Path) -> None:
         invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 7, "compare": 6, "overhead": 3}
-    assert [(row["arm"], row["status"]) for row in attempt.rows][:2] == [
+    assert [(row["arm"], row["status"]) for row in attempt.book.rows][:2] == [
         ("student", "FAILED"),
         ("teacher", "FINISHED"),
     ]
-    training = attempt.comparisons[0]["training"]
+    training = attempt.book.comparisons[0]["training"]
     assert minutes(training["c_arm"]["value"]) == pytest.approx(50)
     assert minutes(training["all_in_arm"]["value"]) == pytest.approx(57)
 
@@ -564,10 +539,10 @@ def test_an_assessment_that_failed_leaves_the_work_standing(
             invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 3, "compare": 6, "overhead": 3}
-    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(attempt.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     third = invoke(root, "run-3", 1, run)
-    assert minutes(third.reused_h) == pytest.approx(71 + 8 + 6)
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(third.book.reused_h) == pytest.approx(71 + 8 + 6)
+    assert minutes(third.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
 
 
 def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
@@ -580,23 +555,23 @@ def test_seeds_are_compared_seed_by_seed(root: Path) -> None:
     }
     run.seeds = [3, 5]
     attempt = invoke(root, "run-1", 1, run)
-    assert [row["seed"] for row in attempt.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
-    training = attempt.comparisons[0]["training"]
+    assert [row["seed"] for row in attempt.book.rows] == [3, 3, 3, 3, 5, 5, 5, 5]
+    training = attempt.book.comparisons[0]["training"]
     assert training["value"] == pytest.approx(1 - math.sqrt((50 / 12) * (52 / 12)))
     assert training["ci"][0] < training["value"] < training["ci"][1]
-    assert attempt.comparisons[0]["quality"]["bits_per_byte"]["n"] == 2
-    assert minutes(attempt.booking()[0].work_ns / NS_PER_HOUR) == pytest.approx(71 + 73)
-    assert "seed 3" in attempt.rows[5]["serving"]["device_s_per_1k_units"]["why_missing"]
+    assert attempt.book.comparisons[0]["quality"]["bits_per_byte"]["n"] == 2
+    assert minutes(attempt.timeline.booking()[0].work_ns / NS_PER_HOUR) == pytest.approx(71 + 73)
+    assert "seed 3" in attempt.book.rows[5]["serving"]["device_s_per_1k_units"]["why_missing"]
 
 
 def test_the_journal_alone_tells_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a third attempt reads back is what the first two booked."""
     attempt = killed_then_done(root, monkeypatch)
     again = open_fake(root, "run-1", 3, the_run())
-    assert again.windows == attempt.windows
-    assert json.dumps([row for row in attempt.rows if row["status"] == "KILLED"]) == json.dumps(
-        again.rows
-    )
+    assert again.timeline.windows == attempt.timeline.windows
+    assert json.dumps(
+        [row for row in attempt.book.rows if row["status"] == "KILLED"]
+    ) == json.dumps(again.book.rows)
 
 
 def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(
@@ -620,7 +595,9 @@ def test_an_attempt_on_fewer_devices_adds_up_with_the_one_before(
     assert sum(booked.values()) == pytest.approx(
         4 * (1 + 30 + 2 + 6) + 2 * (1 + 32 + 18 + 14 + 11 + 6 + 1)
     )
-    rows = sum(minutes(row["ledger"]["device_hours"]["attached"]["value"]) for row in attempt.rows)
+    rows = sum(
+        minutes(row["ledger"]["device_hours"]["attached"]["value"]) for row in attempt.book.rows
+    )
     assert rows == pytest.approx(booked["work"] + booked["assess"] + booked["retry"])
 
 
@@ -631,15 +608,15 @@ def test_an_arm_that_is_worse_on_test_saved_nothing(
     run = the_run()
     run.stages["student"] = FakeStage([20], ["teacher"])
     monkeypatch.setitem(WORSE, "student", 1.02)
-    training = invoke(root, "run-1", 1, run).comparisons[0]["training"]
+    training = invoke(root, "run-1", 1, run).book.comparisons[0]["training"]
     assert (
         training["why_missing"]
-        == "censored: student is worse than control_compute by 0.02 on the test split, margin 0.01"
+        == "censored: the arm is worse than the base by 0.02 on the test split, margin 0.01"
     )
     assert training["algorithmic"]["value"] is None
     assert training["bound"]["value"] == pytest.approx(1 - 50 / 12)
     monkeypatch.setitem(WORSE, "student", 1.005)
-    within = invoke(root / "other", "run-1", 1, run).comparisons[0]["training"]
+    within = invoke(root / "other", "run-1", 1, run).book.comparisons[0]["training"]
     assert within["value"] == pytest.approx(1 - 50 / 12)
 
 
@@ -662,7 +639,7 @@ def test_a_damaged_checkpoint_rolls_back_what_it_held(
     assert of_row(third, "student", 1) == ("KILLED", [4, 0, 7], 4)
     assert of_row(third, "student", 2) == ("FAILED", [0, 0, 3], 3)
     assert of_row(third, "student", 3) == ("FINISHED", [16, 2, 0], 0)
-    assert first.run_id == third.run_id
+    assert first.session.run_id == third.session.run_id
     assert of_run(third) | {"overhead": 0} == {
         "work": 71,
         "assess": 8,
@@ -670,10 +647,10 @@ def test_a_damaged_checkpoint_rolls_back_what_it_held(
         "compare": 6,
         "overhead": 0,
     }
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(third.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     again = open_fake(root, "run-1", 4, run)
-    assert again.windows == third.windows
-    assert again.rows == [row for row in third.rows if row["status"] != "FINISHED"]
+    assert again.timeline.windows == third.timeline.windows
+    assert again.book.rows == [row for row in third.book.rows if row["status"] != "FINISHED"]
 
 
 def test_a_failed_attempt_led_to_what_goes_on_from_its_checkpoint(root: Path) -> None:
@@ -683,7 +660,7 @@ def test_a_failed_attempt_led_to_what_goes_on_from_its_checkpoint(root: Path) ->
         invoke(root, "run-1", 1, run)
     attempt = invoke(root, "run-1", 2, run)
     assert of_row(attempt, "student", 1) == ("FAILED", [4, 0, 3], 3)
-    assert minutes(attempt.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(attempt.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
 
 
 def test_what_ctrl_c_leaves_counts_up_to_the_checkpoint(root: Path) -> None:
@@ -702,7 +679,7 @@ def test_what_is_reused_is_priced_at_todays_rate(root: Path) -> None:
     run.stages["student"] = FakeStage([20], ["teacher"])
     invoke(root, "run-1", 1, run)
     run.cost.per_device_hour, run.cost.source = 3.0, "a price list"
-    teacher = invoke(root, "run-2", 1, run).rows[0]
+    teacher = invoke(root, "run-2", 1, run).book.rows[0]
     assert teacher["reused"] == "run-1"
     assert teacher["ledger"]["cost"]["amount"]["value"] == pytest.approx(3.0 * 32 / 60)
 
@@ -715,27 +692,29 @@ def test_going_on_from_another_runs_checkpoint_is_charged_with_it(
         invoke(root, "run-1", 1, run)
     run.quality.bootstrap += 1
     second = invoke(root, "run-2", 1, run)
-    assert minutes(second.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(second.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     assert of_run(second) == {"work": 37, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
-    assert minutes(second.reused_h) == pytest.approx(30 + 4)
+    assert minutes(second.book.reused_h) == pytest.approx(30 + 4)
     rows = [
-        (row["arm"], row["reused"], row["status"]) for row in second.rows if row["arm"] == "student"
+        (row["arm"], row["reused"], row["status"])
+        for row in second.book.rows
+        if row["arm"] == "student"
     ]
     assert rows == [("student", "run-1", "KILLED"), ("student", None, "FINISHED")]
     third = invoke(root, "run-3", 1, run)
-    assert minutes(third.reused_h) == pytest.approx(30 + 4 + 37 + 8 + 6)
-    assert minutes(third.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(third.book.reused_h) == pytest.approx(30 + 4 + 37 + 8 + 6)
+    assert minutes(third.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
     run.quality.bootstrap -= 1
     # finds its student made by run-2, from its own checkpoint
     first = invoke(root, "run-1", 2, run)
-    assert minutes(first.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
-    assert minutes(first.reused_h) == pytest.approx(37 + 6)
+    assert minutes(first.book.comparisons[0]["training"]["c_arm"]["value"]) == pytest.approx(50)
+    assert minutes(first.book.reused_h) == pytest.approx(37 + 6)
     assert of_run(first)["work"] == 34
 
 
-def of_row(attempt: Attempt, arm: str, number: int) -> tuple[str, list[float], int | None]:
+def of_row(running: Running, arm: str, number: int) -> tuple[str, list[float], int | None]:
     """Return status, minutes of work, assessment and retry, and the steps lost."""
-    row = next(row for row in attempt.rows if (row["arm"], row["attempt"]) == (arm, number))
+    row = next(row for row in running.book.rows if (row["arm"], row["attempt"]) == (arm, number))
     hours = row["ledger"]["device_hours"]
     spent = [round(minutes(hours[part]["value"]), 9) for part in ("work", "assess", "retry")]
     return row["status"], spent, row["ledger"]["counts"]["steps_lost"]["value"]
@@ -748,7 +727,7 @@ def test_a_store_that_was_moved_is_reused_whole(root: Path) -> None:
     (root / "here").rename(root / "there")
     second = invoke(root / "there", "run-2", 1, run)
     assert of_run(second) == {"work": 0, "assess": 0, "retry": 0, "compare": 0, "overhead": 2}
-    finished = second.rows[0]
+    finished = second.book.rows[0]
     places = [finished["artifact"]["path"], finished["quality"]["bits_per_byte"]["items"]]
     assert all(
         Path(place).is_relative_to(root / "there") and Path(place).exists() for place in places
@@ -761,14 +740,14 @@ def test_what_is_assessed_again_in_a_later_attempt_was_still_paid_for(
     run = the_run()
     with deadly(monkeypatch):
         first = invoke(root, "run-1", 1, run)
-    teacher = next(row for row in first.rows if row["arm"] == "teacher")
+    teacher = next(row for row in first.book.rows if row["arm"] == "teacher")
     Path(teacher["quality"]["bits_per_byte"]["items"]).unlink()
     second = invoke(root, "run-1", 2, run)
-    assert [row["attempt"] for row in second.rows if row["arm"] == "teacher"] == [1, 2]
+    assert [row["attempt"] for row in second.book.rows if row["arm"] == "teacher"] == [1, 2]
     booked = of_run(second)
     assert (booked["work"], booked["assess"]) == (71, 10)
     for part in ("work", "assess", "retry"):
-        total = sum(row["ledger"]["device_hours"][part]["value"] for row in second.rows)
+        total = sum(row["ledger"]["device_hours"][part]["value"] for row in second.book.rows)
         assert minutes(total) == pytest.approx(booked[part])
 
 
@@ -848,8 +827,10 @@ def student_keys(root: Path, student: StudentConfig) -> tuple[str, str]:
         root, "run", 1, Run(recipe="distill", stages=placed, primary_arm="student", student=student)
     )
     made = Artifact(source, "model", "b" * 32, 1)
-    teacher = attempt.stage_key("teacher", placed["teacher"], {"base": made}, 0)
-    return teacher, attempt.stage_key("student", placed["student"], {"teacher": made}, 0)
+    session = attempt.session
+    teacher = stage_key(session, "teacher", placed["teacher"], {MODEL: made}, 0, None)
+    given = {TEACHER: made, STUDENT_SOURCE: made}
+    return teacher, stage_key(session, "student", placed["student"], given, 0, None)
 
 
 # -- what all arms share --------------------------------------------------------------------------
@@ -865,13 +846,13 @@ def test_libraries_of_formats_and_optimizers_are_imported_before_the_first_arm_i
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(optimizer.IMPORTED, OptimizerKind.adamw_8bit_torchao, "library_of_moments")
     clock = PhaseClock()
-    attempt: Any = SimpleNamespace(clock=clock)
-    Attempt._warm_libraries(attempt, QuantizeStage(format=Format.nf4), None)
-    Attempt._warm_libraries(attempt, TrainStage(), TrainingConfig())
+    run = Run(recipe="r", primary_arm="a")
+    warm = WarmUp(run, Dataset("d", "0" * 32, {}, None), torch.device("cpu"), clock)
+    QuantizeStage(format=Format.nf4).warm_up({}, warm)
+    TrainStage().warm_up({}, warm)
     assert (imported, "library_of_moments" in sys.modules) == ([Format.nf4], False)
-    Attempt._warm_libraries(
-        attempt, TrainStage(), TrainingConfig(optimizer=OptimizerKind.adamw_8bit_torchao)
-    )
+    run.training.optimizer = OptimizerKind.adamw_8bit_torchao
+    TrainStage().warm_up({}, warm)
     assert "library_of_moments" in sys.modules
     assert set(clock.mark()[1]) - {"other"} == {"import"}
 
@@ -881,3 +862,45 @@ def test_a_failure_without_words_is_not_called_an_interruption() -> None:
         "NotImplementedError",
         "interrupted",
     ]
+
+
+def test_another_teacher_has_every_arm_assessed_again(root: Path) -> None:
+    """The controls do not read it, and are not made again; but their agreement with it is anew."""
+    run = the_run()
+    run.stages["teacher"] = FakeStage([30, 30])
+    run.stages["student"] = FakeDistill([20, 20], ["teacher"])
+    invoke(root, "run-1", 1, run)
+    run.stages["teacher"].says = ", taught more"
+    second = invoke(root, "run-2", 1, run)
+    assert of_run(second) == {"work": 50, "assess": 8, "retry": 0, "compare": 6, "overhead": 2}
+    assert minutes(second.book.reused_h) == pytest.approx(12 + 9)
+
+
+def test_a_point_of_a_curve_is_charged_with_loading_and_preparing(root: Path) -> None:
+    """Student: 20 minutes of work, 12 in steps and 2 of evaluation, so that 6 are fixed; control:
+    12 less 9 and 1, so that 2 are. Both hold Q at their second reading: 6 + 8, and 2 + 6.
+    """
+
+    def curve(*at: float, evaluated: float) -> list[dict[str, Any]]:
+        return [
+            reading(tokens=n, metric=metric, minutes=m, evaluated=evaluated, constant=1)
+            for n, (m, metric) in enumerate(zip(at, (3.0, 2.0, 2.0), strict=True), 1)
+        ]
+
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"], curve=curve(4, 8, 12, evaluated=2))
+    run.stages["control_compute"] = FakeStage([12], curve=curve(3, 6, 9, evaluated=1))
+    training = invoke(root, "run-1", 1, run).book.comparisons[0]["training"]
+    assert training["rule"].startswith("first of two consecutive evaluations")
+    assert minutes(training["c_arm"]["value"]) == pytest.approx(30 + 6 + 8)
+    assert minutes(training["c_base"]["value"]) == pytest.approx(2 + 6)
+
+
+def test_goodput_of_a_stage_that_trains_is_its_productive_share(root: Path) -> None:
+    """Steps take 22 of the student's minutes, and its assessment 2."""
+    run = the_run()
+    run.stages["student"] = FakeStage([22], ["teacher"])
+    attempt = invoke(root, "run-1", 1, run)
+    counts = {row["arm"]: row["ledger"]["counts"] for row in attempt.book.rows}
+    assert counts["student"]["goodput"]["value"] == pytest.approx(22 / 24)
+    assert counts["teacher"]["goodput"]["value"] == pytest.approx(30 / 32)

@@ -1,0 +1,135 @@
+"""What every arm of a run is charged with, and what others may take of its device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare import savings
+from pipeline.compare.savings import Spend
+from pipeline.config.arms import BASE, STUDENT_INIT, is_fallback, stage_name
+from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.disturbance import mean
+from pipeline.ledger.peaks import device_name
+from pipeline.ledger.record import disturbance_of
+from pipeline.ledger.values import Value
+from pipeline.runs.past_cost import charge, past_spend
+from pipeline.runs.running import Running
+from pipeline.stages.base import arms_read
+from pipeline.store.artifacts import MODEL, Artifact, digest_given, facts_of
+
+Row = dict[str, Any]
+
+
+def spends_of(running: Running, seed: int) -> dict[str, Spend]:
+    """Return what every arm's own stage took, with what each depends on, and what given models cost
+    before.
+    """
+    paths, device = ({BASE: running.session.run.model.path}, device_name(running.session.device))
+    spends = {arm: past_spend(arm, path, device) for arm, path in paths.items()}
+    of_seed = [row for row in running.book.rows if row["seed"] == seed]
+    for name, stage in running.session.stages.items():
+        if stage.takes_release():  # the gate has what its chain took
+            continue
+        # a stage is charged with every fallback that was tried
+        own = [row for row in of_seed if stage_name(row["arm"]) == name]
+        hours = {
+            part: sum(row["ledger"]["device_hours"][part]["value"] or 0.0 for row in own)
+            for part in ("work", "retry")
+        }
+        elsewhere = stage.made_elsewhere(name, running.session.run)
+        for each in elsewhere:  # made at a cost that nobody noted down, or that its file tells
+            spends[each.arm] = (
+                past_spend(each.arm, each.path, device)
+                if each.unknown is None
+                else Spend(arm=each.arm, flops=0.0, existing=True, unknown=each.unknown)
+            )
+        spends[name] = Spend(
+            arm=name,
+            depends_on=(*arms_read(stage, running.session.run), *(each.arm for each in elsewhere)),
+            work_h=hours["work"],
+            retry_h=hours["retry"],
+            flops=_flops(own),
+            foreign_load=_foreign_load(own),
+        )
+    gate = running.session.gate
+    return spends if gate is None else {**spends, **gate.spends()}
+
+
+def note_charges(running: Running) -> None:
+    """Write into the artifact.json of every model of this run what its chain took: a release gate
+    compares that.
+    """
+    made = [
+        row
+        for row in running.book.rows
+        if row["status"] == "FINISHED" and (row["artifact"] or {}).get("kind") == MODEL
+    ]
+    paths = {BASE: running.session.run.model.path, STUDENT_INIT: running.session.run.student.path}
+    existing = {
+        arm: digest_given(Path(path).expanduser())[0] if Path(path).expanduser().is_dir() else path
+        for arm, path in paths.items()
+        if path is not None
+    }
+    for row in made:
+        stage = None if is_fallback(row["arm"]) else running.session.stages.get(row["arm"])
+        if stage is None or stage.takes_release():
+            continue
+        artifact = Artifact.from_json(row["artifact"])
+        if "charge" in facts_of(artifact.path):
+            continue
+        where = {
+            "kind": device_of(running.session.device).kind,
+            "name": device_name(running.session.device),
+            "count": running.session.devices,
+            "power_limit_w": running.session.placement.get("power_limit_w"),
+        }
+        facts = charge(row["arm"], spends_of(running, row["seed"]), existing)
+        repeats = [
+            charge(row["arm"], spends_of(running, seed), existing)["work_device_hours"]
+            for seed in running.session.seeds
+        ]
+        tokens = row["ledger"]["counts"]["tokens"]["value"]
+        running.session.store.annotate(
+            artifact,
+            "charge",
+            {
+                "run_id": row["reused"] or running.session.run_id,
+                "seed": row["seed"],
+                "device": where,
+                "tokens": tokens,
+                **facts,
+                **(
+                    {"seeds_device_hours": repeats} if len(repeats) > 1 and min(repeats) > 0 else {}
+                ),
+            },
+        )
+
+
+def _foreign_load(own: list[Row]) -> Value:
+    """Return the share of the device that others took while a stage worked, over its attempts."""
+    return mean(
+        [
+            (
+                disturbance_of(row["ledger"]).work_foreign_load,
+                row["ledger"]["device_hours"]["work"]["value"] or 0.0,
+            )
+            for row in own
+        ]
+    )
+
+
+def _flops(own: list[Row]) -> float | None:
+    """Return the FLOPs of a stage's work; quantizing is not counted in FLOPs."""
+    made = [row for row in own if row["artifact"] is not None]
+    return made[-1]["ledger"]["counts"]["model_flops"]["value"] if made else None
+
+
+def tolerance(running: Running) -> savings.Tolerance:
+    """Return what others may take of this run's device before a saving of time is not shown."""
+    on_cpu = running.session.device.type == "cpu"
+    return savings.Tolerance(
+        running.session.run.ledger.max_foreign_load,
+        "the cores" if on_cpu else "the device",
+        is_shared=on_cpu,
+    )

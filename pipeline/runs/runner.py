@@ -1,0 +1,305 @@
+"""How a stage comes to its row: its key, then what was made under it before, or its work in a
+window and a committed artifact; then its assessment.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.arms import BASE, file_name, is_fallback
+from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.phases import difference
+from pipeline.ledger.records import MADE
+from pipeline.ledger.values import Value
+from pipeline.report.progress import progress_bar
+from pipeline.runs.assessor import Assessor
+from pipeline.runs.base_model import base_artifact
+from pipeline.runs.book import Arm
+from pipeline.runs.keys import stage_key
+from pipeline.runs.out_of_memory import failing_as
+from pipeline.runs.resume import from_checkpoint
+from pipeline.runs.rows import Record, broken_row, made_row, reused_work, skipped_row
+from pipeline.runs.running import Running
+from pipeline.runs.timeline import OpenWindow
+from pipeline.stages.base import LIKE, RELEASE, Attempts, Stage, WarmUp, arms_read
+from pipeline.stages.context import Context, Output
+from pipeline.stages.quantize import said
+from pipeline.store.artifacts import MODEL, Artifact, DiskFull, plain
+
+
+@dataclass(frozen=True, slots=True)
+class StageRunner:
+    """Brings the stages of one seed to their rows."""
+
+    running: Running
+    seed: int
+
+    def run_all(self) -> None:
+        """Bring every stage of the recipe to its row, in order."""
+        session, book = self.running.session, self.running.book
+        if session.gate is None:
+            base = base_artifact(session.run, session.data, self.seed, session.store, session.clock)
+            book.arms[BASE, self.seed] = Arm(base)
+        for name, stage in session.stages.items():
+            settled = stage.settle(name, self._attempts(name, stage))
+            if settled is not None:
+                self.attempt(name, settled)
+
+    def _attempts(self, name: str, stage: Stage) -> Attempts:
+        session, book = self.running.session, self.running.book
+
+        def made(arm: str) -> Output | None:
+            found = book.arms.get((arm, self.seed))
+            return None if found is None else found.output
+
+        return Attempts(
+            run=session.run,
+            device=session.device,
+            attempt=self.attempt,
+            skip=self.skip,
+            made=made,
+            artifact=lambda arm: book.arms[arm, self.seed].artifact,
+            unavailable=self.unavailable,
+            skip_stage=lambda why: self.skip(name, stage, why),
+            say=book.notes.append,
+        )
+
+    def skip(self, name: str, stage: Stage, why: str) -> None:
+        """Record a stage that cannot be done here."""
+        self.running.book.add(skipped_row(self.running.timeline, name, stage, self.seed, why))
+
+    def unavailable(self, stage: Stage) -> str | None:
+        """Return why a stage cannot be done, or None: what it reads is not there, or this device
+        cannot do it. It is then an optional one: others were refused before.
+        """
+        session, arms = self.running.session, self.running.book.arms
+        gone = [arm for arm in arms_read(stage, session.run) if (arm, self.seed) not in arms]
+        if gone:
+            return f"{gone[0]} was skipped"
+        return stage.unavailable(session.run, session.device, self._inputs("", stage))
+
+    def attempt(self, name: str, stage: Stage) -> Exception | None:
+        """Bring one stage to its artifact, its assessment and its row: each reused where it was
+        done before.
+
+        Returns:
+            Why a stage that may be refused was; its row has the reason too.
+        """
+        try:
+            self._to_its_row(name, stage)
+        except (UserError, StageFailed) as error:
+            if isinstance(error, DiskFull) or not stage.may_be_refused():
+                raise
+            self.running.book.notes.append(f"{name}: {said(name, error)}")
+            return error
+        return None
+
+    def _to_its_row(self, name: str, stage: Stage) -> None:
+        timeline, assessor = self.running.timeline, Assessor(self.running, self.seed)
+        why = self.unavailable(stage)
+        if why is not None:
+            self.skip(name, stage, why)
+            return
+        inputs = self._inputs(name, stage)
+        _refuse_gone(stage.inputs(self.running.session.run), inputs)
+        matched = self._matched_flops(stage)
+        key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
+        with timeline.hold(key, name):  # another process may be at it: then find it done
+            made = self._recall(key) or self._make(name, stage, inputs, key)
+            artifact = Artifact.from_json(made["artifact"])
+            assessed = None
+            # a teacher cache has no quality; a fallback is read as it is made
+            if stage.makes != MODEL or is_fallback(name):
+                self._show(name, stage, made)
+            else:
+                assessed = assessor.assess(name, stage, made, key)
+        items = None if assessed is None else Path(assessed["items"])
+        output = Output.from_json(made["output"])
+        self.running.book.arms[name, self.seed] = Arm(artifact, output, items)
+        if assessed is not None:
+            assessor.report_vllm(name, assessed)
+
+    def _inputs(self, name: str, stage: Stage) -> dict[str, Artifact]:
+        """Return the artifacts that a stage reads, by role."""
+        session, arms = self.running.session, self.running.book.arms
+        if stage.takes_release() and session.gate is not None and name:
+            return {RELEASE: session.gate.releases()[name].artifact}
+        roles = stage.inputs(session.run)
+        return {role: arms[arm, self.seed].artifact for role, arm in roles.items()}
+
+    def _matched_flops(self, stage: Stage) -> float | None:
+        """Return the FLOPs that a stage may spend which matches others; None where it matches none,
+        or theirs are unknown.
+        """
+        arms = stage.matched(self.running.session.run)
+        outputs = [self._output(arm) for arm in arms]
+        known = [None if output is None else _flops_of(output) for output in outputs]
+        return None if None in known or not known else sum(each or 0.0 for each in known)
+
+    def _output(self, arm: str) -> Output | None:
+        found = self.running.book.arms.get((arm, self.seed))
+        return None if found is None else found.output
+
+    # -- work -------------------------------------------------------------------------------------
+
+    def _recall(self, key: str) -> Record | None:
+        """Return what is remembered of work with this key, if its artifact is still whole: it is
+        hashed.
+        """
+        with self.running.session.clock.phase("prepare"):
+            return self.running.session.store.recall("keys", key, MADE)
+
+    def _make(self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str) -> Record:
+        """Do a stage's work inside its window and commit its artifact; return what the store
+        remembers of it.
+        """
+        session, timeline, book = (self.running.session, self.running.timeline, self.running.book)
+        timeline.check_budget()
+        several = f" (seed {self.seed})" if len(session.seeds) > 1 else ""
+        print(f"{name}{several}: running", flush=True)
+        session.journal.write(
+            "stage_start",
+            arm=name,
+            stage=name,
+            type=stage.type,
+            seed=self.seed,
+            attempt=session.number,
+            params=stage.shown_settings(session.run),
+            depends_on=[arm for arm in arms_read(stage, session.run) if arm != BASE],
+        )
+        window = None
+        try:
+            # what all arms use alike is overhead of the run
+            stage.warm_up(inputs, WarmUp(session.run, session.data, session.device, session.clock))
+            session.memory.start(session.device)
+            with timeline.window("work", name, self.seed) as window:
+                artifact, output = self._work(name, stage, inputs, key, window)
+                device_of(session.device).synchronise()
+        except BaseException as error:
+            book.add(broken_row(timeline, name, stage, self.seed, window, error))
+            raise
+        usage = timeline.usage(name, self.seed)
+        memory = session.memory.read(session.device, nvml_peak=usage.memory_used_peak_bytes)
+        record: Record = {
+            "artifact": artifact.to_json(),
+            "run_id": session.run_id,
+            "attempt": session.number,
+            "seed": self.seed,
+            "work_ns": window.elapsed_ns,
+            "phases_ns": window.phases_ns,
+            "output": output.to_json(),
+            "memory": {part: value.to_json() for part, value in memory.items()},
+            "usage": usage.to_json(),
+            "disturbance": timeline.disturbance(name, self.seed).to_json(),
+            "earlier": book.rows_of(name, self.seed),
+        }
+        session.store.remember("keys", key, record)
+        shutil.rmtree(session.store.root / "checkpoints" / key, ignore_errors=True)
+        return record
+
+    def _work(
+        self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str, window: OpenWindow
+    ) -> tuple[Artifact, Output]:
+        session, book = self.running.session, self.running.book
+        with session.store.scratch() as out:
+            context = self._context(name, stage, key, window, out)
+            with failing_as(self.running, name, "work", stage):
+                output = stage.run(inputs, context)
+            book.notes += output.notes
+            with session.clock.phase("checkpoint"):
+                manifest = {
+                    "recipe": session.run.recipe,
+                    "arm": name,
+                    "seed": self.seed,
+                    "key": key,
+                    "run_id": session.run_id,
+                    "settings": plain(stage),
+                    "inputs": {role: artifact.digest for role, artifact in inputs.items()},
+                    **output.about,
+                }
+                return session.store.commit(out, stage.makes, manifest), output
+
+    def _context(self, name: str, stage: Stage, key: str, window: OpenWindow, out: Path) -> Context:
+        """Return what a stage works with; it leaves its artifact in `out`."""
+        session, timeline = self.running.session, self.running.timeline
+        trace = timeline.trace(name, self.seed, session.number)
+        like = stage.references(session.run).get(LIKE)
+
+        def journal(event: str, step: int, **fields: Any) -> None:
+            trace.reached = max(trace.reached, step)
+            of_arm = {"arm": name, "seed": self.seed, "attempt": session.number}
+            session.journal.write(event, **of_arm, step=step, **fields)
+
+        def phases_ns() -> dict[str, int]:
+            return difference(session.clock.mark()[1], window.before)
+
+        def checkpointed(step: int) -> None:
+            trace.saved, trace.saved_ns = step, phases_ns()
+            journal("checkpoint", step, phases_ns=trace.saved_ns)
+
+        def resumed(step: int, history: list[dict[str, Any]]) -> None:
+            if step:
+                print(f"{name}: resuming from step {step}", flush=True)
+            journal("resume", step, history=history)
+            from_checkpoint(self.running, name, self.seed, step, history)
+
+        return Context(
+            run=session.run,
+            stage=name,
+            seed=self.seed,
+            device=session.device,
+            data=session.data,
+            clock=session.clock,
+            out=out,
+            checkpoints=session.store.root / "checkpoints" / key,
+            like=None if like is None else self._output(like.arm),
+            matched_flops=self._matched_flops(stage),
+            points=lambda step, values: journal("points", step, values=values),
+            history=lambda step: timeline.history(name, self.seed, step, phases_ns()),
+            checkpointed=checkpointed,
+            resumed=resumed,
+            should_stop=timeline.should_stop,
+            progress=progress_bar,
+            say=self.running.book.notes.append,
+            traces=session.folder / "traces" / f"{file_name(name)}-seed{self.seed}",
+        )
+
+    def _show(self, name: str, stage: Stage, made: Record) -> None:
+        """Add the rows of an artifact that is not assessed, made now or found."""
+        session, book = self.running.session, self.running.book
+        if made["run_id"] != session.run_id:
+            print(f"{name}: reused from {made['run_id']}", flush=True)
+            own = reused_work(session, name, stage, self.seed, made, {})
+            rows = [*made["earlier"], {**own, "artifact": made["artifact"], "why": None}]
+            reused = [{**row, "reused": row["reused"] or made["run_id"]} for row in rows]
+            book.adopt(reused, "work")
+            return
+        book.adopt(made["earlier"], "work")
+        before = [
+            row for row in book.finished_before if (row["arm"], row["seed"]) == (name, self.seed)
+        ]
+        # an earlier attempt of this very run, journaled there
+        if before and made["attempt"] != session.number:
+            book.rows += [{**row, "artifact": made["artifact"]} for row in before]
+            return
+        book.add(made_row(self.running.timeline, name, stage, self.seed, made, None, {}))
+
+
+def _refuse_gone(arms: Mapping[str, str], inputs: Mapping[str, Artifact]) -> None:
+    gone = next((role for role, artifact in inputs.items() if not artifact.path.is_dir()), None)
+    if gone is not None:
+        raise StageFailed(
+            f"{inputs[gone].path}, the artifact of {arms.get(gone, gone)}, is gone; the same"
+            " command makes it again"
+        )
+
+
+def _flops_of(output: Output) -> float | None:
+    """Return the FLOPs of a stage: counted, else by the rule of thumb."""
+    counted: Value = output.counts["model_flops"]
+    return output.flops_by_rule if counted.value is None else counted.value

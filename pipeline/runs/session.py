@@ -1,0 +1,74 @@
+"""What this attempt at a run is: settings, data, device, folder; fixed from its opening to its
+end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import Run
+from pipeline.data.documents import Dataset
+from pipeline.evaluation.serving.engine import EngineResult
+from pipeline.gate.opening import Gate
+from pipeline.ledger.gpu_sampler import Sampler
+from pipeline.ledger.journal import Journal
+from pipeline.ledger.memory import MemoryMeter
+from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.placement import Grant
+from pipeline.stages.base import Stage, stages_of
+from pipeline.store.artifacts import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One process's attempt at a run.
+
+    Attributes:
+        number: Of the attempt, from 1.
+        device: The torch device.
+        command: The command line, for the report.
+        started_ns: Monotonic time when the process began.
+        identity: Whose run this is and what it was made from; on every row.
+        placement: Where it stands; on every row.
+        grant: What a scheduler gave this job.
+        devices: How many this process is attached to.
+        engine: By arm, what `serving.results` declares.
+        gate: Of a release check.
+    """
+
+    run: Run
+    run_id: str
+    number: int
+    folder: Path
+    store: Store
+    journal: Journal
+    clock: PhaseClock
+    device: Any
+    data: Dataset
+    command: str
+    started_ns: int
+    sampler: Sampler
+    identity: dict[str, Any]
+    placement: dict[str, Any]
+    grant: Grant | None
+    devices: int = 1
+    engine: dict[str, EngineResult] = field(default_factory=dict)
+    gate: Gate | None = None
+    memory: MemoryMeter = field(default_factory=MemoryMeter)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every arm is made once per seed."""
+        return self.run.seeds or [self.run.seed]
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The recipe's stages by name, in the order they run."""
+        return stages_of(self.run)
+
+    @property
+    def scored_length(self) -> int:
+        """Tokens of a window that is scored."""
+        return self.run.quality.sequence_length or self.run.training.sequence_length

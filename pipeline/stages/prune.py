@@ -1,0 +1,149 @@
+"""Prune: drop whole layers, those that validation misses least, and recover by distillation.
+
+What it does: leaves out each layer in turn, reads the primary metric on validation without it, and
+drops the one whose absence costs least; so again until `drop` layers are gone. The model that is
+left is trained on the predictions of the one it was cut from. The trials are charged to the stage
+(phase `search`), the losses of every trial stand in artifact.json.
+When it helps: a deep model that is served often. It is a student whose layers were measured rather
+than taken evenly (`student.layers`), at the price of the trials.
+Settings worth changing: drop, steps, ce_weight.
+Source: Kim et al. 2024, "Shortened LLaMA", arXiv 2402.02834, section 3.2 (perplexity criterion),
+here one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from pipeline.config.arms import BASE
+from pipeline.config.settings import Run, positive
+from pipeline.errors import UserError
+from pipeline.ledger.metrics import DIRECTION, PRIMARY
+from pipeline.stages.base import BeforeRun, is_base_shaped
+from pipeline.stages.distill_settings import DistillSettings
+from pipeline.stages.settings import training_precision, training_settings
+
+if TYPE_CHECKING:
+    from pipeline.stages.context import Context, Output
+    from pipeline.stages.training import Start
+    from pipeline.store.artifacts import Artifact
+
+# ruff: noqa: UP045
+
+SHARE = 4  # one layer in so many is dropped where no number is given
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneStage(DistillSettings):
+    """Settings of a `prune` stage."""
+
+    model: str = BASE  # is cut: base, or an earlier stage
+    teacher: str = BASE  # best the very model that is cut
+    drop: Optional[int] = positive(None)  # layers; null: a quarter of them
+
+    type: ClassVar[str] = "prune"
+    version: ClassVar[int] = 1
+
+    def check(self, key: str, run: Run) -> None:
+        """Refuse what this stage cannot do, before any device is touched.
+
+        Raises:
+            UserError: Naming the setting.
+        """
+        DistillSettings.check(self, key, run)
+        if training_settings(self, run).steps == 0:
+            raise UserError(
+                f"{key}.steps", "is 0, and what is left has to recover", "give a number of steps"
+            )
+        for name in ("cache", "stack"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{key}.{name}", "does not go with dropping layers", "leave it out")
+
+    def keeps_layers(self) -> bool:
+        """Return False."""
+        return False
+
+    def num_dropped(self, num_layers: int, key: str) -> int:
+        """Return how many layers go.
+
+        Raises:
+            UserError: If none would be left.
+        """
+        count = max(1, num_layers // SHARE) if self.drop is None else self.drop
+        if count >= num_layers:
+            raise UserError(
+                f"{key}.drop", f"{count} of {num_layers} layers leave none", "drop fewer"
+            )
+        return count
+
+    def preflight(self, key: str, known: BeforeRun) -> None:
+        """Refuse a model that cannot do with fewer layers; one that is made first is looked at when
+        its turn comes.
+        """
+        from pipeline.models.layers import check_layers, layer_count
+
+        DistillSettings.preflight(self, key, known)
+        if is_base_shaped(self.model, known.run):
+            num_layers = layer_count(known.config)
+            left = num_layers - self.num_dropped(num_layers, key)
+            check_layers(known.config, known.run.task, range(left), f"{key}.drop")
+
+    def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
+        """Drop layers, train what is left, and leave it in `ctx.out`."""
+        from pipeline.stages.training import run_training
+
+        about: dict[str, Any] = {}
+        made = run_training(
+            self, inputs, ctx, distill=self, start=lambda: self._start(inputs, ctx, about)
+        )
+        said = f"{ctx.stage}: dropped layers {', '.join(map(str, about['dropped']))} of"
+        said = f"{said} {about['layers']}"
+        return replace(made, notes=(said, *made.notes), about={**made.about, "pruning": about})
+
+    def _start(self, inputs: Mapping[str, Artifact], ctx: Context, about: dict[str, Any]) -> Start:
+        """Return the cut model on the device, its tokenizer, and what saves it; `about` takes what
+        was found.
+        """
+        from pipeline.models.layers import layer_count, with_layers
+        from pipeline.models.load import save_model
+        from pipeline.stages.training import start_weights
+
+        key = f"stages.{ctx.stage}"
+        model: Any
+        model, tokenizer = start_weights(self.model, inputs, ctx, new_head=False)
+        kept = list(range(layer_count(model.config)))
+        about |= {"layers": len(kept), "dropped": [], "trials": []}
+
+        def cut(chosen: Sequence[int]) -> Any:
+            made: Any = with_layers(model, chosen, f"{key}.drop", scratch=ctx.out.parent)
+            return made.to(ctx.device)
+
+        with ctx.clock.phase("search"):
+            for _ in range(self.num_dropped(len(kept), key)):
+                read = {layer: self._reading(cut, kept, layer, tokenizer, ctx) for layer in kept}
+                least_missed = min(read, key=lambda layer: read[layer])
+                about["trials"].append(read)
+                about["dropped"].append(least_missed)
+                kept.remove(least_missed)
+        return cut(kept), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
+
+    def _reading(
+        self, cut: Any, kept: Sequence[int], without: int, tokenizer: Any, ctx: Context
+    ) -> float:
+        """Return the primary metric on validation without a layer, smaller for better.
+
+        Raises:
+            BudgetSpent, Preempted: If the run is to stop.
+        """
+        from pipeline.stages.training import validation_reading
+
+        stop = ctx.should_stop()
+        if stop is not None:
+            raise stop("stopped while layers were tried; the same command starts the trials again")
+        settings = training_settings(self, ctx.run)
+        precision = training_precision(self, ctx.run)
+        model = cut([layer for layer in kept if layer != without])
+        metric = validation_reading(model, tokenizer, settings, precision, ctx)()
+        return -DIRECTION[PRIMARY[ctx.run.task]] * metric
