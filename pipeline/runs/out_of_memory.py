@@ -74,7 +74,8 @@ def explain(
             kind = device_of(device).kind
             return f"out of {kind} memory: {_wanted(asked_bytes(error))}; first: {first}"
         pressure = read_pressure(error, device)
-        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {_keep(snapshot, device)}"
+        kept = _keep(snapshot, device)
+        return f"{_device_words(pressure)}; first: {_first(pressure, first)}; {kept}"
     if is_of_host(error):
         return (
             f"{_host_words(error)}; first:"

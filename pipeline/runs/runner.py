@@ -26,9 +26,8 @@ from pipeline.runs.resume import from_checkpoint
 from pipeline.runs.rows import Record, broken_row, made_row, reused_work, skipped_row
 from pipeline.runs.running import Running
 from pipeline.runs.timeline import OpenWindow
-from pipeline.stages.base import LIKE, RELEASE, Attempts, Stage, WarmUp, arms_read
+from pipeline.stages.base import LIKE, RELEASE, Attempts, Stage, WarmUp, arms_read, refusal_words
 from pipeline.stages.context import Context, Output
-from pipeline.stages.quantize import said
 from pipeline.store.artifacts import MODEL, Artifact, DiskFull, plain
 
 
@@ -95,7 +94,7 @@ class StageRunner:
         except (UserError, StageFailed) as error:
             if isinstance(error, DiskFull) or not stage.may_be_refused():
                 raise
-            self.running.book.notes.append(f"{name}: {said(name, error)}")
+            self.running.book.notes.append(f"{name}: {refusal_words(name, error)}")
             return error
         return None
 

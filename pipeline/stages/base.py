@@ -405,3 +405,12 @@ def is_base_shaped(arm: str, run: Run) -> bool:
             return False
         arm = start
     return True
+
+
+def refusal_words(arm: str, error: Exception) -> str:
+    """Return why a format is none for this model, without the setting and the stage that a refusal
+    names.
+    """
+    if isinstance(error, UserError):
+        return error.problem
+    return str(error).removeprefix(f"stage {arm}: ")

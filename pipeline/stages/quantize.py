@@ -34,7 +34,7 @@ from pipeline.config.settings import (
 )
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
-from pipeline.stages.base import MODEL, Attempts, PrecisionInForce, Stage
+from pipeline.stages.base import MODEL, Attempts, PrecisionInForce, Stage, refusal_words
 from pipeline.stages.conversion import Conversion
 from pipeline.stages.fallbacks import BETTER, FormatFallback, Published, TrainedFallback
 
@@ -229,7 +229,7 @@ class _Trial:
         if not self.made and self.refused:
             if not self.stage.optional:
                 raise self.refused[0]
-            self.attempts.skip_stage(said(self.name, self.refused[0]))
+            self.attempts.skip_stage(refusal_words(self.name, self.refused[0]))
             return None
         return self._publish(sixteen, last_resort=sixteen is not None)
 
@@ -257,7 +257,7 @@ class _Trial:
         if failed is not None:
             self.refused.append(failed)
             if isinstance(fallback, FormatFallback):
-                self.not_here[fallback.format] = said(arm, failed)
+                self.not_here[fallback.format] = refusal_words(arm, failed)
         return self.attempts.made(arm)
 
     def _try_sixteen_bits(self) -> str | None:
@@ -300,12 +300,3 @@ class _Trial:
         found = self.stage.settled(Format(missed["format"]), missed["exclude"])
         assert isinstance(found, QuantizeStage)
         return found
-
-
-def said(arm: str, error: Exception) -> str:
-    """Return why a format is none for this model, without the setting and the stage that a refusal
-    names.
-    """
-    if isinstance(error, UserError):
-        return error.problem
-    return str(error).removeprefix(f"stage {arm}: ")
