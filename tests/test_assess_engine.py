@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from here import here
-from test_run import TINY, result_in
+from here import here, result_in
+from test_run import TINY
 
 import pipeline.quantization.backend
 from pipeline.errors import UserError

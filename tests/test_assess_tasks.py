@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from here import here
+from here import here, result_in
 from make_assess_models import byte_tokenizer, tiny
-from test_run import TINY, result_in
+from test_run import TINY
 
 from pipeline.config.settings import QualityConfig, Task
 from pipeline.errors import StageFailed, UserError

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from here import here
+from here import here, result_in
 from make_assess_models import byte_tokenizer, saved, tiny
-from test_run import TINY, result_in
+from test_run import TINY
 
 from pipeline.config.settings import Task
 from pipeline.data.documents import Document

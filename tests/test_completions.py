@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from here import result_in
 from make_assess_models import byte_tokenizer
-from test_distill_cached import TINY, result_in
+from test_distill_cached import TINY
 
 from pipeline.cli.main import main
 from pipeline.config.settings import DataConfig

@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from here import result_in
 from make_journal import store, write_run
 from make_result import ARMS, DEPENDS, make_pair, make_quality, make_result, make_row, null, value
 
@@ -75,12 +76,6 @@ TINY = [
     ),
 ]
 ARMS_OF_RUN = ["teacher", "capture", "student", "control_steps", "control_compute"]
-
-
-def result_in(cwd: Path) -> dict[str, Any]:
-    result = json.loads((cwd / "mlruns/latest/result.json").read_text())
-    jsonschema.validate(result, RESULT_SCHEMA)
-    return result
 
 
 @pytest.fixture(scope="module")

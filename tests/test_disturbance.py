@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pytest
 from fake_nvml import NO_DRIVER, FakeNvml, Gpu
-from here import here
+from here import here, result_in
 from quiet import Quiet
 
 from pipeline.compare.savings import Reading, Spend, Tolerance, Trained, training_saving
@@ -21,7 +19,6 @@ from pipeline.ledger import others
 from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others
-from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.values import Value, measured, null
 
 CORES = Tolerance(0.1, "the cores", is_shared=True)
@@ -179,12 +176,6 @@ TINY = [
 ]
 
 
-def result_of(folder: Path) -> dict[str, Any]:
-    result = json.loads((folder / "mlruns/latest/result.json").read_text())
-    jsonschema.validate(result, RESULT_SCHEMA)
-    return result
-
-
 def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +183,7 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     (root / "mlflow.db").rename(root / "mlruns/mlflow.db")
     monkeypatch.setattr(others, "accounts", Quiet(taken=0.48))
     assert here(root, "recipe=distill", *TINY).returncode == 0
-    busy = result_of(root)
+    busy = result_in(root)
     for row in busy["rows"]:
         conditions = row["ledger"]["conditions"]
         for name in (
@@ -220,7 +211,7 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     _in_mlflow(root, busy["run_id"])
     monkeypatch.setattr(others, "accounts", Quiet())
     assert here(root, "recipe=distill", *TINY, "tracking.mlflow=false").returncode == 0
-    again = result_of(root)
+    again = result_in(root)
     assert [row["reused"] for row in again["rows"]] == [busy["run_id"]] * 4
     against = {pair["base"]: pair for pair in again["comparisons"]}
     assert against["teacher"]["serving"]["value"] is not None
@@ -233,7 +224,7 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
         ).returncode
         == 0
     )
-    shown = {pair["base"]: pair for pair in result_of(root)["comparisons"]}["control_compute"][
+    shown = {pair["base"]: pair for pair in result_in(root)["comparisons"]}["control_compute"][
         "training"
     ]
     assert shown["why_missing"] is None

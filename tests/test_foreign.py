@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +149,14 @@ def test_a_phase_must_have_a_known_name_metered_or_not() -> None:
         pipeline.phase("thinking")
 
 
-def test_unmetered_it_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmetered_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(foreign.ENV, raising=False)
     monkeypatch.setattr(foreign, "_reporter", foreign._UNKNOWN)
-    best = 1.0
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(10_000):
-            with pipeline.phase("forward"):
-                pass
-        best = min(best, (time.perf_counter() - start) / 10_000)
-    assert best < 2e-6
+    with pipeline.phase("forward"):
+        pass
     assert foreign._reporter is None
+    monkeypatch.setattr(foreign, "os", None)  # the environment was asked once
+    assert pipeline.phase("forward") is pipeline.phase("backward") is foreign._NOTHING
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from here import result_in
 from make_assess_models import tiny
-from test_distill_cached import TINY, result_in
+from test_distill_cached import TINY
 from test_training_loop import CPU, batches_for, run, settings
 
 from pipeline.cli.main import main

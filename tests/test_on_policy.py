@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from here import result_in
 from make_assess_models import random_documents, tiny
-from test_distill_cached import TINY, result_in
+from test_distill_cached import TINY
 from test_training_loop import CPU, run, settings
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel

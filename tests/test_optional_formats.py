@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from here import here
+from here import here, result_in
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
-from test_run import TINY, result_in
+from test_run import TINY
 
 import pipeline.quantization.backend as backend
 from pipeline.config.settings import Format, Prefer, Task

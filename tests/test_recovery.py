@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from here import here
+from here import here, result_in
 from make_assess_models import saved, tiny
 from test_assess_quality import causal_documents, trained
-from test_run import result_in
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeline.quantization.backend

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from here import result_in
 from make_assess_models import LABELS
-from test_distill_cached import TINY, result_in
+from test_distill_cached import TINY
 from test_training_loop import CPU, batches_for, settings
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (

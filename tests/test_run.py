@@ -9,14 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
 from forked import run, start
-from here import here
+from here import here, result_in
 from make_assess_models import saved, tiny
 
 from pipeline.config.settings import Task
-from pipeline.ledger.schema import RESULT_SCHEMA
 
 TINY = [
     *(
@@ -44,12 +42,6 @@ DISTILL = [
     "stages.student.allow_weak_teacher=true",
     *TINY,
 ]
-
-
-def result_in(cwd: Path) -> dict:
-    result = json.loads((cwd / "mlruns/latest/result.json").read_text())
-    jsonschema.validate(result, RESULT_SCHEMA)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from here import here
+from here import here, result_in
 from mlflow import MlflowClient
-from test_run import DISTILL, TINY, result_in
+from test_run import DISTILL, TINY
 
 import pipeline.quantization.backend
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from format_matrix import ARCHITECTURES
-from here import here
+from here import here, result_in
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from make_result import make_pair, make_result, make_saving, value
-from test_run import TINY, result_in
+from test_run import TINY
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 

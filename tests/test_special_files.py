@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def place(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
-    path, started = place(tmp_path, kind), time.monotonic()
+    path = place(tmp_path, kind)  # one that is read waits for a writer, for ever
     for key, read in READERS.items():
         with pytest.raises(UserError, match=r"link\.json(:| is a)") as caught:
             read(path)
@@ -55,7 +54,6 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     for digest in (lambda: file_digest(str(path)), lambda: values_digest(path)):
         with pytest.raises(OSError, match=r"is a|No such device"):
             digest()
-    assert time.monotonic() - started < 5
 
 
 def test_what_is_absurdly_large_is_refused_unread(tmp_path: Path) -> None:
