@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_attempt
+import test_running
 
 from fuzz.lines import try_lines
 from fuzz.records import TARGETS, try_records
@@ -56,7 +56,7 @@ def main() -> int:
 def _worlds(seed: int, count: int, folder: Path) -> dict[str, int]:
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        root = test_attempt.root.__wrapped__(folder, patch)
+        root = test_running.root.__wrapped__(folder, patch)
         return try_worlds(root, seed, count, patch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_attempt import root
+from test_running import root
 
 from fuzz.worlds import try_worlds
 

@@ -1,7 +1,7 @@
 """A run that was killed, and one before it: one file of what they left is damaged, and the same
 command goes on.
 
-Stages only let an injected clock pass (`tests/test_attempt.py`); everything else is the product:
+Stages only let an injected clock pass (`tests/test_running.py`); everything else is the product:
 store, keys, assessments, journal, recovery, booking.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_attempt as fake
+import test_running as fake
 
 from fuzz.mutate import damage, restore
 from pipeline.ledger import records
@@ -50,11 +50,11 @@ def make_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = the_run()
     done.stages = {"teacher": done.stages["teacher"]}
     done.compare, done.primary_arm = [], "teacher"
-    fake.invoke(root, "run-0", 1, done).journal.close()
+    fake.invoke(root, "run-0", 1, done).session.journal.close()
     killed = the_run()
     killed.stages["student"].ends = ["killed"] + ["ok"] * 40
     with fake.deadly(monkeypatch):
-        fake.invoke(root, "run-1", 1, killed).journal.close()
+        fake.invoke(root, "run-1", 1, killed).session.journal.close()
     fake.CLOCK.pass_minutes(600)
 
 
@@ -96,15 +96,15 @@ def try_worlds(
         records._told.clear()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                attempt = go_on(work)
-                fake.of_run(attempt)
-                of_this_run(attempt.folder, _totals(attempt), 0.0, "model")
+                running = go_on(work)
+                fake.of_run(running)
+                of_this_run(running.session.folder, _totals(), 0.0, "model")
         except Exception as error:
             raise AssertionError(what) from error
-        arms = {row["arm"] for row in attempt.rows if row["status"] == "FINISHED"}
-        assert arms == set(attempt.run.stages), what
-        attempt.journal.close()
-        ends["gone on with" if attempt.run_id == "run-1" else "begun anew"] += 1
+        arms = {row["arm"] for row in running.book.rows if row["status"] == "FINISHED"}
+        assert arms == set(running.session.run.stages), what
+        running.session.journal.close()
+        ends["gone on with" if running.session.run_id == "run-1" else "begun anew"] += 1
         assert time.process_time() - started < SLOW_S, what
     return ends
 
@@ -115,7 +115,7 @@ def _files(work: Path) -> Iterator[Path]:
     yield from (work / "runs").glob("*/journal.jsonl")
 
 
-def _totals(attempt: Any) -> dict[str, Any]:
+def _totals() -> dict[str, Any]:
     zero = {"value": 0.0, "provenance": "measured", "why_missing": None}
     hours = dict.fromkeys(("total", "work", "assess", "retry", "compare", "overhead"), zero)
     return {
