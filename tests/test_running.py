@@ -45,6 +45,7 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import measured
 from pipeline.runs import rows
+from pipeline.runs.assemble import disagreements
 from pipeline.runs.keys import stage_key
 from pipeline.runs.opening import _find_or_make, _taking_over
 from pipeline.runs.resume import read_past
@@ -335,6 +336,7 @@ def minutes(hours: float | None) -> float:
 
 
 def of_run(running: Running) -> dict[str, float]:
+    assert disagreements(running) == []
     booked, overhead_ns = running.timeline.booking()
     assert sum(overhead_ns.values()) == booked.overhead_ns
     assert sum(running.timeline.compare_ns.values()) == booked.compare_ns
@@ -904,3 +906,21 @@ def test_goodput_of_a_stage_that_trains_is_its_productive_share(root: Path) -> N
     counts = {row["arm"]: row["ledger"]["counts"] for row in attempt.book.rows}
     assert counts["student"]["goodput"]["value"] == pytest.approx(22 / 24)
     assert counts["teacher"]["goodput"]["value"] == pytest.approx(30 / 32)
+
+
+def test_rows_that_do_not_add_up_to_the_run_are_reported(root: Path) -> None:
+    running = invoke(root, "run-1", 1, the_run_at_once())
+    assert disagreements(running) == []
+    running.book.rows.pop(0)  # the teacher: 30 minutes of work, 2 of assessment
+    work, assess = disagreements(running)
+    assert work == (
+        "the rows have 0.683333 device-hours of work, the run has 1.18333: please report it"
+    )
+    assert "of assess" in assess
+
+
+def the_run_at_once() -> Run:
+    """Return the run without the kill."""
+    run = the_run()
+    run.stages["student"] = FakeStage([20], ["teacher"])
+    return run

@@ -4,6 +4,7 @@ end was.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pipeline.report.view import is_finished
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
+from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
 from pipeline.store.artifacts import MODEL, free_room, write_json, write_text
 from pipeline.tracking.deliver import ui_command
@@ -49,6 +51,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         lambda: note_charges(running),
         lambda why: running.book.notes.append(unmeasured("what models cost", why)),
     )
+    running.book.notes += disagreements(running)
     result = build_result(running, status, why)
     write_json(running.session.folder / "result.json", result)
     write_json(running.session.folder / "catalogue.json", metrics.export())
@@ -144,7 +147,7 @@ def build_result(running: Running, status: str, why: str | None) -> dict[str, An
             running.session.command, running.session.data, running.book.notes
         ),
         "run": _totals(running),
-        "rows": running.book.rows,
+        "rows": running.book.all_rows(),
         "comparisons": running.book.comparisons,
         "verdict": shown_verdict(ended(running, status, why)),
     }
@@ -179,6 +182,29 @@ def _totals(running: Running) -> dict[str, Any]:
         "reused": measured(running.book.reused_h).to_json(),
         **_compared(running),
     }
+
+
+def disagreements(running: Running) -> list[str]:
+    """Return what the rows and the run's totals say differently of the same hours: nothing, unless
+    there is a fault in this package.
+
+    Rows are summed as they are written; totals are booked from the windows.
+    """
+    booked, _ = running.timeline.booking()
+    own = [row for row in running.book.all_rows() if row["reused"] is None]
+    found: list[str] = []
+    for part, total_ns in (
+        ("work", booked.work_ns),
+        ("assess", booked.assess_ns),
+        ("retry", booked.retry_ns),
+    ):
+        of_rows, of_run = sum(hours_in(row, part) for row in own), device_hours(total_ns)
+        if not math.isclose(of_rows, of_run, rel_tol=1e-6, abs_tol=1e-9):
+            found.append(
+                f"the rows have {of_rows:.6g} device-hours of {part}, the run has {of_run:.6g}:"
+                " please report it"
+            )
+    return found
 
 
 def _compared(running: Running) -> dict[str, Any]:

@@ -85,6 +85,11 @@ class Book:
         before = (row for row in self.finished_before if (row["arm"], row["seed"]) == (arm, seed))
         self.rows += [row for row in before if identity(row) not in known]
 
+    def all_rows(self) -> list[Row]:
+        """Return the rows, and those of earlier attempts whose arms this one did not come to."""
+        known = {identity(row) for row in self.rows}
+        return [*self.rows, *(row for row in self.finished_before if identity(row) not in known)]
+
     def rows_of(self, arm: str, seed: int) -> list[Row]:
         """Return the rows of an arm, for one seed."""
         return [row for row in self.rows if (row["arm"], row["seed"]) == (arm, seed)]
