@@ -155,7 +155,7 @@ def test_what_trains_has_a_goodput_and_nothing_else_has() -> None:
     fallback = run.stages["quantize"] = STAGES["quantize"](recover=[Fallback.lora])
     stages = {**run.stages, **fallback.fallbacks("quantize")}
     trains = {name for name, stage in stages.items() if stage.trains(run)}
-    assert trains == {"train", "distill", "quantize/lora"}
+    assert trains == {"train", "distill", "prune", "quantize/lora"}
 
 
 # -- settings and phases --------------------------------------------------------------------------
