@@ -224,7 +224,7 @@ MUTANTS = (
         "data/splits.py",
         "for first in order[:place]:",
         "for first in order[1:place]:",
-        ("test_data_splits.py",),
+        ("test_data_shared.py",),
     ),
     Mutant(
         "bits-per-byte",
