@@ -266,8 +266,8 @@ def copy_project(folder: Path) -> Path:
     return Path(shutil.copytree(PROJECT, folder, ignore=LEFT_BEHIND, symlinks=True))
 
 
-def fails(project: Path, tests: Sequence[str]) -> bool:
-    """Return whether any of the tests fails in a copy of the project.
+def failure(project: Path, tests: Sequence[str]) -> str:
+    """Return which of the tests fails first in a copy of the project; empty where none does.
 
     Raises:
         RuntimeError: If pytest could not run them.
@@ -284,7 +284,8 @@ def fails(project: Path, tests: Sequence[str]) -> bool:
     )
     if done.returncode not in (NO_TEST_FAILED, TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}")
-    return done.returncode == TESTS_FAILED
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "" if done.returncode == NO_TEST_FAILED else " ".join(lines) or "one"
 
 
 def is_killed(mutant: Mutant, project: Path) -> bool:
@@ -299,7 +300,7 @@ def is_killed(mutant: Mutant, project: Path) -> bool:
         raise RuntimeError(f"{mutant.name}: its line stands {source.count(mutant.old)} times")
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        return fails(project, mutant.tests)
+        return bool(failure(project, mutant.tests))
     finally:
         path.write_text(source, encoding="utf-8")
 
@@ -317,7 +318,7 @@ def main(names: Sequence[str]) -> int:
             try:
                 if mutant is None:
                     tests = sorted({test for each in chosen for test in each.tests})
-                    return "fail without any fault" if fails(project, tests) else ""
+                    return failure(project, tests)
                 return "killed" if is_killed(mutant, project) else "SURVIVED"
             except RuntimeError as error:
                 return str(error)
@@ -328,7 +329,7 @@ def main(names: Sequence[str]) -> int:
         for mutant, end in zip(chosen, ends, strict=True):
             print(f"{end.result():9} {mutant.name}: {mutant.what}", flush=True)
         if sound.result():
-            print(f"these tests {sound.result()}: what was killed says nothing")
+            print(f"without any fault: {sound.result()}; what it killed says nothing")
         killed = sum(end.result() == "killed" for end in ends)
     print(f"{killed} of {len(chosen)} killed")
     return int(killed < len(chosen) or bool(sound.result()))
