@@ -5,7 +5,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,35 @@ VALIDATION_BYTES = 1024  # of each validation document that a reading during tra
 VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
+@dataclass(slots=True)
+class _Prepared:
+    """A training that is ready for its first step.
+
+    Attributes:
+        own: How the model is to be read; None for a classifier.
+        text: Batches of data alone; `batches` are partly written by the student where it writes.
+        num_rows: Windows, or examples, of one epoch.
+        trained: What is optimised: the model, and projections of hidden states where there are any.
+        active: Share of the parameters that a token meets.
+        said: What there is to tell of how FLOPs are counted and logits made.
+        frozen: A hash of the teacher's parameters before the first step.
+    """
+
+    model: Any
+    tokenizer: Any
+    own: Examined | None
+    teacher: Teacher | None
+    objective: Objective
+    text: Batches
+    batches: Batches
+    num_rows: int
+    trained: Any
+    flops: StepFlops
+    active: Value
+    said: list[str | None]
+    frozen: str | None
+
+
 def run_training(
     stage: TrainingOverrides,
     inputs: Mapping[str, Artifact],
@@ -109,27 +138,69 @@ def run_training(
             checkpoint_activations(model, f"{where}.activation_checkpointing")
         refuse_not_finite(model, *_start_of(stage, ctx))
     if settings.steps == 0:
-        with ctx.clock.phase("checkpoint"):
-            if quantized_by(model.config) is not None:  # not every library can write what it reads
-                copy_model(inputs[MODEL].path, ctx.out)
-            else:
-                save(model)
-        return Output(
-            counts=_no_counts(), existing=True, notes=(f"{ctx.stage}: 0 steps, used as it is",)
-        )
+        return _as_it_is(model, save, inputs, ctx)
+    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, ctx)
+    choice = None
+    if ready.objective.precision is Precision.auto:
+        choice = _chosen(stage, ready.trained, ready.objective, ready.batches, settings, ctx)
+        ready.objective.precision = choice.precision
+    validate = validation_reading(model, tokenizer, settings, ready.objective.precision, ctx)
+    head = None
+    if distill is not None:
+        _check_teaches(distill, ready, validate, settings, ctx)
+        key = f"stages.{ctx.stage}.head"
+        head = choose_head(key, distill.head, ready.objective, ready.text, settings)
+    if settings.compile:
+        with ctx.clock.phase("compile"):
+            model.compile()
+    progress, timeline = _loop(ready, validate, settings, ctx)
+    share = _share_of_teacher(distill, ready, settings, ctx)
+    with ctx.clock.phase("checkpoint"):
+        if ready.teacher is not None and parameter_hash(ready.teacher.model) != ready.frozen:
+            raise StageFailed("the teacher's parameters changed while the student trained")
+        save(model)
+    output = _output(progress, ready.objective, distill, share, ready.flops, ready.active)
+    # what a step of the same stage without a teacher takes: those of text
+    if isinstance(ready.batches, PartlySampled):
+        per_step = ready.flops.own_per_step(ready.text, settings.steps)
+        output = replace(output, flops_per_step=per_step)
+    output = ready.flops.told(output, progress.flops)
+    said = (*ready.said, choice, head, _epochs_said(settings, ready.num_rows, ctx))
+    notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
+    about = {} if choice is None else {"precision": choice.about}
+    return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+
+
+def _as_it_is(
+    model: Any, save: Callable[[Any], None], inputs: Mapping[str, Artifact], ctx: Context
+) -> Output:
+    """Leave the model as it was given in `ctx.out`."""
+    with ctx.clock.phase("checkpoint"):
+        if quantized_by(model.config) is not None:  # not every library can write what it reads
+            copy_model(inputs[MODEL].path, ctx.out)
+        else:
+            save(model)
+    notes = (f"{ctx.stage}: 0 steps, used as it is",)
+    return Output(counts=_no_counts(), existing=True, notes=notes)
+
+
+def _prepare(
+    stage: TrainingOverrides,
+    distill: DistillSettings | None,
+    completions: str | None,
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Artifact],
+    settings: TrainingConfig,
+    ctx: Context,
+) -> _Prepared:
+    """Lay out batches, teacher and objective; `settings.steps` follows from epochs from here on."""
     teacher = None
     if distill is not None and distill.cache is None:
         teacher = load_teacher(distill, inputs, tokenizer, ctx)
-    precision = training_precision(stage, ctx.run)
     with ctx.clock.phase("prepare"):
         own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
-        if teacher is not None and own is not None:
-            of_teacher = examine(teacher.model, ctx.device)
-            teacher = replace(
-                teacher, masked=of_teacher.masked, head=of_teacher.head, packs=of_teacher.packs
-            )
-        if teacher is not None:
-            round_weights(teacher.model, teacher.precision)
+        teacher = None if teacher is None else _examined(teacher, own, ctx)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=completions)
         text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
         num_rows = text.num_rows
@@ -142,7 +213,7 @@ def run_training(
         objective = Objective(
             model,
             ctx.run.task,
-            precision,
+            training_precision(stage, ctx.run),
             ctx.device,
             ctx.clock,
             signal,
@@ -161,31 +232,57 @@ def run_training(
                 )
         # before it is compiled: counting would slow it
         counted = ModelFlops.of(model, ctx.run.task, backward=True)
-        flops = StepFlops.counted(objective, counted)
-        active = counted.active_share(model)
         said = [doubt(counted, model, ctx.run.task, settings.sequence_length), counted.said(model)]
         if own is not None:
             rows = settings.batch_size // settings.gradient_accumulation
             said += objective.full_logits(rows * settings.sequence_length)
-        frozen = None if teacher is None else parameter_hash(teacher.model)
-    trained = model if objective.hidden is None else WithProjections(model, objective.hidden)
-    choice = None
-    if precision is Precision.auto:
-        choice = _chosen(stage, trained, objective, batches, settings, ctx)
-        precision = objective.precision = choice.precision
-    validate = validation_reading(model, tokenizer, settings, precision, ctx)
-    if teacher is not None and distill is not None and not distill.allow_weak_teacher:
-        with ctx.clock.phase("eval"):
-            theirs = validation_reading(
-                teacher.model, tokenizer, settings, teacher.precision, ctx
-            )()
-            check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], theirs, validate())
-    head = None
-    if distill is not None:
-        head = choose_head(f"stages.{ctx.stage}.head", distill.head, objective, text, settings)
-    if settings.compile:
-        with ctx.clock.phase("compile"):
-            model.compile()
+        hidden = objective.hidden
+        return _Prepared(
+            model=model,
+            tokenizer=tokenizer,
+            own=own,
+            teacher=teacher,
+            objective=objective,
+            text=text,
+            batches=batches,
+            num_rows=num_rows,
+            trained=model if hidden is None else WithProjections(model, hidden),
+            flops=StepFlops.counted(objective, counted),
+            active=counted.active_share(model),
+            said=said,
+            frozen=None if teacher is None else parameter_hash(teacher.model),
+        )
+
+
+def _examined(teacher: Teacher, own: Examined | None, ctx: Context) -> Teacher:
+    """Return the teacher, rounded to its precision, with how it is to be read."""
+    if own is not None:
+        found = examine(teacher.model, ctx.device)
+        teacher = replace(teacher, masked=found.masked, head=found.head, packs=found.packs)
+    round_weights(teacher.model, teacher.precision)
+    return teacher
+
+
+def _check_teaches(
+    distill: DistillSettings,
+    ready: _Prepared,
+    validate: Callable[[], float],
+    settings: TrainingConfig,
+    ctx: Context,
+) -> None:
+    """Refuse a live teacher that is no better than the student's start, unless that is allowed."""
+    teacher = ready.teacher
+    if teacher is None or distill.allow_weak_teacher:
+        return
+    with ctx.clock.phase("eval"):
+        read = validation_reading(teacher.model, ready.tokenizer, settings, teacher.precision, ctx)
+        check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], read(), validate())
+
+
+def _loop(
+    ready: _Prepared, validate: Callable[[], float], settings: TrainingConfig, ctx: Context
+) -> tuple[Progress, dict[str, Any]]:
+    """Run the one training loop; return how it went, and what the device did meanwhile."""
     with (
         ctx.progress(f"{ctx.stage}", settings.steps) as advance,
         device_phases(ctx.clock, ctx.device) as phases,
@@ -193,7 +290,7 @@ def run_training(
     ):
         hooks = Hooks(
             validate=validate,
-            flops=flops,
+            flops=ready.flops,
             points=ctx.points,
             history=ctx.history,
             checkpointed=ctx.checkpointed,
@@ -204,37 +301,30 @@ def run_training(
             tracer=tracer,
         )
         progress = train(
-            trained,
-            batches,
-            objective,
+            ready.trained,
+            ready.batches,
+            ready.objective,
             settings=settings,
             precision=ctx.run.precision,
             folder=ctx.checkpoints,
             clock=ctx.clock,
             hooks=hooks,
         )
-        timeline = _timeline(phases, tracer, ctx)
-    share = null(NO_TEACHER)
-    if distill is not None:  # no hard label is learnt where all is sampled
-        read = lambda: (
-            1.0 if distill.on_policy == 1 else teachers_share(objective, text, settings, ctx)
-        )
-        share = attempted(
-            lambda: measured(read()), lambda why: null(unmeasured("the teacher's gradient", why))
-        )
-    with ctx.clock.phase("checkpoint"):
-        if teacher is not None and parameter_hash(teacher.model) != frozen:
-            raise StageFailed("the teacher's parameters changed while the student trained")
-        save(model)
-    output = _output(progress, objective, distill, share, flops, active)
-    # what a step of the same stage without a teacher takes: those of text
-    if isinstance(batches, PartlySampled):
-        output = replace(output, flops_per_step=flops.own_per_step(text, settings.steps))
-    output = flops.told(output, progress.flops)
-    about = {} if choice is None else {"precision": choice.about}
-    said = (*said, choice, head, _epochs_said(settings, num_rows, ctx))
-    notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
-    return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+        return progress, _timeline(phases, tracer, ctx)
+
+
+def _share_of_teacher(
+    distill: DistillSettings | None, ready: _Prepared, settings: TrainingConfig, ctx: Context
+) -> Value:
+    """Return the teacher's share of the last gradient."""
+    if distill is None:
+        return null(NO_TEACHER)
+    if distill.on_policy == 1:  # no hard label is learnt where all is sampled
+        return measured(1.0)
+    return attempted(
+        lambda: measured(teachers_share(ready.objective, ready.text, settings, ctx)),
+        lambda why: null(unmeasured("the teacher's gradient", why)),
+    )
 
 
 def _start_of(stage: TrainingOverrides, ctx: Context) -> tuple[str, str]:
