@@ -1,4 +1,4 @@
-"""Small valid results (schema 1) for tests: hours from the worked example of the measurement rules,
+"""Small valid results (schema 2) for tests: hours from the worked example of the measurement rules,
 in minutes.
 
 `make_result("distill")` gives a whole dict; `make_row`, `make_pair`, `value` and `null` its parts.
@@ -33,6 +33,20 @@ DEPENDS = {
     "int8": ["reference"],
     "nf4": ["reference"],
     "student_int8": ["teacher", "student"],
+}
+INPUTS = {
+    "student": {"model": "student_init", "teacher": "teacher"},
+    "int8": {"model": "reference"},
+    "nf4": {"model": "reference"},
+    "student_int8": {"model": "student"},
+}
+BASE_IS = {
+    ("student", "control_compute"): "compute_control",
+    ("student", "control_steps"): "tokens_control",
+    ("student", "teacher"): "teacher",
+    ("int8", "reference"): "source",
+    ("nf4", "reference"): "source",
+    ("student_int8", "student"): "source",
 }
 WORK_MIN = {"teacher": 30, "student": 20, "control_steps": 9, "control_compute": 12}
 """Minutes of work of the worked example; other arms take 10."""
@@ -155,6 +169,8 @@ def make_row(
         "why": None,
         "reused": None,
         "depends_on": DEPENDS.get(arm, []),
+        "inputs": INPUTS.get(arm, {"model": "base"}),
+        "makes": "model",
         "artifact": {
             "path": f"/runs/store/{DIGEST}",
             "kind": "model",
@@ -208,7 +224,8 @@ def make_pair(arm: str, base: str, **measures: Any) -> dict[str, Any]:
         "serving": None,
         "payback": None,
     }
-    return {"arm": arm, "base": base, "on": list(measures), **empty, **measures}
+    names = {"arm": arm, "base": base, "base_is": BASE_IS.get((arm, base))}
+    return {**names, "on": list(measures), **empty, **measures}
 
 
 def make_pairs(recipe: str) -> list[dict[str, Any]]:
@@ -306,7 +323,7 @@ def make_result(recipe: str = "distill", *, gpu: bool = False, **changes: Any) -
         "status": "FINISHED",
         "why": None,
         "primary_arm": PRIMARY[recipe],
-        "conclusion": "",
+        "conclusion": {"verdict": "", "answers": []},
         "device": (
             {"kind": "cuda", "name": "NVIDIA H200", "count": 1}
             if gpu

@@ -412,11 +412,9 @@ def cached_result() -> dict[str, Any]:
 def test_the_report_says_why_a_cache_has_no_figures_and_counts_its_flops_for_the_student() -> None:
     result = cached_result()
     jsonschema.validate(result, RESULT_SCHEMA)
-    assert conclude(result).startswith(
-        "Given the same FLOPs without a teacher (control_compute), the same model"
-    )
+    assert conclude(result)["answers"][0].startswith("Given the same FLOPs without a teacher (")
     result["rows"][2]["depends_on"] = ["teacher"]
-    assert conclude(result).startswith("Given 1.6x the FLOPs without a teacher")
+    assert conclude(result)["answers"][0].startswith("Given 1.6x the FLOPs without a teacher")
     for text in (closing_table(cached_result()), markdown(cached_result())):
         assert "a teacher cache is no model: it has no quality and serves nothing" in " ".join(
             text.split()

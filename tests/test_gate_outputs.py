@@ -34,7 +34,7 @@ from pipeline.report.conclusion import conclude
 from pipeline.report.github import annotation, outputs, summary, tell_github
 from pipeline.report.junit import junit
 from pipeline.report.markdown import markdown
-from pipeline.report.verdict import markdown_line, verdict_line, verdict_section, verdict_words
+from pipeline.report.verdict import markdown_line, release_conclusion, verdict_line, verdict_section
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 from pipeline.store.verdicts import as_recorded, checksum
 
@@ -190,7 +190,8 @@ def test_the_section_shows_every_criterion_and_both_sides() -> None:
     ],
 )
 def test_the_conclusion_says_what_comes_next(verdict: dict[str, Any], said: str) -> None:
-    assert said in verdict_words(verdict)
+    conclusion = release_conclusion(verdict)
+    assert said in " ".join([conclusion["verdict"], *conclusion["answers"]])
 
 
 def test_names_that_others_chose_stay_text() -> None:
@@ -208,7 +209,7 @@ def test_names_that_others_chose_stay_text() -> None:
         junit(verdict),
         outputs(verdict, {}),
         annotation(verdict),
-        verdict_words(verdict),
+        str(release_conclusion(verdict)),
     )
     assert "\x1b" not in "".join(made)
 
@@ -217,10 +218,12 @@ def test_the_report_begins_with_the_line_as_it_is_and_links_nowhere() -> None:
     verdict = make_verdict()
     result = make_result("baseline", verdict=shown_verdict(written(verdict)))
     assert markdown(result).splitlines()[0] == verdict["line"]
-    assert conclude(result).startswith(
-        "Serving passes at +38.2% [+35.1, +41.0] against +5.0%; accuracy passes at -0.3 pt [-0.8,"
-        " +0.2] against -1.0"
-    )
+    said = conclude(result)
+    assert said["verdict"] == "The candidate passes."
+    assert said["answers"][:2] == [
+        "Serving passes at +38.2% [+35.1, +41.0] against +5.0%.",
+        "Accuracy passes at -0.3 pt [-0.8, +0.2] against -1.0 pt.",
+    ]
     for name in ("[1, 2](http://x)", "[x](http://x)", "[1, 2][3]"):
         shown = MarkdownIt("commonmark").render(markdown_line(make_verdict(policy=name)))
         assert "<a" not in shown
@@ -231,14 +234,14 @@ def test_a_report_says_what_came_between_a_verdict_and_its_end() -> None:
     told = shown_verdict(written(make_verdict()))
     assert told is not None
     lost = {**told, "promotion": NOT_PROMOTED}
-    assert "Not promoted: the champion is another by now." in conclude(
-        make_result("baseline", verdict=lost)
-    )
+    said = conclude(make_result("baseline", verdict=lost))["answers"]
+    assert "Not promoted: the champion is another by now." in said
     broken = make_result("baseline", verdict=told, status="FAILED", why="disk full")
-    assert conclude(broken).endswith("The run ended FAILED: disk full.")
+    assert conclude(broken)["answers"][-1] == "The run ended FAILED: disk full."
     rows = [make_row(arm, type="release") for arm in ("baseline", "candidate")]
-    crashed = make_result("baseline", rows=rows, status="FAILED", why="boom")
-    assert conclude(crashed) == "No verdict was come to. The run ended FAILED: boom."
+    crashed = make_result("baseline", rows=rows, status="FAILED", why="boom", is_release_check=True)
+    crash = {"verdict": "No verdict was reached.", "answers": ["The run ended FAILED: boom."]}
+    assert conclude(crashed) == crash
     assert "no ledger" in "\n".join(
         verdict_section({**told, "baseline": {**told["baseline"], "charge": {}}})
     )

@@ -1,11 +1,17 @@
-"""The conclusion: every recipe with better, worse, equal, undecided and null arms."""
+"""The conclusion: a verdict line and one answer a bullet, with better, worse, equal, undecided and
+null arms.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run
+from make_golden import COMMON
 from make_result import (
     ARMS,
     make_pair,
@@ -17,16 +23,25 @@ from make_result import (
     null,
     value,
 )
+from markdown_it import MarkdownIt
 
+from pipeline.ledger.values import from_schema_1
 from pipeline.report.conclusion import conclude, turned
 from pipeline.report.phrases import difference, evidence
+from pipeline.report.text import conclusion_lines, conclusion_markdown
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 NEVER = null("never: not cheaper", unit="token")
 CENSORED = null("censored: not reached in 200 steps", ci=None)
 
 
+def _answers(result: dict[str, Any]) -> str:
+    """Return the answers of a conclusion as one text."""
+    return " ".join(conclude(result)["answers"])
+
+
 def _with(recipe: str, *pairs: dict[str, Any], **changes: Any) -> str:
-    return conclude(make_result(recipe, comparisons=list(pairs), **changes))
+    return _answers(make_result(recipe, comparisons=list(pairs), **changes))
 
 
 def _distill(
@@ -52,15 +67,14 @@ def test_distill_that_lost_to_its_compute_control() -> None:
         make_saving(0.706),
         value(1.2e6, unit="token"),
     )
-    assert (
-        text
-        == "Given the same FLOPs without a teacher (control_compute), the same model reaches 9.1%"
-        " fewer bits per byte than the distilled student (the student's -10%, 90% interval"
-        " -10.4% to -9.6% over 520 test documents); the student's training saving: not"
-        " measurable here: censored: not reached in 200 steps; at equal tokens (control_steps)"
+    assert text == (
+        "Given the same FLOPs without a teacher (the control with equal compute), the same model"
+        " reaches 9.1% fewer bits per byte than the distilled student (the student's -10%, 90%"
+        " interval -10.4% to -9.6% over 520 test documents). Training saving not measurable here:"
+        " censored: not reached in 200 steps. At equal tokens (the control with equal tokens)"
         " distillation adds 2.1% (fewer bits per byte, 90% interval +1.7% to +2.5% over 520 test"
-        " documents); against its teacher, the student needs 10% more bits per byte, serves 3.4x"
-        " cheaper and has paid for itself after 1.2 M tokens; one seed."
+        " documents). Against its teacher, the student needs 10% more bits per byte, serves 3.4x"
+        " cheaper and has paid for itself after 1.2 M tokens. One seed."
     )
 
 
@@ -69,12 +83,12 @@ def test_distill_that_won_against_its_compute_control() -> None:
         make_quality(0.05, "better"), make_quality(-0.03, "worse"), make_saving(-0.12), NEVER
     )
     assert text.startswith(
-        "Given the same FLOPs without a teacher (control_compute), the same model needs 5.3% more"
-        " bits"
+        "Given the same FLOPs without a teacher (the control with equal compute), the same model"
+        " needs 5.3% more bits"
     )
     assert "distillation costs 3% (more bits per byte, 90% interval -3.4% to -2.6% over" in text
     assert "costs 12% more to serve and never pays back (not cheaper)" in text
-    assert "cheaper;" not in text
+    assert "serves" not in text
     assert "paid for itself" not in text
 
 
@@ -83,8 +97,8 @@ def test_distill_undecided_gives_its_intervals() -> None:
     text = _distill(undecided, undecided, make_saving(0.005, half=0.025), value(9e7, unit="token"))
     interval = "quality -0.4%, 90% interval -1.8% to +1%, margin 1%)"
     assert text.startswith(
-        "Given the same FLOPs without a teacher (control_compute), whether the same model does"
-        " better"
+        "Given the same FLOPs without a teacher (the control with equal compute), whether the same"
+        " model does better"
     )
     assert text.count(interval) == 2
     assert f"better than the distilled student is undecided (the student's {interval}" in text
@@ -119,23 +133,30 @@ def test_distill_within_the_margin_of_its_controls() -> None:
     )
     assert expected in text
     assert (
-        "at equal tokens (control_steps) distillation changes nothing beyond the margin of 1%"
-        in text
+        "At equal tokens (the control with equal tokens) distillation changes nothing beyond the"
+        " margin of 1%" in text
     )
     assert "serves 10% cheaper and pays back from the first token" in text
 
 
-@pytest.mark.parametrize("side", ["control_compute", "student", "control_steps"])
-def test_a_missing_arm_is_named_once_with_its_reason(side: str) -> None:
+@pytest.mark.parametrize(
+    ("side", "role"),
+    [
+        ("control_compute", "the control with equal compute"),
+        ("student", "the student"),
+        ("control_steps", "the control with equal tokens"),
+    ],
+)
+def test_a_missing_arm_is_named_once_with_its_reason(side: str, role: str) -> None:
     rows = [
         make_row(arm) if arm != side else make_unfinished(arm, "FAILED", "diverged")
         for arm in ARMS["distill"]
     ]
-    text = conclude(make_result("distill", rows=rows))
-    assert text.count(f"{side} FAILED: diverged") == 1
+    text = _answers(make_result("distill", rows=rows))
+    assert text.count(f"{role} FAILED: diverged") == 1
     assert "not measurable here" in text
     if side != "control_steps":
-        assert text.startswith("student against control_compute: not measurable here:")
+        assert text.startswith("The student against the control with equal compute: not measur")
 
 
 def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
@@ -143,9 +164,9 @@ def test_a_control_with_other_flops_or_tokens_is_not_called_equal() -> None:
     rows[2]["ledger"]["counts"]["tokens"] = value(204_800)  # control_steps: half of the student's
     # control_compute: 0.8 of the student's
     rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)
-    text = conclude(make_result("distill", rows=rows))
+    text = _answers(make_result("distill", rows=rows))
     assert text.startswith("Given 0.80x the FLOPs without a teacher")
-    assert "at 0.50x the tokens (control_steps)" in text
+    assert "At 0.50x the tokens (the control with equal tokens)" in text
 
 
 @pytest.mark.parametrize(
@@ -204,7 +225,7 @@ def test_quantize_in_every_sign(
 ) -> None:
     pair = make_pair("int8", "reference", quality=quality, serving=serving, payback=payback)
     text = _with("quantize", pair)
-    assert text.startswith("Against the reference, int8 ")
+    assert text.startswith("Against the unquantized model, int8 ")
     assert expected in text
 
 
@@ -219,7 +240,7 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
     text = _with("full", make_pair("student_int8", "baseline", training=make_saving(0.0, 0.05)))
     assert "is undecided in training cost, teacher and student included (saving" in text
     text = _with("full", make_pair("student_int8", "student", training=make_saving(0.4)))
-    assert "for 40% fewer device-hours;" in text
+    assert "for 40% fewer device-hours." in text
 
 
 @pytest.mark.parametrize(
@@ -227,7 +248,7 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
     [
         (
             make_saving(0.41),
-            "is as good on validation (within the margin) for 41% fewer device-hours;",
+            "is as good on validation (within the margin) for 41% fewer device-hours.",
         ),
         (make_saving(0.41, None), "for 41% fewer device-hours (point estimate, no interval)"),
         (
@@ -243,11 +264,8 @@ def test_a_training_cost_says_which_other_stages_it_holds() -> None:
             make_saving(0.01, 0.05),
             "is undecided in training cost (saving +1%, 90% interval -4% to +6%)",
         ),
-        (
-            CENSORED,
-            "bf16's training saving: not measurable here: censored: not reached in 200 steps",
-        ),
-        (None, "bf16's training saving: not measurable here: not recorded"),
+        (CENSORED, "Training saving not measurable here: censored: not reached in 200 steps"),
+        (None, "Training saving not measurable here: not recorded"),
     ],
 )
 def test_mixed_precision_in_every_sign(training: dict[str, Any] | None, expected: str) -> None:
@@ -266,7 +284,7 @@ def test_skipped_precisions_are_named_with_their_reason() -> None:
         make_unfinished("tf32", "SKIPPED", "no TF32 on this device"),
         make_unfinished("fp16", "KILLED", "preempted"),
     ]
-    text = conclude(make_result("mixed_precision", rows=rows))
+    text = _answers(make_result("mixed_precision", rows=rows))
     assert (
         "tf32 against fp32: not measurable here: tf32 was skipped: no TF32 on this device" in text
     )
@@ -278,13 +296,13 @@ def test_a_skipped_stage_that_no_comparison_speaks_of_is_named() -> None:
     rows = [make_row("fp32"), make_row("bf16"), make_unfinished("fp16", "SKIPPED", "no scaler")]
     pair = make_pair("bf16", "fp32", quality=make_quality(0.001, "equal"))
     assert _with("mixed_precision", pair, rows=rows).endswith(
-        "one seed. fp16 was skipped: no scaler."
+        "fp16 was skipped: no scaler. One seed."
     )
 
 
-def test_full_says_each_arm_against_the_baseline_once() -> None:
-    text = conclude(make_result("full"))
-    assert text.count("gainst the baseline") == 1
+def test_full_says_each_arm_against_its_base() -> None:
+    text = _answers(make_result("full"))
+    assert text.count("Against baseline, ") == 3
     for part in (
         "the teacher keeps",
         "for 41% fewer",
@@ -295,18 +313,16 @@ def test_full_says_each_arm_against_the_baseline_once() -> None:
         assert part in text
 
 
-def test_every_clause_has_its_base_where_the_one_before_did_not_name_it() -> None:
+def test_every_comparison_is_an_answer_of_its_own_with_its_base() -> None:
     unmeasured = make_pair("int8", "reference", serving=null("no counter", ci=None))
     nf4 = make_pair("nf4", "reference", serving=make_saving(0.3))
-    assert "; against the reference, nf4 serves 30% cheaper" in _with("quantize", unmeasured, nf4)
-    rows = [
-        make_row("fp32"),
-        make_row("bf16"),
-        make_row("tf32"),
-        make_unfinished("fp16", "FAILED", "diverged"),
+    said = conclude(make_result("quantize", comparisons=[unmeasured, nf4]))
+    assert said["answers"] == [
+        "int8 against the unquantized model: serving saving not measurable here: no counter.",
+        "Against the unquantized model, nf4 serves 30% cheaper.",
+        "One seed.",
     ]
-    pairs = [make_pair(arm, "fp32", training=make_saving(0.4)) for arm in ("bf16", "fp16", "tf32")]
-    assert "diverged; against fp32, tf32 is as good" in _with("mixed_precision", *pairs, rows=rows)
+    assert said["verdict"] == "int8 could not be compared in serving cost."
 
 
 def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
@@ -316,16 +332,17 @@ def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
     text = _with(
         "quantize", rows=[make_row("reference"), make_unfinished("int8", "FAILED", "no kernel")]
     )
-    assert text == "int8: not measurable here: it FAILED: no kernel; one seed."
+    assert text == "int8: not measurable here: it FAILED: no kernel. One seed."
 
 
 def test_baseline_states_cost_and_quality() -> None:
-    assert (
-        conclude(make_result("baseline"))
-        == "The baseline reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test"
-        " split; it took 12.0 min of device time on 1 CPU host and 410 k tokens of training; one"
-        " seed."
-    )
+    said = conclude(make_result("baseline"))
+    assert said["verdict"] == "The model reaches 2.200 bits per byte."
+    assert said["answers"] == [
+        "The model reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test split.",
+        "It took 12.0 min of device time on 1 CPU host and 410 k tokens of training.",
+        "One seed.",
+    ]
 
 
 def test_baseline_with_nulls_gives_their_reasons() -> None:
@@ -333,15 +350,15 @@ def test_baseline_with_nulls_gives_their_reasons() -> None:
         "baseline", quality={"accuracy": null("no test split", ci=None, n=None, items=None)}
     )
     row["ledger"]["device_hours"]["attached"] = null("the clock stopped")
-    text = conclude(make_result("baseline", rows=[row]))
+    text = _answers(make_result("baseline", rows=[row]))
     assert "has no accuracy: not measurable here: no test split" in text
-    assert "its cost: not measurable here: the clock stopped" in text
+    assert "Its cost: not measurable here: the clock stopped" in text
 
 
 def test_a_reused_baseline_is_not_free() -> None:
-    text = conclude(make_result("baseline", rows=[make_row("baseline", reused="abc123")]))
+    text = _answers(make_result("baseline", rows=[make_row("baseline", reused="abc123")]))
     assert (
-        "it took 12.0 min of device time on 1 CPU host and 410 k tokens of training in run abc123,"
+        "It took 12.0 min of device time on 1 CPU host and 410 k tokens of training in run abc123,"
         " now reused" in text
     )
 
@@ -402,7 +419,7 @@ def test_an_existing_model_leaves_the_saving_of_new_spending() -> None:
     training = null("existing model", ci=None, new_spend_saving=value(0.4, "derived"))
     text = _with("full", make_pair("student", "baseline", training=training))
     assert text.startswith(
-        "student against baseline: training saving: not measurable here: existing model"
+        "The student against baseline: training saving not measurable here: existing model"
     )
     assert "(counting new spending alone it saves 40%)" in text
     training["new_spend_saving"] = value(-0.4, "derived")
@@ -413,15 +430,15 @@ def test_an_existing_model_leaves_the_saving_of_new_spending() -> None:
 
 def test_seeds_are_counted_once() -> None:
     rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ARMS["distill"]]
-    text = conclude(make_result("distill", rows=rows))
-    assert text.endswith("; 2 seeds.")
-    assert conclude(make_result("distill")).count("one seed") == 1
+    text = _answers(make_result("distill", rows=rows))
+    assert text.endswith(" 2 seeds.")
+    assert _answers(make_result("distill")).count("One seed") == 1
 
 
 def test_a_seed_that_failed_is_named_beside_the_one_that_did_not() -> None:
     rows = [make_row("baseline"), make_unfinished("baseline", "FAILED", "diverged", seed=1)]
-    assert conclude(make_result("baseline", rows=rows)).endswith(
-        "one seed. baseline of seed 1 FAILED: diverged."
+    assert _answers(make_result("baseline", rows=rows)).endswith(
+        "The model of seed 1 FAILED: diverged. One seed."
     )
 
 
@@ -433,43 +450,44 @@ def test_a_retried_stage_is_not_called_missing_and_its_cost_is_all_it_took() -> 
         "artifact": None,
         "quality": {},
     }
-    text = conclude(make_result("baseline", rows=[failed, make_row("baseline", attempt=2)]))
+    text = _answers(make_result("baseline", rows=[failed, make_row("baseline", attempt=2)]))
     assert "diverged" not in text
-    alone = conclude(make_result("baseline", rows=[make_row("baseline")]))
-    taken = [float(re.search(r"it took ([\d.]+) min", said).group(1)) for said in (text, alone)]  # type: ignore[union-attr]
+    alone = _answers(make_result("baseline", rows=[make_row("baseline")]))
+    taken = [float(re.search(r"It took ([\d.]+) min", said).group(1)) for said in (text, alone)]  # type: ignore[union-attr]
     assert taken[0] == pytest.approx(2 * taken[1])
 
 
 @pytest.mark.parametrize("recipe", list(ARMS))
 def test_nothing_is_claimed_where_nothing_finished(recipe: str) -> None:
     rows = [make_unfinished(arm, "SKIPPED", "no device") for arm in ARMS[recipe]]
-    text = conclude(make_result(recipe, rows=rows))
-    assert text.startswith("No stage finished, so nothing can be said about cost or quality. ")
+    said = conclude(make_result(recipe, rows=rows))
+    text = " ".join([said["verdict"], *said["answers"]])
+    assert said["verdict"] == ("No stage finished, so nothing can be said about cost or quality.")
     assert "%" not in text
-    assert all(f"{arm} was skipped: no device" in text for arm in ARMS[recipe])
+    assert text.count("was skipped: no device") == len(ARMS[recipe])
 
 
 def test_a_reason_that_ended_the_run_is_said_once() -> None:
     rows = [make_unfinished("baseline", "FAILED", "data.path: no such file")]
-    text = conclude(
+    text = _answers(
         make_result("baseline", rows=rows, status="FAILED", why="data.path: no such file")
     )
-    assert text.endswith("baseline FAILED: data.path: no such file. The run ended FAILED.")
-    text = conclude(make_result("baseline", rows=rows, status="FAILED", why="disk full"))
+    assert text.endswith("The model FAILED: data.path: no such file. The run ended FAILED.")
+    text = _answers(make_result("baseline", rows=rows, status="FAILED", why="disk full"))
     assert text.endswith(
-        "baseline FAILED: data.path: no such file. The run ended FAILED: disk full."
+        "The model FAILED: data.path: no such file. The run ended FAILED: disk full."
     )
 
 
 def test_a_run_that_ended_early_says_so() -> None:
-    text = conclude(make_result("distill", rows=[], status="KILLED", why="budget spent"))
+    text = _answers(make_result("distill", rows=[], status="KILLED", why="budget spent"))
     assert text.endswith("The run ended KILLED: budget spent.")
 
 
 def test_a_comparison_with_the_given_model_needs_no_row_of_it() -> None:
     pair = make_pair("reference", "base", quality=make_quality(0.05, "better"))
     assert _with("quantize", pair).startswith(
-        "Against base, the reference reaches 5% fewer bits per byte"
+        "Against the given model, reference reaches 5% fewer bits per byte"
     )
 
 
@@ -483,7 +501,7 @@ def test_hostile_names_and_reasons_stay_on_one_line() -> None:
     assert len(text) < 500
 
 
-KEPT = {"as": "teacher", "why": "nothing holds the tolerance"}
+KEPT = {"as": "teacher", "why": "nothing is within the tolerance"}
 
 
 def test_a_model_that_stays_as_it_is_is_compared_with_nothing() -> None:
@@ -495,10 +513,12 @@ def test_a_model_that_stays_as_it_is_is_compared_with_nothing() -> None:
         make_row("nf4"),
         make_row("int8", unchanged=KEPT, quantization=None),
     ]
-    text = _with("quantize", *pairs, rows=rows)
-    assert text.startswith(
-        "No format pays: int8 stays as the teacher is (nothing holds the tolerance); int8 reaches 2"
+    said = conclude(make_result("quantize", comparisons=pairs, rows=rows))
+    assert said["verdict"] == (
+        "No format pays: int8 stays as teacher is (nothing is within the tolerance)."
     )
+    assert said["answers"][0].startswith("int8 reaches 2.2")
+    text = " ".join(said["answers"])
     assert "38%" not in text
     assert "gainst" not in text
 
@@ -507,15 +527,15 @@ def test_other_arms_are_compared_beside_a_model_that_stays_as_it_is() -> None:
     pairs = [make_pair(arm, "reference", serving=make_saving(0.38)) for arm in ("int8", "nf4")]
     rows = [
         make_row("reference"),
-        make_row("nf4"),
-        make_row("int8", unchanged={**KEPT, "as": "reference"}),
+        make_row("int8"),
+        make_row("nf4", unchanged={**KEPT, "as": "reference"}),
     ]
     text = _with("quantize", *pairs, rows=rows)
     assert text.startswith(
-        "No format pays: int8 stays as the reference is (nothing holds the tolerance); against"
+        "No format pays: nf4 stays as the unquantized model is (nothing is within the tolerance)."
+        " Against the unquantized model, int8 serves 38% cheaper."
     )
-    assert "nf4 serves 38% cheaper" in text
-    assert "int8 serves" not in text
+    assert "nf4 serves" not in text
 
 
 def test_a_model_that_stays_as_it_is_in_one_seed_is_said_to() -> None:
@@ -523,23 +543,225 @@ def test_a_model_that_stays_as_it_is_in_one_seed_is_said_to() -> None:
     rows[-1]["unchanged"] = {**KEPT, "as": "reference"}
     text = _with("quantize", make_pair("int8", "reference", serving=make_saving(0.2)), rows=rows)
     assert text.startswith(
-        "No format pays: int8 of seed 1 stays as the reference is (nothing holds the tolerance); "
+        "No format pays: int8 of seed 1 stays as the unquantized model is (nothing is within the"
+        " tolerance). "
     )
     assert "int8 serves 20% cheaper" in text
 
 
-def test_a_rung_that_found_nothing_is_no_conclusion() -> None:
+def test_a_fallback_that_found_nothing_is_no_conclusion() -> None:
     rows = [
         make_row("reference"),
         make_row("int8/search", type="quantize", unchanged=KEPT),
         make_row("int8"),
     ]
-    assert "No format pays" not in _with("quantize", rows=rows)
+    said = conclude(make_result("quantize", rows=rows))
+    assert "No format pays" not in " ".join([said["verdict"], *said["answers"]])
 
 
-def test_without_comparisons_quality_and_cost_follow() -> None:
-    rows = [make_row("reference"), make_row("int8", unchanged={**KEPT, "as": "reference"})]
-    text = _with("quantize", rows=rows)
-    assert text.startswith(
-        "No format pays: int8 stays as the reference is (nothing holds the tolerance); int8 reaches"
+# -- the verdict line -----------------------------------------------------------------------------
+def _verdict(recipe: str, *pairs: dict[str, Any], **changes: Any) -> str:
+    return conclude(make_result(recipe, comparisons=list(pairs), **changes))["verdict"]
+
+
+def _student(**measures: Any) -> dict[str, Any]:
+    return make_pair("student", "teacher", **measures)
+
+
+def _compute(quality: dict[str, Any]) -> dict[str, Any]:
+    return make_pair("student", "control_compute", quality=quality)
+
+
+EQUAL = make_quality(0.002, "equal")
+UNDECIDED = make_quality(0.001, "undecided", half=0.02)
+
+
+@pytest.mark.parametrize(
+    ("quality", "said"),
+    [
+        (EQUAL, ", but plain training with the same compute does as well."),
+        (make_quality(-0.1, "worse"), ", but plain training with the same compute does better."),
+        (make_quality(0.1, "better"), ", and plain training with the same compute does worse."),
+        (
+            UNDECIDED,
+            ", but whether plain training with the same compute does as well is undecided.",
+        ),
+        (
+            {"bits_per_byte": null("no test split", ci=None)},
+            ", but it could not be compared with plain training with the same compute.",
+        ),
+    ],
+)
+def test_the_verdict_says_what_the_same_compute_would_have_bought(
+    quality: dict[str, Any], said: str
+) -> None:
+    teacher = _student(quality=EQUAL, serving=make_saving(0.45))
+    start = "The student serves 45% cheaper than its teacher at equal quality"
+    assert _verdict("distill", _compute(quality), teacher) == start + said
+
+
+def test_the_verdict_says_that_a_control_is_missing_or_had_other_compute() -> None:
+    pairs = _compute(EQUAL), _student(quality=EQUAL, serving=make_saving(0.45))
+    rows = [make_row(arm) for arm in ARMS["distill"]]
+    rows[3]["ledger"]["counts"]["model_flops"] = value(8e12)
+    said = _verdict("distill", *pairs, rows=rows)
+    assert said.endswith(", but plain training with 0.80x the compute does as well.")
+    rows[3] = make_unfinished("control_compute", "FAILED", "diverged")
+    pairs[0]["quality"] = {}
+    said = _verdict("distill", *pairs, rows=rows)
+    assert said.endswith(
+        "at equal quality, but it could not be compared with plain training with the same compute."
     )
+
+
+@pytest.mark.parametrize(
+    ("measures", "said"),
+    [
+        (
+            {"quality": UNDECIDED, "serving": make_saving(0.01, half=0.05)},
+            "is undecided in serving cost against its teacher with its quality undecided",
+        ),
+        (
+            {"quality": make_quality(-0.1, "worse"), "serving": make_saving(-0.12)},
+            "costs 12% more to serve than its teacher at worse quality (10% more bits per byte)",
+        ),
+        (
+            {"quality": make_quality(0.1, "better"), "serving": make_saving(-2.4, None)},
+            "costs 3.4x as much to serve as its teacher (point estimate) at better quality (10%"
+            " fewer bits per byte)",
+        ),
+        (
+            {"serving": {**make_saving(0.706), "disturbed": ["load 9"]}},
+            "serves 3.4x cheaper than its teacher (read on a disturbed machine)",
+        ),
+        (
+            {"quality": {"bits_per_byte": null("no split", ci=None)}, "serving": make_saving(0.2)},
+            "serves 20% cheaper than its teacher with its quality not measurable here",
+        ),
+        (
+            {"quality": EQUAL, "serving": null("no counter", ci=None)},
+            "could not be compared in serving cost at equal quality",
+        ),
+        ({"quality": EQUAL}, "is as good as its teacher"),
+        ({"quality": UNDECIDED}, "is undecided in quality against its teacher"),
+        ({"quality": make_quality(-0.1, "worse")}, "needs 10% more bits per byte than its teacher"),
+    ],
+)
+def test_the_verdict_in_every_sign(measures: dict[str, Any], said: str) -> None:
+    assert _verdict("distill", _student(**measures)) == f"The student {said}."
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (make_saving(0.41), "bf16 needs 41% fewer device-hours than fp32"),
+        (make_saving(-0.12), "bf16 needs 12% more device-hours than fp32"),
+        (make_saving(-2.4), "bf16 needs 3.4x as many device-hours as fp32"),
+        (make_saving(0.0, None), "bf16 needs as many device-hours as fp32 (point estimate)"),
+        (make_saving(0.01, 0.05), "bf16 is undecided in training cost against fp32"),
+        (CENSORED, "bf16 could not be compared in training cost"),
+    ],
+)
+def test_the_verdict_on_training_in_every_sign(training: dict[str, Any], said: str) -> None:
+    pair = make_pair("bf16", "fp32", quality=EQUAL, training=training)
+    assert _verdict("mixed_precision", pair).startswith(f"{said} at equal quality")
+
+
+def test_the_verdict_reads_a_format_against_sixteen_bits_and_its_quality_against_its_source() -> (
+    None
+):
+    best = {**make_pair("int8", "bf16", serving=make_saving(0.2)), "base_is": "best_16_bit"}
+    source = make_pair("int8", "reference", quality=EQUAL, serving=make_saving(0.5))
+    rows = [make_row(arm) for arm in (*ARMS["quantize"], "bf16")]
+    assert _verdict("quantize", source, best, rows=rows) == (
+        "int8 serves 20% cheaper than the best 16-bit form of the same model at equal quality."
+    )
+    other = make_pair("int8", "nf4", quality=make_quality(0.1, "better"))
+    assert _verdict("quantize", other, best, rows=rows).endswith(
+        "at better quality than nf4 (10% fewer bits per byte)."
+    )
+
+
+def test_the_verdict_of_an_arm_or_a_base_that_is_missing() -> None:
+    rows = [make_row("fp32"), make_unfinished("bf16", "SKIPPED", "no BF16 here")]
+    pair = make_pair("bf16", "fp32", quality=EQUAL)
+    said = _verdict("mixed_precision", pair, rows=rows)
+    assert said == "The question is not answered: bf16 was skipped."
+    rows = [make_row("bf16"), make_unfinished("fp32", "FAILED", "diverged")]
+    said = _verdict("mixed_precision", pair, rows=rows)
+    assert said == "The question is not answered: fp32 is missing."
+
+
+def test_the_verdict_of_a_model_without_quality() -> None:
+    row = make_row("baseline", quality={"accuracy": null("no test split", ci=None)})
+    said = _verdict("baseline", rows=[row])
+    assert said == "The model is trained, but its accuracy could not be measured."
+
+
+def test_a_conclusion_of_schema_1_is_read_as_a_verdict() -> None:
+    old = make_result(schema=1, conclusion="int8 serves 20% cheaper; one seed.")
+    assert from_schema_1(old)["conclusion"] == {
+        "verdict": "int8 serves 20% cheaper; one seed.",
+        "answers": [],
+    }
+    assert from_schema_1(make_result())["conclusion"] == make_result()["conclusion"]
+
+
+def test_a_conclusion_is_a_paragraph_and_a_list_on_a_terminal_and_in_markdown() -> None:
+    said = {"verdict": "word " * 20 + "end.", "answers": ["an *answer* " * 10, "# One seed."]}
+    lines = conclusion_lines(said, 80)
+    assert [line[:2] for line in lines] == ["wo", "wo", "- ", "  ", "- "]
+    assert max(map(len, lines)) <= 80
+    shown = MarkdownIt("commonmark").render(conclusion_markdown(said))
+    assert shown.count("<p>") == 1
+    assert shown.count("<li>") == 2
+    assert "<em>" not in shown
+    assert "<h1>" not in shown
+
+
+# -- names ----------------------------------------------------------------------------------------
+OTHER_NAMES = {
+    "teacher": "sage",
+    "student": "small",
+    "control_steps": "alone_a",
+    "control_compute": "alone_b",
+}
+
+
+def _renamed(record: Any, names: dict[str, str]) -> Any:
+    """Return a record in which every text that is the name of an arm is another."""
+    if isinstance(record, dict):
+        return {
+            key: each if key == "base_is" else _renamed(each, names) for key, each in record.items()
+        }
+    if isinstance(record, list):
+        return [_renamed(each, names) for each in record]
+    return names.get(record, record) if isinstance(record, str) else record
+
+
+@pytest.mark.parametrize("missing", [None, *ARMS["distill"]])
+def test_a_conclusion_goes_by_roles_whatever_arms_are_called(missing: str | None) -> None:
+    rows = [
+        make_row(arm) if arm != missing else make_unfinished(arm, "FAILED", "diverged")
+        for arm in ARMS["distill"]
+    ]
+    result = make_result("distill", rows=rows)
+    assert conclude(_renamed(result, OTHER_NAMES)) == conclude(result)
+
+
+def test_a_recipe_with_other_names_for_its_arms_has_the_same_conclusion(tmp_path: Path) -> None:
+    """The recipe is copied, and run; its result is told again under the names of the original."""
+    recipe = (RECIPES / "distill.yaml").read_text()
+    for old, new in OTHER_NAMES.items():
+        recipe = re.sub(rf"\b{old}\b(?!: [$a-z_]+[,}}])", new, recipe)
+    (tmp_path / "mine.yaml").write_text(recipe)
+    more = ["stages.sage.steps=6", f"--recipe-dir={tmp_path}"]
+    done = run(tmp_path, "recipe=mine", *COMMON, *more)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "mlruns/latest/result.json").read_text())
+    assert {row["arm"] for row in result["rows"]} == set(OTHER_NAMES.values())
+    back = {new: old for old, new in OTHER_NAMES.items()}
+    said = json.dumps(result["conclusion"])
+    assert not any(re.search(rf"\b{name}\b", said) for name in OTHER_NAMES.values())
+    assert conclude(_renamed(result, back)) == result["conclusion"]
+    assert "plain training with" in result["conclusion"]["verdict"]

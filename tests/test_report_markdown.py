@@ -81,7 +81,7 @@ def test_question_and_conclusion_come_first(recipe: str) -> None:
     assert paragraphs[:3] == [
         f"{recipe}: FINISHED",
         "Question. is it worth it?",
-        f"Conclusion. {conclude(result)}",
+        f"Conclusion. {conclude(result)['verdict']}",
     ]
 
 
@@ -379,7 +379,7 @@ def test_a_stage_that_failed_before_anything_was_measured_is_named_with_its_reas
         "nothing",
         "no phase recorded",
     ]
-    assert "teacher FAILED: data.path: holds chats. The run ended FAILED." in text
+    assert "teacher FAILED: data.path: holds chats." in text
 
 
 def test_the_levels_of_the_intervals_are_stated() -> None:

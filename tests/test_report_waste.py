@@ -234,8 +234,9 @@ def test_every_share_says_what_it_is_of() -> None:
         "  train: import 80% of the command (24.0 min): do more per process"
     )
     said = metered.conclude(result)
-    assert "train took 30.0 min of device time" in said
-    assert said.endswith(", 80% wasted (the meter's own time is not in it).")
+    assert said["verdict"].startswith("train took 30.0 min of device time")
+    assert said["verdict"].endswith(", 80% wasted.")
+    assert said["answers"] == ["The meter's own time is not in it."]
     assert all(line[4].endswith((" of the command", " of the run")) for line in table_body(result))
     gpu = _row({"data_wait": 0.2})
     gpu["ledger"]["gpu_timeline"] = {"idle_launch_gap": value(0.3)}

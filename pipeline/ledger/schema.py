@@ -556,7 +556,15 @@ RESULT_SCHEMA: dict[str, Any] = {
         "why": {"type": ["string", "null"]},
         "primary_arm": {"type": "string"},
         "is_release_check": {"type": "boolean"},
-        "conclusion": {"type": "string"},
+        "conclusion": {
+            "type": "object",
+            "required": ["verdict", "answers"],
+            "additionalProperties": False,
+            "properties": {
+                "verdict": {"type": "string"},
+                "answers": {"type": "array", "items": {"type": "string"}},
+            },
+        },
         "device": {
             "type": "object",
             "required": ["kind", "name", "count"],

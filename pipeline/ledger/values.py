@@ -97,7 +97,7 @@ _SCHEMA_1 = {"v": "value", "prov": "provenance", "why_null": "why_missing"}
 def from_schema_1(record: Any) -> Any:
     """Return a record with every figure in today's form.
 
-    Schema 1 wrote `{"v", "prov", "why_null"}`.
+    Schema 1 wrote `{"v", "prov", "why_null"}`, and a conclusion as one text.
     What is in today's form is returned as it is.
     """
     if isinstance(record, list):
@@ -108,4 +108,6 @@ def from_schema_1(record: Any) -> Any:
     found = {names.get(name, name): from_schema_1(each) for name, each in record.items()}
     if found.get("schema") == 1 and ("rows" in found or "criteria" in found):
         found["schema"] = 2  # a result, or a verdict
+    if isinstance(conclusion := found.get("conclusion"), str) and "rows" in found:
+        found["conclusion"] = {"verdict": conclusion, "answers": []}
     return found

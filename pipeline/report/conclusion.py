@@ -1,20 +1,28 @@
-"""The conclusion: one honest sentence, whichever way the figures came out.
+"""The conclusion: a verdict line, and one bullet an answer, whichever way the figures came out.
 
-Every comparison becomes a clause `against BASE, ARM ...`, made of what its figures say: a decided
-difference, a difference within the margin, "undecided" with its interval, or "not measurable here"
-with the reason. The two controls of distillation have clauses of their own, and `control_compute`
-comes first. Nothing is claimed that is not in `comparisons`; a saving below zero is said as "costs
-12% more".
+`headline.py` writes the verdict line. Each comparison is one answer: `Against BASE, ARM ...`, made
+of what its figures say. A figure is a decided difference, a difference within the margin,
+"undecided" with its interval, or "not measurable here" with the reason. The two controls of
+distillation have sentences of their own, and the one with equal compute comes first. A saving below
+zero reads "costs 12% more". Arms without an artifact and the number of seeds follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.arms import BEST_16_BIT, is_fallback, stage_name
+from pipeline.config.arms import is_fallback, stage_name
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, duration, percent, significant
+from pipeline.report.headline import (
+    figure_of,
+    is_kept,
+    is_null,
+    share_of,
+    stays_as_it_is,
+    verdict_of,
+)
 from pipeline.report.phrases import (
     ARM_INTERVAL,
     QUALITY_WORDS,
@@ -25,7 +33,6 @@ from pipeline.report.phrases import (
     interval,
     margin,
     memory_verbs,
-    never_pays,
     payback_verb,
     quality_verb,
     rests_on,
@@ -33,9 +40,11 @@ from pipeline.report.phrases import (
     signed,
     training_verb,
 )
-from pipeline.report.verdict import verdict_words
+from pipeline.report.roles import CONTROLS, arm_name, arm_word, base_words, subject
+from pipeline.report.verdict import release_conclusion
 from pipeline.report.view import (
     NOT_RECORDED,
+    Conclusion,
     Pair,
     Result,
     Row,
@@ -43,70 +52,46 @@ from pipeline.report.view import (
     device_words,
     finished_row,
     hours_of,
-    is_finished,
     primary_key,
     primary_of,
-    role_word,
     seeds,
     unfinished,
     what_happened,
     why_missing,
 )
 
-_CONTROLS = {
-    "compute_control": "the control with equal compute",
-    "tokens_control": "the control with equal tokens",
-}
-"""What a base is to the arm that it is a control of, in words."""
-_SAME = 0.05
-"""FLOPs or tokens of a control this close to the student's (a fraction) are called equal; else the
-ratio is said.
-"""
 _WHOLE = 0.9
 """Share of the parameters from which on a model is called quantized without saying how much of it
 is.
 """
-_NAME_LIMIT = 60
-"""Characters of an arm's name in a sentence."""
 
 
-def conclude(result: Result) -> str:
-    """Return the conclusion: one sentence, and a second one naming what is missing where something
-    is.
-    """
+def conclude(result: Result) -> Conclusion:
+    """Return the conclusion of a run."""
     if result.get("verdict"):
-        end = _end_of_run(result)
-        return " ".join([verdict_words(result["verdict"]), *([_sentence(end)] if end else [])])
+        said = release_conclusion(result["verdict"])
+        return {**said, "answers": [*said["answers"], *_end_of_run(result)]}
     if result.get("is_release_check"):
-        return " ".join(
-            _sentence(text) for text in ("no verdict was come to", _end_of_run(result)) if text
-        )
-    clauses, explained = _compared(result)
+        return {"verdict": "No verdict was reached.", "answers": _end_of_run(result)}
+    answers, explained = _compared(result)
     found = seeds(result)
-    if not found:
-        clauses, explained = (
-            ["no stage finished, so nothing can be said about cost or quality"],
-            set[str](),
-        )
-    elif not clauses:
-        primary = result["primary_arm"]
-        clauses, explained = (
-            _cost_and_quality(result),
-            ({primary} if why_missing(result, primary) else set[str]()),
-        )
-    clauses = [*_kept(result), *clauses]
-    if found:
-        clauses.append("one seed" if len(found) == 1 else f"{len(found)} seeds")
-    sentences = ["; ".join(clauses), "; ".join(_missing(result, explained)), _end_of_run(result)]
-    return " ".join(_sentence(text) for text in sentences if text)
+    primary = result["primary_arm"]
+    if found and not answers:
+        answers = _cost_and_quality(result)
+        explained = {primary} if why_missing(result, primary) else set[str]()
+    counted = [] if not found else ["one seed" if len(found) == 1 else f"{len(found)} seeds"]
+    answers = [*_kept(result), *answers, *_missing(result, explained), *counted]
+    return {
+        "verdict": verdict_of(result),
+        "answers": [*(_sentence(result, text) for text in answers), *_end_of_run(result)],
+    }
 
 
 def _compared(result: Result) -> tuple[list[str], set[str]]:
-    """Return the clauses of all comparisons, and the arms whose absence they explain."""
-    clauses: list[str] = []
+    """Return an answer per comparison, and the arms whose absence the answers explain."""
+    answers: list[str] = []
     explained: set[str] = set()
-    preface = ""
-    pairs = [pair for pair in result["comparisons"] if not _is_kept(result, pair["arm"])]
+    pairs = [pair for pair in result["comparisons"] if not is_kept(result, pair["arm"])]
     for pair in sorted(pairs, key=lambda pair: pair.get("base_is") != "compute_control"):
         missing = {
             arm: why
@@ -114,95 +99,54 @@ def _compared(result: Result) -> tuple[list[str], set[str]]:
             if (why := why_missing(result, arm)) is not None
         }
         if not missing:
-            said = f"against {_base_words(result, pair)}, "
-            clauses += _clauses(result, pair, "" if said == preface else said)
-            preface = said if _verbs(result, pair) else ""
+            answers += _answer(result, pair)
         elif new := {arm: why for arm, why in missing.items() if arm not in explained}:
-            reasons = ", ".join(f"{_word(result, arm)} {why}" for arm, why in new.items())
-            clauses.append(f"{_pair_words(result, pair)}: not measurable here: {reasons}")
+            reasons = ", ".join(f"{subject(result, arm)} {why}" for arm, why in new.items())
+            answers.append(f"{_pair_words(result, pair)}: not measurable here: {reasons}")
             explained |= set(new)
-            preface = ""
-    return clauses, explained
+    return answers, explained
 
 
 def _kept(result: Result) -> list[str]:
-    """Return a clause for each quantize stage that left its model as it is, in one seed or in
+    """Return an answer for each quantize stage that left its model as it is, in one seed or in
     all.
     """
-    clauses: list[str] = []
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"] if not is_fallback(row["arm"])):
-        kept = [row for row in _done(result, arm) if row.get("unchanged")]
-        if kept:
-            why, source = (
-                one_line(kept[0]["unchanged"]["why"]),
-                one_line(kept[0]["unchanged"]["as"], _NAME_LIMIT),
-            )
-            which = (
-                ""
-                if _is_kept(result, arm)
-                else f" of seed {_listed([str(row['seed']) for row in kept])}"
-            )
-            clauses.append(
-                f"no format pays: {_subject(result, arm)}{which} stays as"
-                f" {_subject(result, source)} is ({why})"
-            )
-    return clauses
-
-
-def _is_kept(result: Result, arm: str) -> bool:
-    """Whether an arm is its source in all seeds: what it and a form of that differ by is no
-    quantization's doing.
-    """
-    done = _done(result, arm)
-    return bool(done) and all(row.get("unchanged") for row in done)
-
-
-def _done(result: Result, arm: str) -> list[Row]:
-    return [row for row in result["rows"] if row["arm"] == arm and is_finished(row)]
-
-
-def _clauses(result: Result, pair: Pair, preface: str) -> list[str]:
-    """Return what one comparison says: a control's clause, the verbs of its arm, the nulls with
-    their reasons.
-
-    `preface` is `against BASE, `, or empty where the clause before speaks of the same base.
-    """
-    clauses = _control_clause(result, pair)
-    if verbs := _verbs(result, pair):
-        clauses.append(
-            f"{preface}{_subject(result, pair['arm'])}{_in_part(result, pair)} {_listed(verbs)}"
-        )
-    context = f"{_subject(result, pair['arm'])}'s " if clauses else f"{_pair_words(result, pair)}: "
-    by_reason: dict[str, list[str]] = {}
-    for what, why in _nulls(pair):
-        by_reason.setdefault(why, []).append(what)
-    return clauses + [
-        f"{context}{_listed(what)}: not measurable here: {why}" for why, what in by_reason.items()
+    return [
+        f"no format pays: {text}"
+        for arm in dict.fromkeys(row["arm"] for row in result["rows"])
+        if not is_fallback(arm)
+        and not (arm == result["primary_arm"] and is_kept(result, arm))  # the verdict says so
+        and (text := stays_as_it_is(result, arm))
     ]
 
 
-def _figure(pair: Pair, measure: str) -> Value | None:
-    """Return the figure that a comparison is read on for one of the measures of `on`."""
-    if measure != "quality":
-        return pair[measure]
-    key = primary_of(pair)
-    return None if key is None else pair["quality"][key]
-
-
-def _is_null(figure: Value | None, measure: str) -> bool:
-    if figure is None:
-        return True
-    return figure["value"] is None and not (measure == "payback" and never_pays(figure))
+def _answer(result: Result, pair: Pair) -> list[str]:
+    """Return what one comparison says: against a control, the verbs of its arm, the nulls with
+    their reasons. Nothing where it was to be read on nothing.
+    """
+    said = _control_sentence(result, pair)
+    if verbs := _verbs(result, pair):
+        who = f"{subject(result, pair['arm'])}{_in_part(result, pair)}"
+        said.append(f"against {base_words(result, pair)}, {who} {_listed(verbs)}")
+    context = "" if said else f"{_pair_words(result, pair)}: "
+    by_reason: dict[str, list[str]] = {}
+    for what, why in _nulls(pair):
+        by_reason.setdefault(why, []).append(what)
+    said += [
+        f"{context}{_listed(what)} not measurable here: {why}" for why, what in by_reason.items()
+    ]
+    first, *more = said or [""]
+    return [". ".join([first, *(f"{text[:1].upper()}{text[1:]}" for text in more)])] if said else []
 
 
 def _verbs(result: Result, pair: Pair) -> list[str]:
     """Return the verb phrases of the arm; quality against a control has a clause of its own."""
     verbs: list[str] = []
     for measure in ("quality", "training", "serving", "payback"):
-        figure = _figure(pair, measure)
-        if measure not in pair["on"] or figure is None or _is_null(figure, measure):
+        figure = figure_of(pair, measure)
+        if measure not in pair["on"] or figure is None or is_null(figure, measure):
             continue
-        if measure == "quality" and pair.get("base_is") not in _CONTROLS:
+        if measure == "quality" and pair.get("base_is") not in CONTROLS:
             verbs.append(quality_verb(primary_of(pair) or "", figure))
         elif measure == "training":
             verbs.append(training_verb(figure, _charged_too(result, pair)))
@@ -220,7 +164,7 @@ def _charged_too(result: Result, pair: Pair) -> list[str]:
     """
     chains = [_chain(result, pair[side]) for side in ("arm", "base")]
     return [
-        _word(result, arm)
+        arm_word(result, arm)
         for arm in chains[0]
         if arm not in chains[1] and stage_name(arm) != pair["arm"]
     ]
@@ -239,8 +183,8 @@ def _nulls(pair: Pair) -> list[tuple[str, str]]:
     """Return (what, reason) of the figures this comparison was to be read on and could not be."""
     found: list[tuple[str, str]] = []
     for measure in ("quality", "training", "serving", "payback"):
-        figure = _figure(pair, measure)
-        if measure in pair["on"] and _is_null(figure, measure):
+        figure = figure_of(pair, measure)
+        if measure in pair["on"] and is_null(figure, measure):
             what = f"{measure} saving" if measure in ("training", "serving") else measure
             found.append(
                 (
@@ -269,16 +213,16 @@ def _new_spend(figure: Value) -> str:
 
 
 # -- the controls of distillation -----------------------------------------------------------------
-def _control_clause(result: Result, pair: Pair) -> list[str]:
-    """Return the clause on quality against one of the two controls, or none for other bases and for
-    nulls.
+def _control_sentence(result: Result, pair: Pair) -> list[str]:
+    """Return the sentence on quality against one of the two controls, or none for other bases and
+    for nulls.
     """
-    key, quality = primary_of(pair), _figure(pair, "quality")
+    key, quality = primary_of(pair), figure_of(pair, "quality")
     if (
-        pair.get("base_is") not in _CONTROLS
+        pair.get("base_is") not in CONTROLS
         or "quality" not in pair["on"]
         or key is None
-        or _is_null(quality, "quality")
+        or is_null(quality, "quality")
     ):
         return []
     assert quality is not None
@@ -293,12 +237,12 @@ def _against_compute(result: Result, pair: Pair, key: str, quality: Value) -> st
     A difference is turned round to speak of the control; a figure in brackets stays as
     `comparisons` has it, and says that it is the student's.
     """
-    given = _share(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
+    given = share_of(result, pair, "model_flops", "the same FLOPs", "the FLOPs")
     start, student = (
         f"given {given} without a teacher (the control with equal compute)",
-        f"the distilled {_word(result, pair['arm'])}",
+        f"the distilled {arm_word(result, pair['arm'])}",
     )
-    whose = f"{_subject(result, pair['arm'])}'s"
+    whose = f"{subject(result, pair['arm'])}'s"
     if answer(quality) == "undecided":
         rests_on = f"{whose} {evidence(key, quality)}"
         return (
@@ -324,10 +268,8 @@ def turned(key: str, advantage: float) -> float:
 
 
 def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
-    start = (
-        f"at {_share(result, pair, 'tokens', 'equal tokens', 'the tokens')} (the control with equal"
-        " tokens)"
-    )
+    tokens = share_of(result, pair, "tokens", "equal tokens", "the tokens")
+    start = f"at {tokens} (the control with equal tokens)"
     if answer(quality) == "undecided":
         return f"{start} what distillation adds is undecided ({evidence(key, quality)})"
     if answer(quality) == "equal":
@@ -348,48 +290,16 @@ def _spread(result: Result, key: str, quality: Value) -> str:
     return f"{interval(quality, in_points=key not in RELATIVE)} over {over}"
 
 
-def _share(result: Result, pair: Pair, name: str, same: str, other: str) -> str:
-    """Return `same`, or how many times the arm's count the control was given where the two
-    differ.
-    """
-    given, meant = (_counted(result, pair[side], name) for side in ("base", "arm"))
-    if not given or not meant or abs(given / meant - 1) <= _SAME:
-        return same
-    return f"{significant(given / meant, 2)}x {other}"
-
-
-def _counted(result: Result, arm: str, name: str) -> float | None:
-    """Return a count of an arm's stage; its FLOPs with those of the capture that it reads, as a
-    live teacher's are.
-    """
-    row = finished_row(result, arm)
-    if row is None:
-        return None
-    read = (
-        [finished_row(result, each) for each in row["depends_on"]] if name == "model_flops" else []
-    )
-    rows = [
-        row,
-        *(
-            each
-            for each in read
-            if each is not None and (each["artifact"] or {}).get("kind") == "teacher_cache"
-        ),
-    ]
-    counts = [each["ledger"]["counts"][name]["value"] for each in rows]
-    return None if None in counts else sum(counts)
-
-
 # -- no comparison, and what is missing -----------------------------------------------------------
 def _cost_and_quality(result: Result) -> list[str]:
     """Return the quality and the cost of the primary arm, for recipes that compare nothing."""
     arm = result["primary_arm"]
     row = finished_row(result, arm)
     if row is None:
-        return [f"{_subject(result, arm)}: not measurable here: it {why_missing(result, arm)}"]
+        return [f"{subject(result, arm)}: not measurable here: it {why_missing(result, arm)}"]
     key = primary_key(result)
     return [
-        f"{_subject(result, row['arm'])} {_quality_level(key, row['quality'].get(key))}",
+        f"{subject(result, row['arm'])} {_quality_level(key, row['quality'].get(key))}",
         _cost(row, result),
     ]
 
@@ -415,7 +325,7 @@ def _cost(row: Row, result: Result) -> str:
     if hours["value"] is None:
         return f"its cost: not measurable here: {one_line(hours['why_missing'])}"
     trained = f" and {count(tokens)} tokens of training" if tokens else ""
-    when = f" in run {one_line(row['reused'], _NAME_LIMIT)}, now reused" if row["reused"] else ""
+    when = f" in run {arm_name(row['reused'])}, now reused" if row["reused"] else ""
     return (
         f"it took {duration(3600 * hours['value'])} of device time on"
         f" {device_words(result)}{trained}{when}"
@@ -438,45 +348,22 @@ def _missing(result: Result, explained: set[str]) -> list[str]:
     many_seeds = len({row["seed"] for row in result["rows"]}) > 1
     rows = [row for row in unfinished(result) if row["arm"] not in explained]
     return [
-        _word(result, row["arm"])
+        subject(result, row["arm"])
         + (f" of seed {row['seed']} " if many_seeds else " ")
         + what_happened(row)
         for row in rows
     ]
 
 
-def _end_of_run(result: Result) -> str:
+def _end_of_run(result: Result) -> list[str]:
     if result["status"] == "FINISHED":
-        return ""
+        return []
     why = result["why"] or "no reason recorded"
     said = any(why == row["why"] for row in unfinished(result))
-    return f"the run ended {result['status']}" + ("" if said else f": {one_line(why)}")
+    return [f"The run ended {result['status']}" + ("." if said else f": {one_line(why)}.")]
 
 
 # -- words ----------------------------------------------------------------------------------------
-def _word(result: Result, arm: str) -> str:
-    """Return the word for an arm's role where it is alone in it, else its name."""
-    return role_word(result, arm) or one_line(arm, _NAME_LIMIT)
-
-
-def _subject(result: Result, arm: str) -> str:
-    role = role_word(result, arm)
-    return one_line(arm, _NAME_LIMIT) if role is None else f"the {role}"
-
-
-def _base_words(result: Result, pair: Pair) -> str:
-    is_what = pair.get("base_is")
-    if is_what in _CONTROLS:
-        return _CONTROLS[is_what]
-    if is_what == "teacher":
-        return "its teacher"
-    base = _subject(result, pair["base"])
-    if is_what == BEST_16_BIT and pair["speedup"]:
-        return f"{base} (the best 16-bit form of the same model here)"
-    dtypes = (pair["serving"] or {}).get("dtypes")
-    return base + (f" (served in {dtypes['base']})" if pair["speedup"] and dtypes else "")
-
-
 def _in_part(result: Result, pair: Pair) -> str:
     """Return how much of an arm's parameters is in its format, where that is not nearly all of
     them.
@@ -489,18 +376,17 @@ def _in_part(result: Result, pair: Pair) -> str:
 
 
 def _pair_words(result: Result, pair: Pair) -> str:
-    return f"{_word(result, pair['arm'])} against {_word(result, pair['base'])}"
+    return f"{subject(result, pair['arm'])} against {base_words(result, pair)}"
 
 
 def _listed(phrases: Sequence[str]) -> str:
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
-def _sentence(text: str) -> str:
+def _sentence(result: Result, text: str) -> str:
     """End a sentence, and raise its first letter unless an arm's name begins it."""
-    begins_with_word = text.startswith(
-        ("the ", "given ", "at ", "against ", "no stage ", "no verdict ", "no format ")
-    )
-    return (text[:1].upper() + text[1:] if begins_with_word else text) + (
-        "" if text.endswith(".") else "."
-    )
+    names = {row["arm"] for row in result["rows"]} | {result["primary_arm"]}
+    names |= {pair[side] for pair in result["comparisons"] for side in ("arm", "base")}
+    is_name = any(text.startswith(arm_name(name)) for name in names)
+    first = text[:1] if is_name else text[:1].upper()
+    return first + text[1:] + ("" if text.endswith(".") else ".")

@@ -22,7 +22,7 @@ from pipeline.report.disturbance import disturbance_table
 from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.reading import reading_lines
-from pipeline.report.text import NO_BREAK, bullet, markdown_text
+from pipeline.report.text import NO_BREAK, bullet, conclusion_markdown, markdown_text
 from pipeline.report.verdict import (
     INDEPENDENT,
     counted_words,
@@ -124,7 +124,7 @@ def _opening(result: Result) -> str:
             *answer,
             f"# {_md(result['recipe'])}: {result['status']}",
             f"**Question.** {_md(result['question'])}",
-            f"**Conclusion.** {_md(conclude(result), 4000)}",
+            conclusion_markdown(conclude(result)),
             f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
         ]
     )

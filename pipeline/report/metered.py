@@ -1,4 +1,4 @@
-"""What a metered command leaves to read: report.md, the closing table, one sentence."""
+"""What a metered command leaves to read: report.md, the closing table, a conclusion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, significant
 from pipeline.report import waste
 from pipeline.report.money import cost_of_run, joules, money
-from pipeline.report.text import bullet, markdown_text, pad, wrap
-from pipeline.report.view import Result, Row, Value, device_words, status_word
+from pipeline.report.text import bullet, conclusion_markdown, markdown_text, pad, wrap
+from pipeline.report.view import Conclusion, Result, Row, Value, device_words, status_word
 
 WIDTH = 80
 _SMALL_SHARE = 0.005
@@ -40,23 +40,24 @@ _TERMINAL = (
 )
 
 
-def conclude(result: Result) -> str:
-    """Return what the command took and what became of the time, in one sentence."""
+def conclude(result: Result) -> Conclusion:
+    """Return what the command took, and what became of the time."""
     row = result["rows"][0]
     hours = row["ledger"]["device_hours"]
     taken = duration(3600 * (hours["attached"]["value"] or 0.0))
     said = f"{one_line(row['arm'], 60)} took {taken} of device time on {device_words(result)}"
     if row["why"]:
-        return f"{said}; it ended {row['status']}: {one_line(row['why'])}."
+        ended = f"It ended {row['status']}: {one_line(row['why'])}."
+        return {"verdict": f"{said}.", "answers": [ended]}
     if hours["wasted"]["value"] is None:
-        return (
-            f"{said}; {one_line(hours['wasted']['why_missing'])},"
-            " so none of it is called productive or wasted."
-        )
+        unread = one_line(hours["wasted"]["why_missing"])
+        unknown = f"None of it is called productive or wasted: {unread}."
+        return {"verdict": f"{said}.", "answers": [unknown]}
     shares = ", ".join(
         f"{percent(_share(hours, part))} {part}" for part in ("productive", "support", "wasted")
     )
-    return f"{said}, of which {shares} (the meter's own time is not in it)."
+    apart = "The meter's own time is not in it."
+    return {"verdict": f"{said}, of which {shares}.", "answers": [apart]}
 
 
 def _share(hours: dict[str, Value], part: str) -> float:
@@ -81,7 +82,8 @@ def closing_table(result: Result) -> str:
     head = f"metered: {one_line(row['arm'], 40)}, {status_word(row)}, {device_words(result)}"
     below = [
         *waste.closing_lines(result),
-        result["conclusion"],
+        result["conclusion"]["verdict"],
+        *result["conclusion"]["answers"],
         *_doubts(row),
         *result["environment"]["notes"],
     ]
@@ -105,7 +107,7 @@ def markdown(result: Result) -> str:
     sections = [
         f"# {markdown_text(row['arm'])}: {result['status']}",
         f"**Question.** {markdown_text(result['question'])}",
-        f"**Conclusion.** {markdown_text(result['conclusion'], 4000)}",
+        conclusion_markdown(result["conclusion"]),
         (
             f"Run `{result['run_id']}`, {markdown_text(device_words(result))}"
             f" ({markdown_text(result['device']['name'])})."

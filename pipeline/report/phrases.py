@@ -29,7 +29,7 @@ ARM_INTERVAL = f"{percent(assessed.LEVEL)} interval"
 """Of one arm's quality."""
 PAIR_INTERVAL = f"{percent(statistics.LEVEL)} interval"
 """Of a comparison."""
-_CHEAPER_AS_RATIO = 0.5
+CHEAPER_AS_RATIO = 0.5
 """Serving savings from here on read better as a ratio: `3.4x cheaper`."""
 
 
@@ -172,7 +172,7 @@ def serving_verb(saving: Value) -> str:
 def _undisturbed(v: float, saving: Value) -> str:
     if v > 0:
         return (
-            f"serves {times(1 / (1 - v)) if v >= _CHEAPER_AS_RATIO else percent(v)}"
+            f"serves {times(1 / (1 - v)) if v >= CHEAPER_AS_RATIO else percent(v)}"
             f" cheaper{_basis(saving)}"
         )
     if v == 0:

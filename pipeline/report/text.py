@@ -7,7 +7,8 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pipeline.errors import one_line
 
@@ -17,6 +18,8 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")
 """
 _BLOCK = re.compile(r"^(?=[#+=-])|(?<=^)(\d+)(?=[.)])")
 """What would begin a heading, a list or a rule inside a list item (CommonMark, chapter 4 and 5)."""
+LONGEST = 4000
+"""Characters of a sentence."""
 ELLIPSIS = ".."
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -29,7 +32,21 @@ def markdown_text(text: object, limit: int = 1000) -> str:
 
 def bullet(text: object) -> str:
     """Return `text` as a Markdown list item that holds it literally."""
-    return "- " + _BLOCK.sub(lambda match: match.group() + "\\", markdown_text(text))
+    literal = markdown_text(text, LONGEST)
+    return "- " + _BLOCK.sub(lambda match: match.group() + "\\", literal)
+
+
+def conclusion_lines(conclusion: Mapping[str, Any], width: int) -> list[str]:
+    """Return a conclusion for a terminal: the verdict, then a bullet for each answer."""
+    verdict = wrap(one_line(conclusion["verdict"], LONGEST), width)
+    answers = (f"- {one_line(text, LONGEST)}" for text in conclusion["answers"])
+    return verdict + [line for text in answers for line in wrap(text, width, "  ")]
+
+
+def conclusion_markdown(conclusion: Mapping[str, Any]) -> str:
+    """Return a conclusion for a report: a paragraph, then a list of the answers."""
+    verdict = f"**Conclusion.** {markdown_text(conclusion['verdict'], LONGEST)}"
+    return "\n".join([verdict, "", *map(bullet, conclusion["answers"])]).rstrip()
 
 
 def columns(text: str) -> int:

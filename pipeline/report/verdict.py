@@ -14,6 +14,7 @@ from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
 from pipeline.ledger.numbers import count, duration
 from pipeline.report.history import look_words, recent
 from pipeline.report.text import bullet, markdown_text
+from pipeline.report.view import Conclusion
 
 Verdict = Mapping[str, Any]
 GAP = "  "
@@ -188,15 +189,21 @@ def _payback(criterion: Verdict, verdict: Verdict) -> str:
 # -- the conclusion, and the section of the report ------------------------------------------------
 
 
-def verdict_words(verdict: Verdict) -> str:
-    """Return what the verdict rests on, a sentence per criterion that was asked for, and what to do
-    next.
+def release_conclusion(verdict: Verdict) -> Conclusion:
+    """Return what a release check says: its answer, then a sentence per criterion that was asked
+    for, and what to do next.
     """
     if verdict["verdict"] == "NO_BASELINE":
-        return " ".join([f"Nothing was compared: {one_line(verdict['why'])}.", *_promoted(verdict)])
-    said = [criterion_words(each) for each in verdict["criteria"] if each["gating"]]
-    text = "; ".join(said)
-    return " ".join([f"{text[:1].upper()}{text[1:]}.", *_next(verdict)])
+        why = f"Nothing was compared: {one_line(verdict['why'])}."
+        return {"verdict": why, "answers": _promoted(verdict)}
+    asked = [each for each in verdict["criteria"] if each["gating"]]
+    behind = [_title(each) for each in asked if each["outcome"] == verdict["verdict"]]
+    on = f" on {', '.join(behind)}" if behind and verdict["verdict"] != "PASS" else ""
+    criteria = (criterion_words(each) for each in asked)
+    return {
+        "verdict": f"The candidate {WORDS[verdict['verdict']]}{on}.",
+        "answers": [*(f"{text[:1].upper()}{text[1:]}." for text in criteria), *_next(verdict)],
+    }
 
 
 def criterion_words(criterion: Verdict) -> str:

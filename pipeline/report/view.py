@@ -5,7 +5,7 @@ nulls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.config.arms import BASE, is_fallback
 from pipeline.config.settings import Task
@@ -22,6 +22,14 @@ Row = dict[str, Any]
 Value = dict[str, Any]
 Pair = dict[str, Any]
 """One of the result's comparisons."""
+
+
+class Conclusion(TypedDict):
+    """What a report says in the end: one sentence, then a bullet for each answer."""
+
+    verdict: str
+    answers: list[str]
+
 
 SERVING_KEY = "device_s_per_1k_units"
 NOT_RECORDED = "not recorded"
@@ -119,22 +127,6 @@ def finished_row(result: Result, arm: str) -> Row | None:
     """Return the newest finished row of an arm."""
     rows = [row for row in result["rows"] if row["arm"] == arm and is_finished(row)]
     return rows[-1] if rows else None
-
-
-def role_word(result: Result, arm: str) -> str | None:
-    """Return `teacher` or `student` where an arm is the only one in that role, else None.
-
-    Roles are what stages were given, never what arms are called.
-    """
-    taught = {
-        row["arm"]: row["inputs"]["teacher"]
-        for row in result["rows"]
-        if "teacher" in row.get("inputs", {})
-        and row["makes"] == "model"
-        and not is_fallback(row["arm"])
-    }
-    roles = {"student": set(taught), "teacher": set(taught.values())}
-    return next((word for word, arms in roles.items() if arms == {arm}), None)
 
 
 def unfinished(result: Result) -> list[Row]:

@@ -25,7 +25,7 @@ from pipeline.ledger.values import measured, null
 from pipeline.report.conclusion import conclude
 from pipeline.report.markdown import markdown, short_form
 from pipeline.report.tables import WIDTH, closing_table
-from pipeline.report.text import wrap
+from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import markdown_line, shown_line
 from pipeline.report.view import is_finished
 from pipeline.runs.charges import note_charges
@@ -96,7 +96,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         return None
     if verdict is not None:
         print(f"\n{shown_line(verdict)}")
-    conclusion = "\n".join(wrap(result["conclusion"], WIDTH))
+    conclusion = "\n".join(conclusion_lines(result["conclusion"], WIDTH))
     print(
         f"\n{closing_table(result)}\n\n{conclusion}\n\nreport:"
         f" {running.session.folder / 'report.md'}"
@@ -137,7 +137,7 @@ def build_result(running: Running, status: str, why: str | None) -> dict[str, An
         "why": why,
         "primary_arm": running.session.run.primary_arm,
         "is_release_check": running.session.gate is not None,
-        "conclusion": "",
+        "conclusion": {"verdict": "", "answers": []},
         "device": {
             "kind": device_of(running.session.device).kind,
             "name": device_name(running.session.device),

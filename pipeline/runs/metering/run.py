@@ -202,7 +202,6 @@ class MeteredRun:
             "status": facts.status,
             "why": facts.why,
             "primary_arm": facts.name,
-            "conclusion": "",
             "device": {"kind": facts.used.kind, "name": facts.used.name, "count": facts.used.count},
             "environment": environment,
             "run": run,
