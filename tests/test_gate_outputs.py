@@ -276,7 +276,8 @@ def gate_of(
 ) -> Any:
     """Return as much of an attempt as its end needs."""
     gate = SimpleNamespace(verdict=verdict, promotion=promotion, history=None)
-    return SimpleNamespace(gate=gate, folder=folder, run_id="r", disagreeing=[])
+    session = SimpleNamespace(gate=gate, folder=folder, run_id="r")
+    return SimpleNamespace(session=session, book=SimpleNamespace(disagreeing=[]))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_files_are_written_beside_the_report(
     assert write_outputs(attempt, ended(attempt, "FINISHED", None)) == ["verdict.json", "junit.xml"]
     jsonschema.validate(json.loads((tmp_path / "verdict.json").read_text()), VERDICT_SCHEMA)
     assert (tmp_path / "summary").read_text() == "PASS\n"
-    assert ended(SimpleNamespace(gate=None), "FINISHED", None) is None
+    assert ended(SimpleNamespace(session=SimpleNamespace(gate=None)), "FINISHED", None) is None
     assert write_outputs(attempt, None) == []
 
 

@@ -274,12 +274,12 @@ def test_other_formats_are_read_against_the_best_16_bit_form_with_fp32_beside_it
     saves = against["speedup"]["saves_time"] or against["speedup"]["memory"]["value"] >= 0.05
     assert against["speedup"]["no_speedup"] is not saves
     said = " ".join(printed.split())
-    assert "Against the reference (served in fp32), bf16 " in said
+    assert "Against the unquantized model (served in fp32), bf16 " in said
     share = next(
         row["quantization"]["share"]["value"] for row in result["rows"] if row["arm"] == "int8"
     )
     assert (
-        f"against bf16 (the best 16-bit form of the same model here), int8 ({share:.1%} of its"
+        f"Against the best 16-bit form of the same model, int8 ({share:.1%} of its"
         " parameters in int8)" in (said)
     )
     report = (cwd / "mlruns/latest/report.md").read_text()
