@@ -1,50 +1,131 @@
-"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere.
+
+The rate is that of the last seconds. An average since the start would fall for minutes after a fast
+phase has ended, and would show a rate where nothing moves at all.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-EVERY_S = 10.0  # between plain lines
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EVERY_S = 10.0
+"""Seconds between plain lines."""
+RECENT_S = 10.0
+"""Seconds that a rate is of."""
+SLOW_STEPS = 3
+"""Times the recent step that a step may take before the work counts as stalled."""
+
+Clock = Callable[[], float]
+Shown = Callable[[int, int], None]
+"""Takes (steps done, tokens done)."""
+
+
+class Progress:
+    """Where work stands, in words.
+
+    It begins with the first step that ends: what a resumed run had done before is no rate of now,
+    and a first step compiles.
+    """
+
+    def __init__(self, what: str, total: int, clock: Clock = time.monotonic) -> None:
+        self._what, self._total, self._clock = what, total, clock
+        self._started = clock()
+        self._ends: deque[tuple[float, int, int]] = deque()  # (when, steps, tokens)
+
+    def add(self, step: int, tokens: int) -> None:
+        """Note that this many steps and tokens are done."""
+        self._ends.append((self._clock(), step, tokens))
+        # the window begins at the last step that ended before it, so that slow steps have a rate
+        while len(self._ends) > 2 and self._ends[1][0] <= self._ends[-1][0] - RECENT_S:
+            self._ends.popleft()
+
+    def steps_per_s(self) -> float | None:
+        """Return the rate of the last seconds; None before two steps have ended."""
+        return self._per_s(1)
+
+    def rate(self) -> str:
+        """Return the tokens per second of the last seconds, or how long ago the last step was."""
+        idle_s = self._clock() - (self._ends[-1][0] if self._ends else self._started)
+        steps_per_s = self.steps_per_s()
+        step_s = 1 / steps_per_s if steps_per_s else 0.0
+        if idle_s > max(RECENT_S, SLOW_STEPS * step_s):
+            return f"no step for {idle_s:,.0f} s"
+        tokens_per_s = self._per_s(2)
+        return "" if tokens_per_s is None else f"{tokens_per_s:,.0f} tok/s"
+
+    def line(self) -> str:
+        """Return all of it, for a log."""
+        step, per_s = (self._ends[-1][1] if self._ends else 0), self.steps_per_s()
+        left = f"{(self._total - step) / per_s:.0f} s left" if per_s else ""
+        parts = (f"{self._what}: step {step}/{self._total}", self.rate(), left)
+        return ", ".join(part for part in parts if part)
+
+    def _per_s(self, what: int) -> float | None:
+        if len(self._ends) < 2:
+            return None
+        first, last = self._ends[0], self._ends[-1]
+        return (last[what] - first[what]) / max(last[0] - first[0], 1e-9)
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Generator[Callable[[int, int], None]]:
-    """Give a function that is told (steps done, tokens done) and shows them with the rate and the
+def progress_bar(what: str, total: int) -> Generator[Shown]:
+    """Give a function that takes (steps done, tokens done) and shows them with the rate and the
     time left.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    start = last = time.monotonic()
     console = Console()
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total, rate="")
-            yield lambda step, tokens: bar.update(
-                task,
-                completed=step,
-                rate=f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tok/s",
-            )
-        return
+    progress = Progress(what, total)
+    shows = _bar(progress, what, total, console) if console.is_terminal else _lines(progress)
+    with shows as shown:
+        yield shown
 
-    def line(step: int, tokens: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= EVERY_S:
-            last = now
-            left = (now - start) / step * (total - step)
-            print(
-                f"{what}: step {step}/{total}, {tokens / (now - start):,.0f} tok/s, {left:.0f} s"
-                " left",
-                flush=True,
-            )
 
-    yield line
+@contextmanager
+def _bar(progress: Progress, what: str, total: int, console: Console) -> Generator[Shown]:
+    from rich import progress as rich
+    from rich.text import Text
+
+    class Rate(rich.ProgressColumn):
+        """Asked for at every refresh, so that a stall shows."""
+
+        def render(self, task: rich.Task) -> Text:
+            return Text(progress.rate())
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), Rate())
+    with rich.Progress(
+        *columns, rich.TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task(what, total=total)
+
+        def shown(step: int, tokens: int) -> None:
+            progress.add(step, tokens)
+            bar.update(task, completed=step)
+
+        yield shown
+
+
+@contextmanager
+def _lines(progress: Progress, every_s: float = EVERY_S) -> Generator[Shown]:
+    """Print a line now and then, whether steps end or not."""
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(every_s):
+            print(progress.line(), flush=True)
+
+    shower = threading.Thread(target=show, name="progress", daemon=True)
+    shower.start()
+    try:
+        yield progress.add
+    finally:
+        ended.set()
+        shower.join()
