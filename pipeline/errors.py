@@ -24,7 +24,7 @@ def one_line(text: object, limit: int = 400) -> str:
 
 
 class Exit(IntEnum):
-    """Exit codes of `python -m pipeline` (ARCHITECTURE.md says what to do about each)."""
+    """Exit codes of `python -m pipeline` (docs/release-check.md says what to do about each)."""
 
     DONE = 0
     REFUSED = 1
