@@ -11,8 +11,8 @@ without a fused head do); on CUDA also `ours, torch` (the head without its Trito
 `products` are the four matrix products that the method needs and nothing else: the ceiling.
 
 Per arm: median time with the ratio to ours (over rounds), share of the ceiling's rate, peak memory
-    beyond inputs and gradients, and the error of loss and gradients against float64 on a small
-    part. On a CPU memory is the growth of resident memory in a process of its own.
+beyond inputs and gradients, and the error of loss and gradients against float64 on a small part. On
+a CPU memory is the growth of resident memory in a process of its own.
 """
 
 from __future__ import annotations

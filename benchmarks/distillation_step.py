@@ -16,8 +16,8 @@ batch size (of those that fit) at which it was the fastest:
 - `trl, tuned`: without recomputing, examples of like length together, at its best batch.
 
 Per arm: median over rounds, with the ratio to ours round by round and its interval; peak memory
-    beyond models, gradients and optimizer state on CUDA, the growth of resident memory of a process
-    of its own on a CPU.
+beyond models, gradients and optimizer state on CUDA, the growth of resident memory of a process of
+its own on a CPU.
 """
 
 from __future__ import annotations

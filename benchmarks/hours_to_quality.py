@@ -9,14 +9,13 @@ library source (small: at `h200` its 60 M tokens are some twenty epochs), with a
 step. Systems:
 
 - `trainer`: transformers' Trainer with bf16 and its defaults; `trainer_rate`: the same at our
-  learning rate, since the
-  default (5e-5) is one for fine-tuning and would make any saving large.
+  learning rate, since the default (5e-5) is one for fine-tuning and would make any saving large.
 - `ours`: this project's loop in bf16 at a tuned rate, compiled where the size says so.
 - the recipe: `ours` with parts put to it by `+`: `auto` (precision by trial), `pure` (bf16_pure) or
-  `fp32`; `short`
-  (windows that grow), `stack` (trained half as deep, put twice on itself), `taught` (the cached
-  predictions of a half as deep model). `--parts` measures each at full length on seeds that nothing
-  else reads; what choosing took is shown and charged to no system, as is the tuning of the rate.
+  `fp32`; `short` (windows that grow), `stack` (trained half as deep, put twice on itself), `taught`
+  (the cached predictions of a half as deep model). `--parts` measures each at full length on seeds
+  that nothing else reads; what choosing took is shown and charged to no system, as is the tuning of
+  the rate.
 
 Every point is a run planned to its length (`planned_runs.py` has the rule): from the full length
 down, all systems in turn, until two in a row are short of every target. Charged: loading, probes,

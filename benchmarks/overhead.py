@@ -3,10 +3,10 @@
     python benchmarks/overhead.py [--rounds 4] [--steps 100] [--only off ours ...]
 
 Claim: with metering and tracking on, a step takes at most 0.1 ms more of the main thread's
-    processor time (steps of 30 ms, 5 metrics a step, SQLite). Arms: `off` (the bare loop); `ours`
-    (phases, journal, sign of life, device sampler, background writer to MLflow); `mlflow_sync` and
-    `mlflow_async` (`log_metrics` every step); `codecarbon` (its tracker around the loop, nothing
-    else; left out where it is not installed).
+processor time (steps of 30 ms, 5 metrics a step, SQLite). Arms: `off` (the bare loop); `ours`
+(phases, journal, sign of life, device sampler, background writer to MLflow); `mlflow_sync` and
+`mlflow_async` (`log_metrics` every step); `codecarbon` (its tracker around the loop, nothing else;
+left out where it is not installed).
 
 Every round runs all arms in one order and then in the opposite one, so that drift meets all alike.
 Two kinds of steps: `waiting` (the main thread sleeps 30 ms, as it does while a GPU computes: what

@@ -84,8 +84,8 @@ def compare(
     """Return what `arm` saves of what `base` takes to Q, for one seed, as `training_saving` has it.
 
     Beside it: Q, and for both sides the run that was compared (`at`). Where the arm was at Q on the
-        shortest run of the ladder already it may need less than that, and `at_least` is true; where
-        both were, the saving is null.
+    shortest run of the ladder already it may need less than that, and `at_least` is true; where
+    both were, the saving is null.
     """
     q = target(base_runs, margin)
     of_base = first_held(base_runs, ladder, q)

@@ -5,12 +5,11 @@ would choose.
     [--probes 10] [--save]
 
 Llama-shaped models on full windows of random tokens, the same for all; AdamW; blocks of steps take
-turns in one
-process. Arms: this project's loop in each precision that the device can (compiled on CUDA);
-    transformers' Trainer in fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled and
-    under bf16's autocast. Per arm: tokens a second, the time with its ratio to `trainer, bf16`
-    round by round and its interval, and MFU where the device's peak is known. Each probe starts
-    from other weights; told is how often its choice is within 3% of the best fixed one.
+turns in one process. Arms: this project's loop in each precision that the device can (compiled on
+CUDA); transformers' Trainer in fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled
+and under bf16's autocast. Per arm: tokens a second, the time with its ratio to `trainer, bf16`
+round by round and its interval, and MFU where the device's peak is known. Each probe starts from
+other weights; told is how often its choice is within 3% of the best fixed one.
 """
 
 from __future__ import annotations

@@ -384,8 +384,8 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
     """Run transformers' Trainer in bf16 as it ships; return what it is charged with, and its model.
 
     What would only cost it time is off: its checkpoints, its log and its progress bar. Windows that
-        do not fill a batch at the end of an epoch are left out, so that it reads as many tokens as
-        the others.
+    do not fill a batch at the end of an epoch are left out, so that it reads as many tokens as the
+    others.
     """
     from transformers import (
         AutoModelForCausalLM,

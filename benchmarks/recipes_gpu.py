@@ -4,9 +4,8 @@
     [--root DIR]
 
 Each recipe runs as a user runs it (`model=h200_124m training=gpu serving=gpu`). What is saved is
-what result.json
-says: per arm GPU-hours, energy, quality, serving; the comparisons; the conclusion. `--device cpu
-    --tiny` tries the script itself without a GPU and saves nothing.
+what result.json says: per arm GPU-hours, energy, quality, serving; the comparisons; the conclusion.
+`--device cpu --tiny` tries the script itself without a GPU and saves nothing.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--rounds 10]
 
 Claim: `--help`, `--cfg job` and a refusal take at most 0.8 s and at most twice a bare Hydra
-    application. Commands are run in turns (one round: each once), so that a machine's drift meets
-    all alike; medians and ratios of one run are shown.
+application. Commands are run in turns (one round: each once), so that a machine's drift meets all
+alike; medians and ratios of one run are shown.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 (docs/data.md).
 
 `write_file` writes rows as one file; `LAYOUTS` makes a folder of a layout; `CELLS` and `ROW_CELLS`
-are all that is
-supported: `(what, make, expect)`, for tests and for the table in the docs.
+are all that is supported: `(what, make, expect)`, for tests and for the table in the docs.
 """
 
 from __future__ import annotations

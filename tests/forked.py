@@ -2,10 +2,9 @@
 one takes seven.
 
 A server that has imported what a run imports, and done nothing else, forks a child for every
-command. The child is as
-fresh as any: its own pid, signals, outputs, folder and environment; only the time of imports is not
-    in its ledger. What is about imports, or about the interpreter's start, starts a process from
-    scratch instead.
+command. The child is as fresh as any: its own pid, signals, outputs, folder and environment; only
+the time of imports is not in its ledger. What is about imports, or about the interpreter's start,
+starts a process from scratch instead.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_no_line_is_wide_and_the_formatter_is_never_switched_off() -> None:
 def test_the_checks_above_can_fail(line: str) -> None:
     assert complaints("x = 1\n" + line)[0].startswith("line 2: ")
     assert complaints("x" * 100 + "  # noqa: E501") == []
+
+
+def broken_paragraphs(text: str) -> list[str]:
+    """Return the lines of module docstrings that are indented in the middle of a sentence."""
+    lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+    return [
+        line
+        for before, line in pairwise(lines)
+        if line.startswith("    ") and before[:1].strip() and not before.endswith(":")
+    ]
+
+
+def test_docstrings_of_modules_are_plain_paragraphs() -> None:
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in sources()}
+    found = {path: broken_paragraphs(text) for path, text in texts.items()}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_broken_paragraph_is_found() -> None:
+    assert broken_paragraphs('"""One.\n\nIt goes\n    on.\n"""') == ["    on."]
+    assert broken_paragraphs('"""One.\n\n    x = 1\n    y = 2\n\n- item\n  more\n"""') == []
 
 
 # -- who imports whom -----------------------------------------------------------------------------

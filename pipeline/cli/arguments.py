@@ -2,8 +2,8 @@
 say.
 
 A shell has taken its quotes away: `data.path='a b [1].jsonl'` arrives without them, and Hydra's
-    grammar takes blanks, brackets, commas and letters beyond ASCII for something else. What a
-    setting of text was given is text.
+grammar takes blanks, brackets, commas and letters beyond ASCII for something else. What a setting
+of text was given is text.
 """
 
 from __future__ import annotations

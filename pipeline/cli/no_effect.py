@@ -5,9 +5,8 @@ What says how to measure something that this recipe does not measure is said in 
 line of settings may serve several recipes.
 
 One table says, by setting, under what it has no effect. Asked for are only settings that a user
-gave, on the command
-line or in a recipe of their own: what profiles set beside them is nobody's belief. What single
-    stages cannot take is in their `check`.
+gave, on the command line or in a recipe of their own: what profiles set beside them is nobody's
+belief. What single stages cannot take is in their `check`.
 """
 
 from __future__ import annotations

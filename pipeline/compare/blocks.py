@@ -4,10 +4,10 @@ A block reads arm, base, base, arm or the reverse, so that a drift that is linea
 All blocks alike, a disturbance that comes back every fourth reading falls on the same arm each time
 (a timer, a neighbour's batch): two equal arms then pass as a saving in 41% of cases. So of every
 two blocks one begins with the arm and one with the base, and a recorded seed says which. The two
-orders one after the other still beat in time with what comes back every third
-reading: it falls on one arm three times of four, and in 25% of cases equal arms pass. So between
-    blocks up to three readings are taken and discarded, by the same seed, and of many draws the one
-    is taken that periods mislead least (`draw_design`).
+orders one after the other still beat in time with what comes back every third reading: it falls on
+one arm three times of four, and in 25% of cases equal arms pass. So between blocks up to three
+readings are taken and discarded, by the same seed, and of many draws the one is taken that periods
+mislead least (`draw_design`).
 
 What the order leaves, the readings are tested for: a drift over the pass, and a period. Both tests
 permute readings within each arm, so that they call undisturbed ones disturbed no oftener than their

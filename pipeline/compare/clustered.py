@@ -74,8 +74,8 @@ def effective_items(sizes: Floats, variance_of_one: float, spread: Spread) -> fl
         spread: Of the mean over groups.
 
     Source: Kish (1965), Survey Sampling, sections 5.4 and 8.2 (design effect); Donner and Klar
-        (2000), Design and Analysis of Cluster Randomization Trials, section 6.1 (score tests on
-        effective counts).
+    (2000), Design and Analysis of Cluster Randomization Trials, section 6.1 (score tests on
+    effective counts).
     """
     least = float(sizes.sum() ** 2 / np.sum(sizes**2))
     if spread.sd == 0 or variance_of_one == 0:
@@ -118,7 +118,7 @@ def paired_share(
     """Return the difference of two paired shares with its interval over groups.
 
     The outer ends of three: the BCa bootstrap's over groups, the skewness-corrected t interval's,
-        and Tango's on effective items.
+    and Tango's on effective items.
 
     Args:
         in_arm: (n,): where the arm is right.

@@ -4,19 +4,17 @@ Arithmetic only.
 Two questions that no single verdict answers:
 
 - Step: is the newest reading below what earlier releases of this model read? Each reading is a
-  release against the
-  champion of its day (the first it met; one against itself is none). Earlier ones are weighted by
-  their precision, and by how far releases lie apart beyond it (tau, Paule and Mandel); the newest
-  is held against where another release of
-  the same kind would read: a prediction interval, t with one degree of freedom less than there are
-      earlier releases (than they count for, where some are far more precise: Kish). It takes three
-      of them. No reading is left out for its
-  verdict: without those that failed the rest would lie too high, and the next one look like a step.
+  release against the champion of its day (the first it met; one against itself is none). Earlier
+  ones are weighted by their precision, and by how far releases lie apart beyond it (tau, Paule and
+  Mandel); the newest is held against where another release of the same kind would read: a
+  prediction interval, t with one degree of freedom less than there are earlier releases (than they
+  count for, where some are far more precise: Kish). It takes three of them. No reading is left out
+  for its verdict: without those that failed the rest would lie too high, and the next one look like
+  a step.
 - Creep: a margin forgives a small loss, and the next margin another one. What the promoted
-  champions lost one after
-  another is added up since the best of them. Alarm: the sum lies beyond the margin, and its bound
-  excludes that nothing was lost. Any champion may turn out to be the best one, so every start is
-  tested, at alpha over their number.
+  champions lost one after another is added up since the best of them. Alarm: the sum lies beyond
+  the margin, and its bound excludes that nothing was lost. Any champion may turn out to be the best
+  one, so every start is tested, at alpha over their number.
 
 Both are alarms to look into, not verdicts: a gate of the newest against the best champion decides.
 
@@ -24,14 +22,14 @@ Simulated (tests/test_history.py, `-m slow`): a step alarm without a step in at 
 histories, whether releases differ or not, whatever their precisions. A step of 3 standard errors
 (of newest less earlier, both with what lies between releases) is found in 44 to 63% of histories
 with 3 earlier releases, 77 to 82% with 6, 82 to 86% with 8, 83 to 87% with 10: with few of them
-nobody knows how far releases lie apart, and no test that holds alpha can do much.
-A creep alarm without a loss: in at most 5% of 4,000 chains; where each champion lost 0.4 of a
-    margin (standard error 0.3) it sounds in 60% of chains after 3, 78% after 5, 96% after 10.
+nobody knows how far releases lie apart, and no test that holds alpha can do much. A creep alarm
+without a loss: in at most 5% of 4,000 chains; where each champion lost 0.4 of a margin (standard
+error 0.3) it sounds in 60% of chains after 3, 78% after 5, 96% after 10.
 
 Sources: Paule and Mandel (1982), J. Res. NBS 87:377-385; Higgins, Thompson and Spiegelhalter
-    (2009), J. R. Stat. Soc. A 172:137-159 (prediction interval); Hartung and Knapp (2001), Statist.
-    Med. 20:3875-3889 (t with k - 1 degrees); Kish (1965), Survey Sampling, section 11.7;
-    D'Agostino, Massaro and Sullivan (2003), Statist. Med. 22:169-186 (biocreep).
+(2009), J. R. Stat. Soc. A 172:137-159 (prediction interval); Hartung and Knapp (2001), Statist.
+Med. 20:3875-3889 (t with k - 1 degrees); Kish (1965), Survey Sampling, section 11.7; D'Agostino,
+Massaro and Sullivan (2003), Statist. Med. 22:169-186 (biocreep).
 """
 
 from __future__ import annotations
@@ -167,7 +165,7 @@ def count_once(found: Sequence[Judged]) -> list[Judged]:
     """Return each answer once, the oldest first: its last look, however often it was given again.
 
     INVALID counts as no look: it stands only where nothing else was found out. A pair that was
-        judged under several policies, data or devices has an answer each; `ways` says how many.
+    judged under several policies, data or devices has an answer each; `ways` says how many.
     """
     groups: dict[tuple[str, ...], list[Judged]] = {}
     for each in found:

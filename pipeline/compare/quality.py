@@ -10,9 +10,8 @@ this order:
 - `worse`: the whole interval is below 0; where it reaches above -margin, how much worse is not
   decided.
 - `undecided`: anything else, fewer documents than an answer needs, or an interval of no width:
-  resampling documents
-  on which two different models happen to agree shows no spread, which is no proof that there is
-  none. Macro F1 needs `MIN_CLASS_ITEMS` of the rarest class besides.
+  resampling documents on which two different models happen to agree shows no spread, which is no
+  proof that there is none. Macro F1 needs `MIN_CLASS_ITEMS` of the rarest class besides.
 
 Documents are taken as independent unless their items name a `group`: then groups are what is
 resampled and counted (`clustered.py`).
@@ -570,8 +569,8 @@ def _items_to_decide(
 
     Planned for an arm that is no worse; for what the estimate says where that contradicts it: where
     it lies below -margin, or where these items should already have been enough. An end that fewer
-    items than `least` show is not
-    known: few of them look clear by chance, and so many need not be enough the next time.
+    items than `least` show is not known: few of them look clear by chance, and so many need not be
+    enough the next time.
     """
     if n < least and margin > 0 and interval.estimate >= -margin:
         return max(least, needed(margin, 0.0) or 0)

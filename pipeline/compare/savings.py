@@ -2,10 +2,10 @@
 only.
 
 Words: the *chain* of an arm is every stage its artifact depends on, itself included, each once.
-    `C(arm)` is the work over its chain, spent now or reused; assessment, replayed steps and failed
-    attempts are not in it (luck with preemption is no merit of a recipe), and `all_in` shows it
-    with them. `C_opt(arm | base)` is the work the arm needed and the base
-did not, less the reverse: a shared teacher cancels.
+`C(arm)` is the work over its chain, spent now or reused; assessment, replayed steps and failed
+attempts are not in it (luck with preemption is no merit of a recipe), and `all_in` shows it with
+them. `C_opt(arm | base)` is the work the arm needed and the base did not, less the reverse: a
+shared teacher cancels.
 
 What an existing model cost in the past is unknown. Where both chains have it, it cancels; where
 only one has it, the saving is null, and `new_spend_saving` says what was saved of what is spent
@@ -576,11 +576,10 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return `training_saving` over seeds, with a t interval of the saving (seeds are the pairs).
 
     Savings are shown as 1 - exp(mean ln(arm/base)), costs as means. Ratios multiply, so that the
-    mean of shares is
-    biased: at a spread of 20% two equal arms seem to cost 2% more. Means of logarithms also keep (1
-        - systems)(1 - algorithmic) = 1 - saving. One seed is returned as it is. A figure that is
-        null with one seed is null, with the reason. Where seeds are censored, `bound` is made of
-        their bounds and the others' savings.
+    mean of shares is biased: at a spread of 20% two equal arms seem to cost 2% more. Means of
+    logarithms also keep (1 - systems)(1 - algorithmic) = 1 - saving. One seed is returned as it is.
+    A figure that is null with one seed is null, with the reason. Where seeds are censored, `bound`
+    is made of their bounds and the others' savings.
     """
     if len(per_seed) == 1:
         return dict(per_seed[0])

@@ -1,18 +1,18 @@
 """A gate that compares a model with itself: how often it answers falsely, and what it could tell.
 Arithmetic only.
 
-A/A: both sides are the same artifact, the least saving is 0, so the truth lies on the threshold. A
-    serving criterion that says PASS claims a saving that is not there, one that says FAIL a loss:
-    both are false, each allowed with a chance of alpha (over both looks), and INCONCLUSIVE is
-    right. A quality criterion should say PASS, since the model is no worse than itself; FAIL is
-    false, and should not happen at all. INVALID answers nothing: it says that the machine was
-    disturbed, and is counted apart.
+A/A: both sides are the same artifact and the least saving is 0, so the truth lies on the threshold.
+- A serving criterion that says PASS claims a saving that is not there; one that says FAIL claims a
+  loss. Both are false. Each is allowed with a chance of alpha over all interim analyses.
+  INCONCLUSIVE is right.
+- A quality criterion should say PASS, since the model is no worse than itself. FAIL is false.
+- INVALID answers nothing. It says that the machine was disturbed, and is counted apart.
 
 False answers in n trials are held against alpha by a binomial test (`TEST_ALPHA`, one-sided, for
 PASS and FAIL each). With 20 trials and alpha 0.05, five of one kind are too many (chance 0.3%),
-four are not (1.6%). The rule itself keeps
-a little less than alpha: 0.0304 a look is for normal means, t intervals of 4 and then 8 blocks
-    would come to 5.3% (simulated), and with the correction for skewness they come to 4.3%.
+four are not (1.6%). The rule itself keeps a little less than alpha: 0.0304 a look is for normal
+means, t intervals of 4 and then 8 blocks would come to 5.3% (simulated), and with the correction
+for skewness they come to 4.3%.
 
 The noise floor is the least saving that the gate would find here, with its blocks and looks, in 80%
 of cases: from the spread of blocks around their trial's mean, by simulating the rule with normal

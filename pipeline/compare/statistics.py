@@ -3,21 +3,18 @@
 Each question has its method:
 
 - Right or wrong per item, both arms on the same items: Tango's score interval. It holds its level
-  where a plain
-  "difference +- 1.64 standard errors" does not: few items, few disagreements, none at all.
+  where a plain "difference +- 1.64 standard errors" does not: few items, few disagreements, none at
+  all.
 - Two arms' ratios of sums over the same documents (bits per byte, token accuracy):
-  skewness-corrected t interval of
-  the linearised difference. Documents are of unequal size and damage is seldom symmetric: a
-  bootstrap is too short.
+  skewness-corrected t interval of the linearised difference. Documents are of unequal size and
+  damage is seldom symmetric: a bootstrap is too short.
 - One arm's function of sums over documents (bits per byte, macro F1): BCa bootstrap over documents.
-  Tokens of one
-  document err together, so documents are resampled, never tokens.
+  Tokens of one document err together, so documents are resampled, never tokens.
 - The same over groups, where several documents come from one source: what they add is summed by
-  group, and groups
-  take the place of documents everywhere (`clustered.py`).
+  group, and groups take the place of documents everywhere (`clustered.py`).
 - Readings taken in blocks of four (arm, base, base, arm, or the reverse): skewness-corrected t
-  interval over blocks.
-  Within a block a linear drift of the machine adds the same to both arms and cancels.
+  interval over blocks. Within a block a linear drift of the machine adds the same to both arms and
+  cancels.
 
 Every interval is two-sided at `level`. At 0.90 each end is a one-sided 95% bound, which is what a
 margin is read on.
@@ -310,12 +307,10 @@ def ratio_spread(
     """Return sum(num) / sum(below) and how it varies over documents.
 
     Linearised: a document moves the ratio by e = num - ratio * below, here over 1 - its share below
-        (leave-one-out).
-    Degrees of freedom: Satterthwaite's 2n / (kurtosis - 1), n for normal e. Skewness: the larger of
-        the sample's own (times 1.5) and that of a sum whose documents weigh as these do while e /
-        size is skewed alike in all of them. The
-    second sees what the first misses: damage in a share of the documents that hit no large one by
-        chance.
+    (leave-one-out). Degrees of freedom: Satterthwaite's 2n / (kurtosis - 1), n for normal e.
+    Skewness: the larger of the sample's own (times 1.5) and that of a sum whose documents weigh as
+    these do while e / size is skewed alike in all of them. The second sees what the first misses:
+    damage in a share of the documents that hit no large one by chance.
 
     Args:
         num: (n,): what each document adds above; n >= 2.
@@ -323,8 +318,8 @@ def ratio_spread(
         sizes: (n,): bytes or tokens of each document; all positive.
 
     Source: Satterthwaite (1946), Biometrics Bulletin 2:110-114, with Var(s^2) = sd^4 (kurtosis - 1)
-        / n; the pooled skewness is that of a weighted sum of independent terms, its factor and the
-        1.5 by simulation.
+    / n; the pooled skewness is that of a weighted sum of independent terms, its factor and the 1.5
+    by simulation.
     """
     num, below, sizes = (np.asarray(values, dtype=np.float64) for values in (num, below, sizes))
     n = num.size
@@ -594,7 +589,7 @@ def own_spread(
             that was repeated.
 
     Source: Snedecor and Cochran (1980), Statistical Methods, sections 6.10 to 6.12 (F test, pooled
-        variance); level and factor by simulation (`benchmarks/gate_simulation.py`).
+    variance); level and factor by simulation (`benchmarks/gate_simulation.py`).
     """
     if len(hours) < LEAST_RUNS:
         how = (
@@ -651,7 +646,7 @@ def look_alpha(alpha: float, looks: int) -> float:
         looks: Planned looks: 1 or 2.
 
     Source: Pocock (1977), Biometrika 64:191-199; Owen (1956), Annals of Mathematical Statistics
-        27:1075-1090.
+    27:1075-1090.
     """
     assert 0 < alpha < 0.5, alpha
     assert looks in (1, 2), looks
@@ -756,7 +751,7 @@ def binary_items_for_power(
         Items in all; None where `assumed` sits on -margin.
 
     Source: Tango (1998), Statistics in Medicine 17:891-908, section 5; Connett, Smith and McHugh
-        (1987), Statistics in Medicine 6:59-68 (the step).
+    (1987), Statistics in Medicine 6:59-68 (the step).
     """
     assert 0 < margin < 1, margin
     assert abs(assumed) <= discordant <= 1, (assumed, discordant)

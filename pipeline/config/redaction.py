@@ -2,9 +2,9 @@
 terminal, exceptions.
 
 Writers call it, not sources: `store.write_json`, `store.write_text`, the journal, and
-    `clean_output` around each command's standard output and error. Secrets are known by their name
-    (`api_key=...`), by their shape (`hf_...`), by where they stand (a login in a URL), or because
-    an environment variable with such a name holds them.
+`clean_output` around each command's standard output and error. Secrets are known by their name
+(`api_key=...`), by their shape (`hf_...`), by where they stand (a login in a URL), or because an
+environment variable with such a name holds them.
 
 What is lost is a reader's convenience where this errs; what passes by mistake is read by everybody.
 """

@@ -2,8 +2,7 @@
 `recipes/` holds deltas.
 
 `OmegaConf.to_object` turns a composed config into `Run`; nothing below `cli/main.py` sees a
-DictConfig. Nothing here
-imports torch: a refusal must be quick.
+DictConfig. Nothing here imports torch: a refusal must be quick.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Format(Enum):
     them.
 
     The order is that of trials: sixteen bits come first, because what other formats save is read
-        against them.
+    against them.
     """
 
     auto = "auto"

@@ -1,8 +1,7 @@
 """Columns of the files of one data set: one spelling of a name, and one column for a part.
 
 Each file is written by its own program: `Label` of one is `label` of another. A column that only
-    some files have must not be taken for absent in the others where it stands there under another
-    name.
+some files have must not be taken for absent in the others where it stands there under another name.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def load_stdlib_labels() -> Dataset:
     """Return pieces of the library labelled with the top-level package they come from.
 
     Pieces of one file share its split: they are not independent. Files fill the test split first,
-        then validation, so that every class has its share of pieces in each, however long its files
-        are.
+    then validation, so that every class has its share of pieces in each, however long its files
+    are.
     """
     by_package: dict[str, list[tuple[Path, str]]] = {}
     for relative, text in _library_files():

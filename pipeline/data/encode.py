@@ -180,9 +180,8 @@ def encode_all(
 
     A text is one example, beginning with the tokenizer's begin token (or its end token, without
     one) and ending with its end token unless it is cut. Of a prompt with its completion only the
-    completion is predicted, of a conversation
-    only what the assistant says: see `renderings.py`. A conversation may become several examples,
-        or none.
+    completion is predicted, of a conversation only what the assistant says: see `renderings.py`. A
+    conversation may become several examples, or none.
 
     Args:
         max_length: Tokens an example of classification is cut to; causal LM reads documents whole.

@@ -71,8 +71,8 @@ class Padding:
         no padding.
 
         A classifier that answers by its first token (BERT) answers by padding where that is on the
-        left, whatever its
-        tokenizer says: such a one is padded on the right, which changes no text's answer.
+        left, whatever its tokenizer says: such a one is padded on the right, which changes no
+        text's answer.
         """
         if task is Task.causal_lm:
             return Padding(tokenizer.pad_token_id)

@@ -108,7 +108,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     without one.
 
     `all_special_ids` knows the former alone: many tokenizers mark the end of a turn in
-        tokenizer.json only.
+    tokenizer.json only.
     """
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
@@ -215,7 +215,7 @@ class Reader:
         become bytes, or nothing.
 
         Asked and not read: a tokenizer made by hand names it in its model, and not to whoever loads
-            it.
+        it.
         """
         lasts = {(ids or [-1])[-1] for ids in self.tokens(list(STRANGE))}
         return lasts.pop() if len(lasts) == 1 and -1 not in lasts else None

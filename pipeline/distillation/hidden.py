@@ -8,7 +8,7 @@ teacher; where both widths are the same there is none. Positions are those that 
 add up to their batch. What a layer gives out is meant; of the last one, after the model's final
 norm.
 Source: Romero et al. 2015, arXiv 1412.6550 (hints with a regressor); Jiao et al. 2020, arXiv
-    1909.10351, equation 8.
+1909.10351, equation 8.
 """
 
 from __future__ import annotations

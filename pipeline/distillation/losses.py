@@ -44,8 +44,8 @@ A token the teacher rules out (p = 0) costs nothing in the forward divergences a
 reverse_kl it costs infinitely much if the student allows it at all, as the definition says. What
 has no weight in the loss has no part in it, be it infinite.
 Source: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2023, arXiv 2306.13649 (jsd); Ko
-    et al. 2024, arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries
-    against the k largest).
+et al. 2024, arXiv 2402.03898 (skewed); Anshumann et al. 2025, arXiv 2503.16870 (sampled entries
+against the k largest).
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 have written.
 
 What it writes is sampled from its own distribution, no token barred but those that its teacher does
-not have, and is no
-label: the loss is the divergence alone, over the tokens that it wrote, its end of text included and
-    nothing after. No gradient passes through the sampling.
+not have, and is no label: the loss is the divergence alone, over the tokens that it wrote, its end
+of text included and nothing after. No gradient passes through the sampling.
 Source: Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 (`share` is its lambda, drawn step by
-    step).
+step).
 
 Shape legend: B rows, P tokens of the longest prompt, G written at most, T = P + G.
 """

@@ -22,7 +22,7 @@ bias that no number of steps averages out (see `losses.py`).
     dense   logits         float32  a number a class
 
 Source: Anshumann et al. 2025, arXiv 2503.16870 (sampled against top-k); Cochran, Sampling
-    Techniques, 1977, section 5 (stratified sampling).
+Techniques, 1977, section 5 (stratified sampling).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ neither is added | | `cost=owned`: a price per owned device-hour | the same, and
 and a PUE where declared |
 
 Hours are what the scheduler held for the job (`gpu_hours.allocated`). Where nobody granted anything
-they are those the
-job was attached for: a lower bound, since a device may have been held for longer, and so
-    `estimated`. So is a sum that should hold power of devices whose energy could not be read.
+they are those the job was attached for: a lower bound, since a device may have been held for
+longer, and so `estimated`. So is a sum that should hold power of devices whose energy could not be
+read.
 """
 
 from __future__ import annotations

@@ -10,24 +10,21 @@ What is counted, and what is not:
 - A multiply-add is 2 FLOPs; only matrix products (and convolutions) count, as in every published
   MFU.
 - Attention counts in full, T x T: neither the causal half, nor what documents packed into one
-  window do not read of
-  each other, is taken off.
+  window do not read of each other, is taken off.
 - Positions count as they are computed: a packed window is full; of a padded batch its padding
-  counts as well, while
-  `tokens` leaves it out.
+  counts as well, while `tokens` leaves it out.
 - The backward pass is what autograd does with the model's own `requires_grad`: a frozen weight has
-  no gradient, and
-  below the lowest trained weight nothing is carried back. Adapters (LoRA) are modules like any
-  other.
+  no gradient, and below the lowest trained weight nothing is carried back. Adapters (LoRA) are
+  modules like any other.
 - A live teacher's forward pass is added by the caller; a cached teacher's belongs to the stage that
   captured it.
 - A mixture of experts counts the experts that a token visits: the twin multiplies each token with
-  the weights of its
-  own top k, whichever they are. Experts in a loop over tokens cannot be counted without data: that
-  is an error here, and a null with this reason in a row.
+  the weights of its own top k, whichever they are. Experts in a loop over tokens cannot be counted
+  without data: that is an error here, and a null with this reason in a row.
 - Recomputed activations, gradient accumulation and the storage format of weights change nothing.
+
 Source of the convention: PaLM, arXiv 2204.02311, appendix B; of 6N: Kaplan et al. 2020, arXiv
-    2001.08361, section 2.1.
+2001.08361, section 2.1.
 """
 
 from __future__ import annotations
@@ -122,7 +119,7 @@ def expert_shares(source: PreTrainedConfig | Any, task: Task) -> dict[str, float
     empty without experts.
 
     Found by running the twin: experts are told which of them each token visits, k of E, and k / E
-        is the share.
+    is the share.
 
     Raises:
         Exception: As `count_flops` does.

@@ -3,11 +3,11 @@
 Two readings of a device bound an *interval*: joules by the counter's difference and by the power's
 trapezoid, shares and rates as they were read at its end (they speak of the time before). A window
 adds up intervals: shares are weighted by time, energies add over devices, maxima stay maxima. What
-is missing in one interval of one device is missing for
-the window: the part that was read is not presented as the whole.
+is missing in one interval of one device is missing for the window: the part that was read is not
+presented as the whole.
 
 Memory stays bounded: beyond `MOST` intervals, neighbours inside one window are merged into one,
-    which changes no sum.
+which changes no sum.
 """
 
 from __future__ import annotations

@@ -25,9 +25,8 @@ for K to arrive:
 - `host_wait`: the part of the gap before the call that launched K began. The host was loading data,
   ran Python, waited.
 - `launch_gap`: the part from there to K's start: the launch itself, its way to the device, and what
-  K still waited for
-  in its stream. Where the call began before the gap did, K was queued and the whole gap is
-  launch_gap.
+  K still waited for in its stream. Where the call began before the gap did, K was queued and the
+  whole gap is launch_gap.
 - `other`: no activity follows in the trace, or none that can be traced to the call that launched
   it.
 
@@ -40,8 +39,8 @@ launched before has ended; and it ends when the host ends the step or, if that i
 it launched has ended. In a row of equal steps it is as long as a step takes: the device's time
 where the device is slower, the host's where the host is.
 Source: libkineto's ChromeTraceLogger, as torch.profiler writes it. Holistic Trace Analysis asks for
-    causes of idle time as well (idle time breakdown), and decides by the length of a gap; here the
-    launch calls decide.
+causes of idle time as well (idle time breakdown), and decides by the length of a gap; here the
+launch calls decide.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 project use.
 
 Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-validation; the tests
-    hold it against the library `jsonschema`, which reads every result in them and is not needed to
-    run.
+hold it against the library `jsonschema`, which reads every result in them and is not needed to run.
 """
 
 from __future__ import annotations

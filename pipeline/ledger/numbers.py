@@ -73,7 +73,7 @@ def percents_apart(*fractions: float) -> list[str]:
     read the same.
 
     For a figure beside its limit: what is above it never reads as what is allowed, and what is
-        there never reads 0.
+    there never reads 0.
     """
     return [f"{text}%" for text in apart(*(100 * fraction for fraction in fractions))]
 

@@ -8,11 +8,10 @@ session (the writer to MLflow has one of its own), and those that were once seen
 parent has ended since.
 
 Where a container may use less than the machine has (a quota of its control group, an affinity),
-what others took is
-what they left too little of: on 64 cores, of which 2 may be used, others that keep 50 busy take
-    nothing from us.
+what others took is what they left too little of: on 64 cores, of which 2 may be used, others that
+keep 50 busy take nothing from us.
 Source: proc(5), /proc/stat and /proc/pid/stat (in ticks of 10 ms); Linux, admin-guide/cgroup-v2,
-    cpu.max and cpu.stat.
+cpu.max and cpu.stat.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ how torch multiplies. A precision that is missing is one that the source does no
 device does not have. All sources are NVIDIA's.
 
 Left out on purpose: A10G, H20 and other boards of one customer or market without a public
-    datasheet; the L40, whose datasheet halves the tensor rates that its chip has in the whitepaper.
-    `hardware.peak_tflops` declares what is missing.
+datasheet; the L40, whose datasheet halves the tensor rates that its chip has in the whitepaper.
+`hardware.peak_tflops` declares what is missing.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def grant(environ: Mapping[str, str] = os.environ) -> Grant | None:
     """Return the scheduler's grant, or None on a bare run.
 
     Source: sbatch(1), output environment variables: SLURM_GPUS is what `--gpus` asked for the job
-        ("8" or "h200:8"), SLURM_GPUS_ON_NODE what this node has of it, SLURM_JOB_NUM_NODES how many
-        nodes there are.
+    ("8" or "h200:8"), SLURM_GPUS_ON_NODE what this node has of it, SLURM_JOB_NUM_NODES how many
+    nodes there are.
     """
     job_id = environ.get("SLURM_JOB_ID")
     if job_id is None:

@@ -2,8 +2,8 @@
 itself.
 
 Source of the rules: every second in one class and booked once; shares of a GPU's time are nested (a
-    tensor core that works is an SM that works, an SM that works is a GPU that is busy, and so on up
-    to what the scheduler granted).
+tensor core that works is an SM that works, an SM that works is a GPU that is busy, and so on up to
+what the scheduler granted).
 """
 
 from __future__ import annotations

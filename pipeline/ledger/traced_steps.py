@@ -2,17 +2,16 @@
 of the GPU timeline.
 
 Which steps is a function of their number alone, so that a resumed run samples the same ones. Each
-is traced together
-with the step before it: the profiler begins on an empty device, and without a step of lead-in all
-    that the host does before its first launch would show as idle time, which in a row of steps
-    hides behind the device's work. Ending the profiler waits for the device. That is allowed on
-    sampled steps only, is booked to `log`, and is no time in steps. All other steps ask one set
-    whether they are in it.
+is traced together with the step before it: the profiler begins on an empty device, and without a
+step of lead-in all that the host does before its first launch would show as idle time, which in a
+row of steps hides behind the device's work. Ending the profiler waits for the device. That is
+allowed on sampled steps only, is booked to `log`, and is no time in steps. All other steps ask one
+set whether they are in it.
 
 A profiler that does not work (no CUPTI, no permission, another profiler there) is a reason, not an
 error: the figures are null, the training goes on.
 Source: torch.profiler.profile, whose `stop` synchronises; ui.perfetto.dev opens the files as they
-    are.
+are.
 """
 
 from __future__ import annotations

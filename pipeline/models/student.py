@@ -150,8 +150,8 @@ def stack_layers(
         UserError: If it has no one stack of layers.
 
     Source: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking", PMLR 97,
-        section 4; for language models Du et al. 2024, arXiv 2405.15319, where this way of growing
-        did best.
+    section 4; for language models Du et al. 2024, arXiv 2405.15319, where this way of growing did
+    best.
     """
     return with_layers(model, stacked(model.config, times), key, scratch=scratch)
 

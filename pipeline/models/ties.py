@@ -13,9 +13,8 @@ def part_ties(model: Any) -> None:
     apart.
 
     transformers loads both ends of a tie that a file holds with other values, leaves them apart,
-    and leaves
-    `tie_word_embeddings` true: whatever is built from that configuration, or asked to tie again, is
-        another model.
+    and leaves `tie_word_embeddings` true: whatever is built from that configuration, or asked to
+    tie again, is another model.
     """
     import torch
 

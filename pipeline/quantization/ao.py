@@ -12,7 +12,7 @@ are taken by the formats in `FUSES`, one scale per output row of each expert. to
 be indexed by expert but not multiplied as a batch, so that such a model computes expert by expert:
 its config.json says so (`experts_implementation`), and any `from_pretrained` follows it.
 Source: torchao.quantization.quant_api of torchao 0.18 (what each configuration stores and asks of a
-    device).
+device).
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def refusing(what: str, fmt: Format, key: str) -> Generator[None]:
     `fmt`.
 
     Which of some twenty kinds it is depends on the architecture, and says nothing that a caller
-    could act upon. What
-    is no fault of the format passes: memory, a full disk, a device that failed.
+    could act upon. What is no fault of the format passes: memory, a full disk, a device that
+    failed.
 
     Raises:
         UserError: Naming `key`.

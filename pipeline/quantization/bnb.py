@@ -6,11 +6,11 @@ the activation columns above 6.0, which stay in 16 bits. NF4 keeps one scale per
 numbers; both multiply in the compute dtype. Double quantization (`nf4_double`, `fp4_double`) keeps
 the scales in 8 bits themselves: 4.13 instead of 4.5 bits a weight.
 Source: Dettmers et al. 2022, arXiv 2208.07339 (int8); Dettmers et al. 2023, arXiv 2305.14314,
-    section 3 (NF4, double quantization).
+section 3 (NF4, double quantization).
 
 The trap: where the CPU has AVX512_BF16, the first forward without gradients repacks 4-bit weights
-    in place and rounds their scales to bfloat16, and what is saved after it is wrong. So a model is
-    saved before it is ever run.
+in place and rounds their scales to bfloat16, and what is saved after it is wrong. So a model is
+saved before it is ever run.
 """
 
 from __future__ import annotations

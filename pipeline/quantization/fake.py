@@ -9,9 +9,9 @@ product is added to each before it is rounded: what is merged and quantized afte
 very model that was trained. (Adapters beside a quantized weight are not: rounding their sum takes
 most of it back, for what they add is smaller than a step of 4 bits.)
 Source: Bengio et al. 2013, arXiv 1308.3432, section 4 (straight-through); Liu et al. 2023, arXiv
-    2305.17888 (quantization-aware distillation from the unquantized model); Hu et al. 2021, arXiv
-    2106.09685, section 4.1 (LoRA); Bondarenko et al. 2024, arXiv 2406.06385, section 3 (adapters
-    inside the rounding); of the formats' own rounding: `bnb.py`, `ao.py`.
+2305.17888 (quantization-aware distillation from the unquantized model); Hu et al. 2021, arXiv
+2106.09685, section 4.1 (LoRA); Bondarenko et al. 2024, arXiv 2406.06385, section 3 (adapters inside
+the rounding); of the formats' own rounding: `bnb.py`, `ao.py`.
 """
 
 from __future__ import annotations

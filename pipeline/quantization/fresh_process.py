@@ -40,8 +40,7 @@ def align(model: Any) -> None:
     """Move a CPU model's plain weights that lie askew in memory, in place.
 
     A file that is mapped has its tensors at any offset, and a product with a single token rounds
-    otherwise where its
-    weight does not begin at 16 bytes: the same weights would give other bits.
+    otherwise where its weight does not begin at 16 bytes: the same weights would give other bits.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if (

@@ -2,8 +2,8 @@
 process.
 
 Bit equality and no tolerance: the known fault (NF4 saved after a forward on a CPU) moved logits by
-    as little as 0.008. The reference is the model in memory, run only after it was saved, because
-    running it is what spoils it.
+as little as 0.008. The reference is the model in memory, run only after it was saved, because
+running it is what spoils it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 until it converged.
 
 Nothing is said of what nobody declared: a rate, a PUE, the quality from which a model counts as
-    converged.
+converged.
 """
 
 from __future__ import annotations

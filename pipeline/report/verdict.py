@@ -76,7 +76,7 @@ def markdown_line(verdict: Verdict) -> str:
     is Markdown's.
 
     Brackets around two numbers stay plain: they make a link only before another bracket, and a
-        report defines none.
+    report defines none.
     """
     parts = (markdown_text(part, 400) for part in str(verdict["line"]).split(GAP))
     return GAP.join(_TWO_NUMBERS.sub(r"[\1]", part) for part in parts)

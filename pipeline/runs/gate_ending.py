@@ -2,7 +2,7 @@
 all of it written.
 
 The order matters: a verdict is on disk before anything moves, so that a crash in between leaves the
-    old champion.
+old champion.
 """
 
 from __future__ import annotations

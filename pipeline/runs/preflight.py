@@ -265,7 +265,7 @@ def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset)
     embedding for.
 
     All chats are rendered: what a template refuses would else be found after training. Tokens are
-        looked at of the first documents.
+    looked at of the first documents.
 
     Returns:
         What the chat template does with the conversations; of train in the words that training says

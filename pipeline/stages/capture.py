@@ -1,13 +1,13 @@
 """Capture: run a teacher once over what a student will train on, and keep its predictions in a few
 bytes a token.
 
-What it does: reads the windows (or examples) that the stage named by `like` will read, runs the
-    teacher over each once,
-and writes a teacher cache: sampled tokens with their counts, or the k largest probabilities with
-    the mass of the rest;
-all logits of classes. When it helps: a teacher that does not fit beside its student, several epochs
-    over the same data, several students of one teacher; a single epoch for one student costs what
-    the live teacher costs, and disk.
+What it does: reads the windows (or examples) that the stage named by `like` will read, and runs
+the
+teacher over each once. It writes a teacher cache: sampled tokens with their counts, or the k
+largest probabilities with the mass of the rest; of a classifier all logits.
+When it helps: where a teacher does not fit beside its student, for several epochs over the same
+data, or for several students of one teacher. For one student and one epoch it costs what a live
+teacher costs, and disk.
 Settings worth changing: draws (more: less noise, more bytes), method.
 Source: Anshumann et al. 2025, arXiv 2503.16870; the formats in `distillation/sparse.py`.
 """

@@ -1,15 +1,14 @@
 """Distill: train a student on its teacher's predictions, mixed with the hard labels.
 
-What it does: a divergence from the teacher's distribution at a temperature (forward KL unless said
-    otherwise), times T squared, plus cross-entropy; the teacher is frozen (a hash of its parameters
-    before and after proves it) and runs in
-its own precision. When it helps: for a student initialised from its teacher or served often; a live
-    teacher costs more FLOPs per step than plain training, so read it against both controls of
-    `recipe=distill`. With `cache` the teacher is
-not loaded at all: its predictions were captured by an earlier stage. Settings worth changing:
-    ce_weight, temperature, divergence, steps.
-Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the divergences and theirs in
-    `distillation/losses.py`.
+What it does: minimises a divergence from the teacher's distribution at a temperature (forward KL
+unless said otherwise), times T squared, plus cross-entropy. The teacher is frozen, which a hash of
+its parameters before and after proves, and runs in its own precision. With `cache` no teacher is
+loaded: an earlier stage captured its predictions.
+When it helps: for a student initialised from its teacher, or served often. A live teacher costs
+more FLOPs per step than plain training, so read the student against both controls of `recipe=distill`.
+Settings worth changing: ce_weight, temperature, divergence, steps.
+Source: Hinton et al. 2015, arXiv 1503.02531, section 2; `distillation/losses.py` has the sources of
+the divergences.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def choose_head(
     """Have `objective` use a kernel; return what a probe found where there was a choice.
 
     `auto` probes on CUDA only: elsewhere Liger's chunked loss, the one other kernel, has never been
-        the faster one (benchmarks/distillation_head.py), and a run would pay for finding that out
-        again.
+    the faster one (benchmarks/distillation_head.py), and a run would pay for finding that out
+    again.
 
     Args:
         key: Of the setting, for who must change it.

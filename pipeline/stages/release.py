@@ -1,9 +1,9 @@
 """Release: take an artifact as it was released, to be assessed and served beside another one.
 
 What it does: brings the artifact that `candidate` or `baseline` refers to into the store, bytes
-    unchanged; trains
-nothing. When it helps: in `recipe=release_check`, whose two arms it makes. Settings worth changing:
-    none; give the references on the command line.
+unchanged. It trains nothing.
+When it helps: in `recipe=release_check`, whose two arms it makes.
+Settings worth changing: none; give the references on the command line.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Train: plain fine-tuning or training from scratch, next-token or classification cross-entropy.
 
-What it does: the one training loop on the hard labels. When it helps: it is the baseline of every
-    claim, the teacher of a distillation, and (with `match_compute`) the control that says what a
-    teacher's FLOPs would have bought.
+What it does: the one training loop on the hard labels.
+When it helps: as the baseline of every claim, as the teacher of a distillation, and (with
+`match_compute`) as the control that shows what a teacher's FLOPs would have bought.
 Settings worth changing: steps, learning_rate, precision, schedule. `steps: 0` takes the model as it
-    is.
+is.
 """
 
 from __future__ import annotations

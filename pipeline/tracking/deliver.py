@@ -2,8 +2,8 @@
 alone imports mlflow.
 
 Delivery is idempotent: runs are found again by tag before they are made, and metrics carry the
-    journal's times, so that delivering twice changes nothing. Nothing here runs inside the training
-    process's step loop.
+journal's times, so that delivering twice changes nothing. Nothing here runs inside the training
+process's step loop.
 """
 
 from __future__ import annotations

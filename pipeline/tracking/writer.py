@@ -3,8 +3,8 @@ waits for at its end.
 
 A slow, dead or frozen MLflow costs the training nothing. Importing MLflow is most of the writer's
 work (2.4 of 2.5 s of processor time), so a thread at the lowest priority does that. Deliveries are
-short and hold locks, so they run at
-normal priority: whoever waits for a lock never waits for a process that gets no processor time.
+short and hold locks, so they run at normal priority: whoever waits for a lock never waits for a
+process that gets no processor time.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 rename.
 
 No pickles: weights, optimizer state and generator state are safetensors, the rest is JSON. The
-    learning rate and the batches are pure functions of the step, so nothing else is needed to go on
-    exactly.
+learning rate and the batches are pure functions of the step, so nothing else is needed to go on
+exactly.
 """
 
 from __future__ import annotations

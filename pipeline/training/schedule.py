@@ -7,8 +7,8 @@ batch size: with Adam the usual rule is its square root (Malladi et al. 2022, ar
 a small batch early on then meets the warm-up.
 
 Source: Smith et al. 2018, arXiv 1711.00489 (batch size); Li et al. 2022, arXiv 2108.06084, and
-    Pouransari et al. 2024, arXiv 2405.13226 (sequence length, the latter at as many tokens a step,
-    as here).
+Pouransari et al. 2024, arXiv 2405.13226 (sequence length, the latter at as many tokens a step, as
+here).
 """
 
 from __future__ import annotations

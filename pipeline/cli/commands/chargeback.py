@@ -2,8 +2,8 @@
 store.
 
 Sums what was spent, each hour once: a reused stage spends nothing, failed, killed and unfinished
-    runs count, and so do those that were deleted in the UI. Days are UTC; the last one is not part
-    of the period.
+runs count, and so do those that were deleted in the UI. Days are UTC; the last one is not part of
+the period.
 """
 
 from __future__ import annotations

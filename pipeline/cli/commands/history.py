@@ -2,8 +2,7 @@
 store, with alarms.
 
 A verdict that was given again counts once; a pair that was judged under several policies, data or
-devices has a line
-each, which says so. What an alarm means: `compare/history.py`.
+devices has a line each, which says so. What an alarm means: `compare/history.py`.
 """
 
 from __future__ import annotations

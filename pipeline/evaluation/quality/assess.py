@@ -234,9 +234,8 @@ def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, fl
     documents.
 
     Slices are the true classes, or for texts the quarters of documents by what a byte of them cost
-    the unquantized
-    model. By how much: relative increase of bits per byte, or loss of accuracy; below zero where
-        even the worst gains.
+    the unquantized model. By how much: relative increase of bits per byte, or loss of accuracy;
+    below zero where even the worst gains.
     """
     found: list[tuple[str, float, int]] = []
     if "label" in arrays:
@@ -510,12 +509,11 @@ def read_items(path: Path) -> Arrays:
     """Return the per-document columns that `assess_quality` kept, in its order.
 
     Of a language model: `digest, bits, bytes, tokens, correct`, `end_bits, ends` (of ends of text
-        or turns, which are in none of the others), `unknown_bytes` (of `bytes`) and, with a
-        teacher, `agree` (tokens). Of a classifier: `digest, label, prediction, correct, logprob`
-        and, with a teacher, `agree` (0 or 1). Of a quantized model also `kl` (nats), `flips`, and
-        `unquantized`: the bits, or whether right, of the model that it was made from. Where
-        documents
-    name one, `group`: the source that a document shares with others, null for one of its own.
+    or turns, which are in none of the others), `unknown_bytes` (of `bytes`) and, with a teacher,
+    `agree` (tokens). Of a classifier: `digest, label, prediction, correct, logprob` and, with a
+    teacher, `agree` (0 or 1). Of a quantized model also `kl` (nats), `flips`, and `unquantized`:
+    the bits, or whether right, of the model that it was made from. Where documents name one,
+    `group`: the source that a document shares with others, null for one of its own.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

@@ -7,10 +7,10 @@ documents of scores between 0 and 1, higher being better, is a figure here (acc,
 exact_match, ...); any other metric of a task is null with the reason.
 
 A task file runs no code of its own: `!function` is refused, templates are rendered in Jinja's
-    sandbox, metrics are lm-eval's own (the `evaluate` library would run a script of that name).
-    Nothing is fetched: data from the hub are refused, and all of it runs offline. Before anything
-    is trained a task is run once, in full, on a model that answers nothing; a prompt that the model
-    could only read in part, which lm-eval would cut without a word, is refused.
+sandbox, metrics are lm-eval's own (the `evaluate` library would run a script of that name). Nothing
+is fetched: data from the hub are refused, and all of it runs offline. Before anything is trained a
+task is run once, in full, on a model that answers nothing; a prompt that the model could only read
+in part, which lm-eval would cut without a word, is refused.
 """
 
 from __future__ import annotations

@@ -453,7 +453,7 @@ def _warm_until_steady(
     """Read all arms in turns, keeping nothing, until they are steady or `MOST_ROUNDS` are over.
 
     Steady: the readings of the last two rounds lie within `STEADY` of the two before, as the mean
-        log-ratio over arms.
+    log-ratio over arms.
     """
     logs: list[float] = []
     while len(logs) < MOST_ROUNDS:

@@ -1,8 +1,8 @@
 """One loaded artifact that serves batches and times them.
 
 The clock is read only after the device has finished what was asked of it. Prompts are on the device
-beforehand, and
-every generation runs to its full length: a model that likes to stop early would look cheap.
+beforehand, and every generation runs to its full length: a model that likes to stop early would
+look cheap.
 """
 
 from __future__ import annotations

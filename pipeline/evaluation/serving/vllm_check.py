@@ -2,9 +2,9 @@
 scores a few documents.
 
 vLLM has loaders and kernels of its own: a format may be refused there, or read as another model. In
-    a process of its own it finds log-probabilities of the tokens of a few test documents, and their
-    mean is set beside that of this project's scoring of the same reloaded folder. A check that
-    cannot run says why, and changes nothing else.
+a process of its own it finds log-probabilities of the tokens of a few test documents, and their
+mean is set beside that of this project's scoring of the same reloaded folder. A check that cannot
+run says why, and changes nothing else.
 """
 
 from __future__ import annotations

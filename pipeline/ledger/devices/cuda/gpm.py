@@ -4,8 +4,8 @@ links really did.
 Two samples at least 100 ms apart give the shares between them. The permission to read may vanish
 while a run lasts: from then on every figure is missing, with that reason.
 Source: NVML API reference, "GPM Functions" and "GPM Metrics": SM_UTIL is the share of SMs that were
-    busy, ANY_TENSOR_UTIL the share of time in which SMs did tensor operations, DRAM_BW_UTIL the
-    share of the bandwidth used; the transfer rates are in MiB/s.
+busy, ANY_TENSOR_UTIL the share of time in which SMs did tensor operations, DRAM_BW_UTIL the share
+of the bandwidth used; the transfer rates are in MiB/s.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ Nothing here interprets: `gpu_sampler.py` turns readings into figures of a windo
 node reads for a run: a recipe is one process, and a meter refuses to be started once per rank.
 
 What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly
-    activity (GPM, from Hopper on). What it cannot: which process did what (the driver knows them by
-    the host's numbers). "Utilization" is the share of time in which any kernel ran, 100% for a
-    single spinning thread: `sm_active` is what says whether a GPU worked. Power is that of the
-    moment (field POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the
-    last second from Ampere on (GA100 left out), which lags behind in short windows. On superchips
-    (GH200, GB200) energy and power are those of the module, CPU and memory included.
+activity (GPM, from Hopper on). What it cannot: which process did what (the driver knows them by the
+host's numbers). "Utilization" is the share of time in which any kernel ran, 100% for a single
+spinning thread: `sm_active` is what says whether a GPU worked. Power is that of the moment (field
+POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the last second from
+Ampere on (GA100 left out), which lags behind in short windows. On superchips (GH200, GB200) energy
+and power are those of the module, CPU and memory included.
 Source: NVML API reference, device queries, field values and GPM functions.
 """
 
