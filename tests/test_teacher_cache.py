@@ -44,10 +44,9 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model
 from pipeline.stages import capturing as capture_module
 from pipeline.stages.capture import CaptureStage
-from pipeline.stages.capturing import expected
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
-from pipeline.stages.teaching import IndexedBatches, open_cache
+from pipeline.stages.teaching import IndexedBatches, _expected, open_cache
 from pipeline.store.artifacts import Artifact, digest_folder, read_json
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
 
@@ -109,7 +108,7 @@ def context(root: Path, run: Run, stage: str = "capture", **changes: Any) -> Con
         "out": out,
         "data": SimpleNamespace(digest="d" * 32, labels=labels, splits={"train": []}),
         "checkpoints": root / "checkpoints",
-        "matched": None,
+        "like": None,
         "matched_flops": None,
         "points": lambda *_: None,
         "history": history_at,
@@ -149,8 +148,8 @@ def open_checked(
     """Open a cache as the student's stage does."""
     ctx = context(folder.parent, run, "student")
     windows = windows_of(documents, run)
-    wanted = expected(
-        run.stages["capture"], windows, changes.pop("tokenizer", byte_tokenizer()), teacher, ctx
+    wanted = _expected(
+        run.stages["student"], windows, changes.pop("tokenizer", byte_tokenizer()), teacher, ctx
     )
     cache = TeacherCache(folder, KEY)
     rows = needed(windows, run.training.steps, run.training.batch_size)
@@ -283,8 +282,8 @@ def test_classes_are_kept_whole_and_the_loss_is_the_live_teachers(
     assert (manifest["method"], manifest["columns"]) == ("dense", {"logits": "float32"})
     padded = PaddedBatches(documents, batch_size=4, seed=0, padding=Padding(0))
     cache = TeacherCache(tmp_path / "out", KEY)
-    wanted = expected(
-        run.stages["capture"],
+    wanted = _expected(
+        run.stages["student"],
         padded,
         byte_tokenizer(),
         teachers[task],

@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 from pipeline.stages.base import Reference, stages_of
 from pipeline.store.artifacts import MODEL
 
+SOURCE = "student.source"
+
 
 def names_left_out(settings: Iterable[str]) -> list[str]:
     """Return the stages that the words of a command line leave out."""
@@ -57,11 +59,12 @@ def _refuse_needed(run: Run, gone: Sequence[str]) -> None:
 def _naming(run: Run, gone: Collection[str]) -> dict[str, Reference]:
     """Return the settings of what stays that name a stage that is left out."""
     found: dict[str, Reference] = {}
+    if run.student.source in gone:
+        found[SOURCE] = Reference(run.student.source or "", SOURCE)
     for name, stage in stages_of(run).items():
         for each in stage.references(run).values():
-            # an arm that follows from others is given anew with them
-            implied = "." in each.setting and run.student.source is None
-            if each.arm in gone and not implied:
+            # what the student is cut from is named there, or follows from its teacher
+            if each.arm in gone and each.setting != SOURCE:
                 found[each.full_setting(f"stages.{name}")] = each
     return found
 
