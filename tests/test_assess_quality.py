@@ -15,6 +15,7 @@ from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipeline.compare.figures import macro_f1
 from pipeline.compare.quality import compare_items
 from pipeline.config.settings import QualityConfig, Task
 from pipeline.data.documents import Document
@@ -24,7 +25,6 @@ from pipeline.evaluation.quality import assess as quality
 from pipeline.evaluation.quality.assess import (
     assess_quality,
     choose_documents,
-    macro_f1,
     read_items,
     worst_slice,
     write_items,

@@ -21,6 +21,7 @@ from pipeline.compare import quality
 from pipeline.compare.blocks import disturbances as found_in
 from pipeline.compare.blocks import draw_design, in_time
 from pipeline.compare.clustered import effective_items, group_codes, share_interval, summed
+from pipeline.compare.figures import macro_f1
 from pipeline.compare.quality import MIN_CLASS_ITEMS, compare_items
 from pipeline.compare.statistics import (
     RunSpread,
@@ -35,7 +36,7 @@ from pipeline.compare.statistics import (
 from pipeline.compare.verdict import Outcome, quality_criterion
 from pipeline.config.settings import PolicyConfig, QualityConfig, Task
 from pipeline.errors import UserError
-from pipeline.evaluation.quality.assess import figures_of, macro_f1, read_items, write_items
+from pipeline.evaluation.quality.assess import figures_of, read_items, write_items
 from pipeline.evaluation.quality.recorded import take_recorded
 from pipeline.report.verdict import needed_words, unseen_words
 

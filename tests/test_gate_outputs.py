@@ -330,7 +330,7 @@ def test_files_are_written_beside_the_report(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
     (tmp_path / "report.md").write_text("PASS\n")
     attempt = gate_of(make_verdict(), tmp_path)
-    assert write_outputs(attempt, ended(attempt, "FINISHED", None)) == ["verdict.json", "junit.xml"]
+    assert write_outputs(attempt, ended(attempt, "FINISHED", None)) == ["verdict.json"]
     jsonschema.validate(json.loads((tmp_path / "verdict.json").read_text()), VERDICT_SCHEMA)
     assert (tmp_path / "summary").read_text() == "PASS\n"
     assert ended(SimpleNamespace(session=SimpleNamespace(gate=None)), "FINISHED", None) is None

@@ -24,6 +24,7 @@ SWITCHED_OFF = re.compile(r"#\s*fmt:\s*(?:skip|off)|#\s*yapf:\s*disable")
 
 LAYERS = (
     ("errors",),
+    ("tasks",),
     ("config",),
     ("ledger",),
     ("store", "compare"),

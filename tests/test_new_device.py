@@ -5,24 +5,17 @@ And what differs between kinds of device is asked of their classes alone.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_wheel import SMALL
+from edited_copy import ROOT, Copy, result_of
 
 from pipeline.ledger.devices import table
 from pipeline.ledger.devices.cpu import Cpu
 from pipeline.ledger.devices.table import KINDS, device_of, is_device, is_gpu, open_device
 
-ROOT = Path(__file__).resolve().parent.parent
 CUDA = re.compile(r"""["']cuda|torch\.(?:\w+\.)*cuda\b""")
 """What only makes sense on one kind of device: its name in quotes, and its part of torch."""
 ITS_OWN = "pipeline/ledger/devices/cuda"
@@ -75,29 +68,12 @@ LINE = "    \"cuda\": Cuda,  # NVIDIA's, and AMD's through ROCm\n"
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Add a device to a copy of the package, run a recipe on it, and return its result."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in ("pipeline", "configs", "recipes"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    devices = copy / "pipeline/ledger/devices"
-    (devices / "toy.py").write_text(TOY)
-    text = (devices / "table.py").read_text()
-    assert (text.count(IMPORT), text.count(LINE)) == (1, 1)
-    text = text.replace(IMPORT, IMPORT + "from pipeline.ledger.devices.toy import Toy\n")
-    (devices / "table.py").write_text(text.replace(LINE, LINE + '    "toy": Toy,\n'))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "recipe=baseline", "hardware.device=toy", *SMALL],
-        cwd=tmp_path_factory.mktemp("work"),
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
-    assert written is not None, done.stdout
-    return json.loads((Path(written.group(1)) / "result.json").read_text())
+    copy = Copy.make(tmp_path_factory.mktemp("device"))
+    copy.add_file("ledger/devices/toy.py", TOY)
+    table = "ledger/devices/table.py"
+    copy.add_lines(table, IMPORT, "from pipeline.ledger.devices.toy import Toy\n")
+    copy.add_lines(table, LINE, '    "toy": Toy,\n')
+    return result_of(copy.run("recipe=baseline", "hardware.device=toy"))
 
 
 def test_a_run_is_on_the_device_that_was_added(result: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Two arms on the same documents: better, worse, equal within the margin, or undecided.
 
-Differences are oriented so that higher is better for the arm. Bits per byte compare relatively (`1
-- arm/base`, the margin is a share), accuracies absolutely (`arm - base`, the margin is in
-accuracy). The answer is read off a two-sided 90% interval, whose ends are one-sided 95% bounds, in
-this order:
+Differences are oriented so that higher is better for the arm. A metric that is `relative` (bits per
+byte) is compared as `1 - arm/base` (the margin is a share), others as `arm - base` (accuracies: the
+margin is in accuracy). The answer is read off a two-sided 90% interval, whose ends are one-sided
+95% bounds, in this order:
 
 - `equal`: the whole interval is within the margin on both sides, whichever side of 0 it lies on.
 - `better`: the whole interval is above 0.
@@ -31,6 +31,8 @@ from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
 from pipeline.ledger.values import Provenance, Value, derive, null
+from pipeline.tasks.quality import MacroF1, Mean, Quality, Ratio, Share
+from pipeline.tasks.table import kind_of_columns
 
 Items = Mapping[str, npt.NDArray[Any]]
 """What assessment keeps of each document: `digest` and, in the same order, the columns that a
@@ -90,58 +92,35 @@ def _continuous(estimate: float, spread: Spread, settings: _Settings) -> _Found:
     return statistics.skewed_t_interval(estimate, spread, level=settings.level), needed
 
 
-def _bits_per_byte(arm: Items, base: Items, settings: _Settings) -> _Found:
-    higher, spread = _paired_ratio(arm["bits"], base["bits"], arm["bytes"], settings, relative=True)
-    return _continuous(-higher, spread.reversed(), settings)
+_Parts = Callable[[Items], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+"""Maps an arm's columns to what is summed, and what the sum is divided by, document by document."""
 
 
-def _paired_ratio(
-    arm: npt.NDArray[Any],
-    base: npt.NDArray[Any],
-    den: npt.NDArray[Any],
-    settings: _Settings,
-    *,
-    relative: bool = False,
-) -> tuple[float, Spread]:
-    """Return how two ratios of sums differ and that difference's spread, over groups where there
-    are any.
-    """
-    by_group = (clustered.summed(column, settings.codes) for column in (arm, base, den))
-    return statistics.paired_ratio(*by_group, relative=relative)
+def _ratios(parts: _Parts, quality: Quality, arm: Items, base: Items, how: _Settings) -> _Found:
+    """Compare two ratios of sums, over groups where there are any."""
+    (ours, den), (theirs, _) = parts(arm), parts(base)
+    by_group = (clustered.summed(column, how.codes) for column in (ours, theirs, den))
+    higher, spread = statistics.paired_ratio(*by_group, relative=quality.relative)
+    if quality.direction < 0:
+        higher, spread = -higher, spread.reversed()
+    return _continuous(higher, spread, how)
 
 
-def _token_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
-    """Compare sum(column) / sum(tokens), absolutely."""
+def _shares(
+    in_arm: npt.NDArray[np.bool_], in_base: npt.NDArray[np.bool_], how: _Settings
+) -> _Found:
+    """Compare the share of examples that are true."""
+    if how.codes is not None:
+        return _grouped_share(in_arm, in_base, how.codes, how)
+    b, c, n = int((in_arm & ~in_base).sum()), int((in_base & ~in_arm).sum()), len(in_arm)
 
-    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
-        return _continuous(
-            *_paired_ratio(arm[column], base[column], arm["tokens"], settings), settings
+    def needed(margin: float, assumed: float) -> int | None:
+        discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
+        return statistics.binary_items_for_power(
+            discordant, margin=margin, assumed=assumed, level=how.level
         )
 
-    return compare
-
-
-def _example_share(column: str) -> Callable[[Items, Items, _Settings], _Found]:
-    """Compare the share of examples where `column` is true."""
-
-    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
-        in_arm, in_base = arm[column].astype(bool), base[column].astype(bool)
-        if settings.codes is not None:
-            return _grouped_share(in_arm, in_base, settings.codes, settings)
-        b, c, n = int((in_arm & ~in_base).sum()), int((in_base & ~in_arm).sum()), len(in_arm)
-
-        def needed(margin: float, assumed: float) -> int | None:
-            discordant = max(statistics.discordant_rate(b, c, n), abs(assumed))
-            return statistics.binary_items_for_power(
-                discordant, margin=margin, assumed=assumed, level=settings.level
-            )
-
-        return (
-            Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=settings.level)),
-            needed,
-        )
-
-    return compare
+    return Interval((b - c) / n, *statistics.tango_interval(b, c, n, level=how.level)), needed
 
 
 def _grouped_share(
@@ -177,20 +156,6 @@ def _grouped_share(
 def is_binary(values: npt.ArrayLike) -> bool:
     """Whether every score is 0 or 1."""
     return bool(np.isin(values, (0, 1)).all())
-
-
-def _task_score(column: str) -> Callable[[Items, Items, _Settings], _Found]:
-    """Compare the mean of scores between 0 and 1, absolutely: as a share of examples where all are
-    right or wrong.
-    """
-
-    def compare(arm: Items, base: Items, settings: _Settings) -> _Found:
-        if is_binary(arm[column]) and is_binary(base[column]):
-            return _example_share(column)(arm, base, settings)
-        ones = np.ones(len(arm[column]), dtype=np.int64)
-        return _continuous(*_paired_ratio(arm[column], base[column], ones, settings), settings)
-
-    return compare
 
 
 def _macro_f1(arm: Items, base: Items, settings: _Settings) -> _Found:
@@ -316,72 +281,62 @@ def macro_f1_interval(
     return statistics.bootstrap_sums(columns, macro_f1, resamples=resamples, seed=seed, level=level)
 
 
-@dataclass(frozen=True, slots=True)
-class _Method:
-    """How a quality key is compared.
+def _parts(measure: Ratio | Mean) -> _Parts:
+    """Return what a mean or a ratio is made of."""
+    if isinstance(measure, Ratio):
+        return lambda items: (items[measure.num], items[measure.den])
 
-    Attributes:
-        columns: What both arms must have of each document.
-        same: The one of them that must be the same in both arms.
-        compare: Gives the oriented difference with its interval, and how many items decide.
-        divides: True where `same` is what the figure is divided by; documents with none of it are
-            left out.
+    def values(items: Items) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        found = np.asarray(measure.per_example(*(items[name] for name in measure.columns)))
+        return found, np.ones(len(found), dtype=np.int64)
+
+    return values
+
+
+def _compare(quality: Quality, arm: Items, base: Items, how: _Settings) -> _Found:
+    """Return the oriented difference with its interval, and how many items decide.
+
+    A mean is a share of examples where each is right or wrong, in both arms.
     """
-
-    columns: tuple[str, ...]
-    same: str
-    compare: Callable[[Items, Items, _Settings], _Found]
-    divides: bool = False
-
-
-_CAUSAL = {
-    "bits_per_byte": _Method(("bits", "bytes"), "bytes", _bits_per_byte, divides=True),
-    "next_token_accuracy": _Method(
-        ("correct", "tokens"), "tokens", _token_share("correct"), divides=True
-    ),
-    "teacher_agreement": _Method(
-        ("agree", "tokens"), "tokens", _token_share("agree"), divides=True
-    ),
-}
-_CLASSIFICATION = {
-    "accuracy": _Method(("correct", "label"), "label", _example_share("correct")),
-    "macro_f1": _Method(("label", "prediction"), "label", _macro_f1),
-    "teacher_agreement": _Method(("agree", "label"), "label", _example_share("agree")),
-}
-# Perplexity has no method: it is a power of the bits per token, so bits per byte says the same
-# across tokenizers too.
+    match quality.measure:
+        case Share(column):
+            assert quality.direction > 0, "arms are compared on the share of what is right"
+            return _shares(arm[column].astype(bool), base[column].astype(bool), how)
+        case MacroF1():
+            return _macro_f1(arm, base, how)
+        case Ratio() | Mean() as measure:
+            parts = _parts(measure)
+            ours, theirs = parts(arm)[0], parts(base)[0]
+            is_share = isinstance(measure, Mean) and quality.direction > 0 and not quality.relative
+            if is_share and is_binary(ours) and is_binary(theirs):
+                return _shares(ours.astype(bool), theirs.astype(bool), how)
+            return _ratios(parts, quality, arm, base, how)
 
 
-UNKNOWN_SHARE = 1e-3
-"""Of bytes under unknown tokens, above which bits per byte says nothing: what is not told costs no
-bits.
-"""
-
-
-def why_unknown(items: Items) -> str | None:
-    """Return why bits per byte of these documents are not known; None where too little stands under
-    unknown tokens.
-    """
-    if "unknown_bytes" not in items or not items["bytes"].sum():
-        return None
-    share = float(items["unknown_bytes"].sum() / items["bytes"].sum())
-    if share <= UNKNOWN_SHARE:
-        return None
-    return f"{share:.1%} of the bytes stand under unknown tokens, which tell nothing of them"
-
-
-def _methods(items: Items) -> dict[str, _Method]:
+def _metrics(items: Items) -> dict[str, Quality]:
+    """Return what such items are compared on, by key."""
     if "responses" in items:  # of an lm-eval task: every other column is a metric
         scores = [name for name in items if name not in ("digest", "responses", GROUP)]
-        return {name: _Method((name,), "digest", _task_score(name)) for name in scores}
-    return _CLASSIFICATION if "label" in items else _CAUSAL
+        return {name: _score(name) for name in scores}
+    return {quality.key: quality for quality in kind_of_columns(items).compared()}
+
+
+def _read(quality: Quality) -> tuple[str, ...]:
+    """Return the columns that a comparison reads: the metric's own, and what must be the same."""
+    same = () if quality.same in (None, "digest") else (quality.same,)
+    return tuple(dict.fromkeys((*quality.measure.columns, *same)))
+
+
+def _score(name: str) -> Quality:
+    """Return an lm-eval task's metric: the mean of scores."""
+    return Quality(key=name, meaning="", measure=Mean((name,)), direction=1, same="digest")
 
 
 def compared_keys(arm_items: Items, base_items: Items) -> tuple[str, ...]:
     """Return the quality keys that both arms carry the columns of."""
     both = set(arm_items) & set(base_items)
     return tuple(
-        key for key, method in _methods(arm_items).items() if both.issuperset(method.columns)
+        key for key, quality in _metrics(arm_items).items() if both.issuperset(_read(quality))
     )
 
 
@@ -434,32 +389,33 @@ def _why_no_items(items: Items) -> str | None:
     return None
 
 
-def _why_not(method: _Method, arm: Items, base: Items, num_documents: int) -> str | None:
+def _why_not(quality: Quality, arm: Items, base: Items, num_documents: int) -> str | None:
     """Return why paired items do not allow the comparison; None where they do."""
-    num_paired = len(arm["digest"])
+    num_paired, measure, same = len(arm["digest"]), quality.measure, quality.same or "digest"
+    columns = _read(quality)
     if num_paired < PAIRED_SHARE * num_documents:
         return f"only {num_paired} of {num_documents} documents were assessed in both arms"
     for side, items in (("arm", arm), ("base", base)):
-        missing = [name for name in method.columns if name not in items]
+        missing = [name for name in columns if name not in items]
         if missing:
             return f"the {side} has no {missing[0]!r} per document"
         # logprob: the class ranked first looks sound where every logit is NaN
         readings = np.array(
-            [items[name] for name in (*method.columns, "logprob") if name in items],
-            dtype=np.float64,
+            [items[name] for name in (*columns, "logprob") if name in items], dtype=np.float64
         )
         num_bad = int((~np.isfinite(readings)).any(axis=0).sum())
         if num_bad:
             return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
-    if not np.array_equal(arm[method.same], base[method.same]):
-        return f"the arms count other {method.same} in the same documents"
-    if method.columns[0] == "bits":
-        unknown = next((why for each in (arm, base) if (why := why_unknown(each))), None)
-        if unknown is not None:
-            return unknown
-    if method.columns[0] == "bits" and base["bits"].sum() <= 0:
-        return "the base's bits sum to 0 or less, which nothing compares to"
-    return None
+    if not np.array_equal(arm[same], base[same]):
+        return f"the arms count other {same} in the same documents"
+    unknown = next((why for each in (arm, base) if (why := quality.why_unknown(each))), None)
+    if unknown is not None:
+        return unknown
+    if not quality.relative or not isinstance(measure, Ratio | Mean):
+        return None
+    total = _parts(measure)(base)[0].sum()
+    nothing = f"the base's {measure.columns[0]} sum to 0 or less, which nothing compares to"
+    return nothing if total <= 0 else None
 
 
 def compare_items(
@@ -504,13 +460,15 @@ def compare_items(
     for side, items in (("arm", arm_items), ("base", base_items)):
         if why := _why_no_items(items):
             return _null(f"the {side} {why}", 0, margin)
-    method = _methods(arm_items).get(key)
-    if method is None:
-        return _null(f"{key} is not compared: read {' or '.join(_methods(arm_items))}", 0, margin)
+    metrics = _metrics(arm_items)
+    quality = metrics.get(key)
+    if quality is None:
+        return _null(f"{key} is not compared: read {' or '.join(metrics)}", 0, margin)
     arm, base = pair(arm_items, base_items)
-    why = _why_not(method, arm, base, max(len(arm_items["digest"]), len(base_items["digest"])))
-    if why is None and method.divides:  # a document of one token has none to predict
-        arm, base = _select(arm, arm[method.same] > 0), _select(base, base[method.same] > 0)
+    why = _why_not(quality, arm, base, max(len(arm_items["digest"]), len(base_items["digest"])))
+    measure = quality.measure
+    if why is None and isinstance(measure, Ratio):  # a document of one token has none to predict
+        arm, base = (_select(each, each[measure.den] > 0) for each in (arm, base))
     num_paired, codes = len(arm["digest"]), _codes(arm, base)
     if why is None and isinstance(codes, str):
         why = codes
@@ -525,13 +483,13 @@ def compare_items(
             else f"{num_paired} documents of one group"
         )
         return _null(f"{one} have no spread", num_paired, margin)
-    interval, needed = method.compare(arm, base, _Settings(level, resamples, seed, codes))
+    interval, needed = _compare(quality, arm, base, _Settings(level, resamples, seed, codes))
     more = {
         "groups": groups,
         "smallest_visible_damage": statistics.smallest_visible_damage(counted, level=level),
     }
     one_model = _agree(arm, base, tuple(arm))
-    if interval.low == interval.high and _agree(arm, base, method.columns) and not one_model:
+    if interval.low == interval.high and _agree(arm, base, _read(quality)) and not one_model:
         why = (
             f"both arms read the same on all {num_paired} documents, so that resampling them shows"
             " no spread"
@@ -539,8 +497,9 @@ def compare_items(
         return {**_without_interval(interval.estimate, num_paired, margin, why), **more}
     items = _items_to_decide(needed, interval, counted, margin, min_documents)
     read = _compared(interval, num_paired, counted, margin, min_documents, items)
-    too_few = _too_few_of_a_class(arm, base, counted) if key == "macro_f1" and not one_model else {}
-    return {**read, **more, **too_few}
+    if isinstance(measure, MacroF1) and not one_model:
+        return {**read, **more, **_too_few_of_a_class(arm, base, counted)}
+    return {**read, **more}
 
 
 def _too_few_of_a_class(arm: Items, base: Items, counted: int) -> dict[str, Any]:

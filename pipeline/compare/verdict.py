@@ -28,6 +28,7 @@ from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config.settings import PolicyConfig
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.values import Provenance, Value, derive, null
+from pipeline.tasks.table import QUALITIES
 
 
 class Outcome(StrEnum):
@@ -246,8 +247,10 @@ def quality_criterion(
 
 
 def _is_right_or_wrong(key: str, arm: Items, base: Items) -> bool:
-    name = key.rpartition("/")[2]
-    column = {"accuracy": "correct", "macro_f1": "correct"}.get(name, name)
+    quality = QUALITIES.get(key)  # None of an lm-eval task's metric, whose column has its name
+    column = key.rpartition("/")[2] if quality is None else quality.right_or_wrong
+    if column is None:
+        return False
     return column in arm and column in base and is_binary(arm[column]) and is_binary(base[column])
 
 

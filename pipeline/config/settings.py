@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, Optional
 
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 # OmegaConf reads these annotations at run time, and knows Optional[X] but not the string "X | None"
 # everywhere.
@@ -23,15 +24,6 @@ from pipeline.errors import UserError
 
 MAX_SEED = 2**32 - 1  # what numpy's generators take as well as torch's
 MAX_WHOLE = 2**63 - 1  # what a tensor's size, or a column of a store, can hold
-
-
-class Task(Enum):
-    """What the model is for; decides model class, collation, metrics and the unit that serving
-    counts.
-    """
-
-    causal_lm = "causal_lm"
-    sequence_classification = "sequence_classification"
 
 
 class Precision(Enum):

@@ -14,10 +14,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.metrics import BY_KEY, DIRECTION, QUALITY_KEYS, TASK
 from pipeline.stages.base import stages_of
 
-OF_TASK = {
-    Task.causal_lm: ("bits_per_byte", "next_token_accuracy"),
-    Task.sequence_classification: ("accuracy", "macro_f1"),
-}
+OF_TASK = {task: task.kind.in_policy() for task in Task}
 """Qualities that a policy can ask for, by task; those of lm-eval tasks beside them."""
 ITEMS = {CANDIDATE: "candidate_items", BASELINE: "baseline_items"}
 

@@ -49,6 +49,7 @@ from pipeline.ledger.values import Value, null
 from pipeline.report.verdict import verdict_line
 from pipeline.store.artifacts import plain
 from pipeline.store.verdicts import Verdict
+from pipeline.tasks.table import QUALITIES
 
 if TYPE_CHECKING:
     from pipeline.evaluation.serving.measure import ServePass
@@ -249,7 +250,7 @@ def _quality(measured: Measured, gate: Gate, rows: Rows) -> list[Criterion]:
         else [
             key
             for key in compared_keys(*(_items(sides[arm], main, read) or {} for arm in sides))
-            if key not in asked and key != "teacher_agreement"
+            if key not in asked and (key not in QUALITIES or QUALITIES[key].in_policy)
         ]
     )
     found: list[Criterion] = []

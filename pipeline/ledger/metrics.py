@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.settings import Task
+from pipeline.tasks.table import QUALITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,31 +481,13 @@ CATALOGUE: tuple[Metric, ...] = (
         "see quality_key",
         "row",
         0,
-        "on the test split: accuracy, or bits_per_byte, or where unknown tokens make that null"
-        " next_token_accuracy",
+        "on the test split: the quality that decides in the task, or where it is null what stands"
+        " in for it",
         True,
     ),
-    Metric(
-        "quality/bits_per_byte",
-        "bit/B",
-        "row",
-        -1,
-        "bits of the text's tokens / UTF-8 bytes of the text that they stand for, over test"
-        " documents; ends apart",
-    ),
-    Metric(
-        "quality/end_token_bits",
-        "bit",
-        "row",
-        -1,
-        "bits of an end (of a text or turn), mean over those read",
-    ),
-    Metric(
-        "quality/unknown_bytes",
-        "1",
-        "row",
-        -1,
-        "share of the bytes under unknown tokens; not there where 0",
+    *(
+        Metric(f"quality/{key}", each.unit, "row", each.direction, each.meaning)
+        for key, each in QUALITIES.items()
     ),
     Metric("quality/read_documents", "1", "row", 0, "share of the test documents that was read"),
     Metric("quality/read_bytes", "1", "row", 0, "share of their bytes that was read (causal_lm)"),
@@ -518,37 +501,6 @@ CATALOGUE: tuple[Metric, ...] = (
         0,
         "share of the documents read of which a part was not",
     ),
-    Metric(
-        "quality/perplexity",
-        "1",
-        "row",
-        -1,
-        "exp of the mean token loss; comparable within one tokenizer only",
-    ),
-    Metric("quality/next_token_accuracy", "1", "row", 1, "share of test tokens predicted first"),
-    Metric("quality/accuracy", "1", "row", 1, "share of test examples classified right"),
-    Metric(
-        "quality/macro_f1",
-        "1",
-        "row",
-        1,
-        "mean over classes of F1 (a class never seen nor predicted is left out)",
-    ),
-    Metric(
-        "quality/teacher_agreement",
-        "1",
-        "row",
-        1,
-        "share of first predictions equal to the teacher's",
-    ),
-    Metric(
-        "quality/kl_to_unquantized",
-        "nat",
-        "row",
-        -1,
-        "KL(unquantized || quantized) a test token or example",
-    ),
-    Metric("quality/flips", "1", "row", -1, "share of first predictions that quantizing changed"),
     Metric(
         "quality/worst_slice",
         "1",
@@ -774,9 +726,11 @@ TASK = "task/"
 for them all.
 """
 TASK_KEY = r"^task/[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"
-PRIMARY = {Task.causal_lm: "bits_per_byte", Task.sequence_classification: "accuracy"}
+PRIMARY = {task: task.kind.primary for task in Task}
 """The quality that decides, by task."""
-FALLBACK = {"bits_per_byte": "next_token_accuracy"}
+FALLBACK = {
+    task.kind.primary: task.kind.stands_in for task in Task if task.kind.stands_in is not None
+}
 """What decides where a primary quality is null: bits per byte are, under unknown tokens."""
 
 
@@ -802,9 +756,9 @@ def primary_key(keys: Iterable[str], sides: Sequence[Mapping[str, Any]]) -> str 
     return FALLBACK[first] if any(lacks(side) for side in sides) else first
 
 
-UNIT = {Task.causal_lm: "token", Task.sequence_classification: "example"}
+UNIT = {task: task.kind.unit for task in Task}
 """What serving and payback count, by task."""
-RELATIVE = frozenset({"bits_per_byte", "perplexity"})
+RELATIVE = frozenset(key for key, quality in QUALITIES.items() if quality.relative)
 """Quality whose comparison is a fraction of the base (1 - arm/base); that of the others is a plain
 difference.
 """
@@ -892,7 +846,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if f"serving/{name}" in BY_KEY
         },
     }
-    key = primary_key(("accuracy", "bits_per_byte"), [row["quality"]])
+    key = primary_key(PRIMARY.values(), [row["quality"]])
     return found if key is None else {**found, "quality/primary": row["quality"][key]}
 
 

@@ -28,6 +28,7 @@ from pipeline.report.phrases import (
     QUALITY_WORDS,
     amount,
     answer,
+    compared_word,
     difference,
     evidence,
     interval,
@@ -276,7 +277,7 @@ def _against_steps(result: Result, pair: Pair, key: str, quality: Value) -> str:
         said = f"{signed(key, quality['value'])}, {_spread(result, key, quality)}"
         return f"{start} distillation changes nothing beyond {margin(key, quality)} ({said})"
     verb = "adds" if quality["value"] > 0 else "costs"
-    direction = ("fewer " if quality["value"] > 0 else "more ") if key in RELATIVE else ""
+    direction = f"{compared_word(key, quality['value'])} " if key in RELATIVE else ""
     said = f"{direction}{QUALITY_WORDS[key]}, {_spread(result, key, quality)}"
     return f"{start} distillation {verb} {amount(key, quality['value'])} ({said})"
 

@@ -20,6 +20,11 @@ SUITE = "release_check"
 _KINDS = {"FAIL": "failure", "INCONCLUSIVE": "failure", "INVALID": "error"}
 
 
+def junit_report(_: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> str | None:
+    """Return a release check's verdict as JUnit XML; other runs judge nothing."""
+    return None if verdict is None else junit(verdict)
+
+
 def junit(verdict: Mapping[str, Any]) -> str:
     """Return the file's content."""
     cases = [_case(each, verdict) for each in verdict["criteria"]] or [_whole(verdict)]

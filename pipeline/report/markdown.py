@@ -5,7 +5,7 @@ reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.compare import statistics
@@ -57,14 +57,18 @@ from pipeline.report.view import (
     what_happened,
     why_absent,
 )
+from pipeline.tasks.table import QUALITIES
 
 Figure = tuple[Value | None, Callable[[float], str]]
 """A value and the form it is shown in."""
 _SMALL_SHARE = 0.005
 """Phases below this share of a stage's time are summed up as `rest`."""
+_RELATIVE_WORDS = " and ".join(
+    each.words for each in QUALITIES.values() if each.relative
+).capitalize()
 _HOW_TO_READ = (
-    "Positive is better or cheaper for the arm. Bits per byte and perplexity differ by a share of"
-    " the base's, the other qualities by percentage points; savings are shares of the base's cost."
+    f"Positive is better or cheaper for the arm. {_RELATIVE_WORDS} differ by a share of the"
+    " base's, the other qualities by percentage points; savings are shares of the base's cost."
     " C is the work of all stages an artifact depends on, C_opt what the arm's took beyond those"
     " of its base; Q is the base's final validation metric less the margin. Payback is C_opt /"
     " what a unit costs less to serve: the base's seconds x the serving saving. Each end of a"
@@ -72,6 +76,12 @@ _HOW_TO_READ = (
 )
 _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
+
+
+def markdown_report(result: Result, verdict: Mapping[str, Any] | None) -> str:
+    """Return the report of a run; a release check that came to no verdict opens with why."""
+    opening = "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
+    return opening + markdown(result)
 
 
 def markdown(result: Result) -> str:
@@ -206,7 +216,7 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
         kl, flips, worst = (
             row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice")
         )
-        by = percent if primary_key(result) == "bits_per_byte" else points
+        by = percent if primary_key(result) in RELATIVE else points
         lost = f"{_md(worst['slice'])}: {by(worst['value'])} worse (n = {worst['n']})"
         made = row.get("quantization")
         share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
@@ -247,7 +257,7 @@ def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[
     if not rows:
         return []
     shown.update(dict.fromkeys(("recovery/loss", "recovery/kl")))
-    by = percent if primary_key(result) == "bits_per_byte" else points
+    by = percent if primary_key(result) in RELATIVE else points
     body = [
         [
             _md(name),

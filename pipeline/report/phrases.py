@@ -7,25 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.compare import statistics
+from pipeline.compare import figures, statistics
 from pipeline.errors import one_line
-from pipeline.evaluation.quality import assess as assessed
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, percent, points, times
 from pipeline.report.view import Value, straddles
+from pipeline.tasks.table import QUALITIES
 
-QUALITY_WORDS = {
-    "bits_per_byte": "bits per byte",
-    "perplexity": "perplexity",
-    "next_token_accuracy": "next-token accuracy",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "teacher_agreement": "agreement with the teacher",
-    "kl_to_unquantized": "KL from the unquantized model",
-    "flips": "changed first predictions",
-    "worst_slice": "loss of the worst slice",
+QUALITY_WORDS = {key: quality.words or key for key, quality in QUALITIES.items()} | {
+    "worst_slice": "loss of the worst slice"
 }
-ARM_INTERVAL = f"{percent(assessed.LEVEL)} interval"
+ARM_INTERVAL = f"{percent(figures.LEVEL)} interval"
 """Of one arm's quality."""
 PAIR_INTERVAL = f"{percent(statistics.LEVEL)} interval"
 """Of a comparison."""
@@ -58,19 +50,21 @@ def difference(key: str, advantage: float) -> str:
     2.1% more ...`.
 
     Args:
-        key: A quality key; bits per byte and perplexity are fractions of the base, the others
-            differences of shares.
+        key: A quality key; differences of `RELATIVE` ones are fractions of the base, others those
+            of shares.
         advantage: Oriented so that higher is better.
     """
-    words, is_better = QUALITY_WORDS[key], advantage > 0
-    if key == "bits_per_byte":
-        return (
-            f"{'reaches' if is_better else 'needs'} {amount(key, advantage)}"
-            f" {'fewer' if is_better else 'more'} {words}"
-        )
-    if key in RELATIVE:
-        return f"has {amount(key, advantage)} {'lower' if is_better else 'higher'} {words}"
-    return f"has {amount(key, advantage)} {'higher' if is_better else 'lower'} {words}"
+    is_better = advantage > 0
+    verb = "has"
+    if QUALITIES[key].counted:
+        verb = "reaches" if is_better else "needs"
+    return f"{verb} {amount(key, advantage)} {compared_word(key, advantage)} {QUALITY_WORDS[key]}"
+
+
+def compared_word(key: str, advantage: float) -> str:
+    """Return `fewer` or `more` of what is counted, else `lower` or `higher`."""
+    lower, higher = ("fewer", "more") if QUALITIES[key].counted else ("lower", "higher")
+    return lower if (advantage > 0) == (QUALITIES[key].direction < 0) else higher
 
 
 def amount(key: str, advantage: float) -> str:

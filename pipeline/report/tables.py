@@ -34,6 +34,7 @@ from pipeline.report.view import (
     why_absent,
 )
 from pipeline.report.waste import closing_lines
+from pipeline.tasks.table import QUALITIES
 
 WIDTH = 80
 _GAP = 2
@@ -97,7 +98,8 @@ def _tokens(rows: list[Row], notes: Footnotes) -> _Column:
 
 def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
     key = primary_key(result)
-    head = "bits/byte" if key == "bits_per_byte" else key.replace("_", " ")
+    quality = QUALITIES.get(key)
+    head = (quality and quality.heading) or key.replace("_", " ")
     form = lambda v: significant(v, 4)
     cells = tuple(notes.show(row["quality"].get(key), form, no_figure(row)) for row in rows)
     return _Column((head, *quality_direction(key).split()), cells)

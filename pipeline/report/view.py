@@ -11,7 +11,7 @@ from pipeline.config.arms import BASE, is_fallback
 from pipeline.config.settings import Task
 from pipeline.errors import one_line
 from pipeline.ledger.devices.table import is_gpu
-from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS
+from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS, UNIT
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK
@@ -207,7 +207,7 @@ def primary_key(result: Result) -> str:
     the first that any row carries.
     """
     carried = [row["quality"] for row in result["rows"]]
-    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), carried) or PRIMARY[Task.causal_lm]
+    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), carried) or next(iter(PRIMARY.values()))
 
 
 def primary_of(pair: Pair) -> str | None:
@@ -225,7 +225,9 @@ def unit(result: Result) -> str:
     stated = next(
         (pair["payback"]["unit"] for pair in result["comparisons"] if pair["payback"]), None
     )
-    return stated or ("example" if primary_key(result) == "accuracy" else "token")
+    key, (first, *_) = primary_key(result), Task
+    task = next((task for task in Task if key in (task.kind.primary, task.kind.stands_in)), first)
+    return stated or UNIT[task]
 
 
 def on_gpu(result: Result) -> bool:

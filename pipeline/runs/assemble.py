@@ -23,10 +23,11 @@ from pipeline.ledger.records import RUN, read_record, sealed
 from pipeline.ledger.run_cost import run_cost
 from pipeline.ledger.values import measured, null
 from pipeline.report.conclusion import conclude
-from pipeline.report.markdown import markdown, short_form
+from pipeline.report.formats import files_of
+from pipeline.report.markdown import short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import conclusion_lines
-from pipeline.report.verdict import markdown_line, shown_line
+from pipeline.report.verdict import shown_line
 from pipeline.report.view import is_finished
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
@@ -56,10 +57,9 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     write_json(running.session.folder / "result.json", result)
     write_json(running.session.folder / "catalogue.json", metrics.export())
     verdict = ended(running, status, why)
-    opening = (
-        "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
-    )  # a gate that came to none
-    write_text(running.session.folder / "report.md", opening + markdown(result))
+    files = files_of(result, verdict)
+    for name, text in files.items():
+        write_text(running.session.folder / name, text)
     state = read_record(running.session.folder / "run.json", RUN) or {}
     end = {
         "status": status,
@@ -76,7 +76,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         description=short_form(result),
         files=[
             *write_outputs(running, verdict),
-            "report.md",
+            *files,
             "result.json",
             "catalogue.json",
             "config.json",

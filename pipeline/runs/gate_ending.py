@@ -16,15 +16,13 @@ from pipeline.config.redaction import redact_json
 from pipeline.errors import Exit, exit_of, one_line
 from pipeline.gate.opening import Gate, model_name
 from pipeline.report.github import tell_github
-from pipeline.report.junit import junit
 from pipeline.runs.running import Running
-from pipeline.store.artifacts import write_json, write_text
+from pipeline.store.artifacts import write_json
 from pipeline.store.verdicts import FILE, Verdict, as_recorded, checksum, recall, record
 
 if TYPE_CHECKING:
     from pipeline.gate.judge import Measured
 
-JUNIT = "junit.xml"
 TAGS = ("verdict", "line", "key", "look", "run_id")
 
 
@@ -216,7 +214,6 @@ def write_outputs(running: Running, written: Verdict | None) -> list[str]:
     if written is None:
         return []
     write_json(running.session.folder / FILE, written)
-    write_text(running.session.folder / JUNIT, junit(written))
     report = running.session.folder / "report.md"
     tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
-    return [FILE, JUNIT]
+    return [FILE]

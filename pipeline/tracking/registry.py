@@ -394,7 +394,6 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     """
     from pipeline.compare.history import Judged, figure
     from pipeline.compare.statistics import look_alpha
-    from pipeline.config.settings import Task
     from pipeline.ledger.metrics import FALLBACK, PRIMARY, RELATIVE
 
     tags, params = run.data.tags, run.data.params
@@ -405,7 +404,7 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     }
     primary = next(
         (key for task, key in PRIMARY.items() if task.value == params.get("task")),
-        PRIMARY[Task.causal_lm],
+        next(iter(PRIMARY.values())),
     )
     if f"{GATE}/quality/{primary}" not in run.data.metrics:  # it was null
         stands_in = FALLBACK.get(primary, primary)

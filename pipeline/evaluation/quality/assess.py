@@ -9,7 +9,6 @@ Perplexity's interval is the exponential of its exponent's.
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
 from collections.abc import Generator, Mapping, Sequence
@@ -19,10 +18,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.compare import clustered
 from pipeline.compare.clustered import GROUP, group_codes, num_groups
-from pipeline.compare.quality import is_binary, macro_f1_interval, why_unknown
-from pipeline.compare.statistics import bootstrap_ratio, wilson_interval
+from pipeline.compare.figures import Figure, Resampling, figure_of, mean, share
+from pipeline.compare.quality import is_binary
 from pipeline.config.settings import QualityConfig, Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
@@ -37,7 +35,7 @@ from pipeline.evaluation.quality.scoring import (
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.values import Value, measured, null
+from pipeline.ledger.values import measured, null
 from pipeline.models.load import example_length, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.models.weights import first_not_finite
@@ -47,8 +45,6 @@ if TYPE_CHECKING:
 
     from pipeline.evaluation.quality.tasks import TaskScores
 
-LEVEL = 0.95
-LARGEST_EXPONENT = 1023.0  # 2**1024 is not a float64
 CAUSAL_COLUMNS = (
     "digest",
     "bits",
@@ -64,8 +60,6 @@ QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quart
 CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
 
 Arrays = dict[str, np.ndarray]
-Figure = tuple[Value, tuple[float, float] | None]
-"""A figure with its interval; None where one document has no spread, or the figure is null."""
 
 
 def assess_quality(
@@ -216,12 +210,9 @@ def _task_entries(
     """Keep the scores of a task's documents, and return its figures by quality key."""
     write_items(items, {"digest": scores.digest, "responses": scores.responses, **scores.scores})
     figures: dict[str, Figure] = {name: (null(why), None) for name, why in scores.left_out.items()}
+    how = Resampling(resamples, seed)
     for name, values in scores.scores.items():
-        if is_binary(values):
-            figures[name] = _share(values, resamples=resamples, seed=seed)
-        else:
-            ones = np.ones(len(values), dtype=np.int64)
-            figures[name] = _measured(*_ratio(values, ones, resamples=resamples, seed=seed))
+        figures[name] = (share if is_binary(values) else mean)(values, how)
     num_documents = len(scores.digest)
     return {
         f"{TASK}{scores.name}/{name}": entry_of(each, num_documents, items)
@@ -321,53 +312,13 @@ def figures_of(task: Task, arrays: Arrays, *, resamples: int, seed: int) -> dict
     """Return the figures that per-document columns give, those that they lack the columns of left
     out.
     """
-
     codes = group_codes(arrays) if "digest" in arrays else None
-    more: dict[str, Any] = {"resamples": resamples, "seed": seed, "codes": codes}
-
-    def ratio(num: str, den: str) -> tuple[float, tuple[float, float] | None]:
-        return _ratio(arrays[num], arrays[den], **more)
-
-    figures: dict[str, Figure] = {}
-    has = set(arrays).issuperset
-    if task is Task.causal_lm:
-        if has(("bits", "bytes")):
-            why = why_unknown(arrays)
-            figures["bits_per_byte"] = (
-                (null(why), None) if why else _measured(*ratio("bits", "bytes"))
-            )
-        if has(("end_bits", "ends")) and arrays["ends"].any():
-            ended = arrays["ends"] > 0
-            ends = _ratio(
-                arrays["end_bits"][ended], arrays["ends"][ended], resamples=resamples, seed=seed
-            )
-            figures["end_token_bits"] = _measured(*ends)
-        if has(("unknown_bytes", "bytes")) and arrays["unknown_bytes"].any():
-            figures["unknown_bytes"] = (
-                measured(float(arrays["unknown_bytes"].sum() / arrays["bytes"].sum())),
-                None,
-            )
-        if has(("bits", "tokens")):
-            figures["perplexity"] = _power_of_2(*ratio("bits", "tokens"))
-        if has(("correct", "tokens")):
-            figures["next_token_accuracy"] = _measured(*ratio("correct", "tokens"))
-        if has(("agree", "tokens")):
-            figures["teacher_agreement"] = _measured(*ratio("agree", "tokens"))
-        if has(("kl", "tokens")):
-            figures["kl_to_unquantized"] = _measured(*ratio("kl", "tokens"))
-            figures["flips"] = _measured(*ratio("flips", "tokens"))
-        return figures
-    if has(("correct",)):
-        figures["accuracy"] = _share(arrays["correct"], **more)
-    if has(("label", "prediction")):
-        figures["macro_f1"] = _macro_f1(arrays, **more)
-    if has(("agree",)):
-        figures["teacher_agreement"] = _share(arrays["agree"], **more)
-    if has(("kl",)):
-        ones = np.ones(len(arrays["kl"]), dtype=np.int64)
-        figures["kl_to_unquantized"] = _measured(*_ratio(arrays["kl"], ones, **more))
-        figures["flips"] = _share(arrays["flips"], **more)
-    return figures
+    how = Resampling(resamples, seed, codes)
+    return {
+        quality.key: found
+        for quality in task.kind.qualities
+        if (found := figure_of(quality, arrays, how)) is not None
+    }
 
 
 def read_shares(
@@ -390,71 +341,6 @@ def read_shares(
         "read_documents": num_chosen / num_documents,
     }
     return {key: (measured(share), None) for key, share in shares.items()}
-
-
-def _ratio(
-    num: np.ndarray, den: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None
-) -> tuple[float, tuple[float, float] | None]:
-    """Return sum(num) / sum(den) and its interval over documents, or groups of them."""
-    num, den = clustered.summed(num, codes), clustered.summed(den, codes)
-    if len(num) == 1:
-        return float(num[0] / den[0]), None
-    interval = bootstrap_ratio(num, den, resamples=resamples, seed=seed, level=LEVEL)
-    return interval.estimate, (interval.low, interval.high)
-
-
-def _measured(v: float, ci: tuple[float, float] | None) -> Figure:
-    return measured(v), ci
-
-
-def _power_of_2(exponent: float, ci: tuple[float, float] | None) -> Figure:
-    """Return perplexity from bits per token; both ends keep their coverage, because the power is
-    monotone.
-    """
-    low, high = ci or (exponent, exponent)
-    if max(exponent, high) > LARGEST_EXPONENT:
-        return null(f"2**{exponent:.0f} is beyond the range of a float"), None
-    return measured(math.pow(2, exponent)), (
-        None if ci is None else (math.pow(2, low), math.pow(2, high))
-    )
-
-
-def _share(
-    right: np.ndarray, *, resamples: int, seed: int, codes: np.ndarray | None = None
-) -> Figure:
-    k, n = int(np.count_nonzero(right)), len(right)
-    if codes is None:
-        return measured(k / n), wilson_interval(k, n, level=LEVEL)
-    if num_groups(codes) == 1:
-        return measured(k / n), None
-    return measured(k / n), clustered.share_interval(
-        right != 0, codes, resamples=resamples, seed=seed, level=LEVEL
-    )
-
-
-def _macro_f1(
-    arrays: Arrays, *, resamples: int, seed: int, codes: np.ndarray | None = None
-) -> Figure:
-    if len(arrays["label"]) == 1 or num_groups(codes) == 1:
-        return measured(macro_f1(arrays)), None
-    interval = macro_f1_interval(
-        arrays["label"],
-        arrays["prediction"],
-        resamples=resamples,
-        seed=seed,
-        level=LEVEL,
-        codes=codes,
-    )
-    return measured(interval.estimate), (interval.low, interval.high)
-
-
-def macro_f1(arrays: Mapping[str, np.ndarray]) -> float:
-    """Return the mean F1 over the classes that occur among `label` or `prediction`."""
-    label, prediction = arrays["label"], arrays["prediction"]
-    size = int(max(label.max(), prediction.max())) + 1
-    hits = np.bincount(label[label == prediction], minlength=size)
-    occurs = np.bincount(label, minlength=size) + np.bincount(prediction, minlength=size)
-    return float((2 * hits[occurs > 0] / occurs[occurs > 0]).mean())
 
 
 def entries_of(

@@ -28,11 +28,6 @@ from pipeline.store.artifacts import read_json, write_json
 
 MAX_ITEMS = 2**31  # bytes of a file of per-document values
 IDENTITY = ("data", "split", "evaluation")
-NUMBERS = {
-    Task.causal_lm: ("bits", "bytes", "tokens", "correct"),
-    Task.sequence_classification: ("label", "prediction", "correct"),
-}
-"""Columns by task, beside `digest`; a figure whose columns are lacking is not there."""
 
 
 def about(items: Path) -> Path:
@@ -90,7 +85,7 @@ def take_recorded(
     about(path).unlink(missing_ok=True)
     if about(given).is_file():
         shutil.copyfile(about(given), about(path))
-    known = [name for name in NUMBERS[task] if name in columns]
+    known = [name for name in task.kind.recorded if name in columns]
     finite = np.isfinite(np.array([columns[name] for name in known], dtype=np.float64)).all()
     # the values stay, so that a comparison can say what is wrong with them
     if not known or not finite:
@@ -116,7 +111,7 @@ def take_recorded(
 
 
 def _columns(path: Path, task: Task, key: str) -> Arrays:
-    remedy = f"give JSONL with digest, {', '.join(NUMBERS[task])} for every document"
+    remedy = f"give JSONL with digest, {', '.join(task.kind.recorded)} for every document"
     text = read_text_file(path, key, remedy, limit=MAX_ITEMS)
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -150,25 +145,10 @@ def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
             and (name == "correct" or not isinstance(value, bool))
         )
         numeric = whole or isinstance(value, float)
-        if name in NUMBERS[task] and not numeric:
+        if name in task.kind.recorded and not numeric:
             return f"{name} is no number"
         if not isinstance(value, int | float | str):  # a column of lists is none
             return f"{one_line(name, 80)} is neither a number nor a text"
-    if not all(math.isfinite(row.get(name, 0)) for name in NUMBERS[task]):
+    if not all(math.isfinite(row.get(name, 0)) for name in task.kind.recorded):
         return None
-    if task is Task.causal_lm:
-        below = next((name for name in NUMBERS[task] if row.get(name, 0) < 0), None)
-        if below is not None:
-            return f"{below} is below 0"
-        empty = next((name for name in ("bytes", "tokens") if row.get(name, 1) == 0), None)
-        if empty is not None:
-            return f"{empty} is 0: such a document says nothing"
-        if row.get("correct", 0) > row.get("tokens", math.inf):
-            return "more tokens are correct than there are"
-    elif row.get("correct", 0) not in (0, 1):
-        return "correct is neither 0 nor 1"
-    elif {"label", "prediction", "correct"} <= set(row) and (
-        row["label"] == row["prediction"]
-    ) != row["correct"]:
-        return "correct is not what label and prediction say"
-    return None
+    return task.kind.why_wrong(row)
