@@ -24,7 +24,7 @@ from pipeline.evaluation.quality import scoring
 from pipeline.evaluation.quality.scoring import (
     cut_windows,
     score_causal,
-    score_classification,
+    score_examples,
     validation_metric,
 )
 
@@ -54,8 +54,13 @@ def score(model, documents, *, sequence_length=128, batch_size=4):
 
 def classify(model, examples, *, batch_size=4):
     padding = Padding.of(byte_tokenizer(), model, Task.sequence_classification)
-    return score_classification(
-        model, examples, batch_size=batch_size, device="cpu", padding=padding
+    return score_examples(
+        model,
+        examples,
+        Task.sequence_classification,
+        batch_size=batch_size,
+        device="cpu",
+        padding=padding,
     )
 
 
@@ -223,10 +228,12 @@ def test_classification_is_that_of_one_example_at_a_time(classifier) -> None:
             ids = torch.tensor(example.input_ids.astype(np.int64))[None]
             logits = copy.deepcopy(classifier).double()(input_ids=ids).logits[0]
         expected = float(logits[example.label] - logits.exp().sum().log())
-        assert scores.logprob[row] == pytest.approx(expected, rel=1e-4)
-        assert scores.prediction[row] == int(logits.argmax())
-        assert scores.label[row] == example.label
-    assert scores.correct.mean() == pytest.approx(accuracy_score(scores.label, scores.prediction))
+        assert scores.columns["logprob"][row] == pytest.approx(expected, rel=1e-4)
+        assert scores.columns["prediction"][row] == int(logits.argmax())
+        assert scores.columns["label"][row] == example.label
+    assert scores.columns["correct"].mean() == pytest.approx(
+        accuracy_score(scores.columns["label"], scores.columns["prediction"])
+    )
 
 
 def test_an_encoder_does_not_see_padding() -> None:

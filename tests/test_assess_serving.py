@@ -433,8 +433,7 @@ def test_what_was_not_read_is_null_with_its_reason() -> None:
     classes = figures(readings_of([0.4]), 1000, task=CLASSES, load=LOAD, devices=1)
     causal = figures(readings_of([0.4]), 1000, task=CAUSAL, load=one_new, devices=1)
     assert (
-        classes["decode_device_s_per_1k_tokens"]["why_missing"]
-        == "classification generates nothing"
+        classes["decode_device_s_per_1k_tokens"]["why_missing"] == "a classifier generates nothing"
     )
     assert causal["decode_device_s_per_1k_tokens"]["why_missing"] == "one new token is prefill"
     assert classes["peak_bytes"]["why_missing"] == "a CPU has no device memory to count"

@@ -40,7 +40,7 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding, logits_of, read_by
 from pipeline.distillation.losses import Loss
-from pipeline.evaluation.quality.scoring import score_classification
+from pipeline.evaluation.quality.scoring import score_examples
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model, save_model
 from pipeline.models.weights import keep_attention
@@ -256,12 +256,12 @@ def test_scores_are_those_of_each_text_alone(name: str) -> None:
     encoded = encode_all(documents, tokenizer, TASK, max_length=64)
     padding = Padding.of(tokenizer, model, TASK)
     wanted = plain(model, tokenizer, TEXTS)
-    scores = score_classification(model, encoded, batch_size=4, device="cpu", padding=padding)
-    expected = wanted.gather(-1, torch.tensor(scores.label)[:, None])[:, 0]
-    np.testing.assert_allclose(scores.logprob, expected.numpy(), atol=2e-5)
-    assert len(set(np.round(scores.logprob, 4))) > 4  # texts are told apart at all
-    again = score_classification(model, encoded, batch_size=1, device="cpu", padding=padding)
-    np.testing.assert_allclose(again.logprob, scores.logprob, atol=2e-5)
+    scores = score_examples(model, encoded, TASK, batch_size=4, device="cpu", padding=padding)
+    expected = wanted.gather(-1, torch.tensor(scores.columns["label"])[:, None])[:, 0]
+    np.testing.assert_allclose(scores.columns["logprob"], expected.numpy(), atol=2e-5)
+    assert len(set(np.round(scores.columns["logprob"], 4))) > 4  # texts are told apart at all
+    again = score_examples(model, encoded, TASK, batch_size=1, device="cpu", padding=padding)
+    np.testing.assert_allclose(again.columns["logprob"], scores.columns["logprob"], atol=2e-5)
     assert padding.one_length is (padding.note is not None)
     assert padding.one_length is (name in BY_LENGTH)
 
@@ -290,13 +290,13 @@ def test_segments_of_pairs_reach_the_model(name: str) -> None:
         ids, parts = (np.array(row[key], dtype=np.int32) for key in ("input_ids", "token_type_ids"))
         encoded.append(Encoded(ids, ids < 0, 1, 1, text, token_type_ids=parts))
     padding = Padding.of(tokenizer, model, TASK)
-    scores = score_classification(model, encoded, batch_size=3, device="cpu", padding=padding)
+    scores = score_examples(model, encoded, TASK, batch_size=3, device="cpu", padding=padding)
     np.testing.assert_allclose(
-        scores.logprob, plain(model, tokenizer, TEXTS, pairs)[:, 1].numpy(), atol=2e-5
+        scores.columns["logprob"], plain(model, tokenizer, TEXTS, pairs)[:, 1].numpy(), atol=2e-5
     )
     one = [Encoded(each.input_ids, each.targets, 1, 1, each.digest) for each in encoded]
-    blind = score_classification(model, one, batch_size=3, device="cpu", padding=padding)
-    assert np.abs(blind.logprob - scores.logprob).max() > 1e-3
+    blind = score_examples(model, one, TASK, batch_size=3, device="cpu", padding=padding)
+    assert np.abs(blind.columns["logprob"] - scores.columns["logprob"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["xlnet", "gpt2 left", "t5", *BY_LENGTH])
@@ -309,8 +309,8 @@ def test_training_sees_what_scoring_sees(name: str) -> None:
     padding = Padding.of(tokenizer, model, TASK)
     batch = PaddedBatches(encoded, batch_size=len(TEXTS), seed=0, padding=padding).batch(0)
     loss = Objective(model, TASK, Precision.fp32, CPU, PhaseClock())(batch).loss
-    scores = score_classification(model, encoded, batch_size=2, device="cpu", padding=padding)
-    assert loss.item() == pytest.approx(-scores.logprob.mean(), rel=1e-4)
+    scores = score_examples(model, encoded, TASK, batch_size=2, device="cpu", padding=padding)
+    assert loss.item() == pytest.approx(-scores.columns["logprob"].mean(), rel=1e-4)
     teacher = Teacher(made("llama left")[0], Precision.fp32, Loss(0.5))
     taught = Objective(model, TASK, Precision.fp32, CPU, PhaseClock(), teacher)(batch).loss
     assert bool(taught.isfinite())

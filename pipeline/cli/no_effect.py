@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import STUDENT_INIT
-from pipeline.config.settings import Measure, Precision, Run, Task
+from pipeline.config.settings import Measure, Precision, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import is_gate
 from pipeline.stages.base import stages_of
@@ -184,7 +184,7 @@ RULES: dict[str, Rule] = {
     "precision.loss_tolerance": _needs_precision(),
     "precision.fp8_least_width": _needs_precision(Precision.fp8_tensorwise, Precision.fp8_rowwise),
     "quality.max_bytes_per_document": lambda run: (
-        None if run.task is Task.causal_lm else "for a classifier"
+        None if run.task.kind.is_language else f"for a {run.task.kind.word}"
     ),
     "serving.volume": _not_served,
     "serving.rate": _not_served,

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config.arms import BASE, BEST_16_BIT, RESERVED
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
-from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, Task, check_ranges
+from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, check_ranges
 from pipeline.config.text_files import why_no_file
 from pipeline.data.mappings import mapping, split_names
 from pipeline.errors import UserError
@@ -174,10 +174,8 @@ def _check_sources(run: Run) -> None:
             check_local(path, key)
     embedded = run.data.path is None and run.data.hub is None
     _check_data(run.data, embedded=embedded)
-    if embedded and (run.data.name == "stdlib_labels") != (
-        run.task is Task.sequence_classification
-    ):
-        right = "stdlib_labels" if run.task is Task.sequence_classification else "stdlib"
+    right = run.task.kind.embedded
+    if embedded and run.data.name != right:
         raise UserError(
             "task", f"data={run.data.name} is not for {run.task.value}", f"use data={right}"
         )
@@ -223,7 +221,7 @@ def _check_stride(run: Run) -> None:
     stride, length = run.quality.stride, run.quality.sequence_length or run.training.sequence_length
     if stride is None:
         return
-    if run.task is not Task.causal_lm:
+    if not run.task.kind.is_language:
         raise UserError(
             "quality.stride", f"has no effect with task={run.task.value}", "leave it out"
         )

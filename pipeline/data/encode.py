@@ -216,7 +216,7 @@ def _kept(
         documents=[(document.digest, document.label, document.group) for document in documents],
         tokenizer=tokenizer_content(tokenizer),
         task=task,
-        max_length=max_length if task is Task.sequence_classification else None,
+        max_length=max_length if task.kind.labelled else None,
         max_bytes=max_bytes,
     )
     if key not in _KEPT:
@@ -269,7 +269,7 @@ def _encode(
     reader = Reader(tokenizer)
     for start in range(0, len(documents), CHUNK):
         some = list(enumerate(documents[start : start + CHUNK], start + 1))
-        if task is Task.sequence_classification:
+        if task.kind.labelled:
             encoded += _examples([document for _, document in some], tokenizer, max_length, reading)
             continue
         by_place: ByNumber = {}

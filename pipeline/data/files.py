@@ -51,7 +51,7 @@ def _tables(
     inside = None if config.subset is not None else _splits_inside(path, chosen, key)
     if inside is not None:
         return inside
-    if task is Task.sequence_classification:
+    if task.kind.labelled:
         classes = find_class_folders(path, config.subset, chosen, key)
         if classes is not None:
             return {split: [table] for split, table in classes.read(key).items()}, classes.notes

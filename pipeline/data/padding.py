@@ -74,7 +74,7 @@ class Padding:
         left, whatever its tokenizer says: such a one is padded on the right, which changes no
         text's answer.
         """
-        if task is Task.causal_lm:
+        if task.kind.is_language:
             return Padding(tokenizer.pad_token_id)
         reads, names = accepted(type(model)), tokenizer.model_input_names
         left = tokenizer.padding_side == "left"

@@ -157,20 +157,20 @@ def recognise(
     if not columns.names:
         raise UserError(key, f"{rows[0][0]} has no fields", "give each row a text")
     _check_mapped(mapped, columns)
-    label = _label_column(columns, mapped, key) if task is Task.sequence_classification else None
+    label = _label_column(columns, mapped, key) if task.kind.labelled else None
     given = wanted
     wanted = _implied(mapped, wanted, columns)
     if wanted is DataFormat.auto:
         wanted, parts = _choose(columns, mapped, label, task, rows[0][0], key)
     else:
         wanted, parts = _forced(wanted, columns, mapped, label)
-    if task is Task.sequence_classification and wanted not in CLASSIFIED:
+    if task.kind.labelled and wanted not in CLASSIFIED:
         raise _not_classified(wanted, parts, columns, mapped, label, given)
-    if wanted is DataFormat.text_pair and task is Task.causal_lm:
+    if wanted is DataFormat.text_pair and task.kind.is_language:
         raise _not_learnt(parts, columns, mapped, given)
     if parts is None:
         raise _does_not_fit(wanted, columns, mapped, task, label)
-    if task is Task.sequence_classification:
+    if task.kind.labelled:
         if label is None:
             raise _no_label(columns, rows[0][0], parts, mapped, key)
         parts = {**parts, "label": label}
@@ -274,7 +274,7 @@ def _choose(
     """Return the shape that fits; conversations and Alpaca come before others, whose texts they
     render themselves.
     """
-    order = CLASSIFIED if task is Task.sequence_classification else tuple(NEEDED)
+    order = CLASSIFIED if task.kind.labelled else tuple(NEEDED)
     fits = {
         shape: parts
         for shape in order
@@ -401,7 +401,7 @@ def _no_shape(
     """
     names = ", ".join(columns.names)
     suggested = suggest(columns, task, mapped, label)
-    if task is Task.sequence_classification and len(columns.conversations()) < 2:
+    if task.kind.labelled and len(columns.conversations()) < 2:
         fits = {shape: _parts(shape, columns, {}, label) for shape in NEEDED}
         other = next((shape for shape, parts in fits.items() if parts is not None), None)
         if other is not None:
@@ -414,7 +414,7 @@ def _no_shape(
         )
     problem = f"{where} has no field 'text', and {names} are no shape that is known"
     if suggested is None:
-        also = " and a label" if task is Task.sequence_classification and label is None else ""
+        also = " and a label" if task.kind.labelled and label is None else ""
         return UserError(
             key, problem, f"no column holds text in every row: give each row a text{also}"
         )
@@ -434,7 +434,7 @@ def _does_not_fit(
         f"{shape.value} needs {' and '.join(NEEDED[shape])}, and the columns are"
         f" {', '.join(columns.names)}"
     )
-    if task is Task.sequence_classification:
+    if task.kind.labelled:
         suggested = suggest(columns, task, mapped, label, NEEDED[shape])
     else:
         suggested = suggest_parts(columns, shape, NEEDED[shape], mapped)

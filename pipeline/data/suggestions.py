@@ -47,7 +47,7 @@ def suggest(
         needed: Parts that a classified row must have.
     """
     parts = (
-        _learnt(columns) if task is Task.causal_lm else _classified(columns, mapped, label, needed)
+        _learnt(columns) if task.kind.is_language else _classified(columns, mapped, label, needed)
     )
     return None if parts is None else mapped_as(parts)
 

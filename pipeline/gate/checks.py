@@ -73,7 +73,7 @@ def check_policy(run: Run) -> None:
     policy = run.policy
     for key, rule in policy.metrics.items():
         _check_metric(key, rule)
-        if key.startswith(TASK) and run.task is Task.causal_lm and not run.quality.tasks:
+        if key.startswith(TASK) and run.task.kind.is_language and not run.quality.tasks:
             raise UserError(
                 f"policy.metrics.{key}",
                 "is not measured",
@@ -144,5 +144,5 @@ def gating_metrics(policy: PolicyConfig, task: Task) -> list[str]:
     return [
         key
         for key in policy.metrics
-        if key in OF_TASK[task] or (key.startswith(TASK) and task is Task.causal_lm)
+        if key in OF_TASK[task] or (key.startswith(TASK) and task.kind.is_language)
     ]

@@ -105,7 +105,7 @@ def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -
             values.
     """
     twin = _twin(source, task)
-    head = _head(twin) if task is Task.causal_lm else None
+    head = _head(twin) if task.kind.is_language else None
     mask = _mask_that_works(twin)
     counts = [_count_once(twin, length, head, 1, mask, backward=backward) for length in POINTS]
     each = 0
@@ -210,7 +210,7 @@ def suspicion(
     The rule is a lower bound but for layers that not every token visits: heads on one position,
     experts without `shares` (see `expert_shares`).
     """
-    if task is not Task.causal_lm:
+    if not task.kind.is_language:
         return None
     share = count(length) / (six_n(model, shares) * length)
     if share >= SHARE_OF_RULE:
@@ -257,12 +257,8 @@ def _fresh(config: PreTrainedConfig, task: Task) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    kind = {
-        Task.causal_lm: transformers.AutoModelForCausalLM,
-        Task.sequence_classification: transformers.AutoModelForSequenceClassification,
-    }[task]
     with torch.device("meta"):
-        return kind.from_config(config)
+        return getattr(transformers, task.kind.auto_class).from_config(config)
 
 
 def _copy(model: Any) -> Any:

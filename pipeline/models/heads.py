@@ -13,13 +13,7 @@ from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter
 
-CLASSIFIER = ("ForSequenceClassification",)
-WRITER = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # says the next token
 OTHER = "For"  # of any other task: ForMaskedLM, ForTokenClassification
-REMEDY = {
-    Task.causal_lm: "give a causal language model",
-    Task.sequence_classification: "give a fine-tuned classifier",
-}
 
 
 def refuse_other_head(config: Any, task: Task, key: str, path: str | Path) -> None:
@@ -33,16 +27,13 @@ def refuse_other_head(config: Any, task: Task, key: str, path: str | Path) -> No
     named = next(iter(getattr(config, "architectures", None) or []), None)
     if named is None or is_adapter(str(Path(path).expanduser())):
         return
-    if named.endswith(CLASSIFIER):
-        if task is not Task.sequence_classification:
-            raise UserError(
-                key, f"{path} is a classifier ({named})", "give task=sequence_classification"
-            )
-    elif named.endswith(WRITER):
-        if task is not Task.causal_lm:
-            raise UserError(key, f"{path} is a language model ({named})", "give task=causal_lm")
-    elif task is Task.sequence_classification or not _writes_without_naming_it(config):
-        raise UserError(key, no_head(named, task, path), REMEDY[task])
+    if named.endswith(task.kind.heads):
+        return
+    other = next((each for each in Task if named.endswith(each.kind.heads)), None)
+    if other is not None:
+        raise UserError(key, f"{path} is a {other.kind.word} ({named})", f"give task={other.value}")
+    if not task.kind.is_language or not _writes_without_naming_it(config):
+        raise UserError(key, no_head(named, task, path), task.kind.remedy)
 
 
 def no_head(named: str | None, task: Task, path: object) -> str:

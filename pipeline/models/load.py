@@ -184,7 +184,7 @@ def example_length(config: Any, task: Task, length: int) -> int:
     """Return the tokens that an example of classification is cut to: `length`, or what the model
     has positions for.
     """
-    limit = positions(config) if task is Task.sequence_classification else None
+    limit = positions(config) if task.kind.labelled else None
     return length if limit is None else min(length, limit)
 
 
@@ -194,7 +194,7 @@ def ends_once(config: Any, task: Task) -> int | None:
 
     Encoder-decoders (BART, T5) classify by what their decoder says at that token.
     """
-    if task is not Task.sequence_classification or not getattr(config, "is_encoder_decoder", False):
+    if not task.kind.labelled or not getattr(config, "is_encoder_decoder", False):
         return None
     token = getattr(config.get_text_config(), "eos_token_id", None)
     return token[0] if isinstance(token, list) else token
@@ -231,10 +231,7 @@ def auto_class(task: Task) -> Any:
     """Return the class of transformers that loads models for a task."""
     import transformers
 
-    return {
-        Task.causal_lm: transformers.AutoModelForCausalLM,
-        Task.sequence_classification: transformers.AutoModelForSequenceClassification,
-    }[task]
+    return getattr(transformers, task.kind.auto_class)
 
 
 def load_config(
@@ -408,13 +405,14 @@ def _load(
     config = load_config(path, revision=revision, key=key)
     adapter, classes = _adapter(path), None
     brought = {} if adapter is None else _shapes_of_adapter(adapter, key)
-    if task is Task.sequence_classification:
-        _count_as_adapter(config, brought, key, path)
+    if task.kind.labelled and not task.kind.has_classes:
+        task.kind.configure(config, labels or ())
+    elif task.kind.labelled:
+        _count_as_adapter(config, task, brought, key, path)
         refuse_other_problem(config, key, path)
         if labels is not None:
             classes = match_classes(config, labels, new_head=new_head, key=key, path=path)
-            config.id2label = dict(enumerate(classes.names))
-            config.label2id = {name: index for index, name in enumerate(classes.names)}
+            task.kind.configure(config, classes.names)
     in_part = is_taken_in_part(config, task)
     if not in_part:
         _refuse_other_kind(config, task, key, path)
@@ -461,7 +459,7 @@ def _load(
             if fresh and not classes.is_new
             else classes.note
         )
-    if task is Task.causal_lm:
+    if task.kind.is_language:
         _refuse_bidirectional(model.config, key, path)
     else:
         model.config.get_text_config().pad_token_id = load_tokenizer(
@@ -494,7 +492,7 @@ def _shapes_of_adapter(adapter: Path, key: str) -> dict[str, tuple[int, ...]]:
 
 
 def _count_as_adapter(
-    config: Any, brought: dict[str, tuple[int, ...]], key: str, path: str | Path
+    config: Any, task: Task, brought: dict[str, tuple[int, ...]], key: str, path: str | Path
 ) -> None:
     """Have a configuration count the classes of the head that an adapter brings: its base may have
     none, or another.
@@ -506,7 +504,7 @@ def _count_as_adapter(
     if not brought:
         return
     with reading(key, path), torch.device("meta"):
-        twin = auto_class(Task.sequence_classification).from_config(copy.deepcopy(config))
+        twin = auto_class(task).from_config(copy.deepcopy(config))
     counts = {brought[name][0] for name in head_parameters(twin) if name in brought}
     if len(counts) == 1 and counts != {config.num_labels}:
         config.num_labels = counts.pop()
@@ -538,7 +536,7 @@ def is_taken_in_part(config: Any, task: Task) -> bool:
     in_part = (
         type(config) not in causal and type(text) in causal and type(config) in whole._model_mapping
     )
-    return task is Task.causal_lm and in_part
+    return task.kind.is_language and in_part
 
 
 def language_config(config: Any, task: Task) -> Any:
@@ -711,7 +709,7 @@ def _refuse_other_kind(config: Any, task: Task, key: str, path: str | Path) -> N
                 " of its text part"
             )
             raise UserError(key, problem, f"give a model of text alone for task={task.value}")
-        needs = "language model" if task is Task.causal_lm else "text classifier"
+        needs = task.kind.word if task.kind.is_language else f"text {task.kind.word}"
         problem = (
             f"the model in {path} cannot be loaded: transformers has no {needs} of type"
             f" {config.model_type}"
@@ -796,9 +794,8 @@ def make_tiny(
 
 def from_config(config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | None) -> Any:
     """Make a model with random weights from a configuration."""
-    if labels is not None and task is Task.sequence_classification:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
+    if labels is not None and task.kind.labelled:
+        task.kind.configure(config, labels)
     model = auto_class(task).from_config(config).float().eval()
     name_body(model)
     keep_attention(model)

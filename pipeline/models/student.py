@@ -133,7 +133,7 @@ def make_student(
     tokenizer = load_tokenizer(source, key="student.source")
     if config.config:
         changed = _changed_config(load_config(source, key="student.source"), config.config, task)
-        if task is Task.sequence_classification:
+        if task.kind.labelled:
             changed.get_text_config().pad_token_id = tokenizer.pad_token_id
         return from_config(changed, task, labels), tokenizer
     model = load_model(source, task, labels=labels, key="student.source", new_head=new_head)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings import Task
 from pipeline.errors import UserError
-from pipeline.models.heads import REMEDY, WRITER, no_head
+from pipeline.models.heads import no_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,11 +63,11 @@ def refuse_incomplete(
     gone -= set(brought)
     body = f"{model.base_model_prefix}."
     lacking = {name for name in gone if name.startswith(body) and "pooler" not in name}
-    lacking = lacking if task is Task.sequence_classification else gone
+    lacking = lacking if task.kind.labelled else gone
     named = next(iter(model.config.architectures or []), None)
-    has_one = named is None or named.endswith(WRITER)  # says so, and lacks it: damaged
+    has_one = named is None or named.endswith(task.kind.heads)  # says so, and lacks it: damaged
     if lacking and not has_one and not any(name.startswith(body) for name in lacking):
-        raise UserError(key, no_head(named, task, path), REMEDY[task])
+        raise UserError(key, no_head(named, task, path), task.kind.remedy)
     if lacking:
         first = min(lacking)
         problem = (
@@ -104,7 +104,7 @@ def refuse_unexpected(
     names = {str(name) for name in unexpected if not _COMPUTED.search(str(name))}
     if not names:
         return None
-    strange = {name for name in names if task is Task.causal_lm or _is_of_this_model(name, model)}
+    strange = {name for name in names if task.kind.is_language or _is_of_this_model(name, model)}
     strange = strange and strange - _of_other_tasks(config)
     if strange:
         kind = type(model).__name__

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.config.settings import Run, Task
+from pipeline.config.settings import Run
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.files import read_documents
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ def calibration_documents(
         return sorted(data.splits["train"], key=lambda document: document.digest)[
             : stage.calibration_documents
         ]
-    labels = data.labels if run.task is Task.sequence_classification else None
+    labels = data.labels if run.task.kind.labelled else None
     documents = read_documents(
         Path(stage.calibration).expanduser(), run.data, run.task, labels, key
     )

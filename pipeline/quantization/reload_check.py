@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-AUTO_CLASSES = {
-    Task.causal_lm: "AutoModelForCausalLM",
-    Task.sequence_classification: "AutoModelForSequenceClassification",
-}
 PROBE_TOKENS = 32
 ANY_VOCABULARY = 128  # of models that read letters: ASCII
 RESERVED = 2  # positions that RoBERTa's kin count and cannot use
@@ -61,7 +57,7 @@ def auto_class(task: Task) -> Any:
     """Return the transformers class that loads a model for `task`."""
     import transformers
 
-    return getattr(transformers, AUTO_CLASSES[task])
+    return getattr(transformers, task.kind.auto_class)
 
 
 def make_probes(
@@ -141,7 +137,7 @@ def request_for(
     """
     return {
         "folder": str(folder.resolve()),
-        "auto_class": AUTO_CLASSES[task],
+        "auto_class": task.kind.auto_class,
         "device": str(device),
         "probes": reference.probes,
         "arithmetic": reference.arithmetic,

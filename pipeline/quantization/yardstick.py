@@ -10,19 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Run, Task
+from pipeline.compare.figures import value_of
+from pipeline.config.settings import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
-from pipeline.evaluation.quality.scoring import score_causal, score_classification
+from pipeline.evaluation.quality.scoring import score_causal, score_examples
 from pipeline.models.load import example_length, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
 
 if TYPE_CHECKING:
     import torch
-
-# of validation, by content digest
-DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
 @dataclass(slots=True)
@@ -60,8 +58,9 @@ class Yardstick:
         metric, kl = self.score(self.load(folder), self.validation, other=self.model)
         if not math.isfinite(metric):
             return math.inf, kl
-        is_language = self.run.task is Task.causal_lm
-        return (metric / self._metric - 1 if is_language else self._metric - metric), kl
+        decides = self.run.task.kind.decides
+        worse = metric / self._metric - 1 if decides.relative else metric - self._metric
+        return -decides.direction * worse, kl
 
     def load(self, folder: Path) -> Any:
         """Load a model of this data's labels, in the dtype it is stored in."""
@@ -82,7 +81,8 @@ class Yardstick:
             "device": self.device,
             "other": other,
         }
-        if self.run.task is Task.causal_lm:
+        task = self.run.task
+        if task.kind.is_language:
             scores = score_causal(
                 model,
                 encoded,
@@ -90,15 +90,16 @@ class Yardstick:
                 pad_id=self._padding.token,
                 **more,
             )
-            metric, count = scores.bits.sum() / scores.bytes.sum(), scores.tokens.sum()
+            count = int(scores.tokens.sum())
         else:
-            scores = score_classification(model, encoded, padding=self._padding, **more)
-            metric, count = scores.correct.mean(), len(scores.correct)
-        return float(metric), 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
+            scores = score_examples(model, encoded, task, padding=self._padding, **more)
+            count = len(scores.digest)
+        kl = 0.0 if scores.drift is None else float(scores.drift.kl.sum() / count)
+        return value_of(task.kind.decides, scores.columns), kl
 
     def _encoded(self) -> list[Encoded]:
         documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
-        documents = documents[: DOCUMENTS[self.run.task]]
+        documents = documents[: self.run.task.kind.validation_documents]
         encoded = encode_all(
             documents,
             load_tokenizer(self.source),
@@ -107,7 +108,5 @@ class Yardstick:
             max_bytes=self.run.quality.max_bytes_per_document,
         )
         return [
-            each
-            for each in encoded
-            if self.run.task is not Task.causal_lm or each.targets[1:].any()
+            each for each in encoded if not self.run.task.kind.is_language or each.targets[1:].any()
         ]

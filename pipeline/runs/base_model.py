@@ -78,9 +78,7 @@ def is_remade(folder: Path, task: Task) -> bool:
         return True
     from pipeline.models.load import is_taken_in_part, load_config
 
-    return (
-        task is Task.causal_lm and folder.is_dir() and is_taken_in_part(load_config(folder), task)
-    )
+    return task.kind.is_language and folder.is_dir() and is_taken_in_part(load_config(folder), task)
 
 
 def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact:

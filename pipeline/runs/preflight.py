@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run, Task
+from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
@@ -277,7 +277,7 @@ def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset)
     length = example_length(config, run.task, run.training.sequence_length)
     said: list[str] = []
     for split, documents in data.splits.items():
-        if run.task is Task.causal_lm:
+        if run.task.kind.is_language:
             said += [
                 f"{split} split: {note}"
                 for note in check_chats(documents, tokenizer, split).notes()
@@ -330,7 +330,7 @@ def _check_lengths(of: str, config: Any, run: Run) -> list[str]:
             )
     asked = (
         0
-        if run.task is Task.causal_lm
+        if run.task.kind.is_language
         else run.quality.sequence_length or run.training.sequence_length
     )
     return (
@@ -347,9 +347,9 @@ def _lengths(run: Run) -> Iterator[tuple[str, int]]:
     if any(
         measure in pair.on for pair in run.compare for measure in (Measure.serving, Measure.payback)
     ):
-        answer = run.serving.load.new if run.task is Task.causal_lm else 0
+        answer = run.serving.load.new if run.task.kind.is_language else 0
         yield "serving.load.prompt", run.serving.load.prompt + answer
-    if run.task is not Task.causal_lm:  # texts, cut where they are longer
+    if not run.task.kind.is_language:  # texts, cut where they are longer
         return
     if run.quality.sequence_length is not None:
         yield "quality.sequence_length", run.quality.sequence_length

@@ -21,6 +21,7 @@ from pipeline.stages.base import (
 )
 from pipeline.stages.settings import (
     TrainingOverrides,
+    check_classes,
     precision_in_force,
     smaller_batches,
     training_precision,
@@ -76,6 +77,7 @@ class CaptureSettings(Stage):
         Raises:
             UserError: Naming the setting.
         """
+        check_classes(key, run)
         like = stages_of(run).get(self.like)
         if not isinstance(like, TrainingOverrides):
             named = [

@@ -139,7 +139,7 @@ def _open(
         model.requires_grad_(requires_grad=False)
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
-        examined = examine(model, ctx.device) if task is Task.causal_lm else None
+        examined = examine(model, ctx.device) if task.kind.is_language else None
         encoded, apart = (
             read_encoded(model, tokenizer, settings, ctx),
             examined is not None and not examined.packs,
@@ -383,7 +383,7 @@ def _output(
 ) -> Output:
     """Return the teacher's FLOPs, tokens and time; nothing was trained, so there are no steps."""
     flops = sum(record["flops"] for record in records)
-    is_language = source.task is Task.causal_lm
+    is_language = source.task.kind.is_language
     counts = {
         "tokens": measured(sum(record["read"] for record in records)),
         "target_tokens": (

@@ -31,6 +31,7 @@ from pipeline.stages.base import (
     is_base_shaped,
     settings_of,
 )
+from pipeline.stages.settings import check_classes
 from pipeline.store.artifacts import copy_model, plain
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Conversion(Stage):
         """
         from pipeline.quantization.backend import LIBRARIES
 
+        check_classes(key, run)
         search = self.format is Format.auto
         if Format.auto in self.candidates:
             raise UserError(

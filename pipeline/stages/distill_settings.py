@@ -13,7 +13,6 @@ from pipeline.config.settings import (
     HeadKernel,
     Precision,
     Run,
-    Task,
     at_least_0,
     fraction,
     positive,
@@ -21,7 +20,12 @@ from pipeline.config.settings import (
 from pipeline.errors import UserError
 from pipeline.stages.base import CACHE, TEACHER, BeforeRun, Elsewhere, Reference
 from pipeline.stages.capture_settings import CaptureSettings
-from pipeline.stages.settings import TrainingOverrides, check_training, training_settings
+from pipeline.stages.settings import (
+    TrainingOverrides,
+    check_classes,
+    check_training,
+    training_settings,
+)
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
@@ -148,6 +152,7 @@ class DistillSettings(TrainingOverrides):
         Raises:
             UserError: Naming the setting.
         """
+        check_classes(key, run)
         check_training(self, key, run)
         self._check_inside(key, run)
         self._check_on_policy(key, run)
@@ -203,9 +208,11 @@ class DistillSettings(TrainingOverrides):
                     )
             return
         name, settings = f"{key}.on_policy", training_settings(self, run)
-        if run.task is not Task.causal_lm:
+        if not run.task.kind.is_language:
             raise UserError(
-                name, "a classifier writes nothing", "leave it out, or use task=causal_lm"
+                name,
+                f"a {run.task.kind.word} writes nothing",
+                "leave it out, or use task=causal_lm",
             )
         if self.cache is not None or self.completions is not None:
             problem = (
@@ -235,9 +242,11 @@ class DistillSettings(TrainingOverrides):
         if self.completions is None:
             return
         name = f"{key}.completions"
-        if run.task is not Task.causal_lm:
+        if not run.task.kind.is_language:
             raise UserError(
-                name, "a classifier completes nothing", "leave it out, or use task=causal_lm"
+                name,
+                f"a {run.task.kind.word} completes nothing",
+                "leave it out, or use task=causal_lm",
             )
         if self.cache is not None:
             raise UserError(name, "stands in for a teacher, and so does cache", "give one of them")
@@ -255,7 +264,7 @@ class DistillSettings(TrainingOverrides):
         name = f"{key}.head"
         if self.head is HeadKernel.auto:
             return
-        if run.task is not Task.causal_lm:
+        if not run.task.kind.is_language:
             raise UserError(
                 name,
                 "has no effect: the logits of a few classes need no fused head",

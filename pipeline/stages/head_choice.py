@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.settings import Divergence, HeadKernel, Task, TrainingConfig
+from pipeline.config.settings import Divergence, HeadKernel, TrainingConfig
 from pipeline.distillation.kernels import NOT_FOR_LIGER, fastest, in_words, kernel_of, why_not
 from pipeline.distillation.transform import Unknown
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ def choose_head(
         UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than
             a product.
     """
-    if objective.task is not Task.causal_lm:
+    if not objective.task.kind.is_language:
         return None
     if wanted is HeadKernel.liger and objective.teacher is not None:
         _refuse_for_liger(key, objective, objective.teacher.model)

@@ -17,7 +17,6 @@ from pipeline.config.settings import (
     Precision,
     Run,
     Schedule,
-    Task,
     TrainingConfig,
     at_least_0,
     fraction,
@@ -359,6 +358,23 @@ def student_settings(run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]
     return {"source": student_source(run), **student_identity(run.student, path)}
 
 
+def check_classes(stage: str, run: Run) -> None:
+    """Refuse a stage that reads predictions as a distribution where the task has none.
+
+    Args:
+        stage: Its key.
+
+    Raises:
+        UserError: Naming the task.
+    """
+    if not run.task.kind.has_classes:
+        raise UserError(
+            "task",
+            f"{stage} reads what models predict as a distribution, and {run.task.value} has none",
+            "give another task, or leave the stage out",
+        )
+
+
 def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
     """Refuse training settings that contradict each other.
 
@@ -416,6 +432,6 @@ def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:
     ):
         problem = f"gradient_accumulation {settings.gradient_accumulation} does not divide it"
         raise UserError(f"{key}.start_batch_size", problem, "give a multiple")
-    if settings.start_sequence_length is not None and run.task is not Task.causal_lm:
+    if settings.start_sequence_length is not None and not run.task.kind.is_language:
         problem = "has no effect: examples are padded to the longest of their batch"
         raise UserError(f"{key}.start_sequence_length", problem, "leave it out")

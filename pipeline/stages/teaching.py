@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.settings import Task, TrainingConfig
+from pipeline.config.settings import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
 from pipeline.data.tokenizer import tokenizer_digest
@@ -92,7 +92,7 @@ def _expected(
     run = ctx.run
     stage = run.stages[own.cache or ""]  # the capture that made it, by this recipe
     chosen = {"method": stage.method.value, "temperature": own.temperature}
-    if run.task is Task.sequence_classification:
+    if run.task.kind.labelled:
         chosen = {"method": Dense.method}  # logits serve every temperature
     given = {
         name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None
@@ -105,7 +105,7 @@ def _expected(
         "teacher": teacher.digest,
         "precision": frozen(training_precision(stage, run), ctx.device).value,
         **chosen,
-        **(given if run.task is Task.causal_lm else {}),
+        **(given if run.task.kind.is_language else {}),
     }
 
 

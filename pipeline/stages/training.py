@@ -79,8 +79,6 @@ Start = tuple[Any, Any, Callable[[Any], None]]
 """A model on the device, its tokenizer, and what saves the model once it is trained."""
 NO_TEACHER = "no distillation in this stage"
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
-# of such a reading, unless declared
-VALIDATION_DOCUMENTS = {Task.causal_lm: 32, Task.sequence_classification: 256}
 
 
 @dataclass(slots=True)
@@ -199,7 +197,7 @@ def _prepare(
     if distill is not None and distill.cache is None:
         teacher = load_teacher(distill, inputs, tokenizer, ctx)
     with ctx.clock.phase("prepare"):
-        own = examine(model, ctx.device) if ctx.run.task is Task.causal_lm else None
+        own = examine(model, ctx.device) if ctx.run.task.kind.is_language else None
         teacher = None if teacher is None else _examined(teacher, own, ctx)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=completions)
         text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
@@ -342,7 +340,7 @@ def _start_of(stage: TrainingOverrides, ctx: Context) -> tuple[str, str]:
 
 def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str | None:
     """Return how often train is read, where steps follow from epochs or do not come to one."""
-    what = f"{num_rows} {'windows' if ctx.run.task is Task.causal_lm else 'examples'} of train"
+    what = f"{num_rows} {ctx.run.task.kind.rows} of train"
     if settings.epochs is not None:
         return f"{settings.epochs:g} epochs of {what} are {settings.steps} steps"
     read = first_row(settings.steps, settings)
@@ -543,7 +541,7 @@ def make_batches(
     """
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
     rows = partial(first_row, settings=settings)
-    if ctx.run.task is Task.causal_lm:
+    if ctx.run.task.kind.is_language:
         packed = PackedBatches(
             encoded,
             sequence_length=settings.sequence_length,
@@ -572,7 +570,7 @@ def validation_reading(
 ) -> Callable[[], float]:
     """Return what reads the primary metric of a model in memory on validation, as training does."""
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
-    count = settings.eval_documents or VALIDATION_DOCUMENTS[ctx.run.task]
+    count = settings.eval_documents or ctx.run.task.kind.validation_documents
     encoded = encode_all(
         documents[:count],
         tokenizer,
@@ -664,7 +662,7 @@ def _target_tokens(progress: Progress, task: Task) -> Value:
     """Return how many tokens were learnt; a classifier learns labels."""
     return (
         measured(progress.target_tokens)
-        if task is Task.causal_lm
+        if task.kind.is_language
         else null("labels are learnt, not tokens")
     )
 

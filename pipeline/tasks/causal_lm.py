@@ -43,10 +43,18 @@ def why_unknown(columns: Columns) -> str | None:
 class CausalLm(Kind):
     """The task `causal_lm`."""
 
+    word = "language model"
+    remedy = "give a causal language model"
+    auto_class = "AutoModelForCausalLM"
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    labelled, is_language = False, True
+    embedded = "stdlib"
+    validation_documents = 32
+    rows = "windows"
     unit = "token"
     primary, stands_in = "bits_per_byte", "next_token_accuracy"
     recorded = ("bits", "bytes", "tokens", "correct")
-    known_by = "bytes"
+    known_by, finite = "bytes", "bits"
     qualities = (
         Quality(
             key="bits_per_byte",

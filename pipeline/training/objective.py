@@ -211,10 +211,12 @@ class Objective:
         loss = self.loss
         if loss is not None and "sampled" in batch:  # what it wrote itself is no label to learn
             loss = replace(loss, ce_weight=0.0)
-        if self.task is Task.causal_lm:
+        if self.task.kind.is_language:
             assert not isinstance(said, Tensor)
             return self._causal(inputs, keep_there, targets, said, loss)
         assert not isinstance(said, Sparse)
+        if not self.task.kind.has_classes:
+            return self._numbers(inputs, keep_there, targets)
         return self._classes(inputs, keep_there, targets, said, loss)
 
     def _send_said(self, said: Sparse | Tensor | None) -> Sparse | Tensor | None:
@@ -326,6 +328,14 @@ class Objective:
             said = self.relations(ours.projected, theirs.projected, may_read, weights)
             drawn["relations"] = self.relations.weight * said
         return replace(done, loss=done.loss + sum(drawn.values()), drawn=drawn)
+
+    def _numbers(self, inputs: dict[str, Tensor], keep: Tensor, targets: Tensor) -> StepLoss:
+        """Return the loss of a task without classes: its own, which no teacher has a part in."""
+        with self.clock.phase("forward"), arithmetic(self.precision, self.device):
+            logits = logits_of(self.model, inputs)[keep]
+            total = self.task.kind.loss(logits.float(), targets)
+        parts = Sums(total.detach(), torch.zeros_like(total))
+        return StepLoss(total / len(targets), parts, len(targets))
 
     def _classes(
         self,
@@ -637,7 +647,7 @@ def _head(model: Any, task: Task, head: Transform | Unknown | None) -> Transform
     """Return how a model's logits are to be had; one that was not examined is taken at its config's
     word.
     """
-    return as_configured(model) if head is None and task is Task.causal_lm else head or Transform()
+    return as_configured(model) if head is None and task.kind.is_language else head or Transform()
 
 
 def columns_of(model: Any, head: Transform | Unknown) -> int:
@@ -661,7 +671,7 @@ def shared_vocabulary(
     Raises:
         UserError: If a classifier has classes that its teacher lacks.
     """
-    if task is Task.sequence_classification:
+    if task.kind.labelled:
         own, taught = names_in_order(student), names_in_order(teacher)
         if len(own) > len(taught) or not same_in_order(student, teacher, len(own)):
             problem = (

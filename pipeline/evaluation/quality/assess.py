@@ -26,12 +26,7 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
 from pipeline.errors import StageFailed, UserError
-from pipeline.evaluation.quality.scoring import (
-    CausalScores,
-    ClassificationScores,
-    score_causal,
-    score_classification,
-)
+from pipeline.evaluation.quality.scoring import score_causal, score_examples
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
@@ -45,19 +40,8 @@ if TYPE_CHECKING:
 
     from pipeline.evaluation.quality.tasks import TaskScores
 
-CAUSAL_COLUMNS = (
-    "digest",
-    "bits",
-    "bytes",
-    "tokens",
-    "correct",
-    "end_bits",
-    "ends",
-    "unknown_bytes",
-)
 DRIFT_COLUMNS = ("kl", "flips", "unquantized")
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
-CLASSIFICATION_COLUMNS = ("digest", "label", "prediction", "correct", "logprob")
 
 Arrays = dict[str, np.ndarray]
 
@@ -122,15 +106,14 @@ def assess_quality(
     with clock.phase("eval"):
         more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "other": other}
         padding = Padding.of(tokenizer, model, task)
-        if task is Task.causal_lm:
+        if task.kind.is_language:
             more |= {"stride": config.stride, "pad_id": padding.token}
             scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
-            predictions, arrays = scores.predictions, _columns(scores, CAUSAL_COLUMNS)
         else:
-            scores = score_classification(model, encoded, padding=padding, **more)
-            predictions, arrays = scores.prediction, _columns(scores, CLASSIFICATION_COLUMNS)
-        arrays |= _groups(encoded)
-        _check_finite(folder, model, arrays["bits" if task is Task.causal_lm else "logprob"])
+            scores = score_examples(model, encoded, task, padding=padding, **more)
+        predictions = scores.predictions
+        arrays = {"digest": scores.digest, **scores.columns, **_groups(encoded)}
+        _check_finite(folder, model, arrays[task.kind.finite])
         agreement = (
             None
             if teacher_predictions is None
@@ -252,7 +235,7 @@ def choose_documents(documents: Sequence[Document], max_documents: int | None) -
 
 def _scorable(encoded: list[Encoded], task: Task) -> list[Encoded]:
     """Drop what has nothing to predict (a chat whose only answer is empty)."""
-    if task is Task.causal_lm:
+    if task.kind.is_language:
         encoded = [
             document for document in encoded if document.num_bytes and document.targets.any()
         ]
@@ -283,10 +266,6 @@ def _groups(encoded: Sequence[Encoded]) -> Arrays:
     if all(document.group is None for document in encoded):
         return {}
     return {GROUP: np.array([document.group for document in encoded], dtype=object)}
-
-
-def _columns(scores: CausalScores | ClassificationScores, names: Sequence[str]) -> Arrays:
-    return {name: getattr(scores, name) for name in names}
 
 
 def _agreement(
@@ -326,7 +305,7 @@ def read_shares(
 ) -> dict[str, Figure]:
     """Return what share of the test split was read: of its documents, and of the text of those."""
     cut = sum(each.unread_bytes > 0 or each.unread_tokens > 0 for each in encoded)
-    if task is Task.causal_lm:
+    if task.kind.is_language:
         name, unread, read = "read_bytes", "unread_bytes", sum(each.num_bytes for each in encoded)
     else:
         name, unread, read = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.compare.figures import value_of
 from pipeline.config.settings import Task
 from pipeline.data.padding import Padding, pad, read_by
 from pipeline.errors import UserError
@@ -67,6 +68,9 @@ class Scorable(Protocol):
     def unknown_bytes(self) -> int: ...
 
 
+CAUSAL_COLUMNS = ("bits", "bytes", "tokens", "correct", "end_bits", "ends", "unknown_bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class Drift:
     """How far a model's predictions lie from another's, by document.
@@ -113,26 +117,30 @@ class CausalScores:
     unknown_bytes: np.ndarray
     drift: Drift | None = None
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What is kept of each document, by name."""
+        return {name: getattr(self, name) for name in CAUSAL_COLUMNS}
+
 
 @dataclass(frozen=True, slots=True)
-class ClassificationScores:
+class ExampleScores:
     """Scores by example, in the order given.
 
     Attributes:
         digest: str (D,).
-        label: int64 (D,): the true class.
-        prediction: int64 (D,): the class ranked first.
-        correct: bool (D,).
-        logprob: float64 (D,): natural log-probability of the true class.
+        columns: (D,) each, by name: what the task keeps of an example (`Kind.scored`).
         drift: From another model's predictions, where one was given.
     """
 
     digest: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
-    correct: np.ndarray
-    logprob: np.ndarray
+    columns: dict[str, np.ndarray]
     drift: Drift | None = None
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """What the model says of each example, as its task keeps it."""
+        return self.columns["prediction"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,17 +353,18 @@ def divergence(theirs_nV: torch.Tensor, ours_nV: torch.Tensor) -> torch.Tensor:
     return (theirs_nV.exp() * (theirs_nV - ours_nV)).sum(-1)
 
 
-def score_classification(
+def score_examples(
     model: Any,
     encoded: Sequence[Scorable],
+    task: Task,
     *,
     batch_size: int,
     device: torch.device | str,
     padding: Padding,
     other: Any = None,
-) -> ClassificationScores:
-    """Classify every example of `encoded` (labels must be there), and measure the drift from
-    `other`, if given.
+) -> ExampleScores:
+    """Score every example of `encoded` (labels must be there), and measure the drift from `other`,
+    if given.
 
     A model that has classes which the data lacks may answer with one of them: their numbers follow
     the data's.
@@ -366,7 +375,7 @@ def score_classification(
     import torch
 
     label = np.array([example.label for example in encoded], dtype=np.int64)
-    if len(label) and label.max() >= model.config.num_labels:
+    if task.kind.has_classes and len(label) and label.max() >= model.config.num_labels:
         raise UserError(
             "model.path",
             f"it tells {model.config.num_labels} classes apart and the data has a class"
@@ -375,29 +384,28 @@ def score_classification(
         )
     check_vocabulary(model, (example.input_ids for example in encoded), padding.token)
     _check_positions(model, max((len(example.input_ids) for example in encoded), default=0))
-    prediction, logprob = np.zeros(len(label), dtype=np.int64), np.zeros(len(label))
+    columns: dict[str, np.ndarray] = {}
     kl, theirs = np.zeros(len(label)), np.zeros(len(label), dtype=np.int64)
     with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
         for part in _example_batches(encoded, batch_size, padding):
             batch = pad([encoded[index] for index in part], padding)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}  # (B, T) each
-            logprobs_BC = model(**read_by(model, batch)).logits.float().log_softmax(-1)
-            prediction[part] = logprobs_BC.argmax(-1).cpu().numpy()
+            logits_BC = model(**read_by(model, batch)).logits.float()
             true = torch.from_numpy(label[part]).to(device)
-            logprob[part] = logprobs_BC.gather(-1, true[:, None]).squeeze(-1).cpu().numpy()
+            for name, values in task.kind.scored(logits_BC, true).items():
+                found = values.cpu().numpy()
+                wide = float if values.is_floating_point() else found.dtype
+                columns.setdefault(name, np.zeros(len(label), wide))[part] = found
             if other is not None:
                 theirs_BC = other(**read_by(other, batch)).logits.float().log_softmax(-1)
-                kl[part] = divergence(theirs_BC, logprobs_BC).cpu().numpy()
+                kl[part] = divergence(theirs_BC, logits_BC.log_softmax(-1)).cpu().numpy()
                 theirs[part] = theirs_BC.argmax(-1).cpu().numpy()
-    flips = (theirs != prediction).astype(np.int64)
-    return ClassificationScores(
-        digest=np.array([example.digest for example in encoded]),
-        label=label,
-        prediction=prediction,
-        correct=prediction == label,
-        logprob=logprob,
-        drift=None if other is None else Drift(kl, flips, (theirs == label).astype(float)),
-    )
+    drift = None
+    if other is not None:
+        flips = (theirs != columns["prediction"]).astype(np.int64)
+        drift = Drift(kl, flips, (theirs == label).astype(float))
+    digests = np.array([example.digest for example in encoded])
+    return ExampleScores(digest=digests, columns=columns, drift=drift)
 
 
 def validation_metric(
@@ -410,25 +418,19 @@ def validation_metric(
     device: torch.device | str,
     padding: Padding,
 ) -> float:
-    """Return bits per byte (lower is better, ends left out) or accuracy (higher is better) of a
-    model in memory.
+    """Return the task's primary metric of a model in memory: bits per byte (ends left out), or
+    accuracy.
 
     The figure is NaN where the model's outputs are: a diverged model is the caller's to notice.
     """
-    if task is Task.causal_lm:
+    more: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    if task.kind.is_language:
         scores = score_causal(
-            model,
-            encoded,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            device=device,
-            pad_id=padding.token,
+            model, encoded, sequence_length=sequence_length, pad_id=padding.token, **more
         )
-        return float(scores.bits.sum() / scores.bytes.sum())
-    classified = score_classification(
-        model, encoded, batch_size=batch_size, device=device, padding=padding
-    )
-    return float(classified.correct.mean())
+    else:
+        scores = score_examples(model, encoded, task, padding=padding, **more)
+    return value_of(task.kind.decides, scores.columns)
 
 
 @contextmanager

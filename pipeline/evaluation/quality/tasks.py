@@ -121,7 +121,7 @@ def check_tasks(config: QualityConfig, task: Task) -> None:
     """
     if not config.tasks:
         return
-    if task is not Task.causal_lm:
+    if not task.kind.is_language:
         raise UserError(KEY, f"lm-eval tasks are not for {task.value}", "leave it out")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(

@@ -281,7 +281,7 @@ class _Bench:
         found: list[torch.Tensor] = []
         with torch.inference_mode():
             for ids in [prompt for prompt in self.prompts if len(prompt)][:DOCUMENTS]:
-                kept = ids[:TOKENS] if self.task is Task.causal_lm else ids
+                kept = ids[:TOKENS] if self.task.kind.is_language else ids
                 row = torch.from_numpy(kept.astype(np.int64))[None].to(self.device)
                 given = {"input_ids": row, "attention_mask": torch.ones_like(row)}
                 found.append(model(**read_by(model, given)).logits.float().cpu().flatten(0, -2))

@@ -217,7 +217,7 @@ def serve_pass(
         kind = str(device).partition(":")[0]
         conditions = machine_conditions(sampler, window, others, kind)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
-        if task is Task.causal_lm:
+        if task.kind.is_language:
             _read_growing(servers, readings, ids, config.load)
         energy = {
             arm: attempted(
@@ -322,7 +322,7 @@ def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray])
         )
     check_vocabulary(server.model, prompts, 0)
     limit = positions(server.model.config)
-    longest = load.prompt + (load.new if server.task is Task.causal_lm else 0)
+    longest = load.prompt + (load.new if server.task.kind.is_language else 0)
     if limit is not None and longest > limit:
         raise UserError(
             "serving.load.prompt",
@@ -555,11 +555,11 @@ def figures(
     """Return the serving figures of one arm as result.json holds them (the catalogue says what they
     mean).
     """
-    num_decoded = load.batch * (load.new - 1) if task is Task.causal_lm else 0
+    num_decoded = load.batch * (load.new - 1) if task.kind.is_language else 0
     why = (
-        "classification generates nothing"
-        if task is Task.sequence_classification
-        else "one new token is prefill"
+        "one new token is prefill"
+        if task.kind.is_language
+        else f"a {task.kind.word} generates nothing"
     )
     prefill_s = [reading.prefill_s for reading in readings.at_load]
     decode_s = [reading.decode_s for reading in readings.at_load]

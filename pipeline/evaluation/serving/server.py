@@ -100,7 +100,7 @@ class Server:
 
         prompt = torch.from_numpy(prompt_ids.astype(np.int64)).to(self.device)
         with torch.inference_mode():
-            if self.task is Task.sequence_classification:
+            if not self.task.kind.is_language:
                 if self._end is not None:  # prompts are cut anywhere
                     prompt[prompt == self._end] = self._end - 1
                     prompt[:, -1] = self._end
@@ -198,7 +198,7 @@ def load(
     if stored is torch.float32:
         stored = dtype or torch.float32
     model: Any = load_model(folder, task, device=device, labels=labels, dtype=stored)
-    if task is Task.sequence_classification:
+    if not task.kind.is_language:
         token_of(model, load_tokenizer(folder).pad_token_id)
     return Server(model, task, device, now_ns, decode)
 

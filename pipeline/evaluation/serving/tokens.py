@@ -15,7 +15,7 @@ def other_tokenizers(task: Task, arm: Path, base: Path) -> bool:
     """Return whether two language models read text as other tokens: seconds per token are then of
     other texts.
     """
-    if task is not Task.causal_lm:  # an example is one, whatever its tokens
+    if not task.kind.is_language:  # an example is one, whatever its tokens
         return False
     ours, theirs = (tokenizer_digest(load_tokenizer(folder)) for folder in (arm, base))
     return ours != theirs

@@ -121,7 +121,7 @@ def why_not(folder: Path, task: Task, device: torch.device) -> str | None:
     version = installed()
     if version is None:
         return "vLLM is not installed"
-    if task is not Task.causal_lm:
+    if not task.kind.is_language:
         return f"it is compared on language models, not on {task.value}"
     own = device_of(device)
     if not own.for_vllm and not version.endswith("cpu"):  # builds for a CPU are 0.11.0+cpu
