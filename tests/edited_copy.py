@@ -54,19 +54,28 @@ class Copy:
 
     def run(self, *words: str) -> Path:
         """Run `python -m pipeline` with these words at toy size, and return its run's folder."""
-        done = subprocess.run(
+        done = self._started(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
+        assert written is not None, done.stdout
+        return Path(written.group(1))
+
+    def refusal(self, *words: str) -> str:
+        """Return what is said of a command that is refused."""
+        done = self._started(*words)
+        assert done.returncode != 0, done.stdout
+        return done.stderr
+
+    def _started(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [sys.executable, "-m", "pipeline", *words, *SMALL],
             cwd=self.work,
             env={**os.environ, "PYTHONPATH": str(self.root)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
-        assert written is not None, done.stdout
-        return Path(written.group(1))
 
 
 def result_of(folder: Path) -> dict[str, Any]:

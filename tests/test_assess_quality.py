@@ -15,6 +15,7 @@ from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipeline.compare import figures
 from pipeline.compare.figures import macro_f1
 from pipeline.compare.quality import compare_items
 from pipeline.config.settings import QualityConfig, Task
@@ -503,13 +504,14 @@ def test_time_is_booked_to_loading_preparing_and_evaluating(
     now = [0]
 
     def takes(name: str, ns: int) -> None:
-        original = getattr(quality, name)
+        module = figures if name == "bootstrap_ratio" else quality
+        original = getattr(module, name)
 
         def slow(*args, **more):
             now[0] += ns
             return original(*args, **more)
 
-        monkeypatch.setattr(quality, name, slow)
+        monkeypatch.setattr(module, name, slow)
 
     steps = (
         "load_model",
@@ -564,10 +566,10 @@ def test_outputs_that_are_not_finite_fail_the_artifact(models, tmp_path: Path, t
 
 
 def test_a_perplexity_beyond_floats_is_null() -> None:
-    value, ci = quality._power_of_2(1200.0, (900.0, 1500.0))
+    value, ci = figures._power_of_2(1200.0, (900.0, 1500.0))
     assert (value.value, ci) == (None, None)
     assert value.why_missing == "2**1200 is beyond the range of a float"
-    value, ci = quality._power_of_2(1000.0, (900.0, 1500.0))
+    value, ci = figures._power_of_2(1000.0, (900.0, 1500.0))
     assert (value.value, ci) == (None, None)
 
 

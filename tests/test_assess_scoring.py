@@ -249,8 +249,8 @@ def test_an_encoder_does_not_see_padding() -> None:
         initializer_range=0.5,
     )
     model, examples = BertForSequenceClassification(config).eval(), random_documents([12, 3, 40])
-    alone = [classify(model, [example]).logprob[0] for example in examples]
-    np.testing.assert_allclose(classify(model, examples).logprob, alone, rtol=1e-5)
+    alone = [classify(model, [example]).columns["logprob"][0] for example in examples]
+    np.testing.assert_allclose(classify(model, examples).columns["logprob"], alone, rtol=1e-5)
 
 
 def test_a_classifier_without_a_padding_token_gets_the_tokenizers(classifier) -> None:
@@ -258,7 +258,9 @@ def test_a_classifier_without_a_padding_token_gets_the_tokenizers(classifier) ->
     model.config.pad_token_id = None
     examples = random_documents([12, 3, 40])
     np.testing.assert_allclose(
-        classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5
+        classify(model, examples).columns["logprob"],
+        classify(classifier, examples).columns["logprob"],
+        rtol=1e-5,
     )
     assert model.config.pad_token_id == 0
 
@@ -268,7 +270,9 @@ def test_a_classifier_is_padded_with_its_own_token(classifier) -> None:
     model.config.pad_token_id = 2
     examples = random_documents([12, 3, 40])
     np.testing.assert_allclose(
-        classify(model, examples).logprob, classify(classifier, examples).logprob, rtol=1e-5
+        classify(model, examples).columns["logprob"],
+        classify(classifier, examples).columns["logprob"],
+        rtol=1e-5,
     )
 
 
@@ -282,7 +286,7 @@ def test_validation_metric_is_bits_per_byte_or_accuracy(causal, classifier) -> N
     )
     accuracy = validation_metric(classifier, documents, Task.sequence_classification, **more)
     assert accuracy == pytest.approx(
-        np.mean([p == d.label for p, d in zip(classes.prediction, documents, strict=True)])
+        np.mean([p == d.label for p, d in zip(classes.predictions, documents, strict=True)])
     )
 
 

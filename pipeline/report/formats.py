@@ -15,7 +15,10 @@ from pipeline.report.view import Result
 
 Writer = Callable[[Result, Mapping[str, Any] | None], str | None]
 
-WRITERS: dict[str, Writer] = {"junit.xml": junit_report, "report.md": markdown_report}
+WRITERS: dict[str, Writer] = {
+    "junit.xml": junit_report,  # of a release check
+    "report.md": markdown_report,
+}
 
 
 def files_of(result: Result, verdict: Mapping[str, Any] | None) -> dict[str, str]:
