@@ -40,35 +40,22 @@ class Copy:
         return copy
 
     def add_file(self, name: str, text: str) -> None:
-        """Add a file of the package."""
-        path = self.root / "pipeline" / name
+        """Add a file."""
+        path = self.root / name
         assert not path.exists()
         path.write_text(text)
 
     def add_lines(self, name: str, after: str, added: str) -> None:
-        """Add lines to a file of the package, after a line that stands there once."""
-        path = self.root / "pipeline" / name
+        """Add lines to a file, after a line that stands there once."""
+        path = self.root / name
         text = path.read_text()
         assert text.count(after) == 1, f"{name}: {after!r} stands there {text.count(after)} times"
         path.write_text(text.replace(after, after + added))
 
-    def run(self, *words: str) -> Path:
-        """Run `python -m pipeline` with these words at toy size, and return its run's folder."""
-        done = self._started(*words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
-        assert written is not None, done.stdout
-        return Path(written.group(1))
-
-    def refusal(self, *words: str) -> str:
-        """Return what is said of a command that is refused."""
-        done = self._started(*words)
-        assert done.returncode != 0, done.stdout
-        return done.stderr
-
-    def _started(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def start(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `python -m pipeline` with these words at toy size."""
         return subprocess.run(
-            [sys.executable, "-m", "pipeline", *words, *SMALL],
+            [sys.executable, "-m", "pipeline", *SMALL, *words],
             cwd=self.work,
             env={**os.environ, "PYTHONPATH": str(self.root)},
             capture_output=True,
@@ -76,6 +63,14 @@ class Copy:
             timeout=600,
             check=False,
         )
+
+    def run(self, *words: str) -> Path:
+        """Do the same, and return the folder that the run leaves."""
+        done = self.start(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
+        assert written is not None, done.stdout
+        return Path(written.group(1))
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -69,8 +69,8 @@ LINE = "    \"cuda\": Cuda,  # NVIDIA's, and AMD's through ROCm\n"
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Add a device to a copy of the package, run a recipe on it, and return its result."""
     copy = Copy.make(tmp_path_factory.mktemp("device"))
-    copy.add_file("ledger/devices/toy.py", TOY)
-    table = "ledger/devices/table.py"
+    copy.add_file("pipeline/ledger/devices/toy.py", TOY)
+    table = "pipeline/ledger/devices/table.py"
     copy.add_lines(table, IMPORT, "from pipeline.ledger.devices.toy import Toy\n")
     copy.add_lines(table, LINE, '    "toy": Toy,\n')
     return result_of(copy.run("recipe=baseline", "hardware.device=toy"))

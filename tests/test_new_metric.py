@@ -51,9 +51,9 @@ CLASSIFIED = ("task=sequence_classification", "data=stdlib_labels")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Add a metric and a format, and compare two arms there."""
     copy = Copy.make(tmp_path_factory.mktemp("metric"))
-    copy.add_lines("tasks/sequence_classification.py", BEFORE_IT, METRIC)
-    copy.add_file("report/arms_csv.py", CSV)
-    formats = "report/formats.py"
+    copy.add_lines("pipeline/tasks/sequence_classification.py", BEFORE_IT, METRIC)
+    copy.add_file("pipeline/report/arms_csv.py", CSV)
+    formats = "pipeline/report/formats.py"
     before = "from pipeline.report.junit import junit_report\n"
     copy.add_lines(formats, before, "from pipeline.report.arms_csv import csv_report\n")
     copy.add_lines(formats, '    "report.md": markdown_report,\n', '    "arms.csv": csv_report,\n')

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
-from test_wheel import SMALL
+from edited_copy import Copy, result_of
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGE = '''"""Average: the mean of two models' weights.
 
 Source: Wortsman et al. 2022, "Model soups", arXiv 2203.05482, section 2.
@@ -85,40 +75,18 @@ LINE = '    "capture": CaptureStage,\n'
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """Return a copy of the project with exactly the edits that CONTRIBUTING lists."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in ("pipeline", "configs", "recipes"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "pipeline/stages/average.py").write_text(STAGE)
-    table = copy / "pipeline/stages/table.py"
-    text = table.read_text()
-    assert (text.count(IMPORT), text.count(LINE)) == (1, 1)
-    text = text.replace(IMPORT, "from pipeline.stages.average import AverageStage\n" + IMPORT)
-    table.write_text(text.replace(LINE, '    "average": AverageStage,\n' + LINE))
-    (copy / "recipes/average.yaml").write_text(RECIPE)
+    copy, table = Copy.make(tmp_path_factory.mktemp("stage")), "pipeline/stages/table.py"
+    copy.add_file("pipeline/stages/average.py", STAGE)
+    copy.add_lines(table, IMPORT, "from pipeline.stages.average import AverageStage\n")
+    copy.add_lines(table, LINE, '    "average": AverageStage,\n')
+    copy.add_file("recipes/average.yaml", RECIPE)
     return copy
 
 
-def pipeline(copy: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", "recipe=average", *SMALL, *words],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_a_stage_of_one_file_runs_is_compared_and_found_again(copy: Path, tmp_path: Path) -> None:
-    done = pipeline(copy, tmp_path)
-    assert done.returncode == 0, done.stderr
-    written = re.search(r"(\S+)/report\.(?:html|md)", done.stdout)
-    assert written is not None, done.stdout
-    result: dict[str, Any] = json.loads((Path(written.group(1)) / "result.json").read_text())
+def test_a_stage_of_one_file_runs_is_compared_and_found_again(copy: Copy) -> None:
+    result = result_of(copy.run("recipe=average"))
     row = next(row for row in result["rows"] if row["arm"] == "both")
     assert (row["type"], row["inputs"]) == ("average", {"model": "one", "other": "more"})
     assert (row["status"], row["artifact"]["kind"]) == ("FINISHED", "model")
@@ -126,17 +94,18 @@ def test_a_stage_of_one_file_runs_is_compared_and_found_again(copy: Path, tmp_pa
     assert row["ledger"]["counts"]["goodput"]["why_missing"] == "not a training stage"
     (pair,) = result["comparisons"]
     assert pair["serving"]["how"]
-    again = pipeline(copy, tmp_path)
+    again = copy.start("recipe=average")
     assert "both: reused from" in again.stdout
 
 
-def test_its_settings_are_checked_as_any_others(copy: Path, tmp_path: Path) -> None:
-    done = pipeline(copy, tmp_path, "stages.both.share=2")
-    assert (done.returncode, "stages.both.share: 2.0 is no share" in done.stderr) == (1, True)
-    done = pipeline(copy, tmp_path, "stages.both.shar=1")
-    assert (done.returncode, "stages.both.share" in done.stderr) == (1, True)
-    done = pipeline(copy, tmp_path, "stages.both.other=nobody")
-    assert (done.returncode, "stages.both.other: there is no stage 'nobody'" in done.stderr) == (
-        1,
-        True,
-    )
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stages.both.share=2", "stages.both.share: 2.0 is no share"),
+        ("stages.both.shar=1", "stages.both.share"),
+        ("stages.both.other=nobody", "stages.both.other: there is no stage 'nobody'"),
+    ],
+)
+def test_its_settings_are_checked_as_any_others(copy: Copy, word: str, said: str) -> None:
+    done = copy.start("recipe=average", word)
+    assert (done.returncode, said in done.stderr) == (1, True)

@@ -63,7 +63,7 @@ class Rating(Kind):
         """Return the rating and what the model says."""
         return {"rating": labels_B + 1, "prediction": logits_BC[:, 0]}
 '''
-TABLE = "tasks/table.py"
+TABLE = "pipeline/tasks/table.py"
 IMPORT = "from pipeline.tasks.quality import Columns, Quality\n"
 LINE = '    sequence_classification = "sequence_classification", SequenceClassification()\n'
 ASKED = re.compile(r"task is (?:not )?Task\.|Task\.\w+:")
@@ -74,7 +74,7 @@ ASKED = re.compile(r"task is (?:not )?Task\.|Task\.\w+:")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """Add a task to a copy of the package, with data for it."""
     copy = Copy.make(tmp_path_factory.mktemp("task"))
-    copy.add_file("tasks/rating.py", FILE)
+    copy.add_file("pipeline/tasks/rating.py", FILE)
     copy.add_lines(TABLE, IMPORT, "from pipeline.tasks.rating import Rating\n")
     copy.add_lines(TABLE, LINE, '    rating = "rating", Rating()\n')
     draw = np.random.default_rng(0)
@@ -113,8 +113,9 @@ def test_the_model_that_it_made_has_one_output(result: dict[str, Any], copy: Cop
 
 
 def test_what_needs_a_distribution_is_refused(copy: Copy) -> None:
-    said = copy.refusal("recipe=distill", "task=rating", "data.path=ratings.jsonl")
-    assert "reads what models predict as a distribution, and rating has none" in said
+    done = copy.start("recipe=distill", "task=rating", "data.path=ratings.jsonl")
+    said = "reads what models predict as a distribution, and rating has none"
+    assert (done.returncode, said in done.stderr) == (1, True)
 
 
 def test_no_task_is_asked_by_name_outside_the_table() -> None:
