@@ -5,7 +5,8 @@ unless said otherwise), times T squared, plus cross-entropy. The teacher is froz
 its parameters before and after proves, and runs in its own precision. With `cache` no teacher is
 loaded: an earlier stage captured its predictions.
 When it helps: for a student initialised from its teacher, or served often. A live teacher costs
-more FLOPs per step than plain training, so read the student against both controls of `recipe=distill`.
+more FLOPs per step than plain training, so read the student against both controls of
+`recipe=distill`.
 Settings worth changing: ce_weight, temperature, divergence, steps.
 Source: Hinton et al. 2015, arXiv 1503.02531, section 2; `distillation/losses.py` has the sources of
 the divergences.
