@@ -325,7 +325,7 @@ def test_a_writer_that_cannot_be_started_is_said(
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
     assert (
-        f"what MLflow is to be told could not be measured ({error.__name__}: no process)" in report
+        f"what MLflow is given could not be measured ({error.__name__}: no process)" in report
     )
 
 

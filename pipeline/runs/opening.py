@@ -12,7 +12,7 @@ import importlib
 import os
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import BudgetSpent, UserError
 from pipeline.evaluation.serving.decoding import chosen
-from pipeline.evaluation.serving.engine import read_results
+from pipeline.evaluation.serving.engine import EngineResult, read_results
 from pipeline.gate.checks import is_gate
 from pipeline.gate.opening import Gate, identify, open_gate
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -101,15 +101,7 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
         path = folder / "journal.jsonl"
         events = sound_events(read_events(path, checked=True), path)
         journal = Journal(path, now_ns=clock.now_ns)
-    notes = [
-        *data.notes,
-        *of_models,
-        *_few_documents(run, data),
-        *(
-            f"serving of {arm} by an engine is as {each.source} says"
-            for arm, each in engine.items()
-        ),
-    ]
+    notes = [*data.notes, *of_models, *_few_documents(run, data), *_engines(engine)]
     with _or_nothing(folder, number, lock):
         sampler = Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds)
         sampler.start()
@@ -127,15 +119,7 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
             command=command,
             started_ns=started_ns,
             sampler=sampler,
-            identity={
-                **owner,
-                "model_name": run.model.name,
-                "run": folder.name,
-                "recipe": run.recipe,
-                "config": config,
-                "commit": commit(),
-                "data": data.digest,
-            },
+            identity=_identity(run, folder, config, data) | owner,
             placement=placed,
             grant=granted,
             engine=engine,
@@ -150,13 +134,35 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
     running = _taking_over(session, read_past(session, events), notes, lock)
     for note in notes:
         print(f"note: {note}", flush=True)
-    if run.tracking.mlflow:
-        writer = attempted(
-            lambda: start_writer(folder),
-            lambda why: notes.append(unmeasured("what MLflow is to be told", why)),
-        )
-        running = replace(running, writer=writer)
-    return running
+    return _delivered(running) if run.tracking.mlflow else running
+
+
+def _engines(engine: Mapping[str, EngineResult]) -> list[str]:
+    """Return what is taken from engines' own measurements of serving."""
+    return [
+        f"serving of {arm} by an engine is as {each.source} says" for arm, each in engine.items()
+    ]
+
+
+def _identity(run: Run, folder: Path, config: str, data: Dataset) -> dict[str, Any]:
+    """Return what the run was made from."""
+    return {
+        "model_name": run.model.name,
+        "run": folder.name,
+        "recipe": run.recipe,
+        "config": config,
+        "commit": commit(),
+        "data": data.digest,
+    }
+
+
+def _delivered(running: Running) -> Running:
+    """Return the run with the process that delivers its journal to MLflow."""
+    writer = attempted(
+        lambda: start_writer(running.session.folder),
+        lambda why: running.book.notes.append(unmeasured("what MLflow is given", why)),
+    )
+    return replace(running, writer=writer)
 
 
 def _open_gate(run: Run, root: Path, clock: PhaseClock) -> Gate:
