@@ -86,6 +86,10 @@ def test_the_word_that_is_advised_is_accepted(compose: Any, words: list[str]) ->
         ("weight_decay = 0.1", "it is training.weight_decay=... here"),
         ("+nothing=1", "a + adds a setting, and nothing reads added ones; leave it out"),
         ("data.label_field=kind", "is no setting any more; give 'data.columns={label: kind}'"),
+        (
+            "stages.student.insist=true",
+            "is no setting any more; give stages.student.allow_weak_teacher=true",
+        ),
         ("distill", "distill: cannot be parsed; write recipe=distill"),
     ],
 )

@@ -129,8 +129,11 @@ def as_user_error(error: Exception, args: list[str], recipes: dict[str, Recipe])
             return UserError(
                 key, problem, f"name a choice of {key}, or give its settings one by one"
             )
-        if key in REMOVED:
-            now = REMOVED[key].replace("NAME", given if given.isidentifier() else "NAME")
+        stage = key.split(".")[1] if key.startswith("stages.") else ""
+        former = key.replace(f".{stage}.", ".*.", 1) if stage else key
+        if former in REMOVED:
+            now = REMOVED[former].replace("NAME", given if given.isidentifier() else "NAME")
+            now = now.replace("*", stage)
             return UserError(key, "is no setting any more", f"give {shlex.quote(now)}")
         if key.startswith("stages."):
             return _no_stage(key, args, recipes) or _no_setting_of_stage(key, args, recipes)

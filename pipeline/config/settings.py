@@ -249,8 +249,9 @@ REMOVED = {
     "data.text_field": "data.columns={text: NAME}",
     "data.label_field": "data.columns={label: NAME}",
     "data.messages_field": "data.columns={messages: NAME}",
+    "stages.*.insist": "stages.*.allow_weak_teacher=true",
 }
-"""Settings of earlier releases, and what says the same now."""
+"""Settings of earlier releases, and what says the same now; `*` stands for a stage's name."""
 
 
 @dataclass(kw_only=True, slots=True)
