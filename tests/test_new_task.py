@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from edited_copy import ROOT, Copy, result_of
 
 from pipeline.config.settings import Task
 from pipeline.evaluation.quality.assess import read_items
+from pipeline.tasks.kind import Kind
 
 FILE = '''"""Ratings: a number from 1 up is read off a text; the loss is the squared error."""
 
@@ -140,3 +142,12 @@ def test_a_task_says_all_that_is_asked_of_it(task: Task) -> None:
     assert len(set(keys)) == len(keys)
     assert kind.decides.same is not None, "arms are compared on what decides"
     assert kind.stands_in is None or kind.stands_in in keys
+
+
+def test_what_a_task_does_not_give_it_says() -> None:
+    logits, labels = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    for asked in (Kind().loss, Kind().scored):
+        with pytest.raises(NotImplementedError):
+            asked(logits, labels)
+    with pytest.raises(NotImplementedError):  # its loss may mix in what a teacher says
+        Task.sequence_classification.kind.loss(logits, labels)

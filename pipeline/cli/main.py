@@ -39,6 +39,7 @@ from pipeline.errors import (
     one_line,
 )
 from pipeline.runs.signals import as_the_stop, heed, on_stop_signal
+from pipeline.tasks.table import Task
 
 Deliveries = list[Callable[[], str]]
 """What waits for MLflow, and says what came of it."""
@@ -51,7 +52,7 @@ what it did to quality and to serving, writes all of it to MLflow, and says whet
 {recipes}
 
 Settings to meet first (all of them: --cfg job):
-  model.path=X  data.path=FILE|FOLDER  task=causal_lm|sequence_classification
+  model.path=X  data.path=FILE|FOLDER  task={tasks}
   precision=fp32|tf32|bf16|fp16
   student.path=X  student.layers=every_2|N|[0,3]  training.steps=N  training.batch_size=N
   training.sequence_length=N  training.learning_rate=X  seed=N  seeds=[0,1,2]  quality.margin=X
@@ -77,7 +78,7 @@ Beside it (each with --help):
 Exit codes: 0 done or PASS, 1 refused or crashed, 2 command line not parsable, 3 FAIL (a release; a
 quantized artifact that saves neither time nor memory, or that vLLM reads as another model),
 4 INCONCLUSIVE, 5 INVALID, 6 NO_BASELINE, 7 budget spent, 75 preempted (run the same command again),
-130 interrupted."""
+130 interrupted.""".replace("{tasks}", "|".join(task.value for task in Task))
 
 
 TAKE_A_VALUE = frozenset({"--cfg", "-c", "--package", "-p", "--info", "-i"})

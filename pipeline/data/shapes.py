@@ -165,7 +165,7 @@ def recognise(
     else:
         wanted, parts = _forced(wanted, columns, mapped, label)
     if task.kind.labelled and wanted not in CLASSIFIED:
-        raise _not_classified(wanted, parts, columns, mapped, label, given)
+        raise _not_classified(wanted, parts, columns, mapped, label, task, given)
     if wanted is DataFormat.text_pair and task.kind.is_language:
         raise _not_learnt(parts, columns, mapped, given)
     if parts is None:
@@ -405,7 +405,8 @@ def _no_shape(
         fits = {shape: _parts(shape, columns, {}, label) for shape in NEEDED}
         other = next((shape for shape, parts in fits.items() if parts is not None), None)
         if other is not None:
-            return _not_classified(other, fits[other], columns, mapped, label, DataFormat.auto)
+            auto = DataFormat.auto
+            return _not_classified(other, fits[other], columns, mapped, label, task, auto)
     if any(map(is_data, columns.names)):
         problem = f"{where}: the columns are named {names}, which reads like a row of data"
         remedy = "add a first line with the names of the columns"
@@ -475,14 +476,13 @@ def _not_classified(
     columns: Columns,
     mapped: Mapping[str, str],
     label: str | None,
+    task: Task,
     given: DataFormat,
 ) -> UserError:
     """Return the refusal of what has no label to learn; what it suggests would be accepted."""
     remedies = ["task=causal_lm"] if parts is not None and are_read(columns, shape, parts) else []
-    suggested = suggest(columns, Task.sequence_classification, mapped, label)
+    suggested = suggest(columns, task, mapped, label)
     if suggested is not None and given is DataFormat.auto:
         remedies.append(suggested)
     remedy = f"give {', or '.join(remedies)}" if remedies else "give texts with a label"
-    return UserError(
-        "task", f"rows are {shape.value}, which sequence_classification does not read", remedy
-    )
+    return UserError("task", f"rows are {shape.value}, which {task.value} does not read", remedy)

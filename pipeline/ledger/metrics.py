@@ -1,5 +1,5 @@
 """The catalogue: every figure's key, unit, meaning, scope, direction and section. Units and methods
-stand only here.
+stand only here, and those of quality in `tasks/`.
 
 A key is what MLflow shows (`compute/device_hours`); its last part is the key inside result.json.
 `core` keys are never null on a FINISHED run that made a model.

@@ -16,7 +16,9 @@ class Task(Enum):
     """
 
     kind: Kind
-    causal_lm = "causal_lm", CausalLm()  # the first is what `task` defaults to
+    # every token of a text is predicted from those before; the default
+    causal_lm = "causal_lm", CausalLm()
+    # a text, or a pair, has one of the data's classes
     sequence_classification = "sequence_classification", SequenceClassification()
 
     def __new__(cls, value: str, kind: Kind) -> Task:
