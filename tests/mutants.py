@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         "damaged-checkpoint",
-        "a checkpoint whose bytes changed is gone on from",
+        "a checkpoint whose bytes changed is resumed from",
         "training/checkpoint.py",
         "if _sha256(path / name) != sums[name]:",
         "if not sums[name]:",

@@ -190,7 +190,7 @@ def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
             lambda *args: (check(*args), os.kill(os.getpid(), signal.SIGTERM)),
         )
         assert main(TINY, started_ns=0) == 75
-    assert "capture: goes on after step 2" in capsys.readouterr().out
+    assert "capture: resuming from step 2" in capsys.readouterr().out
     assert main(TINY, started_ns=0) == 0
     assert written == [shard_name(number) for number in range(4)]  # each captured once
     result = result_in(tmp_path)

@@ -71,7 +71,7 @@ def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "interrupted; the same command goes on from what is done"
+    assert err.strip() == "interrupted; the same command resumes from what is done"
     assert "KILLED" in out
     (result,) = results(tmp_path)
     (row,) = result["rows"]
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> No
 
 
 def test_what_a_killed_process_spent_is_not_lost(tmp_path: Path) -> None:
-    """SIGKILL: the next attempt goes on from the checkpoint and shows the first one's hours."""
+    """SIGKILL: the next attempt resumes from the checkpoint and shows the first one's hours."""
     process = start(tmp_path, "recipe=baseline", *LONG)
     wait_for_checkpoint(tmp_path, process)
     process.kill()
@@ -135,7 +135,7 @@ def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(
         assert run(tmp_path, *args, code=DIES).returncode == -signal.SIGKILL
     done = here(tmp_path, *args)
     assert done.returncode == 0, done.stderr
-    assert "goes on after step 20" in done.stdout
+    assert "resuming from step 20" in done.stdout
     (result,) = results(tmp_path)
     assert [row["status"] for row in result["rows"]] == ["KILLED", "KILLED", "FINISHED"]
     assert all(hours(row, "work") > 0 for row in result["rows"])

@@ -331,7 +331,7 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(
     elsewhere = gate(cwd, paths["student"], paths["teacher"], "policy.hardware=NVIDIA H200")
     assert elsewhere.returncode == 5, elsewhere.stderr
     assert "and the policy asks for NVIDIA H200" in by_name(said(cwd))["serving"]["why"]
-    assert said(cwd)["look"] == 1, "INVALID is no look"
+    assert said(cwd)["look"] == 1, "an INVALID run does not count"
 
 
 def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(

@@ -1,4 +1,4 @@
-"""Steps and creep over a model's releases: rates by simulation, reading from a store, hostile
+"""Steps and drift over a model's releases: rates by simulation, reading from a store, hostile
 names, the command.
 """
 
@@ -22,7 +22,7 @@ from pipeline.compare.history import (
     between_variance,
     champions,
     count_once,
-    creep,
+    drift,
     figure,
     findings,
     from_added,
@@ -168,13 +168,13 @@ def test_between_variance_solves_its_equation() -> None:
 def creep_rate(deltas: np.ndarray, error: float, n: int) -> float:
     rng = np.random.default_rng(2)
     told = (
-        creep(rng.normal(deltas, error), np.full(len(deltas), error), margin=0.01) for _ in range(n)
+        drift(rng.normal(deltas, error), np.full(len(deltas), error), margin=0.01) for _ in range(n)
     )
     return float(np.mean([each is not None and each.alarm for each in told]))
 
 
 @pytest.mark.parametrize(("m", "error"), [(1, 0.003), (1, 0.01), (2, 0.01), (5, 0.003), (20, 0.01)])
-def test_without_a_loss_creep_alarms_are_at_most_alpha(m: int, error: float) -> None:
+def test_without_a_loss_drift_alarms_are_at_most_alpha(m: int, error: float) -> None:
     """A single coarse change sounds at alpha exactly; any best of several starts below it."""
     assert creep_rate(np.zeros(m), error, 3 * MANY) <= allowed(3 * MANY)
     assert creep_rate(np.full(m, 0.002), error, MANY) <= allowed(MANY)
@@ -189,23 +189,23 @@ def test_small_losses_one_after_another_are_found() -> None:
     assert creep_rate(np.array([0.05, *lost]), 0.003, MANY) >= 0.9
 
 
-def test_creep_by_hand() -> None:
-    told = creep([0.02, -0.03, -0.01], [0.003, 0.003, 0.004], margin=0.01)
+def test_drift_by_hand() -> None:
+    told = drift([0.02, -0.03, -0.01], [0.003, 0.003, 0.004], margin=0.01)
     assert told is not None
     assert (told.best, told.changes, told.alarm, told.shown) == (1, 2, True, False)
     assert (told.estimate, told.high) == (
         pytest.approx(-0.04),
         pytest.approx(-0.04 + 2.128045 * 0.005),
     )
-    unsure = creep([-0.004, -0.004], [0.01, 0.01], margin=0.01)
+    unsure = drift([-0.004, -0.004], [0.01, 0.01], margin=0.01)
     assert unsure is not None
     assert (unsure.alarm, unsure.shown) == (False, False)
-    inside = creep([-0.004, -0.004], [0.001, 0.001], margin=0.01)  # lost for sure, and forgiven
+    inside = drift([-0.004, -0.004], [0.001, 0.001], margin=0.01)  # lost for sure, and forgiven
     assert inside is not None
     assert (inside.high < 0, inside.alarm, inside.shown) == (True, False, False)
-    assert creep([-0.004, -0.004], [0.0005, 0.0005], margin=0.01).shown  # type: ignore[union-attr]
-    assert creep([0.01, 0.0], [0.01, 0.01], margin=0.01) is None
-    assert creep([], [], margin=0.01) is None
+    assert drift([-0.004, -0.004], [0.0005, 0.0005], margin=0.01).shown  # type: ignore[union-attr]
+    assert drift([0.01, 0.0], [0.01, 0.01], margin=0.01) is None
+    assert drift([], [], margin=0.01) is None
 
 
 def test_a_figure_s_error_is_that_of_the_readings_it_was_made_from() -> None:
@@ -273,13 +273,15 @@ def test_what_was_invalid_counts_as_no_look(root: Path, capsys: pytest.CaptureFi
     assert [each.run for each in count_once([judged(3, verdict="INCONCLUSIVE"), lost])] == ["run-3"]
     assert [each.run for each in count_once([lost])] == ["lost"]
     spoilt = a_verdict(2, verdict="INVALID", look=2)
-    assert f"({spoilt['policy']['sha256'][:8]}), no look counted of 2" in "\n".join(
+    assert f"({spoilt['policy']['sha256'][:8]}), no interim analysis counted of 2" in "\n".join(
         verdict_section(spoilt)
     )
-    assert "| no look counted |" in "\n".join(recent({**history_of(spoilt, None), "why": None}))
+    assert "| no interim analysis counted |" in "\n".join(
+        recent({**history_of(spoilt, None), "why": None})
+    )
     write_gate(root, spoilt)
     _, out, _ = run("--root", str(root), capsys=capsys)
-    assert "no look counted" in out
+    assert "no interim analysis counted" in out
     assert "look 2" not in out
     _, out, _ = run("--root", str(root), "--csv", capsys=capsys)
     (row,) = csv.DictReader(io.StringIO(out, newline=""))
@@ -298,7 +300,7 @@ def test_a_step_is_read_under_one_policy_and_device_one_reading_a_pair() -> None
     assert told.releases == 5
     assert told.value == pytest.approx(1 - 0.95 / 0.798, abs=1e-3)
     assert not found["step", "quality/bits_per_byte"].alarm
-    assert not found["creep", "quality/bits_per_byte"].alarm
+    assert not found["drift", "quality/bits_per_byte"].alarm
     elsewhere = findings([*releases, judged(5, serving=low, device="H200")])
     assert (elsewhere[0].alarm, elsewhere[0].releases) == (False, 0)
     assert "a step takes 3" in str(elsewhere[0].why)
@@ -317,14 +319,14 @@ def test_a_step_is_read_under_one_policy_and_device_one_reading_a_pair() -> None
     )
 
 
-def test_creep_follows_the_champions_back_to_the_best() -> None:
+def test_drift_follows_the_champions_back_to_the_best() -> None:
     chain = [judged(n, quality=-0.006) for n in range(4)]
     rejected = [
         judged(n, candidate=f"x{n}", key=f"x{n}", verdict="FAIL", quality=-0.5) for n in range(4)
     ]
     told = findings([each for pair in zip(chain, rejected, strict=True) for each in pair])[-1]
     # c3 has not replaced c2 yet
-    assert (told.kind, told.alarm, told.releases, told.since) == ("creep", True, 3, "c-1")
+    assert (told.kind, told.alarm, told.releases, told.since) == ("drift", True, 3, "c-1")
     assert told.value == pytest.approx(1 - 1.006**3)
     assert [each.candidate for each in champions([*rejected, *chain])] == ["c0", "c1", "c2", "c3"]
     itself = judged(9, candidate="c3", baseline="c3", key="itself", quality=0.0)

@@ -293,7 +293,7 @@ def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(
 def test_quality_that_fails_loses_nothing_that_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An assessment is no mere measurement: the run fails, and the same command goes on from the
+    """An assessment is no mere measurement: the run fails, and the same command resumes from the
     trained model.
     """
     with monkeypatch.context() as patch:
@@ -324,9 +324,7 @@ def test_a_writer_that_cannot_be_started_is_said(
     done = here(tmp_path, "recipe=baseline", *PLAIN)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
-    assert (
-        f"what MLflow is given could not be measured ({error.__name__}: no process)" in report
-    )
+    assert f"what MLflow is given could not be measured ({error.__name__}: no process)" in report
 
 
 # -- on a device ----------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ def test_another_error_is_not_explained(tmp_path: Path) -> None:
 def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student runs out 6 min in, 4 after its checkpoint was made; the same command goes on from
+    """The student runs out 6 min in, 4 after its checkpoint was made; the same command resumes from
     that checkpoint.
     """
     FakeCuda(monkeypatch)

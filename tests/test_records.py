@@ -25,8 +25,8 @@ def test_a_number_that_was_changed_is_found_by_the_checksum(
     write_json(path, sealed(STATE))
     assert read_record(path, RUN) == STATE
     path.write_text(path.read_text().replace("0.5", "0.6"))
-    assert read_record(path, RUN, so="that run is not gone on with") is None
-    assert read_record(path, RUN, so="that run is not gone on with") is None
+    assert read_record(path, RUN, so="that run is not resumed") is None
+    assert read_record(path, RUN, so="that run is not resumed") is None
     said = (
         f"note: {path} is damaged (it does not have its checksum) and that run is not gone on"
         " with\n"

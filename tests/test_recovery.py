@@ -508,7 +508,7 @@ def test_a_search_that_finds_a_format_is_not_climbed_from(climb: Climber) -> Non
 def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
     climb: Climber, tmp_path: Path
 ) -> None:
-    """Stopped in the middle of its adapters, the same command goes on and comes to the same
+    """Stopped in the middle of its adapters, the same command resumes and comes to the same
     weights.
     """
     settings = (

@@ -196,7 +196,7 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert here(tmp_path, "recipe=baseline", *args).returncode == 0
     result = result_in(tmp_path)
     assert result["run"]["attempts"] == 2

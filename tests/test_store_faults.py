@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_in_training_ends_the_run_failed_in_one_line(
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert f"tracking.root: the disk of {tmp_path / 'mlruns'}" in done.stderr
-    assert "MiB left) and start the same command again: it goes on" in done.stderr
+    assert "MiB left) and start the same command again: it resumes" in done.stderr
     (folder,) = tmp_path.glob("mlruns/runs/*")
     assert json.loads((folder / "run.json").read_text())["status"] == "FAILED"
     assert not (folder / ".reserve").exists()
@@ -124,7 +124,7 @@ def test_what_a_disk_lacks_is_said_in_numbers(tmp_path: Path) -> None:
         f"tracking.root: the disk of {tmp_path}/not/there is full; free some room (it has "
     )
     with pytest.raises(
-        ValueError, match="this needs 1073741824 MiB; free some room; the same command then goes on"
+        ValueError, match="this needs 1073741824 MiB; free some room; the same command then resumes"
     ):
         check_room(tmp_path, 2**50, "tracking.root")
 

@@ -174,7 +174,7 @@ STAND_INS = {
     ),
     "import os; os._exit(3)": "the writer to MLflow crashed; `python -m pipeline sync",
     "import time; time.sleep(60)": (
-        "MLflow has not taken all of this run within 1 s; its writer goes on, and"
+        "MLflow has not taken all of this run within 1 s; its writer continues, and"
     ),
 }
 
@@ -204,7 +204,7 @@ def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
     writer: Any = Interrupted()
     said = undelivered(writer, tmp_path / "runs/run-1")
     again = f"`python -m pipeline sync {tmp_path}` delivers the rest"
-    assert said == f"not waiting for MLflow; its writer goes on, and {again}"
+    assert said == f"not waiting for MLflow; its writer continues, and {again}"
 
 
 def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_stopped_capture_goes_on_from_what_verifies_and_ends_with_the_same_byt
         return Preempted if asked[0] == 3 else None
 
     parts = tmp_path / "parts"
-    with pytest.raises(Preempted, match=r"stopped after 3 of \d shards; the same command goes on"):
+    with pytest.raises(Preempted, match=r"stopped after 3 of \d shards; the same command resumes"):
         capture(parts, run, teacher, should_stop=stop_at_third, checkpointed=steps.append)
     assert steps == [1, 2, 3]
     assert not list((parts / "out").iterdir())  # no manifest and no shard before all is there

@@ -235,7 +235,7 @@ def test_only_what_is_computed_is_counted(tmp_path: Path) -> None:
 def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
     """Train until step `at`, stop with a checkpoint, and go on with a new model object."""
     asked = iter([None] * (at - 1) + [Preempted] * 9)
-    with pytest.raises(Preempted, match=f"stopped after step {at} of 6; the same command goes on"):
+    with pytest.raises(Preempted, match=f"stopped after step {at} of 6; the same command resumes"):
         run(tiny(Task.causal_lm), config, folder, should_stop=lambda: next(asked))
     model = tiny(Task.causal_lm, seed=99)
     torch.manual_seed(12345)

@@ -292,7 +292,7 @@ def _compose_and_run(
     from pipeline.cli.left_out import names_left_out
     from pipeline.cli.no_effect import check_given
     from pipeline.gate.checks import is_gate
-    from pipeline.report.github import refusals_told
+    from pipeline.report.github import refusals_reported
 
     codes: list[int] = []
     # waited for once all jobs are done: the next one's clock is running
@@ -309,7 +309,7 @@ def _compose_and_run(
             if error.strerror is None:
                 raise
             raise _unlooked(error, args) from error
-        with refusals_told(is_gate(run)):
+        with refusals_reported(is_gate(run)):
             check_given(run, _given(args, recipes.get(run.recipe)))
         return run
 
@@ -476,7 +476,7 @@ def _typed(
     from pipeline.cli.left_out import leave_out
     from pipeline.cli.validate import validate
     from pipeline.gate.checks import is_gate
-    from pipeline.report.github import refusals_told
+    from pipeline.report.github import refusals_reported
     from pipeline.stages.settings import settle_epochs
 
     try:
@@ -488,7 +488,7 @@ def _typed(
     if missing:
         raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
     refuse_code_keys(settings, "settings")
-    with refusals_told(is_gate(run)):
+    with refusals_reported(is_gate(run)):
         note = leave_out(run, left_out)
         settle_epochs(run, given)
         validate(run)
@@ -552,6 +552,6 @@ def _say(error: BaseException, code: Exit, debug: bool) -> int:
     text = f"failed: {text}" if isinstance(error, StageFailed) else text
     line = text if known else f"crashed: {type(error).__name__}: {text} (--debug shows where)"
     if code is Exit.INTERRUPTED and not str(error):
-        line = "interrupted; the same command goes on from what is done"
+        line = "interrupted; the same command resumes from what is done"
     print(line, file=sys.stderr)
     return code

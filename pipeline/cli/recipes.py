@@ -35,7 +35,7 @@ GROUPS = (
 )
 """Folders of `configs/`, each with the settings of one field of `Run`."""
 CODE = ("hydra", "auto_map", "trust_remote_code", "custom_pipelines")
-"""Keys by which Hydra and transformers are told which code to run; `_target_` and its kin are
+"""Keys by which Hydra and transformers learn which code to run; `_target_` and its kin are
 recognised by shape.
 """
 ODD_TO_OMEGACONF = (ValueError, TypeError, AssertionError, AttributeError, RecursionError)

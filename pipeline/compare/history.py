@@ -11,7 +11,7 @@ Two questions that no single verdict answers:
   count for, where some are far more precise: Kish). It takes three of them. No reading is left out
   for its verdict: without those that failed the rest would lie too high, and the next one look like
   a step.
-- Creep: a margin forgives a small loss, and the next margin another one. What the promoted
+- Drift: a margin forgives a small loss, and the next margin another one. What the promoted
   champions lost one after another is added up since the best of them. Alarm: the sum lies beyond
   the margin, and its bound excludes that nothing was lost. Any champion may turn out to be the best
   one, so every start is tested, at alpha over their number.
@@ -22,7 +22,7 @@ Simulated (tests/test_history.py, `-m slow`): a step alarm without a step in at 
 histories, whether releases differ or not, whatever their precisions. A step of 3 standard errors
 (of newest less earlier, both with what lies between releases) is found in 44 to 63% of histories
 with 3 earlier releases, 77 to 82% with 6, 82 to 86% with 8, 83 to 87% with 10: with few of them
-nobody knows how far releases lie apart, and no test that holds alpha can do much. A creep alarm
+nobody knows how far releases lie apart, and no test that holds alpha can do much. A drift alarm
 without a loss: in at most 5% of 4,000 chains; where each champion lost 0.4 of a margin (standard
 error 0.3) it sounds in 60% of chains after 3, 78% after 5, 96% after 10.
 
@@ -164,8 +164,9 @@ class Judged:
 def count_once(found: Sequence[Judged]) -> list[Judged]:
     """Return each answer once, the oldest first: its last look, however often it was given again.
 
-    INVALID counts as no look: it stands only where nothing else was found out. A pair that was
-    judged under several policies, data or devices has an answer each; `ways` says how many.
+    An INVALID run does not count as an interim analysis: it stands only where nothing else was
+    found out. A pair that was judged under several policies, data or devices has an answer each;
+    `ways` says how many.
     """
     groups: dict[tuple[str, ...], list[Judged]] = {}
     for each in found:
@@ -282,11 +283,11 @@ def pooled_errors(errors: npt.ArrayLike, blocks: npt.ArrayLike) -> tuple[Floats,
     return pooled, float(blocks[-1] - 1)
 
 
-# -- creep ----------------------------------------------------------------------------------------
+# -- drift ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Creep:
+class Drift:
     """What the newest champion lost since the best one, in the unit that adds up.
 
     Attributes:
@@ -308,9 +309,9 @@ class Creep:
     alarm: bool
 
 
-def creep(
+def drift(
     values: npt.ArrayLike, errors: npt.ArrayLike, *, margin: float, alpha: float = ALPHA
-) -> Creep | None:
+) -> Drift | None:
     """Add up what champions lost one after another; None where the newest is the best of them, or
     there is none.
 
@@ -338,7 +339,7 @@ def creep(
     alarms = (totals < -margin) & (totals + half < 0)
     best = int(np.argmin(np.where(alarms, totals, np.inf) if alarms.any() else totals))
     low, high = float(totals[best] - half[best]), float(totals[best] + half[best])
-    return Creep(
+    return Drift(
         estimate=float(totals[best]),
         low=low,
         high=high,
@@ -358,12 +359,12 @@ class Finding:
     """What a question came to for a model, in the unit that readings are shown in.
 
     Attributes:
-        kind: `step` or `creep`.
+        kind: `step` or `drift`.
         of: `serving` or `quality/<key>`.
-        value: A step: newest against the earlier ones; creep: accumulated change.
+        value: A step: newest against the earlier ones; drift: accumulated change.
         low: None for a step, whose bound is one-sided.
         level: Of the interval; of a step's bound, one-sided.
-        releases: Earlier ones that a step was read against; changes that creep adds up.
+        releases: Earlier ones that a step was read against; changes that drift adds up.
         since: Digest of the best champion; None for a step.
         why: Why nothing can be said; None where something is.
     """
@@ -384,7 +385,7 @@ class Finding:
 
 
 def findings(answers: Sequence[Judged], *, alpha: float = ALPHA) -> list[Finding]:
-    """Return what the newest release of one model says of steps and creep.
+    """Return what the newest release of one model says of steps and drift.
 
     Args:
         answers: Of one registered model, each once, the oldest first (`count_once`).
@@ -402,7 +403,7 @@ def findings(answers: Sequence[Judged], *, alpha: float = ALPHA) -> list[Finding
     if newest.quality_key:
         name, same = f"quality/{newest.quality_key}", newest.quality_key
         of_key = [(each, each.quality if each.quality_key == same else None) for each in releases]
-        found += [_step(name, of_key, alpha), _creep(name, measured, alpha)]
+        found += [_step(name, of_key, alpha), _drift(name, measured, alpha)]
     return found
 
 
@@ -471,9 +472,9 @@ def champions(answers: Sequence[Judged]) -> list[Judged]:
     return chain[::-1]
 
 
-def _creep(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
+def _drift(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
     newest, chain = measured[-1], champions(measured)
-    finding = Finding(kind="creep", of=name, candidate=newest.candidate, margin=newest.margin)
+    finding = Finding(kind="drift", of=name, candidate=newest.candidate, margin=newest.margin)
     if not chain or newest.margin is None:
         return replace(finding, why="no chain of champions leads here")
     readings: list[Figure] = []
@@ -487,7 +488,7 @@ def _creep(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
     assert all(after.baseline == before.candidate for before, after in pairwise(chain))
     relative = readings[-1].relative
     margin = math.log1p(newest.margin) if relative else newest.margin
-    told = creep(
+    told = drift(
         [each.added for each in readings],
         [each.error for each in readings],
         margin=margin,

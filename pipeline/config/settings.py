@@ -182,8 +182,9 @@ def fraction(default: Any) -> Any:
 
 @dataclass(kw_only=True, slots=True)
 class QatSettings:
-    """A recovery's training towards the unquantized model. Null inherits `training.*` and
-    `precision`.
+    """A fallback's training, with fake quantization in the forward pass.
+
+    Null inherits `training.*` and `precision`.
     """
 
     steps: Optional[int] = positive(None)

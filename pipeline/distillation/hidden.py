@@ -1,4 +1,4 @@
-"""A student's hidden states drawn to its teacher's: layer by layer, through learned projections.
+"""Hidden-state distillation: match the teacher's layers through learned projections, as in FitNets.
 
     S = mean over layer pairs, positions and features of (W h_student - h_teacher)^2
 

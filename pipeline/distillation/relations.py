@@ -1,4 +1,4 @@
-"""What each position's query (key, value) says of the other positions, student drawn to teacher.
+"""Attention-relation loss, as in MiniLMv2: match how queries, keys and values relate positions.
 
 With X one layer's queries, cut along their width into A heads X_a of d features, whatever heads
 attention itself has (so that models may differ in heads, in width and in key-value heads):

@@ -18,7 +18,7 @@ LAST = 10
 def history_of(
     verdict: Mapping[str, Any], uri: str | None, *, model: str | None = None, last: int = LAST
 ) -> dict[str, Any]:
-    """Return the releases before a verdict and this one, with what they say of steps and creep.
+    """Return the releases before a verdict and this one, with what they say of steps and drift.
 
     Args:
         verdict: As verdict.json holds it; MLflow may have had it already, or not yet.
@@ -28,7 +28,7 @@ def history_of(
         last: Releases to list; alarms read all there are.
 
     Returns:
-        `model`, `releases` (the oldest first), `findings`, and `why` where the store told nothing.
+        `model`, `releases` (the oldest first), `findings`, and `why` where the store has nothing.
         It never raises: a verdict does not depend on its history.
     """
     own, why = of_verdict(verdict), None

@@ -4,8 +4,8 @@ before.
 Two looks at most per (candidate, baseline, policy, data, device): the first invocation measures
 `policy.blocks` blocks; where that decides nothing the next one adds as many and reads all of them.
 Anything decided, and a third invocation, get the recorded verdict: measuring until it passes would
-pass one model in seven by luck (MEASUREMENT.md, section 5). INVALID is no look: it was found
-invalid by what the machine was like, whatever the reading was.
+pass one model in seven by luck (MEASUREMENT.md, section 5). An INVALID run does not
+count as an interim analysis: what the machine was like made it invalid, whatever the reading was.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A measurement never kills the work: what cannot be counted, read or checked becomes a reason, and
-the run goes on.
+the run continues.
 
 This is the one place that takes any exception. What is measured is often another's code (a driver,
 a profiler, a tracker, a model's own forward pass on made-up inputs), whose failures cannot be
 listed beforehand; the model that is being trained meanwhile is worth more than the figure. Every
-failure is told: callers turn the reason into a null.
+failure is reported: callers turn the reason into a null.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the artifact.
     attached = work + assess + retry + compare + overhead     (exactly, in integer nanoseconds)
 
 A device-nanosecond is a nanosecond of one device. The number of devices belongs to the attempt, so
-that a run that goes on with another number of them still adds up.
+that a run that resumes with another number of them still adds up.
 """
 
 from __future__ import annotations

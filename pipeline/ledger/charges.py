@@ -36,7 +36,7 @@ class Charge:
         gpu_h: Attached GPU-hours; None on a CPU.
         allocated_gpu_h: What a scheduler held for them.
         wasted_h: None where the program does not tell its phases.
-        waste_told_h: Of `device_h`, the hours that `wasted_h` speaks of; None: all, or none where
+        waste_known_h: Of `device_h`, the hours that `wasted_h` speaks of; None: all, or none where
             that is unknown.
         quality: Key and value of the primary quality of a finished artifact.
     """
@@ -53,7 +53,7 @@ class Charge:
     allocated_gpu_h: float | None = None
     energy_j: float | None = None
     wasted_h: float | None = None
-    waste_told_h: float | None = None
+    waste_known_h: float | None = None
     amount: float | None = None
     reused_amount: float | None = None
     currency: str | None = None
@@ -175,11 +175,11 @@ def _ratio(stages: Iterable[Charge]) -> float | None:
     return math.fsum(allocated) / math.fsum(stage.device_h for stage in stages)
 
 
-def told_waste_h(charge: Charge) -> float:
+def known_waste_h(charge: Charge) -> float:
     """Return the device-hours of a charge of which it is known what was waste."""
     if charge.wasted_h is None:
         return 0.0
-    return charge.device_h if charge.waste_told_h is None else charge.waste_told_h
+    return charge.device_h if charge.waste_known_h is None else charge.waste_known_h
 
 
 def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[str]]:
@@ -196,11 +196,11 @@ def not_counted_twice(runs: Iterable[RunFacts]) -> tuple[list[RunFacts], list[st
             inside.setdefault(run.nested_in, []).append(run)
     left_out = [run.run for nested in inside.values() for run in nested]
     return [
-        _told_by(run, inside.get(run.run, [])) for run in runs if run.run not in left_out
+        _reported_by(run, inside.get(run.run, [])) for run in runs if run.run not in left_out
     ], left_out
 
 
-def _told_by(run: RunFacts, inside: Iterable[RunFacts]) -> RunFacts:
+def _reported_by(run: RunFacts, inside: Iterable[RunFacts]) -> RunFacts:
     """Return a metered run with the waste that runs inside it know of, on the one stage that it
     has.
     """
@@ -208,7 +208,7 @@ def _told_by(run: RunFacts, inside: Iterable[RunFacts]) -> RunFacts:
     if not told or len(run.stages) != 1 or run.stages[0].wasted_h is not None:
         return run
     stage, wasted_h = run.stages[0], math.fsum(charge.wasted_h or 0.0 for charge in told)
-    told_h = min(math.fsum(map(told_waste_h, told)), stage.device_h)
+    known_h = min(math.fsum(map(known_waste_h, told)), stage.device_h)
     return replace(
-        run, stages=(replace(stage, wasted_h=min(wasted_h, told_h), waste_told_h=told_h),)
+        run, stages=(replace(stage, wasted_h=min(wasted_h, known_h), waste_known_h=known_h),)
     )

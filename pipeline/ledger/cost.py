@@ -47,7 +47,7 @@ def money(
             declared.
     """
     energy_j = energy_j or null("not read")
-    amount = _amount(device_hours, cost, allocated or null("not told"), energy_j)
+    amount = _amount(device_hours, cost, allocated or null("not reported"), energy_j)
     return {
         "amount": amount.to_json(),
         "currency": None if amount.value is None else cost.currency,

@@ -95,7 +95,7 @@ def of_device(
     work_foreign_load: Value,
     assess_foreign_load: Value,
 ) -> Disturbance:
-    """Return what disturbed a run on an accelerator, whose own library told the three shares."""
+    """Return what disturbed a run on an accelerator: three shares from its own library."""
     both = [*work, *assess]
     return Disturbance(
         foreign_load=foreign_load,

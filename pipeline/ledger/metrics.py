@@ -520,10 +520,10 @@ CATALOGUE: tuple[Metric, ...] = (
         "see quality_key",
         "row",
         -1,
-        "what a rung loses of the primary quality against its source on validation: of it, or in"
-        " points",
+        "what a fallback loses of the primary quality against its source on validation: of it, or"
+        " in points",
     ),
-    Metric("recovery/kl", "nat", "row", -1, "KL(source || rung) a validation token or example"),
+    Metric("recovery/kl", "nat", "row", -1, "KL(source || fallback) a validation token or example"),
     # -- what it costs to run ---------------------------------------------------------------------
     Metric(
         "serving/device_s_per_1k_units",
@@ -646,7 +646,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "1",
         "comparison",
         1,
-        "1 - C(arm) / C(base) at equal quality; positive is cheaper",
+        "1 - device-hours(arm) / device-hours(base) at equal quality; positive is cheaper",
     ),
     Metric(
         "savings/serving",

@@ -79,7 +79,7 @@ def placement(
     """Return the ledger's group `placement`; what could not be read is null.
 
     Args:
-        known: What the device's own library told (`Reader.placement()`); empty on a CPU run.
+        known: What the device's own library reported (`Reader.placement()`); empty on a CPU run.
     """
     import torch
 

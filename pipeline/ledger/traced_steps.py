@@ -9,7 +9,7 @@ allowed on sampled steps only, is booked to `log`, and is no time in steps. All 
 set whether they are in it.
 
 A profiler that does not work (no CUPTI, no permission, another profiler there) is a reason, not an
-error: the figures are null, the training goes on.
+error: the figures are null, the training continues.
 Source: torch.profiler.profile, whose `stop` synchronises; ui.perfetto.dev opens the files as they
 are.
 """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import one_line
-from pipeline.ledger.charges import OUTSIDE, Charge, told_waste_h
+from pipeline.ledger.charges import OUTSIDE, Charge, known_waste_h
 from pipeline.ledger.cost import JOULES_PER_KWH
 from pipeline.ledger.numbers import percent
 from pipeline.report.text import pad, shorten
@@ -119,7 +119,7 @@ def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> 
     joules = _sum(charge.energy_j for charge in charges)
     unread = [charge.device_h for charge in charges if charge.energy_j is None]
     told = charges if _tells(charges) else []
-    told_h = math.fsum(map(told_waste_h, told))
+    known_h = math.fsum(map(known_waste_h, told))
     return Line(
         kind="group",
         group=group,
@@ -134,7 +134,7 @@ def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> 
         energy_unread_h=math.fsum(unread),
         amount=_sum(c.amount for c in charges),
         wasted_h=_sum(c.wasted_h for c in told),
-        waste_unknown_h=math.fsum(c.device_h for c in charges) - told_h,
+        waste_unknown_h=math.fsum(c.device_h for c in charges) - known_h,
     )
 
 
@@ -143,7 +143,7 @@ def _tells(charges: Sequence[Charge]) -> bool:
     for silent ones.
     """
     stages = [each for each in charges if each.what not in OUTSIDE and each.device_h > 0]
-    return not stages or any(told_waste_h(each) > 0 for each in stages)
+    return not stages or any(known_waste_h(each) > 0 for each in stages)
 
 
 def totals(found: Sequence[Line]) -> list[Line]:

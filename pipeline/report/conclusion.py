@@ -334,7 +334,7 @@ def _cost(row: Row, result: Result) -> str:
 
 
 def _hours_of_all_attempts(row: Row, result: Result) -> Value:
-    """Return the hours of a row with those of the attempts before it, failed ones and rungs
+    """Return the hours of a row with those of the attempts before it, failed ones and fallbacks
     included.
     """
     same = (other for other in result["rows"] if other["seed"] == row["seed"])

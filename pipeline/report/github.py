@@ -56,7 +56,7 @@ def tell_refusal(why: str, exit_code: int, environ: Mapping[str, str] = os.envir
 
 
 @contextmanager
-def refusals_told(is_gate: bool) -> Generator[None]:
+def refusals_reported(is_gate: bool) -> Generator[None]:
     """Tell of what ends a gate here; one that has its folder tells of its end itself
     (`runs/gate_ending.py`).
     """

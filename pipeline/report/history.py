@@ -110,7 +110,11 @@ def look_words(verdict: Row) -> str:
     """Return which look gave a verdict; an INVALID one found nothing out, so that the look is still
     to be taken.
     """
-    return "no look counted" if verdict["verdict"] == "INVALID" else f"look {verdict['look']}"
+    return (
+        "no interim analysis counted"
+        if verdict["verdict"] == "INVALID"
+        else f"look {verdict['look']}"
+    )
 
 
 # -- alarms ---------------------------------------------------------------------------------------
@@ -130,12 +134,12 @@ def remarks(history: History) -> list[str]:
 
 def _sentence(finding: Row) -> str:
     of = one_line(finding["of"], 80).removeprefix("quality/").replace("_", " ")
-    return _step(finding, of) if finding["kind"] == "step" else _creep(finding, of)
+    return _step(finding, of) if finding["kind"] == "step" else _drift(finding, of)
 
 
 def _step(finding: Row, of: str) -> str:
     if finding["why"]:
-        return f"no step in {of} can be told: {one_line(finding['why'], 200)}"
+        return f"no step in {of} can be judged: {one_line(finding['why'], 200)}"
     unit = _unit(finding)
     bound = f"{100 * finding['level']:g}% bound {100 * finding['high']:+.2f}{unit}"
     said = (
@@ -147,11 +151,11 @@ def _step(finding: Row, of: str) -> str:
     return f"no step down in {of}: {said}"
 
 
-def _creep(finding: Row, of: str) -> str:
+def _drift(finding: Row, of: str) -> str:
     if finding["why"]:
-        return f"no creep in {of} can be told: {one_line(finding['why'], 200)}"
+        return f"no drift in {of} can be judged: {one_line(finding['why'], 200)}"
     if not finding["releases"]:
-        return f"no creep in {of}: the newest champion is the best"
+        return f"no drift in {of}: the newest champion is the best"
     unit, ends = _unit(finding), [100 * finding[name] for name in ("low", "high")]
     said = (
         f"{100 * finding['value']:+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
@@ -160,10 +164,10 @@ def _creep(finding: Row, of: str) -> str:
     )
     if finding["alarm"]:
         return (
-            f"ALARM creep in {of}: {said}; judge it against that one:"
+            f"ALARM drift in {of}: {said}; judge it against that one:"
             f" baseline={one_line(finding['since'], 32)}"
         )
-    return f"no creep in {of}: {said}" + (
+    return f"no drift in {of}: {said}" + (
         "" if finding["shown"] else "; a loss beyond it is not excluded"
     )
 

@@ -69,8 +69,10 @@ _RELATIVE_WORDS = " and ".join(
 _HOW_TO_READ = (
     f"Positive is better or cheaper for the arm. {_RELATIVE_WORDS} differ by a share of the"
     " base's, the other qualities by percentage points; savings are shares of the base's cost."
-    " C is the work of all stages an artifact depends on, C_opt what the arm's took beyond those"
-    " of its base; Q is the base's final validation metric less the margin. Payback is C_opt /"
+    " Training saving = 1 - device-hours(arm) / device-hours(base), upstream stages included."
+    " It is reported only if the arm matches the base within quality.margin. C is the work of all"
+    " stages an artifact depends on, C_opt what the arm's took beyond those of its base."
+    " Payback is C_opt /"
     " what a unit costs less to serve: the base's seconds x the serving saving. Each end of a"
     f" {PAIR_INTERVAL} is a one-sided {percent((1 + statistics.LEVEL) / 2)} bound."
 )
@@ -268,7 +270,7 @@ def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[
         for name, row in zip(labels(rows), rows, strict=True)
     ]
     return _table(
-        ("rung", hours_word(result), "lost on validation", "KL from its source, nats"), body
+        ("fallback", hours_word(result), "lost on validation", "KL from its source, nats"), body
     )
 
 

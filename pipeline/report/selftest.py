@@ -62,8 +62,9 @@ def _serving(serving: Result) -> list[str]:
     if serving["noise_floor"] is None:
         return said
     said.append(
-        f"noise floor: a serving saving of {percent(serving['noise_floor'])} is told from 0 in"
-        f" {POWER:.0%} of cases (a block's log-ratio has sd {percent(serving['sd_log'])})"
+        f"noise floor: a serving saving of {percent(serving['noise_floor'])} can be"
+        f" distinguished from 0 in {POWER:.0%} of cases"
+        f" (a block's log-ratio has sd {percent(serving['sd_log'])})"
     )
     if serving["power"]:
         curve = ", ".join(f"{percent(saving)}: {chance:.0%}" for saving, chance in serving["power"])
@@ -102,5 +103,5 @@ def _training(training: Result | None) -> list[str]:
     return [
         f"training: device-hours of {training['runs']} runs have sd of ln {training['sd_log']:.4f}"
         f" on {one_line(training['device']['name'], 60)}: savings up to"
-        f" {percent(training['floor'])} cannot be told from none"
+        f" {percent(training['floor'])} cannot be distinguished from none"
     ]

@@ -277,7 +277,10 @@ def _next(verdict: Verdict) -> list[str]:
         if each["gating"] and each["outcome"] == "INCONCLUSIVE"
     }
     if verdict["verdict"] == "INVALID":
-        return ["Mend that and run the same command again: this counts as no look."]
+        return [
+            "Remove the cause and run the same command again: an INVALID run does not count as an"
+            " interim analysis."
+        ]
     if verdict["verdict"] != "INCONCLUSIVE":
         return _promoted(verdict)
     if names & {"serving", "energy", "payback"} and verdict["look"] < verdict["looks"]:

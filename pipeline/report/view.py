@@ -34,7 +34,7 @@ class Conclusion(TypedDict):
 SERVING_KEY = "device_s_per_1k_units"
 NOT_RECORDED = "not recorded"
 NO_MODEL = "a teacher cache is no model: it has no quality and serves nothing"
-RUNG = "a rung of recovery is read on validation; the stage it belongs to is assessed"
+FALLBACK_ROW = "a fallback is scored on validation only; the stage it belongs to is assessed"
 _STATUS = {"FINISHED": "done", "SKIPPED": "skipped"}
 
 
@@ -79,7 +79,7 @@ def no_figure(row: Row) -> str:
     if row["artifact"] is not None and row["artifact"]["kind"] == "teacher_cache":
         return NO_MODEL
     if row["artifact"] is not None and is_fallback(row["arm"]):
-        return RUNG
+        return FALLBACK_ROW
     return row["why"] or NOT_RECORDED
 
 

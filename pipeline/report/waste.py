@@ -136,7 +136,7 @@ class Cause:
     of: str = " of its stage"
 
 
-def causes_can_be_told(row: Row) -> bool:
+def causes_are_known(row: Row) -> bool:
     """Tell whether a row's time was spent here and falls into classes; a metered program may report
     no phases.
     """
@@ -153,7 +153,7 @@ def causes(row: Row) -> list[Cause]:
     largest first.
     """
     attached = row["ledger"]["device_hours"]["attached"]["value"]
-    if not causes_can_be_told(row):
+    if not causes_are_known(row):
         return []
     by_kind = (_wasted(row), _support(row, attached), _on_device(row))
     return [cause for kind in by_kind for cause in sorted(kind, key=lambda cause: -cause.share)]
@@ -281,7 +281,7 @@ def total(result: Result) -> Cause | None:
     run = result["run"]
     own = [row for row in result["rows"] if not row["reused"] and _hours(row, "attached")]
     spent = run["device_hours"]["total"]["value"]
-    if not spent or not all(causes_can_be_told(row) for row in own):
+    if not spent or not all(causes_are_known(row) for row in own):
         return None
     parts = run["phases_device_ns"].values()
     wasted = sum(_hours(row, "wasted") for row in own)

@@ -464,11 +464,11 @@ def fill_serving(running: Running, served: ServePass | None) -> None:
             {name: value.to_json() for name, value in engine.figures.items()} if engine else {}
         )
         if served is None or row["arm"] not in served.serving:
-            rung = "a rung is not served: the stage it belongs to is"
+            fallback = "a fallback is not served: the stage it belongs to is"
             unserved = (
                 running.book.why_unserved or "the recipe does not compare this arm on serving"
             )
-            why = rung if is_fallback(row["arm"]) else unserved
+            why = fallback if is_fallback(row["arm"]) else unserved
             row["serving"] = {"device_s_per_1k_units": null(why).to_json(), **declared}
         elif row["seed"] != first:
             why = f"serving is measured on the artifacts of seed {first}"

@@ -22,7 +22,7 @@ from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.gate.checks import is_gate
 from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
-from pipeline.report.github import refusals_told
+from pipeline.report.github import refusals_reported
 from pipeline.runs.opening import open_run
 from pipeline.runs.signals import is_listened_to, noted, on_stop_signal
 from pipeline.store.artifacts import disk_full, says_full
@@ -50,7 +50,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         from pipeline.runs.comparison import compare, without_speedup
         from pipeline.runs.gate_ending import exit_code, hold_gate
         from pipeline.runs.runner import StageRunner
-    with refusals_told(is_gate(run)):
+    with refusals_reported(is_gate(run)):
         running = open_run(run, clock, command=command, started_ns=started_ns)
     timeline, gate = running.timeline, running.session.gate
     status, why = "FAILED", "crashed"

@@ -1,8 +1,8 @@
 """Open an attempt at a run: device, data, folder and journal; refuse what cannot be done before
 anything is written.
 
-A run is found again by the key of its settings: an unfinished one goes on as a new attempt, in the
-same folder.
+A run is found again by the key of its settings: an unfinished one is resumed as a new attempt, in
+the same folder.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _or_nothing(folder: Path, number: int, lock: Any) -> Generator[None]:
 
 
 def _check_budget(run: Run, root: Path, key: str) -> None:
-    """Stop before anything is spent where the run that would be gone on with has spent its budget.
+    """Stop before anything is spent where the run that would be resumed has spent its budget.
 
     Raises:
         BudgetSpent: If so.
@@ -339,7 +339,7 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
 
 def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
     """Return the state of a run with this key that has not ended well, or None."""
-    state = read_record(folder / "run.json", RUN, so="that run is not gone on with")
+    state = read_record(folder / "run.json", RUN, so="that run is not resumed")
     return (
         state
         if state is not None and state["key"] == key and state["status"] != "FINISHED"
@@ -371,7 +371,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
         )
         if why is None:
             return folder, state["attempt"] + 1, lock
-        tell(journal, why, "that run is not gone on with")
+        tell(journal, why, "that run is not resumed")
         lock.release()  # a run that says less than it took is none
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"

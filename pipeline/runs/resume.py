@@ -121,7 +121,7 @@ def _by_attempt(events: list[Event]) -> list[list[Event]]:
 
 
 def why_unusable(events: list[Event], attempts: int) -> str | None:
-    """Return what keeps the journal of an unfinished run from being gone on with, or None.
+    """Return what keeps the journal of an unfinished run from being resumed, or None.
 
     A kill tears the last line of a process, which is passed over. Anything else that is missing
     would make a run that says less than it took, or books a second twice.

@@ -296,7 +296,7 @@ def blank(record: dict[str, Any], why: str) -> None:
 
 
 def _recovery(output: Output) -> dict[str, Any]:
-    """Return what a rung of recovery loses on validation; empty for other stages."""
+    """Return what a fallback loses on validation; empty for other stages."""
     read = output.about.get("recovery")
     if read is None:
         return {}

@@ -219,9 +219,11 @@ class Timeline:
         """
         if self.is_spent():
             limit = self.session.run.budget.device_hours
-            raise BudgetSpent(f"budget.device_hours: {limit} is spent; raise it to go on from here")
+            raise BudgetSpent(
+                f"budget.device_hours: {limit} is spent; raise it to resume from here"
+            )
         if self.stop_signal is not None:
-            raise Preempted("stopped between stages; the same command goes on from there")
+            raise Preempted("stopped between stages; the same command resumes from there")
 
     def should_stop(self) -> type[Exception] | None:
         """Return what a stage is to end with between two steps, or None."""

@@ -339,7 +339,7 @@ class Stage(ABC):
         return self
 
     def may_be_refused(self) -> bool:
-        """Return whether the run goes on where the stage turns out to be impossible."""
+        """Return whether the run continues where the stage turns out to be impossible."""
         return False
 
     def refusals(self, key: str) -> AbstractContextManager[None]:

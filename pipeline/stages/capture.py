@@ -2,8 +2,7 @@
 bytes a token.
 
 What it does: reads the windows (or examples) that the stage named by `like` will read, and runs
-the
-teacher over each once. It writes a teacher cache: sampled tokens with their counts, or the k
+the teacher over each once. It writes a teacher cache: sampled tokens with their counts, or the k
 largest probabilities with the mass of the rest; of a classifier all logits.
 When it helps: where a teacher does not fit beside its student, for several epochs over the same
 data, or for several students of one teacher. For one student and one epoch it costs what a live

@@ -2,7 +2,7 @@
 kept when whole.
 
 A shard lies in the stage's checkpoint folder with a record of its checksum beside it. A capture
-that was stopped goes on from the shards whose checksums hold; since chance is a function of (seed,
+that was stopped resumes from the shards whose checksums hold; since chance is a function of (seed,
 window) and windows always meet in the same batches, it ends with the same bytes. The teacher's head
 is applied chunk by chunk: nothing of tokens x vocabulary exists beyond a chunk.
 """
@@ -227,7 +227,7 @@ def _all_shards(
             stop = ctx.should_stop()
             if stop is not None and len(found) < len(plan):
                 raise stop(
-                    f"stopped after {len(found)} of {len(plan)} shards; the same command goes on"
+                    f"stopped after {len(found)} of {len(plan)} shards; the same command resumes"
                     " from there"
                 )
     return [found[number] for number in range(len(plan))]
@@ -235,7 +235,7 @@ def _all_shards(
 
 def _verified(ctx: Context, num_shards: int) -> dict[int, dict[str, Any]]:
     """Return the records of the shards of earlier attempts whose checksums hold, and say that they
-    are gone on from.
+    are resumed from.
     """
     found: dict[int, dict[str, Any]] = {}
     with ctx.clock.phase("checkpoint"):

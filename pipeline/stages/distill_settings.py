@@ -43,40 +43,39 @@ class DistillSettings(TrainingOverrides):
 
     model: str = STUDENT_INIT  # starts from: student_init, base, or an earlier stage
     teacher: str = "teacher"  # base, or an earlier stage
-    divergence: Divergence = Divergence.forward_kl  # how the two distributions are compared
+    divergence: Divergence = Divergence.forward_kl  # between the teacher's and its predictions
     # jsd: beta, the teacher's share (null: 0.5); skewed_*: alpha (null: 0.1)
     mixture: Optional[float] = None
-    temperature: float = positive(1.0)  # both distributions are divided by it
+    temperature: float = positive(1.0)  # divides both models' logits
     ce_weight: float = fraction(0.5)  # weight of the hard labels; 1 - ce_weight is the teacher's
-    # of hidden states drawn to the teacher's; 0: they are not looked at
+    # weight of the hidden-state loss; 0: no such loss
     hidden_weight: float = at_least_0(0.0)
-    # of them: null (evenly spread), last, or the teacher's layer for each of the student's
+    # which layers: null (evenly spread), last, or the teacher's layer for each of the student's
     layer_map: Any = None
-    relation_weight: float = at_least_0(
-        0.0
-    )  # of relations between queries, keys and values, of the student's last layer
-    # parts they are cut into; null: the teacher's attention heads
+    # weight of the attention-relation loss (MiniLMv2) on the student's last layer; 0: no such loss
+    relation_weight: float = at_least_0(0.0)
+    # relation heads; null: as many as the teacher's attention heads
     relation_heads: Optional[int] = positive(None)
     relation_layer: Optional[int] = at_least_0(None)  # the teacher's, from 0; null: its last
-    # goes linearly to temperature; null: that from the start
+    # changes linearly to temperature; null: temperature from the start
     start_temperature: Optional[float] = positive(None)
     start_ce_weight: Optional[float] = fraction(None)  # likewise, to ce_weight
-    # of the steps, until both stay
+    # share of the steps after which both stay constant
     ramp_fraction: float = field(default=0.5, metadata={"above": 0, "max": 0.9})
     teacher_precision: Optional[Precision] = None  # null: as this stage trains
-    # what computes the head; auto: on CUDA the fastest of those that are right
+    # kernel of the loss; auto: on CUDA the fastest that agrees with the definition
     head: HeadKernel = HeadKernel.auto
-    # share of the steps in which the student writes, and its teacher judges that
+    # share of the steps on text that the student generates
     on_policy: float = fraction(0.0)
-    # tokens it writes at most; null: half of sequence_length
+    # tokens generated at most; null: half of sequence_length
     on_policy_length: Optional[int] = positive(None)
-    on_policy_temperature: Optional[float] = positive(None)  # that it writes at; null: 1
-    # a JSONL of what any model wrote, learnt in place of train; no teacher is read
+    on_policy_temperature: Optional[float] = positive(None)  # of generating; null: 1
+    # a JSONL of texts that any model generated, read in place of train; no teacher is read
     completions: Optional[str] = None
-    # an earlier capture stage; null: the teacher runs beside the student
+    # an earlier capture stage; null: the teacher runs in every step
     cache: Optional[str] = None
     allow_weak_teacher: bool = (
-        False  # go on with a teacher that is no better than the student's start
+        False  # train even with a teacher that is no better than the student's start
     )
 
     def references(self, run: Run) -> dict[str, Reference]:

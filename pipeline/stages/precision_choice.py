@@ -4,7 +4,7 @@ fp32.
 Every precision that the device can do takes the same first steps from the same weights, in turns,
 on the very path that training takes. Those whose loss stays within a tolerance of fp32's may be
 chosen; the fastest is. Weights and generators are as before afterwards, so that a training with the
-choice is, bit for bit, one that was told it.
+choice is, bit for bit, one that was given it.
 """
 
 from __future__ import annotations

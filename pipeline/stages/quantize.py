@@ -222,7 +222,7 @@ class _Trial:
             if "recovery" in output.about:
                 if self._is_within(arm, output):
                     return self._publish(arm)
-            # a search that found nothing: what came nearest is gone on from
+            # a search that found nothing: what came nearest is resumed from
             elif isinstance(fallback, FormatFallback):
                 nearest = self._nearest(output)
                 ahead = [] if nearest is None else list(_in_order(self.name, nearest))[1:]

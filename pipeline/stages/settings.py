@@ -1,4 +1,4 @@
-"""What every stage that trains can be told, and how its settings fall back on `training.*`."""
+"""The settings of every stage that trains, and how its settings fall back on `training.*`."""
 
 from __future__ import annotations
 

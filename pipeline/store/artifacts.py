@@ -410,7 +410,7 @@ def disk_full(folder: Path) -> DiskFull:
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free / 2**20
     remedy = (
-        f"free some room (it has {free:.0f} MiB left) and start the same command again: it goes on"
+        f"free some room (it has {free:.0f} MiB left) and start the same command again: it resumes"
     )
     return DiskFull("tracking.root", f"the disk of {folder} is full", remedy)
 
@@ -466,4 +466,4 @@ def check_room(folder: Path, num_bytes: int, key: str) -> None:
     if free < num_bytes:
         need, have = num_bytes / 2**20, free / 2**20
         problem = f"{folder} has {have:.0f} MiB free, this needs {need:.0f} MiB"
-        raise UserError(key, problem, "free some room; the same command then goes on")
+        raise UserError(key, problem, "free some room; the same command then resumes")

@@ -1,7 +1,7 @@
 """Whether the Hugging Face Hub can be reached: asked once, within seconds.
 
 Its library asks again and again, with pauses, for 40 s, and by each file; a machine without a
-network need not wait for that. Where the Hub cannot be reached, the library is told to look into
+network need not wait for that. Where the Hub cannot be reached, the library reads only
 its cache alone.
 """
 

@@ -290,7 +290,9 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
         for run in _tagged(
             client, f"tags.`{GATE}.key` = '{key}' AND attributes.status = 'FINISHED'"
         ):
-            if run.data.tags.get(f"{GATE}.verdict") == "INVALID":  # nothing was found out: no look
+            if (
+                run.data.tags.get(f"{GATE}.verdict") == "INVALID"
+            ):  # does not count as an interim analysis
                 continue
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
             written = read_json(place)

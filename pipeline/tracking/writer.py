@@ -95,11 +95,11 @@ def undelivered(
             code = writer.wait(wait_s)
     except subprocess.TimeoutExpired:
         return (
-            f"MLflow has not taken all of this run within {wait_s:.0f} s; its writer goes on, and"
+            f"MLflow has not taken all of this run within {wait_s:.0f} s; its writer continues, and"
             f" {again}"
         )
     except KeyboardInterrupt:
-        return f"not waiting for MLflow; its writer goes on, and {again}"
+        return f"not waiting for MLflow; its writer continues, and {again}"
     if not code:
         return None
     log = run_dir / LOG

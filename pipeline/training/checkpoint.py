@@ -2,7 +2,7 @@
 rename.
 
 No pickles: weights, optimizer state and generator state are safetensors, the rest is JSON. The
-learning rate and the batches are pure functions of the step, so nothing else is needed to go on
+learning rate and the batches are pure functions of the step, so nothing else is needed to resume
 exactly.
 """
 
@@ -100,7 +100,7 @@ def save(
 
 
 def newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[Path, int] | None:
-    """Return folder and step of the newest checkpoint whose checksums hold, or None; `say` is told
+    """Return folder and step of the newest checkpoint whose checksums hold, or None; `say` gets
     of damaged ones.
     """
     for path in reversed(_folders(folder)):

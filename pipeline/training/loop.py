@@ -282,8 +282,8 @@ def _all_steps(
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"
             if stop is BudgetSpent:
-                raise stop(f"budget.device_hours is spent {where}; raise it to go on from there")
-            raise stop(f"stopped {where}; the same command goes on from there")
+                raise stop(f"budget.device_hours is spent {where}; raise it to resume from there")
+            raise stop(f"stopped {where}; the same command resumes from there")
 
 
 def steps_between_evaluations(settings: TrainingConfig) -> int:
@@ -475,7 +475,7 @@ def _validate(
 
 
 def _unread(step: int, why: str, hooks: Hooks) -> None:
-    """Say that a validation reading failed: the curve lacks it, and the training goes on."""
+    """Say that a validation reading failed: the curve lacks it, and the training continues."""
     hooks.say(unmeasured(f"validation after step {step}", why))
 
 

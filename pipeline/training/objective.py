@@ -66,7 +66,7 @@ class Examined:
 
     Attributes:
         head: What makes logits of its hidden states; `Unknown`: its own forward pass, in full.
-        masked: Whether packed documents are told apart by a mask; else by positions, by the model
+        masked: Whether packed documents are separated by a mask; else by positions, by the model
             itself.
         packs: Whether documents may be packed at all; else each has rows of its own, and the model
             reads tokens alone.
@@ -84,7 +84,7 @@ class Teacher:
     model: Any
     precision: Precision
     loss: Loss
-    masked: bool = False  # whether packed documents are told apart by a mask: see `Examined`
+    masked: bool = False  # whether packed documents are separated by a mask: see `Examined`
     head: Transform | Unknown | None = None  # likewise; None: as its config says
     packs: bool = True  # likewise
 

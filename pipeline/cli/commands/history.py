@@ -26,7 +26,7 @@ USAGE = """Usage: python -m pipeline history [options]
   --uri URI           of the store itself; else MLFLOW_TRACKING_URI
 
 Step: the newest release reads below where the earlier ones (three or more, same policy and device)
-would have another one; one-sided alpha 5% for serving and for the primary quality each. Creep: what
+would have another one; one-sided alpha 5% for serving and for the primary quality each. Drift: what
 champions lost one after another since the best of them lies beyond the margin, and is no chance at
 5%."""
 OPTIONS, FLAGS = ("--model", "--last", "--root", "--uri"), ("--csv", "--fail-on-alarm")

@@ -3,8 +3,8 @@ MLflow.
 
 What it took goes to `mlruns/runs/<run>/` (journal, result.json, report.md) and from there to
 MLflow. The command's streams are its own, signals are passed on to it, and its exit code is ours.
-One that ignores SIGTERM is waited for, and told again with every further signal: its hours count as
-well. See `pipeline.phase` for what it can say itself.
+One that ignores SIGTERM is waited for, and signalled again with every further signal: its hours
+count as well. See `pipeline.phase` for what it can say itself.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ USAGE = """Usage: python -m pipeline selftest model=REF [n=20] [policy=smoke|str
   repeats=5       how often (3 or more)
   root=mlruns     tracking.root; any other setting of recipe=release_check may follow
 
-Told: false answers with intervals, the least serving saving that can be told from 0, the chance to
-find others.
+It reports false answers with intervals, the least serving saving that can be distinguished from 0,
+and the chance to find others.
 Exit codes: 0 no more false answers than alpha allows, 3 more of them (binomial test, one-sided 1%,
 for PASS and FAIL each; one of quality is too many), 5 every trial INVALID, 1 refused or crashed,
 7 budget spent, 75 preempted and 130 interrupted (nothing is kept: run it again)."""

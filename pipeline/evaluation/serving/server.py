@@ -122,7 +122,7 @@ class Server:
                 decoder.step()
             end = self._finished_ns()
         working = self._working_bytes(before)
-        if working is not None:  # what a captured step takes is told by its capture alone
+        if working is not None:  # what a captured step takes is known from its capture alone
             working = max(decoder.held_bytes + working, decoder.peak_bytes)
         return Reading(
             (middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, decoder.how

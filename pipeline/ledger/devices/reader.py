@@ -76,7 +76,7 @@ class Absent:
         return ()
 
     def placement(self) -> dict[str, Any]:
-        """Return nothing: no device told anything."""
+        """Return nothing: no device reported anything."""
         return {}
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Used:
         name: Exact model name, of the first one.
         ids: UUIDs of GPUs in the order the command sees them; one name for a CPU host.
         usage: What was read of all of them; None where nobody read, or is there to tell.
-        placement: What the devices' library told of them.
+        placement: What the devices' library reported of them.
         load: What others took of the host's processors meanwhile; None where nobody is there to
             tell.
         notes: What a reader must know.
@@ -237,7 +237,7 @@ def _together(name: str) -> Callable[..., float]:
 
 
 def _joined(placements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the devices' library told, device by device where it tells of each."""
+    """Return what the devices' library reported, device by device where it tells of each."""
     joined = dict(placements[0])
     for name, value in joined.items():
         if isinstance(value, list):
