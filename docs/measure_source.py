@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = re.compile(
-    r"\b(?:shape|dtype|seconds|bytes|tokens|hours|joules|watts|nats|fraction|share|Source:|arXiv)\b|\([A-Z],"
+    r"\b(?:shape|dtype|seconds|bytes|tokens|hours|joules|watts|nats|fraction|share|Source:|arXiv)\b"
+    r"|\([A-Z],"
 )
 TOOLS = re.compile(r"# ?(?:fmt|noqa|pyright|type|ruff):")
 
