@@ -30,7 +30,7 @@ from pipeline.evaluation.quality.assess import (
     worst_slice,
     write_items,
 )
-from pipeline.ledger.metrics import primary_key
+from pipeline.ledger.metrics import deciding, primary_key
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report import view
@@ -193,6 +193,36 @@ def test_more_context_costs_fewer_bits_or_other_ones(folders, tmp_path: Path) ->
     assert apart["bits_per_byte"]["value"] != rolling["bits_per_byte"]["value"]
 
 
+@pytest.mark.parametrize(
+    ("sides", "task", "decides"),
+    [
+        ([{"accuracy": 0.5, "macro_f1": 0.4}], None, "accuracy"),
+        ([{"perplexity": 9.0, "bits_per_byte": 2.0}], None, "bits_per_byte"),
+        ([{"bits_per_byte": 2.0, "accuracy": 0.5}], CLASSES, "accuracy"),
+        ([{"bits_per_byte": 2.0, "accuracy": 0.5}], CAUSAL, "bits_per_byte"),
+        # what stands in for it, for all sides alike
+        ([{"bits_per_byte": None, "next_token_accuracy": 0.3}], CAUSAL, "next_token_accuracy"),
+        (
+            [
+                {"bits_per_byte": 2.0, "next_token_accuracy": 0.4},
+                {"bits_per_byte": None, "next_token_accuracy": 0.3},
+            ],
+            None,
+            "next_token_accuracy",
+        ),
+        ([{"next_token_accuracy": 0.3}], CAUSAL, "next_token_accuracy"),
+        ([{"bits_per_byte": None}], None, "bits_per_byte"),
+        ([{"macro_f1": 0.3}, {}], None, None),
+    ],
+)
+def test_one_quality_decides(
+    sides: list[dict[str, float | None]], task: Task | None, decides: str | None
+) -> None:
+    assert deciding(sides, task) == decides
+    figures = [{key: {"value": value} for key, value in side.items()} for side in sides]
+    assert primary_key(figures, task) == decides
+
+
 @pytest.mark.parametrize(("unknown", "is_known"), [(0, True), (1, True), (3, False), (2000, False)])
 def test_bits_per_byte_are_null_under_unknown_tokens(unknown: int, *, is_known: bool) -> None:
     columns = {
@@ -212,7 +242,7 @@ def test_bits_per_byte_are_null_under_unknown_tokens(unknown: int, *, is_known: 
     assert ("unknown_bytes" in figures) is (unknown > 0)
     decides = "bits_per_byte" if is_known else "next_token_accuracy"
     same = {**row, "arm": "a"}
-    assert primary_key(("bits_per_byte",), [row["quality"]]) == decides
+    assert primary_key([row["quality"]], CAUSAL) == decides
     assert view.primary_key({"rows": [same]}) == decides
     compared = {
         key: compare_items(key, arrays, arrays, margin=0.01)

@@ -163,7 +163,7 @@ def _dtype(served: ServePass | None) -> dict[str, Any] | None:
 def _primary(measured: Measured) -> str:
     """Return the quality that a history keeps of a verdict."""
     sides = [row["quality"] for row in measured.rows if row["status"] == "FINISHED"]
-    return primary_key((PRIMARY[measured.run.task],), sides) or PRIMARY[measured.run.task]
+    return primary_key(sides, measured.run.task) or PRIMARY[measured.run.task]
 
 
 # -- readings -------------------------------------------------------------------------------------

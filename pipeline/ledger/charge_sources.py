@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.ledger.charges import OWNER, Charge, Outside, RunFacts
-from pipeline.ledger.metrics import FALLBACK, PRIMARY, WASTED, row_summary
+from pipeline.ledger.metrics import WASTED, deciding, row_summary
 
 HOUR_NS = 3600 * 10**9
 SO_FAR_HOURS, SO_FAR_UNTIL = "so_far.device_hours", "so_far.until_ms"
@@ -141,11 +141,13 @@ def _stage(
 
 def _quality(figures: Figures) -> tuple[str, float] | None:
     """Return the primary quality, as the catalogue names it."""
-    for name in (*PRIMARY.values(), *FALLBACK.values()):
-        value = figures.get(f"quality/{name}")
-        if value is not None:
-            return name, value
-    return None
+    prefix = "quality/"
+    read = {
+        key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)
+    }
+    name = deciding([read])
+    value = None if name is None else read[name]
+    return None if name is None or value is None else (name, value)
 
 
 def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None) -> RunFacts:

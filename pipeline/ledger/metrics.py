@@ -7,7 +7,7 @@ A key is what MLflow shows (`compute/device_hours`); its last part is the key in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -734,26 +734,36 @@ FALLBACK = {
 """What decides where a primary quality is null: bits per byte are, under unknown tokens."""
 
 
-def primary_key(keys: Iterable[str], sides: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the quality that decides.
+def deciding(sides: Sequence[Mapping[str, float | None]], task: Task | None = None) -> str | None:
+    """Return the quality that decides: the task's primary one, or what stands in for it.
+
+    This is the one definition; whoever needs it calls this, or `primary_key`.
 
     Args:
-        keys: Primary ones, the first that is there counts.
-        sides: What it is read from, arm by arm: figures by quality key. Where any has the fallback
+        sides: What it is read from, arm by arm: values by quality key. Where any has the fallback
             and not the primary quality, all are read on the fallback, so that none is compared with
             another quality.
+        task: None where it is not told: that of the first primary quality that is there.
 
     Returns:
         None where no side has any.
     """
+    primary = tuple(PRIMARY.values()) if task is None else (PRIMARY[task],)
+    stand_ins = (FALLBACK[key] for key in primary if key in FALLBACK)
+    keys = (*primary, *stand_ins)
     first = next((key for key in keys if any(key in side for side in sides)), None)
     if first not in FALLBACK:
         return first
-    lacks = lambda side: (
-        side.get(first, {}).get("value") is None
-        and side.get(FALLBACK[first], {}).get("value") is not None
+    stand_in = FALLBACK[first]
+    lacks = lambda side: side.get(first) is None and side.get(stand_in) is not None
+    return stand_in if any(lacks(side) for side in sides) else first
+
+
+def primary_key(sides: Sequence[Mapping[str, Any]], task: Task | None = None) -> str | None:
+    """Return the quality that decides, of figures by quality key, arm by arm; see `deciding`."""
+    return deciding(
+        [{key: figure["value"] for key, figure in side.items()} for side in sides], task
     )
-    return FALLBACK[first] if any(lacks(side) for side in sides) else first
 
 
 UNIT = {task: task.kind.unit for task in Task}
@@ -846,7 +856,7 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if f"serving/{name}" in BY_KEY
         },
     }
-    key = primary_key(PRIMARY.values(), [row["quality"]])
+    key = primary_key([row["quality"]])
     return found if key is None else {**found, "quality/primary": row["quality"][key]}
 
 

@@ -11,7 +11,7 @@ from pipeline.config.arms import BASE, is_fallback
 from pipeline.config.settings import Task
 from pipeline.errors import one_line
 from pipeline.ledger.devices.table import is_gpu
-from pipeline.ledger.metrics import BY_KEY, PRIMARY, QUALITY_KEYS, UNIT
+from pipeline.ledger.metrics import BY_KEY, PRIMARY, UNIT
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
 from pipeline.report.text import NO_BREAK
@@ -203,16 +203,14 @@ def labels(rows: list[Row]) -> list[str]:
 
 
 def primary_key(result: Result) -> str:
-    """Return the quality that decides: accuracy or bits per byte (or what stands in for them), else
-    the first that any row carries.
-    """
+    """Return the quality that decides; that of the first task where no row carries any."""
     carried = [row["quality"] for row in result["rows"]]
-    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), carried) or next(iter(PRIMARY.values()))
+    return deciding_key(carried) or next(iter(PRIMARY.values()))
 
 
 def primary_of(pair: Pair) -> str | None:
     """Return the key of the quality that a comparison is read on."""
-    return deciding_key((*PRIMARY.values(), *QUALITY_KEYS), [pair["quality"]])
+    return deciding_key([pair["quality"]])
 
 
 def quality_direction(key: str) -> str:

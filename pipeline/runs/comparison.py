@@ -158,7 +158,7 @@ def _one(
     training = None
     if Measure.training in pair.on:
         training = combine_training([_training(running, pair, each) for each in all_seeds])
-        decides = primary_key((PRIMARY[running.session.run.task],), [quality])
+        decides = primary_key([quality], running.session.run.task)
         if decides is not None:
             training = _unless_worse(training, quality[decides], pair)
     judged = None

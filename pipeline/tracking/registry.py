@@ -396,7 +396,8 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     """
     from pipeline.compare.history import Judged, figure
     from pipeline.compare.statistics import look_alpha
-    from pipeline.ledger.metrics import FALLBACK, PRIMARY, RELATIVE
+    from pipeline.config.settings import Task
+    from pipeline.ledger.metrics import PRIMARY, RELATIVE, deciding
 
     tags, params = run.data.tags, run.data.params
     said = {
@@ -404,13 +405,14 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
         for name, value in tags.items()
         if name.startswith(f"{GATE}.")
     }
-    primary = next(
-        (key for task, key in PRIMARY.items() if task.value == params.get("task")),
-        next(iter(PRIMARY.values())),
-    )
-    if f"{GATE}/quality/{primary}" not in run.data.metrics:  # it was null
-        stands_in = FALLBACK.get(primary, primary)
-        primary = stands_in if f"{GATE}/quality/{stands_in}" in run.data.metrics else primary
+    task = next((task for task in Task if task.value == params.get("task")), next(iter(Task)))
+    prefix = f"{GATE}/quality/"
+    read = {
+        key.removeprefix(prefix): value
+        for key, value in run.data.metrics.items()
+        if key.startswith(prefix)
+    }
+    primary = deciding([read], task) or PRIMARY[task]
     alpha, looks = (
         _number(params.get("policy.alpha")) or math.nan,
         int(_number(params.get("policy.looks")) or 1),
