@@ -386,7 +386,7 @@ def test_distillation_of_a_classifier_adds_points() -> None:
 
 def test_what_distillation_added_is_said_over_seeds_where_there_are_several() -> None:
     rows = [make_row(arm, seed=seed) for seed in (0, 1, 2) for arm in ARMS["distill"]]
-    pair = make_pair("student", "control_steps", quality={**make_quality(0.02, "better"), "n": 3})
+    pair = make_pair("student", "control_steps", quality=make_quality(0.02, "better"))
     said = _with("distill", pair, rows=rows)
     assert "(fewer bits per byte, 90% interval +1.6% to +2.4% over 3 seeds)" in said
 

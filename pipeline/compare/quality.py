@@ -30,6 +30,7 @@ import numpy.typing as npt
 from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
+from pipeline.ledger.shapes import ComparedQuality
 from pipeline.ledger.values import Provenance, Value, derive, null
 from pipeline.tasks.quality import MacroF1, Mean, Quality, Ratio, Share
 from pipeline.tasks.table import kind_of_columns
@@ -428,7 +429,7 @@ def compare_items(
     level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> ComparedQuality:
     """Compare two arms on one quality key, document by document.
 
     Args:
@@ -484,36 +485,38 @@ def compare_items(
         )
         return _null(f"{one} have no spread", num_paired, margin)
     interval, needed = _compare(quality, arm, base, _Settings(level, resamples, seed, codes))
-    more = {
-        "groups": groups,
-        "smallest_visible_damage": statistics.smallest_visible_damage(counted, level=level),
-    }
+    visible = statistics.smallest_visible_damage(counted, level=level)
     one_model = _agree(arm, base, tuple(arm))
     if interval.low == interval.high and _agree(arm, base, _read(quality)) and not one_model:
         why = (
             f"both arms read the same on all {num_paired} documents, so that resampling them shows"
             " no spread"
         )
-        return {**_without_interval(interval.estimate, num_paired, margin, why), **more}
+        blind = _without_interval(interval.estimate, num_paired, margin, why)
+        return {**blind, "groups": groups, "smallest_visible_damage": visible}
     items = _items_to_decide(needed, interval, counted, margin, min_documents)
-    read = _compared(interval, num_paired, counted, margin, min_documents, items)
+    compared = _compared(interval, num_paired, counted, margin, min_documents, items)
+    read: ComparedQuality = {**compared, "groups": groups, "smallest_visible_damage": visible}
     if isinstance(measure, MacroF1) and not one_model:
-        return {**read, **more, **_too_few_of_a_class(arm, base, counted)}
-    return {**read, **more}
+        return _unless_too_few_of_a_class(read, arm, base, counted)
+    return read
 
 
-def _too_few_of_a_class(arm: Items, base: Items, counted: int) -> dict[str, Any]:
-    """Return what leaves macro F1 undecided where its rarest class has too few items, with how many
-    would do.
+def _unless_too_few_of_a_class(
+    read: ComparedQuality, arm: Items, base: Items, counted: int
+) -> ComparedQuality:
+    """Return a comparison of macro F1, undecided where the rarest class has too few items, with how
+    many would do.
     """
     name, have = rarest_class(arm, base)
     if have >= MIN_CLASS_ITEMS:
-        return {}
+        return read
     why = (
         f"class {name}, the rarest, has {have} of the {MIN_CLASS_ITEMS} items that macro F1 needs"
         " to be decided"
     )
     return {
+        **read,
         "answer": "undecided",
         "why_undecided": why,
         "items_to_decide": _until_floor(have, counted) if have else None,
@@ -547,19 +550,28 @@ def _agree(arm: Items, base: Items, columns: Sequence[str]) -> bool:
     return all(np.array_equal(arm[name], base[name]) for name in columns if name in base)
 
 
-def _without_interval(estimate: float, n: int, margin: float, why: str) -> dict[str, Any]:
-    more = {"ci": None, "n": n, "margin": margin, "answer": "undecided", "items_to_decide": None}
-    return {**Value(estimate, Provenance.DERIVED).to_json(), **more, "why_undecided": why}
+def _without_interval(estimate: float, n: int, margin: float, why: str) -> ComparedQuality:
+    return {**_undecided(Value(estimate, Provenance.DERIVED), n, margin), "why_undecided": why}
 
 
-def _null(why: str, n: int, margin: float) -> dict[str, Any]:
-    more = {"ci": None, "n": n, "margin": margin, "answer": "undecided", "items_to_decide": None}
-    return {**null(why).to_json(), **more}
+def _null(why: str, n: int, margin: float) -> ComparedQuality:
+    return _undecided(null(why), n, margin)
+
+
+def _undecided(value: Value, n: int, margin: float) -> ComparedQuality:
+    return {
+        **value.to_json(),
+        "ci": None,
+        "n": n,
+        "margin": margin,
+        "answer": "undecided",
+        "items_to_decide": None,
+    }
 
 
 def _compared(
     interval: Interval, n: int, counted: int, margin: float, min_documents: int, items: int
-) -> dict[str, Any]:
+) -> ComparedQuality:
     """Return the answer; `counted` are the documents or groups that it rests on."""
     answer = (
         answer_of(interval.low, interval.high, margin) if counted >= min_documents else "undecided"
@@ -575,16 +587,17 @@ def _compared(
     }
 
 
-def _counted(result: Mapping[str, Any]) -> int:
+def _counted(result: ComparedQuality) -> int:
     """Return what a comparison's interval rests on: groups where documents have any, else
     documents.
     """
-    return result["n"] if result.get("groups") is None else result["groups"]
+    groups = result.get("groups")
+    return result["n"] if groups is None else groups
 
 
 def combine_seeds(
-    per_seed: Sequence[Mapping[str, Any]], *, is_share: bool, min_documents: int = MIN_DOCUMENTS
-) -> dict[str, Any]:
+    per_seed: Sequence[ComparedQuality], *, is_share: bool, min_documents: int = MIN_DOCUMENTS
+) -> ComparedQuality:
     """Return the mean of one key's comparison over seeds, with a t interval (seeds are the pairs).
 
     It speaks of the recipe on these documents: what other seeds would give. Three seeds usually
@@ -599,19 +612,20 @@ def combine_seeds(
         The same form with `n` the number of seeds; with one seed, that seed's result as it is.
     """
     if len(per_seed) == 1:
-        return dict(per_seed[0])
+        return {**per_seed[0]}
     margin = per_seed[0]["margin"]
     assert all(result["margin"] == margin for result in per_seed), "one margin for all seeds"
     mean = derive(
-        lambda *deltas: float(np.mean(deltas)),
-        *(Value.from_json(dict(result)) for result in per_seed),
+        lambda *deltas: float(np.mean(deltas)), *(Value.from_json(result) for result in per_seed)
     )
     if mean.value is None:
         num_null = sum(result["value"] is None for result in per_seed)
         return _null(
             f"{num_null} of {len(per_seed)} seeds: {mean.why_missing}", len(per_seed), margin
         )
-    interval = statistics.mean_interval([result["value"] for result in per_seed])
+    interval = statistics.mean_interval(
+        [result["value"] for result in per_seed if result["value"] is not None]
+    )
     if (
         is_share
         and interval.low == interval.high
@@ -627,5 +641,11 @@ def combine_seeds(
     answer = answer_of(interval.low, interval.high, margin)
     if any(_counted(result) < min_documents or result.get("why_undecided") for result in per_seed):
         answer = "undecided"
-    more = {"n": len(per_seed), "margin": margin, "answer": answer, "items_to_decide": None}
-    return {**mean.to_json(), "ci": [interval.low, interval.high], **more}
+    return {
+        **mean.to_json(),
+        "ci": [interval.low, interval.high],
+        "n": len(per_seed),
+        "margin": margin,
+        "answer": answer,
+        "items_to_decide": None,
+    }

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from scipy import special
 
 from pipeline.compare import statistics
+from pipeline.ledger.shapes import Figure, Figures, Payback, ServingSaving, Speedup, TrainingSaving
 from pipeline.ledger.values import Provenance, Value, derive, estimated, null
 
 SECONDS_PER_HOUR = 3600
@@ -409,7 +410,7 @@ def training_saving(
     teachers: Collection[str] = (),
     shared_by: int = 1,
     tolerance: Tolerance = ANY_LOAD,
-) -> dict[str, Any]:
+) -> TrainingSaving:
     """Return the share of the base's training that the arm saved at equal quality; positive is
     cheaper.
 
@@ -546,7 +547,7 @@ def _disturbed(figures: dict[str, Value], why: str) -> dict[str, Value]:
 
 def _training_json(
     figures: dict[str, Value], rule: str, arm: Trained, base: Trained, spends: Spends
-) -> dict[str, Any]:
+) -> TrainingSaving:
     cancelled = shared_past(arm.arm, base.arm, spends)
     if cancelled:
         kinds = {name: "existing" if spends[name].existing else "registered" for name in cancelled}
@@ -560,19 +561,25 @@ def _training_json(
         "all_in_arm": all_in(arm.arm, spends, cancelled=cancelled),
         "all_in_base": all_in(base.arm, spends, cancelled=cancelled),
     }
-    saving = figures.pop("saving")
-    values = {name: value.to_json() for name, value in {**figures, **more}.items()}
-    return {**saving.to_json(), "ci": None, **values, "rule": f"{rule}; {ONE_RUN}"}
+    saving = figures.pop("saving").to_json()
+    return TrainingSaving(
+        value=saving["value"],
+        provenance=saving["provenance"],
+        why_missing=saving["why_missing"],
+        ci=None,
+        **{name: value.to_json() for name, value in {**figures, **more}.items()},
+        rule=f"{rule}; {ONE_RUN}",
+    )
 
 
-def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> dict[str, Any]:
+def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> TrainingSaving:
     figures = _saved(arm.arm, base.arm, (spends, spends)) | dict.fromkeys(
         ("saving", "new_spend_saving", "systems", "algorithmic", "bound", "less_others"), null(why)
     )
     return _training_json(figures, "none applies", arm, base, spends)
 
 
-def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combine_training(per_seed: Sequence[TrainingSaving]) -> TrainingSaving:
     """Return `training_saving` over seeds, with a t interval of the saving (seeds are the pairs).
 
     Savings are shown as 1 - exp(mean ln(arm/base)), costs as means. Ratios multiply, so that the
@@ -582,22 +589,22 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     is made of their bounds and the others' savings.
     """
     if len(per_seed) == 1:
-        return dict(per_seed[0])
+        return {**per_seed[0]}
     saving = _mean_saving(per_seed)
     if saving.value is None:
         num_null = sum(result["value"] is None for result in per_seed)
         saving = null(f"{saving.why_missing} (in {num_null} of {len(per_seed)} seeds)")
-    names = [name for name, part in per_seed[0].items() if isinstance(part, dict)]
-    means: dict[str, Any] = {
-        name: (
-            (_mean_saving if name in _SAVINGS else _mean)(
-                [result[name] for result in per_seed]
-            ).to_json()
-        )
-        for name in names
+    parts = [_figures_in(result) for result in per_seed]
+    means = {
+        name: (_mean_saving if name in _SAVINGS else _mean)(
+            [each[name] for each in parts]
+        ).to_json()
+        for name in parts[0]
     }
     if saving.value is None:
-        known = [result if result["value"] is not None else result["bound"] for result in per_seed]
+        known: list[Figure] = [
+            result if result["value"] is not None else result["bound"] for result in per_seed
+        ]
         means["bound"] = (
             _mean_saving(known) if all(each["value"] is not None for each in known) else saving
         ).to_json()
@@ -605,19 +612,35 @@ def combine_training(per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(result["value"] is not None for result in per_seed):
             means["new_spend_saving"] = saving.to_json()
     ci = (
-        None if saving.value is None else _ends_over_seeds([result["value"] for result in per_seed])
+        None
+        if saving.value is None
+        else _ends_over_seeds([each["value"] for each in per_seed if each["value"] is not None])
     )
     rule = per_seed[0]["rule"].replace(
         ONE_RUN, f"mean of {len(per_seed)} seeds, the first one's Q shown"
     )
-    return {**saving.to_json(), "ci": ci, **means, "rule": rule}
+    whole = saving.to_json()
+    return TrainingSaving(
+        value=whole["value"],
+        provenance=whole["provenance"],
+        why_missing=whole["why_missing"],
+        ci=ci,
+        **means,
+        rule=rule,
+    )
+
+
+def _figures_in(saving: Mapping[str, Any]) -> Figures:
+    """Return the figures beside a training saving itself, by name."""
+    own = ("value", "provenance", "why_missing", "ci", "rule")
+    return {name: part for name, part in saving.items() if name not in own}
 
 
 _SAVINGS = frozenset({"new_spend_saving", "systems", "algorithmic", "bound", "amortised"})
 """Figures of `training_saving` that are shares of the base's, beside the saving itself."""
 
 
-def _mean_saving(per_seed: Sequence[Mapping[str, Any]]) -> Value:
+def _mean_saving(per_seed: Sequence[Figure]) -> Value:
     """Return 1 - exp(mean ln(1 - saving)); 1 where an arm cost nothing with some seed."""
     mean = _mean(
         [
@@ -644,15 +667,15 @@ def _ends_over_seeds(savings: Sequence[float]) -> list[float] | None:
     return [-math.expm1(mean.high), -math.expm1(mean.low)]
 
 
-def _mean(per_seed: Sequence[Mapping[str, Any]]) -> Value:
-    values = [Value.from_json(dict(raw)) for raw in per_seed]
+def _mean(per_seed: Sequence[Figure]) -> Value:
+    values = [Value.from_json(raw) for raw in per_seed]
     return derive(lambda *readings: math.fsum(readings) / len(readings), *values)
 
 
 # -- serving and payback --------------------------------------------------------------------------
 
 
-def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> dict[str, Any]:
+def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> ServingSaving:
     """Return the share of the base's serving time that the arm saves, with its interval over
     blocks.
 
@@ -674,7 +697,7 @@ def serving_saving(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> d
     }
 
 
-def no_serving_saving(why: str) -> dict[str, Any]:
+def no_serving_saving(why: str) -> ServingSaving:
     """Return what `serving_saving` does where there is nothing to compare, with the reason."""
     return {**null(why).to_json(), "ci": None, "blocks": 0}
 
@@ -685,9 +708,7 @@ per cent.
 """
 
 
-def speedup(
-    serving: Mapping[str, Any], arm: Mapping[str, Any], base: Mapping[str, Any]
-) -> dict[str, Any]:
+def speedup(serving: ServingSaving, arm: Figures, base: Figures) -> Speedup:
     """Return whether a quantized artifact saves time or memory at the declared load against what it
     was made from.
 
@@ -720,12 +741,12 @@ def speedup(
 def payback(
     c_opt: Value,
     c_base: Value,
-    serving: Mapping[str, Any],
+    serving: ServingSaving,
     *,
     unit: str,
     volume: float | None = None,
     rate: float | None = None,
-) -> dict[str, Any]:
+) -> Payback:
     """Return the units after which serving has repaid the extra spending: C_opt / (c_base - c_arm).
 
     What a unit costs less, c_base - c_arm, is the base's cost times the saving as it is reported,
@@ -746,7 +767,7 @@ def payback(
         it is); and `replicas_saved`: how many devices fewer, each fully busy and counted whole,
         serve `rate`.
     """
-    saving = Value.from_json(dict(serving))
+    saving = Value.from_json(serving)
     if saving.value is not None and saving.value <= 0:
         units = null("never: not cheaper")
     else:
@@ -768,7 +789,7 @@ def _replicas_saved(c_base: Value, saving: Value, rate: float | None) -> Value:
 
 
 def _p_net_positive(
-    c_opt: Value, c_base: Value, serving: Mapping[str, Any], volume: float | None
+    c_opt: Value, c_base: Value, serving: ServingSaving, volume: float | None
 ) -> Value:
     """Return P(volume x c_base x saving > c_opt): r = ln(1 - saving) is t-distributed about its
     estimate.
@@ -778,11 +799,12 @@ def _p_net_positive(
     if c_opt.value is None or c_base.value is None:
         return null(c_opt.why_missing or c_base.why_missing or "")
     if serving["value"] is None:
-        return null(serving["why_missing"])
+        return null(serving["why_missing"] or "")
     # the saving at which nothing is left over
     needed = SECONDS_PER_HOUR * c_opt.value / (volume * c_base.value)
     if needed >= 1:
         return estimated(0.0)
+    assert "sd_log" in serving, "what was compared has its spread"
     degrees, error = serving["blocks"] - 1, serving["sd_log"] / math.sqrt(serving["blocks"])
     distance = math.log1p(-needed) - math.log1p(-serving["value"])
     if error == 0:

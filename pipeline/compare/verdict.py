@@ -14,10 +14,9 @@ their number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config.settings import PolicyConfig
 from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.shapes import CriterionRecord, Figures, Payback
 from pipeline.ledger.values import Provenance, Value, derive, null
 from pipeline.tasks.table import QUALITIES
 
@@ -83,7 +83,7 @@ class Criterion:
     why: str | None = None
     unit: str = "1"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> CriterionRecord:
         """Return the form it has in verdict.json."""
         return {
             "name": self.name,
@@ -128,7 +128,7 @@ def invalid(criterion: Criterion, reasons: Sequence[str]) -> Criterion:
     return replace(criterion, outcome=Outcome.INVALID, why="; ".join(reasons))
 
 
-def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) -> list[str]:
+def disturbed(policy: PolicyConfig, here: str, conditions: Figures) -> list[str]:
     """Return what made a serving pass no measurement of its artifacts alone.
 
     Args:
@@ -149,7 +149,7 @@ def disturbed(policy: PolicyConfig, here: str, conditions: Mapping[str, Any]) ->
             f"whether others used the machine is unknown ({why}); policy.max_foreign_load=null goes"
             " without"
         )
-    elif limit is not None and foreign > limit:
+    elif limit is not None and foreign is not None and foreign > limit:
         share, most = percents_apart(foreign, limit)
         reasons.append(f"others used {share} of the machine, {most} allowed")
     return reasons
@@ -227,7 +227,7 @@ def quality_criterion(
     if value.value is None:
         return replace(made, why=value.why_missing)
     if read["ci"] is None:
-        return replace(made, outcome=Outcome.INCONCLUSIVE, why=read["why_undecided"])
+        return replace(made, outcome=Outcome.INCONCLUSIVE, why=read.get("why_undecided"))
     low, high = read["ci"]
     outcome, why = judged(low, high, -margin), read.get("why_undecided")
     counted, what = (
@@ -434,16 +434,14 @@ def training_criterion(
     )
 
 
-def payback_criterion(
-    payback: Mapping[str, Any], *, within: float | None, alpha: float
-) -> Criterion:
+def payback_criterion(payback: Payback, *, within: float | None, alpha: float) -> Criterion:
     """Read whether the release has paid for itself after `within` units: P(net > 0) at that volume
     against alpha.
 
     Args:
         payback: As `savings.payback` returns it, with `within` as its volume.
     """
-    value = Value.from_json(dict(payback))
+    value = Value.from_json(payback)
     made = Criterion(
         name="payback",
         outcome=Outcome.FAIL,

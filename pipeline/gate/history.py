@@ -4,20 +4,20 @@ releases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from pipeline.compare.history import Figure, Finding, Judged, count_once, figure, findings
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import RELATIVE
+from pipeline.ledger.shapes import CriterionRecord, HistoryRecord, Judgement, VerdictHistory
 
 LAST = 10
 
 
 def history_of(
-    verdict: Mapping[str, Any], uri: str | None, *, model: str | None = None, last: int = LAST
-) -> dict[str, Any]:
+    verdict: Judgement, uri: str | None, *, model: str | None = None, last: int = LAST
+) -> VerdictHistory:
     """Return the releases before a verdict and this one, with what they say of steps and drift.
 
     Args:
@@ -49,7 +49,7 @@ def history_of(
     return {"model": own.model, **as_json(count_once([*earlier, own]), last), "why": why}
 
 
-def as_json(answers: Sequence[Judged], last: int) -> dict[str, Any]:
+def as_json(answers: Sequence[Judged], last: int) -> HistoryRecord:
     """Return answers about one model in the form they have in verdict.json."""
     said: list[Finding] = findings(answers) if answers and answers[0].model is not None else []
     return {
@@ -59,7 +59,7 @@ def as_json(answers: Sequence[Judged], last: int) -> dict[str, Any]:
     }
 
 
-def of_verdict(verdict: Mapping[str, Any]) -> Judged:
+def of_verdict(verdict: Judgement) -> Judged:
     """Return what a history keeps of a verdict."""
     by_name = {each["name"]: each for each in verdict["criteria"]}
     primary, baseline, candidate = verdict["primary"], verdict["baseline"], verdict["candidate"]
@@ -87,9 +87,11 @@ def of_verdict(verdict: Mapping[str, Any]) -> Judged:
 
 
 def _figure(
-    criterion: Mapping[str, Any] | None, *, relative: bool, blocks: int | None = None
+    criterion: CriterionRecord | None, *, relative: bool, blocks: int | None = None
 ) -> Figure | None:
     if criterion is None or criterion["ci"] is None or criterion["outcome"] == "INVALID":
+        return None
+    if criterion["level"] is None:
         return None
     low, high = criterion["ci"]
     return figure(

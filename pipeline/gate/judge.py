@@ -45,10 +45,10 @@ from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import BlocksRecord, Figures, Quality, Readings, Row, ServedIn, Verdict
 from pipeline.ledger.values import Value, null
 from pipeline.report.verdict import verdict_line
 from pipeline.store.artifacts import plain
-from pipeline.store.verdicts import Verdict
 from pipeline.tasks.table import QUALITIES
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ EXITS = {
     Outcome.INVALID: Exit.INVALID,
     Outcome.NO_BASELINE: Exit.NO_BASELINE,
 }
-Rows = dict[str, dict[str, Any]]
+Rows = dict[str, Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Measured:
 
     run: Run
     run_id: str
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[Row]
     served: ServePass | None
     data: Dataset
     device: Any
@@ -97,7 +97,8 @@ def judge(measured: Measured, gate: Gate) -> Verdict:
         why = "there is no champion" + (
             ": the candidate becomes it" if made else "; bootstrap=true makes it the first"
         )
-        return _verdict(measured, gate, Outcome.NO_BASELINE, [], why, {})
+        nothing: Any = {}  # was read
+        return _verdict(measured, gate, Outcome.NO_BASELINE, [], why, nothing)
     rows = {
         stage_name(row["arm"]): row
         for row in measured.rows
@@ -114,7 +115,7 @@ def _verdict(
     outcome: Outcome,
     criteria: list[Criterion],
     why: str | None,
-    readings: dict[str, Any],
+    readings: Readings,
 ) -> Verdict:
     task = measured.run.task
     first = measured.run.bootstrap and gate.baseline is None
@@ -153,11 +154,11 @@ def _verdict(
     return verdict
 
 
-def _dtype(served: ServePass | None) -> dict[str, Any] | None:
+def _dtype(served: ServePass | None) -> ServedIn | None:
     """Return what sides that are stored in fp32 were served in; null where nothing was served."""
     if served is None or not served.dtype:
         return None
-    return {name: served.dtype[name] for name in ("asked", "served")}
+    return {"asked": served.dtype["asked"], "served": served.dtype["served"]}
 
 
 def _primary(measured: Measured) -> str:
@@ -169,29 +170,27 @@ def _primary(measured: Measured) -> str:
 # -- readings -------------------------------------------------------------------------------------
 
 
-def _readings(served: ServePass | None, gate: Gate) -> dict[str, Any]:
+def _readings(served: ServePass | None, gate: Gate) -> Readings:
     """Return this look's readings after those of the look before, and what the machine was like
     meanwhile.
     """
     assert served is not None, "a gate serves its two arms"
-    before = {} if gate.earlier is None else gate.earlier["readings"]
+    before = None if gate.earlier is None else gate.earlier["readings"]
     arm, base = (side.tolist() for side in served.seconds[CANDIDATE, BASELINE])
-    joined: dict[str, Any] = {
-        "candidate_s": [*before.get("candidate_s", []), *arm],
-        "baseline_s": [*before.get("baseline_s", []), *base],
-        "conditions": [*before.get("conditions", []), served.conditions],
-        "blocks": [*_blocks_before(before), _blocks(served)],
+    joined: Readings = {
+        "candidate_s": [*([] if before is None else before["candidate_s"]), *arm],
+        "baseline_s": [*([] if before is None else before["baseline_s"]), *base],
+        "conditions": [*([] if before is None else before["conditions"]), served.conditions],
+        "blocks": [*([] if before is None else _blocks_before(before)), _blocks(served)],
     }
     if served.joules is not None:
         ours, theirs = (side.tolist() for side in served.joules)
-        joined |= {
-            "candidate_j": [*before.get("candidate_j", []), *ours],
-            "baseline_j": [*before.get("baseline_j", []), *theirs],
-        }
+        joined["candidate_j"] = [*({} if before is None else before).get("candidate_j", []), *ours]
+        joined["baseline_j"] = [*({} if before is None else before).get("baseline_j", []), *theirs]
     return joined
 
 
-def _blocks(served: ServePass) -> dict[str, Any]:
+def _blocks(served: ServePass) -> BlocksRecord:
     """Return how a look's blocks were ordered, and what was discarded before them."""
     pair = CANDIDATE, BASELINE
     return {
@@ -202,12 +201,12 @@ def _blocks(served: ServePass) -> dict[str, Any]:
     }
 
 
-def _blocks_before(before: dict[str, Any]) -> list[dict[str, Any]]:
+def _blocks_before(before: Readings) -> list[BlocksRecord]:
     """Return the blocks of the look before; one that recorded no orders read the candidate first in
     every block.
     """
-    if "blocks" in before or not before:
-        return before.get("blocks", [])
+    if "blocks" in before:
+        return before["blocks"]
     return [
         {
             "orders": [ARM_FIRST] * len(before["candidate_s"]),
@@ -218,10 +217,10 @@ def _blocks_before(before: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _moved(gate: Gate, readings: dict[str, Any]) -> list[str]:
+def _moved(gate: Gate, readings: Readings) -> list[str]:
     """Return what moved the readings of any look beside candidate and baseline."""
     found, start = list[str](), 0
-    for number, look in enumerate(readings["blocks"], start=1):
+    for number, look in enumerate(readings.get("blocks", []), start=1):
         blocks = slice(start, start := start + len(look["orders"]))
         sides = readings["candidate_s"][blocks], readings["baseline_s"][blocks]
         found += [
@@ -273,22 +272,22 @@ def _quality(measured: Measured, gate: Gate, rows: Rows) -> list[Criterion]:
     return found
 
 
-def _items(quality: Mapping[str, Any], key: str, read: Callable[[Path], Items]) -> Items | None:
+def _items(quality: Quality, key: str, read: Callable[[Path], Items]) -> Items | None:
     path = (quality.get(key) or {}).get("items")
     return None if path is None else read(Path(path))
 
 
-def _identity(quality: Mapping[str, Any]) -> dict[str, Any] | None:
+def _identity(quality: Quality) -> dict[str, Any] | None:
     """Return what an arm's values were read on, as the note beside them says."""
     paths = [
-        each["items"]
+        items
         for key, each in quality.items()
-        if each.get("items") and not key.startswith(TASK)
+        if (items := each.get("items")) and not key.startswith(TASK)
     ]
     return read_identity(Path(paths[0])) if paths else None
 
 
-def _other_evaluation(measured: Measured, gate: Gate, sides: Mapping[str, Any]) -> list[str]:
+def _other_evaluation(measured: Measured, gate: Gate, sides: Mapping[str, Quality]) -> list[str]:
     """Return why the two evaluations are not of the same documents, read in the same way, of these
     two artifacts.
     """
@@ -337,7 +336,7 @@ def _same_values(run: Run) -> bool:
 # -- compute --------------------------------------------------------------------------------------
 
 
-def _costs(measured: Measured, gate: Gate, rows: Rows, readings: dict[str, Any]) -> list[Criterion]:
+def _costs(measured: Measured, gate: Gate, rows: Rows, readings: Readings) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
     alpha = look_alpha(policy.alpha, policy.looks)
     reasons = [
@@ -360,7 +359,7 @@ def _costs(measured: Measured, gate: Gate, rows: Rows, readings: dict[str, Any])
     )
     if policy.energy is None:
         energy: list[Criterion] = []
-    elif "candidate_j" in readings:
+    elif "candidate_j" in readings and "baseline_j" in readings:
         energy = [
             serving_criterion(
                 readings["candidate_j"],
@@ -399,20 +398,21 @@ def _kept(gate: Gate, criterion: Criterion) -> Criterion:
         criterion,
         outcome=Outcome(said["outcome"]),
         value=Value.from_json(said["value"]),
-        ci=tuple(said["ci"]),
+        ci=None if said["ci"] is None else (said["ci"][0], said["ci"][1]),
         n=said["n"],
         why="decided at the look before",
     )
 
 
-def _value(figures: Mapping[str, Any], name: str) -> Value:
+def _value(figures: Figures, name: str) -> Value:
     return Value.from_json(figures[name]) if name in figures else null(f"no {name}")
 
 
-def _disturbed(measured: Measured, gate: Gate, readings: dict[str, Any]) -> list[str]:
+def _disturbed(measured: Measured, gate: Gate, readings: Readings) -> list[str]:
     """Return what made any look's serving pass no measurement."""
     here = device_name(measured.device)
-    before, now = (gate.earlier or {}).get("dtype"), _dtype(measured.served)
+    before = None if gate.earlier is None else gate.earlier.get("dtype")
+    now = _dtype(measured.served)
     if before is not None and now is not None and before["served"] != now["served"]:
         return [f"served in {now['served']}, and at the look before in {before['served']}"]
     return [
@@ -471,7 +471,8 @@ def _own_runs(side: Release | None) -> list[float]:
     """Return device-hours of a side's training with every seed of its run, where there were
     several.
     """
-    hours = [] if side is None else side.charge.get("seeds_device_hours", [])
+    charge = None if side is None else side.charge
+    hours = [] if charge is None else charge.get("seeds_device_hours", [])
     return [
         float(each)
         for each in hours
@@ -491,9 +492,7 @@ def _chains(gate: Gate) -> tuple[Value, Value]:
 
 def _other_hardware(gate: Gate) -> list[str]:
     ours, theirs = (
-        side.charge.get("device", {})
-        for side in (gate.candidate, gate.baseline)
-        if side is not None
+        _trained_on(side) for side in (gate.candidate, gate.baseline) if side is not None
     )
     named = (("name", "trained on"), ("count", "devices"), ("power_limit_w", "power limit"))
     return [
@@ -503,12 +502,17 @@ def _other_hardware(gate: Gate) -> list[str]:
     ]
 
 
+def _trained_on(side: Release) -> dict[str, Any]:
+    """Return the devices that a side was trained on, as its charge names them."""
+    return {} if side.charge is None else side.charge.get("device", {})
+
+
 def _spread(measured: Measured, gate: Gate) -> Spread | None:
     """Return how far repeated trainings on the candidate's device lie apart, as self-tests have
     recorded it.
     """
-    device = gate.candidate.charge.get("device")
-    if device is None or not measured.run.tracking.mlflow:
+    device = _trained_on(gate.candidate)
+    if not device or not measured.run.tracking.mlflow:
         return None
     from pipeline.tracking.registry import find_spread
 
@@ -516,11 +520,11 @@ def _spread(measured: Measured, gate: Gate) -> Spread | None:
 
 
 def _payback(
-    measured: Measured, gate: Gate, readings: dict[str, Any], serving: Mapping[str, Any]
+    measured: Measured, gate: Gate, readings: Readings, serving: Mapping[str, Figures]
 ) -> Criterion:
     policy, here = gate.policy, device_name(measured.device)
     c_opt = savings.c_opt(CANDIDATE, BASELINE, gate.spends())
-    trained_on = gate.candidate.charge.get("device", {}).get("name")
+    trained_on = _trained_on(gate.candidate).get("name")
     if c_opt.value is not None and trained_on != here:
         c_opt = null(f"trained on {trained_on}, served on {here}: their hours are never subtracted")
     saving = savings.serving_saving(

@@ -21,8 +21,9 @@ from pipeline.config.settings import Decode, PolicyConfig, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.references import Places, Release, resolve
+from pipeline.ledger.shapes import Promotion, Verdict, VerdictHistory
 from pipeline.store.artifacts import Store, key_of, plain
-from pipeline.store.verdicts import Verdict, recall
+from pipeline.store.verdicts import recall
 
 
 @dataclass(slots=True)
@@ -49,8 +50,8 @@ class Gate:
     key: str = ""
     earlier: Verdict | None = None
     verdict: Verdict | None = None
-    promotion: dict[str, Any] | None = None
-    history: dict[str, Any] | None = None
+    promotion: Promotion | None = None
+    history: VerdictHistory | None = None
 
     @property
     def look(self) -> int:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.compare.savings import Spend
 from pipeline.errors import UserError
 from pipeline.ledger.records import ENDED, parsed, read_record
+from pipeline.ledger.shapes import ChargeRecord, SideRecord
 from pipeline.ledger.values import Value
 from pipeline.models.files import model_files
 from pipeline.store.artifacts import MANIFEST, Artifact, Store, bring, digest_given, facts_of
@@ -48,7 +50,7 @@ class Release:
     model: str | None = None
     version: str | None = None
     url: str | None = None
-    charge: dict[str, Any] = field(default_factory=dict)
+    charge: ChargeRecord | None = None
 
     def spends(self, arm: str) -> dict[str, Spend]:
         """Return what its chain took, as one arm, and the models that were there before it, whose
@@ -56,23 +58,23 @@ class Release:
 
         A chain's sum is one figure: what two chains share cancels in their difference.
         """
-        if not self.charge or None in (
-            self.charge["work_device_hours"],
-            self.charge["retry_device_hours"],
-        ):
+        charge = self.charge
+        work_h = None if charge is None else charge["work_device_hours"]
+        retry_h = None if charge is None else charge["retry_device_hours"]
+        if charge is None or work_h is None or retry_h is None:
             why = "its ledger has no device-hours" if self.charge else "no ledger"
             return {arm: Spend(arm=arm, flops=None, existing=True, unknown=why)}
-        before = [f"existing model {digest[:8]}" for digest in self.charge.get("existing", [])]
+        before = [f"existing model {digest[:8]}" for digest in charge.get("existing", [])]
         own = Spend(
             arm=arm,
             depends_on=tuple(before),
-            work_h=self.charge["work_device_hours"],
-            retry_h=self.charge["retry_device_hours"],
-            flops=self.charge["model_flops"],
+            work_h=work_h,
+            retry_h=retry_h,
+            flops=charge["model_flops"],
         )
         return {arm: own, **{name: Spend(arm=name, flops=0.0, existing=True) for name in before}}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SideRecord:
         """Return the form it has in verdict.json."""
         return {
             "reference": self.reference,
@@ -82,7 +84,7 @@ class Release:
             "model": self.model,
             "version": self.version,
             "url": self.url,
-            "charge": self.charge or None,
+            "charge": self.charge,
         }
 
 
@@ -188,7 +190,7 @@ def _release(reference: str, key: str, artifact: Artifact, **more: Any) -> Relea
     return Release(reference, artifact, charge=_charge(facts, artifact.path, key), **more)
 
 
-def _why_no_charge(charge: dict[str, Any]) -> str | None:
+def _why_no_charge(charge: Mapping[str, Any]) -> str | None:
     """Return what is wrong with what an artifact is said to have cost, or None: its artifact.json
     is in no digest.
     """
@@ -224,7 +226,7 @@ def _is_share(raw: Any) -> bool:
     return value.value is None or 0 <= value.value <= 1
 
 
-def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
+def _charge(facts: Mapping[str, Any], folder: Path, key: str) -> ChargeRecord | None:
     """Return what an artifact cost: as it was registered, or as the run that made it noted
     (`runs/past_cost.py`).
 
@@ -232,13 +234,13 @@ def _charge(facts: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
         UserError: If nothing can have cost that: artifact.json is in no digest.
     """
     charge = next(
-        (facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), {}
+        (facts[topic] for topic in ("ledger", "charge") if isinstance(facts.get(topic), dict)), None
     )
     wrong = _why_no_charge(charge) if charge else None
     if wrong is not None:
         problem = f"{folder / MANIFEST} has a charge that nothing can have cost: {wrong}"
         raise UserError(key, problem, "restore it, or give the folder without it")
-    return charge
+    return charge or None
 
 
 def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
@@ -248,9 +250,9 @@ def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
         raise UserError(key, f"{reference} is no run that has ended", FORMS)
     arm = result.get("primary_arm")
     made = [
-        row
+        artifact
         for row in result["rows"]
-        if row["arm"] == arm and row["status"] == "FINISHED" and row["artifact"]
+        if row["arm"] == arm and row["status"] == "FINISHED" and (artifact := row["artifact"])
     ]
     if not made:
         raise UserError(
@@ -258,8 +260,8 @@ def _of_run(folder: Path, reference: str, key: str, places: Places) -> Release:
             f"{reference} ended {result.get('status')} without {arm}",
             "give a run that made a model",
         )
-    digest = made[0]["artifact"]["digest"]
-    return _release(reference, key, _fetch(digest, key, places, path=made[0]["artifact"]["path"]))
+    digest = made[0]["digest"]
+    return _release(reference, key, _fetch(digest, key, places, path=made[0]["path"]))
 
 
 def _by_number(name: str, reference: str, key: str, places: Places) -> Release:

@@ -18,6 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pipeline.ledger.shapes import RunHours
+from pipeline.ledger.values import measured
+
 NS_PER_HOUR = 3_600_000_000_000
 
 
@@ -176,3 +179,16 @@ def _add(time: ArmTime, window: Window, devices: int) -> ArmTime:
 def device_hours(device_ns: int) -> float:
     """Return device-nanoseconds as device-hours."""
     return device_ns / NS_PER_HOUR
+
+
+def run_hours(booked: Booking) -> RunHours:
+    """Return the device-hours of a run as result.json has them."""
+    hours = lambda device_ns: measured(device_hours(device_ns)).to_json()
+    return {
+        "total": hours(booked.attached_ns),
+        "work": hours(booked.work_ns),
+        "assess": hours(booked.assess_ns),
+        "retry": hours(booked.retry_ns),
+        "compare": hours(booked.compare_ns),
+        "overhead": hours(booked.overhead_ns),
+    }

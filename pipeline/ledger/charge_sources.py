@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from pipeline.ledger.charges import OWNER, Charge, Outside, RunFacts
 from pipeline.ledger.metrics import WASTED, deciding, row_summary
+from pipeline.ledger.shapes import Event, Row, RowLine, RunTotals, StoredRun
 
 HOUR_NS = 3600 * 10**9
 SO_FAR_HOURS, SO_FAR_UNTIL = "so_far.device_hours", "so_far.until_ms"
 """Tags of a run that has not ended: device-hours until its last sign of life, and when that was."""
 RUN_TAG = "pipeline.run"  # RUN for a parent, RUN/CHILD for a child
-PARTS: tuple[Outside, ...] = ("overhead", "compare")
-Stored = dict[str, Any]
-"""A run as MLflow holds it: `status`, `start_ms`, `end_ms` (None while it runs), `metrics`,
-`params`, `tags`.
-"""
-Event = dict[str, Any]
+Part: TypeAlias = Literal["overhead", "compare"]
+PARTS: tuple[Part, ...] = get_args(Part)
 Figures = Mapping[str, float | None]
 
 
-def stored_runs_facts(stored: Iterable[Stored]) -> list[RunFacts]:
+def stored_runs_facts(stored: Iterable[StoredRun]) -> list[RunFacts]:
     """Return the runs of a store, each with its stage attempts."""
-    children: dict[str, list[Stored]] = {}
-    parents: dict[str, Stored] = {}
+    children: dict[str, list[StoredRun]] = {}
+    parents: dict[str, StoredRun] = {}
     for run in stored:
         name, is_child, _ = run["tags"][RUN_TAG].partition("/")
         if is_child:
@@ -39,13 +36,13 @@ def stored_runs_facts(stored: Iterable[Stored]) -> list[RunFacts]:
     ]
 
 
-def _stand_in(children: Sequence[Stored]) -> Stored:
+def _stand_in(children: Sequence[StoredRun]) -> StoredRun:
     """Return a parent for stage attempts whose run is no longer in the store."""
     last = max(children, key=lambda child: child["end_ms"] or 0)
     return {**last, "metrics": {}, "params": {}}
 
 
-def _stored_facts(name: str, run: Stored, children: Sequence[Stored]) -> RunFacts:
+def _stored_facts(name: str, run: StoredRun, children: Sequence[StoredRun]) -> RunFacts:
     metrics, params, tags = run["metrics"], run["params"], run["tags"]
     open_h, until_ms = _number(tags.get(SO_FAR_HOURS)), _number(tags.get(SO_FAR_UNTIL))
     ended_ms = until_ms or run["end_ms"] or run["start_ms"]
@@ -72,7 +69,7 @@ def _stored_facts(name: str, run: Stored, children: Sequence[Stored]) -> RunFact
 
 def _stored_stage(
     run: str,
-    child: Stored,
+    child: StoredRun,
     owner: Mapping[str, str | None],
     parent: Mapping[str, str],
     currency: str | None,
@@ -150,7 +147,7 @@ def _quality(figures: Figures) -> tuple[str, float] | None:
     return None if name is None or value is None else (name, value)
 
 
-def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None) -> RunFacts:
+def journal_facts(events: Sequence[Event], run: RunTotals | None = None) -> RunFacts:
     """Return a run as its journal tells it.
 
     Args:
@@ -186,7 +183,7 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
         outside_h=(
             {}
             if totals is None
-            else {name: totals["device_hours"][name]["value"] for name in PARTS}
+            else {name: totals["device_hours"][name]["value"] or 0.0 for name in PARTS}
         ),
         wasted_h={} if totals is None else {name: outside_waste(totals, name) for name in PARTS},
         rate=params.get("cost.per_device_hour"),
@@ -200,7 +197,7 @@ def journal_facts(events: Sequence[Event], run: Mapping[str, Any] | None = None)
 def _journal_stage(
     run: str,
     what: str,
-    event: Event,
+    event: RowLine,
     owner: Mapping[str, str | None],
     device: str | None,
     currency: str | None,
@@ -221,17 +218,17 @@ def _journal_stage(
     )
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def _label(row: Row) -> str:
     return f"{row['arm']} seed {row['seed']} attempt {row['attempt']} of {row['reused']}"
 
 
-def stage_owner(row: Mapping[str, Any]) -> dict[str, str]:
+def stage_owner(row: Row) -> dict[str, str]:
     """Return whose a row is, as far as it says so."""
     identity = row["ledger"].get("identity", {})
     return {name: identity[name] for name in OWNER if identity.get(name)}
 
 
-def stage_device(row: Mapping[str, Any]) -> str | None:
+def stage_device(row: Row) -> str | None:
     """Return the device model of a row, several ones joined; None where it does not say."""
     return (
         " + ".join(dict.fromkeys(row["ledger"].get("placement", {}).get("device_names", [])))
@@ -239,9 +236,9 @@ def stage_device(row: Mapping[str, Any]) -> str | None:
     )
 
 
-def outside_waste(totals: Mapping[str, Any], part: str) -> float:
+def outside_waste(totals: RunTotals, part: Part) -> float:
     """Return device-hours of overhead or comparison pass that were waste."""
-    phases_ns: Mapping[str, int] = totals["phases_device_ns"][part]
+    phases_ns = totals["phases_device_ns"][part]
     return sum(phases_ns.get(phase, 0) for phase in WASTED) / HOUR_NS
 
 

@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.journal import read_events, read_first
 from pipeline.ledger.metrics import DIRECTION
 from pipeline.ledger.records import STARTED, sound_events, why_damaged
+from pipeline.ledger.shapes import ConvergedRecord, RunTotals
 from pipeline.ledger.values import Value, estimated, measured, null
 
 NO_TARGET = "no quality declared: cost.converged_at"
@@ -42,7 +42,7 @@ class Converged:
     currency: str | None = None
     run: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ConvergedRecord:
         """Return the form it has in result.json."""
         return {
             "device_hours": self.device_hours.to_json(),
@@ -133,7 +133,7 @@ def _money(counted: Sequence[Charge], taken: Sequence[Charge]) -> tuple[Value, s
 
 
 def of_this_run(
-    folder: Path, totals: dict[str, Any], target: float | None, model_name: str
+    folder: Path, totals: RunTotals, target: float | None, model_name: str
 ) -> Converged:
     """Return what the model of a run took until it converged, from the journals of all runs beside
     it.
@@ -149,12 +149,9 @@ def of_this_run(
     runs: list[RunFacts] = []
     for other in sorted(folder.parent.glob("*/journal.jsonl")):
         start = read_first(other)
-        named = (
-            start is not None
-            and start.get("e") == "run_start"
-            and isinstance(start.get("params"), dict)
-        )
-        if start is not None and named and start["params"].get("model.name") == model_name:
+        if start is None or start["e"] != "run_start" or why_damaged(start, STARTED) is not None:
+            continue
+        if start["params"].get("model.name") == model_name:
             events = sound_events(read_events(other), other)
             if (
                 all(

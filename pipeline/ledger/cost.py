@@ -18,10 +18,10 @@ import math
 import re
 from dataclasses import asdict
 from datetime import date
-from typing import Any
 
 from pipeline.config.settings import CostConfig, CostKind
 from pipeline.errors import UserError
+from pipeline.ledger.shapes import LedgerRecord, Money
 from pipeline.ledger.values import Provenance, Value, declared, derive, estimated, null
 
 JOULES_PER_KWH = 3.6e6
@@ -36,7 +36,7 @@ def money(
     *,
     allocated: Value | None = None,
     energy_j: Value | None = None,
-) -> dict[str, Any]:
+) -> Money:
     """Return what device-hours cost, as a ledger holds it: `{"amount": value, "currency",
     "facility_energy_j": value}`.
 
@@ -55,7 +55,7 @@ def money(
     }
 
 
-def priced(record: dict[str, Any], cost: CostConfig) -> dict[str, Any]:
+def priced(record: LedgerRecord, cost: CostConfig) -> LedgerRecord:
     """Return a row's ledger with its money at the rate that is declared now."""
     hours, allocated = (
         record["device_hours"]["attached"],

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pipeline.ledger.others import Load, stolen, taken, throttled
+from pipeline.ledger.shapes import Figures
 from pipeline.ledger.values import Value, derive, null
 
 MUCH = 0.1
@@ -43,7 +44,7 @@ class Disturbance:
     steal_share: Value
     cpu_throttle_share: Value
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Figures:
         """Return what `from_json` reads back."""
         return {name: getattr(self, name).to_json() for name in FIGURES}
 
@@ -51,7 +52,7 @@ class Disturbance:
     def from_json(raw: Mapping[str, Any]) -> Disturbance:
         """Read back what `to_json` wrote; an older release wrote less."""
         lacking = null(NOT_RECORDED).to_json()
-        values: dict[str, Any] = {name: Value.from_json(raw.get(name, lacking)) for name in FIGURES}
+        values = {name: Value.from_json(raw.get(name, lacking)) for name in FIGURES}
         return Disturbance(**values)
 
 
@@ -70,7 +71,7 @@ COMPARED = (
 
 def unread(why: str) -> Disturbance:
     """Return the disturbance of windows in which nothing was read."""
-    figures: dict[str, Any] = {name: null(why) for name in FIGURES}
+    figures = {name: null(why) for name in FIGURES}
     return Disturbance(**figures)
 
 

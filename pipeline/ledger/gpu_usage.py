@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.ledger.gpu_intervals import LOWERING, SHARES, Interval, largest, least, mean, total
+from pipeline.ledger.shapes import UsageRecord
 from pipeline.ledger.values import Value, estimated, measured, null
 
 SHORTEST_S = 5.0  # energy of a shorter window: the counter's steps are too coarse
@@ -38,24 +39,20 @@ class Usage:
     throttle_reasons: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> UsageRecord:
         """Return what `from_json` reads back."""
         values = {name: getattr(self, name).to_json() for name in FIGURES}
-        return {
-            **values,
-            "throttle_reasons": list(self.throttle_reasons),
-            "problems": list(self.problems),
-        }
+        return UsageRecord(
+            **values, throttle_reasons=list(self.throttle_reasons), problems=list(self.problems)
+        )
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> Usage:
+    def from_json(raw: Mapping[str, Any]) -> Usage:
         """Read back what `to_json` wrote."""
         lacking = {
             name: null("not recorded by the release that measured it").to_json() for name in ADDED
         }
-        values: dict[str, Any] = {
-            name: Value.from_json({**lacking, **raw}[name]) for name in FIGURES
-        }
+        values = {name: Value.from_json({**lacking, **raw}[name]) for name in FIGURES}
         return Usage(
             **values,
             throttle_reasons=tuple(raw["throttle_reasons"]),
@@ -73,8 +70,7 @@ ADDED = ("power_cap_share",)
 
 def unread(why: str) -> Usage:
     """Return the usage of a window that nothing was read in."""
-    figures: dict[str, Any] = {name: null(why) for name in FIGURES}
-    return Usage(**figures)
+    return Usage(**{name: null(why) for name in FIGURES}, throttle_reasons=(), problems=())
 
 
 _Own = list[tuple[str, list[Interval]]]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.redaction import redact_json
+from pipeline.ledger.shapes import Event
 from pipeline.ledger.values import from_schema_1
 
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}\s*\Z')
@@ -97,7 +98,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_events(path: Path, *, checked: bool = False) -> list[dict[str, Any]]:
+def read_events(path: Path, *, checked: bool = False) -> list[Event]:
     """Return the events of a journal; lines torn by a kill are left out.
 
     Args:
@@ -106,7 +107,7 @@ def read_events(path: Path, *, checked: bool = False) -> list[dict[str, Any]]:
     return read_new(path, 0, checked=checked)[0]
 
 
-def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[dict[str, Any]], int]:
+def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[Event], int]:
     """Return the events behind byte `offset`, and the byte to go on from; a line still being
     written waits.
     """
@@ -122,7 +123,7 @@ def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[di
     return [event for event in parsed if event is not None], offset + len(whole)
 
 
-def read_first(path: Path) -> dict[str, Any] | None:
+def read_first(path: Path) -> Event | None:
     """Return the first event of a journal, or None where it has none yet."""
     if not path.is_file():
         return None
@@ -142,7 +143,7 @@ def _is_sound(line: bytes) -> bool:
     return sealed is None or int(sealed[1], 16) == zlib.crc32(line[: sealed.start()])
 
 
-def _parse(line: bytes, *, checked: bool = False) -> dict[str, Any] | None:
+def _parse(line: bytes, *, checked: bool = False) -> Event | None:
     try:
         event = None if checked and not _is_sound(line) else json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested for ever

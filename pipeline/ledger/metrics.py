@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.settings import Task
+from pipeline.ledger.shapes import HOURS, Figure, Figures, Row
 from pipeline.tasks.table import QUALITIES
 
 
@@ -759,7 +760,7 @@ def deciding(sides: Sequence[Mapping[str, float | None]], task: Task | None = No
     return stand_in if any(lacks(side) for side in sides) else first
 
 
-def primary_key(sides: Sequence[Mapping[str, Any]], task: Task | None = None) -> str | None:
+def primary_key(sides: Sequence[Mapping[str, Figure]], task: Task | None = None) -> str | None:
     """Return the quality that decides, of figures by quality key, arm by arm; see `deciding`."""
     return deciding(
         [{key: figure["value"] for key, figure in side.items()} for side in sides], task
@@ -803,20 +804,18 @@ def export() -> list[dict[str, Any]]:
     ]
 
 
-def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def row_summary(row: Row) -> Figures:
     """Return a row's figures by catalogue key, each `{"value", "provenance", "why_missing"}`.
 
     What the row lacks is left out.
     """
     record = row["ledger"]
     hours, counts = record["device_hours"], record["counts"]
-    found: dict[str, dict[str, Any]] = {
+    traced: Mapping[str, Any] = record.get("gpu_timeline", {})
+    found: Figures = {
         "compute/device_hours": hours["attached"],
         "compute/wall_s": record["wall_s"],
-        **{
-            f"compute/{part}_device_hours": hours[part]
-            for part in ("work", "assess", "retry", "productive", "support", "wasted")
-        },
+        **{f"compute/{part}_device_hours": hours[part] for part in HOURS if part != "attached"},
         **{
             f"compute/wasted_{cause}_device_hours": value
             for cause, value in hours["wasted_by"].items()
@@ -825,53 +824,46 @@ def row_summary(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "compute/gpu_hours": record["gpu_hours"]["attached"],
         "compute/energy_j": record["energy_j"],
         **{f"compute/{kind}_gpu_hours": record["gpu_hours"][kind] for kind in GPU_HOURS},
-        **{
-            f"compute/{name}": value
-            for name, value in record.get("conditions", {}).items()
-            if f"compute/{name}" in BY_KEY
-        },
-        **{
-            f"compute/{name}": value
-            for name, value in counts.items()
-            if f"compute/{name}" in BY_KEY
-        },
+        **_known("compute", record.get("conditions", {})),
+        **_known("compute", counts),
         **{
             key: record["memory"][name] for key, name in _MEMORY.items() if name in record["memory"]
         },
         **{
-            f"compute/traced_{name}_share": record["gpu_timeline"][name]
+            f"compute/traced_{name}_share": traced[name]
             for name, *_ in TRACED_SHARES
-            if "gpu_timeline" in record and record["gpu_hours"]["attached"]["value"]
+            if traced and record["gpu_hours"]["attached"]["value"]
         },
-        **{
-            f"cost/{name}": value
-            for name, value in record["cost"].items()
-            if f"cost/{name}" in BY_KEY
-        },
-        **{f"quality/{name}": value for name, value in row["quality"].items()},
+        **_known("cost", record["cost"]),
+        **_qualities(row["quality"]),
         **{f"recovery/{name}": value for name, value in row["recovery"].items()},
-        **{
-            f"serving/{name}": value
-            for name, value in row["serving"].items()
-            if f"serving/{name}" in BY_KEY
-        },
+        **_known("serving", row["serving"]),
     }
     key = primary_key([row["quality"]])
     return found if key is None else {**found, "quality/primary": row["quality"][key]}
 
 
-def _spent_or_reused(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _known(section: str, group: Mapping[str, Any]) -> Figures:
+    """Return what the catalogue has of a group, by its keys."""
+    named = {f"{section}/{name}": value for name, value in group.items()}
+    return {key: value for key, value in named.items() if key in BY_KEY}
+
+
+def _qualities(quality: Mapping[str, Figure]) -> Figures:
+    return {f"quality/{name}": value for name, value in quality.items()}
+
+
+def _spent_or_reused(row: Row) -> Figures:
     """Return a row's hours as what this run spent or what it took over, so that sums over runs
     count them once.
     """
-    hours: dict[str, Any] = row["ledger"]["device_hours"]
-    nothing: dict[str, Any] = {"value": 0.0, "provenance": "derived", "why_missing": None}
-    spent, reused = hours["attached"], nothing
+    hours = row["ledger"]["device_hours"]
+    nothing: Figure = {"value": 0.0, "provenance": "derived", "why_missing": None}
+    spent: Figure = hours["attached"]
+    reused: Figure = nothing
     if row["reused"] and spent["value"] is not None:
-        spent, reused = (
-            nothing,
-            {**hours["work"], "value": hours["work"]["value"] + hours["assess"]["value"]},
-        )
+        taken_h = (hours["work"]["value"] or 0.0) + (hours["assess"]["value"] or 0.0)
+        spent, reused = nothing, {**hours["work"], "value": taken_h}
     elif spent["value"] is None:
         reused = spent
     return {"compute/spent_device_hours": spent, "compute/reused_device_hours": reused}

@@ -20,12 +20,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.ledger.foreign import RANKS
 from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.phases import total
 from pipeline.ledger.records import LIFE, read_record
+from pipeline.ledger.shapes import LifeRecord
 from pipeline.ledger.values import Value, declared, measured, null
 
 IDLE = "idle_rank"
@@ -88,8 +88,8 @@ def read_lives(folder: Path, host: str) -> tuple[list[Life], list[str]]:
     return lives, notes
 
 
-def _life(raw: dict[str, Any]) -> Life | None:
-    phases: dict[str, int] = raw["phases_ns"]
+def _life(raw: LifeRecord) -> Life | None:
+    phases = raw["phases_ns"]
     if not phases.keys() <= _PHASES or sum(phases.values()) != raw["end_ns"] - raw["start_ns"]:
         return None
     return Life(

@@ -9,7 +9,8 @@ what the scheduler granted).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+
+from pipeline.ledger.shapes import HOURS, Figures, Measurements
 
 HOUR_S = 3600.0
 CLOSE_S = 1e-6
@@ -23,7 +24,7 @@ larger.
 _NESTED = ("tensor_active", "sm_active", "busy", "attached", "allocated")
 
 
-def problems(ledger: dict[str, Any]) -> list[str]:
+def problems(ledger: Measurements) -> list[str]:
     """Return what does not hold, each in a few words; empty where the ledger closes.
 
     Args:
@@ -32,12 +33,8 @@ def problems(ledger: dict[str, Any]) -> list[str]:
     return [*_sums(ledger), *_phases(ledger), *_shares(ledger["gpu_hours"]), *_signs(ledger)]
 
 
-def _sums(ledger: dict[str, Any]) -> list[str]:
-    hours = {
-        name: value["value"]
-        for name, value in ledger["device_hours"].items()
-        if name != "wasted_by"
-    }
+def _sums(ledger: Measurements) -> list[str]:
+    hours = {name: ledger["device_hours"][name]["value"] for name in HOURS}
     causes = [value["value"] for value in ledger["device_hours"]["wasted_by"].values()]
     return [
         *_sum(
@@ -72,23 +69,23 @@ def _sum(name: str, whole: float | None, words: str, parts: list[float | None]) 
     )
 
 
-def _phases(ledger: dict[str, Any]) -> list[str]:
+def _phases(ledger: Measurements) -> list[str]:
     """Check phases against work and assessment: what was lost has none."""
     hours, wall = ledger["device_hours"], ledger["wall_s"]["value"]
-    parts = [hours[name]["value"] for name in ("attached", "work", "assess")]
-    if None in parts or not parts[0] or wall is None or hours["wasted"]["value"] is None:
+    attached, work, assess = (hours[name]["value"] for name in ("attached", "work", "assess"))
+    if not attached or work is None or assess is None:
         return []
-    attached, work, assess = parts
+    if wall is None or hours["wasted"]["value"] is None:
+        return []
     kept_s = wall * (work + assess) / attached
     off_s = sum(ledger["phases_ns"].values()) / 1e9 - kept_s
     return [] if abs(off_s) <= CLOSE_S + 1e-9 * kept_s else [f"phases do not close: {off_s:+.6g} s"]
 
 
-def _shares(gpu_hours: dict[str, Any]) -> list[str]:
+def _shares(gpu_hours: Figures) -> list[str]:
     """Check that shares are nested, each against the next one that was read."""
-    read = [
-        (name, gpu_hours[name]["value"]) for name in _NESTED if gpu_hours[name]["value"] is not None
-    ]
+    known = ((name, gpu_hours[name]["value"]) for name in _NESTED)
+    read = [(name, value) for name, value in known if value is not None]
     return [
         f"{inner} is more than {outer}: {HOUR_S * (small - large):.3g} s"
         for (inner, small), (outer, large) in pairwise(read)
@@ -96,9 +93,9 @@ def _shares(gpu_hours: dict[str, Any]) -> list[str]:
     ]
 
 
-def _signs(ledger: dict[str, Any]) -> list[str]:
+def _signs(ledger: Measurements) -> list[str]:
     figures = {
-        **{name: value for name, value in ledger["device_hours"].items() if name != "wasted_by"},
+        **{name: ledger["device_hours"][name] for name in HOURS},
         **{
             f"wasted by {name}": value
             for name, value in ledger["device_hours"]["wasted_by"].items()

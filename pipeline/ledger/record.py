@@ -13,10 +13,21 @@ from pipeline.ledger.cost import money
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_timeline import NOT_TRACED
+from pipeline.ledger.gpu_usage import FIGURES as USED
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.metrics import PRODUCTIVE, WASTE_CAUSES, WASTED
 from pipeline.ledger.placement import Grant, allocated_hours
 from pipeline.ledger.reconcile import problems
+from pipeline.ledger.shapes import (
+    Checked,
+    Conditions,
+    DeviceHours,
+    Figures,
+    GpuTimelineRecord,
+    HoursPart,
+    LedgerRecord,
+    Measurements,
+)
 from pipeline.ledger.values import Value, derive, measured, null
 
 HOUR_NS = 3600 * 10**9
@@ -81,7 +92,7 @@ def ledger(
     granted: Grant | None = None,
     truncated: bool = False,
     timeline: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Checked:
     """Return the ledger of a row as result.json has it.
 
     Args:
@@ -101,7 +112,7 @@ def ledger(
     wasted = sum(wasted_by.values())
     productive = sum(ns for phase, ns in spent.phases_ns.items() if phase in PRODUCTIVE)
     support = total - wasted - productive
-    parts = {
+    parts: dict[HoursPart, int] = {
         "attached": total,
         "work": spent.work_ns,
         "assess": spent.assess_ns,
@@ -110,12 +121,10 @@ def ledger(
         "support": support,
         "wasted": wasted,
     }
-    device_hours: dict[str, Any] = {
-        name: hours(ns, devices).to_json() for name, ns in parts.items()
-    }
-    device_hours["wasted_by"] = {
-        cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns
-    }
+    device_hours = DeviceHours(
+        **{name: hours(ns, devices).to_json() for name, ns in parts.items()},
+        wasted_by={cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns},
+    )
     goodput = (
         measured(productive / total) if is_training and total else null("not a training stage")
     )
@@ -123,7 +132,7 @@ def ledger(
     in_steps_h = (seconds_in_steps or 0.0) * devices / 3600
     busy_in_steps = derive(lambda share: share * in_steps_h, Value.from_json(traced["busy"]))
     gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted, busy_in_steps)
-    record: dict[str, Any] = {
+    record: Measurements = {
         "wall_s": measured(total / 1e9).to_json(),
         "phases_ns": spent.phases_ns,
         "device_hours": device_hours,
@@ -139,12 +148,7 @@ def ledger(
             allocated=Value.from_json(gpu_hours["allocated"]),
             energy_j=usage.energy_j,
         ),
-        "conditions": {
-            **_conditions(usage),
-            **disturbance.to_json(),
-            "meter_overhead": _overhead(spent).to_json(),
-            "truncated": truncated,
-        },
+        "conditions": _conditions(usage, disturbance, spent, truncated=truncated),
         "gpu_timeline": traced,
     }
     found = problems(record)
@@ -155,13 +159,19 @@ def ledger(
     }
 
 
-def gpu_timeline(timeline: Mapping[str, Any]) -> dict[str, Any]:
+def gpu_timeline(timeline: Mapping[str, Any]) -> GpuTimelineRecord:
     """Return the group of a row that says what its device did: shares of traced steps, seconds by
     phase, traces.
     """
-    shares = timeline.get("shares") or {name: null(NOT_TRACED).to_json() for name in TRACED}
-    rest = {"phases_s": timeline.get("phases_s", {}), "traces": timeline.get("traces", [])}
-    return {**shares, **rest, "notes": timeline.get("notes", [])}
+    shares: Figures = timeline.get("shares") or {
+        name: null(NOT_TRACED).to_json() for name in TRACED
+    }
+    return GpuTimelineRecord(
+        **shares,
+        phases_s=timeline.get("phases_s", {}),
+        traces=timeline.get("traces", []),
+        notes=timeline.get("notes", []),
+    )
 
 
 def _overhead(spent: Spent) -> Value:
@@ -172,35 +182,42 @@ def _overhead(spent: Spent) -> Value:
     return measured(spent.phases_ns.get("log", 0) / total) if total else null("no time in phases")
 
 
-def _conditions(usage: Usage) -> dict[str, Any]:
-    return {name: value for name, value in usage.to_json().items() if name != "energy_j"}
+def _conditions(
+    usage: Usage, disturbance: Disturbance, spent: Spent, *, truncated: bool
+) -> Conditions:
+    read = {name: getattr(usage, name).to_json() for name in USED if name != "energy_j"}
+    return Conditions(
+        **{**read, **disturbance.to_json()},
+        throttle_reasons=list(usage.throttle_reasons),
+        problems=list(usage.problems),
+        meter_overhead=_overhead(spent).to_json(),
+        truncated=truncated,
+    )
 
 
-def usage_of(record: dict[str, Any]) -> Usage:
+def usage_of(record: LedgerRecord) -> Usage:
     """Read back the usage that a ledger was made with."""
     return Usage.from_json({**record["conditions"], "energy_j": record["energy_j"]})
 
 
-def disturbance_of(record: dict[str, Any]) -> Disturbance:
+def disturbance_of(record: LedgerRecord) -> Disturbance:
     """Read back the disturbance that a ledger was made with."""
     return Disturbance.from_json(record["conditions"])
 
 
 def _gpu_hours(
-    parts: dict[str, int],
+    parts: Mapping[HoursPart, int],
     devices: int,
     kind: str,
     usage: Usage,
     granted: Grant | None,
     busy_in_steps: Value,
-) -> dict[str, Any]:
+) -> Figures:
     """Return GPU-hours by kind. Where nothing was read, traced steps tell how busy steps were: a
     lower bound.
     """
-    values = {
-        name: hours(parts[name], devices)
-        for name in ("attached", "productive", "support", "wasted")
-    }
+    shown: tuple[HoursPart, ...] = ("attached", "productive", "support", "wasted")
+    values: dict[str, Value] = {name: hours(parts[name], devices) for name in shown}
     share_of = lambda share: derive(lambda part, whole: part * whole, share, values["attached"])
     values |= {
         name: share_of(getattr(usage, name)) for name in ("busy", "sm_active", "tensor_active")
@@ -221,7 +238,7 @@ def _counts(
     peak: Value,
     *,
     is_training: bool,
-) -> dict[str, Any]:
+) -> Figures:
     nothing = null("the stage did not finish" if is_training else "this stage trains nothing")
     rate = nothing
     if seconds_in_steps:

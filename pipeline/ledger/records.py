@@ -12,19 +12,30 @@ from collections.abc import Mapping
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipeline.config.settings import CostConfig
 from pipeline.config.text_files import NotAFile, read_bytes
+from pipeline.ledger import shapes
 from pipeline.ledger.gpu_usage import FIGURES
-from pipeline.ledger.json_schema import why_not
+from pipeline.ledger.json_schema import Schema, why_not
 from pipeline.ledger.metrics import PHASES
 from pipeline.ledger.schema import RESULT_SCHEMA, VALUE
+from pipeline.ledger.shapes import Event
 from pipeline.ledger.values import from_schema_1
 
-Spec = Mapping[str, Any]
+R = TypeVar("R", bound=Mapping[str, Any])
 CHECKSUM = "checksum"  # of a record's other keys
 MAX_BYTES = 2**30
+
+
+class Spec(dict[str, Any], Generic[R]):
+    """The schema of a record, and the type of what it lets through."""
+
+    def __init__(self, record: type[R], schema: Schema) -> None:
+        super().__init__(schema)
+        self.record = record
+
 
 _DEFS = {"value": VALUE}
 _VALUE = {"$ref": "#/$defs/value"}
@@ -37,8 +48,8 @@ _PHASES_NS = {
     "additionalProperties": _NS,
 }
 _VALUES = {"type": "object", "additionalProperties": _VALUE}
-ROW: Spec = RESULT_SCHEMA["properties"]["rows"]["items"]
-_ARTIFACT: Spec = next(
+ROW: Schema = RESULT_SCHEMA["properties"]["rows"]["items"]
+_ARTIFACT: Schema = next(
     each for each in ROW["properties"]["artifact"]["oneOf"] if each["type"] == "object"
 )
 
@@ -54,7 +65,7 @@ def _fields(optional: Mapping[str, Any] | None = None, **required: Any) -> dict[
     }
 
 
-def _list_of(kind: Spec, *, least: int = 0, most: int | None = None) -> dict[str, Any]:
+def _list_of(kind: Schema, *, least: int = 0, most: int | None = None) -> dict[str, Any]:
     limit = {} if most is None else {"maxItems": most}
     return {"type": "array", "items": kind, "minItems": least, **limit}
 
@@ -67,124 +78,182 @@ _USAGE["required"] += FIGURES
 _COUNT_OR_NULL = {"type": ["number", "null"], "minimum": 0}
 # more than all that were ever sold
 _HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0, "maximum": 1e9}
-RUN: Spec = _fields(
-    {"pid": {"type": ["integer", "null"]}, "spent_device_hours": _HOURS_OR_NULL},
-    key=_TEXT,
-    status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]},
-    attempt=_ATTEMPT,
+RUN = Spec(
+    shapes.RunState,
+    _fields(
+        {"pid": {"type": ["integer", "null"]}, "spent_device_hours": _HOURS_OR_NULL},
+        key=_TEXT,
+        status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]},
+        attempt=_ATTEMPT,
+    ),
 )
 """run.json: which run of its key this is, and how far it came."""
-ANY_ARTIFACT: Spec = _fields({"artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]}})
-MADE: Spec = _fields(
-    {"usage": _USAGE},
-    artifact=_ARTIFACT,
-    run_id=_TEXT,
-    attempt=_ATTEMPT,
-    seed={"type": "integer"},
-    work_ns=_NS,
-    phases_ns=_PHASES_NS,
-    output=_fields(
-        counts=_VALUES,
-        curve=_list_of({"type": "object", "additionalProperties": {"type": ["number", "null"]}}),
-        flops_per_step=_COUNT_OR_NULL,
-        seconds_in_steps=_COUNT_OR_NULL,
-        existing={"type": "boolean"},
-        gpu_timeline=_OBJECT,
-        about=_OBJECT,
+ANY_ARTIFACT = Spec(
+    shapes.KnownArtifact, _fields({"artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]}})
+)
+MADE = Spec(
+    shapes.Made,
+    _fields(
+        {"usage": _USAGE, "disturbance": _VALUES},
+        artifact=_ARTIFACT,
+        run_id=_TEXT,
+        attempt=_ATTEMPT,
+        seed={"type": "integer"},
+        work_ns=_NS,
+        phases_ns=_PHASES_NS,
+        output=_fields(
+            {"flops_by_rule": _COUNT_OR_NULL},
+            counts=_VALUES,
+            curve=_list_of(
+                {"type": "object", "additionalProperties": {"type": ["number", "null"]}}
+            ),
+            flops_per_step=_COUNT_OR_NULL,
+            seconds_in_steps=_COUNT_OR_NULL,
+            existing={"type": "boolean"},
+            gpu_timeline=_OBJECT,
+            about=_OBJECT,
+        ),
+        memory=_VALUES,
+        earlier=_list_of(ROW),
     ),
-    memory=_VALUES,
-    earlier=_list_of(ROW),
 )
 """keys/KEY.json: what a stage made, and what that took."""
-ASSESSED: Spec = _fields(
-    {"vllm": _fields(outcome={"enum": ["ran", "failed", "not run here"]})},
-    run_id=_TEXT,
-    items=_TEXT,
-    sha256=_TEXT,
-    rows=_list_of(ROW, least=1),
+ASSESSED = Spec(
+    shapes.Assessed,
+    _fields(
+        {
+            "vllm": _fields(
+                {
+                    "why": _TEXT,
+                    "version": _TEXT,
+                    "vllm": {"type": "number"},
+                    "here": {"type": "number"},
+                    "tolerance": {"type": "number"},
+                    "agrees": {"type": "boolean"},
+                    "documents": _NS,
+                    "tokens": _NS,
+                },
+                outcome={"enum": ["ran", "failed", "not run here"]},
+            )
+        },
+        run_id=_TEXT,
+        items=_TEXT,
+        sha256=_TEXT,
+        rows=_list_of(ROW, least=1),
+    ),
 )
 """assessments/KEY.json: how good an artifact is."""
 _SECONDS = _list_of(_list_of({"type": "number", "minimum": 0}, least=2, most=2), least=1)
 _OF_PAIRS = _list_of({"type": "array", "minItems": 3, "maxItems": 3})
-SERVED: Spec = _fields(
-    {"devices": _ATTEMPT},
-    run_id=_TEXT,
-    elapsed_ns=_NS,
-    served=_fields(
-        {
-            "conditions": _VALUES,
-            "why_no_joules": _TEXT_OR_NULL,
-            "orders": _OF_PAIRS,
-            "places": _OF_PAIRS,
-            "order_seed": {"type": ["integer", "null"]},
-            "warm_up": _OBJECT,
-            "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
-        },
-        serving={
-            "type": "object",
-            "additionalProperties": {"type": "object", "additionalProperties": _VALUE},
-        },
-        seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}),
-        how=_OBJECT,
+SERVED = Spec(
+    shapes.Served,
+    _fields(
+        {"devices": _ATTEMPT},
+        run_id=_TEXT,
+        elapsed_ns=_NS,
+        served=_fields(
+            {
+                "conditions": _VALUES,
+                "why_no_joules": _TEXT_OR_NULL,
+                "dtype": _OBJECT,
+                "orders": _OF_PAIRS,
+                "places": _OF_PAIRS,
+                "order_seed": {"type": ["integer", "null"]},
+                "warm_up": _OBJECT,
+                "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
+            },
+            serving={
+                "type": "object",
+                "additionalProperties": {"type": "object", "additionalProperties": _VALUE},
+            },
+            seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}),
+            how=_OBJECT,
+        ),
     ),
 )
 """serving/KEY.json: a comparison pass."""
-MANIFEST: Spec = _fields(kind={"type": "string", "pattern": "^[a-z_]{1,40}$"}, digest=_TEXT)
+MANIFEST = Spec(
+    shapes.ArtifactFacts,
+    _fields(kind={"type": "string", "pattern": "^[a-z_]{1,40}$"}, digest=_TEXT),
+)
 """artifact.json, which is in no digest."""
-REGISTERED: Spec = _fields(
-    run_id=_TEXT,
-    device=_fields(name=_TEXT),
-    work_device_hours=_HOURS_OR_NULL,
-    retry_device_hours=_HOURS_OR_NULL,
-    model_flops=_COUNT_OR_NULL,
+REGISTERED = Spec(
+    shapes.Registered,
+    _fields(
+        run_id=_TEXT,
+        device=_fields(name=_TEXT),
+        work_device_hours=_HOURS_OR_NULL,
+        retry_device_hours=_HOURS_OR_NULL,
+        model_flops=_COUNT_OR_NULL,
+    ),
 )
 """`ledger` of an artifact.json: what a registered model cost."""
-CHOICE: Spec = _fields(chosen=_TEXT, said=_list_of(_TEXT), trials=_list_of(_OBJECT))
+CHOICE = Spec(
+    shapes.PrecisionChoice,
+    _fields(
+        {"loss_tolerance": {"type": "number"}, "not_tried": _list_of(_TEXT)},
+        chosen=_TEXT,
+        said=_list_of(_TEXT),
+        trials=_list_of(_OBJECT),
+    ),
+)
 """What an earlier attempt at a stage chose for its precision."""
-SHARD: Spec = _fields(
-    sha256=_TEXT,
-    windows=_NS,
-    tokens=_NS,
-    read=_NS,
-    bytes=_NS,
-    flops={"type": ["number", "null"], "minimum": 0},
-    capture_ns=_NS,
-    step=_NS,
-    history=_HISTORY,
+SHARD = Spec(
+    shapes.Shard,
+    _fields(
+        sha256=_TEXT,
+        windows=_NS,
+        tokens=_NS,
+        read=_NS,
+        bytes=_NS,
+        flops={"type": ["number", "null"], "minimum": 0},
+        capture_ns=_NS,
+        step=_NS,
+        history=_HISTORY,
+    ),
 )
 """Beside each shard of a capture."""
-CHECKPOINT: Spec = _fields(step=_NS, sha256={"type": "object", "additionalProperties": _TEXT})
+CHECKPOINT = Spec(
+    shapes.CheckpointManifest,
+    _fields(step=_NS, sha256={"type": "object", "additionalProperties": _TEXT}),
+)
 """manifest.json of a checkpoint."""
-PROGRESS: Spec = _fields({"history": _HISTORY})
+PROGRESS = Spec(shapes.Progress, _fields({"history": _HISTORY}))
 """extra.json of a checkpoint, for which its manifest vouches."""
 _MOMENT = _fields(e=_TEXT, t={"type": "number"})
-DELIVERED: Spec = _fields(
-    {
-        "dead": {"type": "boolean"},
-        "parent": _TEXT_OR_NULL,
-        "ended": {"type": "boolean"},
-        "children": {"type": "object", "additionalProperties": _TEXT},
-        "arms": {"type": "object", "additionalProperties": {"type": "object"}},
-        "spans": _list_of(_list_of({"type": "integer"}, least=3, most=3)),
-        "noted": {"type": ["number", "null"]},
-    },
-    offset=_NS,
-    last={"oneOf": [{"type": "null"}, _MOMENT]},
+DELIVERED = Spec(
+    shapes.Delivered,
+    _fields(
+        {
+            "dead": {"type": "boolean"},
+            "parent": _TEXT_OR_NULL,
+            "ended": {"type": "boolean"},
+            "children": {"type": "object", "additionalProperties": _TEXT},
+            "arms": {"type": "object", "additionalProperties": {"type": "object"}},
+            "spans": _list_of(_list_of({"type": "integer"}, least=3, most=3)),
+            "noted": {"type": ["number", "null"]},
+        },
+        offset=_NS,
+        last={"oneOf": [{"type": "null"}, _MOMENT]},
+    ),
 )
 """mlflow.json of a run: how far it was delivered."""
 _RANK = {"type": ["integer", "null"], "minimum": 0}
-LIFE: Spec = _fields(
-    host=_TEXT,
-    rank=_RANK,
-    local_rank=_RANK,
-    world_size={"type": ["integer", "null"], "minimum": 1},
-    device=_TEXT_OR_NULL,
-    device_name=_TEXT_OR_NULL,
-    start_ns=_NS,
-    end_ns=_NS,
-    phases_ns={"type": "object", "additionalProperties": _NS},
-    counts={"type": "object", "additionalProperties": {"type": "number"}},
-    ended={"type": "boolean"},
+LIFE = Spec(
+    shapes.LifeRecord,
+    _fields(
+        host=_TEXT,
+        rank=_RANK,
+        local_rank=_RANK,
+        world_size={"type": ["integer", "null"], "minimum": 1},
+        device=_TEXT_OR_NULL,
+        device_name=_TEXT_OR_NULL,
+        start_ns=_NS,
+        end_ns=_NS,
+        phases_ns={"type": "object", "additionalProperties": _NS},
+        counts={"type": "object", "additionalProperties": {"type": "number"}},
+        ended={"type": "boolean"},
+    ),
 )
 """What a rank of a metered command left."""
 _MADE_BY: dict[str, Any] = {
@@ -192,30 +261,36 @@ _MADE_BY: dict[str, Any] = {
     "status": _TEXT,
     "artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]},
 }
-ENDED: Spec = _fields(
-    {"why": _TEXT_OR_NULL, "primary_arm": _TEXT_OR_NULL},
-    status={"enum": ["FINISHED", "FAILED", "KILLED"]},
-    rows=_list_of(_fields(**_MADE_BY)),
+ENDED = Spec(
+    shapes.EndedResult,
+    _fields(
+        {"why": _TEXT_OR_NULL, "primary_arm": _TEXT_OR_NULL},
+        status={"enum": ["FINISHED", "FAILED", "KILLED"]},
+        rows=_list_of(_fields(**_MADE_BY)),
+    ),
 )
 """result.json, as far as a reference to a run reads it: what it made, and how it ended."""
-CHARGED: Spec = _fields(
-    {"why": _TEXT_OR_NULL},
-    run_id=_TEXT,
-    status={"enum": ["FINISHED", "FAILED", "KILLED"]},
-    primary_arm=_TEXT_OR_NULL,
-    device=_fields(kind=_TEXT, name=_TEXT),
-    rows=_list_of(
-        _fields(
-            **_MADE_BY,
-            type=_TEXT,
-            seed={"type": "integer"},
-            depends_on=_list_of(_TEXT),
-            ledger=_fields(
-                device_hours=_fields(work=_VALUE, retry=_VALUE),
-                energy_j=_VALUE,
-                counts=_fields(tokens=_VALUE, model_flops=_VALUE),
-            ),
-        )
+CHARGED = Spec(
+    shapes.ChargedResult,
+    _fields(
+        {"why": _TEXT_OR_NULL},
+        run_id=_TEXT,
+        status={"enum": ["FINISHED", "FAILED", "KILLED"]},
+        primary_arm=_TEXT_OR_NULL,
+        device=_fields(kind=_TEXT, name=_TEXT),
+        rows=_list_of(
+            _fields(
+                **_MADE_BY,
+                type=_TEXT,
+                seed={"type": "integer"},
+                depends_on=_list_of(_TEXT),
+                ledger=_fields(
+                    device_hours=_fields(work=_VALUE, retry=_VALUE),
+                    energy_j=_VALUE,
+                    counts=_fields(tokens=_VALUE, model_flops=_VALUE),
+                ),
+            )
+        ),
     ),
 )
 """result.json, as far as a registration reads it: what a run spent, too."""
@@ -237,59 +312,82 @@ _STARTED = {
     "tags": _OBJECT,
     "environment": _OBJECT,
 }
-STARTED: Spec = _fields(**_STARTED)
+STARTED = Spec(shapes.RunStarted, _fields(**_STARTED))
 """The first line of a run's journal, as far as other runs read it."""
-EVENTS: dict[str, Spec] = {
-    "run_start": _fields(
-        {**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT
+EVENTS: dict[str, Spec[Any]] = {
+    "run_start": Spec(
+        shapes.Started,
+        _fields({**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT),
     ),
-    "stage_start": _fields(
-        arm=_TEXT,
-        stage=_TEXT,
-        type=_TEXT,
-        seed={"type": "integer"},
-        attempt=_ATTEMPT,
-        params=_OBJECT,
-        depends_on=_list_of(_TEXT),
-    ),
-    "open": _fields(
-        _CLOCK,
-        kind={"enum": ["work", "assess", "compare"]},
-        **_OF_ARM,
-        attempt=_ATTEMPT,
-        start_ns=_NS,
-    ),
-    "window": _fields(_CLOCK, **_OF_ARM, window=_WINDOW, phases_ns=_PHASES_NS),
-    "row": _fields(row=ROW),
-    "points": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, values=_OBJECT),
-    "checkpoint": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS),
-    "resume": _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, history=_HISTORY),
-    "run_end": _fields(
-        status=_TEXT,
-        why=_TEXT_OR_NULL,
-        primary_arm=_TEXT_OR_NULL,
-        run=_fields(
-            {"phases_device_ns": _fields(overhead=_PHASES_NS, compare=_PHASES_NS)},
-            device_hours=_VALUES,
+    "stage_start": Spec(
+        shapes.StageStarted,
+        _fields(
+            arm=_TEXT,
+            stage=_TEXT,
+            type=_TEXT,
+            seed={"type": "integer"},
+            attempt=_ATTEMPT,
+            params=_OBJECT,
+            depends_on=_list_of(_TEXT),
         ),
     ),
-    "devices": _fields(used=_fields(kind=_TEXT, name=_TEXT, ids=_list_of(_TEXT, least=1))),
-    "started": _fields(pid={"type": "integer", "minimum": 1}),
+    "open": Spec(
+        shapes.Opened,
+        _fields(
+            _CLOCK,
+            kind={"enum": ["work", "assess", "compare"]},
+            **_OF_ARM,
+            attempt=_ATTEMPT,
+            start_ns=_NS,
+        ),
+    ),
+    "window": Spec(shapes.Closed, _fields(_CLOCK, **_OF_ARM, window=_WINDOW, phases_ns=_PHASES_NS)),
+    "row": Spec(shapes.RowLine, _fields(row=ROW)),
+    "points": Spec(shapes.Points, _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, values=_OBJECT)),
+    "checkpoint": Spec(
+        shapes.Checkpointed, _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS)
+    ),
+    "resume": Spec(
+        shapes.Resumed, _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, history=_HISTORY)
+    ),
+    "run_end": Spec(
+        shapes.Ended,
+        _fields(
+            status=_TEXT,
+            why=_TEXT_OR_NULL,
+            primary_arm=_TEXT_OR_NULL,
+            run=_fields(
+                {"phases_device_ns": _fields(overhead=_PHASES_NS, compare=_PHASES_NS)},
+                device_hours=_VALUES,
+            ),
+        ),
+    ),
+    "devices": Spec(
+        shapes.DevicesSeen,
+        _fields(used=_fields(kind=_TEXT, name=_TEXT, ids=_list_of(_TEXT, least=1))),
+    ),
+    "started": Spec(shapes.ProcessStarted, _fields(pid={"type": "integer", "minimum": 1})),
 }
 """journal.jsonl, a line each: what is read back of it. Lines of other kinds are read by MLflow's
 writer alone.
 """
-METERED: Spec = _fields(
-    run_id=_TEXT,
-    started_ns=_NS,
-    name=_TEXT,
-    node=_TEXT,
-    identity=_OBJECT,
-    params=_fields(command=_TEXT),
-    cost={"type": "object", "propertyNames": {"enum": [each.name for each in fields(CostConfig)]}},
+METERED = Spec(
+    shapes.Metered,
+    _fields(
+        run_id=_TEXT,
+        started_ns=_NS,
+        name=_TEXT,
+        node=_TEXT,
+        identity=_OBJECT,
+        params=_fields(command=_TEXT),
+        cost={
+            "type": "object",
+            "propertyNames": {"enum": [each.name for each in fields(CostConfig)]},
+        },
+    ),
 )
 """The first line of a metered command's journal, beside what every run's says."""
-_EVENT: Spec = _fields(e=_TEXT, t={"type": "number"}, mono_ns=_NS)
+_EVENT: Schema = _fields(e=_TEXT, t={"type": "number"}, mono_ns=_NS)
 _told: set[str] = set()
 
 
@@ -301,7 +399,7 @@ def tell(path: Path, why: str, so: str = "is ignored") -> None:
         print(line, flush=True)
 
 
-def why_damaged(record: Any, spec: Spec) -> str | None:
+def why_damaged(record: Any, spec: Schema) -> str | None:
     """Return what is wrong with a record that parsed, or None; its checksum is looked at where it
     has one.
     """
@@ -323,7 +421,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, CHECKSUM: checksum(record)}
 
 
-def read_record(path: Path, spec: Spec, *, so: str = "is ignored") -> dict[str, Any] | None:
+def read_record(path: Path, spec: Spec[R], *, so: str = "is ignored") -> R | None:
     """Return a record without its checksum; None where there is none, or it is damaged, which is
     said once.
 
@@ -363,11 +461,11 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def sound_events(events: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def sound_events(events: list[Event], path: Path) -> list[Event]:
     """Return the lines of a journal that say what lines of their kind say; others are as if absent,
     and said.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Event] = []
     for event in events:
         why = why_not(event, _EVENT) or why_not(event, EVENTS.get(str(event["e"]), _EVENT), _DEFS)
         if why is None:

@@ -5,22 +5,20 @@ declared now.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipeline.config.settings import CostConfig
-from pipeline.ledger.charge_sources import Event, journal_facts
+from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, charges
 from pipeline.ledger.cost import NO_RATE
+from pipeline.ledger.shapes import Event, RunMoney, RunTotals
 from pipeline.ledger.values import Value, estimated, null
 
 HELD = "hours that the scheduler held"
 ATTACHED = "attached hours, a lower bound of what was held"
 
 
-def run_cost(
-    events: Sequence[Event], totals: Mapping[str, Any], cost: CostConfig
-) -> dict[str, Any]:
+def run_cost(events: Sequence[Event], totals: RunTotals, cost: CostConfig) -> RunMoney:
     """Return the money of a run as result.json has it: `{"amount", "currency", "rate", "basis"}`.
 
     Args:

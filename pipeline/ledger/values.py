@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pipeline.ledger.shapes import Figure
+
 
 class Provenance(StrEnum):
     """Provenance of a figure, best first. A derived figure takes the worst of its inputs."""
@@ -43,7 +45,7 @@ class Value:
             "NaN is not a figure: use null(reason)"
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Figure:
         """Return `{"value", "provenance", "why_missing"}`, as figures stand in result.json."""
         return {
             "value": self.value,
@@ -52,7 +54,7 @@ class Value:
         }
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> Value:
+    def from_json(raw: Figure) -> Value:
         """Read back what `to_json` wrote; further keys (`ci`, `n`) are ignored."""
         return Value(raw["value"], Provenance(raw["provenance"]), raw["why_missing"])
 

@@ -15,6 +15,7 @@ from pipeline.config.arms import is_fallback, stage_name
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, duration, percent, significant
+from pipeline.ledger.shapes import Conclusion, Pair, Result, Row
 from pipeline.report.headline import (
     figure_of,
     is_kept,
@@ -45,10 +46,6 @@ from pipeline.report.roles import CONTROLS, arm_name, arm_word, base_words, subj
 from pipeline.report.verdict import release_conclusion
 from pipeline.report.view import (
     NOT_RECORDED,
-    Conclusion,
-    Pair,
-    Result,
-    Row,
     Value,
     device_words,
     finished_row,
@@ -69,8 +66,8 @@ is.
 
 def conclude(result: Result) -> Conclusion:
     """Return the conclusion of a run."""
-    if result.get("verdict"):
-        said = release_conclusion(result["verdict"])
+    if verdict := result.get("verdict"):
+        said = release_conclusion(verdict)
         return {**said, "answers": [*said["answers"], *_end_of_run(result)]}
     if result.get("is_release_check"):
         return {"verdict": "No verdict was reached.", "answers": _end_of_run(result)}
@@ -227,7 +224,7 @@ def _control_sentence(result: Result, pair: Pair) -> list[str]:
     ):
         return []
     assert quality is not None
-    if pair["base_is"] == "compute_control":
+    if pair.get("base_is") == "compute_control":
         return [_against_compute(result, pair, key, quality)]
     return [_against_steps(result, pair, key, quality)]
 

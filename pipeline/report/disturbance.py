@@ -4,10 +4,12 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.ledger.numbers import percent
-from pipeline.report.view import Footnotes, Result, Value, arm_rows, labels
+from pipeline.ledger.shapes import Result
+from pipeline.report.view import Footnotes, Value, arm_rows, labels
 
 UNKNOWN = "disturbance unknown: "
 _COLUMNS = (
@@ -26,7 +28,7 @@ def disturbance_table(result: Result, notes: Footnotes) -> tuple[tuple[str, ...]
     """Return head and body: shares of each arm's windows; what could not be read has its reason
     below.
     """
-    rows = [
+    rows: list[tuple[str, Mapping[str, Any]]] = [
         (name, row["ledger"].get("conditions", {}))
         for name, row in zip(labels(arm_rows(result)), arm_rows(result), strict=True)
     ]
@@ -47,7 +49,7 @@ def disturbance_table(result: Result, notes: Footnotes) -> tuple[tuple[str, ...]
     return ("arm", *(head for head, _ in columns)), body
 
 
-def _known(conditions: dict[str, Any], key: str) -> bool:
+def _known(conditions: Mapping[str, Any], key: str) -> bool:
     return key in conditions and conditions[key]["value"] is not None
 
 

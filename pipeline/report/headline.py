@@ -9,12 +9,10 @@ from __future__ import annotations
 from pipeline.config.arms import BEST_16_BIT
 from pipeline.errors import one_line
 from pipeline.ledger.numbers import percent, significant, times
+from pipeline.ledger.shapes import Pair, Result, Row
 from pipeline.report.phrases import CHEAPER_AS_RATIO, QUALITY_WORDS, answer, difference, never_pays
 from pipeline.report.roles import CONTROLS, base_words, subject
 from pipeline.report.view import (
-    Pair,
-    Result,
-    Row,
     Value,
     finished_row,
     is_finished,
@@ -199,11 +197,11 @@ def stays_as_it_is(result: Result, arm: str) -> str:
 
     Where that is so in some seeds only, they are named.
     """
-    kept = [row for row in _done(result, arm) if row.get("unchanged")]
+    kept = [(row["seed"], said) for row in _done(result, arm) if (said := row.get("unchanged"))]
     if not kept:
         return ""
-    why, source = one_line(kept[0]["unchanged"]["why"]), kept[0]["unchanged"]["as"]
-    numbers = " and ".join(str(row["seed"]) for row in kept)
+    why, source = one_line(kept[0][1]["why"]), kept[0][1]["as"]
+    numbers = " and ".join(str(seed) for seed, _ in kept)
     which = "" if is_kept(result, arm) else f" of seed {numbers}"
     return f"{subject(result, arm)}{which} stays as {subject(result, source)} is ({why})"
 
@@ -257,8 +255,11 @@ def _counted(result: Result, arm: str, name: str) -> float | None:
         *(
             each
             for each in read
-            if each is not None and (each["artifact"] or {}).get("kind") == "teacher_cache"
+            if each is not None
+            and each["artifact"] is not None
+            and each["artifact"]["kind"] == "teacher_cache"
         ),
     ]
     counts = [each["ledger"]["counts"][name]["value"] for each in rows]
-    return None if None in counts else sum(counts)
+    known = [each for each in counts if each is not None]
+    return sum(known) if len(known) == len(counts) else None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import one_line
+from pipeline.ledger.shapes import CriterionRecord
 from pipeline.report.verdict import criterion_words, end_code, shown_line, trouble
 
 SUITE = "release_check"
@@ -70,7 +71,7 @@ def _of(verdict: Mapping[str, Any]) -> str:
     return one_line(model or str(candidate.get("digest", "unknown"))[:12], 80)
 
 
-def _case(criterion: Mapping[str, Any], verdict: Mapping[str, Any]) -> ET.Element:
+def _case(criterion: CriterionRecord, verdict: Mapping[str, Any]) -> ET.Element:
     case = _testcase(
         criterion["name"], verdict, _seconds(verdict) if criterion["name"] == "serving" else "0"
     )

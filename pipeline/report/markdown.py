@@ -15,6 +15,7 @@ from pipeline.evaluation.serving.engine import LOAD as ENGINE_LOAD
 from pipeline.ledger.attempted import UNMEASURED
 from pipeline.ledger.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, points, significant
+from pipeline.ledger.shapes import Pair, Result, Row, Speedup
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
@@ -34,9 +35,6 @@ from pipeline.report.verdict import (
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,
-    Pair,
-    Result,
-    Row,
     Value,
     arm_rows,
     device_words,
@@ -199,6 +197,10 @@ def _disturbance(result: Result, notes: Footnotes, shown: dict[str, None]) -> li
     return _table(head, body)
 
 
+def _slice_words(worst: Value, by: Callable[[float], str]) -> str:
+    return f"{_md(worst['slice'])}: {by(worst['value'])} worse (n = {worst['n']})"
+
+
 def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
     rows = [row for row in arm_rows(result) if "kl_to_unquantized" in row["quality"]]
     if not rows:
@@ -215,11 +217,9 @@ def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str
     )
     body: list[list[str]] = []
     for name, row in zip(labels(rows), rows, strict=True):
-        kl, flips, worst = (
-            row["quality"][key] for key in ("kl_to_unquantized", "flips", "worst_slice")
-        )
+        kl, flips = row["quality"]["kl_to_unquantized"], row["quality"]["flips"]
         by = percent if primary_key(result) in RELATIVE else points
-        lost = f"{_md(worst['slice'])}: {by(worst['value'])} worse (n = {worst['n']})"
+        lost = _slice_words(row["quality"]["worst_slice"], by)
         made = row.get("quantization")
         share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
         body.append(
@@ -300,7 +300,9 @@ def _spent_and_reused(row: Row, result: Result, hours: str, notes: Footnotes) ->
     )
 
 
-def _where_measured(rows: list[Row], shown: dict[str, None]) -> dict[str, Callable[[Row], Figure]]:
+def _where_measured(
+    rows: Sequence[Row], shown: dict[str, None]
+) -> dict[str, Callable[[Row], Figure]]:
     """Return the columns, by head, that stand in the table where any row has a figure for them."""
     candidates: tuple[tuple[str, str, Callable[[Row], Figure]], ...] = (
         ("weights", "serving/weights_bytes", lambda row: (_weights(row), num_bytes)),
@@ -427,7 +429,7 @@ def _pair_cells(
         yield [*start, "payback", *_payback_cells(pair["payback"], pair["serving"], notes, absent)]
 
 
-def _speedup_cells(speedup: dict[str, Any], notes: Footnotes) -> list[str]:
+def _speedup_cells(speedup: Speedup, notes: Footnotes) -> list[str]:
     what = f"memory saving ({speedup['memory']['of'].removesuffix('_bytes')})"
     answer = "no_speedup: saves neither time nor memory" if speedup["no_speedup"] else ""
     return [
@@ -584,11 +586,10 @@ def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[s
     )
     if f"dynamic_cache_{SERVING_KEY}" in known:
         legend += f" Dynamic cache: device-seconds per 1,000 {what}s when served so, read twice."
-    pairs = [
-        pair for pair in result["comparisons"] if pair["serving"] and pair["serving"].get("how")
-    ]
     ways = [
-        bullet(f"{pair['arm']} against {pair['base']}: {pair['serving']['how']}") for pair in pairs
+        bullet(f"{pair['arm']} against {pair['base']}: {how}")
+        for pair in result["comparisons"]
+        if pair["serving"] and (how := pair["serving"].get("how"))
     ]
     return [
         *_table(("arm", *(head for head, _, _ in columns)), body),

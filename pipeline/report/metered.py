@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, significant
+from pipeline.ledger.shapes import Conclusion, DeviceHours, HoursPart, Result, Row
 from pipeline.report import waste
 from pipeline.report.money import cost_of_run, joules, money
 from pipeline.report.text import bullet, conclusion_markdown, markdown_text, pad, wrap
-from pipeline.report.view import Conclusion, Result, Row, Value, device_words, status_word
+from pipeline.report.view import Value, device_words, status_word
 
 WIDTH = 80
 _SMALL_SHARE = 0.005
@@ -60,7 +61,7 @@ def conclude(result: Result) -> Conclusion:
     return {"verdict": f"{said}, of which {shares}.", "answers": [apart]}
 
 
-def _share(hours: dict[str, Value], part: str) -> float:
+def _share(hours: DeviceHours, part: HoursPart) -> float:
     attached = hours["attached"]["value"]
     return (hours[part]["value"] or 0.0) / attached if attached else 0.0
 
@@ -69,12 +70,12 @@ def closing_table(result: Result) -> str:
     """Return the table that the meter prints at its end: lines of at most 80 columns."""
     row = result["rows"][0]
     figures = {
-        key: value
+        key: v
         for key, value in row_summary(row).items()
-        if key in _TERMINAL and value["value"] is not None
+        if key in _TERMINAL and (v := value["value"]) is not None
     }
     lines = [
-        (key.rpartition("/")[2].replace("_", " "), _form(key, figures[key]["value"], row))
+        (key.rpartition("/")[2].replace("_", " "), _form(key, figures[key], row))
         for key in _TERMINAL
         if key in figures
     ]
@@ -102,7 +103,9 @@ def markdown(result: Result) -> str:
     row = result["rows"][0]
     figures = row_summary(row)
     known = {
-        key: value for key, value in figures.items() if value["value"] is not None and key in BY_KEY
+        key: (v, value["provenance"])
+        for key, value in figures.items()
+        if (v := value["value"]) is not None and key in BY_KEY
     }
     sections = [
         f"# {markdown_text(row['arm'])}: {result['status']}",
@@ -116,10 +119,7 @@ def markdown(result: Result) -> str:
             "What it took",
             _table(
                 ("figure", "value", "how it is known"),
-                (
-                    [key, _form(key, value["value"], row), value["provenance"]]
-                    for key, value in known.items()
-                ),
+                ([key, _form(key, v, row), provenance] for key, (v, provenance) in known.items()),
             ),
         ),
         _section("Where the time went", _phases(row)),
@@ -182,7 +182,7 @@ def _doubts(row: Row) -> list[str]:
     return [f"the meter says {problem}" for problem in row["ledger"]["meter_problems"]]
 
 
-def _missing(figures: dict[str, Value]) -> list[str]:
+def _missing(figures: Mapping[str, Value]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for key, value in figures.items():
         if value["value"] is None:

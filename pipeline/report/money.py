@@ -7,12 +7,12 @@ converged.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from pipeline.errors import one_line
 from pipeline.ledger.converged import NO_TARGET
 from pipeline.ledger.numbers import count, duration, significant
-from pipeline.report.view import Result, Row
+from pipeline.ledger.shapes import ConvergedRecord, Result, Row, RunMoney
 
 CONVERGED_KEYS = ("compute/per_converged_model_device_hours", "cost/per_converged_model")
 
@@ -50,7 +50,7 @@ def money_lines(result: Result) -> list[str]:
     ]
 
 
-def cost_of_run(cost: dict[str, Any] | None) -> str | None:
+def cost_of_run(cost: RunMoney | None) -> str | None:
     """Say what the run cost, overhead and comparison pass included, and at whose word."""
     if cost is None or cost["rate"] is None:
         return None
@@ -68,14 +68,15 @@ def cost_of_run(cost: dict[str, Any] | None) -> str | None:
     )
 
 
-def _sum(rows: list[Row], name: str) -> float | None:
+def _sum(rows: list[Row], name: Literal["amount", "facility_energy_j"]) -> float | None:
     """Return the sum over rows; None where one of them does not know."""
-    found = [(row["ledger"]["cost"].get(name) or {"value": None})["value"] for row in rows]
+    figures = [row["ledger"]["cost"].get(name) for row in rows]
+    found = [None if figure is None else figure["value"] for figure in figures]
     known = [v for v in found if v is not None]
     return sum(known) if known and len(known) == len(found) else None
 
 
-def _converged(told: dict[str, Any] | None) -> str | None:
+def _converged(told: ConvergedRecord | None) -> str | None:
     if told is None or told["device_hours"]["why_missing"] == NO_TARGET:
         return None
     if told["device_hours"]["value"] is None:

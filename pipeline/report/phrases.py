@@ -4,13 +4,13 @@ margin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipeline.compare import figures, statistics
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
 from pipeline.ledger.numbers import count, percent, points, times
+from pipeline.ledger.shapes import Speedup
 from pipeline.report.view import Value, straddles
 from pipeline.tasks.table import QUALITIES
 
@@ -177,7 +177,7 @@ def _undisturbed(v: float, saving: Value) -> str:
     )
 
 
-def memory_verbs(speedup: Mapping[str, Any] | None) -> list[str]:
+def memory_verbs(speedup: Speedup | None) -> list[str]:
     """Say what a quantized arm's memory is against its source's; nothing where that is not
     judged.
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.ledger.numbers import percent, significant
+from pipeline.ledger.shapes import Result
 
 
-def reading_lines(result: dict[str, Any]) -> list[str]:
+def reading_lines(result: Result) -> list[str]:
     """Return what was read of the test split, where it was not all, and what unknown tokens and
     ends took.
 
@@ -24,7 +26,7 @@ def reading_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_row(quality: dict[str, Any]) -> list[str]:
+def _of_row(quality: Mapping[str, Any]) -> list[str]:
     said: list[str] = []
     value = lambda name: quality.get(name, {}).get("value")
     documents, cut = value("read_documents"), value("cut_documents")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.config.arms import BASE, BEST_16_BIT, is_fallback
 from pipeline.errors import one_line
-from pipeline.report.view import Pair, Result
+from pipeline.ledger.shapes import Pair, Result
 
 CONTROLS = {
     "compute_control": "control with equal compute",
@@ -30,9 +30,9 @@ def _roles(result: Result) -> Iterator[tuple[str, set[str]]]:
     """Yield every role with the arms that have it; where an arm has two, the first one names it."""
     rows = [row for row in result["rows"] if not is_fallback(row["arm"])]
     taught = {
-        row["arm"]: row["inputs"]["teacher"]
+        row["arm"]: row.get("inputs", {})["teacher"]
         for row in rows
-        if "teacher" in row.get("inputs", {}) and row["makes"] == "model"
+        if "teacher" in row.get("inputs", {}) and row.get("makes") == "model"
     }
     yield "student", set(taught)
     yield "teacher", set(taught.values())

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY
 from pipeline.ledger.numbers import count, duration, percent, significant
+from pipeline.ledger.shapes import Pair, Result, Row
 from pipeline.report.money import money_lines
 from pipeline.report.phrases import PAIR_INTERVAL
 from pipeline.report.text import columns, pad, shorten, wrap
 from pipeline.report.view import (
     SERVING_KEY,
     Footnotes,
-    Pair,
-    Result,
-    Row,
     arm_rows,
     device_words,
     hours_of,
@@ -74,12 +73,12 @@ def closing_table(result: Result) -> str:
     return "\n".join([*table, *_below(result, notes)])
 
 
-def _status(rows: list[Row], notes: Footnotes) -> _Column:
+def _status(rows: Sequence[Row], notes: Footnotes) -> _Column:
     why = lambda row: "" if is_finished(row) else notes.mark(row["why"] or "no reason recorded")
     return _Column(("status",), tuple(status_word(row) + why(row) for row in rows))
 
 
-def _time(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
+def _time(result: Result, rows: Sequence[Row], notes: Footnotes) -> _Column:
     """What this invocation spent: a reused stage cost it nothing, and its own figure stands below
     the table.
     """
@@ -90,13 +89,13 @@ def _time(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
     return _Column(tuple(hours_word(result).replace("-", "- ").split()), tuple(cells))
 
 
-def _tokens(rows: list[Row], notes: Footnotes) -> _Column:
+def _tokens(rows: Sequence[Row], notes: Footnotes) -> _Column:
     return _Column(
         ("tokens",), tuple(notes.show(row["ledger"]["counts"]["tokens"], count) for row in rows)
     )
 
 
-def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
+def _quality(result: Result, rows: Sequence[Row], notes: Footnotes) -> _Column:
     key = primary_key(result)
     quality = QUALITIES.get(key)
     head = (quality and quality.heading) or key.replace("_", " ")
@@ -105,7 +104,7 @@ def _quality(result: Result, rows: list[Row], notes: Footnotes) -> _Column:
     return _Column((head, *quality_direction(key).split()), cells)
 
 
-def _serving(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
+def _serving(result: Result, rows: Sequence[Row], notes: Footnotes) -> list[_Column]:
     known = (row["serving"].get(SERVING_KEY) for row in rows)
     if all(value is None or value["value"] is None for value in known) and not saving_pairs(
         result, "serving"
@@ -118,7 +117,7 @@ def _serving(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]
     return [_Column(("serving", symbol, "per 1k", f"{unit(result)}s"), cells)]
 
 
-def _savings(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]:
+def _savings(result: Result, rows: Sequence[Row], notes: Footnotes) -> list[_Column]:
     """Return a column per kind of saving that any comparison was read on; arms it does not speak of
     stay blank.
     """
@@ -133,7 +132,7 @@ def _savings(result: Result, rows: list[Row], notes: Footnotes) -> list[_Column]
     return found
 
 
-def _first_row(rows: list[Row], arm: str) -> int:
+def _first_row(rows: Sequence[Row], arm: str) -> int:
     """Return where an arm's saving stands, which is over all seeds: its first row with an artifact,
     else its first.
     """

@@ -12,11 +12,13 @@ from typing import Any
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
 from pipeline.ledger.numbers import count, duration
+from pipeline.ledger.shapes import Conclusion, CriterionRecord, SideRecord
 from pipeline.report.history import look_words, recent
 from pipeline.report.text import bullet, markdown_text
-from pipeline.report.view import Conclusion
 
 Verdict = Mapping[str, Any]
+"""As a gate has it, or as verdict.json or result.json does: what is read of it stands in all three.
+"""
 GAP = "  "
 MOST_DECIMALS = 12
 DECIDED = "That is decided: the same command again gives this verdict, and measures nothing."
@@ -100,7 +102,7 @@ def end_code(verdict: Verdict) -> int:
     return (verdict.get("end") or verdict)["exit_code"]
 
 
-def _serving(criterion: Verdict, verdict: Verdict) -> str:
+def _serving(criterion: CriterionRecord, verdict: Verdict) -> str:
     device = "GPU-s" if verdict["device"]["kind"] != "cpu" else "device-s"
     what = f"{device}/1k {verdict['unit']}s"
     saving = criterion["value"]["value"]
@@ -110,7 +112,7 @@ def _serving(criterion: Verdict, verdict: Verdict) -> str:
     return f"{_signed(-saving, decimals)}% {what}{_ends(criterion['ci'], decimals, turned=True)}"
 
 
-def _quality(criterion: Verdict) -> str:
+def _quality(criterion: CriterionRecord) -> str:
     key = criterion["name"].removeprefix("quality/")
     symbol, name = ("%" if key in RELATIVE else " pt"), one_line(key.replace("_", " "), 80)
     if not key.startswith(TASK) and DIRECTION[key] < 0:
@@ -119,27 +121,25 @@ def _quality(criterion: Verdict) -> str:
         return f"{name} unknown"
     decimals = _decimals(criterion)
     delta = _signed(criterion["value"]["value"], decimals)
-    margin = _exact(criterion["threshold"])
+    margin = _exact(criterion["threshold"] or 0.0)
     return (
         f"{name} {delta}{symbol}{_ends(criterion['ci'], decimals)} vs margin"
         f" {margin}{_unseen(criterion)}"
     )
 
 
-def _unseen(criterion: Verdict) -> str:
+def _unseen(criterion: CriterionRecord) -> str:
     """Return, for the verdict's line, which damage a PASS cannot have seen."""
     words = unseen_words(criterion) if criterion["outcome"] == "PASS" else None
     return "" if words is None else f" ({words})"
 
 
-def _decimals(criterion: Verdict) -> int:
+def _decimals(criterion: CriterionRecord) -> int:
     """Return the decimals of percentages at which value and ends read on the side of the threshold
     that they are on.
     """
-    shares, threshold = (
-        [*(criterion["ci"] or ()), criterion["value"]["value"]],
-        criterion["threshold"] or 0.0,
-    )
+    value, threshold = criterion["value"]["value"], criterion["threshold"] or 0.0
+    shares = [*(criterion["ci"] or ()), *([] if value is None else [value])]
     limit = float(_exact(threshold))
     for decimals in range(len(_exact(threshold).partition(".")[2]), MOST_DECIMALS):
         if all(
@@ -176,7 +176,7 @@ def _ends(ci: list[float] | None, decimals: int, *, turned: bool = False) -> str
     return f" [{_signed(low, decimals)}, {_signed(high, decimals)}]"
 
 
-def _payback(criterion: Verdict, verdict: Verdict) -> str:
+def _payback(criterion: CriterionRecord, verdict: Verdict) -> str:
     units = criterion["value"]["value"]
     if units is None:
         never = str(criterion["value"]["why_missing"]).startswith("never")
@@ -206,16 +206,16 @@ def release_conclusion(verdict: Verdict) -> Conclusion:
     }
 
 
-def criterion_words(criterion: Verdict) -> str:
+def criterion_words(criterion: CriterionRecord) -> str:
     """Return what a criterion came to, with its reading and what speaks against it."""
     return f"{_title(criterion)} {WORDS[criterion['outcome']]}{_because(criterion)}"
 
 
-def _title(criterion: Verdict) -> str:
+def _title(criterion: CriterionRecord) -> str:
     return one_line(criterion["name"].removeprefix("quality/").replace("_", " "), 80)
 
 
-def _because(criterion: Verdict) -> str:
+def _because(criterion: CriterionRecord) -> str:
     reading = _reading(criterion)
     why = (
         f": {one_line(criterion['why'])}"
@@ -291,7 +291,7 @@ def _next(verdict: Verdict) -> list[str]:
     return ["No further look would help: give more data, or another candidate."]
 
 
-def _reading(criterion: Verdict) -> str:
+def _reading(criterion: CriterionRecord) -> str:
     """Return value and interval of a criterion, in its own sense (positive is better), or `-`."""
     value = criterion["value"]["value"]
     if value is None:
@@ -314,7 +314,7 @@ INDEPENDENT = (
 )
 
 
-def _assumed(criteria: Sequence[Verdict]) -> list[str]:
+def _assumed(criteria: Sequence[CriterionRecord]) -> list[str]:
     """Return the assumption that intervals over documents rest on, where no groups are known."""
     read = [
         each for each in criteria if each["name"].startswith("quality/") and each["ci"] is not None
@@ -358,7 +358,7 @@ def counted_words(criterion: Mapping[str, Any]) -> str:
     return str(criterion["n"]) if groups is None else f"{criterion['n']} in {groups} groups"
 
 
-def _limit(criterion: Verdict) -> str:
+def _limit(criterion: CriterionRecord) -> str:
     """Return the threshold that a policy asks for, or `-`."""
     threshold = criterion["threshold"]
     if threshold is None or not criterion["gating"]:
@@ -368,7 +368,7 @@ def _limit(criterion: Verdict) -> str:
     return _exact(threshold) + ("%" if _is_share_of_base(criterion["name"]) else " pt")
 
 
-def _cells(criterion: Verdict) -> list[str]:
+def _cells(criterion: CriterionRecord) -> list[str]:
     note = [
         criterion["why"] or "",
         needed_words(criterion) if criterion["needed"] else "",
@@ -386,7 +386,7 @@ def _cells(criterion: Verdict) -> list[str]:
     return [markdown_text(cell) for cell in cells]
 
 
-def _side(name: str, side: Verdict) -> str:
+def _side(name: str, side: SideRecord) -> str:
     version = f", version {side['version']} of {side['model']}" if side["version"] else ""
     hours = (side["charge"] or {}).get("work_device_hours")
     cost = ", no ledger" if hours is None else f", took {duration(3600 * hours)} of device time"

@@ -4,8 +4,8 @@ nulls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired
 
 from pipeline.config.arms import BASE, is_fallback
 from pipeline.config.settings import Task
@@ -14,21 +14,17 @@ from pipeline.ledger.devices.table import is_gpu
 from pipeline.ledger.metrics import BY_KEY, PRIMARY, UNIT
 from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
+from pipeline.ledger.shapes import Pair, Result, Row
 from pipeline.report.text import NO_BREAK
 
-Result = dict[str, Any]
-"""A dict that validates against `pipeline.ledger.schema.RESULT_SCHEMA`."""
-Row = dict[str, Any]
-Value = dict[str, Any]
-Pair = dict[str, Any]
-"""One of the result's comparisons."""
+Value = Mapping[str, Any]
+"""A figure with what stands beside it, which differs: an interval, a margin, a unit."""
 
 
-class Conclusion(TypedDict):
-    """What a report says in the end: one sentence, then a bullet for each answer."""
+class ArmRow(Row):
+    """A row as a table of arms shows it: `work` is that of another run which it assessed."""
 
-    verdict: str
-    answers: list[str]
+    work: NotRequired[Row]
 
 
 SERVING_KEY = "device_s_per_1k_units"
@@ -83,7 +79,7 @@ def no_figure(row: Row) -> str:
     return row["why"] or NOT_RECORDED
 
 
-def arm_rows(result: Result) -> list[Row]:
+def arm_rows(result: Result) -> list[ArmRow]:
     """Return the rows that a table of arms shows: work of another run stands with the row that
     assessed it here.
 
@@ -105,7 +101,7 @@ def arm_rows(result: Result) -> list[Row]:
         (
             {**row, "work": reused[row["arm"], row["seed"]]}
             if is_finished(row) and (row["arm"], row["seed"]) in joined
-            else row
+            else {**row}
         )
         for row in rows
     ]
@@ -115,7 +111,7 @@ def _is_work_alone(row: Row) -> bool:
     return row["status"] == "FINISHED" and row["artifact"] is None
 
 
-def status_word(row: Row) -> str:
+def status_word(row: Row | ArmRow) -> str:
     """Return `done`, `reused`, `assessed` (the work is another run's), `skipped`, `FAILED` or
     `KILLED`.
     """
@@ -182,7 +178,7 @@ def served_seed(result: Result) -> int | None:
     return next((row["seed"] for row in known), None)
 
 
-def labels(rows: list[Row]) -> list[str]:
+def labels(rows: Sequence[Row]) -> list[str]:
     """Return a name per row: the arm, with seed, run and attempt only where they tell rows
     apart.
     """

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import WASTE_CAUSES, WASTED
 from pipeline.ledger.numbers import duration, percent, significant
+from pipeline.ledger.shapes import Result, Row
 from pipeline.report.text import NO_BREAK
-from pipeline.report.view import Result, Row, labels
+from pipeline.report.view import labels
 
 HOUR_NS = 3600 * 10**9
 METERED = "metered"
@@ -153,7 +154,7 @@ def causes(row: Row) -> list[Cause]:
     largest first.
     """
     attached = row["ledger"]["device_hours"]["attached"]["value"]
-    if not causes_are_known(row):
+    if attached is None or not causes_are_known(row):
         return []
     by_kind = (_wasted(row), _support(row, attached), _on_device(row))
     return [cause for kind in by_kind for cause in sorted(kind, key=lambda cause: -cause.share)]
@@ -185,11 +186,12 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
 
 def _wasted(row: Row) -> list[Cause]:
     hours = row["ledger"]["device_hours"]
-    found = {name: hours["wasted_by"].get(name, {"value": None})["value"] for name in WASTE_CAUSES}
+    attached, by_cause = hours["attached"]["value"], hours["wasted_by"]
+    found = {name: by_cause[name]["value"] for name in WASTE_CAUSES if name in by_cause}
     return [
-        _cause(row, name, "wasted", lost / hours["attached"]["value"], lost)
+        _cause(row, name, "wasted", lost / attached, lost)
         for name, lost in found.items()
-        if lost and lost / hours["attached"]["value"] >= _SHOWN_SHARE
+        if lost and attached and lost / attached >= _SHOWN_SHARE
     ]
 
 
@@ -283,7 +285,7 @@ def total(result: Result) -> Cause | None:
     spent = run["device_hours"]["total"]["value"]
     if not spent or not all(causes_are_known(row) for row in own):
         return None
-    parts = run["phases_device_ns"].values()
+    parts = (run["phases_device_ns"]["overhead"], run["phases_device_ns"]["compare"])
     wasted = sum(_hours(row, "wasted") for row in own)
     wasted += sum(phases.get(phase, 0) for phases in parts for phase in WASTED) / HOUR_NS
     rate = _rate(result)
@@ -309,7 +311,7 @@ def closing_lines(result: Result) -> list[str]:
         if cause.advice or (cause.kind == "wasted" and cause.share >= _TERMINAL_SHARE)
     ]
     spent = result["run"]["device_hours"]["total"]["value"]
-    lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent))
+    lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent or 0.0))
     first = f"wasted {percent(whole.share)} of this run ({lost} of {taken})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
     return [

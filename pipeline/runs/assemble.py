@@ -9,11 +9,10 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.ledger import metrics
 from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.ledger.booking import device_hours
+from pipeline.ledger.booking import device_hours, run_hours
 from pipeline.ledger.converged import of_this_run
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import COMPARED
@@ -21,6 +20,7 @@ from pipeline.ledger.journal import read_events
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.records import RUN, read_record, sealed
 from pipeline.ledger.run_cost import run_cost
+from pipeline.ledger.shapes import Figures, HoursPart, Result, RunTotals
 from pipeline.ledger.values import measured, null
 from pipeline.report.conclusion import conclude
 from pipeline.report.formats import files_of
@@ -28,7 +28,6 @@ from pipeline.report.markdown import short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import shown_line
-from pipeline.report.view import is_finished
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
@@ -60,13 +59,13 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     files = files_of(result, verdict)
     for name, text in files.items():
         write_text(running.session.folder / name, text)
-    state = read_record(running.session.folder / "run.json", RUN) or {}
+    state = read_record(running.session.folder / "run.json", RUN)
     end = {
         "status": status,
         "pid": None,
         "spent_device_hours": result["run"]["device_hours"]["total"]["value"],
     }
-    write_json(running.session.folder / "run.json", sealed({**state, **end}))
+    write_json(running.session.folder / "run.json", sealed({**(state or {}), **end}))
     running.session.journal.write(
         "run_end",
         status=status,
@@ -84,7 +83,12 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         ],
     )
     running.session.journal.close()
-    made = any(is_finished(row) and row["artifact"]["kind"] == MODEL for row in running.book.rows)
+    made = any(
+        row["status"] == "FINISHED"
+        and row["artifact"] is not None
+        and row["artifact"]["kind"] == MODEL
+        for row in running.book.rows
+    )
     if status == "FINISHED" and made and running.session.gate is None:
         _point_latest(running.session.folder)
     running.lock.release()
@@ -126,9 +130,9 @@ def _traces(running: Running) -> list[str]:
     )
 
 
-def build_result(running: Running, status: str, why: str | None) -> dict[str, Any]:
+def build_result(running: Running, status: str, why: str | None) -> Result:
     """Return result.json's content."""
-    result: dict[str, Any] = {
+    result: Result = {
         "schema": 2,
         "run_id": running.session.run_id,
         "recipe": running.session.run.recipe,
@@ -161,27 +165,21 @@ def build_result(running: Running, status: str, why: str | None) -> dict[str, An
     return result
 
 
-def _totals(running: Running) -> dict[str, Any]:
+def _totals(running: Running) -> RunTotals:
     """Return the run's device-hours over all its attempts; overhead is what no window took."""
     booked, overhead_ns = running.timeline.booking()
-    parts = {
-        "total": booked.attached_ns,
-        "work": booked.work_ns,
-        "assess": booked.assess_ns,
-        "retry": booked.retry_ns,
-        "compare": booked.compare_ns,
-        "overhead": booked.overhead_ns,
-    }
-    hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
-    phases = {"overhead": overhead_ns, "compare": running.timeline.compare_ns}
-    return {
+    hours = run_hours(booked)
+    totals: RunTotals = {
         "attempts": running.session.number,
         "device_hours": hours,
-        "phases_device_ns": phases,
+        "phases_device_ns": {"overhead": overhead_ns, "compare": running.timeline.compare_ns},
         "spent": hours["total"],
         "reused": measured(running.book.reused_h).to_json(),
-        **_compared(running),
     }
+    compared = _compared(running)
+    if compared is not None:
+        totals["compare_conditions"] = compared
+    return totals
 
 
 def disagreements(running: Running) -> list[str]:
@@ -193,11 +191,12 @@ def disagreements(running: Running) -> list[str]:
     booked, _ = running.timeline.booking()
     own = [row for row in running.book.all_rows() if row["reused"] is None]
     found: list[str] = []
-    for part, total_ns in (
-        ("work", booked.work_ns),
-        ("assess", booked.assess_ns),
-        ("retry", booked.retry_ns),
-    ):
+    totals: dict[HoursPart, int] = {
+        "work": booked.work_ns,
+        "assess": booked.assess_ns,
+        "retry": booked.retry_ns,
+    }
+    for part, total_ns in totals.items():
         of_rows, of_run = sum(hours_in(row, part) for row in own), device_hours(total_ns)
         if not math.isclose(of_rows, of_run, rel_tol=1e-6, abs_tol=1e-9):
             found.append(
@@ -207,16 +206,12 @@ def disagreements(running: Running) -> list[str]:
     return found
 
 
-def _compared(running: Running) -> dict[str, Any]:
+def _compared(running: Running) -> Figures | None:
     """Return what the machine was like during the comparison pass; nothing where there was none."""
     if running.book.served is None:
-        return {}
+        return None
     lacking = null("not recorded by the release that measured it").to_json()
-    return {
-        "compare_conditions": {
-            name: running.book.served.conditions.get(name, lacking) for name in COMPARED
-        }
-    }
+    return {name: running.book.served.conditions.get(name, lacking) for name in COMPARED}
 
 
 def _point_latest(folder: Path) -> None:

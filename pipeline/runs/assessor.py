@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.settings import VllmCheck
 from pipeline.config.text_files import read_bytes
@@ -19,16 +18,14 @@ from pipeline.ledger.attempted import UNMEASURED, attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.records import ASSESSED, MAX_BYTES
+from pipeline.ledger.shapes import Assessed, AssessedFacts, KnownQuality, Made, Quality, Row
 from pipeline.runs.keys import assessment_key, evaluation_key, quantized_by
 from pipeline.runs.out_of_memory import failing_as
-from pipeline.runs.rows import Record, broken_row, made_row, moved, reused_work
+from pipeline.runs.rows import broken_row, made_row, moved, reused_work
 from pipeline.runs.running import Running
 from pipeline.runs.timeline import OpenWindow
 from pipeline.stages.base import Stage, teacher_of
 from pipeline.store.artifacts import Artifact, make_way
-
-Quality = dict[str, dict[str, Any]]
-"""By key, a figure with its interval, the number of documents, and where their values lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class Assessor:
     running: Running
     seed: int
 
-    def assess(self, name: str, stage: Stage, made: Record, stage_key: str) -> Record:
+    def assess(self, name: str, stage: Stage, made: Made, stage_key: str) -> Assessed:
         """Bring an artifact's assessment to its rows, made now or found; return what the store
         remembers of it.
         """
@@ -50,7 +47,7 @@ class Assessor:
             self._reuse(name, record)
         return record
 
-    def _key(self, name: str, made: Record, stage_key: str) -> str:
+    def _key(self, name: str, made: Made, stage_key: str) -> str:
         session, artifact = self.running.session, Artifact.from_json(made["artifact"])
         teacher = self._teacher(name)
         checks = self._wants_vllm(name) and self._why_no_vllm(artifact.path) is None
@@ -91,7 +88,7 @@ class Assessor:
 
     # -- found ------------------------------------------------------------------------------------
 
-    def _recall(self, key: str, made: Record) -> Record | None:
+    def _recall(self, key: str, made: Made) -> Assessed | None:
         """Return what is remembered of an assessment with this key, if its per-document values are
         still there.
 
@@ -111,7 +108,7 @@ class Assessor:
         rows = [moved(row, made["artifact"], items) for row in record["rows"]]
         return {**record, "items": str(items), "rows": rows}
 
-    def _reuse(self, name: str, record: Record) -> None:
+    def _reuse(self, name: str, record: Assessed) -> None:
         """Add the rows of work and assessment that were found done: linked to their run, nothing
         spent.
         """
@@ -123,12 +120,14 @@ class Assessor:
             book.rows += [row for row in finished if row["reused"] is None]
             return
         print(f"{name}: reused from {record['run_id']}", flush=True)
-        rows = [{**row, "reused": row["reused"] or record["run_id"]} for row in record["rows"]]
+        rows: list[Row] = [
+            {**row, "reused": row["reused"] or record["run_id"]} for row in record["rows"]
+        ]
         book.adopt(rows, "work", "assess")
 
     # -- made -------------------------------------------------------------------------------------
 
-    def _assess(self, name: str, stage: Stage, made: Record, key: str) -> Record:
+    def _assess(self, name: str, stage: Stage, made: Made, key: str) -> Assessed:
         """Score an artifact, reloaded from disk, inside a window of its own; return what the store
         remembers of it.
         """
@@ -160,7 +159,7 @@ class Assessor:
             book.adopt([reused_work(session, name, stage, self.seed, made, quality)], "work")
         book.add_finished_before(name, self.seed)
         book.add(made_row(timeline, name, stage, self.seed, made, window, quality))
-        record: Record = {
+        record: Assessed = {
             "run_id": session.run_id,
             "items": str(items),
             "sha256": items_sha256(items),
@@ -209,10 +208,18 @@ class Assessor:
         )
         return quality
 
-    def _assessed(self, quality: Quality) -> dict[str, Any]:
+    def _assessed(self, quality: Quality) -> AssessedFacts:
         """Return what artifact.json says of an artifact's quality, and where that was found."""
-        session, kept = self.running.session, ("value", "why_missing", "ci", "n")
-        figures = {key: {name: value.get(name) for name in kept} for key, value in quality.items()}
+        session = self.running.session
+        figures: dict[str, KnownQuality] = {
+            key: {
+                "value": figure["value"],
+                "why_missing": figure["why_missing"],
+                "ci": figure["ci"],
+                "n": figure["n"],
+            }
+            for key, figure in quality.items()
+        }
         return {
             "quality": figures,
             "data": session.data.digest,
@@ -266,7 +273,7 @@ class Assessor:
             check, lambda why: Checked("failed", unmeasured("agreement with vLLM", why))
         )
 
-    def report_vllm(self, name: str, record: Record) -> None:
+    def report_vllm(self, name: str, record: Assessed) -> None:
         """Report what became of the check of an arm's artifact, made now or found; what disagrees
         ends the run with 3.
         """

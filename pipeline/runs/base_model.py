@@ -56,8 +56,8 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
     )
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
-        if record is not None:
-            return Artifact.from_json(record["artifact"])
+        if record is not None and (known := record.get("artifact")) is not None:
+            return Artifact.from_json(known)
         with store.scratch() as out:
             tokenizer = embedded_tokenizer(
                 data.splits["train"], run.data.vocabulary_size, store.root / "tokenizers"
@@ -97,8 +97,8 @@ def _remade(folder: Path, run: Run, store: Store, clock: PhaseClock) -> Artifact
     )
     with clock.phase("prepare"), store.lock(key):
         record = store.recall("keys", key)
-        if record is not None:
-            return Artifact.from_json(record["artifact"])
+        if record is not None and (known := record.get("artifact")) is not None:
+            return Artifact.from_json(known)
         with store.scratch() as out:
             if adapter or not (folder / ADAPTER).is_file():
                 model: Any = load_model(folder, run.task)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.evaluation.serving.measure import ServePass
 from pipeline.ledger.cost import priced
-from pipeline.runs.rows import Row, hours_in, identity
+from pipeline.ledger.shapes import HoursPart, Pair, Row
+from pipeline.runs.rows import hours_in, identity
 from pipeline.runs.session import Session
 from pipeline.stages.context import Output
 from pipeline.store.artifacts import Artifact
@@ -52,7 +52,7 @@ class Book:
     arms: dict[tuple[str, int], Arm] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     finished_before: list[Row] = field(default_factory=list)
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[Pair] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reused_h: float = 0.0
     served: ServePass | None = None
@@ -68,7 +68,7 @@ class Book:
             self.rows.append(row)
         self.session.journal.write("row", row=row)
 
-    def adopt(self, rows: Iterable[Row], *parts: str) -> None:
+    def adopt(self, rows: Iterable[Row], *parts: HoursPart) -> None:
         """Show rows of other runs that this one builds on, once each, and count `parts` of their
         hours as reused.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.compare import savings
 from pipeline.compare.savings import Spend
@@ -12,13 +11,15 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import mean
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.record import disturbance_of
+from pipeline.ledger.shapes import HoursPart, Row
 from pipeline.ledger.values import Value
 from pipeline.runs.past_cost import charge, past_spend
+from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
 from pipeline.stages.base import arms_read
 from pipeline.store.artifacts import MODEL, Artifact, digest_given, facts_of
 
-Row = dict[str, Any]
+_CHARGED: tuple[HoursPart, ...] = ("work", "retry")
 
 
 def spends_of(running: Running, seed: int) -> dict[str, Spend]:
@@ -33,10 +34,7 @@ def spends_of(running: Running, seed: int) -> dict[str, Spend]:
             continue
         # a stage is charged with every fallback that was tried
         own = [row for row in of_seed if stage_name(row["arm"]) == name]
-        hours = {
-            part: sum(row["ledger"]["device_hours"][part]["value"] or 0.0 for row in own)
-            for part in ("work", "retry")
-        }
+        work_h, retry_h = (sum(hours_in(row, part) for row in own) for part in _CHARGED)
         elsewhere = stage.made_elsewhere(name, running.session.run)
         for each in elsewhere:  # made at a cost that nobody noted down, or that its file tells
             spends[each.arm] = (
@@ -47,8 +45,8 @@ def spends_of(running: Running, seed: int) -> dict[str, Spend]:
         spends[name] = Spend(
             arm=name,
             depends_on=(*arms_read(stage, running.session.run), *(each.arm for each in elsewhere)),
-            work_h=hours["work"],
-            retry_h=hours["retry"],
+            work_h=work_h,
+            retry_h=retry_h,
             flops=_flops(own),
             foreign_load=_foreign_load(own),
         )
@@ -61,9 +59,11 @@ def note_charges(running: Running) -> None:
     compares that.
     """
     made = [
-        row
+        (row, record)
         for row in running.book.rows
-        if row["status"] == "FINISHED" and (row["artifact"] or {}).get("kind") == MODEL
+        if row["status"] == "FINISHED"
+        and (record := row["artifact"]) is not None
+        and record["kind"] == MODEL
     ]
     paths = {BASE: running.session.run.model.path, STUDENT_INIT: running.session.run.student.path}
     existing = {
@@ -71,11 +71,11 @@ def note_charges(running: Running) -> None:
         for arm, path in paths.items()
         if path is not None
     }
-    for row in made:
+    for row, record in made:
         stage = None if is_fallback(row["arm"]) else running.session.stages.get(row["arm"])
         if stage is None or stage.takes_release():
             continue
-        artifact = Artifact.from_json(row["artifact"])
+        artifact = Artifact.from_json(record)
         if "charge" in facts_of(artifact.path):
             continue
         where = {

@@ -4,10 +4,8 @@ payback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,15 +21,22 @@ from pipeline.evaluation.serving.dtype import WORDS
 from pipeline.evaluation.serving.measure import ServePass
 from pipeline.evaluation.serving.tokens import OTHER_TOKENIZER, other_tokenizers
 from pipeline.ledger.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
+from pipeline.ledger.shapes import (
+    ComparedQuality,
+    Figures,
+    Pair,
+    Payback,
+    ServingSaving,
+    TrainingSaving,
+)
 from pipeline.ledger.values import Value, derive, null
 from pipeline.runs.book import Rows
 from pipeline.runs.charges import spends_of, tolerance
+from pipeline.runs.rows import artifact_of, items_of
 from pipeline.runs.running import Running
 from pipeline.runs.serving_pass import read_serving
 from pipeline.stages.base import CACHE, TEACHER
 from pipeline.store.artifacts import MODEL
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ def _say_what_lacks_16_bits(running: Running) -> None:
         )
 
 
-def compare_all(running: Running, served: ServePass | None) -> list[dict[str, Any]]:
+def compare_all(running: Running, served: ServePass | None) -> list[Pair]:
     """Return one comparison per pair whose arms both have an artifact.
 
     Quality and training are compared seed by seed, arm and base of the same seed, and combined over
@@ -142,7 +147,7 @@ def compare_all(running: Running, served: ServePass | None) -> list[dict[str, An
 
 def _one(
     running: Running, pair: Comparison, all_seeds: list[_Seed], served: ServePass | None
-) -> dict[str, Any]:
+) -> Pair:
     serving = _serving(running, pair, served)
     payback = None
     if served is not None and serving is not None:
@@ -222,14 +227,13 @@ def _is_best_16_bit(running: Running, pair: Comparison) -> bool:
     return pair.base == base_of(running, replace(pair, base=BEST_16_BIT))
 
 
-def _quality(running: Running, pair: Comparison, all_seeds: list[_Seed]) -> dict[str, Any]:
+def _quality(
+    running: Running, pair: Comparison, all_seeds: list[_Seed]
+) -> dict[str, ComparedQuality]:
     """Compare the two arms on every quality that both have, document by document."""
     config, primary = running.session.run.quality, PRIMARY[running.session.run.task]
     items = [
-        tuple(
-            read_items(Path(each.rows[arm]["quality"][primary]["items"]))
-            for arm in (pair.arm, pair.base)
-        )
+        tuple(read_items(items_of(each.rows[arm], primary)) for arm in (pair.arm, pair.base))
         for each in all_seeds
     ]
     keys = compared_keys(*items[0])
@@ -269,11 +273,9 @@ def _tasks_of(pair: Comparison, all_seeds: list[_Seed]) -> list[str]:
     ]
 
 
-def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> dict[str, Any]:
+def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> ComparedQuality:
     """Compare the two arms on a metric of an lm-eval task, document by document."""
-    ours, theirs = (
-        read_items(Path(each.rows[arm]["quality"][key]["items"])) for arm in (pair.arm, pair.base)
-    )
+    ours, theirs = (read_items(items_of(each.rows[arm], key)) for arm in (pair.arm, pair.base))
     config = running.session.run.quality
     return compare_items(
         key.rpartition("/")[2],
@@ -285,7 +287,7 @@ def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> dict[str
     )
 
 
-def _training(running: Running, pair: Comparison, each: _Seed) -> dict[str, Any]:
+def _training(running: Running, pair: Comparison, each: _Seed) -> TrainingSaving:
     run = running.session.run
     arm, base = (_trained(running, name, each) for name in (pair.arm, pair.base))
     teachers = {
@@ -307,8 +309,8 @@ def _training(running: Running, pair: Comparison, each: _Seed) -> dict[str, Any]
 
 
 def _unless_worse(
-    training: dict[str, Any], quality: dict[str, Any], pair: Comparison
-) -> dict[str, Any]:
+    training: TrainingSaving, quality: ComparedQuality, pair: Comparison
+) -> TrainingSaving:
     """Take a saving back where the arm is worse on test: equal on a sample of validation was not
     equal.
 
@@ -324,17 +326,20 @@ def _unless_worse(
         return {**training, "rule": training["rule"] + more}
     shortfall = f"{-quality['value']:.3g} on the test split, margin {quality['margin']:g}"
     why = f"censored: the arm is worse than the base by {shortfall}"
-    hidden = ("new_spend_saving", "systems", "algorithmic", "amortised", "less_others")
-    gone = {name: null(why).to_json() for name in hidden if name in training}
-    if training["value"] is None:  # of time it had its reason before
-        return {**training, **gone}
-    return {
+    gone = null(why).to_json()
+    hidden: TrainingSaving = {
         **training,
-        **gone,
-        **null(why).to_json(),
-        "ci": None,
-        "bound": Value.from_json(training).to_json(),
+        "new_spend_saving": gone,
+        "systems": gone,
+        "algorithmic": gone,
     }
+    if "amortised" in hidden:
+        hidden["amortised"] = gone
+    if "less_others" in hidden:
+        hidden["less_others"] = gone
+    if training["value"] is None:  # of time it had its reason before
+        return hidden
+    return {**hidden, **gone, "ci": None, "bound": Value.from_json(training).to_json()}
 
 
 def _trained(running: Running, arm: str, each: _Seed) -> Trained:
@@ -362,7 +367,7 @@ def _trained(running: Running, arm: str, each: _Seed) -> Trained:
     return Trained(arm=arm, final=last["metric"], curve=readings)
 
 
-def _serving(running: Running, pair: Comparison, served: ServePass | None) -> dict[str, Any] | None:
+def _serving(running: Running, pair: Comparison, served: ServePass | None) -> ServingSaving | None:
     key = (pair.arm, pair.base)
     if served is None and running.book.why_unserved is not None and Measure.serving in pair.on:
         return savings.no_serving_saving(running.book.why_unserved)
@@ -371,7 +376,7 @@ def _serving(running: Running, pair: Comparison, served: ServePass | None) -> di
     rows = running.book.finished(running.session.seeds[0])
     if (
         running.session.gate is None
-        and rows[pair.arm]["artifact"]["digest"] == rows[pair.base]["artifact"]["digest"]
+        and artifact_of(rows[pair.arm])["digest"] == artifact_of(rows[pair.base])["digest"]
     ):
         # what two readings differ by is noise
         reading = savings.no_serving_saving("both are the same artifact")
@@ -380,7 +385,7 @@ def _serving(running: Running, pair: Comparison, served: ServePass | None) -> di
     elif (why := _loud(running, served)) is not None:
         reading = savings.no_serving_saving(why)
     else:
-        reading = savings.serving_saving(*served.seconds[key]) | _order_of(served, key)
+        reading = _ordered(served, key, savings.serving_saving(*served.seconds[key]))
     ways = dict.fromkeys(served.how[arm] for arm in key)
     dtypes = {
         side: _dtype_word(served.how[arm]) for side, arm in zip(("arm", "base"), key, strict=True)
@@ -407,19 +412,20 @@ def _loud(running: Running, served: ServePass) -> str | None:
 
 
 def _other_tokens(running: Running, arms: tuple[str, str], rows: Rows) -> bool:
-    paths = (Path(rows[arm]["artifact"]["path"]) for arm in arms)
+    paths = (Path(artifact_of(rows[arm])["path"]) for arm in arms)
     with running.session.clock.phase("prepare"):
         return other_tokenizers(running.session.run.task, *paths)
 
 
-def _order_of(served: ServePass, pair: tuple[str, str]) -> dict[str, Any]:
-    """Return how a pair's blocks were ordered, and what moved their readings beside the two
-    arms.
+def _ordered(served: ServePass, pair: tuple[str, str], reading: ServingSaving) -> ServingSaving:
+    """Return a saving with how its blocks were ordered, and what else than the two arms moved their
+    readings.
     """
     if pair not in served.orders:
-        return {}
+        return reading
     orders, places = served.orders[pair], served.places[pair]
     return {
+        **reading,
         "orders": orders,
         "order_seed": served.order_seed,
         "warm_up": served.warm_up,
@@ -432,8 +438,8 @@ def _payback(
     pair: Comparison,
     all_seeds: list[_Seed],
     served: ServePass,
-    serving: dict[str, Any],
-) -> dict[str, Any]:
+    serving: ServingSaving,
+) -> Payback:
     """Return when serving has repaid what the arm took beyond its base (mean over seeds)."""
     extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
@@ -449,7 +455,7 @@ def _payback(
     )
 
 
-def _per_unit(figures: Mapping[str, Any]) -> Value:
+def _per_unit(figures: Figures) -> Value:
     return derive(lambda seconds: seconds / 1000, Value.from_json(figures["device_s_per_1k_units"]))
 
 

@@ -15,15 +15,14 @@ from pipeline.compare.verdict import Outcome
 from pipeline.config.redaction import redact_json
 from pipeline.errors import Exit, exit_of, one_line
 from pipeline.gate.opening import Gate, model_name
+from pipeline.ledger.shapes import NoVerdict, ShownVerdict, Verdict, VerdictFile
 from pipeline.report.github import tell_github
 from pipeline.runs.running import Running
 from pipeline.store.artifacts import write_json
-from pipeline.store.verdicts import FILE, Verdict, as_recorded, checksum, recall, record
+from pipeline.store.verdicts import FILE, as_recorded, checksum, recall, record, without
 
 if TYPE_CHECKING:
     from pipeline.gate.judge import Measured
-
-TAGS = ("verdict", "line", "key", "look", "run_id")
 
 
 def hold_gate(running: Running, gate: Gate, measure: Callable[[], Any]) -> None:
@@ -167,17 +166,18 @@ def exit_code(gate: Gate, disagreeing: Sequence[str]) -> int:
 
 
 def _tags(verdict: Verdict) -> dict[str, str]:
-    return {f"gate.{name}": str(verdict[name]) for name in TAGS}
+    said = {name: verdict[name] for name in ("verdict", "line", "key", "look", "run_id")}
+    return {f"gate.{name}": str(value) for name, value in said.items()}
 
 
-def shown_verdict(written: Verdict | None) -> Verdict | None:
+def shown_verdict(written: VerdictFile | NoVerdict | None) -> ShownVerdict | None:
     """Return the verdict as result.json holds it; None where there is none."""
     if written is None or written["verdict"] is None:
         return None
-    return {name: value for name, value in written.items() if name not in ("readings", "sha256")}
+    return without(written, "readings", "sha256")
 
 
-def ended(running: Running, status: str, why: str | None) -> Verdict | None:
+def ended(running: Running, status: str, why: str | None) -> VerdictFile | NoVerdict | None:
     """Return what verdict.json holds, whatever the end was; None where the run is no gate.
 
     Called while the exception that ended the run is on its way, where one did: it says more than
@@ -209,7 +209,7 @@ def ended(running: Running, status: str, why: str | None) -> Verdict | None:
     }
 
 
-def write_outputs(running: Running, written: Verdict | None) -> list[str]:
+def write_outputs(running: Running, written: VerdictFile | NoVerdict | None) -> list[str]:
     """Write what a gate leaves beside the report (`ended` says what); return the files' names."""
     if written is None:
         return []

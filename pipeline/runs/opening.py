@@ -40,6 +40,7 @@ from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, grant, placement
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
+from pipeline.ledger.shapes import RunState
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
 from pipeline.runs.keys import reading_key, run_keys
@@ -313,7 +314,8 @@ def _check_budget(run: Run, root: Path, key: str) -> None:
     if limit is None:
         return
     for folder in (root / "runs").glob("*/"):
-        spent = (_unfinished(folder, key) or {}).get("spent_device_hours") or 0.0
+        state = _unfinished(folder, key)
+        spent = (None if state is None else state.get("spent_device_hours")) or 0.0
         if spent >= limit:
             raise BudgetSpent(
                 f"budget.device_hours: {limit} is spent ({spent:.3g} by {folder.name}); raise it to"
@@ -337,7 +339,7 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
     return found
 
 
-def _unfinished(folder: Path, key: str) -> dict[str, Any] | None:
+def _unfinished(folder: Path, key: str) -> RunState | None:
     """Return the state of a run with this key that has not ended well, or None."""
     state = read_record(folder / "run.json", RUN, so="that run is not resumed")
     return (

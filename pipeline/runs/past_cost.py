@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.compare.savings import Spend, counted
 from pipeline.ledger.records import REGISTERED, tell, why_damaged
+from pipeline.ledger.shapes import ChainCharge
 from pipeline.ledger.values import Value, derive, null
 from pipeline.store.artifacts import MANIFEST, digest_given, read_json
 
@@ -69,7 +70,7 @@ def _most(loads: list[Value]) -> Value:
     return derive(lambda *shares: max(shares), *loads) if loads else null("nothing was trained")
 
 
-def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -> dict[str, Any]:
+def charge(arm: str, spends: Mapping[str, Spend], existing: Mapping[str, str]) -> ChainCharge:
     """Return what an arm's chain took, as it travels with the artifact in artifact.json.
 
     Args:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pipeline.ledger.booking import Span, Window
 from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent, disturbance_of, usage_of
+from pipeline.ledger.shapes import Event, HistoryEntry, Opened, Row, Started
 from pipeline.ledger.values import Value, measured
-from pipeline.runs.rows import Read, Row, identity, make_row, unread_for
+from pipeline.runs.rows import Read, identity, make_row, unread_for
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import Trace
@@ -26,7 +26,6 @@ from pipeline.stages.context import Output
 
 GONE = "the process that read it is gone"
 UNFINISHED = ("KILLED", "FAILED")
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Past:
     windows: tuple[Window, ...] = ()
     spans: Mapping[int, Span] = field(default_factory=dict)
     traces: Mapping[tuple[str, int, int], Trace] = field(default_factory=dict)
-    led: Mapping[tuple[str, int], list[Event]] = field(default_factory=dict)
+    led: Mapping[tuple[str, int], list[HistoryEntry]] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
     finished: tuple[Row, ...] = ()
     changed: tuple[Row, ...] = ()
@@ -89,7 +88,9 @@ def read_past(session: Session, events: list[Event]) -> Past:
     return past
 
 
-def from_checkpoint(running: Running, arm: str, seed: int, step: int, history: list[Event]) -> None:
+def from_checkpoint(
+    running: Running, arm: str, seed: int, step: int, history: list[HistoryEntry]
+) -> None:
     """Have the run in progress book what came before as the checkpoint that a stage resumes from
     has it.
     """
@@ -131,15 +132,15 @@ def why_unusable(events: list[Event], attempts: int) -> str | None:
         attempts: How many times the run was started.
     """
     starts = [index for index, event in enumerate(events) if event["e"] == "run_start"]
-    if [events[index]["attempt"] for index in starts] != list(range(1, attempts + 1)):
+    if [_start(events[index:])["attempt"] for index in starts] != list(range(1, attempts + 1)):
         return "its attempts are not all there"
     reasons = (_why_attempt_unusable(part) for part in _by_attempt(events))
     return next((why for why in reasons if why is not None), None)
 
 
 def _why_attempt_unusable(events: list[Event]) -> str | None:
-    number, at_ns, last_ns = events[0]["attempt"], _started_ns(events), _last_ns(events)
-    opened: Event | None = None
+    number, at_ns, last_ns = _start(events)["attempt"], _started_ns(events), _last_ns(events)
+    opened: Opened | None = None
     for event in events:
         if event.get("attempt", number) != number:
             return f"attempt {number} speaks of another one"
@@ -167,7 +168,7 @@ def _why_attempt_unusable(events: list[Event]) -> str | None:
     )
 
 
-def _saved_ns(opened: Event | None, events: list[Event]) -> int:
+def _saved_ns(opened: Opened | None, events: list[Event]) -> int:
     """Return when the last checkpoint of a window that was open at the end was made."""
     if opened is None:
         return 0
@@ -183,8 +184,9 @@ def _with_attempt(
     Args:
         written: Arm, seed and attempt of the rows that its process wrote.
     """
-    number = events[0]["attempt"]
-    devices = events[0].get("devices", 1)  # before it was journaled, a process drove one
+    start = _start(events)
+    number = start["attempt"]
+    devices = start.get("devices", 1)  # before it was journaled, a process drove one
     span = Span(_started_ns(events), _last_ns(events), devices)
     past = replace(past, spans={**past.spans, number: span})
     for event in events:
@@ -206,7 +208,7 @@ def _with_attempt(
 
 
 def _with_trace(past: Past, event: Event) -> Past:
-    if event["e"] not in ("points", "checkpoint", "resume"):
+    if event["e"] != "points" and event["e"] != "checkpoint" and event["e"] != "resume":
         return past
     of_arm = event["arm"], event["seed"], event["attempt"]
     trace = past.trace(*of_arm)
@@ -216,19 +218,34 @@ def _with_trace(past: Past, event: Event) -> Past:
     return past.with_trace(*of_arm, trace)
 
 
+def _start(events: list[Event]) -> Started:
+    """Return the first line of an attempt."""
+    first = events[0]
+    assert first["e"] == "run_start", "attempts are cut there"
+    return first
+
+
 def _started_ns(events: list[Event]) -> int:
-    return events[0].get("started_ns", events[0]["mono_ns"])
+    start = _start(events)
+    return start.get("started_ns", start["mono_ns"])
 
 
-def _closed(opened: Event, events: list[Event]) -> Window:
+def _closed(opened: Opened, events: list[Event]) -> Window:
     """Close a window that was open when the process was killed: kept up to its last checkpoint."""
     end_ns = _last_ns(events)
     kept_ns = end_ns - opened["start_ns"] if opened["kind"] == "compare" else 0
     saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
     if saved and opened["kind"] == "work":
         kept_ns = sum(saved[-1]["phases_ns"].values())
-    names = ("kind", "arm", "seed", "attempt", "start_ns")
-    return Window(**{name: opened[name] for name in names}, end_ns=end_ns, kept_ns=kept_ns)
+    return Window(
+        kind=opened["kind"],
+        arm=opened["arm"],
+        seed=opened["seed"],
+        attempt=opened["attempt"],
+        start_ns=opened["start_ns"],
+        end_ns=end_ns,
+        kept_ns=kept_ns,
+    )
 
 
 def _last_ns(events: list[Event]) -> int:
@@ -316,7 +333,13 @@ def _with_killed_row(
 
 
 def resumed(
-    session: Session, past: Past, arm: str, seed: int, number: int, step: int, history: list[Event]
+    session: Session,
+    past: Past,
+    arm: str,
+    seed: int,
+    number: int,
+    step: int,
+    history: list[HistoryEntry],
 ) -> Past:
     """Return the past as the checkpoint that attempt `number` resumes from has it.
 
@@ -342,7 +365,7 @@ def resumed(
     return past
 
 
-def _rebooked(session: Session, past: Past, index: int, entry: Event | None) -> Past:
+def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | None) -> Past:
     """Return the past with a window of an unfinished attempt as the checkpoint in use has it, and
     its row corrected.
     """
@@ -389,7 +412,7 @@ def _rebooked(session: Session, past: Past, index: int, entry: Event | None) -> 
 
 
 def _taken_over(
-    session: Session, past: Past, arm: str, seed: int, run_id: str, number: int, entry: Event
+    session: Session, past: Past, arm: str, seed: int, run_id: str, number: int, entry: HistoryEntry
 ) -> Past:
     """Return the past with the part of another run's attempt that led to the checkpoint, as
     reused.
@@ -412,7 +435,7 @@ def _unfinished_row(
     number: int,
     spent: Spent,
     status: str,
-    why: str,
+    why: str | None,
     *,
     reused: str | None = None,
     lost: int | None = None,

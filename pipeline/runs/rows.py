@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,23 @@ from pipeline.ledger.gpu_usage import unread as usage_unread
 from pipeline.ledger.memory import MEMORY, unread
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.record import Spent, ledger
+from pipeline.ledger.shapes import (
+    ArtifactRecord,
+    Figures,
+    HoursPart,
+    Made,
+    Quality,
+    QualityFigure,
+    QuantizationRecord,
+    Row,
+    Unchanged,
+)
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import OpenWindow, Timeline
 from pipeline.stages.base import Stage, arms_read
 from pipeline.stages.context import Output
 
-Row = dict[str, Any]
-Record = dict[str, Any]
-"""What the store remembers of work or of an assessment; plain JSON."""
 NEVER = "not read when the artifact was made"
 LOST = "the quantized model's loss is no number"
 ELSEWHERE = "measured while the artifact was made; see that row"
@@ -84,16 +92,17 @@ def make_row(
         "depends_on": [arm for arm in arms_read(stage, run) if arm != BASE],
         "inputs": stage.inputs(run),
         "makes": stage.makes,
-        "control": None if control is None else asdict(control),
+        "control": None if control is None else {"of": control.of, "matches": control.matches},
         "artifact": None,
         "quality": {},
         "recovery": _recovery(output),
         "quantization": _quantization(output),
         "serving": {},
         "unchanged": _unchanged(stage, output) if status == "FINISHED" else None,
-        "ledger": (
-            {"identity": session.identity, "placement": session.placement}
-            | ledger(
+        "ledger": {
+            "identity": session.identity,
+            "placement": session.placement,
+            **ledger(
                 spent,
                 output.counts,
                 devices=devices,
@@ -111,12 +120,12 @@ def make_row(
                 granted=session.grant,
                 truncated=truncated,
                 timeline=output.gpu_timeline,
-            )
-        ),
+            ),
+        },
     }
 
 
-def made_spent(session: Session, made: Record) -> Spent:
+def made_spent(session: Session, made: Made) -> Spent:
     """Return what the work on an artifact took in this attempt; that of an earlier attempt, or of
     another run, stands on that one's row.
     """
@@ -127,7 +136,7 @@ def made_spent(session: Session, made: Record) -> Spent:
     return spent
 
 
-def is_of_this_attempt(session: Session, made: Record) -> bool:
+def is_of_this_attempt(session: Session, made: Made) -> bool:
     """Return whether an artifact was made in this attempt."""
     return (made["run_id"], made["attempt"]) == (session.run_id, session.number)
 
@@ -137,9 +146,9 @@ def made_row(
     name: str,
     stage: Stage,
     seed: int,
-    made: Record,
+    made: Made,
     assess: OpenWindow | None,
-    quality: dict[str, Any],
+    quality: Quality,
 ) -> Row:
     """Return the row of an artifact that was made, and assessed in `assess` where it is one to be
     assessed.
@@ -167,11 +176,11 @@ def made_row(
 
 
 def reused_work(
-    session: Session, name: str, stage: Stage, seed: int, made: Record, quality: dict[str, Any]
+    session: Session, name: str, stage: Stage, seed: int, made: Made, quality: Quality
 ) -> Row:
     """Return the row of work that another run did, where this one assesses what it made."""
     why = "the work alone, of another run; this one assessed what it made"
-    unsaid = {**null(why).to_json(), "ci": None, "n": None, "items": None}
+    unsaid: QualityFigure = {**null(why).to_json(), "ci": None, "n": None, "items": None}
     never = unread_for(NEVER)
     read = Read(
         memory_of(made),
@@ -202,7 +211,7 @@ def broken_row(
     seed: int,
     window: OpenWindow | None,
     error: BaseException,
-    made: Record | None = None,
+    made: Made | None = None,
 ) -> Row:
     """Return the row of a stage attempt that did not come to its end, with the hours it took all
     the same.
@@ -266,28 +275,41 @@ def identity(row: Row) -> tuple[Any, ...]:
     return row["arm"], row["seed"], row["attempt"], row["reused"]
 
 
-def hours_in(row: Row, part: str) -> float:
+def artifact_of(row: Row) -> ArtifactRecord:
+    """Return the artifact of a row that has one."""
+    assert row["artifact"] is not None, row["arm"]
+    return row["artifact"]
+
+
+def items_of(row: Row, key: str) -> Path:
+    """Return where the per-document values of a quality of a row lie, which has some."""
+    items = row["quality"][key]["items"]
+    assert items is not None, key
+    return Path(items)
+
+
+def hours_in(row: Row, part: HoursPart) -> float:
     """Return a part of a row's device-hours; 0 where it is null."""
     return Value.from_json(row["ledger"]["device_hours"][part]).value or 0.0
 
 
-def moved(row: Row, artifact: dict[str, Any], items: Path) -> Row:
+def moved(row: Row, artifact: ArtifactRecord, items: Path) -> Row:
     """Return a finished row with the paths that its files have now."""
     if row["artifact"] is None:
         return row
-    quality = {
+    quality: Quality = {
         key: (
-            {**figure, "items": str(items.with_name(Path(figure["items"]).name))}
-            if figure.get("items")
-            else figure
+            figure
+            if figure["items"] is None
+            else {**figure, "items": str(items.with_name(Path(figure["items"]).name))}
         )
         for key, figure in row["quality"].items()
     }
     return {**row, "artifact": artifact, "quality": quality}
 
 
-def blank(record: dict[str, Any], why: str) -> None:
-    """Turn every value of a ledger into a null with one reason."""
+def blank(record: Any, why: str) -> None:
+    """Turn every figure of a ledger, at any depth, into a null with one reason."""
     for name, value in record.items():
         if isinstance(value, dict) and "why_missing" in value:
             record[name] = null(why).to_json()
@@ -295,7 +317,7 @@ def blank(record: dict[str, Any], why: str) -> None:
             blank(value, why)
 
 
-def _recovery(output: Output) -> dict[str, Any]:
+def _recovery(output: Output) -> Figures:
     """Return what a fallback loses on validation; empty for other stages."""
     read = output.about.get("recovery")
     if read is None:
@@ -306,7 +328,7 @@ def _recovery(output: Output) -> dict[str, Any]:
     return {name: value.to_json() for name, value in found.items()}
 
 
-def _quantization(output: Output) -> dict[str, Any] | None:
+def _quantization(output: Output) -> QuantizationRecord | None:
     """Return the format of what a stage made, and how much of the model is in it; null where
     nothing was quantized.
     """
@@ -320,13 +342,13 @@ def _quantization(output: Output) -> dict[str, Any] | None:
     }
 
 
-def _unchanged(stage: Stage, output: Output) -> dict[str, str] | None:
+def _unchanged(stage: Stage, output: Output) -> Unchanged | None:
     """Return which model a stage left as it is though it was to change it, and why; else None."""
     why = stage.left_unchanged(output)
     return None if why is None else {"as": stage.starts_from() or "", "why": why}
 
 
-def memory_of(made: Record) -> dict[str, Value]:
+def memory_of(made: Made) -> dict[str, Value]:
     """Return what was read while an artifact was made; an older release read less."""
     never = null(NEVER).to_json()
     return {part: Value.from_json(made["memory"].get(part, never)) for part in MEMORY}

@@ -15,6 +15,7 @@ from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import difference
 from pipeline.ledger.records import MADE
+from pipeline.ledger.shapes import HistoryEntry, Made, Row
 from pipeline.ledger.values import Value
 from pipeline.report.progress import progress_bar
 from pipeline.runs.assessor import Assessor
@@ -23,7 +24,7 @@ from pipeline.runs.book import Arm
 from pipeline.runs.keys import stage_key
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.resume import from_checkpoint
-from pipeline.runs.rows import Record, broken_row, made_row, reused_work, skipped_row
+from pipeline.runs.rows import broken_row, made_row, reused_work, skipped_row
 from pipeline.runs.running import Running
 from pipeline.runs.timeline import OpenWindow
 from pipeline.stages.base import LIKE, RELEASE, Attempts, Stage, WarmUp, arms_read, refusal_words
@@ -146,14 +147,14 @@ class StageRunner:
 
     # -- work -------------------------------------------------------------------------------------
 
-    def _recall(self, key: str) -> Record | None:
+    def _recall(self, key: str) -> Made | None:
         """Return what is remembered of work with this key, if its artifact is still whole: it is
         hashed.
         """
         with self.running.session.clock.phase("prepare"):
             return self.running.session.store.recall("keys", key, MADE)
 
-    def _make(self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str) -> Record:
+    def _make(self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str) -> Made:
         """Do a stage's work inside its window and commit its artifact; return what the store
         remembers of it.
         """
@@ -184,7 +185,7 @@ class StageRunner:
             raise
         usage = timeline.usage(name, self.seed)
         memory = session.memory.read(session.device, nvml_peak=usage.memory_used_peak_bytes)
-        record: Record = {
+        record: Made = {
             "artifact": artifact.to_json(),
             "run_id": session.run_id,
             "attempt": session.number,
@@ -241,7 +242,7 @@ class StageRunner:
             trace.saved, trace.saved_ns = step, phases_ns()
             journal("checkpoint", step, phases_ns=trace.saved_ns)
 
-        def resumed(step: int, history: list[dict[str, Any]]) -> None:
+        def resumed(step: int, history: list[HistoryEntry]) -> None:
             if step:
                 print(f"{name}: resuming from step {step}", flush=True)
             journal("resume", step, history=history)
@@ -268,14 +269,14 @@ class StageRunner:
             traces=session.folder / "traces" / f"{file_name(name)}-seed{self.seed}",
         )
 
-    def _show(self, name: str, stage: Stage, made: Record) -> None:
+    def _show(self, name: str, stage: Stage, made: Made) -> None:
         """Add the rows of an artifact that is not assessed, made now or found."""
         session, book = self.running.session, self.running.book
         if made["run_id"] != session.run_id:
             print(f"{name}: reused from {made['run_id']}", flush=True)
             own = reused_work(session, name, stage, self.seed, made, {})
-            rows = [*made["earlier"], {**own, "artifact": made["artifact"], "why": None}]
-            reused = [{**row, "reused": row["reused"] or made["run_id"]} for row in rows]
+            rows: list[Row] = [*made["earlier"], {**own, "artifact": made["artifact"], "why": None}]
+            reused: list[Row] = [{**row, "reused": row["reused"] or made["run_id"]} for row in rows]
             book.adopt(reused, "work")
             return
         book.adopt(made["earlier"], "work")
@@ -284,7 +285,8 @@ class StageRunner:
         ]
         # an earlier attempt of this very run, journaled there
         if before and made["attempt"] != session.number:
-            book.rows += [{**row, "artifact": made["artifact"]} for row in before]
+            again: list[Row] = [{**row, "artifact": made["artifact"]} for row in before]
+            book.rows += again
             return
         book.add(made_row(self.running.timeline, name, stage, self.seed, made, None, {}))
 

@@ -41,6 +41,7 @@ from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import ENDED, read_record
+from pipeline.ledger.shapes import EndedResult
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.signals import on_stop_signal
 from pipeline.store.artifacts import Store, facts_of, key_of, plain, write_json, write_text
@@ -463,8 +464,7 @@ def _one_training(
         last = " ".join((err.strip().splitlines() or [""])[-1].split())
         problem = f"{said} ended with exit code {code} ({last[:200]})"
         raise UserError("train", problem, "run it alone first: python -m pipeline ...")
-    result = read_record(root / "latest" / "result.json", ENDED) or {}
-    charge = _charge(result)
+    charge = _charge(read_record(root / "latest" / "result.json", ENDED))
     hours = charge.get("work_device_hours") or 0.0
     if hours <= 0:
         raise UserError(
@@ -491,16 +491,16 @@ def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
             raise
 
 
-def _charge(result: dict[str, Any]) -> dict[str, Any]:
+def _charge(result: EndedResult | None) -> dict[str, Any]:
     """Return what the primary artifact's chain took, as a gate will read it from its
     artifact.json.
     """
     made = [
-        row
-        for row in result.get("rows", [])
-        if row["arm"] == result["primary_arm"] and row["artifact"]
+        artifact
+        for row in ([] if result is None else result["rows"])
+        if row["arm"] == (result or {}).get("primary_arm") and (artifact := row["artifact"])
     ]
-    charge = facts_of(Path(made[0]["artifact"]["path"])).get("charge") if made else None
+    charge = facts_of(Path(made[0]["path"])).get("charge") if made else None
     return charge if isinstance(charge, dict) else {}
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.compare.verdict import disturbed, moved
 from pipeline.config.arms import BASELINE, CANDIDATE
@@ -19,11 +18,13 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.records import SERVED
+from pipeline.ledger.shapes import Served
 from pipeline.ledger.values import Value, null
 from pipeline.models.load import load_tokenizer
 from pipeline.runs.charges import tolerance
 from pipeline.runs.keys import serving_key
 from pipeline.runs.out_of_memory import failing_as
+from pipeline.runs.rows import artifact_of
 from pipeline.runs.running import Running
 from pipeline.store.artifacts import Artifact, key_of
 
@@ -47,7 +48,7 @@ def read_serving(running: Running, pairs: list[tuple[str, str]]) -> ServePass | 
 def _served(running: Running, pairs: list[tuple[str, str]]) -> ServePass:
     session, rows = running.session, running.book.finished(running.session.seeds[0])
     arms = dict.fromkeys(arm for pair in pairs for arm in pair)
-    artifacts = {arm: Artifact.from_json(rows[arm]["artifact"]) for arm in arms}
+    artifacts = {arm: Artifact.from_json(artifact_of(rows[arm])) for arm in arms}
     decode = chosen(session.run.serving.decode, session.device)
     key = serving_key(session, pairs, artifacts, decode)
     with running.timeline.hold(key, "comparison pass"):
@@ -59,7 +60,7 @@ def _served(running: Running, pairs: list[tuple[str, str]]) -> ServePass:
     return ServePass.from_json(record["served"])
 
 
-def _holds(running: Running, record: dict[str, Any]) -> bool:
+def _holds(running: Running, record: Served) -> bool:
     """Whether a pass that was measured before stands: where it was not disturbed, for a gate by its
     policy.
 
@@ -72,7 +73,9 @@ def _holds(running: Running, record: dict[str, Any]) -> bool:
         running.session.gate is None
     ):  # what was disturbed is measured anew: its savings are not shown
         foreign = Value.from_json(
-            record["served"]["conditions"].get("foreign_load", null("not recorded").to_json())
+            record["served"]
+            .get("conditions", {})
+            .get("foreign_load", null("not recorded").to_json())
         )
         return tolerance(running).too_much(foreign) is None
     served, pair = ServePass.from_json(record["served"]), (CANDIDATE, BASELINE)
@@ -119,7 +122,7 @@ def serve(running: Running, pairs: list[tuple[str, str]], order_seed: int) -> Se
     and is recorded.
     """
     rows = running.book.finished(running.session.seeds[0])
-    folders = {arm: Path(rows[arm]["artifact"]["path"]) for pair in pairs for arm in pair}
+    folders = {arm: Path(artifact_of(rows[arm])["path"]) for pair in pairs for arm in pair}
     task = running.session.run.task
     with running.session.clock.phase("prepare"):
         # Prompts are the same numbers for every arm; those of the smallest vocabulary are tokens of

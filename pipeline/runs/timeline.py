@@ -19,6 +19,7 @@ from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.others import Accounts, Load
 from pipeline.ledger.phases import difference, total
+from pipeline.ledger.shapes import HistoryEntry
 from pipeline.runs.session import Session
 from pipeline.store.artifacts import plain
 
@@ -75,7 +76,7 @@ class Timeline:
     compare_ns: dict[str, int] = field(default_factory=dict)
     loads: dict[tuple[str, str | None, int], list[Load]] = field(default_factory=dict)
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
-    led: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)
+    led: dict[tuple[str, int], list[HistoryEntry]] = field(default_factory=dict)
     stop_signal: int | None = None
 
     @contextmanager
@@ -143,12 +144,16 @@ class Timeline:
 
     def history(
         self, arm: str, seed: int, step: int, phases_ns: dict[str, int]
-    ) -> list[dict[str, Any]]:
+    ) -> list[HistoryEntry]:
         """Return what leads to a checkpoint at `step`: attempts, of any run, each with its time up
         to its last one.
         """
-        own = {"run_id": self.session.run_id, "attempt": self.session.number}
-        now = {**own, "step": step, "phases_ns": phases_ns}
+        now: HistoryEntry = {
+            "run_id": self.session.run_id,
+            "attempt": self.session.number,
+            "step": step,
+            "phases_ns": phases_ns,
+        }
         return [*self.led.get((arm, seed), []), now]
 
     # -- sums -------------------------------------------------------------------------------------

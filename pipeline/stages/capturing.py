@@ -37,6 +37,7 @@ from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.distillation.transform import Transform, Unknown
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.records import SHARD, read_record
+from pipeline.ledger.shapes import Shard
 from pipeline.ledger.values import measured, null
 from pipeline.models.load import load_model, load_tokenizer
 from pipeline.stages.base import TEACHER
@@ -206,7 +207,7 @@ def _plan(rows: np.ndarray, micro: int, sequence_length: int) -> Iterator[list[i
 
 def _all_shards(
     source: _Source, plan: Sequence[list[int]], micro: int, ctx: Context
-) -> list[dict[str, Any]]:
+) -> list[Shard]:
     """Capture the shards that are not there yet; return the records of all, by number.
 
     Raises:
@@ -233,11 +234,11 @@ def _all_shards(
     return [found[number] for number in range(len(plan))]
 
 
-def _verified(ctx: Context, num_shards: int) -> dict[int, dict[str, Any]]:
+def _verified(ctx: Context, num_shards: int) -> dict[int, Shard]:
     """Return the records of the shards of earlier attempts whose checksums hold, and say that they
     are resumed from.
     """
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Shard] = {}
     with ctx.clock.phase("checkpoint"):
         ctx.checkpoints.mkdir(parents=True, exist_ok=True)
         # by a killed process: only one at a time makes an artifact
@@ -266,7 +267,7 @@ def _record(shard: Path) -> Path:
 
 def _one_shard(
     source: _Source, rows: list[int], number: int, step: int, micro: int, ctx: Context
-) -> dict[str, Any]:
+) -> Shard:
     """Capture one shard and commit it: the shard first, then the record that vouches for it."""
     before = ctx.clock.now_ns()
     with ctx.clock.phase("capture"):
@@ -277,7 +278,7 @@ def _one_shard(
         check_room(ctx.checkpoints, 2 * size, "tracking.root")
         path = ctx.checkpoints / shard_name(number)
         contents = [source.windows.content(row) for row in rows]
-        record: dict[str, Any] = {
+        record: Shard = {
             "sha256": write_shard(path, rows, contents, shard.parts),
             "windows": len(rows),
             "tokens": shard.tokens,
@@ -286,8 +287,9 @@ def _one_shard(
             "flops": shard.flops,
             "capture_ns": capture_ns,
             "step": step,
+            "history": ctx.history(step),
         }
-        write_json(_record(path), {**record, "history": ctx.history(step)})
+        write_json(_record(path), record)
     with ctx.clock.phase("log"):
         ctx.checkpointed(step)
     return record
@@ -377,12 +379,12 @@ def _by_chunks(
 def _output(
     source: _Source,
     stage: CaptureSettings,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Shard],
     manifest: dict[str, Any],
     ctx: Context,
 ) -> Output:
     """Return the teacher's FLOPs, tokens and time; nothing was trained, so there are no steps."""
-    flops = sum(record["flops"] for record in records)
+    flops = sum(record["flops"] or 0.0 for record in records)
     is_language = source.task.kind.is_language
     counts = {
         "tokens": measured(sum(record["read"] for record in records)),

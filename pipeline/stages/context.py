@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ledger.shapes import HistoryEntry, OutputRecord
 from pipeline.ledger.values import Value
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Output:
     gpu_timeline: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> OutputRecord:
         """Return what `from_json` reads back; notes are said once and not kept."""
         return {
             "counts": {name: value.to_json() for name, value in self.counts.items()},
@@ -62,7 +63,7 @@ class Output:
         }
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> Output:
+    def from_json(raw: OutputRecord) -> Output:
         """Read back what `to_json` wrote."""
         counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
         known = {each.name for each in fields(Output)} - {"counts"}
@@ -88,10 +89,10 @@ class Context:
     matched_flops: float | None  # that it may spend, where it matches other stages
     points: Callable[[int, dict[str, float]], None]  # curves, by step
     # what led to a checkpoint at this step: goes into it
-    history: Callable[[int], list[dict[str, Any]]]
+    history: Callable[[int], list[HistoryEntry]]
     checkpointed: Callable[[int], None]  # a checkpoint of this step is on disk
     # the stage resumes from this step; its checkpoint's history
-    resumed: Callable[[int, list[dict[str, Any]]], None]
+    resumed: Callable[[int, list[HistoryEntry]], None]
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import CHOICE, read_record
+from pipeline.ledger.shapes import PrecisionChoice
 from pipeline.store.artifacts import write_json
 from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
@@ -78,7 +79,7 @@ class Choice:
     """What a probe found; `about` is its plain JSON form."""
 
     precision: Precision
-    about: dict[str, Any]
+    about: PrecisionChoice
 
     def __str__(self) -> str:
         return f"precision {self.precision.value}: " + "; ".join(self.about["said"])

@@ -25,6 +25,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.metrics import PRIMARY
+from pipeline.ledger.shapes import PrecisionChoice
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.ledger.values import Value, derive, estimated, measured, null
 from pipeline.models.load import (
@@ -376,7 +377,7 @@ def _chosen(
     """Return the precision found by trial: that of the stage named by `like`, so that like is
     compared with like.
     """
-    matched = {} if ctx.like is None else ctx.like.about.get("precision", {})
+    matched: PrecisionChoice | None = None if ctx.like is None else ctx.like.about.get("precision")
     if stage.precision is None and matched:
         return Choice(
             Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]}

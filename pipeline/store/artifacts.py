@@ -17,18 +17,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pipeline.config.redaction import redact, redact_json
 from pipeline.errors import UserError
-from pipeline.ledger.records import ANY_ARTIFACT, Spec, parsed, read_record, sealed, tell
+from pipeline.ledger.records import ANY_ARTIFACT, R, Spec, parsed, read_record, sealed, tell
 from pipeline.ledger.records import MANIFEST as MANIFEST_SPEC
+from pipeline.ledger.shapes import ArtifactRecord, KnownArtifact
 from pipeline.ledger.values import from_schema_1
 from pipeline.store.waiting import waiting_for
 
@@ -54,7 +55,7 @@ class Artifact:
     digest: str
     num_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ArtifactRecord:
         """Return the form artifacts have in result.json."""
         return {
             "path": str(self.path),
@@ -64,7 +65,7 @@ class Artifact:
         }
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> Artifact:
+    def from_json(raw: ArtifactRecord) -> Artifact:
         """Read back what `to_json` wrote."""
         return Artifact(Path(raw["path"]), raw["kind"], raw["digest"], raw["bytes"])
 
@@ -171,7 +172,7 @@ def read_json(path: Path) -> Any | None:
     return from_schema_1(parsed(path)[0])
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def facts_of(folder: Path) -> Mapping[str, Any]:
     """Return what the artifact.json in a folder says; nothing where there is none, or it is
     damaged.
     """
@@ -267,7 +268,7 @@ class Store:
         finally:
             lock.release()
 
-    def commit(self, folder: Path, kind: str, manifest: dict[str, Any]) -> Artifact:
+    def commit(self, folder: Path, kind: str, manifest: Mapping[str, Any]) -> Artifact:
         """Turn a written folder into an artifact: sync it, then rename it to its digest in one
         step.
         """
@@ -342,7 +343,13 @@ class Store:
             else None
         )
 
-    def recall(self, group: str, key: str, spec: Spec = ANY_ARTIFACT) -> dict[str, Any] | None:
+    @overload
+    def recall(self, group: str, key: str) -> KnownArtifact | None: ...
+
+    @overload
+    def recall(self, group: str, key: str, spec: Spec[R]) -> R | None: ...
+
+    def recall(self, group: str, key: str, spec: Spec[Any] = ANY_ARTIFACT) -> Any:
         """Return what was recorded under `key`, if it and its artifact (where it has one) are still
         whole.
 
@@ -367,7 +374,7 @@ class Store:
         )
         return None
 
-    def remember(self, group: str, key: str, record: dict[str, Any]) -> None:
+    def remember(self, group: str, key: str, record: Mapping[str, Any]) -> None:
         """Record something under `key`, atomically, with a checksum."""
         write_json(self.root / group / f"{key}.json", sealed(redact_json(record)))
 

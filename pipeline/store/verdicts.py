@@ -5,12 +5,14 @@ never believed.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.ledger.records import parsed
+from pipeline.ledger.shapes import Verdict
 from pipeline.ledger.values import from_schema_1
 from pipeline.store.artifacts import Artifact, Store, read_json
 
@@ -18,27 +20,32 @@ KIND = "verdict"
 FILE = "verdict.json"
 # in verdict.json, and not part of what is recorded
 BESIDE = ("sha256", "promotion", "history", "end")
-Verdict = dict[str, Any]
 
 
-def canonical(verdict: Verdict) -> bytes:
+def canonical(verdict: Mapping[str, Any]) -> bytes:
     """Return the bytes that a verdict's checksum is taken over."""
     return json.dumps(verdict, sort_keys=True, ensure_ascii=False, allow_nan=False).encode(
         "utf-8", "surrogatepass"
     )
 
 
-def checksum(verdict: Verdict) -> str:
+def checksum(verdict: Mapping[str, Any]) -> str:
     """Return the checksum that stands beside a verdict wherever it is recorded."""
     return sha256(canonical(verdict)).hexdigest()
 
 
-def as_recorded(written: Verdict) -> Verdict:
+def as_recorded(written: Mapping[str, Any]) -> Verdict:
     """Return a verdict as it was recorded first, from what was written of it (then, or when it was
     given again).
     """
-    first = {name: value for name, value in written.items() if name not in ("recorded", *BESIDE)}
-    return {**first, "run_id": written.get("recorded", written["run_id"])}
+    first = without(written, "recorded", *BESIDE)
+    first["run_id"] = written.get("recorded", written["run_id"])
+    return first
+
+
+def without(written: Mapping[str, Any], *names: str) -> Any:
+    """Return a verdict without some of what stands in it."""
+    return {name: value for name, value in written.items() if name not in names}
 
 
 def record(store: Store, key: str, verdict: Verdict) -> Artifact:

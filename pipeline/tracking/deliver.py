@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,35 @@ from pipeline.ledger.charges import OWNER
 from pipeline.ledger.journal import read_first, read_new
 from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.records import DELIVERED, read_record, tell
+from pipeline.ledger.shapes import (
+    ArmAttempt,
+    ArtifactRecord,
+    ComparisonsLine,
+    Dataset,
+    Delivered,
+    DeliveryState,
+    DevicesSeen,
+    Event,
+    Figure,
+    Figures,
+    FirstLine,
+    LastLine,
+    LedgerRecord,
+    Moment,
+    OfAttempt,
+    Pair,
+    Points,
+    Row,
+    RowLine,
+    RunTotals,
+    SelftestLine,
+    ServingLine,
+    StageStarted,
+    Started,
+    StoredRun,
+    Verdict,
+    VerdictLine,
+)
 from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.waiting import locked, waiting_for
@@ -44,11 +73,6 @@ MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's o
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250
 STATE = "mlflow.json"  # in a run's folder: how far it was delivered
 SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
-State = dict[str, Any]
-"""What MLflow has had of a run: `offset` into the journal, `last` event, `parent`, `children` by
-name, `arms`, `spans` of its attempts, whether it has `ended`, and when what it took so far was
-`noted`.
-"""
 
 
 def store_uri(root: Path, declared: str | None) -> str:
@@ -97,7 +121,7 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         if start is None or start["e"] != "run_start":
             return 0
         known = read_record(run_dir / STATE, DELIVERED, so="all of the run is delivered again")
-        state: State = {**_nothing_yet(), **(known or {})}
+        state = _state(known)
         events, offset = read_new(journal, state["offset"])
         dead = _last(events, state)["e"] != "run_end" and _is_free(run_dir / ".lock")
         # a run writes its end before it lets go, and another may have taken it up: look again
@@ -123,7 +147,7 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
             if stage == "deleted" and not events:
                 return 0  # what was thrown away in the UI stays away
             if stage != "active":  # a store deleted or changed since: it gets all of the run
-                state = _nothing_yet()
+                state = _state()
                 events, offset = read_new(journal, 0)
         stack.enter_context(waiting_for(f"MLflow at {without_login(uri)} to take {run_dir.name}"))
         delivery = _Delivery(client, experiment, run_dir, start, state)
@@ -137,21 +161,27 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
         return len(events)
 
 
-def _last(events: list[dict[str, Any]], state: State) -> dict[str, Any]:
-    return {name: events[-1][name] for name in ("e", "t")} if events else state["last"]
+def _last(events: list[Event], state: DeliveryState) -> Moment:
+    """Return the last line of a journal: of its first one, `deliver` has seen that it is there."""
+    if events:
+        return {"e": events[-1]["e"], "t": events[-1]["t"]}
+    assert state["last"] is not None, "nothing new: so it was delivered before"
+    return state["last"]
 
 
-def _nothing_yet() -> State:
+def _state(known: Delivered | None = None) -> DeliveryState:
+    """Return how far a run was delivered, with nothing left out; None: not at all."""
+    known = known or {"offset": 0, "last": None}
     return {
-        "offset": 0,
-        "last": None,
-        "dead": False,
-        "parent": None,
-        "children": {},
-        "arms": {},
-        "spans": [],
-        "ended": False,
-        "noted": None,
+        "offset": known["offset"],
+        "last": known["last"],
+        "dead": known.get("dead", False),
+        "parent": known.get("parent"),
+        "children": known.get("children", {}),
+        "arms": known.get("arms", {}),
+        "spans": known.get("spans", []),
+        "ended": known.get("ended", False),
+        "noted": known.get("noted"),
     }
 
 
@@ -166,7 +196,7 @@ def _is_free(lock: Path) -> bool:
         return False
 
 
-def _open(root: Path, uri: str, start: dict[str, Any]) -> tuple[Any, str]:
+def _open(root: Path, uri: str, start: FirstLine) -> tuple[Any, str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -199,8 +229,8 @@ class _Delivery:
     client: Any
     experiment: str
     run_dir: Path
-    start: dict[str, Any]
-    state: State
+    start: FirstLine
+    state: DeliveryState
     parent: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,14 +238,14 @@ class _Delivery:
         self.parent = self.state["parent"] or self._run(name, {RUN_TAG: name}, self.start["t"])
         self.state["parent"] = self.parent
 
-    def events(self, events: list[dict[str, Any]]) -> None:
+    def events(self, events: list[Event]) -> None:
         """Deliver events: curves first, since a row ends its child."""
         for event in events:
             if event["e"] == "stage_start":
-                self._child(event)
+                self._child(event, event["t"])
         for group in _points(events):
-            self._curve(self._child(group[0]), group)
-        handlers = {
+            self._curve(self._child(group[0], group[0]["t"]), group)
+        handlers: dict[str, Callable[[Any], None]] = {
             "run_start": self._run_start,
             "stage_start": self._stage_start,
             "row": self._row,
@@ -232,7 +262,7 @@ class _Delivery:
                     handlers[event["e"]](event)
 
     @contextmanager
-    def _whatever_its_shape(self, event: dict[str, Any]) -> Generator[None]:
+    def _whatever_its_shape(self, event: Event) -> Generator[None]:
         """Have a damaged line of the journal, which is said, keep no other from being delivered."""
         try:
             yield
@@ -248,9 +278,7 @@ class _Delivery:
             if self.client.get_run(run).info.status == "RUNNING":
                 self.client.set_terminated(run, status=status, end_time=int(at * 1000))
 
-    def note_so_far(
-        self, events: list[dict[str, Any]], last: dict[str, Any], *, dead: bool
-    ) -> None:
+    def note_so_far(self, events: list[Event], last: Moment, *, dead: bool) -> None:
         """Note what a run took until its last sign of life, for whoever adds up hours before it has
         ended, or after it was killed and never taken up again.
         """
@@ -287,20 +315,21 @@ class _Delivery:
         )
         return found[0].info.run_id if found else None
 
-    def _child(self, event: dict[str, Any]) -> str:
-        name = _child_name(event)
+    def _child(self, attempt: OfAttempt, at: float, elsewhere: str | None = None) -> str:
+        """Return the child of an attempt at a stage, begun at `at`."""
+        name = _child_name(attempt, elsewhere)
         if name not in self.state["children"]:
             tags = {
                 RUN_TAG: f"{self.start['run_id']}/{name}",
                 "mlflow.parentRunId": self.parent,
                 **_owner(self.start),
             }
-            self.state["children"][name] = self._run(name, tags, event["t"])
+            self.state["children"][name] = self._run(name, tags, at)
         return self.state["children"][name]
 
     # -- events -----------------------------------------------------------------------------------
 
-    def _run_start(self, event: dict[str, Any]) -> None:
+    def _run_start(self, event: FirstLine) -> None:
         self.client.update_run(self.parent, status="RUNNING")
         if event["attempt"] == 1:  # parameters cannot change, and the next attempt's are the same
             self._settings(self.parent, event["params"])
@@ -315,39 +344,37 @@ class _Delivery:
             },
         )
 
-    def _devices(self, event: dict[str, Any]) -> None:
+    def _devices(self, event: DevicesSeen) -> None:
         """Say what a metered command runs on while no row does."""
         self._tags(self.parent, {"device": event["used"]["name"]})
 
-    def _stage_start(self, event: dict[str, Any]) -> None:
+    def _stage_start(self, event: StageStarted) -> None:
         self._settings(
-            self._child(event), {**event["params"], "type": event["type"], "seed": event["seed"]}
+            self._child(event, event["t"]),
+            {**event["params"], "type": event["type"], "seed": event["seed"]},
         )
 
-    def _row(self, event: dict[str, Any]) -> None:
+    def _row(self, event: RowLine) -> None:
         """Log a stage attempt: its figures, a tag for every null, its model's place and digest, its
         status.
         """
         row = event["row"]
-        child, figures = self._child({**row, "t": event["t"]}), row_summary(row)
+        elsewhere = row["reused"] if row["artifact"] is None else None
+        child, figures = self._child(row, event["t"], elsewhere), row_summary(row)
         self._values(child, figures, event["t"])
         tags = {name: row[name] for name in ("type", "status", "why", "reused")}
         tags |= {"device": stage_device(row), "cost.currency": row["ledger"]["cost"]["currency"]}
         tags |= {} if row["reused"] else stage_owner(row)
         if row["reused"]:
-            tags["reused.mlflow_run"] = self._find(
-                f"{row['reused']}/{_child_name({**row, 'reused': None})}"
-            )
+            tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name(row)}")
         tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
-        kind = None if row["artifact"] is None else row["artifact"]["kind"]
-        if kind is not None:
-            tags |= {
-                f"{kind}.path": row["artifact"]["path"],
-                f"{kind}.digest": row["artifact"]["digest"],
-            }
+        artifact = row["artifact"]
+        if artifact is not None:
+            kind = artifact["kind"]
+            tags |= {f"{kind}.path": artifact["path"], f"{kind}.digest": artifact["digest"]}
         self._tags(child, tags)
-        if kind == MODEL:
-            self._model(child, row)
+        if artifact is not None and artifact["kind"] == MODEL:
+            self._model(child, row, artifact)
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
         core = {
@@ -356,30 +383,32 @@ class _Delivery:
             if key in BY_KEY and BY_KEY[key].core
         }
         finished = row["status"] == "FINISHED" and not is_fallback(row["arm"])
-        self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row)] = {
+        self.state["arms"].setdefault(stage_name(row["arm"]), {})[_child_name(row, elsewhere)] = {
             "seed": row["seed"],
             "finished": finished,
             "core": core,
         }
 
-    def _serving(self, event: dict[str, Any]) -> None:
+    def _serving(self, event: ServingLine) -> None:
         for row in event["rows"]:
             values = {
                 f"serving/{name}": value
                 for name, value in row["serving"].items()
                 if f"serving/{name}" in BY_KEY
             }
-            self._values(self._child({**row, "t": event["t"]}), values, event["t"])
+            self._values(self._child(row, event["t"]), values, event["t"])
 
-    def _comparisons(self, event: dict[str, Any]) -> None:
+    def _comparisons(self, event: ComparisonsLine) -> None:
         self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
-        judged = [pair for pair in event["comparisons"] if pair["speedup"]]
-        useless = list(
-            dict.fromkeys(pair["arm"] for pair in judged if pair["speedup"]["no_speedup"])
-        )
+        judged = [
+            (pair["arm"], speedup)
+            for pair in event["comparisons"]
+            if (speedup := pair["speedup"]) is not None
+        ]
+        useless = list(dict.fromkeys(arm for arm, speedup in judged if speedup["no_speedup"]))
         self._tags(self.parent, {"no_speedup": ", ".join(useless) or ("none" if judged else "")})
 
-    def _verdict(self, event: dict[str, Any]) -> None:
+    def _verdict(self, event: VerdictLine) -> None:
         """Tag the run with a gate's verdict, and log what each criterion read."""
         verdict = event["verdict"]
         sides = {
@@ -399,7 +428,7 @@ class _Delivery:
         self._tags(self.parent, {f"gate.{name}": value for name, value in tags.items()})
         self._values(self.parent, dict(_criteria(verdict)), event["t"])
 
-    def _selftest(self, event: dict[str, Any]) -> None:
+    def _selftest(self, event: SelftestLine) -> None:
         """Tag the run with what a self-test was made of and on, and log what it came to
         (`runs/selftest.py`).
         """
@@ -412,7 +441,7 @@ class _Delivery:
             event["t"],
         )
 
-    def _run_end(self, event: dict[str, Any]) -> None:
+    def _run_end(self, event: LastLine) -> None:
         """End the parent: core keys of the primary arm, run totals, report, true status."""
         hours = event["run"]["device_hours"]
         values = {
@@ -421,9 +450,9 @@ class _Delivery:
             "compute/run_reused_device_hours": event["run"]["reused"],
             **_outside(event["run"]),
         }
-        core = _core(list(self.state["arms"].get(event["primary_arm"], {}).values()))
+        core = _core(list(self.state["arms"].get(event["primary_arm"] or "", {}).values()))
         self._values(
-            self.parent, {**values, **{key: {"value": v} for key, v in core.items()}}, event["t"]
+            self.parent, {**values, **{key: derived(v) for key, v in core.items()}}, event["t"]
         )
         description = event["description"][:MAX_DESCRIPTION]
         self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
@@ -444,7 +473,7 @@ class _Delivery:
 
     # -- what runs hold ---------------------------------------------------------------------------
 
-    def _curve(self, run: str, events: list[dict[str, Any]]) -> None:
+    def _curve(self, run: str, events: list[Points]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -471,7 +500,7 @@ class _Delivery:
             if value:
                 self.client.set_tag(run, _name(key), redact_value(key, str(value))[:MAX_TAG])
 
-    def _datasets(self, datasets: list[dict[str, Any]]) -> None:
+    def _datasets(self, datasets: list[Dataset]) -> None:
         import json
 
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -491,7 +520,7 @@ class _Delivery:
         ]
         self.client.log_inputs(self.parent, datasets=inputs)
 
-    def _model(self, run: str, row: dict[str, Any]) -> None:
+    def _model(self, run: str, row: Row, artifact: ArtifactRecord) -> None:
         """Show the artifact among MLflow's models, as an output of its run; the files stay where
         they are.
 
@@ -500,7 +529,7 @@ class _Delivery:
         from mlflow.entities import LoggedModelOutput
         from mlflow.exceptions import MlflowException
 
-        path, digest = row["artifact"]["path"], row["artifact"]["digest"]
+        path, digest = artifact["path"], artifact["digest"]
         try:
             known = self.client.search_logged_models(
                 [self.experiment], filter_string=f"tags.digest = '{digest}'"
@@ -527,7 +556,7 @@ class _Delivery:
                 raise
             self.client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
 
-    def _values(self, run: str, values: dict[str, dict[str, Any]], at: float) -> None:
+    def _values(self, run: str, values: Mapping[str, Figure], at: float) -> None:
         """Log summary figures: once, without a step; a figure that is null is absent, and its tag
         says why.
         """
@@ -544,7 +573,7 @@ class _Delivery:
             for key, value in values.items()
             if value["value"] is None
         }
-        tags = [RunTag(_name(key), why[:MAX_TAG]) for key, why in nulls.items()]
+        tags = [RunTag(_name(key), (why or "")[:MAX_TAG]) for key, why in nulls.items()]
         for first in range(0, max(len(metrics), len(tags)), MAX_TAGS):
             part = slice(first, first + MAX_TAGS)
             self.client.log_batch(run, metrics=metrics[part], tags=tags[part])
@@ -553,22 +582,24 @@ class _Delivery:
                 self.client.delete_tag(run, f"null.{metric.key}")
 
 
-def _child_name(event: dict[str, Any]) -> str:
-    """Return a child's name: the arm, with what tells it from the arm's other children."""
-    attempt = f" attempt {event['attempt']}" if event["attempt"] > 1 else ""
+def _child_name(attempt: OfAttempt, elsewhere: str | None = None) -> str:
+    """Return a child's name: the arm, with what tells it from the arm's other children.
+
+    Args:
+        elsewhere: The run that did the work, where it led to this run's own row.
+    """
+    number = f" attempt {attempt['attempt']}" if attempt["attempt"] > 1 else ""
     name = (
-        f"{event['arm']} seed {event['seed']}{attempt}"
-        if event["seed"] or attempt
-        else event["arm"]
+        f"{attempt['arm']} seed {attempt['seed']}{number}"
+        if attempt["seed"] or number
+        else attempt["arm"]
     )
-    # what led to this run's own row
-    elsewhere = event.get("reused") and event.get("artifact") is None
-    return f"{name} of {event['reused']}" if elsewhere else name
+    return name if elsewhere is None else f"{name} of {elsewhere}"
 
 
-def _doubts(record: dict[str, Any]) -> dict[str, str]:
+def _doubts(record: LedgerRecord) -> dict[str, str]:
     """Return what speaks against a row's figures, or explains them."""
-    conditions: dict[str, Any] = record.get("conditions", {})
+    conditions = record.get("conditions", {})
     return {
         "throttled_by": ", ".join(conditions.get("throttle_reasons", [])),
         "truncated": "True" if conditions.get("truncated") else "",
@@ -577,7 +608,7 @@ def _doubts(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _owner(start: dict[str, Any]) -> dict[str, str]:
+def _owner(start: Started) -> dict[str, str]:
     """Return whose a run is, for its tags and those of its children."""
     named = {
         **start["tags"],
@@ -587,20 +618,26 @@ def _owner(start: dict[str, Any]) -> dict[str, str]:
     return {name: str(named[name])[:MAX_TAG] for name in OWNER if named.get(name)}
 
 
-def _outside(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def derived(value: float) -> Figure:
+    """Return a figure that is computed from others."""
+    return {"value": value, "provenance": "derived", "why_missing": None}
+
+
+def _outside(run: RunTotals) -> Figures:
     """Return what a run took outside of stages, what of it was waste, and the cost of its model if
     that is known.
     """
     found = {f"compute/run_{part}_device_hours": run["device_hours"][part] for part in PARTS}
     found |= {
-        f"compute/run_{part}_wasted_device_hours": {"value": outside_waste(run, part)}
+        f"compute/run_{part}_wasted_device_hours": derived(outside_waste(run, part))
         for part in PARTS
     }
     if "cost" in run:  # a run of an older release has none
         found["cost/run_amount"] = run["cost"]["amount"]
+    compared = run.get("compare_conditions", {})
     for name in ("foreign_load", "throttle_share"):
-        if name in run.get("compare_conditions", {}):
-            found[f"compute/run_compare_{name}"] = run["compare_conditions"][name]
+        if name in compared:
+            found[f"compute/run_compare_{name}"] = compared[name]
     converged = run.get("per_converged_model")
     if converged is not None:
         found["compute/per_converged_model_device_hours"] = converged["device_hours"]
@@ -621,16 +658,16 @@ def _is_unknown(error: Exception) -> bool:
     )
 
 
-def _points(events: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _points(events: list[Event]) -> Iterator[list[Points]]:
     """Group curve points by the child they belong to."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Points]] = {}
     for event in events:
         if event["e"] == "points":
             groups.setdefault(_child_name(event), []).append(event)
     yield from groups.values()
 
 
-def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
+def _core(attempts: list[ArmAttempt]) -> dict[str, float]:
     """Return an arm's core figures: hours of all its attempts, quality of the finished one; the
     mean over seeds.
     """
@@ -652,7 +689,7 @@ def _core(attempts: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _criteria(verdict: Verdict) -> Iterator[tuple[str, Figure]]:
     """Yield what criteria read, with the ends of their intervals; what is INVALID has none that
     means anything.
     """
@@ -660,15 +697,16 @@ def _criteria(verdict: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"gate/{each['name']}", each["value"]
         ends = () if each["outcome"] == "INVALID" else each["ci"] or ()
         for end, bound in zip(("low", "high"), ends, strict=False):
-            yield f"gate/{each['name']}_{end}", {"value": bound}
+            yield f"gate/{each['name']}_{end}", derived(bound)
 
 
-def _savings(comparisons: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _savings(comparisons: list[Pair]) -> Iterator[tuple[str, Figure]]:
     for pair in comparisons:
         prefix = f"savings/{pair['arm']}_vs_{pair['base']}"
         for name in ("training", "serving", "payback"):
-            if pair[name] is not None:
-                yield f"{prefix}/{name}", pair[name]
+            saving = pair[name]
+            if saving is not None:
+                yield f"{prefix}/{name}", saving
         if pair["speedup"] is not None:
             yield f"{prefix}/memory", pair["speedup"]["memory"]
         for key, value in pair["quality"].items():
@@ -734,7 +772,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, Any]], int]:
+def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[StoredRun], int]:
     """Return the pipeline's runs that a period touches, each with all its stage attempts, and how
     many others it had.
 
@@ -764,7 +802,7 @@ def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[dict[str, An
     return list({run["tags"][RUN_TAG]: run for run in own}.values()), num_others
 
 
-def _search(client: Any, query: str) -> Iterator[dict[str, Any]]:
+def _search(client: Any, query: str) -> Iterator[StoredRun]:
     """Yield runs of all experiments, page by page."""
     from mlflow.entities import ViewType
 

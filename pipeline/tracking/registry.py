@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.redaction import redact_value, without_login
 from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
+from pipeline.ledger.shapes import Verdict
 from pipeline.store.artifacts import MODEL, read_json
 from pipeline.store.waiting import locked
 from pipeline.tracking.deliver import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
@@ -273,7 +274,7 @@ def _version(found: Any, key: str) -> Version:
     return Version(found.name, str(found.version), digest, url, path, found.run_id or "", tags)
 
 
-def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
+def find_verdict(uri: str, key: str) -> Verdict | None:
     """Return the latest look recorded under a gate's key, in any experiment; None where there is
     none.
 
@@ -284,7 +285,7 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
 
     if is_empty(uri):
         return None
-    found: list[dict[str, Any]] = []
+    found: list[Verdict] = []
     with _asking(uri), tempfile.TemporaryDirectory() as folder:
         client = _open(uri)
         for run in _tagged(
@@ -297,10 +298,12 @@ def find_verdict(uri: str, key: str) -> dict[str, Any] | None:
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
             written = read_json(place)
             verdict = (
-                as_recorded(written) if isinstance(written, dict) and "run_id" in written else {}
+                as_recorded(written) if isinstance(written, dict) and "run_id" in written else None
             )
-            if verdict.get("key") != key or checksum(verdict) != run.data.tags.get(
-                f"{GATE}.sha256"
+            if (
+                verdict is None
+                or verdict.get("key") != key
+                or checksum(verdict) != run.data.tags.get(f"{GATE}.sha256")
             ):
                 problem = f"{FILE} of MLflow's run {run.info.run_id} is not what was recorded"
                 raise UserError("verdict", problem, "restore it; a verdict is never edited")

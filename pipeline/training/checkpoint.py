@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def save(
     step: int,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    extra: Callable[[], dict[str, Any]],
+    extra: Callable[[], Mapping[str, Any]],
 ) -> None:
     """Write a checkpoint of `step`, then prune all but the newest two.
 

@@ -24,6 +24,7 @@ from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import HistoryEntry
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import kept_of
@@ -67,10 +68,10 @@ class Hooks:
     flops: Callable[[dict[str, Tensor]], tuple[float, float]]  # the model's own, its teacher's
     points: Callable[[int, dict[str, float]], None]
     # what led to a checkpoint at this step, for whoever resumes
-    history: Callable[[int], list[dict[str, Any]]]
+    history: Callable[[int], list[HistoryEntry]]
     checkpointed: Callable[[int], None]
     # from this step on, with the checkpoint's history
-    resumed: Callable[[int, list[dict[str, Any]]], None]
+    resumed: Callable[[int, list[HistoryEntry]], None]
     say: Callable[[str], None]
     should_stop: Callable[[], type[Exception] | None]
     advance: Callable[[int, int], None]  # steps done, tokens done
@@ -294,7 +295,7 @@ def steps_between_evaluations(settings: TrainingConfig) -> int:
 def _resume(
     folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock, hooks: Hooks
 ) -> Progress:
-    progress, history = Progress(), list[dict[str, Any]]()
+    progress, history = Progress(), list[HistoryEntry]()
     with clock.phase("checkpoint"):
         found = checkpoint.newest(folder, hooks.say)
         if found is not None:

@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.redaction import clean_output
 
 if TYPE_CHECKING:
     import subprocess
 
+    from pipeline.ledger.shapes import Result
     from pipeline.runs.metering.child import Child
     from pipeline.runs.metering.options import Settings
     from pipeline.runs.metering.run import MeteredRun
@@ -142,9 +143,7 @@ def _wait(child: Child, run: MeteredRun) -> int:
         return child.wait()
 
 
-def _end(
-    run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None
-) -> dict[str, Any]:
+def _end(run: MeteredRun, child: Child, watch: Watch, status: str, why: str | None) -> Result:
     from pipeline.ledger.foreign import ENV
     from pipeline.ledger.ranks import opened, read_lives
     from pipeline.runs.metering.row import Facts
@@ -184,7 +183,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _closing(result: dict[str, Any], folder: Path) -> str:
+def _closing(result: Result, folder: Path) -> str:
     from pipeline.report.metered import closing_table
 
     return f"{closing_table(result)}\nreport: {folder / 'report.md'}"

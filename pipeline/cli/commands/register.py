@@ -10,7 +10,7 @@ as `model.path` charges those hours instead of an unknown past.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.records import CHARGED, ENDED, read_record
+from pipeline.ledger.shapes import ChargedDevice, ChargedRow, Figure
 from pipeline.models.files import model_files
 from pipeline.store.artifacts import Artifact, Store, bring, digest_folder, read_json, write_json
 
 USAGE = "Usage: python -m pipeline register path=MODEL ledger=RUN [name=NAME] [root=mlruns]"
 KEYS = ("path", "ledger", "name", "root")
 METERED = "metered"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Charge:
 
     run_id: str
     arm: str
-    rows: tuple[Row, ...]
-    device: dict[str, Any]
+    rows: tuple[ChargedRow, ...]
+    device: ChargedDevice
 
     def to_json(self) -> dict[str, Any]:
         """Return the form it has in artifact.json; a figure that any row lacks is null."""
@@ -51,21 +51,23 @@ class Charge:
             "run_id": self.run_id,
             "arm": self.arm,
             "device": self.device,
-            "work_device_hours": self._sum("device_hours", "work"),
-            "retry_device_hours": self._sum("device_hours", "retry"),
+            "work_device_hours": _sum(row["ledger"]["device_hours"]["work"] for row in self.rows),
+            "retry_device_hours": _sum(row["ledger"]["device_hours"]["retry"] for row in self.rows),
             "tokens": own[-1]["ledger"]["counts"]["tokens"]["value"],
-            "model_flops": self._sum("counts", "model_flops", finished=True),
-            "energy_j": self._energy(),
+            "model_flops": _sum(
+                row["ledger"]["counts"]["model_flops"]
+                for row in self.rows
+                if row["status"] == "FINISHED"
+            ),
+            "energy_j": _sum(row["ledger"]["energy_j"] for row in self.rows),
         }
 
-    def _sum(self, group: str, name: str, *, finished: bool = False) -> float | None:
-        rows = [row for row in self.rows if row["status"] == "FINISHED" or not finished]
-        values = [row["ledger"][group][name]["value"] for row in rows]
-        return None if None in values else float(sum(values))
 
-    def _energy(self) -> float | None:
-        values = [row["ledger"]["energy_j"]["value"] for row in self.rows]
-        return None if None in values else float(sum(values))
+def _sum(figures: Iterable[Figure]) -> float | None:
+    """Return a sum; null where any figure is."""
+    values = [figure["value"] for figure in figures]
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 @clean_output()
@@ -211,8 +213,8 @@ def read_charge(run_dir: Path) -> Charge:
         )
     arm = result["primary_arm"]
     own = [row for row in result["rows"] if row["arm"] == arm and _made(row)]
-    if not own:
-        why = f": {result['why']}" if result.get("why") else ""
+    if arm is None or not own:
+        why = f": {said}" if (said := result.get("why")) else ""
         raise UserError(
             "ledger",
             f"{result['run_id']} ended {result['status']} without {arm}{why}",
@@ -230,11 +232,11 @@ def read_charge(run_dir: Path) -> Charge:
     )
 
 
-def _made(row: Row) -> bool:
+def _made(row: ChargedRow) -> bool:
     return row["status"] == "FINISHED" and (row["artifact"] is not None or row["type"] == METERED)
 
 
-def _chain(rows: list[Row], arm: str, seed: int) -> Iterator[str]:
+def _chain(rows: list[ChargedRow], arm: str, seed: int) -> Iterator[str]:
     """Yield the stages that an arm depends on, itself included."""
     yield arm
     needed = {

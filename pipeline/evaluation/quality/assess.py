@@ -30,6 +30,7 @@ from pipeline.evaluation.quality.scoring import score_causal, score_examples
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import Quality, QualityFigure
 from pipeline.ledger.values import measured, null
 from pipeline.models.load import example_length, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
@@ -60,7 +61,7 @@ def assess_quality(
     seed: int,
     clock: PhaseClock,
     unquantized: Path | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> Quality:
     """Score the artifact in `folder` on test documents.
 
     Args:
@@ -143,8 +144,8 @@ def assess_quality(
     if config.tasks:
         from pipeline.evaluation.quality.tasks import run_tasks
 
-        def scored() -> dict[str, dict[str, Any]]:
-            found: dict[str, dict[str, Any]] = {}
+        def scored() -> Quality:
+            found: Quality = {}
             for scores in run_tasks(model, tokenizer, config):
                 found |= _task_entries(
                     scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed
@@ -156,7 +157,7 @@ def assess_quality(
     return entries
 
 
-def _no_tasks(config: QualityConfig, items: Path, why: str) -> dict[str, dict[str, Any]]:
+def _no_tasks(config: QualityConfig, items: Path, why: str) -> Quality:
     """Return nulls with the reason for what lm-eval was to find; its own qualities are there
     already.
     """
@@ -187,9 +188,7 @@ def task_items(items: Path, task: str) -> Path:
     return items.with_name(f"{items.stem}.{task}.jsonl")
 
 
-def _task_entries(
-    scores: TaskScores, items: Path, *, resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
+def _task_entries(scores: TaskScores, items: Path, *, resamples: int, seed: int) -> Quality:
     """Keep the scores of a task's documents, and return its figures by quality key."""
     write_items(items, {"digest": scores.digest, "responses": scores.responses, **scores.scores})
     figures: dict[str, Figure] = {name: (null(why), None) for name, why in scores.left_out.items()}
@@ -328,7 +327,7 @@ def entries_of(
     num_documents: int,
     items: Path,
     groups: int | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> Quality:
     """Return figures as rows hold them; the primary one names the per-document values even where it
     is null.
     """
@@ -342,20 +341,22 @@ def entries_of(
 
 def entry_of(
     figure: Figure, num_documents: int, items: Path, groups: int | None = None
-) -> dict[str, Any]:
+) -> QualityFigure:
     """Return a figure as rows hold it; `groups` are those that the documents form, where they form
     any.
     """
     value, ci = figure
     if value.value is None:
         return {**value.to_json(), "ci": None, "n": None, "items": None}
-    counted = {"n": num_documents} if groups is None else {"n": num_documents, "groups": groups}
-    return {
+    entry: QualityFigure = {
         **value.to_json(),
         "ci": None if ci is None else list(ci),
-        **counted,
+        "n": num_documents,
         "items": str(items),
     }
+    if groups is not None:
+        entry["groups"] = groups
+    return entry
 
 
 # -- per-document values --------------------------------------------------------------------------

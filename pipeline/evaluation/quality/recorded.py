@@ -23,6 +23,7 @@ from pipeline.config.text_files import read_bytes, read_text_file
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.quality.assess import Arrays, entries_of, figures_of
 from pipeline.ledger.metrics import PRIMARY
+from pipeline.ledger.shapes import Quality, QualityFigure
 from pipeline.ledger.values import null
 from pipeline.store.artifacts import read_json, write_json
 
@@ -66,9 +67,7 @@ def values_digest(items: Path) -> str:
     return sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 
-def take_recorded(
-    given: Path, path: Path, task: Task, config: QualityConfig, key: str
-) -> dict[str, dict[str, Any]]:
+def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, key: str) -> Quality:
     """Take over values that another evaluation recorded; return their figures, as `assess_quality`
     returns its own.
 
@@ -101,7 +100,7 @@ def take_recorded(
     figures = figures_of(task, columns, resamples=config.bootstrap, seed=0)
     groups = num_groups(group_codes(columns))
     found = entries_of(task, figures, len(columns["digest"]), path, groups)
-    lacking = {
+    lacking: QualityFigure = {
         **null("no column that it is made of").to_json(),
         "ci": None,
         "n": None,

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.serving.measure import check_load, draw_prompts
 from pipeline.evaluation.serving.server import load
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import Figures
 from pipeline.ledger.values import measured
 from pipeline.models.load import load_config, load_model, quantized_by
 from pipeline.models.sixteen_bits import (
@@ -65,7 +66,7 @@ class Drift:
     flips: float
     documents: int
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Figures:
         """Return them as serving figures of a row."""
         named = {
             "dtype_kl": self.kl,

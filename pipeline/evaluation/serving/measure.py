@@ -33,6 +33,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import Figures, ServedPass
 from pipeline.ledger.values import Value, derive, measured, null
 from pipeline.models.load import positions
 
@@ -85,10 +86,10 @@ class ServePass:
             then.
     """
 
-    serving: dict[str, dict[str, dict[str, Any]]]
+    serving: dict[str, Figures]
     seconds: dict[Pair, tuple[np.ndarray, np.ndarray]]
     how: dict[str, str]
-    conditions: dict[str, Any] = field(default_factory=dict)
+    conditions: Figures = field(default_factory=dict)
     joules: tuple[np.ndarray, np.ndarray] | None = None
     why_no_joules: str | None = None
     dtype: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class ServePass:
     order_seed: int | None = None
     warm_up: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ServedPass:
         """Return what `from_json` reads back."""
         seconds = [
             [*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()
@@ -118,7 +119,7 @@ class ServePass:
         }
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> ServePass:
+    def from_json(raw: ServedPass) -> ServePass:
         """Read back what `to_json` wrote."""
         seconds = {
             (arm, base): (np.array(ours), np.array(theirs))
@@ -265,7 +266,7 @@ def serve_pass(
 
 def machine_conditions(
     sampler: Sampler, window: tuple[int, int], others: Others, kind: str
-) -> dict[str, Any]:
+) -> Figures:
     """Return what the machine was like: on a CPU what others took of its cores, on a GPU what its
     library says.
 
@@ -551,7 +552,7 @@ def draw_prompts(
 
 def figures(
     readings: Readings, weights_bytes: int, *, task: Task, load: ServingLoad, devices: int
-) -> dict[str, dict[str, Any]]:
+) -> Figures:
     """Return the serving figures of one arm as result.json holds them (the catalogue says what they
     mean).
     """

@@ -34,6 +34,7 @@ from pipeline.evaluation.quality.assess import choose_documents
 from pipeline.evaluation.quality.scoring import score_causal
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import VllmRecord
 from pipeline.models.load import load_config, load_model, load_tokenizer, positions, quantized_by
 from pipeline.models.sixteen_bits import stored_dtype
 
@@ -81,12 +82,13 @@ class Checked:
     documents: int = 0
     tokens: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> VllmRecord:
         """Return the form it has in artifact.json; what is not known is left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        known: Any = {name: value for name, value in asdict(self).items() if value is not None}
+        return known
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> Checked:
+    def from_json(raw: VllmRecord) -> Checked:
         """Read back what `to_json` wrote."""
         return Checked(**raw)
 

@@ -18,6 +18,7 @@ from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
 from pipeline.ledger.reconcile import problems
 from pipeline.ledger.record import HOUR_NS, Spent, hours, ledger
+from pipeline.ledger.shapes import Checked, HoursPart, Row
 from pipeline.ledger.values import Value, null
 from pipeline.runs.metering.watch import Used
 
@@ -55,7 +56,10 @@ class Facts:
         return self.end_ns - self.start_ns
 
 
-def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+_OF_PHASES: tuple[HoursPart, ...] = ("productive", "support", "wasted")
+
+
+def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Row:
     """Return the row of a metered command.
 
     What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by
@@ -64,7 +68,6 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> d
     record = (
         _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
     )
-    record |= {"identity": start["identity"], "placement": _placement(start, facts)}
     granted = _granted(start)
     # granted, and never touched
     if facts.used.kind == "cpu" and granted is not None and granted.gpus:
@@ -88,13 +91,15 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> d
         "serving": {},
         "ledger": {
             **record,
+            "identity": start["identity"],
+            "placement": _placement(start, facts),
             "meter_valid": not found,
             "meter_problems": [*found, *facts.used.read().problems],
         },
     }
 
 
-def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Checked:
     timeline = (
         merge(lives, facts.start_ns, facts.end_ns, facts.used.ids)
         if lives
@@ -120,7 +125,7 @@ def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> 
     return record
 
 
-def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict[str, Any]:
+def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Checked:
     found = dict.fromkeys(counts(lives), null(ENDED_BADLY))
     return _ledger(
         start,
@@ -132,7 +137,7 @@ def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> dict
 
 def _ledger(
     start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]
-) -> dict[str, Any]:
+) -> Checked:
     why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
     memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
@@ -178,13 +183,15 @@ def _granted(start: Mapping[str, Any]) -> Grant | None:
     return None if start["grant"] is None else Grant(**start["grant"])
 
 
-def _silence(record: dict[str, Any]) -> None:
+def _silence(record: Checked) -> None:
     """Call nothing wasted, or productive, of a program that does not say what it did."""
     silent = null(SILENT).to_json()
-    for group in ("device_hours", "gpu_hours"):
-        for name in ("productive", "support", "wasted"):
-            if record[group][name]["value"] is not None:
-                record[group][name] = silent
+    of_devices, of_gpus = record["device_hours"], record["gpu_hours"]
+    for name in _OF_PHASES:
+        if of_devices[name]["value"] is not None:
+            of_devices[name] = silent
+        if of_gpus[name]["value"] is not None:
+            of_gpus[name] = silent
     record["device_hours"]["wasted_by"] = {}
     record["counts"]["goodput"] = silent
 

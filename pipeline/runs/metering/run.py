@@ -21,12 +21,13 @@ from pipeline.config.owner import OWNER
 from pipeline.config.settings import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger import metrics
-from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
+from pipeline.ledger.booking import Booking, Span, Window, book, run_hours
 from pipeline.ledger.foreign import ENV, RANKS, nested_in
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
 from pipeline.ledger.run_cost import run_cost
+from pipeline.ledger.shapes import Result, Row, RunTotals
 from pipeline.ledger.values import measured
 from pipeline.report.metered import conclude, markdown
 from pipeline.runs.metering.options import Settings
@@ -124,7 +125,7 @@ class MeteredRun:
 
     def end(
         self, facts: Facts, *, now_ns: int, t: float | None = None, notes: Sequence[str] = ()
-    ) -> dict[str, Any]:
+    ) -> Result:
         """Write the row, the result and the report, and let go of the run; return the result.
 
         Args:
@@ -183,9 +184,7 @@ class MeteredRun:
         self.lock.release()
         return result
 
-    def _result(
-        self, facts: Facts, row: dict[str, Any], run: dict[str, Any], notes: list[str]
-    ) -> dict[str, Any]:
+    def _result(self, facts: Facts, row: Row, run: RunTotals, notes: list[str]) -> Result:
         environment = {
             "command": self.start["params"]["command"],
             "python": platform.python_version(),
@@ -194,7 +193,7 @@ class MeteredRun:
             "commit": self.start["identity"]["commit"],
             "notes": notes,
         }
-        result: dict[str, Any] = {
+        result: Result = {
             "schema": 2,
             "run_id": self.folder.name,
             "recipe": RECIPE,
@@ -208,23 +207,16 @@ class MeteredRun:
             "rows": [row],
             "comparisons": [],
             "verdict": None,
+            "conclusion": {"verdict": "", "answers": []},
         }
         return {**result, "conclusion": conclude(result)}
 
 
-def _totals(booked: Booking, facts: Facts, start: dict[str, Any]) -> dict[str, Any]:
+def _totals(booked: Booking, facts: Facts, start: dict[str, Any]) -> RunTotals:
     """Return the run's device-hours: the command's, and as overhead the meter's own before and
     after it.
     """
-    parts = {
-        "total": booked.attached_ns,
-        "work": booked.work_ns,
-        "assess": booked.assess_ns,
-        "retry": booked.retry_ns,
-        "compare": booked.compare_ns,
-        "overhead": booked.overhead_ns,
-    }
-    hours = {name: measured(device_hours(ns)).to_json() for name, ns in parts.items()}
+    hours = run_hours(booked)
     before_ns = (facts.start_ns - start["started_ns"]) * facts.used.count
     overhead = {"prepare": before_ns, "log": booked.overhead_ns - before_ns}
     return {

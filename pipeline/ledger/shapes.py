@@ -1,0 +1,1192 @@
+"""The shapes of all that is written to disk or read back, as typed records.
+
+`result.json`, the records of the store, the lines of a journal. The JSON Schemas in
+`ledger/schema.py` and `ledger/records.py` check them at the door; here stands the same for type
+checkers, and `tests/test_shapes.py` holds the two together.
+
+A group whose members are all figures, and are named by a table (`COUNTS`, `MEMORY`), is `Figures`:
+the table is the one place where its names stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
+
+Ends: TypeAlias = list[float]
+"""The two ends of an interval."""
+
+
+class Figure(TypedDict):
+    """A figure: null exactly where `why_missing` says why, and `provenance` is unavailable."""
+
+    value: float | None
+    provenance: str
+    why_missing: str | None
+
+
+class IntervalFigure(Figure):
+    """A figure with its interval; null where there is none."""
+
+    ci: Ends | None
+
+
+Figures: TypeAlias = dict[str, Figure]
+PhasesNs: TypeAlias = dict[str, int]
+"""Nanoseconds by phase."""
+Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED", "SKIPPED"]
+
+
+# -- a row and its ledger -------------------------------------------------------------------------
+
+
+class ArtifactRecord(TypedDict):
+    """A folder that a stage left."""
+
+    path: str
+    kind: str
+    digest: str
+    bytes: int
+
+
+class ControlRecord(TypedDict):
+    """What a control is a control of."""
+
+    of: str
+    matches: str
+
+
+class QuantizationRecord(TypedDict):
+    """The format of what a stage made, and how much of the model is in it."""
+
+    format: str
+    layers: int
+    share: Figure
+
+
+Unchanged = TypedDict("Unchanged", {"as": str, "why": str})
+"""Which model a stage left as it is though it was to change it, and why."""
+
+
+class QualityFigure(IntervalFigure):
+    """A quality: of `n` documents, whose values lie in `items`."""
+
+    n: int | None
+    items: str | None
+    groups: NotRequired[int]
+    slice: NotRequired[str]
+
+
+Quality: TypeAlias = dict[str, QualityFigure]
+
+
+class DeviceHours(TypedDict):
+    """Hours of a row, by part."""
+
+    attached: Figure
+    work: Figure
+    assess: Figure
+    retry: Figure
+    productive: Figure
+    support: Figure
+    wasted: Figure
+    wasted_by: Figures
+
+
+HoursPart: TypeAlias = Literal[
+    "attached", "work", "assess", "retry", "productive", "support", "wasted"
+]
+HOURS: tuple[HoursPart, ...] = get_args(HoursPart)
+
+
+class Money(TypedDict):
+    """What hours cost, in `currency`."""
+
+    amount: Figure
+    currency: str | None
+    facility_energy_j: NotRequired[Figure]
+
+
+class UsageRecord(TypedDict):
+    """What devices did in a window; see `gpu_usage.Usage`."""
+
+    energy_j: Figure
+    energy_integral_j: Figure
+    power_w_mean: Figure
+    busy: Figure
+    sm_active: Figure
+    tensor_active: Figure
+    dram_active: Figure
+    nvlink_bytes_per_s: Figure
+    pcie_bytes_per_s: Figure
+    memory_used_peak_bytes: Figure
+    sm_clock_mhz_mean: Figure
+    sm_clock_mhz_min: Figure
+    temperature_c_max: Figure
+    throttle_share: Figure
+    power_cap_share: Figure
+    foreign_load: Figure
+    throttle_reasons: list[str]
+    problems: list[str]
+
+
+class Conditions(TypedDict):
+    """What a machine was like while a row's windows were open: all of `UsageRecord` but the energy,
+    what disturbed them, and what metering itself took.
+    """
+
+    energy_integral_j: Figure
+    power_w_mean: Figure
+    busy: Figure
+    sm_active: Figure
+    tensor_active: Figure
+    dram_active: Figure
+    nvlink_bytes_per_s: Figure
+    pcie_bytes_per_s: Figure
+    memory_used_peak_bytes: Figure
+    sm_clock_mhz_mean: Figure
+    sm_clock_mhz_min: Figure
+    temperature_c_max: Figure
+    throttle_share: Figure
+    power_cap_share: NotRequired[Figure]
+    foreign_load: Figure
+    throttle_reasons: list[str]
+    problems: list[str]
+    meter_overhead: Figure
+    truncated: bool
+    work_foreign_load: NotRequired[Figure]
+    assess_foreign_load: NotRequired[Figure]
+    host_foreign_load: NotRequired[Figure]
+    steal_share: NotRequired[Figure]
+    cpu_throttle_share: NotRequired[Figure]
+
+
+class GpuTimelineRecord(TypedDict):
+    """What the device did: shares of traced steps, seconds by phase, traces."""
+
+    traced_steps: Figure
+    compute: Figure
+    comm_exposed: Figure
+    copy_exposed: Figure
+    idle_host_wait: Figure
+    idle_launch_gap: Figure
+    idle_other: Figure
+    busy: Figure
+    phases_s: dict[str, float]
+    traces: list[str]
+    notes: list[str]
+
+
+class Measurements(TypedDict):
+    """A row's figures, before they are held against each other."""
+
+    wall_s: Figure
+    phases_ns: PhasesNs
+    device_hours: DeviceHours
+    gpu_hours: Figures
+    energy_j: Figure
+    counts: Figures
+    memory: Figures
+    cost: Money
+    conditions: Conditions
+    gpu_timeline: NotRequired[GpuTimelineRecord]
+
+
+class Checked(Measurements):
+    """They, and what does not agree."""
+
+    meter_valid: bool
+    meter_problems: list[str]
+
+
+class LedgerRecord(Checked):
+    """All of a row's ledger: whose it is, and where it was made, as far as that is known."""
+
+    identity: dict[str, Any]
+    placement: dict[str, Any]
+
+
+class Row(TypedDict):
+    """An attempt at a stage."""
+
+    arm: str
+    stage: str
+    type: str
+    seed: int
+    attempt: int
+    status: str
+    why: str | None
+    reused: str | None
+    depends_on: list[str]
+    inputs: NotRequired[dict[str, str]]
+    makes: NotRequired[str]
+    control: NotRequired[ControlRecord | None]
+    artifact: ArtifactRecord | None
+    ledger: LedgerRecord
+    quality: Quality
+    recovery: Figures
+    quantization: NotRequired[QuantizationRecord | None]
+    serving: Figures
+    unchanged: NotRequired[Unchanged | None]
+
+
+# -- comparisons ----------------------------------------------------------------------------------
+
+
+class ComparedQuality(IntervalFigure):
+    """A quality of an arm against its base's; see `compare.quality.compare_items`."""
+
+    n: int
+    margin: float
+    answer: str
+    items_to_decide: int | None
+    groups: NotRequired[int | None]
+    available: NotRequired[int | None]
+    smallest_visible_damage: NotRequired[float]
+    why_undecided: NotRequired[str]
+
+
+class TrainingSaving(IntervalFigure):
+    """What an arm's training saved; see `compare.savings.training_saving`."""
+
+    c_arm: Figure
+    c_base: Figure
+    c_opt: Figure
+    all_in_arm: Figure
+    all_in_base: Figure
+    new_spend_saving: Figure
+    systems: Figure
+    algorithmic: Figure
+    bound: Figure
+    amortised: NotRequired[Figure]
+    less_others: NotRequired[Figure]
+    rule: str
+
+
+class ServingSaving(IntervalFigure):
+    """What an arm's serving saves; see `compare.savings.serving_saving`."""
+
+    blocks: int
+    sd_log: NotRequired[float]
+    how: NotRequired[str]
+    dtypes: NotRequired[dict[str, str]]
+    orders: NotRequired[list[str]]
+    order_seed: NotRequired[int | None]
+    warm_up: NotRequired[dict[str, Any]]
+    disturbed: NotRequired[list[str]]
+
+
+class MemorySaving(Figure):
+    """The share of the base's memory that an arm saves."""
+
+    of: str
+
+
+class Speedup(TypedDict):
+    """Whether a quantized arm saves time or memory."""
+
+    saves_time: bool
+    memory: MemorySaving
+    no_speedup: bool
+
+
+class Payback(Figure):
+    """Units after which serving has repaid the extra spending."""
+
+    unit: str
+    p_net_positive: Figure
+    replicas_saved: Figure
+
+
+class Pair(TypedDict):
+    """An arm read against its base."""
+
+    arm: str
+    base: str
+    on: list[str]
+    speedup: Speedup | None
+    base_is: NotRequired[str | None]
+    quality: dict[str, ComparedQuality]
+    training: TrainingSaving | None
+    serving: ServingSaving | None
+    payback: Payback | None
+
+
+# -- verdicts -------------------------------------------------------------------------------------
+
+
+class CriterionRecord(TypedDict):
+    """What a gate read one criterion as; see `compare.verdict.Criterion`."""
+
+    name: str
+    outcome: str
+    gating: bool
+    value: Figure
+    ci: Ends | None
+    level: float | None
+    threshold: float | None
+    unit: str
+    n: int | None
+    needed: int | None
+    why: str | None
+    groups: NotRequired[int | None]
+    available: NotRequired[int | None]
+    smallest_visible_damage: NotRequired[float | None]
+
+
+class SideRecord(TypedDict):
+    """A side of a gate."""
+
+    reference: str
+    digest: str
+    path: str
+    bytes: int
+    model: str | None
+    version: str | None
+    url: str | None
+    charge: ChargeRecord | None
+
+
+class PolicyRecord(TypedDict):
+    """The policy that a verdict was reached by."""
+
+    name: str
+    sha256: str
+    settings: dict[str, Any]
+
+
+class DeviceRecord(TypedDict):
+    """Devices of a run."""
+
+    kind: str
+    name: str
+    count: int
+
+
+class ServedIn(TypedDict):
+    """The dtype that was asked for, and the one that fp32 artifacts were served in."""
+
+    asked: str
+    served: str | None
+
+
+class Promotion(TypedDict):
+    """What became of moving the champion."""
+
+    done: bool
+    model: str
+    version: str | None
+    url: str | None
+    why: str | None
+
+
+class EndRecord(TypedDict):
+    """How a gate's run ended."""
+
+    exit_code: int
+    why: str | None
+
+
+class HistoryRecord(TypedDict):
+    """A verdict among those before it; see `gate.history`."""
+
+    releases: list[dict[str, Any]]
+    of: int
+    findings: list[dict[str, Any]]
+
+
+class VerdictHistory(HistoryRecord):
+    """The same in verdict.json."""
+
+    model: str | None
+    why: str | None
+
+
+class BlocksRecord(TypedDict):
+    """How a look's blocks were ordered."""
+
+    orders: list[str]
+    places: list[list[int]] | None
+    seed: int | None
+    warm_up: dict[str, Any]
+
+
+class Readings(TypedDict):
+    """What looks have read, which the next one goes on from."""
+
+    candidate_s: list[list[float]]
+    baseline_s: list[list[float]]
+    conditions: list[Figures]
+    blocks: NotRequired[list[BlocksRecord]]
+    candidate_j: NotRequired[list[list[float]]]
+    baseline_j: NotRequired[list[list[float]]]
+
+
+class Judgement(TypedDict):
+    """A verdict and what it rests on."""
+
+    schema: int
+    line: str
+    verdict: str
+    exit_code: int
+    why: str | None
+    criteria: list[CriterionRecord]
+    candidate: SideRecord
+    baseline: SideRecord | None
+    policy: PolicyRecord
+    task: str
+    primary: str
+    unit: str
+    data: str
+    device: DeviceRecord
+    key: str
+    look: int
+    looks: int
+    run_id: str
+    created: str
+    recorded: NotRequired[str]
+    dtype: NotRequired[ServedIn | None]
+
+
+class Verdict(Judgement):
+    """A verdict as the store records it."""
+
+    readings: Readings
+
+
+class ShownVerdict(Judgement):
+    """A verdict as result.json has it."""
+
+    promotion: Promotion | None
+    history: VerdictHistory | None
+    end: EndRecord
+
+
+class VerdictFile(ShownVerdict):
+    """verdict.json."""
+
+    readings: Readings
+    sha256: str
+
+
+class NoVerdict(TypedDict):
+    """verdict.json of a gate that came to none."""
+
+    schema: int
+    line: str
+    verdict: None
+    exit_code: int
+    why: str | None
+    criteria: list[CriterionRecord]
+    run_id: str
+
+
+# -- result.json ----------------------------------------------------------------------------------
+
+
+class RunHours(TypedDict):
+    """Device-hours of a run over all its attempts."""
+
+    total: Figure
+    work: Figure
+    assess: Figure
+    retry: Figure
+    compare: Figure
+    overhead: Figure
+
+
+class OutsideNs(TypedDict):
+    """Device-nanoseconds outside of stages, by phase."""
+
+    overhead: PhasesNs
+    compare: PhasesNs
+
+
+class RunMoney(TypedDict):
+    """What a run cost; see `ledger.run_cost`."""
+
+    amount: Figure
+    currency: str | None
+    basis: str | None
+    rate: dict[str, Any] | None
+
+
+class ConvergedRecord(TypedDict):
+    """What a model took until it converged; see `ledger.converged`."""
+
+    device_hours: Figure
+    amount: Figure
+    currency: str | None
+    run: str | None
+
+
+class RunTotals(TypedDict):
+    """What a run came to."""
+
+    attempts: int
+    device_hours: RunHours
+    phases_device_ns: OutsideNs
+    compare_conditions: NotRequired[Figures]
+    spent: Figure
+    reused: Figure
+    cost: NotRequired[RunMoney]
+    per_converged_model: NotRequired[ConvergedRecord]
+
+
+class Conclusion(TypedDict):
+    """What a report says in the end: one sentence, then a bullet for each answer."""
+
+    verdict: str
+    answers: list[str]
+
+
+class Result(TypedDict):
+    """result.json."""
+
+    schema: int
+    run_id: str
+    recipe: str
+    question: str
+    status: str
+    why: str | None
+    primary_arm: str
+    is_release_check: NotRequired[bool]
+    conclusion: Conclusion
+    device: DeviceRecord
+    environment: dict[str, Any]
+    run: RunTotals
+    rows: list[Row]
+    comparisons: list[Pair]
+    verdict: ShownVerdict | None
+
+
+# -- records of the store -------------------------------------------------------------------------
+
+
+class RunState(TypedDict):
+    """run.json: which run of its key this is, and how far it came."""
+
+    key: str
+    status: str
+    attempt: int
+    pid: NotRequired[int | None]
+    spent_device_hours: NotRequired[float | None]
+
+
+class OutputRecord(TypedDict):
+    """What a stage reported; see `stages.context.Output`."""
+
+    counts: Figures
+    curve: list[dict[str, float]]
+    flops_per_step: float | None
+    flops_by_rule: NotRequired[float | None]
+    seconds_in_steps: float | None
+    existing: bool
+    gpu_timeline: dict[str, Any]
+    about: dict[str, Any]
+
+
+class KnownArtifact(TypedDict):
+    """keys/KEY.json, as far as any says."""
+
+    artifact: NotRequired[ArtifactRecord | None]
+
+
+class Made(TypedDict):
+    """keys/KEY.json: what a stage made, and what that took."""
+
+    artifact: ArtifactRecord
+    run_id: str
+    attempt: int
+    seed: int
+    work_ns: int
+    phases_ns: PhasesNs
+    output: OutputRecord
+    memory: Figures
+    usage: NotRequired[UsageRecord]
+    disturbance: NotRequired[Figures]
+    earlier: list[Row]
+
+
+class VllmRecord(TypedDict):
+    """What vLLM made of an artifact; see `evaluation.serving.vllm_check.Checked`."""
+
+    outcome: Literal["ran", "failed", "not run here"]
+    why: NotRequired[str]
+    version: NotRequired[str]
+    vllm: NotRequired[float]
+    here: NotRequired[float]
+    tolerance: NotRequired[float]
+    agrees: NotRequired[bool]
+    documents: NotRequired[int]
+    tokens: NotRequired[int]
+
+
+class Assessed(TypedDict):
+    """assessments/KEY.json: how good an artifact is."""
+
+    run_id: str
+    items: str
+    sha256: str | None
+    rows: list[Row]
+    vllm: NotRequired[VllmRecord]
+
+
+class ServedPass(TypedDict):
+    """A comparison pass; see `evaluation.serving.measure.ServePass`. Of pairs: arm, base, and what
+    was read of them.
+    """
+
+    serving: dict[str, Figures]
+    seconds: list[list[Any]]
+    how: dict[str, str]
+    conditions: NotRequired[Figures]
+    joules: NotRequired[list[list[Ends]] | None]
+    why_no_joules: NotRequired[str | None]
+    dtype: NotRequired[dict[str, Any]]
+    orders: NotRequired[list[list[Any]]]
+    places: NotRequired[list[list[Any]]]
+    order_seed: NotRequired[int | None]
+    warm_up: NotRequired[dict[str, Any]]
+
+
+class Served(TypedDict):
+    """serving/KEY.json: a comparison pass, and what it took."""
+
+    run_id: str
+    elapsed_ns: int
+    served: ServedPass
+    devices: NotRequired[int]
+
+
+class HistoryEntry(TypedDict):
+    """An attempt of any run that led to a checkpoint, up to its last one."""
+
+    run_id: str
+    attempt: int
+    step: int
+    phases_ns: PhasesNs
+
+
+class Progress(TypedDict):
+    """extra.json of a checkpoint."""
+
+    history: NotRequired[list[HistoryEntry]]
+
+
+class CheckpointManifest(TypedDict):
+    """manifest.json of a checkpoint."""
+
+    step: int
+    sha256: dict[str, str]
+
+
+class Shard(TypedDict):
+    """Beside each shard of a capture."""
+
+    sha256: str
+    windows: int
+    tokens: int
+    read: int
+    bytes: int
+    flops: float | None
+    capture_ns: int
+    step: int
+    history: list[HistoryEntry]
+
+
+class LifeRecord(TypedDict):
+    """What a rank of a metered command left."""
+
+    host: str
+    rank: int | None
+    local_rank: int | None
+    world_size: int | None
+    device: str | None
+    device_name: str | None
+    start_ns: int
+    end_ns: int
+    phases_ns: PhasesNs
+    counts: dict[str, float]
+    ended: bool
+
+
+class PrecisionChoice(TypedDict):
+    """precision.json of a stage: what was chosen for it."""
+
+    chosen: str
+    said: list[str]
+    trials: list[dict[str, Any]]
+    loss_tolerance: NotRequired[float]
+    not_tried: NotRequired[list[str]]
+
+
+# -- artifact.json --------------------------------------------------------------------------------
+
+
+class ArtifactFacts(TypedDict):
+    """What every artifact.json says; what a stage found out beside is free."""
+
+    kind: str
+    digest: str
+
+
+class ChainCharge(TypedDict):
+    """What the chain of an arm took in its run."""
+
+    arm: str
+    work_device_hours: float
+    retry_device_hours: float
+    model_flops: float | None
+    foreign_load: Figure
+    existing: list[str]
+
+
+class ChargeRecord(TypedDict):
+    """What a model's chain took, as it travels with it in artifact.json (`charge`, `ledger`).
+
+    A figure that was not counted is null. What else is known depends on the release that noted it.
+    """
+
+    work_device_hours: float | None
+    retry_device_hours: float | None
+    model_flops: float | None
+    run_id: NotRequired[str]
+    arm: NotRequired[str]
+    seed: NotRequired[int]
+    device: NotRequired[dict[str, Any]]
+    tokens: NotRequired[float | None]
+    energy_j: NotRequired[float | None]
+    foreign_load: NotRequired[Figure]
+    existing: NotRequired[list[str]]
+    seeds_device_hours: NotRequired[list[Any]]  # checked where it is read
+
+
+class KnownQuality(TypedDict):
+    """A quality in artifact.json."""
+
+    value: float | None
+    why_missing: str | None
+    ci: Ends | None
+    n: int | None
+
+
+class AssessedFacts(TypedDict):
+    """How good an artifact is, as artifact.json says (`assessed`)."""
+
+    quality: dict[str, KnownQuality]
+    data: str
+    split: str
+    margin: float
+    device: str
+    run_id: str
+
+
+# -- lines of a journal that are read back --------------------------------------------------------
+
+
+Kind: TypeAlias = Literal["work", "assess", "compare"]
+
+
+class WindowRecord(TypedDict):
+    """A stretch of an attempt; see `ledger.booking.Window`."""
+
+    kind: Kind
+    arm: str | None
+    seed: int
+    attempt: int
+    start_ns: int
+    end_ns: int
+    kept_ns: int
+
+
+class Line(TypedDict):
+    """What every line says: what happened, and when."""
+
+    t: float
+    mono_ns: int
+
+
+class Started(Line):
+    """An attempt at a run began."""
+
+    e: Literal["run_start"]
+    attempt: int
+    run_id: str
+    recipe: str
+    params: dict[str, Any]
+    tags: dict[str, Any]
+    environment: dict[str, Any]
+    started_ns: int
+    devices: NotRequired[int]
+    clock_ns: NotRequired[PhasesNs]
+
+
+class StageStarted(Line):
+    """A stage began to work."""
+
+    e: Literal["stage_start"]
+    arm: str
+    stage: str
+    type: str
+    seed: int
+    attempt: int
+    params: dict[str, Any]
+    depends_on: list[str]
+
+
+class Opened(Line):
+    """A window was opened."""
+
+    e: Literal["open"]
+    kind: Kind
+    arm: str | None
+    seed: int
+    attempt: int
+    start_ns: int
+    clock_ns: NotRequired[PhasesNs]
+
+
+class Closed(Line):
+    """A window was closed."""
+
+    e: Literal["window"]
+    arm: str | None
+    seed: int
+    window: WindowRecord
+    phases_ns: PhasesNs
+    clock_ns: NotRequired[PhasesNs]
+
+
+class RowLine(Line):
+    """A row was added, or an earlier form of it replaced."""
+
+    e: Literal["row"]
+    row: Row
+
+
+class Points(Line):
+    """A step's readings."""
+
+    e: Literal["points"]
+    arm: str
+    seed: int
+    attempt: int
+    step: int
+    values: dict[str, float | None]
+
+
+class Checkpointed(Line):
+    """A checkpoint is on disk."""
+
+    e: Literal["checkpoint"]
+    arm: str
+    seed: int
+    attempt: int
+    step: int
+    phases_ns: PhasesNs
+
+
+class Resumed(Line):
+    """A stage goes on from a checkpoint, or from none."""
+
+    e: Literal["resume"]
+    arm: str
+    seed: int
+    attempt: int
+    step: int
+    history: list[HistoryEntry]
+
+
+class Ended(Line):
+    """An attempt at a run came to its end."""
+
+    e: Literal["run_end"]
+    status: str
+    why: str | None
+    primary_arm: str | None
+    run: RunTotals
+
+
+class DevicesUsed(TypedDict):
+    """The devices that a metered command appeared on."""
+
+    kind: str
+    name: str
+    ids: list[str]
+
+
+class DevicesSeen(Line):
+    """A metered command appeared on devices."""
+
+    e: Literal["devices"]
+    used: DevicesUsed
+
+
+class ProcessStarted(Line):
+    """A metered command runs."""
+
+    e: Literal["started"]
+    pid: int
+
+
+class OfAttempt(TypedDict):
+    """Which attempt at a stage something is of."""
+
+    arm: str
+    seed: int
+    attempt: int
+
+
+class ServedRow(OfAttempt):
+    """A row's serving figures, which come after it."""
+
+    serving: Figures
+
+
+class ServingLine(Line):
+    """Serving was read."""
+
+    e: Literal["serving"]
+    rows: list[ServedRow]
+
+
+class ComparisonsLine(Line):
+    """Pairs were compared."""
+
+    e: Literal["comparisons"]
+    comparisons: list[Pair]
+
+
+class VerdictLine(Line):
+    """A gate came to a verdict."""
+
+    e: Literal["verdict"]
+    verdict: Verdict
+    sha256: str
+
+
+class SelftestLine(Line):
+    """A self-test came to its end."""
+
+    e: Literal["selftest"]
+    tags: dict[str, Any]
+    values: Figures
+
+
+class Beat(Line):
+    """A process is alive, or a self-test has trained once more; nothing is read of either."""
+
+    e: Literal["heartbeat", "repeat"]
+
+
+class Dataset(TypedDict):
+    """A split that was read."""
+
+    name: str
+    digest: str
+    split: str
+    num_documents: int
+
+
+class FirstLine(Started):
+    """`run_start` with what MLflow's writer reads of it."""
+
+    experiment: str
+    tracking_uri: str | None
+    question: str
+    datasets: list[Dataset]
+
+
+class LastLine(Ended):
+    """`run_end` with what MLflow's writer reads of it."""
+
+    description: str
+    files: list[str]
+
+
+Event: TypeAlias = (
+    FirstLine
+    | StageStarted
+    | Opened
+    | Closed
+    | RowLine
+    | Points
+    | Checkpointed
+    | Resumed
+    | LastLine
+    | DevicesSeen
+    | ProcessStarted
+    | ServingLine
+    | ComparisonsLine
+    | VerdictLine
+    | SelftestLine
+    | Beat
+)
+"""A line of a journal, told apart by `e`."""
+
+
+# -- what others read of runs ---------------------------------------------------------------------
+
+
+class Moment(TypedDict):
+    """The last line that was delivered."""
+
+    e: str
+    t: float
+
+
+class ArmAttempt(TypedDict):
+    """What MLflow has had of an attempt at an arm."""
+
+    seed: int
+    finished: bool
+    core: dict[str, float | None]
+
+
+class Delivered(TypedDict):
+    """mlflow.json of a run: how far it was delivered."""
+
+    offset: int
+    last: Moment | None
+    dead: NotRequired[bool]
+    parent: NotRequired[str | None]
+    ended: NotRequired[bool]
+    children: NotRequired[dict[str, str]]
+    arms: NotRequired[dict[str, dict[str, ArmAttempt]]]
+    spans: NotRequired[list[list[int]]]
+    noted: NotRequired[float | None]
+
+
+class DeliveryState(TypedDict):
+    """The same with nothing left out."""
+
+    offset: int
+    last: Moment | None
+    dead: bool
+    parent: str | None
+    ended: bool
+    children: dict[str, str]
+    arms: dict[str, dict[str, ArmAttempt]]
+    spans: list[list[int]]
+    noted: float | None
+
+
+class StoredRun(TypedDict):
+    """A run as MLflow holds it; `end_ms` is None while it runs."""
+
+    status: str
+    start_ms: int
+    end_ms: int | None
+    active: bool
+    metrics: dict[str, float]
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+class NamedDevice(TypedDict):
+    """A device by its name."""
+
+    name: str
+
+
+class Registered(TypedDict):
+    """`ledger` of an artifact.json: what a registered model cost."""
+
+    run_id: str
+    device: NamedDevice
+    work_device_hours: float | None
+    retry_device_hours: float | None
+    model_flops: float | None
+
+
+class MadeBy(TypedDict):
+    """Who made an artifact."""
+
+    arm: str
+    status: str
+    artifact: ArtifactRecord | None
+
+
+class EndedResult(TypedDict):
+    """result.json, as far as a reference to a run reads it."""
+
+    status: str
+    rows: list[MadeBy]
+    why: NotRequired[str | None]
+    primary_arm: NotRequired[str | None]
+
+
+class ChargedHours(TypedDict):
+    """Device-hours that a registration reads."""
+
+    work: Figure
+    retry: Figure
+
+
+class ChargedCounts(TypedDict):
+    """Counts that a registration reads."""
+
+    tokens: Figure
+    model_flops: Figure
+
+
+class ChargedLedger(TypedDict):
+    """A ledger, as far as a registration reads it."""
+
+    device_hours: ChargedHours
+    energy_j: Figure
+    counts: ChargedCounts
+
+
+class ChargedRow(MadeBy):
+    """A row, as far as a registration reads it."""
+
+    type: str
+    seed: int
+    depends_on: list[str]
+    ledger: ChargedLedger
+
+
+class ChargedDevice(NamedDevice):
+    """The devices of a run, as far as a registration reads them."""
+
+    kind: str
+
+
+class ChargedResult(TypedDict):
+    """result.json, as far as a registration reads it."""
+
+    run_id: str
+    status: str
+    primary_arm: str | None
+    device: ChargedDevice
+    rows: list[ChargedRow]
+    why: NotRequired[str | None]
+
+
+class RunStarted(TypedDict):
+    """The first line of a run's journal, as far as other runs read it."""
+
+    run_id: str
+    recipe: str
+    params: dict[str, Any]
+    tags: dict[str, Any]
+    environment: dict[str, Any]
+
+
+class MeteredParams(TypedDict):
+    """Settings of a metered command, as far as they are read back."""
+
+    command: str
+
+
+class Metered(TypedDict):
+    """The first line of a metered command's journal, beside what every run's says."""
+
+    run_id: str
+    started_ns: int
+    name: str
+    node: str
+    identity: dict[str, Any]
+    params: MeteredParams
+    cost: dict[str, Any]
