@@ -558,7 +558,7 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
         ),
         (
             ["stages.quantized.recover=[format]", "stages.quantized.format=auto"],
-            "stages.quantized.recover: with format: auto the search is that rung",
+            "stages.quantized.recover: with format: auto the search is that one",
         ),
         (
             ["stages.quantized.recover=[]", "stages.quantized.tolerance=0.1"],
