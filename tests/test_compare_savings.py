@@ -102,7 +102,7 @@ def test_saving_at_equal_quality_at_the_end() -> None:
     )
     assert (saving["all_in_arm"]["value"], saving["all_in_base"]["value"]) == (8.5, 10.0)
     assert saving["rule"].startswith(
-        "equal quality at the end: within margin of control's 2, Q = 2.02"
+        "equal quality at the end: within margin of the base's 2, Q = 2.02"
     )
     assert saving["rule"].endswith("point estimate only: one run each")
     assert "base (existing model) is in both chains and cancels" in saving["rule"]
@@ -139,7 +139,7 @@ def test_an_arm_that_is_not_as_good_is_censored_with_its_bound() -> None:
     saving = _save(Trained(arm="student", final=2.03), Trained(arm="control", final=2.0))
     assert (saving["value"], saving["provenance"]) == (None, "unavailable")
     assert (
-        saving["why_missing"] == "censored: student ended at 2.03 on validation, short of Q = 2.02"
+        saving["why_missing"] == "censored: the arm ended at 2.03 on validation, short of Q = 2.02"
     )
     assert saving["bound"]["value"] == pytest.approx(0.3)  # it needed more than these 7 hours
     assert saving["systems"]["value"] is saving["algorithmic"]["value"] is None
@@ -159,7 +159,8 @@ def test_no_validation_reading_no_saving(final: float | None) -> None:
     for pair in (("student", "control"), ("control", "student")):
         finals = {"student": final, "control": 2.0}
         saving = _save(*(Trained(arm=arm, final=finals[arm]) for arm in pair))
-        assert saving["why_missing"] == "student has no validation reading"
+        which = "the arm" if pair[0] == "student" else "the base"
+        assert saving["why_missing"] == f"{which} has no validation reading"
         assert {saving["c_arm"]["value"], saving["c_base"]["value"]} == {7.0, 10.0}
 
 
@@ -267,7 +268,7 @@ def test_saving_at_the_first_of_two_readings_in_a_row() -> None:
 
 def test_a_curve_that_never_holds_q_is_censored_where_it_stopped() -> None:
     saving = _save(_curve("student", [2.4, 2.3, 2.2], hours=0.25), BASE_CURVE)
-    assert saving["why_missing"] == "censored: student did not hold Q = 2.02 within 300 tokens"
+    assert saving["why_missing"] == "censored: the arm did not hold Q = 2.02 within 300 tokens"
     assert saving["bound"]["value"] == pytest.approx(1 - 5.75 / 6)
 
 
@@ -386,7 +387,7 @@ def test_one_censored_seed_censors_the_mean() -> None:
     assert (combined["value"], combined["ci"]) == (None, None)
     assert (
         combined["why_missing"]
-        == "censored: student ended at 2.1 on validation, short of Q = 2.02 (in 1 of 2 seeds)"
+        == "censored: the arm ended at 2.1 on validation, short of Q = 2.02 (in 1 of 2 seeds)"
     )
     saved, bound = _seed(2.0)["value"], _seed(2.0, final=2.1)["bound"]["value"]
     assert combined["bound"]["value"] == pytest.approx(1 - math.sqrt((1 - saved) * (1 - bound)))

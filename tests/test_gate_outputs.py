@@ -183,7 +183,7 @@ def test_the_section_shows_every_criterion_and_both_sides() -> None:
         ),
         (
             make_verdict(serving(), NOT_COMPARED),
-            "other data: a, b. Mend that and run the same command again",
+            "other data: a, b. Remove the cause and run the same command again",
         ),
         (make_verdict(recorded="run-1"), "This is the verdict of run run-1, given again"),
         (no_baseline(), "Nothing was compared: there is no champion"),

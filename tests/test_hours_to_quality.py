@@ -100,7 +100,7 @@ def test_a_target_never_reached_is_null_with_its_bound() -> None:
     base = ladder(3.0, 2.5, 2.1, 2.0)
     found = compare("arm", ladder(3.0, 2.9, 2.8, 2.7, hours=1.0), "base", base, LADDER, 0.01)
     assert found["value"] is None
-    assert found["why_missing"].startswith("censored: arm ended at 2.7")
+    assert found["why_missing"].startswith("censored: the arm ended at 2.7")
     assert found["systems"]["value"] is None
     assert found["algorithmic"]["value"] is None
     assert found["bound"]["value"] == pytest.approx(1 - 1.0 / 4.0)

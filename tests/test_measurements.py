@@ -144,7 +144,7 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda patch: patch.setattr("pipeline.runs.opening.grant", boom),
         "the scheduler's grant could not be",
     ),
-    "environment": (lambda patch: patch.setattr("pipeline.runs.assemble.version", boom), ""),
+    "environment": (lambda patch: patch.setattr("pipeline.runs.environment.version", boom), ""),
     "commit": (
         lambda patch: patch.setattr("pipeline.runs.assemble.subprocess", SimpleNamespace(run=boom)),
         "",
@@ -272,7 +272,7 @@ def test_validation_that_fails_ends_no_training(
     training = next(pair for pair in result["comparisons"] if pair["base"] == "control_compute")[
         "training"
     ]
-    assert training["why_missing"] == "student has no validation reading"
+    assert training["why_missing"] == "the arm has no validation reading"
 
 
 def test_serving_that_fails_is_null_everywhere_and_the_run_ends_well(

@@ -27,10 +27,7 @@ def test_a_number_that_was_changed_is_found_by_the_checksum(
     path.write_text(path.read_text().replace("0.5", "0.6"))
     assert read_record(path, RUN, so="that run is not resumed") is None
     assert read_record(path, RUN, so="that run is not resumed") is None
-    said = (
-        f"note: {path} is damaged (it does not have its checksum) and that run is not gone on"
-        " with\n"
-    )
+    said = f"note: {path} is damaged (it does not have its checksum) and that run is not resumed\n"
     assert capsys.readouterr().out == said  # once
     write_json(path, STATE)  # as older releases did
     assert read_record(path, RUN) == STATE

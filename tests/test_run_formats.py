@@ -93,7 +93,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     (pair,) = result["comparisons"]
     # what two readings of one artifact differ by is noise
     for figure in (pair["serving"], pair["payback"]):
-        assert (figure["value"], figure["why_missing"]) == (None, "the same artifact as reference")
+        assert (figure["value"], figure["why_missing"]) == (None, "both are the same artifact")
     assert pair["speedup"]["no_speedup"]
     assert quantized["unchanged"] == {
         "as": "reference",

@@ -244,7 +244,7 @@ def interrupted(folder: Path, config: TrainingConfig, at: int) -> Any:
 
 def test_a_spent_budget_says_to_raise_it(tmp_path: Path) -> None:
     with pytest.raises(
-        BudgetSpent, match=r"^budget\.device_hours is spent after step 1 of 6; raise it to go on"
+        BudgetSpent, match=r"^budget\.device_hours is spent after step 1 of 6; raise it to resume"
     ):
         run(tiny(Task.causal_lm), settings(), tmp_path, should_stop=lambda: BudgetSpent)
 

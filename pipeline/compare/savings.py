@@ -437,9 +437,8 @@ def training_saving(
     """
     for trained in (arm, base):
         if trained.final is None or not math.isfinite(trained.final):
-            return _training_null(
-                "the arm or its base has no validation reading", arm, base, spends
-            )
+            which = "the arm" if trained is arm else "the base"
+            return _training_null(f"{which} has no validation reading", arm, base, spends)
     assert base.final is not None
     target = _Target(
         target_metric(base.final, margin, lower_is_better=lower_is_better), lower_is_better

@@ -84,10 +84,10 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
         config, key = run_keys(run, data.digest, owner, digests)
         _check_budget(run, root, key)
     device = _open_device(run, clock)
-    store = Store(root / "store")
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
+        store = Store(root / "store")
         engine = read_results(run)
         asked = check_tasks(run, clock)
     of_models = (
