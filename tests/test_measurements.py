@@ -146,7 +146,9 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "environment": (lambda patch: patch.setattr("pipeline.runs.environment.version", boom), ""),
     "commit": (
-        lambda patch: patch.setattr("pipeline.runs.assemble.subprocess", SimpleNamespace(run=boom)),
+        lambda patch: patch.setattr(
+            "pipeline.runs.environment.subprocess", SimpleNamespace(run=boom)
+        ),
         "",
     ),
     "gradient": (
@@ -169,7 +171,7 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         "",
     ),
     "charge": (
-        lambda patch: patch.setattr("pipeline.runs.comparison.charge", boom),
+        lambda patch: patch.setattr("pipeline.runs.charges.charge", boom),
         "what models cost could not be",
     ),
 }
