@@ -13,7 +13,14 @@ from pathlib import Path
 from pipeline.config.arms import BASE, BEST_16_BIT, RESERVED
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
-from pipeline.config.settings import MAX_SEED, DataConfig, Run, StudentConfig, check_ranges
+from pipeline.config.settings import (
+    MAX_SEED,
+    DataConfig,
+    Run,
+    StudentConfig,
+    check_ranges,
+    scored_length,
+)
 from pipeline.config.text_files import why_no_file
 from pipeline.data.mappings import mapping, split_names
 from pipeline.errors import UserError
@@ -218,7 +225,7 @@ def _check_data(data: DataConfig, *, embedded: bool) -> None:
 
 def _check_stride(run: Run) -> None:
     """Refuse a stride that would leave tokens out, or that nothing is read with."""
-    stride, length = run.quality.stride, run.quality.sequence_length or run.training.sequence_length
+    stride, length = run.quality.stride, scored_length(run)
     if stride is None:
         return
     if not run.task.kind.is_language:

@@ -673,3 +673,8 @@ def dotted_keys(settings: Any, prefix: str = "") -> Iterator[str]:
         factory = item.default_factory
         if isinstance(factory, type) and dataclasses.is_dataclass(factory):
             yield from dotted_keys(factory, f"{prefix}{item.name}.")
+
+
+def scored_length(run: Run) -> int:
+    """Return the tokens of a window that is scored, where a document has as many."""
+    return run.quality.sequence_length or run.training.sequence_length

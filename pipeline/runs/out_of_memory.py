@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import file_name
-from pipeline.config.settings import Run
+from pipeline.config.settings import Run, scored_length
 from pipeline.errors import StageFailed
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import (
@@ -158,7 +158,7 @@ def _smaller(run: Run, arm: str, stage: Stage | None, kind: str) -> str:
 def _smaller_assessment(run: Run) -> str:
     if run.quality.batch_size > 1:
         return f"quality.batch_size={run.quality.batch_size // 2} (now {run.quality.batch_size})"
-    length = run.quality.sequence_length or run.training.sequence_length
+    length = scored_length(run)
     return f"quality.sequence_length={max(8, length // 2)} (now {length})"
 
 

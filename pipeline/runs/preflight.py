@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run
+from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run, scored_length
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
@@ -328,11 +328,7 @@ def _check_lengths(of: str, config: Any, run: Run) -> list[str]:
                 f"{length} tokens in one sequence, and the model has {limit} positions",
                 "give less",
             )
-    asked = (
-        0
-        if run.task.kind.is_language
-        else run.quality.sequence_length or run.training.sequence_length
-    )
+    asked = 0 if run.task.kind.is_language else scored_length(run)
     return (
         [f"texts are cut to {limit} tokens: {of} has no positions for more"]
         if asked > limit

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arms import BASE
 from pipeline.config.settings import Precision
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -32,7 +31,7 @@ from pipeline.ledger.shapes import (
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import OpenWindow, Timeline
-from pipeline.stages.base import Stage, arms_read
+from pipeline.stages.base import Stage, made_arms_read
 from pipeline.stages.context import Output
 
 NEVER = "not read when the artifact was made"
@@ -89,7 +88,7 @@ def make_row(
         "status": status,
         "why": why,
         "reused": reused,
-        "depends_on": [arm for arm in arms_read(stage, run) if arm != BASE],
+        "depends_on": made_arms_read(stage, run),
         "inputs": stage.inputs(run),
         "makes": stage.makes,
         "control": None if control is None else {"of": control.of, "matches": control.matches},

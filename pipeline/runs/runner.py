@@ -27,7 +27,16 @@ from pipeline.runs.resume import from_checkpoint
 from pipeline.runs.rows import broken_row, made_row, reused_work, skipped_row
 from pipeline.runs.running import Running
 from pipeline.runs.timeline import OpenWindow
-from pipeline.stages.base import LIKE, RELEASE, Attempts, Stage, WarmUp, arms_read, refusal_words
+from pipeline.stages.base import (
+    LIKE,
+    RELEASE,
+    Attempts,
+    Stage,
+    WarmUp,
+    arms_read,
+    made_arms_read,
+    refusal_words,
+)
 from pipeline.stages.context import Context, Output
 from pipeline.store.artifacts import MODEL, Artifact, DiskFull, plain
 
@@ -64,7 +73,7 @@ class StageRunner:
             skip=self.skip,
             made=made,
             artifact=lambda arm: book.arms[arm, self.seed].artifact,
-            unavailable=self.unavailable,
+            unavailable=lambda each: self.unavailable(name, each),
             skip_stage=lambda why: self.skip(name, stage, why),
             say=book.notes.append,
         )
@@ -73,7 +82,7 @@ class StageRunner:
         """Record a stage that cannot be done here."""
         self.running.book.add(skipped_row(self.running.timeline, name, stage, self.seed, why))
 
-    def unavailable(self, stage: Stage) -> str | None:
+    def unavailable(self, name: str, stage: Stage) -> str | None:
         """Return why a stage cannot be done, or None: what it reads is not there, or this device
         cannot do it. It is then an optional one: others were refused before.
         """
@@ -81,7 +90,7 @@ class StageRunner:
         gone = [arm for arm in arms_read(stage, session.run) if (arm, self.seed) not in arms]
         if gone:
             return f"{gone[0]} was skipped"
-        return stage.unavailable(session.run, session.device, self._inputs("", stage))
+        return stage.unavailable(session.run, session.device, self._inputs(name, stage))
 
     def attempt(self, name: str, stage: Stage) -> Exception | None:
         """Bring one stage to its artifact, its assessment and its row: each reused where it was
@@ -101,7 +110,7 @@ class StageRunner:
 
     def _to_its_row(self, name: str, stage: Stage) -> None:
         timeline, assessor = self.running.timeline, Assessor(self.running, self.seed)
-        why = self.unavailable(stage)
+        why = self.unavailable(name, stage)
         if why is not None:
             self.skip(name, stage, why)
             return
@@ -127,7 +136,7 @@ class StageRunner:
     def _inputs(self, name: str, stage: Stage) -> dict[str, Artifact]:
         """Return the artifacts that a stage reads, by role."""
         session, arms = self.running.session, self.running.book.arms
-        if stage.takes_release() and session.gate is not None and name:
+        if stage.takes_release() and session.gate is not None:
             return {RELEASE: session.gate.releases()[name].artifact}
         roles = stage.inputs(session.run)
         return {role: arms[arm, self.seed].artifact for role, arm in roles.items()}
@@ -170,7 +179,7 @@ class StageRunner:
             seed=self.seed,
             attempt=session.number,
             params=stage.shown_settings(session.run),
-            depends_on=[arm for arm in arms_read(stage, session.run) if arm != BASE],
+            depends_on=made_arms_read(stage, session.run),
         )
         window = None
         try:

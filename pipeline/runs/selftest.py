@@ -34,7 +34,7 @@ from pipeline.compare.selftest import (
     training_spread,
 )
 from pipeline.compare.verdict import Outcome, disturbed, moved, quality_criterion
-from pipeline.config.settings import Run
+from pipeline.config.settings import Run, scored_length
 from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.journal import Journal, heartbeat
@@ -379,7 +379,7 @@ def _quality(test: SelfTest) -> dict[str, Any]:
             task=run.task,
             labels=test.data.labels,
             config=run.quality,
-            sequence_length=run.quality.sequence_length or run.training.sequence_length,
+            sequence_length=scored_length(run),
             device=test.device,
             items=test.folder / f"copy-{number}.jsonl",
             teacher_predictions=None,

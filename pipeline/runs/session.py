@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Run
+from pipeline.config.settings import Run, scored_length
 from pipeline.data.documents import Dataset
 from pipeline.evaluation.serving.engine import EngineResult
 from pipeline.gate.opening import Gate
@@ -71,4 +71,4 @@ class Session:
     @property
     def scored_length(self) -> int:
         """Tokens of a window that is scored."""
-        return self.run.quality.sequence_length or self.run.training.sequence_length
+        return scored_length(self.run)

@@ -366,6 +366,11 @@ def arms_read(stage: Stage, run: Run) -> list[str]:
     return list(dict.fromkeys(stage.inputs(run).values()))
 
 
+def made_arms_read(stage: Stage, run: Run) -> list[str]:
+    """Return those of them that another stage makes: `base` is given."""
+    return [arm for arm in arms_read(stage, run) if arm != BASE]
+
+
 def stage_of(run: Run, arm: str) -> Stage:
     """Return the stage behind an arm, a fallback's too; from the settings alone."""
     name = stage_name(arm)

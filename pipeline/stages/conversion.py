@@ -20,6 +20,7 @@ from pipeline.config.settings import (
     at_least_0,
     fraction,
     positive,
+    scored_length,
 )
 from pipeline.errors import UserError
 from pipeline.stages.base import (
@@ -353,7 +354,7 @@ class Conversion(Stage):
                 key,
                 ctx.clock,
                 ctx.out.parent,
-                _sequence_length(ctx.run),
+                scored_length(ctx.run),
             )
             searcher = Searcher(
                 bench.measure, bench.sensitive, self.allowed(ctx.run), self.prefer, spent
@@ -451,9 +452,5 @@ def read_with(run: Run) -> dict[str, Any]:
     return {
         "batch_size": run.quality.batch_size,
         "max_bytes": run.quality.max_bytes_per_document,
-        "sequence_length": _sequence_length(run),
+        "sequence_length": scored_length(run),
     }
-
-
-def _sequence_length(run: Run) -> int:
-    return run.quality.sequence_length or run.training.sequence_length
