@@ -53,7 +53,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from pipeline.config.settings import HeadKernel, Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings.distillation import HeadKernel
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.distillation.head import Head, Taught
@@ -61,6 +63,7 @@ from pipeline.distillation.kernels import kernel_of, why_not
 from pipeline.distillation.losses import Loss, Sums
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock
+from pipeline.tasks.table import Task
 from pipeline.training.loop import Hooks, train
 from pipeline.training.objective import Objective, Teacher, examine
 

@@ -30,7 +30,8 @@ from scipy import stats
 from pipeline.compare import quality
 from pipeline.compare.selftest import one_trial
 from pipeline.compare.verdict import Outcome, Spread, moved, quality_criterion, training_criterion
-from pipeline.config.settings import PolicyConfig, ServingConfig, ServingLoad
+from pipeline.config.settings.policy import PolicyConfig
+from pipeline.config.settings.serving import ServingConfig, ServingLoad
 from pipeline.evaluation.serving.measure import measure_interleaved
 from pipeline.evaluation.serving.server import Reading
 from pipeline.ledger.values import measured

@@ -31,13 +31,15 @@ from distillation_step import WARM_UP, Block, Watch, between, edge_hooks, finish
 from results import save_result
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from pipeline.config.settings import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.precision_choice import choose_precision
+from pipeline.tasks.table import Task
 from pipeline.training.loop import train
 from pipeline.training.objective import Objective, examine
 from pipeline.training.precision import why_not

@@ -133,15 +133,15 @@ def _versions() -> dict[str, str]:
 
 
 def _data_config(size: Size) -> Any:
-    from pipeline.config.settings import DataConfig
+    from pipeline.config.settings.data import DataConfig
 
     return DataConfig(vocabulary_size=size.vocabulary, max_documents=size.max_documents)
 
 
 @lru_cache
 def _data(size: Size) -> Any:
-    from pipeline.config.settings import Task
     from pipeline.data.load import load_dataset
+    from pipeline.tasks.table import Task
 
     return load_dataset(_data_config(size), Task.causal_lm)
 
@@ -152,9 +152,10 @@ def base_model(bench: Bench, seed: int) -> Path:
     """
     import torch
 
-    from pipeline.config.settings import Task, TinyShape
+    from pipeline.config.settings.model import TinyShape
     from pipeline.data.tokenizer import embedded_tokenizer
     from pipeline.models.load import make_tiny, save_model
+    from pipeline.tasks.table import Task
 
     size = bench.size
     made = hashlib.sha256(
@@ -185,9 +186,9 @@ def base_model(bench: Bench, seed: int) -> Path:
 
 
 def _encoded(size: Size, base: Path, split: str, max_bytes: int | None = None) -> list[Any]:
-    from pipeline.config.settings import Task
     from pipeline.data.encode import encode_all
     from pipeline.models.load import load_tokenizer
+    from pipeline.tasks.table import Task
 
     documents = sorted(_data(size).splits[split], key=lambda document: document.digest)
     return encode_all(
@@ -395,8 +396,8 @@ def run_trainer(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[
         set_seed,
     )
 
-    from pipeline.config.settings import Task
     from pipeline.ledger.flops import count_flops
+    from pipeline.tasks.table import Task
 
     size, out = bench.size, root / "trainer"
     more = {"learning_rate": size.rate} if unit.system == "trainer_rate" else {}
@@ -458,10 +459,11 @@ def read_validation(bench: Bench, base: Path, folder: Path) -> float:
     """
     import torch
 
-    from pipeline.config.settings import Precision, Task
+    from pipeline.config.settings.precision import Precision
     from pipeline.data.padding import Padding
     from pipeline.evaluation.quality.scoring import validation_metric
     from pipeline.models.load import load_model, load_tokenizer
+    from pipeline.tasks.table import Task
     from pipeline.training.precision import arithmetic
 
     device, size = torch.device(bench.device), bench.size

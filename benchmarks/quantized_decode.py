@@ -30,12 +30,14 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.compare.statistics import abba_saving
-from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, ServingConfig, ServingLoad, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
+from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
 from pipeline.evaluation.serving.measure import measure_interleaved
 from pipeline.evaluation.serving.server import Server, load
 from pipeline.models.load import save_model
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
+from pipeline.tasks.table import Task
 
 LOADS = {"cuda": (512, 128), "cpu": (32, 16)}  # tokens in, tokens out
 

@@ -26,7 +26,8 @@ from typing import Any, get_args, get_type_hints
 from pipeline.cli.commands import COMMANDS
 from pipeline.cli.main import main
 from pipeline.cli.recipes import GROUPS, config_dir, find_recipes
-from pipeline.config.settings import Run, TrainingConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.errors import Exit
 from pipeline.ledger.metrics import CATALOGUE, PHASES, PRODUCTIVE, WASTED
 from pipeline.report.waste import REMEDIES

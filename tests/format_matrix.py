@@ -19,12 +19,13 @@ import transformers
 from make_assess_models import LABELS, byte_tokenizer
 
 import pipeline.quantization.backend as backend
-from pipeline.config.settings import Format, Task
+from pipeline.config.settings.quantization import Format
 from pipeline.errors import UserError
 from pipeline.models.load import load_model, save_model
 from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.quantization.fresh_process import align, forward_digests
 from pipeline.quantization.reload_check import Reference, auto_class
+from pipeline.tasks.table import Task
 
 CPU = torch.device("cpu")
 KEY = "stages.small.format"

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.settings import Task, TinyShape
+from pipeline.config.settings.model import TinyShape
 from pipeline.data.encode import Encoded
 from pipeline.models.load import make_tiny, save_model
+from pipeline.tasks.table import Task
 
 SHAPE = TinyShape(hidden_size=64, layers=2, heads=2, intermediate_size=128)
 LABELS = ("up", "down", "flat")

@@ -18,10 +18,11 @@ import transformers
 from format_matrix import ARCHITECTURES, CLASSES, CPU, FORMATS, Architecture, cell
 from make_assess_models import LABELS, byte_tokenizer
 
-from pipeline.config.settings import StudentConfig, Task
+from pipeline.config.settings.model import StudentConfig
 from pipeline.errors import UserError
 from pipeline.models.load import save_model
 from pipeline.models.student import make_student, stack_layers
+from pipeline.tasks.table import Task
 from pipeline.training.objective import examine
 
 TABLE = Path(__file__).resolve().parent.parent / "docs/supported.md"

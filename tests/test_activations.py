@@ -18,13 +18,14 @@ from test_training_loop import CPU, batches_for, run, settings, weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Precision, Task
+from pipeline.config.settings.precision import Precision
 from pipeline.distillation.hidden import HiddenSignal, layer_pairs
 from pipeline.distillation.on_policy import write
 from pipeline.errors import UserError
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model
+from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.objective import Objective
 

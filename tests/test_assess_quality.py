@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline.compare import figures
 from pipeline.compare.figures import macro_f1
 from pipeline.compare.quality import compare_items
-from pipeline.config.settings import QualityConfig, Task
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
 from pipeline.errors import StageFailed, UserError
@@ -34,6 +34,7 @@ from pipeline.ledger.metrics import deciding, primary_key
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report import view
+from pipeline.tasks.table import Task
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
 WORDS = ("mill", "grain", "stone", "river", "wheel", "miller")

@@ -17,7 +17,6 @@ from make_assess_models import byte_tokenizer, encoded, random_documents, tiny
 from sklearn.metrics import accuracy_score
 from transformers import BertConfig, BertForSequenceClassification
 
-from pipeline.config.settings import Task
 from pipeline.data.padding import Padding
 from pipeline.errors import UserError
 from pipeline.evaluation.quality import scoring
@@ -27,6 +26,7 @@ from pipeline.evaluation.quality.scoring import (
     score_examples,
     validation_metric,
 )
+from pipeline.tasks.table import Task
 
 LENGTHS = [2, 40, 7, 1, 33, 90, 12, 25, 3]
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pipeline.compare.blocks import in_time
-from pipeline.config.settings import Decode, ServingConfig, ServingLoad, Task
+from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
 from pipeline.evaluation.serving import measure as serving
 from pipeline.evaluation.serving.decoding import Fixed
@@ -42,6 +42,7 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.values import Value
+from pipeline.tasks.table import Task
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
 LOAD = ServingLoad(prompt=6, new=4, batch=2)

@@ -20,7 +20,7 @@ from here import here, result_in
 from make_assess_models import byte_tokenizer, tiny
 from test_run import TINY
 
-from pipeline.config.settings import QualityConfig, Task
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.errors import StageFailed, UserError
 from pipeline.evaluation.quality.tasks import (
     SEED,
@@ -35,6 +35,7 @@ from pipeline.evaluation.quality.tasks import (
     try_tasks,
 )
 from pipeline.ledger.schema import RESULT_SCHEMA
+from pipeline.tasks.table import Task
 
 CHOICES = {
     "task": "capitals",

@@ -17,13 +17,13 @@ from here import here, result_in
 from make_assess_models import byte_tokenizer, saved, tiny
 from test_run import TINY
 
-from pipeline.config.settings import Task
 from pipeline.data.documents import Document
 from pipeline.errors import Preempted
 from pipeline.evaluation.serving import vllm_check
 from pipeline.evaluation.serving.vllm_check import Checked, check_vllm, installed, why_not
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
+from pipeline.tasks.table import Task
 
 FAKE = '''
 """Stands in for vLLM: real figures by transformers, from the folder alone; or as FAKE_VLLM says."""

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pipeline.config.settings import QualityConfig, StudentConfig, Task
+from pipeline.config.settings.model import StudentConfig
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.data.documents import Document
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.assess import assess_quality, read_items
@@ -28,6 +29,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.models.classes import match_classes, names_in_order
 from pipeline.models.load import load_model, save_model
 from pipeline.models.student import make_student
+from pipeline.tasks.table import Task
 from pipeline.training.objective import shared_vocabulary
 
 TASK = Task.sequence_classification

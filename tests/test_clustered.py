@@ -34,11 +34,13 @@ from pipeline.compare.statistics import (
     wilson_interval,
 )
 from pipeline.compare.verdict import Outcome, quality_criterion
-from pipeline.config.settings import PolicyConfig, QualityConfig, Task
+from pipeline.config.settings.policy import PolicyConfig
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.assess import figures_of, read_items, write_items
 from pipeline.evaluation.quality.recorded import take_recorded
 from pipeline.report.verdict import needed_words, unseen_words
+from pipeline.tasks.table import Task
 
 POLICY = PolicyConfig(min_items=50, min_documents=50)
 

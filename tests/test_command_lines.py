@@ -15,7 +15,8 @@ from hydra.core.override_parser.types import QuotedString
 
 from pipeline.cli.arguments import OTHER_NAMES, PATHS, check_words, elsewhere, for_hydra, is_path
 from pipeline.cli.main import main
-from pipeline.config.settings import Run, dotted_keys
+from pipeline.config.settings.ranges import dotted_keys
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 
 ODD_NAMES = [

@@ -14,7 +14,7 @@ from make_assess_models import byte_tokenizer
 from test_distill_cached import TINY
 
 from pipeline.cli.main import main
-from pipeline.config.settings import DataConfig
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.completions import check_apart, encode_completions, read_completions
 from pipeline.data.documents import Dataset, Document
 from pipeline.errors import UserError

@@ -11,7 +11,7 @@ from make_result import make_row, value
 
 from pipeline.cli.main import main
 from pipeline.config.owner import check_owner
-from pipeline.config.settings import CostConfig, CostKind
+from pipeline.config.settings.cost import CostConfig, CostKind
 from pipeline.errors import UserError
 from pipeline.ledger.cost import check_cost, facility_energy, money, priced
 from pipeline.ledger.values import declared, estimated, measured, null

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 TEXTS = [f'document {number}, with "quotes", é and\na second line' for number in range(60)]
 ROWS = [{"text": text, "label": ("no", "yes")[number % 2]} for number, text in enumerate(TEXTS)]

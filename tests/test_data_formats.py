@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 LINES = [f"caf\u00e9 number {n}" for n in range(60)]

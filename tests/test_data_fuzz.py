@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from data_layouts import COMPRESSIONS, FORMATS, LABELLED_CELLS, ROW_CELLS, numbered
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 PIECES = (
     b'"',

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_layouts import write_file
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.documents import Dataset
 from pipeline.data.files import read_documents
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 COLOURS = ["red", "green", "blue"]

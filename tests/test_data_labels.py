@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.settings import Conflicting, DataConfig, Task
+from pipeline.config.settings.data import Conflicting, DataConfig
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 CLASSES = Task.sequence_classification
 

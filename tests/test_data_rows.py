@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from data_layouts import CALL, LABELLED_CELLS, ROW_CELLS, numbered
 
-from pipeline.config.settings import DataConfig, DataFormat, Task
+from pipeline.config.settings.data import DataConfig, DataFormat
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 

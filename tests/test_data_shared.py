@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from here import here
 
-from pipeline.config.settings import DataConfig, Shared, Task
+from pipeline.config.settings.data import DataConfig, Shared
 from pipeline.data.documents import Dataset
 from pipeline.data.embedded import load_stdlib_labels
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 

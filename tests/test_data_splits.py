@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from pipeline.config.settings import DataConfig, Shared, Task
+from pipeline.config.settings.data import DataConfig, Shared
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 

@@ -12,10 +12,11 @@ import pytest
 from data_layouts import numbered
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pipeline.config.settings import DataConfig, DataFormat, Task
+from pipeline.config.settings.data import DataConfig, DataFormat
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 LM, CLASSES = Task.causal_lm, Task.sequence_classification
 ASKED = {"role": "user", "content": "ask {n}"}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.settings import Comparison, Fallback, Run
+from pipeline.config.settings.quantization import Fallback
+from pipeline.config.settings.run import Comparison, Run
 from pipeline.evaluation.serving.decoding import Fixed
 from pipeline.ledger import gpu_phases
 from pipeline.ledger.peaks import device_name

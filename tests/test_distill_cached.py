@@ -21,17 +21,10 @@ from make_result import ARMS, DEPENDS, make_pair, make_quality, make_result, mak
 from pipeline.cli.main import main
 from pipeline.cli.recipes import find_recipes
 from pipeline.cli.validate import validate
-from pipeline.config.settings import (
-    CaptureMethod,
-    Comparison,
-    DataConfig,
-    Divergence,
-    Measure,
-    Precision,
-    PrecisionConfig,
-    Run,
-    Task,
-)
+from pipeline.config.settings.data import DataConfig
+from pipeline.config.settings.distillation import CaptureMethod, Divergence
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.run import Comparison, Measure, Run
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import encode_all
 from pipeline.data.load import load_dataset
@@ -47,6 +40,7 @@ from pipeline.stages import capturing as capture_module
 from pipeline.stages.capture import CaptureStage
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.tracking.deliver import deliver
 
 TINY = [

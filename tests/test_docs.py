@@ -28,9 +28,11 @@ from pages import NEEDS, PROGRAM, ROOT, SHELL, Command, blocks, code_spans, comm
 from pipeline.cli.commands import COMMANDS
 from pipeline.cli.main import main
 from pipeline.cli.recipes import find_recipes
-from pipeline.config.settings import Run, Task, TinyShape
+from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.run import Run
 from pipeline.ledger.metrics import CATALOGUE
 from pipeline.stages.table import STAGES
+from pipeline.tasks.table import Task
 
 sys.path.append(str(ROOT / "docs"))
 reference = importlib.import_module("make_reference")

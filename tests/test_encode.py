@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from make_assess_models import byte_tokenizer
 
-from pipeline.config.settings import Task
 from pipeline.data import encode
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% if m['role'] == 'assistant'"

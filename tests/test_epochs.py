@@ -12,7 +12,8 @@ import pytest
 from test_distill_cached import TINY
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Run, TrainingConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.settings import settle_epochs, steps_of, training_settings

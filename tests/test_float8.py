@@ -15,10 +15,12 @@ from make_assess_models import tiny
 from test_training_loop import CPU, batches_for, run, same, settings, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.settings import Precision, PrecisionConfig, Task, TinyShape
+from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.errors import Preempted, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.precision_choice import Tried, choose_precision, decide
+from pipeline.tasks.table import Task
 from pipeline.training import float8
 from pipeline.training.float8 import float8_layers, wide_layers
 from pipeline.training.loop import train

@@ -18,11 +18,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.config.settings import Task
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.padding import Padding
 from pipeline.ledger.flops import FlopsPerSequence, count_flops, six_n, suspicion
 from pipeline.stages.step_flops import StepFlops
+from pipeline.tasks.table import Task
 
 
 def llama_forward(length: int, vocabulary: int) -> int:

@@ -15,10 +15,10 @@ from here import here
 from make_assess_models import byte_tokenizer, saved
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.config.settings import Task
 from pipeline.ledger import flops
 from pipeline.ledger.flops import active_parameters, count_flops, expert_shares, six_n, suspicion
 from pipeline.stages.step_flops import ModelFlops, doubt
+from pipeline.tasks.table import Task
 
 # vocabulary, width, of an expert, experts, of a token, layers, tokens
 V, H, M, E, K, L, T = 128, 64, 32, 8, 2, 2, 16

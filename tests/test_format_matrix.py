@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from format_matrix import ARCHITECTURES, CPU, FORMATS, cell
 
-from pipeline.config.settings import SIXTEEN_BITS, Format
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.quantization.backend import FUSES
 from pipeline.quantization.reload_check import check_bit_equal
 

@@ -13,15 +13,10 @@ import torch
 from make_assess_models import byte_tokenizer, saved
 from test_assess_quality import causal_documents, labelled_documents, trained
 
-from pipeline.config.settings import (
-    Format,
-    Prefer,
-    QualityConfig,
-    Run,
-    ServingConfig,
-    ServingLoad,
-    Task,
-)
+from pipeline.config.settings.quality import QualityConfig
+from pipeline.config.settings.quantization import Format, Prefer
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.serving import ServingConfig, ServingLoad
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -31,6 +26,7 @@ from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Found, Searcher, Trial
 from pipeline.quantization.trials import Bench, able
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.tasks.table import Task
 
 KEY = "stages.small.format"
 LAYERS = tuple(f"layer{number}" for number in range(10))

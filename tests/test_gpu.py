@@ -18,18 +18,12 @@ import pytest
 import torch
 from make_assess_models import saved, tiny
 
-from pipeline.config.settings import (
-    SIXTEEN_BITS,
-    Decode,
-    Divergence,
-    Format,
-    OptimizerKind,
-    Precision,
-    PrecisionConfig,
-    Task,
-    TinyShape,
-    TrainingConfig,
-)
+from pipeline.config.settings.distillation import Divergence
+from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
+from pipeline.config.settings.serving import Decode
+from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
 from pipeline.evaluation.serving.server import load
@@ -41,6 +35,7 @@ from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats, quantize
 from pipeline.quantization.backend import why_not as why_not_quantize
+from pipeline.tasks.table import Task
 from pipeline.training.loop import Hooks, train
 from pipeline.training.objective import Objective
 from pipeline.training.precision import why_not

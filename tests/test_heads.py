@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.models.heads import refuse_other_head
 from pipeline.models.load import check_loads, load_config, save_model
+from pipeline.tasks.table import Task
 
 QUICK = (
     "policy=smoke",

@@ -15,7 +15,9 @@ from test_distill_cached import TINY
 from test_training_loop import CPU, batches_for, run, settings
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Precision, Run, Task, TinyShape
+from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
 from pipeline.data.batches import IGNORE
 from pipeline.distillation.hidden import HiddenSignal, WithProjections, layer_pairs
 from pipeline.distillation.losses import Loss
@@ -25,6 +27,7 @@ from pipeline.models.load import load_model
 from pipeline.models.student import choose_layers
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher, document_mask
 from pipeline.training.selfcheck import gradient_share
 

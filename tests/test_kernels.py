@@ -15,7 +15,8 @@ from test_head import reference
 from test_training_loop import CPU, batches_for, settings
 from torch import Tensor
 
-from pipeline.config.settings import Divergence, HeadKernel, Precision, Task
+from pipeline.config.settings.distillation import Divergence, HeadKernel
+from pipeline.config.settings.precision import Precision
 from pipeline.distillation import kernels
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.kernels import fastest, in_words, kernel_of, liger_head_loss, why_not
@@ -23,6 +24,7 @@ from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.head_choice import choose_head, probe_heads
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher, examine
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None

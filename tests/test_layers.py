@@ -39,11 +39,12 @@ from transformers import (
     XLMConfig,
 )
 
-from pipeline.config.settings import StudentConfig, Task
+from pipeline.config.settings.model import StudentConfig
 from pipeline.errors import StageFailed, UserError
 from pipeline.models.layers import check_layers, cut_config, layer_count, with_layers
 from pipeline.models.load import load_model, save_model
 from pipeline.models.student import make_student, stacked, student_config
+from pipeline.tasks.table import Task
 
 SAME: dict[str, Any] = {
     "vocab_size": 259,

@@ -24,11 +24,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.settings import Task, TinyShape
+from pipeline.config.settings.model import TinyShape
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
 from pipeline.evaluation.quality.scoring import cut_windows, score_causal
 from pipeline.models.load import make_tiny
+from pipeline.tasks.table import Task
 
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 SHAPE = TinyShape(hidden_size=64, layers=1, heads=2, intermediate_size=64)

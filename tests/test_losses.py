@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.settings import Divergence
+from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation import losses
 from pipeline.distillation.losses import Loss, Sums, terms, terms_in_place
 

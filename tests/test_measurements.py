@@ -387,7 +387,7 @@ def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
 def test_lm_eval_that_fails_after_training_leaves_nulls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.config.settings import QualityConfig
+    from pipeline.config.settings.quality import QualityConfig
     from pipeline.evaluation.quality import tasks
 
     data = tmp_path / "questions.jsonl"

@@ -19,7 +19,8 @@ from test_running import FakeStage, fake_assessment, fake_serving, invoke, minut
 import pipeline.evaluation.quality.assess
 import pipeline.runs.comparison
 from pipeline.cli.main import main
-from pipeline.config.settings import Precision, Run
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
 from pipeline.errors import StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread

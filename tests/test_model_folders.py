@@ -43,7 +43,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from pipeline.config.settings import ModelConfig, Run, StudentConfig, Task
+from pipeline.config.settings.model import ModelConfig, StudentConfig
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
@@ -62,6 +63,7 @@ from pipeline.models.student import make_student
 from pipeline.models.weights import check_finite, refuse_not_finite
 from pipeline.runs.base_model import base_artifact, is_remade
 from pipeline.store.artifacts import Store
+from pipeline.tasks.table import Task
 from pipeline.training.objective import examine
 
 CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm

@@ -24,10 +24,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.config.settings import StudentConfig, Task, TinyShape
+from pipeline.config.settings.model import StudentConfig, TinyShape
 from pipeline.errors import UserError
 from pipeline.models.load import load_model, load_tokenizer, make_tiny, save_model
 from pipeline.models.student import choose_layers, make_student
+from pipeline.tasks.table import Task
 
 SHAPE = TinyShape(hidden_size=64, layers=6, heads=2, intermediate_size=64)
 
@@ -351,7 +352,7 @@ def test_a_folder_that_is_not_there_is_told_from_a_name_of_the_hub(
 ) -> None:
     import huggingface_hub.constants
 
-    from pipeline.config.settings import ModelConfig
+    from pipeline.config.settings.model import ModelConfig
     from pipeline.runs.base_model import _given
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

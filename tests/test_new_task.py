@@ -16,9 +16,9 @@ import pytest
 import torch
 from edited_copy import ROOT, Copy, result_of
 
-from pipeline.config.settings import Task
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.tasks.kind import Kind
+from pipeline.tasks.table import Task
 
 FILE = '''"""Ratings: a number from 1 up is read off a text; the loss is the squared error."""
 

@@ -13,7 +13,8 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.cli.no_effect import NOTED, RULES, check_given, given_keys, recipe_keys, why_no_effect
 from pipeline.cli.recipes import find_recipes
-from pipeline.config.settings import Run, dotted_keys
+from pipeline.config.settings.ranges import dotted_keys
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 
 

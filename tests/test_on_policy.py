@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Divergence, Precision, Run, Task
+from pipeline.config.settings.distillation import Divergence
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
 from pipeline.data.batches import IGNORE, PackedBatches, num_tokens
 from pipeline.data.encode import Encoded
 from pipeline.data.prompts import PROMPT_MASK, PartlySampled, Prompts
@@ -30,6 +32,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.step_flops import StepFlops
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher
 
 END = 2

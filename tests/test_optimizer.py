@@ -12,12 +12,16 @@ import torch
 from make_assess_models import tiny
 from test_training_loop import CPU, run, same, settings, weights
 
-from pipeline.config.settings import OptimizerKind, Precision, Run, Task, TinyShape, TrainingConfig
+from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.errors import Preempted, UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.settings import check_training
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective
 from pipeline.training.optimizer import MasterWeights, make_optimizer, set_rate, state_tensors
 

@@ -18,7 +18,7 @@ from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from test_run import TINY
 
 import pipeline.quantization.backend as backend
-from pipeline.config.settings import Format, Prefer, Task
+from pipeline.config.settings.quantization import Format, Prefer
 from pipeline.errors import StageFailed, UserError
 from pipeline.evaluation.quality import assess
 from pipeline.models import sixteen_bits
@@ -27,6 +27,7 @@ from pipeline.quantization import bnb, reload_check
 from pipeline.quantization.backend import quantize
 from pipeline.quantization.search import Searcher, Trial
 from pipeline.quantization.trials import Bench
+from pipeline.tasks.table import Task
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from pipeline.config.settings import Precision, Task
+from pipeline.config.settings.precision import Precision
 from pipeline.data.batches import PaddedBatches
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
@@ -44,6 +44,7 @@ from pipeline.evaluation.quality.scoring import score_examples
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model, save_model
 from pipeline.models.weights import keep_attention
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher
 
 TASK = Task.sequence_classification

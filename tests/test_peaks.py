@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from pipeline.cli.main import main
-from pipeline.config.settings import CostConfig, Precision, Run, check_ranges
+from pipeline.config.settings.cost import CostConfig
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.ranges import check_ranges
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread

@@ -14,11 +14,12 @@ import torch
 from make_assess_models import tiny
 from test_training_loop import CPU, batches_for, run, same, settings, weights
 
-from pipeline.config.settings import Precision, PrecisionConfig, Task
+from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages import precision_choice
 from pipeline.stages.precision_choice import Tried, choose_precision, decide
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective
 
 FP32, BF16, PURE, FP16 = Precision.fp32, Precision.bf16, Precision.bf16_pure, Precision.fp16

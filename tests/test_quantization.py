@@ -24,13 +24,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.errors import StageFailed, UserError
 from pipeline.models.load import load_model, save_model
 from pipeline.quantization import ao, backend, bnb
 from pipeline.quantization.backend import LIBRARIES, formats, quantize, why_not
 from pipeline.quantization.layers import Choice, abbreviate
 from pipeline.quantization.reload_check import PROGRAM, Reference, request_for
+from pipeline.tasks.table import Task
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_result import make_empty_ledger, make_ledger, null, value
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_usage import unread
 from pipeline.ledger.metrics import PHASES

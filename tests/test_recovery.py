@@ -19,7 +19,7 @@ from test_assess_quality import causal_documents, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeline.quantization.backend
-from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.models import sixteen_bits
 from pipeline.models.load import load_model
 from pipeline.quantization import fake
@@ -28,6 +28,7 @@ from pipeline.quantization.fake import ACTIVATIONS, Adapters, LowRank, fake_quan
 from pipeline.quantization.fresh_process import ALIGNMENT, align
 from pipeline.quantization.layers import EVERY_LAYER, plan_layers
 from pipeline.quantization.trials import Bench
+from pipeline.tasks.table import Task
 from pipeline.training.checkpoint import TrainedPart, kept_of
 
 CPU = torch.device("cpu")

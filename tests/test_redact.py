@@ -19,7 +19,8 @@ from pipeline.config.redaction import (
     redact_value,
     without_login,
 )
-from pipeline.config.settings import Run, StudentConfig
+from pipeline.config.settings.model import StudentConfig
+from pipeline.config.settings.run import Run
 from pipeline.store.artifacts import plain
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrSt"  # no real one

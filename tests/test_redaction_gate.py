@@ -28,7 +28,7 @@ from pipeline.config.redaction import (
     redact,
     redact_json,
 )
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.store.artifacts import read_json, write_json, write_text
 

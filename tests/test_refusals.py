@@ -19,12 +19,12 @@ from make_assess_models import saved, tiny
 from transformers import BertConfig, BertForMaskedLM
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.ledger.journal import Journal
 from pipeline.models.load import check_loads, load_model, load_tokenizer, save_model
 from pipeline.runs.opening import quiet_libraries
 from pipeline.store import artifacts as store
+from pipeline.tasks.table import Task
 
 Refuse = Callable[..., str]
 LINES = [

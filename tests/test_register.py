@@ -20,13 +20,15 @@ from mlflow import MlflowClient
 from pipeline.cli.commands.register import find_run, main, read_charge, register
 from pipeline.compare.savings import all_in, c_opt, c_total
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import ModelConfig, Run, StudentConfig, Task
+from pipeline.config.settings.model import ModelConfig, StudentConfig
+from pipeline.config.settings.run import Run
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.runs.charges import spends_of
 from pipeline.runs.past_cost import past_spend
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import digest_folder, write_json
+from pipeline.tasks.table import Task
 from pipeline.tracking.deliver import deliver
 
 CPU = SimpleNamespace(type="cpu")

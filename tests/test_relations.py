@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from pipeline.cli.main import main
-from pipeline.config.settings import Precision, Run, Task
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
 from pipeline.data.batches import IGNORE
 from pipeline.distillation import relations
 from pipeline.distillation.losses import Loss
@@ -37,6 +38,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model
 from pipeline.stages.distill import DistillStage
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher, document_mask
 
 Batch = dict[str, torch.Tensor]

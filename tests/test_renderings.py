@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from make_assess_models import byte_tokenizer, tiny
 from test_encode import forget  # noqa: F401  (a fixture)
 
-from pipeline.config.settings import Task
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.encode import check_chats, encode_all, encoding_notes
 from pipeline.data.renderings import render
 from pipeline.errors import UserError
 from pipeline.runs.preflight import _check_reads
+from pipeline.tasks.table import Task
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{% if m.get('tool_calls') %}{% for call in"

@@ -14,7 +14,7 @@ from forked import run, start
 from here import here, result_in
 from make_assess_models import saved, tiny
 
-from pipeline.config.settings import Task
+from pipeline.tasks.table import Task
 
 TINY = [
     *(

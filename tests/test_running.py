@@ -26,15 +26,10 @@ from make_assess_models import SHAPE, saved, tiny
 import pipeline.evaluation.quality.assess
 import pipeline.runs.comparison
 import pipeline.runs.serving_pass
-from pipeline.config.settings import (
-    Comparison,
-    Format,
-    Measure,
-    OptimizerKind,
-    Run,
-    StudentConfig,
-    Task,
-)
+from pipeline.config.settings.model import StudentConfig
+from pipeline.config.settings.quantization import Format
+from pipeline.config.settings.run import Comparison, Measure, Run
+from pipeline.config.settings.training import OptimizerKind
 from pipeline.data.documents import Dataset
 from pipeline.evaluation.quality.assess import write_items
 from pipeline.evaluation.serving.measure import ServePass
@@ -58,6 +53,7 @@ from pipeline.stages.distill import DistillStage
 from pipeline.stages.quantize import QuantizeStage
 from pipeline.stages.train import TrainStage
 from pipeline.store.artifacts import Artifact, Store, write_json
+from pipeline.tasks.table import Task
 from pipeline.training import optimizer
 
 MINUTE_NS = 60 * 10**9

@@ -13,7 +13,10 @@ import torch
 from make_assess_models import saved, tiny
 from test_training_loop import CPU, LENGTHS, random_documents, run, settings
 
-from pipeline.config.settings import Divergence, Precision, Run, Task, TrainingConfig
+from pipeline.config.settings.distillation import Divergence
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches
 from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
@@ -25,6 +28,7 @@ from pipeline.stages.capture import CaptureStage
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.teaching import loss_at
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.schedule import first_row, ramp, sequence_length
 

@@ -23,15 +23,9 @@ from transformers import AutoModelForCausalLM
 
 import pipeline.quantization.backend
 from pipeline.cli.validate import validate
-from pipeline.config.settings import (
-    Comparison,
-    Format,
-    Run,
-    ServingConfig,
-    ServingDtype,
-    ServingLoad,
-    Task,
-)
+from pipeline.config.settings.quantization import Format
+from pipeline.config.settings.run import Comparison, Run
+from pipeline.config.settings.serving import ServingConfig, ServingDtype, ServingLoad
 from pipeline.errors import UserError
 from pipeline.evaluation.serving import dtype as serving_dtype
 from pipeline.evaluation.serving.dtype import choose_dtype, drift_of
@@ -40,6 +34,7 @@ from pipeline.models import sixteen_bits
 from pipeline.models.load import load_model, save_model
 from pipeline.report.conclusion import conclude
 from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 
 CPU = torch.device("cpu")
 PROMPTS = [np.random.default_rng(seed).integers(3, 259, 40) for seed in range(10)]

@@ -16,7 +16,8 @@ from format_matrix import ARCHITECTURES
 from make_assess_models import byte_tokenizer, saved, tiny
 from safetensors.torch import load_file
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Prefer, Run, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.models import sixteen_bits
 from pipeline.models.load import load_config, load_model, save_model
@@ -24,6 +25,7 @@ from pipeline.quantization import backend, sixteen
 from pipeline.quantization.backend import quantize, why_not
 from pipeline.quantization.search import Searcher, Trial
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.tasks.table import Task
 
 CPU = torch.device("cpu")
 KEY = "stages.small.format"
@@ -162,8 +164,9 @@ def test_the_product_is_timed_on_a_cpu_that_is_made_older() -> None:
     seen.
     """
     code = (
-        "import torch; from pipeline.config.settings import Format; from pipeline.models"
-        " import sixteen_bits; print(sixteen_bits.product_ratio(Format.bf16, 'cpu'),"
+        "import torch; from pipeline.config.settings.quantization import Format;"
+        " from pipeline.models import sixteen_bits;"
+        " print(sixteen_bits.product_ratio(Format.bf16, 'cpu'),"
         " sixteen_bits.has_units(Format.bf16, torch.device('cpu')))"
     )
     done = subprocess.run(

@@ -22,7 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.documents import Dataset, Document
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
@@ -32,6 +32,7 @@ from pipeline.quantization.backend import quantize
 from pipeline.quantization.calibration import calibration_documents
 from pipeline.quantization.smoothing import find_pairs, smooth
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.tasks.table import Task
 
 KEY = "stages.small.smoothing"
 
@@ -118,7 +119,7 @@ def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_
     """
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config.settings import Format
+    from pipeline.config.settings.quantization import Format
 
     model = outlying()
     save_model(model, byte_tokenizer(), tmp_path / "source")

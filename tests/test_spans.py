@@ -15,11 +15,11 @@ from test_lm_eval_equality import byte_level, unigram, word_piece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pipeline.config.settings import Task
 from pipeline.data import encode
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all, tokenizer_content
 from pipeline.data.spans import Reader
+from pipeline.tasks.table import Task
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_losses import batch, definition
 from torch import Tensor
 
-from pipeline.config.settings import Divergence
+from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation import head as head_module
 from pipeline.distillation import losses
 from pipeline.distillation.head import Head, Taught, head_loss

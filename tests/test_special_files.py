@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import Task
 from pipeline.config.text_files import NotAFile, read_bytes, read_text_file
 from pipeline.data.completions import file_digest
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.recorded import _columns, values_digest
 from pipeline.evaluation.quality.tasks import _load_yaml
 from pipeline.evaluation.serving.engine import read_result
+from pipeline.tasks.table import Task
 
 KINDS = ("pipe", "folder", "/dev/zero", "/dev/random", "/dev/null", "socket")
 READERS = {

@@ -14,7 +14,8 @@ from forked import run as forked_run
 from make_golden import COMMON
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import Fallback, Format, Run
+from pipeline.config.settings.quantization import Fallback, Format
+from pipeline.config.settings.run import Run
 from pipeline.runs import versions
 from pipeline.stages.base import (
     LIKE,

@@ -20,7 +20,7 @@ import pytest
 from here import here
 from test_faults import SMALL, hours, results
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.errors import Exit
 from pipeline.ledger.journal import Journal
 from pipeline.runs import gate_ending as ending

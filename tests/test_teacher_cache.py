@@ -17,14 +17,10 @@ import pytest
 import torch
 from make_assess_models import LABELS, byte_tokenizer, random_documents, saved, tiny
 
-from pipeline.config.settings import (
-    CaptureMethod,
-    Precision,
-    PrecisionConfig,
-    Run,
-    Task,
-    TrainingConfig,
-)
+from pipeline.config.settings.distillation import CaptureMethod
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches, num_tokens
 from pipeline.data.padding import Padding
 from pipeline.distillation.cache import (
@@ -48,6 +44,7 @@ from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.teaching import IndexedBatches, _expected, open_cache
 from pipeline.store.artifacts import Artifact, digest_folder, read_json
+from pipeline.tasks.table import Task
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
 
 CPU = torch.device("cpu")

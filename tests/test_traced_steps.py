@@ -21,7 +21,10 @@ from make_result import make_row
 from test_gpu_timeline import copy, kernel, launch, step, x
 from test_training_loop import batches_for, hooks, settings
 
-from pipeline.config.settings import CostConfig, LedgerConfig, Precision, PrecisionConfig, Run, Task
+from pipeline.config.settings.cost import CostConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.tracking import LedgerConfig
 from pipeline.errors import Preempted
 from pipeline.ledger.disturbance import unread as undisturbed
 from pipeline.ledger.gpu_timeline import FIGURES, NOT_TRACED, by_device, parse, read_trace
@@ -34,6 +37,7 @@ from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.traced_steps import StepTracer, sampled_steps, shrink, step_tracer
 from pipeline.ledger.values import null
 from pipeline.stages.context import Output
+from pipeline.tasks.table import Task
 from pipeline.training import loop
 from pipeline.training.loop import Progress, Reading, train
 from pipeline.training.objective import Objective, StepLoss

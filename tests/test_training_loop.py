@@ -27,12 +27,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from pipeline.config.settings import Precision, PrecisionConfig, Schedule, Task, TrainingConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import Schedule, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches, PaddedBatches, num_tokens
 from pipeline.data.padding import Padding
 from pipeline.distillation.losses import Loss
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
+from pipeline.tasks.table import Task
 from pipeline.training import checkpoint
 from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import (

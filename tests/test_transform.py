@@ -12,7 +12,8 @@ from make_heads import louder, made
 from test_losses import definition
 from torch import Tensor, nn
 
-from pipeline.config.settings import Divergence, HeadKernel, Precision, Task
+from pipeline.config.settings.distillation import Divergence, HeadKernel
+from pipeline.config.settings.precision import Precision
 from pipeline.data.batches import IGNORE
 from pipeline.distillation import transform as transform_module
 from pipeline.distillation.kernels import kernel_of
@@ -20,6 +21,7 @@ from pipeline.distillation.losses import Loss, Sparse
 from pipeline.distillation.transform import Transform, Unknown, nothing_is_zero, prove
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.tasks.table import Task
 from pipeline.training import objective as objective_module
 from pipeline.training.objective import Objective, Teacher, examine
 from pipeline.training.selfcheck import gradient_share

@@ -7,7 +7,7 @@ import torch
 from test_losses import CASES, SPANS, batch, check_far_apart, exact
 from test_sparse import sparse_definition
 
-from pipeline.config.settings import Divergence
+from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation.losses import Loss, Sparse
 from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse
 from pipeline.distillation.losses import terms_in_place as plain

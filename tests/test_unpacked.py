@@ -17,7 +17,7 @@ from here import here
 from make_assess_models import byte_tokenizer
 from test_run import TINY
 
-from pipeline.config.settings import Precision, Task
+from pipeline.config.settings.precision import Precision
 from pipeline.data.batches import PackedBatches
 from pipeline.data.documents import Document
 from pipeline.data.encode import encode_all
@@ -25,6 +25,7 @@ from pipeline.distillation.losses import Loss
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import save_model
+from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher, examine
 
 CPU = torch.device("cpu")

@@ -22,11 +22,12 @@ from pipeline.cli.commands import (
 )
 from pipeline.cli.recipes import config_dir
 from pipeline.compare.history import ALPHA, LEAST_EARLIER
-from pipeline.config.settings import Precision, Task
+from pipeline.config.settings.precision import Precision
 from pipeline.errors import Exit, UserError
 from pipeline.ledger.charges import OWNER
 from pipeline.runs.metering import options
 from pipeline.runs.selftest import Options
+from pipeline.tasks.table import Task
 
 
 def named(text: str) -> set[str]:

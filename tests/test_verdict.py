@@ -29,10 +29,12 @@ from pipeline.compare.verdict import (
     training_criterion,
     unread,
 )
-from pipeline.config.settings import PolicyConfig, QualityConfig, Task
+from pipeline.config.settings.policy import PolicyConfig
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.quality.recorded import take_recorded
 from pipeline.ledger.values import Provenance, Value, measured, null
+from pipeline.tasks.table import Task
 
 PASS, FAIL, OPEN, INVALID = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.INVALID
 DERIVED = Provenance.DERIVED

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fake_nvml import NO_DRIVER, NOT_SUPPORTED, FakeNvml, Gpu, NVMLError
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.ranks import Life

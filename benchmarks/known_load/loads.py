@@ -12,9 +12,9 @@ from known_load.claims import Readings
 from known_load.device import Device, Plan
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.settings import Task
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import peak
+from pipeline.tasks.table import Task
 
 # of matmuls at a time: many in the second that power is the mean of, out of step with 100 ms
 # samples

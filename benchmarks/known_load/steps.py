@@ -21,13 +21,15 @@ from known_load.loads import llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config.settings import Precision, PrecisionConfig, Task, TrainingConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.gpu_phases import device_phases
 from pipeline.ledger.gpu_timeline import COPIES, read_trace
 from pipeline.ledger.peaks import peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
+from pipeline.tasks.table import Task
 from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import Objective, examine
 

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pipeline.cli.recipes import GROUPS, names_code
 from pipeline.errors import Unparsable, UserError
@@ -144,7 +144,7 @@ def elsewhere(word: str) -> str | None:
 
 @cache
 def _fields_of(group: str) -> frozenset[str]:
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
 
     return frozenset(item.name for item in fields(getattr(Run(), group)))
 
@@ -153,26 +153,23 @@ def _fields_of(group: str) -> frozenset[str]:
 
 
 @cache
-def _kinds() -> dict[str, str]:
-    """Return `text`, `list of int` (of another type) or `other` by setting of `Run`;
-    `stages.*.NAME` are of stages.
+def _types() -> dict[str, Any]:
+    """Return the type of every setting of `Run` as its class declares it; `stages.*.NAME` are of
+    stages.
     """
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
     from pipeline.stages.table import STAGES
 
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
 
     def walk(owner: Any, prefix: str) -> None:
         hints = get_type_hints(type(owner))
         for item in fields(owner):
-            value, hint = getattr(owner, item.name), str(hints[item.name])
+            value = getattr(owner, item.name)
             if is_dataclass(value):
                 walk(value, f"{prefix}{item.name}.")
-            elif items := re.search(r"list\[(?:\w+\.)*(\w+)\]", hint):
-                found[prefix + item.name] = f"list of {items.group(1)}"
             else:
-                is_text = re.search(r"\bstr\b", hint.partition("dict[")[0]) is not None
-                found[prefix + item.name] = "text" if is_text else "other"
+                found[prefix + item.name] = hints[item.name]
 
     walk(Run(), "")
     for stage in STAGES.values():
@@ -180,10 +177,17 @@ def _kinds() -> dict[str, str]:
     return found
 
 
-def item_type(key: str) -> str | None:
-    """Return the name of the type of a list's items (`int`); None where a setting takes no list."""
-    kind = _kinds().get(re.sub(r"\Astages\.\w+\.", "stages.*.", key), "")
-    return kind.removeprefix("list of ") if kind.startswith("list of ") else None
+def item_type(key: str) -> Any:
+    """Return the type of a list's items (`int`); None where a setting takes no list."""
+    hint = _types().get(re.sub(r"\Astages\.\w+\.", "stages.*.", key))
+    lists = [each for each in (hint, *get_args(hint)) if get_origin(each) is list]
+    return get_args(lists[0])[0] if lists else None
+
+
+def _is_text(key: str) -> bool:
+    """Tell whether a setting takes a text and no list."""
+    hint = _types().get(key)
+    return hint is str or (get_origin(hint) is Union and str in get_args(hint))
 
 
 def as_list(key: str, items: str) -> str | None:
@@ -191,7 +195,7 @@ def as_list(key: str, items: str) -> str | None:
     for it.
     """
     words, names = re.findall(r"[^\s,;]+", items), choices(key)
-    if item_type(key) != "str":  # text may have blanks
+    if item_type(key) is not str:  # text may have blanks
         items = (
             ",".join(words)
             if all(word in names if names else word.isdecimal() for word in words)
@@ -203,9 +207,7 @@ def as_list(key: str, items: str) -> str | None:
 
 def choices(key: str) -> list[str]:
     """Return the names that the items of a list can have; none where they are numbers or text."""
-    from pipeline.config import settings as config
-
-    return list(getattr(getattr(config, item_type(key) or "", None), "__members__", {}))
+    return list(getattr(item_type(key), "__members__", {}))
 
 
 def is_path(key: str) -> bool:
@@ -242,7 +244,7 @@ def _for_hydra(arg: str, sweeps: bool) -> str:
         return arg if is_word or re.search(r"[\[{(,'\"$]|\A\Z", value) else f"{key}={quoted(value)}"
     if is_path(key):
         return f"{key}={_place(value, arg, sweeps)}"
-    is_text = _kinds().get(key) == "text"
+    is_text = _is_text(key)
     has_comma = is_text and not sweeps and "," in value and value[0] not in "'\"[{"
     return f"{key}={quoted(value)}" if has_comma else _readable(arg)
 
@@ -324,7 +326,7 @@ def is_known(key: str) -> bool:
     """Tell whether a setting of `Run`, or of some type of stage, has this name; a group's choice
     counts.
     """
-    known = _kinds()
+    known = _types()
     return (
         key in (*known, *GROUPS, "recipe") or re.sub(r"\Astages\.\w+\.", "stages.*.", key) in known
     )

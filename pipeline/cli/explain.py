@@ -19,7 +19,8 @@ from omegaconf.errors import (
 from pipeline.cli.arguments import as_list, choices, elsewhere, item_type, parses
 from pipeline.cli.recipes import GROUPS, Recipe, config_dir, is_shipped, read_recipe, recipe_text
 from pipeline.cli.validate import did_you_mean
-from pipeline.config.settings import REMOVED, Run, dotted_keys
+from pipeline.config.settings.ranges import dotted_keys
+from pipeline.config.settings.run import REMOVED, Run
 from pipeline.errors import Exit, UserError
 from pipeline.stages.table import STAGES
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.stages.base import Reference, stages_of
 from pipeline.store.artifacts import MODEL

@@ -389,7 +389,7 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
     from pipeline.stages.table import STAGES
 
     OmegaConf.register_new_resolver("embedded", _embedded, replace=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import STUDENT_INIT
-from pipeline.config.settings import Measure, Precision, Run
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Measure, Run
 from pipeline.errors import UserError
 from pipeline.gate.checks import is_gate
 from pipeline.stages.base import stages_of

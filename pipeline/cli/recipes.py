@@ -188,7 +188,7 @@ def _check_tags(path: Path, text: str) -> None:
 def _check_keys(path: Path, settings: dict[Any, Any]) -> None:
     """Refuse what is no field of `Run`, beside `defaults`."""
     from pipeline.cli.validate import did_you_mean
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
 
     known = [item.name for item in fields(Run)]
     for key in settings:
@@ -355,7 +355,7 @@ def find_choices(folders: list[Path]) -> dict[tuple[str, str], dict[Any, Any]]:
 
 def _read_choice(path: Path, group: str) -> dict[Any, Any]:
     from pipeline.cli.validate import did_you_mean
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
 
     settings = read_settings(path, read_text_file(path, "--config-dir", REMEDY, limit=MAX_BYTES))
     refuse_code(settings, str(path))

@@ -13,14 +13,10 @@ from pathlib import Path
 from pipeline.config.arms import BASE, BEST_16_BIT, RESERVED
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
-from pipeline.config.settings import (
-    MAX_SEED,
-    DataConfig,
-    Run,
-    StudentConfig,
-    check_ranges,
-    scored_length,
-)
+from pipeline.config.settings.data import DataConfig
+from pipeline.config.settings.model import StudentConfig
+from pipeline.config.settings.ranges import MAX_SEED, check_ranges
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.config.text_files import why_no_file
 from pipeline.data.mappings import mapping, split_names
 from pipeline.errors import UserError

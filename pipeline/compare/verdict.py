@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pipeline.compare import statistics
 from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
-from pipeline.config.settings import PolicyConfig
+from pipeline.config.settings.policy import PolicyConfig
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.shapes import CriterionRecord, Figures, Payback
 from pipeline.ledger.values import Provenance, Value, derive, null

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.config.text_files import open_file
 from pipeline.data.cells import Row, refuse_half_characters
 from pipeline.data.chats import messages_of, tools_of
@@ -24,6 +24,7 @@ from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.files import read_rows
 from pipeline.data.mappings import mapping
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 
 @dataclass(frozen=True, slots=True)

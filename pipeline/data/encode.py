@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.settings import Task
 from pipeline.data.documents import Document
 from pipeline.data.renderings import Rendering, first_words, render
 from pipeline.data.spans import Covered, Reader, utf8
 from pipeline.errors import UserError
 from pipeline.store.artifacts import key_of
+from pipeline.tasks.table import Task
 
 LEFT_OUT = {
     "tools": "the tools of {} conversations",

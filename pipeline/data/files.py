@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.cells import Row, Table, is_missing, value_of
 from pipeline.data.columns import refuse_other_columns, spell_alike
 from pipeline.data.documents import SPLITS, Dataset, Document
@@ -23,6 +23,7 @@ from pipeline.data.shapes import Shape, recognise
 from pipeline.data.split_names import listing
 from pipeline.data.splits import Rules, assemble
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 KEY = "data.path"
 LABEL = "label"

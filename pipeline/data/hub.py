@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.arrow_rows import without_absent
 from pipeline.data.cells import Table
 from pipeline.data.documents import Dataset
@@ -17,6 +17,7 @@ from pipeline.data.split_names import pick_splits
 from pipeline.errors import UserError
 from pipeline.store.hub import offline_without_network
 from pipeline.store.waiting import waiting_for
+from pipeline.tasks.table import Task
 
 KEY = "data.hub"
 

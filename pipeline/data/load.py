@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from pipeline.config.settings import DataConfig, Task
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.files import class_counts
 from pipeline.data.labels import class_notes
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 
 def load_dataset(config: DataConfig, task: Task) -> Dataset:

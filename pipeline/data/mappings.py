@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.settings import DataConfig
+from pipeline.config.settings.data import DataConfig
 from pipeline.data.documents import SPLITS
 from pipeline.errors import UserError
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.config.settings import Task
 from pipeline.ledger.devices.table import device_of
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +149,9 @@ def _probes(model: Any) -> list[_Probe]:
     """Return texts of several lengths, each with the end token where an encoder-decoder wants
     it.
     """
-    from pipeline.config.settings import Task
     from pipeline.models.load import ends_once, positions
     from pipeline.models.vocabulary import vocabulary_of
+    from pipeline.tasks.table import Task
 
     size, limit = vocabulary_of(model) or 256, positions(model.config) or max(PROBES)
     end, fill = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.settings import DataFormat
+from pipeline.config.settings.data import DataFormat
 from pipeline.data.cells import Row, first_text, is_missing, refuse_half_characters, value_of
 from pipeline.data.chats import is_conversation, messages_of, tools_of
 from pipeline.data.documents import Document

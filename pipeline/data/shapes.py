@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config.settings import DataFormat, Task
+from pipeline.config.settings.data import DataFormat
 from pipeline.data.cells import FILE, Row, value_of
 from pipeline.data.chats import is_conversation, is_sharegpt
 from pipeline.data.csv_rows import is_data
 from pipeline.data.row_columns import Columns, mapped_as, plain_name, unread
 from pipeline.data.suggestions import are_read, label_paths, suggest, suggest_parts
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 PAIRS = (
     ("premise", "hypothesis"),

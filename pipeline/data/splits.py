@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config.settings import Conflicting, Shared
+from pipeline.config.settings.data import Conflicting, Shared
 from pipeline.data.documents import SPLITS, Dataset, Document
 from pipeline.errors import UserError
 

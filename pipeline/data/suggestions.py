@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.config.settings import DataFormat, Task
+from pipeline.config.settings.data import DataFormat
 from pipeline.data.cells import first_text, value_of
 from pipeline.data.chats import is_conversation, messages_of
 from pipeline.data.labels import check_classes, class_name
 from pipeline.data.row_columns import Columns, is_about, mapped_as, plain_name
 from pipeline.errors import UserError
+from pipeline.tasks.table import Task
 
 ASKING = ("question", "query", "prompt", "instruction", "problem", "input")
 ANSWERING = (

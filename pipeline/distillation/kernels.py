@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import Divergence, HeadKernel
+from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.distillation.head import Head, Taught, Terms, head_loss
 from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
 from pipeline.distillation.transform import Transform

@@ -57,7 +57,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import Divergence
+from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation.transform import PLAIN, Transform
 
 # of one fp32 block of rows: a handful of such blocks stay in a core's cache

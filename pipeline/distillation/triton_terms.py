@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.config.settings import Divergence
+from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse_terms
 from pipeline.distillation.transform import PLAIN, Transform

@@ -9,10 +9,12 @@ import os.path
 from pathlib import Path
 
 from pipeline.config.arms import BASELINE, CANDIDATE
-from pipeline.config.settings import Direction, MetricRule, PolicyConfig, Run, Task
+from pipeline.config.settings.policy import Direction, MetricRule, PolicyConfig
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import BY_KEY, DIRECTION, QUALITY_KEYS, TASK
 from pipeline.stages.base import stages_of
+from pipeline.tasks.table import Task
 
 OF_TASK = {task: task.kind.in_policy() for task in Task}
 """Qualities that a policy can ask for, by task; those of lm-eval tasks beside them."""

@@ -32,7 +32,7 @@ from pipeline.compare.verdict import (
     unread,
 )
 from pipeline.config.arms import BASELINE, CANDIDATE, stage_name
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset, num_documents
 from pipeline.errors import Exit
 from pipeline.evaluation.quality.assess import read_items

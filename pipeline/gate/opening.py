@@ -17,7 +17,9 @@ from typing import Any
 from pipeline.compare.savings import Spend
 from pipeline.compare.verdict import Outcome
 from pipeline.config.arms import BASELINE, CANDIDATE
-from pipeline.config.settings import Decode, PolicyConfig, Run
+from pipeline.config.settings.policy import PolicyConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.serving import Decode
 from pipeline.errors import UserError
 from pipeline.gate.checks import gating_metrics
 from pipeline.gate.references import Places, Release, resolve

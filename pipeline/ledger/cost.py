@@ -19,7 +19,7 @@ import re
 from dataclasses import asdict
 from datetime import date
 
-from pipeline.config.settings import CostConfig, CostKind
+from pipeline.config.settings.cost import CostConfig, CostKind
 from pipeline.errors import UserError
 from pipeline.ledger.shapes import LedgerRecord, Money
 from pipeline.ledger.values import Provenance, Value, declared, derive, estimated, null

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.ledger.attempted import attempted
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config.settings import Task
 from pipeline.ledger.shapes import HOURS, Figure, Figures, Row
-from pipeline.tasks.table import QUALITIES
+from pipeline.tasks.table import QUALITIES, Task
 
 
 @dataclass(frozen=True, slots=True)

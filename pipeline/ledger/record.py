@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.cost import money
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.config.text_files import NotAFile, read_bytes
 from pipeline.ledger import shapes
 from pipeline.ledger.gpu_usage import FIGURES

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, charges
 from pipeline.ledger.cost import NO_RATE

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter
+from pipeline.tasks.table import Task
 
 OTHER = "For"  # of any other task: ForMaskedLM, ForTokenClassification
 

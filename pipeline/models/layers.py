@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.errors import StageFailed, UserError
 from pipeline.models.load import auto_class, text_config_of
 from pipeline.models.vocabulary import probe
 from pipeline.models.weights import keep_attention, name_body
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     from torch import Tensor

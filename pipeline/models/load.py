@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task, TinyShape
+from pipeline.config.settings.model import TinyShape
 from pipeline.errors import UserError
 from pipeline.models.adapters import CONFIG as ADAPTER
 from pipeline.models.adapters import PICKLED as PICKLED_ADAPTER
@@ -28,6 +28,7 @@ from pipeline.models.weights import (
 from pipeline.store.file_names import PICKLE_WEIGHTS
 from pipeline.store.hub import offline_without_network
 from pipeline.store.waiting import waiting_for
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.settings import SIXTEEN_BITS, Format
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.ledger.devices.table import KINDS, device_of
 from pipeline.models.load import load_config, quantized_by
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import StudentConfig, Task
+from pipeline.config.settings.model import StudentConfig
 from pipeline.errors import UserError
 from pipeline.models.layers import COUNTS, check_layers, layer_count, per_layer, with_layers
 from pipeline.models.load import (
@@ -22,6 +22,7 @@ from pipeline.models.load import (
     text_config_of,
 )
 from pipeline.store.artifacts import digest_given
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

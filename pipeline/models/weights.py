@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.models.heads import no_head
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

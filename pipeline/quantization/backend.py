@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import MEANT
 from pipeline.ledger.phases import PhaseClock
@@ -44,6 +44,7 @@ from pipeline.quantization.layers import (
     plan_layers,
 )
 from pipeline.quantization.reload_check import Reference, check_bit_equal, take_reference
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -21,12 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Format, Task
+from pipeline.config.settings.quantization import Format
 from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.models.load import load_config
 from pipeline.quantization.layers import Layer
 from pipeline.quantization.reload_check import auto_class
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

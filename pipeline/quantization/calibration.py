@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset, Document
 from pipeline.data.files import read_documents
 from pipeline.errors import UserError

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.config.settings import Format
+from pipeline.config.settings.quantization import Format
 from pipeline.quantization.backend import backend_of
 from pipeline.quantization.layers import Layer
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.errors import UserError
 from pipeline.models.load import embedding_of, from_config
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.errors import StageFailed
 from pipeline.models.load import positions
 from pipeline.models.vocabulary import vocabulary_of
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

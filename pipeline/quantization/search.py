@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Prefer
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.numbers import apart, percents_apart
 

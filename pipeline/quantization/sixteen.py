@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.errors import UserError
 from pipeline.models.load import auto_class, load_config
 from pipeline.models.sixteen_bits import torch_dtype, why_not
 from pipeline.quantization.layers import Layer
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config.settings import SIXTEEN_BITS, Format, Run, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.serving.measure import check_load, measure_interleaved
@@ -33,6 +34,7 @@ from pipeline.quantization.backend import (
 from pipeline.quantization.layers import Choice
 from pipeline.quantization.search import Trial
 from pipeline.quantization.yardstick import Yardstick
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

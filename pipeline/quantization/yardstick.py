@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compare.figures import value_of
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding

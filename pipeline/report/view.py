@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired
 
 from pipeline.config.arms import BASE, is_fallback
-from pipeline.config.settings import Task
 from pipeline.errors import one_line
 from pipeline.ledger.devices.table import is_gpu
 from pipeline.ledger.metrics import BY_KEY, PRIMARY, UNIT
@@ -16,6 +15,7 @@ from pipeline.ledger.metrics import primary_key as deciding_key
 from pipeline.ledger.numbers import in_unit, significant, time_unit
 from pipeline.ledger.shapes import Pair, Result, Row
 from pipeline.report.text import NO_BREAK
+from pipeline.tasks.table import Task
 
 Value = Mapping[str, Any]
 """A figure with what stands beside it, which differs: an interval, a margin, a unit."""

@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.settings import VllmCheck
+from pipeline.config.settings.serving import VllmCheck
 from pipeline.config.text_files import read_bytes
 from pipeline.evaluation.serving.vllm_check import Checked, check_vllm
 from pipeline.evaluation.serving.vllm_check import installed as vllm_version

@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import ModelConfig, Run, Task
+from pipeline.config.settings.model import ModelConfig
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.adapters import CONFIG as ADAPTER
@@ -15,6 +16,7 @@ from pipeline.runs.versions import versions
 from pipeline.store.artifacts import Artifact, Store, copy_model, digest_given, key_of
 from pipeline.store.file_names import HUB_FILES
 from pipeline.store.waiting import waiting_for
+from pipeline.tasks.table import Task
 
 
 def base_artifact(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -> Artifact:

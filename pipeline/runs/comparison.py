@@ -14,7 +14,8 @@ from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
 from pipeline.config.arms import BEST_16_BIT, is_fallback
-from pipeline.config.settings import SIXTEEN_BITS, Comparison, Measure
+from pipeline.config.settings.quantization import SIXTEEN_BITS
+from pipeline.config.settings.run import Comparison, Measure
 from pipeline.data.documents import num_documents
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.serving.dtype import WORDS

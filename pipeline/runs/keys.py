@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.data.completions import file_digest
 from pipeline.ledger.peaks import device_name
 from pipeline.runs.session import Session

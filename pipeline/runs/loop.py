@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
 from pipeline.gate.checks import is_gate
 from pipeline.ledger.journal import heartbeat

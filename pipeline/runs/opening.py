@@ -22,7 +22,7 @@ from pipeline.compare.quality import MIN_DOCUMENTS
 from pipeline.config.arms import BASELINE
 from pipeline.config.owner import OWNER
 from pipeline.config.redaction import redact_settings
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.data.documents import Dataset
 from pipeline.data.load import load_dataset
 from pipeline.errors import BudgetSpent, UserError

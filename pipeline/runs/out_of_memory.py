@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import file_name
-from pipeline.config.settings import Run, scored_length
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.errors import StageFailed
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import (

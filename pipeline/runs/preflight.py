@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import SIXTEEN_BITS, Decode, Format, Measure, Run, scored_length
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
+from pipeline.config.settings.run import Measure, Run, scored_length
+from pipeline.config.settings.serving import Decode
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Precision
+from pipeline.config.settings.precision import Precision
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of

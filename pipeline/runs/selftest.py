@@ -34,7 +34,7 @@ from pipeline.compare.selftest import (
     training_spread,
 )
 from pipeline.compare.verdict import Outcome, disturbed, moved, quality_criterion
-from pipeline.config.settings import Run, scored_length
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.errors import BudgetSpent, Exit, Preempted, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.journal import Journal, heartbeat

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.compare.verdict import disturbed, moved
 from pipeline.config.arms import BASELINE, CANDIDATE
-from pipeline.config.settings import ServingDtype
+from pipeline.config.settings.serving import ServingDtype
 from pipeline.data.encode import encode_all
 from pipeline.evaluation.serving.decoding import chosen
 from pipeline.evaluation.serving.dtype import choose_dtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Run, scored_length
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.data.documents import Dataset
 from pipeline.evaluation.serving.engine import EngineResult
 from pipeline.gate.opening import Gate

@@ -21,7 +21,10 @@ from pipeline.store.artifacts import plain
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.config.settings import Format, Precision, Run, TrainingConfig
+    from pipeline.config.settings.precision import Precision
+    from pipeline.config.settings.quantization import Format
+    from pipeline.config.settings.run import Run
+    from pipeline.config.settings.training import TrainingConfig
     from pipeline.data.documents import Dataset
     from pipeline.ledger.phases import PhaseClock
     from pipeline.stages.context import Context, Output

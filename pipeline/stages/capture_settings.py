@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config.settings import CaptureMethod, Precision, Run, TrainingConfig, positive
+from pipeline.config.settings.distillation import CaptureMethod
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.ranges import positive
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     LIKE,

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import CaptureMethod, Precision, Task
+from pipeline.config.settings.distillation import CaptureMethod
+from pipeline.config.settings.precision import Precision
 from pipeline.data.batches import IGNORE, num_tokens
 from pipeline.data.padding import logits_of
 from pipeline.data.tokenizer import tokenizer_digest
@@ -46,6 +47,7 @@ from pipeline.stages.settings import steps_of, training_precision
 from pipeline.stages.step_flops import ModelFlops, StepFlops
 from pipeline.stages.training import make_batches, read_encoded
 from pipeline.store.artifacts import check_room, write_json
+from pipeline.tasks.table import Task
 from pipeline.training.objective import (
     NOT_INPUTS,
     Examined,
@@ -60,7 +62,7 @@ from pipeline.training.objective import (
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import TrainingConfig
+    from pipeline.config.settings.training import TrainingConfig
     from pipeline.stages.capture_settings import CaptureSettings
     from pipeline.stages.context import Context
     from pipeline.store.artifacts import Artifact

@@ -13,7 +13,7 @@ from pipeline.ledger.values import Value
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.config.settings import Run
+    from pipeline.config.settings.run import Run
     from pipeline.data.documents import Dataset
     from pipeline.ledger.phases import PhaseClock
 

@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, stage_name
-from pipeline.config.settings import (
-    SIXTEEN_BITS,
-    Format,
-    Prefer,
-    Run,
-    at_least_0,
-    fraction,
-    positive,
-    scored_length,
-)
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
+from pipeline.config.settings.ranges import at_least_0, fraction, positive
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     MODEL,

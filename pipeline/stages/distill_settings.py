@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import STUDENT_INIT
-from pipeline.config.settings import (
-    Divergence,
-    HeadKernel,
-    Precision,
-    Run,
-    at_least_0,
-    fraction,
-    positive,
-)
+from pipeline.config.settings.distillation import Divergence, HeadKernel
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.ranges import at_least_0, fraction, positive
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.stages.base import CACHE, TEACHER, BeforeRun, Elsewhere, Reference
 from pipeline.stages.capture_settings import CaptureSettings

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
-from pipeline.config.settings import Fallback, Format, Run
+from pipeline.config.settings.quantization import Fallback, Format
+from pipeline.config.settings.run import Run
 from pipeline.stages.base import MODEL, Reference, Stage
 from pipeline.stages.conversion import NOTHING_HOLDS, Conversion, read_with
 from pipeline.stages.distill_settings import DistillSettings

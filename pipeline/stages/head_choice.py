@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config.settings import Divergence, HeadKernel, TrainingConfig
+from pipeline.config.settings.distillation import Divergence, HeadKernel
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.distillation.kernels import NOT_FOR_LIGER, fastest, in_words, kernel_of, why_not
 from pipeline.distillation.transform import Unknown
 from pipeline.errors import UserError

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from pipeline.compare.statistics import mean_interval
-from pipeline.config.settings import Precision, PrecisionConfig, TrainingConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.phases import PhaseClock

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from pipeline.config.arms import BASE
-from pipeline.config.settings import Run, positive
+from pipeline.config.settings.ranges import positive
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import DIRECTION, PRIMARY
 from pipeline.stages.base import BeforeRun, is_base_shaped

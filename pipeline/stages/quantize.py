@@ -23,15 +23,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.config.settings import (
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.quantization import (
     SIXTEEN_BITS,
     Fallback,
     Format,
     LoraSettings,
-    Precision,
     QatSettings,
-    Run,
 )
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
 from pipeline.stages.base import MODEL, Attempts, PrecisionInForce, Stage, refusal_words

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config.arms import BASELINE, CANDIDATE
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.stages.base import RELEASE, Reference, Stage, stages_of
 

@@ -12,16 +12,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import (
-    OptimizerKind,
-    Precision,
-    Run,
-    Schedule,
-    TrainingConfig,
-    at_least_0,
-    fraction,
-    positive,
-)
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.ranges import at_least_0, fraction, positive
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import OptimizerKind, Schedule, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     LIKE,

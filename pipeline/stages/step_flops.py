@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.settings import Task
 from pipeline.data.batches import IGNORE
 from pipeline.distillation.transform import Unknown
 from pipeline.ledger.attempted import attempted
@@ -25,6 +24,7 @@ from pipeline.ledger.flops import (
 )
 from pipeline.ledger.numbers import count, percent
 from pipeline.ledger.values import Value, estimated, measured, null
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

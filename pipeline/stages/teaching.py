@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.settings import TrainingConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
 from pipeline.data.tokenizer import tokenizer_digest

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.config.settings import Run
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.stages.base import CACHE, LIKE, Control, Reference, stages_of
 from pipeline.stages.settings import TrainingOverrides, check_training, training_settings

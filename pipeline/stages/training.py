@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings import Precision, Task, TrainingConfig
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.completions import read_completions
 from pipeline.data.encode import Encoded, encode_all, encoding_notes
@@ -58,6 +59,7 @@ from pipeline.stages.teaching import (
     teachers_share,
 )
 from pipeline.store.artifacts import copy_model
+from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import (

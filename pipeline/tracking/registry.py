@@ -399,8 +399,8 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     """
     from pipeline.compare.history import Judged, figure
     from pipeline.compare.statistics import look_alpha
-    from pipeline.config.settings import Task
     from pipeline.ledger.metrics import PRIMARY, RELATIVE, deciding
+    from pipeline.tasks.table import Task
 
     tags, params = run.data.tags, run.data.params
     said = {

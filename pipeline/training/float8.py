@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.settings import Precision
+from pipeline.config.settings.precision import Precision
 from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import Precision, PrecisionConfig, TrainingConfig
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
 from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured

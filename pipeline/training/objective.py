@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import Precision, Task
+from pipeline.config.settings.precision import Precision
 from pipeline.data.batches import IGNORE
 from pipeline.data.padding import logits_of, read_by
 from pipeline.data.prompts import PROMPT_MASK
@@ -40,6 +40,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.classes import listed, names_in_order, same_in_order
+from pipeline.tasks.table import Task
 from pipeline.training.precision import arithmetic, compute_dtype
 
 NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import OptimizerKind, Precision, TrainingConfig
+from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.ledger.devices.table import device_of
 
 BETAS = (0.9, 0.95)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.settings import Precision
+from pipeline.config.settings.precision import Precision
 from pipeline.ledger.devices.table import device_of
 from pipeline.training.float8 import RECIPES, why_not_float8
 

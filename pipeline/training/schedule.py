@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config.settings import Schedule, TrainingConfig
+from pipeline.config.settings.training import Schedule, TrainingConfig
 
 
 def learning_rate(step: int, settings: TrainingConfig) -> float:

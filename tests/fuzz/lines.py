@@ -13,7 +13,8 @@ from typing import Any
 from fuzz.mutate import command_line
 from pipeline.cli.main import main
 from pipeline.cli.recipes import GROUPS, find_recipes
-from pipeline.config.settings import Run, dotted_keys
+from pipeline.config.settings.ranges import dotted_keys
+from pipeline.config.settings.run import Run
 from pipeline.stages.table import STAGES
 
 SLOW_S = 20.0  # of processor time

@@ -22,7 +22,8 @@ from make_result import make_result
 from fuzz.mutate import damage, restore
 from pipeline.cli.commands import register
 from pipeline.cli.recipes import Recipe, config_dir, read_recipe
-from pipeline.config.settings import QualityConfig, Run, Task
+from pipeline.config.settings.quality import QualityConfig
+from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.evaluation.quality import recorded
 from pipeline.evaluation.quality.tasks import _load_yaml
@@ -35,6 +36,7 @@ from pipeline.runs.opening import _check_budget, _find_or_make, _unfinished
 from pipeline.runs.past_cost import past_spend
 from pipeline.store import verdicts as gate_record
 from pipeline.store.artifacts import Store, digest_folder, facts_of, write_json
+from pipeline.tasks.table import Task
 from pipeline.tracking.writer import _delivered, waiting
 from pipeline.training.checkpoint import load, newest, save
 

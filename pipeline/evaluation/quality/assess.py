@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.compare.clustered import GROUP, group_codes, num_groups
 from pipeline.compare.figures import Figure, Resampling, figure_of, mean, share
 from pipeline.compare.quality import is_binary
-from pipeline.config.settings import QualityConfig, Task
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
@@ -35,6 +35,7 @@ from pipeline.ledger.values import measured, null
 from pipeline.models.load import example_length, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.models.weights import first_not_finite
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.compare.clustered import GROUP, group_codes, num_groups
-from pipeline.config.settings import QualityConfig, Task
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.config.text_files import read_bytes, read_text_file
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.quality.assess import Arrays, entries_of, figures_of
@@ -26,6 +26,7 @@ from pipeline.ledger.metrics import PRIMARY
 from pipeline.ledger.shapes import Quality, QualityFigure
 from pipeline.ledger.values import null
 from pipeline.store.artifacts import read_json, write_json
+from pipeline.tasks.table import Task
 
 MAX_ITEMS = 2**31  # bytes of a file of per-document values
 IDENTITY = ("data", "split", "evaluation")

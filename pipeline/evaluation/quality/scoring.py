@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.compare.figures import value_of
-from pipeline.config.settings import Task
 from pipeline.data.padding import Padding, pad, read_by
 from pipeline.errors import UserError
 from pipeline.models.load import check_tokens, positions
 from pipeline.models.vocabulary import vocabulary_of
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

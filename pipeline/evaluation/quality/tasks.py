@@ -36,11 +36,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.config.settings import QualityConfig, Task
+from pipeline.config.settings.quality import QualityConfig
 from pipeline.config.text_files import read_text_file
 from pipeline.config.yaml_files import MAX_BYTES, check_growth
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import numpy as np

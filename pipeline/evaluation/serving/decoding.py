@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.settings import Decode
+from pipeline.config.settings.serving import Decode
 from pipeline.ledger.devices.table import device_of
 
 if TYPE_CHECKING:

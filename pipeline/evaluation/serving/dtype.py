@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.compare.statistics import mean_interval
-from pipeline.config.settings import SIXTEEN_BITS, Format, ServingConfig, ServingDtype, Task
+from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
+from pipeline.config.settings.serving import ServingConfig, ServingDtype
 from pipeline.data.padding import read_by
 from pipeline.errors import UserError
 from pipeline.evaluation.serving.measure import check_load, draw_prompts
@@ -37,6 +38,7 @@ from pipeline.models.sixteen_bits import (
     why_not,
 )
 from pipeline.models.weights import weights_bytes
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

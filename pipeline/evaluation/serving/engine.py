@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import MAX_WHOLE, Run
+from pipeline.config.settings.ranges import MAX_WHOLE
+from pipeline.config.settings.run import Run
 from pipeline.config.text_files import read_text_file
 from pipeline.errors import UserError
 from pipeline.ledger.values import Value, declared

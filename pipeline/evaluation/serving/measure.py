@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.compare.blocks import draw_design
-from pipeline.config.settings import Decode, ServingConfig, ServingLoad, Task
+from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.scoring import check_vocabulary
 from pipeline.evaluation.serving.server import Reading, Server, load
@@ -36,6 +36,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import Figures, ServedPass
 from pipeline.ledger.values import Value, derive, measured, null
 from pipeline.models.load import positions
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.settings import Decode, Task
+from pipeline.config.settings.serving import Decode
 from pipeline.data.padding import read_by, token_of
 from pipeline.evaluation.serving.decoding import Decoder, make_decoder
 from pipeline.ledger.attempted import attempted
 from pipeline.models.load import ends_once, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.settings import Task
 from pipeline.data.tokenizer import tokenizer_digest
 from pipeline.models.load import load_tokenizer
+from pipeline.tasks.table import Task
 
 OTHER_TOKENIZER = "the two have other tokenizers: a token is not the same amount of text"
 

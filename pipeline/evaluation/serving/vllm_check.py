@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.config.settings import Task
 from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.evaluation.quality.assess import choose_documents
@@ -37,6 +36,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import VllmRecord
 from pipeline.models.load import load_config, load_model, load_tokenizer, positions, quantized_by
 from pipeline.models.sixteen_bits import stored_dtype
+from pipeline.tasks.table import Task
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import redact_value
-from pipeline.config.settings import CostConfig, check_ranges
+from pipeline.config.settings.cost import CostConfig
+from pipeline.config.settings.ranges import check_ranges
 from pipeline.errors import Unparsable, UserError
 from pipeline.ledger.cost import check_cost
 

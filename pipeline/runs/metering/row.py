@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.devices.table import toolkits
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.disturbance import unread as disturbance_unread

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.owner import OWNER
-from pipeline.config.settings import CostConfig
+from pipeline.config.settings.cost import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger import metrics
 from pipeline.ledger.booking import Booking, Span, Window, book, run_hours

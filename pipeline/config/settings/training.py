@@ -1,0 +1,64 @@
+"""`training.*`: the loop that every stage that trains shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+from pipeline.config.settings.ranges import at_least_0, fraction, positive
+
+# OmegaConf reads these annotations at run time, and knows Optional[X] but not the string
+# "X | None" everywhere.
+# ruff: noqa: UP045
+
+
+class OptimizerKind(Enum):
+    """AdamW, and what its two moments are kept in (`training/optimizer.py`)."""
+
+    adamw = "adamw"
+    adamw_8bit_bitsandbytes = "adamw_8bit_bitsandbytes"
+    adamw_8bit_torchao = "adamw_8bit_torchao"
+
+
+class Schedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
+    cosine = "cosine"
+    constant_then_decay = "constant_then_decay"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """One training loop serves every stage; these are its settings."""
+
+    steps: int = at_least_0(100)  # optimizer steps; 0 uses the model as it is
+    # passes over train; they then say how many steps there are
+    epochs: Optional[float] = positive(None)
+    batch_size: int = positive(16)  # sequences (or examples) of one optimizer step
+    gradient_accumulation: int = positive(1)  # micro-batches that batch_size is cut into
+    sequence_length: int = field(default=128, metadata={"min": 8})  # tokens
+    learning_rate: float = positive(3e-3)  # its peak, after the warm-up
+    weight_decay: float = at_least_0(0.1)  # of AdamW, on weights of two dimensions or more
+    warmup_fraction: float = fraction(0.05)  # of the steps
+    schedule: Schedule = Schedule.cosine  # of the learning rate, after the warm-up
+    decay_fraction: float = fraction(0.2)  # of the steps, for constant_then_decay
+    max_grad_norm: float = positive(1.0)  # gradients are clipped to it
+    # steps between validation readings; null: a fifth of the steps
+    eval_every: Optional[int] = positive(None)
+    # validation documents a reading; null: 32 texts, or 256 examples
+    eval_documents: Optional[int] = positive(None)
+    checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
+    checkpoint_seconds: float = positive(60.0)  # between two checkpoints
+    # loss over its own best average
+    divergence_factor: float = field(default=4.0, metadata={"above": 1})
+    compile: bool = False  # torch.compile
+    optimizer: OptimizerKind = OptimizerKind.adamw  # what holds the two moments
+    # backward computes each layer again, so that memory holds one at a time
+    activation_checkpointing: bool = False
+    # doubled until it is batch_size; null: that from the start
+    start_batch_size: Optional[int] = positive(None)
+    # likewise, of causal_lm
+    start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
+    # of the steps, until all is full size
+    growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})
