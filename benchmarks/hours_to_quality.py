@@ -57,7 +57,7 @@ VARIANTS = (
 )
 PART_SEEDS = (100, 101)  # parts are chosen on these, and what is reported is measured on others
 WARM_UP_STEPS = 4
-RUNGS = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
+SHARES = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 SIZES = {
     "cpu": Size(
         width=64,
@@ -68,7 +68,7 @@ SIZES = {
         batch=8,
         steps=96,
         rate=1e-2,
-        rungs=RUNGS,
+        shares=SHARES,
         recipe="ours+fp32+short+stack",
         compile=False,
         eval_bytes=1024,
@@ -83,7 +83,7 @@ SIZES = {
         batch=64,
         steps=1832,
         rate=2e-3,
-        rungs=RUNGS,
+        shares=SHARES,
         recipe="ours+auto+short+stack",
         compile=True,
         eval_bytes=8192,
@@ -97,7 +97,7 @@ SIZES = {
         batch=2,
         steps=8,
         rate=1e-2,
-        rungs=(0.5, 1.0),
+        shares=(0.5, 1.0),
         recipe="ours+short+stack",
         compile=False,
         eval_bytes=256,
@@ -124,19 +124,19 @@ def undisturbed(found: dict[str, Any], threads: int) -> dict[str, Any]:
     return {**found, "work_h": found["work_h"] * share}
 
 
-def climb_down(
+def shorten(
     bench: Bench, systems: Sequence[str], seed: int, margin: float
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """Run every system from the full length down, in turn, each until its loosest target is out of
     reach.
     """
-    ladder = bench.size.rungs
+    shares = bench.size.shares
     found: dict[str, dict[float, dict[str, Any]]] = {system: {} for system in systems}
-    for fraction in reversed(ladder):
+    for fraction in reversed(shares):
         for at, system in enumerate(systems):
             if fraction < FULL:
                 targets = [target(_runs(found[base]), margin) for base in systems[: at + 1]]
-                if settled(_runs(found[system]), ladder, max(targets)):
+                if settled(_runs(found[system]), shares, max(targets)):
                     continue
             unit = Unit(system, seed, fraction, round(fraction * bench.size.steps))
             found[system][fraction] = each = result_of(bench, unit)
@@ -162,7 +162,7 @@ def _runs(found: dict[float, dict[str, Any]]) -> Runs:
 def compare_all(
     by_seed: dict[int, dict[str, dict[float, dict[str, Any]]]],
     systems: Sequence[str],
-    ladder: Sequence[float],
+    shares: Sequence[float],
     margin: float,
 ) -> list[dict[str, Any]]:
     """Return every system against every one before it, seed by seed and over seeds."""
@@ -170,7 +170,7 @@ def compare_all(
     found: list[dict[str, Any]] = []
     for arm, base in pairs:
         per_seed = {
-            seed: compare(arm, _runs(each[arm]), base, _runs(each[base]), ladder, margin)
+            seed: compare(arm, _runs(each[arm]), base, _runs(each[base]), shares, margin)
             for seed, each in by_seed.items()
         }
         found.append(
@@ -195,7 +195,7 @@ def without_others(
         }
         for seed, each in by_seed.items()
     }
-    return compare_all(alone, systems, bench.size.rungs, margin)
+    return compare_all(alone, systems, bench.size.shares, margin)
 
 
 def table(
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recipe", help="ours with parts put to it by +")
     parser.add_argument(
-        "--rungs", nargs="+", type=float, help="shares of the full length, the last 1"
+        "--shares", nargs="+", type=float, help="shares of the full length, the last 1"
     )
     parser.add_argument("--rate", type=float, help="learning rate of all systems but `trainer`")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "recipe": args.recipe,
         "rate": args.rate,
         "compile": args.compile,
-        "rungs": args.rungs and tuple(sorted(args.rungs)),
+        "shares": args.shares and tuple(sorted(args.shares)),
     }
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
     systems = args.systems or ["trainer", "trainer_rate", "ours", size.recipe]
@@ -319,13 +319,13 @@ def report(
     (bench.work / "base").mkdir(exist_ok=True)
     warm_up(bench, systems, seeds[0])
     chosen = measure_parts(bench, PART_SEEDS) if parts else {}
-    by_seed = {seed: climb_down(bench, systems, seed, margin) for seed in seeds}
-    comparisons = compare_all(by_seed, systems, bench.size.rungs, margin)
+    by_seed = {seed: shorten(bench, systems, seed, margin) for seed in seeds}
+    comparisons = compare_all(by_seed, systems, bench.size.shares, margin)
     alone = without_others(bench, by_seed, systems, margin)
     lines = table(systems, by_seed, comparisons, alone)
     print(lines, flush=True)
     units = [
-        each for ladder in by_seed.values() for runs in ladder.values() for each in runs.values()
+        each for shares in by_seed.values() for runs in shares.values() for each in runs.values()
     ]
     figures = {
         "size": asdict(bench.size),

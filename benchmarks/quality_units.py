@@ -42,7 +42,7 @@ class Size:
     """What is trained, for how long, and which recipe is put beside it.
 
     Attributes:
-        rungs: Shares of `steps` to which runs are planned, rising; the last is 1.
+        shares: Shares of `steps` to which runs are planned, rising; the last is 1.
         rate: Learning rate of all systems but `trainer`.
         recipe: The best one, of what `--parts` showed.
         eval_bytes: Of each validation document that is read.
@@ -57,7 +57,7 @@ class Size:
     batch: int
     steps: int
     rate: float
-    rungs: tuple[float, ...]
+    shares: tuple[float, ...]
     recipe: str
     compile: bool
     eval_bytes: int
@@ -88,7 +88,7 @@ class Bench:
         size = {
             name: value
             for name, value in asdict(self.size).items()
-            if name not in ("rungs", "recipe")
+            if name not in ("shares", "recipe")
         }
         about = {
             "unit": asdict(unit),
@@ -574,7 +574,7 @@ def result_of(bench: Bench, unit: Unit) -> dict[str, Any]:
 
 def _unit_of(given: str) -> tuple[Bench, Unit]:
     raw = json.loads(given)
-    raw["size"]["rungs"] = tuple(raw["size"]["rungs"])
+    raw["size"]["shares"] = tuple(raw["size"]["shares"])
     return Bench(Size(**raw["size"]), raw["device"], Path(raw["work"])), Unit(**raw["unit"])
 
 

@@ -19,10 +19,10 @@ from hours_to_quality import SIZES, VARIANTS
 from planned_runs import Planned, compare, first_held, over_seeds, settled, target
 from quality_units import PARTS, charged, parts_of, settings_of
 
-LADDER = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
-def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> dict[float, Planned]:
+def shares(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> dict[float, Planned]:
     """Return planned runs whose hours and FLOPs go with their length; None is one that was not
     run.
     """
@@ -34,7 +34,7 @@ def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> d
             work_h=hours * fraction,
             flops=flops * fraction,
         )
-        for fraction, metric in zip(LADDER, metrics, strict=True)
+        for fraction, metric in zip(SHARES, metrics, strict=True)
         if metric is not None
     }
 
@@ -53,27 +53,27 @@ def ladder(*metrics: float | None, hours: float = 4.0, flops: float = 8e12) -> d
     ],
 )
 def test_the_first_of_two_consecutive_runs_at_q_is_taken(metrics, expected) -> None:
-    held = first_held(ladder(*metrics), LADDER, 2.0)
+    held = first_held(shares(*metrics), SHARES, 2.0)
     assert (held and held.fraction) == expected
 
 
 def test_shorter_runs_are_tried_until_two_in_a_row_are_short() -> None:
-    assert not settled(ladder(None, None, None, 1.9), LADDER, 2.0)
-    assert not settled(ladder(None, None, 2.1, 1.9), LADDER, 2.0)
-    assert settled(ladder(None, 2.2, 2.1, 1.9), LADDER, 2.0)
-    assert not settled(ladder(None, 2.2, 1.9, 1.9), LADDER, 2.0)
-    assert settled(ladder(None, None, 2.2, 2.1), LADDER, 2.0)
-    assert not settled(ladder(None, 2.2, 2.1, 1.9), LADDER, 2.15)  # a looser target may yet be met
+    assert not settled(shares(None, None, None, 1.9), SHARES, 2.0)
+    assert not settled(shares(None, None, 2.1, 1.9), SHARES, 2.0)
+    assert settled(shares(None, 2.2, 2.1, 1.9), SHARES, 2.0)
+    assert not settled(shares(None, 2.2, 1.9, 1.9), SHARES, 2.0)
+    assert settled(shares(None, None, 2.2, 2.1), SHARES, 2.0)
+    assert not settled(shares(None, 2.2, 2.1, 1.9), SHARES, 2.15)  # a looser target may yet be met
 
 
 def test_a_saving_and_its_split_worked_by_hand() -> None:
     """Base 2.0 at 4 h and 8e12 FLOPs; Q = 2.02. The arm holds it from half of the length: 1.5 h and
     2e12 FLOPs.
     """
-    base = ladder(3.0, 2.5, 2.1, 2.0)
-    arm = ladder(3.0, 2.02, 2.0, 1.9, hours=3.0, flops=4e12)
+    base = shares(3.0, 2.5, 2.1, 2.0)
+    arm = shares(3.0, 2.02, 2.0, 1.9, hours=3.0, flops=4e12)
     assert target(base, 0.01) == pytest.approx(2.02)
-    found = compare("arm", arm, "base", base, LADDER, 0.01)
+    found = compare("arm", arm, "base", base, SHARES, 0.01)
     assert found["at"]["arm"] == {"fraction": 0.5, "tokens": 500, "metric": 2.02}
     assert found["at"]["base"]["fraction"] == 1.0
     assert found["value"] == pytest.approx(1 - 1.5 / 4)
@@ -90,15 +90,15 @@ def test_the_margin_is_given_to_the_base_as_well() -> None:
     """The base itself is within 1% at three quarters of its length: a system against itself saves
     nothing.
     """
-    runs = ladder(3.0, 2.5, 2.01, 2.0)
-    found = compare("arm", runs, "base", runs, LADDER, 0.01)
+    runs = shares(3.0, 2.5, 2.01, 2.0)
+    found = compare("arm", runs, "base", runs, SHARES, 0.01)
     assert found["at"]["base"]["fraction"] == found["at"]["arm"]["fraction"] == 0.75
     assert found["value"] == 0
 
 
 def test_a_target_never_reached_is_null_with_its_bound() -> None:
-    base = ladder(3.0, 2.5, 2.1, 2.0)
-    found = compare("arm", ladder(3.0, 2.9, 2.8, 2.7, hours=1.0), "base", base, LADDER, 0.01)
+    base = shares(3.0, 2.5, 2.1, 2.0)
+    found = compare("arm", shares(3.0, 2.9, 2.8, 2.7, hours=1.0), "base", base, SHARES, 0.01)
     assert found["value"] is None
     assert found["why_missing"].startswith("censored: the arm ended at 2.7")
     assert found["systems"]["value"] is None
@@ -108,7 +108,7 @@ def test_a_target_never_reached_is_null_with_its_bound() -> None:
 
 def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
     found = compare(
-        "arm", ladder(1.9, 1.9, 1.9, 1.9), "base", ladder(3.0, 2.5, 2.1, 2.0), LADDER, 0.01
+        "arm", shares(1.9, 1.9, 1.9, 1.9), "base", shares(3.0, 2.5, 2.1, 2.0), SHARES, 0.01
     )
     assert found["at_least"]
     assert found["value"] == pytest.approx(0.75)
@@ -117,7 +117,7 @@ def test_a_target_that_the_shortest_run_holds_is_a_lower_bound() -> None:
 def test_nothing_is_said_where_both_hold_the_target_on_the_shortest_run() -> None:
     """A base that hardly learns is within the margin of its end from the start."""
     found = compare(
-        "arm", ladder(1.9, 1.8, 1.7, 1.6), "base", ladder(2.01, 2.01, 2.01, 2.0), LADDER, 0.01
+        "arm", shares(1.9, 1.8, 1.7, 1.6), "base", shares(2.01, 2.01, 2.01, 2.0), SHARES, 0.01
     )
     assert found["value"] is None
     assert found["why_missing"] == "both hold Q = 2.02 on the shortest run there is"
@@ -248,10 +248,10 @@ def test_systems_that_are_none_are_refused(system: str) -> None:
 
 def test_sizes_and_variants_are_whole() -> None:
     for size in SIZES.values():
-        assert size.rungs[-1] == 1
-        assert list(size.rungs) == sorted(size.rungs)
+        assert size.shares[-1] == 1
+        assert list(size.shares) == sorted(size.shares)
         # as many tokens as it says
-        assert all((size.steps * rung).is_integer() for rung in size.rungs)
+        assert all((size.steps * share).is_integer() for share in size.shares)
         parts_of(size.recipe)
     h200 = SIZES["h200"]
     assert h200.steps * h200.batch * h200.length == pytest.approx(60e6, rel=0.001)
@@ -270,7 +270,7 @@ def test_a_small_run_ends_and_does_not_repeat_what_is_finished(
         "--systems",
         "trainer",
         "ours+stack",
-        "--rungs",
+        "--shares",
         "1",
         "--work",
         str(tmp_path),

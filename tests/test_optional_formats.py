@@ -329,7 +329,7 @@ def test_an_optional_format_that_fails_is_a_row_and_the_run_goes_on(
         assert strict.returncode == 1
 
 
-LADDER = (
+FALLBACKS = (
     "recipe=quantize_recover",
     "~stages.bf16",
     "stages.quantized.format=fp4",
@@ -357,7 +357,7 @@ def test_a_ladder_goes_past_a_format_that_is_none_for_this_model(
         return plain(source, fmt, *args, **more)
 
     monkeypatch.setattr(bnb, "load_quantized", load)
-    done = here(tmp_path, *LADDER, "stages.quantized.recover=[lora,format]")
+    done = here(tmp_path, *FALLBACKS, "stages.quantized.recover=[lora,format]")
     assert done.returncode == 0, done.stderr
     rows = {row["arm"]: row for row in result_in(tmp_path)["rows"]}
     assert rows["quantized/fp4"]["status"] == "FAILED"
@@ -368,19 +368,19 @@ def test_a_ladder_goes_past_a_format_that_is_none_for_this_model(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_unproven")
-def test_a_ladder_without_any_rung_is_refused_or_skipped(
+def test_fallbacks_none_of_which_can_be_tried_is_refused_or_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         sixteen_bits, "product_ratio", lambda fmt, _: 2.0 if fmt is Format.bf16 else 80.0
     )
     monkeypatch.setattr(bnb, "load_quantized", raising(KeyError("absmax")))
-    done = here(tmp_path, *LADDER, "stages.quantized.recover=[lora]", "tracking.root=second")
+    done = here(tmp_path, *FALLBACKS, "stages.quantized.recover=[lora]", "tracking.root=second")
     assert done.returncode == 1
     assert "does not run in fp4 by bitsandbytes (KeyError: 'absmax')" in done.stderr
     done = here(
         tmp_path,
-        *LADDER,
+        *FALLBACKS,
         "stages.quantized.recover=[lora]",
         "stages.quantized.optional=true",
         "tracking.root=third",

@@ -1,4 +1,4 @@
-"""Recovery: fake quantization against the libraries' own layers, and the ladder as a user climbs
+"""Recovery: fake quantization against the libraries' own layers, and the fallbacks as a user meets
 it.
 """
 
@@ -244,7 +244,7 @@ def test_weights_that_lie_askew_are_moved_and_stay_what_they_are() -> None:
 # -- the ladder -----------------------------------------------------------------------------------
 
 
-class Climber:
+class Recovering:
     """Runs `recipe=quantize_recover` on one model in one store: what was made once is found
     again.
     """
@@ -283,14 +283,14 @@ class Climber:
 
 
 @pytest.fixture(scope="module")
-def climb(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Climber]:
+def recovering(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Recovering]:
     # the proof of the reload has tests of its own, and takes seconds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.quantization.backend, "check_bit_equal", lambda *args, **more: None)
-        yield Climber(tmp_path_factory.mktemp("climb"), source)
+        yield Recovering(tmp_path_factory.mktemp("recovering"), source)
 
 
-def rungs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def attempts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["arm"].rpartition("/")[2]: row for row in result["rows"] if "/" in row["arm"]}
 
 
@@ -298,21 +298,21 @@ def loss(row: dict[str, Any]) -> float:
     return row["recovery"]["loss"]["value"]
 
 
-def between(climb: Climber, worse: str, better: str, *settings: str) -> float:
-    """Return a tolerance that one rung misses and another holds, from what both lose here.
+def between(recovering: Recovering, worse: str, better: str, *settings: str) -> float:
+    """Return a tolerance that one fallback misses and another holds, from what both lose here.
 
-    What a tiny model loses depends on the processor that trained it; which rung loses less must
+    What a tiny model loses depends on the processor that trained it; which fallback loses less must
     not.
     """
-    lost = rungs(climb(*settings, "stages.quantized.tolerance=0"))
+    lost = attempts(recovering(*settings, "stages.quantized.tolerance=0"))
     found = loss(lost[worse]), loss(lost[better])
     assert found[1] < found[0], found
     return (found[0] + max(found[1], 0.0)) / 2
 
 
 def check_it_is(result: dict[str, Any], name: str | None, skipped: Sequence[str] = ()) -> None:
-    """Check that the stage is what the rung made (None: its source), that it alone is assessed, and
-    who is charged.
+    """Check that the stage is what the fallback made (None: its source), that it alone is assessed,
+    and who is charged.
     """
     rows = {row["arm"]: row for row in result["rows"]}
     own = rows["quantized"]
@@ -335,21 +335,21 @@ def check_it_is(result: dict[str, Any], name: str | None, skipped: Sequence[str]
         assert saved_s / 3600 == pytest.approx(spent, rel=1e-6)
 
 
-def test_what_holds_as_it_was_asked_for_is_not_climbed_from(climb: Climber) -> None:
-    result = climb("stages.quantized.tolerance=1")
-    assert list(rungs(result)) == ["fp4"]
+def test_what_holds_as_it_was_asked_for_needs_no_fallback(recovering: Recovering) -> None:
+    result = recovering("stages.quantized.tolerance=1")
+    assert list(attempts(result)) == ["fp4"]
     check_it_is(result, "fp4")
 
 
-def test_a_better_format_wins(climb: Climber) -> None:
-    first = climb("stages.quantized.tolerance=0")
-    lost = {name: loss(row) for name, row in rungs(first).items()}
+def test_a_better_format_wins(recovering: Recovering) -> None:
+    first = recovering("stages.quantized.tolerance=0")
+    lost = {name: loss(row) for name, row in attempts(first).items()}
     better = list(lost)[-1]  # all of them where none holds; else the one that lost nothing at all
     assert better != "fp4"
     tolerance = (lost["fp4"] + max(lost[better], 0.0)) / 2
     assert lost[better] <= tolerance < lost["fp4"], lost
-    result = climb(f"stages.quantized.tolerance={tolerance}")
-    found, names = rungs(result), list(lost)
+    result = recovering(f"stages.quantized.tolerance={tolerance}")
+    found, names = attempts(result), list(lost)
     winner = next(name for name in names if lost[name] <= tolerance)
     assert list(found) == names[: names.index(winner) + 1]
     check_it_is(result, winner)
@@ -360,7 +360,7 @@ def test_a_better_format_wins(climb: Climber) -> None:
     )
     said = [*first["environment"]["notes"], *notes]  # once, by the run that took it over
     assert f"quantized: is quantized/{winner}" in said
-    report = (climb.folder / "mlruns/latest/report.md").read_text()
+    report = (recovering.folder / "mlruns/latest/report.md").read_text()
     assert f"| quantized/{winner} |" in report[report.index("What recovery brought") :]
 
 
@@ -371,13 +371,13 @@ LORA = (
 )
 
 
-def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
+def test_adapters_win_and_are_read_after_the_merge(recovering: Recovering) -> None:
     """What is read is the artifact: quantized, plain, without a trace of adapters; the charge has
     its FLOPs.
     """
-    tolerance = between(climb, "fp4", "lora", *LORA)
-    result = climb(*LORA, f"stages.quantized.tolerance={tolerance}")
-    found = rungs(result)
+    tolerance = between(recovering, "fp4", "lora", *LORA)
+    result = recovering(*LORA, f"stages.quantized.tolerance={tolerance}")
+    found = attempts(result)
     assert list(found) == ["fp4", "lora"]
     assert loss(found["lora"]) <= tolerance < loss(found["fp4"])
     check_it_is(result, "lora")
@@ -392,23 +392,23 @@ def test_adapters_win_and_are_read_after_the_merge(climb: Climber) -> None:
     assert artifact["recovery"]["loss"] == loss(found["lora"])
 
 
-def test_training_all_weights_wins(climb: Climber) -> None:
+def test_training_all_weights_wins(recovering: Recovering) -> None:
     settings = ("stages.quantized.recover=[qat]", "stages.quantized.qat.learning_rate=0.001")
-    tolerance = between(climb, "fp4", "qat", *settings)
-    result = climb(*settings, f"stages.quantized.tolerance={tolerance}")
-    found = rungs(result)
+    tolerance = between(recovering, "fp4", "qat", *settings)
+    result = recovering(*settings, f"stages.quantized.tolerance={tolerance}")
+    found = attempts(result)
     assert list(found) == ["fp4", "qat"]
     assert loss(found["qat"]) <= tolerance < loss(found["fp4"])
     check_it_is(result, "qat")
 
 
-def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
-    result = climb(
+def test_sixteen_bits_stay_where_no_rung_holds(recovering: Recovering) -> None:
+    result = recovering(
         "stages.quantized.recover=[lora]",
         "stages.quantized.lora.steps=1",
         "stages.quantized.tolerance=0",
     )
-    assert loss(rungs(result)["lora"]) > 0
+    assert loss(attempts(result)["lora"]) > 0
     check_it_is(result, None)
     assert (
         "quantized: stays as reference is: no fallback is within the tolerance"
@@ -419,8 +419,10 @@ def test_sixteen_bits_stay_where_no_rung_holds(climb: Climber) -> None:
     assert pair["speedup"]["no_speedup"] is True
 
 
-def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units: Any) -> None:
-    """Where the device has units: read first, taken where no other rung holds, and the row says
+def test_sixteen_bits_are_tried_first_and_are_what_is_left(
+    recovering: Recovering, units: Any
+) -> None:
+    """Where the device has units: read first, taken where no other fallback holds, and the row says
     what is in them.
     """
     units(0.5)
@@ -429,8 +431,8 @@ def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units:
         "stages.quantized.lora.steps=1",
         "stages.quantized.tolerance=0.003",
     )
-    result = climb(*tolerance)
-    found = rungs(result)
+    result = recovering(*tolerance)
+    found = attempts(result)
     assert list(found) == ["bf16", "fp4", "lora"]
     assert loss(found["bf16"]) <= 0.003 < min(loss(found["fp4"]), loss(found["lora"]))
     check_it_is(result, "bf16")
@@ -447,39 +449,39 @@ def test_sixteen_bits_are_the_first_rung_and_what_is_left(climb: Climber, units:
 
 
 def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(
-    climb: Climber,
+    recovering: Recovering,
 ) -> None:
     """Before anything is trained; and so is one that is inherited."""
-    for rung in ("lora", "qat"):
-        done = climb.run(
-            f"stages.quantized.recover=[{rung}]", f"stages.quantized.{rung}.precision=tf32"
+    for fallback in ("lora", "qat"):
+        done = recovering.run(
+            f"stages.quantized.recover=[{fallback}]", f"stages.quantized.{fallback}.precision=tf32"
         )
         assert done.returncode == 1
-        assert f"stages.quantized.{rung}.precision: tf32 needs a CUDA device" in done.stderr
-    done = climb.run(
+        assert f"stages.quantized.{fallback}.precision: tf32 needs a CUDA device" in done.stderr
+    done = recovering.run(
         "stages.quantized.recover=[lora]", "precision=fp16", "stages.reference.precision=fp32"
     )
     assert done.returncode == 1
     assert "precision: fp16 with loss scaling needs a CUDA device" in done.stderr
-    result = climb(
+    result = recovering(
         "stages.quantized.recover=[lora]",
         "stages.quantized.lora.precision=tf32",
         "stages.quantized.optional=true",
         "stages.quantized.tolerance=0",
     )
-    assert rungs(result)["lora"]["status"] == "SKIPPED"
+    assert attempts(result)["lora"]["status"] == "SKIPPED"
     check_it_is(result, None, skipped=["quantized/lora"])
 
 
-def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(
-    climb: Climber, monkeypatch: pytest.MonkeyPatch
+def test_a_search_that_finds_nothing_is_left_what_came_nearest(
+    recovering: Recovering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a mixture of a tiny model's layers may well lose nothing: here all lose it all
     measure = Bench.measure
     monkeypatch.setattr(
         Bench, "measure", lambda self, *given: replace(measure(self, *given), loss=1.0)
     )
-    result = climb(
+    result = recovering(
         "stages.quantized.format=auto",
         "stages.quantized.candidates=[fp4]",
         "stages.quantized.recover=[qat]",
@@ -487,27 +489,27 @@ def test_a_search_that_finds_nothing_is_climbed_from_what_came_nearest(
         "stages.quantized.qat.learning_rate=0.001",
         "stages.quantized.tolerance=1e-6",
     )
-    found = rungs(result)
+    found = attempts(result)
     assert list(found) == ["search", "qat"]
     assert found["search"]["recovery"] == {}
     artifact = json.loads(Path(found["qat"]["artifact"]["path"], "artifact.json").read_text())
     assert artifact["quantization"]["format"] == "fp4"
 
 
-def test_a_search_that_finds_a_format_is_not_climbed_from(climb: Climber) -> None:
-    result = climb(
+def test_a_search_that_finds_a_format_is_not_left(recovering: Recovering) -> None:
+    result = recovering(
         "stages.quantized.format=auto",
         "stages.quantized.candidates=[fp4]",
         "stages.quantized.recover=[qat]",
         "stages.quantized.prefer=memory",
         "stages.quantized.tolerance=1",
     )
-    assert list(rungs(result)) == ["search"]
+    assert list(attempts(result)) == ["search"]
     check_it_is(result, "search")
 
 
-def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
-    climb: Climber, tmp_path: Path
+def test_fallbacks_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
+    recovering: Recovering, tmp_path: Path
 ) -> None:
     """Stopped in the middle of its adapters, the same command resumes and comes to the same
     weights.
@@ -518,8 +520,8 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
         "stages.quantized.tolerance=0",
         "training.checkpoint_every=5",
     )
-    whole = rungs(climb(*settings))["lora"]["artifact"]["digest"]
-    other = Climber(tmp_path, climb.source)
+    whole = attempts(recovering(*settings))["lora"]["artifact"]["digest"]
+    other = Recovering(tmp_path, recovering.source)
     asked: list[int] = []
 
     def stop_at_8(self: Any) -> Any:
@@ -572,9 +574,9 @@ def test_rungs_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
-    climb: Climber, settings: list[str], said: str
+    recovering: Recovering, settings: list[str], said: str
 ) -> None:
-    done = climb.run(*settings)
+    done = recovering.run(*settings)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("refused")]
     assert said in line

@@ -119,7 +119,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     assert about["quantization"]["format"] == "nf4"
     assert found["unchanged"] is None
     assert about["search"]["trials"][0]["memory_ratio"] < 1
-    assert found["recovery"] == {}  # nothing was climbed
+    assert found["recovery"] == {}  # no fallback was tried
     assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]
 
 

@@ -435,15 +435,17 @@ def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float)
     errors, degrees = np.array([each.error for each in readings]), math.inf
     if all(each.blocks is not None for each in readings):
         errors, degrees = pooled_errors(errors, [each.blocks or 0 for each in readings])
-    told = step([each.added for each in readings], errors, alpha=alpha, degrees=degrees)
-    if told is None:
+    detected = step([each.added for each in readings], errors, alpha=alpha, degrees=degrees)
+    if detected is None:
         why = (
             f"{len(same)} earlier releases under this policy on this device, and a step takes"
             f" {LEAST_EARLIER}"
         )
         return replace(finding, releases=len(same), why=why)
-    shown = [from_added(each, relative=own.relative) for each in (told.estimate, told.high)]
-    return replace(finding, alarm=told.alarm, value=shown[0], high=shown[1], releases=told.earlier)
+    shown = [from_added(each, relative=own.relative) for each in (detected.estimate, detected.high)]
+    return replace(
+        finding, alarm=detected.alarm, value=shown[0], high=shown[1], releases=detected.earlier
+    )
 
 
 def champions(answers: Sequence[Judged]) -> list[Judged]:
@@ -488,26 +490,27 @@ def _drift(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
     assert all(after.baseline == before.candidate for before, after in pairwise(chain))
     relative = readings[-1].relative
     margin = math.log1p(newest.margin) if relative else newest.margin
-    told = drift(
+    detected = drift(
         [each.added for each in readings],
         [each.error for each in readings],
         margin=margin,
         alpha=alpha,
     )
     finding = replace(finding, candidate=chain[-1].candidate)
-    if told is None:
+    if detected is None:
         return replace(finding, value=0.0, shown=True, since=chain[-1].candidate)
     value, low, high = (
-        from_added(each, relative=relative) for each in (told.estimate, told.low, told.high)
+        from_added(each, relative=relative)
+        for each in (detected.estimate, detected.low, detected.high)
     )
     return replace(
         finding,
-        alarm=told.alarm,
+        alarm=detected.alarm,
         value=value,
         low=low,
         high=high,
-        level=told.level,
-        releases=told.changes,
-        since=chain[told.best].baseline,
-        shown=told.shown,
+        level=detected.level,
+        releases=detected.changes,
+        since=chain[detected.best].baseline,
+        shown=detected.shown,
     )

@@ -99,7 +99,7 @@ def messages_of(
     where: str,
     raw: Any,
     key: str,
-    told: dict[str, None],
+    remarks: dict[str, None],
     *,
     system: Any = None,
     learns: bool = True,
@@ -108,7 +108,7 @@ def messages_of(
 
     Args:
         where: The row, for refusals.
-        told: Gets a line for each kind of change, in order.
+        remarks: Gets a line for each kind of change, in order.
         system: What a column beside the conversation says to the system.
         learns: Whether an assistant must speak in it.
 
@@ -122,12 +122,12 @@ def messages_of(
         )
     refuse_half_characters(where, turns, key)
     found = [
-        _message(f"{where}: message {number}", turn, key, told)
+        _message(f"{where}: message {number}", turn, key, remarks)
         for number, turn in enumerate(turns, 1)
     ]
     if isinstance(system, str) and system.strip() and (not found or found[0]["role"] != "system"):
         found.insert(0, {"role": "system", "content": system})
-        told["the system column is the first message"] = None
+        remarks["the system column is the first message"] = None
     if learns and not any(turn["role"] == "assistant" for turn in found):
         raise UserError(
             key, f"{where} has no assistant turn", "drop that chat, or add the completion"
@@ -136,7 +136,7 @@ def messages_of(
 
 
 def _message(
-    where: str, turn: Mapping[str, Any], key: str, told: dict[str, None]
+    where: str, turn: Mapping[str, Any], key: str, remarks: dict[str, None]
 ) -> dict[str, Any]:
     fields = {name: value for name, value in turn.items() if value is not None}
     spelt = fields.pop("role", None) or fields.pop("from", None)
@@ -146,15 +146,15 @@ def _message(
         problem = f"{where} has the role {spelt!r}" if spelt is not None else f"{where} has no role"
         raise UserError(key, problem, "give system, user, assistant or tool")
     if spelt != role:
-        told[f"the role {spelt} is read as {role}"] = None
+        remarks[f"the role {spelt} is read as {role}"] = None
     content_name = next((name for name in ("content", "value", "text") if name in turn), None)
     content = fields.pop(content_name, None) if content_name is not None else None
     message: dict[str, Any] = {"role": role}
     if str(spelt).lower() in CALLS:
         message |= {"content": "", "tool_calls": _calls(where, content, key)}
     else:
-        message |= _content(where, content, key, told)
-    message |= _other_fields(where, fields, key, told)
+        message |= _content(where, content, key, remarks)
+    message |= _other_fields(where, fields, key, remarks)
     if content_name is None and not message.keys() & {
         "tool_calls",
         "reasoning_content",
@@ -165,7 +165,7 @@ def _message(
     return message
 
 
-def _content(where: str, content: Any, key: str, told: dict[str, None]) -> dict[str, Any]:
+def _content(where: str, content: Any, key: str, remarks: dict[str, None]) -> dict[str, Any]:
     """Return `content` as text, and with it what parts of another type say."""
     if is_missing(content):
         return {"content": ""}
@@ -195,7 +195,7 @@ def _content(where: str, content: Any, key: str, told: dict[str, None]) -> dict[
                 key, f"{where}: a part of type {kind!r} has no text", "write it as text"
             )
         (texts if kind in TEXT_PARTS else thoughts).append(text)
-    told["content in parts is joined"] = None
+    remarks["content in parts is joined"] = None
     return {
         "content": "".join(texts),
         **({"reasoning_content": "".join(thoughts)} if thoughts else {}),
@@ -203,7 +203,7 @@ def _content(where: str, content: Any, key: str, told: dict[str, None]) -> dict[
 
 
 def _other_fields(
-    where: str, fields: dict[str, Any], key: str, told: dict[str, None]
+    where: str, fields: dict[str, Any], key: str, remarks: dict[str, None]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in fields.items():
@@ -213,12 +213,12 @@ def _other_fields(
         elif name in LEARNT:
             found["weight"] = _weight(where, name, value, key)
             if name != "weight":
-                told[f"{name}: false in a message means that it is not learnt"] = None
+                remarks[f"{name}: false in a message means that it is not learnt"] = None
         elif name == "function_call":
             found["tool_calls"] = _calls(where, value, key)
-            told["function_call is read as tool_calls"] = None
+            remarks["function_call is read as tool_calls"] = None
         elif name in UNREAD:
-            told[f"not read in messages: {name}"] = None
+            remarks[f"not read in messages: {name}"] = None
         elif value not in ("", [], {}):
             remedy = (
                 f"known: role, content, {', '.join(KEPT)}, {', '.join(LEARNT)}; drop it from the"
@@ -260,7 +260,7 @@ def _calls(where: str, content: Any, key: str) -> list[dict[str, Any]]:
 
 
 def tools_of(
-    where: str, raw: Any, key: str, told: dict[str, None]
+    where: str, raw: Any, key: str, remarks: dict[str, None]
 ) -> tuple[dict[str, Any], ...] | None:
     """Return a row's tools: a list of objects, or its JSON; None without any.
 
@@ -280,5 +280,5 @@ def tools_of(
         for tool in tools
     ]
     if found != tools:
-        told["tools get the form of OpenAI's interface"] = None
+        remarks["tools get the form of OpenAI's interface"] = None
     return tuple(found) or None

@@ -31,10 +31,10 @@ def read_csv(
     Raises:
         UserError: Naming the line.
     """
-    told = re.match(r"sep=(.)\n", text)  # as Excel writes it for itself
-    skipped = 0 if told is None else 1
-    text = text[0 if told is None else told.end() :]
-    separator = _separator(text, expected) if told is None else told.group(1)
+    declared = re.match(r"sep=(.)\n", text)  # as Excel writes it for itself
+    skipped = 0 if declared is None else 1
+    text = text[0 if declared is None else declared.end() :]
+    separator = _separator(text, expected) if declared is None else declared.group(1)
     if separator != expected:
         notes.append(
             f"{path.name}: columns are separated by {SEPARATORS.get(separator, repr(separator))}"

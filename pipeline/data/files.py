@@ -128,17 +128,17 @@ def from_tables(
             tables, shape.columns[LABEL], mapping(config.label_map, "data.label_map"), key
         )
         said += [*more, *labels.notes]
-    told: dict[str, None] = {}
+    remarks: dict[str, None] = {}
     given = {
         split: list(
             _documents(
-                _labelled(parts, labels, split), shape, labels.kept(split), config, key, told
+                _labelled(parts, labels, split), shape, labels.kept(split), config, key, remarks
             )
         )
         for split, parts in tables.items()
     }
     rules = Rules(config.shared_documents, config.conflicting_labels)
-    said = list(dict.fromkeys([*said, *told]))
+    said = list(dict.fromkeys([*said, *remarks]))
     return assemble(name, given, key=key, labels=labels.names, notes=said, rules=rules)
 
 
@@ -158,10 +158,10 @@ def _documents(
     labels: Sequence[int] | None,
     config: DataConfig,
     key: str,
-    told: dict[str, None],
+    remarks: dict[str, None],
 ) -> Iterator[Document]:
     for number, row in enumerate(rows):
-        document = document_of(row, shape, key, told)
+        document = document_of(row, shape, key, remarks)
         group = None if config.group_field is None else _group(row, config.group_field)
         yield replace(document, label=None if labels is None else labels[number], group=group)
 

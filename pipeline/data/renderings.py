@@ -219,7 +219,7 @@ class _Template:
         emptied, learnt = len(learnt) - len(kept), kept
         if not learnt:
             return Conversation((), emptied=emptied, left_out=left_out)
-        told: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "emptied": emptied,
             "left_out": left_out,
             "asked_otherwise": sum(not begins[at][1] for at in learnt),
@@ -230,11 +230,11 @@ class _Template:
         grows = all(whole.startswith(said[number]) for number in learnt)
         apart = all(end <= begin for (_, end), (begin, _) in pairwise(spans))
         if grows and apart:
-            return Conversation((Rendering(whole, tuple(spans)),), **told)
+            return Conversation((Rendering(whole, tuple(spans)),), **shared)
         each = tuple(
             Rendering(said[number], (span,)) for number, span in zip(learnt, spans, strict=True)
         )
-        return Conversation(each, is_rewritten=True, **told)
+        return Conversation(each, is_rewritten=True, **shared)
 
     def _left_out(self, turns: Turns, said: Mapping[int, str]) -> Counter[str]:
         """Count what stands in turns and not in the text of the first learnt turn from there on.

@@ -26,33 +26,33 @@ WITHOUT_INPUT = (
 )
 
 
-def document_of(row: Row, shape: Shape, key: str, told: dict[str, None]) -> Document:
+def document_of(row: Row, shape: Shape, key: str, remarks: dict[str, None]) -> Document:
     """Return the document that a row holds, without its label.
 
     Args:
-        told: Gets a line for each kind of change, in order.
+        remarks: Gets a line for each kind of change, in order.
 
     Raises:
         UserError: Naming file and line.
     """
     if shape.format in (DataFormat.messages, DataFormat.sharegpt):
-        return _chat(row, shape, key, told)
+        return _chat(row, shape, key, remarks)
     if shape.format is DataFormat.alpaca:
         return _alpaca(row, shape, key)
     if shape.format is DataFormat.prompt_completion:
-        return _completion(row, shape, key, told)
+        return _completion(row, shape, key, remarks)
     text = _text(row, shape, "text", key)
     return Document(
         text, pair=_text(row, shape, "text_pair", key) if "text_pair" in shape.columns else None
     )
 
 
-def _chat(row: Row, shape: Shape, key: str, told: dict[str, None]) -> Document:
+def _chat(row: Row, shape: Shape, key: str, remarks: dict[str, None]) -> Document:
     where, fields = row
     raw = _present(row, shape, "messages", key)
     system = value_of(fields, shape.columns.get("system"))
-    messages = messages_of(where, raw, key, told, system=system)
-    tools = tools_of(where, value_of(fields, shape.columns.get("tools")), key, told)
+    messages = messages_of(where, raw, key, remarks, system=system)
+    tools = tools_of(where, value_of(fields, shape.columns.get("tools")), key, remarks)
     return Document("", messages=messages, tools=tools)
 
 
@@ -70,11 +70,11 @@ def _alpaca(row: Row, shape: Shape, key: str) -> Document:
     return Document(output, prompt=f"{system}\n\n{prompt}" if system.strip() else prompt)
 
 
-def _completion(row: Row, shape: Shape, key: str, told: dict[str, None]) -> Document:
+def _completion(row: Row, shape: Shape, key: str, remarks: dict[str, None]) -> Document:
     prompt, completion = (_present(row, shape, role, key) for role in ("prompt", "completion"))
-    completion = _first_answer(shape, completion, told)
+    completion = _first_answer(shape, completion, remarks)
     if is_conversation(completion) or (is_conversation(prompt) and not isinstance(prompt, str)):
-        return _conversational(row, shape, prompt, completion, key, told)
+        return _conversational(row, shape, prompt, completion, key, remarks)
     prompt, completion = (
         _text(row, shape, "prompt", key),
         _as_text(row, shape, "completion", completion, key),
@@ -93,14 +93,14 @@ def _completion(row: Row, shape: Shape, key: str, told: dict[str, None]) -> Docu
     )
 
 
-def _first_answer(shape: Shape, completion: Any, told: dict[str, None]) -> Any:
+def _first_answer(shape: Shape, completion: Any, remarks: dict[str, None]) -> Any:
     """Return the first of several texts that a question is answered with (SQuAD); anything else as
     it is.
     """
     answer = first_text(completion)
     if answer is None or isinstance(completion, str):
         return completion
-    told[
+    remarks[
         f"{shape.columns['completion']} lists texts: the first is learnt; an empty list is a blank"
         " document"
     ] = None
@@ -108,7 +108,7 @@ def _first_answer(shape: Shape, completion: Any, told: dict[str, None]) -> Any:
 
 
 def _conversational(
-    row: Row, shape: Shape, prompt: Any, completion: Any, key: str, told: dict[str, None]
+    row: Row, shape: Shape, prompt: Any, completion: Any, key: str, remarks: dict[str, None]
 ) -> Document:
     """Return a chat of which only the completion's turns are learnt, as TRL reads prompts of
     messages.
@@ -123,14 +123,14 @@ def _conversational(
     if isinstance(completion, str) and not is_conversation(completion):
         said = [{"role": "assistant", "content": completion}]
     system = value_of(fields, shape.columns.get("system"))
-    before = messages_of(where, asked, key, told, system=system, learns=False)
+    before = messages_of(where, asked, key, remarks, system=system, learns=False)
     before = tuple(
         {**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in before
     )
     return Document(
         "",
-        messages=(*before, *messages_of(where, said, key, told)),
-        tools=tools_of(where, value_of(fields, shape.columns.get("tools")), key, told),
+        messages=(*before, *messages_of(where, said, key, remarks)),
+        tools=tools_of(where, value_of(fields, shape.columns.get("tools")), key, remarks),
     )
 
 

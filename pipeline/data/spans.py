@@ -294,15 +294,15 @@ class Reader:
         """Return the bytes of a region that its tokens do not tell: under an unknown one, or under
         none.
         """
-        told = np.zeros(len(text), dtype=bool)
+        covered = np.zeros(len(text), dtype=bool)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            told[start:stop] = True
+            covered[start:stop] = True
         for at in np.flatnonzero(hit & self._is_unknown(text, ids, starts, stops)):
-            told[starts[at] : stops[at]] = False
+            covered[starts[at] : stops[at]] = False
         begin, end = region
         return sum(
             utf8(text[at])
-            for at in begin + np.flatnonzero(~told[begin:end])
+            for at in begin + np.flatnonzero(~covered[begin:end])
             if not text[at].isspace()
         )
 

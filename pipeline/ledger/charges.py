@@ -204,11 +204,11 @@ def _reported_by(run: RunFacts, inside: Iterable[RunFacts]) -> RunFacts:
     """Return a metered run with the waste that runs inside it know of, on the one stage that it
     has.
     """
-    told = [charge for each in inside for charge in charges(each) if charge.wasted_h is not None]
-    if not told or len(run.stages) != 1 or run.stages[0].wasted_h is not None:
+    known = [charge for each in inside for charge in charges(each) if charge.wasted_h is not None]
+    if not known or len(run.stages) != 1 or run.stages[0].wasted_h is not None:
         return run
-    stage, wasted_h = run.stages[0], math.fsum(charge.wasted_h or 0.0 for charge in told)
-    known_h = min(math.fsum(map(known_waste_h, told)), stage.device_h)
+    stage, wasted_h = run.stages[0], math.fsum(charge.wasted_h or 0.0 for charge in known)
+    known_h = min(math.fsum(map(known_waste_h, known)), stage.device_h)
     return replace(
         run, stages=(replace(stage, wasted_h=min(wasted_h, known_h), waste_known_h=known_h),)
     )

@@ -89,10 +89,10 @@ def _array(value: Any, schema: Schema, defs: Schema, at: str) -> str | None:
         return f"{at} has {len(value)} items"
     if "items" not in schema:
         return None
-    told = (
+    reasons = (
         why_not(item, schema["items"], defs, f"{at}[{index}]") for index, item in enumerate(value)
     )
-    return next((said for said in told if said is not None), None)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _object(value: Any, schema: Schema, defs: Schema, at: str) -> str | None:
@@ -123,7 +123,7 @@ def _combined(value: Any, schema: Schema, defs: Schema, at: str) -> str | None:
     for name, right in (("anyOf", lambda count: count >= 1), ("oneOf", lambda count: count == 1)):
         if name not in schema:
             continue
-        told = [why_not(value, each, defs, at) for each in schema[name]]
-        if not right(told.count(None)):
-            return told[-1] or f"{at} is two things at once"
+        reasons = [why_not(value, each, defs, at) for each in schema[name]]
+        if not right(reasons.count(None)):
+            return reasons[-1] or f"{at} is two things at once"
     return None

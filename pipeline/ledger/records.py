@@ -388,14 +388,14 @@ METERED = Spec(
 )
 """The first line of a metered command's journal, beside what every run's says."""
 _EVENT: Schema = _fields(e=_TEXT, t={"type": "number"}, mono_ns=_NS)
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def tell(path: Path, why: str, so: str = "is ignored") -> None:
     """Say, once a process, that a record is damaged and what comes of it."""
     line = f"note: {path} is damaged ({why}) and {so}"
-    if line not in _told:
-        _told.add(line)
+    if line not in _reported:
+        _reported.add(line)
         print(line, flush=True)
 
 

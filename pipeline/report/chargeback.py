@@ -118,8 +118,8 @@ def lines(charges: Iterable[Charge], by: str) -> list[Line]:
 def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> Line:
     joules = _sum(charge.energy_j for charge in charges)
     unread = [charge.device_h for charge in charges if charge.energy_j is None]
-    told = charges if _tells(charges) else []
-    known_h = math.fsum(map(known_waste_h, told))
+    known = charges if _tells(charges) else []
+    known_h = math.fsum(map(known_waste_h, known))
     return Line(
         kind="group",
         group=group,
@@ -133,7 +133,7 @@ def _line(group: str, device: str, currency: str, charges: Sequence[Charge]) -> 
         energy_kwh=None if joules is None else joules / JOULES_PER_KWH,
         energy_unread_h=math.fsum(unread),
         amount=_sum(c.amount for c in charges),
-        wasted_h=_sum(c.wasted_h for c in told),
+        wasted_h=_sum(c.wasted_h for c in known),
         waste_unknown_h=math.fsum(c.device_h for c in charges) - known_h,
     )
 
@@ -180,8 +180,8 @@ def _sum(values: Iterable[float | None]) -> float | None:
 def idle(
     found: Sequence[Line], device: str, num_devices: int, period_h: float
 ) -> tuple[Line | None, str]:
-    """Return the idle capacity of a device model in a period, and the sentence that says how it was
-    told.
+    """Return the idle capacity of a device model in a period, and the sentence that says how it
+    was computed.
 
     Args:
         num_devices: Declared.

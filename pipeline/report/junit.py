@@ -49,13 +49,13 @@ def junit(verdict: Mapping[str, Any]) -> str:
         },
     )
     properties = ET.SubElement(suite, "properties")
-    told = {
+    shown = {
         "line": shown_line(verdict),
         "verdict": one_line(verdict["verdict"]),
         "exit_code": str(end_code(verdict)),
         "run_id": one_line(verdict["run_id"]),
     }
-    for name, value in told.items():
+    for name, value in shown.items():
         ET.SubElement(properties, "property", {"name": name, "value": value})
     suite.extend(cases)
     ET.SubElement(suite, "system-out").text = shown_line(verdict)

@@ -76,15 +76,15 @@ def _sum(rows: list[Row], name: Literal["amount", "facility_energy_j"]) -> float
     return sum(known) if known and len(known) == len(found) else None
 
 
-def _converged(told: ConvergedRecord | None) -> str | None:
-    if told is None or told["device_hours"]["why_missing"] == NO_TARGET:
+def _converged(record: ConvergedRecord | None) -> str | None:
+    if record is None or record["device_hours"]["why_missing"] == NO_TARGET:
         return None
-    if told["device_hours"]["value"] is None:
-        return f"its model has not converged: {one_line(told['device_hours']['why_missing'])}"
-    paid, why = told["amount"]["value"], told["amount"]["why_missing"]
-    cost = f"cost unknown ({one_line(why)})" if paid is None else money(paid, told["currency"])
-    taken = duration(3600 * told["device_hours"]["value"])
+    if record["device_hours"]["value"] is None:
+        return f"its model has not converged: {one_line(record['device_hours']['why_missing'])}"
+    paid, why = record["amount"]["value"], record["amount"]["why_missing"]
+    cost = f"cost unknown ({one_line(why)})" if paid is None else money(paid, record["currency"])
+    taken = duration(3600 * record["device_hours"]["value"])
     return (
         f"until its model converged: {taken} of device time, {cost}; reached in run"
-        f" {one_line(told['run'], 60)}"
+        f" {one_line(record['run'], 60)}"
     )

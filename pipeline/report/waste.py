@@ -173,7 +173,7 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
     remedy = REMEDIES[name]
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
     money = None if amount is None or hours is None else amount * share
-    told = text if share > 0 and _reached(name, share, hours) else None
+    remedy_text = text if share > 0 and _reached(name, share, hours) else None
     of = (
         ""
         if kind.startswith("of ")
@@ -181,7 +181,7 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
         if row["type"] == METERED
         else " of its stage"
     )
-    return Cause(name, kind, share, hours, money, told, of)
+    return Cause(name, kind, share, hours, money, remedy_text, of)
 
 
 def _wasted(row: Row) -> list[Cause]:
@@ -256,10 +256,10 @@ def outside(result: Result) -> list[tuple[str, Cause]]:
             hours = run["phases_device_ns"][part].get(phase, 0) / HOUR_NS
             if total and hours / total >= _SHOWN_SHARE:
                 remedy, share, rate = REMEDIES[cause], hours / total, _rate(result)
-                told = remedy.here if ran and _reached(cause, share, hours) else None
+                remedy_text = remedy.here if ran and _reached(cause, share, hours) else None
                 money = None if rate is None else rate * hours
                 found.append(
-                    (name, Cause(cause, "wasted", share, hours, money, told, " of the run"))
+                    (name, Cause(cause, "wasted", share, hours, money, remedy_text, " of the run"))
                 )
     return found
 

@@ -655,17 +655,17 @@ def _values(result: dict[str, Any]) -> dict[str, Any]:
         "quality_false": quality["count"],
         "device_hours": result["device_hours"],
     }
-    untold = null("no trial could be judged")
-    told = {
-        name: untold if serving[key] is None else measured(serving[key])
+    unjudged = null("no trial could be judged")
+    fields = {
+        name: unjudged if serving[key] is None else measured(serving[key])
         for name, key in (("serving_sd_log", "sd_log"), ("noise_floor", "noise_floor"))
     }
     if training is not None:
-        told |= {
+        fields |= {
             f"training_{name}": measured(training[name]) for name in ("sd_log", "runs", "floor")
         }
     values: dict[str, Value] = {
         **{name: measured(value) for name, value in counted.items()},
-        **told,
+        **fields,
     }
     return {name: value.to_json() for name, value in values.items()}

@@ -415,4 +415,6 @@ def _output(
     said = tuple(
         f"{ctx.stage}: {each}" for each in (source.flops.said(source.model),) if each is not None
     )
-    return counted.told(Output(counts=counts, seconds_in_steps=seconds, notes=(note, *said)), flops)
+    return counted.add_to(
+        Output(counts=counts, seconds_in_steps=seconds, notes=(note, *said)), flops
+    )

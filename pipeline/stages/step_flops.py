@@ -209,7 +209,7 @@ class StepFlops:
         """Return `model_flops` from the sum over the steps."""
         return estimated(flops) if self.why is None else null(self.why)
 
-    def told(self, output: Output, flops: float) -> Output:
+    def add_to(self, output: Output, flops: float) -> Output:
         """Return what a stage reports with what `match_compute` needs where nothing is counted."""
         if self.why_no_rule is not None:
             return replace(output, flops_per_step=None, notes=(*output.notes, *self._said()))

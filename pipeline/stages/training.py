@@ -165,7 +165,7 @@ def run_training(
     if isinstance(ready.batches, PartlySampled):
         per_step = ready.flops.own_per_step(ready.text, settings.steps)
         output = replace(output, flops_per_step=per_step)
-    output = ready.flops.told(output, progress.flops)
+    output = ready.flops.add_to(output, progress.flops)
     said = (*ready.said, choice, head, _epochs_said(settings, ready.num_rows, ctx))
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
     about = {} if choice is None else {"precision": choice.about}

@@ -344,7 +344,7 @@ def try_records(name: str, seed: int, count: int, folder: Path) -> dict[str, int
         path = work / rng.choice(files).relative_to(sound)
         how = damage(path, rng, lines=target.lines)
         what, started = (name, seed, number, path.name, how), time.process_time()
-        records._told.clear()
+        records._reported.clear()
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said):
