@@ -11,7 +11,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,164 @@ class Reading:
     kind: str = "text"
 
 
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """What the steps of one training share; `progress` and `pending` are all that changes.
+
+    Attributes:
+        masters: The fp32 weights beside a model that is kept in bf16; None where it is its own.
+        pending: Losses that have not reached the host yet, oldest first.
+    """
+
+    model: Any
+    masters: MasterWeights | None
+    objective: Objective
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    settings: TrainingConfig
+    clock: PhaseClock
+    hooks: Hooks
+    progress: Progress = field(default_factory=Progress)
+    pending: deque[Reading] = field(default_factory=deque)
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        objective: Objective,
+        settings: TrainingConfig,
+        precision: PrecisionConfig,
+        clock: PhaseClock,
+        hooks: Hooks,
+    ) -> _Loop:
+        """Return the loop of a model that no step was taken of."""
+        masters = masters_of(model, objective.precision)
+        trained = (
+            [p for p in model.parameters() if p.requires_grad]
+            if masters is None
+            else masters.masters
+        )
+        scaler = torch.amp.GradScaler(
+            objective.device.type,
+            init_scale=precision.loss_scale,
+            enabled=objective.precision is Precision.fp16,
+        )
+        optimizer = make_optimizer(trained, settings, objective.device)
+        return cls(model, masters, objective, optimizer, scaler, settings, clock, hooks)
+
+    @property
+    def _saved(self) -> Any:
+        """What a checkpoint holds the weights of."""
+        return self.masters or kept_of(self.model)
+
+    def resumed(self, folder: Path) -> Progress:
+        """Load the newest checkpoint, where there is one, and return how far it is."""
+        progress, history = Progress(), list[HistoryEntry]()
+        with self.clock.phase("checkpoint"):
+            found = checkpoint.newest(folder, self.hooks.say)
+            if found is not None:
+                extra = checkpoint.load(found[0], self._saved, self.optimizer)
+                self.scaler.load_state_dict(extra["scaler"])
+                progress, history = Progress(**extra["progress"]), extra["history"]
+        with self.clock.phase("log"):
+            self.hooks.resumed(progress.step, history)
+        return progress
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of now."""
+        from pipeline.store.artifacts import plain
+
+        def extra() -> dict[str, Any]:
+            return {
+                "progress": plain(self.progress),
+                "scaler": self.scaler.state_dict(),
+                "history": self.hooks.history(self.progress.step),
+            }
+
+        with self.clock.phase("checkpoint"):
+            checkpoint.save(folder, self.progress.step, self._saved, self.optimizer, extra)
+        with self.clock.phase("log"):
+            self.hooks.checkpointed(self.progress.step)
+
+    def step(self, batches: Batches) -> None:
+        """Take one optimizer step: its micro-batches forward and backward, clip, update."""
+        progress, clock = self.progress, self.clock
+        self.objective.at(progress.step)
+        with clock.phase("data_wait"):
+            batch = batches.batch(progress.step)
+        batch = self.objective.completed(batch, progress.step)
+        with clock.phase("data_wait"):
+            micro = [
+                dict(zip(batch, part, strict=True))
+                for part in zip(
+                    *(
+                        tensor.chunk(self.settings.gradient_accumulation)
+                        for tensor in batch.values()
+                    ),
+                    strict=True,
+                )
+            ]
+            # what has no target would teach nothing
+            computed = [part for part in micro if num_targets(part)]
+            counts = [num_targets(part) for part in computed]
+        for part, count in zip(computed, counts, strict=True):
+            self._backward(part, count / sum(counts))
+        with clock.phase("optimizer"):
+            self._update()
+        progress.step += 1
+        # what was written was computed, learnt or not
+        if len(computed) < len(micro) and "sampled" not in batch:
+            batch = _joined(batch, computed)
+        progress.examples += len(batch["labels"])
+        progress.tokens += num_tokens(batch)
+        progress.target_tokens += sum(counts)
+        own, teacher = self.hooks.flops(batch)
+        progress.own_flops, progress.flops = (
+            progress.own_flops + own,
+            progress.flops + own + teacher,
+        )
+        self.hooks.advance(progress.step, progress.tokens)
+
+    def _backward(self, part: dict[str, Tensor], share: float) -> None:
+        """Compute a micro-batch, which has this share of the step's targets, forward and back."""
+        done = self.objective(part)
+        precision, device = self.objective.precision, self.objective.device
+        with self.clock.phase("backward"), matmuls(precision, device):
+            self.scaler.scale(done.loss * share).backward()
+            if self.masters is not None:
+                self.masters.take_gradients()
+            kind = "sampled" if "sampled" in part else "text"
+            self.pending.append(_on_its_way(self.progress.step, done, device, kind))
+
+    def _update(self) -> None:
+        """Clip the gradients and move the weights."""
+        set_rate(self.optimizer, learning_rate(self.progress.step, self.settings))
+        self.scaler.unscale_(self.optimizer)
+        stepped = self.model.parameters() if self.masters is None else self.masters.masters
+        torch.nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.write_back()
+
+    def read(self, *, drain: bool) -> None:
+        """Take the losses that have arrived, or (`drain`) wait for all of them.
+
+        Waiting for the device here is its computing, so it is booked as such.
+        """
+        late = LATE * self.settings.gradient_accumulation
+        while self.pending and (drain or self.pending[0].event is None or len(self.pending) > late):
+            reading = self.pending.popleft()
+            if reading.event is not None:
+                before = self.clock.now_ns()
+                with self.clock.phase("backward"):
+                    reading.event.synchronize()
+                self.progress.step_ns += self.clock.now_ns() - before
+            with self.clock.phase("log"):
+                _account(reading, self.progress, self.settings, self.hooks)
+
+
 def train(
     model: Any,
     batches: Batches,
@@ -114,50 +273,22 @@ def train(
     clock: PhaseClock,
     hooks: Hooks,
 ) -> Progress:
-    """Train `model` in place for `settings.steps`, going on from the newest checkpoint in `folder`.
+    """Train `model` in place for `settings.steps`, from the newest checkpoint in `folder` on.
 
     Raises:
         StageFailed: If the loss is NaN or diverges.
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
-    masters = masters_of(model, objective.precision)
-    held = masters or kept_of(model)
-    trained = (
-        [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
-    )
-    optimizer = make_optimizer(trained, settings, objective.device)
-    scaler = torch.amp.GradScaler(
-        objective.device.type,
-        init_scale=precision.loss_scale,
-        enabled=objective.precision is Precision.fp16,
-    )
-    progress = _resume(folder, held, optimizer, scaler, clock, hooks)
+    fresh = _Loop.of(model, objective, settings, precision, clock, hooks)
+    loop = replace(fresh, progress=fresh.resumed(folder))
     with (
-        float8_layers(
-            objective.model,
-            objective.precision,
-            least_width=precision.fp8_least_width,
-            say=hooks.say,
-        ),
-        made_ahead(batches, progress.step, settings.steps, objective.device) as ahead,
+        _float8(objective, precision, hooks),
+        made_ahead(batches, loop.progress.step, settings.steps, objective.device) as ahead,
     ):
-        _all_steps(
-            model,
-            masters,
-            held,
-            ahead,
-            objective,
-            optimizer,
-            scaler,
-            settings,
-            progress,
-            folder,
-            clock,
-            hooks,
-        )
-    if masters is not None:
-        masters.restore()
-    return progress
+        _all_steps(loop, ahead, folder)
+    if loop.masters is not None:
+        loop.masters.restore()
+    return loop.progress
 
 
 def trial_steps(
@@ -173,17 +304,6 @@ def trial_steps(
 
     The model is left as it is after them, in fp32. A loss that is no number is returned as it is.
     """
-    masters = masters_of(model, objective.precision)
-    trained = (
-        [p for p in model.parameters() if p.requires_grad] if masters is None else masters.masters
-    )
-    optimizer = make_optimizer(trained, settings, objective.device)
-    scaler = torch.amp.GradScaler(
-        objective.device.type,
-        init_scale=precision.loss_scale,
-        enabled=objective.precision is Precision.fp16,
-    )
-    progress, clock, seconds, losses = Progress(), PhaseClock(), list[float](), list[float]()
     hooks = Hooks(
         validate=lambda: 0.0,
         flops=lambda batch: (0.0, 0.0),
@@ -195,80 +315,58 @@ def trial_steps(
         should_stop=lambda: None,
         advance=lambda steps, tokens: None,
     )
+    loop = _Loop.of(model, objective, settings, precision, PhaseClock(), hooks)
+    seconds, losses = list[float](), list[float]()
     model.train()
-    with float8_layers(
-        objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say
-    ):
+    with _float8(objective, precision, hooks):
         for _ in range(min(count, settings.steps)):
-            before, pending = now_ns(), deque[Reading]()
-            _step(
-                model,
-                masters,
-                batches,
-                objective,
-                optimizer,
-                scaler,
-                settings,
-                progress,
-                pending,
-                clock,
-                hooks,
-            )
+            before = now_ns()
+            loop.step(batches)
             device_of(objective.device).synchronise()
             seconds.append((now_ns() - before) / 1e9)
-            counted = sum(reading.count for reading in pending)
-            losses.append(
-                sum(float(reading.values[0]) * reading.count for reading in pending) / counted
-            )
-    if masters is not None:
-        masters.restore()
+            readings = list(loop.pending)
+            loop.pending.clear()
+            total = sum(float(reading.values[0]) * reading.count for reading in readings)
+            losses.append(total / sum(reading.count for reading in readings))
+    if loop.masters is not None:
+        loop.masters.restore()
     return seconds, losses
 
 
-def _all_steps(
-    model: Any,
-    masters: MasterWeights | None,
-    held: Any,
-    batches: Batches,
-    objective: Objective,
-    optimizer: Any,
-    scaler: Any,
-    settings: TrainingConfig,
-    progress: Progress,
-    folder: Path,
-    clock: PhaseClock,
-    hooks: Hooks,
-) -> None:
-    pending: deque[Reading] = deque()
+def _float8(
+    objective: Objective, precision: PrecisionConfig, hooks: Hooks
+) -> AbstractContextManager[None]:
+    """Return what computes the wide layers in float8, where the precision asks for it."""
+    return float8_layers(
+        objective.model, objective.precision, least_width=precision.fp8_least_width, say=hooks.say
+    )
+
+
+def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
+    """Take every step that is left, with the evaluations and checkpoints that fall due.
+
+    Raises:
+        StageFailed: If the loss is NaN or diverges.
+        Exception: What `hooks.should_stop` names, after a checkpoint.
+    """
+    settings, progress, hooks, clock = loop.settings, loop.progress, loop.hooks, loop.clock
     last_saved = time.monotonic()
     eval_every = steps_between_evaluations(settings)
-    model.train()
+    loop.model.train()
     while progress.step < settings.steps:
         number = progress.step + 1
         if hooks.tracer.opens_at(number):
             # the profiler would wait for it
-            _read(pending, progress, settings, hooks, clock, drain=True)
+            loop.read(drain=True)
             hooks.tracer.open(clock)
         before = clock.now_ns()
         with hooks.tracer.annotate(number):
-            _step(
-                model,
-                masters,
-                batches,
-                objective,
-                optimizer,
-                scaler,
-                settings,
-                progress,
-                pending,
-                clock,
-                hooks,
-            )
+            loop.step(batches)
         progress.step_ns += clock.now_ns() - before
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)
         # both would wait for it
-        _read(pending, progress, settings, hooks, clock, drain=evaluates or traced)
+        loop.read(drain=evaluates or traced)
         if traced:
             hooks.tracer.close(number, clock)
         if evaluates:
@@ -278,8 +376,8 @@ def _all_steps(
         if settings.checkpoint_every is not None:
             due = progress.step % settings.checkpoint_every == 0
         if (due or stop is not None) and progress.step < settings.steps:
-            _read(pending, progress, settings, hooks, clock, drain=True)
-            _save(folder, held, optimizer, scaler, progress, clock, hooks)
+            loop.read(drain=True)
+            loop.save(folder)
             last_saved = time.monotonic()
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"
@@ -291,80 +389,6 @@ def _all_steps(
 def steps_between_evaluations(settings: TrainingConfig) -> int:
     """Return after how many steps each the model is evaluated: five times, unless declared."""
     return settings.eval_every or max(1, math.ceil(settings.steps / 5))
-
-
-def _resume(
-    folder: Path, model: Any, optimizer: Any, scaler: Any, clock: PhaseClock, hooks: Hooks
-) -> Progress:
-    progress, history = Progress(), list[HistoryEntry]()
-    with clock.phase("checkpoint"):
-        found = checkpoint.newest(folder, hooks.say)
-        if found is not None:
-            extra = checkpoint.load(found[0], model, optimizer)
-            scaler.load_state_dict(extra["scaler"])
-            progress, history = Progress(**extra["progress"]), extra["history"]
-    with clock.phase("log"):
-        hooks.resumed(progress.step, history)
-    return progress
-
-
-def _step(
-    model: Any,
-    masters: MasterWeights | None,
-    batches: Batches,
-    objective: Objective,
-    optimizer: Any,
-    scaler: Any,
-    settings: TrainingConfig,
-    progress: Progress,
-    pending: deque[Reading],
-    clock: PhaseClock,
-    hooks: Hooks,
-) -> None:
-    """Run one optimizer step: its micro-batches forward and backward, clip, update."""
-    objective.at(progress.step)
-    with clock.phase("data_wait"):
-        batch = batches.batch(progress.step)
-    batch = objective.completed(batch, progress.step)
-    with clock.phase("data_wait"):
-        micro = [
-            dict(zip(batch, part, strict=True))
-            for part in zip(
-                *(tensor.chunk(settings.gradient_accumulation) for tensor in batch.values()),
-                strict=True,
-            )
-        ]
-        # what has no target would teach nothing
-        computed = [part for part in micro if num_targets(part)]
-        counts = [num_targets(part) for part in computed]
-    for part, count in zip(computed, counts, strict=True):
-        done = objective(part)
-        with clock.phase("backward"), matmuls(objective.precision, objective.device):
-            scaler.scale(done.loss * (count / sum(counts))).backward()
-            if masters is not None:
-                masters.take_gradients()
-            kind = "sampled" if "sampled" in part else "text"
-            pending.append(_on_its_way(progress.step, done, objective.device, kind))
-    with clock.phase("optimizer"):
-        set_rate(optimizer, learning_rate(progress.step, settings))
-        scaler.unscale_(optimizer)
-        stepped = model.parameters() if masters is None else masters.masters
-        torch.nn.utils.clip_grad_norm_(stepped, settings.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if masters is not None:
-            masters.write_back()
-    progress.step += 1
-    # what was written was computed, learnt or not
-    if len(computed) < len(micro) and "sampled" not in batch:
-        batch = _joined(batch, computed)
-    progress.examples += len(batch["labels"])
-    progress.tokens += num_tokens(batch)
-    progress.target_tokens += sum(counts)
-    own, teacher = hooks.flops(batch)
-    progress.own_flops, progress.flops = progress.own_flops + own, progress.flops + own + teacher
-    hooks.advance(progress.step, progress.tokens)
 
 
 def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -384,31 +408,6 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
     how = (done.ce_weight, tuple(done.drawn), kind)
     there, event = device_of(device).fetch(values)
     return Reading(step, there, done.count, event, *how)
-
-
-def _read(
-    pending: deque[Reading],
-    progress: Progress,
-    settings: TrainingConfig,
-    hooks: Hooks,
-    clock: PhaseClock,
-    *,
-    drain: bool,
-) -> None:
-    """Take the losses that have arrived; waiting for the device here is its computing, so it is
-    booked as such.
-    """
-    while pending and (
-        drain or pending[0].event is None or len(pending) > LATE * settings.gradient_accumulation
-    ):
-        reading = pending.popleft()
-        if reading.event is not None:
-            before = clock.now_ns()
-            with clock.phase("backward"):
-                reading.event.synchronize()
-            progress.step_ns += clock.now_ns() - before
-        with clock.phase("log"):
-            _account(reading, progress, settings, hooks)
 
 
 def _part(weight: float, value: float) -> float:
@@ -479,27 +478,3 @@ def _validate(
 def _unread(step: int, why: str, hooks: Hooks) -> None:
     """Say that a validation reading failed: the curve lacks it, and the training continues."""
     hooks.say(unmeasured(f"validation after step {step}", why))
-
-
-def _save(
-    folder: Path,
-    model: Any,
-    optimizer: Any,
-    scaler: Any,
-    progress: Progress,
-    clock: PhaseClock,
-    hooks: Hooks,
-) -> None:
-    from pipeline.store.artifacts import plain
-
-    def extra() -> dict[str, Any]:
-        return {
-            "progress": plain(progress),
-            "scaler": scaler.state_dict(),
-            "history": hooks.history(progress.step),
-        }
-
-    with clock.phase("checkpoint"):
-        checkpoint.save(folder, progress.step, model, optimizer, extra)
-    with clock.phase("log"):
-        hooks.checkpointed(progress.step)

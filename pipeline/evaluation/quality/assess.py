@@ -124,13 +124,8 @@ def assess_quality(
         if isinstance(agreement, np.ndarray):
             arrays["agree"] = agreement
         if scores.drift is not None:
-            arrays |= dict(
-                zip(
-                    DRIFT_COLUMNS,
-                    (scores.drift.kl, scores.drift.flips, scores.drift.other),
-                    strict=True,
-                )
-            )
+            drift = (scores.drift.kl, scores.drift.flips, scores.drift.other)
+            arrays |= dict(zip(DRIFT_COLUMNS, drift, strict=True))
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
         figures = figures_of(task, arrays, resamples=config.bootstrap, seed=seed)
@@ -143,19 +138,24 @@ def assess_quality(
         name, change, count = worst_slice(arrays, labels)
         entries["worst_slice"] = {**entry_of((measured(change), None), count, items), "slice": name}
     if config.tasks:
-        from pipeline.evaluation.quality.tasks import run_tasks
-
-        def scored() -> Quality:
-            found: Quality = {}
-            for scores in run_tasks(model, tokenizer, config):
-                found |= _task_entries(
-                    scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed
-                )
-            return found
-
         with clock.phase("eval"):
-            entries |= attempted(scored, lambda why: _no_tasks(config, items, why))
+            entries |= attempted(
+                lambda: _of_tasks(model, tokenizer, config, items, seed),
+                lambda why: _no_tasks(config, items, why),
+            )
     return entries
+
+
+def _of_tasks(model: Any, tokenizer: Any, config: QualityConfig, items: Path, seed: int) -> Quality:
+    """Run `config.tasks`; return their qualities by key."""
+    from pipeline.evaluation.quality.tasks import run_tasks
+
+    found: Quality = {}
+    for scores in run_tasks(model, tokenizer, config):
+        found |= _task_entries(
+            scores, task_items(items, scores.name), resamples=config.bootstrap, seed=seed
+        )
+    return found
 
 
 def _no_tasks(config: QualityConfig, items: Path, why: str) -> Quality:

@@ -142,8 +142,8 @@ class ServePass:
         )
 
 
-def _go_on() -> None:
-    """Let a pass go on: nobody wants it stopped."""
+def _nothing_to_check() -> None:
+    """Let a pass continue: nobody wants it stopped."""
 
 
 def serve_pass(
@@ -161,7 +161,7 @@ def serve_pass(
     sampler: Sampler,
     dtype: torch.dtype | None = None,
     energy_of: Pair | None = None,
-    check: Callable[[], None] = _go_on,
+    check: Callable[[], None] = _nothing_to_check,
     order_seed: int = 0,
 ) -> ServePass:
     """Load artifacts side by side and measure them.
@@ -213,23 +213,14 @@ def serve_pass(
             check=check,
             order_seed=order_seed,
         )
-        readings = read.readings
         sampler.mark()
         window = (start_ns, clock.now_ns())
         kind = str(device).partition(":")[0]
         conditions = machine_conditions(sampler, window, others, kind)
         ids = draw_prompts(prompts, config.load.batch, config.load.prompt, (seed, 0))
         if task.kind.is_language:
-            _read_growing(servers, readings, ids, config.load)
-        energy = {
-            arm: attempted(
-                lambda server=server: _units_per_joule(
-                    server, ids, config.load.new, sampler, clock
-                ),
-                lambda why: null(unmeasured("energy", why)),
-            )
-            for arm, server in servers.items()
-        }
+            _read_growing(servers, read.readings, ids, config.load)
+        energy = _energy(servers, ids, config.load.new, sampler, clock)
         joules: tuple[np.ndarray, np.ndarray] | str | None = None
         if energy_of is not None:
             pair, order = energy_of, read.orders[energy_of]
@@ -237,19 +228,15 @@ def serve_pass(
                 lambda: _joules(servers, pair, ids, config, order, sampler, clock),
                 lambda why: unmeasured("energy", why),
             )
-    serving = {
-        arm: (
-            figures(
-                readings[arm], server.weights_bytes, task=task, load=config.load, devices=devices
-            )
-            | {"units_per_joule": energy[arm].to_json()}
+    serving: dict[str, Figures] = {}
+    how: dict[str, str] = {}
+    for arm, server in servers.items():
+        readings = read.readings[arm]
+        found = figures(
+            readings, server.weights_bytes, task=task, load=config.load, devices=devices
         )
-        for arm, server in servers.items()
-    }
-    how = {
-        arm: ", ".join(word for word in (server.dtype, readings[arm].at_load[0].how) if word)
-        for arm, server in servers.items()
-    }
+        serving[arm] = found | {"units_per_joule": energy[arm].to_json()}
+        how[arm] = ", ".join(word for word in (server.dtype, readings.at_load[0].how) if word)
     kept, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
     return ServePass(
         serving,
@@ -263,6 +250,19 @@ def serve_pass(
         order_seed=order_seed,
         warm_up=read.warm_up,
     )
+
+
+def _energy(
+    servers: Mapping[str, Server], ids: np.ndarray, new: int, sampler: Sampler, clock: PhaseClock
+) -> dict[str, Value]:
+    """Return every arm's units per joule at the load; a null with its reason where that fails."""
+    return {
+        arm: attempted(
+            lambda server=server: _units_per_joule(server, ids, new, sampler, clock),
+            lambda why: null(unmeasured("energy", why)),
+        )
+        for arm, server in servers.items()
+    }
 
 
 def machine_conditions(
@@ -380,7 +380,7 @@ def measure_interleaved(
     config: ServingConfig,
     prompts: Sequence[np.ndarray],
     seed: int,
-    check: Callable[[], None] = _go_on,
+    check: Callable[[], None] = _nothing_to_check,
     order_seed: int = 0,
 ) -> Interleaved:
     """Read pairs in blocks at the declared load, then all arms forth and back at the further batch
